@@ -1,0 +1,154 @@
+"""Bounded, positioned reads: a file, and a range of bytes inside one.
+
+Tensors are addresses, not data.  A `SourceFile` is one open file; a `ByteRange` says where in it
+some bytes lie.  Nothing here moves a file position, so ranges can be read from several threads.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
+
+__all__ = ["CHUNK_NBYTES", "ByteRange", "SourceFile"]
+
+CHUNK_NBYTES = 4 << 20
+"""Bytes moved through memory at a time: large enough that the calls cost nothing, small enough
+that a handful of buffers stay far below the memory bound."""
+
+
+class SourceFile:
+    """A regular file, open for reading by position.
+
+    Raises:
+        MissingFileError: there is no such file.
+        FileAccessError: it is a folder, a device or unreadable.
+    """
+
+    __slots__ = ("_fd", "_lock", "identity", "path", "size")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._lock = threading.Lock()
+        self._fd = -1
+        try:
+            # O_NONBLOCK: opening a named pipe must be refused below, not wait for a writer.
+            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+            self._fd = os.open(self.path, flags)
+            status = os.fstat(self._fd)
+        except FileNotFoundError:
+            raise MissingFileError(f"{self.path}: no such file") from None
+        except (OSError, ValueError) as error:
+            if os.path.isdir(self.path):  # Windows refuses to open a folder at all
+                raise FileAccessError(f"{self.path}: is a folder, not a file") from None
+            reason = getattr(error, "strerror", None) or str(error)
+            raise FileAccessError(f"{self.path}: cannot be opened: {reason}") from error
+        if not stat.S_ISREG(status.st_mode):
+            what = "is a folder, not a file" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
+            self.close()
+            raise FileAccessError(f"{self.path}: {what}")
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    @property
+    def fd(self) -> int:
+        """The open file descriptor.
+
+        Raises:
+            FileAccessError: the file was closed.
+        """
+        if self._fd < 0:
+            raise FileAccessError(f"{self.path}: the checkpoint was closed; open it again")
+        return self._fd
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly ``nbytes`` bytes from position ``offset``.
+
+        Raises:
+            CorruptError: the range reaches past the end of the file.
+            FileAccessError: the operating system could not read it.
+        """
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise CorruptError(
+                f"bytes {offset:,} to {offset + nbytes:,} were asked of a file of {self.size:,} bytes",
+                path=self.path,
+            )
+        parts = []
+        while nbytes:
+            part = self._pread(min(nbytes, 1 << 30), offset)
+            if not part:
+                raise CorruptError(f"the file became shorter while it was read: byte {offset:,}", path=self.path)
+            parts.append(part)
+            offset += len(part)
+            nbytes -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _pread(self, nbytes: int, offset: int) -> bytes:
+        try:
+            if hasattr(os, "pread"):
+                return os.pread(self.fd, nbytes, offset)
+            with self._lock:  # no positioned read on this system: the position is shared
+                os.lseek(self.fd, offset, os.SEEK_SET)
+                return os.read(self.fd, nbytes)
+        except FileAccessError:
+            raise
+        except OSError as error:
+            raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def changed(self) -> bool:
+        """Whether the file was written to since it was opened (size or modification time)."""
+        status = os.fstat(self.fd)
+        return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity
+
+    def close(self) -> None:
+        """Close the file; later reads raise.  Closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SourceFile({self.path!r}, {self.size:,} bytes)"
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """``nbytes`` bytes at ``offset`` of ``file``."""
+
+    file: SourceFile
+    offset: int
+    nbytes: int
+
+    def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
+        """``nbytes`` bytes (default: all that follow) from position ``start`` of this range.
+
+        Raises:
+            CorruptError: the part asked for is not inside the range.
+        """
+        wanted = self.nbytes - start if nbytes is None else nbytes
+        if start < 0 or wanted < 0 or start + wanted > self.nbytes:
+            raise CorruptError(
+                f"bytes {start:,} to {start + wanted:,} were asked of a range of {self.nbytes:,} bytes",
+                path=self.file.path,
+            )
+        return self.file.read(self.offset + start, wanted)
+
+    def part(self, start: int, nbytes: int) -> ByteRange:
+        """The range of ``nbytes`` bytes that begins at ``start`` of this one."""
+        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
+            raise CorruptError(
+                f"bytes {start:,} to {start + nbytes:,} are not inside a range of {self.nbytes:,} bytes",
+                path=self.file.path,
+            )
+        return ByteRange(self.file, self.offset + start, nbytes)
+
+    def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:
+        """The bytes in order, at most ``chunk_nbytes`` at a time."""
+        for start in range(0, self.nbytes, chunk_nbytes):
+            yield self.read(start, min(chunk_nbytes, self.nbytes - start))

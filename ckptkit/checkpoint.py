@@ -1,0 +1,393 @@
+"""The common representation every container is read into and written from.
+
+A `Checkpoint` says *where* bytes lie, never holds them: `Storage` is a run of bytes in a file,
+`TensorEntry` a strided view of one.  Two entries over the same `Storage` object are *shared*;
+two entries with the same `TensorEntry.view` of it are *tied*.
+
+No I/O happens here.  Everything is immutable; a rewrite makes new objects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
+
+from ckptkit.bytesource import ByteRange
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CorruptError, KeyCollisionError
+from ckptkit.report import Finding
+
+__all__ = [
+    "STATE_DICT",
+    "Checkpoint",
+    "GlobalUse",
+    "Kind",
+    "Origin",
+    "Section",
+    "StateDict",
+    "Storage",
+    "TensorEntry",
+    "Trust",
+    "contiguous_stride",
+    "storages",
+]
+
+Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]
+"""What a file holds: a pickled ``nn.Module``; a state_dict; weights beside training state; one bare
+tensor; tensors that are no state_dict; no tensor at all."""
+
+Trust = Literal["safe", "needs_trust", "hostile"]
+"""``safe``: plain data and torch's own rebuild functions.  ``needs_trust``: other names, that a
+loader which executes the pickle would have to be trusted with.  ``hostile``: names that run,
+import or open things."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Storage:
+    """A run of bytes that tensors are views of.  Its identity is its sharing: compare with ``is``.
+
+    Attributes:
+        key: its name in the file (``"0"`` for record ``data/0``, the tensor's name in safetensors).
+        dtype: torch name of the element type the file declares, ``None`` where it is untyped bytes.
+        nbytes: size in bytes.
+        location: the device tag as the file says it: ``"cpu"``, ``"cuda:1"``.
+        source: where the bytes lie.
+        crc32: the checksum the container recorded for exactly these bytes; ``None``: not recorded.
+        byteorder: ``"little"`` or ``"big"``, of the elements.
+    """
+
+    key: str
+    dtype: str | None
+    nbytes: int
+    location: str
+    source: ByteRange
+    crc32: int | None = None
+    byteorder: Literal["little", "big"] = "little"
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a C-contiguous tensor, as ``torch.empty(shape).stride()`` gives them."""
+    stride = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(stride)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorEntry:
+    """A tensor: a strided view of a `Storage`.
+
+    Attributes:
+        storage: the bytes it views.
+        storage_offset: first element, in elements.
+        shape, stride: per dimension, in elements.
+        dtype: torch name of the element type.
+        requires_grad: as saved.
+        is_parameter: saved as ``nn.Parameter``; ``False`` says nothing for a state_dict, whose
+            parameters are saved as plain tensors.
+        is_conj, is_neg: torch's lazy conjugate and negative bits.  They are not in the bytes: the
+            values are the bytes' values conjugated or negated.
+        subclass: inert node naming the tensor's Python class where that is neither ``torch.Tensor``
+            nor ``nn.Parameter``.
+        attributes: inert node of Python attributes saved along with the tensor.
+    """
+
+    storage: Storage
+    storage_offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    requires_grad: bool = False
+    is_parameter: bool = False
+    is_conj: bool = False
+    is_neg: bool = False
+    subclass: object = None
+    attributes: object = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor when written out contiguously."""
+        return self.numel * self.itemsize
+
+    @property
+    def location(self) -> str:
+        """Device tag of its storage."""
+        return self.storage.location
+
+    @property
+    def view(self) -> tuple[object, ...]:
+        """What decides its values: entries with equal views are tied."""
+        return (
+            id(self.storage), self.storage_offset, self.shape, self.stride,
+            self.dtype, self.is_conj, self.is_neg,
+        )  # fmt: skip
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie in C order without gaps, as ``torch.Tensor.is_contiguous``."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size == 0:
+                return True
+            if size != 1:
+                if stride != expected:
+                    return False
+                expected *= size
+        return True
+
+    @property
+    def is_plain_bytes(self) -> bool:
+        """Whether the storage's bytes, as they lie, are the tensor's values in C order, little-endian."""
+        return (
+            self.is_contiguous
+            and not self.is_conj
+            and not self.is_neg
+            and (self.storage.byteorder == "little" or self.itemsize == 1)
+        )
+
+    @property
+    def covers_storage(self) -> bool:
+        """Whether it is the whole storage, contiguously."""
+        return self.storage_offset == 0 and self.is_contiguous and self.nbytes == self.storage.nbytes
+
+    def span(self) -> tuple[int, int]:
+        """First byte and the byte after the last that the view touches, within its storage.
+
+        An empty tensor touches nothing: both are equal.
+        """
+        start = self.storage_offset * self.itemsize
+        if self.numel == 0:
+            return start, start
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return start, start + (last + 1) * self.itemsize
+
+    def check(self) -> TensorEntry:
+        """This entry, once its geometry is known to lie inside its storage.
+
+        Raises:
+            CorruptError: a negative size, stride or offset, sizes and strides of different length,
+                or a view that reaches past its storage.
+        """
+        what = f"tensor over storage {self.storage.key!r}"
+        if len(self.shape) != len(self.stride):
+            raise CorruptError(f"{what}: shape {self.shape} and stride {self.stride} differ in length")
+        if min(self.shape, default=0) < 0 or min(self.stride, default=0) < 0 or self.storage_offset < 0:
+            raise CorruptError(
+                f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset}: none may be negative"
+            )
+        end = self.span()[1]
+        if end > self.storage.nbytes and self.numel:
+            raise CorruptError(
+                f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset} of {self.dtype} "
+                f"reach to byte {end:,} of a storage of {self.storage.nbytes:,} bytes"
+            )
+        return self
+
+
+class _Slot:
+    """Type of `STATE_DICT`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<state_dict>"
+
+
+STATE_DICT: Final = _Slot()
+"""Stands in `Checkpoint.rest` at the place where the state_dict sat in the file."""
+
+
+class StateDict(Mapping[str, TensorEntry]):
+    """Named tensors in file order, with what else a saved state_dict carries.
+
+    As a mapping it shows the plain tensors alone.  Values that are none (``_extra_state`` objects,
+    quantized and sparse tensors) keep their place in `everything` and are listed by `extra`.
+
+    Attributes:
+        everything: every key with its value, in file order; values are `TensorEntry` or inert nodes.
+        versions: torch's ``_metadata``: for each module path an inert node (``{"version": 2}``),
+            or ``None`` where the file has none.
+        container: inert node of the mapping's class and other attributes; ``None`` means a plain
+            ``OrderedDict`` is to be written.
+    """
+
+    __slots__ = ("_tensors", "container", "everything", "versions")
+
+    def __init__(
+        self,
+        everything: Mapping[str, object] = {},
+        *,
+        versions: Mapping[str, object] | None = None,
+        container: object = None,
+    ) -> None:
+        self.everything = everything
+        self.versions = versions
+        self.container = container
+        self._tensors = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"StateDict({len(self)} tensors)"
+
+    @property
+    def extra(self) -> dict[str, object]:
+        """The values that are not plain tensors, by name."""
+        return {k: v for k, v in self.everything.items() if k not in self._tensors}
+
+    def with_values(self, function: Callable[[object], object]) -> StateDict:
+        """The same names with every value (extra ones too) put through ``function``."""
+        return StateDict(
+            {name: function(value) for name, value in self.everything.items()},
+            versions=self.versions,
+            container=self.container,
+        )
+
+    def renamed(self, rename: Callable[[str], str], versions: Mapping[str, object] | None) -> StateDict:
+        """The same values under the names ``rename`` gives them, in the same order.
+
+        Args:
+            rename: from old name to new name.
+            versions: the module versions that go with the new names.
+
+        Raises:
+            KeyCollisionError: two names would become one; nothing is renamed.
+        """
+        everything: dict[str, object] = {}
+        came_from: dict[str, str] = {}
+        for name, value in self.everything.items():
+            target = rename(name)
+            if target in everything:
+                raise KeyCollisionError(came_from[target], name, target)
+            everything[target] = value
+            came_from[target] = name
+        return StateDict(everything, versions=versions, container=self.container)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A part of a file that holds tensors.
+
+    Attributes:
+        path: the keys that lead to it, joined with dots; ``""`` is the whole file.
+        kind: ``"state_dict"``, ``"whole_model"``, ``"optimizer"``, ``"collection"`` or ``"tensor"``.
+        tensors: number of tensors in it.
+        nbytes: bytes of the storages it uses (shared ones once).
+        selected: whether it is the checkpoint's state_dict.
+    """
+
+    path: str
+    kind: str
+    tensors: int
+    nbytes: int
+    selected: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlobalUse:
+    """A Python name in a pickle, never resolved.
+
+    Attributes:
+        name: ``"module.attribute"``.
+        verdict: ``"torch"``, ``"allowed"``, ``"unknown"`` or ``"dangerous"``.
+        count: how often the pickle names it.
+    """
+
+    name: str
+    verdict: Literal["torch", "allowed", "unknown", "dangerous"]
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a checkpoint came from.
+
+    Attributes:
+        path: the file.
+        size: its size in bytes.
+        format: container name, such as ``"torch-zip"``.
+        format_version: the container's own version, where it has one.
+        byteorder: ``"little"`` or ``"big"``.
+        kind: what the file holds.
+        state_path: the keys that lead to the state_dict, joined with dots; ``""`` is the whole file;
+            ``None``: the file has no state_dict, or several and none was chosen.
+        pickle_protocol: of the file's object pickle; ``None`` where it has none.
+    """
+
+    path: str
+    size: int
+    format: str
+    kind: Kind
+    format_version: str | None = None
+    byteorder: Literal["little", "big"] = "little"
+    state_path: str | None = None
+    pickle_protocol: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A checkpoint in the common representation.
+
+    Attributes:
+        state_dict: the weights.
+        rest: everything else, an inert tree whose leaves may be `TensorEntry` too; the marker
+            `STATE_DICT` stands where the weights sat.
+        metadata: the container's own string metadata (safetensors ``__metadata__``).
+        origin: the file it came from.
+        sections: the parts that hold tensors, in file order.
+        globals: every Python name in the file's pickles.
+        module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
+        findings: what the reader noticed.
+    """
+
+    state_dict: StateDict
+    rest: object
+    origin: Origin
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    sections: tuple[Section, ...] = ()
+    globals: tuple[GlobalUse, ...] = ()
+    module: object = None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def trust(self) -> Trust:
+        """What a loader that executes pickles would have to be trusted with; see `Trust`."""
+        verdicts = {use.verdict for use in self.globals}
+        if "dangerous" in verdicts:
+            return "hostile"
+        return "needs_trust" if "unknown" in verdicts else "safe"
+
+    def rewrite(self, *rewriters: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
+        """The checkpoint with each rewriter applied in turn; this one stays as it is."""
+        result = self
+        for rewriter in rewriters:
+            result = rewriter(result)
+        return result
+
+    def replace(self, **changes: object) -> Checkpoint:
+        """A copy with the named attributes replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def storages(entries: Iterable[TensorEntry]) -> dict[int, Storage]:
+    """The storages the entries use, each once, by ``id``, in order of first use."""
+    return {id(entry.storage): entry.storage for entry in entries}

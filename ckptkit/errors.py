@@ -1,0 +1,147 @@
+"""The error tree: everything ckptkit raises on purpose.
+
+Imports nothing, so every layer may use it.  "The two do not match" is a `ckptkit.Report`,
+never an exception; an exception means the work could not be done.
+
+Messages name what, where, expected, found, and what to do about it.  A layer that knows less
+(the pickle reader knows the byte, not the file) leaves an attribute ``None``; the layer above
+fills it in with `FormatError.at`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CkptkitError",
+    "CorruptError",
+    "DTypeError",
+    "DestinationExistsError",
+    "FailedReportError",
+    "FileAccessError",
+    "FormatError",
+    "KeyCollisionError",
+    "LimitError",
+    "MissingDependencyError",
+    "MissingFileError",
+    "RewriteError",
+    "SectionError",
+    "UnknownFormatError",
+    "UnsupportedError",
+    "VerifyError",
+]
+
+
+class CkptkitError(Exception):
+    """Base of every error ckptkit raises on purpose."""
+
+
+class FileAccessError(CkptkitError, OSError):
+    """A file or folder could not be opened, read, written or renamed."""
+
+
+class MissingFileError(FileAccessError, FileNotFoundError):
+    """The named file does not exist."""
+
+
+class DestinationExistsError(FileAccessError, FileExistsError):
+    """The destination exists and overwriting was not asked for."""
+
+
+class MissingDependencyError(CkptkitError, ImportError):
+    """An optional package is needed; the message holds the command that installs it."""
+
+
+class FormatError(CkptkitError, ValueError):
+    """A file's content is not what its format requires.
+
+    Attributes:
+        path: the file, or ``None`` where the layer that raised does not know it.
+        where: the part of the file, such as ``"data.pkl"`` or ``"header"``.
+        offset: position in bytes inside that part.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        where: str | None = None,
+        offset: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.where = where
+        self.offset = offset
+
+    def at(self, *, path: str | None = None, where: str | None = None) -> FormatError:
+        """Fill in what the raising layer did not know; what is known stays."""
+        self.path = self.path if self.path is not None else path
+        self.where = self.where if self.where is not None else where
+        return self
+
+    def __str__(self) -> str:
+        place = self.where or ""
+        if self.offset is not None:
+            place = f"{place}, byte {self.offset}" if place else f"byte {self.offset}"
+        return ": ".join(part for part in (self.path, place, self.message) if part)
+
+
+class UnknownFormatError(FormatError):
+    """The content is no container ckptkit knows."""
+
+
+class CorruptError(FormatError):
+    """The container is known, but damaged, ambiguous or inconsistent."""
+
+
+class UnsupportedError(FormatError):
+    """The content is valid but holds something ckptkit cannot represent or write."""
+
+
+class LimitError(FormatError):
+    """A file asks for more than `ckptkit.limits.Limits` allows.
+
+    Attributes:
+        limit: the largest value allowed.
+        actual: the value the file asks for (or the first one past the limit).
+    """
+
+    def __init__(self, what: str, *, limit: int, actual: int, where: str | None = None) -> None:
+        super().__init__(f"{what}: {actual:,} is over the limit of {limit:,}", where=where)
+        self.limit = limit
+        self.actual = actual
+
+
+class SectionError(CkptkitError, LookupError):
+    """The named section is not in the file, or several could be meant and none was named."""
+
+
+class RewriteError(CkptkitError, ValueError):
+    """A rewrite cannot be carried out on this checkpoint."""
+
+
+class KeyCollisionError(RewriteError):
+    """Two tensors would get the same name.
+
+    Attributes:
+        first, second: the names they have now.
+        target: the name both would get.
+    """
+
+    def __init__(self, first: str, second: str, target: str) -> None:
+        super().__init__(f"{first!r} and {second!r} would both be named {target!r}; nothing was renamed")
+        self.first = first
+        self.second = second
+        self.target = target
+
+
+class DTypeError(RewriteError):
+    """A tensor's dtype cannot be held by the target."""
+
+
+class VerifyError(CkptkitError):
+    """A check could not be run at all (this is not "it does not match")."""
+
+
+class FailedReportError(CkptkitError):
+    """Raised by `Report.raise_if_failed` alone: the check ran, and did not pass."""

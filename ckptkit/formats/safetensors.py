@@ -1,0 +1,253 @@
+"""safetensors: a JSON header and plain tensors behind it.
+
+Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.rs``):
+
+- 8 bytes: header size N, little-endian, at most 100,000,000
+- N bytes: UTF-8 JSON that begins with ``{`` and may end in spaces; each key is a tensor's name with
+  ``dtype``, ``shape`` and ``data_offsets`` [begin, end) in bytes behind the header; the key
+  ``__metadata__`` maps strings to strings
+- the data: contiguous, C order, little-endian; no holes, no overlaps, nothing behind
+
+A reader must accept data that is not aligned (older files).  The writer pads the header with
+spaces so that data begins at a multiple of 8, and orders tensors by element width, widest first,
+so that each is aligned; names stand in the header in state_dict order.
+
+Tied tensors are stored once.  For each other name ``__metadata__`` holds ``name: kept name``, as
+``safetensors.torch.save_model`` records them and ``load_model`` expects; the name kept is the first
+in alphabetical order, as there.  The reader gives such names their tensor back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from struct import pack
+
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, contiguous_stride
+from ckptkit.dtypes import BY_SAFETENSORS, DTYPES
+from ckptkit.errors import CorruptError, DTypeError, FormatError, LimitError, RewriteError, UnsupportedError
+from ckptkit.formats.format import Format
+from ckptkit.limits import Limits
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.inert import InertDict
+from ckptkit.plan import Copy, Gather, Literal, Plan, Step
+
+__all__ = ["FORMAT"]
+
+_NAME = "safetensors"
+_METADATA = "__metadata__"
+_ALIGNMENT = 8
+_UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+"""Names the format knows for elements that fill no whole byte; torch has no such tensors."""
+
+
+def _sniff(head: bytes, size: int) -> bool:
+    if len(head) < 9:
+        return False
+    header_nbytes = int.from_bytes(head[:8], "little")
+    # A plausible size and a brace: text, pickles and zips have larger first words or no brace there.
+    return head[8:9] == b"{" and header_nbytes < 1 << 40
+
+
+def _read(file: SourceFile, limits: Limits) -> RawCheckpoint:
+    try:
+        return _read_header(file, limits)
+    except FormatError as error:
+        raise error.at(where="header") from error.__cause__
+
+
+def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
+    header_nbytes = int.from_bytes(file.read(0, 8), "little")
+    if header_nbytes > limits.header_nbytes:
+        raise LimitError("bytes of a safetensors header", limit=limits.header_nbytes, actual=header_nbytes)
+    if 8 + header_nbytes > file.size:
+        raise CorruptError(
+            f"a header of {header_nbytes:,} bytes is declared, the file has {file.size:,}: truncated or damaged"
+        )
+    header = _parse(file.read(8, header_nbytes))
+    if len(header) > limits.entries:
+        raise LimitError("tensors in one file", limit=limits.entries, actual=len(header))
+    metadata = _metadata(header.pop(_METADATA, {}))
+    start = 8 + header_nbytes
+    data = ByteRange(file, start, file.size - start)
+    entries: dict[str, object] = {}
+    extents: list[tuple[int, int, str]] = []
+    for name, info in header.items():
+        entry, begin, end = _entry(name, info, data)
+        entries[name] = entry
+        extents.append((begin, end, name))
+    _check_extents(extents, data.nbytes)
+    aliases = {name: kept for name, kept in metadata.items() if name not in entries and kept in entries}
+    aliases.pop("format", None)  # the one key every writer sets; its value is never a tensor's name
+    entries.update({name: entries[kept] for name, kept in aliases.items()})
+    return RawCheckpoint(
+        root=InertDict(list(entries.items())),
+        format=_NAME,
+        metadata={key: value for key, value in metadata.items() if key not in aliases},
+    )
+
+
+def _parse(raw: bytes) -> dict[str, object]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CorruptError(f"the name {twice!r} stands twice in the header")
+        return result
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"not UTF-8 at byte {8 + error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CorruptError("the header is no JSON object")
+    return header
+
+
+def _metadata(node: object) -> dict[str, str]:
+    if not isinstance(node, dict) or not all(isinstance(value, str) for value in node.values()):
+        raise CorruptError(f"{_METADATA} must map strings to strings")
+    return node
+
+
+def _entry(name: str, info: object, data: ByteRange) -> tuple[TensorEntry, int, int]:
+    """A tensor's entry and its extent in bytes within the data."""
+    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+        raise CorruptError(f"tensor {name!r}: dtype, shape and data_offsets are expected")
+    dtype_name, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if dtype_name in _UNREAD_DTYPES:
+        raise UnsupportedError(f"tensor {name!r} is of dtype {dtype_name}, whose elements fill no whole byte")
+    row = BY_SAFETENSORS.get(dtype_name) if isinstance(dtype_name, str) else None
+    if row is None:
+        raise CorruptError(f"tensor {name!r}: unknown dtype {dtype_name!r:.40}; known: {', '.join(BY_SAFETENSORS)}")
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise CorruptError(f"tensor {name!r}: shape and data_offsets must be whole numbers, not negative")
+    begin, end = offsets
+    if not begin <= end <= data.nbytes:
+        raise CorruptError(
+            f"tensor {name!r}: bytes {begin:,} to {end:,} of {data.nbytes:,} bytes of data: truncated or damaged"
+        )
+    storage = Storage(
+        key=name,
+        dtype=row.name if row.storage_class else None,
+        nbytes=end - begin,
+        location="cpu",
+        source=data.part(begin, end - begin),
+    )
+    entry = TensorEntry(
+        storage=storage,
+        storage_offset=0,
+        shape=tuple(shape),
+        stride=contiguous_stride(tuple(shape)),
+        dtype=row.name,
+    )
+    if entry.nbytes != end - begin:
+        raise CorruptError(
+            f"tensor {name!r}: shape {shape} of {dtype_name} is {entry.nbytes:,} bytes, not {end - begin:,}"
+        )
+    return entry, begin, end
+
+
+def _are_counts(node: object) -> bool:
+    return isinstance(node, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in node
+    )
+
+
+def _check_extents(extents: list[tuple[int, int, str]], nbytes: int) -> None:
+    position = 0
+    for begin, end, name in sorted(extents):
+        if begin != position:
+            what = "overlaps another tensor" if begin < position else f"leaves a hole of {begin - position:,} bytes"
+            raise CorruptError(f"tensor {name!r}: data at {begin:,} {what}")
+        position = end
+    if position != nbytes:
+        raise CorruptError(f"{nbytes - position:,} bytes follow the last tensor")
+
+
+def _write(checkpoint: Checkpoint) -> Plan:
+    state_dict = checkpoint.state_dict
+    if not state_dict:
+        raise RewriteError("there is no state_dict to write; safetensors holds named tensors only")
+    _refuse(state_dict)
+    aliases = _aliases(state_dict)
+    metadata = {"format": "pt", **checkpoint.metadata, **aliases}
+    stored = [name for name in state_dict if name not in aliases]
+    offsets: dict[str, int] = {}
+    position = 0
+    for name in sorted(stored, key=lambda name: -state_dict[name].itemsize):
+        offsets[name] = position
+        position += state_dict[name].nbytes
+    header = _header(state_dict, stored, offsets, metadata)
+    steps: list[Step] = [Literal(0, header)]
+    for name, offset in offsets.items():
+        entry = state_dict[name]
+        if entry.nbytes == 0:
+            continue
+        target = len(header) + offset
+        if entry.is_plain_bytes:
+            start = entry.storage_offset * entry.itemsize
+            steps.append(Copy(target, entry.storage.source.part(start, entry.nbytes)))
+        else:
+            steps.append(Gather(target, entry))
+    return Plan(
+        format=_NAME, nbytes=len(header) + position, steps=tuple(steps), tensors=len(state_dict), aliases=aliases
+    )
+
+
+def _refuse(state_dict: StateDict) -> None:
+    """Raise for what safetensors cannot hold, naming all of it.
+
+    Raises:
+        DTypeError: tensors of a dtype it does not know.
+        RewriteError: values that are no plain tensors, or a tensor of a reserved name.
+    """
+    odd = [f"{name} ({entry.dtype})" for name, entry in state_dict.items() if DTYPES[entry.dtype].safetensors is None]
+    if odd:
+        raise DTypeError(f"safetensors cannot hold {', '.join(odd[:5])}{_more(odd)}; write a .pth, or cast them first")
+    if state_dict.extra:
+        extra = list(state_dict.extra)
+        raise RewriteError(
+            f"safetensors holds plain tensors only, not {', '.join(extra[:5])}{_more(extra)}; write a .pth"
+        )
+    if _METADATA in state_dict:
+        raise RewriteError(f"a tensor cannot be named {_METADATA!r} in safetensors; rename it, or write a .pth")
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 5} more" if len(names) > 5 else ""
+
+
+def _aliases(state_dict: StateDict) -> dict[str, str]:
+    """For every name that is tied to another one: the name under which the tensor is stored."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, entry in state_dict.items():
+        if entry.nbytes:
+            groups.setdefault(entry.view, []).append(name)
+    kept = {min(group): group for group in groups.values() if len(group) > 1}
+    return {name: keep for keep, group in kept.items() for name in group if name != keep}
+
+
+def _header(state_dict: StateDict, stored: list[str], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    """The length and the padded JSON."""
+    document: dict[str, object] = {_METADATA: dict(metadata)}
+    for name in stored:
+        entry = state_dict[name]
+        document[name] = {
+            "dtype": DTYPES[entry.dtype].safetensors,
+            "shape": list(entry.shape),
+            "data_offsets": [offsets[name], offsets[name] + entry.nbytes],
+        }
+    try:
+        text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise RewriteError("a name that is not valid Unicode cannot stand in a safetensors header") from None
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return pack("<Q", len(text)) + text
+
+
+FORMAT = Format(name=_NAME, suffixes=(".safetensors",), sniff=_sniff, read=_read, write=_write)

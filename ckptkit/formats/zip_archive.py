@@ -1,0 +1,369 @@
+"""ZIP archives: the directory, read strictly, and a layout for writing one.
+
+Layout (PKWARE APPNOTE 6.3.10, sections 4.3 and 4.5): records, each a local header and its data;
+then the central directory, one header a record; then, where sizes need it, the zip64 end record
+and its locator; then the end record.  The central directory counts: torch writes local headers
+whose sizes and CRC are zero (flag bit 3, a data descriptor follows).  A record's data starts at
+its local offset + 30 + *local* name length + *local* extra length.
+
+Readers of one archive must all see the same records, so what they are known to disagree about is
+refused: records equal but for case, a directory that does not end where the end record begins
+(two archives end to end), local headers that contradict central ones, records that overlap,
+encryption and patch flags, absolute and ``..`` names, bytes after the end.
+
+A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(False)`` in torch).
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from dataclasses import dataclass
+from struct import Struct, pack
+
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.errors import CorruptError, LimitError, UnsupportedError
+from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.plan import Checksum, Copy, Literal, Step
+
+__all__ = ["ALIGNMENT", "LOCAL_SIGNATURE", "Record", "ZipWriter", "read_directory", "read_record"]
+
+LOCAL_SIGNATURE = b"PK\x03\x04"
+"""First bytes of a record, and so of an archive."""
+
+ALIGNMENT = 64
+"""torch aligns every record's data to this many bytes, by padding the local header's extra field."""
+
+_LOCAL = Struct("<4sHHHHHIIIHH")
+_CENTRAL = Struct("<4sHHHHHHIIIHHHHHII")
+_END = Struct("<4sHHHHIIH")
+_END64 = Struct("<4sQHHIIQQQQ")
+_LOCATOR = Struct("<4sIQI")
+
+_STORED, _DEFLATED = 0, 8
+_UTF8 = 0x800
+_HAS_DESCRIPTOR = 0x8
+_REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
+_MAX32 = 0xFFFFFFFF
+_MAX16 = 0xFFFF
+_DOS_DATE = 0x0021  # 1 January 1980, the first date the format can express
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of an archive.
+
+    Attributes:
+        name: full name, root folder included.
+        data: its bytes as they lie in the file, deflated or not.
+        nbytes: size once inflated.
+        deflated: whether it is compressed.
+        crc32: of the inflated bytes; ``None``: not recorded.
+    """
+
+    name: str
+    data: ByteRange
+    nbytes: int
+    deflated: bool
+    crc32: int | None
+
+
+def read_directory(file: SourceFile, limits: Limits = DEFAULT_LIMITS) -> dict[str, Record]:
+    """Every record by name, in directory order.
+
+    Raises:
+        CorruptError: truncated, ambiguous or contradictory; the message says which.
+        UnsupportedError: encryption, patches or a compression method other than deflate.
+        LimitError: too many records, or too large a directory.
+    """
+    offset, nbytes, count = _find_directory(file)
+    if count > limits.entries:
+        raise LimitError("records in an archive", limit=limits.entries, actual=count)
+    if nbytes > limits.directory_nbytes:
+        raise LimitError("bytes of a zip directory", limit=limits.directory_nbytes, actual=nbytes)
+    directory = file.read(offset, nbytes)
+    records: dict[str, Record] = {}
+    folded: dict[str, str] = {}
+    extents: list[tuple[int, int, str]] = []
+    pos = 0
+    for _ in range(count):
+        if pos + _CENTRAL.size > nbytes:
+            raise CorruptError(f"the zip directory ends after {len(records)} of {count} records")
+        record, header_offset, pos = _read_central(file, directory, pos, offset, limits)
+        other = folded.setdefault(record.name.casefold(), record.name)
+        if record.name in records or other != record.name:
+            raise CorruptError(f"records {other!r} and {record.name!r} are equal, or equal but for case")
+        records[record.name] = record
+        extents.append((header_offset, record.data.offset + record.data.nbytes, record.name))
+    if pos != nbytes:
+        raise CorruptError(f"the zip directory holds {nbytes - pos:,} bytes more than its {count} records")
+    extents.sort()
+    for (_, end, name), (start, _, following) in itertools.pairwise(extents):
+        if start < end:
+            raise CorruptError(f"records {name!r} and {following!r} overlap")
+    return records
+
+
+def _find_directory(file: SourceFile) -> tuple[int, int, int]:
+    """Offset and size in bytes of the central directory, and its number of records."""
+    tail_start = max(0, file.size - _END.size - _MAX16)
+    tail = file.read(tail_start, file.size - tail_start)
+    at = len(tail)
+    while True:
+        at = tail.rfind(b"PK\x05\x06", 0, at + 3)
+        if at < 0:
+            raise CorruptError(
+                f"the file begins like a zip archive but has no end record in its last {len(tail):,} bytes "
+                f"(size {file.size:,}): truncated download? Compare the size with the source's"
+            )
+        if at + _END.size <= len(tail) and at + _END.size + _END.unpack_from(tail, at)[7] == len(tail):
+            break
+        if at == 0:
+            raise CorruptError("the zip end record does not end the file: bytes were appended, or it is truncated")
+    end_at = tail_start + at
+    _, disk, start_disk, on_disk, count, nbytes, offset, _ = _END.unpack_from(tail, at)
+    ends_at = end_at
+    locator_at = end_at - _LOCATOR.size
+    if locator_at >= 0 and (raw := file.read(locator_at, _LOCATOR.size))[:4] == b"PK\x06\x07":
+        end64_at = _LOCATOR.unpack(raw)[2]
+        if end64_at + _END64.size > locator_at:
+            raise CorruptError(f"the zip64 end record is said to lie at byte {end64_at:,}, past its locator")
+        signature, _, _, _, _, _, on_disk64, count64, nbytes64, offset64 = _END64.unpack(
+            file.read(end64_at, _END64.size)
+        )
+        if signature != b"PK\x06\x06":
+            raise CorruptError("the zip64 locator points at no zip64 end record")
+        narrow = ((count, count64, _MAX16), (nbytes, nbytes64, _MAX32), (offset, offset64, _MAX32))
+        if any(small not in (wide, top) for small, wide, top in narrow):
+            raise CorruptError("the zip end record and the zip64 end record disagree")
+        count, nbytes, offset, on_disk, ends_at = count64, nbytes64, offset64, on_disk64, end64_at
+    if disk not in (0, _MAX16) or start_disk not in (0, _MAX16) or on_disk != count:
+        raise UnsupportedError("an archive in several volumes")
+    if offset + nbytes != ends_at:
+        raise CorruptError(
+            f"the zip directory is said to end at byte {offset + nbytes:,}, its end record begins at {ends_at:,}: "
+            "two archives laid end to end, or bytes cut out"
+        )
+    return offset, nbytes, count
+
+
+def _read_central(
+    file: SourceFile, directory: bytes, pos: int, directory_offset: int, limits: Limits
+) -> tuple[Record, int, int]:
+    """One record, the offset of its local header, and the position of the next central header."""
+    (
+        signature, _, _, flags, method, _, _, crc, packed, nbytes,
+        name_nbytes, extra_nbytes, comment_nbytes, _, _, _, header_offset,
+    ) = _CENTRAL.unpack_from(directory, pos)  # fmt: skip
+    if signature != b"PK\x01\x02":
+        raise CorruptError("the zip directory holds something else than records", where="zip directory", offset=pos)
+    end = pos + _CENTRAL.size + name_nbytes + extra_nbytes + comment_nbytes
+    if end > len(directory):
+        raise CorruptError("a record's name or extra field leaves the zip directory", where="zip directory", offset=pos)
+    raw_name = directory[pos + _CENTRAL.size : pos + _CENTRAL.size + name_nbytes]
+    extra = directory[pos + _CENTRAL.size + name_nbytes : end - comment_nbytes]
+    name = _name(raw_name, flags, limits)
+    for flag, what in _REFUSED_FLAGS.items():
+        if flags & flag:
+            raise UnsupportedError(f"record {name!r} is {what}")
+    if method not in (_STORED, _DEFLATED):
+        raise UnsupportedError(f"record {name!r} uses compression method {method}; 0 and 8 are known")
+    wide = _zip64(extra, name, (nbytes, packed, header_offset))
+    nbytes, packed, header_offset = wide
+    if method == _STORED and packed != nbytes:
+        raise CorruptError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {nbytes:,}")
+    data_offset = _data_offset(file, header_offset, raw_name, method, flags, (crc, packed, nbytes), name)
+    if data_offset + packed > directory_offset:
+        raise CorruptError(f"record {name!r} of {packed:,} bytes at {data_offset:,} reaches into the zip directory")
+    return (
+        Record(
+            name=name,
+            data=ByteRange(file, data_offset, packed),
+            nbytes=nbytes,
+            deflated=method == _DEFLATED,
+            crc32=crc if crc or not nbytes else None,
+        ),
+        header_offset,
+        end,
+    )
+
+
+def _name(raw: bytes, flags: int, limits: Limits) -> str:
+    if len(raw) > limits.name_nbytes:
+        raise LimitError("length of a record's name", limit=limits.name_nbytes, actual=len(raw))
+    try:
+        name = raw.decode("utf-8" if flags & _UTF8 or raw.isascii() else "cp437")
+    except UnicodeDecodeError:
+        raise CorruptError(f"a record's name is not UTF-8: {raw[:80]!r}") from None
+    if "\0" in name or "\\" in name or name.startswith("/") or ".." in name.split("/") or not name:
+        raise CorruptError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
+    return name
+
+
+def _zip64(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Size, packed size and offset, with those at 0xFFFFFFFF taken from the zip64 extra field.
+
+    The wide values stand in this fixed order, and only those that did not fit are there.
+    """
+    if _MAX32 not in fields:
+        return fields
+    pos = 0
+    while pos + 4 <= len(extra):
+        tag = int.from_bytes(extra[pos : pos + 2], "little")
+        size = int.from_bytes(extra[pos + 2 : pos + 4], "little")
+        body = extra[pos + 4 : pos + 4 + size]
+        pos += 4 + size
+        if tag != 1:
+            continue
+        values = []
+        for field in fields:
+            if field == _MAX32:
+                if len(body) < 8:
+                    raise CorruptError(f"record {name!r}: its zip64 field is too short")
+                field, body = int.from_bytes(body[:8], "little"), body[8:]
+            values.append(field)
+        return values[0], values[1], values[2]
+    raise CorruptError(f"record {name!r}: a size is said to be in a zip64 field that is not there")
+
+
+def _data_offset(
+    file: SourceFile, at: int, raw_name: bytes, method: int, flags: int, sizes: tuple[int, int, int], name: str
+) -> int:
+    """Where the record's data begins, once the local header is known not to contradict the central one."""
+    if at + _LOCAL.size + len(raw_name) > file.size:
+        raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {file.size:,} bytes")
+    header = file.read(at, _LOCAL.size + len(raw_name))
+    (
+        signature, _, local_flags, local_method, _, _, crc, packed, nbytes, name_nbytes, extra_nbytes,
+    ) = _LOCAL.unpack_from(header)  # fmt: skip
+    if signature != LOCAL_SIGNATURE:
+        raise CorruptError(f"record {name!r}: no record begins at byte {at:,}")
+    if name_nbytes != len(raw_name) or header[_LOCAL.size :] != raw_name or local_method != method:
+        raise CorruptError(f"record {name!r}: its own header gives another name or method than the directory")
+    if (local_flags ^ flags) & ~(_HAS_DESCRIPTOR | _UTF8) & 0xFFFF:
+        raise CorruptError(f"record {name!r}: its own header gives other flags than the directory")
+    for local, central in zip((crc, packed, nbytes), sizes, strict=True):
+        later = local == 0 and local_flags & _HAS_DESCRIPTOR  # the values follow the data
+        if local not in (central, _MAX32) and not later:
+            raise CorruptError(f"record {name!r}: its own header gives another size or checksum than the directory")
+    return at + _LOCAL.size + int(name_nbytes) + int(extra_nbytes)
+
+
+def read_record(record: Record, limit: int) -> bytes:
+    """A record's bytes, inflated, and held against its checksum where one is recorded.
+
+    Args:
+        record: the record.
+        limit: the most bytes it may have.
+
+    Raises:
+        LimitError: it is larger, or inflates to more.
+        CorruptError: it cannot be inflated, or its checksum differs.
+    """
+    if record.nbytes > limit:
+        raise LimitError(f"bytes of record {record.name!r}", limit=limit, actual=record.nbytes)
+    data = record.data.read()
+    if record.deflated:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            data = inflater.decompress(data, record.nbytes + 1)
+        except zlib.error as error:
+            raise CorruptError(f"record {record.name!r} cannot be inflated: {error}") from None
+        if len(data) != record.nbytes or not inflater.eof:
+            raise CorruptError(f"record {record.name!r} does not inflate to the {record.nbytes:,} bytes it declares")
+    if record.crc32 is not None and zlib.crc32(data) != record.crc32:
+        raise CorruptError(
+            f"record {record.name!r}: its CRC-32 is {zlib.crc32(data):08x}, recorded is {record.crc32:08x}: damaged"
+        )
+    return data
+
+
+class ZipWriter:
+    """Lays out an archive of stored records as torch does: aligned data, zip64 where needed.
+
+    Adding a record only plans it; `finish` gives the steps and the size.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._steps: list[Step] = []
+        self._checksums: list[Checksum] = []
+        self._central: list[tuple[bytes, int | None, int, int]] = []  # name, crc, size, header offset
+        self._data_at: list[int] = []
+        self._pos = 0
+
+    def add_literal(self, name: str, data: bytes) -> None:
+        """Plan a record of bytes that are at hand."""
+        target = self._header(name, len(data), zlib.crc32(data))
+        self._steps.append(Literal(target, data))
+
+    def add_copy(self, name: str, source: ByteRange, crc32: int | None) -> int:
+        """Plan a record that is copied, and return where its data will lie.
+
+        Args:
+            name: below the root.
+            source: the bytes.
+            crc32: of exactly these bytes where it is known; ``None``: computed from the output.
+        """
+        target = self._header(name, source.nbytes, crc32)
+        if source.nbytes:
+            self._steps.append(Copy(target, source))
+        return target
+
+    def _header(self, name: str, nbytes: int, crc: int | None) -> int:
+        """Plan a local header at the current position; returns where the data begins."""
+        raw = f"{self._root}/{name}".encode()
+        at = self._pos
+        wide = nbytes >= _MAX32
+        extra = pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
+        data_at = at + _LOCAL.size + len(raw) + len(extra) + 4  # 4: tag and length of the padding
+        padding = -data_at % ALIGNMENT
+        extra += b"FB" + pack("<H", padding) + b"Z" * padding
+        size = _MAX32 if wide else nbytes
+        header = _LOCAL.pack(
+            LOCAL_SIGNATURE,
+            45 if wide else 20,
+            _UTF8,
+            _STORED,
+            0,
+            _DOS_DATE,
+            crc or 0,
+            size,
+            size,
+            len(raw),
+            len(extra),
+        )
+        self._steps.append(Literal(at, header + raw + extra))
+        data_at += padding
+        if crc is None and nbytes:
+            self._checksums.append(Checksum(at + 14, data_at, nbytes))
+        self._central.append((raw, crc if nbytes else 0, nbytes, at))
+        self._data_at.append(data_at)
+        self._pos = data_at + nbytes
+        return data_at
+
+    def finish(self) -> tuple[tuple[Step, ...], int]:
+        """The steps, checksums last, and the size in bytes of the archive."""
+        start = self._pos
+        directory = bytearray()
+        for (raw, crc, nbytes, at), data_at in zip(self._central, self._data_at, strict=True):
+            wide = [value for value in (nbytes, nbytes, at) if value >= _MAX32]
+            extra = pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+            if crc is None:
+                self._checksums.append(Checksum(start + len(directory) + 16, data_at, nbytes))
+            size, offset = min(nbytes, _MAX32), min(at, _MAX32)
+            version = 45 if wide else 20
+            directory += _CENTRAL.pack(
+                b"PK\x01\x02", version, version, _UTF8, _STORED, 0, _DOS_DATE, crc or 0,
+                size, size, len(raw), len(extra), 0, 0, 0, 0, offset,
+            )  # fmt: skip
+            directory += raw + extra
+        nbytes, count, end_at = len(directory), len(self._central), start + len(directory)
+        if count >= _MAX16 or nbytes >= _MAX32 or start >= _MAX32:
+            directory += _END64.pack(b"PK\x06\x06", _END64.size - 12, 45, 45, 0, 0, count, count, nbytes, start)
+            directory += _LOCATOR.pack(b"PK\x06\x07", 0, end_at, 1)
+        directory += _END.pack(
+            b"PK\x05\x06", 0, 0, min(count, _MAX16), min(count, _MAX16), min(nbytes, _MAX32), min(start, _MAX32), 0
+        )
+        self._steps.append(Literal(start, bytes(directory)))
+        return (*self._steps, *self._checksums), start + len(directory)

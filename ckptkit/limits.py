@@ -1,0 +1,47 @@
+"""Upper bounds on what a file may ask of the machine, each with its reason.
+
+Every size read from a file is held against one of these before it is used to allocate, loop or
+seek.  The bounds are far above what honest checkpoints need and far below what hurts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["DEFAULT_LIMITS", "Limits"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds for one read of one file."""
+
+    pickle_nbytes: int = 256 << 20
+    """Bytes of one pickle.  100,000 tensors take about 15 MiB; arrays pickled inline take more."""
+
+    opcodes: int = 20_000_000
+    """Pickle instructions in one file.  A tensor takes about 35; this is some 500,000 tensors."""
+
+    int_nbytes: int = 1024
+    """Bytes of one integer.  Real ones are at most 16; Python cannot print those over 4,300 digits
+    and parses long ones in quadratic time."""
+
+    name_nbytes: int = 4096
+    """Bytes of a module or attribute name in a pickle, and of a record name in an archive."""
+
+    entries: int = 1_000_000
+    """Tensors in one file, and records in one archive.  The largest models known have about 100,000."""
+
+    directory_nbytes: int = 256 << 20
+    """Bytes of a zip central directory: `entries` records of a generous 256 bytes."""
+
+    record_nbytes: int = 1 << 20
+    """Bytes of a small record (``version``, ``byteorder``): they hold a few characters."""
+
+    header_nbytes: int = 100_000_000
+    """Bytes of a safetensors header: the safetensors library's own MAX_HEADER_SIZE."""
+
+    dimensions: int = 64
+    """Dimensions of a tensor: torch's own kernels stop at 64."""
+
+
+DEFAULT_LIMITS = Limits()

@@ -1,0 +1,8 @@
+"""Pickles as data: bytes to an inert tree and back, with no name ever resolved.
+
+- `inert`: the node types, and walking and mapping trees of them
+- `reader`: bytes -> inert tree
+- `writer`: inert tree -> bytes
+- `tensors`: torch's pickle vocabulary (storages, ``_rebuild_*``) <-> Storage and TensorEntry
+- `trust`: what a name in a pickle means for whoever would execute it
+"""

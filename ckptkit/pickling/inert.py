@@ -1,0 +1,366 @@
+"""The nodes of an inert tree, and ways to go through one.
+
+An inert tree is what a pickle *says*, built from these alone:
+
+- ``None``, ``bool``, ``int``, ``float``, ``str``, ``bytes``, ``bytearray``, ``list``, ``tuple``
+- `InertDict` and `InertSet`: never hashed by their members, which come from a stranger
+- `Global`: a name, `Object`: something made by calling one, `PersistentId`
+- `TensorEntry` and `Storage`, where torch's own vocabulary was understood
+
+Trees share nodes, contain cycles and may be nested 100,000 deep.  Everything here is iterative
+and goes to each node once; ``repr`` never goes into children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final, Literal
+
+from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.errors import LimitError
+
+__all__ = [
+    "ABSENT",
+    "Global",
+    "InertDict",
+    "InertSet",
+    "Object",
+    "PersistentId",
+    "TreeMap",
+    "attributes",
+    "children",
+    "is_global",
+    "mapping_items",
+    "walk",
+]
+
+
+class _Absent:
+    """Type of `ABSENT`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<absent>"
+
+
+ABSENT: Final = _Absent()
+"""Stands for "the pickle does not set this", which is not ``None``."""
+
+
+class Global:
+    """A name in a pickle: ``module.name``.  It is never imported.
+
+    Attributes:
+        module, name: as the file spells them (``name`` may be dotted since protocol 4).
+        calls: how often the pickle makes an object by calling it.
+    """
+
+    __slots__ = ("calls", "module", "name")
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module = module
+        self.name = name
+        self.calls = 0
+
+    @property
+    def qualified(self) -> str:
+        """``"module.name"``."""
+        return f"{self.module}.{self.name}"
+
+    def __repr__(self) -> str:
+        return f"<global {self.qualified}>"
+
+
+class Object:
+    """Something a pickle makes by calling, and then fills.
+
+    Attributes:
+        how: the opcode family: ``"reduce"`` calls ``cls(*args)``, ``"newobj"`` calls
+            ``cls.__new__(cls, *args)``, ``"newobj_ex"`` likewise with ``kwargs``, ``"obj"`` is
+            an instance of a Python 2 class.
+        cls: what is called, a `Global` in honest files.
+        args: a tuple; ``kwargs``: an `InertDict` or ``None``.
+        items: what APPENDS added; ``pairs``: what SETITEMS set; ``state``: what BUILD applied, or
+            `ABSENT`.  They are written back in this order, the one every pickler uses.
+    """
+
+    __slots__ = ("args", "cls", "how", "items", "kwargs", "pairs", "state")
+
+    def __init__(
+        self,
+        how: Literal["reduce", "newobj", "newobj_ex", "obj"],
+        cls: object,
+        args: tuple[object, ...],
+        kwargs: object = None,
+    ) -> None:
+        self.how = how
+        self.cls = cls
+        self.args = args
+        self.kwargs = kwargs
+        self.items: list[object] = []
+        self.pairs: list[tuple[object, object]] = []
+        self.state: object = ABSENT
+
+    @property
+    def class_name(self) -> str:
+        """``"module.name"`` of what is called; ``"?"`` when it is itself computed."""
+        return self.cls.qualified if isinstance(self.cls, Global) else "?"
+
+    def __repr__(self) -> str:
+        return f"<{self.class_name} object>"
+
+
+class PersistentId:
+    """A reference to something outside the pickle; torch uses it for storages."""
+
+    __slots__ = ("pid",)
+
+    def __init__(self, pid: object) -> None:
+        self.pid = pid
+
+    def __repr__(self) -> str:
+        return "<persistent id>"
+
+
+class InertDict:
+    """A dict as the pickle builds it: pairs in order, nothing hashed but strings.
+
+    Reads like a mapping for string keys; of two pairs with one key the later counts, as in Python.
+    """
+
+    __slots__ = ("_index", "pairs")
+
+    def __init__(self, pairs: list[tuple[object, object]] | None = None) -> None:
+        self.pairs = [] if pairs is None else pairs
+        self._index: tuple[int, dict[str, object]] = (-1, {})
+
+    def _strings(self) -> dict[str, object]:
+        if self._index[0] != len(self.pairs):
+            self._index = (len(self.pairs), {k: v for k, v in self.pairs if isinstance(k, str)})
+        return self._index[1]
+
+    def get(self, key: str, default: object = None) -> object:
+        """The value under a string key."""
+        return self._strings().get(key, default)
+
+    def __getitem__(self, key: str) -> object:
+        return self._strings()[key]
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key in self._strings()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[object]:
+        return (key for key, _ in self.pairs)
+
+    def items(self) -> list[tuple[object, object]]:
+        """All pairs in order, whatever their keys are."""
+        return self.pairs
+
+    def __repr__(self) -> str:
+        return f"<dict of {len(self.pairs)}>"
+
+
+class InertSet:
+    """A set (or frozenset) as the pickle builds it: members in order, none hashed."""
+
+    __slots__ = ("frozen", "members")
+
+    def __init__(self, members: list[object] | None = None, *, frozen: bool = False) -> None:
+        self.members = [] if members is None else members
+        self.frozen = frozen
+
+    def __repr__(self) -> str:
+        return f"<{'frozenset' if self.frozen else 'set'} of {len(self.members)}>"
+
+
+_MAPPING_CLASSES = frozenset({"OrderedDict", "defaultdict", "dict", "Counter"})
+
+
+def is_global(node: object, module: str, name: str) -> bool:
+    """Whether the node is the name ``module.name``."""
+    return isinstance(node, Global) and node.name == name and node.module == module
+
+
+def mapping_items(node: object) -> list[tuple[object, object]] | None:
+    """The pairs of a node that is a dict or a standard mapping class; ``None`` for anything else.
+
+    Python 2 picklers gave an OrderedDict its pairs as an argument: ``OrderedDict([[k, v], ...])``.
+    """
+    if isinstance(node, InertDict):
+        return node.pairs
+    if not isinstance(node, Object) or not isinstance(node.cls, Global):
+        return None
+    if node.cls.module not in ("collections", "builtins", "__builtin__") or node.cls.name not in _MAPPING_CLASSES:
+        return None
+    pairs: list[tuple[object, object]] = []
+    initial = node.args[-1] if node.args else None
+    if isinstance(initial, list):
+        for pair in initial:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                return None
+            pairs.append((pair[0], pair[1]))
+    elif isinstance(initial, InertDict):
+        pairs.extend(initial.pairs)
+    pairs.extend(node.pairs)
+    return pairs
+
+
+def attributes(node: object) -> InertDict | None:
+    """The instance attributes BUILD gives an object: its ``__dict__``, or ``None`` where it has none.
+
+    A two-tuple state is ``(__dict__, slots)``, as ``copyreg`` makes it.
+    """
+    if not isinstance(node, Object):
+        return None
+    state = node.state
+    if isinstance(state, tuple) and len(state) == 2:
+        state = state[0]
+    return state if isinstance(state, InertDict) else None
+
+
+def children(node: object) -> list[object]:
+    """The nodes directly below a node, in the order a pickle writes them."""
+    if isinstance(node, (list, tuple)):
+        return list(node)
+    if isinstance(node, InertDict):
+        return [part for pair in node.pairs for part in pair]
+    if isinstance(node, Object):
+        below = [node.cls, *node.args, *node.items, *(part for pair in node.pairs for part in pair)]
+        if node.kwargs is not None:
+            below.append(node.kwargs)
+        if node.state is not ABSENT:
+            below.append(node.state)
+        return below
+    if isinstance(node, InertSet):
+        return list(node.members)
+    if isinstance(node, PersistentId):
+        return [node.pid]
+    if isinstance(node, TensorEntry):
+        return [part for part in (node.subclass, node.attributes) if part is not None]
+    return []
+
+
+_MAX_ATTRIBUTE_DEPTH = 32
+"""A tensor kept as an attribute of a tensor is rare; thirty levels of it are an attack."""
+
+_SCALARS = (str, int, float, bytes, type(None))
+
+
+def walk(root: object) -> Iterator[object]:
+    """Every node below and including ``root``, parents first, each object once; scalars are left out."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, _SCALARS) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        stack.extend(reversed(children(node)))
+
+
+class TreeMap:
+    """Copies inert trees with their leaves replaced; sharing and cycles survive.
+
+    One instance may be called on several trees: what they share stays shared.
+
+    Args:
+        leaf: from a `TensorEntry` or bare `Storage` to what takes its place; called once for each.
+        replaced: nodes that are exchanged whole, each with what takes its place.
+    """
+
+    def __init__(self, leaf: Callable[[object], object], replaced: Sequence[tuple[object, object]] = ()) -> None:
+        self._leaf = leaf
+        self._memo: dict[int, object] = {}
+        self._sources: list[object] = []  # keeps every id in the memo alive
+        self._unfilled: list[tuple[object, object]] = []
+        self._depth = 0
+        for node, new in replaced:
+            self._remember(node, new)
+
+    def __call__(self, root: object) -> object:
+        result = self._shell(root)
+        while self._unfilled:
+            self._fill(*self._unfilled.pop())
+        return result
+
+    def _shell(self, node: object) -> object:
+        """The node's copy: complete for leaves and tuples, still to be filled for what can change."""
+        if isinstance(node, _SCALARS):
+            return node
+        if id(node) in self._memo:
+            return self._memo[id(node)]
+        if isinstance(node, tuple):
+            return self._tuple(node)
+        new: object
+        if isinstance(node, (TensorEntry, Storage)):
+            return self._remember(node, self._with_attributes(self._leaf(node)))
+        if isinstance(node, list):
+            new = []
+        elif isinstance(node, InertDict):
+            new = InertDict()
+        elif isinstance(node, InertSet):
+            new = InertSet(frozen=node.frozen)
+        elif isinstance(node, Object):
+            new = Object(node.how, node.cls, ())
+        elif isinstance(node, PersistentId):
+            new = PersistentId(None)
+        else:
+            return node
+        self._unfilled.append((node, new))
+        return self._remember(node, new)
+
+    def _with_attributes(self, leaf: object) -> object:
+        """The leaf with the tree of its Python attributes copied too (tensors may hang there)."""
+        if not isinstance(leaf, TensorEntry) or leaf.attributes is None:
+            return leaf
+        self._depth += 1
+        if self._depth > _MAX_ATTRIBUTE_DEPTH:
+            raise LimitError("tensors nested in attributes of tensors", limit=_MAX_ATTRIBUTE_DEPTH, actual=self._depth)
+        copied = replace(leaf, attributes=self(leaf.attributes))
+        self._depth -= 1
+        return copied
+
+    def _remember(self, node: object, new: object) -> object:
+        self._memo[id(node)] = new
+        self._sources.append(node)
+        return new
+
+    def _tuple(self, root: tuple[object, ...]) -> object:
+        stack: list[tuple[tuple[object, ...], list[object], Iterator[object]]] = [(root, [], iter(root))]
+        while True:
+            node, done, rest = stack[-1]
+            for child in rest:
+                if isinstance(child, tuple) and id(child) not in self._memo:
+                    stack.append((child, [], iter(child)))
+                    break
+                done.append(self._shell(child))
+            else:
+                stack.pop()
+                new = self._remember(node, tuple(done))
+                if not stack:
+                    return new
+                stack[-1][1].append(new)
+
+    def _fill(self, node: object, new: object) -> None:
+        shell = self._shell
+        if isinstance(node, list) and isinstance(new, list):
+            new.extend(shell(item) for item in node)
+        elif isinstance(node, InertDict) and isinstance(new, InertDict):
+            new.pairs.extend((shell(key), shell(value)) for key, value in node.pairs)
+        elif isinstance(node, InertSet) and isinstance(new, InertSet):
+            new.members.extend(shell(member) for member in node.members)
+        elif isinstance(node, PersistentId) and isinstance(new, PersistentId):
+            new.pid = shell(node.pid)
+        elif isinstance(node, Object) and isinstance(new, Object):
+            new.cls = shell(node.cls)
+            new.args = tuple(shell(arg) for arg in node.args)
+            new.kwargs = shell(node.kwargs)
+            new.items.extend(shell(item) for item in node.items)
+            new.pairs.extend((shell(key), shell(value)) for key, value in node.pairs)
+            new.state = node.state if node.state is ABSENT else shell(node.state)

@@ -1,0 +1,543 @@
+"""Bytes -> inert tree: an interpreter of pickle protocols 0 to 5 that resolves nothing.
+
+The language is specified by CPython's ``Lib/pickletools.py`` and PEPs 307, 3154 and 574.  This
+interpreter keeps its stack, marks and memo, and differs in one thing: where Python would import a
+name, call it, or set a state, it makes a node that says so.
+
+Fails closed.  Opcodes and shapes no pickler produces are refused, because other readers disagree
+about them: DUP, the EXT registry, out-of-band buffers, frames that overlap or are straddled,
+names computed at run time, non-decimal digits in text numbers, an object given state twice.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import struct
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from struct import Struct
+from typing import NoReturn
+
+from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+
+__all__ = ["Constructor", "PickleResult", "read_pickle"]
+
+Constructor = Callable[[tuple[object, ...]], object]
+"""Understands one call: from its arguments to a leaf, or ``NotImplemented`` to keep an `Object`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PickleResult:
+    """What one pickle says.
+
+    Attributes:
+        root: the inert tree.
+        end: position after STOP, in bytes.
+        protocol: as declared by PROTO, 0 where there is none.
+        globals: every name in it, in order of appearance.
+    """
+
+    root: object
+    end: int
+    protocol: int
+    globals: tuple[Global, ...]
+
+
+def read_pickle(
+    data: bytes,
+    *,
+    start: int = 0,
+    persistent_load: Callable[[object], object] = PersistentId,
+    constructors: Mapping[tuple[str, str], Constructor] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> PickleResult:
+    """Read one pickle that begins at ``start``.
+
+    Args:
+        data: the bytes; what follows the pickle is left alone.
+        start: position of its first byte.
+        persistent_load: from a persistent id to the node that stands for it.
+        constructors: calls that are understood, by ``(module, name)`` of the callee.
+        limits: bounds for this pickle.
+
+    Raises:
+        CorruptError: the bytes end early or are no pickle.
+        UnsupportedError: an opcode that no pickler produces.
+        LimitError: a limit was passed.
+    """
+    if len(data) - start > limits.pickle_nbytes:
+        raise LimitError("bytes of a pickle", limit=limits.pickle_nbytes, actual=len(data) - start)
+    reader = _Reader(data, start, persistent_load, constructors or {}, limits)
+    try:
+        root = reader.run()
+    except FormatError as error:
+        error.offset = reader.op_at if error.offset is None else error.offset
+        raise
+    except (IndexError, struct.error) as error:
+        # An index error on the last byte is its missing argument; before it, an empty stack.
+        early = isinstance(error, struct.error) or reader.op_at >= len(data) - 1
+        message = "the pickle ends early" if early else "an opcode finds too little on the stack"
+        raise CorruptError(f"{message}: damaged, truncated, or no pickle", offset=reader.op_at) from None
+    return PickleResult(root=root, end=reader.pos, protocol=reader.protocol, globals=tuple(reader.globals.values()))
+
+
+_U16 = Struct("<H").unpack_from
+_I32 = Struct("<i").unpack_from
+_U32 = Struct("<I").unpack_from
+_U64 = Struct("<Q").unpack_from
+_F64 = Struct(">d").unpack_from
+
+_DECIMAL = re.compile(rb"-?[0-9]{1,4000}L?\Z")
+_FLOAT = re.compile(rb"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z|[-+]?(?:inf|nan)\Z")
+
+
+def _long(data: bytes) -> int:
+    return int.from_bytes(data, "little", signed=True)
+
+
+class _Reader:
+    """One run over one pickle.  `run` holds the opcodes that make up 99 % of a checkpoint."""
+
+    def __init__(
+        self,
+        data: bytes,
+        start: int,
+        persistent_load: Callable[[object], object],
+        constructors: Mapping[tuple[str, str], Constructor],
+        limits: Limits,
+    ) -> None:
+        self.data = data
+        self.pos = start
+        self.op_at = start
+        self.persistent_load = persistent_load
+        self.constructors = constructors
+        self.limits = limits
+        self.protocol = 0
+        self.frame_end = 0
+        self.stack: list[object] = []
+        self.marks: list[list[object]] = []
+        self.memo: dict[int, object] = {}
+        self.globals: dict[tuple[str, str], Global] = {}
+
+    def run(self) -> object:
+        """The value on the stack at STOP."""
+        data, memo, marks = self.data, self.memo, self.marks
+        stack, pos = self.stack, self.pos
+        rare = _RARE
+        for _ in range(self.limits.opcodes):
+            self.op_at = self.pos = pos
+            op = data[pos]
+            pos += 1
+            # In order of frequency in a state_dict's pickle.
+            if op == 0x68:  # BINGET
+                stack.append(self.recall(data[pos]))
+                pos += 1
+            elif op == 0x71:  # BINPUT
+                memo[data[pos]] = stack[-1]
+                pos += 1
+            elif op == 0x72:  # LONG_BINPUT
+                memo[_U32(data, pos)[0]] = stack[-1]
+                pos += 4
+            elif op == 0x4B:  # BININT1
+                stack.append(data[pos])
+                pos += 1
+            elif op == 0x28:  # MARK
+                marks.append(stack)
+                stack = self.stack = []
+            elif op == 0x74:  # TUPLE
+                items = tuple(stack)
+                stack = self.stack = marks.pop()
+                stack.append(items)
+            elif op == 0x58:  # BINUNICODE
+                nbytes = _U32(data, pos)[0]
+                stack.append(self.text(pos + 4, nbytes))
+                pos += 4 + nbytes
+            elif op == 0x52:  # REDUCE
+                args = stack.pop()
+                stack[-1] = self.call("reduce", stack[-1], args)
+            elif op == 0x29:  # EMPTY_TUPLE
+                stack.append(())
+            elif op == 0x51:  # BINPERSID
+                stack[-1] = self.persistent_load(stack[-1])
+            elif op == 0x89:  # NEWFALSE
+                stack.append(False)
+            elif op == 0x88:  # NEWTRUE
+                stack.append(True)
+            elif op == 0x85:  # TUPLE1
+                stack[-1] = (stack[-1],)
+            elif op == 0x86:  # TUPLE2
+                last = stack.pop()
+                stack[-1] = (stack[-1], last)
+            elif op == 0x87:  # TUPLE3
+                last = stack.pop()
+                middle = stack.pop()
+                stack[-1] = (stack[-1], middle, last)
+            elif op == 0x4D:  # BININT2
+                stack.append(_U16(data, pos)[0])
+                pos += 2
+            elif op == 0x4A:  # BININT
+                stack.append(_I32(data, pos)[0])
+                pos += 4
+            elif op == 0x6A:  # LONG_BINGET
+                stack.append(self.recall(_U32(data, pos)[0]))
+                pos += 4
+            elif op == 0x94:  # MEMOIZE
+                memo[len(memo)] = stack[-1]
+            elif op == 0x8C:  # SHORT_BINUNICODE
+                nbytes = data[pos]
+                stack.append(self.text(pos + 1, nbytes))
+                pos += 1 + nbytes
+            elif op == 0x4E:  # NONE
+                stack.append(None)
+            elif op == 0x7D:  # EMPTY_DICT
+                stack.append(InertDict())
+            elif op == 0x5D:  # EMPTY_LIST
+                stack.append([])
+            elif op == 0x47:  # BINFLOAT
+                stack.append(_F64(data, pos)[0])
+                pos += 8
+            elif op == 0x2E:  # STOP
+                self.pos = pos
+                return self.finish()
+            else:
+                handler = rare.get(op)
+                if handler is None:
+                    self.unknown(op)
+                self.pos = pos
+                handler(self)
+                pos, stack = self.pos, self.stack
+            if self.frame_end and pos >= self.frame_end:
+                if pos > self.frame_end:
+                    raise CorruptError("an opcode straddles the end of its frame")
+                self.frame_end = 0
+        raise LimitError("pickle opcodes", limit=self.limits.opcodes, actual=self.limits.opcodes + 1)
+
+    # What the opcodes share.
+
+    def finish(self) -> object:
+        if self.marks or len(self.stack) != 1:
+            raise CorruptError("STOP with something else than one value on the stack")
+        return self.stack.pop()
+
+    def recall(self, index: int) -> object:
+        try:
+            return self.memo[index]
+        except KeyError:
+            raise CorruptError(f"memo entry {index:,} is read before it is written") from None
+
+    def take(self, nbytes: int) -> bytes:
+        """The next bytes, which must be there: a declared length never allocates on its own."""
+        if nbytes < 0 or self.pos + nbytes > len(self.data):
+            raise CorruptError(
+                f"{nbytes:,} bytes are declared, {len(self.data) - self.pos:,} are left: damaged or truncated"
+            )
+        self.pos += nbytes
+        return self.data[self.pos - nbytes : self.pos]
+
+    def line(self, limit: int) -> bytes:
+        """A text argument, up to and without its newline."""
+        end = self.data.find(b"\n", self.pos, self.pos + limit + 1)
+        if end < 0:
+            raise CorruptError(f"a text argument has no end within {limit:,} bytes")
+        text = self.data[self.pos : end]
+        self.pos = end + 1
+        return text
+
+    def text(self, start: int, nbytes: int) -> str:
+        end = start + nbytes
+        if end > len(self.data):
+            raise CorruptError(
+                f"a string of {nbytes:,} bytes is declared, {len(self.data) - start:,} are left: damaged or truncated"
+            )
+        try:
+            return str(self.data[start:end], "utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise CorruptError(f"a string is not UTF-8: {error.reason}") from None
+
+    def text8(self, nbytes: int) -> str:
+        text = self.text(self.pos, nbytes)
+        self.pos += nbytes
+        return text
+
+    def pop_mark(self) -> list[object]:
+        """What was pushed since the last MARK."""
+        items = self.stack
+        if not self.marks:
+            raise CorruptError("an opcode needs a MARK and there is none")
+        self.stack = self.marks.pop()
+        return items
+
+    def call(self, how: str, cls: object, args: object, kwargs: object = None) -> object:
+        """The node for a call that is not made, or the leaf a constructor understood."""
+        if not isinstance(args, tuple):
+            raise UnsupportedError(f"a call whose arguments are {type(args).__name__}, not a tuple")
+        if isinstance(cls, Global):
+            cls.calls += 1
+            constructor = self.constructors.get((cls.module, cls.name))
+            if constructor is not None and how == "reduce":
+                built = constructor(args)
+                if built is not NotImplemented:
+                    return built
+        return Object(how, cls, args, kwargs)  # type: ignore[arg-type]
+
+    def name(self, module: str, name: str) -> Global:
+        """The node for a name; one node for one name."""
+        longest = max(len(module), len(name))
+        if longest > self.limits.name_nbytes:
+            raise LimitError("length of a name", limit=self.limits.name_nbytes, actual=longest)
+        return self.globals.setdefault((module, name), Global(module, name))
+
+    def unknown(self, op: int) -> NoReturn:
+        refused = _REFUSED.get(op)
+        if refused is not None:
+            raise UnsupportedError(f"opcode {refused}, which no checkpoint's pickler produces")
+        raise CorruptError(f"unknown opcode 0x{op:02x}: damaged, or no pickle")
+
+    # The rarer opcodes.
+
+    def proto(self) -> None:
+        version = self.take(1)[0]
+        if version > 5:
+            raise UnsupportedError(f"pickle protocol {version}; 0 to 5 are known")
+        self.protocol = version
+
+    def frame(self) -> None:
+        nbytes = _U64(self.take(8))[0]
+        if self.frame_end:
+            raise CorruptError("a frame inside a frame")
+        if nbytes > len(self.data) - self.pos:
+            raise CorruptError(f"a frame of {nbytes:,} bytes, {len(self.data) - self.pos:,} are left: truncated")
+        self.frame_end = self.pos + nbytes if nbytes else 0
+
+    def pop(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.pop_mark()
+
+    def append(self) -> None:
+        item = self.stack.pop()
+        self.extend([item])
+
+    def appends(self) -> None:
+        self.extend(self.pop_mark())
+
+    def extend(self, items: list[object]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(items)
+        elif isinstance(target, Object) and target.state is ABSENT and not target.pairs:
+            target.items.extend(items)
+        else:
+            raise UnsupportedError(f"items appended to {target!r:.80}")
+
+    def setitem(self) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.set_pairs([key, value])
+
+    def setitems(self) -> None:
+        self.set_pairs(self.pop_mark())
+
+    def set_pairs(self, flat: list[object]) -> None:
+        if len(flat) % 2:
+            raise CorruptError("a dict's last key has no value")
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        target = self.stack[-1]
+        if isinstance(target, InertDict) or (isinstance(target, Object) and target.state is ABSENT):
+            target.pairs.extend(pairs)
+        else:
+            raise UnsupportedError(f"keys set on {target!r:.80}")
+
+    def additems(self) -> None:
+        members = self.pop_mark()
+        target = self.stack[-1]
+        if not isinstance(target, InertSet) or target.frozen:
+            raise UnsupportedError(f"members added to {target!r:.80}")
+        target.members.extend(members)
+
+    def build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if not isinstance(target, Object):
+            raise UnsupportedError(f"state applied to {target!r:.80}")
+        if target.state is not ABSENT:
+            raise UnsupportedError(f"state applied twice to {target!r:.80}")
+        target.state = state
+
+    def global_text(self) -> None:
+        limit = self.limits.name_nbytes
+        module, name = self.line(limit), self.line(limit)
+        try:
+            self.stack.append(self.name(str(module, "utf-8"), str(name, "utf-8")))
+        except UnicodeDecodeError:
+            raise CorruptError("a name that is not UTF-8") from None
+
+    def stack_global(self) -> None:
+        name = self.stack.pop()
+        module = self.stack.pop()
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise UnsupportedError("a name computed at run time")
+        self.stack.append(self.name(module, name))
+
+    def newobj(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self.call("newobj", self.stack[-1], args)
+
+    def newobj_ex(self) -> None:
+        kwargs = self.stack.pop()
+        args = self.stack.pop()
+        if not isinstance(kwargs, InertDict):
+            raise UnsupportedError("keyword arguments that are no dict")
+        self.stack[-1] = self.call("newobj_ex", self.stack[-1], args, kwargs)
+
+    def inst(self) -> None:
+        self.global_text()
+        cls = self.stack.pop()
+        args = tuple(self.pop_mark())
+        self.stack.append(self.call("obj", cls, args))
+
+    def obj(self) -> None:
+        items = self.pop_mark()
+        self.stack.append(self.call("obj", items[0], tuple(items[1:])))
+
+    def pop_to_mark(self) -> None:
+        self.pop_mark()
+
+    def list_(self) -> None:
+        items = self.pop_mark()
+        self.stack.append(items)
+
+    def frozenset_(self) -> None:
+        members = self.pop_mark()
+        self.stack.append(InertSet(members, frozen=True))
+
+    def dict_(self) -> None:
+        flat = self.pop_mark()
+        self.stack.append(InertDict())
+        self.set_pairs(flat)
+
+    def int_text(self) -> None:
+        text = self.line(4001)
+        if text in (b"00", b"01"):  # protocol 0 and 1 write booleans so
+            self.stack.append(text == b"01")
+        else:
+            self.stack.append(self.decimal(text, long=False))
+
+    def decimal(self, text: bytes, *, long: bool) -> int:
+        if not _DECIMAL.match(text) or (text.endswith(b"L") and not long):
+            raise UnsupportedError(f"a number that no pickler writes: {text[:40]!r}")
+        return self.bounded(int(text.rstrip(b"L")))
+
+    def bounded(self, value: int) -> int:
+        nbytes = value.bit_length() // 8 + 1
+        if nbytes > self.limits.int_nbytes:
+            raise LimitError("bytes of an integer", limit=self.limits.int_nbytes, actual=nbytes)
+        return value
+
+    def float_text(self) -> None:
+        text = self.line(4001)
+        if not _FLOAT.match(text):
+            raise UnsupportedError(f"a number that no pickler writes: {text[:40]!r}")
+        self.stack.append(float(text))
+
+    def long_binary(self, nbytes: int) -> None:
+        if nbytes > self.limits.int_nbytes:
+            raise LimitError("bytes of an integer", limit=self.limits.int_nbytes, actual=nbytes)
+        self.stack.append(_long(self.take(nbytes)))
+
+    def string_text(self) -> None:
+        """STRING: a quoted, backslash-escaped byte string of protocol 0."""
+        text = self.line(len(self.data))
+        if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in b"'\"":
+            raise CorruptError("a STRING without matching quotes")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # an escape Python does not know
+                raw, _ = codecs.escape_decode(text[1:-1])
+        except (ValueError, Warning):
+            raise UnsupportedError("a STRING with escapes that no pickler writes") from None
+        self.stack.append(_python2_str(raw))
+
+    def unicode_text(self) -> None:
+        try:
+            self.stack.append(str(self.line(len(self.data)), "raw-unicode-escape"))
+        except UnicodeDecodeError as error:
+            raise CorruptError(f"a UNICODE string that cannot be decoded: {error.reason}") from None
+
+    def memo_text(self) -> int:
+        return self.decimal(self.line(20), long=False)
+
+    def put_text(self) -> None:
+        self.memo[self.memo_text()] = self.stack[-1]
+
+    def get_text(self) -> None:
+        self.stack.append(self.recall(self.memo_text()))
+
+    def persistent_text(self) -> None:
+        try:
+            self.stack.append(self.persistent_load(str(self.line(self.limits.name_nbytes), "ascii")))
+        except UnicodeDecodeError:
+            raise CorruptError("a persistent id that is not ASCII") from None
+
+
+def _python2_str(raw: bytes) -> str | bytes:
+    """A Python 2 ``str``: text where it is UTF-8, as ``torch.load`` reads it, bytes otherwise."""
+    try:
+        return str(raw, "utf-8")
+    except UnicodeDecodeError:
+        return raw
+
+
+_RARE: dict[int, Callable[[_Reader], None]] = {
+    0x80: _Reader.proto,
+    0x95: _Reader.frame,
+    0x61: _Reader.append,
+    0x65: _Reader.appends,
+    0x73: _Reader.setitem,
+    0x75: _Reader.setitems,
+    0x90: _Reader.additems,
+    0x62: _Reader.build,
+    0x63: _Reader.global_text,
+    0x93: _Reader.stack_global,
+    0x81: _Reader.newobj,
+    0x92: _Reader.newobj_ex,
+    0x69: _Reader.inst,
+    0x6F: _Reader.obj,
+    0x64: _Reader.dict_,
+    0x30: _Reader.pop,
+    0x31: _Reader.pop_to_mark,
+    0x6C: _Reader.list_,
+    0x8F: lambda r: r.stack.append(InertSet()),
+    0x91: _Reader.frozenset_,
+    0x49: _Reader.int_text,
+    0x4C: lambda r: r.stack.append(r.decimal(r.line(4001), long=True)),
+    0x46: _Reader.float_text,
+    0x8A: lambda r: r.long_binary(r.take(1)[0]),
+    0x8B: lambda r: r.long_binary(_I32(r.take(4))[0]),
+    0x53: _Reader.string_text,
+    0x54: lambda r: r.stack.append(_python2_str(r.take(_I32(r.take(4))[0]))),
+    0x55: lambda r: r.stack.append(_python2_str(r.take(r.take(1)[0]))),
+    0x42: lambda r: r.stack.append(r.take(_U32(r.take(4))[0])),
+    0x43: lambda r: r.stack.append(r.take(r.take(1)[0])),
+    0x8E: lambda r: r.stack.append(r.take(_U64(r.take(8))[0])),
+    0x96: lambda r: r.stack.append(bytearray(r.take(_U64(r.take(8))[0]))),
+    0x56: _Reader.unicode_text,
+    0x8D: lambda r: r.stack.append(r.text8(_U64(r.take(8))[0])),
+    0x70: _Reader.put_text,
+    0x67: _Reader.get_text,
+    0x50: _Reader.persistent_text,
+}
+
+_REFUSED = {
+    0x32: "DUP",
+    0x82: "EXT1",
+    0x83: "EXT2",
+    0x84: "EXT4",
+    0x97: "NEXT_BUFFER",
+    0x98: "READONLY_BUFFER",
+}

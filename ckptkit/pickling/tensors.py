@@ -1,0 +1,282 @@
+"""torch's pickle vocabulary, in both directions: storages and ``_rebuild_*`` calls.
+
+A tensor is pickled as a call of a function in ``torch._utils`` whose first argument is a
+persistent id ``('storage', class, key, location, numel[, view_metadata])`` (``torch/_utils.py``,
+``torch/_tensor.py`` ``_reduce_ex_internal``, ``torch/serialization.py`` ``persistent_id``):
+
+- ``_rebuild_tensor(storage, offset, size, stride)``: before 0.4
+- ``_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata])``: dtype is
+  the storage class's, ``metadata`` holds the ``conj`` and ``neg`` bits
+- ``_rebuild_tensor_v3(storage, ..., hooks, dtype[, metadata])``: untyped storage, whose ``numel``
+  counts bytes (float8, uint16/32/64, complex32, bits)
+- ``_rebuild_parameter(data, requires_grad, hooks)``, and ``_rebuild_parameter_with_state``
+- ``_rebuild_from_type_v2(function, type, args, state)``: a subclass, or Python attributes
+
+Arguments that do not fit (quantized, sparse, nested, hooks that are not empty) are left as the
+inert `Object` they are, with their tensors as leaves.  Geometry that does not fit its storage is
+an error: a reader that believes it reads outside the storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeGuard
+
+from ckptkit.bytesource import ByteRange
+from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
+from ckptkit.errors import CorruptError, UnsupportedError
+from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items
+from ckptkit.pickling.reader import Constructor
+
+__all__ = ["StorageTable", "is_tensor_like", "lower_storage", "lower_tensor"]
+
+_UNTYPED = {("torch.storage", "UntypedStorage"), ("torch.storage", "_UntypedStorage"), ("torch", "UntypedStorage")}
+"""Where torch has kept the untyped storage class: 2.0 and later, 1.12, 1.13."""
+
+_PLAIN_TYPES = {("torch", "Tensor"), ("torch._tensor", "Tensor")}
+_PARAMETER = ("torch.nn.parameter", "Parameter")
+
+Locate = Callable[[str, int], tuple[ByteRange, int | None]]
+"""From a storage key and the size in bytes the pickle declares to where the bytes lie, and their
+recorded CRC-32 (``None``: not recorded)."""
+
+
+class StorageTable:
+    """The storages of one file, made as persistent ids name them.
+
+    Args:
+        locate: finds a storage's bytes in the container.
+        byteorder: of the elements, ``"little"`` or ``"big"``.
+        limits: bounds on tensor geometry.
+    """
+
+    def __init__(self, locate: Locate, *, byteorder: str = "little", limits: Limits = DEFAULT_LIMITS) -> None:
+        self._locate = locate
+        self._byteorder = byteorder
+        self._limits = limits
+        self._storages: dict[str, Storage] = {}
+
+    def persistent_load(self, pid: object) -> object:
+        """The `Storage` a persistent id names.
+
+        Raises:
+            CorruptError: one key with two types, sizes or locations, or an id that is no storage's.
+            UnsupportedError: a storage class that is not torch's.
+        """
+        if not (isinstance(pid, tuple) and len(pid) in (5, 6) and _text(pid[0]) == "storage"):
+            raise UnsupportedError("a persistent id that is no torch storage")
+        cls, key, location, numel = pid[1], _text(pid[2]), _text(pid[3]), pid[4]
+        if key is None or location is None or not _is_count(numel):
+            raise CorruptError("a storage's persistent id without key, location or size")
+        if len(pid) == 6 and pid[5] is not None:
+            raise UnsupportedError("a storage that is a view of another (view_metadata)")
+        dtype, itemsize = _storage_dtype(cls)
+        known = self._storages.get(key)
+        if known is None:
+            source, crc32 = self._locate(key, numel * itemsize)
+            known = self._storages[key] = Storage(
+                key=key,
+                dtype=dtype,
+                nbytes=numel * itemsize,
+                location=location,
+                source=source,
+                crc32=crc32,
+                byteorder="big" if self._byteorder == "big" else "little",
+            )
+        elif (known.dtype, known.nbytes, known.location) != (dtype, numel * itemsize, location):
+            raise CorruptError(
+                f"storage {key!r} is named as {known.nbytes:,} bytes of {known.dtype or 'bytes'} on {known.location!r} "
+                f"and as {numel * itemsize:,} bytes of {dtype or 'bytes'} on {location!r}"
+            )
+        return known
+
+    @property
+    def constructors(self) -> dict[tuple[str, str], Constructor]:
+        """The calls that make tensors, for `read_pickle`."""
+        return {
+            ("torch._utils", "_rebuild_tensor"): self._tensor_v1,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor_v2,
+            ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
+            ("torch._utils", "_rebuild_parameter"): self._parameter,
+            ("torch._utils", "_rebuild_parameter_with_state"): self._parameter_with_state,
+            ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
+        }
+
+    def _entry(
+        self, args: tuple[object, ...], dtype: str | None = None, requires_grad: object = False, metadata: object = None
+    ) -> object:
+        """An entry from ``(storage, offset, size, stride, ...)``."""
+        storage, offset, shape, stride = args[0], args[1], _size(args[2]), _size(args[3])
+        bits = _metadata_bits(metadata)
+        if not isinstance(storage, Storage) or not isinstance(requires_grad, bool) or bits is None:
+            return NotImplemented
+        dtype = dtype or storage.dtype
+        if dtype is None or DTYPES[dtype].kind == "quantized":
+            return NotImplemented
+        if shape is None or stride is None or not _is_int(offset):
+            raise CorruptError("a tensor whose offset, size or stride are not whole numbers")
+        if len(shape) > self._limits.dimensions:
+            raise CorruptError(f"a tensor of {len(shape)} dimensions; torch knows {self._limits.dimensions}")
+        return TensorEntry(
+            storage=storage,
+            storage_offset=offset,
+            shape=shape,
+            stride=stride,
+            dtype=dtype,
+            requires_grad=requires_grad,
+            is_conj=bits[0],
+            is_neg=bits[1],
+        ).check()
+
+    def _tensor_v1(self, args: tuple[object, ...]) -> object:
+        return self._entry(args) if len(args) == 4 else NotImplemented
+
+    def _tensor_v2(self, args: tuple[object, ...]) -> object:
+        if len(args) not in (6, 7) or not _no_hooks(args[5]):
+            return NotImplemented
+        return self._entry(args, None, args[4], args[6] if len(args) == 7 else None)
+
+    def _tensor_v3(self, args: tuple[object, ...]) -> object:
+        if len(args) not in (7, 8) or not _no_hooks(args[5]):
+            return NotImplemented
+        dtype = args[6]
+        if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in DTYPES:
+            return NotImplemented
+        return self._entry(args, dtype.name, args[4], args[7] if len(args) == 8 else None)
+
+    def _parameter(self, args: tuple[object, ...]) -> object:
+        if len(args) != 3 or not _no_hooks(args[2]):
+            return NotImplemented
+        data, requires_grad = args[0], args[1]
+        if not isinstance(data, TensorEntry) or not isinstance(requires_grad, bool):
+            return NotImplemented
+        return replace(data, is_parameter=True, requires_grad=requires_grad)
+
+    def _parameter_with_state(self, args: tuple[object, ...]) -> object:
+        parameter = self._parameter(args[:3]) if len(args) == 4 else NotImplemented
+        return replace(parameter, attributes=args[3]) if isinstance(parameter, TensorEntry) else NotImplemented
+
+    def _from_type(self, args: tuple[object, ...]) -> object:
+        if len(args) != 4 or not isinstance(args[0], Global) or not isinstance(args[1], Global):
+            return NotImplemented
+        function, cls, inner, state = args[0], args[1], args[2], args[3]
+        rebuild = self.constructors.get((function.module, function.name))
+        if rebuild is None or not isinstance(inner, tuple):
+            return NotImplemented
+        entry = rebuild(inner)
+        if not isinstance(entry, TensorEntry):
+            return NotImplemented
+        if (cls.module, cls.name) == _PARAMETER:
+            return replace(entry, is_parameter=True, attributes=state)
+        plain = (cls.module, cls.name) in _PLAIN_TYPES
+        return replace(entry, subclass=None if plain else cls, attributes=state)
+
+
+def is_tensor_like(node: object) -> bool:
+    """Whether a node is a tensor, or a tensor torch rebuilds that is no plain strided one."""
+    if isinstance(node, TensorEntry):
+        return True
+    return isinstance(node, Object) and isinstance(node.cls, Global) and (
+        node.cls.module in ("torch._utils", "torch._tensor") and node.cls.name.startswith("_rebuild_")
+    )  # fmt: skip
+
+
+def lower_storage(storage: Storage, key: str) -> PersistentId:
+    """The persistent id of a storage that is written under ``key``."""
+    if storage.dtype is None:
+        cls, numel = Global("torch.storage", "UntypedStorage"), storage.nbytes
+    else:
+        row = DTYPES[storage.dtype]
+        cls, numel = Global("torch", row.storage_class or "UntypedStorage"), storage.nbytes // row.itemsize
+    return PersistentId(("storage", cls, key, storage.location, numel))
+
+
+def lower_tensor(entry: TensorEntry) -> Object:
+    """The call torch itself would pickle for a tensor; its first argument is the `Storage`."""
+    hooks = Object("reduce", Global("collections", "OrderedDict"), ())
+    data: object = entry
+    typed = entry.storage.dtype == entry.dtype
+    args: tuple[object, ...] = (
+        entry.storage,
+        entry.storage_offset,
+        entry.shape,
+        entry.stride,
+        # A parameter wraps a plain tensor, which itself needs no gradient.
+        entry.requires_grad and not _is_wrapped_parameter(entry),
+        hooks,
+    )
+    if not typed:
+        args += (Global("torch", entry.dtype),)
+    bits = [(name, True) for name, bit in (("conj", entry.is_conj), ("neg", entry.is_neg)) if bit]
+    if bits:
+        args += (InertDict(list(bits)),)
+    function = Global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
+    if entry.subclass is not None or (entry.attributes is not None and not entry.is_parameter):
+        cls = entry.subclass or Global("torch", "Tensor")
+        data = Object(
+            "reduce",
+            Global("torch._tensor", "_rebuild_from_type_v2"),
+            (function, cls, args, InertDict() if entry.attributes is None else entry.attributes),
+        )
+    else:
+        data = Object("reduce", function, args)
+    if not _is_wrapped_parameter(entry):
+        return data
+    parameter = (data, entry.requires_grad, Object("reduce", Global("collections", "OrderedDict"), ()))
+    if entry.attributes is None:
+        return Object("reduce", Global("torch._utils", "_rebuild_parameter"), parameter)
+    return Object("reduce", Global("torch._utils", "_rebuild_parameter_with_state"), (*parameter, entry.attributes))
+
+
+def _is_wrapped_parameter(entry: TensorEntry) -> bool:
+    return entry.is_parameter and entry.subclass is None
+
+
+def _storage_dtype(cls: object) -> tuple[str | None, int]:
+    """Declared dtype (``None``: untyped) and element size in bytes of a storage class."""
+    if isinstance(cls, Global):
+        if (cls.module, cls.name) in _UNTYPED:
+            return None, 1
+        row = BY_STORAGE_CLASS.get(cls.name)
+        if row is not None and cls.module in ("torch", "torch.cuda", "torch.storage"):
+            return row.name, row.itemsize
+    raise UnsupportedError(f"a storage of class {cls!r:.80}, which is not torch's")
+
+
+def _text(node: object) -> str | None:
+    return node if isinstance(node, str) else None
+
+
+def _is_int(node: object) -> TypeGuard[int]:
+    return isinstance(node, int) and not isinstance(node, bool)
+
+
+def _is_count(node: object) -> TypeGuard[int]:
+    """A size: not negative, and small enough that no product with an item size means anything else."""
+    return isinstance(node, int) and not isinstance(node, bool) and 0 <= node < 1 << 62
+
+
+def _size(node: object) -> tuple[int, ...] | None:
+    """A shape or stride: a tuple of ints, or a ``torch.Size`` call holding one."""
+    if isinstance(node, Object) and node.class_name == "torch.Size" and len(node.args) == 1:
+        node = node.args[0]
+    if isinstance(node, (tuple, list)) and all(_is_int(n) and abs(n) < 1 << 62 for n in node):
+        return tuple(node)
+    return None
+
+
+def _no_hooks(node: object) -> bool:
+    """Whether the backward hooks are the empty mapping torch always saves."""
+    return node is None or mapping_items(node) == []
+
+
+def _metadata_bits(node: object) -> tuple[bool, bool] | None:
+    """The conj and neg bits; ``None`` where the metadata says anything else."""
+    pairs = [] if node is None else mapping_items(node)
+    if pairs is None or any(key not in ("conj", "neg") or not isinstance(value, bool) for key, value in pairs):
+        return None
+    bits = dict(pairs)
+    return bool(bits.get("conj")), bool(bits.get("neg"))

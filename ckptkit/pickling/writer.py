@@ -1,0 +1,258 @@
+"""Inert tree -> bytes: a pickler for the nodes of `ckptkit.pickling.inert`.
+
+Emits what CPython's pickler emits for the values the tree stands for (``Lib/pickle.py``): protocol
+2, the one ``torch.save`` uses, unless the tree came from a higher one.  Sharing and cycles are
+kept through the memo.  Iterative: nesting costs no Python stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from struct import pack
+
+from ckptkit.errors import UnsupportedError
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+
+__all__ = ["write_pickle"]
+
+_BATCH = 1000
+"""Items in one APPENDS or SETITEMS, as CPython's pickler batches them."""
+
+
+def write_pickle(root: object, *, lower: Callable[[object], object], protocol: int | None = None) -> bytes:
+    """One pickle that, read back, is ``root``.
+
+    Args:
+        root: an inert tree.
+        lower: from a node that is no inert node (a tensor, a storage, a marker) to the inert node
+            that stands for it in the pickle; called once for each object.
+        protocol: the one the tree was read with, at least 2; names are understood by it.
+
+    Raises:
+        UnsupportedError: a node that neither the writer nor ``lower`` knows.
+    """
+    declared = max(protocol or 2, 2)
+    writer = _Writer(lower, declared)
+    writer.run(root)
+    return b"\x80" + bytes([declared]) + b"".join(writer.out) + b"."
+
+
+class _Writer:
+    """One run over one tree.  Each ``_save_*`` is a generator that yields the children to be written."""
+
+    def __init__(self, lower: Callable[[object], object], protocol: int) -> None:
+        self.out: list[bytes] = []
+        self.lower = lower
+        self.protocol = protocol
+        self.memo: dict[int, int] = {}  # id of a node -> memo index
+        self.strings: dict[str, int] = {}
+        self.names: dict[tuple[str, str], int] = {}
+        self.memo_size = 0
+        self.alive: list[object] = []  # nodes made while writing: an id must not be used twice
+
+    def run(self, root: object) -> None:
+        stack: list[Iterator[object]] = [iter((root,))]
+        while stack:
+            for child in stack[-1]:
+                below = self._save(child)
+                if below is not None:
+                    stack.append(below)
+                    break
+            else:
+                stack.pop()
+
+    def _save(self, node: object) -> Iterator[object] | None:
+        """Write a node without children, or return the generator that writes one with."""
+        if node is None:
+            self.out.append(b"N")
+        elif isinstance(node, bool):
+            self.out.append(b"\x88" if node else b"\x89")
+        elif isinstance(node, int):
+            self.out.append(_int(node))
+        elif isinstance(node, str):
+            self._string(node)
+        elif isinstance(node, float):
+            self.out.append(b"G" + pack(">d", node))
+        elif isinstance(node, Global):
+            self._global(node)
+        elif id(node) in self.memo:
+            self._get(self.memo[id(node)])
+        elif isinstance(node, bytes):
+            return self._bytes(node)
+        elif isinstance(node, bytearray):
+            self.out.append(b"\x96" + pack("<Q", len(node)) + bytes(node))
+            self._memoize(node)
+        else:
+            return self._compound(node, node)
+        return None
+
+    def _compound(self, node: object, owner: object) -> Iterator[object]:
+        """The generator for a node; ``owner`` is the object that the memo remembers it by."""
+        if isinstance(node, tuple):
+            return self._tuple(node, owner)
+        if isinstance(node, list):
+            return self._list(node, owner)
+        if isinstance(node, InertDict):
+            return self._dict(node, owner)
+        if isinstance(node, Object):
+            return self._object(node, owner)
+        if isinstance(node, PersistentId):
+            return self._persistent(node)
+        if isinstance(node, InertSet):
+            return self._set(node, owner)
+        lowered = self.lower(node)
+        if lowered is node or not isinstance(lowered, (Object, PersistentId, InertDict)):
+            raise UnsupportedError(f"a {type(node).__name__} cannot be written into a pickle")
+        self.alive.append(lowered)
+        return self._compound(lowered, owner)
+
+    # The memo.
+
+    def _put(self) -> int:
+        index = self.memo_size
+        self.memo_size += 1
+        self.out.append(b"q" + bytes([index]) if index < 256 else b"r" + pack("<I", index))
+        return index
+
+    def _memoize(self, node: object) -> None:
+        self.memo[id(node)] = self._put()
+
+    def _get(self, index: int) -> None:
+        self.out.append(b"h" + bytes([index]) if index < 256 else b"j" + pack("<I", index))
+
+    # Nodes without children.
+
+    def _string(self, text: str) -> None:
+        if text in self.strings:
+            self._get(self.strings[text])
+            return
+        raw = text.encode("utf-8", "surrogatepass")
+        self.out.append(b"X" + pack("<I", len(raw)) + raw)
+        self.strings[text] = self._put()
+
+    def _global(self, node: Global) -> None:
+        key = (node.module, node.name)
+        if key in self.names:
+            self._get(self.names[key])
+            return
+        if self.protocol >= 4:
+            self._string(node.module)
+            self._string(node.name)
+            self.out.append(b"\x93")
+        elif "\n" in node.module + node.name:
+            raise UnsupportedError(f"a name with a line break cannot be written in protocol {self.protocol}: {key}")
+        else:
+            self.out.append(f"c{node.module}\n{node.name}\n".encode())
+        self.names[key] = self._put()
+
+    # Nodes with children.
+
+    def _bytes(self, node: bytes) -> Iterator[object]:
+        if self.protocol >= 3:
+            self.out.append(b"B" + pack("<I", len(node)) + node)
+        else:  # as Python 3 writes bytes for Python 2; torch's weights-only loader knows this form
+            encode = Global("_codecs", "encode")
+            yield encode
+            yield node.decode("latin-1")
+            yield "latin1"
+            self.out.append(b"\x86R")
+        self._memoize(node)
+
+    def _tuple(self, node: tuple[object, ...], owner: object) -> Iterator[object]:
+        if not node:
+            self.out.append(b")")
+            return
+        if len(node) > 3:
+            self.out.append(b"(")
+        yield from node
+        if id(owner) in self.memo:  # the tuple contains itself, and was written on the way
+            self.out.append(b"0" * len(node) if len(node) <= 3 else b"1")
+            self._get(self.memo[id(owner)])
+            return
+        self.out.append({1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(node), b"t"))
+        self._memoize(owner)
+
+    def _list(self, node: list[object], owner: object) -> Iterator[object]:
+        self.out.append(b"]")
+        self._memoize(owner)
+        yield from self._items(node, b"a", b"e")
+
+    def _dict(self, node: InertDict, owner: object) -> Iterator[object]:
+        self.out.append(b"}")
+        self._memoize(owner)
+        yield from self._pairs(node.pairs)
+
+    def _set(self, node: InertSet, owner: object) -> Iterator[object]:
+        if node.frozen:
+            self.out.append(b"(")
+            yield from node.members
+            if id(owner) in self.memo:
+                self.out.append(b"1")
+                self._get(self.memo[id(owner)])
+                return
+            self.out.append(b"\x91")
+            self._memoize(owner)
+            return
+        self.out.append(b"\x8f")
+        self._memoize(owner)
+        for start in range(0, len(node.members), _BATCH):
+            self.out.append(b"(")
+            yield from node.members[start : start + _BATCH]
+            self.out.append(b"\x90")
+
+    def _persistent(self, node: PersistentId) -> Iterator[object]:
+        # Never memoized: a pickler asks for the persistent id anew each time it meets the object.
+        yield node.pid
+        self.out.append(b"Q")
+
+    def _object(self, node: Object, owner: object) -> Iterator[object]:
+        if node.how == "obj":
+            self.out.append(b"(")
+            yield node.cls
+            yield from node.args
+            self.out.append(b"o")
+        else:
+            yield node.cls
+            yield node.args
+            if node.how == "newobj_ex":
+                yield node.kwargs
+            self.out.append({"reduce": b"R", "newobj": b"\x81", "newobj_ex": b"\x92"}[node.how])
+        if id(owner) in self.memo:  # its arguments led back to it, and it was written on the way
+            self.out.append(b"0")
+            self._get(self.memo[id(owner)])
+            return
+        self._memoize(owner)
+        yield from self._items(node.items, b"a", b"e")
+        yield from self._pairs(node.pairs)
+        if node.state is not ABSENT:
+            yield node.state
+            self.out.append(b"b")
+
+    def _items(self, items: Sequence[object], one: bytes, many: bytes) -> Iterator[object]:
+        for start in range(0, len(items), _BATCH):
+            batch = items[start : start + _BATCH]
+            if len(batch) > 1:
+                self.out.append(b"(")
+            yield from batch
+            self.out.append(many if len(batch) > 1 else one)
+
+    def _pairs(self, pairs: Sequence[tuple[object, object]]) -> Iterator[object]:
+        for start in range(0, len(pairs), _BATCH):
+            batch = pairs[start : start + _BATCH]
+            if len(batch) > 1:
+                self.out.append(b"(")
+            for key, value in batch:
+                yield key
+                yield value
+            self.out.append(b"u" if len(batch) > 1 else b"s")
+
+
+def _int(value: int) -> bytes:
+    if 0 <= value < 1 << 8:
+        return b"K" + bytes([value])
+    if 0 <= value < 1 << 16:
+        return b"M" + pack("<H", value)
+    if -(1 << 31) <= value < 1 << 31:
+        return b"J" + pack("<i", value)
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw if len(raw) < 256 else b"\x8b" + pack("<i", len(raw)) + raw

@@ -1,0 +1,108 @@
+"""Findings and reports: what was seen, how grave it is, and the command that mends it.
+
+A `Finding` has a stable code (`ckptkit.codes` explains each).  All findings are collected first
+and reported together; the worst severity decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckptkit.errors import FailedReportError
+
+__all__ = ["SCHEMA_VERSION", "Finding", "Report", "Severity", "at_least", "convert_command", "worst"]
+
+SCHEMA_VERSION = 1
+"""Version of every JSON document ckptkit prints."""
+
+Severity = Literal["info", "warning", "error"]
+
+_ORDER: dict[Severity, int] = {"info": 0, "warning": 1, "error": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing worth telling.
+
+    Attributes:
+        code: stable, kebab-case; ``ckptkit explain CODE`` says more.
+        severity: ``"error"`` fails a report, ``"warning"`` and ``"info"`` do not.
+        message: what, where, expected, found.
+        fix: the command or option that mends it, or ``None``.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    fix: str | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The finding as it stands in JSON documents."""
+        return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
+
+
+def at_least(severity: Severity, bound: Severity) -> bool:
+    """Whether ``severity`` is ``bound`` or graver."""
+    return _ORDER[severity] >= _ORDER[bound]
+
+
+def worst(findings: Iterable[Finding]) -> Severity | None:
+    """The gravest severity among the findings; ``None`` when there are none."""
+    return max((f.severity for f in findings), key=_ORDER.__getitem__, default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The outcome of a command: its findings and its figures.
+
+    Attributes:
+        findings: everything found, in the order it was found.
+        details: the command's own figures, as they stand in its JSON document.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no finding has severity ``"error"``."""
+        return worst(self.findings) != "error"
+
+    def raise_if_failed(self) -> None:
+        """Raise when the report is not ok.
+
+        Raises:
+            FailedReportError: its message lists every finding of severity ``"error"``, with its fix.
+        """
+        if not self.ok:
+            lines = [f"{f.code}: {f.message}" + (f" (fix: {f.fix})" if f.fix else "")
+                     for f in self.findings if f.severity == "error"]  # fmt: skip
+            raise FailedReportError("\n".join(lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as one JSON-ready document."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "ok": self.ok,
+            **self.details,
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> str:
+    """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
+
+    The destination is named after the source, beside it, and never the source itself.
+    """
+    stem, ending = os.path.splitext(path)
+    destination = stem + (suffix if suffix != ending else f".clean{suffix}")
+    return shlex.join(["ckptkit", "convert", path, destination, *options])
