@@ -1,0 +1,51 @@
+"""Shared fixtures: files that torch itself writes, with CUDA tags where a test wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+SaveAs = Callable[..., Path]
+
+
+@contextmanager
+def saved_from(device: str | Callable[[Any], str]) -> Iterator[None]:
+    """Let torch.save tag storages as if they lay on ``device``: all that differs in the file."""
+    tag = device if callable(device) else lambda storage: device
+    with mock.patch("torch.serialization.location_tag", tag):
+        yield
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> SaveAs:
+    """``save(obj, name="model.pth", device="cpu")`` writes with torch and returns the path."""
+
+    def write(obj: object, name: str = "model.pth", *, device: str | Callable[[Any], str] = "cpu") -> Path:
+        path = tmp_path / name
+        with saved_from(device):
+            torch.save(obj, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """Whether two tensors agree in dtype, shape and every bit (NaN payloads and signs of zero too)."""
+
+    def compare(a: torch.Tensor, b: torch.Tensor) -> bool:
+        def bits(t: torch.Tensor) -> bytes:
+            t = t.detach().resolve_conj().resolve_neg().contiguous()
+            return bytes(t.reshape(-1).view(torch.uint8).tolist()) if t.numel() else b""
+
+        return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
+
+    return compare
