@@ -1,9 +1,80 @@
 """Inspect, convert and verify PyTorch checkpoints without executing them.
 
+Importing ckptkit imports neither torch nor numpy.
+
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli > api > verify > torch_bridge > inspection, compare > formats, rewrite, transfer > normalize
-        > pickling > plan > checkpoint > bytesource, report > dtypes, limits, codes, errors
+    cli > api > verify > torch_bridge > inspection > diagnose, compare, stats > formats, rewrite, transfer
+        > normalize > pickling > plan > checkpoint > bytesource > report, dtypes, limits, codes, extras > errors
+
+Two rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
+executes them and neither should know the other, and `compare`, because the proof that an output
+is right must go through the readers, which the mover of bytes must not know.
 """
+
+from ckptkit.api import CheckpointFile, Rewriter, convert, inspect, load_state_dict, open, verify  # noqa: A004 - ckptkit.open
+from ckptkit.checkpoint import Checkpoint, Origin, Section, StateDict, Storage, TensorEntry
+from ckptkit.errors import (
+    CkptkitError,
+    CorruptError,
+    DestinationExistsError,
+    DTypeError,
+    FailedReportError,
+    FileAccessError,
+    FormatError,
+    KeyCollisionError,
+    LimitError,
+    MissingDependencyError,
+    MissingFileError,
+    RewriteError,
+    SectionError,
+    UnknownFormatError,
+    UnsupportedError,
+    VerifyError,
+)
+from ckptkit.plan import Plan
+from ckptkit.report import Finding, Report
+from ckptkit.rewrite import AddModule, AddPrefix, MapLocation, StripModule, StripPrefix, WeightsOnly
+
+__all__ = [
+    "AddModule",
+    "AddPrefix",
+    "Checkpoint",
+    "CheckpointFile",
+    "CkptkitError",
+    "CorruptError",
+    "DTypeError",
+    "DestinationExistsError",
+    "FailedReportError",
+    "FileAccessError",
+    "Finding",
+    "FormatError",
+    "KeyCollisionError",
+    "LimitError",
+    "MapLocation",
+    "MissingDependencyError",
+    "MissingFileError",
+    "Origin",
+    "Plan",
+    "Report",
+    "RewriteError",
+    "Rewriter",
+    "Section",
+    "SectionError",
+    "StateDict",
+    "Storage",
+    "StripModule",
+    "StripPrefix",
+    "TensorEntry",
+    "UnknownFormatError",
+    "UnsupportedError",
+    "VerifyError",
+    "WeightsOnly",
+    "convert",
+    "inspect",
+    "load_state_dict",
+    "open",
+    "verify",
+]
 
 __version__ = "0.1.0"

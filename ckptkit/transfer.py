@@ -27,15 +27,20 @@ from ckptkit.plan import Checksum, Copy, Gather, Literal, Plan
 
 __all__ = ["execute", "stream", "write_atomically"]
 
-_ONE_CALL = 1 << 30
-"""Bytes asked of one kernel copy: well under the 2 GiB a single call moves on Linux."""
+_ONE_CALL = 64 << 20
+"""Bytes asked of one kernel copy: calls cost nothing at this size, and an interrupt is heard soon."""
 
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 """Errors that say this file system or kernel cannot copy so, not that the copy failed."""
 
 
 def write_atomically(
-    destination: str | os.PathLike[str], plan: Plan, *, force: bool, check: Callable[[str], None] | None
+    destination: str | os.PathLike[str],
+    plan: Plan,
+    *,
+    force: bool,
+    check: Callable[[str], object] | None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the plan's file so that the destination is never half-written.
 
@@ -45,6 +50,7 @@ def write_atomically(
         force: whether an existing destination may be replaced.
         check: called with the temporary file's path once it is complete; whatever it raises stops
             the write before the destination is touched.
+        progress: called with the number of bytes as they are written.
 
     Raises:
         DestinationExistsError: it exists and ``force`` is false; checked again at the very end.
@@ -66,7 +72,7 @@ def write_atomically(
         raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
     try:
         try:
-            execute(plan, fd)
+            execute(plan, fd, progress)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -106,19 +112,21 @@ def _publish(temporary: str, path: str, shown: str, *, force: bool) -> None:
             os.close(folder)
 
 
-def execute(plan: Plan, fd: int) -> None:
+def execute(plan: Plan, fd: int, progress: Callable[[int], None] | None = None) -> None:
     """Carry out a plan's steps on an open, empty file.
 
     Args:
         plan: the steps.
         fd: file descriptor, readable and writable.
+        progress: called with the number of bytes as they are written.
 
     Raises:
         CorruptError: a source changed while it was read, or ended early.
         OSError: the operating system could not write.
     """
     _reserve(fd, plan.nbytes)
-    copier = _Copier(fd)
+    moved = progress or (lambda _: None)
+    copier = _Copier(fd, moved)
     checksums: dict[tuple[int, int], bytes] = {}
     sources: dict[int, SourceFile] = {}
     for step in plan.steps:
@@ -130,9 +138,11 @@ def execute(plan: Plan, fd: int) -> None:
             target = step.target
             for chunk in stream(step.entry):
                 _write(fd, chunk, target)
+                moved(len(chunk))
                 target += len(chunk)
         elif isinstance(step, Literal):
             _write(fd, step.data, step.target)
+            moved(len(step.data))
         elif isinstance(step, Checksum):
             extent = (step.start, step.covers)
             if extent not in checksums:
@@ -183,8 +193,9 @@ def _crc32(fd: int, start: int, nbytes: int) -> int:
 class _Copier:
     """Copies ranges into one file by the best way that works, found out once."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, progress: Callable[[int], None]) -> None:
         self._fd = fd
+        self._progress = progress
         ways = [self._copy_file_range, self._sendfile] if hasattr(os, "copy_file_range") else []
         self._ways: list[Callable[[ByteRange, int], int]] = [*ways, self._read_write]
 
@@ -200,6 +211,7 @@ class _Copier:
                 continue
             if moved == 0:
                 raise CorruptError("the file became shorter while it was being copied", path=source.file.path)
+            self._progress(moved)
             source, target = source.part(moved, source.nbytes - moved), target + moved
 
     def _copy_file_range(self, source: ByteRange, target: int) -> int:

@@ -1,0 +1,456 @@
+"""Each command's Python twin.
+
+    with ckptkit.open("model.pth") as ckpt:
+        clean = ckpt.rewrite(ckptkit.StripModule(), ckptkit.MapLocation("cpu"))
+        clean.save("model.safetensors")
+
+    state = ckptkit.load_state_dict("anything.pth", map_location="cpu")
+    ckptkit.convert("ddp.pth", "clean.safetensors", strip_module=True)
+    ckptkit.verify("clean.safetensors", model="torchvision:resnet18").raise_if_failed()
+
+Nothing here imports torch but `load_state_dict` and `verify`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptkit import formats
+from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Kind, Section, StateDict, Trust
+from ckptkit.compare import check_output
+from ckptkit.diagnose import diagnose
+from ckptkit.errors import RewriteError, SectionError
+from ckptkit.inspection import describe
+from ckptkit.pickling.inert import mapping_items
+from ckptkit.plan import Gather, Plan
+from ckptkit.report import Finding, Report
+from ckptkit.rewrite import AddModule, AddPrefix, MapLocation, StripModule, StripPrefix, WeightsOnly
+from ckptkit.rewrite.device import LocationMap
+from ckptkit.transfer import write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CheckpointFile", "Rewriter", "convert", "inspect", "load_state_dict", "open", "verify"]
+
+Rewriter = Callable[[Checkpoint], Checkpoint]
+"""Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
+
+PathLike = str | os.PathLike[str]
+
+
+class CheckpointFile:
+    """An open checkpoint: what is in it, and the file its bytes lie in.
+
+    Use it as a context manager, or call `close`.  What `rewrite` returns shares the open file.
+
+    Attributes:
+        checkpoint: the common representation that rewriters work on.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, file: SourceFile) -> None:
+        self.checkpoint = checkpoint
+        self._file = file
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return self.checkpoint.origin.path
+
+    @property
+    def format(self) -> str:
+        """Container: ``"torch-zip"``, ``"safetensors"``."""
+        return self.checkpoint.origin.format
+
+    @property
+    def kind(self) -> Kind:
+        """What the file holds; see `ckptkit.checkpoint.Kind`."""
+        return self.checkpoint.origin.kind
+
+    @property
+    def trust(self) -> Trust:
+        """What a loader that executes pickles would have to be trusted with."""
+        return self.checkpoint.trust
+
+    @property
+    def state_dict(self) -> StateDict:
+        """The weights: ordered, name to `TensorEntry`."""
+        return self.checkpoint.state_dict
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The parts of the file that hold tensors."""
+        return self.checkpoint.sections
+
+    @property
+    def rest(self) -> object:
+        """Everything beside the weights, as an inert tree."""
+        return self.checkpoint.rest
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The container's own string metadata."""
+        return self.checkpoint.metadata
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is remarkable about it, gravest first."""
+        return diagnose(self.checkpoint)
+
+    def rewrite(self, *rewriters: Rewriter) -> CheckpointFile:
+        """The checkpoint with each rewriter applied in turn; nothing on disk changes.
+
+        Raises:
+            RewriteError: a rewriter cannot be applied (colliding names, say).
+        """
+        return CheckpointFile(self.checkpoint.rewrite(*rewriters), self._file)
+
+    def plan(self, destination: PathLike, *, to: str | None = None) -> Plan:
+        """What `save` would do, without doing it."""
+        container = formats.format_for(destination, to)
+        if container.write is None:
+            raise RewriteError(f"{container.name} cannot be written")
+        return container.write(self.checkpoint)
+
+    def save(
+        self,
+        destination: PathLike,
+        *,
+        to: str | None = None,
+        force: bool = False,
+        check: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> Plan:
+        """Write it; the destination is either what it was before or the complete new file.
+
+        Args:
+            destination: the output; its ending chooses the container.
+            to: container name that overrides the ending.
+            force: whether an existing file may be replaced.
+            check: whether to open the output again and compare every byte before it gets its name.
+            progress: called with the number of bytes as they are written.
+
+        Returns:
+            The plan that was carried out.
+
+        Raises:
+            DestinationExistsError: it exists and ``force`` is false.
+            FileAccessError: it cannot be written.
+            RewriteError: the container cannot hold this checkpoint.
+            CorruptError: the source is damaged, or changed while it was read.
+        """
+        plan = self.plan(destination, to=to)
+        self._carry_out(plan, destination, force=force, check=check, progress=progress)
+        return plan
+
+    def _carry_out(
+        self, plan: Plan, destination: PathLike, *, force: bool, check: bool, progress: Callable[[int], None] | None
+    ) -> None:
+        compare = (lambda path: check_output(self.checkpoint, path)) if check else None
+        write_atomically(destination, plan, force=force, check=compare, progress=progress)
+
+    def close(self) -> None:
+        """Close the file; entries stay readable as records, their bytes do not."""
+        self._file.close()
+
+    def __enter__(self) -> CheckpointFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.format} {self.kind} {self.path!r}, {len(self.state_dict)} tensors>"
+
+
+def open(path: PathLike, *, section: str | None = None) -> CheckpointFile:  # noqa: A001 - the name users expect
+    """Open a checkpoint without executing or loading it.
+
+    Args:
+        path: the file.
+        section: path of the weights to select, where the file holds several.
+
+    Raises:
+        FileAccessError: the file cannot be opened.
+        FormatError: it is no checkpoint, or damaged.
+        SectionError: there is no such section.
+    """
+    return CheckpointFile(*formats.read(path, section=section))
+
+
+def inspect(
+    path: PathLike,
+    *,
+    section: str | None = None,
+    filters: Sequence[str] = (),
+    sort: str = "file",
+    stats: bool = False,
+) -> dict[str, Any]:
+    """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
+
+    Args:
+        path: the file.
+        section: path of the weights to select.
+        filters: glob patterns of tensor names to list; none lists all.
+        sort: ``"file"``, ``"name"`` or ``"size"``.
+        stats: whether to read the data and add statistics of each tensor listed.
+
+    Raises:
+        As `open`.
+    """
+    with open(path, section=section) as file:
+        return describe(file.checkpoint, filters=filters, sort=sort, stats=stats)
+
+
+def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | None = None) -> dict[str, torch.Tensor]:
+    """The weights as tensors, from any container, without executing the file.
+
+    Args:
+        path: the file.
+        map_location: as in ``torch.load``: a string, a ``torch.device``, a dict, a callable.
+        section: path of the weights to select, where the file holds several.
+
+    Returns:
+        Name to tensor, in file order.  Tied tensors share memory.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+        SectionError: the file holds no state_dict, or several.
+        FormatError, FileAccessError: as `open`.
+    """
+    from ckptkit.extras import require_torch
+
+    require_torch()
+    from ckptkit.torch_bridge import tensors
+
+    with open(path, section=section) as file:
+        _require_state_dict(file.checkpoint, "to load")
+        return tensors(file.state_dict, map_location=map_location)
+
+
+def convert(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    strip_module: bool = False,
+    add_module: bool = False,
+    strip_prefix: str | None = None,
+    add_prefix: str | None = None,
+    map_location: LocationMap | None = None,
+    weights_only: bool = False,
+    section: str | None = None,
+    to: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    check: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Rewrite a checkpoint into another file.
+
+    Options apply in the order of the parameters.  A ``.pth`` keeps everything that is in the source;
+    safetensors holds the weights alone, and the report lists what stays behind.
+
+    Args:
+        source: any readable checkpoint.
+        destination: the output; its ending chooses the container.
+        strip_module: take off every wrapper prefix (``module.``, ``_orig_mod.``).
+        add_module: put one ``module.`` before every name.
+        strip_prefix: strip this one leading prefix of whole segments.
+        add_prefix: put this prefix before every name.
+        map_location: new device tags; see `ckptkit.MapLocation`.
+        weights_only: drop all but the state_dict.
+        section: path of the weights, where the file holds several.
+        to: container name that overrides the ending.
+        metadata: strings to set in a safetensors header.
+        dry_run: make the plan, write nothing.
+        force: whether an existing destination may be replaced.
+        check: whether to compare the output with the source before it gets its name.
+        progress: called with the number of bytes as they are written.
+
+    Returns:
+        A report whose ``details`` hold the plan and the renames.
+
+    Raises:
+        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected.
+    """
+    rewriters: list[Rewriter] = []
+    if strip_module:
+        rewriters.append(StripModule())
+    if add_module:
+        rewriters.append(AddModule())
+    if strip_prefix is not None:
+        rewriters.append(StripPrefix(strip_prefix))
+    if add_prefix is not None:
+        rewriters.append(AddPrefix(add_prefix))
+    needs_weights = bool(rewriters) or weights_only
+    if map_location is not None:
+        rewriters.append(MapLocation(map_location))
+    if weights_only:
+        rewriters.append(WeightsOnly())
+    with open(source, section=section) as file:
+        container = formats.format_for(destination, to)
+        if needs_weights or container.name == "safetensors":
+            _require_state_dict(file.checkpoint, "to write" if not needs_weights else "to rewrite")
+        result = file.rewrite(*rewriters)
+        if metadata and container.name != "safetensors":
+            raise RewriteError(f"a {container.name} file has no place for metadata; safetensors has")
+        if metadata:
+            result = result.rewrite(lambda checkpoint: checkpoint.replace(metadata={**checkpoint.metadata, **metadata}))
+        renames = {
+            old: new
+            for old, new in zip(file.state_dict.everything, result.state_dict.everything, strict=True)
+            if old != new
+        }
+        plan = result.plan(destination, to=to)
+        findings = [
+            *_rename_findings(file.checkpoint, renames, strip=strip_module or strip_prefix is not None),
+            *_loss_findings(file.checkpoint, result.checkpoint, plan),
+        ]
+        if not dry_run:
+            result._carry_out(plan, destination, force=force, check=check, progress=progress)
+    return Report(
+        findings=tuple(findings),
+        details={
+            "source": os.fspath(source),
+            "destination": os.fspath(destination),
+            "written": not dry_run,
+            "checked": check and not dry_run,
+            "section": file.checkpoint.origin.state_path,
+            "plan": plan.to_dict(),
+            "renames": [{"from": old, "to": new} for old, new in renames.items()],
+        },
+    )
+
+
+def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
+    if checkpoint.origin.state_path is not None:
+        return
+    weights = [section.path for section in checkpoint.sections if section.kind in ("state_dict", "whole_model")]
+    path = checkpoint.origin.path
+    if weights:
+        names = ", ".join(repr(name) for name in weights)
+        raise SectionError(f"{path}: several sections hold weights ({names}); name the one {purpose} with --section")
+    raise SectionError(f"{path}: the file holds no state_dict {purpose} (its kind is {checkpoint.origin.kind!r})")
+
+
+def _rename_findings(source: Checkpoint, renames: Mapping[str, str], *, strip: bool) -> list[Finding]:
+    findings = []
+    total = len(source.state_dict.everything)
+    if renames:
+        old, new = next(iter(renames.items()))
+        findings.append(
+            Finding(
+                code="renamed",
+                severity="info",
+                message=f"{len(renames)} of {total} names changed, as {old!r} to {new!r}",
+            )
+        )
+    if strip and not renames:
+        findings.append(
+            Finding(code="nothing-to-strip", severity="info", message=f"none of {total} names carries the prefix")
+        )
+    elif strip and 0 < len(renames) < total:
+        kept = next(name for name in source.state_dict.everything if name not in renames)
+        findings.append(
+            Finding(
+                code="mixed-prefix",
+                severity="warning",
+                message=f"{total - len(renames)} of {total} names did not carry the prefix, such as {kept!r}",
+            )
+        )
+    return findings
+
+
+def _loss_findings(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[Finding]:
+    """What the output does not hold, or holds in another form."""
+    findings = []
+    left_out: list[str] = []
+    if result.rest is STATE_DICT or plan.format == "safetensors":
+        pairs = mapping_items(source.rest) or []
+        left_out = [str(key) for key, value in pairs if isinstance(key, str) and value is not STATE_DICT]
+    if left_out:
+        shown = ", ".join(left_out[:8]) + (f" and {len(left_out) - 8} more" if len(left_out) > 8 else "")
+        findings.append(
+            Finding(
+                code="left-out",
+                severity="info" if result.rest is STATE_DICT else "warning",
+                message=f"not in the output: {shown}",
+                fix=None if result.rest is STATE_DICT else "write a .pth to keep them",
+            )
+        )
+    gathered = [step.entry for step in plan.steps if isinstance(step, Gather)]
+    stored = [entry for name, entry in result.state_dict.items() if name not in plan.aliases]
+    overlapping = len(stored) - len({id(entry.storage) for entry in stored})
+    if plan.format == "safetensors" and (gathered or overlapping):
+        findings.append(
+            Finding(
+                code="written-out",
+                severity="info",
+                message=f"{len(gathered)} tensors were not contiguous and {overlapping} shared a storage; "
+                "each has its own bytes in the output",
+            )
+        )
+    return findings
+
+
+def verify(
+    path: PathLike,
+    *,
+    model: Any,
+    model_args: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    input_shapes: Sequence[Sequence[int]] = (),
+    seed: int = 0,
+    section: str | None = None,
+    strip_module: bool = False,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    forward: bool = True,
+) -> Report:
+    """Load into a reference model, strictly, and run a forward pass.
+
+    Args:
+        path: the checkpoint; it is read by ckptkit, never executed.
+        model: ``"torchvision:resnet18"``, ``"package.module:factory"``, ``"path/to/file.py:factory"``, or an
+            ``nn.Module`` or callable.
+        model_args: keyword arguments of the factory; strings are read as Python literals.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        dtype: torch name to run the forward pass in.
+        input_shapes: one shape for each positional input; default from the reference where it is known.
+        seed: of the input.
+        section: path of the weights, where the file holds several.
+        strip_module: take off wrapper prefixes first.
+        allow_missing: glob patterns of names that may be missing.
+        allow_unexpected: glob patterns of names that may be left over.
+        forward: whether to run the forward pass.
+
+    Raises:
+        MissingDependencyError: torch, or the package of the reference, is not installed.
+        VerifyError: the check could not be run (unknown reference, missing device, no input shape).
+        SectionError, FormatError, FileAccessError: as `open`.
+    """
+    from ckptkit.extras import require_torch
+
+    require_torch()
+    from ckptkit.verify import verify as run
+
+    with open(path, section=section) as file:
+        _require_state_dict(file.checkpoint, "to verify")
+        subject = file.rewrite(StripModule()) if strip_module else file
+        return run(
+            subject.checkpoint,
+            model=model,
+            model_args=dict(model_args or {}),
+            device=device,
+            dtype=dtype,
+            input_shapes=input_shapes,
+            seed=seed,
+            allow_missing=allow_missing,
+            allow_unexpected=allow_unexpected,
+            forward=forward,
+        )

@@ -1,0 +1,103 @@
+"""The ``ckptkit`` command: parse, call `ckptkit.api`, render, exit.
+
+One module a command, imported only when it is run.  Exit codes are those of diff(1): 0 nothing
+found, 1 a difference or a failing finding, 2 it could not be done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from ckptkit import __version__
+from ckptkit.errors import CkptkitError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "convert": "Rewrite a checkpoint: container, prefixes, devices.",
+    "explain": "What a finding code means and how to mend it.",
+    "inspect": "What is in a file, without running or loading it.",
+    "verify": "Load into a reference model and run a forward check.",
+}
+"""Every command with its line in the list; ``ckptkit.cli.NAME`` holds it."""
+
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "max_content_width": 100,
+}
+
+
+class _Commands(click.Group):
+    """The commands, imported when asked for, so that starting one costs only itself."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"ckptkit.cli.{cmd_name}").command
+        return command if isinstance(command, click.Command) else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.command(cls=_Commands, context_settings=CONTEXT)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Inspect, convert and verify PyTorch checkpoints without executing them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        arguments: without the program's name; default: those of this process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        code = cli.main(args=arguments, prog_name="ckptkit", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except click.Abort:
+        code = _interrupted()
+    except KeyboardInterrupt:
+        code = _interrupted()
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except CkptkitError as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"ckptkit: error: {error}", err=True)
+        code = 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(
+            f"ckptkit: internal error: {type(error).__name__}: {error} (a bug in ckptkit; --debug shows where)",
+            err=True,
+        )
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted() -> int:
+    click.echo("ckptkit: interrupted; nothing was written", err=True)
+    return 2

@@ -1,0 +1,91 @@
+"""What the commands share: options, colour, and how text from a file reaches a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ckptkit.report import Finding
+
+__all__ = [
+    "Style",
+    "common_options",
+    "echo",
+    "echo_findings",
+    "echo_json",
+    "path_argument",
+    "printable",
+    "styler",
+    "with_examples",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Style = Callable[..., str]
+"""Like ``click.style``, or a function that leaves text as it is."""
+
+_COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
+
+
+def common_options(function: F) -> F:
+    """``--json``, ``-q``, ``--color`` and ``--debug``."""
+    for option in (
+        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
+        click.option(
+            "--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Colour of the text output."
+        ),
+        click.option("-q", "--quiet", is_flag=True, help="No messages and no progress on stderr."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    ):
+        function = option(function)
+    return function
+
+
+def with_examples(*examples: str) -> str:
+    """The epilog of a ``--help``: commands to copy."""
+    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+
+
+def path_argument(name: str, **options: Any) -> Callable[[F], F]:
+    """A file name that is left to the command to open, so that every refusal reads alike."""
+    return click.argument(name, type=click.Path(path_type=str), **options)
+
+
+def styler(color: str) -> Style:
+    """How to colour: always, never, or (auto) on a terminal where ``NO_COLOR`` is not set."""
+    wanted = color == "always" or (color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    return click.style if wanted else lambda text, **_: text
+
+
+def printable(text: str) -> str:
+    """Text from a file, with what a terminal would act upon (control characters) escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def echo(text: str = "") -> None:
+    """A line on stdout, colours kept as they were decided, whatever the terminal's encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), color=True)
+
+
+def echo_json(document: Any) -> None:
+    """A JSON document on stdout; non-ASCII escaped, so that any terminal and any name will do."""
+    click.echo(json.dumps(document, indent=2))
+
+
+def echo_findings(findings: list[Finding], style: Style, *, err: bool = False) -> None:
+    """One line a finding, and its fix below it."""
+    for finding in findings:
+        label = style(finding.severity, fg=_COLORS[finding.severity], bold=finding.severity == "error")
+        lines = [f"{label}: {printable(finding.message)} [{finding.code}]"]
+        if finding.fix:
+            lines.append(f"    {printable(finding.fix)}")
+        for line in lines:
+            click.echo(line, err=True, color=True) if err else echo(line)

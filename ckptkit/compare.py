@@ -1,0 +1,207 @@
+"""Holds a written file against what it was written from: every node, name and byte.
+
+`check_output` opens the output with its own reader and compares, so that an error in the writer,
+the plan, the copying or the reader shows before the file gets its name.  The source's recorded
+checksums are checked as its bytes pass by.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
+from ckptkit.errors import CorruptError
+from ckptkit.formats import read
+from ckptkit.normalize import lower_state_dict
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.transfer import stream
+
+__all__ = ["check_output", "first_difference", "same_values"]
+
+
+def check_output(source: Checkpoint, path: str) -> int:
+    """Compare a complete output file with the checkpoint it was written from.
+
+    Args:
+        source: the checkpoint, as rewritten.
+        path: the output; it is opened and read.
+
+    Returns:
+        Bytes of tensor data that were compared.
+
+    Raises:
+        CorruptError: the output differs, or a source's bytes are not those its checksum was recorded
+            for; the message names the tensor.
+    """
+    output, file = read(path)
+    try:
+        if output.origin.format == "safetensors":
+            return _check_tensors(source, output)
+        return _check_tree(source, output)
+    finally:
+        file.close()
+
+
+def _check_tensors(source: Checkpoint, output: Checkpoint) -> int:
+    """A container of named tensors only: names and values."""
+    if set(source.state_dict) != set(output.state_dict):
+        raise CorruptError("the output does not hold the same tensor names; nothing was written")
+    compared: set[tuple[object, ...]] = set()
+    nbytes = 0
+    for name, entry in source.state_dict.items():
+        written = output.state_dict[name]
+        if (entry.dtype, entry.shape) != (written.dtype, written.shape):
+            raise CorruptError(f"tensor {name!r}: the output has another dtype or shape; nothing was written")
+        if entry.view not in compared:
+            compared.add(entry.view)
+            nbytes += entry.nbytes
+            if entry.covers_storage and entry.is_plain_bytes:
+                _same_storage(name, entry.storage, written.storage)
+            elif not same_values(entry, written):
+                raise CorruptError(f"tensor {name!r}: the output's values differ; nothing was written")
+    return nbytes
+
+
+def _check_tree(source: Checkpoint, output: Checkpoint) -> int:
+    """A container of a whole tree: every node, and every storage byte."""
+    nbytes = 0
+    done: set[int] = set()
+    for place, storage, written in _paired_storages(source, output):
+        if id(storage) not in done:
+            done.add(id(storage))
+            nbytes += storage.nbytes
+            _same_storage(place, storage, written)
+    return nbytes
+
+
+def _same_storage(place: str, storage: Storage, written: Storage) -> None:
+    difference, crc = first_difference(storage.source, written.source)
+    if difference is not None:
+        raise CorruptError(f"{place}: the output differs at byte {difference:,} of the storage; nothing was written")
+    if storage.crc32 is not None and crc != storage.crc32:
+        raise CorruptError(
+            f"{place}: the bytes have CRC-32 {crc:08x}, recorded is {storage.crc32:08x}: the source is damaged",
+            path=storage.source.file.path,
+        )
+
+
+def first_difference(a: ByteRange, b: ByteRange) -> tuple[int | None, int]:
+    """Position of the first byte that differs (``None``: equal), and the CRC-32 of ``a`` up to there."""
+    if a.nbytes != b.nbytes:
+        return min(a.nbytes, b.nbytes), 0
+    crc = 0
+    for start in range(0, a.nbytes, CHUNK_NBYTES):
+        nbytes = min(CHUNK_NBYTES, a.nbytes - start)
+        left, right = a.read(start, nbytes), b.read(start, nbytes)
+        if left != right:
+            return start + next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y), crc
+        crc = zlib.crc32(left, crc)
+    return None, crc
+
+
+def same_values(a: TensorEntry, b: TensorEntry) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bits in C order."""
+    left = right = b""
+    others = stream(b)
+    for chunk in stream(a):
+        left = chunk
+        while len(right) < len(left):
+            part = next(others, b"")
+            if not part:
+                return False
+            right += part
+        if right[: len(left)] != left:
+            return False
+        right = right[len(left) :]
+    return not right and not any(others)
+
+
+# Trees.
+
+
+def _paired_storages(source: Checkpoint, output: Checkpoint) -> Iterator[tuple[str, Storage, Storage]]:
+    """Go through both trees side by side; yields each pair of storages with the place it was met at.
+
+    Raises:
+        CorruptError: the trees differ in anything else.
+    """
+    paired: dict[int, object] = {}
+    keep: list[object] = []
+    stack: list[tuple[str, object, object]] = [("", source.rest, output.rest)]
+    while stack:
+        place, a, b = stack.pop()
+        a, b = _lowered(a, source), _lowered(b, output)
+        if _is_scalar(a):
+            if not _same_scalar(a, b):
+                raise _differs(place, a, b)
+            continue
+        if id(a) in paired:
+            # What was one object must still be one: sharing and ties are part of the tree.
+            if paired[id(a)] is not b and not isinstance(a, (Global, tuple)):
+                raise CorruptError(f"{place or 'root'}: no longer the same object in the output; nothing was written")
+            continue
+        paired[id(a)] = b
+        keep.append((a, b))
+        if isinstance(a, Storage) and isinstance(b, Storage):
+            if (a.dtype, a.nbytes, a.location) != (b.dtype, b.nbytes, b.location):
+                raise _differs(place, a, b)
+            yield place or "root", a, b
+            continue
+        parts, others = _parts(a, place), _parts(b, place)
+        if type(a) is not type(b) or len(parts) != len(others):
+            raise _differs(place, a, b)
+        stack.extend((at, x, y) for (at, x), (_, y) in zip(reversed(parts), reversed(others), strict=True))
+
+
+def _lowered(node: object, checkpoint: Checkpoint) -> object:
+    return lower_state_dict(checkpoint.state_dict) if node is STATE_DICT else node
+
+
+def _is_scalar(node: object) -> bool:
+    return node is None or isinstance(node, (bool, int, float, str, bytes, bytearray)) or node is ABSENT
+
+
+def _same_scalar(a: object, b: object) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return struct.pack("<d", a) == struct.pack("<d", b)  # NaN is not equal to itself
+    return type(a) is type(b) and a == b
+
+
+def _differs(place: str, a: object, b: object) -> CorruptError:
+    return CorruptError(f"{place or 'root'}: {a!r:.60} became {b!r:.60} in the output; nothing was written")
+
+
+def _parts(node: object, place: str) -> list[tuple[str, object]]:
+    """Everything that makes up a node, one level deep, each part with its place."""
+
+    def under(step: object) -> str:
+        return f"{place}.{step}" if place else str(step)
+
+    def of_pairs(pairs: list[tuple[object, object]]) -> list[tuple[str, object]]:
+        named = ((under(key if isinstance(key, str) else "?"), key, value) for key, value in pairs)
+        return [part for at, key, value in named for part in ((at, key), (at, value))]
+
+    if isinstance(node, TensorEntry):
+        scalars = (
+            node.storage_offset, node.dtype, node.requires_grad, node.is_parameter, node.is_conj, node.is_neg
+        )  # fmt: skip
+        return [
+            (place, part) for part in (*scalars, node.shape, node.stride, node.subclass, node.attributes, node.storage)
+        ]
+    if isinstance(node, (list, tuple)):
+        return [(under(index), item) for index, item in enumerate(node)]
+    if isinstance(node, InertDict):
+        return of_pairs(node.pairs)
+    if isinstance(node, Object):
+        filled = [(place, part) for part in (node.how, node.cls, node.args, node.kwargs, node.state)]
+        return [*filled, *((under(i), item) for i, item in enumerate(node.items)), *of_pairs(node.pairs)]
+    if isinstance(node, InertSet):
+        return [(place, node.frozen), *((place, member) for member in node.members)]
+    if isinstance(node, Global):
+        return [(place, node.module), (place, node.name)]
+    if isinstance(node, PersistentId):
+        return [(place, node.pid)]
+    return []

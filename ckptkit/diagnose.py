@@ -1,0 +1,218 @@
+"""What is remarkable about a checkpoint: findings, each with the command that mends it.
+
+Computed from the common representation alone: no tensor byte is read, nothing is loaded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.pickling.inert import Global, mapping_items, walk
+from ckptkit.report import Finding, convert_command
+from ckptkit.rewrite.prefix import unwrapped
+
+__all__ = ["DIAGNOSES", "diagnose", "human_size"]
+
+Diagnosis = Callable[[Checkpoint], Iterator[Finding]]
+
+_NOTABLE_UNUSED = 1 << 10
+"""Bytes below which an oversized storage is not worth a line."""
+
+
+def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
+    """The reader's findings and every diagnosis, gravest first."""
+    found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint))]
+    order = {"error": 0, "warning": 1, "info": 2}
+    return tuple(sorted(found, key=lambda finding: order[finding.severity]))
+
+
+def human_size(nbytes: int) -> str:
+    """Bytes as people read them: ``"1.2 MB"``, in powers of 1000."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            return f"{nbytes} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{nbytes} B"
+
+
+def _hostile(checkpoint: Checkpoint) -> Iterator[Finding]:
+    for use in checkpoint.globals:
+        if use.verdict == "dangerous":
+            yield Finding(
+                code="hostile-name",
+                severity="error",
+                message=f"the pickle names {use.name}: a loader that executes it would run that",
+            )
+
+
+def _foreign(checkpoint: Checkpoint) -> Iterator[Finding]:
+    names = [use.name for use in checkpoint.globals if use.verdict == "unknown"]
+    if not names or checkpoint.module is not None:
+        return
+    places = _places(checkpoint.rest)
+    shown = ", ".join(name + (f" in {places[name]!r}" if places.get(name) else "") for name in names[:4])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    yield Finding(
+        code="foreign-objects",
+        severity="warning",
+        message=f"objects that torch.load refuses by default: {shown}{more}; never executed here",
+        fix=convert_command(checkpoint.origin.path, "--weights-only") if checkpoint.state_dict else None,
+    )
+
+
+def _places(root: object) -> dict[str, str]:
+    """For each name in the tree, the first key of the root under which it occurs."""
+    places: dict[str, str] = {}
+    for key, value in mapping_items(root) or []:
+        for node in walk(value):
+            if isinstance(node, Global):
+                places.setdefault(node.qualified, key if isinstance(key, str) else "?")
+    return places
+
+
+def _whole_model(checkpoint: Checkpoint) -> Iterator[Finding]:
+    if checkpoint.module is None or any(finding.code == "bound-method" for finding in checkpoint.findings):
+        return
+    cls = getattr(checkpoint.module, "class_name", "?")
+    yield Finding(
+        code="whole-model",
+        severity="warning",
+        message=f"a pickled model of class {cls}: torch.load needs its code; the weights are read here without it",
+        fix=convert_command(checkpoint.origin.path),
+    )
+
+
+def _prefix(checkpoint: Checkpoint) -> Iterator[Finding]:
+    names = list(checkpoint.state_dict.everything)
+    carrying = sum(unwrapped(name) != name for name in names)
+    if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
+        return
+    wrapper = next(name for name in names if unwrapped(name) != name)
+    prefix = "module." if wrapper.startswith("module.") else "_orig_mod."
+    yield Finding(
+        code="module-prefix",
+        severity="warning",
+        message=f"{carrying} of {len(names)} names carry a wrapper's prefix (`{prefix}`) that the bare model lacks",
+        fix=convert_command(checkpoint.origin.path, "--strip-module"),
+    )
+
+
+def _devices(checkpoint: Checkpoint) -> Iterator[Finding]:
+    places = Counter(storage.location for storage in all_storages(checkpoint).values())
+    places.pop("cpu", None)
+    if places:
+        shown = ", ".join(f"{location} ({count})" for location, count in sorted(places.items()))
+        yield Finding(
+            code="device-location",
+            severity="warning",
+            message=f"storages tagged {shown}: a plain torch.load fails on a machine without these devices",
+            fix=convert_command(checkpoint.origin.path, "--map-location", "cpu", suffix=".pth"),
+        )
+
+
+def _ties(checkpoint: Checkpoint) -> Iterator[Finding]:
+    tied: dict[tuple[object, ...], list[str]] = {}
+    views: dict[int, set[tuple[object, ...]]] = {}
+    for name, entry in checkpoint.state_dict.items():
+        if entry.nbytes:
+            tied.setdefault(entry.view, []).append(name)
+            views.setdefault(id(entry.storage), set()).add(entry.view)
+    groups = [names for names in tied.values() if len(names) > 1]
+    if groups:
+        shown = "; ".join(" = ".join(names[:3]) for names in groups[:3])
+        yield Finding(
+            code="tied-tensors",
+            severity="info",
+            message=f"{len(groups)} tensors stand under several names: {shown}" + ("; ..." if len(groups) > 3 else ""),
+        )
+    shared = sum(len(several) for several in views.values() if len(several) > 1)
+    if shared:
+        yield Finding(
+            code="shared-storage",
+            severity="info",
+            message=f"{shared} tensors are different views of storages they share",
+        )
+
+
+def _unused(checkpoint: Checkpoint) -> Iterator[Finding]:
+    extents: dict[int, list[tuple[int, int]]] = {}
+    for entry in all_entries(checkpoint):
+        extents.setdefault(id(entry.storage), []).append(entry.span())
+    unused = 0
+    for key, storage in all_storages(checkpoint).items():
+        covered = end = 0
+        for start, stop in sorted(extents.get(key, [(0, storage.nbytes)])):
+            covered += max(0, stop - max(start, end))
+            end = max(end, stop)
+        unused += storage.nbytes - covered
+    if unused >= _NOTABLE_UNUSED:
+        yield Finding(
+            code="unused-bytes",
+            severity="info",
+            message=f"{human_size(unused)} of the file belong to storages but to no tensor: views of larger tensors",
+            fix=convert_command(checkpoint.origin.path) if checkpoint.state_dict else None,
+        )
+
+
+def _training(checkpoint: Checkpoint) -> Iterator[Finding]:
+    if checkpoint.origin.kind != "resume" or not checkpoint.state_dict:
+        return
+    weights = {id(entry.storage): entry.storage.nbytes for entry in checkpoint.state_dict.values()}
+    everything = sum(storage.nbytes for storage in all_storages(checkpoint).values())
+    beside = everything - sum(weights.values())
+    if beside > 0:
+        yield Finding(
+            code="training-state",
+            severity="info",
+            message=f"{human_size(beside)} ({beside / max(checkpoint.origin.size, 1):.0%} of the file) are not weights",
+            fix=convert_command(checkpoint.origin.path, "--weights-only"),
+        )
+
+
+def _nothing(checkpoint: Checkpoint) -> Iterator[Finding]:
+    if checkpoint.origin.kind == "other":
+        yield Finding(code="no-tensors", severity="warning", message="the file holds no tensor at all")
+
+
+def _byteorder(checkpoint: Checkpoint) -> Iterator[Finding]:
+    if checkpoint.origin.byteorder == "big":
+        yield Finding(code="big-endian", severity="info", message="the elements' bytes are in big-endian order")
+
+
+DIAGNOSES: tuple[Diagnosis, ...] = (
+    _hostile,
+    _foreign,
+    _whole_model,
+    _prefix,
+    _devices,
+    _nothing,
+    _ties,
+    _unused,
+    _training,
+    _byteorder,
+)
+"""Every diagnosis."""
+
+
+def all_entries(checkpoint: Checkpoint) -> Iterator[TensorEntry]:
+    """Every tensor in the file: the state_dict's (extra values too), then what else there is."""
+    seen: set[int] = set()
+    for root in (*checkpoint.state_dict.everything.values(), checkpoint.rest):
+        for node in walk(root):
+            if isinstance(node, TensorEntry) and id(node) not in seen:
+                seen.add(id(node))
+                yield node
+
+
+def all_storages(checkpoint: Checkpoint) -> dict[int, Storage]:
+    """Every storage a tensor of the file uses, or that stands in it bare, by ``id``."""
+    found: dict[int, Storage] = {}
+    for root in (*checkpoint.state_dict.everything.values(), checkpoint.rest):
+        for node in walk(root):
+            storage = node.storage if isinstance(node, TensorEntry) else node
+            if isinstance(storage, Storage):
+                found[id(storage)] = storage
+    return found

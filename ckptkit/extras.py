@@ -1,0 +1,56 @@
+"""The optional packages: torch and torchvision.
+
+Imports neither.  Whoever is about to import a layer that does (`ckptkit.torch_bridge`,
+`ckptkit.verify`) calls `require` first, so that the message is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from ckptkit.errors import MissingDependencyError
+
+__all__ = ["INSTALL_TORCH", "require", "require_torch"]
+
+INSTALL_TORCH = "pip install '.[torch]'"
+"""Installs both, when run in a clone of ckptkit (a package named ckptkit on PyPI is another project)."""
+
+
+def require(package: str) -> None:
+    """Make sure that an optional package can be imported.
+
+    Args:
+        package: ``"torch"`` or ``"torchvision"``.
+
+    Raises:
+        MissingDependencyError: it is not installed, or does not import; the message holds the
+            command that installs it.
+    """
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise _broken(package, error) from error
+        raise MissingDependencyError(
+            f"this needs {package}, which is not installed; in the clone of ckptkit run: {INSTALL_TORCH}",
+            name=package,
+        ) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _broken(package, error) from error
+
+
+def require_torch() -> None:
+    """`require` torch.
+
+    Raises:
+        MissingDependencyError: see `require`.
+    """
+    require("torch")
+
+
+def _broken(package: str, error: Exception) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"{package} is installed but cannot be imported ({type(error).__name__}: {error}); "
+        f"in the clone of ckptkit run: {INSTALL_TORCH}",
+        name=package,
+    )

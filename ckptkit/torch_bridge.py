@@ -1,0 +1,247 @@
+"""Entries -> ``torch.Tensor``: the only way tensor values reach torch.  Imports torch.
+
+No pickle is read and no class is looked up: bytes go from the file straight into memory that torch
+has allocated, one torch storage for each `Storage`, and tensors are strided views of it.  What
+shared or was tied in the file therefore shares and is tied in memory, with the same shape, stride
+and offset, as after ``torch.load``.
+
+Of a tensor subclass the plain tensor is given, and Python attributes saved with a tensor are left
+out: both would need the file's classes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.checkpoint import StateDict, Storage, TensorEntry
+from ckptkit.dtypes import DTYPES, dtype
+from ckptkit.errors import CorruptError, DTypeError, FileAccessError, RewriteError, UnsupportedError
+from ckptkit.extras import require_torch
+
+require_torch()
+
+import torch  # noqa: E402 - behind the check, so that its absence is explained
+
+__all__ = ["TorchLocation", "dtype_of", "tensors"]
+
+TorchLocation = (
+    str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], "torch.UntypedStorage | None"] | None
+)
+"""All that ``torch.load`` takes as ``map_location``."""
+
+_ONE_READ = 1 << 30
+"""Bytes asked of one read: well under the 2 GiB a single call gives on Linux."""
+
+_SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""A type of each width to swap bytes as: only the width matters, and not every torch can swap every type."""
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The ``torch.dtype`` of a name such as ``"float32"``.
+
+    Raises:
+        DTypeError: the name is unknown, or the installed torch has no such dtype.
+    """
+    found = getattr(torch, dtype(name).name, None)
+    if not isinstance(found, torch.dtype):
+        raise DTypeError(f"torch {torch.__version__} has no dtype {name}; a newer torch may")
+    return found
+
+
+def tensors(state_dict: StateDict, *, map_location: TorchLocation = None) -> dict[str, torch.Tensor]:
+    """The state_dict's plain tensors, read from their file.
+
+    Values that are no plain tensors (`StateDict.extra`) are not among them.
+
+    Args:
+        state_dict: the names and entries; the file they lie in must still be open.
+        map_location: as for ``torch.load``: ``None`` puts each storage where the file says it lay;
+            a string or ``torch.device`` puts all there; a dict maps locations; a callable gets the
+            storage on the CPU and its location, and returns where it shall lie, or ``None`` for
+            the file's own.  ``"meta"`` reads nothing.
+
+    Returns:
+        Tensors in the mapping's order.  Entries saved as ``nn.Parameter`` become one.
+
+    Raises:
+        RewriteError: this machine lacks a location, or ``map_location`` returned no storage.
+        DTypeError: the installed torch lacks a dtype.
+        CorruptError: the file was changed, or became shorter.
+        FileAccessError: it could not be read, or was closed.
+    """
+    loader = _Loader(_restore(map_location))
+    loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
+    loader.finish()
+    return loaded
+
+
+class _Loader:
+    """Makes each storage and each tensor once."""
+
+    def __init__(self, restore: Callable[[Storage, Callable[[], torch.UntypedStorage]], torch.UntypedStorage]) -> None:
+        self._restore = restore
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._widths: dict[int, int] = {}
+        self._files: dict[int, SourceFile] = {}
+        self._kept: list[object] = []  # keeps every id taken
+
+    def tensor(self, entry: TensorEntry) -> torch.Tensor:
+        """The entry's tensor; for one entry always the same object, as a pickle's memo gives it."""
+        if id(entry) not in self._tensors:
+            self._tensors[id(entry)] = self._view(entry)
+            self._kept.append(entry)
+        return self._tensors[id(entry)]
+
+    def _view(self, entry: TensorEntry) -> torch.Tensor:
+        element = dtype_of(entry.dtype)
+        storage = self._storage(entry)
+        view = torch.empty((0,), dtype=element, device=storage.device)
+        view = view.set_(storage, entry.storage_offset, entry.shape, entry.stride)
+        # The bits torch keeps beside the bytes.
+        view = torch._neg_view(view) if entry.is_neg else view
+        view = view.conj() if entry.is_conj else view
+        if entry.requires_grad and not (element.is_floating_point or element.is_complex):
+            raise CorruptError(
+                f"a tensor of {entry.dtype} is marked requires_grad; only floating point and complex ones can be",
+                path=entry.storage.source.file.path,
+            )
+        if entry.is_parameter:
+            return torch.nn.Parameter(view, requires_grad=entry.requires_grad)
+        return view.requires_grad_(entry.requires_grad)
+
+    def _storage(self, entry: TensorEntry) -> torch.UntypedStorage:
+        storage = entry.storage
+        width = _swap_width(entry)
+        if self._widths.setdefault(id(storage), width) != width:
+            raise UnsupportedError(
+                f"storage {storage.key!r} is viewed as elements of different widths, in a byte order foreign to "
+                "this machine",
+                path=storage.source.file.path,
+            )
+        if id(storage) not in self._storages:
+            self._storages[id(storage)] = self._restore(storage, lambda: self._read(storage, width))
+            self._kept.append(storage)
+        return self._storages[id(storage)]
+
+    def _read(self, storage: Storage, width: int) -> torch.UntypedStorage:
+        memory = _allocated(storage.nbytes)
+        self._files[id(storage.source.file)] = storage.source.file
+        _read_into(memory, storage.source.part(0, storage.nbytes))
+        if width > 1:
+            memory.byteswap(_SAME_WIDTH[width])  # type: ignore[no-untyped-call]
+        return memory
+
+    def finish(self) -> None:
+        """Make sure that what was read is one state of the file."""
+        for file in self._files.values():
+            if file.changed():
+                raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
+
+
+def _allocated(nbytes: int, device: str = "cpu") -> torch.UntypedStorage:
+    """Memory of torch's own, not yet filled."""
+    return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
+
+
+def _swap_width(entry: TensorEntry) -> int:
+    """Bytes that are to be reversed as one, 1 where nothing is; the parts of a complex one each on its own."""
+    if entry.storage.byteorder == sys.byteorder:
+        return 1
+    row = DTYPES[entry.dtype]
+    return row.itemsize // 2 if row.kind == "complex" else row.itemsize
+
+
+def _read_into(memory: torch.UntypedStorage, source: ByteRange) -> None:
+    """Fill torch's memory from the file, with no copy in between where the system can."""
+    if not source.nbytes:
+        return
+    address, done = memory.data_ptr(), 0
+    if not hasattr(os, "preadv"):
+        for chunk in source.chunks():
+            ctypes.memmove(address + done, chunk, len(chunk))
+            done += len(chunk)
+        return
+    view = memoryview((ctypes.c_ubyte * source.nbytes).from_address(address))
+    while done < source.nbytes:
+        try:
+            count = os.preadv(source.file.fd, [view[done : done + _ONE_READ]], source.offset + done)
+        except FileAccessError:
+            raise
+        except OSError as error:
+            raise FileAccessError(f"{source.file.path}: cannot be read: {error.strerror}") from error
+        if not count:
+            raise CorruptError(
+                f"the file became shorter while it was read: byte {source.offset + done:,}", path=source.file.path
+            )
+        done += count
+
+
+# Where a storage goes: torch.serialization's ``_get_restore_location``, with errors that say what to do.
+
+
+def _restore(
+    map_location: TorchLocation,
+) -> Callable[[Storage, Callable[[], torch.UntypedStorage]], torch.UntypedStorage]:
+    """From a storage and the function that reads it to the torch storage at its place."""
+    if map_location is None:
+        return lambda storage, read: _place(storage, read, storage.location)
+    if isinstance(map_location, (str, torch.device)):
+        return lambda storage, read: _place(storage, read, str(map_location))
+    if isinstance(map_location, Mapping):
+        table = map_location
+        return lambda storage, read: _place(storage, read, str(table.get(storage.location, storage.location)))
+    if not callable(map_location):
+        raise RewriteError(
+            f"map_location is of type {type(map_location).__name__}; "
+            "expected a string, a torch.device, a dict or a callable"
+        )
+    function = map_location
+
+    def restore(storage: Storage, read: Callable[[], torch.UntypedStorage]) -> torch.UntypedStorage:
+        memory = read()
+        result: object = function(memory, storage.location)
+        if result is None:
+            return _place(storage, lambda: memory, storage.location)
+        if not isinstance(result, torch.UntypedStorage) or result.nbytes() != storage.nbytes:
+            raise RewriteError(
+                f"map_location returned {result!r:.80} for storage {storage.key!r}; "
+                f"expected a torch.UntypedStorage of {storage.nbytes:,} bytes, such as storage.cuda(1), or None"
+            )
+        return result
+
+    return restore
+
+
+def _place(storage: Storage, read: Callable[[], torch.UntypedStorage], location: str) -> torch.UntypedStorage:
+    """The storage at a location.
+
+    Raises:
+        RewriteError: this machine, or this torch, lacks the location.
+    """
+    if location == "meta":
+        return _allocated(storage.nbytes, "meta")
+    if location == "cpu":
+        return read()
+    # An empty storage finds out, before anything is read, whether the location is there.
+    _registered(storage, _allocated(0), location)
+    return _registered(storage, read(), location)
+
+
+def _registered(storage: Storage, memory: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    """The storage where torch's own registry of locations puts it."""
+    try:
+        restored = torch.serialization.default_restore_location(memory, location)  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise RewriteError(
+            f"{storage.source.file.path}: storage {storage.key!r}, saved on {storage.location!r}, cannot be put on "
+            f'{location!r} on this machine ({reason}); give map_location="cpu"'
+        ) from error
+    if not isinstance(restored, torch.UntypedStorage):
+        raise RewriteError(f"torch restored {location!r} as {type(restored).__name__}, which is no UntypedStorage")
+    return restored

@@ -1,0 +1,133 @@
+"""Ask torch itself what ``load_state_dict`` would do, without moving a byte.
+
+Comparing names is not enough: modules rename old keys while they load (torchvision's detection
+heads, `BatchNorm` before version 2), or drop some.  So the model's own loading code runs on
+tensors without data, every ``Tensor.copy_`` is noted instead of carried out, and what would be
+missing, unexpected and copied is known as torch knows it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ckptkit.checkpoint import StateDict
+from ckptkit.pickling.inert import mapping_items
+from ckptkit.torch_bridge import tensors
+
+__all__ = ["Probe", "loadable", "probe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What ``load_state_dict`` would do.
+
+    Attributes:
+        sources: for each name in the model that would be filled: the name in the file, or ``None``
+            where the model's own code computes the value.
+        missing, unexpected: as torch lists them, in its order.
+    """
+
+    sources: Mapping[str, str | None]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """What is given to ``load_state_dict``: the tensors, with the module versions the file recorded.
+
+    An object that is no tensor (``_extra_state``) is never made from the file; where the model has
+    one of that name, its own stands in.
+    """
+    state: OrderedDict[str, Any] = OrderedDict()
+    for name in state_dict.everything:
+        if name in values:
+            state[name] = values[name]
+        elif name in expected and not isinstance(expected[name], torch.Tensor):
+            state[name] = expected[name]
+        elif name not in expected:
+            state[name] = torch.empty(0, device="meta")  # unexpected in any case; its value never counts
+    if state_dict.versions is not None:
+        versions: dict[str, dict[str, object]] = {}
+        for path, node in state_dict.versions.items():
+            pairs = mapping_items(node) or []
+            versions[path] = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, (int, str, float))}
+        state._metadata = versions  # type: ignore[attr-defined]
+    return state
+
+
+class _Noting(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
+    """Notes every ``target.copy_(source)`` and carries none out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.copies: list[tuple[torch.Tensor, Any]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.copy_ and len(args) > 1:
+            self.copies.append((args[0], args[1]))
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) -> Probe:
+    """What loading the state_dict into the model would do.
+
+    Args:
+        model: the model; none of its tensors changes.
+        expected: its ``state_dict(keep_vars=True)``.
+        state_dict: the weights.
+    """
+    values = tensors(state_dict, map_location="meta")
+    lists: list[tuple[list[str], list[str]]] = []
+
+    def note(module: nn.Module, keys: Any) -> None:
+        lists.append((list(keys.missing_keys), list(keys.unexpected_keys)))
+
+    hook = model.register_load_state_dict_post_hook(note)
+    noting = _Noting()
+    try:
+        with noting, warnings.catch_warnings(action="ignore"):
+            model.load_state_dict(loadable(state_dict, values, expected), strict=False)
+    except Exception:  # noqa: S110 - sizes that differ end here, and are told by comparing them
+        pass
+    finally:
+        hook.remove()
+    if not lists:  # the model's own code gave up before the end: compare names alone
+        shared = {n: n for n, v in expected.items() if n in values and v.shape == values[n].shape}
+        missing = tuple(n for n in expected if n not in state_dict.everything)
+        return Probe(sources=shared, missing=missing, unexpected=tuple(n for n in values if n not in expected))
+    missing_keys, unexpected_keys = lists[-1]
+    return Probe(
+        sources=_sources(noting.copies, expected, values),
+        missing=tuple(missing_keys),
+        unexpected=tuple(unexpected_keys),
+    )
+
+
+def _sources(
+    copies: list[tuple[torch.Tensor, Any]], expected: Mapping[str, Any], values: Mapping[str, torch.Tensor]
+) -> dict[str, str | None]:
+    """Where each name of the model gets its value from."""
+    names_of: dict[int, list[str]] = {}
+    for name, value in expected.items():
+        names_of.setdefault(id(value), []).append(name)
+    files_of: dict[int, list[str]] = {}
+    for name, value in values.items():
+        files_of.setdefault(id(value), []).append(name)
+    sources: dict[str, str | None] = {}
+    for target, source in copies:
+        names, files = names_of.get(id(target), []), files_of.get(id(source), [])
+        name = next((n for n in files if n in names), None) or next((n for n in names if n not in sources), None)
+        if name is not None:
+            sources[name] = name if name in files else files[0] if files else None
+    return sources
