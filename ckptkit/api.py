@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.compare import check_output
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import RewriteError, SectionError
 from ckptkit.inspection import describe
@@ -29,7 +28,6 @@ from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, Report
 from ckptkit.rewrite import AddModule, AddPrefix, MapLocation, StripModule, StripPrefix, WeightsOnly
 from ckptkit.rewrite.device import LocationMap
-from ckptkit.transfer import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -149,6 +147,9 @@ class CheckpointFile:
     def _carry_out(
         self, plan: Plan, destination: PathLike, *, force: bool, check: bool, progress: Callable[[int], None] | None
     ) -> None:
+        from ckptkit.compare import check_output  # reading alone starts faster without the writing half
+        from ckptkit.transfer import write_atomically
+
         compare = (lambda path: check_output(self.checkpoint, path)) if check else None
         write_atomically(destination, plan, force=force, check=compare, progress=progress)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -64,7 +63,7 @@ def write_atomically(
     if not force and os.path.lexists(path):
         raise DestinationExistsError(f"{shown}: exists already; --force overwrites it")
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         fd = os.open(temporary, flags, 0o666)  # less the umask, as any program's output

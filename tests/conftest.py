@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,3 +52,29 @@ def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
         return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
 
     return compare
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run("inspect", path, ...)``: the command as a process of its own, in an empty folder."""
+
+    def command(
+        *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ckptkit", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            cwd=cwd or tmp_path,
+            env={**os.environ, "PYTHONPATH": str(FIXTURES.parent), **(env or {})},
+            timeout=300,
+        )
+
+    return command
+
+
+@pytest.fixture
+def ddp_resume() -> Path:
+    """The committed multi-GPU training checkpoint."""
+    return FIXTURES / "ddp_resume.pth"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -79,23 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _interrupted()
     except KeyboardInterrupt:
         code = _interrupted()
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except (BrokenPipeError, SystemExit):  # the reader of our output has gone, as `head` does; click exits on it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except CkptkitError as error:
-        if debug:
-            traceback.print_exc()
+        _show_traceback(debug)
         click.echo(f"ckptkit: error: {error}", err=True)
         code = 2
     except Exception as error:
-        if debug:
-            traceback.print_exc()
+        _show_traceback(debug)
         click.echo(
             f"ckptkit: internal error: {type(error).__name__}: {error} (a bug in ckptkit; --debug shows where)",
             err=True,
         )
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_traceback(wanted: bool) -> None:
+    if wanted:
+        import traceback
+
+        traceback.print_exc()
 
 
 def _interrupted() -> int:

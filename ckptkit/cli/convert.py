@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from ckptkit import api
 from ckptkit.cli.options import (
+    columns,
     common_options,
     echo,
     echo_findings,
@@ -142,7 +142,8 @@ def _show_plan(details: Any) -> None:
         f"{printable(details['destination'])}: {plan['format']}, {plan['tensors']:,} tensors, {plan['nbytes']:,} bytes"
     )
     rows = [[way, f"{plan[way]['count']:,}", f"{plan[way]['nbytes']:,}"] for way in ("copies", "gathers", "literals")]
-    echo(tabulate(rows, ["moved as", "steps", "bytes"], "plain", colalign=("left", "right", "right")))
+    for line in columns(rows, ["moved as", "steps", "bytes"], "lrr"):
+        echo(line)
     for name, kept in plan["aliases"].items():
         echo(f"tied: {printable(name)} = {printable(kept)}")
     renames = details["renames"]

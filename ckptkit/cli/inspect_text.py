@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tabulate import tabulate
-
-from ckptkit.cli.options import Style, printable
+from ckptkit.cli.options import Style, columns, printable
 from ckptkit.diagnose import human_size
 
 __all__ = ["flat", "markdown", "text"]
@@ -22,7 +20,7 @@ def text(document: dict[str, Any], style: Style, *, depth: int, stats: bool) -> 
     yield _headline(document, style)
     if document["sections"]:
         yield ""
-        yield from _plain(_section_rows(document), ["", "section", "kind", "tensors", "bytes", "share"], "lllrrr")
+        yield from columns(_section_rows(document), ["", "section", "kind", "tensors", "bytes", "share"], "lllrrr")
     yield from _weights_line(document, style)
     if stats:
         yield ""
@@ -30,10 +28,10 @@ def text(document: dict[str, Any], style: Style, *, depth: int, stats: bool) -> 
             [_full_name(t, document), t["dtype"], *(_figure(t["stats"][k]) for k in _STATS)]
             for t in document["tensors"]
         ]
-        yield from _plain(rows, ["tensor", "dtype", *_STATS], "ll" + "r" * len(_STATS))
+        yield from columns(rows, ["tensor", "dtype", *_STATS], "ll" + "r" * len(_STATS))
     elif document["tensors"]:
         yield ""
-        yield from _plain(list(_tree_rows(document, depth)), ["tensors of", "", "elements", "bytes", "dtype"], "lrrrl")
+        yield from columns(list(_tree_rows(document, depth)), ["tensors of", "", "elements", "bytes", "dtype"], "lrrrl")
     yield from _scalars(document, style)
     if document["findings"]:
         yield ""
@@ -47,6 +45,8 @@ def text(document: dict[str, Any], style: Style, *, depth: int, stats: bool) -> 
 
 def markdown(document: dict[str, Any]) -> Iterator[str]:
     """The lines of the markdown output: a heading and tables."""
+    from tabulate import tabulate  # a fifth of the start-up time, and only needed here
+
     yield f"## `{printable(document['path'])}`"
     yield ""
     yield f"{_facts(document)}"
@@ -150,7 +150,8 @@ def _tree_rows(document: dict[str, Any], depth: int) -> Iterator[list[str]]:
 def _tree_row(label: str, members: list[dict[str, Any]], note: str, *, leaf: bool = False) -> list[str]:
     unique = [t for t in members if not t["tied_to"]]
     elements = sum(_numel(t) for t in unique)
-    dtypes = "/".join(sorted({t["dtype"] for t in members})[:3])
+    kinds = sorted({t["dtype"] for t in members})
+    dtypes = "/".join(kinds) if len(kinds) < 3 else f"{len(kinds)} dtypes"
     return [
         label,
         "" if leaf else f"{len(members):,}",
@@ -176,15 +177,6 @@ def _full_name(t: dict[str, Any], document: dict[str, Any]) -> str:
     """The name in the state_dict; with its section where none was selected."""
     name = printable(t["name"])
     return name if document["state_dict"] is not None or not t["section"] else f"{printable(t['section'])}.{name}"
-
-
-def _plain(rows: list[list[str]], headers: list[str], align: str) -> list[str]:
-    names = {"l": "left", "r": "right"}
-    table = tabulate(
-        rows, headers, "plain", colalign=[names[a] for a in align] if rows else None, disable_numparse=True,
-        preserve_whitespace=True,
-    )  # fmt: skip
-    return [line.rstrip() for line in table.splitlines()]
 
 
 def _numel(t: dict[str, Any]) -> int:

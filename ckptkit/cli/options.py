@@ -14,6 +14,7 @@ from ckptkit.report import Finding
 
 __all__ = [
     "Style",
+    "columns",
     "common_options",
     "echo",
     "echo_findings",
@@ -73,6 +74,17 @@ def echo(text: str = "") -> None:
     """A line on stdout, colours kept as they were decided, whatever the terminal's encoding."""
     encoding = sys.stdout.encoding or "utf-8"
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding), color=True)
+
+
+def columns(rows: list[list[str]], headers: list[str], align: str) -> list[str]:
+    """The lines of a table: two spaces between columns, each aligned as ``align`` says (``"lr"``)."""
+    table = [headers, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(headers))]
+    lines = []
+    for row in table:
+        cells = (c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in zip(row, widths, align, strict=True))
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def echo_json(document: Any) -> None:

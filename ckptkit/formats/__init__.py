@@ -5,7 +5,10 @@ Adding a container is a module that ends in ``FORMAT = Format(...)`` and one lin
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
@@ -62,13 +65,26 @@ def read(
     """
     file = SourceFile(path)
     try:
-        return normalize(detect(file).read(file, limits), file, section=section), file
+        with _collector_paused():
+            return normalize(detect(file).read(file, limits), file, section=section), file
     except FormatError as error:
         file.close()
         raise error.at(path=file.path) from error.__cause__
     except BaseException:
         file.close()
         raise
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Reading makes objects by the million and no cyclic garbage; looking for it takes two fifths of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def format_for(destination: str | os.PathLike[str], name: str | None = None) -> Format:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
 __all__ = ["describe"]
@@ -39,7 +40,7 @@ def describe(head: bytes, size: int) -> str:
         if head.startswith(signature):
             return what
     if re.match(rb"\x80[\x02-\x05]", head):
-        if head[2:].startswith(_LEGACY_MAGIC):
+        if _LEGACY_MAGIC in head[:64]:  # a frame may come before it
             return (
                 "a torch checkpoint of the legacy format (before torch 1.6), which this version does not read; "
                 "torch.load and torch.save rewrite it"
@@ -47,7 +48,7 @@ def describe(head: bytes, size: int) -> str:
         return "a Python pickle, but not one torch.save wrote"
     if head[257:262] == b"ustar":
         return "a tar archive; torch's own tar format (0.1.x) is not read by this version, others must be unpacked"
-    if not any(byte < 9 or 13 < byte < 32 for byte in head):
+    if _is_text(head):
         return f"a text file, not a checkpoint; it begins with {head[:40]!r}"
     return f"no known checkpoint container; it begins with the bytes {head[:8].hex(' ')}"
 
@@ -58,3 +59,13 @@ def _lfs_pointer(head: bytes) -> str:
     facts = f" of {int(size[1]):,} bytes" if size else ""
     facts += f" (sha256 {digest[1].decode()})" if digest else ""
     return f"a git-lfs pointer, not the file{facts} it stands for; run: git lfs pull"
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether the bytes are UTF-8 without control characters; the last character may be cut."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        text = decoder.decode(head)
+    except UnicodeDecodeError:
+        return False
+    return all(c >= " " or c in "\t\n\r\f" for c in text)

@@ -20,6 +20,8 @@ in alphabetical order, as there.  The reader gives such names their tensor back.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from struct import pack
 
@@ -38,6 +40,7 @@ __all__ = ["FORMAT"]
 _NAME = "safetensors"
 _METADATA = "__metadata__"
 _ALIGNMENT = 8
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """Names the format knows for elements that fill no whole byte; torch has no such tensors."""
 
@@ -74,7 +77,7 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
     entries: dict[str, object] = {}
     extents: list[tuple[int, int, str]] = []
     for name, info in header.items():
-        entry, begin, end = _entry(name, info, data)
+        entry, begin, end = _entry(name, info, data, limits)
         entries[name] = entry
         extents.append((begin, end, name))
     _check_extents(extents, data.nbytes)
@@ -92,9 +95,8 @@ def _parse(raw: bytes) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CorruptError(f"the name {twice!r} stands twice in the header")
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise CorruptError(f"the name {twice!r:.80} stands twice in the header")
         return result
 
     try:
@@ -109,27 +111,38 @@ def _parse(raw: bytes) -> dict[str, object]:
 
 
 def _metadata(node: object) -> dict[str, str]:
+    if node is None:
+        return {}
     if not isinstance(node, dict) or not all(isinstance(value, str) for value in node.values()):
         raise CorruptError(f"{_METADATA} must map strings to strings")
+    if _SURROGATE.search("".join((*node, *node.values()))):
+        raise CorruptError(f"{_METADATA}: half a surrogate pair is no Unicode text")
     return node
 
 
-def _entry(name: str, info: object, data: ByteRange) -> tuple[TensorEntry, int, int]:
+def _entry(name: str, info: object, data: ByteRange, limits: Limits) -> tuple[TensorEntry, int, int]:
     """A tensor's entry and its extent in bytes within the data."""
+    what = f"tensor {name!r:.80}"
+    if not name.isascii() and _SURROGATE.search(name):
+        raise CorruptError(f"{what}: half a surrogate pair is no Unicode text")
     if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
-        raise CorruptError(f"tensor {name!r}: dtype, shape and data_offsets are expected")
+        raise CorruptError(f"{what}: dtype, shape and data_offsets are expected")
     dtype_name, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype_name, str):
+        raise CorruptError(f"{what}: its dtype is no string")
     if dtype_name in _UNREAD_DTYPES:
-        raise UnsupportedError(f"tensor {name!r} is of dtype {dtype_name}, whose elements fill no whole byte")
-    row = BY_SAFETENSORS.get(dtype_name) if isinstance(dtype_name, str) else None
+        raise UnsupportedError(f"{what} is of dtype {dtype_name}, whose elements fill no whole byte")
+    row = BY_SAFETENSORS.get(dtype_name)
     if row is None:
-        raise CorruptError(f"tensor {name!r}: unknown dtype {dtype_name!r:.40}; known: {', '.join(BY_SAFETENSORS)}")
+        raise CorruptError(f"{what}: unknown dtype {dtype_name!r:.40}; known: {', '.join(BY_SAFETENSORS)}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise CorruptError(f"tensor {name!r}: shape and data_offsets must be whole numbers, not negative")
+        raise CorruptError(f"{what}: shape and data_offsets must be whole numbers, not negative")
+    if len(shape) > limits.dimensions:
+        raise LimitError(f"dimensions of {what}", limit=limits.dimensions, actual=len(shape))
     begin, end = offsets
     if not begin <= end <= data.nbytes:
         raise CorruptError(
-            f"tensor {name!r}: bytes {begin:,} to {end:,} of {data.nbytes:,} bytes of data: truncated or damaged"
+            f"{what}: bytes {begin:,} to {end:,} of {data.nbytes:,} bytes of data: truncated or damaged"
         )
     storage = Storage(
         key=name,
@@ -147,7 +160,7 @@ def _entry(name: str, info: object, data: ByteRange) -> tuple[TensorEntry, int, 
     )
     if entry.nbytes != end - begin:
         raise CorruptError(
-            f"tensor {name!r}: shape {shape} of {dtype_name} is {entry.nbytes:,} bytes, not {end - begin:,}"
+            f"{what}: shape {shape} of {dtype_name} is {entry.nbytes:,} bytes, not {end - begin:,}"
         )
     return entry, begin, end
 
@@ -163,7 +176,7 @@ def _check_extents(extents: list[tuple[int, int, str]], nbytes: int) -> None:
     for begin, end, name in sorted(extents):
         if begin != position:
             what = "overlaps another tensor" if begin < position else f"leaves a hole of {begin - position:,} bytes"
-            raise CorruptError(f"tensor {name!r}: data at {begin:,} {what}")
+            raise CorruptError(f"tensor {name!r:.80}: data at {begin:,} {what}")
         position = end
     if position != nbytes:
         raise CorruptError(f"{nbytes - position:,} bytes follow the last tensor")
@@ -175,7 +188,14 @@ def _write(checkpoint: Checkpoint) -> Plan:
         raise RewriteError("there is no state_dict to write; safetensors holds named tensors only")
     _refuse(state_dict)
     aliases = _aliases(state_dict)
-    metadata = {"format": "pt", **checkpoint.metadata, **aliases}
+    metadata = {"format": "pt", **checkpoint.metadata}
+    taken = aliases.keys() & metadata.keys()
+    if taken:
+        raise RewriteError(
+            f"tied tensors are recorded in the metadata under their names, where {', '.join(sorted(taken))} stands "
+            "already; rename them, or write a .pth"
+        )
+    metadata.update(aliases)
     stored = [name for name in state_dict if name not in aliases]
     offsets: dict[str, int] = {}
     position = 0

@@ -8,8 +8,9 @@ its local offset + 30 + *local* name length + *local* extra length.
 
 Readers of one archive must all see the same records, so what they are known to disagree about is
 refused: records equal but for case, a directory that does not end where the end record begins
-(two archives end to end), local headers that contradict central ones, records that overlap,
-encryption and patch flags, absolute and ``..`` names, bytes after the end.
+(two archives end to end), a first record the directory does not list, local headers that contradict
+central ones, records that overlap or have a second name, encryption and patch flags, absolute and
+``..`` names, bytes after the end.
 
 A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(False)`` in torch).
 """
@@ -17,6 +18,7 @@ A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(Fals
 from __future__ import annotations
 
 import itertools
+import re
 import zlib
 from dataclasses import dataclass
 from struct import Struct, pack
@@ -44,9 +46,16 @@ _STORED, _DEFLATED = 0, 8
 _UTF8 = 0x800
 _HAS_DESCRIPTOR = 0x8
 _REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
+_ANY_REFUSED_FLAG = sum(_REFUSED_FLAGS)
 _MAX32 = 0xFFFFFFFF
 _MAX16 = 0xFFFF
+_ODD_NAME = re.compile(r"[\0\\]|^/|(?:^|/)\.\.(?:/|$)")
+_ZIP64, _UNICODE_PATH = 1, 0x7075  # tags of extra fields
 _DOS_DATE = 0x0021  # 1 January 1980, the first date the format can express
+
+_WINDOW_NBYTES = 4096
+"""Bytes read around a local header: one page, which costs no more than the header alone and holds
+the headers of the small records that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,7 @@ def read_directory(file: SourceFile, limits: Limits = DEFAULT_LIMITS) -> dict[st
     if nbytes > limits.directory_nbytes:
         raise LimitError("bytes of a zip directory", limit=limits.directory_nbytes, actual=nbytes)
     directory = file.read(offset, nbytes)
+    window = _Window(file)
     records: dict[str, Record] = {}
     folded: dict[str, str] = {}
     extents: list[tuple[int, int, str]] = []
@@ -89,7 +99,7 @@ def read_directory(file: SourceFile, limits: Limits = DEFAULT_LIMITS) -> dict[st
     for _ in range(count):
         if pos + _CENTRAL.size > nbytes:
             raise CorruptError(f"the zip directory ends after {len(records)} of {count} records")
-        record, header_offset, pos = _read_central(file, directory, pos, offset, limits)
+        record, header_offset, pos = _read_central(window, directory, pos, offset, limits)
         other = folded.setdefault(record.name.casefold(), record.name)
         if record.name in records or other != record.name:
             raise CorruptError(f"records {other!r} and {record.name!r} are equal, or equal but for case")
@@ -98,28 +108,46 @@ def read_directory(file: SourceFile, limits: Limits = DEFAULT_LIMITS) -> dict[st
     if pos != nbytes:
         raise CorruptError(f"the zip directory holds {nbytes - pos:,} bytes more than its {count} records")
     extents.sort()
+    if extents and extents[0][0] != 0:
+        raise CorruptError("the file begins with a record that the zip directory does not list")
     for (_, end, name), (start, _, following) in itertools.pairwise(extents):
         if start < end:
             raise CorruptError(f"records {name!r} and {following!r} overlap")
     return records
 
 
+class _Window:
+    """Reads a few bytes here and there, mostly forwards, with few calls to the operating system."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self.file = file
+        self.start = 0
+        self.data = b""
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        start = offset - self.start
+        if start < 0 or start + nbytes > len(self.data):
+            self.data = self.file.read(offset, max(nbytes, min(_WINDOW_NBYTES, self.file.size - offset)))
+            self.start, start = offset, 0
+        return self.data[start : start + nbytes]
+
+
 def _find_directory(file: SourceFile) -> tuple[int, int, int]:
     """Offset and size in bytes of the central directory, and its number of records."""
     tail_start = max(0, file.size - _END.size - _MAX16)
     tail = file.read(tail_start, file.size - tail_start)
-    at = len(tail)
-    while True:
-        at = tail.rfind(b"PK\x05\x06", 0, at + 3)
-        if at < 0:
-            raise CorruptError(
-                f"the file begins like a zip archive but has no end record in its last {len(tail):,} bytes "
-                f"(size {file.size:,}): truncated download? Compare the size with the source's"
-            )
+    last = at = tail.rfind(b"PK\x05\x06")
+    while at >= 0:
         if at + _END.size <= len(tail) and at + _END.size + _END.unpack_from(tail, at)[7] == len(tail):
             break
-        if at == 0:
+        at = tail.rfind(b"PK\x05\x06", 0, at + 3)
+    else:
+        if last >= 0:
             raise CorruptError("the zip end record does not end the file: bytes were appended, or it is truncated")
+        raise CorruptError(
+            f"the file begins like a zip archive but has no end record in its last {len(tail):,} bytes "
+            f"(size {file.size:,}): truncated download? Compare the size with the source's"
+        )
     end_at = tail_start + at
     _, disk, start_disk, on_disk, count, nbytes, offset, _ = _END.unpack_from(tail, at)
     ends_at = end_at
@@ -128,11 +156,11 @@ def _find_directory(file: SourceFile) -> tuple[int, int, int]:
         end64_at = _LOCATOR.unpack(raw)[2]
         if end64_at + _END64.size > locator_at:
             raise CorruptError(f"the zip64 end record is said to lie at byte {end64_at:,}, past its locator")
-        signature, _, _, _, _, _, on_disk64, count64, nbytes64, offset64 = _END64.unpack(
+        signature, nbytes_end64, _, _, _, _, on_disk64, count64, nbytes64, offset64 = _END64.unpack(
             file.read(end64_at, _END64.size)
         )
-        if signature != b"PK\x06\x06":
-            raise CorruptError("the zip64 locator points at no zip64 end record")
+        if signature != b"PK\x06\x06" or end64_at + 12 + nbytes_end64 != locator_at:
+            raise CorruptError("the zip64 locator points at no zip64 end record, or not at the one before it")
         narrow = ((count, count64, _MAX16), (nbytes, nbytes64, _MAX32), (offset, offset64, _MAX32))
         if any(small not in (wide, top) for small, wide, top in narrow):
             raise CorruptError("the zip end record and the zip64 end record disagree")
@@ -148,7 +176,7 @@ def _find_directory(file: SourceFile) -> tuple[int, int, int]:
 
 
 def _read_central(
-    file: SourceFile, directory: bytes, pos: int, directory_offset: int, limits: Limits
+    window: _Window, directory: bytes, pos: int, directory_offset: int, limits: Limits
 ) -> tuple[Record, int, int]:
     """One record, the offset of its local header, and the position of the next central header."""
     (
@@ -163,22 +191,22 @@ def _read_central(
     raw_name = directory[pos + _CENTRAL.size : pos + _CENTRAL.size + name_nbytes]
     extra = directory[pos + _CENTRAL.size + name_nbytes : end - comment_nbytes]
     name = _name(raw_name, flags, limits)
-    for flag, what in _REFUSED_FLAGS.items():
-        if flags & flag:
-            raise UnsupportedError(f"record {name!r} is {what}")
+    if flags & _ANY_REFUSED_FLAG:
+        what = next(what for flag, what in _REFUSED_FLAGS.items() if flags & flag)
+        raise UnsupportedError(f"record {name!r} is {what}")
     if method not in (_STORED, _DEFLATED):
         raise UnsupportedError(f"record {name!r} uses compression method {method}; 0 and 8 are known")
-    wide = _zip64(extra, name, (nbytes, packed, header_offset))
-    nbytes, packed, header_offset = wide
+    if extra or _MAX32 in (nbytes, packed, header_offset):
+        nbytes, packed, header_offset = _widened(extra, name, (nbytes, packed, header_offset))
     if method == _STORED and packed != nbytes:
         raise CorruptError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {nbytes:,}")
-    data_offset = _data_offset(file, header_offset, raw_name, method, flags, (crc, packed, nbytes), name)
+    data_offset = _data_offset(window, header_offset, raw_name, method, flags, (crc, packed, nbytes), name)
     if data_offset + packed > directory_offset:
         raise CorruptError(f"record {name!r} of {packed:,} bytes at {data_offset:,} reaches into the zip directory")
     return (
         Record(
             name=name,
-            data=ByteRange(file, data_offset, packed),
+            data=ByteRange(window.file, data_offset, packed),
             nbytes=nbytes,
             deflated=method == _DEFLATED,
             crc32=crc if crc or not nbytes else None,
@@ -195,44 +223,47 @@ def _name(raw: bytes, flags: int, limits: Limits) -> str:
         name = raw.decode("utf-8" if flags & _UTF8 or raw.isascii() else "cp437")
     except UnicodeDecodeError:
         raise CorruptError(f"a record's name is not UTF-8: {raw[:80]!r}") from None
-    if "\0" in name or "\\" in name or name.startswith("/") or ".." in name.split("/") or not name:
+    if _ODD_NAME.search(name) or not name:
         raise CorruptError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
     return name
 
 
-def _zip64(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int, int, int]:
+def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int, int, int]:
     """Size, packed size and offset, with those at 0xFFFFFFFF taken from the zip64 extra field.
 
     The wide values stand in this fixed order, and only those that did not fit are there.
     """
-    if _MAX32 not in fields:
-        return fields
     pos = 0
+    wide: bytes | None = None
     while pos + 4 <= len(extra):
         tag = int.from_bytes(extra[pos : pos + 2], "little")
         size = int.from_bytes(extra[pos + 2 : pos + 4], "little")
-        body = extra[pos + 4 : pos + 4 + size]
+        if tag == _UNICODE_PATH:
+            raise CorruptError(f"record {name!r} has a second name in its extra field; readers disagree about it")
+        if tag == _ZIP64:
+            wide = extra[pos + 4 : pos + 4 + size]
         pos += 4 + size
-        if tag != 1:
-            continue
-        values = []
-        for field in fields:
-            if field == _MAX32:
-                if len(body) < 8:
-                    raise CorruptError(f"record {name!r}: its zip64 field is too short")
-                field, body = int.from_bytes(body[:8], "little"), body[8:]
-            values.append(field)
-        return values[0], values[1], values[2]
-    raise CorruptError(f"record {name!r}: a size is said to be in a zip64 field that is not there")
+    if _MAX32 not in fields:
+        return fields
+    if wide is None:
+        raise CorruptError(f"record {name!r}: a size is said to be in a zip64 field that is not there")
+    values = []
+    for field in fields:
+        if field == _MAX32:
+            if len(wide) < 8:
+                raise CorruptError(f"record {name!r}: its zip64 field is too short")
+            field, wide = int.from_bytes(wide[:8], "little"), wide[8:]
+        values.append(field)
+    return values[0], values[1], values[2]
 
 
 def _data_offset(
-    file: SourceFile, at: int, raw_name: bytes, method: int, flags: int, sizes: tuple[int, int, int], name: str
+    window: _Window, at: int, raw_name: bytes, method: int, flags: int, sizes: tuple[int, int, int], name: str
 ) -> int:
     """Where the record's data begins, once the local header is known not to contradict the central one."""
-    if at + _LOCAL.size + len(raw_name) > file.size:
-        raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {file.size:,} bytes")
-    header = file.read(at, _LOCAL.size + len(raw_name))
+    if at + _LOCAL.size + len(raw_name) > window.file.size:
+        raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {window.file.size:,} bytes")
+    header = window.read(at, _LOCAL.size + len(raw_name))
     (
         signature, _, local_flags, local_method, _, _, crc, packed, nbytes, name_nbytes, extra_nbytes,
     ) = _LOCAL.unpack_from(header)  # fmt: skip
@@ -242,10 +273,11 @@ def _data_offset(
         raise CorruptError(f"record {name!r}: its own header gives another name or method than the directory")
     if (local_flags ^ flags) & ~(_HAS_DESCRIPTOR | _UTF8) & 0xFFFF:
         raise CorruptError(f"record {name!r}: its own header gives other flags than the directory")
-    for local, central in zip((crc, packed, nbytes), sizes, strict=True):
-        later = local == 0 and local_flags & _HAS_DESCRIPTOR  # the values follow the data
-        if local not in (central, _MAX32) and not later:
-            raise CorruptError(f"record {name!r}: its own header gives another size or checksum than the directory")
+    if (crc, packed, nbytes) != sizes:
+        for local, central, wide in zip((crc, packed, nbytes), sizes, (None, _MAX32, _MAX32), strict=True):
+            later = local == 0 and local_flags & _HAS_DESCRIPTOR  # the values follow the data
+            if local not in (central, wide) and not later:
+                raise CorruptError(f"record {name!r}: its own header gives another size or checksum than the directory")
     return at + _LOCAL.size + int(name_nbytes) + int(extra_nbytes)
 
 
@@ -260,8 +292,9 @@ def read_record(record: Record, limit: int) -> bytes:
         LimitError: it is larger, or inflates to more.
         CorruptError: it cannot be inflated, or its checksum differs.
     """
-    if record.nbytes > limit:
-        raise LimitError(f"bytes of record {record.name!r}", limit=limit, actual=record.nbytes)
+    largest = max(record.nbytes, record.data.nbytes)
+    if largest > limit:
+        raise LimitError(f"bytes of record {record.name!r}", limit=limit, actual=largest)
     data = record.data.read()
     if record.deflated:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)

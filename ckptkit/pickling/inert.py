@@ -134,10 +134,10 @@ class InertDict:
 
     def __init__(self, pairs: list[tuple[object, object]] | None = None) -> None:
         self.pairs = [] if pairs is None else pairs
-        self._index: tuple[int, dict[str, object]] = (-1, {})
+        self._index: tuple[int, dict[str, object]] | None = None
 
     def _strings(self) -> dict[str, object]:
-        if self._index[0] != len(self.pairs):
+        if self._index is None or self._index[0] != len(self.pairs):
             self._index = (len(self.pairs), {k: v for k, v in self.pairs if isinstance(k, str)})
         return self._index[1]
 
@@ -322,7 +322,7 @@ class TreeMap:
         self._depth += 1
         if self._depth > _MAX_ATTRIBUTE_DEPTH:
             raise LimitError("tensors nested in attributes of tensors", limit=_MAX_ATTRIBUTE_DEPTH, actual=self._depth)
-        copied = replace(leaf, attributes=self(leaf.attributes))
+        copied = replace(leaf, attributes=self._shell(leaf.attributes))
         self._depth -= 1
         return copied
 
@@ -359,7 +359,8 @@ class TreeMap:
             new.pid = shell(node.pid)
         elif isinstance(node, Object) and isinstance(new, Object):
             new.cls = shell(node.cls)
-            new.args = tuple(shell(arg) for arg in node.args)
+            args = shell(node.args)
+            new.args = args if isinstance(args, tuple) else ()
             new.kwargs = shell(node.kwargs)
             new.items.extend(shell(item) for item in node.items)
             new.pairs.extend((shell(key), shell(value)) for key, value in node.pairs)

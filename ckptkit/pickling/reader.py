@@ -5,8 +5,9 @@ interpreter keeps its stack, marks and memo, and differs in one thing: where Pyt
 name, call it, or set a state, it makes a node that says so.
 
 Fails closed.  Opcodes and shapes no pickler produces are refused, because other readers disagree
-about them: DUP, the EXT registry, out-of-band buffers, frames that overlap or are straddled,
-names computed at run time, non-decimal digits in text numbers, an object given state twice.
+about them: DUP, the EXT registry, out-of-band buffers, frames that overlap or are straddled, a
+second PROTO, names computed at run time, text numbers and escapes that need interpretation, an
+object given state twice.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import codecs
 import re
 import struct
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from struct import Struct
@@ -77,10 +77,12 @@ def read_pickle(
     except FormatError as error:
         error.offset = reader.op_at if error.offset is None else error.offset
         raise
-    except (IndexError, struct.error) as error:
+    except (IndexError, KeyError, struct.error) as error:
         # An index error on the last byte is its missing argument; before it, an empty stack.
         early = isinstance(error, struct.error) or reader.op_at >= len(data) - 1
         message = "the pickle ends early" if early else "an opcode finds too little on the stack"
+        if isinstance(error, KeyError):
+            message = f"memo entry {error} is read before it is written"
         raise CorruptError(f"{message}: damaged, truncated, or no pickle", offset=reader.op_at) from None
     return PickleResult(root=root, end=reader.pos, protocol=reader.protocol, globals=tuple(reader.globals.values()))
 
@@ -91,8 +93,15 @@ _U32 = Struct("<I").unpack_from
 _U64 = Struct("<Q").unpack_from
 _F64 = Struct(">d").unpack_from
 
-_DECIMAL = re.compile(rb"-?[0-9]{1,4000}L?\Z")
-_FLOAT = re.compile(rb"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z|[-+]?(?:inf|nan)\Z")
+_DECIMAL = re.compile(rb"(?:0|-?[1-9][0-9]{0,3999})L?\Z")
+"""What ``repr`` writes; a leading zero makes one of CPython's two unpicklers read octal."""
+
+_FLOAT = re.compile(rb"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z|[-+]?(?:inf|nan)\Z")
+_ESCAPED = re.compile(rb"[^\\]*(?:\\(?:[\\'\"nrt]|x[0-9a-f]{2})[^\\]*)*\Z")
+"""What Python 2's ``repr`` of a ``str`` holds between its quotes."""
+
+_NO_FRAME = 1 << 62
+"""Where a frame that is not there ends: no position reaches it."""
 
 
 def _long(data: bytes) -> int:
@@ -115,9 +124,11 @@ class _Reader:
         self.op_at = start
         self.persistent_load = persistent_load
         self.constructors = constructors
+        self.understood: dict[Global, Constructor] = {}
         self.limits = limits
+        self.started_at = start
         self.protocol = 0
-        self.frame_end = 0
+        self.frame_end = _NO_FRAME
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
         self.memo: dict[int, object] = {}
@@ -126,108 +137,108 @@ class _Reader:
     def run(self) -> object:
         """The value on the stack at STOP."""
         data, memo, marks = self.data, self.memo, self.marks
-        stack, pos = self.stack, self.pos
-        rare = _RARE
-        for _ in range(self.limits.opcodes):
-            self.op_at = self.pos = pos
-            op = data[pos]
-            pos += 1
-            # In order of frequency in a state_dict's pickle.
-            if op == 0x68:  # BINGET
-                stack.append(self.recall(data[pos]))
+        stack, pos, frame_end = self.stack, self.pos, self.frame_end
+        at, rare = pos, _RARE
+        try:
+            for _ in range(self.limits.opcodes):
+                at = pos
+                op = data[pos]
                 pos += 1
-            elif op == 0x71:  # BINPUT
-                memo[data[pos]] = stack[-1]
-                pos += 1
-            elif op == 0x72:  # LONG_BINPUT
-                memo[_U32(data, pos)[0]] = stack[-1]
-                pos += 4
-            elif op == 0x4B:  # BININT1
-                stack.append(data[pos])
-                pos += 1
-            elif op == 0x28:  # MARK
-                marks.append(stack)
-                stack = self.stack = []
-            elif op == 0x74:  # TUPLE
-                items = tuple(stack)
-                stack = self.stack = marks.pop()
-                stack.append(items)
-            elif op == 0x58:  # BINUNICODE
-                nbytes = _U32(data, pos)[0]
-                stack.append(self.text(pos + 4, nbytes))
-                pos += 4 + nbytes
-            elif op == 0x52:  # REDUCE
-                args = stack.pop()
-                stack[-1] = self.call("reduce", stack[-1], args)
-            elif op == 0x29:  # EMPTY_TUPLE
-                stack.append(())
-            elif op == 0x51:  # BINPERSID
-                stack[-1] = self.persistent_load(stack[-1])
-            elif op == 0x89:  # NEWFALSE
-                stack.append(False)
-            elif op == 0x88:  # NEWTRUE
-                stack.append(True)
-            elif op == 0x85:  # TUPLE1
-                stack[-1] = (stack[-1],)
-            elif op == 0x86:  # TUPLE2
-                last = stack.pop()
-                stack[-1] = (stack[-1], last)
-            elif op == 0x87:  # TUPLE3
-                last = stack.pop()
-                middle = stack.pop()
-                stack[-1] = (stack[-1], middle, last)
-            elif op == 0x4D:  # BININT2
-                stack.append(_U16(data, pos)[0])
-                pos += 2
-            elif op == 0x4A:  # BININT
-                stack.append(_I32(data, pos)[0])
-                pos += 4
-            elif op == 0x6A:  # LONG_BINGET
-                stack.append(self.recall(_U32(data, pos)[0]))
-                pos += 4
-            elif op == 0x94:  # MEMOIZE
-                memo[len(memo)] = stack[-1]
-            elif op == 0x8C:  # SHORT_BINUNICODE
-                nbytes = data[pos]
-                stack.append(self.text(pos + 1, nbytes))
-                pos += 1 + nbytes
-            elif op == 0x4E:  # NONE
-                stack.append(None)
-            elif op == 0x7D:  # EMPTY_DICT
-                stack.append(InertDict())
-            elif op == 0x5D:  # EMPTY_LIST
-                stack.append([])
-            elif op == 0x47:  # BINFLOAT
-                stack.append(_F64(data, pos)[0])
-                pos += 8
-            elif op == 0x2E:  # STOP
-                self.pos = pos
-                return self.finish()
-            else:
-                handler = rare.get(op)
-                if handler is None:
-                    self.unknown(op)
-                self.pos = pos
-                handler(self)
-                pos, stack = self.pos, self.stack
-            if self.frame_end and pos >= self.frame_end:
-                if pos > self.frame_end:
-                    raise CorruptError("an opcode straddles the end of its frame")
-                self.frame_end = 0
-        raise LimitError("pickle opcodes", limit=self.limits.opcodes, actual=self.limits.opcodes + 1)
+                # In order of frequency in a state_dict's pickle.
+                if op == 0x72:  # LONG_BINPUT
+                    memo[_U32(data, pos)[0]] = stack[-1]
+                    pos += 4
+                elif op == 0x68:  # BINGET
+                    stack.append(memo[data[pos]])
+                    pos += 1
+                elif op == 0x4B:  # BININT1
+                    stack.append(data[pos])
+                    pos += 1
+                elif op == 0x28:  # MARK
+                    marks.append(stack)
+                    stack = self.stack = []
+                elif op == 0x74:  # TUPLE
+                    items = tuple(stack)
+                    stack = self.stack = marks.pop()
+                    stack.append(items)
+                elif op == 0x58:  # BINUNICODE
+                    nbytes = _U32(data, pos)[0]
+                    stack.append(self.text(pos + 4, nbytes))
+                    pos += 4 + nbytes
+                elif op == 0x71:  # BINPUT
+                    memo[data[pos]] = stack[-1]
+                    pos += 1
+                elif op == 0x52:  # REDUCE
+                    args = stack.pop()
+                    stack[-1] = self.call("reduce", stack[-1], args)
+                elif op == 0x29:  # EMPTY_TUPLE
+                    stack.append(())
+                elif op == 0x51:  # BINPERSID
+                    stack[-1] = self.persistent_load(stack[-1])
+                elif op == 0x89:  # NEWFALSE
+                    stack.append(False)
+                elif op == 0x85:  # TUPLE1
+                    stack[-1] = (stack[-1],)
+                elif op == 0x86:  # TUPLE2
+                    last = stack.pop()
+                    stack[-1] = (stack[-1], last)
+                elif op == 0x87:  # TUPLE3
+                    last = stack.pop()
+                    middle = stack.pop()
+                    stack[-1] = (stack[-1], middle, last)
+                elif op == 0x4D:  # BININT2
+                    stack.append(_U16(data, pos)[0])
+                    pos += 2
+                elif op == 0x4A:  # BININT
+                    stack.append(_I32(data, pos)[0])
+                    pos += 4
+                elif op == 0x6A:  # LONG_BINGET
+                    stack.append(memo[_U32(data, pos)[0]])
+                    pos += 4
+                elif op == 0x94:  # MEMOIZE
+                    memo[len(memo)] = stack[-1]
+                elif op == 0x8C:  # SHORT_BINUNICODE
+                    nbytes = data[pos]
+                    stack.append(self.text(pos + 1, nbytes))
+                    pos += 1 + nbytes
+                elif op == 0x4E:  # NONE
+                    stack.append(None)
+                elif op == 0x88:  # NEWTRUE
+                    stack.append(True)
+                elif op == 0x7D:  # EMPTY_DICT
+                    stack.append(InertDict())
+                elif op == 0x5D:  # EMPTY_LIST
+                    stack.append([])
+                elif op == 0x47:  # BINFLOAT
+                    stack.append(_F64(data, pos)[0])
+                    pos += 8
+                elif op == 0x2E:  # STOP
+                    self.pos = pos
+                    return self.finish()
+                else:
+                    handler = rare.get(op)
+                    if handler is None:
+                        self.unknown(op)
+                    self.op_at, self.pos = at, pos
+                    handler(self)
+                    pos, stack, frame_end = self.pos, self.stack, self.frame_end
+                if pos >= frame_end:
+                    if pos > frame_end:
+                        raise CorruptError("an opcode straddles the end of its frame")
+                    frame_end = self.frame_end = _NO_FRAME
+            raise LimitError("pickle opcodes", limit=self.limits.opcodes, actual=self.limits.opcodes + 1)
+        except BaseException:
+            self.op_at = at
+            raise
 
     # What the opcodes share.
 
     def finish(self) -> object:
         if self.marks or len(self.stack) != 1:
             raise CorruptError("STOP with something else than one value on the stack")
+        if self.frame_end not in (self.pos, _NO_FRAME):
+            raise CorruptError("STOP is not the end of its frame")
         return self.stack.pop()
-
-    def recall(self, index: int) -> object:
-        try:
-            return self.memo[index]
-        except KeyError:
-            raise CorruptError(f"memo entry {index:,} is read before it is written") from None
 
     def take(self, nbytes: int) -> bytes:
         """The next bytes, which must be there: a declared length never allocates on its own."""
@@ -277,7 +288,7 @@ class _Reader:
             raise UnsupportedError(f"a call whose arguments are {type(args).__name__}, not a tuple")
         if isinstance(cls, Global):
             cls.calls += 1
-            constructor = self.constructors.get((cls.module, cls.name))
+            constructor = self.understood.get(cls)
             if constructor is not None and how == "reduce":
                 built = constructor(args)
                 if built is not NotImplemented:
@@ -289,7 +300,12 @@ class _Reader:
         longest = max(len(module), len(name))
         if longest > self.limits.name_nbytes:
             raise LimitError("length of a name", limit=self.limits.name_nbytes, actual=longest)
-        return self.globals.setdefault((module, name), Global(module, name))
+        known = self.globals.get((module, name))
+        if known is None:
+            known = self.globals[module, name] = Global(module, name)
+            if (module, name) in self.constructors:
+                self.understood[known] = self.constructors[module, name]
+        return known
 
     def unknown(self, op: int) -> NoReturn:
         refused = _REFUSED.get(op)
@@ -303,15 +319,17 @@ class _Reader:
         version = self.take(1)[0]
         if version > 5:
             raise UnsupportedError(f"pickle protocol {version}; 0 to 5 are known")
+        if self.op_at != self.started_at:
+            raise UnsupportedError("a PROTO that is not the first opcode")
         self.protocol = version
 
     def frame(self) -> None:
         nbytes = _U64(self.take(8))[0]
-        if self.frame_end:
+        if self.frame_end != _NO_FRAME:
             raise CorruptError("a frame inside a frame")
         if nbytes > len(self.data) - self.pos:
             raise CorruptError(f"a frame of {nbytes:,} bytes, {len(self.data) - self.pos:,} are left: truncated")
-        self.frame_end = self.pos + nbytes if nbytes else 0
+        self.frame_end = self.pos + nbytes
 
     def pop(self) -> None:
         if self.stack:
@@ -333,7 +351,7 @@ class _Reader:
         elif isinstance(target, Object) and target.state is ABSENT and not target.pairs:
             target.items.extend(items)
         else:
-            raise UnsupportedError(f"items appended to {target!r:.80}")
+            raise UnsupportedError(f"items appended to {_shown(target)}")
 
     def setitem(self) -> None:
         value = self.stack.pop()
@@ -351,22 +369,22 @@ class _Reader:
         if isinstance(target, InertDict) or (isinstance(target, Object) and target.state is ABSENT):
             target.pairs.extend(pairs)
         else:
-            raise UnsupportedError(f"keys set on {target!r:.80}")
+            raise UnsupportedError(f"keys set on {_shown(target)}")
 
     def additems(self) -> None:
         members = self.pop_mark()
         target = self.stack[-1]
         if not isinstance(target, InertSet) or target.frozen:
-            raise UnsupportedError(f"members added to {target!r:.80}")
+            raise UnsupportedError(f"members added to {_shown(target)}")
         target.members.extend(members)
 
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, Object):
-            raise UnsupportedError(f"state applied to {target!r:.80}")
+            raise UnsupportedError(f"state applied to {_shown(target)}")
         if target.state is not ABSENT:
-            raise UnsupportedError(f"state applied twice to {target!r:.80}")
+            raise UnsupportedError(f"state applied twice to {_shown(target)}")
         target.state = state
 
     def global_text(self) -> None:
@@ -455,13 +473,9 @@ class _Reader:
         text = self.line(len(self.data))
         if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in b"'\"":
             raise CorruptError("a STRING without matching quotes")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # an escape Python does not know
-                raw, _ = codecs.escape_decode(text[1:-1])
-        except (ValueError, Warning):
-            raise UnsupportedError("a STRING with escapes that no pickler writes") from None
-        self.stack.append(_python2_str(raw))
+        if not _ESCAPED.match(text, 1, len(text) - 1):
+            raise UnsupportedError("a STRING with escapes that no pickler writes")
+        self.stack.append(_python2_str(codecs.escape_decode(text[1:-1])[0]))
 
     def unicode_text(self) -> None:
         try:
@@ -470,19 +484,27 @@ class _Reader:
             raise CorruptError(f"a UNICODE string that cannot be decoded: {error.reason}") from None
 
     def memo_text(self) -> int:
-        return self.decimal(self.line(20), long=False)
+        index = self.decimal(self.line(20), long=False)
+        if index < 0:
+            raise CorruptError(f"memo entry {index:,}")
+        return index
 
     def put_text(self) -> None:
         self.memo[self.memo_text()] = self.stack[-1]
 
     def get_text(self) -> None:
-        self.stack.append(self.recall(self.memo_text()))
+        self.stack.append(self.memo[self.memo_text()])
 
     def persistent_text(self) -> None:
         try:
             self.stack.append(self.persistent_load(str(self.line(self.limits.name_nbytes), "ascii")))
         except UnicodeDecodeError:
             raise CorruptError("a persistent id that is not ASCII") from None
+
+
+def _shown(node: object) -> str:
+    """A node in a message: never its content, which may be endless."""
+    return repr(node) if isinstance(node, (Global, Object)) else f"a {type(node).__name__}"
 
 
 def _python2_str(raw: bytes) -> str | bytes:

@@ -39,6 +39,9 @@ _UNTYPED = {("torch.storage", "UntypedStorage"), ("torch.storage", "_UntypedStor
 _PLAIN_TYPES = {("torch", "Tensor"), ("torch._tensor", "Tensor")}
 _PARAMETER = ("torch.nn.parameter", "Parameter")
 
+_HUGE = 1 << 62
+"""More than any count of elements or bytes: products and sums of counts stay cheap."""
+
 Locate = Callable[[str, int], tuple[ByteRange, int | None]]
 """From a storage key and the size in bytes the pickle declares to where the bytes lie, and their
 recorded CRC-32 (``None``: not recorded)."""
@@ -58,6 +61,7 @@ class StorageTable:
         self._byteorder = byteorder
         self._limits = limits
         self._storages: dict[str, Storage] = {}
+        self._classes: dict[object, tuple[str | None, int]] = {}
 
     def persistent_load(self, pid: object) -> object:
         """The `Storage` a persistent id names.
@@ -66,14 +70,14 @@ class StorageTable:
             CorruptError: one key with two types, sizes or locations, or an id that is no storage's.
             UnsupportedError: a storage class that is not torch's.
         """
-        if not (isinstance(pid, tuple) and len(pid) in (5, 6) and _text(pid[0]) == "storage"):
+        if not (isinstance(pid, tuple) and len(pid) in (5, 6) and isinstance(pid[0], str) and pid[0] == "storage"):
             raise UnsupportedError("a persistent id that is no torch storage")
-        cls, key, location, numel = pid[1], _text(pid[2]), _text(pid[3]), pid[4]
-        if key is None or location is None or not _is_count(numel):
+        _, cls, key, location, numel, *_ = pid
+        if not isinstance(key, str) or not isinstance(location, str) or not _is_count(numel):
             raise CorruptError("a storage's persistent id without key, location or size")
         if len(pid) == 6 and pid[5] is not None:
             raise UnsupportedError("a storage that is a view of another (view_metadata)")
-        dtype, itemsize = _storage_dtype(cls)
+        dtype, itemsize = self._dtype(cls)
         known = self._storages.get(key)
         if known is None:
             source, crc32 = self._locate(key, numel * itemsize)
@@ -92,6 +96,14 @@ class StorageTable:
                 f"and as {numel * itemsize:,} bytes of {dtype or 'bytes'} on {location!r}"
             )
         return known
+
+    def _dtype(self, cls: object) -> tuple[str | None, int]:
+        """Declared dtype (``None``: untyped) and element size in bytes of a storage class."""
+        if not isinstance(cls, Global):
+            raise UnsupportedError(f"a storage whose class is a {type(cls).__name__}, not a name")
+        if cls not in self._classes:
+            self._classes[cls] = _storage_dtype(cls)
+        return self._classes[cls]
 
     @property
     def constructors(self) -> dict[tuple[str, str], Constructor]:
@@ -116,8 +128,8 @@ class StorageTable:
         dtype = dtype or storage.dtype
         if dtype is None or DTYPES[dtype].kind == "quantized":
             return NotImplemented
-        if shape is None or stride is None or not _is_int(offset):
-            raise CorruptError("a tensor whose offset, size or stride are not whole numbers")
+        if shape is None or stride is None or not _is_int(offset) or abs(offset) >= _HUGE:
+            raise CorruptError("a tensor whose offset, size or stride are not whole numbers of 62 bits")
         if len(shape) > self._limits.dimensions:
             raise CorruptError(f"a tensor of {len(shape)} dimensions; torch knows {self._limits.dimensions}")
         return TensorEntry(
@@ -153,6 +165,8 @@ class StorageTable:
         data, requires_grad = args[0], args[1]
         if not isinstance(data, TensorEntry) or not isinstance(requires_grad, bool):
             return NotImplemented
+        if data.is_parameter or data.subclass is not None or data.attributes is not None:
+            return NotImplemented  # torch wraps a plain tensor; whatever this is, nothing of it may get lost
         return replace(data, is_parameter=True, requires_grad=requires_grad)
 
     def _parameter_with_state(self, args: tuple[object, ...]) -> object:
@@ -163,8 +177,9 @@ class StorageTable:
         if len(args) != 4 or not isinstance(args[0], Global) or not isinstance(args[1], Global):
             return NotImplemented
         function, cls, inner, state = args[0], args[1], args[2], args[3]
-        rebuild = self.constructors.get((function.module, function.name))
-        if rebuild is None or not isinstance(inner, tuple):
+        # Not the other two: a call inside a call inside a call could be nested without end.
+        rebuild = {"_rebuild_tensor_v2": self._tensor_v2, "_rebuild_tensor_v3": self._tensor_v3}.get(function.name)
+        if rebuild is None or function.module != "torch._utils" or not isinstance(inner, tuple):
             return NotImplemented
         entry = rebuild(inner)
         if not isinstance(entry, TensorEntry):
@@ -235,19 +250,14 @@ def _is_wrapped_parameter(entry: TensorEntry) -> bool:
     return entry.is_parameter and entry.subclass is None
 
 
-def _storage_dtype(cls: object) -> tuple[str | None, int]:
-    """Declared dtype (``None``: untyped) and element size in bytes of a storage class."""
-    if isinstance(cls, Global):
-        if (cls.module, cls.name) in _UNTYPED:
-            return None, 1
-        row = BY_STORAGE_CLASS.get(cls.name)
-        if row is not None and cls.module in ("torch", "torch.cuda", "torch.storage"):
-            return row.name, row.itemsize
-    raise UnsupportedError(f"a storage of class {cls!r:.80}, which is not torch's")
-
-
-def _text(node: object) -> str | None:
-    return node if isinstance(node, str) else None
+def _storage_dtype(cls: Global) -> tuple[str | None, int]:
+    """Declared dtype and element size of a storage class by its name."""
+    if (cls.module, cls.name) in _UNTYPED:
+        return None, 1
+    row = BY_STORAGE_CLASS.get(cls.name)
+    if row is not None and cls.module in ("torch", "torch.cuda", "torch.storage"):
+        return row.name, row.itemsize
+    raise UnsupportedError(f"a storage of class {cls.qualified:.80}, which is not torch's")
 
 
 def _is_int(node: object) -> TypeGuard[int]:
@@ -256,16 +266,19 @@ def _is_int(node: object) -> TypeGuard[int]:
 
 def _is_count(node: object) -> TypeGuard[int]:
     """A size: not negative, and small enough that no product with an item size means anything else."""
-    return isinstance(node, int) and not isinstance(node, bool) and 0 <= node < 1 << 62
+    return isinstance(node, int) and not isinstance(node, bool) and 0 <= node < _HUGE
 
 
 def _size(node: object) -> tuple[int, ...] | None:
     """A shape or stride: a tuple of ints, or a ``torch.Size`` call holding one."""
     if isinstance(node, Object) and node.class_name == "torch.Size" and len(node.args) == 1:
         node = node.args[0]
-    if isinstance(node, (tuple, list)) and all(_is_int(n) and abs(n) < 1 << 62 for n in node):
-        return tuple(node)
-    return None
+    if not isinstance(node, (tuple, list)):
+        return None
+    for number in node:
+        if number.__class__ is not int or not -_HUGE < number < _HUGE:
+            return None
+    return tuple(node)
 
 
 def _no_hooks(node: object) -> bool:
@@ -275,7 +288,9 @@ def _no_hooks(node: object) -> bool:
 
 def _metadata_bits(node: object) -> tuple[bool, bool] | None:
     """The conj and neg bits; ``None`` where the metadata says anything else."""
-    pairs = [] if node is None else mapping_items(node)
+    if node is None:
+        return False, False
+    pairs = mapping_items(node)
     if pairs is None or any(key not in ("conj", "neg") or not isinstance(value, bool) for key, value in pairs):
         return None
     bits = dict(pairs)

@@ -139,10 +139,14 @@ class _Writer:
             self._string(node.module)
             self._string(node.name)
             self.out.append(b"\x93")
-        elif "\n" in node.module + node.name:
-            raise UnsupportedError(f"a name with a line break cannot be written in protocol {self.protocol}: {key}")
         else:
-            self.out.append(f"c{node.module}\n{node.name}\n".encode())
+            try:
+                raw = f"c{node.module}\n{node.name}\n".encode()
+            except UnicodeEncodeError:
+                raw = b""
+            if raw.count(b"\n") != 2:
+                raise UnsupportedError(f"the name {key} cannot be written in protocol {self.protocol}")
+            self.out.append(raw)
         self.names[key] = self._put()
 
     # Nodes with children.

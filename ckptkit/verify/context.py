@@ -14,10 +14,10 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.report import Finding
 from ckptkit.torch_bridge import dtype_of
-from ckptkit.verify.fit import Fit
+from ckptkit.verify.measure import Fit
 from ckptkit.verify.reference import Reference
 
-__all__ = ["Check", "Context", "floating_dtype", "pick_device"]
+__all__ = ["Check", "Context", "floating_dtype", "pick_device", "shortened"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +32,7 @@ class Context:
         seed: of the random inputs.
         allow_missing, allow_unexpected: patterns of names that may be so.
         wants_forward: whether the forward check is asked for.
+        failed: whether a check has found an error.
         fit: set by the fit check.
         loaded: set by the load check once every weight is in the model.
         outputs: set by the forward check: the outputs' figures, as in the JSON document.
@@ -46,6 +47,7 @@ class Context:
     allow_missing: tuple[str, ...]
     allow_unexpected: tuple[str, ...]
     wants_forward: bool
+    failed: bool = False
     fit: Fit | None = None
     loaded: bool = False
     outputs: list[dict[str, Any]] = field(default_factory=list)

@@ -22,7 +22,7 @@ from ckptkit.checkpoint import StateDict
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.torch_bridge import tensors
 
-__all__ = ["Probe", "loadable", "probe"]
+__all__ = ["Probe", "is_extra_state", "loadable", "probe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +50,10 @@ def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping
     for name in state_dict.everything:
         if name in values:
             state[name] = values[name]
-        elif name in expected and not isinstance(expected[name], torch.Tensor):
-            state[name] = expected[name]
         elif name not in expected:
             state[name] = torch.empty(0, device="meta")  # unexpected in any case; its value never counts
+        elif is_extra_state(name) or not isinstance(expected[name], torch.Tensor):
+            state[name] = expected[name]
     if state_dict.versions is not None:
         versions: dict[str, dict[str, object]] = {}
         for path, node in state_dict.versions.items():
@@ -61,6 +61,11 @@ def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping
             versions[path] = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, (int, str, float))}
         state._metadata = versions  # type: ignore[attr-defined]
     return state
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether it is what a module's ``get_extra_state`` returned, a tensor or not."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 class _Noting(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
@@ -88,22 +93,25 @@ def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) 
         state_dict: the weights.
     """
     values = tensors(state_dict, map_location="meta")
+    # A module may do anything with its extra state, so it is shown its own.
+    shown = {name: value for name, value in values.items() if not (name in expected and is_extra_state(name))}
     lists: list[tuple[list[str], list[str]]] = []
 
     def note(module: nn.Module, keys: Any) -> None:
         lists.append((list(keys.missing_keys), list(keys.unexpected_keys)))
 
-    hook = model.register_load_state_dict_post_hook(note)
+    hook = model.register_load_state_dict_post_hook(note)  # type: ignore[no-untyped-call]
     noting = _Noting()
     try:
-        with noting, warnings.catch_warnings(action="ignore"):
-            model.load_state_dict(loadable(state_dict, values, expected), strict=False)
+        with noting, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.load_state_dict(loadable(state_dict, shown, expected), strict=False)
     except Exception:  # noqa: S110 - sizes that differ end here, and are told by comparing them
         pass
     finally:
         hook.remove()
     if not lists:  # the model's own code gave up before the end: compare names alone
-        shared = {n: n for n, v in expected.items() if n in values and v.shape == values[n].shape}
+        shared = {n: n for n, v in values.items() if getattr(expected.get(n), "shape", None) == v.shape}
         missing = tuple(n for n in expected if n not in state_dict.everything)
         return Probe(sources=shared, missing=missing, unexpected=tuple(n for n in values if n not in expected))
     missing_keys, unexpected_keys = lists[-1]
@@ -127,7 +135,8 @@ def _sources(
     sources: dict[str, str | None] = {}
     for target, source in copies:
         names, files = names_of.get(id(target), []), files_of.get(id(source), [])
-        name = next((n for n in files if n in names), None) or next((n for n in names if n not in sources), None)
-        if name is not None:
+        open_names = [n for n in names if n not in sources]
+        if open_names:
+            name = next((n for n in open_names if n in files), open_names[0])
             sources[name] = name if name in files else files[0] if files else None
     return sources

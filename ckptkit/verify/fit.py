@@ -1,0 +1,207 @@
+"""The fit check: names, shapes and dtypes.  No weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.dtypes import DTYPES
+from ckptkit.report import Finding, convert_command
+from ckptkit.verify.advice import head_classes, rename_that_fits, torchvision_argument
+from ckptkit.verify.context import Context, shortened
+from ckptkit.verify.measure import Fit, ShapeMismatch, measure, named_values
+
+__all__ = ["check_fit"]
+
+
+def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
+    """Whether every tensor of the model is in the checkpoint, with its shape, and nothing else is."""
+    fit = measure(
+        model,
+        checkpoint.state_dict,
+        allow_missing=context.allow_missing,
+        allow_unexpected=context.allow_unexpected,
+    )
+    context.fit = fit
+    yield _coverage(fit, context)
+    cause = _one_cause(fit, checkpoint, model, context)
+    if cause is not None:
+        yield cause
+        return
+    yield from _names(fit, checkpoint, context)
+    if fit.mismatches:
+        yield _shapes(fit, checkpoint, context)
+    yield from _dtypes(fit, checkpoint.origin.path, context)
+    yield from _remarks(fit)
+
+
+def _coverage(fit: Fit, context: Context) -> Finding:
+    # Never "100.0 %" by rounding alone.
+    percent = fit.parameters_share * 100 if fit.parameters_share == 1 else min(fit.parameters_share * 100, 99.9)
+    return Finding(
+        code="fit-coverage",
+        severity="info",
+        message=f"{fit.tensors:,} of {fit.of:,} tensors, {percent:.1f} % of parameters, of {context.reference.label}",
+    )
+
+
+def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Context) -> Finding | None:
+    """What explains all that does not fit, and makes a list of names superfluous."""
+    if fit.missing and fit.unexpected:
+        shapes = {n: tuple(v.shape) for n, v in named_values(model).items() if isinstance(v, torch.Tensor)}
+        rename = rename_that_fits(checkpoint, shapes)
+        if rename is not None:
+            fitting = f"all {fit.of}" if rename.matched == fit.of else f"{rename.matched} of {fit.of}"
+            here = " (verify --strip-module does so in passing)" if "--strip-module" in rename.options else ""
+            return Finding(
+                code="wrapper-prefix",
+                severity="error",
+                message=f"{rename.cause}; once renamed, {fitting} tensors of the reference fit{here}",
+                fix=_convert(checkpoint, *rename.options),
+            )
+    if not fit.tensors and not fit.mismatches:
+        expected = list(named_values(model))
+        return Finding(
+            code="nothing-matches",
+            severity="error",
+            message=f"no tensor of {context.reference.label} ({shortened(expected, 3) or 'it has none'}) is in "
+            f"the checkpoint ({shortened(list(checkpoint.state_dict.everything), 3)}): another architecture",
+        )
+    return None
+
+
+def _convert(checkpoint: Checkpoint, *options: str) -> str:
+    """The convert command, with the section where the file holds several."""
+    origin = checkpoint.origin
+    weights = [section for section in checkpoint.sections if section.kind in ("state_dict", "whole_model")]
+    section = ("--section", origin.state_path) if len(weights) > 1 and origin.state_path else ()
+    return convert_command(origin.path, *section, *options)
+
+
+def _names(fit: Fit, checkpoint: Checkpoint, context: Context) -> Iterator[Finding]:
+    argument = torchvision_argument(fit.missing, fit.unexpected) if context.reference.is_torchvision else None
+    fix = context.command(checkpoint.origin.path, "--model-arg", argument) if argument else None
+    if fit.missing:
+        yield Finding(
+            code="missing-keys",
+            severity="error",
+            message=f"{len(fit.missing)} of the reference's {fit.of} tensors are not in the checkpoint: "
+            f"{shortened(fit.missing)}",
+            fix=fix,
+        )
+    if fit.unexpected:
+        yield Finding(
+            code="unexpected-keys",
+            severity="error",
+            message=f"{len(fit.unexpected)} of the checkpoint's {len(checkpoint.state_dict.everything)} names are not "
+            f"in the reference: {shortened(fit.unexpected)}",
+            fix=fix,
+        )
+
+
+def _shapes(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding:
+    layers = list(dict.fromkeys(m.name.rpartition(".")[0] for m in fit.mismatches))
+    shown = shortened([_shape(m) for m in fit.mismatches])
+    classes = head_classes(fit.mismatches) if not (fit.missing or fit.unexpected) else None
+    if classes is None or len(layers) > 4:
+        return Finding(
+            code="shape-mismatch",
+            severity="error",
+            message=f"{len(fit.mismatches)} tensors have another shape in the checkpoint than in the reference: "
+            + shown,
+        )
+    ours, theirs = classes
+    fix = None
+    if context.reference.is_torchvision:
+        fix = context.command(checkpoint.origin.path, "--model-arg", f"num_classes={ours}")
+    return Finding(
+        code="shape-mismatch",
+        severity="error",
+        message=f"another head: {', '.join(f'`{layer}`' for layer in layers)} has {ours} outputs in the checkpoint and "
+        f"{theirs} in the reference; all else fits ({shown})",
+        fix=fix,
+    )
+
+
+def _shape(mismatch: ShapeMismatch) -> str:
+    return f"{mismatch.name} {list(mismatch.checkpoint)} against {list(mismatch.reference)}"
+
+
+def _dtypes(fit: Fit, path: str, context: Context) -> Iterator[Finding]:
+    """Values that change by loading: between floating types rounded, between kinds something else altogether."""
+    within: dict[tuple[str, str], list[str]] = {}
+    across: list[str] = []
+    for name, ours, theirs in fit.recast:
+        if DTYPES[ours].kind != (DTYPES[theirs].kind if theirs in DTYPES else None):
+            across.append(f"{name} {ours} into {theirs}")
+        elif context.dtype is None or not DTYPES[ours].is_floating:
+            within.setdefault((ours, theirs), []).append(name)
+    if across:
+        yield Finding(
+            code="dtype-mismatch",
+            severity="error",
+            message=f"{len(across)} tensors are of another kind than the reference's: {shortened(across)}; loading "
+            "would change their values",
+        )
+    for (ours, theirs), names in within.items():
+        yield Finding(
+            code="dtype-mismatch",
+            severity="warning",
+            message=f"{len(names)} tensors are {ours} in the checkpoint and {theirs} in the reference "
+            f"({shortened(names, 3)}); they are cast to {theirs} as torch does when it loads",
+            fix=context.command(path, "--dtype", ours) if DTYPES[ours].is_floating else None,
+        )
+
+
+def _remarks(fit: Fit) -> Iterator[Finding]:
+    """What is not an error, and is never passed over in silence."""
+    if fit.unloadable:
+        yield Finding(
+            code="unloadable-value",
+            severity="error",
+            message=f"{len(fit.unloadable)} values are no plain tensors in the checkpoint (quantized, sparse, foreign "
+            f"objects) and cannot be loaded: {shortened(fit.unloadable)}",
+        )
+    if fit.opaque:
+        yield Finding(
+            code="extra-state",
+            severity="warning",
+            message=f"{len(fit.opaque)} values are Python objects, which are never made from a file "
+            f"({shortened(fit.opaque)}); the model keeps the ones it was built with",
+        )
+    if fit.tied:
+        pairs = [f"{name} = {twin}" for name, twin in fit.tied.items()]
+        yield Finding(
+            code="tied-restored",
+            severity="info",
+            message=f"{len(pairs)} names not in the checkpoint are tied in the reference to one that is: "
+            f"{shortened(pairs)}",
+        )
+    if fit.counters:
+        yield Finding(
+            code="batch-counters",
+            severity="info",
+            message=f"{len(fit.counters)} BatchNorm counters are on one side alone ({shortened(fit.counters, 2)}); "
+            "evaluation does not use them, a missing one counts as 0",
+        )
+    renamed = [name for name in fit.renamed if name not in fit.counters]
+    if renamed:
+        yield Finding(
+            code="upgraded-keys",
+            severity="info",
+            message=f"{len(renamed)} tensors are brought to their present names or form by the reference's own loading "
+            f"code: {shortened(renamed)}",
+        )
+    for code, names, word in (
+        ("allowed-missing", fit.allowed_missing, "missing"),
+        ("allowed-unexpected", fit.allowed_unexpected, "unexpected"),
+    ):
+        if names:
+            yield Finding(
+                code=code,
+                severity="info",
+                message=f"{len(names)} names are {word}, which is allowed: {shortened(names)}",
+            )

@@ -1,0 +1,211 @@
+"""How a state_dict fits a model: every name accounted for, nothing judged yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptkit.checkpoint import StateDict
+from ckptkit.errors import VerifyError
+from ckptkit.verify.probe import is_extra_state, probe
+
+__all__ = ["Fit", "ShapeMismatch", "is_counter", "measure", "named_values"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeMismatch:
+    """One name, two shapes."""
+
+    name: str
+    checkpoint: tuple[int, ...]
+    reference: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Every name of the model and of the file, sorted by what becomes of it.
+
+    Attributes:
+        sources: names of the model that get a value: from which name of the file, or ``None`` where
+            the model's own loading code computes it.
+        missing: names of the model that the file lacks, less those in the fields below.
+        unexpected: names of the file that the model lacks, less those in the fields below.
+        mismatches: names of both with different shapes.
+        recast: names that change dtype: name, the file's dtype, the model's.
+        tied: missing names that are the same tensor in the model as one the file has.
+        counters: names of BatchNorm's ``num_batches_tracked`` that one side lacks.
+        allowed_missing, allowed_unexpected: names the caller allows to be so.
+        opaque: names whose value in the file is a Python object, and is not made.
+        unloadable: names of tensors whose value in the file is no plain tensor.
+        tensors, of: how many of the model's tensors get a value from the file.
+        parameters_share: share of the parameters' elements among them, 0 to 1.
+    """
+
+    sources: Mapping[str, str | None]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatches: tuple[ShapeMismatch, ...]
+    recast: tuple[tuple[str, str, str], ...]
+    tied: Mapping[str, str]
+    counters: tuple[str, ...]
+    allowed_missing: tuple[str, ...]
+    allowed_unexpected: tuple[str, ...]
+    opaque: tuple[str, ...]
+    unloadable: tuple[str, ...]
+    tensors: int
+    of: int
+    parameters_share: float
+
+    @property
+    def renamed(self) -> tuple[str, ...]:
+        """Names of the model filled from another name, or computed, by the model's own loading code."""
+        return tuple(name for name, source in self.sources.items() if name != source)
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether ``load_state_dict(strict=True)`` takes the state_dict as it is."""
+        return not (self.tied or self.counters or self.allowed_missing or self.allowed_unexpected)
+
+
+def is_counter(name: str) -> bool:
+    """Whether it is BatchNorm's count of batches, which evaluation does not use."""
+    return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+def named_values(model: nn.Module) -> dict[str, Any]:
+    """The model's state_dict with its parameters as they are.
+
+    Raises:
+        VerifyError: the model cannot give it, or its tensors have no values yet.
+    """
+    try:
+        values = dict(model.state_dict(keep_vars=True))
+    except Exception as error:
+        raise VerifyError(f"the reference's state_dict() failed: {type(error).__name__}: {error}") from error
+    for name, value in values.items():
+        if torch.nn.parameter.is_lazy(value):
+            raise VerifyError(f"the reference's {name!r} is not initialised; run its lazy modules once in the factory")
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise VerifyError(f"the reference's {name!r} is on the meta device; build it on the CPU")
+    return values
+
+
+def measure(
+    model: nn.Module, state_dict: StateDict, *, allow_missing: Iterable[str] = (), allow_unexpected: Iterable[str] = ()
+) -> Fit:
+    """How a state_dict fits a model.
+
+    Args:
+        model: the model; it stays as it is.
+        state_dict: the weights; nothing of their values is read.
+        allow_missing: patterns (``fnmatch``) of names the file may lack.
+        allow_unexpected: patterns of names the model may lack.
+
+    Raises:
+        VerifyError: see `named_values`.
+    """
+    expected = named_values(model)
+    probed = probe(model, expected, state_dict)
+    sources = dict(probed.sources)
+    opaque = tuple(n for n in state_dict.extra if n in expected and not isinstance(expected[n], torch.Tensor))
+    unloadable = tuple(n for n in state_dict.extra if isinstance(expected.get(n), torch.Tensor))
+    mismatches = tuple(
+        ShapeMismatch(name=n, checkpoint=state_dict[n].shape, reference=tuple(v.shape))
+        for n, v in expected.items()
+        if n in state_dict and n not in sources and _differs(v, state_dict[n].shape)
+    )
+    missing = [n for n in probed.missing if n not in state_dict.everything]
+    tied = _tied(missing, sources, expected)
+    # Where the file's version is old, torch itself makes the counter, which it then calls computed.
+    made_counters = [n for n, source in sources.items() if source is None and is_counter(n) and n not in state_dict]
+    missing_left = _Sieve(missing, tied.__contains__)
+    missing_counters = missing_left.take(is_counter)
+    allowed_missing = missing_left.take(_matcher(allow_missing))
+    unexpected_left = _Sieve(probed.unexpected, lambda name: False)
+    extra_counters = unexpected_left.take(is_counter)
+    allowed_unexpected = unexpected_left.take(_matcher(allow_unexpected))
+    wanted = [n for n, v in expected.items() if isinstance(v, torch.Tensor) and not is_extra_state(n)]
+    filled = {n for n in wanted if n in tied or (n in sources and n not in made_counters)}
+    return Fit(
+        sources=sources,
+        missing=tuple(missing_left.names),
+        unexpected=tuple(unexpected_left.names),
+        mismatches=mismatches,
+        recast=tuple(_recast(sources, expected, state_dict)),
+        tied=tied,
+        counters=(*made_counters, *missing_counters, *extra_counters),
+        allowed_missing=allowed_missing,
+        allowed_unexpected=allowed_unexpected,
+        opaque=opaque,
+        unloadable=unloadable,
+        tensors=len(filled),
+        of=len(wanted),
+        parameters_share=_share(filled, wanted, expected),
+    )
+
+
+class _Sieve:
+    """Names that are taken away in groups, each once."""
+
+    def __init__(self, names: Iterable[str], without: Callable[[str], bool]) -> None:
+        self.names = [name for name in names if not without(name)]
+
+    def take(self, chosen: Callable[[str], bool]) -> tuple[str, ...]:
+        taken = tuple(name for name in self.names if chosen(name))
+        self.names = [name for name in self.names if not chosen(name)]
+        return taken
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
+    given = tuple(patterns)
+    return lambda name: any(fnmatchcase(name, pattern) for pattern in given)
+
+
+def _differs(value: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, torch.Tensor) and tuple(value.shape) != shape
+
+
+def _identity(value: torch.Tensor) -> object:
+    """Equal for tensors that are the same view of the same memory."""
+    if value.numel() == 0 or value.layout != torch.strided:
+        return id(value)
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
+
+
+def _tied(missing: Iterable[str], sources: Mapping[str, object], expected: Mapping[str, Any]) -> dict[str, str]:
+    """For each missing name that is the same tensor as one that is not: that one's name."""
+    present = {_identity(expected[n]): n for n in reversed(list(sources)) if isinstance(expected[n], torch.Tensor)}
+    found = ((n, present.get(_identity(expected[n]))) for n in missing if isinstance(expected.get(n), torch.Tensor))
+    return {name: twin for name, twin in found if twin is not None}
+
+
+def _recast(
+    sources: Mapping[str, str | None], expected: Mapping[str, Any], state_dict: StateDict
+) -> Iterable[tuple[str, str, str]]:
+    for name, source in sources.items():
+        if source is not None and isinstance(expected[name], torch.Tensor):
+            wanted = str(expected[name].dtype).removeprefix("torch.")
+            if wanted != state_dict[source].dtype:
+                yield name, state_dict[source].dtype, wanted
+
+
+def _share(filled: set[str], wanted: Iterable[str], expected: Mapping[str, Any]) -> float:
+    """Share of parameter elements that get a value; of tensors, in a model without parameters."""
+    sizes: dict[object, int] = {}
+    got: set[object] = set()
+    for name in wanted:
+        if isinstance(expected[name], nn.Parameter):
+            key = _identity(expected[name])
+            sizes[key] = expected[name].numel()
+            if name in filled:
+                got.add(key)
+    total = sum(sizes.values())
+    if total:
+        return sum(sizes[key] for key in got) / total
+    count = len(list(wanted))
+    return len(filled) / count if count else 0.0

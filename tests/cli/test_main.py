@@ -1,0 +1,160 @@
+"""What all commands share: help, exit codes, errors, options."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+COMMANDS = ("convert", "explain", "inspect", "verify")
+
+
+def test_help_of_the_whole_lists_the_commands(run) -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_ends_in_examples(run, command: str, flag: str) -> None:
+    done = run(command, flag)
+    assert done.returncode == 0
+    _, examples = done.stdout.split("Examples:\n")
+    assert all(line.strip().startswith(f"ckptkit {command}") for line in examples.splitlines() if line.strip())
+
+
+def test_version(run) -> None:
+    import ckptkit
+
+    assert run("--version").stdout == f"ckptkit {ckptkit.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["inspect"], ["convert", "a.pth"], ["inspect", "--nope"]])
+def test_bad_usage_is_2(run, arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def refusals(folder: Path) -> dict[str, Path]:
+    """Files no command can read, by what the message must say."""
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "text.pth").write_text("hello, this is no checkpoint\n")
+    (folder / "folder.pth").mkdir()
+    torch.save({"a": torch.zeros(300)}, folder / "whole.pth")
+    (folder / "cut.pth").write_bytes((folder / "whole.pth").read_bytes()[:900])
+    (folder / "noise.bin").write_bytes(bytes(range(200, 256)) * 4)
+    (folder / "lfs.pth").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 102502400\n"
+    )
+    os.mkfifo(folder / "pipe.pth")
+    return {
+        "no such file": folder / "missing.pth",
+        "the file is empty": folder / "empty.pth",
+        "a text file": folder / "text.pth",
+        "a folder": folder / "folder.pth",
+        "no end record": folder / "cut.pth",
+        "no known checkpoint container": folder / "noise.bin",
+        "git-lfs pointer, not the file of 102,502,400 bytes": folder / "lfs.pth",
+        "is not a regular file": folder / "pipe.pth",
+    }
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "verify"])
+def test_refusals_are_one_line_and_2_and_leave_nothing(run, tmp_path: Path, command: str) -> None:
+    extra = {"inspect": [], "convert": ["out.safetensors"], "verify": ["--model", "torchvision:resnet18"]}[command]
+    for expected, path in refusals(tmp_path).items():
+        before = sorted(os.listdir(tmp_path))
+        done = run(command, path, *extra)
+        assert done.returncode == 2, (command, path)
+        assert done.stdout == ""
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("ckptkit: error: ")
+        assert str(path) in lines[0]
+        assert expected in lines[0]
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_shows_the_traceback_before_or_after_the_command(run, place: str) -> None:
+    arguments = (
+        ["--debug", "convert", "no.pth", "o.pth"] if place == "before" else ["convert", "--debug", "no.pth", "o.pth"]
+    )
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert "MissingFileError" in done.stderr
+
+
+def test_underscores_in_options(run, ddp_resume: Path, tmp_path: Path) -> None:
+    done = run("convert", ddp_resume, "out.safetensors", "--strip_module", "--map_location", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "colored"),
+    [
+        ([], {}, False),  # not a terminal
+        (["--color", "always"], {}, True),
+        (["--color", "always"], {"NO_COLOR": "1"}, True),  # asked for outright
+        (["--color", "never"], {}, False),
+    ],
+)
+def test_color(run, ddp_resume: Path, options: list[str], env: dict[str, str], colored: bool) -> None:
+    assert ("\x1b[" in run("inspect", ddp_resume, *options, env=env).stdout) is colored
+
+
+def test_a_closed_pipe_is_no_error(run, ddp_resume: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", "inspect", "--flat", *[str(ddp_resume)] * 20],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.wait(timeout=60) == 0
+    assert writer.stderr.read() == b""
+    writer.stderr.close()
+
+
+def test_explain_every_code(run) -> None:
+    from ckptkit.codes import CODES
+
+    listed = run("explain")
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == sorted(CODES)
+    document = json.loads(run("explain", "--json").stdout)
+    assert document["codes"].keys() == CODES.keys()
+    one = run("explain", "module-prefix")
+    assert "--strip-module" in one.stdout
+    wrong = run("explain", "module-prefx")
+    assert wrong.returncode == 2
+    assert "did you mean module-prefix" in wrong.stderr
+
+
+def test_every_code_in_the_source_is_explained() -> None:
+    import re
+
+    import ckptkit
+    from ckptkit.codes import CODES
+
+    package = Path(ckptkit.__file__).parent
+    emitted = {
+        code
+        for path in package.rglob("*.py")
+        for code in re.findall(r"code=\"([a-z0-9-]+)\"", path.read_text(encoding="utf-8"))
+    }
+    assert emitted == set(CODES)

@@ -1,0 +1,158 @@
+"""The layer map of `ckptkit.__init__`, read from the imports themselves."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ckptkit
+
+PACKAGE = Path(ckptkit.__file__).parent
+
+LAYERS = (
+    {"errors"},
+    {"report", "dtypes", "limits", "codes", "extras"},
+    {"bytesource"},
+    {"checkpoint"},
+    {"plan"},
+    {"pickling"},
+    {"normalize"},
+    {"formats", "rewrite", "transfer"},
+    {"diagnose", "compare", "stats"},
+    {"inspection"},
+    {"torch_bridge"},
+    {"verify"},
+    {"api"},
+    {""},  # the package itself: the public names
+    {"cli"},
+    {"__main__"},
+)
+RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
+
+GUESTS = {
+    "torch": {"torch_bridge", "verify"},
+    "torchvision": {"verify"},
+    "numpy": {"transfer", "stats"},
+    "ml_dtypes": {"stats"},
+    "click": {"cli"},
+    "tabulate": {"cli"},
+}
+"""Heavy packages, and the only rooms that may import them."""
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every module a file imports, in full, and whether only for type checkers."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in typing_only
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            base = node.module or ""
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".removeprefix("ckptkit.")
+                yield (
+                    (f"ckptkit.{inner}" if inner in MODULES and base.startswith("ckptkit") else base),
+                    (id(node) in typing_only),
+                )
+
+
+def edges() -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        targets = {target for target, _ in imports(path) if target == "ckptkit" or target.startswith("ckptkit.")}
+        graph[name] = {target.removeprefix("ckptkit").lstrip(".") for target in targets}
+    return graph
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_every_room_has_a_layer() -> None:
+    assert {room(module) for module in MODULES} == set(RANK)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    for target in edges()[module]:
+        same_room = room(target) == room(module) and room(module) not in ("", "__main__")
+        assert same_room or RANK[room(target)] < RANK[room(module)], f"{module} imports {target}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_members_do_not_import_their_own_package(module: str) -> None:
+    if "." in module:
+        assert module.rpartition(".")[0] not in edges()[module]
+
+
+def test_there_are_no_cycles() -> None:
+    graph = edges()
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " > ".join((*above, module))
+        if module in done:
+            return
+        for target in sorted(graph[module]):
+            visit(target, (*above, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_guests_stay_in_their_rooms(module: str) -> None:
+    for target, typing_only in imports(MODULES[module]):
+        allowed = GUESTS.get(target.split(".")[0])
+        assert allowed is None or typing_only or room(module) in allowed, f"{module} imports {target}"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import ckptkit",
+        "import ckptkit.cli.inspect, ckptkit.cli.convert, ckptkit.cli.explain",
+        "import ckptkit; ckptkit.inspect(r'{fixture}')",
+        "import ckptkit; ckptkit.convert(r'{fixture}', r'{out}', strip_module=True)",
+    ],
+)
+def test_the_torch_free_path_imports_neither_torch_nor_numpy(statement: str, tmp_path: Path) -> None:
+    fixture = Path(__file__).parent.parent / "fixtures" / "ddp_resume.pth"
+    code = statement.format(fixture=fixture, out=tmp_path / "out.safetensors")
+    check = "import sys; print(sorted({'torch', 'torchvision', 'numpy', 'ml_dtypes'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert ckptkit.__all__ == sorted(ckptkit.__all__)
+    for name in ckptkit.__all__:
+        if name != "Rewriter":  # a type alias
+            assert getattr(ckptkit, name).__doc__, f"ckptkit.{name} has no docstring"
+    public = {name for name in vars(ckptkit) if not name.startswith("_")} - set(MODULES)
+    assert public == set(ckptkit.__all__)
