@@ -5,11 +5,13 @@ Importing ckptkit imports neither torch nor numpy.
 The layers, each importing only from those to its right; a test enforces it:
 
     cli > api > verify > torch_bridge > inspection > diagnose, compare, stats > formats, rewrite, transfer
-        > normalize > pickling > plan > checkpoint > bytesource > report, dtypes, limits, codes, extras > errors
+        > normalize > sections > modules > pickling > plan > checkpoint > bytesource
+        > report, dtypes, limits, codes, extras > errors
 
-Two rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
-executes them and neither should know the other, and `compare`, because the proof that an output
-is right must go through the readers, which the mover of bytes must not know.
+Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
+executes them and neither should know the other; `compare`, because the proof that an output
+is right must go through the readers, which the mover of bytes must not know; `sections` (what
+the parts of a file are) and `modules` (a pickled model walked), which had outgrown `normalize`.
 """
 
 from ckptkit.api import CheckpointFile, Rewriter, convert, inspect, load_state_dict, open, verify  # noqa: A004 - ckptkit.open

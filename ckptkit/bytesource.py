@@ -32,9 +32,9 @@ class SourceFile:
     __slots__ = ("_fd", "_lock", "identity", "path", "size")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self._lock = threading.Lock()
         self._fd = -1
+        self._lock = threading.Lock()
+        self.path = os.fsdecode(path)
         try:
             # O_NONBLOCK: opening a named pipe must be refused below, not wait for a writer.
             flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)

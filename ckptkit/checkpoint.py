@@ -137,10 +137,10 @@ class TensorEntry:
     @property
     def is_contiguous(self) -> bool:
         """Whether its elements lie in C order without gaps, as ``torch.Tensor.is_contiguous``."""
+        if 0 in self.shape:
+            return True
         expected = 1
         for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size == 0:
-                return True
             if size != 1:
                 if stride != expected:
                     return False

@@ -17,9 +17,13 @@ from ckptkit.errors import CorruptError
 from ckptkit.formats import read
 from ckptkit.normalize import lower_state_dict
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.sections import brief, join
 from ckptkit.transfer import stream
 
 __all__ = ["check_output", "first_difference", "same_values"]
+
+_MAX_PLACE = 400
+"""Characters of a place after which it is not made longer: trees may be nested 100,000 deep."""
 
 
 def check_output(source: Checkpoint, path: str) -> int:
@@ -49,19 +53,29 @@ def _check_tensors(source: Checkpoint, output: Checkpoint) -> int:
     """A container of named tensors only: names and values."""
     if set(source.state_dict) != set(output.state_dict):
         raise CorruptError("the output does not hold the same tensor names; nothing was written")
+    for key, value in source.metadata.items():
+        if output.metadata.get(key) != value:
+            raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
     compared: set[tuple[object, ...]] = set()
+    checked: set[int] = set()
     nbytes = 0
     for name, entry in source.state_dict.items():
         written = output.state_dict[name]
         if (entry.dtype, entry.shape) != (written.dtype, written.shape):
             raise CorruptError(f"tensor {name!r}: the output has another dtype or shape; nothing was written")
-        if entry.view not in compared:
-            compared.add(entry.view)
-            nbytes += entry.nbytes
-            if entry.covers_storage and entry.is_plain_bytes:
-                _same_storage(name, entry.storage, written.storage)
-            elif not same_values(entry, written):
-                raise CorruptError(f"tensor {name!r}: the output's values differ; nothing was written")
+        if (*entry.view, *written.view) in compared:
+            continue
+        compared.add((*entry.view, *written.view))
+        nbytes += entry.nbytes
+        if entry.covers_storage and entry.is_plain_bytes:
+            checked.add(id(entry.storage))
+            _same_storage(f"tensor {name!r}", entry.storage, written.storage)
+        elif not same_values(entry, written):
+            raise CorruptError(f"tensor {name!r}: the output's values differ; nothing was written")
+    for name, entry in source.state_dict.items():  # views of larger storages: is what they were cut from whole?
+        if id(entry.storage) not in checked and entry.numel:
+            checked.add(id(entry.storage))
+            _check_crc(f"tensor {name!r}", entry.storage, _crc32(entry.storage))
     return nbytes
 
 
@@ -81,6 +95,20 @@ def _same_storage(place: str, storage: Storage, written: Storage) -> None:
     difference, crc = first_difference(storage.source, written.source)
     if difference is not None:
         raise CorruptError(f"{place}: the output differs at byte {difference:,} of the storage; nothing was written")
+    _check_crc(place, storage, crc)
+
+
+def _crc32(storage: Storage) -> int | None:
+    """The CRC-32 of a storage's bytes, where there is one to hold it against."""
+    if storage.crc32 is None:
+        return None
+    crc = 0
+    for chunk in storage.source.chunks():
+        crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _check_crc(place: str, storage: Storage, crc: int | None) -> None:
     if storage.crc32 is not None and crc != storage.crc32:
         raise CorruptError(
             f"{place}: the bytes have CRC-32 {crc:08x}, recorded is {storage.crc32:08x}: the source is damaged",
@@ -104,10 +132,9 @@ def first_difference(a: ByteRange, b: ByteRange) -> tuple[int | None, int]:
 
 def same_values(a: TensorEntry, b: TensorEntry) -> bool:
     """Whether two tensors of one dtype and shape hold the same bits in C order."""
-    left = right = b""
+    right = b""
     others = stream(b)
-    for chunk in stream(a):
-        left = chunk
+    for left in stream(a):
         while len(right) < len(left):
             part = next(others, b"")
             if not part:
@@ -129,22 +156,29 @@ def _paired_storages(source: Checkpoint, output: Checkpoint) -> Iterator[tuple[s
         CorruptError: the trees differ in anything else.
     """
     paired: dict[int, object] = {}
-    keep: list[object] = []
+    back: dict[int, object] = {}
+    values: set[tuple[int, int]] = set()
+    lowered = lower_state_dict(source.state_dict), lower_state_dict(output.state_dict)
     stack: list[tuple[str, object, object]] = [("", source.rest, output.rest)]
     while stack:
         place, a, b = stack.pop()
-        a, b = _lowered(a, source), _lowered(b, output)
+        a, b = lowered[0] if a is STATE_DICT else a, lowered[1] if b is STATE_DICT else b
         if _is_scalar(a):
             if not _same_scalar(a, b):
                 raise _differs(place, a, b)
             continue
-        if id(a) in paired:
-            # What was one object must still be one: sharing and ties are part of the tree.
-            if paired[id(a)] is not b and not isinstance(a, (Global, tuple)):
+        if isinstance(a, (Global, tuple)):
+            # Values without identity: the writer may join equal ones, and a reader part them.
+            if (id(a), id(b)) in values:
+                continue
+            values.add((id(a), id(b)))
+        elif id(a) in paired or id(b) in back:
+            # What was one object must still be one, and only that: sharing and ties are part of the tree.
+            if paired.get(id(a)) is not b or back.get(id(b)) is not a:
                 raise CorruptError(f"{place or 'root'}: no longer the same object in the output; nothing was written")
             continue
-        paired[id(a)] = b
-        keep.append((a, b))
+        else:
+            paired[id(a)], back[id(b)] = b, a
         if isinstance(a, Storage) and isinstance(b, Storage):
             if (a.dtype, a.nbytes, a.location) != (b.dtype, b.nbytes, b.location):
                 raise _differs(place, a, b)
@@ -154,10 +188,6 @@ def _paired_storages(source: Checkpoint, output: Checkpoint) -> Iterator[tuple[s
         if type(a) is not type(b) or len(parts) != len(others):
             raise _differs(place, a, b)
         stack.extend((at, x, y) for (at, x), (_, y) in zip(reversed(parts), reversed(others), strict=True))
-
-
-def _lowered(node: object, checkpoint: Checkpoint) -> object:
-    return lower_state_dict(checkpoint.state_dict) if node is STATE_DICT else node
 
 
 def _is_scalar(node: object) -> bool:
@@ -171,17 +201,17 @@ def _same_scalar(a: object, b: object) -> bool:
 
 
 def _differs(place: str, a: object, b: object) -> CorruptError:
-    return CorruptError(f"{place or 'root'}: {a!r:.60} became {b!r:.60} in the output; nothing was written")
+    return CorruptError(f"{place or 'root'}: {brief(a)} became {brief(b)} in the output; nothing was written")
 
 
 def _parts(node: object, place: str) -> list[tuple[str, object]]:
     """Everything that makes up a node, one level deep, each part with its place."""
 
-    def under(step: object) -> str:
-        return f"{place}.{step}" if place else str(step)
+    def under(key: object) -> str:
+        return place if len(place) > _MAX_PLACE else join(place, key)
 
     def of_pairs(pairs: list[tuple[object, object]]) -> list[tuple[str, object]]:
-        named = ((under(key if isinstance(key, str) else "?"), key, value) for key, value in pairs)
+        named = ((under(key), key, value) for key, value in pairs)
         return [part for at, key, value in named for part in ((at, key), (at, value))]
 
     if isinstance(node, TensorEntry):

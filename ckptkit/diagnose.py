@@ -7,15 +7,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
-from ckptkit.pickling.inert import Global, mapping_items, walk
+from ckptkit.pickling.inert import Global, children, mapping_items, walk
 from ckptkit.report import Finding, convert_command
 from ckptkit.rewrite.prefix import unwrapped
+from ckptkit.sections import is_plain, step
 
-__all__ = ["DIAGNOSES", "diagnose", "human_size"]
+__all__ = ["DIAGNOSES", "Contents", "diagnose", "human_size"]
 
-Diagnosis = Callable[[Checkpoint], Iterator[Finding]]
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Everything in a checkpoint that has bytes, found in one walk.
+
+    Attributes:
+        entries: every tensor, in the state_dict, its extra values and what else there is; by ``id``.
+        bare: every storage that stands in the tree by itself, by ``id``.
+        storages: these, and those of the tensors, by ``id``.
+    """
+
+    entries: dict[int, TensorEntry]
+    bare: dict[int, Storage]
+    storages: dict[int, Storage]
+
+
+Diagnosis = Callable[[Checkpoint, Contents], Iterator[Finding]]
 
 _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
@@ -23,7 +41,8 @@ _NOTABLE_UNUSED = 1 << 10
 
 def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
     """The reader's findings and every diagnosis, gravest first."""
-    found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint))]
+    contents = _contents(checkpoint)
+    found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
     order = {"error": 0, "warning": 1, "info": 2}
     return tuple(sorted(found, key=lambda finding: order[finding.severity]))
 
@@ -38,7 +57,7 @@ def human_size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def _hostile(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     for use in checkpoint.globals:
         if use.verdict == "dangerous":
             yield Finding(
@@ -48,7 +67,7 @@ def _hostile(checkpoint: Checkpoint) -> Iterator[Finding]:
             )
 
 
-def _foreign(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _foreign(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     names = [use.name for use in checkpoint.globals if use.verdict == "unknown"]
     if not names or checkpoint.module is not None:
         return
@@ -66,14 +85,21 @@ def _foreign(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _places(root: object) -> dict[str, str]:
     """For each name in the tree, the first key of the root under which it occurs."""
     places: dict[str, str] = {}
+    seen: set[int] = set()  # of all keys together: what they share is gone through once
     for key, value in mapping_items(root) or []:
-        for node in walk(value):
+        stack = [value]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, (str, int, float, bytes, type(None))) or id(node) in seen:
+                continue
+            seen.add(id(node))
             if isinstance(node, Global):
-                places.setdefault(node.qualified, key if isinstance(key, str) else "?")
+                places.setdefault(node.qualified, step(key))
+            stack.extend(children(node))
     return places
 
 
-def _whole_model(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _whole_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if checkpoint.module is None or any(finding.code == "bound-method" for finding in checkpoint.findings):
         return
     cls = getattr(checkpoint.module, "class_name", "?")
@@ -85,7 +111,7 @@ def _whole_model(checkpoint: Checkpoint) -> Iterator[Finding]:
     )
 
 
-def _prefix(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     names = list(checkpoint.state_dict.everything)
     carrying = sum(unwrapped(name) != name for name in names)
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
@@ -100,8 +126,8 @@ def _prefix(checkpoint: Checkpoint) -> Iterator[Finding]:
     )
 
 
-def _devices(checkpoint: Checkpoint) -> Iterator[Finding]:
-    places = Counter(storage.location for storage in all_storages(checkpoint).values())
+def _devices(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    places = Counter(storage.location for storage in contents.storages.values())
     places.pop("cpu", None)
     if places:
         shown = ", ".join(f"{location} ({count})" for location, count in sorted(places.items()))
@@ -113,13 +139,14 @@ def _devices(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def _ties(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     tied: dict[tuple[object, ...], list[str]] = {}
-    views: dict[int, set[tuple[object, ...]]] = {}
+    views: Counter[int] = Counter()
     for name, entry in checkpoint.state_dict.items():
         if entry.nbytes:
-            tied.setdefault(entry.view, []).append(name)
-            views.setdefault(id(entry.storage), set()).add(entry.view)
+            names = tied.setdefault(entry.view, [])
+            views[id(entry.storage)] += not names
+            names.append(name)
     groups = [names for names in tied.values() if len(names) > 1]
     if groups:
         shown = "; ".join(" = ".join(names[:3]) for names in groups[:3])
@@ -128,7 +155,7 @@ def _ties(checkpoint: Checkpoint) -> Iterator[Finding]:
             severity="info",
             message=f"{len(groups)} tensors stand under several names: {shown}" + ("; ..." if len(groups) > 3 else ""),
         )
-    shared = sum(len(several) for several in views.values() if len(several) > 1)
+    shared = sum(several for several in views.values() if several > 1)
     if shared:
         yield Finding(
             code="shared-storage",
@@ -137,14 +164,16 @@ def _ties(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def _unused(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _unused(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     extents: dict[int, list[tuple[int, int]]] = {}
-    for entry in all_entries(checkpoint):
+    for entry in contents.entries.values():
         extents.setdefault(id(entry.storage), []).append(entry.span())
     unused = 0
-    for key, storage in all_storages(checkpoint).items():
+    for key, storage in contents.storages.items():
+        if key in contents.bare:
+            continue
         covered = end = 0
-        for start, stop in sorted(extents.get(key, [(0, storage.nbytes)])):
+        for start, stop in sorted(extents[key]):
             covered += max(0, stop - max(start, end))
             end = max(end, stop)
         unused += storage.nbytes - covered
@@ -157,11 +186,11 @@ def _unused(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def _training(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if checkpoint.origin.kind != "resume" or not checkpoint.state_dict:
         return
     weights = {id(entry.storage): entry.storage.nbytes for entry in checkpoint.state_dict.values()}
-    everything = sum(storage.nbytes for storage in all_storages(checkpoint).values())
+    everything = sum(storage.nbytes for storage in contents.storages.values())
     beside = everything - sum(weights.values())
     if beside > 0:
         yield Finding(
@@ -172,12 +201,12 @@ def _training(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def _nothing(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _nothing(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if checkpoint.origin.kind == "other":
         yield Finding(code="no-tensors", severity="warning", message="the file holds no tensor at all")
 
 
-def _byteorder(checkpoint: Checkpoint) -> Iterator[Finding]:
+def _byteorder(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if checkpoint.origin.byteorder == "big":
         yield Finding(code="big-endian", severity="info", message="the elements' bytes are in big-endian order")
 
@@ -197,22 +226,14 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
 """Every diagnosis."""
 
 
-def all_entries(checkpoint: Checkpoint) -> Iterator[TensorEntry]:
-    """Every tensor in the file: the state_dict's (extra values too), then what else there is."""
-    seen: set[int] = set()
-    for root in (*checkpoint.state_dict.everything.values(), checkpoint.rest):
-        for node in walk(root):
-            if isinstance(node, TensorEntry) and id(node) not in seen:
-                seen.add(id(node))
-                yield node
-
-
-def all_storages(checkpoint: Checkpoint) -> dict[int, Storage]:
-    """Every storage a tensor of the file uses, or that stands in it bare, by ``id``."""
-    found: dict[int, Storage] = {}
-    for root in (*checkpoint.state_dict.everything.values(), checkpoint.rest):
-        for node in walk(root):
-            storage = node.storage if isinstance(node, TensorEntry) else node
-            if isinstance(storage, Storage):
-                found[id(storage)] = storage
-    return found
+def _contents(checkpoint: Checkpoint) -> Contents:
+    values = checkpoint.state_dict.everything.values()
+    entries = {id(value): value for value in values if isinstance(value, TensorEntry)}
+    bare: dict[int, Storage] = {}
+    for node in walk([*(value for value in values if not is_plain(value)), checkpoint.rest]):
+        if isinstance(node, TensorEntry):
+            entries[id(node)] = node
+        elif isinstance(node, Storage):
+            bare[id(node)] = node
+    storages = {id(entry.storage): entry.storage for entry in entries.values()}
+    return Contents(entries, bare, {**storages, **bare})

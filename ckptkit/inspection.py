@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, Section, TensorEntry
 from ckptkit.diagnose import diagnose
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.pickling.inert import InertDict, Object, attributes, children, mapping_items
+from ckptkit.modules import module_state, walk_module
+from ckptkit.pickling.inert import Object, attributes, children, mapping_items
+from ckptkit.sections import is_plain, join, step
 
 __all__ = ["describe", "describe_error", "tensor_role", "training_state"]
 
@@ -26,6 +28,18 @@ _MAX_SCALARS = 400
 
 _MAX_TEXT = 200
 """Characters of a string scalar that are shown."""
+
+_MAX_SECTION_DEPTH = 4
+"""Keys from the root within which `ckptkit.sections` finds sections."""
+
+_MAX_STEPS = 32
+"""Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
+
+_MAX_NAME = 1000
+"""Characters of a name that is made of such steps; names of a state_dict are shown whole."""
+
+_NO_STEP: Final = object()
+"""What leads to a node that has no key or index."""
 
 Role = Literal["parameter", "buffer", "unknown"]
 
@@ -51,7 +65,7 @@ def describe(
     named = list(_named_tensors(checkpoint))
     tied_to = _ties(named)
     tensors = [
-        _tensor(item, tied_to.get((item.section, item.name)), checkpoint, stats=stats)
+        _tensor(item, tied_to.get(id(item)), checkpoint, stats=stats)
         for item in _ordered([n for n in named if _wanted(n.name, filters)], sort)
     ]
     origin = checkpoint.origin
@@ -112,57 +126,94 @@ def _named_tensors(checkpoint: Checkpoint) -> Iterator[_Named]:
     seen: set[int] = set()
     selected = checkpoint.origin.state_path or ""
     for name, value in checkpoint.state_dict.everything.items():
-        for steps, entry in _below(value):
-            seen.add(id(entry))
-            yield _Named(selected, ".".join([name, *steps]), entry)
-    others = [section.path for section in checkpoint.sections if not section.selected]
-    for steps, entry in _below(checkpoint.rest):
-        if id(entry) in seen:
-            continue
-        path = ".".join(steps)
-        inside = [section for section in others if path == section or path.startswith(section + ".") or not section]
-        section = max(inside, key=len, default="")
-        yield _Named(section, path[len(section) :].lstrip(".") or section, entry)
+        if isinstance(value, TensorEntry) and is_plain(value):
+            yield _Named(selected, name, value)
+        else:
+            yield from _below(value, _Place(selected, (None, name, 1), 0, None), frozenset(), seen)
+    others = frozenset(section.path for section in checkpoint.sections if not section.selected)
+    yield from _below(checkpoint.rest, _Place("", None, 0, ""), others, seen)
 
 
-def _below(root: object) -> Iterator[tuple[list[str], TensorEntry]]:
-    """Every tensor at or below a node, with the keys that lead to it; each node is entered once."""
-    seen: set[int] = set()
-    stack: list[tuple[list[str], object]] = [([], root)]
+_Steps = tuple[Any, str, int] | None
+"""The steps that lead to a node: those above, the last one, and how many they are.  Sharing what
+is above keeps 100,000 nested lists from taking 100,000 lists of steps."""
+
+
+class _Place(NamedTuple):
+    section: str
+    steps: _Steps
+    depth: int
+    path: str | None
+    """Whole path from the root; ``None`` below the depth at which sections begin."""
+
+    def name(self) -> str:
+        parts: list[str] = []
+        steps = self.steps
+        while steps is not None:
+            parts.append(steps[1])
+            steps = steps[0]
+        return ".".join(reversed(parts))[:_MAX_NAME] or self.section
+
+    def below(self, key: object, sections: frozenset[str]) -> _Place:
+        path = None if self.path is None or self.depth >= _MAX_SECTION_DEPTH else join(self.path, key)
+        if path is not None and path in sections:
+            return _Place(path, None, self.depth + 1, path)
+        above = 0 if self.steps is None else self.steps[2]
+        steps = (self.steps, step(key), above + 1) if above < _MAX_STEPS else self.steps
+        return _Place(self.section, steps, self.depth + 1, path)
+
+
+def _below(root: object, place: _Place, sections: frozenset[str], seen: set[int]) -> Iterator[_Named]:
+    """Every tensor at or below a node, under every name it has; what is above it is entered once.
+
+    Of a section that is a whole model the state_dict's tensors come first, under the names they have there.
+    """
+    listed: dict[int, object] = {}
+    stack: list[tuple[_Place, object]] = [(place, root)]
     while stack:
-        steps, node = stack.pop()
+        place, node = stack.pop()
         if node is None or isinstance(node, (str, int, float, bytes)):
             continue
-        if isinstance(node, TensorEntry):
-            yield steps, node
+        if isinstance(node, TensorEntry) and id(node) not in listed:
+            yield _Named(place.section, place.name(), node)
         if id(node) in seen:
             continue
         seen.add(id(node))
-        stack.extend(([*steps, step] if step else steps, child) for step, child in reversed(_steps(node)))
+        if place.path in sections and place.steps is None and module_state(node) is not None:
+            for name, value in walk_module(node):
+                if isinstance(value, TensorEntry):
+                    listed[id(value)] = value
+                    yield _Named(place.section, name, value)
+        stack.extend(
+            (place if key is _NO_STEP else place.below(key, sections), child) for key, child in reversed(_steps(node))
+        )
 
 
-def _steps(node: object) -> list[tuple[str, object]]:
-    """A node's children, each with the key or index that leads to it (``""``: none)."""
+def _steps(node: object) -> list[tuple[object, object]]:
+    """A node's children, each with the key or index that leads to it, or `_NO_STEP`."""
     pairs = mapping_items(node)
-    state = attributes(node)
     if pairs is not None:
-        return [(key if isinstance(key, str) else str(key)[:40], value) for key, value in pairs]
-    if state is not None and isinstance(node, Object) and not node.items and not node.pairs:
-        return [("", node.args), *((key if isinstance(key, str) else "?", value) for key, value in state.pairs)]
+        return pairs
     if isinstance(node, (list, tuple)):
-        return [(str(index), item) for index, item in enumerate(node)]
-    return [("", child) for child in children(node)]
+        return list(enumerate(node))
+    if isinstance(node, Object):
+        state = attributes(node)
+        given = [(_NO_STEP, part) for part in (*node.args, node.kwargs)]
+        filled = state.pairs if state is not None else [(_NO_STEP, node.state)]
+        return [*given, *enumerate(node.items), *node.pairs, *filled]
+    return [(_NO_STEP, child) for child in children(node)]
 
 
-def _ties(named: list[_Named]) -> dict[tuple[str, str], str]:
-    """For each tensor that stands elsewhere already: the name it is tied to."""
-    first: dict[tuple[object, ...], str] = {}
-    tied: dict[tuple[str, str], str] = {}
+def _ties(named: list[_Named]) -> dict[int, str]:
+    """For each tensor that stands elsewhere already, by ``id`` of its item: the name it is tied to."""
+    first: dict[tuple[object, ...], _Named] = {}
+    tied: dict[int, str] = {}
     for item in named:
         if item.entry.nbytes:
-            kept = first.setdefault(item.entry.view, item.name)
-            if kept != item.name:
-                tied[item.section, item.name] = kept
+            kept = first.setdefault(item.entry.view, item)
+            if kept is not item:
+                inside = kept.section == item.section or not kept.section
+                tied[id(item)] = kept.name if inside else f"{kept.section}.{kept.name}"
     return tied
 
 
@@ -236,9 +287,10 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
     nbytes = 0
     counted: set[tuple[object, ...]] = set()
     for name, entry in checkpoint.state_dict.items():
-        if entry.view in counted and entry.nbytes:
+        view = entry.view
+        if view in counted and entry.nbytes:
             continue
-        counted.add(entry.view)
+        counted.add(view)
         role, _ = tensor_role(name, entry, known=checkpoint.module is not None)
         totals[role] += entry.numel
         nbytes += entry.nbytes
@@ -263,18 +315,19 @@ def training_state(rest: object) -> dict[str, Any]:
     for key, value in mapping_items(rest) or []:
         if not isinstance(key, str):
             continue
-        inner = attributes(value) if isinstance(value, Object) else value
         if _is_shown(value):
-            scalars[key] = _shown(value)
-        elif isinstance(inner, InertDict):
-            scalars.update(
-                (f"{key}.{name}", _shown(part))
-                for name, part in inner.pairs
-                if isinstance(name, str) and _is_shown(part)
-            )
-        if len(scalars) > _MAX_SCALARS:
+            scalars[step(key)] = _shown(value)
+            continue
+        state = attributes(value)
+        inner = mapping_items(value) or (state.pairs if state is not None else [])
+        scalars.update((join(step(key), name), _shown(part)) for name, part in inner if _is_named_scalar(name, part))
+        if len(scalars) >= _MAX_SCALARS:
             break
     return dict(list(scalars.items())[:_MAX_SCALARS])
+
+
+def _is_named_scalar(name: object, node: object) -> bool:
+    return isinstance(name, str) and _is_shown(node)
 
 
 def _is_shown(node: object) -> bool:
@@ -296,7 +349,7 @@ def _modules(root: object) -> Iterator[dict[str, Any]]:
     stack: list[tuple[str, object]] = [("", root)]
     while stack:
         path, node = stack.pop()
-        state = attributes(node)
+        state = module_state(node)
         if state is None or not isinstance(node, Object):
             continue
         below = [

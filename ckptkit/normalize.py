@@ -1,82 +1,28 @@
 """Raw tree -> `Checkpoint`, and the state_dict back to a tree.
 
-What a file holds is decided by shape, never by its name:
+`ckptkit.sections` says what is in the tree and which part is the state_dict.  Here that part is
+taken out, the marker `STATE_DICT` put in its place, and what is remarkable on the way noted:
 
-- a *whole model* is an object with ``_parameters``, ``_buffers`` and ``_modules``.  Its state_dict is
-  walked as ``Module.state_dict()`` walks it (torch/nn/modules/module.py ``_save_to_state_dict``):
-  parameters that are not ``None``, buffers less ``_non_persistent_buffers_set``, then children,
-  depth first.  The bound method ``model.state_dict`` holds the whole model, and is read as one.
-- a *state_dict* is a mapping with string keys of which at least half are tensors, and none of
-  whose other values has tensors inside.
-- a *resume dict* holds whole models or state_dicts under its keys.  An *optimizer* is a mapping
-  with ``state`` and ``param_groups``; it is a section, never the weights.
-
-Which weights of a resume dict are *the* state_dict:
-
-1. the section asked for by name;
-2. else the only candidate;
-3. else the only candidate under a customary key (`CUSTOMARY_KEYS`), when no other candidate
-   holds the same tensor names (an EMA or a "best" copy beside it is a choice to be made).
-
-Otherwise none is: the sections are listed, and whoever needs weights is asked for ``--section``.
+- a whole model gives the state_dict that `ckptkit.modules` walks
+- the bound method ``model.state_dict`` holds the whole model, and is read as one
+- where several parts could be meant none is taken: the sections are listed, and whoever needs
+  weights is asked for ``--section``
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import (
-    STATE_DICT,
-    Checkpoint,
-    GlobalUse,
-    Kind,
-    Origin,
-    Section,
-    StateDict,
-    Storage,
-    TensorEntry,
-)
-from ckptkit.errors import CorruptError, LimitError, SectionError
-from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.pickling.inert import (
-    Global,
-    InertDict,
-    InertSet,
-    Object,
-    TreeMap,
-    attributes,
-    is_global,
-    mapping_items,
-    walk,
-)
-from ckptkit.pickling.tensors import is_tensor_like
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
+from ckptkit.modules import module_state, walk_module
+from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, is_global, mapping_items
 from ckptkit.report import Finding, convert_command
+from ckptkit.sections import Candidate, Survey, brief, choose, is_plain
 
-__all__ = ["CUSTOMARY_KEYS", "RawCheckpoint", "lower_state_dict", "normalize", "walk_module"]
-
-CUSTOMARY_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "model.state_dict",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
-)
-"""Where training scripts put the weights, most common first."""
-
-_MAX_SECTION_DEPTH = 4
-"""Keys from the root to a section.  Lightning and fairseq need two."""
-
-
-_MAX_MODULE_DEPTH = 1000
-"""Modules inside modules: Python's own recursion limit stops ``state_dict()`` there."""
+__all__ = ["RawCheckpoint", "lower_state_dict", "normalize"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,22 +44,6 @@ class RawCheckpoint:
     metadata: Mapping[str, str]
     globals: tuple[GlobalUse, ...] = ()
     findings: tuple[Finding, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    path: str
-    kind: Literal["state_dict", "whole_model", "optimizer", "collection", "tensor"]
-    node: object
-
-    @property
-    def is_weights(self) -> bool:
-        return self.kind in ("state_dict", "whole_model")
-
-    def names(self) -> set[str]:
-        if self.kind == "whole_model":
-            return {name for name, _ in walk_module(self.node)}
-        return {key for key, _ in mapping_items(self.node) or [] if isinstance(key, str)}
 
 
 def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = None) -> Checkpoint:
@@ -140,13 +70,17 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
                 fix=convert_command(file.path),
             )
         )
-    found = list(_sections(root, "", 0))
-    chosen = _choose([c for c in found if c.is_weights], section)
+    survey = Survey(root)
+    found = list(survey.sections())
+    chosen = choose([c for c in found if c.is_weights], section)
     kind = _kind(root, found)
     state_dict, rest, module = StateDict(), root, None
     if chosen is not None:
         state_dict, module = _state_dict(chosen, findings, file.path)
-        rest = STATE_DICT if chosen.node is root else TreeMap(_same, [(chosen.node, STATE_DICT)])(root)
+        # One map for both: what the weights and the rest have in common stays so.
+        taken_out = TreeMap(_same, [(chosen.node, STATE_DICT)])
+        state_dict = state_dict.with_values(lambda value: value if is_plain(value) else taken_out(value))
+        rest = taken_out(root)
     elif sum(c.is_weights for c in found) > 1:
         names = ", ".join(repr(c.path) for c in found if c.is_weights)
         findings.append(
@@ -164,7 +98,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         metadata=raw.metadata,
         globals=raw.globals,
         findings=tuple(findings),
-        sections=tuple(_section(c, selected=c is chosen) for c in found),
+        sections=survey.measured(found, chosen),
         origin=Origin(
             path=file.path,
             size=file.size,
@@ -178,84 +112,15 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
     )
 
 
-# What is in the tree.
-
-
-def _sections(node: object, path: str, depth: int) -> Iterator[_Candidate]:
-    """The parts that hold tensors, in file order; parts of a part are not listed."""
-    if is_tensor_like(node) or isinstance(node, Storage):
-        yield _Candidate(path, "tensor", node)
-        return
-    if _is_module(node):
-        yield _Candidate(path, "whole_model", node)
-        return
-    pairs = mapping_items(node)
-    if pairs is not None and not pairs:
-        return
-    if pairs is not None and _is_state_dict(pairs):
-        yield _Candidate(path, "state_dict", node)
-        return
-    if not _has_tensor(node):
-        return
-    if pairs is not None and {"state", "param_groups"} <= {key for key, _ in pairs if isinstance(key, str)}:
-        yield _Candidate(path, "optimizer", node)
-        return
-    parts: list[tuple[object, object]] | None = pairs
-    if isinstance(node, (list, tuple)):
-        parts = list(enumerate(node))
-    if parts is None or depth >= _MAX_SECTION_DEPTH or not _holds_weights(parts, depth):
-        yield _Candidate(path, "collection", node)
-        return
-    for key, value in parts:
-        yield from _sections(value, _join(path, key), depth + 1)
-
-
-def _holds_weights(parts: list[tuple[object, object]], depth: int) -> bool:
-    """Whether something below is worth being a section of its own; else the whole is a collection."""
-    if depth == 0 and any(isinstance(key, str) for key, _ in parts):
-        return True  # the keys of a file's own dict are its sections
-    below = (candidate for _, value in parts for candidate in _sections(value, "", depth + 1))
-    return any(candidate.kind in ("state_dict", "whole_model", "optimizer") for candidate in below)
-
-
-def _join(path: str, key: object) -> str:
-    step = key if isinstance(key, str) else repr(key) if isinstance(key, (int, float, bytes)) else "?"
-    return f"{path}.{step}" if path else step
-
-
-def _is_module(node: object) -> bool:
-    state = attributes(node)
-    return state is not None and "_parameters" in state and "_buffers" in state and "_modules" in state
-
-
 def _bound_method_owner(node: object) -> object | None:
     """The module behind ``getattr(module, "state_dict")``, which is how Python pickles a bound method."""
-    if isinstance(node, Object) and node.how == "reduce" and len(node.args) == 2 and _is_module(node.args[0]):
-        names_getattr = is_global(node.cls, "builtins", "getattr") or is_global(node.cls, "__builtin__", "getattr")
-        if names_getattr and node.args[1] == "state_dict":
-            return node.args[0]
-    return None
+    if not isinstance(node, Object) or node.how != "reduce" or len(node.args) != 2 or node.args[1] != "state_dict":
+        return None
+    names_getattr = is_global(node.cls, "builtins", "getattr") or is_global(node.cls, "__builtin__", "getattr")
+    return node.args[0] if names_getattr and module_state(node.args[0]) is not None else None
 
 
-def _is_state_dict(pairs: list[tuple[object, object]]) -> bool:
-    tensors = others = 0
-    for key, value in pairs:
-        if not isinstance(key, str):
-            return False
-        if is_tensor_like(value):
-            tensors += 1
-        elif not key.endswith("_extra_state"):
-            if _has_tensor(value):
-                return False
-            others += 1
-    return tensors > 0 and tensors >= others
-
-
-def _has_tensor(node: object) -> bool:
-    return any(isinstance(below, (TensorEntry, Storage)) for below in walk(node))
-
-
-def _kind(root: object, found: list[_Candidate]) -> Kind:
+def _kind(root: object, found: list[Candidate]) -> Kind:
     if not found:
         return "other"
     if found[0].node is root:
@@ -264,41 +129,10 @@ def _kind(root: object, found: list[_Candidate]) -> Kind:
     return "resume" if any(candidate.is_weights for candidate in found) else "collection"
 
 
-def _section(candidate: _Candidate, *, selected: bool) -> Section:
-    tensors = 0
-    storages: dict[int, int] = {}
-    for node in walk(candidate.node):
-        if isinstance(node, TensorEntry):
-            tensors += 1
-            storages[id(node.storage)] = node.storage.nbytes
-        elif isinstance(node, Storage):
-            storages[id(node)] = node.nbytes
-    return Section(
-        path=candidate.path, kind=candidate.kind, tensors=tensors, nbytes=sum(storages.values()), selected=selected
-    )
-
-
-def _choose(weights: list[_Candidate], section: str | None) -> _Candidate | None:
-    if section is not None:
-        for candidate in weights:
-            if candidate.path == section:
-                return candidate
-        listed = ", ".join(repr(candidate.path) for candidate in weights) or "none"
-        raise SectionError(f"no section {section!r} holds weights; sections that do: {listed}")
-    if len(weights) < 2:
-        return weights[0] if weights else None
-    customary = [candidate for candidate in weights if candidate.path in CUSTOMARY_KEYS]
-    if len(customary) != 1:
-        return None
-    names = customary[0].names()
-    rivals = (candidate for candidate in weights if candidate is not customary[0])
-    return None if any(names & rival.names() for rival in rivals) else customary[0]
-
-
 # The state_dict of a candidate.
 
 
-def _state_dict(candidate: _Candidate, findings: list[Finding], path: str) -> tuple[StateDict, object]:
+def _state_dict(candidate: Candidate, findings: list[Finding], path: str) -> tuple[StateDict, object]:
     """The state_dict, and the module it was walked from (``None`` for a saved state_dict)."""
     if candidate.kind == "whole_model":
         everything = dict(walk_module(candidate.node))
@@ -310,7 +144,7 @@ def _state_dict(candidate: _Candidate, findings: list[Finding], path: str) -> tu
         versions = _versions(candidate.node)
         state_dict, module = StateDict(everything, versions=versions, container=candidate.node), None
     if state_dict.extra:
-        names = ", ".join(f"{name} ({value!r:.60})" for name, value in list(state_dict.extra.items())[:5])
+        names = ", ".join(f"{name} ({brief(value)})" for name, value in list(state_dict.extra.items())[:5])
         more = f" and {len(state_dict.extra) - 5} more" if len(state_dict.extra) > 5 else ""
         findings.append(
             Finding(
@@ -329,57 +163,6 @@ def _versions(container: object) -> dict[str, object] | None:
     if pairs is None:
         return None
     return {key: value for key, value in pairs if isinstance(key, str)}
-
-
-def walk_module(module: object) -> Iterator[tuple[str, object]]:
-    """Names and values of a pickled module's state_dict, in the order ``state_dict()`` gives them.
-
-    Raises:
-        CorruptError: a module is its own descendant.
-        LimitError: more entries than any model has.
-    """
-    count = 0
-    stack: list[tuple[str, object, tuple[int, ...]]] = [("", module, ())]
-    while stack:
-        prefix, node, above = stack.pop()
-        state = attributes(node)
-        if state is None:
-            continue
-        if len(above) >= _MAX_MODULE_DEPTH:
-            raise LimitError("modules inside modules", limit=_MAX_MODULE_DEPTH, actual=len(above) + 1)
-        if id(node) in above:
-            raise CorruptError(f"module {prefix.rstrip('.') or 'root'!r} contains itself")
-        transient = _members(state.get("_non_persistent_buffers_set"))
-        for name, value in _named(state.get("_parameters")):
-            if isinstance(value, TensorEntry) and not value.is_parameter:
-                value = replace(value, is_parameter=True)
-            if value is not None:
-                yield prefix + name, value
-        for name, value in _named(state.get("_buffers")):
-            if value is not None and name not in transient:
-                yield prefix + name, value
-        below = [
-            (f"{prefix}{name}.", child, (*above, id(node)))
-            for name, child in _named(state.get("_modules"))
-            if child is not None
-        ]
-        stack.extend(reversed(below))
-        count += 1
-        if count > DEFAULT_LIMITS.entries:
-            raise LimitError("modules in a model", limit=DEFAULT_LIMITS.entries, actual=count)
-
-
-def _named(node: object) -> list[tuple[str, object]]:
-    return [(key, value) for key, value in mapping_items(node) or [] if isinstance(key, str)]
-
-
-def _members(node: object) -> set[str]:
-    """The strings in a set, however the pickle builds it."""
-    if isinstance(node, InertSet):
-        return {member for member in node.members if isinstance(member, str)}
-    if isinstance(node, Object) and node.args and isinstance(node.args[0], (list, tuple)):
-        return {member for member in node.args[0] if isinstance(member, str)}
-    return set()
 
 
 def _note_wrapper(module: object, findings: list[Finding], path: str) -> None:
@@ -403,9 +186,14 @@ def _same(leaf: object) -> object:
 
 
 def lower_state_dict(state_dict: StateDict) -> object:
-    """The inert node that a state_dict is written as: its own class and attributes, its present content."""
-    pairs: list[tuple[object, object]] = list(state_dict.everything.items())
+    """The inert node that a state_dict is written as: its own class and attributes, its present content.
+
+    What was walked from a module is written as ``Module.state_dict()`` gives it: detached.
+    """
     container = state_dict.container
+    pairs: list[tuple[object, object]] = [
+        (name, _detached(value) if container is None else value) for name, value in state_dict.everything.items()
+    ]
     if isinstance(container, InertDict):
         return InertDict(pairs)
     if isinstance(container, Object):
@@ -424,3 +212,12 @@ def lower_state_dict(state_dict: StateDict) -> object:
         versions.pairs = list(state_dict.versions.items())
         node.state = InertDict([*kept, ("_metadata", versions)])
     return node
+
+
+def _detached(value: object) -> object:
+    """A parameter or buffer as the plain tensor that ``Tensor.detach()`` makes of it."""
+    if not isinstance(value, TensorEntry) or value.subclass is not None:
+        return value
+    if not value.is_parameter and not value.requires_grad and value.attributes is None:
+        return value
+    return replace(value, is_parameter=False, requires_grad=False, attributes=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
@@ -11,42 +12,69 @@ from ckptkit.transfer import stream
 
 __all__ = ["tensor_stats"]
 
+_MOST_OVERLAP = 64
+"""How many times the bytes of its storage a view may have: sliding windows of 64 still count."""
+
 
 def tensor_stats(entry: TensorEntry) -> dict[str, float | int | None]:
     """min, max, mean, std (population), and the counts of zeros, NaN and Inf.
 
-    Moments are of the finite values, in float64; ``None`` where there are none, or where the dtype
-    has no order (complex) or no values numpy knows.
+    min, max and moments are of the finite values, moments in float64; ``None`` where there are none,
+    where float64 cannot hold the figure, or where the dtype has no order (complex) or no values
+    numpy knows.
+
+    All are ``None``, too, for a view of far more elements than its storage holds, which a few bytes
+    of a file can ask for; but expanded dimensions are counted, not gone through.
     """
     row = DTYPES[entry.dtype]
     result: dict[str, float | int | None] = dict.fromkeys(("min", "max", "mean", "std", "zeros", "nan", "inf"))
     if row.numpy is None or row.kind == "complex":
         return result
+    entry, copies = _unexpanded(entry)
+    if entry.nbytes > _MOST_OVERLAP * entry.storage.nbytes:
+        return result
+    import numpy
+
     dtype = _numpy_dtype(row.numpy)
     low, high, count, mean, squares = math.inf, -math.inf, 0, 0.0, 0.0
     zeros = nan = inf = 0
     for chunk in stream(entry):
-        values = _as_float64(chunk, dtype)
-        import numpy
-
-        finite = values[numpy.isfinite(values)]
-        zeros += int((values == 0).sum())
-        nan += int(numpy.isnan(values).sum())
-        inf += int(numpy.isinf(values).sum())
-        if finite.size:
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        stored = numpy.frombuffer(chunk, dtype=dtype)
+        with numpy.errstate(all="ignore"):  # signalling NaN, and squares past float64
+            values = stored.astype(numpy.float64)
+            is_finite = numpy.isfinite(values)
+            finite = values[is_finite]
+            zeros += int((values == 0).sum())
+            nan += int(numpy.isnan(values).sum())
+            inf += int(numpy.isinf(values).sum())
+            if not finite.size:
+                continue
+            # Whole numbers exactly: float64 holds those of 53 bits.
+            ordered = stored if row.kind == "int" else finite
+            low, high = min(low, ordered.min().item()), max(high, ordered.max().item())
             # Chan, Golub and LeVeque's merging of moments: exact enough at any length.
             part_mean = float(finite.mean())
             part_squares = float(((finite - part_mean) ** 2).sum())
             total = count + finite.size
             delta = part_mean - mean
-            squares += part_squares + delta * delta * count * finite.size / total
-            mean += delta * finite.size / total
+            squares += part_squares + delta * delta * (count / total) * finite.size
+            mean += delta * (finite.size / total)
             count = total
-    result.update(zeros=zeros, nan=nan, inf=inf)
+    result.update(zeros=zeros * copies, nan=nan * copies, inf=inf * copies)
     if count:
-        result.update(min=low, max=high, mean=mean, std=math.sqrt(squares / count))
+        std = math.sqrt(squares / count) if squares < math.inf else math.inf
+        figures = {"min": low, "max": high, "mean": mean, "std": std}
+        result.update({name: value for name, value in figures.items() if math.isfinite(value)})
     return result
+
+
+def _unexpanded(entry: TensorEntry) -> tuple[TensorEntry, int]:
+    """The tensor with each expanded dimension (stride 0) taken once, and how often each element stands in it."""
+    if 0 in entry.shape:
+        return entry, 1
+    expanded = [size > 1 and stride == 0 for size, stride in zip(entry.shape, entry.stride, strict=True)]
+    shape = tuple(1 if again else size for again, size in zip(expanded, entry.shape, strict=True))
+    return replace(entry, shape=shape), entry.numel // math.prod(shape)
 
 
 def _numpy_dtype(name: str) -> Any:
@@ -57,9 +85,3 @@ def _numpy_dtype(name: str) -> Any:
 
         return numpy.dtype(getattr(ml_dtypes, name.removeprefix("ml_dtypes.")))
     return numpy.dtype(name)
-
-
-def _as_float64(chunk: bytes, dtype: Any) -> Any:
-    import numpy
-
-    return numpy.frombuffer(chunk, dtype=dtype).astype(numpy.float64)

@@ -63,7 +63,8 @@ def write_atomically(
     if not force and os.path.lexists(path):
         raise DestinationExistsError(f"{shown}: exists already; --force overwrites it")
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(4).hex()}.tmp")
+    # 50 characters are at most 200 bytes, so that the name is no longer than a file system allows.
+    temporary = os.path.join(folder, f".{name[:50]}.{os.urandom(4).hex()}.tmp")
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         fd = os.open(temporary, flags, 0o666)  # less the umask, as any program's output
@@ -184,6 +185,8 @@ def _crc32(fd: int, start: int, nbytes: int) -> int:
         else:
             os.lseek(fd, start, os.SEEK_SET)
             chunk = os.read(fd, min(CHUNK_NBYTES, nbytes))
+        if not chunk:
+            raise OSError(errno.EIO, "the output became shorter while it was written")
         crc = zlib.crc32(chunk, crc)
         start, nbytes = start + len(chunk), nbytes - len(chunk)
     return crc
@@ -208,8 +211,11 @@ class _Copier:
                     raise
                 self._ways.pop(0)
                 continue
-            if moved == 0:
-                raise CorruptError("the file became shorter while it was being copied", path=source.file.path)
+            if moved == 0:  # the end of the source; or a file system that copies nothing and says so
+                if len(self._ways) == 1:
+                    raise CorruptError("the file became shorter while it was being copied", path=source.file.path)
+                self._ways.pop(0)
+                continue
             self._progress(moved)
             source, target = source.part(moved, source.nbytes - moved), target + moved
 
@@ -237,6 +243,8 @@ def stream(entry: TensorEntry) -> Iterator[bytes]:
     Raises:
         DTypeError: values of a dtype that numpy cannot hold would have to be computed.
     """
+    if entry.numel == 0:
+        return
     if entry.is_plain_bytes:
         start = entry.storage_offset * entry.itemsize
         yield from entry.storage.source.part(start, entry.nbytes).chunks()
@@ -263,15 +271,16 @@ def _blocks(entry: TensorEntry) -> Iterator[TensorEntry]:
 
 
 def _gather(entry: TensorEntry) -> bytes:
-    """The values of a piece that fits into memory."""
-    if entry.numel == 0:
-        return b""
+    """The values of a piece that fits into memory and has elements."""
     import numpy
 
     row = DTYPES[entry.dtype]
     start, end = entry.span()
     with _window(entry.storage.source, start, end) as raw:
-        strides = tuple(step * row.itemsize for step in entry.stride)
+        # The stride of a dimension of one element says nothing, and may be any number.
+        strides = tuple(
+            step * row.itemsize if size > 1 else 0 for size, step in zip(entry.shape, entry.stride, strict=True)
+        )
         # Elements are moved as opaque bytes: no value passes through a conversion.
         element = numpy.dtype((numpy.void, row.itemsize))
         view = numpy.ndarray(entry.shape, element, buffer=raw, strides=strides)
@@ -294,6 +303,8 @@ def _window(source: ByteRange, start: int, end: int) -> Iterator[Any]:
 
     first = source.offset + start
     base = first - first % mmap.ALLOCATIONGRANULARITY
+    if source.file.changed():  # to touch a page past the end of a shortened file is fatal
+        raise CorruptError("the file was changed while it was being converted", path=source.file.path)
     with mmap.mmap(source.file.fd, source.offset + end - base, access=mmap.ACCESS_READ, offset=base) as mapped:
         view = memoryview(mapped)[first - base :]
         try:
@@ -314,10 +325,10 @@ def _signs(values: bytes, row: DType, *, conj: bool, neg: bool) -> bytes:
     """The values conjugated or negated, by flipping sign bits: exact for NaN and zero too."""
     import numpy
 
-    if row.kind not in ("float", "complex") or row.numpy is None or "float8" in row.name:
-        raise DTypeError(f"a lazily negated or conjugated tensor of {row.name} cannot be written out")
     parts = 2 if row.kind == "complex" else 1
     width = row.itemsize // parts
+    if row.kind not in ("float", "complex") or width == 1:  # not every 8-bit format has a sign bit or -0
+        raise DTypeError(f"a lazily negated or conjugated tensor of {row.name} cannot be written out")
     bits = numpy.frombuffer(values, dtype=f"<u{width}").reshape(-1, parts).copy()
     sign = bits.dtype.type(1 << (8 * width - 1))
     if neg:

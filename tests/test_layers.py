@@ -21,6 +21,8 @@ LAYERS = (
     {"checkpoint"},
     {"plan"},
     {"pickling"},
+    {"modules"},
+    {"sections"},
     {"normalize"},
     {"formats", "rewrite", "transfer"},
     {"diagnose", "compare", "stats"},

@@ -462,6 +462,7 @@ def test_python_objects_survive(folder: Path, rest: object, graph: list[object],
     Same()(load(source)[0], load(through(source, folder / "result.pth"))[0])
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 def test_odd_tensors_survive(folder: Path) -> None:
     noted = torch.arange(3.0)
     noted.note = [noted]

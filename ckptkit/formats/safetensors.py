@@ -141,9 +141,7 @@ def _entry(name: str, info: object, data: ByteRange, limits: Limits) -> tuple[Te
         raise LimitError(f"dimensions of {what}", limit=limits.dimensions, actual=len(shape))
     begin, end = offsets
     if not begin <= end <= data.nbytes:
-        raise CorruptError(
-            f"{what}: bytes {begin:,} to {end:,} of {data.nbytes:,} bytes of data: truncated or damaged"
-        )
+        raise CorruptError(f"{what}: bytes {begin:,} to {end:,} of {data.nbytes:,} bytes of data: truncated or damaged")
     storage = Storage(
         key=name,
         dtype=row.name if row.storage_class else None,
@@ -159,9 +157,7 @@ def _entry(name: str, info: object, data: ByteRange, limits: Limits) -> tuple[Te
         dtype=row.name,
     )
     if entry.nbytes != end - begin:
-        raise CorruptError(
-            f"{what}: shape {shape} of {dtype_name} is {entry.nbytes:,} bytes, not {end - begin:,}"
-        )
+        raise CorruptError(f"{what}: shape {shape} of {dtype_name} is {entry.nbytes:,} bytes, not {end - begin:,}")
     return entry, begin, end
 
 

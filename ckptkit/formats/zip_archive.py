@@ -136,18 +136,16 @@ def _find_directory(file: SourceFile) -> tuple[int, int, int]:
     """Offset and size in bytes of the central directory, and its number of records."""
     tail_start = max(0, file.size - _END.size - _MAX16)
     tail = file.read(tail_start, file.size - tail_start)
-    last = at = tail.rfind(b"PK\x05\x06")
-    while at >= 0:
-        if at + _END.size <= len(tail) and at + _END.size + _END.unpack_from(tail, at)[7] == len(tail):
-            break
-        at = tail.rfind(b"PK\x05\x06", 0, at + 3)
-    else:
-        if last >= 0:
-            raise CorruptError("the zip end record does not end the file: bytes were appended, or it is truncated")
+    at = len(tail) - _END.size
+    if not tail.startswith(b"PK\x05\x06", max(at, 0)):  # a comment follows, or something is wrong
+        at = tail.rfind(b"PK\x05\x06")
+    if at < 0:
         raise CorruptError(
             f"the file begins like a zip archive but has no end record in its last {len(tail):,} bytes "
             f"(size {file.size:,}): truncated download? Compare the size with the source's"
         )
+    if at + _END.size > len(tail) or at + _END.size + _END.unpack_from(tail, at)[7] != len(tail):
+        raise CorruptError("the zip end record does not end the file: bytes were appended, or it is truncated")
     end_at = tail_start + at
     _, disk, start_disk, on_disk, count, nbytes, offset, _ = _END.unpack_from(tail, at)
     ends_at = end_at
@@ -160,7 +158,10 @@ def _find_directory(file: SourceFile) -> tuple[int, int, int]:
             file.read(end64_at, _END64.size)
         )
         if signature != b"PK\x06\x06" or end64_at + 12 + nbytes_end64 != locator_at:
-            raise CorruptError("the zip64 locator points at no zip64 end record, or not at the one before it")
+            raise CorruptError(
+                "the zip64 locator points at no zip64 end record, or not at the one before it: "
+                "two archives laid end to end, or bytes cut out"
+            )
         narrow = ((count, count64, _MAX16), (nbytes, nbytes64, _MAX32), (offset, offset64, _MAX32))
         if any(small not in (wide, top) for small, wide, top in narrow):
             raise CorruptError("the zip end record and the zip64 end record disagree")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError
@@ -45,7 +46,7 @@ class MapLocation:
             for old, new in self.location.items():
                 _location(old)
                 _location(new)
-        elif not callable(self.location):
+        elif not _is_function(self.location):
             _location(self.location)
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -72,9 +73,13 @@ class MapLocation:
         )
 
     def _target(self, storage: Storage) -> str:
+        wanted: object
         if isinstance(self.location, Mapping):
-            wanted: object = self.location.get(storage.location, storage.location)
-        elif callable(self.location):
+            tags = {str(old): new for old, new in self.location.items()}  # keys may be torch.device, too
+            if storage.location not in tags:
+                return storage.location
+            wanted = tags[storage.location]
+        elif _is_function(self.location):
             wanted = self.location(storage, storage.location)
             if wanted is None:
                 return storage.location
@@ -83,6 +88,11 @@ class MapLocation:
         else:
             wanted = self.location
         return _location(wanted)
+
+
+def _is_function(given: object) -> TypeGuard[Callable[[Storage, str], object]]:
+    """Whether it is the callable form; a ``torch.device`` can be called in some versions (as a decorator)."""
+    return callable(given) and type(given).__name__ != "device"
 
 
 def _location(given: object) -> str:

@@ -77,7 +77,7 @@ class StripPrefix:
         dotted = self.prefix.rstrip(".") + "."
 
         def strip(name: str) -> str:
-            return name[len(dotted) :] if name.startswith(dotted) and len(name) > len(dotted) else name
+            return name.removeprefix(dotted)
 
         def strip_path(path: str) -> str:
             return "" if path + "." == dotted else strip(path)

@@ -51,7 +51,6 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
     shapes, name = input_shapes(context), model_dtype(model)
     shown = " and ".join("x".join(str(size) for size in shape) for shape in shapes)
     place = f"on {context.device} with input {shown} of {name}"
-    model.eval()
     try:
         model.to(context.device)
         with torch.no_grad():

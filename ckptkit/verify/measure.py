@@ -38,7 +38,7 @@ class Fit:
         mismatches: names of both with different shapes.
         recast: names that change dtype: name, the file's dtype, the model's.
         tied: missing names that are the same tensor in the model as one the file has.
-        counters: names of BatchNorm's ``num_batches_tracked`` that one side lacks.
+        counters: names of BatchNorm's ``num_batches_tracked`` that one side lacks, in layers both have.
         allowed_missing, allowed_unexpected: names the caller allows to be so.
         opaque: names whose value in the file is a Python object, and is not made.
         unloadable: names of tensors whose value in the file is no plain tensor.
@@ -75,6 +75,10 @@ class Fit:
 def is_counter(name: str) -> bool:
     """Whether it is BatchNorm's count of batches, which evaluation does not use."""
     return name.rpartition(".")[2] == "num_batches_tracked"
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def named_values(model: nn.Module) -> dict[str, Any]:
@@ -117,20 +121,28 @@ def measure(
     mismatches = tuple(
         ShapeMismatch(name=n, checkpoint=state_dict[n].shape, reference=tuple(v.shape))
         for n, v in expected.items()
-        if n in state_dict and n not in sources and _differs(v, state_dict[n].shape)
+        if n in state_dict and n not in sources and not is_extra_state(n) and _differs(v, state_dict[n].shape)
     )
+    # Where the file's version is old, torch itself makes the counter, even of a layer the file does not know.
+    made = [n for n, source in sources.items() if source is None and is_counter(n) and n not in state_dict]
+    layers = {_layer(n) for n in sources if n not in made}
+
+    def is_benign(name: str) -> bool:
+        return is_counter(name) and _layer(name) in layers
+
     missing = [n for n in probed.missing if n not in state_dict.everything]
+    missing += [n for n in made if not is_benign(n)]
+    made = [n for n in made if is_benign(n)]
+    sources = {n: source for n, source in sources.items() if n not in missing}
     tied = _tied(missing, sources, expected)
-    # Where the file's version is old, torch itself makes the counter, which it then calls computed.
-    made_counters = [n for n, source in sources.items() if source is None and is_counter(n) and n not in state_dict]
     missing_left = _Sieve(missing, tied.__contains__)
-    missing_counters = missing_left.take(is_counter)
+    missing_counters = missing_left.take(is_benign)
     allowed_missing = missing_left.take(_matcher(allow_missing))
     unexpected_left = _Sieve(probed.unexpected, lambda name: False)
-    extra_counters = unexpected_left.take(is_counter)
+    extra_counters = unexpected_left.take(is_benign)
     allowed_unexpected = unexpected_left.take(_matcher(allow_unexpected))
     wanted = [n for n, v in expected.items() if isinstance(v, torch.Tensor) and not is_extra_state(n)]
-    filled = {n for n in wanted if n in tied or (n in sources and n not in made_counters)}
+    filled = {n for n in wanted if n in tied or (n in sources and n not in made)}
     return Fit(
         sources=sources,
         missing=tuple(missing_left.names),
@@ -138,7 +150,7 @@ def measure(
         mismatches=mismatches,
         recast=tuple(_recast(sources, expected, state_dict)),
         tied=tied,
-        counters=(*made_counters, *missing_counters, *extra_counters),
+        counters=(*made, *missing_counters, *extra_counters),
         allowed_missing=allowed_missing,
         allowed_unexpected=allowed_unexpected,
         opaque=opaque,

@@ -80,6 +80,8 @@ def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Refe
         reference = Reference(spec=None, label=label, args=values)
         return _made(model, values, reference.label), reference
     source, colon, name = model.rpartition(":")
+    if name.endswith(".py"):
+        raise VerifyError(f"{model}: name the factory in it: {model}:NAME")
     if not colon or not source or not name:
         raise VerifyError(f"{model!r} is no reference; expected {FORMS}")
     if source == "torchvision":

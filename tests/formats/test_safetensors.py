@@ -1,0 +1,444 @@
+"""safetensors, with the safetensors library as the oracle in both directions."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+
+from ckptkit import formats
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CorruptError, DTypeError, FormatError, LimitError, RewriteError, UnsupportedError
+from ckptkit.formats import safetensors as ours
+from ckptkit.limits import Limits
+from ckptkit.plan import Copy, Gather, Plan
+from ckptkit.transfer import stream, write_atomically
+
+Save = Callable[..., Path]
+SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+def read(path: Path) -> Checkpoint:
+    return formats.read(path)[0]
+
+
+def write(checkpoint: Checkpoint, target: Path) -> Plan:
+    assert ours.FORMAT.write is not None
+    plan = ours.FORMAT.write(checkpoint)
+    write_atomically(target, plan, force=True, check=None)
+    return plan
+
+
+def tensor(entry: TensorEntry) -> torch.Tensor:
+    data = bytearray(b"".join(stream(entry)))
+    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+
+
+def file_bytes(header: object, data: bytes = b"", *, size: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + data
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # type: ignore[no-any-return]
+
+
+def info(dtype: object = "U8", shape: object = (4,), begin: object = 0, end: object = 4) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+HELD = [name for name, row in DTYPES.items() if row.safetensors is not None and hasattr(torch, name)]
+
+
+def of_dtype(name: str, *shape: int) -> torch.Tensor:
+    count = DTYPES[name].itemsize
+    for size in shape:
+        count *= size
+    raw = torch.arange(count, dtype=torch.int64).remainder(2 if name == "bool" else 97).to(torch.uint8)
+    return raw.view(getattr(torch, name)).reshape(shape)
+
+
+# Reading what the library writes.
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_every_dtype_is_read_as_the_library_writes_it(name: str, tmp_path: Path, same_bits: SameBits) -> None:
+    state = {"a": of_dtype(name, 3, 5), "empty": of_dtype(name, 0, 2), "scalar": of_dtype(name)}
+    path = tmp_path / "m.safetensors"
+    save_file(state, path, metadata={"format": "pt", "note": "é"})
+    checkpoint = read(path)
+    assert checkpoint.metadata == {"format": "pt", "note": "é"}
+    assert (checkpoint.origin.format, checkpoint.origin.kind, checkpoint.trust) == ("safetensors", "state_dict", "safe")
+    assert set(checkpoint.state_dict) == set(state)
+    for key, value in state.items():
+        entry = checkpoint.state_dict[key]
+        assert (entry.shape, entry.stride) == (tuple(value.shape), value.stride())
+        assert entry.location == "cpu"
+        assert same_bits(tensor(entry), value)
+
+
+def test_the_table_knows_every_dtype_of_the_library(tmp_path: Path) -> None:
+    """The library lists its dtypes where it refuses one."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file_bytes({"a": info(dtype="X99")}, bytes(4)))
+    with pytest.raises(safetensors.SafetensorError) as caught:
+        load_file(path)
+    words = str(caught.value).split("expected one of ")[1].split(" at line")[0]
+    names = {word.strip(" `") for word in words.split(",")}
+    assert len(names) > 10
+    known = {row.safetensors for row in DTYPES.values() if row.safetensors}
+    assert names - {"F4", "F6_E2M3", "F6_E3M2"} <= known
+
+
+def test_data_that_is_not_aligned(tmp_path: Path, same_bits: SameBits) -> None:
+    state = {"b": torch.arange(3, dtype=torch.uint8), "f": torch.randn(5), "d": torch.randn(2).double()}
+    header, data = {}, b""
+    for name, value in state.items():
+        raw = value.numpy().tobytes()
+        header[name] = info({1: "U8", 4: "F32", 8: "F64"}[value.element_size()], list(value.shape), len(data),
+                            len(data) + len(raw))  # fmt: skip
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * ((5 - len(text)) % 8)
+    assert len(text) % 8 == 5
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file_bytes(text, data))
+    assert load_file(path).keys() == state.keys(), "the library accepts it"
+    found = read(path).state_dict
+    assert all(same_bits(tensor(found[name]), value) for name, value in state.items())
+
+
+def test_names_are_in_the_order_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file_bytes({"z": info(), "a": info(begin=8, end=12), "m": info(begin=4, end=8)}, bytes(12)))
+    assert list(read(path).state_dict) == ["z", "a", "m"]
+    assert set(load_file(path)) == {"z", "a", "m"}
+
+
+@pytest.mark.parametrize("metadata", [{}, None, {"": ""}, {"format": "tf", "k" * 1000: "\n\u2028"}])
+def test_metadata_the_library_accepts(metadata: object, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file_bytes({"__metadata__": metadata, "a": info()}, b"abcd"))
+    with safetensors.safe_open(path, "pt") as other:
+        assert (other.metadata() or {}) == read(path).metadata == (metadata or {})
+
+
+@pytest.mark.parametrize("names", [["a.b.c"], ["ünï", "模型", "\U0001f600"], ["", " "], ["a/b", 'q"uo\'te', "new\nline"]])
+def test_any_name(names: list[str], tmp_path: Path, same_bits: SameBits) -> None:
+    state = {name: torch.randn(3) for name in names}
+    path = tmp_path / "m.safetensors"
+    save_file(state, path)
+    assert set(read(path).state_dict) == set(names)
+    write(read(path), tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(same_bits(again[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("file", [file_bytes({}), file_bytes({"__metadata__": {"a": "b"}}), file_bytes(b"{}     ")])
+def test_files_without_tensors(file: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file)
+    assert load_file(path) == {}
+    assert read(path).origin.kind == "other"
+
+
+# What is refused, by us and by the library.
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (file_bytes({"a": info()}, b"abcd", size=1000), CorruptError, "1,000 bytes is declared, the file has"),
+        (file_bytes({"a": info()}, b"abcd", size=200_000_000), LimitError, "bytes of a safetensors header: 200,000,000"),
+        (file_bytes({"a": info()}, b"abcd", size=10), CorruptError, "not valid JSON"),
+        (file_bytes(b"{"), CorruptError, "not valid JSON"),
+        (file_bytes(b"{]"), CorruptError, "not valid JSON"),
+        (file_bytes(b"{} x"), CorruptError, "not valid JSON"),
+        (file_bytes(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), CorruptError, "not valid JSON|is expected|are expected"),
+        (file_bytes(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), CorruptError, "not valid JSON|are expected"),
+        (file_bytes(b'{"a":{"dtype":"U8","shape":[1' + b"0" * 5000 + b'],"data_offsets":[0,4]}}', b"abcd"), CorruptError,
+         "not valid JSON"),
+        (file_bytes(b'{"\xff": 1}'), CorruptError, "not UTF-8 at byte 10"),
+        (file_bytes(b'{"a":1,"a":2}'), CorruptError, "the name 'a' stands twice"),
+        (file_bytes(b'{"a":{"dtype":"U8","dtype":"U8"}}'), CorruptError, "the name 'dtype' stands twice"),
+        (file_bytes(b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), CorruptError, "surrogate"),
+        (file_bytes(b'{"__metadata__":{"a":"\\udc00"}}'), CorruptError, "surrogate"),
+        (file_bytes({"__metadata__": {"a": 1}, "b": info()}, b"abcd"), CorruptError, "must map strings to strings"),
+        (file_bytes({"__metadata__": {"a": None}, "b": info()}, b"abcd"), CorruptError, "must map strings to strings"),
+        (file_bytes({"__metadata__": ["a"], "b": info()}, b"abcd"), CorruptError, "must map strings to strings"),
+        (file_bytes({"a": 1}), CorruptError, "tensor 'a': dtype, shape and data_offsets are expected"),
+        (file_bytes({"a": {"dtype": "U8", "shape": [4]}}, b"abcd"), CorruptError, "are expected"),
+        (file_bytes({"a": info(dtype="X99")}, b"abcd"), CorruptError, "unknown dtype 'X99'; known: F64"),
+        (file_bytes({"a": info(dtype="float32")}, b"abcd"), CorruptError, "unknown dtype 'float32'"),
+        (file_bytes({"a": info(dtype=["U8"])}, b"abcd"), CorruptError, "dtype is no string"),
+        (file_bytes({"a": info(dtype={})}, b"abcd"), CorruptError, "dtype is no string"),
+        (file_bytes({"a": info(shape="4")}, b"abcd"), CorruptError, "must be whole numbers"),
+        (file_bytes({"a": info(shape=[4.0])}, b"abcd"), CorruptError, "must be whole numbers"),
+        (file_bytes({"a": info(shape=[-4])}, b"abcd"), CorruptError, "must be whole numbers"),
+        (file_bytes({"a": info(shape=[True])}, b"a"), CorruptError, "must be whole numbers"),
+        (file_bytes({"a": info(shape=[1 << 62, 4])}, b"abcd"), CorruptError, "must be whole numbers"),
+        (file_bytes({"a": info(begin=-1)}, b"abcd"), CorruptError, "must be whole numbers"),
+        (file_bytes({"a": info() | {"data_offsets": [0, 4, 4]}}, b"abcd"), CorruptError, "must be whole numbers"),
+        (file_bytes({"a": info() | {"data_offsets": 0}}, b"abcd"), CorruptError, "must be whole numbers"),
+        (file_bytes({"a": info(begin=4, end=0)}, b"abcd"), CorruptError, "bytes 4 to 0 of 4 bytes of data"),
+        (file_bytes({"a": info(end=5)}, b"abcd"), CorruptError, "bytes 0 to 5 of 4 bytes of data: truncated or damaged"),
+        (file_bytes({"a": info(shape=[5])}, b"abcd"), CorruptError, r"shape \[5\] of U8 is 5 bytes, not 4"),
+        (file_bytes({"a": info(dtype="F32", shape=[2])}, b"abcd"), CorruptError, "is 8 bytes, not 4"),
+        (file_bytes({"a": info(shape=[1 << 61, 1 << 61, 1 << 61])}, b"abcd"), CorruptError, "bytes, not 4"),
+        (file_bytes({"a": info(), "b": info(begin=6, end=10)}, bytes(10)), CorruptError,
+         "tensor 'b': data at 6 leaves a hole of 2 bytes"),
+        (file_bytes({"a": info(begin=2, end=6)}, bytes(6)), CorruptError, "leaves a hole of 2 bytes"),
+        (file_bytes({"a": info(), "b": info(begin=2, end=6)}, bytes(6)), CorruptError,
+         "tensor 'b': data at 2 overlaps another tensor"),
+        (file_bytes({"a": info(), "b": info()}, bytes(4)), CorruptError, "overlaps another tensor"),
+        (file_bytes({"a": info(), "b": info(shape=[0], begin=2, end=2)}, bytes(4)), CorruptError, "overlaps another tensor"),
+        (file_bytes({"a": info()}, b"abcde"), CorruptError, "1 bytes follow the last tensor"),
+        (file_bytes({}, b"a"), CorruptError, "1 bytes follow the last tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_refusals(data: bytes, error: type[FormatError], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(error, match=words) as caught:
+        formats.read(path)
+    assert caught.value.where == "header"
+    assert len(str(caught.value)) < 1500
+    if "twice" not in words:  # of two equal names the library takes the last: readers disagree, so we do not choose
+        with pytest.raises((safetensors.SafetensorError, OverflowError)):
+            load_file(path)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2"])
+def test_elements_that_fill_no_byte_are_not_supported(dtype: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file_bytes({"a": info(dtype=dtype, shape=[8])}, bytes(4)))
+    with pytest.raises(UnsupportedError, match=f"of dtype {dtype}, whose elements fill no whole byte"):
+        formats.read(path)
+
+
+def test_limits(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file_bytes({"a": info(shape=[1] * 64 + [4]), "b": info(begin=4, end=8)}, bytes(8)))
+    for limits, words in (
+        (Limits(header_nbytes=20), "bytes of a safetensors header"),
+        (Limits(entries=1), "tensors in one file: 2"),
+        (Limits(), "dimensions of tensor 'a': 65 is over the limit of 64"),
+    ):
+        with pytest.raises(LimitError, match=words):
+            formats.read(path, limits=limits)
+
+
+def test_a_name_given_twice_among_very_many_is_found_fast(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    names = ",".join(f'"{n}":1' for n in range(100_000))
+    path.write_bytes(file_bytes(f'{{{names},"99999":1}}'.encode()))
+    started = time.perf_counter()
+    with pytest.raises(CorruptError, match="'99999' stands twice"):
+        formats.read(path)
+    assert time.perf_counter() - started < 5
+
+
+def test_a_megabyte_of_a_name_is_not_repeated_in_the_message(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(file_bytes({"x" * 1_000_000: 1}))
+    with pytest.raises(CorruptError) as caught:
+        formats.read(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_truncation_at_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.arange(3.0), "b": torch.arange(5)}, path)
+    data = path.read_bytes()
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(FormatError):
+            formats.read(path)
+
+
+def test_every_flipped_byte_of_the_header_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.arange(3.0), "b": torch.arange(5)}, path, metadata={"k": "v"})
+    data = path.read_bytes()
+    for at in range(8 + int.from_bytes(data[:8], "little")):
+        for mask in (1, 2, 4, 8, 16, 32, 64, 128):
+            path.write_bytes(data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :])
+            try:
+                checkpoint, file = formats.read(path)
+            except FormatError:
+                continue
+            file.close()
+            assert checkpoint.state_dict.keys() == load_file(path).keys(), "what we read, the library reads too"
+
+
+# Writing.
+
+
+def checkpoint_of(state: dict[str, torch.Tensor], save: Save) -> Checkpoint:
+    return read(save(state))
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_every_dtype_is_written_as_the_library_reads_it(
+    name: str, save: Save, tmp_path: Path, same_bits: SameBits
+) -> None:
+    whole = of_dtype(name, 3, 5)
+    state = {"whole": whole, "t": of_dtype(name, 4, 2).t(), "empty": of_dtype(name, 0, 2), "scalar": of_dtype(name)}
+    target = tmp_path / "out.safetensors"
+    write(checkpoint_of(state, save), target)
+    again = load_file(target)
+    assert all(same_bits(again[key], value) for key, value in state.items())
+
+
+def test_data_is_aligned_and_names_keep_their_order(save: Save, tmp_path: Path) -> None:
+    state = {"z8": torch.zeros(3, dtype=torch.uint8), "f": torch.zeros(3), "b": torch.zeros(1, dtype=torch.bool),
+             "d": torch.zeros(3, dtype=torch.float64), "h": torch.zeros(3).half(), "a": torch.zeros(3)}  # fmt: skip
+    for extra in range(8):
+        target = tmp_path / "out.safetensors"
+        checkpoint = checkpoint_of(state, save).replace(metadata={"pad": "x" * extra})
+        plan = write(checkpoint, target)
+        assert plan.nbytes == target.stat().st_size
+        assert list(header_of(target)) == ["__metadata__", *state]
+        for name, entry in read(target).state_dict.items():
+            assert entry.storage.source.offset % entry.itemsize == 0, name
+        assert list(read(target).state_dict) == list(state)
+
+
+def test_bytes_are_copied_where_they_lie_and_gathered_where_they_do_not(save: Save, same_bits: SameBits) -> None:
+    base = torch.randn(6, 4)
+    state = {"plain": torch.randn(3), "rows": base[2:4], "columns": base[:, 1:3], "t": base.t(), "every": base[::2],
+             "expanded": torch.randn(3, 1).expand(3, 4), "conj": torch.randn(3, dtype=torch.complex64).conj(),
+             "neg": torch.randn(3, dtype=torch.complex64).conj().imag, "empty": base[6:]}  # fmt: skip
+    path = save(state)
+    target = path.with_name("out.safetensors")
+    plan = write(read(path), target)
+    assert sum(isinstance(step, Copy) for step in plan.steps) == 2
+    assert sum(isinstance(step, Gather) for step in plan.steps) == 6
+    again = load_file(target)
+    assert all(same_bits(again[name], value) for name, value in state.items())
+    assert len(plan.aliases) == 0
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(save: Save, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of({"a": torch.randn(3), "b": torch.randn(2)}, save)
+    for name in ("one", "two"):
+        write(checkpoint, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.zebra = torch.nn.Linear(3, 3)
+        self.head = torch.nn.Linear(3, 3)
+        self.embed = torch.nn.Linear(3, 3)
+        self.other = torch.nn.Linear(3, 3)
+        self.head.weight = self.zebra.weight
+        self.embed.weight = self.zebra.weight
+        self.other.bias = self.embed.bias
+
+
+def test_ties_are_recorded_as_save_model_records_them(save: Save, tmp_path: Path, same_bits: SameBits) -> None:
+    network = Tied()
+    save_model(network, str(tmp_path / "library.safetensors"))
+    checkpoint = read(save(network.state_dict()))
+    plan = write(checkpoint, tmp_path / "ours.safetensors")
+    library, mine = header_of(tmp_path / "library.safetensors"), header_of(tmp_path / "ours.safetensors")
+    assert library.keys() == mine.keys()
+    assert library["__metadata__"] == mine["__metadata__"]
+    assert plan.aliases == {"zebra.weight": "embed.weight", "head.weight": "embed.weight", "other.bias": "embed.bias"}
+    for name in ("library", "ours"):
+        found = read(tmp_path / f"{name}.safetensors")
+        assert set(found.state_dict) == set(network.state_dict())
+        assert found.state_dict["zebra.weight"] is found.state_dict["head.weight"] is found.state_dict["embed.weight"]
+        assert found.metadata == {"format": "pt"}
+        fresh = Tied()
+        assert load_model(fresh, str(tmp_path / f"{name}.safetensors")) == (set(), [])
+        assert all(same_bits(value, network.state_dict()[key]) for key, value in fresh.state_dict().items())
+    write(read(tmp_path / "ours.safetensors"), tmp_path / "again.safetensors")
+    assert header_of(tmp_path / "again.safetensors")["__metadata__"] == mine["__metadata__"]
+
+
+def test_only_equal_views_are_ties(save: Save, tmp_path: Path, same_bits: SameBits) -> None:
+    base = torch.randn(4, 4)
+    state = {"a": base, "b": base, "part": base[:2], "flat": base.reshape(-1), "t": base.t(), "int": base.view(torch.int32),
+             "empty": base[:0], "empty too": base[:0]}  # fmt: skip
+    plan = write(checkpoint_of(state, save), tmp_path / "out.safetensors")
+    assert plan.aliases == {"b": "a"}
+    again = read(tmp_path / "out.safetensors").state_dict
+    assert all(same_bits(tensor(again[name]), value) for name, value in state.items())
+
+
+def test_metadata_that_names_no_tensor_is_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    metadata = {"format": "pt", "tied": "pt", "gone": "nowhere", "pt": "x"}
+    path.write_bytes(file_bytes({"__metadata__": metadata, "pt": info()}, b"abcd"))
+    checkpoint = read(path)
+    assert checkpoint.metadata == {"format": "pt", "gone": "nowhere", "pt": "x"}
+    assert list(checkpoint.state_dict) == ["pt", "tied"]
+
+
+def test_metadata_is_kept_and_may_say_another_format(save: Save, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of({"a": torch.ones(1)}, save).replace(metadata={"format": "np", "source": "ü"})
+    write(checkpoint, tmp_path / "m.safetensors")
+    assert header_of(tmp_path / "m.safetensors")["__metadata__"] == {"format": "np", "source": "ü"}
+
+
+@pytest.mark.parametrize(("name", "metadata"), [("format", {}), ("note", {"note": "n"})])
+def test_a_tie_that_metadata_has_no_room_for_is_refused(name: str, metadata: dict[str, str], save: Save) -> None:
+    shared = torch.ones(2)
+    checkpoint = checkpoint_of({"a": shared, name: shared}, save).replace(metadata=metadata)
+    with pytest.raises(RewriteError, match=rf"under their names, where {name} stands already"):
+        ours.FORMAT.write(checkpoint)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "words"),
+    [
+        ({"epoch": 3}, RewriteError, "no state_dict to write"),
+        ({"a": torch.zeros(1, dtype=torch.complex128)}, DTypeError, r"cannot hold a \(complex128\); write a .pth"),
+        ({f"t{n}": torch.zeros(1, dtype=torch.complex128) for n in range(8)}, DTypeError, "t4 .complex128. and 3 more"),
+        ({"a": torch.ones(1), "b": torch.ones(1), "x_extra_state": {"k": 1}}, RewriteError, "not x_extra_state; write"),
+        ({"__metadata__": torch.ones(1)}, RewriteError, "cannot be named '__metadata__'"),
+        ({"\ud800": torch.ones(1)}, RewriteError, "not valid Unicode"),
+    ],
+)
+def test_what_safetensors_cannot_hold(state: Any, error: type[Exception], words: str, save: Save) -> None:
+    checkpoint = checkpoint_of(state, save)
+    with pytest.raises(error, match=words):
+        ours.FORMAT.write(checkpoint)  # type: ignore[misc]
+
+
+def test_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
+    hole = tmp_path / "source"
+    with open(hole, "wb") as out:
+        out.truncate(5 << 30)
+    source = SourceFile(hole)
+    entries = {}
+    for name, nbytes in (("big", 5 << 30), ("small", 8)):
+        storage = Storage(key=name, dtype="uint8", nbytes=nbytes, location="cpu", source=ByteRange(source, 0, nbytes))
+        entries[name] = TensorEntry(storage=storage, storage_offset=0, shape=(nbytes,), stride=(1,), dtype="uint8")
+    checkpoint = Checkpoint(state_dict=StateDict(entries), rest=STATE_DICT,
+                            origin=Origin(path="none", size=0, format="torch-zip", kind="state_dict"))  # fmt: skip
+    plan = ours.FORMAT.write(checkpoint)  # type: ignore[misc]
+    path = tmp_path / "big.safetensors"
+    with open(path, "wb") as out:
+        out.write(plan.steps[0].data)
+        out.truncate(plan.nbytes)
+    with safetensors.safe_open(path, "pt") as other:
+        assert other.get_slice("big").get_shape() == [5 << 30]
+        assert torch.equal(other.get_tensor("small"), torch.zeros(8, dtype=torch.uint8))
+    assert read(path).state_dict["small"].storage.source.offset == plan.nbytes - 8

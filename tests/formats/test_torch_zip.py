@@ -1,0 +1,479 @@
+"""torch-zip: torch writes, ckptkit reads; ckptkit writes, torch reads; and what must be refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptkit import formats
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
+from ckptkit.errors import CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
+from ckptkit.formats import torch_zip
+from ckptkit.limits import Limits
+from ckptkit.plan import Copy, Literal, Plan
+from ckptkit.transfer import stream, write_atomically
+
+Save = Callable[..., Path]
+SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+def read(path: Path) -> Checkpoint:
+    return formats.read(path)[0]
+
+
+def write(checkpoint: Checkpoint, target: Path) -> Plan:
+    assert torch_zip.FORMAT.write is not None
+    plan = torch_zip.FORMAT.write(checkpoint)
+    write_atomically(target, plan, force=True, check=None)
+    return plan
+
+
+def tensor(entry: TensorEntry) -> torch.Tensor:
+    data = bytearray(b"".join(stream(entry)))
+    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+
+
+def repacked(
+    path: Path, change: Callable[[str, bytes], tuple[str, bytes] | None], *, deflate: bool = False, more: Any = ()
+) -> Path:
+    """The archive with each record changed, dropped, and more added."""
+    target = path.with_name("repacked.pth")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        records = [change(name, source.read(name)) for name in source.namelist()]
+        for name, data in [record for record in records if record is not None] + list(more):
+            out.writestr(name, data, zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED)
+    return target
+
+
+def model() -> dict[str, torch.Tensor]:
+    return {"weight": torch.randn(3, 4), "half": torch.randn(5).half(), "count": torch.tensor(7)}
+
+
+# Reading what torch writes.
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_pickle_protocol(protocol: int, tmp_path: Path, same_bits: SameBits) -> None:
+    state = model()
+    path = tmp_path / "m.pth"
+    torch.save(state, path, pickle_protocol=protocol)
+    checkpoint = read(path)
+    assert checkpoint.origin.pickle_protocol == protocol
+    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+    write(checkpoint, tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth", weights_only=protocol == 2)  # torch refuses the others, safe or not
+    assert all(same_bits(again[name], value) for name, value in state.items())
+
+
+def test_the_facts_of_a_file(save: Save) -> None:
+    path = save({"a": torch.arange(5.0), "b": torch.zeros(0)}, "model.v1.5.pth", device="cuda:3")
+    checkpoint = read(path)
+    origin = checkpoint.origin
+    assert (origin.format, origin.format_version, origin.byteorder, origin.pickle_protocol) == (
+        "torch-zip", "3", "little", 2)  # fmt: skip
+    assert (origin.path, origin.size, origin.kind) == (str(path), path.stat().st_size, "state_dict")
+    assert checkpoint.metadata == {}
+    assert checkpoint.findings == ()
+    assert [entry.location for entry in checkpoint.state_dict.values()] == ["cuda:3", "cuda:3"]
+
+
+def test_data_lies_where_torch_and_zipfile_say(save: Save) -> None:
+    path = save({f"t{n}": torch.randn(n) for n in range(1, 40)})
+    reader = torch._C.PyTorchFileReader(str(path))
+    with zipfile.ZipFile(path) as archive:
+        crcs = {info.filename: info.CRC for info in archive.infolist()}
+    for entry in read(path).state_dict.values():
+        record = f"data/{entry.storage.key}"
+        assert entry.storage.source.offset == reader.get_record_offset(record)
+        assert entry.storage.source.nbytes == reader.get_record_size(record)
+        assert entry.storage.crc32 == crcs[f"model/{record}"]
+
+
+@pytest.mark.parametrize("name", ["my.v1.5.pth", "with space.pth", "ünïcode-模型.pth", "a'quote\".pth", "noending", "data.pkl"])
+def test_any_file_name_any_root_name(name: str, save: Save) -> None:
+    path = save(model(), name)
+    assert list(read(path).state_dict) == list(model())
+
+
+@pytest.mark.parametrize("root", ["archive", "a.b.c", "two words", "模型", "data", "x" * 300])
+def test_any_root_name(root: str, save: Save) -> None:
+    path = save(model())
+    other = repacked(path, lambda name, data: (name.replace("model", root, 1), data))
+    assert list(read(other).state_dict) == list(model())
+
+
+def test_a_file_like_object_saved_under_no_name(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(model(), buffer)
+    (tmp_path / "m.pth").write_bytes(buffer.getvalue())
+    assert list(read(tmp_path / "m.pth").state_dict) == list(model())
+
+
+@pytest.mark.parametrize("dropped", ["byteorder", "version", ".format_version", ".data/serialization_id"])
+def test_records_older_files_lack(dropped: str, save: Save, same_bits: SameBits) -> None:
+    state = model()
+    path = repacked(save(state), lambda name, data: None if name == f"model/{dropped}" else (name, data))
+    checkpoint = read(path)
+    assert checkpoint.origin.byteorder == "little"
+    assert checkpoint.origin.format_version == (None if dropped == "version" else "3")
+    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+
+
+def test_records_nobody_knows_are_left_alone(save: Save) -> None:
+    path = repacked(save(model()), lambda name, data: (name, data), more=[("model/notes.txt", b"hi"), ("model/x/y", b"")])
+    assert list(read(path).state_dict) == list(model())
+
+
+def test_small_records_may_be_deflated(save: Save) -> None:
+    path = repacked(save({"epoch": 3, "lr": [0.1] * 50}), lambda name, data: (name, data), deflate=True)
+    assert read(path).origin.kind == "other"
+
+
+def test_big_endian_files(save: Save, same_bits: SameBits) -> None:
+    state = {"f": torch.randn(3), "d": torch.randn(2).double(), "c": torch.randn(2, dtype=torch.complex64),
+             "b": torch.tensor([True, False]), "h": torch.arange(4, dtype=torch.int16)[::2]}  # fmt: skip
+    path = save(state)
+    widths = {entry.storage.key: 4 if entry.dtype == "complex64" else entry.itemsize
+              for entry in read(path).state_dict.values()}  # fmt: skip
+
+    def swapped(name: str, data: bytes) -> tuple[str, bytes]:
+        if name == "model/byteorder":
+            return name, b"big"
+        if not name.startswith("model/data/"):
+            return name, data
+        width = widths[name.removeprefix("model/data/")]
+        return name, b"".join(data[at : at + width][::-1] for at in range(0, len(data), width))
+
+    path = repacked(path, swapped)
+    checkpoint = read(path)
+    oracle = torch.load(path)
+    assert checkpoint.origin.byteorder == "big"
+    for name, value in state.items():
+        assert same_bits(oracle[name], value), "torch itself reads it so"
+        assert same_bits(tensor(checkpoint.state_dict[name]), value)
+    again = path.with_name("again.pth")
+    write(checkpoint, again)
+    loaded = torch.load(again)
+    assert all(same_bits(loaded[name], value) for name, value in state.items())
+
+
+@pytest.fixture
+def without_crc32() -> Iterator[None]:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    yield
+    torch.serialization.set_crc32_options(before)
+
+
+@pytest.mark.usefixtures("without_crc32")
+def test_checksums_that_were_not_recorded(save: Save, same_bits: SameBits) -> None:
+    state = model()
+    checkpoint = read(save(state))
+    assert [entry.storage.crc32 for entry in checkpoint.state_dict.values()] == [None] * 3
+    assert [(finding.code, finding.severity) for finding in checkpoint.findings] == [("crc-not-recorded", "info")]
+    assert "3 storages" in checkpoint.findings[0].message
+    target = Path(checkpoint.origin.path).with_name("again.pth")
+    write(checkpoint, target)
+    with zipfile.ZipFile(target) as archive:
+        assert archive.testzip() is None
+    again = read(target)
+    assert again.findings == ()
+    assert all(same_bits(tensor(again.state_dict[name]), value) for name, value in state.items())
+
+
+# What is refused.
+
+
+def keep(name: str, data: bytes) -> tuple[str, bytes]:
+    return name, data
+
+
+def with_record(record: str, content: bytes) -> Callable[[str, bytes], tuple[str, bytes]]:
+    return lambda name, data: (name, content if name == f"model/{record}" else data)
+
+
+REFUSED: list[tuple[str, Callable[[Path], Path], type[FormatError], str]] = [
+    ("version 0", lambda p: repacked(p, with_record("version", b"0\n")), UnsupportedError, "version '0'; 1 to 10"),
+    ("version 11", lambda p: repacked(p, with_record("version", b"11\n")), UnsupportedError, "version '11'"),
+    ("huge version", lambda p: repacked(p, with_record("version", b"9" * 5000)), UnsupportedError, "1 to 10 are known"),
+    ("odd version", lambda p: repacked(p, with_record("version", b"three")), UnsupportedError, "version 'three'"),
+    ("odd digits", lambda p: repacked(p, with_record("version", "٣".encode())), UnsupportedError, "1 to 10 are known"),
+    ("byte order", lambda p: repacked(p, with_record("byteorder", b"middle")), CorruptError, "byte order 'middle'"),
+    ("no storage", lambda p: repacked(p, lambda n, d: None if n == "model/data/1" else (n, d)), CorruptError,
+     "storage '1' has no record data/1"),
+    ("short storage", lambda p: repacked(p, lambda n, d: (n, d[:-1] if n == "model/data/1" else d)), CorruptError,
+     "storage '1' is declared as 10 bytes, its record holds 9"),
+    ("deflated", lambda p: repacked(p, keep, deflate=True), UnsupportedError, "is compressed"),
+    ("second pickle", lambda p: repacked(p, lambda n, d: (n, d + d if n.endswith("data.pkl") else d)), CorruptError,
+     "bytes follow the pickle's STOP"),
+    ("two roots", lambda p: repacked(p, keep, more=[("other/data.pkl", b"N.")]), CorruptError,
+     r"2 root folders \(model, other\)"),
+    ("stray root", lambda p: repacked(p, keep, more=[("readme.txt", b"hi")]), CorruptError, "2 root folders"),
+    ("case-equal", lambda p: repacked(p, keep, more=[("model/DATA.PKL", b"N.")]), CorruptError, "equal but for case"),
+    ("leaves folder", lambda p: repacked(p, keep, more=[("model/../x", b"N.")]), CorruptError, "leaving its folder"),
+    ("torchscript", lambda p: repacked(p, keep, more=[("model/constants.pkl", b"")]), UnsupportedError, "TorchScript"),
+    ("torch.package", lambda p: repacked(p, lambda n, d: (n.replace("data.pkl", ".data/0.storage"), d)),
+     UnsupportedError, "torch archive without data.pkl"),
+    ("plain zip", lambda p: repacked(p, lambda n, d: None, more=[("a/b.npy", b"1")]), UnknownFormatError, "without data.pkl is no checkpoint"),
+    ("pickle at the top", lambda p: repacked(p, lambda n, d: ("data.pkl", d) if n.endswith("data.pkl") else None),
+     UnknownFormatError, "without data.pkl is no checkpoint"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "words"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_refusals(change: Callable[[Path], Path], error: type[FormatError], words: str, save: Save) -> None:
+    path = change(save(model()))
+    with pytest.raises(error, match=words) as caught:
+        formats.read(path)
+    assert caught.value.path == str(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_duplicate_names(save: Save) -> None:
+    path = repacked(save(model()), keep, more=[("model/data.pkl", b"N.")])
+    with pytest.raises(CorruptError, match=r"'model/data.pkl' and 'model/data.pkl' are equal"):
+        formats.read(path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_torchscript_archive_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "script.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    with pytest.raises(UnsupportedError, match=r"TorchScript archive \(torch.jit.save\)"):
+        formats.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda data: data + b"\n", CorruptError, "bytes were appended"),
+        (lambda data: b"junk" + data, UnknownFormatError, "no known checkpoint container"),
+        (lambda data: data + data, CorruptError, "two archives laid end to end"),
+        (lambda data: data[:-30], CorruptError, "no end record"),
+        (lambda data: data[: len(data) // 2], CorruptError, "truncated download"),
+        (lambda data: data[:4], CorruptError, "truncated download"),
+    ],
+)
+def test_bytes_too_many_or_too_few(
+    change: Callable[[bytes], bytes], error: type[FormatError], words: str, save: Save
+) -> None:
+    path = save(model())
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(error, match=words):
+        formats.read(path)
+
+
+def test_limits_reach_the_pickle_and_the_records(save: Save) -> None:
+    path = save(model())
+    for limits, words in (
+        (Limits(opcodes=5), "pickle opcodes"),
+        (Limits(pickle_nbytes=50), "data.pkl"),
+        (Limits(record_nbytes=1), "version"),
+        (Limits(entries=3), "records in an archive"),
+    ):
+        with pytest.raises(LimitError, match=words):
+            formats.read(path, limits=limits)
+
+
+def test_an_error_closes_the_file_and_leaves_the_collector_on(save: Save) -> None:
+    import gc
+
+    path = save(model())
+    path.write_bytes(path.read_bytes()[:-1])
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(20):
+        with pytest.raises(FormatError):
+            formats.read(path)
+    assert gc.isenabled()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+
+# Damage anywhere.
+
+
+def test_truncation_at_every_byte(save: Save) -> None:
+    path = save({"w": torch.ones(3), "n": 1})
+    for length in range(path.stat().st_size - 1, -1, -1):
+        os.truncate(path, length)
+        with pytest.raises(FormatError):
+            formats.read(path)
+
+
+@pytest.mark.parametrize("writer", ["torch", "ckptkit"])
+def test_every_flipped_byte_gives_a_result_or_an_error_of_ours(writer: str, save: Save) -> None:
+    path = save({"w": torch.ones(3), "n": 1})
+    if writer == "ckptkit":
+        write(read(path), path.with_name("ours.pth"))
+        path = path.with_name("ours.pth")
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    pickle_at = data.index(pickled)
+    refused = 0
+    with open(path, "r+b", buffering=0) as out:
+        for at in range(len(data)):
+            for mask in (1, 4, 32, 128, 255):
+                os.pwrite(out.fileno(), bytes([data[at] ^ mask]), at)
+                try:
+                    _, file = formats.read(path)
+                    file.close()
+                    assert not pickle_at <= at < pickle_at + len(pickled), "a damaged pickle is told by its checksum"
+                except FormatError as error:
+                    refused += 1
+                    assert len(str(error)) < 1000
+            os.pwrite(out.fileno(), data[at : at + 1], at)
+    assert refused > len(pickled) * 5
+
+
+# Writing.
+
+
+def test_the_written_file(save: Save, same_bits: SameBits, tmp_path: Path) -> None:
+    state = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3)).state_dict()
+    path = save({"model": state, "epoch": 3, "args": {"lr": 1e-3, "b": b"bytes"}}, device="cuda:0")
+    checkpoint = read(path)
+    target = tmp_path / "again.pth"
+    plan = write(checkpoint, target)
+    assert plan.nbytes == target.stat().st_size
+    assert plan.tensors == len(state)
+    with zipfile.ZipFile(target) as archive:
+        assert archive.testzip() is None
+        names = archive.namelist()
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+    assert names == ["archive/data.pkl", "archive/byteorder", *(f"archive/data/{n}" for n in range(len(state))),
+                     "archive/version"]  # fmt: skip
+    again = torch.load(target, map_location="cpu", weights_only=True)
+    original = torch.load(path, map_location="cpu", weights_only=True)
+    assert list(again) == list(original)
+    assert (again["epoch"], again["args"]) == (original["epoch"], original["args"])
+    assert again["model"]._metadata == state._metadata
+    assert type(again["model"]) is type(original["model"])
+    assert list(again["model"]) == list(state)
+    assert all(same_bits(again["model"][name], value) for name, value in state.items())
+    reader = torch._C.PyTorchFileReader(str(target))
+    for name in reader.get_all_records():
+        assert reader.get_record_offset(name) % 64 == 0
+    assert {entry.location for entry in read(target).state_dict.values()} == {"cuda:0"}
+
+
+def test_mmap_loads_what_is_written(save: Save, same_bits: SameBits, tmp_path: Path) -> None:
+    state = model()
+    write(read(save(state)), tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth", mmap=True)
+    assert all(same_bits(again[name].clone(), value) for name, value in state.items())
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(save: Save, tmp_path: Path) -> None:
+    path = save({"model": model(), "epoch": 1})
+    shutil.copy(path, tmp_path / "other name.pth")
+    write(read(path), tmp_path / "a.pth")
+    write(read(tmp_path / "other name.pth"), tmp_path / "b.pth")
+    write(read(tmp_path / "a.pth"), tmp_path / "c.pth")
+    first = (tmp_path / "a.pth").read_bytes()
+    assert first == (tmp_path / "b.pth").read_bytes() == (tmp_path / "c.pth").read_bytes()
+
+
+def test_shared_storages_are_written_once(save: Save, tmp_path: Path) -> None:
+    base = torch.randn(100)
+    path = save({"a": base, "b": base, "c": base[10:20], "d": base.reshape(10, 10).t()})
+    target = tmp_path / "again.pth"
+    write(read(path), target)
+    again = torch.load(target)
+    assert len({value.untyped_storage().data_ptr() for value in again.values()}) == 1
+    assert target.stat().st_size < path.stat().st_size + 200
+    assert torch.equal(again["c"], base[10:20])
+    assert torch.equal(again["d"], base.reshape(10, 10).t())
+
+
+def test_objects_torch_would_have_to_trust_stay_what_they_are(save: Save, tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    path = save({"state_dict": network.state_dict(), "network": [network], "optimizer": optimizer.state_dict()})
+    checkpoint = read(path)
+    write(checkpoint, tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth", weights_only=False)
+    x = torch.randn(4, 2)
+    assert torch.equal(again["network"][0].eval()(x), network.eval()(x))
+    tied = again["network"][0][0].weight, again["state_dict"]["0.weight"]
+    assert tied[0].data_ptr() == tied[1].data_ptr(), "the model and its state_dict share storages still"
+    step = again["optimizer"]["state"][0]
+    assert torch.equal(step["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def hollow(path: Path, nbytes: int) -> SourceFile:
+    with open(path, "wb") as out:
+        out.truncate(nbytes)
+    return SourceFile(path)
+
+
+def checkpoint_of(entries: dict[str, TensorEntry]) -> Checkpoint:
+    return Checkpoint(
+        state_dict=StateDict(entries),
+        rest=STATE_DICT,
+        origin=Origin(path="none", size=0, format="torch-zip", kind="state_dict"),
+    )
+
+
+def entry_over(source: ByteRange, key: str = "0", **changes: Any) -> TensorEntry:
+    storage = Storage(key=key, dtype="uint8", nbytes=source.nbytes, location="cpu", source=source, crc32=1)
+    return TensorEntry(storage=storage, storage_offset=0, shape=(source.nbytes,), stride=(1,), dtype="uint8")
+
+
+def test_storages_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
+    big, small = 5 << 30, 100
+    source = hollow(tmp_path / "source", big)
+    plan = torch_zip.FORMAT.write(  # type: ignore[misc]
+        checkpoint_of({"big": entry_over(ByteRange(source, 0, big)), "small": entry_over(ByteRange(source, 0, small))})
+    )
+    assert [step.nbytes for step in plan.steps if isinstance(step, Copy)] == [big, small]
+    path = tmp_path / "big.pth"
+    with open(path, "wb") as out:
+        out.truncate(plan.nbytes)
+        for step in plan.steps:
+            if isinstance(step, Literal):
+                out.seek(step.target)
+                out.write(step.data)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo("archive/data/0").file_size == big
+    reader = torch._C.PyTorchFileReader(str(path))
+    found = read(path).state_dict
+    assert found["big"].storage.source.offset == reader.get_record_offset("data/0")
+    assert found["small"].storage.source.offset == reader.get_record_offset("data/1") > big
+    loaded = torch.load(path, mmap=True)
+    assert (loaded["big"].shape, loaded["small"].shape) == ((big,), (small,))
+    assert loaded["big"][-1] == 0
+
+
+def test_both_byte_orders_in_one_file_are_refused(tmp_path: Path) -> None:
+    source = hollow(tmp_path / "source", 8)
+    storages = [
+        Storage(key=order, dtype="float32", nbytes=8, location="cpu", source=ByteRange(source, 0, 8), byteorder=order)
+        for order in ("little", "big")
+    ]
+    entries = {s.key: TensorEntry(storage=s, storage_offset=0, shape=(2,), stride=(1,), dtype="float32") for s in storages}
+    with pytest.raises(UnsupportedError, match="both byte orders"):
+        torch_zip.FORMAT.write(checkpoint_of(entries))  # type: ignore[misc]
+
+
+def test_a_written_file_declares_what_older_torch_reads(save: Save, tmp_path: Path) -> None:
+    write(read(save(model())), tmp_path / "again.pth")
+    data = (tmp_path / "again.pth").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.read("archive/version") == b"3\n"
+        assert archive.read("archive/byteorder") == b"little"
+        assert not any(name.startswith("archive/.") for name in archive.namelist())
+    assert struct.unpack_from("<4s", data)[0] == b"PK\x03\x04"

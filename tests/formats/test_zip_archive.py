@@ -1,0 +1,486 @@
+"""The zip directory and the writer's layout, with zipfile as the oracle."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.zip_archive import ALIGNMENT, Record, ZipWriter, read_directory, read_record
+from ckptkit.limits import Limits
+from ckptkit.plan import Checksum, Copy, Literal
+
+RECORDS = {"root/a": b"first", "root/data/0": bytes(range(256)), "root/empty": b"", "root/é": "é".encode()}
+
+LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
+
+
+def archive(records: dict[str, bytes] = RECORDS, *, compression: int = zipfile.ZIP_STORED, comment: bytes = b"") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as out:
+        for name, data in records.items():
+            out.writestr(zipfile.ZipInfo(name), data, compression)
+        out.comment = comment
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[[bytes], SourceFile]:
+    def write(data: bytes) -> SourceFile:
+        path = tmp_path / "file.zip"
+        path.write_bytes(data)
+        return SourceFile(path)
+
+    return write
+
+
+Opened = Callable[[bytes], SourceFile]
+
+
+def content(records: dict[str, Record]) -> dict[str, bytes]:
+    return {name: read_record(record, 1 << 20) for name, record in records.items()}
+
+
+# What honest archives look like.
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("comment", [b"", b"a comment", b"x" * 65535])
+def test_the_records_are_those_zipfile_sees(compression: int, comment: bytes, opened: Opened) -> None:
+    data = archive(compression=compression, comment=comment)
+    records = read_directory(opened(data))
+    with zipfile.ZipFile(io.BytesIO(data)) as other:
+        assert list(records) == other.namelist()
+        for info in other.infolist():
+            record = records[info.filename]
+            assert (record.nbytes, record.data.nbytes) == (info.file_size, info.compress_size)
+            assert record.deflated == (info.compress_type == zipfile.ZIP_DEFLATED)
+            assert record.crc32 == info.CRC
+    assert content(records) == RECORDS
+
+
+def test_streamed_archives_whose_local_headers_hold_no_sizes(opened: Opened) -> None:
+    class Unseekable(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *_: Any) -> int:
+            raise OSError
+
+    buffer = Unseekable()
+    with zipfile.ZipFile(buffer, "w") as out:
+        for name, data in RECORDS.items():
+            out.writestr(name, data)
+    assert struct.unpack_from("<H", buffer.getvalue(), 6)[0] & 0x8
+    assert content(read_directory(opened(buffer.getvalue()))) == RECORDS
+
+
+def test_zip64_fields_where_they_are_not_needed(opened: Opened) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as out:
+        for name, data in RECORDS.items():
+            with out.open(name, "w", force_zip64=True) as record:
+                record.write(data)
+    assert content(read_directory(opened(buffer.getvalue()))) == RECORDS
+
+
+def test_folders_and_extra_fields_of_other_tools(opened: Opened) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as out:
+        out.mkdir("root")
+        info = zipfile.ZipInfo("root/a")
+        info.extra = struct.pack("<HHI", 0x5455, 4, 7) + b"odd"
+        info.comment = b"of the record"
+        out.writestr(info, b"x")
+    assert content(read_directory(opened(buffer.getvalue()))) == {"root/": b"", "root/a": b"x"}
+
+
+def test_cp437_names(opened: Opened) -> None:
+    data = archive({"root/xy": b"1"}).replace(b"root/xy", b"root/\x82y")
+    assert list(read_directory(opened(data))) == ["root/éy"]
+    assert zipfile.ZipFile(io.BytesIO(data)).namelist() == ["root/éy"]
+
+
+def test_many_records_beyond_what_16_bits_count(opened: Opened) -> None:
+    records = {f"root/{n}": b"" for n in range(66_000)}
+    found = read_directory(opened(archive(records)))
+    assert list(found) == list(records)
+
+
+def test_a_checksum_of_zero_is_not_recorded(opened: Opened) -> None:
+    data = archive({"root/a": b"first", "root/empty": b""})
+    crc = struct.pack("<I", zlib.crc32(b"first"))
+    records = read_directory(opened(data.replace(crc, bytes(4))))
+    assert (records["root/a"].crc32, records["root/empty"].crc32) == (None, 0)
+    assert read_record(records["root/a"], 100) == b"first"
+
+
+# What is refused.
+
+
+def patched(data: bytes, signature: bytes, offset: int, format_: str, *values: int, nth: int = 0) -> bytes:
+    """The archive with a field of its nth header of that signature changed."""
+    at = -1
+    for _ in range(nth + 1):
+        at = data.index(signature, at + 1)
+    out = bytearray(data)
+    struct.pack_into(format_, out, at + offset, *values)
+    return bytes(out)
+
+
+def both(data: bytes, local: int, central: int, format_: str, *values: int) -> bytes:
+    return patched(patched(data, LOCAL, local, format_, *values), CENTRAL, central, format_, *values)
+
+
+def renamed(*names: bytes) -> bytes:
+    """An archive whose records are named by bytes no writer would take."""
+    data = archive({f"root/{n}".ljust(len(name), "x"): b"1" for n, name in enumerate(names)})
+    for n, name in enumerate(names):
+        data = data.replace(f"root/{n}".ljust(len(name), "x").encode(), name)
+    return data
+
+
+def with_second_name() -> bytes:
+    info = zipfile.ZipInfo("root/a")
+    info.extra = struct.pack("<HHBI", 0x7075, 11, 1, zlib.crc32(b"root/a")) + b"root/b"
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as out:
+        out.writestr(info, b"x")
+    return buffer.getvalue()
+
+
+def hidden_first_record() -> bytes:
+    hidden, shown = archive({"root/hidden": b"1"}), archive({"root/shown": b"2"})
+    start = hidden[: hidden.index(CENTRAL)]
+    at = shown.index(CENTRAL)
+    moved = patched(start + shown, CENTRAL, 42, "<I", len(start))
+    return patched(moved, END, 16, "<I", len(start) + at)
+
+
+def zip64_end(data: bytes, **changes: int) -> bytes:
+    """The archive with a zip64 end record and its locator put in."""
+    at = data.index(END)
+    _, _, _, _, count, nbytes, offset, _ = struct.unpack("<4sHHHHIIH", data[at:])
+    fields = {"size": 44, "count": count, "nbytes": nbytes, "offset": offset, "at": at, "signature": 0x06064B50} | changes
+    record = struct.pack("<IQHHIIQQQQ", fields["signature"], fields["size"], 45, 45, 0, 0, fields["count"],
+                         fields["count"], fields["nbytes"], fields["offset"])  # fmt: skip
+    return data[:at] + record + struct.pack("<4sIQI", b"PK\x06\x07", 0, fields["at"], 1) + data[at:]
+
+
+ONE = archive({"root/a": b"first"})
+TWO = archive({"root/a": b"first", "root/b": b"second"})
+STORED_SIZE = len(b"first")
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "words"),
+    [
+        (ONE[:-1], CorruptError, "does not end the file"),
+        (archive(comment=END + b" in a comment, where zipfile looks first"), CorruptError, "does not end the file"),
+        (ONE[: ONE.index(END)], CorruptError, "no end record in its last"),
+        (ONE + b"x", CorruptError, "bytes were appended"),
+        (ONE + bytes(70_000), CorruptError, "no end record in its last"),
+        (b"x" * 10 + ONE, CorruptError, "two archives laid end to end, or bytes cut out"),
+        (ONE + ONE, CorruptError, "two archives laid end to end, or bytes cut out"),
+        (ONE[:5] + ONE[6:], CorruptError, "bytes cut out"),
+        (renamed(b"root/a", b"root/a"), CorruptError, "'root/a' and 'root/a' are equal"),
+        (renamed(b"root/a", b"root/A"), CorruptError, "'root/a' and 'root/A' are equal, or equal but for case"),
+        (renamed(b"/root/"), CorruptError, "absolute, empty, or leaving its folder"),
+        (renamed(b"../root"), CorruptError, "leaving its folder"),
+        (renamed(b"root/.."), CorruptError, "leaving its folder"),
+        (renamed(b"root/../b"), CorruptError, "leaving its folder"),
+        (renamed(b"root\\a"), CorruptError, "leaving its folder"),
+        (renamed(b"root/\0"), CorruptError, "leaving its folder"),
+        (both(renamed(b"root/\xff"), 6, 8, "<H", 0x800), CorruptError, "not UTF-8"),
+        (with_second_name(), CorruptError, "a second name in its extra field"),
+        (hidden_first_record(), CorruptError, "begins with a record that the zip directory does not list"),
+        (both(ONE, 6, 8, "<H", 0x1), UnsupportedError, "'root/a' is encrypted"),
+        (both(ONE, 6, 8, "<H", 0x20), UnsupportedError, "'root/a' is patched"),
+        (both(ONE, 6, 8, "<H", 0x40), UnsupportedError, "'root/a' is strongly encrypted"),
+        (both(ONE, 6, 8, "<H", 0x2000), UnsupportedError, "'root/a' is masked"),
+        (both(ONE, 8, 10, "<H", 12), UnsupportedError, "compression method 12"),
+        (patched(ONE, CENTRAL, 0, "<I", 0), CorruptError, "something else than records"),
+        (patched(ONE, CENTRAL, 28, "<H", 500), CorruptError, "leaves the zip directory"),
+        (patched(ONE, CENTRAL, 24, "<I", 6), CorruptError, "is stored, yet 5 bytes are said to be 6"),
+        (patched(ONE, CENTRAL, 42, "<I", 1), CorruptError, "no record begins at byte 1"),
+        (patched(ONE, CENTRAL, 42, "<I", 1 << 30), CorruptError, "said to lie at byte 1,073,741,824 of a file"),
+        (both(ONE, 18, 20, "<II", 500, 500), CorruptError, "reaches into the zip directory"),
+        (patched(ONE, LOCAL, 28, "<H", 500), CorruptError, "reaches into the zip directory"),
+        (patched(ONE, LOCAL, 0, "<I", 0), CorruptError, "no record begins at byte 0"),
+        (patched(ONE, LOCAL, 34, "<B", 0x41), CorruptError, "another name or method"),
+        (patched(ONE, LOCAL, 8, "<H", 8), CorruptError, "another name or method"),
+        (patched(ONE, LOCAL, 6, "<H", 0x2), CorruptError, "other flags"),
+        (patched(ONE, LOCAL, 14, "<I", 1), CorruptError, "another size or checksum"),
+        (patched(ONE, LOCAL, 14, "<I", 0xFFFFFFFF), CorruptError, "another size or checksum"),
+        (patched(ONE, LOCAL, 18, "<I", 4), CorruptError, "another size or checksum"),
+        (patched(ONE, LOCAL, 22, "<I", 4), CorruptError, "another size or checksum"),
+        (patched(patched(TWO, LOCAL, 18, "<II", 9, 9), CENTRAL, 20, "<II", 9, 9), CorruptError, "overlap"),
+        (patched(ONE, END, 10, "<H", 2), UnsupportedError, "several volumes"),
+        (patched(ONE, END, 4, "<H", 1), UnsupportedError, "several volumes"),
+        (patched(ONE, END, 8, "<HH", 2, 2), CorruptError, "ends after 1 of 2 records"),
+        (patched(TWO, END, 8, "<HH", 1, 1), CorruptError, "more than its 1 records"),
+        (patched(ONE, END, 12, "<I", 1), CorruptError, "two archives laid end to end"),
+        (patched(ONE, END, 16, "<I", 1), CorruptError, "two archives laid end to end"),
+        (patched(ONE, CENTRAL, 24, "<I", 0xFFFFFFFF), CorruptError, "zip64 field that is not there"),
+        (zip64_end(ONE, at=0), CorruptError, "points at no zip64 end record"),
+        (zip64_end(ONE, at=1 << 40), CorruptError, "past its locator"),
+        (zip64_end(ONE, signature=0), CorruptError, "points at no zip64 end record"),
+        (zip64_end(ONE, size=45), CorruptError, "points at no zip64 end record, or not at the one before it"),
+        (zip64_end(ONE, count=2), CorruptError, "disagree"),
+        (zip64_end(ONE, nbytes=1), CorruptError, "disagree"),
+        (zip64_end(ONE, offset=1 << 40), CorruptError, "disagree"),
+    ],
+)  # fmt: skip
+def test_refusals(data: bytes, error: type[FormatError], words: str, opened: Opened) -> None:
+    with pytest.raises(error, match=words):
+        read_directory(opened(data))
+
+
+def test_the_samples_that_are_refused_are_whole_before_they_are_changed(opened: Opened) -> None:
+    assert content(read_directory(opened(TWO))) == {"root/a": b"first", "root/b": b"second"}
+    assert content(read_directory(opened(zip64_end(ONE)))) == {"root/a": b"first"}
+
+
+def test_a_zip64_field_that_is_too_short(opened: Opened) -> None:
+    info = zipfile.ZipInfo("root/a")
+    info.extra = struct.pack("<HH4s", 0x9999, 4, b"....")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as out:
+        out.writestr(info, b"first")
+    data = buffer.getvalue().replace(struct.pack("<HH", 0x9999, 4), struct.pack("<HH", 1, 4))
+    with pytest.raises(CorruptError, match="zip64 field is too short"):
+        read_directory(opened(patched(data, CENTRAL, 24, "<I", 0xFFFFFFFF)))
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Limits(entries=1), "records in an archive: 2 is over the limit of 1"),
+        (Limits(directory_nbytes=50), "bytes of a zip directory"),
+        (Limits(name_nbytes=5), "length of a record's name: 6"),
+    ],
+)
+def test_limits(limits: Limits, words: str, opened: Opened) -> None:
+    with pytest.raises(LimitError, match=words):
+        read_directory(opened(TWO), limits)
+
+
+def test_a_record_over_its_limit_is_not_read(opened: Opened) -> None:
+    record = read_directory(opened(ONE))["root/a"]
+    assert read_record(record, 5) == b"first"
+    with pytest.raises(LimitError, match="bytes of record 'root/a': 5 is over the limit of 4"):
+        read_record(record, 4)
+
+
+def test_packed_bytes_count_too(opened: Opened) -> None:
+    file = opened(bytes(100))
+    with pytest.raises(LimitError, match="bytes of record 'x': 100"):
+        read_record(Record(name="x", data=ByteRange(file, 0, 100), nbytes=1, deflated=True, crc32=None), 50)
+
+
+@pytest.mark.parametrize("declared", [0, 1, 99_999, 100_001])
+def test_a_record_that_inflates_to_another_size(declared: int, opened: Opened) -> None:
+    data = archive({"root/a": bytes(100_000)}, compression=zipfile.ZIP_DEFLATED)
+    record = read_directory(opened(both(data, 22, 24, "<I", declared)))["root/a"]
+    with pytest.raises(CorruptError, match="does not inflate to"):
+        read_record(record, 1 << 20)
+
+
+def test_a_record_that_cannot_be_inflated(opened: Opened) -> None:
+    data = archive({"root/a": bytes(1000)}, compression=zipfile.ZIP_DEFLATED)
+    at = data.index(b"root/a") + 6
+    record = read_directory(opened(data[:at] + b"\xff" * 5 + data[at + 5 :]))["root/a"]
+    with pytest.raises(CorruptError, match="cannot be inflated"):
+        read_record(record, 1 << 20)
+
+
+def test_a_record_that_does_not_match_its_checksum(opened: Opened) -> None:
+    record = read_directory(opened(ONE.replace(b"first", b"f1rst")))["root/a"]
+    with pytest.raises(CorruptError, match="its CRC-32 is [0-9a-f]{8}, recorded is [0-9a-f]{8}: damaged"):
+        read_record(record, 100)
+
+
+# Damage anywhere.
+
+SAMPLES = {
+    "stored": TWO,
+    "deflated": archive(compression=zipfile.ZIP_DEFLATED),
+    "zip64": zip64_end(TWO),
+    "ours": b"",
+}
+
+
+def ours() -> bytes:
+    writer = ZipWriter("root")
+    writer.add_literal("a", b"first")
+    writer.add_literal("b", b"second")
+    steps, nbytes = writer.finish()
+    out = bytearray(nbytes)
+    for step in steps:
+        assert isinstance(step, Literal)
+        out[step.target : step.target + step.nbytes] = step.data
+    return bytes(out)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_truncation_at_every_byte(name: str, opened: Opened) -> None:
+    data = SAMPLES[name] or ours()
+    for length in range(len(data)):
+        with pytest.raises(FormatError):
+            read_directory(opened(data[:length]))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_flipped_byte_gives_the_records_or_an_error_of_ours(name: str, opened: Opened) -> None:
+    data = SAMPLES[name] or ours()
+    expected = content(read_directory(opened(data)))
+    file = opened(data)
+    refused = 0
+    with open(file.path, "r+b", buffering=0) as out:
+        for at in range(len(data)):
+            for mask in (1, 2, 4, 8, 16, 32, 64, 128, 255):
+                os.pwrite(out.fileno(), bytes([data[at] ^ mask]), at)
+                try:
+                    found = content(read_directory(file))
+                except FormatError:
+                    refused += 1
+                else:
+                    # What gets through is in fields that say nothing about the content.
+                    assert list(found.values()) == list(expected.values()) or found.keys() != expected.keys()
+            os.pwrite(out.fileno(), data[at : at + 1], at)
+    assert refused > len(data)
+
+
+# The writer.
+
+
+def laid_out(writer: ZipWriter, path: Path) -> list[Any]:
+    steps, nbytes = writer.finish()
+    with open(path, "wb") as out:
+        for step in steps:
+            if isinstance(step, Literal):
+                out.seek(step.target)
+                out.write(step.data)
+            elif isinstance(step, Copy):
+                out.seek(step.target)
+                out.write(step.source.read())
+        out.truncate(nbytes)
+    with open(path, "r+b") as out:
+        for step in steps:
+            if isinstance(step, Checksum):
+                out.seek(step.start)
+                crc = zlib.crc32(out.read(step.covers))
+                out.seek(step.target)
+                out.write(struct.pack("<I", crc))
+    return list(steps)
+
+
+def test_what_is_written_is_whole_for_zipfile_and_for_us(tmp_path: Path, opened: Opened) -> None:
+    source = opened(bytes(range(256)) * 40)
+    writer = ZipWriter("archive")
+    writer.add_literal("data.pkl", b"pickle")
+    known = source.read(100, 1000)
+    writer.add_copy("data/0", ByteRange(source, 100, 1000), zlib.crc32(known))
+    writer.add_copy("data/1", ByteRange(source, 7, 3), None)
+    writer.add_copy("data/2", ByteRange(source, 0, 0), None)
+    writer.add_literal("empty", b"")
+    path = tmp_path / "out.zip"
+    steps = laid_out(writer, path)
+    with zipfile.ZipFile(path) as out:
+        assert out.testzip() is None
+        expected = {name: out.read(name) for name in out.namelist()}
+        assert all(info.flag_bits == 0x800 and info.date_time == (1980, 1, 1, 0, 0, 0) for info in out.infolist())
+    assert expected == {"archive/data.pkl": b"pickle", "archive/data/0": known, "archive/data/1": b"\x07\x08\x09",
+                        "archive/data/2": b"", "archive/empty": b""}  # fmt: skip
+    records = read_directory(SourceFile(path))
+    assert content(records) == expected
+    assert all(record.data.offset % ALIGNMENT == 0 for record in records.values())
+    assert [step.covers for step in steps if isinstance(step, Checksum)] == [3, 3], "in both headers"
+    assert isinstance(steps[-1], Checksum)
+
+
+def test_steps_cover_the_file_without_overlap() -> None:
+    writer = ZipWriter("archive")
+    for n in range(5):
+        writer.add_literal(str(n), bytes(n * 7))
+    steps, nbytes = writer.finish()
+    position = 0
+    for step in steps:
+        assert step.target == position
+        position += step.nbytes
+    assert position == nbytes
+
+
+def test_more_records_than_16_bits_count(tmp_path: Path) -> None:
+    writer = ZipWriter("r")
+    for n in range(65_535):
+        writer.add_literal(str(n), b"")
+    path = tmp_path / "many.zip"
+    laid_out(writer, path)
+    with zipfile.ZipFile(path) as out:
+        assert len(out.namelist()) == 65_535
+    assert len(read_directory(SourceFile(path))) == 65_535
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("sizes", [(5 * GIB,), (3 * GIB, 3 * GIB, 10), (4 * GIB - 1, 10), (4 * GIB - 2, 10), (GIB, 3 * GIB)])
+def test_beyond_4_gib_without_writing_4_gib(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    whole = tmp_path / "source"
+    with open(whole, "wb") as out:
+        out.truncate(max(sizes))
+    source = SourceFile(whole)
+    writer = ZipWriter("archive")
+    offsets = [writer.add_copy(f"data/{n}", ByteRange(source, 0, size), 7 + n) for n, size in enumerate(sizes)]
+    writer.add_literal("version", b"3\n")
+    steps, nbytes = writer.finish()
+    path = tmp_path / "big.zip"
+    with open(path, "wb") as out:
+        out.truncate(nbytes)  # a hole where the copies would go
+        for step in steps:
+            assert isinstance(step, (Literal, Copy))
+            if isinstance(step, Literal):
+                out.seek(step.target)
+                out.write(step.data)
+    assert path.stat().st_size == nbytes
+    records = read_directory(SourceFile(path))
+    with zipfile.ZipFile(path) as other:
+        infos = other.infolist()
+        assert [(info.file_size, info.compress_size, info.CRC) for info in infos[:-1]] == [
+            (size, size, 7 + n) for n, size in enumerate(sizes)
+        ]
+        assert other.read("archive/version") == b"3\n"
+        with other.open("archive/data/0") as first:
+            assert first.read(100) == bytes(100)
+    assert [(r.nbytes, r.data.offset, r.crc32) for r in records.values()][:-1] == [
+        (size, offset, 7 + n) for n, (size, offset) in enumerate(zip(sizes, offsets, strict=True))
+    ]
+    assert read_record(records["archive/version"], 10) == b"3\n"
+    assert all(offset % ALIGNMENT == 0 for offset in offsets)
+
+
+def test_zip64_values_stand_in_their_order(tmp_path: Path) -> None:
+    """Only the offset is wide here, so it is the first and only value of the field."""
+    writer = ZipWriter("r")
+    hole = tmp_path / "hole"
+    with open(hole, "wb") as out:
+        out.truncate(5 * GIB)
+    writer.add_copy("big", ByteRange(SourceFile(hole), 0, 5 * GIB), 1)
+    writer.add_literal("small", b"x")
+    steps, _ = writer.finish()
+    directory = steps[-1]
+    assert isinstance(directory, Literal)
+    at = directory.data.index(b"r/small") + len(b"r/small")
+    tag, size, offset = struct.unpack_from("<HHQ", directory.data, at)
+    assert (tag, size) == (1, 8)
+    assert offset > 5 * GIB

@@ -1,0 +1,481 @@
+"""torch's pickle vocabulary: torch saves, ckptkit reads, torch loads what ckptkit writes."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptkit import formats
+from ckptkit.bytesource import ByteRange
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CorruptError, FormatError, UnsupportedError
+from ckptkit.formats import torch_zip
+from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, TreeMap, walk
+from ckptkit.pickling.reader import read_pickle
+from ckptkit.pickling.tensors import StorageTable, is_tensor_like, lower_storage, lower_tensor
+from ckptkit.pickling.writer import write_pickle
+from ckptkit.transfer import stream, write_atomically
+
+Save = Callable[..., Path]
+SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+def read(path: Path) -> Checkpoint:
+    return formats.read(path)[0]
+
+
+def tensor(entry: Any) -> torch.Tensor:
+    """What an entry's address leads to."""
+    assert isinstance(entry, TensorEntry)
+    data = bytearray(b"".join(stream(entry)))
+    dtype = getattr(torch, entry.dtype)
+    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(entry.shape)
+
+
+def rewritten(path: Path) -> Path:
+    """The file read and written again by ckptkit."""
+    checkpoint, file = formats.read(path)
+    target = path.with_name("again.pth")
+    assert torch_zip.FORMAT.write is not None
+    write_atomically(target, torch_zip.FORMAT.write(checkpoint), force=True, check=None)
+    file.close()
+    return target
+
+
+PLAIN = [name for name, row in DTYPES.items() if row.kind != "quantized" and hasattr(torch, name)]
+
+
+def of_dtype(name: str, *shape: int) -> torch.Tensor:
+    dtype = getattr(torch, name)
+    count = DTYPES[name].itemsize
+    for size in shape:
+        count *= size
+    raw = torch.arange(count, dtype=torch.int64).remainder(2 if name == "bool" else 97).to(torch.uint8)
+    return raw.view(dtype).reshape(shape)
+
+
+@pytest.mark.filterwarnings("ignore:.*support is experimental:UserWarning")
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_dtype_is_read_and_written_bit_for_bit(name: str, save: Save, same_bits: SameBits) -> None:
+    whole = of_dtype(name, 4, 6)
+    path = save({"whole": whole, "part": whole[1:, 2:5], "empty": of_dtype(name, 0, 3), "scalar": of_dtype(name)})
+    loaded = torch.load(path)
+    checkpoint = read(path)
+    assert list(checkpoint.state_dict) == ["whole", "part", "empty", "scalar"]
+    again = torch.load(rewritten(path))
+    for key, entry in checkpoint.state_dict.items():
+        assert (entry.shape, entry.stride, entry.dtype) == (tuple(loaded[key].shape), loaded[key].stride(), name)
+        assert entry.storage_offset == loaded[key].storage_offset()
+        assert entry.storage.dtype == (name if DTYPES[name].storage_class else None)
+        assert entry.storage.nbytes == loaded[key].untyped_storage().nbytes()
+        assert same_bits(again[key], loaded[key])
+    assert same_bits(tensor(checkpoint.state_dict["whole"]), whole)
+    assert checkpoint.state_dict["part"].storage is checkpoint.state_dict["whole"].storage
+    assert again["part"].untyped_storage().data_ptr() == again["whole"].untyped_storage().data_ptr()
+
+
+def test_the_table_has_every_dtype_of_torch_that_fills_bytes() -> None:
+    known = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    fractions = {f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)}
+    assert known - fractions <= set(DTYPES)
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if DTYPES[name].numpy is not None])
+def test_item_sizes_are_torchs(name: str) -> None:
+    assert DTYPES[name].itemsize == getattr(torch, name).itemsize
+    assert DTYPES[name].is_floating == getattr(torch, name).is_floating_point
+
+
+GEOMETRY: dict[str, Callable[[], torch.Tensor]] = {
+    "transposed": lambda: torch.arange(12.0).reshape(3, 4).t(),
+    "step": lambda: torch.arange(12.0)[::2],
+    "columns": lambda: torch.arange(12.0).reshape(3, 4)[:, :3],
+    "expanded": lambda: torch.arange(3.0)[:, None].expand(3, 5),
+    "permuted": lambda: torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1),
+    "channels last": lambda: torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "zero size": lambda: torch.empty(0, 4),
+    "zero size at the end": lambda: torch.arange(12.0).reshape(3, 4)[3:, 4:],
+    "0-d": lambda: torch.tensor(1.5),
+    "1 element of many": lambda: torch.arange(1000.0)[999],
+    "overlapping": lambda: torch.arange(10.0).as_strided((3, 4), (2, 1)),
+    "conj": lambda: torch.randn(3, dtype=torch.complex64).conj(),
+    "neg": lambda: torch.randn(3, dtype=torch.complex128).conj().imag,
+    "conj and neg": lambda: torch.view_as_complex(torch.randn(3, 2)).conj()._neg_view(),
+    "requires grad": lambda: torch.randn(2, requires_grad=True),
+    "parameter": lambda: torch.nn.Parameter(torch.randn(2)),
+    "frozen parameter": lambda: torch.nn.Parameter(torch.randn(2), requires_grad=False),
+    "nan": lambda: torch.tensor([float("nan"), -0.0, float("inf")]),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRY)
+def test_every_geometry_is_read_and_written_as_torch_does(name: str, save: Save, same_bits: SameBits) -> None:
+    original = GEOMETRY[name]()
+    path = save({"t": original})
+    entry = read(path).state_dict["t"]
+    assert (entry.shape, entry.stride) == (tuple(original.shape), original.stride())
+    assert entry.requires_grad == original.requires_grad
+    assert entry.is_parameter == isinstance(original, torch.nn.Parameter)
+    assert (entry.is_conj, entry.is_neg) == (original.is_conj(), original.is_neg())
+    assert entry.is_contiguous == original.is_contiguous()
+    if entry.numel:
+        assert same_bits(tensor(entry), original)
+    again = torch.load(rewritten(path))["t"]
+    assert type(again) is type(original)
+    assert again.requires_grad == original.requires_grad
+    assert (again.stride(), again.is_conj(), again.is_neg()) == (
+        original.stride(), original.is_conj(), original.is_neg())  # fmt: skip
+    assert same_bits(again, original)
+
+
+# Python attributes and subclasses.
+
+
+def with_attributes(t: torch.Tensor, **attributes: object) -> torch.Tensor:
+    for key, value in attributes.items():
+        setattr(t, key, value)
+    return t
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+ATTRIBUTED: dict[str, Callable[[], torch.Tensor]] = {
+    "tensor": lambda: with_attributes(torch.randn(2), note="n"),
+    "parameter": lambda: with_attributes(torch.nn.Parameter(torch.randn(2)), note="n"),
+    "buffer": lambda: torch.nn.Buffer(torch.randn(2), persistent=False),
+    "subclass": lambda: torch.randn(2).as_subclass(Marked),
+    "subclass with attributes": lambda: with_attributes(torch.randn(2).as_subclass(Marked), note=[1, "n"]),
+    "float8 with attributes": lambda: with_attributes(torch.zeros(2).to(torch.float8_e5m2), note="n"),
+    "subclass of bfloat16 that needs grad": lambda: (
+        torch.randn(2, dtype=torch.bfloat16).as_subclass(Marked).requires_grad_()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTED)
+def test_attributes_and_subclasses_are_kept(name: str, save: Save, same_bits: SameBits) -> None:
+    original = ATTRIBUTED[name]()
+    path = save({"t": original})
+    entry = read(path).state_dict["t"]
+    assert entry.is_parameter == isinstance(original, torch.nn.Parameter)
+    assert (entry.subclass is not None) == isinstance(original, Marked)
+    again = torch.load(rewritten(path), weights_only=False)["t"]
+    assert type(again) is type(original)
+    assert vars(again) == vars(original)
+    assert again.requires_grad == original.requires_grad
+    assert same_bits(again.as_subclass(torch.Tensor), original.as_subclass(torch.Tensor))
+
+
+def test_tensors_in_attributes_are_entries_of_the_same_storages(save: Save) -> None:
+    scale = torch.randn(3)
+    entry = read(save({"t": with_attributes(torch.randn(2), scale=scale), "scale": scale})).state_dict
+    attached = entry["t"].attributes
+    assert isinstance(attached, InertDict)
+    assert attached["scale"] is entry["scale"]
+
+
+# What stays an inert object.
+
+
+def odd_tensors() -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces prototypes
+        return {
+            "quantized": torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8),
+            "quantized per channel": torch.quantize_per_channel(
+                torch.randn(2, 3), torch.ones(2), torch.zeros(2, dtype=torch.int64), 0, torch.quint8
+            ),
+            "sparse": torch.eye(3).to_sparse(),
+            "csr": torch.eye(3).to_sparse_csr(),
+            "nested": torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]),
+            "meta": torch.empty(2, 3, device="meta"),
+        }
+
+
+@pytest.mark.parametrize("name", ["quantized", "quantized per channel", "sparse", "csr", "nested", "meta"])
+def test_what_is_no_strided_tensor_stays_an_object(name: str, save: Save) -> None:
+    original = odd_tensors()[name]
+    path = save({"odd": original, "plain": torch.ones(2)})
+    checkpoint = read(path)
+    assert list(checkpoint.state_dict) == ["plain"]
+    node = checkpoint.state_dict.extra["odd"]
+    assert isinstance(node, Object)
+    assert is_tensor_like(node)
+    assert any(isinstance(leaf, (TensorEntry, Storage)) for leaf in walk(node)) == (name != "meta")
+    assert [finding.code for finding in checkpoint.findings] == ["not-a-plain-tensor"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = torch.load(rewritten(path), weights_only=False)["odd"]
+        assert (again.layout, again.dtype, again.is_quantized, again.is_nested) == (
+            original.layout, original.dtype, original.is_quantized, original.is_nested)  # fmt: skip
+        if name.startswith("quantized"):
+            assert torch.equal(again.dequantize(), original.dequantize())
+        elif name in ("sparse", "csr"):
+            assert torch.equal(again.to_dense(), original.to_dense())
+        elif name == "nested":
+            assert all(torch.equal(a, b) for a, b in zip(again.unbind(), original.unbind(), strict=True))
+        else:
+            assert (again.shape, again.device.type) == ((2, 3), "meta")
+
+
+def test_bare_storages_are_leaves(save: Save) -> None:
+    t = torch.arange(4.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = save({"typed": t.storage(), "untyped": torch.ones(3).untyped_storage(), "t": t})
+    checkpoint = read(path)
+    leaves = [node for node in walk(checkpoint.rest) if isinstance(node, Storage)]
+    assert sorted(leaf.nbytes for leaf in leaves) == [12, 16]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = torch.load(rewritten(path), weights_only=False)
+    assert list(again["untyped"]) == list(torch.ones(3).untyped_storage())
+    assert again["typed"].tolist() == [0, 1, 2, 3]
+
+
+# Hand-made calls, honest and lying.
+
+FILE = type("File", (), {"size": 1 << 62, "path": "none"})()
+FLOATS = Global("torch", "FloatStorage")
+HOOKS = Object("reduce", Global("collections", "OrderedDict"), ())
+
+
+def pid(cls: object = FLOATS, key: object = "0", location: object = "cpu", numel: object = 10, *more: object) -> Any:
+    return PersistentId(("storage", cls, key, location, numel, *more))
+
+
+def call(function: str, *args: object) -> Object:
+    module, _, name = function.rpartition(".")
+    return Object("reduce", Global(module or "torch._utils", name), args)
+
+
+def understood(node: object) -> Any:
+    """The node written down and read back with torch's vocabulary known."""
+    table = StorageTable(lambda key, nbytes: (ByteRange(FILE, 0, nbytes), None))
+    data = write_pickle(node, lower=lambda other: other, protocol=4)
+    return read_pickle(data, persistent_load=table.persistent_load, constructors=table.constructors).root
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        call("_rebuild_tensor", pid(), 1, (2, 3), (3, 1)),
+        call("_rebuild_tensor_v2", pid(), 1, (2, 3), (3, 1), False, HOOKS),
+        call("_rebuild_tensor_v2", pid(), 1, (2, 3), (3, 1), False, None),
+        call("_rebuild_tensor_v2", pid(), 1, [2, 3], [3, 1], False, InertDict(), InertDict()),
+        call("_rebuild_tensor_v2", pid(), 1, call("torch.Size", (2, 3)), (3, 1), False, HOOKS, None),
+        call("_rebuild_tensor_v2", pid(Global("torch.cuda", "FloatStorage")), 1, (2, 3), (3, 1), False, HOOKS),
+        call("_rebuild_tensor_v3", pid(Global("torch.storage", "UntypedStorage"), "0", "cpu", 40), 1, (2, 3), (3, 1),
+             False, HOOKS, Global("torch", "float32")),
+        call("_rebuild_tensor_v3", pid(Global("torch", "UntypedStorage"), "0", "cpu", 40), 1, (2, 3), (3, 1),
+             False, HOOKS, Global("torch", "float32"), InertDict()),
+        call("_rebuild_parameter", call("_rebuild_tensor", pid(), 1, (2, 3), (3, 1)), False, HOOKS),
+        call("torch._tensor._rebuild_from_type_v2", Global("torch._utils", "_rebuild_tensor_v2"),
+             Global("torch", "Tensor"), (pid(), 1, (2, 3), (3, 1), False, HOOKS), None),
+    ],
+)  # fmt: skip
+def test_every_spelling_of_a_tensor(node: Object) -> None:
+    entry = understood(node)
+    assert isinstance(entry, TensorEntry)
+    assert (entry.storage_offset, entry.shape, entry.stride, entry.dtype) == (1, (2, 3), (3, 1), "float32")
+    assert entry.storage.nbytes == 40
+
+
+def v2(*args: object) -> Object:
+    return call("_rebuild_tensor_v2", *args)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        v2(pid(), 0, (2,), (1,), False),
+        v2(pid(), 0, (2,), (1,), False, HOOKS, None, None),
+        v2(pid(), 0, (2,), (1,), "yes", HOOKS),
+        v2(pid(), 0, (2,), (1,), False, InertDict([("hook", Global("os", "system"))])),
+        v2(pid(), 0, (2,), (1,), False, HOOKS, InertDict([("fancy", True)])),
+        v2(pid(), 0, (2,), (1,), False, HOOKS, InertDict([("conj", 1)])),
+        v2(pid(), 0, (2,), (1,), False, HOOKS, "metadata"),
+        v2("no storage", 0, (2,), (1,), False, HOOKS),
+        v2(pid(Global("torch", "QInt8Storage")), 0, (2,), (1,), False, HOOKS),
+        v2(pid(Global("torch", "UntypedStorage")), 0, (2,), (1,), False, HOOKS),
+        call("_rebuild_tensor", pid(), 0, (2,)),
+        call("_rebuild_tensor_v3", pid(), 0, (2,), (1,), False, HOOKS),
+        call("_rebuild_tensor_v3", pid(), 0, (2,), (1,), False, HOOKS, Global("torch", "float7")),
+        call("_rebuild_tensor_v3", pid(), 0, (2,), (1,), False, HOOKS, Global("numpy", "float32")),
+        call("_rebuild_tensor_v3", pid(), 0, (2,), (1,), False, HOOKS, "float32"),
+        call("_rebuild_parameter", "no tensor", False, HOOKS),
+        call("_rebuild_parameter", v2(pid(), 0, (2,), (1,), False, HOOKS), None, HOOKS),
+        call("_rebuild_parameter", v2(pid(), 0, (2,), (1,), False, HOOKS), False, InertDict([(1, 2)])),
+        call("_rebuild_parameter", v2(pid(), 0, (2,), (1,), False, HOOKS)),
+        call("_rebuild_parameter", call("_rebuild_parameter", v2(pid(), 0, (2,), (1,), False, HOOKS), True, HOOKS),
+             False, HOOKS),
+        call("_rebuild_parameter_with_state", v2(pid(), 0, (2,), (1,), False, HOOKS), True, HOOKS),
+        call("torch._tensor._rebuild_from_type_v2", Global("torch._utils", "_rebuild_other"), Global("a", "B"), (), None),
+        call("torch._tensor._rebuild_from_type_v2", Global("mine", "_rebuild_tensor_v2"), Global("a", "B"),
+             (pid(), 0, (2,), (1,), False, HOOKS), None),
+        call("torch._tensor._rebuild_from_type_v2", Global("torch._utils", "_rebuild_tensor_v2"), "B",
+             (pid(), 0, (2,), (1,), False, HOOKS), None),
+        call("torch._tensor._rebuild_from_type_v2", Global("torch._utils", "_rebuild_tensor_v2"), Global("a", "B"),
+             "args", None),
+        call("torch._tensor._rebuild_from_type_v2", Global("torch._tensor", "_rebuild_from_type_v2"), Global("a", "B"),
+             (Global("torch._utils", "_rebuild_tensor_v2"), Global("a", "C"),
+              (pid(), 0, (2,), (1,), False, HOOKS), InertDict([("lost", "never")])), None),
+    ],
+)  # fmt: skip
+def test_a_call_that_does_not_fit_stays_whole(node: Object) -> None:
+    again = understood(node)
+    assert isinstance(again, Object)
+    assert again.class_name == node.class_name
+    assert len(again.args) == len(node.args)
+
+
+def test_rebuild_calls_nested_without_end_cost_no_stack() -> None:
+    function, cls = Global("torch._tensor", "_rebuild_from_type_v2"), Global("torch", "Tensor")
+    inner: object = (pid(), 0, (2,), (1,), False, HOOKS)
+    for _ in range(50_000):
+        inner = (function, cls, inner, None)
+    assert isinstance(understood(Object("reduce", function, inner)), Object)  # type: ignore[arg-type]
+
+
+BIG = 1 << 61
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((0, (11,), (1,)), "reach to byte 44 of a storage of 40 bytes"),
+        ((1, (10,), (1,)), "reach to byte 44 of a storage of 40 bytes"),
+        ((0, (2,), (10,)), "reach to byte 44 of a storage of 40 bytes"),
+        ((0, (BIG,), (BIG,)), "of a storage of 40 bytes"),
+        ((BIG, (1,), (1,)), "of a storage of 40 bytes"),
+        ((0, (BIG, BIG, BIG), (1, 1, 1)), "of a storage of 40 bytes"),
+        ((-1, (2,), (1,)), "none may be negative"),
+        ((0, (-1,), (1,)), "none may be negative"),
+        ((9, (2,), (-1,)), "none may be negative"),
+        ((0, (2,), (1, 1)), "differ in length"),
+        ((0, (), (1,)), "differ in length"),
+        ((0, (1,) * 65, (1,) * 65), "65 dimensions"),
+        ((0.5, (2,), (1,)), "not whole numbers"),
+        ((True, (2,), (1,)), "not whole numbers"),
+        ((0, (2.0,), (1,)), "not whole numbers"),
+        ((0, (True,), (1,)), "not whole numbers"),
+        ((0, 2, 1), "not whole numbers"),
+        ((0, (2,), "1"), "not whole numbers"),
+        ((0, (1 << 62,), (0,)), "not whole numbers"),
+        ((1 << 62, (0,), (1,)), "not whole numbers"),
+        ((1 << 4000, (0,), (1,)), "not whole numbers"),
+    ],
+)
+def test_lying_geometry_is_refused(args: tuple[object, ...], words: str) -> None:
+    for node in (
+        call("_rebuild_tensor", pid(), *args),
+        v2(pid(), *args, False, HOOKS),
+        call("_rebuild_tensor_v3", pid(Global("torch.storage", "UntypedStorage"), "0", "cpu", 40), *args, False, HOOKS,
+             Global("torch", "float32")),
+    ):  # fmt: skip
+        with pytest.raises(CorruptError, match=words) as caught:
+            understood(node)
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("node", "error", "words"),
+    [
+        (PersistentId("0"), UnsupportedError, "no torch storage"),
+        (PersistentId(("module", "cls", "file", "source")), UnsupportedError, "no torch storage"),
+        (PersistentId(("module", "a", "b", "c", "d")), UnsupportedError, "no torch storage"),
+        (PersistentId((b"storage", FLOATS, "0", "cpu", 10)), UnsupportedError, "no torch storage"),
+        (pid(key=0), CorruptError, "without key, location or size"),
+        (pid(location=None), CorruptError, "without key, location or size"),
+        (pid(numel=-1), CorruptError, "without key, location or size"),
+        (pid(numel=True), CorruptError, "without key, location or size"),
+        (pid(numel=1 << 62), CorruptError, "without key, location or size"),
+        (pid(numel="10"), CorruptError, "without key, location or size"),
+        (pid(FLOATS, "0", "cpu", 10, ("parent", 0, 5)), UnsupportedError, "view_metadata"),
+        (pid(Global("mine", "FloatStorage")), UnsupportedError, "class mine.FloatStorage, which is not torch's"),
+        (pid(Global("torch", "FancyStorage")), UnsupportedError, "class torch.FancyStorage, which is not torch's"),
+        (pid(["FloatStorage"]), UnsupportedError, "class is a list, not a name"),
+        ([pid(), pid(numel=11)], CorruptError, "named as 40 bytes of float32 on 'cpu' and as 44 bytes"),
+        ([pid(), pid(location="cuda:0")], CorruptError, "on 'cpu' and as 40 bytes of float32 on 'cuda:0'"),
+        ([pid(), pid(Global("torch", "IntStorage"))], CorruptError, "and as 40 bytes of int32"),
+        ([pid(), pid(Global("torch", "UntypedStorage"), "0", "cpu", 40)], CorruptError, "and as 40 bytes of bytes"),
+    ],
+)  # fmt: skip
+def test_lying_storages_are_refused(node: object, error: type[FormatError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        understood(node)
+
+
+def test_a_storage_class_that_is_a_deep_tree_is_refused_without_going_into_it() -> None:
+    cls: list[object] = []
+    for _ in range(50_000):
+        cls = [cls]
+    with pytest.raises(UnsupportedError, match="class is a list"):
+        understood(pid(cls))
+
+
+def test_one_key_is_one_storage() -> None:
+    a, b, c = understood([pid(), pid(), pid(key="1")])
+    assert a is b
+    assert a is not c
+
+
+def test_lowered_calls_are_understood_again() -> None:
+    storage = understood(pid())
+    for untyped in (False, True):
+        entry = TensorEntry(storage=storage, storage_offset=1, shape=(2,), stride=(3,),
+                            dtype="int32" if untyped else "float32", requires_grad=True, is_neg=True)  # fmt: skip
+        lowered = lower_tensor(entry)
+        assert lowered.class_name == f"torch._utils._rebuild_tensor_v{3 if untyped else 2}"
+        mapped = TreeMap(lambda leaf: lower_storage(leaf, "0"))(lowered)  # type: ignore[arg-type]
+        again = understood(mapped)
+        assert (again.shape, again.stride, again.dtype, again.is_neg, again.requires_grad) == (
+            entry.shape, entry.stride, entry.dtype, True, True)  # fmt: skip
+
+
+# In a file.
+
+
+def edit(path: Path, change: Callable[[bytes], bytes], *, deflate: str = "") -> Path:
+    """The archive with its data.pkl changed, and one record deflated."""
+    target = path.with_name("edited.pth")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        for name in source.namelist():
+            data = source.read(name)
+            kind = zipfile.ZIP_DEFLATED if deflate and name.endswith(deflate) else zipfile.ZIP_STORED
+            out.writestr(name, change(data) if name.endswith("data.pkl") else data, kind)
+    return target
+
+
+def test_a_deflated_storage_is_refused_and_a_deflated_pickle_read(save: Save) -> None:
+    path = save({"t": torch.zeros(100)})
+    with pytest.raises(UnsupportedError, match="storage '0' is compressed"):
+        formats.read(edit(path, bytes, deflate="data/0"))
+    assert list(read(edit(path, bytes, deflate="data.pkl")).state_dict) == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"X\x01\x00\x00\x000q", b"X\x01\x00\x00\x007q", "storage '7' has no record data/7"),
+        (b"X\x01\x00\x00\x000q", b"X\x0b\x00\x00\x00../data.pklq", "storage '../data.pkl' has no record"),
+        (b"FloatStorage", b"DoubleStorage", "declared as 800 bytes, its record holds 400"),
+        (b"Kd", b"Ke", "declared as 404 bytes, its record holds 400"),
+    ],
+)
+def test_a_storage_its_record_does_not_bear_out(old: bytes, new: bytes, words: str, save: Save) -> None:
+    path = save({"t": torch.zeros(100)})
+    with pytest.raises(CorruptError, match=words) as caught:
+        formats.read(edit(path, lambda data: data.replace(old, new)))
+    assert caught.value.where == "data.pkl"
+    assert str(path.with_name("edited.pth")) in str(caught.value)

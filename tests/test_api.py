@@ -1,0 +1,161 @@
+"""The Python API as the README and the contract show it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchvision.models import get_model
+
+import ckptkit
+
+
+def test_open_shows_what_is_there(ddp_resume: Path) -> None:
+    with ckptkit.open(ddp_resume) as ckpt:
+        assert (ckpt.kind, ckpt.format, ckpt.trust) == ("resume", "torch-zip", "needs_trust")
+        assert ckpt.path == str(ddp_resume)
+        entry = ckpt.state_dict["module.features.0.0.weight"]
+        assert (entry.shape, entry.stride) == ((8, 3, 3, 3), (27, 9, 3, 1))
+        assert (entry.dtype, entry.nbytes, entry.location, entry.requires_grad) == ("float32", 864, "cuda:0", False)
+        assert ckpt.rest["epoch"] == 1
+        assert "module-prefix" in {finding.code for finding in ckpt.findings}
+        assert "resume" in repr(ckpt)
+
+
+def test_rewrite_and_save(ddp_resume: Path, tmp_path: Path, same_bits) -> None:
+    with ckptkit.open(ddp_resume) as ckpt:
+        clean = ckpt.rewrite(ckptkit.StripModule(), ckptkit.MapLocation("cpu"))
+        assert next(iter(ckpt.state_dict)) == "module.features.0.0.weight"  # the first one is as it was
+        plan = clean.save(tmp_path / "clean.safetensors")
+    assert plan.nbytes == (tmp_path / "clean.safetensors").stat().st_size
+    expected = torch.load(ddp_resume, map_location="cpu", weights_only=False)["state_dict"]
+    written = load_file(tmp_path / "clean.safetensors")
+    assert all(same_bits(written[name.removeprefix("module.")], tensor) for name, tensor in expected.items())
+    assert len(written) == len(expected)
+
+
+def test_a_rewriter_of_ones_own(save, tmp_path: Path) -> None:
+    path = save({"a.w": torch.ones(2), "b.w": torch.zeros(2)})
+
+    def upper(checkpoint: ckptkit.Checkpoint) -> ckptkit.Checkpoint:
+        state_dict = checkpoint.state_dict.renamed(str.upper, checkpoint.state_dict.versions)
+        return checkpoint.replace(state_dict=state_dict)
+
+    with ckptkit.open(path) as ckpt:
+        ckpt.rewrite(upper).save(tmp_path / "b.pth")
+    assert list(torch.load(tmp_path / "b.pth")) == ["A.W", "B.W"]
+
+
+def test_a_closed_file_says_so(save, tmp_path: Path) -> None:
+    with ckptkit.open(save({"w": torch.ones(1)})) as ckpt:
+        pass
+    assert ckpt.state_dict["w"].shape == (1,)
+    with pytest.raises(ckptkit.FileAccessError, match="was closed"):
+        ckpt.save(tmp_path / "b.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("location", ["cpu", torch.device("cpu"), {"cuda:0": "cpu"}, lambda storage, tag: storage])
+def test_load_state_dict_takes_what_torch_load_takes(save, same_bits, location: object) -> None:
+    model = torch.nn.Linear(3, 2)
+    path = save({"model": model, "epoch": 3}, device="cuda:0")
+    state = ckptkit.load_state_dict(path, map_location=location)
+    expected = model.state_dict()
+    assert list(state) == list(expected)
+    assert all(same_bits(state[name], expected[name]) for name in expected)
+    torch.nn.Linear(3, 2).load_state_dict(state, strict=True)
+
+
+def test_load_state_dict_from_each_container_agrees(ddp_resume: Path, tmp_path: Path, same_bits) -> None:
+    ckptkit.convert(ddp_resume, tmp_path / "a.safetensors")
+    ckptkit.convert(ddp_resume, tmp_path / "b.pth", weights_only=True)
+    one, two, three = (
+        ckptkit.load_state_dict(path, map_location="cpu")
+        for path in (ddp_resume, tmp_path / "a.safetensors", tmp_path / "b.pth")
+    )
+    assert list(one) == list(two) == list(three)
+    assert all(same_bits(one[name], two[name]) and same_bits(one[name], three[name]) for name in one)
+
+
+def test_ties_survive_the_round_trip_through_safetensors(save, tmp_path: Path) -> None:
+    w = torch.rand(3, 2)
+    ckptkit.convert(save({"a": w, "b": w, "c": w[:1]}), tmp_path / "b.safetensors")
+    state = ckptkit.load_state_dict(tmp_path / "b.safetensors")
+    assert state["a"].data_ptr() == state["b"].data_ptr()
+    assert state["c"].data_ptr() != state["a"].data_ptr()
+    assert torch.equal(state["c"], w[:1])
+
+
+def test_load_state_dict_of_a_missing_device_names_the_remedy(save) -> None:
+    if torch.cuda.is_available():  # then it simply loads
+        assert ckptkit.load_state_dict(save({"w": torch.ones(1)}, device="cuda:0"))["w"].is_cuda
+        return
+    with pytest.raises(ckptkit.CkptkitError, match="map_location"):
+        ckptkit.load_state_dict(save({"w": torch.ones(1)}, device="cuda:0"))
+
+
+def test_convert_reports(ddp_resume: Path, tmp_path: Path) -> None:
+    report = ckptkit.convert(ddp_resume, tmp_path / "clean.safetensors", strip_module=True)
+    assert report.ok
+    assert {finding.code for finding in report.findings} == {"renamed", "left-out"}
+    document = json.loads(report.to_json())
+    assert document["schema_version"] == 1
+    assert document["plan"]["tensors"] == 314
+    report.raise_if_failed()
+
+
+def test_verify_passes_and_fails(ddp_resume: Path, tmp_path: Path) -> None:
+    arguments = {"width_mult": 0.1, "num_classes": 10}
+    # Twice: the function must not be shadowed by the package that does the work.
+    for _ in range(2):
+        report = ckptkit.verify(
+            ddp_resume, model="torchvision:mobilenet_v2", model_args=arguments, strip_module=True, device="cpu"
+        )
+        assert report.ok, report.findings
+    failed = ckptkit.verify(ddp_resume, model="torchvision:mobilenet_v2", model_args=arguments, device="cpu")
+    assert not failed.ok
+    with pytest.raises(ckptkit.FailedReportError, match="strip-module"):
+        failed.raise_if_failed()
+
+
+def test_verify_takes_a_module(save) -> None:
+    model = get_model("squeezenet1_1", num_classes=3)
+    report = ckptkit.verify(save(model.state_dict()), model=model, input_shapes=[(1, 3, 64, 64)], device="cpu")
+    assert report.ok, report.findings
+
+
+def test_a_file_without_weights(save) -> None:
+    path = save({"epoch": 3})
+    for attempt in (
+        lambda: ckptkit.load_state_dict(path),
+        lambda: ckptkit.verify(path, model="torchvision:resnet18"),
+        lambda: ckptkit.convert(path, "never.safetensors"),
+        lambda: ckptkit.convert(path, "never.pth", strip_module=True),
+    ):
+        with pytest.raises(ckptkit.SectionError, match="no state_dict"):
+            attempt()
+
+
+def test_errors_are_also_what_python_programs_catch(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        ckptkit.open(tmp_path / "no.pth")
+    (tmp_path / "bad.pth").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="text file"):
+        ckptkit.open(tmp_path / "bad.pth")
+
+
+def test_without_torch_one_line_with_the_install_command(ddp_resume: Path) -> None:
+    code = (
+        "import sys, ckptkit.extras\n"
+        "ckptkit.extras.find_spec = lambda name: None\n"
+        "from ckptkit.cli import main\n"
+        f"main(['verify', {str(ddp_resume)!r}, '--model', 'torchvision:resnet18'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "ckptkit: error: torch is not installed; in a clone of ckptkit run: pip install '.[torch]'\n"
