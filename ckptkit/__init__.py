@@ -4,7 +4,7 @@ Importing ckptkit imports neither torch nor numpy.
 
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli > api > verify > torch_bridge > inspection > diagnose, compare, stats > formats, rewrite, transfer
+    cli > api > verifier > torch_bridge > inspection > diagnose, compare, stats > formats, rewrite, transfer
         > normalize > sections > modules > pickling > plan > checkpoint > bytesource
         > report, dtypes, limits, codes, extras > errors
 
@@ -12,6 +12,8 @@ Some rooms are more than the first sketch had: `plan`, because writers make plan
 executes them and neither should know the other; `compare`, because the proof that an output
 is right must go through the readers, which the mover of bytes must not know; `sections` (what
 the parts of a file are) and `modules` (a pickled model walked), which had outgrown `normalize`.
+No room has the name of a public function: importing it would put the module in the function's
+place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 """
 
 from ckptkit.api import CheckpointFile, Rewriter, convert, inspect, load_state_dict, open, verify  # noqa: A004 - ckptkit.open

@@ -438,7 +438,7 @@ def verify(
     from ckptkit.extras import require_torch
 
     require_torch()
-    from ckptkit.verify import verify as run
+    from ckptkit.verifier import verify as run
 
     with open(path, section=section) as file:
         _require_state_dict(file.checkpoint, "to verify")

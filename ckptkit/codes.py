@@ -144,4 +144,135 @@ CODES: dict[str, Explanation] = {
         "in the output, in their own bytes.",
         "-",
     ),
+    # Verification.
+    "fit-coverage": Explanation(
+        "how much of the model the checkpoint fills",
+        "Counts the reference's tensors that get a value from the file, and the share of parameter elements. "
+        "Counters that torch makes itself do not count.",
+        "-",
+    ),
+    "wrapper-prefix": Explanation(
+        "the names carry a prefix too much, or too few",
+        "DataParallel, torch.compile or an outer module put a prefix before every name. After the rename "
+        "shown, most or all tensors fit.",
+        "Run the convert command shown, or verify with --strip-module.",
+    ),
+    "nothing-matches": Explanation(
+        "no tensor of the reference is in the checkpoint",
+        "No name is shared and no prefix explains it: another architecture, or a reference without tensors. "
+        "Allow patterns never silence it.",
+        "Name the right reference, or the right --section.",
+    ),
+    "missing-keys": Explanation(
+        "the reference has tensors the checkpoint lacks",
+        "They would keep random values.",
+        "Correct the reference or its arguments (aux_logits=False, say), or use --allow-missing GLOB where "
+        "this is meant.",
+    ),
+    "unexpected-keys": Explanation(
+        "the checkpoint has tensors the reference lacks",
+        "A load with strict=False would drop them silently.",
+        "Correct the reference or its arguments (aux_loss=True, say), or use --allow-unexpected GLOB where "
+        "this is meant.",
+    ),
+    "shape-mismatch": Explanation(
+        "same names, other shapes",
+        "Where only a head differs, the layer and both sizes are named; else it is another variant of the model.",
+        "Build the reference to fit: --model-arg num_classes=N.",
+    ),
+    "dtype-mismatch": Explanation(
+        "the checkpoint's dtype is not the reference's",
+        "Within one kind of number torch casts when loading, which may round. Between kinds (integers to "
+        "floats, complex to real) values would change, and that is an error.",
+        "--dtype checks in the file's own precision.",
+    ),
+    "unloadable-value": Explanation(
+        "a value is no plain tensor",
+        "The reference expects a tensor where the file holds a quantized, sparse or foreign object, which is "
+        "not made from a file.",
+        "Save that value as a dense tensor.",
+    ),
+    "extra-state": Explanation(
+        "a module's extra state was not loaded",
+        "What a module keeps under `_extra_state` is a Python object in the file and is never built; the "
+        "model keeps its own.",
+        "Set it in the factory if outputs depend on it.",
+    ),
+    "tied-restored": Explanation(
+        "names restored from tied ones",
+        "A name that the file lacks is, in the model, the same tensor as one it has: safetensors stores it once.",
+        "-",
+    ),
+    "batch-counters": Explanation(
+        "BatchNorm counters on one side alone",
+        "`num_batches_tracked` is missing or extra in a layer both have. Evaluation does not use it, and a "
+        "missing one counts as 0.",
+        "-",
+    ),
+    "upgraded-keys": Explanation(
+        "the reference's own code renamed or converted keys",
+        "Modules upgrade older names and forms while they load.",
+        "Saving the loaded model again writes the present ones.",
+    ),
+    "allowed-missing": Explanation(
+        "names missing, as allowed",
+        "They match --allow-missing and keep the reference's seeded initial values.",
+        "-",
+    ),
+    "allowed-unexpected": Explanation(
+        "names left over, as allowed",
+        "They match --allow-unexpected and are not loaded.",
+        "-",
+    ),
+    "not-loaded": Explanation(
+        "nothing was loaded or run",
+        "The fit has errors, and a partial load never happens.",
+        "Mend what the errors say first.",
+    ),
+    "load-failed": Explanation(
+        "load_state_dict refused the weights",
+        "The model's own loading code raised, or passed names over. The message holds its reason.",
+        "Mend the file, or the loading code.",
+    ),
+    "load-differs": Explanation(
+        "the loaded model is not what the file holds",
+        "After loading, a tensor differs from the file's bits or their cast: tied names with different "
+        "values, or loading code that changes them.",
+        "Find out which before trusting either.",
+    ),
+    "weights-not-finite": Explanation(
+        "the weights hold NaN or Inf",
+        "NaN anywhere, or an infinity in a parameter: training diverged, or the file is damaged.",
+        "Take an earlier checkpoint.",
+    ),
+    "infinite-buffer": Explanation(
+        "a buffer holds infinities",
+        "Usual for masks; outside parameters it is no error.",
+        "-",
+    ),
+    "forward-ok": Explanation(
+        "the forward pass gave finite outputs",
+        "It ran with the input and on the device shown. It does not prove accuracy.",
+        "-",
+    ),
+    "forward-failed": Explanation(
+        "the forward pass raised",
+        "Most often the input has the wrong shape, or the device lacks the dtype.",
+        "Give --input-shape, --device or --dtype.",
+    ),
+    "output-not-finite": Explanation(
+        "the outputs hold NaN or Inf",
+        "The weights are finite but values overflow, often in float16.",
+        "Check dtype, input and training.",
+    ),
+    "no-output": Explanation(
+        "the forward pass returned no tensor",
+        "Nothing was checked.",
+        "Use a factory whose model returns tensors.",
+    ),
+    "empty-output": Explanation(
+        "the outputs are empty",
+        "A detector found nothing, which says nothing about the weights.",
+        "Give another --seed or --input-shape.",
+    ),
 }

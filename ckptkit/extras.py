@@ -1,7 +1,7 @@
 """The optional packages: torch and torchvision.
 
 Imports neither.  Whoever is about to import a layer that does (`ckptkit.torch_bridge`,
-`ckptkit.verify`) calls `require` first, so that the message is the same everywhere.
+`ckptkit.verifier`) calls `require` first, so that the message is the same everywhere.
 """
 
 from __future__ import annotations

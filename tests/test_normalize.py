@@ -22,6 +22,7 @@ from ckptkit import formats, transfer
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import CorruptError, LimitError, SectionError
+from ckptkit.limits import Limits
 from ckptkit.modules import walk_module
 from ckptkit.normalize import RawCheckpoint, lower_state_dict, normalize
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, mapping_items
@@ -462,7 +463,9 @@ def test_an_optimizer_keyed_by_tensors_is_measured_with_its_keys(save: Save) -> 
 def test_values_that_are_no_plain_tensors_are_kept_and_named(save: Save, tmp_path: Path) -> None:
     saved = OrderedDict(SD)
     saved["layer._extra_state"] = {"scale": 3, "deep": [torch.ones(1)]}
-    saved["q"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 3, torch.quint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # deprecated, and still in many files
+        saved["q"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 3, torch.quint8)
     saved["s"] = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (3,))
     path = save(saved)
     with opened(path) as checkpoint:
@@ -475,7 +478,9 @@ def test_values_that_are_no_plain_tensors_are_kept_and_named(save: Save, tmp_pat
         assert finding.message.startswith("3 values")
         assert all(name in finding.message for name in ("layer._extra_state", "q (", "s ("))
     ckptkit.convert(path, tmp_path / "out.pth")
-    written = torch.load(tmp_path / "out.pth", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        written = torch.load(tmp_path / "out.pth", weights_only=True)
     assert list(written) == list(saved)
     assert torch.equal(written["q"].int_repr(), saved["q"].int_repr())
     assert torch.equal(written["s"].to_dense(), saved["s"].to_dense())
@@ -486,14 +491,6 @@ def test_values_that_are_no_plain_tensors_are_kept_and_named(save: Save, tmp_pat
 def test_a_long_list_of_them_is_cut(save: Save) -> None:
     with opened(save({f"t{i}": torch.ones(1) for i in range(9)} | {f"v{i}": i for i in range(8)})) as checkpoint:
         assert checkpoint.findings[0].message.endswith("v4 (4) and 3 more")
-
-
-def test_deep_extra_state_is_named_without_going_down(save: Save) -> None:
-    deep: list[Any] = []
-    for _ in range(500):
-        deep = [deep]
-    with opened(save({"w": torch.ones(1), "m._extra_state": deep})) as checkpoint:
-        assert "m._extra_state (<list of 1>)" in checkpoint.findings[0].message
 
 
 def test_module_versions_and_attributes_are_kept(save: Save, tmp_path: Path) -> None:
@@ -544,14 +541,14 @@ def test_what_weights_and_rest_share_stays_shared(save: Save, tmp_path: Path) ->
     extra = ["shared"]
     saved = {
         "model": {"w": weight, "half": weight.data[3:], "noted": noted, "m._extra_state": extra},
-        "anchor": [weight, weight.data.untyped_storage(), noted, extra],
+        "anchor": [weight, weight.data[:1], noted, extra],
     }
     path = save(saved)
     with opened(path) as checkpoint:
         rest = dict(mapping_items(checkpoint.rest) or [])
         anchor: Any = rest["anchor"]
         assert anchor[0] is checkpoint.state_dict["w"]
-        assert anchor[1] is checkpoint.state_dict["half"].storage
+        assert anchor[1].storage is checkpoint.state_dict["half"].storage
         assert anchor[2] is checkpoint.state_dict["noted"]
         assert anchor[3] is checkpoint.state_dict.everything["m._extra_state"]
     ckptkit.convert(path, tmp_path / "out.pth", map_location="cuda:0")
@@ -560,7 +557,8 @@ def test_what_weights_and_rest_share_stays_shared(save: Save, tmp_path: Path) ->
     assert written["anchor"][2] is written["model"]["noted"]
     assert written["anchor"][2].note == "an attribute"
     assert written["anchor"][3] is written["model"]["m._extra_state"]
-    assert written["model"]["half"].untyped_storage().data_ptr() == written["anchor"][1].data_ptr()
+    storages = {t.untyped_storage().data_ptr() for t in (*written["anchor"][:2], written["model"]["half"])}
+    assert len(storages) == 1
 
 
 def test_keys_that_are_not_strings(save: Save) -> None:
@@ -614,7 +612,8 @@ def test_modules_nested_without_end() -> None:
         list(walk_module(module_node([("m", node)])))
 
 
-def test_modules_shared_until_they_explode(entry: TensorEntry) -> None:
+def test_modules_shared_until_they_explode(entry: TensorEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptkit.modules.DEFAULT_LIMITS", Limits(entries=10_000))
     node = module_node([], [("w", entry)])
     for _ in range(40):
         node = module_node([("a", node), ("b", node)])
@@ -622,10 +621,11 @@ def test_modules_shared_until_they_explode(entry: TensorEntry) -> None:
         collections.deque(walk_module(node), maxlen=0)
 
 
-def test_names_that_grow_without_end(entry: TensorEntry) -> None:
+def test_names_that_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptkit.modules.DEFAULT_LIMITS", Limits(pickle_nbytes=1_000_000))
     node = module_node([])
     for _ in range(900):
-        node = module_node([("m" * 1_000_000, node)])
+        node = module_node([("m" * 100_000, node)])
     with pytest.raises(LimitError, match="characters of names"):
         list(walk_module(node))
 
@@ -647,10 +647,22 @@ def test_one_large_value_under_many_keys(entry: TensorEntry, file: SourceFile) -
     assert checkpoint.origin.state_path == "weights"
 
 
-def test_sections_that_share_too_much(entry: TensorEntry, file: SourceFile) -> None:
-    large = [entry, *([number] for number in range(50_000))]
+def test_sections_that_share_too_much(entry: TensorEntry, file: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptkit.sections.DEFAULT_LIMITS", Limits(opcodes=100_000))
+    large = [entry, *([number] for number in range(1000))]
+    assert len(normalize(raw(InertDict([(f"k{i}", [large, i]) for i in range(90)])), file).sections) == 90
     with pytest.raises(LimitError, match="parts that sections share"):
-        normalize(raw(InertDict([(f"k{i}", [large, i]) for i in range(1000)])), file)
+        normalize(raw(InertDict([(f"k{i}", [large, i]) for i in range(110)])), file)
+
+
+def test_deep_extra_state_is_named_without_going_down(entry: TensorEntry, file: SourceFile) -> None:
+    deep: list[object] = []
+    top = deep
+    for _ in range(100_000):
+        deep.append([])
+        deep = deep[0]  # type: ignore[assignment]
+    checkpoint = normalize(raw(InertDict([("w", entry), ("m._extra_state", top)])), file)
+    assert "m._extra_state (<list of 1>)" in checkpoint.findings[0].message
 
 
 def test_cycles(entry: TensorEntry, file: SourceFile) -> None:

@@ -135,7 +135,9 @@ def test_metadata_the_library_accepts(metadata: object, tmp_path: Path) -> None:
         assert (other.metadata() or {}) == read(path).metadata == (metadata or {})
 
 
-@pytest.mark.parametrize("names", [["a.b.c"], ["ünï", "模型", "\U0001f600"], ["", " "], ["a/b", 'q"uo\'te', "new\nline"]])
+@pytest.mark.parametrize(
+    "names", [["a.b.c"], ["ünï", "模型", "\U0001f600"], ["", " "], ["a/b", "q\"uo'te", "new\nline"]]
+)
 def test_any_name(names: list[str], tmp_path: Path, same_bits: SameBits) -> None:
     state = {name: torch.randn(3) for name in names}
     path = tmp_path / "m.safetensors"
@@ -353,7 +355,7 @@ class Tied(torch.nn.Module):
 
 def test_ties_are_recorded_as_save_model_records_them(save: Save, tmp_path: Path, same_bits: SameBits) -> None:
     network = Tied()
-    save_model(network, str(tmp_path / "library.safetensors"))
+    save_model(network, str(tmp_path / "library.safetensors"), {"format": "pt"})
     checkpoint = read(save(network.state_dict()))
     plan = write(checkpoint, tmp_path / "ours.safetensors")
     library, mine = header_of(tmp_path / "library.safetensors"), header_of(tmp_path / "ours.safetensors")
@@ -374,7 +376,7 @@ def test_ties_are_recorded_as_save_model_records_them(save: Save, tmp_path: Path
 
 def test_only_equal_views_are_ties(save: Save, tmp_path: Path, same_bits: SameBits) -> None:
     base = torch.randn(4, 4)
-    state = {"a": base, "b": base, "part": base[:2], "flat": base.reshape(-1), "t": base.t(), "int": base.view(torch.int32),
+    state = {"a": base, "b": base, "part": base[:2], "flat": base.reshape(-1), "t": base.t(),
              "empty": base[:0], "empty too": base[:0]}  # fmt: skip
     plan = write(checkpoint_of(state, save), tmp_path / "out.safetensors")
     assert plan.aliases == {"b": "a"}

@@ -100,7 +100,9 @@ def test_data_lies_where_torch_and_zipfile_say(save: Save) -> None:
         assert entry.storage.crc32 == crcs[f"model/{record}"]
 
 
-@pytest.mark.parametrize("name", ["my.v1.5.pth", "with space.pth", "ünïcode-模型.pth", "a'quote\".pth", "noending", "data.pkl"])
+@pytest.mark.parametrize(
+    "name", ["my.v1.5.pth", "with space.pth", "ünïcode-模型.pth", "a'quote\".pth", "noending", "data.pkl"]
+)
 def test_any_file_name_any_root_name(name: str, save: Save) -> None:
     path = save(model(), name)
     assert list(read(path).state_dict) == list(model())
@@ -131,7 +133,9 @@ def test_records_older_files_lack(dropped: str, save: Save, same_bits: SameBits)
 
 
 def test_records_nobody_knows_are_left_alone(save: Save) -> None:
-    path = repacked(save(model()), lambda name, data: (name, data), more=[("model/notes.txt", b"hi"), ("model/x/y", b"")])
+    path = repacked(
+        save(model()), lambda name, data: (name, data), more=[("model/notes.txt", b"hi"), ("model/x/y", b"")]
+    )
     assert list(read(path).state_dict) == list(model())
 
 
@@ -231,7 +235,9 @@ REFUSED: list[tuple[str, Callable[[Path], Path], type[FormatError], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "error", "words"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+@pytest.mark.parametrize(
+    ("change", "error", "words"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
+)
 def test_refusals(change: Callable[[Path], Path], error: type[FormatError], words: str, save: Save) -> None:
     path = change(save(model()))
     with pytest.raises(error, match=words) as caught:
@@ -464,7 +470,9 @@ def test_both_byte_orders_in_one_file_are_refused(tmp_path: Path) -> None:
         Storage(key=order, dtype="float32", nbytes=8, location="cpu", source=ByteRange(source, 0, 8), byteorder=order)
         for order in ("little", "big")
     ]
-    entries = {s.key: TensorEntry(storage=s, storage_offset=0, shape=(2,), stride=(1,), dtype="float32") for s in storages}
+    entries = {
+        s.key: TensorEntry(storage=s, storage_offset=0, shape=(2,), stride=(1,), dtype="float32") for s in storages
+    }
     with pytest.raises(UnsupportedError, match="both byte orders"):
         torch_zip.FORMAT.write(checkpoint_of(entries))  # type: ignore[misc]
 

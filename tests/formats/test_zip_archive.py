@@ -24,7 +24,9 @@ RECORDS = {"root/a": b"first", "root/data/0": bytes(range(256)), "root/empty": b
 LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 
 
-def archive(records: dict[str, bytes] = RECORDS, *, compression: int = zipfile.ZIP_STORED, comment: bytes = b"") -> bytes:
+def archive(
+    records: dict[str, bytes] = RECORDS, *, compression: int = zipfile.ZIP_STORED, comment: bytes = b""
+) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as out:
         for name, data in records.items():
@@ -170,7 +172,14 @@ def zip64_end(data: bytes, **changes: int) -> bytes:
     """The archive with a zip64 end record and its locator put in."""
     at = data.index(END)
     _, _, _, _, count, nbytes, offset, _ = struct.unpack("<4sHHHHIIH", data[at:])
-    fields = {"size": 44, "count": count, "nbytes": nbytes, "offset": offset, "at": at, "signature": 0x06064B50} | changes
+    fields = {
+        "size": 44,
+        "count": count,
+        "nbytes": nbytes,
+        "offset": offset,
+        "at": at,
+        "signature": 0x06064B50,
+    } | changes
     record = struct.pack("<IQHHIIQQQQ", fields["signature"], fields["size"], 45, 45, 0, 0, fields["count"],
                          fields["count"], fields["nbytes"], fields["offset"])  # fmt: skip
     return data[:at] + record + struct.pack("<4sIQI", b"PK\x06\x07", 0, fields["at"], 1) + data[at:]
@@ -434,7 +443,9 @@ def test_more_records_than_16_bits_count(tmp_path: Path) -> None:
 GIB = 1 << 30
 
 
-@pytest.mark.parametrize("sizes", [(5 * GIB,), (3 * GIB, 3 * GIB, 10), (4 * GIB - 1, 10), (4 * GIB - 2, 10), (GIB, 3 * GIB)])
+@pytest.mark.parametrize(
+    "sizes", [(5 * GIB,), (3 * GIB, 3 * GIB, 10), (4 * GIB - 1, 10), (4 * GIB - 2, 10), (GIB, 3 * GIB)]
+)
 def test_beyond_4_gib_without_writing_4_gib(sizes: tuple[int, ...], tmp_path: Path) -> None:
     whole = tmp_path / "source"
     with open(whole, "wb") as out:

@@ -220,7 +220,9 @@ VALUES = [
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("value", VALUES, ids=lambda v: f"{type(v).__name__}-{v!r:.20}".encode("ascii", "replace").decode())
+@pytest.mark.parametrize(
+    "value", VALUES, ids=lambda v: f"{type(v).__name__}-{v!r:.20}".encode("ascii", "replace").decode()
+)
 def test_the_tree_of_a_python_value_is_that_value(value: object, protocol: int) -> None:
     for pickler in (pickle.dumps, pickle._dumps):  # type: ignore[attr-defined]
         data = pickler(value, protocol=protocol)

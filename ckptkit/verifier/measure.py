@@ -12,7 +12,7 @@ from torch import nn
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import VerifyError
-from ckptkit.verify.probe import is_extra_state, probe
+from ckptkit.verifier.probe import is_extra_state, probe
 
 __all__ = ["Fit", "ShapeMismatch", "is_counter", "measure", "named_values"]
 

@@ -14,8 +14,8 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.report import Finding
 from ckptkit.torch_bridge import dtype_of
-from ckptkit.verify.measure import Fit
-from ckptkit.verify.reference import Reference
+from ckptkit.verifier.measure import Fit
+from ckptkit.verifier.reference import Reference
 
 __all__ = ["Check", "Context", "floating_dtype", "pick_device", "shortened"]
 

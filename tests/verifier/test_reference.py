@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckptkit.errors import MissingDependencyError, VerifyError
-from ckptkit.verify.reference import build
+from ckptkit.verifier.reference import build
 
 MODELS = """
 import sys

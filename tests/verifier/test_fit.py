@@ -18,7 +18,7 @@ from torch import nn
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.formats import read
 from ckptkit.report import Report
-from ckptkit.verify import verify
+from ckptkit.verifier import verify
 
 Run = Callable[..., Report]
 
@@ -278,7 +278,7 @@ def test_names_that_torch_itself_upgrades(run: Run) -> None:
 
 def test_the_probe_leaves_the_model_alone() -> None:
     from ckptkit.checkpoint import StateDict
-    from ckptkit.verify.measure import measure
+    from ckptkit.verifier.measure import measure
 
     model = Net()
     before = {name: value.clone() for name, value in model.state_dict().items()}

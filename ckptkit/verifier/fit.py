@@ -10,9 +10,9 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES
 from ckptkit.report import Finding, convert_command
-from ckptkit.verify.advice import head_classes, rename_that_fits, torchvision_argument
-from ckptkit.verify.context import Context, shortened
-from ckptkit.verify.measure import Fit, ShapeMismatch, measure, named_values
+from ckptkit.verifier.advice import head_classes, rename_that_fits, torchvision_argument
+from ckptkit.verifier.context import Context, shortened
+from ckptkit.verifier.measure import Fit, ShapeMismatch, measure, named_values
 
 __all__ = ["check_fit"]
 

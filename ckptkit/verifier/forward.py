@@ -13,7 +13,7 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import VerifyError
 from ckptkit.report import Finding
-from ckptkit.verify.context import Context, floating_dtype, shortened
+from ckptkit.verifier.context import Context, floating_dtype, shortened
 
 __all__ = ["check_forward", "input_shapes", "model_dtype"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
 from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
-from ckptkit.verify.measure import ShapeMismatch
+from ckptkit.verifier.measure import ShapeMismatch
 
 __all__ = ["Rename", "head_classes", "rename_that_fits", "torchvision_argument"]
 

@@ -17,7 +17,7 @@ from torch import nn
 from ckptkit.errors import VerifyError
 from ckptkit.formats import read
 from ckptkit.report import Report
-from ckptkit.verify import CHECKS, verify
+from ckptkit.verifier import CHECKS, verify
 
 Run = Callable[..., Report]
 
@@ -247,7 +247,7 @@ def test_checks_that_cannot_be_run(
 
 
 def test_auto_takes_what_is_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptkit.verify.context import pick_device
+    from ckptkit.verifier.context import pick_device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

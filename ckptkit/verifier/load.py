@@ -12,9 +12,9 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.report import Finding
 from ckptkit.torch_bridge import tensors
-from ckptkit.verify.context import Context, shortened
-from ckptkit.verify.measure import Fit, named_values
-from ckptkit.verify.probe import loadable
+from ckptkit.verifier.context import Context, shortened
+from ckptkit.verifier.measure import Fit, named_values
+from ckptkit.verifier.probe import loadable
 
 __all__ = ["check_load"]
 

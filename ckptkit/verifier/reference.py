@@ -27,7 +27,7 @@ from torch import nn
 
 from ckptkit.errors import VerifyError
 from ckptkit.extras import require
-from ckptkit.verify.families import default_inputs, takes_init_weights
+from ckptkit.verifier.families import default_inputs, takes_init_weights
 
 __all__ = ["FORMS", "ModelLike", "Reference", "build"]
 

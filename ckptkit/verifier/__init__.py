@@ -18,12 +18,12 @@ import torch
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.report import Finding, Report
-from ckptkit.verify.context import Check, Context, floating_dtype, pick_device
-from ckptkit.verify.fit import check_fit
-from ckptkit.verify.forward import check_forward, input_shapes, model_dtype
-from ckptkit.verify.load import check_load
-from ckptkit.verify.measure import Fit
-from ckptkit.verify.reference import ModelLike, build
+from ckptkit.verifier.context import Check, Context, floating_dtype, pick_device
+from ckptkit.verifier.fit import check_fit
+from ckptkit.verifier.forward import check_forward, input_shapes, model_dtype
+from ckptkit.verifier.load import check_load
+from ckptkit.verifier.measure import Fit
+from ckptkit.verifier.reference import ModelLike, build
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 
