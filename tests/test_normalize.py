@@ -466,7 +466,7 @@ def test_values_that_are_no_plain_tensors_are_kept_and_named(save: Save, tmp_pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # deprecated, and still in many files
         saved["q"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 3, torch.quint8)
-    saved["s"] = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (3,))
+    saved["s"] = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (3,), check_invariants=True)
     path = save(saved)
     with opened(path) as checkpoint:
         assert checkpoint.origin.kind == "state_dict"

@@ -2,7 +2,8 @@
 
 Names are dotted paths.  A prefix is stripped only where it is a leading run of whole segments:
 ``mlp_module.layer`` does not begin with ``module.``, and a name without the prefix is left alone.
-The module versions (``_metadata``) move along with the names they belong to.
+The module versions (``_metadata``) and the parameter names an optimizer keeps (``param_names``)
+move along with the names they belong to.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
-from ckptkit.pickling.inert import InertDict
+from ckptkit.pickling.inert import InertDict, TreeMap, walk
 
 __all__ = ["AddModule", "AddPrefix", "StripModule", "StripPrefix", "unwrapped"]
 
@@ -127,11 +128,30 @@ def _require(prefix: str) -> None:
 
 
 def _renamed(checkpoint: Checkpoint, rename: Callable[[str], str], rename_path: Callable[[str], str]) -> Checkpoint:
-    """The checkpoint with tensor names and the module paths of ``_metadata`` renamed."""
+    """The checkpoint with tensor names, and what goes by them, renamed."""
     versions = checkpoint.state_dict.versions
     if versions is not None:
         versions = _renamed_versions(versions, rename_path)
-    return checkpoint.replace(state_dict=checkpoint.state_dict.renamed(rename, versions))
+    state_dict = checkpoint.state_dict.renamed(rename, versions)
+    return checkpoint.replace(state_dict=state_dict, rest=_renamed_rest(checkpoint, rename))
+
+
+def _renamed_rest(checkpoint: Checkpoint, rename: Callable[[str], str]) -> object:
+    """The rest, with the names of the state_dict's tensors in the optimizers' ``param_names`` renamed.
+
+    They are for people and tools: torch matches an optimizer's state by position, not by name.
+    """
+    replaced: list[tuple[object, object]] = []
+    for node in walk(checkpoint.rest):
+        if not isinstance(node, InertDict) or "params" not in node or "param_names" not in node:
+            continue
+        names = node["param_names"]
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            known = checkpoint.state_dict.everything
+            renamed = [rename(name) if name in known else name for name in names]
+            if renamed != names:
+                replaced.append((names, renamed))
+    return TreeMap(lambda leaf: leaf, replaced)(checkpoint.rest) if replaced else checkpoint.rest
 
 
 def _renamed_versions(versions: Mapping[str, object], rename_path: Callable[[str], str]) -> dict[str, object]:

@@ -195,13 +195,16 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
             message=f"{len(renamed)} tensors are brought to their present names or form by the reference's own loading "
             f"code: {shortened(renamed)}",
         )
-    for code, names, word in (
-        ("allowed-missing", fit.allowed_missing, "missing"),
-        ("allowed-unexpected", fit.allowed_unexpected, "unexpected"),
-    ):
-        if names:
-            yield Finding(
-                code=code,
-                severity="info",
-                message=f"{len(names)} names are {word}, which is allowed: {shortened(names)}",
-            )
+    if fit.allowed_missing:
+        yield Finding(
+            code="allowed-missing",
+            severity="info",
+            message=f"{len(fit.allowed_missing)} names are missing, which is allowed: {shortened(fit.allowed_missing)}",
+        )
+    if fit.allowed_unexpected:
+        left = fit.allowed_unexpected
+        yield Finding(
+            code="allowed-unexpected",
+            severity="info",
+            message=f"{len(left)} names are unexpected, which is allowed: {shortened(left)}",
+        )

@@ -229,7 +229,8 @@ REFUSED: list[tuple[str, Callable[[Path], Path], type[FormatError], str]] = [
     ("torchscript", lambda p: repacked(p, keep, more=[("model/constants.pkl", b"")]), UnsupportedError, "TorchScript"),
     ("torch.package", lambda p: repacked(p, lambda n, d: (n.replace("data.pkl", ".data/0.storage"), d)),
      UnsupportedError, "torch archive without data.pkl"),
-    ("plain zip", lambda p: repacked(p, lambda n, d: None, more=[("a/b.npy", b"1")]), UnknownFormatError, "without data.pkl is no checkpoint"),
+    ("plain zip", lambda p: repacked(p, lambda n, d: None, more=[("a/b.npy", b"1")]), UnknownFormatError,
+     "without data.pkl is no checkpoint"),
     ("pickle at the top", lambda p: repacked(p, lambda n, d: ("data.pkl", d) if n.endswith("data.pkl") else None),
      UnknownFormatError, "without data.pkl is no checkpoint"),
 ]  # fmt: skip

@@ -314,7 +314,7 @@ def test_a_record_that_cannot_be_inflated(opened: Opened) -> None:
 
 def test_a_record_that_does_not_match_its_checksum(opened: Opened) -> None:
     record = read_directory(opened(ONE.replace(b"first", b"f1rst")))["root/a"]
-    with pytest.raises(CorruptError, match="its CRC-32 is [0-9a-f]{8}, recorded is [0-9a-f]{8}: damaged"):
+    with pytest.raises(CorruptError, match=r"its CRC-32 is [0-9a-f]{8}, recorded is [0-9a-f]{8}: damaged"):
         read_record(record, 100)
 
 

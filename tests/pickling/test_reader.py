@@ -500,7 +500,7 @@ def test_a_frame_of_no_bytes_is_harmless() -> None:
 
 @pytest.mark.parametrize("nested", [b"]" * 50_000 + b"a" * 49_999, b")" + b"\x85" * 50_000], ids=["list", "tuple"])
 def test_an_error_about_a_deep_node_does_not_go_into_it(nested: bytes) -> None:
-    with pytest.raises(UnsupportedError, match="keys set on a (list|tuple)"):
+    with pytest.raises(UnsupportedError, match=r"keys set on a (list|tuple)"):
         read_pickle(nested + b"NNs.")
 
 
