@@ -46,7 +46,7 @@ def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
 
     def compare(a: torch.Tensor, b: torch.Tensor) -> bool:
         def bits(t: torch.Tensor) -> bytes:
-            t = t.detach().resolve_conj().resolve_neg().contiguous()
+            t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
             return bytes(t.reshape(-1).view(torch.uint8).tolist()) if t.numel() else b""
 
         return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)

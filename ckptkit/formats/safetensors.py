@@ -183,14 +183,8 @@ def _write(checkpoint: Checkpoint) -> Plan:
     if not state_dict:
         raise RewriteError("there is no state_dict to write; safetensors holds named tensors only")
     _refuse(state_dict)
-    aliases = _aliases(state_dict)
     metadata = {"format": "pt", **checkpoint.metadata}
-    taken = aliases.keys() & metadata.keys()
-    if taken:
-        raise RewriteError(
-            f"tied tensors are recorded in the metadata under their names, where {', '.join(sorted(taken))} stands "
-            "already; rename them, or write a .pth"
-        )
+    aliases = _aliases(state_dict, metadata)
     metadata.update(aliases)
     stored = [name for name in state_dict if name not in aliases]
     offsets: dict[str, int] = {}
@@ -238,14 +232,26 @@ def _more(names: list[str]) -> str:
     return f" and {len(names) - 5} more" if len(names) > 5 else ""
 
 
-def _aliases(state_dict: StateDict) -> dict[str, str]:
-    """For every name that is tied to another one: the name under which the tensor is stored."""
+def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, str]:
+    """For every name that is tied to another one: the name under which the tensor is stored.
+
+    A name that is a key of the metadata already cannot be recorded there again: it is kept.
+
+    Raises:
+        RewriteError: two such names are tied to each other.
+    """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, entry in state_dict.items():
         if entry.nbytes:
             groups.setdefault(entry.view, []).append(name)
-    kept = {min(group): group for group in groups.values() if len(group) > 1}
-    return {name: keep for keep, group in kept.items() for name in group if name != keep}
+    kept = {min(group, key=lambda n: (n not in metadata, n)): group for group in groups.values() if len(group) > 1}
+    aliases = {name: keep for keep, group in kept.items() for name in group if name != keep}
+    if taken := aliases.keys() & metadata.keys():
+        raise RewriteError(
+            f"tied tensors are recorded in the metadata under their names, where {', '.join(sorted(taken))} stands "
+            "already; rename them, or write a .pth"
+        )
+    return aliases
 
 
 def _header(state_dict: StateDict, stored: list[str], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:

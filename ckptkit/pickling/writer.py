@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from struct import pack
 
-from ckptkit.errors import UnsupportedError
+from ckptkit.errors import LimitError, UnsupportedError
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
 
 __all__ = ["write_pickle"]
 
 _BATCH = 1000
 """Items in one APPENDS or SETITEMS, as CPython's pickler batches them."""
+
+
+_MAX_REPEATS = 1000
+"""Calls written anew because their arguments led back to them.  CPython's own pickler recurses for
+each, and stops before this many; without a bound the output grows with their square."""
 
 
 def write_pickle(root: object, *, lower: Callable[[object], object], protocol: int | None = None) -> bytes:
@@ -30,6 +35,7 @@ def write_pickle(root: object, *, lower: Callable[[object], object], protocol: i
 
     Raises:
         UnsupportedError: a node that neither the writer nor ``lower`` knows.
+        LimitError: more objects contain themselves than any pickler could have written.
     """
     declared = max(protocol or 2, 2)
     writer = _Writer(lower, declared)
@@ -49,6 +55,9 @@ class _Writer:
         self.names: dict[tuple[str, str], int] = {}
         self.memo_size = 0
         self.alive: list[object] = []  # nodes made while writing: an id must not be used twice
+        self.path: list[tuple[int, bool]] = []  # being written, outermost first: id, and whether it is an object
+        self.begun: dict[int, int] = {}  # id of an object whose call is being written -> its place in the path
+        self.repeats = 0
 
     def run(self, root: object) -> None:
         stack: list[Iterator[object]] = [iter((root,))]
@@ -179,12 +188,16 @@ class _Writer:
     def _list(self, node: list[object], owner: object) -> Iterator[object]:
         self.out.append(b"]")
         self._memoize(owner)
+        self.path.append((id(owner), False))
         yield from self._items(node, b"a", b"e")
+        self.path.pop()
 
     def _dict(self, node: InertDict, owner: object) -> Iterator[object]:
         self.out.append(b"}")
         self._memoize(owner)
+        self.path.append((id(owner), False))
         yield from self._pairs(node.pairs)
+        self.path.pop()
 
     def _set(self, node: InertSet, owner: object) -> Iterator[object]:
         if node.frozen:
@@ -199,10 +212,12 @@ class _Writer:
             return
         self.out.append(b"\x8f")
         self._memoize(owner)
+        self.path.append((id(owner), False))
         for start in range(0, len(node.members), _BATCH):
             self.out.append(b"(")
             yield from node.members[start : start + _BATCH]
             self.out.append(b"\x90")
+        self.path.pop()
 
     def _persistent(self, node: PersistentId) -> Iterator[object]:
         # Never memoized: a pickler asks for the persistent id anew each time it meets the object.
@@ -210,6 +225,30 @@ class _Writer:
         self.out.append(b"Q")
 
     def _object(self, node: Object, owner: object) -> Iterator[object]:
+        forgotten = self._forget_unfinished(owner)
+        before = self.begun.get(id(owner))
+        self.begun[id(owner)] = len(self.path)
+        self.path.append((id(owner), True))
+        yield from self._call(node)
+        if before is None:
+            del self.begun[id(owner)]
+        else:
+            self.begun[id(owner)] = before
+        for key, index in forgotten.items():
+            self.memo.setdefault(key, index)
+        if id(owner) in self.memo:  # its arguments led back to it, and it was written on the way
+            self.out.append(b"0")
+            self._get(self.memo[id(owner)])
+        else:
+            self._memoize(owner)
+            yield from self._items(node.items, b"a", b"e")
+            yield from self._pairs(node.pairs)
+            if node.state is not ABSENT:
+                yield node.state
+                self.out.append(b"b")
+        self.path.pop()
+
+    def _call(self, node: Object) -> Iterator[object]:
         if node.how == "obj":
             self.out.append(b"(")
             yield node.cls
@@ -221,16 +260,31 @@ class _Writer:
             if node.how == "newobj_ex":
                 yield node.kwargs
             self.out.append({"reduce": b"R", "newobj": b"\x81", "newobj_ex": b"\x92"}[node.how])
-        if id(owner) in self.memo:  # its arguments led back to it, and it was written on the way
-            self.out.append(b"0")
-            self._get(self.memo[id(owner)])
-            return
-        self._memoize(owner)
-        yield from self._items(node.items, b"a", b"e")
-        yield from self._pairs(node.pairs)
-        if node.state is not ABSENT:
-            yield node.state
-            self.out.append(b"b")
+
+    def _forget_unfinished(self, owner: object) -> dict[int, int]:
+        """Where an object's arguments led back to it, the memo entries of what its call would find unfinished.
+
+        ``set([b])`` whose member ``b`` holds that set: when the set is met inside ``b``, the list is
+        not filled yet, and a call reads its arguments at once.  As a pickler asks the object for
+        new arguments then, the list is written anew.  That ends because ``b`` is remembered; where
+        nothing on the way is, the arguments themselves lead back, and are meant to be unfinished.
+        """
+        unfinished: dict[int, int] = {}
+        for place in range(self.begun.get(id(owner), len(self.path)) + 1, len(self.path)):
+            key, is_object = self.path[place]
+            if key not in self.memo:
+                continue
+            if is_object:
+                self.repeats += 1
+                if self.repeats > _MAX_REPEATS:
+                    raise LimitError(
+                        "objects whose arguments lead back to them", limit=_MAX_REPEATS, actual=self.repeats
+                    )
+                for found in unfinished:
+                    del self.memo[found]
+                return unfinished
+            unfinished[key] = self.memo[key]
+        return {}
 
     def _items(self, items: Sequence[object], one: bytes, many: bytes) -> Iterator[object]:
         for start in range(0, len(items), _BATCH):

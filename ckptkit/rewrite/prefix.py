@@ -81,7 +81,12 @@ class StripPrefix:
             return name.removeprefix(dotted)
 
         def strip_path(path: str) -> str:
-            return "" if path + "." == dotted else strip(path)
+            # The modules that the prefix names fall together with the root, unless they keep other tensors.
+            if not dotted.startswith(path + "."):
+                return strip(path)
+            names = checkpoint.state_dict.everything
+            keeps = any(name.startswith(path + ".") and not name.startswith(dotted) for name in names)
+            return path if keeps else ""
 
         return _renamed(checkpoint, strip, strip_path)
 

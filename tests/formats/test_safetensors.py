@@ -401,10 +401,21 @@ def test_metadata_is_kept_and_may_say_another_format(save: Save, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("name", "metadata"), [("format", {}), ("note", {"note": "n"})])
-def test_a_tie_that_metadata_has_no_room_for_is_refused(name: str, metadata: dict[str, str], save: Save) -> None:
+def test_a_tied_name_that_stands_in_the_metadata_is_the_one_kept(
+    name: str, metadata: dict[str, str], save: Save, tmp_path: Path
+) -> None:
     shared = torch.ones(2)
     checkpoint = checkpoint_of({"a": shared, name: shared}, save).replace(metadata=metadata)
-    with pytest.raises(RewriteError, match=rf"under their names, where {name} stands already"):
+    assert write(checkpoint, tmp_path / "m.safetensors").aliases == {"a": name}
+    again = read(tmp_path / "m.safetensors")
+    assert again.state_dict["a"] is again.state_dict[name]
+    assert again.metadata == {"format": "pt", **metadata}
+
+
+def test_a_tie_that_metadata_has_no_room_for_is_refused(save: Save) -> None:
+    shared = torch.ones(2)
+    checkpoint = checkpoint_of({"note": shared, "format": shared}, save).replace(metadata={"note": "n"})
+    with pytest.raises(RewriteError, match="under their names, where note stands already"):
         ours.FORMAT.write(checkpoint)  # type: ignore[misc]
 
 

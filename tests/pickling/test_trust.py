@@ -171,7 +171,8 @@ def test_the_trust_of_a_file_is_that_of_its_worst_name(save: Save) -> None:
 def test_what_torchs_weights_only_loader_accepts_is_safe_here(save: Save) -> None:
     value = {"w": torch.ones(2), "p": torch.nn.Parameter(torch.ones(1)), "s": {1, 2}, "b": b"x",
              "size": torch.Size([1]), "dtype": torch.float16, "device": torch.device("cpu"),
-             "c": collections.Counter("ab"), "f8": torch.ones(2).to(torch.float8_e5m2), "sparse": torch.eye(2).to_sparse()}  # fmt: skip
+             "c": collections.Counter("ab"),
+             "f8": torch.ones(2).to(torch.float8_e5m2), "sparse": torch.eye(2).to_sparse()}  # fmt: skip
     path = save(value)
     torch.load(path, weights_only=True)
     checkpoint, file = formats.read(path)

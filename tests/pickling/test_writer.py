@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage
-from ckptkit.errors import UnsupportedError
+from ckptkit.errors import LimitError, UnsupportedError
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.writer import write_pickle
@@ -200,7 +200,38 @@ def test_an_object_reached_through_its_own_arguments(protocol: int) -> None:
 
 
 class Hashed:
-    """Hashable before it is filled, so that a frozenset may lead back to itself."""
+    """Hashable before it is filled, so that a set may lead back to itself."""
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("kind", [set, frozenset, lambda members: collections.Counter(dict.fromkeys(members, 1))])
+@pytest.mark.parametrize("first", ["whole", "member"])
+def test_a_collection_whose_members_hold_it(first: str, kind: Any, count: int, protocol: int) -> None:
+    members = [Hashed() for _ in range(count)]
+    whole = kind(members)
+    for member in members:
+        member.owner, member.peers, member.nested = whole, members, [kind([member]), {"whole": whole}]
+    root = [whole, members] if first == "whole" else [members, whole]
+    again = pickle.loads(through(pickle.dumps(root, protocol)))
+    whole, members = again if first == "whole" else reversed(again)
+    assert len(whole) == count
+    assert set(whole) == set(members)
+    for member in members:
+        assert member.owner is whole is member.nested[1]["whole"]
+        assert member.peers is members
+        assert set(member.nested[0]) == {member}
+
+
+def test_more_objects_that_lead_back_to_themselves_than_a_pickler_writes() -> None:
+    members: list[object] = []
+    whole = Object("reduce", Global("builtins", "set"), (members,))
+    for _ in range(5000):
+        member = Object("newobj", Global("a", "B"), ())
+        member.state = InertDict([("owner", whole)])
+        members.append(member)
+    with pytest.raises(LimitError, match="objects whose arguments lead back to them: 1,001"):
+        write_pickle(whole, lower=itself)
 
 
 @pytest.mark.parametrize("protocol", [4, 5])

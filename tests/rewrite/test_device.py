@@ -158,7 +158,9 @@ def test_a_whole_models_module_is_mapped_too(save: Save) -> None:
         assert any(isinstance(node, TensorEntry) for node in walk(result.module))
 
 
-@pytest.mark.parametrize("location", ["", "CUDA:0", "cuda:", "cuda:x", "cuda:0 ", "cuda:-1", "meta", "meta:0", "0", "cpu\n"])
+@pytest.mark.parametrize(
+    "location", ["", "CUDA:0", "cuda:", "cuda:x", "cuda:0 ", "cuda:-1", "meta", "meta:0", "0", "cpu\n"]
+)
 def test_no_locations(save: Save, location: str) -> None:
     for form in (location, {"cuda:0": location}, {location: "cpu"}):
         with pytest.raises(RewriteError, match="is no device location"):

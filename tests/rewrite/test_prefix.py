@@ -259,3 +259,9 @@ def test_values_that_are_no_tensors_are_renamed_too(save: Save) -> None:
 
 def test_every_rewriter_is_listed() -> None:
     assert {StripModule, AddModule, StripPrefix, AddPrefix} <= set(REWRITES)
+
+
+def test_a_module_of_the_prefix_that_keeps_tensors_keeps_its_version(save: Save, tmp_path: Path) -> None:
+    nested = nn.Sequential(OrderedDict(a=nn.Sequential(OrderedDict(b=nn.BatchNorm1d(1), c=nn.BatchNorm1d(1)))))
+    found = through(save, nested.state_dict(), tmp_path, StripPrefix("a.b"))
+    assert found._metadata == {"": {"version": 2}, "a": {"version": 1}, "a.c": {"version": 2}}

@@ -19,7 +19,9 @@ Save = Callable[..., Path]
 
 def test_the_state_dict_alone_is_kept(save: Save, tmp_path: Path) -> None:
     weights = nn.BatchNorm1d(3).state_dict()
-    with ckptkit.open(save({"state_dict": weights, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}})) as file:
+    with ckptkit.open(
+        save({"state_dict": weights, "epoch": 3, "optimizer": {"state": {}, "param_groups": []}})
+    ) as file:
         result = file.rewrite(WeightsOnly())
         assert result.rest is STATE_DICT
         assert result.state_dict is file.state_dict

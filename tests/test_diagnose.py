@@ -1,0 +1,244 @@
+"""Each finding has a checkpoint that provokes it, and one that just does not."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckptkit
+from ckptkit.checkpoint import Checkpoint, Origin, StateDict
+from ckptkit.codes import CODES
+from ckptkit.diagnose import DIAGNOSES, diagnose, human_size
+from ckptkit.pickling.inert import Global, InertDict, Object
+from ckptkit.report import Finding
+
+Save = Callable[..., Path]
+
+
+class Naming:
+    """Pickles as a call of a function, which reading must not make."""
+
+    def __init__(self, function: Callable[..., object], *args: object) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> Any:
+        return self.function, self.args
+
+
+@contextmanager
+def without_checksums() -> Iterator[None]:
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def findings(path: Path) -> dict[str, Finding]:
+    with ckptkit.open(path) as file:
+        found = file.findings
+    assert {finding.code for finding in found} <= set(CODES)
+    assert len({finding.code for finding in found}) == len(found)
+    return {finding.code: finding for finding in found}
+
+
+WEIGHTS = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.ones(2)}
+SHARED = torch.arange(6.0)
+NOT_TENSOR = {"w": torch.ones(1), "steps": 3}
+
+PROVOKED: dict[str, tuple[Any, Any]] = {
+    # code: (one that provokes it, one that just does not)
+    "ambiguous-section": ({"model": WEIGHTS, "ema": dict(WEIGHTS)}, {"model": WEIGHTS, "ema": None}),
+    "bound-method": (nn.Linear(1, 1).state_dict, nn.Linear(1, 1).state_dict()),
+    "whole-model": (nn.Linear(1, 1), nn.Linear(1, 1).state_dict()),
+    "wrapped-model": (nn.DataParallel(nn.Linear(1, 1)), nn.Linear(1, 1)),
+    "no-tensors": ({"epoch": 3}, {"epoch": torch.tensor(3)}),
+    "training-state": ({"model": WEIGHTS, "moments": torch.ones(9)}, {"model": WEIGHTS, "epoch": 3}),
+    "not-a-plain-tensor": (NOT_TENSOR, {"w": torch.ones(1)}),
+    "module-prefix": ({"module.w": torch.ones(1)}, {"my_module.w": torch.ones(1), "a.module.w": torch.ones(2)}),
+    "foreign-objects": ({"model": WEIGHTS, "args": argparse.Namespace()}, {"model": WEIGHTS, "args": {"lr": {1, 2}}}),
+    "hostile-name": ({"model": WEIGHTS, "x": Naming(os.system, "true")}, {"model": WEIGHTS, "x": Naming(abs, -1)}),
+    "tied-tensors": ({"a": SHARED, "b": SHARED}, {"a": SHARED, "b": SHARED.clone()}),
+    "shared-storage": ({"a": SHARED[:3], "b": SHARED[3:]}, {"a": SHARED, "b": SHARED}),
+    "unused-bytes": ({"a": torch.ones(258)[:2]}, {"a": torch.ones(257)[:2]}),
+}
+
+
+@pytest.mark.parametrize("code", PROVOKED)
+def test_provoked_and_just_not(save: Save, code: str) -> None:
+    provoking, harmless = PROVOKED[code]
+    found = findings(save(provoking))
+    assert code in found
+    assert found[code].message
+    assert code not in findings(save(harmless))
+
+
+def test_device_location(save: Save) -> None:
+    tensors = [torch.ones(i + 1) for i in range(3)]
+    found = findings(save(tensors, device=lambda s: {4: "cuda:1", 8: "cuda:0", 12: "cuda:1"}[s.nbytes()]))
+    assert "cuda:0 (1), cuda:1 (2)" in found["device-location"].message
+    assert "--map-location cpu" in (found["device-location"].fix or "")
+    assert "device-location" not in findings(save(tensors))
+
+
+def test_a_device_anywhere_in_the_file(save: Save) -> None:
+    noted = torch.ones(2)
+    noted.mask = torch.ones(3)  # type: ignore[attr-defined]
+    for saved in ({"model": WEIGHTS, "x": {"y": {torch.ones(5)}}}, {"w": noted}, [torch.ones(5).untyped_storage()]):
+        found = findings(save(saved, device=lambda s: "cuda:0" if s.nbytes() in (20, 12) else "cpu"))
+        assert "cuda:0 (1)" in found["device-location"].message
+
+
+def test_crc_not_recorded(save: Save) -> None:
+    with without_checksums():
+        path = save(WEIGHTS)
+    assert "crc-not-recorded" in findings(path)
+    assert "crc-not-recorded" not in findings(save(WEIGHTS))
+
+
+def test_big_endian() -> None:
+    origin = Origin(path="a.pth", size=10, format="torch-zip", kind="other", byteorder="big")
+    checkpoint = Checkpoint(state_dict=StateDict(), rest=None, origin=origin)
+    assert [f.code for f in diagnose(checkpoint)] == ["no-tensors", "big-endian"]
+
+
+def test_every_code_a_diagnosis_gives_is_provoked_here() -> None:
+    here = {*PROVOKED, "device-location", "crc-not-recorded", "big-endian"}
+    from_conversion = {"left-out", "renamed", "nothing-to-strip", "mixed-prefix", "written-out"}
+    given = {const for check in DIAGNOSES for const in check.__code__.co_consts if const in CODES}
+    assert len(DIAGNOSES) == 10
+    assert given <= here
+    assert not here & from_conversion
+
+
+def test_the_gravest_come_first(save: Save) -> None:
+    saved = {"model": {"module.w": torch.ones(1)}, "x": Naming(os.system, "true"), "y": torch.ones(3)}
+    with ckptkit.open(save(saved)) as file:
+        severities = [finding.severity for finding in file.findings]
+    assert severities == ["error", "warning", "info"]
+
+
+# What they say.
+
+
+def test_hostile_names_run_nothing(save: Save, tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    path = save({"model": WEIGHTS, "x": Naming(os.system, f"touch {proof}"), "y": Naming(builtins.eval, "1/0")})
+    with ckptkit.open(path) as file:
+        assert file.trust == "hostile"
+        errors = [finding for finding in file.findings if finding.severity == "error"]
+        assert {finding.code for finding in errors} == {"hostile-name"}
+        assert any(f"{os.system.__module__}.system" in finding.message for finding in errors)
+        assert any("builtin" in finding.message and "eval" in finding.message for finding in errors)
+        assert list(file.state_dict) == list(WEIGHTS)
+    assert not proof.exists()
+    torch.load(path, weights_only=False) if False else None
+
+
+def test_foreign_objects_say_where(save: Save) -> None:
+    found = findings(save({"model": WEIGHTS, "args": argparse.Namespace(), "when": [Path("a")]}))
+    message = found["foreign-objects"].message
+    assert "argparse.Namespace in 'args'" in message
+    assert "Path in 'when'" in message
+    assert "--weights-only" in (found["foreign-objects"].fix or "")
+    assert findings(save(argparse.Namespace()))["foreign-objects"].fix is None
+
+
+def test_prefixes_say_which_and_how_many(save: Save) -> None:
+    found = findings(save({"module.a": torch.ones(1), "b": torch.ones(1), "module.c": torch.ones(1)}))
+    assert "2 of 3 names" in found["module-prefix"].message
+    assert "`module.`" in found["module-prefix"].message
+    found = findings(save({"model._orig_mod.a": torch.ones(1)}))
+    assert "`_orig_mod.`" in found["module-prefix"].message
+
+
+def test_a_wrapped_whole_model_is_said_once(save: Save) -> None:
+    assert set(findings(save(nn.DataParallel(nn.Linear(1, 1))))) == {"whole-model", "wrapped-model"}
+    assert set(findings(save(nn.DataParallel(nn.Linear(1, 1)).state_dict))) == {"bound-method", "wrapped-model"}
+
+
+def test_ties_and_shared_storages(save: Save) -> None:
+    base = torch.arange(10.0)
+    saved = {"a": base, "b": base, "c": base[1:], "d": base.view(2, 5), "e": torch.ones(1), "f": torch.ones(0)}
+    found = findings(save(saved))
+    assert found["tied-tensors"].message == "1 tensors stand under several names: a = b"
+    assert found["shared-storage"].message == "3 tensors are different views of storages they share"
+
+
+def test_empty_tensors_are_not_tied(save: Save) -> None:
+    empty = torch.ones(0)
+    assert findings(save({"a": empty, "b": empty, "c": empty[:, None]})) == {}
+
+
+def test_unused_bytes_are_counted_once(save: Save) -> None:
+    base = torch.ones(10_000)
+    found = findings(save({"a": base[:10], "b": base[5:20], "c": base[9_000:9_001]}))
+    assert "39.9 kB" in found["unused-bytes"].message  # 40,000 less the 84 that are covered
+    assert "unused-bytes" not in findings(save({"model": {"a": base[:10]}, "other": [base[10:]]}))
+    assert "unused-bytes" not in findings(save([base[:10], base[10:]]))
+
+
+def test_a_bare_storage_is_used(save: Save) -> None:
+    base = torch.ones(10_000, dtype=torch.uint8)
+    assert "unused-bytes" not in findings(save([base.untyped_storage(), base[:1]]))
+
+
+def test_training_state_counts_what_is_not_weights(save: Save) -> None:
+    weights = torch.ones(1000)
+    found = findings(save({"model": {"w": weights}, "again": [weights], "moments": [torch.ones(2000)]}))
+    assert found["training-state"].message.startswith("8 kB (")
+    assert "training-state" not in findings(save({"model": {"w": weights}, "again": [weights[:3]]}))
+
+
+def test_fixes_are_commands_for_this_file(save: Save) -> None:
+    path = save({"module.w": torch.ones(1)}, "a file's name.pth")
+    fix = findings(path)["module-prefix"].fix
+    assert fix is not None
+    assert fix.startswith("ckptkit convert '")
+    assert fix.endswith("--strip-module")
+
+
+# Trees that explode.
+
+
+def checkpoint(rest: object) -> Checkpoint:
+    origin = Origin(path="a.pth", size=10, format="torch-zip", kind="collection")
+    from ckptkit.pickling.trust import assess
+
+    return Checkpoint(state_dict=StateDict(), rest=rest, origin=origin, globals=(assess(Global("m", "N")),))
+
+
+def test_shared_and_deep_trees_are_walked_once() -> None:
+    node: object = Object("newobj", Global("m", "N"), ())
+    for _ in range(100):
+        node = InertDict([("a", node), ("b", node)])
+    deep: object = node
+    for _ in range(100_000):
+        deep = [deep]
+    many = InertDict([(f"k{i}", [deep, i]) for i in range(10_000)])
+    (finding,) = diagnose(checkpoint(many))
+    assert "m.N in 'k0'" in finding.message
+    cyclic: list[object] = [Object("newobj", Global("m", "N"), ())]
+    cyclic.append(cyclic)
+    (finding,) = diagnose(checkpoint(InertDict([("self", cyclic)])))
+    assert "m.N in 'self'" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"), (1, "1 B"), (999, "999 B"), (1000, "1 kB"), (1234, "1.23 kB"), (999_499, "999 kB"),
+        (999_500, "1 MB"), (44_800_000, "44.8 MB"), (1_500_000_000, "1.5 GB"), (2_000_000_000_000, "2 TB"),
+    ],
+)  # fmt: skip
+def test_human_size(nbytes: int, text: str) -> None:
+    assert human_size(nbytes) == text
