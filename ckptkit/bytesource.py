@@ -99,6 +99,29 @@ class SourceFile:
         except OSError as error:
             raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}") from error
 
+    def read_into(self, offset: int, buffer: bytearray) -> None:
+        """Fill a buffer with the bytes from position ``offset`` on; no memory is taken for them.
+
+        Raises:
+            As `read`.
+        """
+        if not hasattr(os, "preadv"):
+            buffer[:] = self.read(offset, len(buffer))
+            return
+        if offset < 0 or offset + len(buffer) > self.size:
+            self.read(offset, len(buffer))  # raises
+        view = memoryview(buffer)
+        while view:
+            try:
+                count = os.preadv(self.fd, [view], offset)
+            except OSError as error:
+                if isinstance(error, FileAccessError):
+                    raise
+                raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}") from error
+            if not count:
+                raise CorruptError(f"the file became shorter while it was read: byte {offset:,}", path=self.path)
+            view, offset = view[count:], offset + count
+
     def changed(self) -> bool:
         """Whether the file was written to since it was opened (size or modification time)."""
         status = os.fstat(self.fd)

@@ -7,6 +7,7 @@ checksums are checked as its bytes pass by.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ from ckptkit.sections import brief, join
 from ckptkit.transfer import stream
 
 __all__ = ["check_output", "first_difference", "same_values"]
+
+_MAX_WORKERS = 4
+"""Threads that compare; more than a few only wait for memory."""
+
+_MANY_NBYTES = 32 << 20
+"""Bytes from which threads are worth starting."""
 
 _MAX_PLACE = 400
 """Characters of a place after which it is not made longer: trees may be nested 100,000 deep."""
@@ -57,7 +64,7 @@ def _check_tensors(source: Checkpoint, output: Checkpoint) -> int:
         if output.metadata.get(key) != value:
             raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
     compared: set[tuple[object, ...]] = set()
-    checked: set[int] = set()
+    whole: dict[tuple[int, int], tuple[str, Storage, Storage]] = {}
     nbytes = 0
     for name, entry in source.state_dict.items():
         written = output.state_dict[name]
@@ -66,12 +73,14 @@ def _check_tensors(source: Checkpoint, output: Checkpoint) -> int:
         if (*entry.view, *written.view) in compared:
             continue
         compared.add((*entry.view, *written.view))
-        nbytes += entry.nbytes
         if entry.covers_storage and entry.is_plain_bytes:
-            checked.add(id(entry.storage))
-            _same_storage(f"tensor {name!r}", entry.storage, written.storage)
-        elif not same_values(entry, written):
+            whole[id(entry.storage), id(written.storage)] = (f"tensor {name!r}", entry.storage, written.storage)
+            continue
+        nbytes += entry.nbytes
+        if not same_values(entry, written):
             raise CorruptError(f"tensor {name!r}: the output's values differ; nothing was written")
+    nbytes += _same_storages(list(whole.values()))
+    checked = {id(storage) for _, storage, _ in whole.values()}
     for name, entry in source.state_dict.items():  # views of larger storages: is what they were cut from whole?
         if id(entry.storage) not in checked and entry.numel:
             checked.add(id(entry.storage))
@@ -81,13 +90,31 @@ def _check_tensors(source: Checkpoint, output: Checkpoint) -> int:
 
 def _check_tree(source: Checkpoint, output: Checkpoint) -> int:
     """A container of a whole tree: every node, and every storage byte."""
-    nbytes = 0
-    done: set[int] = set()
-    for place, storage, written in _paired_storages(source, output):
-        if id(storage) not in done:
-            done.add(id(storage))
-            nbytes += storage.nbytes
-            _same_storage(place, storage, written)
+    pairs = {id(storage): (place, storage, written) for place, storage, written in _paired_storages(source, output)}
+    return _same_storages(list(pairs.values()))
+
+
+def _same_storages(pairs: list[tuple[str, Storage, Storage]]) -> int:
+    """Compare storages, several at a time where there is much to compare; returns their bytes.
+
+    Reading and checksums run outside the interpreter lock, so threads do help.
+    """
+    nbytes = sum(storage.nbytes for _, storage, _ in pairs)
+    workers = min(_MAX_WORKERS, os.cpu_count() or 1) if nbytes >= _MANY_NBYTES else 1
+    if workers == 1:
+        for pair in pairs:
+            _same_storage(*pair)
+        return nbytes
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(workers) as pool:
+        running = [pool.submit(_same_storage, *pair) for pair in pairs]
+        try:
+            for comparison in running:
+                comparison.result()
+        finally:
+            for comparison in running:
+                comparison.cancel()
     return nbytes
 
 
@@ -121,9 +148,14 @@ def first_difference(a: ByteRange, b: ByteRange) -> tuple[int | None, int]:
     if a.nbytes != b.nbytes:
         return min(a.nbytes, b.nbytes), 0
     crc = 0
+    size = min(CHUNK_NBYTES, a.nbytes)
+    left, right = bytearray(size), bytearray(size)  # used again and again: fresh memory is what costs
     for start in range(0, a.nbytes, CHUNK_NBYTES):
-        nbytes = min(CHUNK_NBYTES, a.nbytes - start)
-        left, right = a.read(start, nbytes), b.read(start, nbytes)
+        if a.nbytes - start < size:
+            size = a.nbytes - start
+            left, right = bytearray(size), bytearray(size)
+        a.file.read_into(a.offset + start, left)
+        b.file.read_into(b.offset + start, right)
         if left != right:
             return start + next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y), crc
         crc = zlib.crc32(left, crc)

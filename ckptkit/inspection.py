@@ -233,7 +233,9 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sorts ``layer10`` after ``layer2``."""
     import re
 
-    return [(0, int(p)) if p.isdigit() and len(p) < 19 else (1, p) for p in re.split(r"([0-9]+)", name) if p]
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    # Only these digits: there are characters that are digits and no numbers.
+    return [(0, int(part)) if "0" <= part[0] <= "9" and len(part) < 19 else (1, part) for part in parts]
 
 
 def _tensor(item: _Named, tied_to: str | None, checkpoint: Checkpoint, *, stats: bool) -> dict[str, Any]:

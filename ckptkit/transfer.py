@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -73,11 +74,9 @@ def write_atomically(
     try:
         try:
             execute(plan, fd, progress)
-            os.fsync(fd)
+            _flush(fd, (lambda: check(temporary)) if check is not None else None)
         finally:
             os.close(fd)
-        if check is not None:
-            check(temporary)
         _publish(temporary, path, shown, force=force)
     except OSError as error:
         if isinstance(error, FileAccessError):
@@ -86,6 +85,29 @@ def write_atomically(
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _flush(fd: int, meanwhile: Callable[[], object] | None) -> None:
+    """Flush a file to disk; the disk's work and that of ``meanwhile`` go on side by side."""
+    if meanwhile is None:
+        os.fsync(fd)
+        return
+    failures: list[OSError] = []
+
+    def flush() -> None:
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            failures.append(error)
+
+    flusher = threading.Thread(target=flush)
+    flusher.start()
+    try:
+        meanwhile()
+    finally:
+        flusher.join()
+    if failures:
+        raise failures[0]
 
 
 def _publish(temporary: str, path: str, shown: str, *, force: bool) -> None:
