@@ -1,7 +1,7 @@
 """Pickles as data: bytes to an inert tree and back, with no name ever resolved.
 
 - `inert`: the node types, and walking and mapping trees of them
-- `reader`: bytes -> inert tree
+- `reader`: bytes -> inert tree; `machine`: the stack machine it runs
 - `writer`: inert tree -> bytes
 - `tensors`: torch's pickle vocabulary (storages, ``_rebuild_*``) <-> Storage and TensorEntry
 - `trust`: what a name in a pickle means for whoever would execute it

@@ -29,7 +29,7 @@ from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
 from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items
-from ckptkit.pickling.reader import Constructor
+from ckptkit.pickling.machine import Constructor
 
 __all__ = ["StorageTable", "is_tensor_like", "lower_storage", "lower_tensor"]
 
