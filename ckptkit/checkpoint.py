@@ -10,6 +10,7 @@ No I/O happens here.  Everything is immutable; a rewrite makes new objects.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
@@ -31,6 +32,7 @@ __all__ = [
     "TensorEntry",
     "Trust",
     "contiguous_stride",
+    "shared_storages",
     "storages",
 ]
 
@@ -391,3 +393,8 @@ class Checkpoint:
 def storages(entries: Iterable[TensorEntry]) -> dict[int, Storage]:
     """The storages the entries use, each once, by ``id``, in order of first use."""
     return {id(entry.storage): entry.storage for entry in entries}
+
+
+def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:
+    """The ``id`` of each storage that several of the entries view: what alone can be tied or shared."""
+    return {storage for storage, count in Counter(id(entry.storage) for entry in entries).items() if count > 1}

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
 from ckptkit.report import Finding, convert_command
 from ckptkit.rewrite.prefix import unwrapped
@@ -142,8 +142,9 @@ def _devices(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
 def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     tied: dict[tuple[object, ...], list[str]] = {}
     views: Counter[int] = Counter()
+    several = shared_storages(checkpoint.state_dict.values())
     for name, entry in checkpoint.state_dict.items():
-        if entry.nbytes:
+        if id(entry.storage) in several and entry.nbytes:
             names = tied.setdefault(entry.view, [])
             views[id(entry.storage)] += not names
             names.append(name)
@@ -155,7 +156,7 @@ def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             severity="info",
             message=f"{len(groups)} tensors stand under several names: {shown}" + ("; ..." if len(groups) > 3 else ""),
         )
-    shared = sum(several for several in views.values() if several > 1)
+    shared = sum(count for count in views.values() if count > 1)
     if shared:
         yield Finding(
             code="shared-storage",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final, Literal, NamedTuple
 
-from ckptkit.checkpoint import Checkpoint, Section, TensorEntry
+from ckptkit.checkpoint import Checkpoint, Section, TensorEntry, shared_storages
 from ckptkit.diagnose import diagnose
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError, FormatError
@@ -208,8 +208,9 @@ def _ties(named: list[_Named]) -> dict[int, str]:
     """For each tensor that stands elsewhere already, by ``id`` of its item: the name it is tied to."""
     first: dict[tuple[object, ...], _Named] = {}
     tied: dict[int, str] = {}
+    several = shared_storages(item.entry for item in named)
     for item in named:
-        if item.entry.nbytes:
+        if id(item.entry.storage) in several and item.entry.nbytes:
             kept = first.setdefault(item.entry.view, item)
             if kept is not item:
                 inside = kept.section == item.section or not kept.section
@@ -288,11 +289,12 @@ def _summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
     totals = {"parameter": 0, "buffer": 0, "unknown": 0}
     nbytes = 0
     counted: set[tuple[object, ...]] = set()
+    several = shared_storages(checkpoint.state_dict.values())
     for name, entry in checkpoint.state_dict.items():
-        view = entry.view
-        if view in counted and entry.nbytes:
-            continue
-        counted.add(view)
+        if id(entry.storage) in several and entry.nbytes:
+            if entry.view in counted:
+                continue
+            counted.add(entry.view)
         role, _ = tensor_role(name, entry, known=checkpoint.module is not None)
         totals[role] += entry.numel
         nbytes += entry.nbytes

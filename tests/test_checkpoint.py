@@ -21,6 +21,7 @@ from ckptkit.checkpoint import (
     Storage,
     TensorEntry,
     contiguous_stride,
+    shared_storages,
     storages,
 )
 from ckptkit.dtypes import DTYPES
@@ -165,6 +166,8 @@ def test_storages_are_listed_once(make: Make) -> None:
     other = Storage(key="1", dtype=None, nbytes=96, location="cpu", source=make(()).storage.source)
     entries = [make((1,)), make((2,), storage=other), make((3,))]
     assert list(storages(entries).values()) == [entries[0].storage, other]
+    assert shared_storages(entries) == {id(entries[0].storage)}
+    assert shared_storages(entries[:2]) == set()
 
 
 # StateDict.

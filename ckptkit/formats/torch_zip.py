@@ -27,7 +27,8 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FormatError, UnknownFormatError, UnsupportedError
 from ckptkit.formats.format import Format
-from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, ZipWriter, read_directory, read_record
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory, read_record
+from ckptkit.formats.zip_writer import ZipWriter
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, lower_state_dict
 from ckptkit.pickling.reader import read_pickle

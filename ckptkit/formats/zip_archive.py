@@ -1,4 +1,4 @@
-"""ZIP archives: the directory, read strictly, and a layout for writing one.
+"""ZIP archives: the directory, read strictly.
 
 Layout (PKWARE APPNOTE 6.3.10, sections 4.3 and 4.5): records, each a local header and its data;
 then the central directory, one header a record; then, where sizes need it, the zip64 end record
@@ -21,37 +21,34 @@ import itertools
 import re
 import zlib
 from dataclasses import dataclass
-from struct import Struct, pack
+from struct import Struct
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
-from ckptkit.plan import Checksum, Copy, Literal, Step
 
-__all__ = ["ALIGNMENT", "LOCAL_SIGNATURE", "Record", "ZipWriter", "read_directory", "read_record"]
+__all__ = ["LOCAL_SIGNATURE", "Record", "read_directory", "read_record"]
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 """First bytes of a record, and so of an archive."""
 
-ALIGNMENT = 64
-"""torch aligns every record's data to this many bytes, by padding the local header's extra field."""
+# The headers: of a record (APPNOTE 4.3.7), in the central directory (4.3.12), and the end records
+# (4.3.16, 4.3.14, 4.3.15).
+LOCAL = Struct("<4sHHHHHIIIHH")
+CENTRAL = Struct("<4sHHHHHHIIIHHHHHII")
+END = Struct("<4sHHHHIIH")
+END64 = Struct("<4sQHHIIQQQQ")
+LOCATOR = Struct("<4sIQI")
 
-_LOCAL = Struct("<4sHHHHHIIIHH")
-_CENTRAL = Struct("<4sHHHHHHIIIHHHHHII")
-_END = Struct("<4sHHHHIIH")
-_END64 = Struct("<4sQHHIIQQQQ")
-_LOCATOR = Struct("<4sIQI")
-
-_STORED, _DEFLATED = 0, 8
-_UTF8 = 0x800
+STORED, DEFLATED = 0, 8
+UTF8 = 0x800
 _HAS_DESCRIPTOR = 0x8
 _REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
 _ANY_REFUSED_FLAG = sum(_REFUSED_FLAGS)
-_MAX32 = 0xFFFFFFFF
-_MAX16 = 0xFFFF
+MAX32 = 0xFFFFFFFF
+MAX16 = 0xFFFF
 _ODD_NAME = re.compile(r"[\0\\]|^/|(?:^|/)\.\.(?:/|$)")
 _ZIP64, _UNICODE_PATH = 1, 0x7075  # tags of extra fields
-_DOS_DATE = 0x0021  # 1 January 1980, the first date the format can express
 
 _WINDOW_NBYTES = 4096
 """Bytes read around a local header: one page, which costs no more than the header alone and holds
@@ -97,7 +94,7 @@ def read_directory(file: SourceFile, limits: Limits = DEFAULT_LIMITS) -> dict[st
     extents: list[tuple[int, int, str]] = []
     pos = 0
     for _ in range(count):
-        if pos + _CENTRAL.size > nbytes:
+        if pos + CENTRAL.size > nbytes:
             raise CorruptError(f"the zip directory ends after {len(records)} of {count} records")
         record, header_offset, pos = _read_central(window, directory, pos, offset, limits)
         other = folded.setdefault(record.name.casefold(), record.name)
@@ -134,9 +131,9 @@ class _Window:
 
 def _find_directory(file: SourceFile) -> tuple[int, int, int]:
     """Offset and size in bytes of the central directory, and its number of records."""
-    tail_start = max(0, file.size - _END.size - _MAX16)
+    tail_start = max(0, file.size - END.size - MAX16)
     tail = file.read(tail_start, file.size - tail_start)
-    at = len(tail) - _END.size
+    at = len(tail) - END.size
     if not tail.startswith(b"PK\x05\x06", max(at, 0)):  # a comment follows, or something is wrong
         at = tail.rfind(b"PK\x05\x06")
     if at < 0:
@@ -144,29 +141,29 @@ def _find_directory(file: SourceFile) -> tuple[int, int, int]:
             f"the file begins like a zip archive but has no end record in its last {len(tail):,} bytes "
             f"(size {file.size:,}): truncated download? Compare the size with the source's"
         )
-    if at + _END.size > len(tail) or at + _END.size + _END.unpack_from(tail, at)[7] != len(tail):
+    if at + END.size > len(tail) or at + END.size + END.unpack_from(tail, at)[7] != len(tail):
         raise CorruptError("the zip end record does not end the file: bytes were appended, or it is truncated")
     end_at = tail_start + at
-    _, disk, start_disk, on_disk, count, nbytes, offset, _ = _END.unpack_from(tail, at)
+    _, disk, start_disk, on_disk, count, nbytes, offset, _ = END.unpack_from(tail, at)
     ends_at = end_at
-    locator_at = end_at - _LOCATOR.size
-    if locator_at >= 0 and (raw := file.read(locator_at, _LOCATOR.size))[:4] == b"PK\x06\x07":
-        end64_at = _LOCATOR.unpack(raw)[2]
-        if end64_at + _END64.size > locator_at:
+    locator_at = end_at - LOCATOR.size
+    if locator_at >= 0 and (raw := file.read(locator_at, LOCATOR.size))[:4] == b"PK\x06\x07":
+        end64_at = LOCATOR.unpack(raw)[2]
+        if end64_at + END64.size > locator_at:
             raise CorruptError(f"the zip64 end record is said to lie at byte {end64_at:,}, past its locator")
-        signature, nbytes_end64, _, _, _, _, on_disk64, count64, nbytes64, offset64 = _END64.unpack(
-            file.read(end64_at, _END64.size)
+        signature, nbytes_end64, _, _, _, _, on_disk64, count64, nbytes64, offset64 = END64.unpack(
+            file.read(end64_at, END64.size)
         )
         if signature != b"PK\x06\x06" or end64_at + 12 + nbytes_end64 != locator_at:
             raise CorruptError(
                 "the zip64 locator points at no zip64 end record, or not at the one before it: "
                 "two archives laid end to end, or bytes cut out"
             )
-        narrow = ((count, count64, _MAX16), (nbytes, nbytes64, _MAX32), (offset, offset64, _MAX32))
+        narrow = ((count, count64, MAX16), (nbytes, nbytes64, MAX32), (offset, offset64, MAX32))
         if any(small not in (wide, top) for small, wide, top in narrow):
             raise CorruptError("the zip end record and the zip64 end record disagree")
         count, nbytes, offset, on_disk, ends_at = count64, nbytes64, offset64, on_disk64, end64_at
-    if disk not in (0, _MAX16) or start_disk not in (0, _MAX16) or on_disk != count:
+    if disk not in (0, MAX16) or start_disk not in (0, MAX16) or on_disk != count:
         raise UnsupportedError("an archive in several volumes")
     if offset + nbytes != ends_at:
         raise CorruptError(
@@ -183,23 +180,23 @@ def _read_central(
     (
         signature, _, _, flags, method, _, _, crc, packed, nbytes,
         name_nbytes, extra_nbytes, comment_nbytes, _, _, _, header_offset,
-    ) = _CENTRAL.unpack_from(directory, pos)  # fmt: skip
+    ) = CENTRAL.unpack_from(directory, pos)  # fmt: skip
     if signature != b"PK\x01\x02":
         raise CorruptError("the zip directory holds something else than records", where="zip directory", offset=pos)
-    end = pos + _CENTRAL.size + name_nbytes + extra_nbytes + comment_nbytes
+    end = pos + CENTRAL.size + name_nbytes + extra_nbytes + comment_nbytes
     if end > len(directory):
         raise CorruptError("a record's name or extra field leaves the zip directory", where="zip directory", offset=pos)
-    raw_name = directory[pos + _CENTRAL.size : pos + _CENTRAL.size + name_nbytes]
-    extra = directory[pos + _CENTRAL.size + name_nbytes : end - comment_nbytes]
+    raw_name = directory[pos + CENTRAL.size : pos + CENTRAL.size + name_nbytes]
+    extra = directory[pos + CENTRAL.size + name_nbytes : end - comment_nbytes]
     name = _name(raw_name, flags, limits)
     if flags & _ANY_REFUSED_FLAG:
         what = next(what for flag, what in _REFUSED_FLAGS.items() if flags & flag)
         raise UnsupportedError(f"record {name!r} is {what}")
-    if method not in (_STORED, _DEFLATED):
+    if method not in (STORED, DEFLATED):
         raise UnsupportedError(f"record {name!r} uses compression method {method}; 0 and 8 are known")
-    if extra or _MAX32 in (nbytes, packed, header_offset):
+    if extra or MAX32 in (nbytes, packed, header_offset):
         nbytes, packed, header_offset = _widened(extra, name, (nbytes, packed, header_offset))
-    if method == _STORED and packed != nbytes:
+    if method == STORED and packed != nbytes:
         raise CorruptError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {nbytes:,}")
     data_offset = _data_offset(window, header_offset, raw_name, method, flags, (crc, packed, nbytes), name)
     if data_offset + packed > directory_offset:
@@ -209,7 +206,7 @@ def _read_central(
             name=name,
             data=ByteRange(window.file, data_offset, packed),
             nbytes=nbytes,
-            deflated=method == _DEFLATED,
+            deflated=method == DEFLATED,
             crc32=crc if crc or not nbytes else None,
         ),
         header_offset,
@@ -221,7 +218,7 @@ def _name(raw: bytes, flags: int, limits: Limits) -> str:
     if len(raw) > limits.name_nbytes:
         raise LimitError("length of a record's name", limit=limits.name_nbytes, actual=len(raw))
     try:
-        name = raw.decode("utf-8" if flags & _UTF8 or raw.isascii() else "cp437")
+        name = raw.decode("utf-8" if flags & UTF8 or raw.isascii() else "cp437")
     except UnicodeDecodeError:
         raise CorruptError(f"a record's name is not UTF-8: {raw[:80]!r}") from None
     if _ODD_NAME.search(name) or not name:
@@ -244,13 +241,13 @@ def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int
         if tag == _ZIP64:
             wide = extra[pos + 4 : pos + 4 + size]
         pos += 4 + size
-    if _MAX32 not in fields:
+    if MAX32 not in fields:
         return fields
     if wide is None:
         raise CorruptError(f"record {name!r}: a size is said to be in a zip64 field that is not there")
     values = []
     for field in fields:
-        if field == _MAX32:
+        if field == MAX32:
             if len(wide) < 8:
                 raise CorruptError(f"record {name!r}: its zip64 field is too short")
             field, wide = int.from_bytes(wide[:8], "little"), wide[8:]
@@ -262,24 +259,24 @@ def _data_offset(
     window: _Window, at: int, raw_name: bytes, method: int, flags: int, sizes: tuple[int, int, int], name: str
 ) -> int:
     """Where the record's data begins, once the local header is known not to contradict the central one."""
-    if at + _LOCAL.size + len(raw_name) > window.file.size:
+    if at + LOCAL.size + len(raw_name) > window.file.size:
         raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {window.file.size:,} bytes")
-    header = window.read(at, _LOCAL.size + len(raw_name))
+    header = window.read(at, LOCAL.size + len(raw_name))
     (
         signature, _, local_flags, local_method, _, _, crc, packed, nbytes, name_nbytes, extra_nbytes,
-    ) = _LOCAL.unpack_from(header)  # fmt: skip
+    ) = LOCAL.unpack_from(header)  # fmt: skip
     if signature != LOCAL_SIGNATURE:
         raise CorruptError(f"record {name!r}: no record begins at byte {at:,}")
-    if name_nbytes != len(raw_name) or header[_LOCAL.size :] != raw_name or local_method != method:
+    if name_nbytes != len(raw_name) or header[LOCAL.size :] != raw_name or local_method != method:
         raise CorruptError(f"record {name!r}: its own header gives another name or method than the directory")
-    if (local_flags ^ flags) & ~(_HAS_DESCRIPTOR | _UTF8) & 0xFFFF:
+    if (local_flags ^ flags) & ~(_HAS_DESCRIPTOR | UTF8) & 0xFFFF:
         raise CorruptError(f"record {name!r}: its own header gives other flags than the directory")
     if (crc, packed, nbytes) != sizes:
-        for local, central, wide in zip((crc, packed, nbytes), sizes, (None, _MAX32, _MAX32), strict=True):
+        for local, central, wide in zip((crc, packed, nbytes), sizes, (None, MAX32, MAX32), strict=True):
             later = local == 0 and local_flags & _HAS_DESCRIPTOR  # the values follow the data
             if local not in (central, wide) and not later:
                 raise CorruptError(f"record {name!r}: its own header gives another size or checksum than the directory")
-    return at + _LOCAL.size + int(name_nbytes) + int(extra_nbytes)
+    return at + LOCAL.size + int(name_nbytes) + int(extra_nbytes)
 
 
 def read_record(record: Record, limit: int) -> bytes:
@@ -310,94 +307,3 @@ def read_record(record: Record, limit: int) -> bytes:
             f"record {record.name!r}: its CRC-32 is {zlib.crc32(data):08x}, recorded is {record.crc32:08x}: damaged"
         )
     return data
-
-
-class ZipWriter:
-    """Lays out an archive of stored records as torch does: aligned data, zip64 where needed.
-
-    Adding a record only plans it; `finish` gives the steps and the size.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root = root
-        self._steps: list[Step] = []
-        self._checksums: list[Checksum] = []
-        self._central: list[tuple[bytes, int | None, int, int]] = []  # name, crc, size, header offset
-        self._data_at: list[int] = []
-        self._pos = 0
-
-    def add_literal(self, name: str, data: bytes) -> None:
-        """Plan a record of bytes that are at hand."""
-        target = self._header(name, len(data), zlib.crc32(data))
-        self._steps.append(Literal(target, data))
-
-    def add_copy(self, name: str, source: ByteRange, crc32: int | None) -> int:
-        """Plan a record that is copied, and return where its data will lie.
-
-        Args:
-            name: below the root.
-            source: the bytes.
-            crc32: of exactly these bytes where it is known; ``None``: computed from the output.
-        """
-        target = self._header(name, source.nbytes, crc32)
-        if source.nbytes:
-            self._steps.append(Copy(target, source))
-        return target
-
-    def _header(self, name: str, nbytes: int, crc: int | None) -> int:
-        """Plan a local header at the current position; returns where the data begins."""
-        raw = f"{self._root}/{name}".encode()
-        at = self._pos
-        wide = nbytes >= _MAX32
-        extra = pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
-        data_at = at + _LOCAL.size + len(raw) + len(extra) + 4  # 4: tag and length of the padding
-        padding = -data_at % ALIGNMENT
-        extra += b"FB" + pack("<H", padding) + b"Z" * padding
-        size = _MAX32 if wide else nbytes
-        header = _LOCAL.pack(
-            LOCAL_SIGNATURE,
-            45 if wide else 20,
-            _UTF8,
-            _STORED,
-            0,
-            _DOS_DATE,
-            crc or 0,
-            size,
-            size,
-            len(raw),
-            len(extra),
-        )
-        self._steps.append(Literal(at, header + raw + extra))
-        data_at += padding
-        if crc is None and nbytes:
-            self._checksums.append(Checksum(at + 14, data_at, nbytes))
-        self._central.append((raw, crc if nbytes else 0, nbytes, at))
-        self._data_at.append(data_at)
-        self._pos = data_at + nbytes
-        return data_at
-
-    def finish(self) -> tuple[tuple[Step, ...], int]:
-        """The steps, checksums last, and the size in bytes of the archive."""
-        start = self._pos
-        directory = bytearray()
-        for (raw, crc, nbytes, at), data_at in zip(self._central, self._data_at, strict=True):
-            wide = [value for value in (nbytes, nbytes, at) if value >= _MAX32]
-            extra = pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-            if crc is None:
-                self._checksums.append(Checksum(start + len(directory) + 16, data_at, nbytes))
-            size, offset = min(nbytes, _MAX32), min(at, _MAX32)
-            version = 45 if wide else 20
-            directory += _CENTRAL.pack(
-                b"PK\x01\x02", version, version, _UTF8, _STORED, 0, _DOS_DATE, crc or 0,
-                size, size, len(raw), len(extra), 0, 0, 0, 0, offset,
-            )  # fmt: skip
-            directory += raw + extra
-        nbytes, count, end_at = len(directory), len(self._central), start + len(directory)
-        if count >= _MAX16 or nbytes >= _MAX32 or start >= _MAX32:
-            directory += _END64.pack(b"PK\x06\x06", _END64.size - 12, 45, 45, 0, 0, count, count, nbytes, start)
-            directory += _LOCATOR.pack(b"PK\x06\x07", 0, end_at, 1)
-        directory += _END.pack(
-            b"PK\x05\x06", 0, 0, min(count, _MAX16), min(count, _MAX16), min(nbytes, _MAX32), min(start, _MAX32), 0
-        )
-        self._steps.append(Literal(start, bytes(directory)))
-        return (*self._steps, *self._checksums), start + len(directory)

@@ -15,7 +15,8 @@ import pytest
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.formats.zip_archive import ALIGNMENT, Record, ZipWriter, read_directory, read_record
+from ckptkit.formats.zip_archive import Record, read_directory, read_record
+from ckptkit.formats.zip_writer import ALIGNMENT, ZipWriter
 from ckptkit.limits import Limits
 from ckptkit.plan import Checksum, Copy, Literal
 
