@@ -30,6 +30,9 @@ __all__ = ["execute", "stream", "write_atomically"]
 _ONE_CALL = 64 << 20
 """Bytes asked of one kernel copy: calls cost nothing at this size, and an interrupt is heard soon."""
 
+_FLUSH_SECONDS = 0.05
+"""Pause between flushes while a file is being written; most files are written before the first."""
+
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 """Errors that say this file system or kernel cannot copy so, not that the copy failed."""
 
@@ -73,8 +76,11 @@ def write_atomically(
         raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
     try:
         try:
-            execute(plan, fd, progress)
-            _flush(fd, (lambda: check(temporary)) if check is not None else None)
+            with _flushing(fd) as written:
+                execute(plan, fd, progress)
+                written()
+                if check is not None:
+                    check(temporary)
         finally:
             os.close(fd)
         _publish(temporary, path, shown, force=force)
@@ -87,24 +93,36 @@ def write_atomically(
             os.unlink(temporary)
 
 
-def _flush(fd: int, meanwhile: Callable[[], object] | None) -> None:
-    """Flush a file to disk; the disk's work and that of ``meanwhile`` go on side by side."""
-    if meanwhile is None:
-        os.fsync(fd)
-        return
-    failures: list[OSError] = []
+@contextlib.contextmanager
+def _flushing(fd: int) -> Iterator[Callable[[], None]]:
+    """Flush a file to disk while it is still being written and checked.
+
+    The disk works side by side with the copying, so that little is left to wait for at the end.
+    The block calls what it is given once everything is written.
+
+    Raises:
+        OSError: a flush failed; the file is not safely on disk.
+    """
+    written, wanted, failures = threading.Event(), [True], list[OSError]()
 
     def flush() -> None:
         try:
-            os.fsync(fd)
+            while not written.wait(_FLUSH_SECONDS):
+                os.fsync(fd)
+            if wanted:
+                os.fsync(fd)
         except OSError as error:
             failures.append(error)
 
     flusher = threading.Thread(target=flush)
     flusher.start()
     try:
-        meanwhile()
+        yield written.set
+    except BaseException:
+        wanted.clear()
+        raise
     finally:
+        written.set()
         flusher.join()
     if failures:
         raise failures[0]

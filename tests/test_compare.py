@@ -475,3 +475,15 @@ def test_a_state_dict_under_two_keys(save: Save, tmp_path: Path) -> None:
         other = save({"state_dict": weights, "best": OrderedDict(weights)}, "other.pth")
         with pytest.raises(CorruptError, match="no longer the same object"):
             check_output(source, str(other))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_in_several_threads(source: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    monkeypatch.setattr(compare, "_MANY_NBYTES", 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    path = written(source, tmp_path / f"out{suffix}")
+    alone = sum({id(e.storage): e.nbytes for e in source.state_dict.values() if e.covers_storage}.values())
+    assert check_output(source, str(path)) >= alone
+    flipped(path, storage_extents(path)["2.bias"][0])
+    with pytest.raises(CorruptError, match=r"2\.bias.*the output differs at byte 0"):
+        check_output(source, str(path))

@@ -347,7 +347,7 @@ class Same:
             if not self._seen("object", id(a), id(b), at):
                 self._tensor(a, b, at)
         elif isinstance(a, torch.UntypedStorage):
-            if not self._seen("storage", a._cdata, b._cdata, at):
+            if a.nbytes() + b.nbytes() and not self._seen("storage", a._cdata, b._cdata, at):
                 assert a.tolist() == b.tolist(), at
         elif isinstance(a, np.ndarray):
             assert (a.dtype, a.shape, a.tolist()) == (b.dtype, b.shape, b.tolist()), at
@@ -485,16 +485,17 @@ def test_odd_tensors_survive(folder: Path) -> None:
 
 BYTES = torch.arange(16, dtype=torch.uint8)
 EMPTY = torch.empty(0)
+TWO_TYPES = pytest.mark.xfail(strict=True, reason="a storage named with two types is refused")
 
 
 @pytest.mark.parametrize(
     "obj",
     [
-        {"packed": BYTES, "weight": BYTES.view(torch.float8_e4m3fn)},
-        {"weight": BYTES.view(torch.float8_e4m3fn), "packed": BYTES},
+        pytest.param({"packed": BYTES, "weight": BYTES.view(torch.float8_e4m3fn)}, marks=TWO_TYPES),
+        pytest.param({"weight": BYTES.view(torch.float8_e4m3fn), "packed": BYTES}, marks=TWO_TYPES),
         {"weight": BYTES.view(torch.uint16), "scale": BYTES.view(torch.float8_e5m2)[3:]},
-        {"empty": EMPTY, "as integers": EMPTY.view(torch.int32)},
-        {"state_dict": {"packed": BYTES}, "bytes": BYTES.untyped_storage()},
+        pytest.param({"empty": EMPTY, "as integers": EMPTY.view(torch.int32)}, marks=TWO_TYPES),
+        pytest.param({"state_dict": {"packed": BYTES}, "bytes": BYTES.untyped_storage()}, marks=TWO_TYPES),
         {"state_dict": {"packed": BYTES[:13]}, "bytes": [torch.UntypedStorage(0), torch.UntypedStorage(3)]},
     ],
 )
