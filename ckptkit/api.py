@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.diagnose import diagnose
+from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
+from ckptkit.diagnose import diagnose, diagnose_losses, diagnose_renames
 from ckptkit.errors import RewriteError, SectionError
 from ckptkit.inspection import describe
-from ckptkit.pickling.inert import mapping_items
-from ckptkit.plan import Gather, Plan
+from ckptkit.plan import Plan
 from ckptkit.report import Finding, Report
 from ckptkit.rewrite import AddModule, AddPrefix, MapLocation, StripModule, StripPrefix, WeightsOnly
 from ckptkit.rewrite.device import LocationMap
@@ -307,14 +306,14 @@ def convert(
             if old != new
         }
         plan = result.plan(destination, to=to)
-        findings = [
-            *_rename_findings(file.checkpoint, renames, strip=strip_module or strip_prefix is not None),
-            *_loss_findings(file.checkpoint, result.checkpoint, plan),
-        ]
+        findings = (
+            *diagnose_renames(file.checkpoint, renames, strip=strip_module or strip_prefix is not None),
+            *diagnose_losses(file.checkpoint, result.checkpoint, plan),
+        )
         if not dry_run:
             result._carry_out(plan, destination, force=force, check=check, progress=progress)
     return Report(
-        findings=tuple(findings),
+        findings=findings,
         details={
             "source": os.fspath(source),
             "destination": os.fspath(destination),
@@ -336,66 +335,6 @@ def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
         names = ", ".join(repr(name) for name in weights)
         raise SectionError(f"{path}: several sections hold weights ({names}); name the one {purpose} with --section")
     raise SectionError(f"{path}: the file holds no state_dict {purpose} (its kind is {checkpoint.origin.kind!r})")
-
-
-def _rename_findings(source: Checkpoint, renames: Mapping[str, str], *, strip: bool) -> list[Finding]:
-    findings = []
-    total = len(source.state_dict.everything)
-    if renames:
-        old, new = next(iter(renames.items()))
-        findings.append(
-            Finding(
-                code="renamed",
-                severity="info",
-                message=f"{len(renames)} of {total} names changed, as {old!r} to {new!r}",
-            )
-        )
-    if strip and not renames:
-        findings.append(
-            Finding(code="nothing-to-strip", severity="info", message=f"none of {total} names carries the prefix")
-        )
-    elif strip and 0 < len(renames) < total:
-        kept = next(name for name in source.state_dict.everything if name not in renames)
-        findings.append(
-            Finding(
-                code="mixed-prefix",
-                severity="warning",
-                message=f"{total - len(renames)} of {total} names did not carry the prefix, such as {kept!r}",
-            )
-        )
-    return findings
-
-
-def _loss_findings(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[Finding]:
-    """What the output does not hold, or holds in another form."""
-    findings = []
-    left_out: list[str] = []
-    if result.rest is STATE_DICT or plan.format == "safetensors":
-        pairs = mapping_items(source.rest) or []
-        left_out = [str(key) for key, value in pairs if isinstance(key, str) and value is not STATE_DICT]
-    if left_out:
-        shown = ", ".join(left_out[:8]) + (f" and {len(left_out) - 8} more" if len(left_out) > 8 else "")
-        findings.append(
-            Finding(
-                code="left-out",
-                severity="info" if result.rest is STATE_DICT else "warning",
-                message=f"not in the output: {shown}",
-                fix=None if result.rest is STATE_DICT else "write a .pth to keep them",
-            )
-        )
-    gathered = [step.entry for step in plan.steps if isinstance(step, Gather)]
-    stored = [entry for name, entry in result.state_dict.items() if name not in plan.aliases]
-    overlapping = len(stored) - len({id(entry.storage) for entry in stored})
-    if plan.format == "safetensors" and (gathered or overlapping):
-        findings.append(
-            Finding(
-                code="written-out",
-                severity="info",
-                message=f"{len(gathered)} tensors were not contiguous and {overlapping} shared a storage; "
-                "each has its own bytes in the output",
-            )
-        )
-    return findings
 
 
 def verify(

@@ -6,16 +6,17 @@ Computed from the common representation alone: no tensor byte is read, nothing i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
-from ckptkit.report import Finding, convert_command
+from ckptkit.plan import Gather, Plan
+from ckptkit.report import Finding, convert_command, human_size
 from ckptkit.rewrite.prefix import unwrapped
 from ckptkit.sections import is_plain, step
 
-__all__ = ["DIAGNOSES", "Contents", "diagnose", "human_size"]
+__all__ = ["DIAGNOSES", "Contents", "diagnose", "diagnose_losses", "diagnose_renames"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,6 @@ def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
     order = {"error": 0, "warning": 1, "info": 2}
     return tuple(sorted(found, key=lambda finding: order[finding.severity]))
-
-
-def human_size(nbytes: int) -> str:
-    """Bytes as people read them: ``"1.2 MB"``, in powers of 1000."""
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            return f"{nbytes} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{nbytes} B"
 
 
 def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -238,3 +229,70 @@ def _contents(checkpoint: Checkpoint) -> Contents:
             bare[id(node)] = node
     storages = {id(entry.storage): entry.storage for entry in entries.values()}
     return Contents(entries, bare, {**storages, **bare})
+
+
+# What a conversion changes.
+
+
+def diagnose_renames(source: Checkpoint, renames: Mapping[str, str], *, strip: bool) -> Iterator[Finding]:
+    """What renaming came to.
+
+    Args:
+        source: the checkpoint before it.
+        renames: from old name to new, where they differ.
+        strip: whether a prefix was to be stripped.
+    """
+    names = list(source.state_dict.everything)
+    if renames:
+        old, new = next(iter(renames.items()))
+        yield Finding(
+            code="renamed",
+            severity="info",
+            message=f"{len(renames)} of {len(names)} names changed, as {old!r} to {new!r}",
+        )
+    if strip and not renames:
+        yield Finding(
+            code="nothing-to-strip", severity="info", message=f"none of {len(names)} names carries the prefix"
+        )
+    elif strip and len(renames) < len(names):
+        kept = next(name for name in names if name not in renames)
+        yield Finding(
+            code="mixed-prefix",
+            severity="warning",
+            message=f"{len(names) - len(renames)} of {len(names)} names did not carry the prefix, such as {kept!r}",
+        )
+
+
+def diagnose_losses(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterator[Finding]:
+    """What the output does not hold, or holds in another form.
+
+    Args:
+        source: the checkpoint as it was read.
+        result: as it is written.
+        plan: of the output.
+    """
+    asked_for = result.rest is STATE_DICT
+    left_out: list[str] = []
+    if asked_for or plan.format == "safetensors":
+        pairs = mapping_items(source.rest) or []
+        left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
+    if left_out:
+        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+        yield Finding(
+            code="left-out",
+            severity="info" if asked_for else "warning",
+            message=f"not in the output: {', '.join(left_out[:8])}{more}",
+            fix=None if asked_for else "write a .pth to keep them",
+        )
+    if plan.format != "safetensors":
+        return
+    gathered = sum(isinstance(made, Gather) for made in plan.steps)
+    stored = [entry for name, entry in result.state_dict.items() if name not in plan.aliases and entry.nbytes]
+    overlapping = len(stored) - len({id(entry.storage) for entry in stored})
+    if gathered or overlapping:
+        yield Finding(
+            code="written-out",
+            severity="info",
+            message=f"{gathered} tensors were not contiguous and {overlapping} shared a storage; "
+            "each has its own bytes in the output",
+        )

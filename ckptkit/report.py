@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ckptkit.errors import FailedReportError
 
-__all__ = ["SCHEMA_VERSION", "Finding", "Report", "Severity", "at_least", "convert_command", "worst"]
+__all__ = ["SCHEMA_VERSION", "Finding", "Report", "Severity", "at_least", "convert_command", "human_size", "worst"]
 
 SCHEMA_VERSION = 1
 """Version of every JSON document ckptkit prints."""
@@ -106,3 +106,13 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> s
     stem, ending = os.path.splitext(path)
     destination = stem + (suffix if suffix != ending else f".clean{suffix}")
     return shlex.join(["ckptkit", "convert", path, destination, *options])
+
+
+def human_size(nbytes: int) -> str:
+    """Bytes as people read them: ``"1.2 MB"``, in powers of 1000."""
+    size = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            return f"{nbytes} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{nbytes} B"

@@ -16,14 +16,14 @@ from ckptkit.cli.options import (
     echo,
     echo_findings,
     echo_json,
+    json_errors,
+    key_values,
     path_argument,
     printable,
     styler,
     with_examples,
 )
-from ckptkit.diagnose import human_size
-from ckptkit.errors import CkptkitError
-from ckptkit.report import SCHEMA_VERSION
+from ckptkit.report import human_size
 
 __all__ = ["command"]
 
@@ -78,22 +78,16 @@ def command(
     everything that is in SRC (optimizer, epoch, arguments, unknown objects). DST is either the old
     file or the complete new one, whatever happens.
     """
-    try:
-        with _progress_bar(source, progress, quiet=quiet) as moved:
-            report = api.convert(
-                source,
-                destination,
-                map_location=_map_location(locations),
-                metadata=_metadata(metadata),
-                check=not no_check,
-                progress=moved,
-                **options,
-            )
-    except CkptkitError as error:
-        if as_json:
-            failure = {"type": type(error).__name__, "message": str(error)}
-            echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": failure})
-        raise
+    with json_errors(as_json), _progress_bar(source, progress, quiet=quiet) as moved:
+        report = api.convert(
+            source,
+            destination,
+            map_location=_map_location(locations),
+            metadata=key_values("--metadata", metadata),
+            check=not no_check,
+            progress=moved,
+            **options,
+        )
     if as_json:
         echo_json(report.to_dict())
         return 0
@@ -127,13 +121,6 @@ def _map_location(given: tuple[str, ...]) -> str | dict[str, str] | None:
     if len(table) != len(pairs):
         raise click.UsageError("--map-location maps one location twice")
     return table or None
-
-
-def _metadata(given: tuple[str, ...]) -> dict[str, str]:
-    for text in given:
-        if not text.partition("=")[0] or "=" not in text:
-            raise click.UsageError(f"--metadata {text!r}: KEY=VALUE is expected")
-    return {text.partition("=")[0]: text.partition("=")[2] for text in given}
 
 
 def _show_plan(details: Any) -> None:

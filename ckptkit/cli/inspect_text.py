@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckptkit.cli.options import Style, columns, printable
-from ckptkit.diagnose import human_size
+from ckptkit.report import human_size
 
 __all__ = ["flat", "markdown", "text"]
 

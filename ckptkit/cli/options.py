@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
 
-from ckptkit.report import Finding
+from ckptkit.errors import CkptkitError
+from ckptkit.report import SCHEMA_VERSION, Finding
 
 __all__ = [
     "Style",
@@ -19,6 +21,8 @@ __all__ = [
     "echo",
     "echo_findings",
     "echo_json",
+    "json_errors",
+    "key_values",
     "path_argument",
     "printable",
     "styler",
@@ -90,6 +94,31 @@ def columns(rows: list[list[str]], headers: list[str], align: str) -> list[str]:
 def echo_json(document: Any) -> None:
     """A JSON document on stdout; non-ASCII escaped, so that any terminal and any name will do."""
     click.echo(json.dumps(document, indent=2))
+
+
+@contextmanager
+def json_errors(as_json: bool) -> Iterator[None]:
+    """Where JSON is asked for, an error is a document on stdout too; it is raised all the same."""
+    try:
+        yield
+    except CkptkitError as error:
+        if as_json:
+            failure = {"type": type(error).__name__, "message": str(error)}
+            echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": failure})
+        raise
+
+
+def key_values(option: str, given: tuple[str, ...]) -> dict[str, str]:
+    """The ``KEY=VALUE`` pairs given to a repeatable option.
+
+    Raises:
+        click.UsageError: one has no key or no ``=``.
+    """
+    pairs = [(text, *text.partition("=")) for text in given]
+    for text, key, equals, _ in pairs:
+        if not key or not equals:
+            raise click.UsageError(f"{option} {text!r}: KEY=VALUE is expected")
+    return {key: value for _, key, _, value in pairs}
 
 
 def echo_findings(findings: list[Finding], style: Style, *, err: bool = False) -> None:

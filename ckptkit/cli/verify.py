@@ -12,13 +12,13 @@ from ckptkit.cli.options import (
     echo,
     echo_findings,
     echo_json,
+    json_errors,
+    key_values,
     path_argument,
     printable,
     styler,
     with_examples,
 )
-from ckptkit.errors import CkptkitError
-from ckptkit.report import SCHEMA_VERSION
 
 __all__ = ["command"]
 
@@ -64,20 +64,15 @@ def command(
     The checkpoint is read by ckptkit and never executed; the reference's own code is. Exit code 0:
     it fits and runs; 1: it does not; 2: it could not be checked.
     """
-    try:
+    with json_errors(as_json):
         report = api.verify(
             path,
             model=model,
-            model_args=_pairs(model_args),
+            model_args=key_values("--model-arg", model_args),
             input_shapes=[_shape(text) for text in shapes],
             forward=not no_forward,
             **options,
         )
-    except CkptkitError as error:
-        if as_json:
-            failure = {"type": type(error).__name__, "message": str(error)}
-            echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": failure})
-        raise
     if as_json:
         echo_json(report.to_dict())
     else:
@@ -87,13 +82,6 @@ def command(
         if not quiet:
             echo(f"{printable(path)}: {verdict} against {printable(model)}")
     return 0 if report.ok else 1
-
-
-def _pairs(given: tuple[str, ...]) -> dict[str, str]:
-    for text in given:
-        if not text.partition("=")[0] or "=" not in text:
-            raise click.UsageError(f"--model-arg {text!r}: KEY=VALUE is expected")
-    return {text.partition("=")[0]: text.partition("=")[2] for text in given}
 
 
 def _shape(text: str) -> tuple[int, ...]:
