@@ -36,6 +36,9 @@ __all__ = ["StorageTable", "is_tensor_like", "lower_storage", "lower_tensor"]
 _UNTYPED = {("torch.storage", "UntypedStorage"), ("torch.storage", "_UntypedStorage"), ("torch", "UntypedStorage")}
 """Where torch has kept the untyped storage class: 2.0 and later, 1.12, 1.13."""
 
+_UNTYPED_DTYPE = "uint8"
+"""What torch takes an untyped storage's elements for (``torch/serialization.py`` ``persistent_load``)."""
+
 _PLAIN_TYPES = {("torch", "Tensor"), ("torch._tensor", "Tensor")}
 _PARAMETER = ("torch.nn.parameter", "Parameter")
 
@@ -90,7 +93,9 @@ class StorageTable:
                 crc32=crc32,
                 byteorder="big" if self._byteorder == "big" else "little",
             )
-        elif (known.dtype, known.nbytes, known.location) != (dtype, numel * itemsize, location):
+        elif known.nbytes == numel == 0 and known.dtype != dtype:
+            return replace(known, dtype=dtype)  # nothing is shared, and torch does not compare the types
+        elif (known.nbytes, known.location) != (numel * itemsize, location) or not _agree(known.dtype, dtype):
             raise CorruptError(
                 f"storage {key!r} is named as {known.nbytes:,} bytes of {known.dtype or 'bytes'} on {known.location!r} "
                 f"and as {numel * itemsize:,} bytes of {dtype or 'bytes'} on {location!r}"
@@ -125,8 +130,8 @@ class StorageTable:
         bits = _metadata_bits(metadata)
         if not isinstance(storage, Storage) or not isinstance(requires_grad, bool) or bits is None:
             return NotImplemented
-        dtype = dtype or storage.dtype
-        if dtype is None or DTYPES[dtype].kind == "quantized":
+        dtype = dtype or storage.dtype or _UNTYPED_DTYPE
+        if DTYPES[dtype].kind == "quantized":
             return NotImplemented
         if shape is None or stride is None or not _is_int(offset) or abs(offset) >= _HUGE:
             raise CorruptError("a tensor whose offset, size or stride are not whole numbers of 62 bits")
@@ -248,6 +253,11 @@ def lower_tensor(entry: TensorEntry) -> Object:
 
 def _is_wrapped_parameter(entry: TensorEntry) -> bool:
     return entry.is_parameter and entry.subclass is None
+
+
+def _agree(known: str | None, dtype: str | None) -> bool:
+    """Whether a storage of one type may also be named with the other; ``None`` is an untyped storage."""
+    return (known or _UNTYPED_DTYPE) == (dtype or _UNTYPED_DTYPE)
 
 
 def _storage_dtype(cls: Global) -> tuple[str | None, int]:

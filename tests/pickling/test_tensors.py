@@ -307,7 +307,6 @@ def v2(*args: object) -> Object:
         v2(pid(), 0, (2,), (1,), False, HOOKS, "metadata"),
         v2("no storage", 0, (2,), (1,), False, HOOKS),
         v2(pid(Global("torch", "QInt8Storage")), 0, (2,), (1,), False, HOOKS),
-        v2(pid(Global("torch", "UntypedStorage")), 0, (2,), (1,), False, HOOKS),
         call("_rebuild_tensor", pid(), 0, (2,)),
         call("_rebuild_tensor_v3", pid(), 0, (2,), (1,), False, HOOKS),
         call("_rebuild_tensor_v3", pid(), 0, (2,), (1,), False, HOOKS, Global("torch", "float7")),
