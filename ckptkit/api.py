@@ -214,7 +214,8 @@ def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | 
         section: path of the weights to select, where the file holds several.
 
     Returns:
-        Name to tensor, in file order.  Tied tensors share memory.
+        Name to tensor, in file order.  Tied tensors share memory.  From a whole model they are plain
+        tensors, as ``Module.state_dict()`` gives them.
 
     Raises:
         MissingDependencyError: torch is not installed.
@@ -228,7 +229,8 @@ def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | 
 
     with open(path, section=section) as file:
         _require_state_dict(file.checkpoint, "to load")
-        return tensors(file.state_dict, map_location=map_location)
+        state = tensors(file.state_dict, map_location=map_location)
+        return state if file.checkpoint.module is None else {name: value.detach() for name, value in state.items()}
 
 
 def convert(

@@ -68,6 +68,7 @@ def test_load_state_dict_takes_what_torch_load_takes(save, same_bits, location: 
     expected = model.state_dict()
     assert list(state) == list(expected)
     assert all(same_bits(state[name], expected[name]) for name in expected)
+    assert not any(value.requires_grad for value in state.values())
     torch.nn.Linear(3, 2).load_state_dict(state, strict=True)
 
 

@@ -118,7 +118,7 @@ def test_check_sees(make: ModuleType, tmp_path: Path, spoil: Callable[[Path], No
         ),
         ("state_dict.safetensors", "safetensors", "state_dict", "", 13, {"cpu": 13}, "safe"),
         ("whole_model.pth", "torch-zip", "whole_model", "", 13, {"cpu": 13}, "needs_trust"),
-        ("tied.pth", "torch-zip", "state_dict", "", 40, {"cpu": 40}, "safe"),
+        ("tied.pth", "torch-zip", "state_dict", "", 39, {"cpu": 39}, "safe"),
     ],
 )
 def test_what_is_in_them(
@@ -183,7 +183,7 @@ def test_safetensors_equals_what_the_library_loads(same_bits: SameBits) -> None:
     expected: dict[str, Any] = load_file(FIXTURES / "state_dict.safetensors")
     with opened("state_dict.safetensors") as checkpoint:
         assert checkpoint.state_dict.keys() == expected.keys()
-        assert checkpoint.metadata == {"format": "pt", "license": "MIT"}
+        assert checkpoint.metadata == {"license": "MIT"}
         for name, tensor in expected.items():
             assert same_bits(tensor_of(checkpoint.state_dict[name]), tensor), name
 
@@ -206,9 +206,6 @@ def test_whole_model_is_read_without_its_class(make: ModuleType, same_bits: Same
 
 @pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")
 def test_tied_equals_what_torch_loads(make: ModuleType, same_bits: SameBits) -> None:
-    missing = [name for name in make.PLAIN_DTYPES if not hasattr(torch, name)]
-    if missing:
-        pytest.skip(f"this torch has no {', '.join(missing)}")
     expected = torch.load(FIXTURES / "tied.pth", weights_only=True)
     with opened("tied.pth") as checkpoint:
         state_dict = checkpoint.state_dict
@@ -227,4 +224,4 @@ def test_tied_holds_every_dtype_that_is_plain(make: ModuleType) -> None:
     with opened("tied.pth") as checkpoint:
         found = {entry.dtype for entry in checkpoint.state_dict.values()}
     assert found == set(make.PLAIN_DTYPES)
-    assert found == {row.name for row in DTYPES.values() if row.kind != "quantized"}
+    assert found == {row.name for row in DTYPES.values() if row.kind != "quantized"} - {"bcomplex32"}

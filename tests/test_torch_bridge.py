@@ -35,7 +35,7 @@ from ckptkit.torch_bridge import dtype_of, tensors
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 
-PLAIN = [name for name, row in DTYPES.items() if row.kind != "quantized"]
+PLAIN = [name for name, row in DTYPES.items() if row.kind != "quantized" and hasattr(torch, name)]
 
 
 def values(path: Path, **options: Any) -> dict[str, torch.Tensor]:

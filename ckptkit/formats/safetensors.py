@@ -185,6 +185,11 @@ def _write(checkpoint: Checkpoint) -> Plan:
     _refuse(state_dict)
     metadata = {"format": "pt", **checkpoint.metadata}
     aliases = _aliases(state_dict, metadata)
+    for key, value in metadata.items():
+        if value in state_dict and key not in state_dict and key != "format":
+            raise RewriteError(
+                f"metadata {key!r}: its value {value!r} is a tensor's name, so readers take it for a tie"
+            )
     metadata.update(aliases)
     stored = [name for name in state_dict if name not in aliases]
     offsets: dict[str, int] = {}

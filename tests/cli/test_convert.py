@@ -248,6 +248,9 @@ def test_to_and_metadata(run, save, tmp_path: Path) -> None:
     assert run("convert", path, "b.weird").returncode == 2
     assert run("convert", path, "c.pth", "--metadata", "a=b").returncode == 2
     assert run("convert", path, "c.safetensors", "--metadata", "novalue").returncode == 2
+    tie = run("convert", path, "c.safetensors", "--metadata", "best=w")
+    assert tie.returncode == 2
+    assert "metadata 'best': its value 'w' is a tensor's name" in tie.stderr
 
 
 def test_quiet_and_progress(run, save) -> None:
