@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange
+from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.formats import read
@@ -22,6 +23,11 @@ from ckptkit.sections import brief, join
 from ckptkit.transfer import stream
 
 __all__ = ["check_output", "first_difference", "same_values"]
+
+_COMPARED_NBYTES = 512 << 10
+"""Bytes compared at a time: both sides fit into a core's own cache, where checksums are fast."""
+
+_kept = threading.local()
 
 _MAX_WORKERS = 4
 """Threads that compare; more than a few only wait for memory."""
@@ -148,18 +154,24 @@ def first_difference(a: ByteRange, b: ByteRange) -> tuple[int | None, int]:
     if a.nbytes != b.nbytes:
         return min(a.nbytes, b.nbytes), 0
     crc = 0
-    size = min(CHUNK_NBYTES, a.nbytes)
-    left, right = bytearray(size), bytearray(size)  # used again and again: fresh memory is what costs
-    for start in range(0, a.nbytes, CHUNK_NBYTES):
-        if a.nbytes - start < size:
-            size = a.nbytes - start
-            left, right = bytearray(size), bytearray(size)
+    for start in range(0, a.nbytes, _COMPARED_NBYTES):
+        left, right = _buffers(min(_COMPARED_NBYTES, a.nbytes - start))
         a.file.read_into(a.offset + start, left)
         b.file.read_into(b.offset + start, right)
         if left != right:
             return start + next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y), crc
         crc = zlib.crc32(left, crc)
     return None, crc
+
+
+def _buffers(nbytes: int) -> tuple[bytearray, bytearray]:
+    """Two buffers of this size; the common size is made once for each thread, since fresh memory is what costs."""
+    if nbytes != _COMPARED_NBYTES:
+        return bytearray(nbytes), bytearray(nbytes)
+    kept: tuple[bytearray, bytearray] | None = getattr(_kept, "buffers", None)
+    if kept is None:
+        kept = _kept.buffers = bytearray(nbytes), bytearray(nbytes)
+    return kept
 
 
 def same_values(a: TensorEntry, b: TensorEntry) -> bool:
