@@ -165,11 +165,9 @@ def first_difference(a: ByteRange, b: ByteRange) -> tuple[int | None, int]:
 
 
 def _buffers(nbytes: int) -> tuple[bytearray, bytearray]:
-    """Two buffers of this size; the common size is made once for each thread, since fresh memory is what costs."""
-    if nbytes != _COMPARED_NBYTES:
-        return bytearray(nbytes), bytearray(nbytes)
+    """Two buffers of this size, the last ones of this thread where they fit: fresh memory is what costs."""
     kept: tuple[bytearray, bytearray] | None = getattr(_kept, "buffers", None)
-    if kept is None:
+    if kept is None or len(kept[0]) != nbytes:
         kept = _kept.buffers = bytearray(nbytes), bytearray(nbytes)
     return kept
 

@@ -350,7 +350,7 @@ def test_values_of_different_length(save: Save) -> None:
 
 
 def test_the_first_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "CHUNK_NBYTES", 100)
+    monkeypatch.setattr(compare, "_COMPARED_NBYTES", 100)
     data = bytes(range(250))
     (tmp_path / "data").write_bytes(data + data[:-1] + b"x" + data)
     with closing(SourceFile(tmp_path / "data")) as file:
