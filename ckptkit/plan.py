@@ -80,7 +80,7 @@ class Plan:
         format: container name.
         nbytes: exact size of the output.
         steps: in order of position; checksums last.
-        tensors: number of tensors a reader of the output will see in its state_dict.
+        tensors: number of tensors a reader of the output will see, those beside the weights too.
         aliases: names recorded as another name's tensor (safetensors).
     """
 

@@ -144,7 +144,7 @@ def _tree_rows(document: dict[str, Any], depth: int) -> Iterator[list[str]]:
         note = f"{members[0]['dtype']} {_shape(members[0])}" if leaf else classes.get(".".join(path), "")
         if leaf and members[0]["tied_to"]:
             note += f" = {printable(members[0]['tied_to'])}"
-        yield _tree_row(printable(label), members, note, leaf=leaf)
+        yield _tree_row(printable(label) or "(tensor)", members, note, leaf=leaf)
 
 
 def _tree_row(label: str, members: list[dict[str, Any]], note: str, *, leaf: bool = False) -> list[str]:

@@ -136,12 +136,14 @@ def _root(records: dict[str, Record]) -> str:
 def _write(checkpoint: Checkpoint) -> Plan:
     keys: dict[int, str] = {}
     used: list[Storage] = []
-    tensors = len(checkpoint.state_dict)
+    tensors = 0
 
     def lower(node: object) -> object:
+        nonlocal tensors
         if node is STATE_DICT:
             return lower_state_dict(checkpoint.state_dict)
         if isinstance(node, TensorEntry):
+            tensors += 1
             return lower_tensor(node)
         if isinstance(node, Storage):
             if id(node) not in keys:
