@@ -6,6 +6,7 @@ found, 1 a difference or a failing finding, 2 it could not be done.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ COMMANDS = {
     "verify": "Load into a reference model and run a forward check.",
 }
 """Every command with its line in the list; ``ckptkit.cli.NAME`` holds it."""
+
+_GARBAGE_THRESHOLD = 100_000
+"""New objects after which Python looks for garbage; by default some hundreds."""
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -64,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; default: those of this process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # What a command makes lives until it prints it: looking for garbage among 100,000 tensors is wasted.
+    gc.set_threshold(_GARBAGE_THRESHOLD)
     debug = "--debug" in arguments
     try:
         code = cli.main(args=arguments, prog_name="ckptkit", standalone_mode=False)

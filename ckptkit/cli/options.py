@@ -92,8 +92,11 @@ def columns(rows: list[list[str]], headers: list[str], align: str) -> list[str]:
 
 
 def echo_json(document: Any) -> None:
-    """A JSON document on stdout; non-ASCII escaped, so that any terminal and any name will do."""
-    click.echo(json.dumps(document, indent=2))
+    """A JSON document on stdout: indented for people at a terminal, on one line (and faster) for programs.
+
+    Non-ASCII is escaped, so that any terminal and any name will do.
+    """
+    click.echo(json.dumps(document, indent=2 if sys.stdout.isatty() else None))
 
 
 @contextmanager
