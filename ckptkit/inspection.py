@@ -16,7 +16,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.modules import module_state, walk_module
 from ckptkit.pickling.inert import Object, attributes, children, mapping_items
-from ckptkit.sections import is_plain, join, step
+from ckptkit.sections import MAX_SECTION_DEPTH, is_plain, join, step
 
 __all__ = ["describe", "describe_error", "tensor_role", "training_state"]
 
@@ -28,9 +28,6 @@ _MAX_SCALARS = 400
 
 _MAX_TEXT = 200
 """Characters of a string scalar that are shown."""
-
-_MAX_SECTION_DEPTH = 4
-"""Keys from the root within which `ckptkit.sections` finds sections."""
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -155,7 +152,7 @@ class _Place(NamedTuple):
         return ".".join(reversed(parts))[:_MAX_NAME] or self.section
 
     def below(self, key: object, sections: frozenset[str]) -> _Place:
-        path = None if self.path is None or self.depth >= _MAX_SECTION_DEPTH else join(self.path, key)
+        path = None if self.path is None or self.depth >= MAX_SECTION_DEPTH else join(self.path, key)
         if path is not None and path in sections:
             return _Place(path, None, self.depth + 1, path)
         above = 0 if self.steps is None else self.steps[2]

@@ -27,7 +27,7 @@ from ckptkit.modules import module_state, walk_module
 from ckptkit.pickling.inert import attributes, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
-__all__ = ["CUSTOMARY_KEYS", "Candidate", "Survey", "brief", "choose", "is_plain", "join", "step"]
+__all__ = ["CUSTOMARY_KEYS", "MAX_SECTION_DEPTH", "Candidate", "Survey", "brief", "choose", "is_plain", "join", "step"]
 
 CUSTOMARY_KEYS = (
     "state_dict",
@@ -43,7 +43,7 @@ CUSTOMARY_KEYS = (
 )
 """Where training scripts put the weights, most common first."""
 
-_MAX_SECTION_DEPTH = 4
+MAX_SECTION_DEPTH = 4
 """Keys from the root to a section.  Lightning and fairseq need two."""
 
 _MAX_STEP = 200
@@ -112,9 +112,9 @@ class Survey:
                 yield from self._below(value, join(path, key), depth + 1)
 
     def _leads_to_weights(self, node: object, depth: int) -> bool:
-        """Whether the node, or something at most `_MAX_SECTION_DEPTH` keys from the root, is a section of its own."""
+        """Whether the node, or something at most `MAX_SECTION_DEPTH` keys from the root, is a section of its own."""
         kind = self._kind(node)
-        if kind != "parts" or depth >= _MAX_SECTION_DEPTH:
+        if kind != "parts" or depth >= MAX_SECTION_DEPTH:
             return kind in ("state_dict", "whole_model", "optimizer")
         known = self._leading.get((id(node), depth))
         if known is None:
