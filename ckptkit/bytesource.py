@@ -29,11 +29,12 @@ class SourceFile:
         FileAccessError: it is a folder, a device or unreadable.
     """
 
-    __slots__ = ("_fd", "_lock", "identity", "path", "size")
+    __slots__ = ("_companions", "_fd", "_lock", "identity", "path", "size")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._fd = -1
         self._lock = threading.Lock()
+        self._companions: list[SourceFile] = []
         self.path = os.fsdecode(path)
         try:
             # O_NONBLOCK: opening a named pipe must be refused below, not wait for a writer.
@@ -127,8 +128,15 @@ class SourceFile:
         status = os.fstat(self.fd)
         return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != self.identity
 
+    def keep(self, companion: SourceFile) -> SourceFile:
+        """Another file that belongs to this one (a shard to its index) and is closed with it."""
+        self._companions.append(companion)
+        return companion
+
     def close(self) -> None:
-        """Close the file; later reads raise.  Closing twice is harmless."""
+        """Close the file and its companions; later reads raise.  Closing twice is harmless."""
+        for companion in self._companions:
+            companion.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

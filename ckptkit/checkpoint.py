@@ -333,6 +333,7 @@ class Origin:
         state_path: the keys that lead to the state_dict, joined with dots; ``""`` is the whole file;
             ``None``: the file has no state_dict, or several and none was chosen.
         pickle_protocol: of the file's object pickle; ``None`` where it has none.
+        writer: which torch wrote it, as far as the file tells: ``"torch 2.1 or later"``.
     """
 
     path: str
@@ -343,6 +344,7 @@ class Origin:
     byteorder: Literal["little", "big"] = "little"
     state_path: str | None = None
     pickle_protocol: int | None = None
+    writer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

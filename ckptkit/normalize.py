@@ -31,7 +31,7 @@ class RawCheckpoint:
 
     Attributes:
         root: the inert tree.
-        format, format_version, byteorder, pickle_protocol, metadata: as in `Origin` and `Checkpoint`.
+        format, format_version, byteorder, pickle_protocol, writer, metadata: as in `Origin` and `Checkpoint`.
         globals: the verdict on every name in the file.
         findings: what the reader noticed.
     """
@@ -41,6 +41,7 @@ class RawCheckpoint:
     format_version: str | None = None
     byteorder: Literal["little", "big"] = "little"
     pickle_protocol: int | None = None
+    writer: str | None = None
     metadata: Mapping[str, str]
     globals: tuple[GlobalUse, ...] = ()
     findings: tuple[Finding, ...] = ()
@@ -108,6 +109,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
             kind=kind,
             state_path=None if chosen is None else chosen.path,
             pickle_protocol=raw.pickle_protocol,
+            writer=raw.writer,
         ),
     )
 

@@ -15,7 +15,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CorruptError, FormatError, RewriteError, UnknownFormatError
 from ckptkit.formats import safetensors, torch_zip
 from ckptkit.formats.first_bytes import describe
-from ckptkit.formats.format import HEAD_NBYTES, Format
+from ckptkit.formats.format import Format, Probe
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import normalize
 
@@ -28,20 +28,19 @@ SUFFIXES = frozenset(suffix for container in FORMATS for suffix in container.suf
 """Endings of checkpoint files; used to find files in folders, never to decide what a file is."""
 
 
-def detect(file: SourceFile) -> Format:
+def detect(probe: Probe) -> Format:
     """The container a file is, by its content alone.
 
     Raises:
         UnknownFormatError: none; the message says what the file is instead and what helps.
         CorruptError: more than one claims it.
     """
-    head = file.read(0, min(HEAD_NBYTES, file.size))
-    claims = [container for container in FORMATS if container.sniff(head, file.size)]
+    claims = [container for container in FORMATS if container.sniff(probe)]
     if not claims:
-        raise UnknownFormatError(describe(head, file.size), path=file.path)
+        raise UnknownFormatError(describe(probe.head, probe.file.size), path=probe.file.path)
     if len(claims) > 1:
         names = " and ".join(container.name for container in claims)
-        raise CorruptError(f"the file is {names} at once; readers would disagree about it", path=file.path)
+        raise CorruptError(f"the file is {names} at once; readers would disagree about it", path=probe.file.path)
     return claims[0]
 
 
@@ -66,7 +65,8 @@ def read(
     file = SourceFile(path)
     try:
         with _collector_paused():
-            return normalize(detect(file).read(file, limits), file, section=section), file
+            probe = Probe(file, limits)
+            return normalize(detect(probe).read(probe), file, section=section), file
     except FormatError as error:
         file.close()
         raise error.at(path=file.path) from error.__cause__

@@ -1,20 +1,46 @@
-"""What a container is to the rest of ckptkit: four functions and a name."""
+"""What a container is to the rest of ckptkit: three functions and a name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.plan import Plan
 
-__all__ = ["HEAD_NBYTES", "Format"]
+__all__ = ["HEAD_NBYTES", "Format", "Probe"]
 
 HEAD_NBYTES = 512
 """First bytes of a file that sniffing looks at."""
+
+
+class Probe:
+    """A file as it is seen by whoever must say what it is: its first bytes, and once only, its directory.
+
+    Attributes:
+        file: the file.
+        limits: bounds on what it may ask for.
+        head: its first `HEAD_NBYTES` bytes, or all there are.
+    """
+
+    def __init__(self, file: SourceFile, limits: Limits) -> None:
+        self.file = file
+        self.limits = limits
+        self.head = file.read(0, min(HEAD_NBYTES, file.size))
+
+    @cached_property
+    def records(self) -> dict[str, Record] | None:
+        """Every record of a zip archive by its full name; ``None``: the file is none.
+
+        Raises:
+            CorruptError: the file begins like one, and is damaged or ambiguous.
+        """
+        return read_directory(self.file, self.limits) if self.head.startswith(LOCAL_SIGNATURE) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +50,7 @@ class Format:
     Attributes:
         name: as in `Origin.format` and the JSON documents.
         suffixes: endings of destinations that choose it.
-        sniff: whether a file that begins so, of this size in bytes, claims to be of this container.
+        sniff: whether the file claims to be of this container.
             After that the decision stands: what is wrong with the file is that container's error.
         read: the tree and the container's facts; reads directory, pickle or header only.
         write: the plan of a file that holds a checkpoint; ``None``: cannot be written.
@@ -32,6 +58,6 @@ class Format:
 
     name: str
     suffixes: tuple[str, ...]
-    sniff: Callable[[bytes, int], bool]
-    read: Callable[[SourceFile, Limits], RawCheckpoint]
+    sniff: Callable[[Probe], bool]
+    read: Callable[[Probe], RawCheckpoint]
     write: Callable[[Checkpoint], Plan] | None

@@ -29,7 +29,7 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, contiguous_stride
 from ckptkit.dtypes import BY_SAFETENSORS, DTYPES
 from ckptkit.errors import CorruptError, DTypeError, FormatError, LimitError, RewriteError, UnsupportedError
-from ckptkit.formats.format import Format
+from ckptkit.formats.format import Format, Probe
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict
@@ -45,7 +45,8 @@ _UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """Names the format knows for elements that fill no whole byte; torch has no such tensors."""
 
 
-def _sniff(head: bytes, size: int) -> bool:
+def _sniff(probe: Probe) -> bool:
+    head = probe.head
     if len(head) < 9:
         return False
     header_nbytes = int.from_bytes(head[:8], "little")
@@ -53,9 +54,9 @@ def _sniff(head: bytes, size: int) -> bool:
     return head[8:9] == b"{" and header_nbytes < 1 << 40
 
 
-def _read(file: SourceFile, limits: Limits) -> RawCheckpoint:
+def _read(probe: Probe) -> RawCheckpoint:
     try:
-        return _read_header(file, limits)
+        return _read_header(probe.file, probe.limits)
     except FormatError as error:
         raise error.at(where="header") from error.__cause__
 

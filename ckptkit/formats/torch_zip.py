@@ -23,13 +23,12 @@ Related archives are recognised and refused by name: TorchScript (``constants.pk
 
 from __future__ import annotations
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FormatError, UnknownFormatError, UnsupportedError
-from ckptkit.formats.format import Format
-from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory, read_record
+from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.zip_archive import Record, read_record
 from ckptkit.formats.zip_writer import ZipWriter
-from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, lower_state_dict
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.tensors import StorageTable, lower_storage, lower_tensor
@@ -44,12 +43,12 @@ _NAME = "torch-zip"
 _MAX_VERSION = 10
 
 
-def _sniff(head: bytes, size: int) -> bool:
-    return head.startswith(LOCAL_SIGNATURE)
+def _sniff(probe: Probe) -> bool:
+    return probe.records is not None
 
 
-def _read(file: SourceFile, limits: Limits) -> RawCheckpoint:
-    records = read_directory(file, limits)
+def _read(probe: Probe) -> RawCheckpoint:
+    records, limits = probe.records or {}, probe.limits
     root = _root(records)
     findings: list[Finding] = []
 

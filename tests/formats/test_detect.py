@@ -32,6 +32,8 @@ from ckptkit.errors import (
     UnknownFormatError,
 )
 from ckptkit.formats.first_bytes import describe
+from ckptkit.formats.format import Probe
+from ckptkit.limits import DEFAULT_LIMITS
 
 Save = Callable[..., Path]
 
@@ -115,15 +117,15 @@ def test_what_is_no_checkpoint_is_named(name: str, tmp_path: Path) -> None:
 def test_the_ending_says_nothing(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"model.{ending}"
     path.write_bytes(saved(WEIGHTS))
-    assert formats.detect(SourceFile(path)).name == "torch-zip"
+    assert formats.detect(Probe(SourceFile(path), DEFAULT_LIMITS)).name == "torch-zip"
     save_file(WEIGHTS, path)
-    assert formats.detect(SourceFile(path)).name == "safetensors"
+    assert formats.detect(Probe(SourceFile(path), DEFAULT_LIMITS)).name == "safetensors"
 
 
-def test_a_file_two_containers_claim_is_refused(tmp_path: Path) -> None:
+def test_what_begins_like_two_containers_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "both.pth"
     path.write_bytes(b"PK\x03\x04\x00\x00\x00\x00{" + bytes(100))
-    with pytest.raises(CorruptError, match="torch-zip and safetensors at once; readers would disagree"):
+    with pytest.raises(CorruptError, match="begins like a zip archive but has no end record"):
         formats.read(path)
 
 
