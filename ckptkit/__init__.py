@@ -4,7 +4,7 @@ Importing ckptkit imports neither torch nor numpy.
 
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli > api > verifier > torch_bridge > inspection > diagnose, compare, stats > formats, rewrite, transfer
+    cli > api > verifier > torch_bridge > inspection > diagnose, changes, compare, stats > formats, rewrite, transfer
         > normalize > sections > modules > pickling > plan > checkpoint > bytesource
         > report, dtypes, limits, codes, extras > errors
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
+from ckptkit.changes import diagnose_losses, diagnose_renames
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.diagnose import diagnose, diagnose_losses, diagnose_renames
+from ckptkit.diagnose import diagnose
 from ckptkit.errors import RewriteError, SectionError
 from ckptkit.inspection import describe
 from ckptkit.plan import Plan

@@ -62,12 +62,31 @@ CODES: dict[str, Explanation] = {
         "by dtype, shape and stride. They are kept as they are in .pth files; safetensors cannot hold them.",
         "Convert to .pth, or rebuild these parts in the program that loads the weights.",
     ),
+    "not-a-model": Explanation(
+        "a state_dict, not a model",
+        "The file maps names to tensors. What torch.load returns has no eval() and cannot be called (\"'OrderedDict' "
+        'object has no attribute ...").',
+        "Build the model from its code, then model.load_state_dict(ckptkit.load_state_dict(FILE)).",
+    ),
+    "averaged-weights": Explanation(
+        "averaged weights beside raw ones",
+        "Training kept an exponential moving average (EMA) of the weights. Both have the same names and shapes; "
+        "evaluation mostly used the average, and outputs of the two differ slightly.",
+        "Choose one: ckptkit convert FILE OUT --section NAME",
+    ),
     # Names and devices.
     "module-prefix": Explanation(
         "names carry a wrapper's prefix",
         "DataParallel and DistributedDataParallel put `module.` before every name, torch.compile `_orig_mod.`. "
         "load_state_dict then reports every key missing and every key unexpected; with strict=False it loads nothing.",
         "ckptkit convert FILE OUT --strip-module",
+    ),
+    "stale-versions": Explanation(
+        "module versions are recorded under other names than the weights",
+        "torch keeps each module's version in the state_dict's `_metadata` (BatchNorm's decides how "
+        "num_batches_tracked is read). The names of the weights were changed without it, so torch takes every module "
+        "for an old one.",
+        "Change names with ckptkit convert --strip-module, --strip-prefix or --add-prefix, which change both.",
     ),
     "device-location": Explanation(
         "storages are tagged with an accelerator",
@@ -81,6 +100,12 @@ CODES: dict[str, Explanation] = {
         'The pickle names classes beyond tensors and plain containers. torch.load refuses them by default ("Weights '
         'only load failed ... Unsupported global") or has to import and run them. This is common and not malicious.',
         "ckptkit reads the tensors without them: ckptkit convert FILE OUT.safetensors. --weights-only drops them.",
+    ),
+    "other-system": Explanation(
+        "objects tied to an operating system or a version of numpy",
+        'Executing the pickle fails elsewhere: "cannot instantiate \'PosixPath\' on your system", "No module named '
+        "'numpy._core'\". ckptkit makes none of these objects.",
+        "ckptkit convert FILE OUT --weights-only leaves them out.",
     ),
     "hostile-name": Explanation(
         "the pickle names something that runs, imports or opens",
@@ -104,6 +129,12 @@ CODES: dict[str, Explanation] = {
         "Tensors that overlap or are slices of one buffer (cuDNN's flat RNN weights). They stay so in .pth; in "
         "safetensors each is written out on its own.",
         "-",
+    ),
+    "not-contiguous": Explanation(
+        "tensors that are not contiguous",
+        "Transposed weights are usual in ports from TensorFlow. Tools that copy a storage's bytes without its strides "
+        "write them wrong.",
+        "Converting to safetensors writes them out in order; the values stay.",
     ),
     "unused-bytes": Explanation(
         "storages are larger than the tensors that view them",

@@ -5,18 +5,18 @@ Computed from the common representation alone: no tensor byte is read, nothing i
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
-from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, convert_command, human_size
 from ckptkit.rewrite.prefix import unwrapped
 from ckptkit.sections import is_plain, step
 
-__all__ = ["DIAGNOSES", "Contents", "diagnose", "diagnose_losses", "diagnose_renames"]
+__all__ = ["DIAGNOSES", "Contents", "diagnose"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,82 @@ def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     )
 
 
+def _stale_versions(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    versions = checkpoint.state_dict.versions
+    modules = {name.rpartition(".")[0] for name in checkpoint.state_dict.everything}
+    if versions and modules and not modules & versions.keys():
+        module, recorded = min(modules), max(versions)
+        yield Finding(
+            code="stale-versions",
+            severity="warning",
+            message=f"module versions are recorded under other names ({recorded!r:.60}) than the weights carry "
+            f"({module!r:.60}): the names were changed by hand",
+        )
+
+
+def _not_a_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    if checkpoint.origin.kind != "state_dict" or checkpoint.module is not None:
+        return
+    yield Finding(
+        code="not-a-model",
+        severity="info",
+        message="names and tensors, no model: build the model, then give it these",
+        fix=f"model.load_state_dict(ckptkit.load_state_dict({checkpoint.origin.path!r}))",
+    )
+
+
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
+"""How the keys of averaged weights are told: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
+
+
+def _averaged(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    weights = [s.path for s in checkpoint.sections if s.kind in ("state_dict", "whole_model")]
+    averaged = [path for path in weights if _AVERAGED.search(path.lower())]
+    if averaged and len(averaged) < len(weights):
+        raw = next(path for path in weights if path not in averaged)
+        yield Finding(
+            code="averaged-weights",
+            severity="info",
+            message=f"averaged (EMA) weights in {averaged[0]!r} beside raw ones in {raw!r}: outputs differ slightly",
+            fix=convert_command(checkpoint.origin.path, "--section", averaged[0]),
+        )
+
+
+_ELSEWHERE = (
+    (re.compile(r"pathlib\.(?:_local\.)?(?:PosixPath|WindowsPath)"), "paths of an operating system"),
+    (re.compile(r"numpy\._core\..+"), "arrays of numpy 2 or later"),
+    (re.compile(r"numpy\.core\..+"), "arrays of numpy before 2"),
+)
+"""Names that load only on some systems or with some versions, and what they stand for."""
+
+
+def _elsewhere(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    names = [use.name for use in checkpoint.globals]
+    found = [
+        f"{what} ({next(name for name in names if pattern.fullmatch(name))})"
+        for pattern, what in _ELSEWHERE
+        if any(pattern.fullmatch(name) for name in names)
+    ]
+    if found:
+        yield Finding(
+            code="other-system",
+            severity="info",
+            message=f"objects that load only on the system or with the versions they come from: {'; '.join(found)}",
+            fix=convert_command(checkpoint.origin.path, "--weights-only") if checkpoint.state_dict else None,
+        )
+
+
+def _order(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    moved = [name for name, entry in checkpoint.state_dict.items() if not entry.is_contiguous]
+    if moved:
+        yield Finding(
+            code="not-contiguous",
+            severity="info",
+            message=f"{len(moved)} of {len(checkpoint.state_dict)} tensors are not contiguous but transposed, sliced "
+            f"or expanded views, such as {moved[0]!r:.80}",
+        )
+
+
 def _devices(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     places = Counter(storage.location for storage in contents.storages.values())
     places.pop("cpu", None)
@@ -208,9 +284,14 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _foreign,
     _whole_model,
     _prefix,
+    _stale_versions,
     _devices,
     _nothing,
+    _averaged,
+    _elsewhere,
+    _not_a_model,
     _ties,
+    _order,
     _unused,
     _training,
     _byteorder,
@@ -229,70 +310,3 @@ def _contents(checkpoint: Checkpoint) -> Contents:
             bare[id(node)] = node
     storages = {id(entry.storage): entry.storage for entry in entries.values()}
     return Contents(entries, bare, {**storages, **bare})
-
-
-# What a conversion changes.
-
-
-def diagnose_renames(source: Checkpoint, renames: Mapping[str, str], *, strip: bool) -> Iterator[Finding]:
-    """What renaming came to.
-
-    Args:
-        source: the checkpoint before it.
-        renames: from old name to new, where they differ.
-        strip: whether a prefix was to be stripped.
-    """
-    names = list(source.state_dict.everything)
-    if renames:
-        old, new = next(iter(renames.items()))
-        yield Finding(
-            code="renamed",
-            severity="info",
-            message=f"{len(renames)} of {len(names)} names changed, as {old!r} to {new!r}",
-        )
-    if strip and not renames:
-        yield Finding(
-            code="nothing-to-strip", severity="info", message=f"none of {len(names)} names carries the prefix"
-        )
-    elif strip and len(renames) < len(names):
-        kept = next(name for name in names if name not in renames)
-        yield Finding(
-            code="mixed-prefix",
-            severity="warning",
-            message=f"{len(names) - len(renames)} of {len(names)} names did not carry the prefix, such as {kept!r}",
-        )
-
-
-def diagnose_losses(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterator[Finding]:
-    """What the output does not hold, or holds in another form.
-
-    Args:
-        source: the checkpoint as it was read.
-        result: as it is written.
-        plan: of the output.
-    """
-    asked_for = result.rest is STATE_DICT
-    left_out: list[str] = []
-    if asked_for or plan.format == "safetensors":
-        pairs = mapping_items(source.rest) or []
-        left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
-    if left_out:
-        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
-        yield Finding(
-            code="left-out",
-            severity="info" if asked_for else "warning",
-            message=f"not in the output: {', '.join(left_out[:8])}{more}",
-            fix=None if asked_for else "write a .pth to keep them",
-        )
-    if plan.format != "safetensors":
-        return
-    gathered = sum(isinstance(made, Gather) for made in plan.steps)
-    stored = [entry for name, entry in result.state_dict.items() if name not in plan.aliases and entry.nbytes]
-    overlapping = len(stored) - len({id(entry.storage) for entry in stored})
-    if gathered or overlapping:
-        yield Finding(
-            code="written-out",
-            severity="info",
-            message=f"{gathered} tensors were not contiguous and {overlapping} shared a storage; "
-            "each has its own bytes in the output",
-        )

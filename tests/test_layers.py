@@ -25,7 +25,7 @@ LAYERS = (
     {"sections"},
     {"normalize"},
     {"formats", "rewrite", "transfer"},
-    {"diagnose", "compare", "stats"},
+    {"diagnose", "changes", "compare", "stats"},
     {"inspection"},
     {"torch_bridge"},
     {"verifier"},
