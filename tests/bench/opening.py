@@ -1,0 +1,105 @@
+"""Opening: ``ckptkit inspect`` between an empty Python and torch, for large files and for many tensors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from measure import CKPTKIT, ROOT, Command, Groups, gib
+
+SPARSE = """
+import sys
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
+from ckptkit.formats import safetensors, torch_zip
+from ckptkit.plan import Literal
+
+# What the writers would write, with holes where the tensors' bytes would be.
+nbytes, count = int(sys.argv[1]), 500
+each = nbytes // count // 4 * 4
+file = SourceFile(__file__ if "__file__" in globals() else sys.executable)
+entries = {}
+for i in range(count):
+    storage = Storage(key=str(i), dtype="float32", nbytes=each, location="cpu", source=ByteRange(file, 0, each))
+    name = f"blocks.{i // 10}.{i % 10}.weight"
+    entries[name] = TensorEntry(storage=storage, storage_offset=0, shape=(each // 4,), stride=(1,), dtype="float32")
+origin = Origin(path="-", size=0, format="torch-zip", kind="state_dict", state_path="")
+checkpoint = Checkpoint(state_dict=StateDict(entries), rest=STATE_DICT, origin=origin)
+for container, path in ((torch_zip.FORMAT, sys.argv[2]), (safetensors.FORMAT, sys.argv[3])):
+    plan = container.write(checkpoint)
+    with open(path, "wb") as output:
+        output.truncate(plan.nbytes)
+        for step in plan.steps:
+            if isinstance(step, Literal):
+                output.seek(step.target)
+                output.write(step.data)
+"""
+
+MANY = """
+import sys, torch
+from safetensors.torch import save_file
+count = int(sys.argv[1])
+state = {f"model.layers.{i // 20}.block{i % 20}.weight": torch.full((1,), float(i)) for i in range(count)}
+torch.save(state, sys.argv[2])
+save_file(state, sys.argv[3])
+"""
+
+TORCH_LOAD = "import sys, torch; torch.load(sys.argv[1], mmap=True, weights_only=True, map_location='cpu')"
+SAFE_OPEN = """
+import sys
+from safetensors import safe_open
+with safe_open(sys.argv[1], "np") as file:
+    for name in file.keys():
+        part = file.get_slice(name)
+        part.get_shape(), part.get_dtype()
+"""
+
+
+def make(folder: Path, counts: tuple[int, ...]) -> None:
+    """The sparse files, of 100 GB each, and those of many tensors."""
+    sparse = [str(100 * 10**9), str(folder / "sparse.pth"), str(folder / "sparse.safetensors")]
+    commands = [[SPARSE, *sparse]]
+    commands += [[MANY, str(n), str(folder / f"{n}.pth"), str(folder / f"{n}.safetensors")] for n in counts]
+    for command in commands:
+        subprocess.run([sys.executable, "-c", *command], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": "."})
+
+
+def groups(resume: Path, counts: tuple[int, ...]) -> Groups:
+    """The tables: a training checkpoint, the sparse files beside it, and those of many tensors."""
+    folder = resume.parent
+    empty = Command("python -c pass", [sys.executable, "-c", "pass"])
+    torch = Command('python -c "import torch"', [sys.executable, "-c", "import torch"])
+
+    def inspect(path: Path, *options: str) -> Command:
+        return Command(" ".join(["inspect", *options, path.name]), [*CKPTKIT, "inspect", *options, str(path)])
+
+    def python(name: str, code: str, path: Path) -> Command:
+        return Command(f"{name} {path.name}", [sys.executable, "-c", code, str(path)])
+
+    most = max(counts)
+    return {
+        f"Opening a training checkpoint of {gib(resume)}, and sparse files of 100 GB": (
+            empty.name,
+            [
+                empty,
+                inspect(resume),
+                inspect(resume, "--json"),
+                inspect(folder / "sparse.pth"),
+                inspect(folder / "sparse.safetensors"),
+                torch,
+            ],
+        ),
+        f"Opening up to {most:,} tensors": (
+            f"torch.load(mmap=True, weights_only=True) {most}.pth",
+            [
+                python("torch.load(mmap=True, weights_only=True)", TORCH_LOAD, folder / f"{most}.pth"),
+                torch,
+                *(inspect(folder / f"{count}.pth", "--json") for count in counts),
+                inspect(folder / f"{most}.pth"),
+                inspect(folder / f"{most}.safetensors", "--json"),
+                python("safe_open, every name and shape", SAFE_OPEN, folder / f"{most}.safetensors"),
+            ],
+        ),
+    }
