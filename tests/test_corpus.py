@@ -119,7 +119,7 @@ def test_opens_and_is_not_accused(path: Path) -> None:
     json.dumps(document, allow_nan=False)
     assert document["error"] is None
     assert document["trust"] in ("safe", "needs_trust")
-    assert document["tensors"] or document["kind"] == "other"
+    assert document["sections"] or document["kind"] == "other"
 
 
 @files
@@ -134,4 +134,5 @@ def test_holds_what_torch_loads(path: Path) -> None:
         found = tensors({str(number): entry for number, entry in enumerate(entries)}, map_location="cpu")
         here = Counter(content(tensor) for tensor in found.values())
     there = Counter(content(tensor) for tensor in expected(path, file.format))
-    assert set(here) == set(there)
+    # torch before 0.2 stored gradients along; torch today passes them over.
+    assert set(there) <= set(here) if file.format == "torch-tar" else set(there) == set(here)
