@@ -4,8 +4,9 @@ Importing ckptkit imports neither torch nor numpy.
 
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli > api > verifier > torch_bridge > inspection > diagnose, changes, compare, stats > formats, rewrite, transfer
-        > normalize > sections > modules > pickling > plan > checkpoint > bytesource
+    cli > api > verifier > torch_bridge > inspection > accounting, module_list, outline
+        > diagnose, changes, compare, stats, listing, settings, training > formats, rewrite, transfer
+        > normalize > selection > sections > shapes > modules > pickling > plan > checkpoint > bytesource
         > report, dtypes, limits, codes, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
@@ -19,6 +20,7 @@ place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 from ckptkit.api import CheckpointFile, Rewriter, convert, inspect, load_state_dict, open, verify  # noqa: A004 - ckptkit.open
 from ckptkit.checkpoint import Checkpoint, Origin, Section, StateDict, Storage, TensorEntry
 from ckptkit.errors import (
+    AmbiguousError,
     CkptkitError,
     CorruptError,
     DestinationExistsError,
@@ -43,6 +45,7 @@ from ckptkit.rewrite import AddModule, AddPrefix, MapLocation, StripModule, Stri
 __all__ = [
     "AddModule",
     "AddPrefix",
+    "AmbiguousError",
     "Checkpoint",
     "CheckpointFile",
     "CkptkitError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
+from ckptkit.formats.torch_zip import PROGRAMS
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
@@ -51,17 +52,18 @@ def diagnose_losses(source: Checkpoint, result: Checkpoint, plan: Plan) -> Itera
         plan: of the output.
     """
     asked_for = result.rest is STATE_DICT
+    program = source.origin.format in PROGRAMS
     left_out: list[str] = []
-    if asked_for or plan.format == "safetensors":
+    if asked_for or program or plan.format == "safetensors":
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
     if left_out:
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
         yield Finding(
             code="left-out",
-            severity="info" if asked_for else "warning",
+            severity="info" if asked_for or program else "warning",
             message=f"not in the output: {', '.join(left_out[:8])}{more}",
-            fix=None if asked_for else "write a .pth to keep them",
+            fix=None if asked_for or program else "write a .pth to keep them",
         )
     if plan.format != "safetensors":
         return

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from ckptkit.bytesource import ByteRange
+from ckptkit.bytesource import ByteSource
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, KeyCollisionError
 from ckptkit.report import Finding
@@ -33,7 +33,6 @@ __all__ = [
     "Trust",
     "contiguous_stride",
     "shared_storages",
-    "storages",
 ]
 
 Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]
@@ -64,7 +63,7 @@ class Storage:
     dtype: str | None
     nbytes: int
     location: str
-    source: ByteRange
+    source: ByteSource
     crc32: int | None = None
     byteorder: Literal["little", "big"] = "little"
 
@@ -290,7 +289,8 @@ class Section:
     """A part of a file that holds tensors.
 
     Attributes:
-        path: the keys that lead to it, joined with dots; ``""`` is the whole file.
+        path: the keys that lead to it, joined with dots; ``""`` is the whole file.  No two sections of a
+            file have the same: where keys would make it so, ``#2`` and so on follow.
         kind: ``"state_dict"``, ``"whole_model"``, ``"optimizer"``, ``"collection"`` or ``"tensor"``.
         tensors: number of tensors in it.
         nbytes: bytes of the storages it uses (shared ones once).
@@ -303,6 +303,11 @@ class Section:
     nbytes: int
     selected: bool = False
 
+    @property
+    def is_weights(self) -> bool:
+        """Whether it could be the checkpoint's state_dict."""
+        return self.kind in ("state_dict", "whole_model")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalUse:
@@ -311,12 +316,17 @@ class GlobalUse:
     Attributes:
         name: ``"module.attribute"``.
         verdict: ``"torch"``, ``"allowed"``, ``"unknown"`` or ``"dangerous"``.
-        count: how often the pickle names it.
+        count: how often the pickle calls it, at least 1.
+        where: a few of the places where it occurs: the record, and the keys in its tree:
+            ``("data.pkl: args",)``.
+        reason: what is to be known about it beyond the verdict; ``""``: nothing.
     """
 
     name: str
     verdict: Literal["torch", "allowed", "unknown", "dangerous"]
     count: int
+    where: tuple[str, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,11 +400,6 @@ class Checkpoint:
     def replace(self, **changes: object) -> Checkpoint:
         """A copy with the named attributes replaced."""
         return replace(self, **changes)  # type: ignore[arg-type]
-
-
-def storages(entries: Iterable[TensorEntry]) -> dict[int, Storage]:
-    """The storages the entries use, each once, by ``id``, in order of first use."""
-    return {id(entry.storage): entry.storage for entry in entries}
 
 
 def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:

@@ -42,8 +42,9 @@ CODES: dict[str, Explanation] = {
         "ckptkit convert FILE OUT.safetensors writes its state_dict without needing the classes.",
     ),
     "wrapped-model": Explanation(
-        "the model was saved inside DataParallel or DistributedDataParallel",
-        "Every name begins with the wrapper's attribute, `module.`; the bare model does not know these names.",
+        "the model was saved inside DataParallel, DistributedDataParallel or torch.compile",
+        "Every name begins with the wrapper's attribute, `module.` or `_orig_mod.`; the bare model does not know these "
+        "names.",
         "ckptkit convert FILE OUT --strip-module",
     ),
     "no-tensors": Explanation(
@@ -117,6 +118,56 @@ CODES: dict[str, Explanation] = {
         "Written with torch.serialization.set_crc32_options(False). Damage to the tensors cannot be seen.",
         "Converting with ckptkit records checksums of what is there now.",
     ),
+    "no-checksums": Explanation(
+        "the container has no checksums",
+        "Files of torch before 1.6 record none. That all sizes agree and every byte is accounted for is checked; a "
+        "changed bit inside a tensor cannot be seen.",
+        "Converting with ckptkit records checksums of what is there now.",
+    ),
+    "unreferenced-records": Explanation(
+        "records of the archive that nothing refers to",
+        "torch reads only the storages that the pickle names. Others are dead weight, or were put there by another "
+        "tool; a second pickle beside the first is never read by torch.load, but by whoever is told to.",
+        "Converting writes only what the checkpoint uses.",
+    ),
+    # Programs.
+    "torchscript-program": Explanation(
+        "a TorchScript program, not a plain checkpoint",
+        'torch.jit.save wrote it: weights together with the code that uses them. torch.load refuses it ("Cannot use '
+        "weights_only=True with TorchScript archives\"), and the model's Python class is not needed to run it.",
+        "torch.jit.load runs it; ckptkit convert FILE OUT.safetensors writes its weights.",
+    ),
+    "torchscript-without-code": Explanation(
+        "a TorchScript program without its source",
+        "What tells parameters from buffers is each class's source, which is missing. Tensors that require a gradient "
+        "are taken for parameters, the others for buffers, plain attributes among them.",
+        "-",
+    ),
+    "frozen-program": Explanation(
+        "a frozen program: weights without names",
+        "torch.jit.freeze and the mobile optimizer turn parameters into numbered constants of the code. There is no "
+        "state_dict left to load into a model.",
+        "Use the program it was frozen from. ckptkit inspect lists the constants with their shapes.",
+    ),
+    "foreign-program": Explanation(
+        "compiled code beside the weights",
+        "The archive holds libraries or programs built for one machine (AOTInductor, ExecuTorch). They are named, not "
+        "read; whoever loads the archive runs them.",
+        "Load it only if you trust where it came from.",
+    ),
+    "embedded-source": Explanation(
+        "source text of the model's classes",
+        "torch before 1.6 put the source of each nn.Module class into a file that holds a whole model, to warn when "
+        "the class has changed since. It is text: nothing runs it. It may still show code and paths that were not "
+        "meant for release.",
+        "ckptkit convert FILE OUT.safetensors writes the weights without it.",
+    ),
+    "package-code": Explanation(
+        "a torch.package archive with Python code",
+        "PackageImporter runs the Python sources in the archive to make the objects it holds. Nothing of them is run "
+        "here.",
+        "ckptkit convert FILE OUT.safetensors --section NAME writes the weights alone.",
+    ),
     # Memory.
     "tied-tensors": Explanation(
         "names that are the same tensor",
@@ -146,6 +197,29 @@ CODES: dict[str, Explanation] = {
         "Element bytes are in the reverse order of today's machines. They are turned round where values are written "
         "or loaded.",
         "-",
+    ),
+    # Shards and containers.
+    "one-shard": Explanation(
+        "one shard of several",
+        "The file is one part of a checkpoint that was split; the other tensors lie in its other parts.",
+        "Give the index: ckptkit inspect model.safetensors.index.json",
+    ),
+    "shard-extra-keys": Explanation(
+        "shards hold tensors that the index does not list",
+        "Loaders that go by the index leave them out, loaders that read whole shards take them. ckptkit takes them, "
+        "after the listed ones.",
+        "Writing one file settles it: ckptkit convert INDEX OUT.safetensors",
+    ),
+    "shard-total-size": Explanation(
+        "the index states another total size than the shards have",
+        "Loaders reserve memory by it. The index may belong to another version of the shards.",
+        "Get index and shards from the same revision, or write the checkpoint anew.",
+    ),
+    "unaligned-data": Explanation(
+        "tensor data is not aligned",
+        "Elements begin at addresses that are no multiple of their width, as older writers left them. Every reader "
+        "takes that; some copy each tensor, or run slower, for it.",
+        "ckptkit convert FILE OUT.safetensors writes it aligned.",
     ),
     # Conversion.
     "left-out": Explanation(

@@ -13,10 +13,11 @@ import threading
 import zlib
 from collections.abc import Iterator
 
-from ckptkit.bytesource import ByteRange
+from ckptkit.bytesource import ByteSource
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.formats import read
+from ckptkit.formats.torch_zip import written_tree
 from ckptkit.normalize import lower_state_dict
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
 from ckptkit.sections import brief, join
@@ -149,10 +150,11 @@ def _check_crc(place: str, storage: Storage, crc: int | None) -> None:
         )
 
 
-def first_difference(a: ByteRange, b: ByteRange) -> tuple[int | None, int]:
+def first_difference(a: ByteSource, b: ByteSource) -> tuple[int | None, int]:
     """Position of the first byte that differs (``None``: equal), and the CRC-32 of ``a`` up to there."""
     if a.nbytes != b.nbytes:
         return min(a.nbytes, b.nbytes), 0
+    a, b = a.plain(), b.plain()
     crc = 0
     for start in range(0, a.nbytes, _COMPARED_NBYTES):
         left, right = _buffers(min(_COMPARED_NBYTES, a.nbytes - start))
@@ -201,7 +203,7 @@ def _paired_storages(source: Checkpoint, output: Checkpoint) -> Iterator[tuple[s
     back: dict[int, object] = {}
     values: set[tuple[int, int]] = set()
     lowered = lower_state_dict(source.state_dict), lower_state_dict(output.state_dict)
-    stack: list[tuple[str, object, object]] = [("", source.rest, output.rest)]
+    stack: list[tuple[str, object, object]] = [("", written_tree(source), output.rest)]
     while stack:
         place, a, b = stack.pop()
         a, b = lowered[0] if a is STATE_DICT else a, lowered[1] if b is STATE_DICT else b

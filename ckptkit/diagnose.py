@@ -93,6 +93,8 @@ def _places(root: object) -> dict[str, str]:
 def _whole_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if checkpoint.module is None or any(finding.code == "bound-method" for finding in checkpoint.findings):
         return
+    if checkpoint.origin.format == "torchscript":
+        return  # a program needs no class, and has a finding of its own
     cls = getattr(checkpoint.module, "class_name", "?")
     yield Finding(
         code="whole-model",

@@ -10,7 +10,10 @@ fills it in with `FormatError.at`.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
+    "AmbiguousError",
     "CkptkitError",
     "CorruptError",
     "DTypeError",
@@ -57,6 +60,8 @@ class FormatError(CkptkitError, ValueError):
         path: the file, or ``None`` where the layer that raised does not know it.
         where: the part of the file, such as ``"data.pkl"`` or ``"header"``.
         offset: position in bytes inside that part.
+        globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave
+            before the error: what is refused is still reported.
     """
 
     def __init__(
@@ -72,11 +77,19 @@ class FormatError(CkptkitError, ValueError):
         self.path = path
         self.where = where
         self.offset = offset
+        self.globals: tuple[Any, ...] = ()
 
-    def at(self, *, path: str | None = None, where: str | None = None) -> FormatError:
-        """Fill in what the raising layer did not know; what is known stays."""
+    def at(self, *, path: str | None = None, where: str | None = None, seen: tuple[Any, ...] = ()) -> FormatError:
+        """Fill in what the raising layer did not know; what is known stays.
+
+        Args:
+            path: the file.
+            where: the part of it.
+            seen: the names that the pickles gave which were read before.
+        """
         self.path = self.path if self.path is not None else path
         self.where = self.where if self.where is not None else where
+        self.globals = (*seen, *self.globals)
         return self
 
     def __str__(self) -> str:
@@ -92,6 +105,13 @@ class UnknownFormatError(FormatError):
 
 class CorruptError(FormatError):
     """The container is known, but damaged, ambiguous or inconsistent."""
+
+
+class AmbiguousError(CorruptError):
+    """Structure on which readers of the format disagree: each could see another content.
+
+    Honest files never have it, so a file that does is reported as hostile.
+    """
 
 
 class UnsupportedError(FormatError):

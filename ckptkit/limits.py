@@ -28,6 +28,9 @@ class Limits:
     name_nbytes: int = 4096
     """Bytes of a module or attribute name in a pickle, and of a record name in an archive."""
 
+    names: int = 50_000
+    """Different names in one pickle.  A large TorchScript archive has some 5,000 classes."""
+
     entries: int = 1_000_000
     """Tensors in one file, and records in one archive.  The largest models known have about 100,000."""
 
@@ -42,6 +45,20 @@ class Limits:
 
     dimensions: int = 64
     """Dimensions of a tensor: torch's own kernels stop at 64."""
+
+    json_values: int = 5_000_000
+    """Values of a header or index in JSON, counted by its commas and opening brackets.  A tensor takes
+    eight to ten; this is some 500,000 tensors, and the most that 1 GiB of memory has room for."""
+
+    index_nbytes: int = 64 << 20
+    """Bytes of an index of shards.  100,000 tensors take about 12 MB."""
+
+    shards: int = 10_000
+    """Shards of one checkpoint.  The largest models known have under 1,000."""
+
+    expanded_nbytes: int = 64 << 30
+    """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real
+    expanded views come to megabytes; a stride of 0 lets four bytes claim terabytes of disk."""
 
 
 DEFAULT_LIMITS = Limits()

@@ -2,8 +2,18 @@
 
 A whole model's state_dict is what ``Module.state_dict()`` would give (torch/nn/modules/module.py
 ``_save_to_state_dict``): parameters that are not ``None``, buffers less
-``_non_persistent_buffers_set``, then children, depth first.  What ``get_extra_state`` would add is
-computed by the class and cannot be known.
+``_non_persistent_buffers_set``, then children, depth first.  What else a class adds in Python
+(``get_extra_state``) cannot be known from the file, with one exception: torch's own quantized
+modules, which keep their weights packed and whose rules `_packed_values` knows.
+
+What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of these places:
+
+- the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple
+- an argument of the function that makes it anew: ``torch.fx`` (``reduce_graph_module(dict, code)``
+  and its relatives) and classes with a ``__reduce__`` of their own
+- nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
+  a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``).
+  Their ``__dict__`` is put together here.
 """
 
 from __future__ import annotations
@@ -14,23 +24,79 @@ from dataclasses import replace
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.pickling.inert import InertDict, InertSet, Object, attributes, mapping_items, walk
+from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, walk
 
-__all__ = ["module_state", "walk_module"]
+__all__ = ["bound_method", "known_versions", "module_state", "walk_module", "wrapper_prefixes"]
 
 _MAX_MODULE_DEPTH = 1000
 """Modules inside modules: Python's own recursion limit stops ``state_dict()`` there."""
 
+_MARKS = ("_parameters", "_buffers", "_modules")
+"""What every module's ``__dict__`` has, since torch 0.1."""
+
+_QUANTIZED = (
+    "torch.ao.nn.quantized.",
+    "torch.ao.nn.intrinsic.quantized.",
+    "torch.ao.nn.sparse.quantized.",
+    "torch.nn.quantized.",
+    "torch.nn.intrinsic.quantized.",
+)
+"""Where torch has kept its quantized modules: since 1.13, and before."""
+
+_CONV_STATE = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed",
+    "output_padding", "groups", "padding_mode", "weight", "bias", "scale", "zero_point", "training",
+)  # fmt: skip
+"""What a quantized convolution's state tuple holds, in order."""
+
+_CONV_SAVED = ("weight", "bias", "scale", "zero_point")
+"""What of it ``state_dict()`` saves, in order; a missing bias as ``None``."""
+
 
 def module_state(node: object) -> InertDict | None:
-    """The ``__dict__`` of a pickled ``nn.Module``; ``None``: it is none.
+    """The ``__dict__`` of a pickled ``nn.Module``; ``None``: it is none."""
+    if not isinstance(node, Object):
+        return None
+    state = node.state
+    if isinstance(state, InertDict):
+        return state if _is_module_dict(state) else None
+    for part in (*(state if isinstance(state, tuple) else ()), *(node.args if node.how == "reduce" else ())):
+        if isinstance(part, InertDict) and _is_module_dict(part):
+            return part
+    if not isinstance(node.cls, Global):
+        return None
+    if node.cls.name == "OptimizedModule" and node.cls.module.startswith("torch._dynamo.") and node.args:
+        return _as_module_dict([("_orig_mod", node.args[0])]) if module_state(node.args[0]) is not None else None
+    if isinstance(state, tuple) and len(state) == len(_CONV_STATE) and _is_quantized(node, "Conv"):
+        return _as_module_dict([], list(zip(_CONV_STATE, state, strict=True)))
+    return None
 
-    ``torch.fx.GraphModule`` passes it as the first argument of a function that makes the code anew.
-    """
-    state = attributes(node)
-    if state is None and isinstance(node, Object) and node.how == "reduce" and node.args:
-        state = node.args[0] if isinstance(node.args[0], InertDict) else None
-    return state if state is not None and all(key in state for key in ("_parameters", "_buffers", "_modules")) else None
+
+def _is_module_dict(state: InertDict) -> bool:
+    return all(mark in state for mark in _MARKS)
+
+
+def _as_module_dict(
+    children: list[tuple[object, object]], settings: list[tuple[object, object]] | None = None
+) -> InertDict:
+    own = [("_parameters", InertDict()), ("_buffers", InertDict()), ("_modules", InertDict(children))]
+    return InertDict([*own, *(settings or [])])
+
+
+def _is_quantized(node: object, name: str = "") -> bool:
+    """Whether an object is a quantized module of torch's whose class name begins with ``name``."""
+    cls = node.cls if isinstance(node, Object) else None
+    return isinstance(cls, Global) and cls.module.startswith(_QUANTIZED) and cls.name.startswith(name)
+
+
+def bound_method(node: object) -> tuple[object, str] | None:
+    """The module and the name of a method of it: ``getattr(module, "state_dict")``, as Python pickles one."""
+    if not isinstance(node, Object) or node.how != "reduce" or len(node.args) != 2:
+        return None
+    owner, name = node.args
+    if node.class_name not in ("builtins.getattr", "__builtin__.getattr") or not isinstance(name, str):
+        return None
+    return (owner, name) if module_state(owner) is not None else None
 
 
 def walk_module(module: object) -> Iterator[tuple[str, object]]:
@@ -42,9 +108,64 @@ def walk_module(module: object) -> Iterator[tuple[str, object]]:
         CorruptError: a module is its own descendant.
         LimitError: more entries, or longer names, than any model has.
     """
+    for prefix, node, state in _modules(module):
+        if state is None:
+            if any(isinstance(below, (TensorEntry, Storage)) for below in walk(node)):
+                yield prefix[:-1], node
+            continue
+        for name, value in _saved_values(node, state):
+            yield prefix + name, value
+
+
+def known_versions(module: object) -> dict[str, object]:
+    """The entries of torch's ``_metadata`` that matter and that the file lets us know, by module path.
+
+    ``state_dict()`` writes each class's ``_version``, which is in the code, not in the file.  For
+    torch's own classes whose loading depends on it, what the object holds tells which it was.
+    """
+    versions: dict[str, object] = {}
+    for prefix, node, state in _modules(module):
+        version = None if state is None else _known_version(node, state)
+        if version is not None:
+            versions[prefix[:-1]] = InertDict([("version", version)])
+    return versions
+
+
+def _known_version(node: object, state: InertDict) -> int | None:
+    cls = node.cls if isinstance(node, Object) else None
+    if not isinstance(cls, Global) or not cls.module.startswith("torch."):
+        return None
+    if _is_quantized(node):
+        own = state.get("version")  # the dynamic ones remember it
+        packs = "_packed_params" in state or cls.name.startswith("Linear")
+        return own if isinstance(own, int) else 3 if packs and "sparse" not in cls.module else None
+    buffers = [key for key, _ in mapping_items(state.get("_buffers")) or []]
+    return 2 if "Norm" in cls.name and "num_batches_tracked" in buffers else None
+
+
+def wrapper_prefixes(module: object) -> list[tuple[str, str]]:
+    """The wrappers a model was saved in, outermost first: class name, and the prefix each puts before every name."""
+    found: list[tuple[str, str]] = []
+    node = module
+    while isinstance(node, Object) and len(found) < _MAX_MODULE_DEPTH:
+        state = module_state(node)
+        below = _named(state.get("_modules")) if state is not None else []
+        name = node.class_name.rpartition(".")[2]
+        inner = "_orig_mod" if name == "OptimizedModule" else "module"
+        if len(below) != 1 or below[0][0] != inner:
+            break
+        if inner == "module" and "DataParallel" not in name:
+            break
+        found.append((node.class_name, inner + "."))
+        node = below[0][1]
+    return found
+
+
+def _modules(root: object) -> Iterator[tuple[str, object, InertDict | None]]:
+    """Every module, depth first: its prefix, node and ``__dict__`` (``None``: it is pickled as no module is)."""
     count = characters = 0
     above: set[int] = set()
-    stack: list[tuple[str, object, bool]] = [("", module, True)]
+    stack: list[tuple[str, object, bool]] = [("", root, True)]
     while stack:
         prefix, node, entering = stack.pop()
         if not entering:
@@ -52,29 +173,27 @@ def walk_module(module: object) -> Iterator[tuple[str, object]]:
             continue
         state = module_state(node)
         if state is None:
-            if any(isinstance(below, (TensorEntry, Storage)) for below in walk(node)):
-                yield prefix[:-1], node
+            yield prefix, node, None
             continue
         if len(above) >= _MAX_MODULE_DEPTH:
             raise LimitError("modules inside modules", limit=_MAX_MODULE_DEPTH, actual=len(above) + 1)
         if id(node) in above:
             raise CorruptError(f"module {prefix.rstrip('.') or 'root'!r} contains itself")
         above.add(id(node))
-        values = _saved_values(state)
         below = [(f"{prefix}{name}.", child) for name, child in _named(state.get("_modules")) if child is not None]
-        count += 1 + len(values)
-        characters += len(prefix) * len(values) + sum(len(path) for path, _ in below)
+        values = sum(len(mapping_items(state.get(mark)) or ()) for mark in ("_parameters", "_buffers"))
+        count += 1 + values
+        characters += len(prefix) * values + sum(len(path) for path, _ in below)
         if count > DEFAULT_LIMITS.entries:
             raise LimitError("modules and tensors in a model", limit=DEFAULT_LIMITS.entries, actual=count)
         if characters > DEFAULT_LIMITS.pickle_nbytes:
             raise LimitError("characters of names in a model", limit=DEFAULT_LIMITS.pickle_nbytes, actual=characters)
-        for name, value in values:
-            yield prefix + name, value
+        yield prefix, node, state
         stack.append(("", node, False))
         stack.extend((path, child, True) for path, child in reversed(below))
 
 
-def _saved_values(state: InertDict) -> list[tuple[str, object]]:
+def _saved_values(node: object, state: InertDict) -> list[tuple[str, object]]:
     """A module's own parameters and buffers, less those that are ``None`` or not persistent."""
     values: list[tuple[str, object]] = []
     for name, value in _named(state.get("_parameters")):
@@ -84,11 +203,46 @@ def _saved_values(state: InertDict) -> list[tuple[str, object]]:
             values.append((name, value))
     transient = _members(state.get("_non_persistent_buffers_set"))
     values += [(n, v) for n, v in _named(state.get("_buffers")) if v is not None and n not in transient]
+    values += _packed_values(node, state)
     return values
+
+
+def _packed_values(node: object, state: InertDict) -> list[tuple[str, object]]:
+    """What a quantized module's ``_save_to_state_dict`` adds; scale and zero point as the numbers the file holds.
+
+    Packed weights are objects of C++ classes, whose state is a tuple of the unpacked tensors and the class's name.
+    A class that is not known here, but holds such an object, gives it whole.
+    """
+    if _is_quantized(node, "Conv") and "kernel_size" in state and "weight" in state:
+        return [(name, state.get(name)) for name in _CONV_SAVED]
+    values: list[tuple[str, object]] = []
+    if _is_quantized(node, "QFunctional") or (_is_quantized(node) and "_packed_params" in _names(state["_modules"])):
+        values += [(name, state[name]) for name in ("scale", "zero_point") if name in state]
+    for name, value in state.pairs:
+        if isinstance(name, str) and isinstance(value, Object) and value.class_name == "torch.ScriptObject":
+            unpacked = value.state[0] if isinstance(value.state, tuple) and len(value.state) == 2 else None
+            if name == "_packed_params" and isinstance(unpacked, tuple) and "dtype" in state:
+                values += [("dtype", state["dtype"]), (name, unpacked)]
+            elif name == "_packed_weight" and "dtype" in state:
+                values += [("dtype", state["dtype"]), (name, _embedding_weight(value))]
+            else:
+                values.append((name, value))
+    return values
+
+
+def _embedding_weight(packed: Object) -> object:
+    """The quantized tensor that an embedding's packed weight was made from."""
+    state = packed.state[0] if isinstance(packed.state, tuple) and packed.state else None
+    tensors = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+    return tensors[0] if isinstance(tensors, list) and tensors else packed
 
 
 def _named(node: object) -> list[tuple[str, object]]:
     return [(key, value) for key, value in mapping_items(node) or [] if isinstance(key, str)]
+
+
+def _names(node: object) -> set[str]:
+    return {name for name, _ in _named(node)}
 
 
 def _members(node: object) -> set[str]:

@@ -1,10 +1,12 @@
 """Raw tree -> `Checkpoint`, and the state_dict back to a tree.
 
-`ckptkit.sections` says what is in the tree and which part is the state_dict.  Here that part is
-taken out, the marker `STATE_DICT` put in its place, and what is remarkable on the way noted:
+`ckptkit.sections` says what is in the tree and `ckptkit.selection` which part is the state_dict.
+Here that part is taken out, the marker `STATE_DICT` put in its place, and what is remarkable on the
+way noted:
 
 - a whole model gives the state_dict that `ckptkit.modules` walks
-- the bound method ``model.state_dict`` holds the whole model, and is read as one
+- a bound method such as ``model.state_dict`` holds the whole model, and is read as one
+- a list of (name, tensor) pairs is a state_dict, and written back as one
 - where several parts could be meant none is taken: the sections are listed, and whoever needs
   weights is asked for ``--section``
 """
@@ -17,10 +19,12 @@ from typing import Literal
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
-from ckptkit.modules import module_state, walk_module
-from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, is_global, mapping_items
+from ckptkit.modules import bound_method, known_versions, wrapper_prefixes
+from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items
+from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command
-from ckptkit.sections import Candidate, Survey, brief, choose, is_plain
+from ckptkit.sections import Candidate, Survey, brief, is_plain
+from ckptkit.selection import choose, listed, require_section
 
 __all__ = ["RawCheckpoint", "lower_state_dict", "normalize"]
 
@@ -34,6 +38,7 @@ class RawCheckpoint:
         format, format_version, byteorder, pickle_protocol, writer, metadata: as in `Origin` and `Checkpoint`.
         globals: the verdict on every name in the file.
         findings: what the reader noticed.
+        kind: what the file holds, where the container says it; ``None``: the tree tells.
     """
 
     root: object
@@ -45,6 +50,7 @@ class RawCheckpoint:
     metadata: Mapping[str, str]
     globals: tuple[GlobalUse, ...] = ()
     findings: tuple[Finding, ...] = ()
+    kind: Kind | None = None
 
 
 def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = None) -> Checkpoint:
@@ -60,21 +66,15 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         CorruptError: a module contains itself.
     """
     root, findings = raw.root, list(raw.findings)
-    bound = _bound_method_owner(root)
-    if bound is not None:
-        root = bound
-        findings.append(
-            Finding(
-                code="bound-method",
-                severity="warning",
-                message="the method model.state_dict was saved, not its result: the file holds the whole model",
-                fix=convert_command(file.path),
-            )
-        )
     survey = Survey(root)
-    found = list(survey.sections())
-    chosen = choose([c for c in found if c.is_weights], section)
-    kind = _kind(root, found)
+    found = survey.sections()
+    if section is None:
+        chosen = choose([candidate for candidate in found if candidate.is_weights])
+    else:
+        chosen = next((candidate for candidate in found if candidate.is_weights and candidate.path == section), None)
+    sections = survey.measured(found, chosen)
+    if section is not None:
+        require_section(sections, section)
     state_dict, rest, module = StateDict(), root, None
     if chosen is not None:
         state_dict, module = _state_dict(chosen, findings, file.path)
@@ -82,13 +82,12 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         taken_out = TreeMap(_same, [(chosen.node, STATE_DICT)])
         state_dict = state_dict.with_values(lambda value: value if is_plain(value) else taken_out(value))
         rest = taken_out(root)
-    elif sum(c.is_weights for c in found) > 1:
-        names = ", ".join(repr(c.path) for c in found if c.is_weights)
+    elif sum(candidate.is_weights for candidate in found) > 1:
         findings.append(
             Finding(
                 code="ambiguous-section",
                 severity="warning",
-                message=f"several sections hold weights ({names}); none is taken for the model's",
+                message=f"several sections hold weights ({listed(sections)}); none is taken for the model's",
                 fix=convert_command(file.path, "--section", "NAME"),
             )
         )
@@ -97,29 +96,21 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         rest=rest,
         module=module,
         metadata=raw.metadata,
-        globals=raw.globals,
+        globals=with_places(raw.globals, raw.root),
         findings=tuple(findings),
-        sections=survey.measured(found, chosen),
+        sections=sections,
         origin=Origin(
             path=file.path,
             size=file.size,
             format=raw.format,
             format_version=raw.format_version,
             byteorder=raw.byteorder,
-            kind=kind,
+            kind=raw.kind or _kind(root, found),
             state_path=None if chosen is None else chosen.path,
             pickle_protocol=raw.pickle_protocol,
             writer=raw.writer,
         ),
     )
-
-
-def _bound_method_owner(node: object) -> object | None:
-    """The module behind ``getattr(module, "state_dict")``, which is how Python pickles a bound method."""
-    if not isinstance(node, Object) or node.how != "reduce" or len(node.args) != 2 or node.args[1] != "state_dict":
-        return None
-    names_getattr = is_global(node.cls, "builtins", "getattr") or is_global(node.cls, "__builtin__", "getattr")
-    return node.args[0] if names_getattr and module_state(node.args[0]) is not None else None
 
 
 def _kind(root: object, found: list[Candidate]) -> Kind:
@@ -137,14 +128,13 @@ def _kind(root: object, found: list[Candidate]) -> Kind:
 def _state_dict(candidate: Candidate, findings: list[Finding], path: str) -> tuple[StateDict, object]:
     """The state_dict, and the module it was walked from (``None`` for a saved state_dict)."""
     if candidate.kind == "whole_model":
-        everything = dict(walk_module(candidate.node))
-        _note_wrapper(candidate.node, findings, path)
-        state_dict, module = StateDict(everything), candidate.node
+        _note_method(candidate.node, findings, path)
+        _note_wrapper(candidate.module, findings, path)
+        versions = known_versions(candidate.module) or None
+        state_dict, module = StateDict(dict(candidate.values()), versions=versions), candidate.module
     else:
-        pairs = mapping_items(candidate.node) or []
-        everything = {key: value for key, value in pairs if isinstance(key, str)}
         versions = _versions(candidate.node)
-        state_dict, module = StateDict(everything, versions=versions, container=candidate.node), None
+        state_dict, module = StateDict(dict(candidate.values()), versions=versions, container=candidate.node), None
     if state_dict.extra:
         names = ", ".join(f"{name} ({brief(value)})" for name, value in list(state_dict.extra.items())[:5])
         more = f" and {len(state_dict.extra) - 5} more" if len(state_dict.extra) > 5 else ""
@@ -167,14 +157,29 @@ def _versions(container: object) -> dict[str, object] | None:
     return {key: value for key, value in pairs if isinstance(key, str)}
 
 
+def _note_method(node: object, findings: list[Finding], path: str) -> None:
+    bound = bound_method(node)
+    if bound is not None:
+        findings.append(
+            Finding(
+                code="bound-method",
+                severity="warning",
+                message=f"the method model.{bound[1][:60]} was saved, not its result: the file holds the whole model",
+                fix=convert_command(path),
+            )
+        )
+
+
 def _note_wrapper(module: object, findings: list[Finding], path: str) -> None:
-    name = module.class_name if isinstance(module, Object) else ""
-    if name.endswith("DataParallel"):
+    wrappers = wrapper_prefixes(module)
+    if wrappers:
+        names = " inside ".join(name for name, _ in reversed(wrappers))
+        prefix = "".join(prefix for _, prefix in wrappers)
         findings.append(
             Finding(
                 code="wrapped-model",
                 severity="info",
-                message=f"the model was saved inside {name}; every name carries its prefix `module.`",
+                message=f"the model was saved inside {names}; every name carries its prefix `{prefix}`",
                 fix=convert_command(path, "--strip-module"),
             )
         )
@@ -198,6 +203,9 @@ def lower_state_dict(state_dict: StateDict) -> object:
     ]
     if isinstance(container, InertDict):
         return InertDict(pairs)
+    if isinstance(container, (list, tuple)):
+        pair_type = type(container[0])
+        return type(container)(pair_type(pair) for pair in pairs)
     if isinstance(container, Object):
         # The initial pairs some picklers pass as an argument are among `pairs` already.
         args = tuple(arg for arg in container.args if not isinstance(arg, (list, InertDict)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ckptkit.bytesource import ByteRange
+from ckptkit.bytesource import ByteSource
 from ckptkit.checkpoint import TensorEntry
 
 __all__ = ["Checksum", "Copy", "Gather", "Literal", "Plan", "Step"]
@@ -21,7 +21,7 @@ class Copy:
     """Bytes that move as they lie, from ``source`` to position ``target`` of the output."""
 
     target: int
-    source: ByteRange
+    source: ByteSource
 
     @property
     def nbytes(self) -> int:

@@ -1,77 +1,104 @@
-"""What the parts of a file are, and which of them are the weights.
+"""What the parts of a file are: which hold weights, which an optimizer, which something else.
 
 Decided by shape, never by a file's name:
 
-- a *whole model* is an object with ``_parameters``, ``_buffers`` and ``_modules``
-- a *state_dict* is a mapping with string keys of which at least half are tensors, and none of
-  whose other values has tensors inside
-- an *optimizer* is a mapping with ``state`` and ``param_groups``; never the weights
+- a *whole model* is what `ckptkit.modules` finds the ``__dict__`` of a module in, or a bound
+  method of one
+- a *state_dict* is a mapping with string keys, or a list of (name, tensor) pairs, of which at least
+  half are tensors.  What other values hold tensors must be no weights of their own: else it is a
+  file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
+  nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
+  parameter (losses, metrics, random states) is none, unless a customary key says so.
+- an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
+  whatever it lies under; never the weights.  Neither are its moments (`ckptkit.shapes.MOMENTS`).
 - what else holds tensors is a *tensor* or a *collection*
 
-Which weights of a file are *the* state_dict: the section asked for by name; else the only
-candidate; else the only candidate under a customary key (`CUSTOMARY_KEYS`), when no other
-candidate holds the same tensor names (an EMA or a "best" copy beside it is a choice to be made).
+Parts are looked for in dicts, lists, tuples, and the attributes, items and arguments of objects
+(a Namespace, a Trainer, a named tuple), at most `MAX_SECTION_DEPTH` keys down; never inside a part.
+
+Which part is *the* state_dict is decided by `ckptkit.selection`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
+from typing import Final, Literal
 
 from ckptkit.checkpoint import Section, Storage, TensorEntry
-from ckptkit.errors import LimitError, SectionError
+from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.modules import module_state, walk_module
-from ckptkit.pickling.inert import attributes, children, mapping_items, walk
+from ckptkit.modules import bound_method, module_state, walk_module
+from ckptkit.pickling.inert import Object, attributes, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
-
-__all__ = ["CUSTOMARY_KEYS", "MAX_SECTION_DEPTH", "Candidate", "Survey", "brief", "choose", "is_plain", "join", "step"]
-
-CUSTOMARY_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "model.state_dict",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
+from ckptkit.shapes import (
+    CUSTOMARY_KEYS,
+    are_moments,
+    is_optimizer,
+    is_substantial,
+    named_values,
+    parts,
+    tensor_at_a_glance,
+    weights_at_sight,
 )
-"""Where training scripts put the weights, most common first."""
+
+__all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "brief", "is_plain", "above_tensors", "join", "step"]
 
 MAX_SECTION_DEPTH = 4
 """Keys from the root to a section.  Lightning and fairseq need two."""
 
 _MAX_STEP = 200
-"""Characters of a key in a path."""
+"""Characters of a key where it is shown."""
+
+_MAX_PATH_STEP = 1000
+"""Characters of a key in a path: paths are typed after ``--section`` and must be what is listed."""
+
+_NEAR = 2
+"""Keys down that a value of a mapping is searched for weights of its own: ``{"nets": {"g": {...}}}``."""
+
+_ROOT: Final = object()
+"""What leads to the root."""
+
+_SCALARS = (str, int, float, bytes, type(None))
 
 _SectionKind = Literal["state_dict", "whole_model", "optimizer", "collection", "tensor"]
 _NodeKind = _SectionKind | Literal["parts"]
-"""``"parts"``: a mapping or sequence that has tensors somewhere below, and is no section by itself."""
+"""``"parts"``: something that has tensors somewhere below, and is no section by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A part of a file that holds tensors: the keys that lead to it, what it is, and its node."""
+    """A part of a file that holds tensors.
+
+    Attributes:
+        path: the keys that lead to it, joined with dots, as it is listed and asked for.
+        kind: what it is.
+        node: it.
+        keys: the keys that lead to it, as they are.
+    """
 
     path: str
     kind: _SectionKind
     node: object
+    keys: tuple[object, ...] = ()
 
     @property
     def is_weights(self) -> bool:
         """Whether it could be the checkpoint's state_dict."""
         return self.kind in ("state_dict", "whole_model")
 
-    def names(self) -> set[str]:
-        """The names its state_dict would have."""
+    @property
+    def module(self) -> object:
+        """The module it is, or that it is a method of."""
+        bound = bound_method(self.node)
+        return self.node if bound is None else bound[0]
+
+    def values(self) -> Iterator[tuple[str, object]]:
+        """The names and values its state_dict would have."""
         if self.kind == "whole_model":
-            return {name for name, _ in walk_module(self.node)}
-        return {key for key, _ in mapping_items(self.node) or [] if isinstance(key, str)}
+            return walk_module(self.module)
+        return ((key, value) for key, value in named_values(self.node) or [] if isinstance(key, str))
 
 
 class Survey:
@@ -87,80 +114,125 @@ class Survey:
         self._root = root
         self._kinds: dict[int, _NodeKind | None] = {}
         self._leading: dict[tuple[int, int], bool] = {}
+        self._slight: set[int] = set()
         self._entered: set[int] = set()
         self._holding: set[int] | None = None
+        self._near: dict[tuple[int, int], int] = {}
 
-    def sections(self) -> Iterator[Candidate]:
-        """The parts that hold tensors, in file order; parts of a part are not listed."""
-        return self._below(self._root, "", 0)
+    def sections(self) -> list[Candidate]:
+        """The parts that hold tensors, in file order, no two under one path; parts of a part are not listed."""
+        taken: dict[str, int] = {}
+        found = []
+        for candidate in self._below(self._root, "", ()):
+            path = candidate.path
+            while path in taken:
+                taken[candidate.path] += 1
+                path = f"{candidate.path}#{taken[candidate.path]}"
+            taken[path] = 1
+            found.append(candidate if path == candidate.path else replace(candidate, path=path))
+        if not found and self._has_tensor(self._root):
+            found.append(Candidate("", "collection", self._root))
+        return found
 
-    def _below(self, node: object, path: str, depth: int) -> Iterator[Candidate]:
-        kind = self._kind(node)
+    def _below(self, node: object, path: str, keys: tuple[object, ...]) -> Iterator[Candidate]:
+        kind = self._kind(node, keys[-1] if keys else _ROOT)
         if kind is None:
             return
         if kind != "parts":
-            yield Candidate(path, kind, node)
+            yield Candidate(path, kind, node, keys)
             return
-        parts = _parts(node)
+        inside = parts(node)
         # The keys of a file's own dict are its sections, whatever they hold.
-        named = depth == 0 and any(isinstance(key, str) for key, _ in parts)
-        if not named and not self._leads_to_weights(node, depth):
-            yield Candidate(path, "collection", node)
+        named = not keys and any(isinstance(key, str) for key, _ in inside)
+        if not named and not self._leads_to_weights(node, len(keys), keys[-1] if keys else _ROOT):
+            yield Candidate(path, "collection", node, keys)
         elif id(node) not in self._entered:
             self._entered.add(id(node))
-            for key, value in parts:
-                yield from self._below(value, join(path, key), depth + 1)
+            for key, value in inside:
+                yield from self._below(value, join(path, key), (*keys, key))
 
-    def _leads_to_weights(self, node: object, depth: int) -> bool:
+    def _leads_to_weights(self, node: object, depth: int, key: object) -> bool:
         """Whether the node, or something at most `MAX_SECTION_DEPTH` keys from the root, is a section of its own."""
-        kind = self._kind(node)
+        kind = self._kind(node, key)
         if kind != "parts" or depth >= MAX_SECTION_DEPTH:
             return kind in ("state_dict", "whole_model", "optimizer")
         known = self._leading.get((id(node), depth))
         if known is None:
+            self._leading[id(node), depth] = False  # where it leads back to itself
             self._leading[id(node), depth] = known = any(
-                self._leads_to_weights(value, depth + 1) for _, value in _parts(node)
+                self._leads_to_weights(value, depth + 1, inner) for inner, value in parts(node)
             )
         return known
 
-    def _kind(self, node: object) -> _NodeKind | None:
-        """What a node is; ``None``: it has no tensors."""
-        if isinstance(node, (str, int, float, bytes, type(None))):
+    def _kind(self, node: object, key: object) -> _NodeKind | None:
+        """What a node is that lies under ``key``; ``None``: it has no tensors."""
+        if isinstance(node, _SCALARS):
             return None
         if id(node) not in self._kinds:
             self._kinds[id(node)] = self._judge(node)
-        return self._kinds[id(node)]
+        kind = self._kinds[id(node)]
+        if kind == "state_dict" and id(node) in self._slight and key is not _ROOT:
+            return kind if isinstance(key, str) and key in CUSTOMARY_KEYS else "collection"
+        return kind
 
     def _judge(self, node: object) -> _NodeKind | None:
         if is_tensor_like(node) or isinstance(node, Storage):
             return "tensor"
-        if module_state(node) is not None:
+        if module_state(node) is not None or bound_method(node) is not None:
             return "whole_model"
-        pairs = mapping_items(node)
-        if pairs is not None and self._is_state_dict(pairs):
+        pairs = named_values(node)
+        if pairs is not None and self._is_state_dict(pairs) and not self._holds_more(node):
+            if not any(is_substantial(value) for _, value in pairs):
+                self._slight.add(id(node))
             return "state_dict"
         if not self._has_tensor(node):
             return None
-        if pairs is not None and {"state", "param_groups"} <= {key for key, _ in pairs if isinstance(key, str)}:
+        if is_optimizer(node):
             return "optimizer"
-        return "parts" if pairs is not None or isinstance(node, (list, tuple)) else "collection"
+        return "parts" if parts(node) else "collection"
 
     def _is_state_dict(self, pairs: list[tuple[object, object]]) -> bool:
-        tensors = others = 0
+        tensors = others = dotted = below = 0
         for key, value in pairs:
             if not isinstance(key, str):
                 return False
             if is_tensor_like(value):
                 tensors += 1
+                dotted += "." in key
             elif not key.endswith("_extra_state"):
-                if self._has_tensor(value):
-                    return False
                 others += 1
-        return tensors > 0 and tensors >= others
+                if self._has_tensor(value):
+                    weights = self._weights_near(value, _NEAR)
+                    if not weights and "." not in key:
+                        return False
+                    below += weights
+        if below and (below > tensors or not dotted):
+            return False
+        return tensors > 0 and tensors >= others and not are_moments(pairs)
+
+    def _weights_near(self, node: object, depth: int) -> int:
+        """Tensors in what looks like weights at, or at most ``depth`` keys below, a node; more than any for modules."""
+        known = self._near.get((id(node), depth))
+        if known is None:
+            known = weights_at_sight(node)
+            if not known and depth and not isinstance(node, _SCALARS):
+                inside = ((key, value) for key, value in parts(node) if not isinstance(value, _SCALARS))
+                known = sum(self._weights_near(value, depth - 1) for _, value in inside)
+            self._near[id(node), depth] = known
+        return known
+
+    def _holds_more(self, node: object) -> bool:
+        """Whether an object that is a mapping of a class of its own has tensors beside those it maps to."""
+        if not isinstance(node, Object) or mapping_items(node) is not None:
+            return False
+        return any(map(self._has_tensor, (node.state, node.kwargs, *node.args, *node.items)))
 
     def _has_tensor(self, node: object) -> bool:
+        seen = tensor_at_a_glance(node)
+        if seen is not None:
+            return seen
         if self._holding is None:
-            self._holding = _above_tensors(self._root)
+            self._holding = above_tensors(self._root)
         return id(node) in self._holding
 
     def measured(self, found: list[Candidate], chosen: Candidate | None) -> tuple[Section, ...]:
@@ -194,44 +266,11 @@ class Survey:
         return tuple(sections)
 
 
-def choose(weights: list[Candidate], section: str | None) -> Candidate | None:
-    """The candidate that is the checkpoint's state_dict; ``None``: several could be.
-
-    Raises:
-        SectionError: none has the path asked for.
-    """
-    if section is not None:
-        for candidate in weights:
-            if candidate.path == section:
-                return candidate
-        listed = ", ".join(repr(candidate.path) for candidate in weights) or "none"
-        raise SectionError(f"no section {section!r} holds weights; sections that do: {listed}")
-    # One object under several keys is one candidate, by its most customary key.
-    weights = sorted(weights, key=lambda candidate: candidate.path not in CUSTOMARY_KEYS)
-    distinct = list({id(candidate.node): candidate for candidate in reversed(weights)}.values())
-    if len(distinct) < 2:
-        return distinct[0] if distinct else None
-    customary = [candidate for candidate in distinct if candidate.path in CUSTOMARY_KEYS]
-    if len(customary) != 1:
-        return None
-    names = customary[0].names()
-    rivals = (candidate for candidate in distinct if candidate is not customary[0])
-    return None if any(names & rival.names() for rival in rivals) else customary[0]
-
-
-def _parts(node: object) -> list[tuple[object, object]]:
-    """What a mapping or sequence holds, with the keys or indices that lead there."""
-    pairs = mapping_items(node)
-    if pairs is None and isinstance(node, (list, tuple)):
-        return list(enumerate(node))
-    return pairs or []
-
-
 def _leaves(candidate: Candidate) -> Iterator[object]:
     """Every node at or below a candidate; the plain tensors of a state_dict without going through `walk`."""
     if candidate.kind != "state_dict":
         return walk(candidate.node)
-    values = [value for _, value in mapping_items(candidate.node) or []]
+    values = [value for _, value in named_values(candidate.node) or []]
     others = [value for value in values if not is_plain(value)]
     return chain(values if not others else filter(is_plain, values), walk([attributes(candidate.node), *others]))
 
@@ -241,7 +280,7 @@ def is_plain(node: object) -> bool:
     return isinstance(node, TensorEntry) and node.attributes is None and node.subclass is None
 
 
-def _above_tensors(root: object) -> set[int]:
+def above_tensors(root: object) -> set[int]:
     """The ids of all nodes from which a tensor or storage is reached, and of these themselves."""
     above: dict[int, list[int]] = {}
     found: list[int] = []
@@ -249,7 +288,7 @@ def _above_tensors(root: object) -> set[int]:
         if isinstance(node, (TensorEntry, Storage)):
             found.append(id(node))
         for child in children(node):
-            if not isinstance(child, (str, int, float, bytes, type(None))):
+            if not isinstance(child, _SCALARS):
                 above.setdefault(id(child), []).append(id(node))
     holding = set(found)
     while found:
@@ -262,13 +301,16 @@ def _above_tensors(root: object) -> set[int]:
 
 def join(path: str, key: object) -> str:
     """The path of what lies under ``key`` of what lies at ``path``; see `Section.path`."""
-    return f"{path}.{step(key)}" if path else step(key)
+    last = key[:_MAX_PATH_STEP] if isinstance(key, str) else step(key)
+    return f"{path}.{last}" if path else last
 
 
 def step(key: object) -> str:
-    """A key or index as it stands in paths.  Keys come from a stranger: long and nested ones are cut short."""
+    """A key or index as it is shown.  Keys come from a stranger: long and nested ones are cut short."""
     if isinstance(key, (str, bytes)):
         return key[:_MAX_STEP] if isinstance(key, str) else repr(key[:_MAX_STEP])
+    if isinstance(key, tuple) and len(key) <= 4 and all(isinstance(part, (str, int, float)) for part in key):
+        return f"({', '.join(repr(part)[:_MAX_STEP] for part in key)})"
     return repr(key) if isinstance(key, (int, float, type(None))) else "?"
 
 

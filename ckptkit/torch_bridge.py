@@ -131,7 +131,7 @@ class _Loader:
     def _read(self, storage: Storage, width: int) -> torch.UntypedStorage:
         memory = _allocated(storage.nbytes)
         self._files[id(storage.source.file)] = storage.source.file
-        _read_into(memory, storage.source.part(0, storage.nbytes))
+        _read_into(memory, storage.source.plain().part(0, storage.nbytes))
         if width > 1:
             memory.byteswap(_SAME_WIDTH[width])  # type: ignore[no-untyped-call]
         return memory

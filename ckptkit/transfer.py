@@ -172,7 +172,7 @@ def execute(plan: Plan, fd: int, progress: Callable[[int], None] | None = None) 
     for step in plan.steps:
         if isinstance(step, Copy):
             sources[id(step.source.file)] = step.source.file
-            copier.copy(step.source, step.target)
+            copier.copy(step.source.plain(), step.target)
         elif isinstance(step, Gather):
             sources[id(step.entry.storage.source.file)] = step.entry.storage.source.file
             target = step.target
@@ -316,7 +316,7 @@ def _gather(entry: TensorEntry) -> bytes:
 
     row = DTYPES[entry.dtype]
     start, end = entry.span()
-    with _window(entry.storage.source, start, end) as raw:
+    with _window(entry.storage.source.plain(), start, end) as raw:
         # The stride of a dimension of one element says nothing, and may be any number.
         strides = tuple(
             step * row.itemsize if size > 1 else 0 for size, step in zip(entry.shape, entry.stride, strict=True)

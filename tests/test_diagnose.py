@@ -69,7 +69,10 @@ def stale(prefix: str) -> dict[str, Any]:
 
 PROVOKED: dict[str, tuple[Any, Any]] = {
     # code: (one that provokes it, one that just does not)
-    "ambiguous-section": ({"model": WEIGHTS, "ema": dict(WEIGHTS)}, {"model": WEIGHTS, "ema": None}),
+    "ambiguous-section": (
+        {"model": WEIGHTS, "ema": {name: tensor.clone() for name, tensor in WEIGHTS.items()}},
+        {"model": WEIGHTS, "ema": None},
+    ),
     "bound-method": (nn.Linear(1, 1).state_dict, nn.Linear(1, 1).state_dict()),
     "whole-model": (nn.Linear(1, 1), nn.Linear(1, 1).state_dict()),
     "wrapped-model": (nn.DataParallel(nn.Linear(1, 1)), nn.Linear(1, 1)),

@@ -28,19 +28,27 @@ from ckptkit.pickling.inert import Global, InertDict, Object
 Save = Callable[..., Path]
 
 KEYS = {
-    "path": str, "size": int, "format": str, "kind": str, "state_dict": (dict, type(None)), "sections": list,
-    "tensors": list, "metadata": dict, "trust": str, "globals": list, "modules": list, "architecture": list,
-    "findings": list, "error": type(None),
+    "path": str, "size": int, "format": str, "writer": (str, type(None)), "kind": str,
+    "state_dict": (dict, type(None)), "sections": list, "storage": dict, "tensors": list, "metadata": dict,
+    "training": dict, "trust": str, "globals": list, "modules": list, "architecture": list, "findings": list,
+    "error": type(None),
 }  # fmt: skip
 ELEMENTS: dict[str, dict[str, Any]] = {
     "state_dict": {"path": str, "tensors": int, "parameters": int, "buffers": int, "nbytes": int},
-    "sections": {"path": str, "kind": str, "tensors": int, "nbytes": int, "selected": bool},
+    "sections": {
+        "path": str, "kind": str, "tensors": int, "parameters": (int, type(None)), "buffers": (int, type(None)),
+        "nbytes": int, "share": float, "selected": bool,
+    },
+    "storage": {
+        "storages": int, "nbytes": int, "unique_tensor_nbytes": int, "tied": int, "shared": int, "unused_nbytes": int,
+    },
     "tensors": {
         "section": str, "name": str, "dtype": str, "shape": list, "stride": list, "nbytes": int, "location": str,
         "storage": str, "role": str, "role_inferred": bool, "tied_to": (str, type(None)),
     },
-    "globals": {"name": str, "verdict": str, "count": int},
-    "modules": {"path": str, "class": str, "settings": dict, "children": list},
+    "globals": {"name": str, "verdict": str, "count": int, "where": list},
+    "modules": {"path": str, "class": str, "text": str, "settings": dict, "children": list},
+    "training": {"scalars": dict, "optimizers": list, "schedulers": list},
     "findings": {"code": str, "severity": str, "message": str, "fix": (str, type(None))},
 }  # fmt: skip
 WORDS = {
@@ -359,7 +367,7 @@ def test_odd_names(save: Save) -> None:
     assert names(inspect(save({name: torch.ones(1) for name in odd}))) == odd
     odd_places = {1: [torch.ones(1)], (1, 2): {"x": torch.ones(1)}, None: torch.ones(1)}
     assert placed(inspect(save({"k": odd_places, "model": {"w": torch.ones(1)}}))) == [
-        ("model", "w"), ("k.1", "0"), ("k.?", "x"), ("k.None", "k.None"),
+        ("model", "w"), ("k.1", "0"), ("k.(1, 2)", "x"), ("k.None", "k.None"),
     ]  # fmt: skip
 
 
@@ -368,7 +376,8 @@ def test_tensors_in_objects(save: Save) -> None:
     noted.mask = torch.zeros(3)  # type: ignore[attr-defined]
     saved = {"args": argparse.Namespace(best=torch.ones(1), more=[torch.ones(2), {"x": torch.ones(3)}]), "noted": noted}
     assert placed(inspect(save(saved))) == [
-        ("args", "best"), ("args", "more.0"), ("args", "more.1.x"), ("noted", "noted"), ("noted", "mask"),
+        ("args.more.1", "x"), ("args.best", "args.best"), ("args.more.0", "args.more.0"), ("noted", "noted"),
+        ("noted", "mask"),
     ]  # fmt: skip
 
 

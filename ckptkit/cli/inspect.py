@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -11,10 +12,21 @@ import click
 
 from ckptkit import api
 from ckptkit.cli import inspect_text
-from ckptkit.cli.options import common_options, echo, echo_json, path_argument, styler, with_examples
+from ckptkit.cli.options import (
+    common_options,
+    echo,
+    echo_json,
+    path_argument,
+    printable,
+    styler,
+    terminal_width,
+    with_examples,
+)
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.formats import SUFFIXES
-from ckptkit.inspection import describe_error
+from ckptkit.formats.first_bytes import describe_folder
+from ckptkit.formats.sharded import INDEX_SUFFIXES, shard_names
+from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.report import SCHEMA_VERSION, at_least
 
 __all__ = ["command"]
@@ -29,7 +41,7 @@ __all__ = ["command"]
     ),
 )
 @path_argument("paths", nargs=-1, required=True)
-@click.option("--depth", type=click.IntRange(1), default=3, show_default=True, help="Levels of the module tree.")
+@click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as are readable.")
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
 @click.option("--sort", type=click.Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
@@ -46,7 +58,7 @@ __all__ = ["command"]
 @common_options
 def command(
     paths: tuple[str, ...],
-    depth: int,
+    depth: int | None,
     flat: bool,
     filters: tuple[str, ...],
     sort: str,
@@ -63,47 +75,80 @@ def command(
     Nothing in a file is executed, and no tensor is read (but with --stats). A folder stands for the
     checkpoint files below it.
     """
-    files: list[dict[str, Any]] = []
-    for path in paths:
-        try:
-            files.extend(_inspect(found, section, filters, sort, stats) for found in _expand(path))
-        except CkptkitError as error:
-            files.append(describe_error(path, error))
-    if as_json or output == "json":
-        echo_json({"schema_version": SCHEMA_VERSION, "files": files})
+    if flat:
+        render = inspect_text.flat
+    elif output == "markdown":
+        from ckptkit.cli.inspect_markdown import markdown
+
+        render = functools.partial(markdown, depth=depth, sort=sort)
     else:
-        style = styler(color)
-        for number, document in enumerate(files):
-            if document["error"] is not None:
-                continue
-            if number and not flat:
+        render = functools.partial(
+            inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
+        )
+    documents = (
+        _survey(found, section, filters, sort, stats) if error is None else describe_error(found, error)
+        for path in paths
+        for found, error in _expanded(path)
+    )
+    if as_json or output == "json":
+        return _exit_code(list(map(_told, _echo_documents(documents))), fail_on)
+    seen: list[dict[str, Any]] = []
+    for document in documents:
+        if document["error"] is None:
+            if seen and not flat:
                 echo()
-            if flat:
-                lines = inspect_text.flat(document)
-            elif output == "markdown":
-                lines = inspect_text.markdown(document)
-            else:
-                lines = inspect_text.text(document, style, depth=depth, stats=stats)
-            for line in lines:
+            for line in render(document):
                 echo(line)
-    for document in files:
-        if document["error"] is not None:
-            message = document["error"]["message"]
-            place = "" if message.startswith(document["path"]) else f"{document['path']}: "
-            sys.stdout.flush()
-            click.echo(f"ckptkit: error: {place}{message}", err=True)
-    return _exit_code(files, fail_on)
+        seen.append(_told(document))
+    return _exit_code(seen, fail_on)
 
 
-def _inspect(path: str, section: str | None, filters: tuple[str, ...], sort: str, stats: bool) -> dict[str, Any]:
+def _survey(path: str, section: str | None, filters: tuple[str, ...], sort: str, stats: bool) -> dict[str, Any]:
     try:
-        return api.inspect(path, section=section, filters=filters, sort=sort, stats=stats)
+        with api.open(path, section=section) as file:
+            return survey(file.checkpoint, filters=filters, sort=sort, stats=stats)
     except CkptkitError as error:
         return describe_error(path, error)
 
 
+def _expanded(path: str) -> Iterator[tuple[str, CkptkitError | None]]:
+    """The files a path stands for; or the path, and why it stands for none."""
+    try:
+        for found in _expand(path):
+            yield found, None
+    except CkptkitError as error:
+        yield path, error
+
+
+def _echo_documents(documents: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Write the JSON document while its files are read: what is written of one need not be kept for the next."""
+    if sys.stdout.isatty():
+        files = list(documents)
+        echo_json({"schema_version": SCHEMA_VERSION, "files": [plain_document(document) for document in files]})
+        yield from files
+        return
+    write = sys.stdout.write
+    write(f'{{"schema_version": {SCHEMA_VERSION}, "files": [')
+    for number, document in enumerate(documents):
+        write(", " * (number > 0))
+        for chunk in json_chunks(document):
+            write(chunk)
+        yield document
+    write("]}\n")
+
+
+def _told(document: dict[str, Any]) -> dict[str, Any]:
+    """What of a document decides the exit code; its error, if it has one, is told on stderr."""
+    if document["error"] is not None:
+        message = document["error"]["message"]
+        place = "" if message.startswith(document["path"]) else f"{document['path']}: "
+        sys.stdout.flush()
+        click.echo(f"ckptkit: error: {printable(place + message)}", err=True)
+    return {"error": document["error"], "severities": [finding["severity"] for finding in document["findings"]]}
+
+
 def _expand(path: str) -> Iterator[str]:
-    """The path itself, or the checkpoint files below a folder, in order.
+    """The path itself, or the checkpoint files below a folder, in order: an index in place of the shards it names.
 
     Raises:
         FileAccessError: a folder without any.
@@ -114,12 +159,17 @@ def _expand(path: str) -> Iterator[str]:
     found = 0
     for folder, folders, names in os.walk(path):
         folders.sort()
+        indexes = [name for name in names if name.endswith(INDEX_SUFFIXES)]
+        shards = {shard for index in indexes for shard in shard_names(os.path.join(folder, index))}
         for name in sorted(names):
-            if os.path.splitext(name)[1].lower() in SUFFIXES:
+            if name in indexes or (os.path.splitext(name)[1].lower() in SUFFIXES and name not in shards):
                 found += 1
                 yield os.path.join(folder, name)
     if not found:
-        raise FileAccessError(f"{path}: a folder without checkpoint files ({', '.join(sorted(SUFFIXES))})")
+        what = describe_folder(path)
+        if what == "is a folder, not a file":
+            what = f"a folder without checkpoint files ({', '.join(sorted(SUFFIXES))})"
+        raise FileAccessError(f"{path}: {what}")
 
 
 def _exit_code(files: list[dict[str, Any]], fail_on: str) -> int:
@@ -127,5 +177,5 @@ def _exit_code(files: list[dict[str, Any]], fail_on: str) -> int:
         return 2
     if fail_on == "never":
         return 0
-    severities = [finding["severity"] for document in files for finding in document["findings"]]
+    severities = [severity for document in files for severity in document["severities"]]
     return int(any(at_least(severity, "warning" if fail_on == "warning" else "error") for severity in severities))

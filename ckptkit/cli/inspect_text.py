@@ -1,198 +1,332 @@
-"""Renders the inspect document: text for a terminal, markdown, and flat lines."""
+"""Renders the inspect document as text for a terminal, and as flat lines for grep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ckptkit.cli.options import Style, columns, printable
+from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
+from ckptkit.listing import TensorRow
+from ckptkit.outline import Line, Outline
 from ckptkit.report import human_size
 
-__all__ = ["flat", "markdown", "text"]
+__all__ = [
+    "STATS", "fact_lines", "facts", "figure", "flat", "full_name", "outline_of", "section_table", "shape", "text",
+    "training_lines", "tree_table", "what_it_is",
+]  # fmt: skip
 
-_STATS = ("min", "max", "mean", "std", "zeros", "nan", "inf")
-_COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
-_MAX_SCALARS_SHOWN = 24
+STATS = ("min", "max", "mean", "std", "zeros", "nan", "inf")
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+_MAX_SCALARS_SHOWN = 20
+_MAX_SECTIONS_SHOWN = 20
+_MAX_NAMES_SHOWN = 5
+_TELLING = frozenset({
+    "arch", "architecture", "batch", "batch_size", "d_model", "data", "dataset", "dataset_type", "dropout", "epochs",
+    "fp16", "hidden_size", "learning_rate", "lr", "max_epochs", "model", "model_name", "num_classes", "num_layers",
+    "optimizer", "precision", "seed", "task", "weight_decay",
+})  # fmt: skip
+"""Arguments that are told first: what was trained on what, and how."""
+
+_MAX_VALUE = 80
+"""Characters of a scalar of the training state."""
+
+_TREE_LINES = 40
+"""Lines of the module tree where no depth is asked for."""
+
+_KINDS = {
+    "state_dict": "a state_dict: the names and tensors of a model, without the model",
+    "resume": "a training checkpoint: weights, and beside them what training needs to go on",
+    "collection": "tensors, but no state_dict of a model",
+    "other": "no tensor: plain values or objects alone",
+}
 
 
-def text(document: dict[str, Any], style: Style, *, depth: int, stats: bool) -> Iterator[str]:
-    """The lines of the text output."""
-    yield _headline(document, style)
-    if document["sections"]:
+def text(
+    document: dict[str, Any], style: Style, *, depth: int | None, stats: bool, sort: str, width: int | None = None
+) -> Iterator[str]:
+    """The lines of the text output.
+
+    Args:
+        document: of `ckptkit.inspection.survey`.
+        style: how to colour.
+        depth: levels of the module tree; ``None``: as many as are still readable.
+        stats: whether tensors are listed with their statistics in place of the tree.
+        sort: the order of the tree.
+        width: characters of a line on the terminal; ``None``: nothing is cut.
+    """
+    yield from wrapped(headline(document, style), width)
+    yield from wrapped(style(what_it_is(document), dim=True), width)
+    rows, headers, align = section_table(document)
+    if rows:
         yield ""
-        yield from columns(_section_rows(document), ["", "section", "kind", "tensors", "bytes", "share"], "lllrrr")
-    yield from _weights_line(document, style)
-    if stats:
+        yield from _table(rows, headers, align, style, width)
+    lines = [(label, line) for label, line in fact_lines(document) if line]
+    if lines:
         yield ""
-        rows = [
-            [_full_name(t, document), t["dtype"], *(_figure(t["stats"][k]) for k in _STATS)]
-            for t in document["tensors"]
-        ]
-        yield from columns(rows, ["tensor", "dtype", *_STATS], "ll" + "r" * len(_STATS))
-    elif document["tensors"]:
+    for label, line in lines:
+        yield from wrapped(f"{style(label, bold=True)}: {line}", width)
+    if document["tensors"]:
         yield ""
-        yield from columns(list(_tree_rows(document, depth)), ["tensors of", "", "elements", "bytes", "dtype"], "lrrrl")
-    yield from _scalars(document, style)
+        if stats:
+            yield from _table(*_stats_table(document), style, width)
+        else:
+            tree, left_out = outline_of(document, depth, sort)
+            yield from _table(*tree_table(tree), style, width)
+            if left_out:
+                yield style(f"and {left_out:,} more (--depth 1 shows all, --flat every tensor)", dim=True)
+            if any(line.copies > 1 and below.level > line.level for line, below in itertools.pairwise(tree)):
+                yield style(f"(below a line with {TIMES}: the figures of one of them)", dim=True)
+    for line in training_lines(document, style):
+        yield from wrapped(line, width)
     if document["findings"]:
         yield ""
     for finding in document["findings"]:
         severity = finding["severity"]
-        label = style(severity, fg=_COLORS[severity], bold=severity == "error")
-        yield f"{label}: {printable(finding['message'])} [{finding['code']}]"
+        label = style(severity, fg=COLORS[severity], bold=severity == "error")
+        yield from wrapped(f"{label}: {printable(finding['message'])} [{finding['code']}]", width)
         if finding["fix"]:
             yield f"    {printable(finding['fix'])}"
 
 
-def markdown(document: dict[str, Any]) -> Iterator[str]:
-    """The lines of the markdown output: a heading and tables."""
-    from tabulate import tabulate  # a fifth of the start-up time, and only needed here
-
-    yield f"## `{printable(document['path'])}`"
-    yield ""
-    yield f"{_facts(document)}"
-    if document["sections"]:
-        yield ""
-        rows = [[_code(cell) if i == 1 else cell for i, cell in enumerate(row)] for row in _section_rows(document)]
-        yield tabulate(rows, ["", "section", "kind", "tensors", "bytes", "share"], "github", disable_numparse=True)
-    if document["tensors"]:
-        yield ""
-        headers = ["tensor", "dtype", "shape", "bytes", "device"]
-        extra = _STATS if "stats" in document["tensors"][0] else ()
-        rows = [
-            [_code(_full_name(t, document)), t["dtype"], _shape(t), human_size(t["nbytes"]), t["location"]]
-            + [_figure(t["stats"][key]) for key in extra]
-            for t in document["tensors"]
-        ]
-        yield tabulate(rows, [*headers, *extra], "github", disable_numparse=True)
-    if document["findings"]:
-        yield ""
-        for finding in document["findings"]:
-            fix = f" Fix: `{printable(finding['fix'])}`" if finding["fix"] else ""
-            yield f"- **{finding['severity']}** `{finding['code']}`: {printable(finding['message'])}.{fix}"
-
-
 def flat(document: dict[str, Any]) -> Iterator[str]:
     """One line a tensor: name, dtype, shape, bytes, device, section, then statistics where asked for."""
-    for t in document["tensors"]:
-        fields = [printable(t["name"]), t["dtype"], _shape(t), str(t["nbytes"]), t["location"], printable(t["section"])]
-        if "stats" in t:
-            fields += [f"{key}={_figure(t['stats'][key])}" for key in _STATS]
+    for row in document["tensors"]:
+        fields = [printable(row.name), row.dtype, shape(row), str(row.nbytes), row.location, printable(row.section)]
+        if row.stats is not None:
+            fields += [f"{key}={figure(row.stats[key])}" for key in STATS]
         yield "\t".join(fields)
 
 
-def _headline(document: dict[str, Any], style: Style) -> str:
-    return f"{style(printable(document['path']), bold=True)}: {_facts(document)}"
+def headline(document: dict[str, Any], style: Style) -> str:
+    """The file and what it is in a line."""
+    return f"{style(printable(document['path']), bold=True)}: {facts(document)}"
 
 
-def _facts(document: dict[str, Any]) -> str:
-    locations = sorted({t["location"] for t in document["tensors"]})
-    shown = ", ".join(printable(location) for location in locations[:4]) + (", ..." if len(locations) > 4 else "")
-    saved = f", saved on {shown}" if locations else ""
-    trust = {"safe": "safe", "needs_trust": "needs trust", "hostile": "HOSTILE"}[document["trust"]]
-    facts = f"{document['format']}, {document['kind'].replace('_', ' ')}, {human_size(document['size'])}"
-    return facts if document["format"] == "safetensors" else f"{facts}{saved}, pickle {trust}"
+def facts(document: dict[str, Any]) -> str:
+    """Container, kind, size, devices, writer and trust."""
+    parts = [document["format"], document["kind"].replace("_", " "), human_size(document["size"])]
+    holds_pickle = not document["format"].startswith("safetensors")
+    locations = sorted({row.location for row in document["tensors"]})
+    if locations and holds_pickle:
+        shown = ", ".join(printable(location) for location in locations[:4])
+        parts.append(f"saved on {shown}{', ...' if len(locations) > 4 else ''}")
+    if document["writer"]:
+        parts.append(f"written by {printable(document['writer'])}")
+    if holds_pickle:
+        parts.append(
+            "pickle " + {"safe": "safe", "needs_trust": "needs trust", "hostile": "HOSTILE"}[document["trust"]]
+        )
+    return ", ".join(parts)
 
 
-def _section_rows(document: dict[str, Any]) -> list[list[str]]:
-    size = max(document["size"], 1)
-    return [
+def what_it_is(document: dict[str, Any]) -> str:
+    """A sentence for whoever meets such a file for the first time."""
+    kind, rows = document["kind"], document["tensors"]
+    if kind == "whole_model":
+        cls = printable(document["modules"][0]["class"]) if document["modules"] else "unknown class"
+        if document["format"] == "torchscript":
+            return f"a TorchScript program of class {cls}, its code included: torch.jit.load runs it"
+        return f"a pickled model of class {cls}: torch.load needs its code, ckptkit does not"
+    if kind == "tensor":
+        return f"one tensor, {rows[0].dtype} {shape(rows[0])}, without a name" if len(rows) == 1 else "one storage"
+    said: str = _KINDS.get(kind, kind)
+    path = (document["state_dict"] or {}).get("path")
+    if kind == "resume" and path:
+        return f"{said}; the weights are under {printable(path)!r}"
+    return said
+
+
+def section_table(document: dict[str, Any]) -> tuple[list[list[str]], list[str], str]:
+    """Rows, headers and alignment of the sections; no rows where the file is one section."""
+    sections = document["sections"]
+    if len(sections) == 1 and not sections[0]["path"]:
+        return [], [], ""
+    rows = [
         [
             "*" if section["selected"] else "",
             printable(section["path"]) or "(whole file)",
             section["kind"].replace("_", " "),
             f"{section['tensors']:,}",
+            "" if section["parameters"] is None else f"{section['parameters']:,}",
+            "" if section["buffers"] is None else f"{section['buffers']:,}",
             human_size(section["nbytes"]),
-            f"{section['nbytes'] / size:.1%}",
+            f"{section['share']:.1%}",
         ]
-        for section in document["sections"]
+        for section in sections[:_MAX_SECTIONS_SHOWN]
     ]
+    if len(sections) > _MAX_SECTIONS_SHOWN:
+        rows.append(["", f"and {len(sections) - _MAX_SECTIONS_SHOWN:,} more (--json shows all)", *[""] * 6])
+    return rows, ["", "section", "kind", "tensors", "parameters", "buffers", "bytes", "share"], "lllrrrrr"
 
 
-def _weights_line(document: dict[str, Any], style: Style) -> Iterator[str]:
+def fact_lines(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The totals, each with its label; lines that have nothing to say are empty."""
+    yield "weights", weights_line(document)
+    yield "storage", storage_line(document)
+    yield "names", names_line(document)
+
+
+def weights_line(document: dict[str, Any]) -> str:
+    """Totals of the selected weights; empty where there are none."""
     summary = document["state_dict"]
     if summary is None:
-        return
-    inferred = any(t["role_inferred"] for t in document["tensors"])
-    yield ""
-    yield (
-        f"{style('weights', bold=True)}: {summary['tensors']:,} tensors, {summary['parameters']:,} parameters, "
+        return ""
+    inferred = any(row.role_inferred and row.section == summary["path"] for row in document["tensors"])
+    return (
+        f"{counted(summary['tensors'], 'tensor')}, {summary['parameters']:,} parameters, "
         f"{summary['buffers']:,} in buffers{' (told apart by name and dtype)' if inferred else ''}, "
         f"{human_size(summary['nbytes'])}"
     )
 
 
-def _tree_rows(document: dict[str, Any], depth: int) -> Iterator[list[str]]:
-    """Modules with totals, ``depth`` levels below the last one that all names share."""
-    summary = document["state_dict"]
-    classes = {module["path"]: module["class"] for module in document["modules"]}
-    chosen = [t for t in document["tensors"] if summary is None or t["section"] == summary["path"]]
-    names = [_full_name(t, document).split(".") for t in chosen]
-    common = 0
-    while names and all(len(n) > common + 1 and n[common] == names[0][common] for n in names):
-        common += 1
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for segments, t in zip(names, chosen, strict=True):
-        for level in range(1, min(len(segments), common + depth) + 1):
-            groups.setdefault(tuple(segments[:level]), []).append(t)
-    if len(names) > 1:
-        yield _tree_row("(all)", chosen, classes.get("", ""))
-    for path, members in groups.items():
-        if len(path) < common:
-            continue
-        label = ".".join(path) if len(path) == max(common, 1) else "  " * (len(path) - common) + path[-1]
-        leaf = len(members) == 1 and _full_name(members[0], document).split(".") == list(path)
-        note = f"{members[0]['dtype']} {_shape(members[0])}" if leaf else classes.get(".".join(path), "")
-        if leaf and members[0]["tied_to"]:
-            note += f" = {printable(members[0]['tied_to'])}"
-        yield _tree_row(printable(label) or "(tensor)", members, note, leaf=leaf)
+def storage_line(document: dict[str, Any]) -> str:
+    """What storages hold, where that is more than one tensor each; empty where it is not."""
+    storage = document["storage"]
+    parts = []
+    if storage["tied"]:
+        parts.append(f"{counted(storage['tied'], 'tensor')} tied to another name")
+    if storage["shared"]:
+        parts.append(f"{storage['shared']:,} are views of storages they share")
+    if storage["unused_nbytes"]:
+        parts.append(f"{human_size(storage['unused_nbytes'])} that no tensor uses")
+    if not parts:
+        return ""
+    return f"{counted(storage['storages'], 'storage')} of {human_size(storage['nbytes'])}; {', '.join(parts)}"
 
 
-def _tree_row(label: str, members: list[dict[str, Any]], note: str, *, leaf: bool = False) -> list[str]:
-    unique = [t for t in members if not t["tied_to"]]
-    elements = sum(_numel(t) for t in unique)
-    kinds = sorted({t["dtype"] for t in members})
-    dtypes = "/".join(kinds) if len(kinds) < 3 else f"{len(kinds)} dtypes"
-    return [
-        label,
-        "" if leaf else f"{len(members):,}",
-        f"{elements:,}",
-        human_size(sum(t["nbytes"] for t in unique)),
-        note or dtypes,
-    ]
+def names_line(document: dict[str, Any]) -> str:
+    """The names in the pickle that a loader would have to trust, the dangerous first; empty where there are none."""
+    order = {"dangerous": 0, "unknown": 1}
+    uses = [use for use in document["globals"] if use["verdict"] in order]
+    uses.sort(key=lambda use: (order[use["verdict"]], use["name"].startswith("torch.")))
+    if not uses:
+        return ""
+    shown = []
+    for use in uses[:_MAX_NAMES_SHOWN]:
+        where = f" in {printable(use['where'][0])}" if use["where"] else ""
+        times = f", {use['count']:,} {TIMES}" if use["count"] > 1 else ""
+        danger = "DANGEROUS " if use["verdict"] == "dangerous" else ""
+        shown.append(f"{danger}{printable(use['name'])}" + (f" ({where.strip()}{times})" if where or times else ""))
+    more = f" and {len(uses) - _MAX_NAMES_SHOWN:,} more" if len(uses) > _MAX_NAMES_SHOWN else ""
+    return f"{', '.join(shown).replace(' (, ', ' (')}{more}; none is imported here"
 
 
-def _scalars(document: dict[str, Any], style: Style) -> Iterator[str]:
-    if not document["metadata"]:
+def outline_of(
+    document: dict[str, Any], depth: int | None, sort: str, most: int = _TREE_LINES
+) -> tuple[list[Line], int]:
+    """The lines of the module tree, and how many are left out."""
+    summary, rows, modules = document["state_dict"], document["tensors"], document["modules"]
+    own = [row for row in rows if summary is not None and row.section == summary["path"]]
+    if modules:
+        own = [row for row in own if row.role != "unknown"]  # not gradients and what else hangs on a module
+    if len(own) < (summary or {}).get("tensors", 0) or not own:
+        modules = []  # filtered: modules without tensors would be in the way
+    tree = Outline(own or rows, modules, sectioned=not own, sort=sort)
+    return (list(tree.lines(depth)), 0) if depth is not None else tree.fitting(most)
+
+
+def tree_table(lines: Sequence[Line]) -> tuple[list[list[str]], list[str], str]:
+    """Rows, headers and alignment of the module tree."""
+    has_roles = any(line.parameters or line.buffers for line in lines)
+    has_buffers = any(line.buffers for line in lines)
+    headers = ["parameters", "buffers"][: 1 + has_buffers] if has_roles else ["elements"]
+    rows = []
+    for line in lines:
+        times = f"  {line.copies:,} {TIMES}" if line.copies > 1 else ""
+        counts = [line.parameters, line.buffers][: 1 + has_buffers] if has_roles else [line.others]
+        one = line.is_tensor and line.copies == 1
+        rows.append(
+            [
+                "  " * line.level + (printable(line.label) or "(tensor)") + times,
+                f"{line.tensors:,}" if line.tensors and not one else "",
+                *(f"{count:,}" if count else "" for count in counts),
+                human_size(line.nbytes) if line.tensors else "",
+                printable(line.note),
+            ]
+        )
+    return rows, ["tensors of", "tensors", *headers, "bytes", ""], "l" + "r" * (len(headers) + 2) + "l"
+
+
+def training_lines(document: dict[str, Any], style: Style) -> Iterator[str]:
+    """Optimizers, schedulers and scalars, with a heading."""
+    training = document["training"]
+    told = tuple(f"{item['path']}." for item in (*training["optimizers"], *training["schedulers"]))
+    merged = {**document["metadata"], **training["scalars"]}
+    scalars = [(key, value) for key, value in merged.items() if value is not None and not key.startswith(told)]
+    scalars.sort(key=lambda item: ("." in item[0], item[0].rpartition(".")[2] not in _TELLING))
+    if not scalars and not training["optimizers"] and not training["schedulers"]:
         return
     yield ""
-    yield style("metadata" if document["format"] == "safetensors" else "training state", bold=True)
-    items = list(document["metadata"].items())
-    for key, value in items[:_MAX_SCALARS_SHOWN]:
-        yield f"  {printable(str(key))}  {printable(str(value))}"
-    if len(items) > _MAX_SCALARS_SHOWN:
-        yield f"  and {len(items) - _MAX_SCALARS_SHOWN} more (--json shows all)"
+    yield style("metadata" if document["format"].startswith("safetensors") else "training state", bold=True)
+    for optimizer in training["optimizers"]:
+        yield f"  {_path(optimizer)}  optimizer, {_looks(optimizer)}{_optimizer(optimizer)}"
+    for scheduler in training["schedulers"]:
+        epoch = "" if scheduler["last_epoch"] is None else f", at {scheduler['last_epoch']}"
+        yield f"  {_path(scheduler)}  scheduler, {_looks(scheduler)}{epoch}{_rates(scheduler['lr'])}"
+    for key, value in scalars[:_MAX_SCALARS_SHOWN]:
+        shown = str(value) if len(str(value)) <= _MAX_VALUE else str(value)[:_MAX_VALUE] + "…"
+        yield f"  {printable(str(key))}  {printable(shown)}"
+    if len(scalars) > _MAX_SCALARS_SHOWN:
+        yield f"  and {len(scalars) - _MAX_SCALARS_SHOWN} more (--json shows all)"
 
 
-def _full_name(t: dict[str, Any], document: dict[str, Any]) -> str:
+def _path(item: dict[str, Any]) -> str:
+    return printable(item["path"]) or "(whole file)"
+
+
+def _looks(item: dict[str, Any]) -> str:
+    if item["kind"] is None:
+        return "of unknown class"
+    return f"looks like {item['kind']}" if item["inferred"] else printable(item["kind"])
+
+
+def _optimizer(item: dict[str, Any]) -> str:
+    groups = f", {item['groups']:,} parameter groups" if item["groups"] != 1 else ""
+    steps = "" if item["steps"] is None else f", after {counted(int(item['steps']), 'step')}"
+    size = f", {counted(item['tensors'], 'tensor')}, {human_size(item['nbytes'])}" if item["tensors"] else ""
+    return f"{groups}{_rates(item['lr'])}{steps}{size}"
+
+
+def _rates(rates: Sequence[float | str | None]) -> str:
+    distinct = list(dict.fromkeys(rate for rate in rates if rate is not None))
+    shown = ", ".join(f"{rate:.6g}" if isinstance(rate, (int, float)) else str(rate) for rate in distinct[:4])
+    return f", lr {shown}{', …' if len(distinct) > 4 else ''}" if shown else ""
+
+
+def _stats_table(document: dict[str, Any]) -> tuple[list[list[str]], list[str], str]:
+    rows = [
+        [full_name(row, document), row.dtype, *(figure(row.stats[key]) for key in STATS)] for row in document["tensors"]
+    ]
+    return rows, ["tensor", "dtype", *STATS], "ll" + "r" * len(STATS)
+
+
+def _table(rows: list[list[str]], headers: list[str], align: str, style: Style, width: int | None) -> Iterator[str]:
+    lines = columns(rows, headers, align, width)
+    yield style(lines[0], bold=True)
+    yield from lines[1:]
+
+
+def full_name(row: TensorRow, document: dict[str, Any]) -> str:
     """The name in the state_dict; with its section where none was selected."""
-    name = printable(t["name"])
-    return name if document["state_dict"] is not None or not t["section"] else f"{printable(t['section'])}.{name}"
+    name = printable(row.name)
+    return name if document["state_dict"] is not None or not row.section else f"{printable(row.section)}.{name}"
 
 
-def _numel(t: dict[str, Any]) -> int:
-    count = 1
-    for size in t["shape"]:
-        count *= size
-    return count
+def shape(row: TensorRow) -> str:
+    """``"[64, 3, 7, 7]"``."""
+    return str([*row.shape])
 
 
-def _shape(t: dict[str, Any]) -> str:
-    return "[" + ", ".join(str(size) for size in t["shape"]) + "]"
+def counted(number: int, what: str) -> str:
+    """``"1 tensor"``, ``"1,200 tensors"``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _figure(value: float | int | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
-
-
-def _code(cell: str) -> str:
-    return "`" + cell.replace("`", "'").replace("|", "\\|") + "`"
+def figure(value: float | int | None) -> str:
+    """A statistic in four digits."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"

@@ -15,6 +15,7 @@ from ckptkit.errors import CkptkitError
 from ckptkit.report import SCHEMA_VERSION, Finding
 
 __all__ = [
+    "COLORS",
     "Style",
     "columns",
     "common_options",
@@ -26,7 +27,9 @@ __all__ = [
     "path_argument",
     "printable",
     "styler",
+    "terminal_width",
     "with_examples",
+    "wrapped",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,7 +37,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 Style = Callable[..., str]
 """Like ``click.style``, or a function that leaves text as it is."""
 
-_COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
+COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
+"""Of the severities of findings."""
+
+_SYMBOLS = str.maketrans({"‥": "..", "…": "...", "\N{MULTIPLICATION SIGN}": "x"})
+"""What stands for the symbols of our own on a terminal that does not have them."""
+
+_NARROWEST = 40
+"""Columns of a terminal below which nothing is cut: whoever says so is no terminal."""
+
+_LEAST_NOTE, _LEAST_NAME = 12, 16
+"""Characters that a table's last and widest columns keep however narrow the terminal is."""
 
 
 def common_options(function: F) -> F:
@@ -74,21 +87,80 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; ``None``: it is none, and lines are as long as they are."""
+    if not sys.stdout.isatty():
+        return None
+    import shutil
+
+    width = shutil.get_terminal_size().columns
+    return width if width >= _NARROWEST else None
+
+
 def echo(text: str = "") -> None:
     """A line on stdout, colours kept as they were decided, whatever the terminal's encoding."""
+    click.echo(encodable(text), color=True)
+
+
+def encodable(text: str) -> str:
+    """The text with what stdout's encoding does not have replaced or escaped."""
     encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), color=True)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_SYMBOLS).encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
-def columns(rows: list[list[str]], headers: list[str], align: str) -> list[str]:
-    """The lines of a table: two spaces between columns, each aligned as ``align`` says (``"lr"``)."""
+def columns(rows: list[list[str]], headers: list[str], align: str, width: int | None = None) -> list[str]:
+    """The lines of a table: two spaces between columns, each aligned as ``align`` says (``"lr"``).
+
+    Args:
+        rows: cells.
+        headers: of the columns.
+        align: ``"l"`` or ``"r"`` for each.
+        width: characters a line may have; the last column is cut first, then the widest of text.
+    """
     table = [headers, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(headers))]
+    if width is not None:
+        last = len(widths) - 1
+        textual = [i for i, a in enumerate(align) if a == "l"]
+        widest = max(textual, key=widths.__getitem__, default=0)
+        for i, least in ((last, _LEAST_NOTE), (widest, _LEAST_NAME)):
+            surplus = sum(widths) + 2 * last - width
+            if surplus > 0 and align[i] == "l":
+                widths[i] = min(widths[i], max(widths[i] - surplus, least))
     lines = []
     for row in table:
-        cells = (c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in zip(row, widths, align, strict=True))
-        lines.append("  ".join(cells).rstrip())
+        cells = ((_cut(c, w), w, a) for c, w, a in zip(row, widths, align, strict=True))
+        lines.append("  ".join(c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in cells).rstrip())
     return lines
+
+
+def _cut(cell: str, width: int) -> str:
+    """The cell in so many characters: the beginning, and of long ones the end, which names differ by."""
+    if len(cell) <= width:
+        return cell
+    tail = width // 3 if width > 2 * _LEAST_NAME else 0
+    return f"{cell[: width - tail - 1]}…{cell[len(cell) - tail :] if tail else ''}"
+
+
+def wrapped(text: str, width: int | None) -> Iterator[str]:
+    """The text in lines of at most so many characters where its words allow it, all but the first indented."""
+    if width is None or len(text) <= width:
+        yield text
+        return
+    line = text[: len(text) - len(text.lstrip(" "))]
+    indent = line + "    "
+    is_empty = True
+    for word in text.split():
+        if not is_empty and len(line) + 1 + len(word) > width:
+            yield line
+            line, is_empty = indent, True
+        line += word if is_empty else f" {word}"
+        is_empty = False
+    yield line
 
 
 def echo_json(document: Any) -> None:
@@ -127,7 +199,7 @@ def key_values(option: str, given: tuple[str, ...]) -> dict[str, str]:
 def echo_findings(findings: list[Finding], style: Style, *, err: bool = False) -> None:
     """One line a finding, and its fix below it."""
     for finding in findings:
-        label = style(finding.severity, fg=_COLORS[finding.severity], bold=finding.severity == "error")
+        label = style(finding.severity, fg=COLORS[finding.severity], bold=finding.severity == "error")
         lines = [f"{label}: {printable(finding.message)} [{finding.code}]"]
         if finding.fix:
             lines.append(f"    {printable(finding.fix)}")

@@ -1,6 +1,6 @@
 """Containers: one module each, and the functions that choose among them.
 
-Adding a container is a module that ends in ``FORMAT = Format(...)`` and one line in `FORMATS`.
+Adding a container is a module that ends in ``FORMAT = Format(...)`` and one line in `CONTAINERS`.
 """
 
 from __future__ import annotations
@@ -9,20 +9,33 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import CorruptError, FormatError, RewriteError, UnknownFormatError
-from ckptkit.formats import safetensors, torch_zip
-from ckptkit.formats.first_bytes import describe
+from ckptkit.checkpoint import Checkpoint, GlobalUse
+from ckptkit.errors import FileAccessError, FormatError, RewriteError
+from ckptkit.formats import pt2, safetensors, sharded, torch_legacy, torch_package, torch_tar, torch_zip, torchscript
+from ckptkit.formats.detection import identify
+from ckptkit.formats.first_bytes import describe_folder
 from ckptkit.formats.format import Format, Probe
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import normalize
 
 __all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "read"]
 
-FORMATS: tuple[Format, ...] = (torch_zip.FORMAT, safetensors.FORMAT)
-"""Every container, in no order that matters: a file two of them claim is refused."""
+CONTAINERS: tuple[Format, ...] = (
+    torch_zip.FORMAT,
+    torch_legacy.FORMAT,
+    torch_tar.FORMAT,
+    torchscript.FORMAT,
+    torch_package.FORMAT,
+    pt2.FORMAT,
+    safetensors.FORMAT,
+)
+"""Every container that is one file, in no order that matters: a file two of them claim is refused."""
+
+FORMATS: tuple[Format, ...] = (*CONTAINERS, *sharded.over(CONTAINERS))
+"""Every container: these, and the indexes that make one checkpoint of several of them."""
 
 SUFFIXES = frozenset(suffix for container in FORMATS for suffix in container.suffixes)
 """Endings of checkpoint files; used to find files in folders, never to decide what a file is."""
@@ -33,15 +46,9 @@ def detect(probe: Probe) -> Format:
 
     Raises:
         UnknownFormatError: none; the message says what the file is instead and what helps.
-        CorruptError: more than one claims it.
+        AmbiguousError: more than one claims it.
     """
-    claims = [container for container in FORMATS if container.sniff(probe)]
-    if not claims:
-        raise UnknownFormatError(describe(probe.head, probe.file.size), path=probe.file.path)
-    if len(claims) > 1:
-        names = " and ".join(container.name for container in claims)
-        raise CorruptError(f"the file is {names} at once; readers would disagree about it", path=probe.file.path)
-    return claims[0]
+    return identify(probe, FORMATS)
 
 
 def read(
@@ -62,17 +69,30 @@ def read(
         FormatError: its content is not what it claims to be; the path is in the message.
         SectionError: the section is not there.
     """
+    if os.path.isdir(path):
+        raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
     file = SourceFile(path)
+    names: tuple[GlobalUse, ...] = ()
     try:
         with _collector_paused():
             probe = Probe(file, limits)
-            return normalize(detect(probe).read(probe), file, section=section), file
+            raw = detect(probe).read(probe)
+            names = raw.globals
+            return _placed(normalize(raw, file, section=section), file), file
     except FormatError as error:
         file.close()
-        raise error.at(path=file.path) from error.__cause__
+        raise error.at(path=file.path, seen=names) from error.__cause__
     except BaseException:
         file.close()
         raise
+
+
+def _placed(checkpoint: Checkpoint, file: SourceFile) -> Checkpoint:
+    """The checkpoint with what the files beside it say: the size of its shards, or that it is itself but one."""
+    if checkpoint.origin.format.endswith("-sharded"):
+        return checkpoint.replace(origin=replace(checkpoint.origin, size=file.total_size))
+    shard = sharded.lone_shard(file)
+    return checkpoint if shard is None else checkpoint.replace(findings=(*checkpoint.findings, shard))
 
 
 @contextlib.contextmanager

@@ -1,71 +1,231 @@
-"""What a file is that is no checkpoint, by its first bytes, and what to do about it."""
+"""What a file is that is no checkpoint, by its first bytes, and what to do about it.
+
+Sources: the magic numbers of each format's own specification; for ONNX, TensorFlow and Core ML,
+which have none, the first fields of their protobuf messages (``onnx.proto`` ``ModelProto``,
+``saved_model.proto``, ``graph.proto``, ``Model.proto``).
+"""
 
 from __future__ import annotations
 
-import codecs
+import os
 import re
+from collections.abc import Iterator
 
-__all__ = ["describe"]
+from ckptkit.errors import UnknownFormatError
+from ckptkit.formats.first_pickle import describe_pickle, is_pickle
+from ckptkit.formats.first_text import describe_text
+from ckptkit.formats.format import Probe
+from ckptkit.formats.other_zips import describe_zip
+from ckptkit.formats.truncated import unfinished
+from ckptkit.formats.zip_end import END, END64, LOCATOR
 
-_LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""LONG1 0x1950a86a20f9469cfc6c and STOP: the first pickle of a file before torch 1.6."""
+__all__ = ["describe_folder", "unknown"]
 
-_SIGNATURES = (
-    (b"\x1f\x8b", "gzip-compressed; decompress it first (gunzip)"),
-    (b"\xfd7zXZ\x00", "xz-compressed; decompress it first (unxz)"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed; decompress it first (unzstd)"),
-    (b"BZh", "bzip2-compressed; decompress it first (bunzip2)"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras weights?), no torch checkpoint"),
-    (b"GGUF", "a GGUF file (llama.cpp), no torch checkpoint"),
-    (b"\x93NUMPY", "a numpy array (.npy), no torch checkpoint"),
-    (b"PK\x05\x06", "an empty zip archive"),
+_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\x1f\x8b", "gzip-compressed; decompress it first (gunzip, or tar -xzf for a .tar.gz)"),
+    (0, b"\xfd7zXZ\x00", "xz-compressed; decompress it first (unxz)"),
+    (0, b"\x5d\x00\x00", "lzma-compressed, it seems; decompress it first (unlzma)"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd-compressed; decompress it first (unzstd)"),
+    (0, b"\x04\x22\x4d\x18", "lz4-compressed; decompress it first (unlz4)"),
+    (0, b"BZh", "bzip2-compressed; decompress it first (bunzip2)"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (0, b"Rar!\x1a\x07", "a RAR archive; unpack it first"),
+    (0, b"PK\x05\x06", "an empty zip archive"),
+    (0, b"PK\x07\x08", "a part of a zip archive in several volumes; join them first"),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras weights, .h5), no torch checkpoint; h5py reads it"),
+    (4, b"TFL3", "a TensorFlow Lite model (.tflite), no torch checkpoint"),
+    (4, b"ET12", "an ExecuTorch program (.pte): compiled for a device; convert the checkpoint it was exported from"),
+    (0, b"\x93NUMPY", "a numpy array (.npy), no torch checkpoint; numpy.load reads it"),
+    (0, b"lmgg", "a GGML file (llama.cpp before GGUF), no torch checkpoint"),
+    (0, b"fmgg", "a GGML file (llama.cpp before GGUF), no torch checkpoint"),
+    (0, b"tjgg", "a GGML file (llama.cpp before GGUF), no torch checkpoint"),
+    (0, b"\x7fELF", "a program or library for Linux (ELF), no checkpoint; do not run it if a checkpoint was promised"),
+    (0, b"MZ", "a program or library for Windows (PE), no checkpoint; do not run it if a checkpoint was promised"),
+    (0, b"\xcf\xfa\xed\xfe", "a program or library for macOS (Mach-O), no checkpoint; do not run it"),
+    (0, b"%PDF-", "a PDF document, no checkpoint"),
+    (0, b"\x89PNG\r\n", "a PNG image, no checkpoint"),
+    (0, b"\xff\xd8\xff", "a JPEG image, no checkpoint"),
+    (0, b"GIF8", "a GIF image, no checkpoint"),
+    (0, b"RIFF", "a RIFF file (WebP, WAV, AVI), no checkpoint"),
+    (0, b"SQLite format 3\x00", "an SQLite database, no checkpoint"),
+    (0, b"PAR1", "a Parquet table, no checkpoint"),
+    (0, b"ARROW1", "an Arrow table, no checkpoint"),
 )
 
+_WIDE_NBYTES = END64.size + LOCATOR.size
 
-def describe(head: bytes, size: int) -> str:
-    """One sentence: what the file is, and the remedy where there is one.
+_SAMPLES = 64
+"""Places of a file that begins with zeros where it is looked at: enough to tell one that is nothing else."""
 
-    Args:
-        head: its first bytes.
-        size: of the whole file, in bytes.
-    """
+_SAMPLE_NBYTES = 64 << 10
+
+
+def unknown(probe: Probe) -> UnknownFormatError:
+    """The error for a file that no container claims: what it is, and the remedy where there is one."""
+    error = UnknownFormatError(_describe(probe) + unfinished(probe.file.path))
+    if is_pickle(probe):
+        message, error.globals = describe_pickle(probe)
+        error.message = message + unfinished(probe.file.path)
+        error.args = (error.message,)
+    return error
+
+
+def _describe(probe: Probe) -> str:
+    head, size = probe.head, probe.file.size
     if size == 0:
         return "the file is empty (0 bytes): an interrupted download or save; get it again"
-    if head.startswith(b"version https://git-lfs.github.com/"):
-        return _lfs_pointer(head)
-    if b"".join(head.lstrip()[:15].lower().split()).startswith((b"<!doctypehtml", b"<html")):
-        return "an HTML page, not a checkpoint: the download got an error or login page; check the address"
-    for signature, what in _SIGNATURES:
-        if head.startswith(signature):
+    if not any(head):
+        return _zeros(probe)
+    if probe.records is not None:
+        return describe_zip(probe.records)
+    for offset, signature, what in _SIGNATURES:
+        if head.startswith(signature, offset):
             return what
-    if re.match(rb"\x80[\x02-\x05]", head):
-        if _LEGACY_MAGIC in head[:64]:  # a frame may come before it
-            return (
-                "a torch checkpoint of the legacy format (before torch 1.6), which this version does not read; "
-                "torch.load and torch.save rewrite it"
-            )
-        return "a Python pickle, but not one torch.save wrote"
-    if head[257:262] == b"ustar":
-        return "a tar archive; torch's own tar format (0.1.x) is not read by this version, others must be unpacked"
-    if _is_text(head):
-        return f"a text file, not a checkpoint; it begins with {head[:40]!r}"
-    return f"no known checkpoint container; it begins with the bytes {head[:8].hex(' ')}"
+    if head.startswith(b"GGUF"):
+        version = int.from_bytes(head[4:8], "little")
+        return f"a GGUF file, version {version} (llama.cpp), which ckptkit does not read; get what it was made of"
+    words = describe_text(probe) or _protobuf(probe) or _msgpack(head) or _cut_front(probe) or _safetensors(probe)
+    return words or f"no known checkpoint container; it begins with the bytes {head[:8].hex(' ')}"
 
 
-def _lfs_pointer(head: bytes) -> str:
-    size = re.search(rb"^size (\d{1,19})$", head, re.MULTILINE)
-    digest = re.search(rb"^oid sha256:([0-9a-f]{64})$", head, re.MULTILINE)
-    facts = f" of {int(size[1]):,} bytes" if size else ""
-    facts += f" (sha256 {digest[1].decode()})" if digest else ""
-    return f"a git-lfs pointer, not the file{facts} it stands for; run: git lfs pull"
+def _zeros(probe: Probe) -> str:
+    size = probe.file.size
+    step = max(_SAMPLE_NBYTES, size // _SAMPLES)
+    for start in range(0, size, step):
+        piece = probe.file.read(start, min(_SAMPLE_NBYTES, size - start))
+        if any(piece):
+            return f"no checkpoint: it begins with zeros up to about byte {start:,}; its beginning was never written"
+    return (
+        f"{size:,} bytes of zeros: the room for a file was made and its content never arrived, as an interrupted "
+        "download leaves it; get it again"
+    )
 
 
-def _is_text(head: bytes) -> bool:
-    """Whether the bytes are UTF-8 without control characters; the last character may be cut."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def _cut_front(probe: Probe) -> str | None:
+    """A zip archive with something else before it, or without its beginning."""
+    size = probe.file.size
+    if size < END.size + _WIDE_NBYTES:
+        return None
+    tail = probe.file.read(size - END.size - _WIDE_NBYTES, END.size + _WIDE_NBYTES)
+    signature, _, _, _, _, nbytes, offset, _ = END.unpack(tail[_WIDE_NBYTES:])
+    if signature != b"PK\x05\x06":
+        return None
+    shift = size - END.size - nbytes - offset - (_WIDE_NBYTES if tail.startswith(b"PK\x06\x06") else 0)
+    if shift > 0:
+        return f"a zip archive with {shift:,} bytes of something else before it; get the file again"
+    if shift < 0:
+        return f"the end of a zip archive: its first {-shift:,} bytes are missing; get the file again"
+    return "a zip archive whose first bytes are damaged; get the file again"
+
+
+def _safetensors(probe: Probe) -> str | None:
+    """A safetensors file whose header does not begin as it must."""
+    head, size = probe.head, probe.file.size
+    if os.path.splitext(probe.file.path)[1].lower() != ".safetensors":
+        return None
+    if size < 8:
+        return f"named .safetensors, but {size} bytes are too few for the length of its header; get it again"
+    nbytes = int.from_bytes(head[:8], "little")
+    return (
+        f"named .safetensors, but it is none: its first 8 bytes say that {nbytes:,} bytes of header follow (the file "
+        f"has {size:,}), and the header begins with {head[8:16]!r}, not with '{{'"
+    )
+
+
+# Formats without a magic number.
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """The fields of a protobuf message as far as the bytes reach: number, wire type, varint or length, content.
+
+    The encoding is described in protobuf's "Encoding" guide.
+    """
+
+    def varint(pos: int) -> tuple[int, int]:
+        value = shift = 0
+        while shift < 64:
+            byte = data[pos]
+            value, shift, pos = value | (byte & 0x7F) << shift, shift + 7, pos + 1
+            if byte < 0x80:
+                return value, pos
+        raise IndexError
+
+    pos = 0
     try:
-        text = decoder.decode(head)
-    except UnicodeDecodeError:
-        return False
-    return all(c >= " " or c in "\t\n\r\f" for c in text)
+        while pos < len(data):
+            tag, pos = varint(pos)
+            kind = tag & 7
+            if kind not in (0, 2) or tag >> 3 == 0:
+                return
+            value, pos = varint(pos)
+            content = data[pos : pos + value] if kind == 2 else b""
+            yield tag >> 3, kind, value, content
+            pos += len(content) if kind == 2 else 0
+            if kind == 2 and len(content) < value:
+                return
+    except IndexError:
+        return
+
+
+def _protobuf(probe: Probe) -> str | None:
+    fields = list(_fields(probe.head))
+    if not fields:
+        return None
+    number, kind, value, content = fields[0]
+    if (number, kind) == (1, 0) and 0 < value < 100 and len(fields) > 1:
+        number, kind, length, content = fields[1]
+        rest = {field[0] for field in fields[1:]}
+        if (number, kind) == (2, 2) and content.isascii() and content.decode("ascii").isprintable() and content:
+            return f"an ONNX model (IR version {value}, by {content[:40].decode('ascii')}), no torch checkpoint"
+        if kind == 2 and rest & {7, 8} and number in (3, 4, 7, 8):
+            return f"an ONNX model (IR version {value}), no torch checkpoint"
+        if (number, kind) == (2, 2) and content.startswith(b"\n") and length <= probe.file.size:
+            if probe.file.path.lower().endswith(".mlmodel") or value > 1:
+                return f"a Core ML model (specification version {value}), no torch checkpoint"
+            return "a TensorFlow SavedModel (saved_model.pb), no torch checkpoint"
+    if (number, kind) == (1, 2) and content.startswith(b"\n"):
+        inner = list(_fields(content))
+        if len(inner) > 1 and inner[1][:2] == (2, 2) and re.fullmatch(rb"[A-Z][A-Za-z0-9]+", inner[1][3]):
+            return "a frozen TensorFlow graph (GraphDef, .pb), no torch checkpoint"
+    return None
+
+
+def _msgpack(head: bytes) -> str | None:
+    """The map of short string keys that flax writes (the msgpack specification, "fixmap" and "map")."""
+    key_at = 1 if 0x81 <= head[0] <= 0x8F else 3 if head[0] == 0xDE else 0
+    if not key_at or len(head) <= key_at or not 0xA1 <= head[key_at] <= 0xBF:
+        return None
+    key = head[key_at + 1 : key_at + 1 + (head[key_at] & 0x1F)]
+    if not key.isascii() or not key.decode("ascii").isprintable():
+        return None
+    return f"a msgpack document with the key {key.decode('ascii')!r} (flax weights?), no torch checkpoint"
+
+
+# Folders.
+
+
+def describe_folder(path: str) -> str:
+    """What a folder is that was given in place of a file, and what to give instead."""
+    try:
+        with os.scandir(path) as listing:
+            names = sorted(entry.name for _, entry in zip(range(10_000), listing, strict=False))
+    except OSError:
+        return "is a folder, not a file"
+    shards = [name for name in names if name.endswith(".distcp")]
+    if ".metadata" in names and shards:
+        return (
+            f"is a folder of torch.distributed.checkpoint ({len(shards)} .distcp files); in Python, "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(FOLDER, 'model.pth') makes one file of it"
+        )
+    if indexes := [name for name in names if name.endswith(".index.json")]:
+        return f"is a folder, not a file; give the index of its shards: {os.path.join(path, indexes[0])}"
+    if "saved_model.pb" in names:
+        return "is a TensorFlow SavedModel, no torch checkpoint"
+    if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
+        return "is an orbax checkpoint (JAX), no torch checkpoint"
+    if any(re.fullmatch(r"mp_rank_\d\d.*", name) for name in names):
+        return (
+            "is a checkpoint that Megatron or DeepSpeed split over several processes; give one of its files, or "
+            "merge it first (zero_to_fp32.py, which DeepSpeed puts beside it)"
+        )
+    return "is a folder, not a file"

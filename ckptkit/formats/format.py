@@ -8,6 +8,8 @@ from functools import cached_property
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import CorruptError
+from ckptkit.formats.truncated import what_is_left
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
@@ -38,9 +40,24 @@ class Probe:
         """Every record of a zip archive by its full name; ``None``: the file is none.
 
         Raises:
-            CorruptError: the file begins like one, and is damaged or ambiguous.
+            CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
+                the message says what is left of it.
         """
-        return read_directory(self.file, self.limits) if self.head.startswith(LOCAL_SIGNATURE) else None
+        if not self.head.startswith(LOCAL_SIGNATURE):
+            return None
+        try:
+            return read_directory(self.file, self.limits)
+        except CorruptError as error:
+            found = what_is_left(self.file, self.limits)
+            if found is None:
+                raise
+            raise CorruptError(found) from error
+
+    @cached_property
+    def json_object(self) -> bytes | None:
+        """The whole file where it begins like a JSON object and is no larger than an index of shards may be."""
+        begins = self.head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
+        return self.file.read(0, self.file.size) if begins and self.file.size <= self.limits.index_nbytes else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

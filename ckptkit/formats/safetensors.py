@@ -20,29 +20,26 @@ in alphabetical order, as there.  The reader gives such names their tensor back.
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from struct import pack
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, contiguous_stride
-from ckptkit.dtypes import BY_SAFETENSORS, DTYPES
-from ckptkit.errors import CorruptError, DTypeError, FormatError, LimitError, RewriteError, UnsupportedError
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CorruptError, DTypeError, FormatError, LimitError, RewriteError
 from ckptkit.formats.format import Format, Probe
-from ckptkit.limits import Limits
+from ckptkit.formats.safetensors_header import METADATA, Layout, check_extents, compact, layout, strings
+from ckptkit.formats.strict_json import parse, shown
+from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict
 from ckptkit.plan import Copy, Gather, Literal, Plan, Step
+from ckptkit.report import Finding
 
 __all__ = ["FORMAT"]
 
 _NAME = "safetensors"
-_METADATA = "__metadata__"
 _ALIGNMENT = 8
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
-"""Names the format knows for elements that fill no whole byte; torch has no such tensors."""
 
 
 def _sniff(probe: Probe) -> bool:
@@ -64,24 +61,28 @@ def _read(probe: Probe) -> RawCheckpoint:
 def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
     header_nbytes = int.from_bytes(file.read(0, 8), "little")
     if header_nbytes > limits.header_nbytes:
+        if 8 + header_nbytes > file.size:
+            raise CorruptError(
+                f"its first 8 bytes say that {header_nbytes:,} bytes of header follow; the file has {file.size:,}, and "
+                f"no reader takes more than {limits.header_nbytes:,}: damaged, or no safetensors file"
+            )
         raise LimitError("bytes of a safetensors header", limit=limits.header_nbytes, actual=header_nbytes)
     if 8 + header_nbytes > file.size:
         raise CorruptError(
-            f"a header of {header_nbytes:,} bytes is declared, the file has {file.size:,}: truncated or damaged"
+            f"truncated: a header of {header_nbytes:,} bytes is declared, the file has {file.size:,} in all; "
+            "no tensor is there. Get the file again"
         )
-    header = _parse(file.read(8, header_nbytes))
+    header = parse(file.read(8, header_nbytes), limits, "the header", compact)
+    if not isinstance(header, dict):
+        raise CorruptError("the header is no JSON object of tensors by name")
     if len(header) > limits.entries:
         raise LimitError("tensors in one file", limit=limits.entries, actual=len(header))
-    metadata = _metadata(header.pop(_METADATA, {}))
+    metadata = strings(header.pop(METADATA, None))
+    layouts = {name: layout(name, info, limits) for name, info in header.items()}
+    del header
     start = 8 + header_nbytes
-    data = ByteRange(file, start, file.size - start)
-    entries: dict[str, object] = {}
-    extents: list[tuple[int, int, str]] = []
-    for name, info in header.items():
-        entry, begin, end = _entry(name, info, data, limits)
-        entries[name] = entry
-        extents.append((begin, end, name))
-    _check_extents(extents, data.nbytes)
+    check_extents(layouts, file.size - start)
+    entries: dict[str, object] = {name: _entry(name, place, file, start) for name, place in layouts.items()}
     aliases = {name: kept for name, kept in metadata.items() if name not in entries and kept in entries}
     aliases.pop("format", None)  # the one key every writer sets; its value is never a tensor's name
     entries.update({name: entries[kept] for name, kept in aliases.items()})
@@ -89,94 +90,31 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
         root=InertDict(list(entries.items())),
         format=_NAME,
         metadata={key: value for key, value in metadata.items() if key not in aliases},
+        findings=tuple(_alignment(layouts, start)),
     )
 
 
-def _parse(raw: bytes) -> dict[str, object]:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CorruptError(f"the name {twice!r:.80} stands twice in the header")
-        return result
-
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        raise CorruptError(f"not UTF-8 at byte {8 + error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"not valid JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise CorruptError("the header is no JSON object")
-    return header
-
-
-def _metadata(node: object) -> dict[str, str]:
-    if node is None:
-        return {}
-    if not isinstance(node, dict) or not all(isinstance(value, str) for value in node.values()):
-        raise CorruptError(f"{_METADATA} must map strings to strings")
-    if _SURROGATE.search("".join((*node, *node.values()))):
-        raise CorruptError(f"{_METADATA}: half a surrogate pair is no Unicode text")
-    return node
-
-
-def _entry(name: str, info: object, data: ByteRange, limits: Limits) -> tuple[TensorEntry, int, int]:
-    """A tensor's entry and its extent in bytes within the data."""
-    what = f"tensor {name!r:.80}"
-    if not name.isascii() and _SURROGATE.search(name):
-        raise CorruptError(f"{what}: half a surrogate pair is no Unicode text")
-    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
-        raise CorruptError(f"{what}: dtype, shape and data_offsets are expected")
-    dtype_name, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype_name, str):
-        raise CorruptError(f"{what}: its dtype is no string")
-    if dtype_name in _UNREAD_DTYPES:
-        raise UnsupportedError(f"{what} is of dtype {dtype_name}, whose elements fill no whole byte")
-    row = BY_SAFETENSORS.get(dtype_name)
-    if row is None:
-        raise CorruptError(f"{what}: unknown dtype {dtype_name!r:.40}; known: {', '.join(BY_SAFETENSORS)}")
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise CorruptError(f"{what}: shape and data_offsets must be whole numbers, not negative")
-    if len(shape) > limits.dimensions:
-        raise LimitError(f"dimensions of {what}", limit=limits.dimensions, actual=len(shape))
-    begin, end = offsets
-    if not begin <= end <= data.nbytes:
-        raise CorruptError(f"{what}: bytes {begin:,} to {end:,} of {data.nbytes:,} bytes of data: truncated or damaged")
+def _entry(name: str, place: Layout, file: SourceFile, start: int) -> TensorEntry:
+    row, shape, begin, end = place
     storage = Storage(
         key=name,
         dtype=row.name if row.storage_class else None,
         nbytes=end - begin,
         location="cpu",
-        source=data.part(begin, end - begin),
+        source=ByteRange(file, start + begin, end - begin),
     )
-    entry = TensorEntry(
-        storage=storage,
-        storage_offset=0,
-        shape=tuple(shape),
-        stride=contiguous_stride(tuple(shape)),
-        dtype=row.name,
-    )
-    if entry.nbytes != end - begin:
-        raise CorruptError(f"{what}: shape {shape} of {dtype_name} is {entry.nbytes:,} bytes, not {end - begin:,}")
-    return entry, begin, end
+    return TensorEntry(storage=storage, storage_offset=0, shape=shape, stride=contiguous_stride(shape), dtype=row.name)
 
 
-def _are_counts(node: object) -> bool:
-    return isinstance(node, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in node
-    )
-
-
-def _check_extents(extents: list[tuple[int, int, str]], nbytes: int) -> None:
-    position = 0
-    for begin, end, name in sorted(extents):
-        if begin != position:
-            what = "overlaps another tensor" if begin < position else f"leaves a hole of {begin - position:,} bytes"
-            raise CorruptError(f"tensor {name!r:.80}: data at {begin:,} {what}")
-        position = end
-    if position != nbytes:
-        raise CorruptError(f"{nbytes - position:,} bytes follow the last tensor")
+def _alignment(layouts: Mapping[str, Layout], start: int) -> Iterator[Finding]:
+    odd = [name for name, (row, _, begin, end) in layouts.items() if (start + begin) % row.itemsize and end > begin]
+    if odd:
+        yield Finding(
+            code="unaligned-data",
+            severity="info",
+            message=f"{len(odd)} of {len(layouts)} tensors, such as {shown(odd[0])}, begin at no multiple of their "
+            "elements' width",
+        )
 
 
 def _write(checkpoint: Checkpoint) -> Plan:
@@ -230,8 +168,16 @@ def _refuse(state_dict: StateDict) -> None:
         raise RewriteError(
             f"safetensors holds plain tensors only, not {', '.join(extra[:5])}{_more(extra)}; write a .pth"
         )
-    if _METADATA in state_dict:
-        raise RewriteError(f"a tensor cannot be named {_METADATA!r} in safetensors; rename it, or write a .pth")
+    grown = {name: entry.nbytes - entry.storage.nbytes for name, entry in state_dict.items()}
+    if sum(more for more in grown.values() if more > 0) > DEFAULT_LIMITS.expanded_nbytes:
+        name = max(grown, key=grown.__getitem__)
+        entry = state_dict[name]
+        raise RewriteError(
+            f"{name!r} of shape {entry.shape} and stride {entry.stride} would take {entry.nbytes:,} bytes, its storage "
+            f"has {entry.storage.nbytes:,}: safetensors cannot repeat elements; write a .pth, or leave it out"
+        )
+    if METADATA in state_dict:
+        raise RewriteError(f"a tensor cannot be named {METADATA!r} in safetensors; rename it, or write a .pth")
 
 
 def _more(names: list[str]) -> str:
@@ -262,7 +208,7 @@ def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, st
 
 def _header(state_dict: StateDict, stored: list[str], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
     """The length and the padded JSON."""
-    document: dict[str, object] = {_METADATA: dict(metadata)}
+    document: dict[str, object] = {METADATA: dict(metadata)}
     for name in stored:
         entry = state_dict[name]
         document[name] = {

@@ -10,126 +10,74 @@ saving time and means nothing (``caffe2/serialize/inline_container.cc``, ``torch
 - ``byteorder``: ``little`` or ``big``; missing in files before 2.1 means little
 - ``.format_version``, ``.storage_alignment``, ``.data/serialization_id``: newer, not needed
 
-A reader must accept any root name (dots included), records it does not know, deflated small
-records, missing ``byteorder``, missing checksums.  It must not accept two roots.
+A reader must accept any root name (dots included), records it does not know, deflated records,
+missing ``byteorder``, missing checksums.  It must not accept two roots.  Storages that are deflated
+are not read before their bytes are asked for (`ckptkit.bytesource.DeflatedRange`).
 
 The writer emits ``data.pkl``, ``byteorder``, ``data/KEY``, ``version`` under the root ``archive``,
 data aligned to 64 bytes, checksums recorded; torch 1.6 and later load it.  It leaves out
 ``.format_version``: with it torch may compute record offsets from its own writer's layout instead
 of reading them.  The same checkpoint gives the same bytes.
 
-Related archives are recognised and refused by name: TorchScript (``constants.pkl``, ``code/``).
+What `ckptkit.formats.torch_archive` says is common to all of torch's archives is not repeated here.
 """
 
 from __future__ import annotations
 
-from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
-from ckptkit.errors import CorruptError, FormatError, UnknownFormatError, UnsupportedError
+from ckptkit.errors import RewriteError, UnsupportedError
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.zip_archive import Record, read_record
+from ckptkit.formats.torch_archive import TorchArchive, archive_kind
 from ckptkit.formats.zip_writer import ZipWriter
 from ckptkit.normalize import RawCheckpoint, lower_state_dict
-from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.tensors import StorageTable, lower_storage, lower_tensor
-from ckptkit.pickling.trust import global_uses
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Plan
-from ckptkit.report import Finding
 
-__all__ = ["FORMAT"]
+__all__ = ["FORMAT", "PROGRAMS", "written_tree"]
 
 _NAME = "torch-zip"
-_MAX_VERSION = 10
+
+PROGRAMS = frozenset({"torchscript", "torch-package", "pt2"})
+"""Containers of programs: what stands beside the weights there means nothing to ``torch.load``."""
 
 
 def _sniff(probe: Probe) -> bool:
-    return probe.records is not None
+    return archive_kind(probe) == _NAME
 
 
 def _read(probe: Probe) -> RawCheckpoint:
-    records, limits = probe.records or {}, probe.limits
-    root = _root(records)
-    findings: list[Finding] = []
-
-    def small(name: str) -> str | None:
-        record = records.get(f"{root}/{name}")
-        return None if record is None else read_record(record, limits.record_nbytes).decode("ascii", "replace").strip()
-
-    version = small("version")
-    if version is not None and (not version.isdecimal() or not 0 < int(version[:9]) <= _MAX_VERSION):
-        raise UnsupportedError(f"format version {version[:20]!r}; 1 to {_MAX_VERSION} are known", where="version")
-    byteorder = small("byteorder") or "little"
-    if byteorder not in ("little", "big"):
-        raise CorruptError(f"byte order {byteorder[:20]!r}; little or big is expected", where="byteorder")
-
-    unrecorded = 0
-
-    def locate(key: str, nbytes: int) -> tuple[ByteRange, int | None]:
-        nonlocal unrecorded
-        record = records.get(f"{root}/data/{key}")
-        if record is None:
-            raise CorruptError(f"storage {key!r} has no record data/{key}: damaged, or not written by torch")
-        if record.deflated:
-            raise UnsupportedError(f"storage {key!r} is compressed; store the archive's records uncompressed")
-        if record.nbytes != nbytes:
-            raise CorruptError(f"storage {key!r} is declared as {nbytes:,} bytes, its record holds {record.nbytes:,}")
-        unrecorded += record.crc32 is None
-        return record.data, record.crc32
-
-    table = StorageTable(locate, byteorder=byteorder, limits=limits)
-    data = read_record(records[f"{root}/data.pkl"], limits.pickle_nbytes)
-    try:
-        pickle = read_pickle(
-            data, persistent_load=table.persistent_load, constructors=table.constructors, limits=limits
-        )
-        if pickle.end != len(data):
-            raise CorruptError(f"{len(data) - pickle.end:,} bytes follow the pickle's STOP", offset=pickle.end)
-    except FormatError as error:
-        raise error.at(where="data.pkl") from error.__cause__
-    if unrecorded:
-        findings.append(
-            Finding(
-                code="crc-not-recorded",
-                severity="info",
-                message=f"{unrecorded} storages carry no checksum: damage to them cannot be seen",
-            )
-        )
+    archive = TorchArchive(probe.records or {}, probe.limits)
+    version, byteorder = archive.version(), archive.byteorder()
+    table = StorageTable(archive.locator("data/"), byteorder=byteorder, limits=probe.limits)
+    pickle = archive.pickle("data.pkl", table)
     return RawCheckpoint(
         root=pickle.root,
         format=_NAME,
         format_version=version,
-        byteorder="big" if byteorder == "big" else "little",
+        byteorder=byteorder,
         pickle_protocol=pickle.protocol,
+        writer=archive.writer(),
         metadata={},
-        globals=global_uses(pickle.globals),
-        findings=tuple(findings),
+        globals=archive.uses(),
+        findings=tuple(archive.findings()),
     )
 
 
-def _root(records: dict[str, Record]) -> str:
-    """The archive's root folder.
+def written_tree(checkpoint: Checkpoint) -> object:
+    """What is written of a checkpoint: its tree, or of a program its state_dict alone.
 
     Raises:
-        UnknownFormatError: a zip archive that is no checkpoint.
-        UnsupportedError: a related archive.
-        CorruptError: two roots.
+        RewriteError: it is a program, and none of its sections was selected.
     """
-    roots = {name.split("/", 1)[0] for name in records}
-    holders = [
-        name.removesuffix("/data.pkl") for name in records if name.count("/") == 1 and name.endswith("/data.pkl")
-    ]
-    if not holders:
-        if any("/.data/" in name or name.endswith("/version") for name in records):
-            raise UnsupportedError("a torch archive without data.pkl (torch.package, or an exported program)")
-        shown = ", ".join(repr(name) for name in list(records)[:3])
-        raise UnknownFormatError(f"a zip archive without data.pkl is no checkpoint; it begins with {shown}")
-    if len(roots) > 1:
-        raise CorruptError(f"an archive with {len(roots)} root folders ({', '.join(sorted(roots)[:3])}); torch has one")
-    root = holders[0]
-    if f"{root}/constants.pkl" in records or any(name.startswith(f"{root}/code/") for name in records):
-        raise UnsupportedError("a TorchScript archive (torch.jit.save); in Python, torch.jit.load opens it")
-    return root
+    if checkpoint.origin.format not in PROGRAMS:
+        return checkpoint.rest
+    if checkpoint.origin.state_path is None:
+        raise RewriteError(
+            f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, "
+            "and none are selected; name the section with --section"
+        )
+    return STATE_DICT
 
 
 def _write(checkpoint: Checkpoint) -> Plan:
@@ -151,7 +99,7 @@ def _write(checkpoint: Checkpoint) -> Plan:
             return lower_storage(node, keys[id(node)])
         return node
 
-    data = write_pickle(checkpoint.rest, lower=lower, protocol=checkpoint.origin.pickle_protocol)
+    data = write_pickle(written_tree(checkpoint), lower=lower, protocol=checkpoint.origin.pickle_protocol)
     byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
     if len(byteorders) > 1:
         raise UnsupportedError("storages of both byte orders cannot be written into one file")

@@ -7,56 +7,60 @@ whose sizes and CRC are zero (flag bit 3, a data descriptor follows).  A record'
 its local offset + 30 + *local* name length + *local* extra length.
 
 Readers of one archive must all see the same records, so what they are known to disagree about is
-refused: records equal but for case, a directory that does not end where the end record begins
-(two archives end to end), a first record the directory does not list, local headers that contradict
-central ones, records that overlap or have a second name, encryption and patch flags, absolute and
-``..`` names, bytes after the end.
+refused (`AmbiguousError`): records equal but for case; a directory that does not end where the end
+record begins (two archives end to end); a second end record inside the comment; local headers and
+data descriptors that contradict the directory; records that overlap or have a second name; bytes
+between records that belong to none, where a reader that goes from header to header would find
+others; bytes after the end.  Encryption and patch flags, absolute and ``..`` names are refused too.
 
 A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(False)`` in torch).
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 import zlib
-from dataclasses import dataclass
 from struct import Struct
+from typing import NamedTuple
 
-from ckptkit.bytesource import ByteRange, SourceFile
-from ckptkit.errors import CorruptError, LimitError, UnsupportedError
+from ckptkit.bytesource import DEFLATE_MOST, ByteRange, ByteSource, DeflatedRange, Inflation, SourceFile
+from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
+from ckptkit.formats.zip_end import END, MAX16, MAX32, find_directory
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 
-__all__ = ["LOCAL_SIGNATURE", "Record", "read_directory", "read_record"]
+__all__ = ["END", "LOCAL_SIGNATURE", "Record", "read_directory", "read_record", "record_source"]
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 """First bytes of a record, and so of an archive."""
 
-# The headers: of a record (APPNOTE 4.3.7), in the central directory (4.3.12), and the end records
-# (4.3.16, 4.3.14, 4.3.15).
+CENTRAL_SIGNATURE = b"PK\x01\x02"
+_DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
+
+# The headers: of a record (APPNOTE 4.3.7), and in the central directory (4.3.12).
 LOCAL = Struct("<4sHHHHHIIIHH")
 CENTRAL = Struct("<4sHHHHHHIIIHHHHHII")
-END = Struct("<4sHHHHIIH")
-END64 = Struct("<4sQHHIIQQQQ")
-LOCATOR = Struct("<4sIQI")
 
 STORED, DEFLATED = 0, 8
 UTF8 = 0x800
 _HAS_DESCRIPTOR = 0x8
 _REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
 _ANY_REFUSED_FLAG = sum(_REFUSED_FLAGS)
-MAX32 = 0xFFFFFFFF
-MAX16 = 0xFFFF
-_ODD_NAME = re.compile(r"[\0\\]|^/|(?:^|/)\.\.(?:/|$)")
-_ZIP64, _UNICODE_PATH = 1, 0x7075  # tags of extra fields
+_ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
+_ZIP64, _UNICODE_PATH = 1, b"\x75\x70"  # tags of extra fields
 
 _WINDOW_NBYTES = 4096
 """Bytes read around a local header: one page, which costs no more than the header alone and holds
 the headers of the small records that follow."""
 
+_MAX_WINDOW_NBYTES = 1 << 20
+"""Bytes read at once where header follows header closely."""
 
-@dataclass(frozen=True, slots=True)
-class Record:
+_DESCRIPTORS = {layout.size: layout for layout in map(Struct, ("<III", "<4sIII", "<IQQ", "<4sIQQ"))}
+_DESCRIPTOR_NBYTES = max(_DESCRIPTORS)
+"""Data descriptors by their size (APPNOTE 4.3.9): with or without a signature, sizes of 32 or 64 bits."""
+
+
+class Record(NamedTuple):
     """One record of an archive.
 
     Attributes:
@@ -74,156 +78,228 @@ class Record:
     crc32: int | None
 
 
-def read_directory(file: SourceFile, limits: Limits = DEFAULT_LIMITS) -> dict[str, Record]:
+class _Central(NamedTuple):
+    """A record as the directory has it; sorts by position."""
+
+    at: int
+    raw_name: bytes
+    name: str
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    nbytes: int
+
+
+def read_directory(file: SourceFile | ByteRange, limits: Limits = DEFAULT_LIMITS) -> dict[str, Record]:
     """Every record by name, in directory order.
+
+    Args:
+        file: the archive, or where it lies in a larger file.
+        limits: bounds on what it may ask for.
 
     Raises:
         CorruptError: truncated, ambiguous or contradictory; the message says which.
         UnsupportedError: encryption, patches or a compression method other than deflate.
         LimitError: too many records, or too large a directory.
     """
-    offset, nbytes, count = _find_directory(file)
+    area = ByteRange(file, 0, file.size) if isinstance(file, SourceFile) else file
+    offset, nbytes, count = find_directory(area)
     if count > limits.entries:
         raise LimitError("records in an archive", limit=limits.entries, actual=count)
     if nbytes > limits.directory_nbytes:
         raise LimitError("bytes of a zip directory", limit=limits.directory_nbytes, actual=nbytes)
-    directory = file.read(offset, nbytes)
-    window = _Window(file)
-    records: dict[str, Record] = {}
+    listed = _listed(area.read(offset, nbytes), count, limits)
+    _check_names([record.name for record in listed])
+    found = _located(area, sorted(listed), offset)
+    return {record.name: found[record.name] for record in listed}
+
+
+def _check_names(names: list[str]) -> None:
+    """Names that leave their folder, or that some file system takes for one another, are refused."""
+    everything = "\n".join(("", *names))
+    if "\0" in everything or "\\" in everything or ".." in everything or "\n/" in everything or "\n\n" in everything:
+        for name in names:
+            if _ODD_NAME.search(name):
+                raise CorruptError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
+    if len({name.casefold() for name in names}) == len(names):
+        return
     folded: dict[str, str] = {}
-    extents: list[tuple[int, int, str]] = []
-    pos = 0
-    for _ in range(count):
-        if pos + CENTRAL.size > nbytes:
-            raise CorruptError(f"the zip directory ends after {len(records)} of {count} records")
-        record, header_offset, pos = _read_central(window, directory, pos, offset, limits)
-        other = folded.setdefault(record.name.casefold(), record.name)
-        if record.name in records or other != record.name:
-            raise CorruptError(f"records {other!r} and {record.name!r} are equal, or equal but for case")
-        records[record.name] = record
-        extents.append((header_offset, record.data.offset + record.data.nbytes, record.name))
-    if pos != nbytes:
-        raise CorruptError(f"the zip directory holds {nbytes - pos:,} bytes more than its {count} records")
-    extents.sort()
-    if extents and extents[0][0] != 0:
-        raise CorruptError("the file begins with a record that the zip directory does not list")
-    for (_, end, name), (start, _, following) in itertools.pairwise(extents):
-        if start < end:
-            raise CorruptError(f"records {name!r} and {following!r} overlap")
-    return records
+    for name in names:
+        if name.casefold() in folded:
+            other = folded[name.casefold()]
+            raise AmbiguousError(f"records {other!r} and {name!r} are equal, or equal but for case")
+        folded[name.casefold()] = name
 
 
 class _Window:
-    """Reads a few bytes here and there, mostly forwards, with few calls to the operating system."""
+    """Reads a few bytes here and there, forwards, with few calls to the operating system."""
 
-    def __init__(self, file: SourceFile) -> None:
-        self.file = file
-        self.start = 0
+    def __init__(self, area: ByteRange) -> None:
+        self.area = area
         self.data = b""
+        self._start = 0
+        self._ahead = _WINDOW_NBYTES
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        start = offset - self.start
+    def hold(self, offset: int, nbytes: int) -> int:
+        """Where in `data` the byte at ``offset`` is, once it and those behind it are held."""
+        start = offset - self._start
         if start < 0 or start + nbytes > len(self.data):
-            self.data = self.file.read(offset, max(nbytes, min(_WINDOW_NBYTES, self.file.size - offset)))
-            self.start, start = offset, 0
-        return self.data[start : start + nbytes]
+            close = 0 <= start <= len(self.data) + _WINDOW_NBYTES
+            self._ahead = min(2 * self._ahead, _MAX_WINDOW_NBYTES) if close else _WINDOW_NBYTES
+            self.data = self.area.read(offset, max(nbytes, min(self._ahead, self.area.nbytes - offset)))
+            self._start, start = offset, 0
+        return start
 
 
-def _find_directory(file: SourceFile) -> tuple[int, int, int]:
-    """Offset and size in bytes of the central directory, and its number of records."""
-    tail_start = max(0, file.size - END.size - MAX16)
-    tail = file.read(tail_start, file.size - tail_start)
-    at = len(tail) - END.size
-    if not tail.startswith(b"PK\x05\x06", max(at, 0)):  # a comment follows, or something is wrong
-        at = tail.rfind(b"PK\x05\x06")
-    if at < 0:
-        raise CorruptError(
-            f"the file begins like a zip archive but has no end record in its last {len(tail):,} bytes "
-            f"(size {file.size:,}): truncated download? Compare the size with the source's"
-        )
-    if at + END.size > len(tail) or at + END.size + END.unpack_from(tail, at)[7] != len(tail):
-        raise CorruptError("the zip end record does not end the file: bytes were appended, or it is truncated")
-    end_at = tail_start + at
-    _, disk, start_disk, on_disk, count, nbytes, offset, _ = END.unpack_from(tail, at)
-    ends_at = end_at
-    locator_at = end_at - LOCATOR.size
-    if locator_at >= 0 and (raw := file.read(locator_at, LOCATOR.size))[:4] == b"PK\x06\x07":
-        end64_at = LOCATOR.unpack(raw)[2]
-        if end64_at + END64.size > locator_at:
-            raise CorruptError(f"the zip64 end record is said to lie at byte {end64_at:,}, past its locator")
-        signature, nbytes_end64, _, _, _, _, on_disk64, count64, nbytes64, offset64 = END64.unpack(
-            file.read(end64_at, END64.size)
-        )
-        if signature != b"PK\x06\x06" or end64_at + 12 + nbytes_end64 != locator_at:
+def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
+    """The directory's headers, in its order."""
+    listed: list[_Central] = []
+    pos, nbytes = 0, len(directory)
+    for _ in range(count):
+        if pos + CENTRAL.size > nbytes:
+            raise CorruptError(f"the zip directory ends after {len(listed)} of {count} records")
+        (
+            signature, _, _, flags, method, _, _, crc, packed, size,
+            name_nbytes, extra_nbytes, comment_nbytes, disk, _, _, at,
+        ) = CENTRAL.unpack_from(directory, pos)  # fmt: skip
+        if signature != CENTRAL_SIGNATURE:
+            raise CorruptError("the zip directory holds something else than records", where="zip directory", offset=pos)
+        name_at = pos + CENTRAL.size
+        extra_at = name_at + name_nbytes
+        end = extra_at + extra_nbytes + comment_nbytes
+        if end > nbytes:
             raise CorruptError(
-                "the zip64 locator points at no zip64 end record, or not at the one before it: "
-                "two archives laid end to end, or bytes cut out"
+                "a record's name or extra field leaves the zip directory", where="zip directory", offset=pos
             )
-        narrow = ((count, count64, MAX16), (nbytes, nbytes64, MAX32), (offset, offset64, MAX32))
-        if any(small not in (wide, top) for small, wide, top in narrow):
-            raise CorruptError("the zip end record and the zip64 end record disagree")
-        count, nbytes, offset, on_disk, ends_at = count64, nbytes64, offset64, on_disk64, end64_at
-    if disk not in (0, MAX16) or start_disk not in (0, MAX16) or on_disk != count:
-        raise UnsupportedError("an archive in several volumes")
-    if offset + nbytes != ends_at:
-        raise CorruptError(
-            f"the zip directory is said to end at byte {offset + nbytes:,}, its end record begins at {ends_at:,}: "
-            "two archives laid end to end, or bytes cut out"
-        )
-    return offset, nbytes, count
-
-
-def _read_central(
-    window: _Window, directory: bytes, pos: int, directory_offset: int, limits: Limits
-) -> tuple[Record, int, int]:
-    """One record, the offset of its local header, and the position of the next central header."""
-    (
-        signature, _, _, flags, method, _, _, crc, packed, nbytes,
-        name_nbytes, extra_nbytes, comment_nbytes, _, _, _, header_offset,
-    ) = CENTRAL.unpack_from(directory, pos)  # fmt: skip
-    if signature != b"PK\x01\x02":
-        raise CorruptError("the zip directory holds something else than records", where="zip directory", offset=pos)
-    end = pos + CENTRAL.size + name_nbytes + extra_nbytes + comment_nbytes
-    if end > len(directory):
-        raise CorruptError("a record's name or extra field leaves the zip directory", where="zip directory", offset=pos)
-    raw_name = directory[pos + CENTRAL.size : pos + CENTRAL.size + name_nbytes]
-    extra = directory[pos + CENTRAL.size + name_nbytes : end - comment_nbytes]
-    name = _name(raw_name, flags, limits)
-    if flags & _ANY_REFUSED_FLAG:
-        what = next(what for flag, what in _REFUSED_FLAGS.items() if flags & flag)
-        raise UnsupportedError(f"record {name!r} is {what}")
-    if method not in (STORED, DEFLATED):
-        raise UnsupportedError(f"record {name!r} uses compression method {method}; 0 and 8 are known")
-    if extra or MAX32 in (nbytes, packed, header_offset):
-        nbytes, packed, header_offset = _widened(extra, name, (nbytes, packed, header_offset))
-    if method == STORED and packed != nbytes:
-        raise CorruptError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {nbytes:,}")
-    data_offset = _data_offset(window, header_offset, raw_name, method, flags, (crc, packed, nbytes), name)
-    if data_offset + packed > directory_offset:
-        raise CorruptError(f"record {name!r} of {packed:,} bytes at {data_offset:,} reaches into the zip directory")
-    return (
-        Record(
-            name=name,
-            data=ByteRange(window.file, data_offset, packed),
-            nbytes=nbytes,
-            deflated=method == DEFLATED,
-            crc32=crc if crc or not nbytes else None,
-        ),
-        header_offset,
-        end,
-    )
+        raw = directory[name_at:extra_at]
+        name = _name(raw, flags, limits)
+        if flags & _ANY_REFUSED_FLAG:
+            what = next(what for flag, what in _REFUSED_FLAGS.items() if flags & flag)
+            raise UnsupportedError(f"record {name!r} is {what}")
+        if method not in (STORED, DEFLATED):
+            raise UnsupportedError(f"record {name!r} uses compression method {method}; 0 and 8 are known")
+        if disk not in (0, MAX16):
+            raise UnsupportedError("an archive in several volumes")
+        if extra_nbytes or MAX32 in (size, packed, at):
+            size, packed, at = _widened(directory[extra_at : extra_at + extra_nbytes], name, (size, packed, at))
+        if method == STORED and packed != size:
+            raise AmbiguousError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {size:,}")
+        listed.append(_Central(at, raw, name, flags, method, crc, packed, size))
+        pos = end
+    if pos != nbytes:
+        raise AmbiguousError(f"the zip directory holds {nbytes - pos:,} bytes more than its {count} records")
+    return listed
 
 
 def _name(raw: bytes, flags: int, limits: Limits) -> str:
     if len(raw) > limits.name_nbytes:
         raise LimitError("length of a record's name", limit=limits.name_nbytes, actual=len(raw))
     try:
-        name = raw.decode("utf-8" if flags & UTF8 or raw.isascii() else "cp437")
+        return raw.decode("utf-8" if flags & UTF8 or raw.isascii() else "cp437")
     except UnicodeDecodeError:
         raise CorruptError(f"a record's name is not UTF-8: {raw[:80]!r}") from None
-    if _ODD_NAME.search(name) or not name:
-        raise CorruptError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
-    return name
+
+
+def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict[str, Record]:
+    """The records, once their own headers are known not to contradict the directory.
+
+    Args:
+        area: where the archive lies.
+        listed: what the directory says, in order of position.
+        directory_at: where the directory begins.
+    """
+    window = _Window(area)
+    found: dict[str, Record] = {}
+    end, before = 0, None
+    for record in listed:
+        at, raw_name, name, _, method, crc, packed, nbytes = record
+        header_nbytes = LOCAL.size + len(raw_name)
+        if at + header_nbytes > area.nbytes:
+            raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {area.nbytes:,} bytes")
+        if at < end and before is not None:
+            raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
+        gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
+        start = window.hold(at - gap, gap + header_nbytes)
+        extra_nbytes = _check_header(window, record, start + gap)
+        if end != at:
+            _check_gap(before, at - end, window, end)
+        data_at = at + header_nbytes + extra_nbytes
+        end = data_at + packed
+        if end > directory_at:
+            raise CorruptError(f"record {name!r} of {packed:,} bytes at {data_at:,} reaches into the zip directory")
+        data = ByteRange(area.file, area.offset + data_at, packed)
+        found[name] = Record(name, data, nbytes, method == DEFLATED, crc if crc or not nbytes else None)
+        before = record
+    if end != directory_at:
+        _check_gap(before, directory_at - end, window, end)
+    return found
+
+
+def _check_header(window: _Window, record: _Central, start: int) -> int:
+    """Hold a record's own header against the directory's.
+
+    Args:
+        window: holds the header.
+        record: as the directory has it.
+        start: where in the window's data it begins.
+
+    Returns:
+        Size in bytes of the header's extra field.
+    """
+    (
+        signature, _, flags, method, _, _, crc, packed, nbytes, name_nbytes, extra_nbytes,
+    ) = LOCAL.unpack_from(window.data, start)  # fmt: skip
+    name_at = start + LOCAL.size
+    extra_at = name_at + name_nbytes
+    if signature != LOCAL_SIGNATURE:
+        raise CorruptError(f"record {record.name!r}: no record begins at byte {record.at:,}")
+    if window.data[name_at:extra_at] != record.raw_name or method != record.method:
+        raise AmbiguousError(f"record {record.name!r}: its own header gives another name or method than the directory")
+    if (flags ^ record.flags) & ~(_HAS_DESCRIPTOR | UTF8) & 0xFFFF:
+        raise AmbiguousError(f"record {record.name!r}: its own header gives other flags than the directory")
+    extra = window.data[extra_at : extra_at + extra_nbytes]
+    if len(extra) != extra_nbytes:
+        offset = record.at + LOCAL.size + int(name_nbytes)
+        extra_at = window.hold(offset, min(extra_nbytes, window.area.nbytes - offset))
+        extra = window.data[extra_at : extra_at + extra_nbytes]
+    if _UNICODE_PATH in extra:
+        _widened(extra, record.name, (0, 0, 0))  # raises where it is a field's tag
+    if packed != record.packed or nbytes != record.nbytes or crc != record.crc:
+        if MAX32 in (packed, nbytes):
+            nbytes, packed, _ = _widened(extra, record.name, (nbytes, packed, 0))
+        for local, central in ((crc, record.crc), (packed, record.packed), (nbytes, record.nbytes)):
+            later = local == 0 and flags & _HAS_DESCRIPTOR  # the values follow the data
+            if local != central and not later:
+                raise AmbiguousError(
+                    f"record {record.name!r}: its own header gives another size or checksum than the directory"
+                )
+    return int(extra_nbytes)
+
+
+def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -> None:
+    """What lies behind a record's data must be its data descriptor, and say what the directory says.
+
+    A descriptor that is announced and left out misleads nobody: the directory counts.
+
+    Args:
+        before: the record; ``None``: the gap begins the archive.
+        nbytes: size of the gap, not 0.
+        window: reads it.
+        at: where it begins.
+    """
+    if before is None:
+        raise AmbiguousError("the file begins with a record that the zip directory does not list")
+    layout = _DESCRIPTORS.get(nbytes)
+    if layout is not None and before.flags & _HAS_DESCRIPTOR:
+        start = window.hold(at, nbytes)
+        signature = (_DESCRIPTOR_SIGNATURE,) if layout.format.startswith("<4s") else ()
+        sizes = (before.packed, before.nbytes) if nbytes > 16 else (before.packed & MAX32, before.nbytes & MAX32)
+        if layout.unpack_from(window.data, start) == (*signature, before.crc, *sizes):
+            return
+    raise AmbiguousError(
+        f"{nbytes:,} bytes behind record {before.name!r} belong to no record; readers may find others there"
+    )
 
 
 def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -236,8 +312,8 @@ def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int
     while pos + 4 <= len(extra):
         tag = int.from_bytes(extra[pos : pos + 2], "little")
         size = int.from_bytes(extra[pos + 2 : pos + 4], "little")
-        if tag == _UNICODE_PATH:
-            raise CorruptError(f"record {name!r} has a second name in its extra field; readers disagree about it")
+        if extra[pos : pos + 2] == _UNICODE_PATH:
+            raise AmbiguousError(f"record {name!r} has a second name in its extra field; readers disagree about it")
         if tag == _ZIP64:
             wide = extra[pos + 4 : pos + 4 + size]
         pos += 4 + size
@@ -253,30 +329,6 @@ def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int
             field, wide = int.from_bytes(wide[:8], "little"), wide[8:]
         values.append(field)
     return values[0], values[1], values[2]
-
-
-def _data_offset(
-    window: _Window, at: int, raw_name: bytes, method: int, flags: int, sizes: tuple[int, int, int], name: str
-) -> int:
-    """Where the record's data begins, once the local header is known not to contradict the central one."""
-    if at + LOCAL.size + len(raw_name) > window.file.size:
-        raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {window.file.size:,} bytes")
-    header = window.read(at, LOCAL.size + len(raw_name))
-    (
-        signature, _, local_flags, local_method, _, _, crc, packed, nbytes, name_nbytes, extra_nbytes,
-    ) = LOCAL.unpack_from(header)  # fmt: skip
-    if signature != LOCAL_SIGNATURE:
-        raise CorruptError(f"record {name!r}: no record begins at byte {at:,}")
-    if name_nbytes != len(raw_name) or header[LOCAL.size :] != raw_name or local_method != method:
-        raise CorruptError(f"record {name!r}: its own header gives another name or method than the directory")
-    if (local_flags ^ flags) & ~(_HAS_DESCRIPTOR | UTF8) & 0xFFFF:
-        raise CorruptError(f"record {name!r}: its own header gives other flags than the directory")
-    if (crc, packed, nbytes) != sizes:
-        for local, central, wide in zip((crc, packed, nbytes), sizes, (None, MAX32, MAX32), strict=True):
-            later = local == 0 and local_flags & _HAS_DESCRIPTOR  # the values follow the data
-            if local not in (central, wide) and not later:
-                raise CorruptError(f"record {name!r}: its own header gives another size or checksum than the directory")
-    return at + LOCAL.size + int(name_nbytes) + int(extra_nbytes)
 
 
 def read_record(record: Record, limit: int) -> bytes:
@@ -307,3 +359,21 @@ def read_record(record: Record, limit: int) -> bytes:
             f"record {record.name!r}: its CRC-32 is {zlib.crc32(data):08x}, recorded is {record.crc32:08x}: damaged"
         )
     return data
+
+
+def record_source(record: Record) -> ByteSource:
+    """A record's bytes once inflated, as tensors are read from them; nothing is read for it.
+
+    Raises:
+        CorruptError: it declares more than its packed bytes can hold.
+    """
+    if not record.deflated:
+        return record.data
+    if record.nbytes > DEFLATE_MOST * record.data.nbytes:
+        raise CorruptError(
+            f"record {record.name!r} declares {record.nbytes:,} bytes; "
+            f"{record.data.nbytes:,} packed ones cannot hold them"
+        )
+    return DeflatedRange(
+        Inflation(record.data, record.nbytes, record.crc32, f"record {record.name!r}"), 0, record.nbytes
+    )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import zlib
 from struct import pack
 
-from ckptkit.bytesource import ByteRange
-from ckptkit.formats.zip_archive import CENTRAL, END, END64, LOCAL, LOCAL_SIGNATURE, LOCATOR, MAX16, MAX32, STORED, UTF8
+from ckptkit.bytesource import ByteSource
+from ckptkit.formats.zip_archive import CENTRAL, LOCAL, LOCAL_SIGNATURE, STORED, UTF8
+from ckptkit.formats.zip_end import END, END64, LOCATOR, MAX16, MAX32
 from ckptkit.plan import Checksum, Copy, Literal, Step
 
 __all__ = ["ALIGNMENT", "ZipWriter"]
@@ -40,7 +41,7 @@ class ZipWriter:
         target = self._header(name, len(data), zlib.crc32(data))
         self._steps.append(Literal(target, data))
 
-    def add_copy(self, name: str, source: ByteRange, crc32: int | None) -> int:
+    def add_copy(self, name: str, source: ByteSource, crc32: int | None) -> int:
         """Plan a record that is copied, and return where its data will lie.
 
         Args:

@@ -4,5 +4,6 @@
 - `reader`: bytes -> inert tree; `machine`: the stack machine it runs
 - `writer`: inert tree -> bytes
 - `tensors`: torch's pickle vocabulary (storages, ``_rebuild_*``) <-> Storage and TensorEntry
+- `legacy`: the rest of that vocabulary, which only files before torch 1.6 use
 - `trust`: what a name in a pickle means for whoever would execute it
 """

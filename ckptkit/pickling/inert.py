@@ -55,14 +55,16 @@ class Global:
     Attributes:
         module, name: as the file spells them (``name`` may be dotted since protocol 4).
         calls: how often the pickle makes an object by calling it.
+        offence: what makes a call of it hostile whatever the name is; ``""``: nothing.
     """
 
-    __slots__ = ("calls", "module", "name")
+    __slots__ = ("calls", "module", "name", "offence")
 
     def __init__(self, module: str, name: str) -> None:
         self.module = module
         self.name = name
         self.calls = 0
+        self.offence = ""
 
     @property
     def qualified(self) -> str:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from struct import Struct
 from typing import NoReturn
 
-from ckptkit.errors import CorruptError, LimitError, UnsupportedError
+from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
+from ckptkit.pickling.reach import Reach
 
 __all__ = ["NO_FRAME", "RARE_OPCODES", "Constructor", "Machine"]
 
@@ -66,6 +67,9 @@ class Machine:
         self.marks: list[list[object]] = []
         self.memo: dict[int, object] = {}
         self.globals: dict[tuple[str, str], Global] = {}
+        self.reach = Reach(self.name)
+        self.opcodes_left = limits.opcodes
+        self.cut = False  # whether the bytes end inside an opcode's argument
 
     # What the opcodes share.
 
@@ -73,12 +77,13 @@ class Machine:
         if self.marks or len(self.stack) != 1:
             raise CorruptError("STOP with something else than one value on the stack")
         if self.frame_end not in (self.pos, NO_FRAME):
-            raise CorruptError("STOP is not the end of its frame")
+            raise AmbiguousError("STOP is not the end of its frame")
         return self.stack.pop()
 
     def take(self, nbytes: int) -> bytes:
         """The next bytes, which must be there: a declared length never allocates on its own."""
         if nbytes < 0 or self.pos + nbytes > len(self.data):
+            self.cut = nbytes >= 0
             raise CorruptError(
                 f"{nbytes:,} bytes are declared, {len(self.data) - self.pos:,} are left: damaged or truncated"
             )
@@ -89,6 +94,7 @@ class Machine:
         """A text argument, up to and without its newline."""
         end = self.data.find(b"\n", self.pos, self.pos + limit + 1)
         if end < 0:
+            self.cut = len(self.data) - self.pos <= limit
             raise CorruptError(f"a text argument has no end within {limit:,} bytes")
         text = self.data[self.pos : end]
         self.pos = end + 1
@@ -97,6 +103,7 @@ class Machine:
     def text(self, start: int, nbytes: int) -> str:
         end = start + nbytes
         if end > len(self.data):
+            self.cut = True
             raise CorruptError(
                 f"a string of {nbytes:,} bytes is declared, {len(self.data) - start:,} are left: damaged or truncated"
             )
@@ -125,7 +132,7 @@ class Machine:
         if isinstance(cls, Global):
             cls.calls += 1
             constructor = self.understood.get(cls)
-            if constructor is not None and how == "reduce":
+            if constructor is not None and how in ("reduce", "obj"):
                 built = constructor(args)
                 if built is not NotImplemented:
                     return built
@@ -138,15 +145,19 @@ class Machine:
             raise LimitError("length of a name", limit=self.limits.name_nbytes, actual=longest)
         known = self.globals.get((module, name))
         if known is None:
+            if len(self.globals) >= self.limits.names:
+                raise LimitError("names in a pickle", limit=self.limits.names, actual=len(self.globals) + 1)
             known = self.globals[module, name] = Global(module, name)
-            if (module, name) in self.constructors:
-                self.understood[known] = self.constructors[module, name]
+            understood = self.constructors.get((module, name)) or self.reach.watcher(known)
+            if understood is not None:
+                self.understood[known] = understood
         return known
 
     def unknown(self, op: int) -> NoReturn:
         refused = _REFUSED.get(op)
         if refused is not None:
-            raise UnsupportedError(f"opcode {refused}, which no checkpoint's pickler produces")
+            error = AmbiguousError if refused.startswith("EXT") else UnsupportedError
+            raise error(f"opcode {refused}, which no checkpoint's pickler produces")
         raise CorruptError(f"unknown opcode 0x{op:02x}: damaged, or no pickle")
 
     # The rarer opcodes.
@@ -156,14 +167,15 @@ class Machine:
         if version > 5:
             raise UnsupportedError(f"pickle protocol {version}; 0 to 5 are known")
         if self.op_at != self.started_at:
-            raise UnsupportedError("a PROTO that is not the first opcode")
+            raise AmbiguousError("a PROTO that is not the first opcode")
         self.protocol = version
 
     def frame(self) -> None:
         nbytes = _U64(self.take(8))[0]
         if self.frame_end != NO_FRAME:
-            raise CorruptError("a frame inside a frame")
+            raise AmbiguousError("a frame inside a frame")
         if nbytes > len(self.data) - self.pos:
+            self.cut = True
             raise CorruptError(f"a frame of {nbytes:,} bytes, {len(self.data) - self.pos:,} are left: truncated")
         self.frame_end = self.pos + nbytes
 
@@ -220,7 +232,7 @@ class Machine:
         if not isinstance(target, Object):
             raise UnsupportedError(f"state applied to {_shown(target)}")
         if target.state is not ABSENT:
-            raise UnsupportedError(f"state applied twice to {_shown(target)}")
+            raise AmbiguousError(f"state applied twice to {_shown(target)}")
         target.state = state
 
     def global_text(self) -> None:
@@ -235,7 +247,7 @@ class Machine:
         name = self.stack.pop()
         module = self.stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise UnsupportedError("a name computed at run time")
+            raise AmbiguousError("a name computed at run time")
         self.stack.append(self.name(module, name))
 
     def newobj(self) -> None:
@@ -284,7 +296,7 @@ class Machine:
 
     def decimal(self, text: bytes, *, long: bool) -> int:
         if not _DECIMAL.match(text) or (text.endswith(b"L") and not long):
-            raise UnsupportedError(f"a number that no pickler writes: {text[:40]!r}")
+            raise AmbiguousError(f"a number that no pickler writes: {text[:40]!r}")
         return self.bounded(int(text.rstrip(b"L")))
 
     def bounded(self, value: int) -> int:
@@ -296,7 +308,7 @@ class Machine:
     def float_text(self) -> None:
         text = self.line(4001)
         if not _FLOAT.match(text):
-            raise UnsupportedError(f"a number that no pickler writes: {text[:40]!r}")
+            raise AmbiguousError(f"a number that no pickler writes: {text[:40]!r}")
         self.stack.append(float(text))
 
     def long_binary(self, nbytes: int) -> None:
@@ -310,7 +322,7 @@ class Machine:
         if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in b"'\"":
             raise CorruptError("a STRING without matching quotes")
         if not _ESCAPED.match(text, 1, len(text) - 1):
-            raise UnsupportedError("a STRING with escapes that no pickler writes")
+            raise AmbiguousError("a STRING with escapes that no pickler writes")
         self.stack.append(_python2_str(codecs.escape_decode(text[1:-1])[0]))
 
     def unicode_text(self) -> None:

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from struct import Struct
 
-from ckptkit.errors import CorruptError, FormatError, LimitError
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machine
+from ckptkit.pickling.trust import global_uses, merge_uses
 
-__all__ = ["Constructor", "PickleResult", "read_pickle"]
+__all__ = ["Constructor", "PickleResult", "read_names", "read_pickle"]
 
 _U16 = Struct("<H").unpack_from
 _I32 = Struct("<i").unpack_from
@@ -54,46 +56,102 @@ def read_pickle(
     persistent_load: Callable[[object], object] = PersistentId,
     constructors: Mapping[tuple[str, str], Constructor] | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    whole: bool = False,
+    more: Callable[[int], bytes] | None = None,
 ) -> PickleResult:
     """Read one pickle that begins at ``start``.
 
     Args:
-        data: the bytes; what follows the pickle is left alone.
+        data: the bytes; what follows the pickle is left alone unless ``whole`` says that nothing may.
         start: position of its first byte.
         persistent_load: from a persistent id to the node that stands for it.
         constructors: calls that are understood, by ``(module, name)`` of the callee.
         limits: bounds for this pickle.
+        whole: whether the pickle must be all there is.
+        more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
+            to one no longer where there is none.
 
     Raises:
         CorruptError: the bytes end early or are no pickle.
+        AmbiguousError: readers disagree about them; bytes after STOP where ``whole`` is set.
         UnsupportedError: an opcode that no pickler produces.
         LimitError: a limit was passed.
+        Of each, ``globals`` holds the names that were read before it.
     """
     if len(data) - start > limits.pickle_nbytes:
         raise LimitError("bytes of a pickle", limit=limits.pickle_nbytes, actual=len(data) - start)
     machine = Machine(data, start, persistent_load, constructors or {}, limits)
     try:
-        root = _run(machine)
+        root = _run_on(machine, more)
+        if whole and machine.pos != len(data):
+            raise AmbiguousError(f"{len(data) - machine.pos:,} bytes follow the pickle's STOP", offset=machine.pos)
     except FormatError as error:
         error.offset = machine.op_at if error.offset is None else error.offset
-        raise
+        raise error.at(seen=global_uses(machine.globals.values())) from error.__cause__
     except (IndexError, KeyError, struct.error) as error:
         # An index error on the last byte is its missing argument; before it, an empty stack.
-        early = isinstance(error, struct.error) or machine.op_at >= len(data) - 1
+        early = isinstance(error, struct.error) or machine.op_at >= len(machine.data) - 1
         message = "the pickle ends early" if early else "an opcode finds too little on the stack"
         if isinstance(error, KeyError):
             message = f"memo entry {error} is read before it is written"
-        raise CorruptError(f"{message}: damaged, truncated, or no pickle", offset=machine.op_at) from None
+        corrupt = CorruptError(f"{message}: damaged, truncated, or no pickle", offset=machine.op_at)
+        raise corrupt.at(seen=global_uses(machine.globals.values())) from None
     return PickleResult(root=root, end=machine.pos, protocol=machine.protocol, globals=tuple(machine.globals.values()))
+
+
+def read_names(data: bytes, record: str, *, limits: Limits = DEFAULT_LIMITS) -> tuple[GlobalUse, ...]:
+    """The names in the pickles of a record that nothing refers to.
+
+    Nothing is said of a record that is no pickle by its name or its first byte: any text has letters
+    that are opcodes.
+
+    Args:
+        data: the record; several pickles may follow each other in it.
+        record: its name.
+        limits: bounds for each pickle, and on names for all.
+    """
+    found: list[GlobalUse] = []
+    start = 0 if data.startswith(b"\x80") or record.endswith((".pkl", ".pickle")) else len(data)
+    while start < len(data) and len(found) < limits.names:
+        try:
+            pickle = read_pickle(data, start=start, limits=limits)
+        except FormatError as error:
+            found.extend(replace(use, where=(record,)) for use in error.globals)
+            break
+        found.extend(global_uses(pickle.globals, record))
+        start = pickle.end
+    return merge_uses(found)
+
+
+_BYTE_ARGUMENT = b"hqK\x8c"
+"""Opcodes whose argument is a byte that `_run` itself reads: BINGET, BINPUT, BININT1, SHORT_BINUNICODE."""
+
+
+def _run_on(machine: Machine, more: Callable[[int], bytes] | None) -> object:
+    """The value on the stack at STOP, from as many of the bytes as that takes.
+
+    An opcode that the bytes cut off has changed nothing yet: it is carried out anew with more of them.
+    """
+    while True:
+        try:
+            return _run(machine)
+        except (CorruptError, IndexError, struct.error) as error:
+            nbytes = len(machine.data)
+            cut = machine.cut or isinstance(error, struct.error) or machine.op_at == nbytes
+            cut = cut or (machine.op_at == nbytes - 1 and machine.data[-1] in _BYTE_ARGUMENT)
+            longer = more(nbytes) if more is not None and cut else b""
+            if len(longer) <= nbytes:
+                raise
+            machine.data, machine.pos, machine.cut = longer, machine.op_at, False
 
 
 def _run(machine: Machine) -> object:
     """The value on the stack at STOP.  The opcodes that make up 99 % of a checkpoint are carried out here."""
     data, memo, marks = machine.data, machine.memo, machine.marks
     stack, pos, frame_end = machine.stack, machine.pos, machine.frame_end
-    at, rare = pos, RARE_OPCODES
+    at, rare, left = pos, RARE_OPCODES, machine.opcodes_left
     try:
-        for _ in range(machine.limits.opcodes):
+        for left in range(machine.opcodes_left, 0, -1):  # noqa: B007 - it is kept where the loop is left
             at = pos
             op = data[pos]
             pos += 1
@@ -177,9 +235,9 @@ def _run(machine: Machine) -> object:
                 pos, stack, frame_end = machine.pos, machine.stack, machine.frame_end
             if pos >= frame_end:
                 if pos > frame_end:
-                    raise CorruptError("an opcode straddles the end of its frame")
+                    raise AmbiguousError("an opcode straddles the end of its frame")
                 frame_end = machine.frame_end = NO_FRAME
         raise LimitError("pickle opcodes", limit=machine.limits.opcodes, actual=machine.limits.opcodes + 1)
     except BaseException:
-        machine.op_at = at
+        machine.op_at, machine.opcodes_left = at, left
         raise

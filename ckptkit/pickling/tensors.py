@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeGuard
 
-from ckptkit.bytesource import ByteRange
+from ckptkit.bytesource import ByteSource
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
 from ckptkit.errors import CorruptError, UnsupportedError
@@ -45,13 +45,15 @@ _PARAMETER = ("torch.nn.parameter", "Parameter")
 _HUGE = 1 << 62
 """More than any count of elements or bytes: products and sums of counts stay cheap."""
 
-Locate = Callable[[str, int], tuple[ByteRange, int | None]]
+Locate = Callable[[str, int], tuple[ByteSource, int | None]]
 """From a storage key and the size in bytes the pickle declares to where the bytes lie, and their
 recorded CRC-32 (``None``: not recorded)."""
 
 
 class StorageTable:
     """The storages of one file, made as persistent ids name them.
+
+    `ckptkit.pickling.legacy` has the table for files before torch 1.6.
 
     Args:
         locate: finds a storage's bytes in the container.
@@ -65,6 +67,7 @@ class StorageTable:
         self._limits = limits
         self._storages: dict[str, Storage] = {}
         self._classes: dict[object, tuple[str | None, int]] = {}
+        self._encoded: dict[str, bytes] = {}
 
     def persistent_load(self, pid: object) -> object:
         """The `Storage` a persistent id names.
@@ -78,8 +81,15 @@ class StorageTable:
         _, cls, key, location, numel, *_ = pid
         if not isinstance(key, str) or not isinstance(location, str) or not _is_count(numel):
             raise CorruptError("a storage's persistent id without key, location or size")
-        if len(pid) == 6 and pid[5] is not None:
-            raise UnsupportedError("a storage that is a view of another (view_metadata)")
+        storage = self._named(cls, key, location, numel)
+        return storage if len(pid) == 5 or pid[5] is None else self._view(storage, pid[5])
+
+    def _view(self, root: Storage, view_metadata: object) -> Storage:
+        """The part of a storage that is one itself; torch-zip has none (``torch/serialization.py`` ``_load``)."""
+        raise UnsupportedError("a storage that is a view of another (view_metadata)")
+
+    def _named(self, cls: object, key: str, location: str, numel: int) -> Storage:
+        """The storage of a key, made when it is first named."""
         dtype, itemsize = self._dtype(cls)
         known = self._storages.get(key)
         if known is None:
@@ -112,7 +122,7 @@ class StorageTable:
 
     @property
     def constructors(self) -> dict[tuple[str, str], Constructor]:
-        """The calls that make tensors, for `read_pickle`."""
+        """The calls that are understood, for `read_pickle`: those that make tensors, and bytes."""
         return {
             ("torch._utils", "_rebuild_tensor"): self._tensor_v1,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor_v2,
@@ -120,7 +130,22 @@ class StorageTable:
             ("torch._utils", "_rebuild_parameter"): self._parameter,
             ("torch._utils", "_rebuild_parameter_with_state"): self._parameter_with_state,
             ("torch._tensor", "_rebuild_from_type_v2"): self._from_type,
+            ("_codecs", "encode"): self._bytes,
         }
+
+    def _bytes(self, args: tuple[object, ...]) -> object:
+        """Bytes as Python 3 pickles them in protocol 2: the text that latin-1 reads in them.
+
+        One text gives one object, however often a file encodes it: calls cost the file two bytes each.
+        """
+        if len(args) != 2 or not isinstance(args[0], str) or args[1] != "latin1":
+            return NotImplemented
+        if args[0] not in self._encoded:
+            try:
+                self._encoded[args[0]] = args[0].encode("latin-1")
+            except UnicodeEncodeError:
+                return NotImplemented
+        return self._encoded[args[0]]
 
     def _entry(
         self, args: tuple[object, ...], dtype: str | None = None, requires_grad: object = False, metadata: object = None
@@ -239,7 +264,7 @@ def lower_tensor(entry: TensorEntry) -> Object:
         data = Object(
             "reduce",
             Global("torch._tensor", "_rebuild_from_type_v2"),
-            (function, cls, args, InertDict() if entry.attributes is None else entry.attributes),
+            (function, cls, args, entry.attributes),
         )
     else:
         data = Object("reduce", function, args)

@@ -1,30 +1,59 @@
 """What a name in a pickle would mean for whoever executed it.
 
-Four verdicts.  ``torch``: rebuild functions, storages and dtypes, which torch's own weights-only
-loader runs.  ``allowed``: the plain containers it runs beside them.  ``dangerous``: names that
-run code, import, open or reach out.  ``unknown``: all else, neither accused nor vouched for.
+Four verdicts, from which `ckptkit.checkpoint.Checkpoint.trust` follows:
+
+- ``torch``: what torch's own weights-only loader runs (``torch/_weights_only_unpickler.py``
+  ``_get_allowed_globals``): rebuild functions, storages, dtypes, tensor classes
+- ``allowed``: plain containers and scalars
+- ``dangerous``: names that run code, import, open or reach out (`ckptkit.pickling.dangerous`), and
+  calls that do so by their arguments (`ckptkit.pickling.reach`).  One makes a file *hostile*.
+- ``unknown``: all else, neither accused nor vouched for.  One makes a file *needs_trust*: classes of
+  ``torch.nn`` and of the user, but also code that honest files carry (FX graphs, TorchScript).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
-from ckptkit.checkpoint import GlobalUse
+from ckptkit.checkpoint import GlobalUse, Storage
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
-from ckptkit.pickling.inert import Global
+from ckptkit.pickling.dangerous import is_dangerous
+from ckptkit.pickling.inert import Global, children, mapping_items
 
-__all__ = ["assess", "global_uses"]
+__all__ = ["assess", "global_uses", "merge_uses", "with_places"]
 
-_REBUILD = re.compile(r"torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type(_v2)?")
+_REBUILD = (
+    "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_device_tensor_from_numpy", "_rebuild_meta_tensor_no_storage",
+    "_rebuild_nested_tensor", "_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_qtensor",
+    "_rebuild_sparse_csr_tensor", "_rebuild_sparse_tensor", "_rebuild_tensor", "_rebuild_tensor_v2",
+    "_rebuild_tensor_v3", "_rebuild_wrapper_subclass", "_rebuild_xla_tensor",
+)  # fmt: skip
+"""Functions of ``torch/_utils.py``, of this release and of older ones."""
+
+_LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "jagged")
+_QSCHEMES = (
+    "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine", "per_channel_symmetric",
+    "per_channel_affine_float_qparams",
+)  # fmt: skip
+_STORAGES = (*BY_STORAGE_CLASS, "UntypedStorage")
+_CLASSES = (*_STORAGES, *(name.replace("Storage", "Tensor") for name in BY_STORAGE_CLASS))
+_NARROW = tuple(f"{kind}{bits}" for kind in ("int", "uint") for bits in range(1, 8))
+
 _TORCH_NAMES = frozenset(
-    {"torch." + name for name in (*DTYPES, *BY_STORAGE_CLASS, "Size", "device", "Tensor", "strided",
-                                  "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc",
-                                  "per_tensor_affine", "per_channel_affine", "UntypedStorage")}
-    | {"torch.cuda." + name for name in BY_STORAGE_CLASS}
-    | {"torch.storage.UntypedStorage", "torch.storage._UntypedStorage", "torch.storage.TypedStorage",
-       "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.serialization._get_layout"}
+    {f"torch.{name}" for name in (*DTYPES, *_NARROW, *_LAYOUTS, *_QSCHEMES, "Size", "device", "Tensor")}
+    | {f"{module}.{name}" for module in ("torch", "torch.cuda", "torch.sparse", "torch.cuda.sparse")
+       for name in _CLASSES}
+    | {f"torch._utils.{name}" for name in _REBUILD}
+    | {f"torch.jit._pickle.{name}" for name in (
+        "build_boollist", "build_doublelist", "build_intlist", "build_tensor_from_id", "build_tensorlist",
+        "restore_type_tag")}
+    | {f"torch.storage.{name}" for name in (*_STORAGES, "_UntypedStorage", "TypedStorage", "_TypedStorage")}
+    | {"torch._tensor.Tensor", "torch._tensor._rebuild_from_type", "torch._tensor._rebuild_from_type_v2",
+       "torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter", "torch.serialization._get_layout",
+       "torch.tensor._rebuild_from_type"}
 )  # fmt: skip
 
 _ALLOWED = frozenset(
@@ -34,79 +63,127 @@ _ALLOWED = frozenset(
                     "int", "long", "float", "bool", "str", "unicode", "slice", "range", "xrange")}
 )  # fmt: skip
 
-_DANGEROUS_PACKAGES = frozenset(
-    {
-        "_ctypes", "_pickle", "_posixsubprocess", "_thread", "_winapi", "asyncio", "cloudpickle", "ctypes", "dill",
-        "ensurepip", "http", "httplib", "idlelib", "importlib", "joblib", "lib2to3", "linecache", "marshal", "ntpath",
-        "os", "pickle", "pip", "pkgutil", "posix", "posixpath", "pty", "pydoc", "runpy", "shelve", "shutil", "socket",
-        "sqlite3", "ssl", "subprocess", "sys", "sysconfig", "timeit", "urllib", "urllib2", "urllib3", "venv",
-        "webbrowser", "winreg", "xmlrpc", "zipimport",
-    }
-)  # fmt: skip
-"""Top-level modules no checkpoint needs a name from, with all below them."""
+_REASONS = (
+    (re.compile(r"torch\.fx\.graph_module\.reduce_graph_module"), "runs Python text that the file holds"),
+    (re.compile(r"__torch__\..*"), "TorchScript that the archive holds; torch.jit.load runs it"),
+)
+"""Names that honest files have and that are code all the same."""
 
-_DANGEROUS_MODULES = frozenset(
-    {
-        "_aix_support", "_osx_support", "_pyrepl.pager", "bdb", "codeop", "commands", "distutils.core",
-        "distutils.file_util", "distutils.spawn", "ftplib", "imaplib", "imp", "logging.config", "nt", "pdb", "poplib",
-        "popen2", "smtplib", "torch.distributed.rpc", "torch.hub", "torch.utils.cpp_extension", "torch.utils.model_zoo",
-    }
-)  # fmt: skip
-"""Modules, but not what lies below them: a package of a user's own may be called ``imp`` or ``nt``.
-Names that are likely in a user's own module of the same name (``code``, ``test``) stand below."""
+_MAX_PLACES = 4
+"""Places that are told of one name."""
 
-_DANGEROUS_NAMES = frozenset(
-    {f"{module}.{name}" for module in ("builtins", "__builtin__")
-     for name in ("eval", "exec", "execfile", "compile", "open", "file", "input", "raw_input", "__import__",
-                  "apply", "reload", "breakpoint", "globals", "locals", "vars", "setattr", "delattr",
-                  "exit", "quit", "help")}
-    | {f"{module}.{name}" for module in ("io", "_io") for name in ("FileIO", "open", "open_code")}
-    | {f"{module}.{name}" for module in ("operator", "_operator") for name in ("attrgetter", "methodcaller")}
-    | {"code.InteractiveConsole", "code.InteractiveInterpreter", "code.interact", "functools.reduce",
-       "_functools.reduce", "multiprocessing.util.spawnv_passfds", "numpy.core.records.fromfile",
-       "numpy._core.records.fromfile", "numpy.f2py.crackfortran.myeval", "numpy.fromfile", "numpy.load",
-       "numpy.loadtxt", "numpy.savetxt", "numpy.testing.runstring", "numpy.testing._private.utils.runstring",
-       "platform.popen", "profile.run", "cProfile.run", "tempfile.mktemp", "trace.Trace", "types.CodeType",
-       "types.FunctionType", "doctest.debug_script", "uuid._get_command_stdout",
-       # Of torch: what unpickles, imports, evaluates text or runs a program.
-       "torch.load", "torch.save", "torch.serialization.load", "torch.storage._load_from_bytes", "torch.jit.load",
-       "torch._dynamo.guards.GuardBuilder.get", "torch._inductor.codecache.compile_file",
-       "torch._ops._Ops.load_library", "torch._utils._import_dotted_name",
-       "torch.fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression",
-       "torch.jit.unsupported_tensor_ops.execWrapper", "torch.package.PackageImporter",
-       "torch.package.package_importer.PackageImporter", "torch.utils._config_module.ConfigModule.load_config",
-       "torch.utils.bottleneck.__main__.run_autograd_prof", "torch.utils.bottleneck.__main__.run_cprofile",
-       "torch.utils.collect_env.run", "torch.utils.data.datapipes.utils.decoder.basichandlers"}
-)  # fmt: skip
+_MAX_KEYS = 3
+"""Keys that are told of one place."""
 
-_DANGEROUS_PREFIXES = ("numpy.distutils.", "pandas.io.", "setuptools.command.", "setuptools.sandbox.")
+_MAX_KEY = 80
+"""Characters that are told of one key."""
+
+_LEAVES = (str, int, float, bytes, type(None), Storage)
 
 
-def _is_dangerous(name: Global) -> bool:
-    parts = name.name.split(".")
-    return (
-        name.module.split(".", 1)[0] in _DANGEROUS_PACKAGES
-        or name.module in _DANGEROUS_MODULES
-        or name.qualified in _DANGEROUS_NAMES
-        or name.qualified.startswith(_DANGEROUS_PREFIXES)
-        # A module reached as an attribute of another, and attribute chains into internals.
-        or any(part in _DANGEROUS_PACKAGES or (part.startswith("__") and part.endswith("__")) for part in parts)
-    )
+def assess(name: Global, record: str = "") -> GlobalUse:
+    """The verdict on one name.
 
-
-def assess(name: Global) -> GlobalUse:
-    """The verdict on one name."""
+    Args:
+        name: in a pickle.
+        record: that the pickle is, or lies in.
+    """
     qualified = name.qualified
     verdict: Literal["torch", "allowed", "unknown", "dangerous"] = "unknown"
-    if qualified in _TORCH_NAMES or _REBUILD.fullmatch(qualified):
+    reason = name.offence
+    if reason:
+        verdict = "dangerous"
+    elif qualified in _TORCH_NAMES:
         verdict = "torch"
     elif qualified in _ALLOWED:
         verdict = "allowed"
-    elif _is_dangerous(name):
+    elif is_dangerous(name.module, name.name):
         verdict = "dangerous"
-    return GlobalUse(name=qualified, verdict=verdict, count=max(name.calls, 1))
+    else:
+        reason = next((reason for pattern, reason in _REASONS if pattern.fullmatch(qualified)), "")
+    return GlobalUse(
+        name=qualified, verdict=verdict, count=max(name.calls, 1), where=(record,) if record else (), reason=reason
+    )
 
 
-def global_uses(names: Iterable[Global]) -> tuple[GlobalUse, ...]:
-    """The verdicts on all names, in order of appearance."""
-    return tuple(assess(name) for name in names)
+def global_uses(names: Iterable[Global], record: str = "") -> tuple[GlobalUse, ...]:
+    """The verdicts on all names of a pickle, in order of appearance.
+
+    Args:
+        names: as `ckptkit.pickling.reader.PickleResult` lists them.
+        record: that the pickle is, or lies in: ``"data.pkl"``.
+    """
+    return tuple(assess(name, record) for name in names)
+
+
+def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
+    """The names of several pickles, each once, with what all of them say."""
+    merged: dict[str, GlobalUse] = {}
+    for use in (use for group in groups for use in group):
+        known = merged.setdefault(use.name, use)
+        if known is not use:
+            grave = use if use.verdict == "dangerous" and known.verdict != "dangerous" else known
+            where = tuple(dict.fromkeys((*known.where, *use.where)))[:_MAX_PLACES]
+            merged[use.name] = replace(grave, count=known.count + use.count, where=where)
+    return tuple(merged.values())
+
+
+def with_places(uses: tuple[GlobalUse, ...], root: object) -> tuple[GlobalUse, ...]:
+    """The uses with the keys under which each name stands in the tree.
+
+    Names that torch's own loader runs stand everywhere, and get none.  What is in an object is told
+    by the keys that lead to the object.
+
+    Args:
+        uses: of the file; the tree is that of the first record each was found in.
+        root: the tree.
+    """
+    wanted = {use.name for use in uses if use.verdict in ("unknown", "dangerous")}
+    if not wanted:
+        return uses
+    found = _places(root, wanted)
+    located = []
+    for use in uses:
+        places = found.get(use.name)
+        if places:
+            record = f"{use.where[0]}: " if use.where else ""
+            use = replace(use, where=(*(record + place for place in places), *use.where[1:])[:_MAX_PLACES])
+        located.append(use)
+    return tuple(located)
+
+
+def _places(root: object, wanted: set[str]) -> dict[str, list[str]]:
+    """For each of the names the first places in the tree; each node is gone through once."""
+    found: dict[str, list[str]] = {name: [] for name in wanted}
+    seen: set[int] = set()
+    stack: list[tuple[object, tuple[str, ...], bool]] = [(root, (), True)]
+    while stack:
+        node, keys, open_ended = stack.pop()
+        if isinstance(node, _LEAVES):
+            continue
+        if isinstance(node, Global):
+            places = found.get(node.qualified)
+            place = ".".join(keys)
+            if place and places is not None and len(places) < _MAX_PLACES and place not in places:
+                places.append(place)
+            continue
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        pairs = mapping_items(node) if open_ended and len(keys) < _MAX_KEYS else None
+        if pairs is not None:
+            for key, value in reversed(pairs):
+                stack.append((value, (*keys, _key(key)), True))
+                if not isinstance(key, _LEAVES):
+                    stack.append((key, keys, False))
+        else:
+            inside = open_ended and isinstance(node, (list, tuple))
+            stack.extend((child, keys, inside) for child in reversed(children(node)))
+    return found
+
+
+def _key(key: object) -> str:
+    """A key in a place; keys come from a stranger: long and nested ones are cut short."""
+    if isinstance(key, str):
+        return key[:_MAX_KEY]
+    return repr(key)[:_MAX_KEY] if isinstance(key, (int, float, type(None))) else "?"

@@ -110,7 +110,7 @@ class _Writer:
         if isinstance(node, InertSet):
             return self._set(node, owner)
         lowered = self.lower(node)
-        if lowered is node or not isinstance(lowered, (Object, PersistentId, InertDict)):
+        if lowered is node or not isinstance(lowered, (Object, PersistentId, InertDict, list, tuple)):
             raise UnsupportedError(f"a {type(node).__name__} cannot be written into a pickle")
         self.alive.append(lowered)
         return self._compound(lowered, owner)

@@ -132,7 +132,7 @@ def test_section(run, save) -> None:
     assert file["state_dict"]["path"] == "net_d"
     wrong = run("inspect", path, "--section", "nope")
     assert wrong.returncode == 2
-    assert "'net_g', 'net_d'" in wrong.stderr
+    assert "'net_g' (1 tensor, 4 B), 'net_d' (1 tensor, 8 B)" in wrong.stderr
 
 
 def test_several_paths_one_unreadable(run, save, tmp_path: Path) -> None:

@@ -1,116 +1,26 @@
-"""The reader against CPython: what it accepts means the same, what it refuses is refused by name."""
+"""The reader against CPython: what it accepts means the same."""
 
 from __future__ import annotations
 
 import collections
-import copyreg
 import datetime
 import decimal
-import io
 import pickle
 import pickletools
+import random
 import struct
-import sys
-import time
-import tracemalloc
 import types
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from ckptkit.bytesource import ByteRange
-from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.limits import Limits
-from ckptkit.pickling.inert import (
-    ABSENT,
-    Global,
-    InertDict,
-    InertSet,
-    Object,
-    PersistentId,
-    TreeMap,
-    walk,
-)
+from ckptkit.errors import AmbiguousError, FormatError, UnsupportedError
+from ckptkit.pickling.inert import InertDict, Object, walk
 from ckptkit.pickling.reader import read_pickle
-from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.writer import write_pickle
 
-CLASSES: dict[tuple[str, str], Any] = {
-    (module, cls.__qualname__): cls
-    for module, names in {
-        "builtins": (set, frozenset, complex, bytearray, bytes, list, int, slice, range, object),
-        "__builtin__": (set, frozenset, complex, bytearray, bytes, list, int, slice, range, object),
-        "collections": (collections.OrderedDict, collections.defaultdict, collections.Counter, collections.deque),
-        "datetime": (datetime.datetime, datetime.date),
-        "decimal": (decimal.Decimal,),
-        "types": (types.SimpleNamespace,),
-        "_codecs": (),
-    }.items()
-    for cls in names
-}
-CLASSES["__builtin__", "xrange"] = range
-CLASSES["__builtin__", "bytes"] = bytes
-CLASSES["_codecs", "encode"] = lambda text, encoding: text.encode(encoding)
-CLASSES["copy_reg", "_reconstructor"] = CLASSES["copyreg", "_reconstructor"] = copyreg._reconstructor  # type: ignore[attr-defined]
-
-
-def evaluate(root: object) -> Any:
-    """What Python would have made of an inert tree, for the classes listed above."""
-    memo: dict[int, Any] = {}
-
-    def value(node: Any) -> Any:
-        if node is None or isinstance(node, (bool, int, float, str, bytes, bytearray)):
-            return node
-        if id(node) in memo:
-            return memo[id(node)]
-        if isinstance(node, list):
-            memo[id(node)] = result = []
-            result.extend(map(value, node))
-        elif isinstance(node, tuple):
-            result = tuple(map(value, node))
-        elif isinstance(node, InertDict):
-            memo[id(node)] = result = {}
-            result.update((value(k), value(v)) for k, v in node.pairs)
-        elif isinstance(node, InertSet):
-            result = (frozenset if node.frozen else set)(map(value, node.members))
-        elif isinstance(node, Global):
-            result = CLASSES[node.module, node.name]
-        elif isinstance(node, PersistentId):
-            result = ("pid", value(node.pid))
-        else:
-            return made(node)
-        return memo.setdefault(id(node), result)
-
-    def made(node: Object) -> Any:
-        cls, args = value(node.cls), value(node.args)
-        if node.how in ("newobj", "newobj_ex"):
-            result = cls.__new__(cls, *args, **(value(node.kwargs) if node.kwargs is not None else {}))
-        else:
-            result = cls(*args)
-        memo[id(node)] = result
-        if node.items:
-            result.extend(map(value, node.items))
-        for key, item in node.pairs:
-            result[value(key)] = value(item)
-        if node.state is not ABSENT:
-            result.__dict__.update(value(node.state))
-        return result
-
-    return value(root)
-
-
-class PythonReader(pickle.Unpickler):
-    """The oracle, with the same idea of a persistent id as `evaluate`."""
-
-    def persistent_load(self, pid: object) -> object:
-        return ("pid", pid)
-
-
-def python_value(data: bytes) -> Any:
-    return PythonReader(io.BytesIO(data)).load()
-
+Evaluate = Callable[[object], Any]
 
 # Every opcode there is.
 
@@ -189,7 +99,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", [code.name for code in pickletools.opcodes])
-def test_every_opcode_is_read_as_python_reads_it_or_refused_by_name(name: str) -> None:
+def test_every_opcode_is_read_as_python_reads_it_or_refused_by_name(
+    name: str, evaluate: Evaluate, python_value: Evaluate
+) -> None:
     data = READ[name] if name in READ else REFUSED[name]
     assert any(op.name == name for op, _, _ in pickletools.genops(data)), "the sample does not use the opcode"
     if name in READ:
@@ -199,7 +111,7 @@ def test_every_opcode_is_read_as_python_reads_it_or_refused_by_name(name: str) -
         assert type(evaluate(result.root)) is type(expected)
         assert result.end == len(data)
     else:
-        with pytest.raises(UnsupportedError, match=rf"opcode {name}\b"):
+        with pytest.raises((AmbiguousError, UnsupportedError), match=rf"opcode {name}\b"):
             read_pickle(data)
 
 
@@ -223,7 +135,7 @@ VALUES = [
 @pytest.mark.parametrize(
     "value", VALUES, ids=lambda v: f"{type(v).__name__}-{v!r:.20}".encode("ascii", "replace").decode()
 )
-def test_the_tree_of_a_python_value_is_that_value(value: object, protocol: int) -> None:
+def test_the_tree_of_a_python_value_is_that_value(value: object, protocol: int, evaluate: Evaluate) -> None:
     for pickler in (pickle.dumps, pickle._dumps):  # type: ignore[attr-defined]
         data = pickler(value, protocol=protocol)
         result = read_pickle(data)
@@ -270,7 +182,7 @@ def test_an_object_whose_arguments_lead_back_to_it_is_one_object() -> None:
     assert root.args[0][0] is root  # type: ignore[index]
 
 
-def test_several_pickles_in_a_row_are_read_from_where_each_begins() -> None:
+def test_several_pickles_in_a_row_are_read_from_where_each_begins(evaluate: Evaluate) -> None:
     data = b"".join(pickle.dumps(value, 4) for value in ("one", [2], {"three": 3}))
     values, position = [], 0
     while position < len(data):
@@ -314,7 +226,7 @@ def test_names_are_listed_once_with_their_calls() -> None:
         (b"c__builtin__\nxrange\n(I0\nI5\nI1\ntR.", range(5)),
     ],
 )  # fmt: skip
-def test_what_python_2_wrote(data: bytes, expected: object) -> None:
+def test_what_python_2_wrote(data: bytes, expected: object, evaluate: Evaluate) -> None:
     assert evaluate(read_pickle(data).root) == expected
 
 
@@ -333,61 +245,7 @@ def test_instances_of_python_2_classes(data: bytes) -> None:
     assert root.state["x"] == 1
 
 
-# Damage.
-
-
-def torch_pickle() -> bytes:
-    import zipfile
-
-    buffer = io.BytesIO()
-    torch.save({"w": torch.zeros(2, 3), "n": [1, 2.5, "é", None, True, 70000]}, buffer)
-    with zipfile.ZipFile(buffer) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-
-
-def read_tensors(data: bytes) -> object:
-    file = type("File", (), {"size": 1 << 40, "path": "none"})()
-    table = StorageTable(lambda key, nbytes: (ByteRange(file, 0, nbytes), None))
-    return read_pickle(data, persistent_load=table.persistent_load, constructors=table.constructors)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_truncation_at_every_byte_is_an_error_of_ours(protocol: int) -> None:
-    value = [{"k": (1, 300, 70000, 2**40, -5, "é", b"b", 1.5, None, True)}, {1, 2}, collections.OrderedDict(a=[1, 2])]
-    data = pickle.dumps(value, protocol)
-    for length in range(len(data)):
-        with pytest.raises((CorruptError, UnsupportedError)):
-            read_pickle(data[:length])
-
-
-def test_truncation_of_a_torch_pickle_at_every_byte() -> None:
-    data = torch_pickle()
-    read_tensors(data)
-    for length in range(len(data)):
-        with pytest.raises(FormatError):
-            read_tensors(data[:length])
-
-
-def test_every_flipped_byte_gives_a_result_or_an_error_of_ours() -> None:
-    data = torch_pickle()
-    outcomes = collections.Counter()
-    for position in range(len(data)):
-        for mask in (*(1 << bit for bit in range(8)), 0xFF, data[position] ^ ord("."), data[position] ^ ord("(")):
-            flipped = data[:position] + bytes([data[position] ^ mask]) + data[position + 1 :]
-            try:
-                result = read_tensors(flipped)
-                write_pickle(result.root, lower=lambda node: PersistentId(None), protocol=2)  # type: ignore[attr-defined]
-                outcomes["read"] += 1
-            except FormatError as error:
-                assert len(str(error)) < 1000
-                outcomes["refused"] += 1
-    assert outcomes["read"] > 50
-    assert outcomes["refused"] > 50
-
-
 def test_random_programs_give_a_result_or_an_error_of_ours() -> None:
-    import random
-
     rng = random.Random(7)
     pieces = [code[:-1] for code in (*READ.values(), *REFUSED.values())] + [b"0", b"1", b"2", b"a", b"e", b"s", b"b"]
     for _ in range(3000):
@@ -402,233 +260,3 @@ def test_random_programs_give_a_result_or_an_error_of_ours() -> None:
         except UnsupportedError:
             continue
         read_pickle(written)
-
-
-# Refusals: one line each, and the words that tell which.
-
-FRAME = b"\x95" + struct.pack("<Q", 4)
-
-
-@pytest.mark.parametrize(
-    ("data", "error", "words"),
-    [
-        (b"", CorruptError, "ends early"),
-        (b"\x80\x02K", CorruptError, "ends early"),
-        (b"J\x01\x02", CorruptError, "ends early"),
-        (b"\xff.", CorruptError, "unknown opcode 0xff"),
-        (b"\x80\x06N.", UnsupportedError, "protocol 6"),
-        (b"N\x80\x02.", UnsupportedError, "PROTO that is not the first"),
-        (b"NN.", CorruptError, "STOP with something else"),
-        (b"(N.", CorruptError, "STOP with something else"),
-        (b".", CorruptError, "STOP with something else"),
-        (b"R(((NNN.", CorruptError, "too little on the stack"),
-        (b"N(\x85NNN.", CorruptError, "too little on the stack"),
-        (b"ttN.", CorruptError, "too little on the stack"),
-        (b"(oNNNN.", CorruptError, "too little on the stack"),
-        (b"lN.", CorruptError, "needs a MARK"),
-        (b"h\x00.", CorruptError, "memo entry 0 is read before"),
-        (b"g7\n.", CorruptError, "memo entry 7 is read before"),
-        (b"j\xff\xff\xff\xff.", CorruptError, "memo entry 4294967295 is read before"),
-        (b"Np-1\n.", CorruptError, "memo entry -1"),
-        (b"X\x05\x00\x00\x00abc.", CorruptError, "a string of 5 bytes is declared, 4 are left"),
-        (b"\x8d" + struct.pack("<Q", 1 << 60) + b".", CorruptError, "1,152,921,504,606,846,976 bytes is declared"),
-        (b"\x8e" + struct.pack("<Q", 1 << 60) + b".", CorruptError, "1,152,921,504,606,846,976 bytes are declared"),
-        (b"\x96" + struct.pack("<Q", 1 << 63) + b".", CorruptError, "bytes are declared, 1 are left"),
-        (b"B\xff\xff\xff\xff.", CorruptError, "4,294,967,295 bytes are declared"),
-        (b"T\xff\xff\xff\xff.", CorruptError, "-1 bytes are declared"),
-        (b"\x8b\xff\xff\xff\xff.", CorruptError, "-1 bytes are declared"),
-        (b"\x8b\xff\xff\xff\x7f.", LimitError, "bytes of an integer: 2,147,483,647"),
-        (b"X\x01\x00\x00\x00\xff.", CorruptError, "not UTF-8"),
-        (b"V\\u12\n.", CorruptError, "UNICODE string that cannot be decoded"),
-        (b"V\\U00110000\n.", CorruptError, "UNICODE string that cannot be decoded"),
-        (b"Vabc", CorruptError, "has no end"),
-        (b"P\xff\n.", CorruptError, "not ASCII"),
-        (b"c\xff\nx\n.", CorruptError, "not UTF-8"),
-        (b"Sabc\n.", CorruptError, "matching quotes"),
-        (b"S'\n.", CorruptError, "matching quotes"),
-        (b"S'abc\"\n.", CorruptError, "matching quotes"),
-        (rb"S'\d'" + b"\n.", UnsupportedError, "escapes that no pickler writes"),
-        (rb"S'\101'" + b"\n.", UnsupportedError, "escapes that no pickler writes"),
-        (rb"S'\x4'" + b"\n.", UnsupportedError, "escapes that no pickler writes"),
-        (b"S'\\'\n.", UnsupportedError, "escapes that no pickler writes"),
-        (b"I\xd9\xa1\xd9\xa2\xd9\xa3\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"I1_000\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"I0x10\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"I 1\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"I1 \n.", UnsupportedError, "a number that no pickler writes"),
-        (b"I+1\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"I010\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"I1L\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"I\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"L1_0L\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"L\xd9\xa1L\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"F1_0.0\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"Finfinity\n.", UnsupportedError, "a number that no pickler writes"),
-        (b"Np 0\n.", UnsupportedError, "a number that no pickler writes"),
-        (FRAME + b"N" + FRAME + b"NNN.", CorruptError, "a frame inside a frame"),
-        (FRAME + b"NJ\x00\x00\x00\x000.", CorruptError, "straddles the end of its frame"),
-        (b"\x95" + struct.pack("<Q", 1 << 60) + b"N.", CorruptError, "are left: truncated"),
-        (FRAME + b"N.NN", CorruptError, "STOP is not the end of its frame"),
-        (b"NN\x93.", UnsupportedError, "a name computed at run time"),
-        (b"cos\nsystem\n)R\x8c\x01a\x93.", UnsupportedError, "a name computed at run time"),
-        (b"\x8c\x01aU\x01\xff\x93.", UnsupportedError, "a name computed at run time"),
-        (b"ca\nb\n]R.", UnsupportedError, "whose arguments are list"),
-        (b"ca\nb\n)N\x92.", UnsupportedError, "keyword arguments that are no dict"),
-        (b"ca\nb\n)R}b}b.", UnsupportedError, "state applied twice to <a.b object>"),
-        (b"}Nb.", UnsupportedError, "state applied to a InertDict"),
-        (b"ca\nb\nNb.", UnsupportedError, "state applied to <global a.b>"),
-        (b")Na.", UnsupportedError, "items appended to a tuple"),
-        (b"ca\nb\n)R}bNa.", UnsupportedError, "items appended to <a.b object>"),
-        (b"]NNs.", UnsupportedError, "keys set on a list"),
-        (b"ca\nb\n)R}bNNs.", UnsupportedError, "keys set on <a.b object>"),
-        (b"}(Nu.", CorruptError, "last key has no value"),
-        (b"(Nd.", CorruptError, "last key has no value"),
-        (b"](N\x90.", UnsupportedError, "members added to a list"),
-        (b"(\x91(N\x90.", UnsupportedError, "members added to a InertSet"),
-    ],
-)  # fmt: skip
-def test_refusals(data: bytes, error: type[FormatError], words: str) -> None:
-    with pytest.raises(error, match=words) as caught:
-        read_pickle(data)
-    assert caught.value.offset is not None
-    assert 0 <= caught.value.offset <= len(data)
-
-
-def test_a_frame_of_no_bytes_is_harmless() -> None:
-    assert read_pickle(b"\x80\x04\x95" + bytes(8) + b"N.").root is None
-
-
-@pytest.mark.parametrize("nested", [b"]" * 50_000 + b"a" * 49_999, b")" + b"\x85" * 50_000], ids=["list", "tuple"])
-def test_an_error_about_a_deep_node_does_not_go_into_it(nested: bytes) -> None:
-    with pytest.raises(UnsupportedError, match=r"keys set on a (list|tuple)"):
-        read_pickle(nested + b"NNs.")
-
-
-# Limits.
-
-
-@pytest.mark.parametrize(
-    ("data", "limits", "words"),
-    [
-        (b"N0" * 10 + b"N.", Limits(opcodes=20), "pickle opcodes: 21 is over the limit of 20"),
-        (b"N" * 30, Limits(pickle_nbytes=20), "bytes of a pickle: 30 is over the limit of 20"),
-        (b"\x8a\x05\x00\x00\x00\x00\x01.", Limits(int_nbytes=4), "bytes of an integer: 5"),
-        (b"L99999999999L\n.", Limits(int_nbytes=4), "bytes of an integer: 5"),
-        (b"\x8c\x0aabcdefghij\x8c\x01x\x93.", Limits(name_nbytes=9), "length of a name: 10"),
-        (b"\x8c\x01x\x8c\x0aabcdefghij\x93.", Limits(name_nbytes=9), "length of a name: 10"),
-    ],
-)
-def test_limits(data: bytes, limits: Limits, words: str) -> None:
-    with pytest.raises(LimitError, match=words):
-        read_pickle(data, limits=limits)
-
-
-def test_a_limit_is_the_last_value_allowed() -> None:
-    assert read_pickle(b"N0" * 9 + b"N.", limits=Limits(opcodes=20)).root is None
-    assert read_pickle(b"\x8a\x04\x00\x00\x00\x01.", limits=Limits(int_nbytes=4)).root == 1 << 24
-
-
-def test_a_name_without_end_is_not_searched_for_in_the_whole_file() -> None:
-    with pytest.raises(CorruptError, match="has no end within 16 bytes"):
-        read_pickle(b"c" + b"a" * 100 + b"\nb\n.", limits=Limits(name_nbytes=16))
-
-
-def test_a_memo_index_of_four_billion_costs_nothing() -> None:
-    tracemalloc.start()
-    try:
-        assert read_pickle(b"]r\xff\xff\xff\xff0j\xff\xff\xff\xff.").root == []
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    finally:
-        tracemalloc.stop()
-
-
-# Depth and explosion.
-
-DEPTH = 100_000
-DEEP = {
-    "list": b"]" * DEPTH + b"a" * (DEPTH - 1) + b".",
-    "tuple": b")" + b"\x85" * (DEPTH - 1) + b".",
-    "dict": b"}K\x01" * (DEPTH - 1) + b"}" + b"s" * (DEPTH - 1) + b".",
-    "frozenset": b"(" * DEPTH + b"\x91" * DEPTH + b".",
-    "set": b"\x8f(" * (DEPTH - 1) + b"\x8f" + b"\x90" * (DEPTH - 1) + b".",
-    "persistent": b"]" + b"Q" * (DEPTH - 1) + b".",
-    "reduce": b"ca\nb\nq\x000" + b"h\x00" * (DEPTH - 1) + b"]" + b"\x85R" * (DEPTH - 1) + b".",
-    "state": b"ca\nb\nq\x000" + b"h\x00)R" * DEPTH + b"b" * (DEPTH - 1) + b".",
-    "callee": b"ca\nb\n" + b")R" * (DEPTH - 1) + b".",
-    "memo": b"]r\x00\x00\x00\x00" + b"".join(
-        b"0]j" + struct.pack("<I", i) + b"ar" + struct.pack("<I", i + 1) for i in range(DEPTH - 1)
-    ) + b".",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", DEEP)
-def test_nesting_costs_no_python_stack(kind: str) -> None:
-    root = read_pickle(DEEP[kind]).root
-    count = sum(1 for _ in walk(root))
-    assert count >= DEPTH
-    written = write_pickle(root, lower=lambda node: node, protocol=4)
-    assert sum(1 for _ in walk(read_pickle(written).root)) == count
-    assert sum(1 for _ in walk(TreeMap(lambda leaf: leaf)(root))) == count
-
-
-def test_marks_without_end_are_refused() -> None:
-    with pytest.raises(CorruptError, match="STOP"):
-        read_pickle(b"(" * DEPTH + b".")
-
-
-@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "object"])
-def test_doubling_through_the_memo_is_walked_once(kind: str) -> None:
-    double = {
-        "list": b"](h%ch%ch%ceq%c",
-        "tuple": b"h%ch%ch%c\x87q%c",
-        "dict": b"}(K\x01h%cK\x02h%cK\x03h%cuq%c",
-        "object": b"ca\nb\nh%ch%ch%c\x87Rq%c",
-    }[kind]
-    data = b"]q\x00" + b"".join(double % (i, i, i, i + 1) for i in range(200))
-    data = b"(" + data + b"1h\xc8."
-    started = time.perf_counter()
-    root = read_pickle(data).root
-    count = sum(1 for _ in walk(root))
-    assert 201 <= count <= 402
-    copied = TreeMap(lambda leaf: leaf)(root)
-    written = write_pickle(copied, lower=lambda node: node, protocol=2)
-    assert len(written) < 10_000
-    assert sum(1 for _ in walk(read_pickle(written).root)) == count
-    assert time.perf_counter() - started < 5
-
-
-# Nothing is imported, called or built.
-
-
-def test_nothing_is_imported_or_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    canary = tmp_path / "canary"
-    (tmp_path / "canary_module.py").write_text(f"open({str(canary)!r}, 'w')\nclass Net: pass\n")
-    monkeypatch.syspath_prepend(tmp_path)
-
-    class Payload:
-        def __reduce__(self) -> tuple[object, ...]:
-            import os
-
-            return os.system, (f"touch {canary}",)
-
-    pickles = [pickle.dumps([Payload()], protocol) for protocol in range(6)]
-    pickles += [
-        b"ccanary_module\nNet\n)R.",
-        b"(icanary_module\nNet\n.",
-        b"(ccanary_module\nNet\no.",
-        b"ccanary_module\nNet\n)\x81}\x8c\x01aK\x01sb.",
-        b"ccanary_module\nNet\n)}\x92.",
-        b"\x8c\x0dcanary_module\x8c\x03Net\x93)R.",
-        f"cbuiltins\nexec\n(Vopen({str(canary)!r}, 'w')\ntR.".encode(),
-    ]
-    before = set(sys.modules)
-    for data in pickles:
-        root = read_pickle(data).root
-        repr(root)
-        list(walk(root))
-        TreeMap(lambda leaf: leaf)(root)
-        write_pickle(root, lower=lambda node: node, protocol=2)
-    assert set(sys.modules) == before
-    assert not canary.exists()
-    python_value(pickles[0])
-    assert canary.exists(), "the canary is alive: Python itself would have run it"

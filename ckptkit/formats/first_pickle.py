@@ -1,0 +1,100 @@
+"""A pickle that torch.save did not write: what it asks for, found without executing it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.errors import FormatError
+from ckptkit.formats.format import Probe
+from ckptkit.pickling.inert import Global, InertDict, Object
+from ckptkit.pickling.reader import read_pickle
+from ckptkit.pickling.trust import global_uses
+
+__all__ = ["describe_pickle", "is_pickle"]
+
+_LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""LONG1 0x1950a86a20f9469cfc6c and STOP: the first pickle of a file before torch 1.6."""
+
+_TEXT_PICKLE = re.compile(
+    rb"(?:\(?(?:dp|lp|tp)[0-9]+\n|\(?c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n|\(i[A-Za-z_][\w.]*\n|[\]}]q[\x00-\xff])"
+)
+"""How pickles of protocol 0 and 1 begin, which declare no protocol: a container or a name."""
+
+_GLOBAL = re.compile(rb"c([A-Za-z_][\w.]{0,100})\n([A-Za-z_][\w.]{0,100})\n")
+_STACK_GLOBAL = re.compile(rb"\x8c[\x01-\x64]([A-Za-z_][\w.]{0,99})\x94\x8c[\x01-\x64]([A-Za-z_][\w.]{0,99})\x94\x93")
+"""Names as they stand in a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
+
+_SCANNED_NBYTES = 8 << 20
+"""Bytes in which names are looked for where the pickle cannot be read."""
+
+_WRITERS = (
+    ("joblib.", "joblib.dump"),
+    ("sklearn.", "pickle, of a scikit-learn model"),
+    ("torch.distributed.checkpoint.", "torch.distributed.checkpoint; give its folder's weights as one file "
+     "(torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"),
+    ("pandas.", "pickle, of a pandas table"),
+    ("xgboost.", "pickle, of an XGBoost model"),
+    ("lightgbm.", "pickle, of a LightGBM model"),
+    ("torch.", "pickle.dump, of torch tensors; if you trust it, torch.save(pickle.load(file), path) makes a checkpoint "
+     "of it"),
+    ("numpy.", "pickle, of numpy arrays"),
+)  # fmt: skip
+
+
+def is_pickle(probe: Probe) -> bool:
+    """Whether the file begins like a pickle."""
+    return re.match(rb"\x80[\x01-\x05]", probe.head) is not None or _TEXT_PICKLE.match(probe.head) is not None
+
+
+def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
+    """One sentence, and the verdict on every name the pickle asks for, as far as it can be read."""
+    if _LEGACY_MAGIC in probe.head[:64]:
+        return "a torch checkpoint of the legacy format (before torch 1.6) that is cut off in its first bytes", ()
+    data = probe.file.read(0, min(probe.file.size, probe.limits.pickle_nbytes))
+    try:
+        pickle = read_pickle(data, limits=probe.limits)
+    except FormatError as error:
+        names = _scanned(data[:_SCANNED_NBYTES])
+        what = f"a Python pickle that cannot be read to its end ({error.message})"
+    else:
+        names = global_uses(pickle.globals)
+        what = f"a Python pickle of {_kind(pickle.root)}"
+        if pickle.end < probe.file.size:
+            what += f", with {probe.file.size - pickle.end:,} bytes behind it"
+    writer = next((how for prefix, how in _WRITERS if any(use.name.startswith(prefix) for use in names)), None)
+    told = f"written by {writer}" if writer is not None else "not written by torch.save"
+    return f"{what}, but not one torch.save wrote ({told}); {_listed(names)}", names
+
+
+def _kind(root: object) -> str:
+    if isinstance(root, Object):
+        return f"{root.class_name:.80}"
+    if isinstance(root, Global):
+        return f"the name {root.qualified:.80}"
+    if isinstance(root, InertDict):
+        keys = [f"{key!r:.40}" for key in root if isinstance(key, (str, int))][:3]
+        return (
+            f"a dict of {len(root)} ({', '.join(keys)}{', ...' if len(root) > len(keys) else ''})" if keys else "a dict"
+        )
+    return f"a {type(root).__name__}"
+
+
+def _scanned(data: bytes) -> tuple[GlobalUse, ...]:
+    found = Counter(pair for pattern in (_GLOBAL, _STACK_GLOBAL) for pair in pattern.findall(data))
+    names = []
+    for (module, name), count in found.items():
+        made = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))
+        made.calls = count
+        names.append(made)
+    return global_uses(names)
+
+
+def _listed(names: tuple[GlobalUse, ...]) -> str:
+    if not names:
+        return "it names no class or function"
+    order = {"dangerous": 0, "unknown": 1, "allowed": 2, "torch": 3}
+    shown = sorted(names, key=lambda use: order[use.verdict])
+    listed = ", ".join(f"{use.name:.80}" + (" (dangerous)" if use.verdict == "dangerous" else "") for use in shown[:5])
+    return f"names in it, never imported here: {listed}" + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

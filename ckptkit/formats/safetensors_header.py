@@ -1,0 +1,175 @@
+"""The header of a safetensors file: what it says of each tensor, and whether that can be.
+
+Everything here is checked in the header itself and against the number of bytes behind it; the
+layout is described in `ckptkit.formats.safetensors`.  Each thing that can be wrong has its message.
+
+Compared with the safetensors library (0.8, ``safetensors/src/tensor.rs``) this reader refuses more:
+
+- a header that does not begin with ``{``, as the format's description says it must
+- names given twice, of which the library takes the last and other parsers the first
+- a tensor described by a list in place of an object, or a dtype by an object, which serde takes too
+- numbers from 2^62 on (as sizes beside a 0): torch counts in 63 bits
+- elements that fill no whole byte (F4, F6), for which torch has no dtype
+- more than `Limits.entries` tensors or `Limits.dimensions` dimensions
+- values of fields nobody knows that are nested more than 100 deep; the library stops at 128
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Mapping
+from typing import NoReturn, TypeGuard
+
+from ckptkit.dtypes import BY_SAFETENSORS, DType
+from ckptkit.errors import CorruptError, LimitError, UnsupportedError
+from ckptkit.formats.strict_json import check_ignored, shown
+from ckptkit.limits import Limits
+
+__all__ = ["METADATA", "Layout", "check_extents", "compact", "layout", "strings"]
+
+METADATA = "__metadata__"
+"""The one key of a header that is no tensor's name."""
+
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_HUGE = 1 << 62
+"""More than any size or offset: torch counts in signed 64 bits, and sums must not reach them."""
+_MAX_COUNT = (1 << 64) - 1
+_JSON_TYPES: dict[type, str] = {
+    dict: "an object", tuple: "an object", list: "a list", str: "a string", int: "a number", float: "a number",
+    bool: "a boolean", type(None): "null",
+}  # fmt: skip
+_UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+"""Names the format knows for elements that fill no whole byte; torch has no such tensors."""
+
+Layout = tuple[DType, tuple[int, ...], int, int]
+"""A tensor as its header describes it: element type, shape, first byte and the byte after the last."""
+
+
+def compact(fields: dict[str, object]) -> object:
+    """A tensor's description as soon as it is parsed, in a fifth of the memory; anything else as it is."""
+    if len(fields) == 3 and fields.keys() == _FIELDS:
+        dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        row = BY_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
+        if row is not None and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2:
+            return row, tuple(shape), offsets[0], offsets[1]
+    return fields
+
+
+def strings(node: object) -> dict[str, str]:
+    """The file's own metadata.
+
+    Raises:
+        CorruptError: it is something else than strings by name.
+    """
+    if node is None:
+        return {}
+    if not isinstance(node, dict):
+        raise CorruptError(f"{METADATA} must be an object that maps strings to strings")
+    for key, value in node.items():
+        if not isinstance(value, str):
+            raise CorruptError(
+                f"{METADATA} must map strings to strings; the value of {shown(key)} is {_JSON_TYPES[type(value)]}"
+            )
+    return node
+
+
+def layout(name: str, info: object, limits: Limits) -> Layout:
+    """What the header says of a tensor, checked in itself.
+
+    Raises:
+        CorruptError: a field is missing or not what it must be.
+        UnsupportedError: elements that fill no whole byte.
+        LimitError: too many dimensions.
+    """
+    if not isinstance(info, tuple):
+        info = _explained(name, info)
+    row, shape, begin, end = info
+    if len(shape) > limits.dimensions:
+        raise LimitError(f"dimensions of tensor {shown(name)}", limit=limits.dimensions, actual=len(shape))
+    if math.prod(shape) * row.itemsize != end - begin:
+        _refuse_size(name, row, shape, begin, end)
+    if 0 in shape and any(size > _MAX_COUNT for size in itertools.accumulate((*shape, row.itemsize * 8), operator.mul)):
+        raise CorruptError(f"tensor {shown(name)}: shape {_brief(shape)} overflows 64 bits before its 0")
+    return info
+
+
+def _explained(name: str, info: object) -> Layout:
+    """The slow way to `Layout`, for what is odd or wrong: fields nobody knows are left alone, as the library does.
+
+    Raises:
+        As `layout`.
+    """
+    what = f"tensor {shown(name)}"
+    if not isinstance(info, dict):
+        raise CorruptError(f"{what} is described by {_JSON_TYPES[type(info)]}, not by an object")
+    if missing := [field for field in ("dtype", "shape", "data_offsets") if field not in info]:
+        raise CorruptError(f"{what}: {' and '.join(missing)} missing; dtype, shape and data_offsets are expected")
+    for field, value in info.items():
+        if field not in _FIELDS:
+            check_ignored(value, f"{what}, field {shown(field)}")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str):
+        raise CorruptError(f"{what}: its dtype is {_JSON_TYPES[type(dtype)]}, not a string")
+    if dtype in _UNREAD_DTYPES:
+        raise UnsupportedError(f"{what} is of dtype {dtype}, whose elements fill no whole byte")
+    row = BY_SAFETENSORS.get(dtype)
+    if row is None:
+        raise CorruptError(f"{what}: unknown dtype {shown(dtype)}; known: {', '.join(BY_SAFETENSORS)}")
+    if not _are_counts(shape):
+        raise CorruptError(f"{what}: its shape must be a list of whole numbers from 0 to 2^62; it is {_brief(shape)}")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise CorruptError(
+            f"{what}: its data_offsets must be two whole numbers, begin and end; it is {_brief(offsets)}"
+        )
+    return row, tuple(shape), offsets[0], offsets[1]
+
+
+def _are_counts(node: object) -> TypeGuard[list[int]]:
+    # The class itself: True is an int too.
+    return isinstance(node, list) and all(number.__class__ is int and 0 <= number < _HUGE for number in node)
+
+
+def _brief(node: object) -> str:
+    """A list of a file in a message: cut where it is long, with nothing below it shown."""
+    if not isinstance(node, (list, tuple)):
+        return _JSON_TYPES[type(node)]
+    parts = [repr(part)[:40] if isinstance(part, (int, float)) else _JSON_TYPES[type(part)] for part in node[:8]]
+    return f"[{', '.join(parts)}{', ...' if len(node) > 8 else ''}]"
+
+
+def _refuse_size(name: str, row: DType, shape: tuple[int, ...], begin: int, end: int) -> NoReturn:
+    what = f"tensor {shown(name)}"
+    if end < begin:
+        raise CorruptError(f"{what}: its data_offsets end at {end:,}, before they begin at {begin:,}")
+    nbytes = math.prod(shape) * row.itemsize
+    stated = f"{nbytes:,}" if nbytes < _HUGE else "over 2^62"  # such numbers are slow to print
+    raise CorruptError(
+        f"{what}: shape {_brief(shape)} of {row.safetensors} is {stated} bytes, its data_offsets hold {end - begin:,}"
+    )
+
+
+def check_extents(layouts: Mapping[str, Layout], nbytes: int) -> None:
+    """Hold the tensors' places against each other and against the bytes that are there.
+
+    Raises:
+        CorruptError: a hole, an overlap, bytes that belong to no tensor, or fewer than are declared.
+    """
+    extents = sorted((begin, end, name) for name, (_, _, begin, end) in layouts.items())
+    position = 0
+    for begin, end, name in extents:
+        if begin != position:
+            what = "overlaps another tensor" if begin < position else f"leaves a hole of {begin - position:,} bytes"
+            raise CorruptError(f"tensor {shown(name)}: data at {begin:,} {what}")
+        position = end
+    if position < nbytes:
+        raise CorruptError(f"{nbytes - position:,} bytes follow the last tensor", where="data", offset=position)
+    if position > nbytes:
+        cut = [name for _, end, name in extents if end > nbytes]
+        raise CorruptError(
+            f"truncated: {nbytes:,} of {position:,} bytes of data are there ({position - nbytes:,} missing); "
+            f"{len(extents) - len(cut)} of {len(extents)} tensors are whole, the first incomplete one is "
+            f"{shown(cut[0])}. Get the file again",
+            where="data",
+        )

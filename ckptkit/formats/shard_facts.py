@@ -1,0 +1,108 @@
+"""What the shards of a checkpoint and their index say together: metadata, names, findings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ckptkit.checkpoint import GlobalUse, TensorEntry
+from ckptkit.formats.strict_json import shown
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.report import Finding
+
+__all__ = [
+    "LISTED",
+    "Shard",
+    "extra_keys",
+    "merged_findings",
+    "merged_globals",
+    "merged_metadata",
+    "total_size",
+]
+
+LISTED = 5
+"""Names that a message lists of each kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard as it was read.
+
+    Attributes:
+        name: as the index gives it.
+        raw: what its container's reader says.
+        values: its state_dict.
+    """
+
+    name: str
+    raw: RawCheckpoint
+    values: Mapping[str, object]
+
+
+def merged_metadata(metadata: Mapping[str, object], shards: Mapping[str, Shard]) -> dict[str, str]:
+    """The index's scalars as text, then the shards' own strings; where two differ, with the shard's name before."""
+    merged = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in metadata.items()
+        if isinstance(value, (str, bool, int, float))
+    }
+    for shard in shards.values():
+        for key, text in shard.raw.metadata.items():
+            if merged.setdefault(key, text) != text:
+                merged[f"{shard.name}:{key}"] = text
+    return merged
+
+
+def merged_globals(shards: Mapping[str, Shard]) -> tuple[GlobalUse, ...]:
+    """Every name with its counts added; where it occurs begins with the shard's name."""
+    merged: dict[str, GlobalUse] = {}
+    for shard in shards.values():
+        for use in shard.raw.globals:
+            places = tuple(f"{shard.name}: {place}" for place in use.where)
+            known = merged.get(use.name)
+            if known is None:
+                merged[use.name] = replace(use, where=places)
+            else:
+                where = (*known.where, *places)[: max(LISTED, len(known.where))]
+                merged[use.name] = replace(known, count=known.count + use.count, where=where)
+    return tuple(merged.values())
+
+
+def merged_findings(shards: Mapping[str, Shard]) -> Iterator[Finding]:
+    """What the shards' readers noticed, each code once."""
+    found: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
+    for shard in shards.values():
+        for finding in shard.raw.findings:
+            found.setdefault((finding.code, finding.severity), []).append((shard.name, finding))
+    for (name, first), *others in found.values():
+        more = f" (and likewise in {len(others)} other shards)" if others else ""
+        yield replace(first, message=f"{name}: {first.message}{more}")
+
+
+def extra_keys(everything: Mapping[str, object], weight_map: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the shards hold names beyond the index."""
+    extra = [shown(name) for name in everything if name not in weight_map]
+    if extra:
+        more = f" and {len(extra) - LISTED} more" if len(extra) > LISTED else ""
+        yield Finding(
+            code="shard-extra-keys",
+            severity="warning",
+            message=f"{len(extra)} names in shards that the index does not list: {', '.join(extra[:LISTED])}{more}",
+        )
+
+
+def total_size(metadata: Mapping[str, object], everything: Mapping[str, object]) -> Iterator[Finding]:
+    """Whether ``total_size`` is what the tensors take, ties counted once (as now) or each (as before)."""
+    stated = metadata.get("total_size")
+    if stated is None:
+        return
+    entries = [value for value in everything.values() if isinstance(value, TensorEntry)]
+    once, each = sum({entry.view: entry.nbytes for entry in entries}.values()), sum(entry.nbytes for entry in entries)
+    if isinstance(stated, bool) or not isinstance(stated, (int, float)) or stated not in (once, each):
+        said = f"{stated:,}" if isinstance(stated, int) and abs(stated) < 1 << 63 else f"{stated!r:.40}"
+        yield Finding(
+            code="shard-total-size",
+            severity="warning",
+            message=f"the index states a total_size of {said} bytes, the shards' tensors have {once:,}",
+        )

@@ -1,0 +1,314 @@
+"""Sharded checkpoints: an index and the files it names, opened as one.
+
+Layout (``huggingface_hub`` ``serialization/_torch.py``, ``transformers``
+``load_sharded_checkpoint``): ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json``
+is a JSON object with
+
+- ``weight_map``: each tensor's name -> the name of the shard that holds it, relative to the index
+- ``metadata``: may be missing; ``total_size`` is the number of bytes of all tensors
+
+The shards are whole files of their own, ``model-00001-of-00002.safetensors`` by custom.  An index
+that names a ``.safetensors`` file is "safetensors-sharded", and all its shards must be
+safetensors; any other is "torch-sharded", and its shards are what their content says, but never
+an index themselves.
+
+A shard's name may have folders in it but must not leave the index's folder; a shard that is itself
+a symbolic link is followed, since Hugging Face's cache consists of such links.
+
+Names stand in the order of the ``weight_map``.  What shards hold beyond it comes after, in the
+shards' order, because loaders that read whole shards take it too; a finding says so.  A storage's
+key is the shard's name, a colon and its key there.  Ties inside a shard stay ties.
+
+Everything that is wrong is reported at once: shards that are missing, git-lfs pointers, damaged or
+hold no state_dict; names in no shard, in another shard than the index says, or in two shards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
+from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
+from ckptkit.formats.detection import identify
+from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.shard_facts import (
+    LISTED,
+    Shard,
+    extra_keys,
+    merged_findings,
+    merged_globals,
+    merged_metadata,
+    total_size,
+)
+from ckptkit.formats.shard_file import ShardFile
+from ckptkit.formats.strict_json import parse, shown
+from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items
+from ckptkit.report import Finding
+
+__all__ = ["INDEX_SUFFIXES", "lone_shard", "over", "shard_names"]
+
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+"""Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
+
+_SAFETENSORS, _TORCH = "safetensors-sharded", "torch-sharded"
+_CUSTOMARY = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.[A-Za-z]+)\Z")
+_ODD_PATH = re.compile(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
+
+
+def over(containers: Sequence[Format]) -> tuple[Format, ...]:
+    """The two formats of an index whose shards are files of these containers."""
+    return tuple(
+        Format(
+            name=name,
+            suffixes=(),
+            sniff=partial(_sniff, name),
+            read=partial(_read, name, containers),
+            write=None,
+        )
+        for name in (_SAFETENSORS, _TORCH)
+    )
+
+
+def _sniff(name: str, probe: Probe) -> bool:
+    text = probe.json_object
+    if text is None or b'"weight_map"' not in text:
+        return False
+    return (re.search(rb'\.safetensors"\s*[,}]', text) is not None) == (name == _SAFETENSORS)
+
+
+def _read(name: str, containers: Sequence[Format], probe: Probe) -> RawCheckpoint:
+    weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
+    allowed = [c for c in containers if name != _SAFETENSORS or c.name == "safetensors"]
+    problems = _Problems()
+    shards: dict[str, Shard] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        read = _read_shard(shard, probe, containers, allowed, problems)
+        if read is not None:
+            shards[shard] = read
+    everything = _assembled(weight_map, shards, problems)
+    if len(everything) > probe.limits.entries:
+        raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
+    problems.check()
+    raws = [shard.raw for shard in shards.values()]
+    protocols = [raw.pickle_protocol for raw in raws if raw.pickle_protocol is not None]
+    return RawCheckpoint(
+        root=_root(everything, shards),
+        format=name,
+        byteorder="big" if raws and all(raw.byteorder == "big" for raw in raws) else "little",
+        pickle_protocol=max(protocols, default=None),
+        writer=next((raw.writer for raw in raws if len({raw.writer for raw in raws}) == 1), None),
+        metadata=merged_metadata(metadata, shards),
+        globals=merged_globals(shards),
+        findings=(*merged_findings(shards), *extra_keys(everything, weight_map), *total_size(metadata, everything)),
+    )
+
+
+# The index.
+
+
+def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object]]:
+    """The weight_map and the metadata.
+
+    Raises:
+        CorruptError: the index is not as described above.
+        LimitError: it names too many tensors or shards.
+    """
+    document = parse(raw, limits, "the index")
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or not isinstance(weight_map, dict):
+        raise CorruptError("the weight_map of an index must map tensors' names to file names, and is no object")
+    metadata = document.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise CorruptError("the metadata of an index must be an object")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CorruptError(f"the weight_map gives {shown(name)} no file name, but {shown(shard)}")
+        if not shard or _ODD_PATH.search(shard):
+            raise CorruptError(
+                f"the weight_map puts {shown(name)} into {shown(shard)}: absolute, empty, or leaving the index's folder"
+            )
+    if len(weight_map) > limits.entries:
+        raise LimitError("tensors in an index", limit=limits.entries, actual=len(weight_map))
+    if (count := len(set(weight_map.values()))) > limits.shards:
+        raise LimitError("shards of one checkpoint", limit=limits.shards, actual=count)
+    return weight_map, metadata or {}
+
+
+def shard_names(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
+    """The shards an index names; none where it cannot be read as one."""
+    try:
+        file = SourceFile(path)
+    except FileAccessError:
+        return frozenset()
+    try:
+        return frozenset(_parse(Probe(file, limits).json_object or b"", limits)[0].values())
+    except (FormatError, FileAccessError):
+        return frozenset()
+    finally:
+        file.close()
+
+
+# The shards.
+
+
+class _Problems:
+    """What is wrong, by kind, in the order it was met."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, list[str]] = {}
+        self._globals: list[GlobalUse] = []
+
+    def add(self, kind: str, name: str, error: FormatError | None = None) -> None:
+        self._kinds.setdefault(kind, []).append(name)
+        if error is not None:
+            self._globals.extend(error.globals)
+
+    def check(self) -> None:
+        """Raise for all of them.
+
+        Raises:
+            CorruptError: there is at least one.
+        """
+        parts = []
+        for kind, names in self._kinds.items():
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            parts.append(
+                kind.format(count=len(names), s="s" * (len(names) > 1), names=", ".join(names[:LISTED]) + more)
+            )
+        if parts:
+            error = CorruptError("; ".join(parts))
+            error.globals = tuple(self._globals)
+            raise error
+
+
+_MISSING = "{count} shard{s} missing: {names}; get them into the index's folder"
+_POINTER = "{count} shard{s} present as git-lfs pointer{s} only: {names}; run: git lfs pull"
+_UNREADABLE = "{count} shard{s} that cannot be read: {names}"
+_NO_STATE_DICT = "{count} shard{s} without a state_dict of names and values: {names}"
+_NOWHERE = "{count} name{s} of the index in no shard: {names}"
+_ELSEWHERE = "{count} name{s} in another shard than the index says: {names}"
+_TWICE = "{count} name{s} in two shards: {names}"
+
+
+def _read_shard(
+    name: str, probe: Probe, containers: Sequence[Format], allowed: Sequence[Format], problems: _Problems
+) -> Shard | None:
+    path = os.path.join(os.path.dirname(os.path.abspath(probe.file.path)), *name.split("/"))
+    try:
+        file = ShardFile(path)
+    except MissingFileError:
+        problems.add(_MISSING, name)
+        return None
+    probe.file.keep(file)
+    part = Probe(file, probe.limits)
+    try:
+        if part.head.startswith(b"version https://git-lfs.github.com/"):
+            size = re.search(rb"^size ([0-9]{1,19})$", part.head, re.MULTILINE)
+            problems.add(_POINTER, f"{name} ({int(size[1]):,} bytes)" if size else name)
+            return None
+        container = identify(part, containers)
+        if container not in allowed:
+            problems.add(_UNREADABLE, f"{name} (it is {container.name}, where the index promises safetensors)")
+            return None
+        raw = container.read(part)
+    except FormatError as error:
+        problems.add(_UNREADABLE, f"{name} ({error.where + ': ' if error.where else ''}{error.message})", error)
+        return None
+    finally:
+        file.release()
+    pairs = mapping_items(_prefixed(raw.root, name))
+    if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
+        problems.add(_NO_STATE_DICT, name)
+        return None
+    return Shard(name, raw, {key: value for key, value in pairs if isinstance(key, str)})
+
+
+def _prefixed(root: object, shard: str) -> object:
+    """The tree with the shard's name before the key of every storage."""
+    known: dict[int, Storage] = {}
+
+    def named(storage: Storage) -> Storage:
+        if id(storage) not in known:
+            known[id(storage)] = replace(storage, key=f"{shard}:{storage.key}")
+        return known[id(storage)]
+
+    def leaf(node: object) -> object:
+        if isinstance(node, TensorEntry):
+            return replace(node, storage=named(node.storage))
+        return named(node) if isinstance(node, Storage) else node
+
+    return TreeMap(leaf)(root)
+
+
+def _assembled(weight_map: Mapping[str, str], shards: Mapping[str, Shard], problems: _Problems) -> dict[str, object]:
+    """Every name with its value, in the order described above."""
+    holder: dict[str, str] = {}
+    for shard in shards.values():
+        for name in shard.values:
+            other = holder.setdefault(name, shard.name)
+            if other != shard.name:
+                problems.add(_TWICE, f"{shown(name)} ({other} and {shard.name})")
+    everything: dict[str, object] = {}
+    for name, promised in weight_map.items():
+        if promised not in shards:
+            continue  # and that is reported
+        found = shards[promised].values
+        if name in found:
+            everything[name] = found[name]
+        elif name in holder:
+            problems.add(_ELSEWHERE, f"{shown(name)} ({holder[name]}, not {promised})")
+        else:
+            problems.add(_NOWHERE, f"{shown(name)} ({promised})")
+    for shard in shards.values():
+        for name, value in shard.values.items():
+            everything.setdefault(name, value)
+    return everything
+
+
+def _root(everything: Mapping[str, object], shards: Mapping[str, Shard]) -> object:
+    """The state_dict: an OrderedDict with ``_metadata`` where shards have module versions, else a dict."""
+    pairs: list[tuple[object, object]] = list(everything.items())
+    versions: dict[str, object] = {}
+    for shard in shards.values():
+        state = attributes(shard.raw.root)
+        for key, value in mapping_items(state.get("_metadata")) or [] if state is not None else []:
+            if isinstance(key, str):
+                versions.setdefault(key, value)
+    if not versions:
+        return InertDict(pairs)
+    root, recorded = (Object("reduce", Global("collections", "OrderedDict"), ()) for _ in range(2))
+    root.pairs, recorded.pairs = pairs, list(versions.items())
+    root.state = InertDict([("_metadata", recorded)])
+    return root
+
+
+def lone_shard(file: SourceFile) -> Finding | None:
+    """The finding for a file that is one of several shards, by its name or by an index beside it."""
+    folder, name = os.path.split(file.path)
+    customary = _CUSTOMARY.match(name)
+    ending = os.path.splitext(name)[1]
+    if customary is not None:
+        candidates = [f"{customary[1]}{ending}.index.json"]
+    elif ending in (".safetensors", ".bin"):
+        candidates = [f"{stem}{ending}.index.json" for stem in ("model", "pytorch_model", "diffusion_pytorch_model")]
+    else:
+        return None
+    index = next((path for path in (os.path.join(folder, c) for c in candidates) if name in shard_names(path)), None)
+    if index is None and (customary is None or int(customary[3]) < 2):
+        return None
+    what = f"one of {int(customary[3])} shards" if customary is not None else "one of several shards"
+    beside = "the index beside it opens them all" if index else "the index that names them all is not beside it"
+    return Finding(
+        code="one-shard",
+        severity="info",
+        message=f"{what} of a checkpoint: the other tensors lie in the other files; {beside}",
+        fix=f"ckptkit inspect {shlex.quote(index)}" if index else None,
+    )

@@ -1,0 +1,121 @@
+"""JSON from a stranger's file, read strictly: the header of safetensors and the index of shards.
+
+Readers of JSON (RFC 8259) disagree about what the standard leaves open, so that is refused: keys given twice, numbers
+that are none (``NaN``), halves of surrogate pairs.  What costs more memory than a checkpoint needs
+is refused before it is parsed: an empty list takes three bytes of text and seventy of memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NoReturn
+
+from ckptkit.errors import CorruptError, LimitError
+from ckptkit.limits import Limits
+
+__all__ = ["check_ignored", "parse", "shown"]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_KEY = re.compile(rb'"[ \t\r\n]*:')
+_MINUS_ZERO = re.compile(rb"-0(?![.eE0-9])")
+
+_WIDE_NBYTES = 25_000_000
+"""Bytes of a text that may hold characters beyond U+FFFF: one of them makes every character take
+four bytes, in the text and in any string of it."""
+
+_MAX_DEPTH = 100
+"""Levels of a value that nobody reads; the Rust parser behind safetensors stops at 128."""
+
+
+def shown(name: object) -> str:
+    """A name as it stands in a message: the beginning of an endless one."""
+    return repr(name[:80] + "…" if len(name) > 80 else name) if isinstance(name, str) else f"a {type(name).__name__}"
+
+
+def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, object]], object] | None = None) -> object:
+    """The value a text stands for; objects are dicts, or what ``hook`` makes of them.
+
+    Args:
+        raw: the text.
+        limits: bounds on what it may ask for.
+        what: what the text is, for messages.
+        hook: called with each object, innermost first; what it gives takes its place.
+
+    Raises:
+        CorruptError: no JSON; the message says at which byte.
+        LimitError: more values than any checkpoint needs.
+    """
+    values = raw.count(b",") + raw.count(b"{") + raw.count(b"[")
+    if values > limits.json_values:
+        raise LimitError(f"values in {what}", limit=limits.json_values, actual=values)
+    most = limits.json_values // 2  # a key costs as much as two other values
+    if raw.count(b":") > most and any(itertools.islice(_KEY.finditer(raw), most, None)):
+        raise LimitError(f"keys in {what}", limit=most, actual=most + 1)
+    if len(raw) > _WIDE_NBYTES and re.search(rb"[\xf0-\xf4]", raw):
+        raise LimitError(f"bytes of {what} with characters beyond U+FFFF", limit=_WIDE_NBYTES, actual=len(raw))
+    try:
+        text = str(raw, "utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{what} is not UTF-8: byte {raw[error.start]:#04x}", offset=error.start) from None
+    # Python reads -0 as the whole number 0; elsewhere it is a float.
+    parse_int = _integer if _MINUS_ZERO.search(raw) else None
+    may_be_half = _ESCAPED_SURROGATE.search(raw) is not None
+
+    def made(pairs: list[tuple[str, object]]) -> object:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise CorruptError(f"the name {shown(twice)} stands twice in {what}")
+        if may_be_half:
+            for part in (*fields, *fields.values()):
+                if isinstance(part, str) and _SURROGATE.search(part):
+                    raise CorruptError(f"half a surrogate pair in {what} is no Unicode text")
+        return fields if hook is None else hook(fields)
+
+    def constant(name: str) -> NoReturn:
+        raise CorruptError(f"{what} is no valid JSON: {name} is no number there")
+
+    try:
+        return json.loads(text, object_pairs_hook=made, parse_constant=constant, parse_int=parse_int)
+    except json.JSONDecodeError as error:
+        at = len(text[: error.pos].encode("utf-8"))
+        raise CorruptError(f"{what} is no valid JSON: {error.msg}", offset=at) from None
+    except RecursionError:
+        raise CorruptError(f"{what} is no valid JSON: nested too deeply") from None
+    except ValueError as error:
+        if isinstance(error, CorruptError):
+            raise
+        raise CorruptError(f"{what} is no valid JSON: a number of too many digits") from None
+
+
+def _integer(digits: str) -> int | float:
+    return -0.0 if digits == "-0" else int(digits)
+
+
+def check_ignored(value: object, what: str) -> None:
+    """Refuse in a value that nobody reads what other parsers refuse anywhere.
+
+    Raises:
+        CorruptError: half a surrogate pair, a number no float can hold, or nesting too deep.
+    """
+    level: list[object] = [value]
+    for _ in range(_MAX_DEPTH):
+        below: list[object] = []
+        for node in level:
+            if isinstance(node, str) and _SURROGATE.search(node):
+                raise CorruptError(f"{what}: half a surrogate pair is no Unicode text")
+            if isinstance(node, float) and node in (float("inf"), float("-inf")):
+                raise CorruptError(f"{what}: a number too large for any reader")
+            if isinstance(node, (list, tuple)):
+                below.extend(node)
+            elif isinstance(node, dict):
+                below.extend(node.values())
+        if not below:
+            return
+        level = below
+    raise CorruptError(f"{what}: nested more than {_MAX_DEPTH} deep")

@@ -1,0 +1,171 @@
+"""A tar archive's members: bounded, and so strict that no two readers disagree about it.
+
+Layout (POSIX.1-2001 ``pax``, "ustar Interchange Format"): blocks of 512 bytes; each member is a
+header and its data, padded to whole blocks; two blocks of zeros end the archive, and zeros fill it
+up.  A member of type ``x`` holds records ``LENGTH KEY=VALUE`` about the one that follows it;
+Python's ``tarfile`` writes them for times that are no whole seconds and for sizes from 8 GiB.
+
+Nothing is extracted, and names are only ever compared: links, sparse files, and names or sizes that
+GNU extensions give are refused by whoever wants plain files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
+from ckptkit.limits import Limits
+
+__all__ = ["BLOCK_NBYTES", "Member", "is_header", "read_members"]
+
+BLOCK_NBYTES = 512
+"""Bytes of a block, and of a header."""
+
+_ZEROS = bytes(BLOCK_NBYTES)
+
+_MAX_PADDING_NBYTES = 1 << 20
+"""Zeros after the end: ``tarfile`` fills up to 10 KiB, tape tools up to some hundred."""
+
+_PAX_KEYS = frozenset({"atime", "ctime", "mtime", "uid", "gid", "uname", "gname", "size", "comment"})
+"""What is known about a member without changing what it is, or where; others rename or redirect it."""
+
+_OCTAL = re.compile(rb" *([0-7]{1,12})[ \0]*\Z")
+_RECORD = re.compile(rb"([1-9][0-9]{0,7}) ([A-Za-z.]{1,64})=")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One member.
+
+    Attributes:
+        name: as the header has it.
+        kind: the type flag: ``"0"`` is a regular file.
+        start: of its data in the file.
+        nbytes: of its data, as declared; the file may be shorter.
+    """
+
+    name: str
+    kind: str
+    start: int
+    nbytes: int
+
+    def data(self, file: SourceFile) -> ByteRange:
+        """Its bytes, or those of them that the file has."""
+        return ByteRange(file, self.start, max(0, min(self.nbytes, file.size - self.start)))
+
+
+def is_header(block: bytes) -> bool:
+    """Whether ``tarfile``, and with it torch, takes a file that begins so for a tar archive.
+
+    It asks for no signature, only for a checksum, and reads that number generously.
+    """
+    if len(block) < BLOCK_NBYTES or block[:BLOCK_NBYTES] == _ZEROS:
+        return False
+    field = block[148:156]
+    if field[0] in (0x80, 0xFF):
+        stated = int.from_bytes(field[1:], "big") - (0 if field[0] == 0x80 else 256**7)
+    else:
+        try:
+            stated = int(field.split(b"\0", 1)[0].decode("ascii").strip() or "0", 8)
+        except ValueError:
+            return False
+    return stated in _checksums(block)
+
+
+def read_members(file: SourceFile, limits: Limits, most: int) -> Iterator[Member]:
+    """The members in order; a caller that has seen enough of them stops.
+
+    Args:
+        file: the archive.
+        limits: bounds on what it may ask for.
+        most: members there may be.
+
+    Raises:
+        CorruptError: it is damaged or cut off.
+        AmbiguousError: something follows its end.
+        UnsupportedError: a member's name or place is given by an extension.
+        LimitError: it has more members.
+    """
+    pos, size = 0, None
+    for _ in range(2 * most + 1):
+        block = file.read(pos, max(0, min(BLOCK_NBYTES, file.size - pos)))
+        if block == _ZEROS:
+            _check_end(file, pos)
+            return
+        if len(block) < BLOCK_NBYTES:
+            raise CorruptError("truncated: the archive's end is missing. Get the file again", offset=pos)
+        member = _member(block, pos, size)
+        size = None
+        following = member.start + -(-member.nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
+        if member.kind == "x":
+            size = _pax_size(member, file, limits)
+        else:
+            yield member
+        if following > file.size:
+            raise CorruptError(
+                f"truncated: the file has {file.size:,} bytes, {following:,} are expected up to the end of member "
+                f"{member.name!r}. Get the file again",
+                offset=pos,
+            )
+        pos = following
+    raise LimitError("members of a tar archive", limit=most, actual=most + 1)
+
+
+def _member(block: bytes, pos: int, size: int | None) -> Member:
+    stated = _OCTAL.match(block[148:156])
+    nbytes = _OCTAL.match(block[124:136])
+    if stated is None or int(stated[1], 8) not in _checksums(block):
+        raise CorruptError("a member's header does not have the checksum it states: damaged", offset=pos)
+    if nbytes is None:
+        raise CorruptError("a member's size is no octal number", offset=pos)
+    name = block[:100].split(b"\0", 1)[0]
+    prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
+    return Member(
+        name=(prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace"),
+        kind=chr(block[156] or ord("0")),
+        start=pos + BLOCK_NBYTES,
+        nbytes=int(nbytes[1], 8) if size is None else size,
+    )
+
+
+def _checksums(block: bytes) -> tuple[int, int]:
+    """The sum of the header's bytes with its checksum blank; old tools added them as signed numbers."""
+    others = block[:148] + block[156:BLOCK_NBYTES]
+    unsigned = 8 * 0x20 + sum(others)
+    return unsigned, unsigned - 256 * sum(byte > 127 for byte in others)
+
+
+def _pax_size(member: Member, file: SourceFile, limits: Limits) -> int | None:
+    """The size that a pax header gives the next member; ``None``: it gives none."""
+    if member.nbytes > limits.record_nbytes:
+        raise LimitError("bytes of a pax header", limit=limits.record_nbytes, actual=member.nbytes)
+    data = file.read(member.start, member.nbytes)
+    pos, size = 0, None
+    while pos < len(data):
+        record = _RECORD.match(data, pos)
+        end = pos + int(record[1]) if record else 0
+        if record is None or end > len(data) or end <= record.end() or data[end - 1 : end] != b"\n":
+            raise CorruptError("a pax header that is no list of records: damaged", offset=member.start + pos)
+        key, value = record[2].decode("ascii"), data[record.end() : end - 1]
+        if key not in _PAX_KEYS:
+            raise UnsupportedError(f"a pax record {key!r}, which says that a member is not what its header says")
+        if key == "size":
+            if size is not None or not re.fullmatch(rb"[0-9]{1,19}", value):
+                raise CorruptError("a pax header whose size is no number, or stated twice", offset=member.start + pos)
+            size = int(value)
+        pos = end
+    return size
+
+
+def _check_end(file: SourceFile, pos: int) -> None:
+    left = file.size - pos
+    if left < 2 * BLOCK_NBYTES:
+        raise CorruptError("truncated: the archive's end is cut off. Get the file again", offset=pos)
+    if left > _MAX_PADDING_NBYTES or any(file.read(pos, left)):
+        raise AmbiguousError(
+            f"{left:,} bytes follow the archive's last member that are no padding: some readers would go on there",
+            offset=pos,
+        )

@@ -1,0 +1,306 @@
+"""What the archives of torch have in common: torch-zip, TorchScript, torch.package and exported programs.
+
+All are written by one class (``caffe2/serialize/inline_container.cc`` ``PyTorchStreamWriter``): a zip
+archive whose records lie under one root folder, which readers take from the first record's name and
+which means nothing.  Which of them a file is follows from records that only that one has, as in
+``torch/serialization.py`` ``_is_torchscript_zip`` and ``torch/export/pt2_archive/_package.py``
+``is_pt2_package``:
+
+- ``constants.pkl`` beside ``data.pkl``: TorchScript; ``model.json``: TorchScript of 1.0 to 1.3
+- ``archive_format``: an exported program (2.6 and later); before, ``serialized_exported_program.json``
+  without a root folder
+- ``.data/extern_modules``: torch.package (since 1.8)
+- ``data.pkl`` and none of these: torch-zip
+
+Records beside the data tell who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
+and 1.5, 3 since 1.6.  Since 2.1 there are ``byteorder`` and ``.data/serialization_id``, since 2.7
+``.format_version`` and ``.storage_alignment`` (``docs/source/notes/serialization.rst``, pytorch pull
+requests 94503, 100994, 143879 and 147788).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from ckptkit.bytesource import ByteSource
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.format import Probe
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory, read_record, record_source
+from ckptkit.limits import Limits
+from ckptkit.pickling.reader import Constructor, PickleResult, read_names, read_pickle
+from ckptkit.pickling.tensors import StorageTable
+from ckptkit.pickling.trust import global_uses, merge_uses
+from ckptkit.report import Finding, human_size
+
+__all__ = ["ArchiveKind", "TorchArchive", "archive_kind"]
+
+ArchiveKind = Literal["torch-zip", "torchscript", "torch-package", "pt2"]
+
+_MAX_VERSION = 10
+"""``kMaxSupportedFileFormatVersion`` of ``caffe2/serialize/versions.h``."""
+
+_OWN_NAMES = frozenset(
+    {"version", "byteorder", ".format_version", ".storage_alignment",
+     ".data/version", ".data/serialization_id", ".data/python_version", ".data/extern_modules"}
+)  # fmt: skip
+"""Records that say something about the archive itself."""
+
+
+def archive_kind(probe: Probe) -> ArchiveKind | None:
+    """Which of torch's archives a file is; ``None``: none of them."""
+    records = probe.records
+    if not records:
+        return None
+    root = _root(records)
+    if root is None:
+        return None
+    if f"{root}archive_format" in records or f"{root}serialized_exported_program.json" in records:
+        return "pt2"
+    if not root:
+        return None  # torch reads nothing else without a root folder
+    if f"{root}.data/extern_modules" in records:
+        return "torch-package"
+    if f"{root}model.json" in records:
+        return "torchscript"
+    if f"{root}data.pkl" not in records:
+        return None
+    return "torchscript" if f"{root}constants.pkl" in records else "torch-zip"
+
+
+def _root(records: dict[str, Record]) -> str | None:
+    """The root folder with its slash (``""``: there is none); ``None``: the archive is not torch's."""
+    if "serialized_exported_program.json" in records:
+        return ""
+    root, slash, _ = next(iter(records)).partition("/")
+    if slash and (f"{root}/data.pkl" in records or f"{root}/.data/extern_modules" in records):
+        return root + slash
+    # The first record decides for torch, but whoever looks for the pickle finds it anywhere.
+    marks = ("data.pkl", "model.json", "archive_format")
+    holders = [name for name in records if name.count("/") == 1 and name.partition("/")[2] in marks]
+    return holders[0].partition("/")[0] + "/" if holders else None
+
+
+class TorchArchive:
+    """One of torch's archives, its records by their name below the root folder.
+
+    Args:
+        records: of the zip archive.
+        limits: bounds on what the file may ask for.
+
+    Attributes:
+        records, limits: these.
+
+    Raises:
+        AmbiguousError: the archive has more than one root folder.
+    """
+
+    def __init__(self, records: dict[str, Record], limits: Limits) -> None:
+        root = _root(records) or ""
+        self.limits = limits
+        self.records = {name[len(root) :]: record for name, record in records.items() if name.startswith(root)}
+        if len(self.records) != len(records):
+            roots = sorted({name.partition("/")[0] for name in records})
+            raise AmbiguousError(
+                f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch takes the first for all"
+            )
+        self._used: set[str] = set()
+        self._unrecorded = 0
+        self._uses: list[GlobalUse] = []
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """The bytes of a record that is there.
+
+        Args:
+            name: below the root folder.
+            limit: the most bytes it may have; the limit of a pickle where none is given.
+
+        Raises:
+            CorruptError: it is not there, or damaged.
+            LimitError: it is larger.
+        """
+        record = self.records.get(name)
+        if record is None:
+            raise CorruptError(f"the archive has no record {name!r}: damaged, or not written by torch")
+        self._used.add(name)
+        return read_record(record, self.limits.pickle_nbytes if limit is None else limit)
+
+    def small(self, name: str) -> str | None:
+        """The text of a record of a few characters; ``None``: it is not there."""
+        if name not in self.records:
+            return None
+        return self.read(name, self.limits.record_nbytes).decode("ascii", "replace").strip()
+
+    def version(self) -> str | None:
+        """The archive's format version, ``"3"``; newer archives keep it among the hidden records.
+
+        Raises:
+            UnsupportedError: a version torch does not read either.
+        """
+        version = self.small("version")
+        version = self.small(".data/version") if version is None else version
+        if version is not None and (not version.isdecimal() or not 0 < int(version[:9]) <= _MAX_VERSION):
+            raise UnsupportedError(
+                f"format version {version[:20]!r}; 1 to {_MAX_VERSION} are known. A newer ckptkit may read it",
+                where="version",
+            )
+        return version
+
+    def byteorder(self) -> Literal["little", "big"]:
+        """The order of the elements' bytes; archives before 2.1 do not say it.
+
+        Raises:
+            CorruptError: it is neither of the two.
+        """
+        byteorder = self.small("byteorder") or "little"
+        if byteorder not in ("little", "big"):
+            raise CorruptError(f"byte order {byteorder[:20]!r}; little or big is expected", where="byteorder")
+        return "big" if byteorder == "big" else "little"
+
+    def writer(self) -> str | None:
+        """Which torch wrote it, as far as the records tell; ``None``: no torch leaves such records."""
+        if ".format_version" in self.records or ".storage_alignment" in self.records:
+            return "torch 2.7 or later"
+        if ".data/serialization_id" in self.records:
+            return "torch 2.1 to 2.6" if "byteorder" in self.records and self._is_plain() else "torch 2.1 or later"
+        if "byteorder" in self.records:
+            return None
+        version = self.small("version")
+        if version == "2":
+            return "torch 1.4 or 1.5"
+        return "torch 1.6 to 2.0" if version is not None and version.isdecimal() and int(version[:9]) > 2 else None
+
+    def _is_plain(self) -> bool:
+        """Whether ``torch.save`` wrote it, whose newer releases leave more records than TorchScript's."""
+        return "data.pkl" in self.records and "constants.pkl" not in self.records
+
+    def locator(self, folder: str, suffix: str = "") -> Callable[[str, int], tuple[ByteSource, int | None]]:
+        """What finds the storages of a pickle: see `ckptkit.pickling.tensors.StorageTable`.
+
+        Args:
+            folder: of their records, with its slash.
+            suffix: that follows the key in their names.
+        """
+
+        def locate(key: str, nbytes: int) -> tuple[ByteSource, int | None]:
+            name = f"{folder}{key}{suffix}"
+            record = self.records.get(name)
+            if record is None:
+                raise CorruptError(f"storage {key!r} has no record {name[:200]}: damaged, or not written by torch")
+            if record.nbytes != nbytes:
+                raise CorruptError(
+                    f"storage {key!r} is declared as {nbytes:,} bytes, its record holds {record.nbytes:,}"
+                )
+            self._used.add(name)
+            self._unrecorded += record.crc32 is None
+            return record_source(record), record.crc32
+
+        return locate
+
+    def pickle(
+        self,
+        name: str,
+        table: StorageTable,
+        persistent_load: Callable[[object], object] | None = None,
+        constructors: dict[tuple[str, str], Constructor] | None = None,
+    ) -> PickleResult:
+        """Read the pickle in a record, which must be all there is in it.
+
+        Args:
+            name: of the record.
+            table: the storages it may name.
+            persistent_load: understands persistent ids that are no storages too.
+            constructors: calls that are understood beside those that make tensors.
+
+        Raises:
+            FormatError: the pickle is damaged or refused; the record's name is in the message.
+        """
+        data = self.read(name)
+        try:
+            pickle = read_pickle(
+                data,
+                persistent_load=persistent_load or table.persistent_load,
+                constructors={**table.constructors, **(constructors or {})},
+                limits=self.limits,
+                whole=True,
+            )
+        except FormatError as error:
+            raise error.at(where=name, seen=tuple(self._uses)) from error.__cause__
+        self._uses.extend(global_uses(pickle.globals, name))
+        return pickle
+
+    def uses(self) -> tuple[GlobalUse, ...]:
+        """The verdicts on the names in all pickles that were read, and in those that nothing refers to.
+
+        Raises:
+            LimitError: those have more bytes than one pickle may.
+        """
+        found = list(self._uses)
+        left = self.limits.pickle_nbytes
+        for name, record in self._others():
+            is_named = name.endswith((".pkl", ".pickle"))
+            if record.nbytes and (is_named or (not record.deflated and record.data.read(0, 1) == b"\x80")):
+                if record.nbytes > left:
+                    limit = self.limits.pickle_nbytes
+                    raise LimitError("bytes of pickles that nothing refers to", limit=limit, actual=limit + 1).at(
+                        seen=tuple(found)
+                    )
+                left -= record.nbytes
+                found.extend(read_names(read_record(record, record.nbytes), name, limits=self.limits))
+        return merge_uses(found)
+
+    def _others(self) -> list[tuple[str, Record]]:
+        """The records that nothing in the file refers to, as far as it was read."""
+        return [
+            (name, record)
+            for name, record in self.records.items()
+            if name not in self._used and name not in _OWN_NAMES and not name.endswith("/")
+        ]
+
+    def nested(self, name: str) -> TorchArchive | None:
+        """The archive that a record holds, as ``torch.save`` wrote it there; ``None``: it holds something else.
+
+        Raises:
+            CorruptError: it begins like one, and is damaged or ambiguous.
+        """
+        record = self.records.get(name)
+        if record is None or record.deflated or not record.nbytes:
+            return None
+        self._used.add(name)
+        if record.data.read(0, min(4, record.nbytes)) != LOCAL_SIGNATURE:
+            return None
+        try:
+            return TorchArchive(read_directory(record.data, self.limits), self.limits)
+        except FormatError as error:
+            raise error.at(where=name) from error.__cause__
+
+    def findings(self) -> list[Finding]:
+        """What is remarkable about the records, once everything was read that is going to be."""
+        findings = []
+        if self._unrecorded:
+            findings.append(
+                Finding(
+                    code="crc-not-recorded",
+                    severity="info",
+                    message=f"{self._unrecorded} storages carry no checksum: damage to them cannot be seen",
+                )
+            )
+        others = self._others()
+        dead = sum(record.nbytes for _, record in others)
+        if others:
+            shown = ", ".join(f"{name[:80]}" for name, _ in others[:4])
+            pickles = any(name.endswith((".pkl", ".pickle")) for name, _ in others)
+            findings.append(
+                Finding(
+                    code="unreferenced-records",
+                    severity="warning" if pickles else "info",
+                    message=f"{len(others)} records of {human_size(dead)} that nothing in the file refers to: {shown}"
+                    + (", ..." if len(others) > 4 else ""),
+                )
+            )
+        return findings
+
+    def mark(self, names: Iterable[str]) -> None:
+        """Say that these records belong to the file, though they are not read."""
+        self._used.update(names)

@@ -1,0 +1,231 @@
+"""torch-legacy: what ``torch.save`` wrote from 0.1.10 to 1.5, and still does when it is asked to.
+
+Layout (``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``; ``torch/csrc/serialization.cpp``
+``writeFileRaw``), one behind the other, nothing between them and nothing after:
+
+- a pickle of the number 0x1950a86a20f9469cfc6c
+- a pickle of the protocol, 1001
+- a pickle of ``{'protocol_version': 1001, 'little_endian': bool, 'type_sizes': {...}}``, which torch
+  does not look at
+- a pickle of the object, storages as persistent ids (`ckptkit.pickling.legacy`)
+- a pickle of the list of storage keys, sorted; a key is the decimal address the storage had
+- for each key of that list, in its order: the number of elements (8 bytes) and the elements
+
+Counts and elements are little-endian whatever ``little_endian`` says.  Torch before 1.8 wrote
+counts, and some releases elements, as a big-endian machine has them: such a file says nothing of
+the order of its elements and is refused.
+
+A reader must accept pickles of any protocol, in Python 2's dialect too, views of storages, classes
+with their source, and untyped storages (float8, uint16), which torch writes in this format and does
+not read back.  Torch believes the list of keys; here it must name each storage of the object
+once and no other, each count must be what the object says, and the last storage must end the file:
+there is no checksum, and this account is all that tells a damaged file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ckptkit.bytesource import ByteRange
+from ckptkit.checkpoint import TensorEntry
+from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError, UnsupportedError
+from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.pickle_row import PickleRow
+from ckptkit.formats.truncated import unfinished
+from ckptkit.normalize import RawCheckpoint, normalize
+from ckptkit.pickling.inert import Global, InertDict, walk
+from ckptkit.pickling.legacy import LegacyTable, era
+from ckptkit.pickling.reader import read_pickle
+from ckptkit.pickling.trust import merge_uses
+from ckptkit.report import Finding
+
+__all__ = ["FORMAT", "legacy_findings"]
+
+_NAME = "torch-legacy"
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
+
+_MAGIC_NBYTES = 64
+"""Bytes in which the first pickle ends, whatever its protocol: a number of ten bytes."""
+
+_OBJECT_NBYTES = 1 << 20
+"""The first window for the object: most state_dicts fit."""
+
+
+def _sniff(probe: Probe) -> bool:
+    if probe.head[:1] not in (b"\x80", b"\x8a", b"L"):  # PROTO, LONG1, LONG
+        return False
+    return _begins_one(probe.head[:_MAGIC_NBYTES])
+
+
+def _begins_one(data: bytes) -> bool:
+    """Whether the bytes begin with the pickle of the magic number."""
+    try:
+        root = read_pickle(data).root
+    except FormatError:
+        return False
+    return isinstance(root, int) and root == _MAGIC
+
+
+def _read(probe: Probe) -> RawCheckpoint:
+    row = PickleRow(ByteRange(probe.file, 0, probe.file.size), probe.limits)
+    try:
+        return _read_row(row, probe)
+    except FormatError as error:
+        raise error.at(seen=tuple(row.uses)) from error.__cause__
+
+
+def _read_row(row: PickleRow, probe: Probe) -> RawCheckpoint:
+    row.plain("magic number")
+    protocol = row.plain("protocol version")
+    if protocol != _PROTOCOL:
+        what = str(protocol)[:20] if isinstance(protocol, int) else f"a {type(protocol).__name__}"
+        raise UnsupportedError(f"protocol version {what}; {_PROTOCOL} is known", where="protocol version")
+    if not isinstance(row.plain("sys_info"), InertDict):
+        raise CorruptError("a dict is expected: no torch wrote this", where="sys_info")
+
+    table = LegacyTable(probe.file, probe.limits)
+    pickle = row.pickle(
+        "object",
+        persistent_load=table.persistent_load,
+        constructors=table.constructors,
+        window=_OBJECT_NBYTES,
+    )
+    raw = RawCheckpoint(
+        root=table.understood(pickle),
+        format=_NAME,
+        format_version=str(_PROTOCOL),
+        pickle_protocol=pickle.protocol,
+        writer=era(pickle.globals),
+        metadata={},
+        globals=merge_uses(row.uses),
+        findings=tuple(legacy_findings(table)),
+    )
+    _settle(row, _keys(row, table, raw), table, raw)
+    if row.left:
+        raise _followed(row)
+    return raw
+
+
+def _keys(row: PickleRow, table: LegacyTable, raw: RawCheckpoint) -> list[str]:
+    """The list of keys, which names every storage of the object once."""
+    where = "storage keys"
+    try:
+        listed = row.plain(where)
+    except CorruptError as error:
+        end = row.pos + sum(8 + storage.nbytes for storage in table.storages.values())
+        if row.source.nbytes >= end:
+            raise
+        every = set(table.storages)
+        raise CorruptError(_truncated(row.source, end, every, len(every), raw)) from error
+    if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
+        raise CorruptError("a list of strings is expected", where=where)
+    keys: list[str] = [key for key in listed if isinstance(key, str)]
+    unnamed = [key for key in keys if key not in table.storages]
+    if unnamed:
+        raise CorruptError(f"{len(unnamed)} storages that the object does not name: {_shown(unnamed)}", where=where)
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise AmbiguousError(f"storages are listed twice: {_shown(twice)}", where=where)
+    missing = table.storages.keys() - set(keys)
+    if missing:
+        raise CorruptError(f"{len(missing)} storages of the object are not listed: {_shown(missing)}", where=where)
+    return keys
+
+
+def _settle(row: PickleRow, keys: list[str], table: LegacyTable, raw: RawCheckpoint) -> None:
+    """Find every storage's bytes; the file must hold them all."""
+    # What the pickle says is there tells where each storage is, whether or not the file goes so far.
+    end = row.pos + sum(8 + table.storages[key].nbytes for key in keys)
+    for done, key in enumerate(keys):
+        storage, where = table.storages[key], f"storage {key!r:.80}"
+        if row.left < 8 + storage.nbytes:
+            if row.left >= 8:
+                _check_count(row, storage.nbytes // table.itemsize(storage), where)
+            raise CorruptError(_truncated(row.source, end, set(keys[done:]), len(keys), raw))
+        _check_count(row, storage.nbytes // table.itemsize(storage), where)
+        table.settle(key, row.raw(storage.nbytes, where))
+
+
+def _check_count(row: PickleRow, expected: int, where: str) -> None:
+    data = row.raw(8, where).read()
+    count = int.from_bytes(data, "little", signed=True)
+    if count == expected:
+        return
+    if int.from_bytes(data, "big") == expected:
+        raise UnsupportedError(
+            "its count is big-endian: an old torch wrote it on a big-endian machine, and whether the elements are "
+            "swapped too cannot be known. Load it with torch on such a machine, and save it with torch 1.8 or later",
+            where=where,
+            offset=row.pos - 8,
+        )
+    raise CorruptError(
+        f"{count:,} elements lie here, the object says {expected:,}: damaged", where=where, offset=row.pos - 8
+    )
+
+
+def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: RawCheckpoint) -> str:
+    """How much is missing, and which tensors are whole."""
+    entries = [node for node in walk(raw.root) if isinstance(node, TensorEntry)]
+    cut = [entry for entry in entries if entry.storage.key in missing]
+    first = ""
+    if cut:
+        try:
+            names = {id(entry): name for name, entry in normalize(raw, file.file).state_dict.items()}
+        except CkptkitError:
+            names = {}
+        named = [names[id(entry)] for entry in cut if id(entry) in names]
+        first = f", the first incomplete one is {named[0]!r:.200}" if named else ""
+    whole = f"{len(entries) - len(cut)} of {len(entries)} tensors are whole{first}"
+    return (
+        f"truncated: the file has {file.nbytes:,} bytes, at least {end:,} are expected ({end - file.nbytes:,} "
+        f"missing); {total - len(missing)} of {total} storages are complete, {whole}. "
+        f"Get the file again.{unfinished(file.file.path)}"
+    )
+
+
+def _followed(row: PickleRow) -> FormatError:
+    """The error for a file that goes on after the last storage."""
+    start = row.source.read(row.pos, min(row.left, _MAGIC_NBYTES))
+    what = f"{row.left:,} bytes follow the last storage"
+    if _begins_one(start):
+        return AmbiguousError(
+            f"{what}: another checkpoint, saved into the same file. In Python, torch.load on the open file gives one "
+            "after the other; save each into a file of its own",
+            offset=row.pos,
+        )
+    return AmbiguousError(f"{what}, which torch does not read: they begin {start[:16]!r}", offset=row.pos)
+
+
+def _shown(keys: Iterable[str]) -> str:
+    some = sorted(keys)
+    return ", ".join(repr(key[:40]) for key in some[:3]) + (", ..." if len(some) > 3 else "")
+
+
+def legacy_findings(table: LegacyTable) -> list[Finding]:
+    """What is remarkable about a file before torch 1.6."""
+    findings = []
+    if table.storages:
+        findings.append(
+            Finding(
+                code="no-checksums",
+                severity="info",
+                message=f"the container has no checksums: damage to the bytes of its {len(table.storages)} storages "
+                "cannot be seen",
+            )
+        )
+    if table.sources:
+        names = [cls.qualified[:80] if isinstance(cls, Global) else "?" for cls, _, _ in table.sources]
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        findings.append(
+            Finding(
+                code="embedded-source",
+                severity="info",
+                message=f"the file carries the source text of {len(names)} classes: {shown}",
+            )
+        )
+    return findings
+
+
+FORMAT = Format(name=_NAME, suffixes=(), sniff=_sniff, read=_read, write=None)

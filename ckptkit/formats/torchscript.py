@@ -1,0 +1,413 @@
+"""TorchScript: programs that ``torch.jit.save`` and ``_save_for_lite_interpreter`` write.
+
+Layout, one of torch's archives (`ckptkit.formats.torch_archive`; ``torch/csrc/jit/serialization``
+``export_module.cpp``, ``import.cpp``, ``pickler.cpp``, ``python_print.cpp``):
+
+- ``data.pkl``: the module, pickle protocol 2: objects of classes ``__torch__.…`` whose state is a
+  dict of attributes (of C++ classes: whatever their ``__getstate__`` gives)
+- ``data/KEY``: its storages, often before ``data.pkl``
+- ``constants.pkl``, ``constants/KEY``: a tuple of what the code calls ``CONSTANTS.c0``, ``c1``, …; the
+  weights of a frozen module are here
+- ``code/__torch__/….py``: each class's source, deflated, with ``__parameters__``, ``__buffers__`` and
+  ``name : Final[type] = value``; ``.debug_pkl`` beside it maps lines to the original program
+- ``bytecode.pkl``, ``mobile_debug_handles.pkl``: of mobile files (``.ptl``)
+- ``traced_inputs.pkl``: example inputs, whose storages are left empty
+- ``extra/…``: files of the user's
+
+Of the pickle's own functions ``torch.jit._pickle.build_intlist`` and its kin give their list, and
+``restore_type_tag`` its value (``torch/jit/_pickle.py``).
+
+The reader turns each script module into the inert node of an ``nn.Module``: its state gets
+``_parameters``, ``_buffers`` and ``_modules`` by what the class's source says.  Nothing of the source
+is run, and only that of classes in use is read; without it a tensor that requires a gradient is a
+parameter and any other a buffer.  As in torch itself, buffers that were not persistent are saved.
+Classes keep their own name (``torch.nn.modules.conv.Conv1d`` for
+``__torch__.torch.nn.modules.conv.___torch_mangle_0.Conv1d``, which stays under ``_script_class``);
+but quantized ones, whose state_dict is another in Python, keep ``__torch__``.
+
+What the state_dict does not hold stands beside it: *attributes* are the modules' other values with
+tensors in them, packed weights among them, and *constants* are those of the code, by their number.
+
+TorchScript of torch 1.0 to 1.3 (``model.json``) is recognised and refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
+from ckptkit.errors import CorruptError, LimitError, UnsupportedError
+from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.torch_archive import TorchArchive, archive_kind
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items, walk
+from ckptkit.pickling.reader import Constructor
+from ckptkit.pickling.tensors import StorageTable, is_tensor_like
+from ckptkit.report import Finding
+from ckptkit.sections import above_tensors, join
+
+__all__ = ["FORMAT", "JIT_CONSTRUCTORS", "ScriptClasses", "as_modules", "vouched"]
+
+_NAME = "torchscript"
+_SIDE_PICKLES = ("bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl")
+_FOLDERS = ("code/", "extra/", "traced_inputs/", "bytecode/")
+
+_MAX_ATTRIBUTE_DEPTH = 32
+"""Lists and dicts inside one another that an attribute's parts are looked for in; deeper ones stay whole."""
+
+_CODE_NBYTES = 64 << 20
+"""Bytes of source that is looked through; a model of 5,000 modules has about two million."""
+
+_MAX_MODULE_DEPTH = 1000
+"""Modules inside modules: as in `ckptkit.modules`."""
+
+_MANGLED = re.compile(r"\.___torch_mangle_[0-9]+")
+_CLASS = re.compile(r"^class ([^\s():]+)(?:\((\w+)\))?:$", re.MULTILINE)
+_LISTS = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
+_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
+_FINAL = re.compile(r"^  (\w+) : Final\[[^\]\n]{1,60}\] = (.{1,200})$", re.MULTILINE)
+_QUANTIZED = re.compile(r"__torch__\.torch\.(?:ao\.)?nn\.(?:intrinsic\.|sparse\.)?quantized\.")
+
+_PICKLE_FUNCTIONS = frozenset(
+    {"build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_tensor_from_id",
+     "restore_type_tag"}
+)  # fmt: skip
+
+
+def _first(args: tuple[object, ...]) -> object:
+    return args[0] if args else NotImplemented
+
+
+JIT_CONSTRUCTORS: dict[tuple[str, str], Constructor] = {
+    ("torch.jit._pickle", name): _first for name in _PICKLE_FUNCTIONS - {"build_tensor_from_id"}
+}
+"""The calls in a JIT pickle that give their first argument."""
+
+
+def _sniff(probe: Probe) -> bool:
+    return archive_kind(probe) == _NAME
+
+
+def _read(probe: Probe) -> RawCheckpoint:
+    archive = TorchArchive(probe.records or {}, probe.limits)
+    if "model.json" in archive.records:
+        raise UnsupportedError(
+            "a TorchScript archive of torch 1.0 to 1.3 (model.json), which is not read; "
+            "in Python, torch.jit.save(torch.jit.load(FILE), NEW) rewrites it"
+        )
+    version, byteorder = archive.version(), archive.byteorder()
+    tables = [
+        StorageTable(archive.locator(folder), byteorder=byteorder, limits=probe.limits)
+        for folder in ("data/", "constants/")
+    ]
+    data = archive.pickle("data.pkl", tables[0], constructors=JIT_CONSTRUCTORS)
+    constants = archive.pickle("constants.pkl", tables[1], constructors=JIT_CONSTRUCTORS)
+    for name in _SIDE_PICKLES:
+        if name in archive.records:
+            archive.pickle(name, tables[0], persistent_load=_marking(archive))
+    archive.mark(name for name in archive.records if name.startswith(_FOLDERS))
+    classes = ScriptClasses(archive)
+    attributes = as_modules(data.root, classes)
+    held = _held_constants(constants.root)
+    parts: list[tuple[object, object]] = [("model", data.root)]
+    if attributes:
+        parts.append(("attributes", InertDict(list(attributes.items()))))
+    if held:
+        parts.append(("constants", InertDict(held)))
+    return RawCheckpoint(
+        root=InertDict(parts) if len(parts) > 1 else data.root,
+        kind="whole_model" if classes.is_module(data.root) else None,
+        format=_NAME,
+        format_version=version,
+        byteorder=byteorder,
+        pickle_protocol=data.protocol,
+        writer=archive.writer(),
+        metadata={},
+        globals=vouched(archive.uses()),
+        findings=(*archive.findings(), *_findings(data.root, classes, attributes, held)),
+    )
+
+
+def _marking(archive: TorchArchive) -> Callable[[object], object]:
+    """Of a pickle that no weights are taken from, the storages are only said to be in use."""
+
+    def load(pid: object) -> object:
+        if isinstance(pid, tuple) and len(pid) > 2 and isinstance(pid[2], str):
+            archive.mark((f"constants/{pid[2]}", f"data/{pid[2]}"))
+        return PersistentId(pid)
+
+    return load
+
+
+def vouched(uses: tuple[GlobalUse, ...]) -> tuple[GlobalUse, ...]:
+    """The verdicts, with the names that TorchScript's own unpickler makes nothing but data of as torch's."""
+    own = {f"torch.jit._pickle.{name}" for name in _PICKLE_FUNCTIONS}
+    return tuple(
+        replace(use, verdict="torch")
+        if use.verdict == "unknown" and (use.name in own or use.name.startswith("__torch__."))
+        else use
+        for use in uses
+    )
+
+
+def _held_constants(root: object) -> list[tuple[object, object]]:
+    """The constants with tensors in them, by their number in the code."""
+    values = root if isinstance(root, (tuple, list)) else ()
+    holding = above_tensors(root)
+    return [(str(number), value) for number, value in enumerate(values) if id(value) in holding]
+
+
+# Classes, by their source.
+
+
+@dataclass(frozen=True, slots=True)
+class _Class:
+    """A module's class: which of its attributes are what, and the constants that stand in its source."""
+
+    parameters: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
+    constants: list[tuple[object, object]] = field(default_factory=list)
+
+
+class ScriptClasses:
+    """What the source in an archive says of its classes; each file is read when it is first asked for.
+
+    Args:
+        archive: the archive.
+        folder: of the source, with its slash.
+
+    Attributes:
+        limit: the most characters that the paths of a program's modules may have together.
+        missing: how many modules had no source.
+    """
+
+    def __init__(self, archive: TorchArchive, folder: str = "code/") -> None:
+        self._archive = archive
+        self._folder = folder
+        self._files: dict[str, dict[str, _Class | None] | None] = {}
+        self._left = _CODE_NBYTES
+        self.limit = archive.limits.pickle_nbytes
+        self.missing = 0
+
+    def is_module(self, node: object) -> bool:
+        """Whether a node is an object of a module's class."""
+        if not isinstance(node, Object) or not isinstance(node.cls, Global) or not isinstance(node.state, InertDict):
+            return False
+        if "_script_class" in node.state:
+            return True
+        if not node.cls.module.startswith("__torch__"):
+            return False
+        listed = self._file(node.cls.module)
+        return "training" in node.state if listed is None else listed.get(node.cls.name) is not None
+
+    def of(self, cls: Global) -> _Class | None:
+        """A module's class; ``None``: its source is not there."""
+        listed = self._file(cls.module)
+        return None if listed is None else listed.get(cls.name)
+
+    def _file(self, module: str) -> dict[str, _Class | None] | None:
+        """The classes in one file, by name (``None``: no module's); ``None``: there is no such file."""
+        if module not in self._files:
+            name = f"{self._folder}{module.replace('.', '/')}.py"
+            record = self._archive.records.get(name)
+            if record is None:
+                self._files[module] = None
+            else:
+                self._left -= record.nbytes
+                if self._left < 0:
+                    raise LimitError(
+                        "bytes of a program's source", limit=_CODE_NBYTES, actual=_CODE_NBYTES - self._left
+                    )
+                self._files[module] = dict(_parsed(self._archive.read(name).decode("utf-8", "replace")))
+        return self._files[module]
+
+
+def _parsed(text: str) -> Iterator[tuple[str, _Class | None]]:
+    starts = list(_CLASS.finditer(text))
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    for match, end in zip(starts, ends, strict=True):
+        name, base = match.groups()
+        if base != "Module":
+            yield name, None
+            continue
+        lists = {kind: _strings(items) for kind, items in _LISTS.findall(text, match.end(), end)}
+        constants = [(name, _literal(value)) for name, value in _FINAL.findall(text, match.end(), end)]
+        yield name, _Class(lists.get("parameters", frozenset()), lists.get("buffers", frozenset()), constants)
+
+
+def _strings(items: str) -> frozenset[str]:
+    """The strings in a list, as ``printQuotedString`` (``c10/util/StringUtil.h``) writes them."""
+    return frozenset(str(_literal(f'"{item}"')) if "\\" in item else item for item in _STRING.findall(items))
+
+
+def _literal(text: str) -> object:
+    """The number, string or tuple that a text stands for; the text itself where it is something else."""
+    import ast
+
+    try:
+        value: object = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return value if isinstance(value, (bool, int, float, str, tuple, type(None))) else text
+
+
+# Script modules as inert nodes of modules.
+
+
+def as_modules(root: object, classes: ScriptClasses) -> dict[object, object]:
+    """Give every script module at or below a node the state of an ``nn.Module``.
+
+    Args:
+        root: the node; what is below it is changed in place.
+        classes: of the archive.
+
+    Returns:
+        The modules' other attributes with tensors in them, by their path; they are taken out.
+
+    Raises:
+        LimitError: modules deeper inside one another, or longer paths, than any program has.
+        CorruptError: a module is its own descendant, or one is nameless.
+    """
+    found: dict[object, object] = {}
+    seen: set[int] = set()
+    holding = above_tensors(root)
+    characters = 0
+    stack: list[tuple[str, object, int]] = [("", root, 0)]
+    while stack:
+        path, node, depth = stack.pop()
+        if id(node) in seen or not classes.is_module(node) or not isinstance(node, Object):
+            continue
+        seen.add(id(node))
+        if depth > _MAX_MODULE_DEPTH:
+            raise LimitError("modules inside modules", limit=_MAX_MODULE_DEPTH, actual=depth)
+        below = []
+        for name, value in _as_module(node, classes, holding):
+            at = f"{path}.{name}" if path else name
+            characters += len(at)
+            if characters > classes.limit:
+                raise LimitError("characters of names in a program", limit=classes.limit, actual=characters)
+            if classes.is_module(value):
+                below.append((at, value, depth + 1))
+            else:
+                _flatten(at, value, found, seen, holding)
+        stack.extend(reversed(below))
+    return found
+
+
+def _flatten(path: str, value: object, found: dict[object, object], seen: set[int], holding: set[int]) -> None:
+    """Enter what an attribute holds under its path, each part of lists and dicts for itself.
+
+    Args:
+        path: of the attribute.
+        value: it.
+        found: where what has tensors in it is entered.
+        seen: the lists and dicts that were gone through, by ``id``; each is entered once.
+        holding: the nodes with tensors in them, by ``id``.
+    """
+    stack = [(path, value, 0)]
+    while stack:
+        at, node, depth = stack.pop()
+        parts: list[tuple[object, object]] | None = None
+        if depth < _MAX_ATTRIBUTE_DEPTH:
+            parts = list(enumerate(node)) if isinstance(node, (list, tuple)) else mapping_items(node)
+        if id(node) not in holding:
+            continue
+        if parts is None:
+            if at in found:
+                raise CorruptError(f"two attributes have the path {at[:200]!r}")
+            found[at] = node
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.extend((join(at, key), part, depth + 1) for key, part in reversed(parts))
+
+
+def _as_module(node: Object, classes: ScriptClasses, holding: set[int]) -> list[tuple[str, object]]:
+    """Rearrange one module; gives its children, and its attributes with tensors in them."""
+    cls, state = node.cls, node.state
+    if not isinstance(cls, Global) or not isinstance(state, InertDict):
+        return []
+    source = classes.of(cls)
+    classes.missing += source is None
+    parameters, buffers, modules = InertDict(), InertDict(), InertDict()
+    settings: list[tuple[object, object]] = [("_script_class", cls.qualified)]
+    beside: list[tuple[str, object]] = []
+    for name, value in state.pairs:
+        if not isinstance(name, str):
+            raise CorruptError(f"a module of class {cls.qualified[:80]} has an attribute whose name is no string")
+        if classes.is_module(value):
+            modules.pairs.append((name, value))
+            beside.append((name, value))
+        elif _is_saved(name, value, source, parameter=True):
+            parameters.pairs.append((name, value))
+        elif _is_saved(name, value, source, parameter=False):
+            buffers.pairs.append((name, value))
+        elif id(value) in holding:
+            beside.append((name, value))
+        else:
+            settings.append((name, value))
+    known = {name for name, _ in state.pairs}
+    settings += [pair for pair in (source.constants if source is not None else []) if pair[0] not in known]
+    node.state = InertDict([("_parameters", parameters), ("_buffers", buffers), ("_modules", modules), *settings])
+    if not _QUANTIZED.match(cls.module + "."):
+        module = _MANGLED.sub("", cls.module).removeprefix("__torch__").lstrip(".")
+        node.cls = Global(module or "__torch__", cls.name)
+    return beside
+
+
+def _is_saved(name: str, value: object, source: _Class | None, *, parameter: bool) -> bool:
+    """Whether an attribute is a parameter, or a buffer."""
+    if source is not None:
+        return name in (source.parameters if parameter else source.buffers)
+    if isinstance(value, TensorEntry):
+        return value.requires_grad == parameter
+    return not parameter and is_tensor_like(value)
+
+
+def _findings(
+    root: object, classes: ScriptClasses, attributes: dict[object, object], held: list[tuple[object, object]]
+) -> Iterator[Finding]:
+    name = root.state.get("_script_class") if isinstance(root, Object) and isinstance(root.state, InertDict) else None
+    if isinstance(name, str):
+        yield Finding(
+            code="torchscript-program",
+            severity="info",
+            message=f"a TorchScript program of class {name[:200]}: torch.jit.load opens it, torch.load does not",
+        )
+    packed = [
+        *(str(name) for name, value in attributes.items() if _is_packed(value)),
+        *(f"constants.{number}" for number, value in held if _is_packed(value)),
+    ]
+    if packed:
+        shown = ", ".join(path[:100] for path in packed[:4]) + (", ..." if len(packed) > 4 else "")
+        yield Finding(
+            code="not-a-plain-tensor",
+            severity="warning",
+            message=f"{len(packed)} values of the program are quantized or packed: {shown}; their parts are listed",
+        )
+    if classes.missing:
+        yield Finding(
+            code="torchscript-without-code",
+            severity="info",
+            message=f"{classes.missing} modules have no source in the file: tensors that require a gradient are "
+            "taken for parameters, the others for buffers",
+        )
+    if held and not attributes and not any(_has_saved(node) for node in walk(root)):
+        yield Finding(
+            code="frozen-program",
+            severity="warning",
+            message=f"the modules hold no tensors: the program was frozen, and its weights are {len(held)} constants "
+            "without names",
+        )
+
+
+def _is_packed(value: object) -> bool:
+    return not isinstance(value, TensorEntry)
+
+
+def _has_saved(node: object) -> bool:
+    return isinstance(node, (TensorEntry, Storage))
+
+
+FORMAT = Format(name=_NAME, suffixes=(".jit", ".ptl", ".torchscript"), sniff=_sniff, read=_read, write=None)

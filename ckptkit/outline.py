@@ -1,0 +1,310 @@
+"""The module tree of a file's weights, folded: repeated blocks stand once, as ``layers.0‥31`` times 32.
+
+Made from the rows of the inspect document, and for whole models from its ``modules``.  Names are split
+on dots to *show* them as a tree; nothing is rebuilt from that.
+
+Siblings whose names differ in a last number alone (``0``, ``1``; ``layer1``, ``layer2``), follow one another without
+a gap, and have the same structure (the same names, shapes, dtypes and classes below) are one branch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ckptkit.listing import TensorRow, natural_key
+
+__all__ = ["Line", "Outline"]
+
+_MAX_LEVELS = 48
+"""Dots of a name that make levels; what follows stays in one piece."""
+
+_DIGITS = "0123456789"
+
+_MAX_ON_A_LINE = 8
+"""Tensors of a module that are one line rather than one each: a layer has up to eight."""
+
+_MAX_TENSORS_NAMED = 3
+"""Tensors of a module that are named on its line."""
+
+
+class Line(NamedTuple):
+    """One line of the tree.
+
+    Attributes:
+        level: 0 for the whole.
+        label: name, below what stands above it.
+        copies: how many alike it stands for.
+        tensors, parameters, buffers, others, nbytes: of all it stands for; of a line below a folded
+            one, of one of them.  Tied tensors count as tensors alone; parameters, buffers and what is
+            neither in elements.
+        note: dtype and shape of a tensor, class and settings of a module, or dtypes.
+        is_tensor: whether it is a tensor.
+    """
+
+    level: int
+    label: str
+    copies: int
+    tensors: int
+    parameters: int
+    buffers: int
+    others: int
+    nbytes: int
+    note: str
+    is_tensor: bool
+
+
+class _Branch:
+    """A module, or a tensor (which has a row), with what is below it."""
+
+    __slots__ = (
+        "buffers", "children", "dtypes", "groups", "label", "nbytes", "note", "others", "parameters", "row", "shape",
+        "tensors",
+    )  # fmt: skip
+
+    def __init__(self, label: str, row: TensorRow | None = None) -> None:
+        self.label = label
+        self.row = row
+        self.children: list[_Branch] = []
+        self.groups: list[list[_Branch]] | None = None
+        self.note = ""
+        self.shape = -1
+        """Equal numbers have the same structure."""
+        self.tensors = self.parameters = self.buffers = self.others = self.nbytes = 0
+        self.dtypes: frozenset[str] = frozenset()
+
+    @property
+    def is_module(self) -> bool:
+        """Whether nothing but tensors is below it."""
+        return self.row is None and all(child.row is not None for child in self.children)
+
+
+_Group = list[_Branch]
+"""Branches that are one line: siblings alike, or one."""
+
+
+class Outline:
+    """The tree of some tensors.
+
+    Args:
+        rows: the tensors.
+        modules: of a whole model, as the inspect document lists them.
+        sectioned: whether names begin with their section.
+        sort: ``"file"``, ``"name"`` or ``"size"``; numbered siblings are in the order of their numbers but in the last.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[TensorRow],
+        modules: Sequence[dict[str, Any]] = (),
+        *,
+        sectioned: bool = False,
+        sort: str = "file",
+    ) -> None:
+        self._sort = sort
+        self._has_classes = bool(modules)
+        self._root = _Branch("")
+        made: dict[str, _Branch] = {"": self._root}
+        for module in modules:
+            _branch(module["path"], made).note = module["text"].replace("\n", " ")
+        for row in rows:
+            name = f"{row.section}.{row.name}" if sectioned and row.section else row.name
+            above, _, last = name.rpartition(".")
+            if not above:
+                last = name
+            (made.get(above) or _branch(above, made)).children.append(_Branch(last, row))
+        if self._has_classes:
+            for branch in made.values():
+                branch.children.sort(key=lambda child: child.row is None)  # as state_dict() gives them
+        _measure(made, sort)
+
+    def lines(self, depth: int, *, modules_only: bool = False) -> Iterator[Line]:
+        """The tree down to a level.
+
+        Args:
+            depth: levels below the whole, and below what all names have in common.
+            modules_only: whether a module that holds tensors alone is one line that names them.
+        """
+        root = self._root
+        groups = self._groups(root)
+        if self._has_classes or root.tensors > 1:
+            yield self._line([root], 0, "(all)")
+        if len(groups) == 1:
+            depth += 1
+        for group in groups:
+            yield from self._below(group, 1, depth, modules_only)
+
+    def fitting(self, most: int) -> tuple[list[Line], int]:
+        """The deepest tree of at most so many lines; where even its top level has more, how many are left out."""
+        lines: list[Line] = []
+        for depth in (_MAX_LEVELS + 2, *range(8, 0, -1)):
+            lines = list(itertools.islice(self.lines(depth, modules_only=True), most + 1))
+            if len(lines) <= most:
+                return lines, 0
+        left_out = sum(1 for _ in self.lines(1, modules_only=True)) - most
+        return lines[:most], left_out
+
+    def _below(self, group: _Group, level: int, depth: int, modules_only: bool) -> Iterator[Line]:
+        label = _group_label(group)
+        branch = group[0]
+        while branch.row is None and not branch.note:
+            inner = self._groups(branch)
+            if len(inner) != 1 or (len(group) > 1 and len(inner[0]) > 1):
+                break
+            label += "." + _group_label(inner[0])
+            group = inner[0] if len(group) == 1 else [self._groups(member)[0][0] for member in group]
+            branch = group[0]
+        is_small = modules_only and len(branch.children) <= _MAX_ON_A_LINE
+        is_whole = branch.row is not None or level >= depth or ((is_small or branch.note) and branch.is_module)
+        yield self._line(group, level, label, names_tensors=bool(is_whole))
+        if is_whole:
+            return
+        for inner_group in self._groups(branch):
+            yield from self._below(inner_group, level + 1, depth, modules_only)
+
+    def _groups(self, branch: _Branch) -> list[_Group]:
+        """A branch's children, those alike that follow one another folded."""
+        if branch.groups is not None:
+            return branch.groups
+        groups: list[_Group] = []
+        last: tuple[str, int] | None = None
+        for child in branch.children:
+            numbered = _split_number(child.label)
+            follows = last is not None and numbered == (last[0], last[1] + 1) and child.shape == groups[-1][0].shape
+            if follows:
+                groups[-1].append(child)
+            else:
+                groups.append([child])
+            last = numbered
+        if self._sort == "size":
+            groups.sort(key=lambda group: -sum(member.nbytes for member in group))
+        branch.groups = groups
+        return groups
+
+    def _line(self, group: _Group, level: int, label: str, *, names_tensors: bool = False) -> Line:
+        branch = group[0]
+        return Line(
+            level=level,
+            label=label,
+            copies=len(group),
+            tensors=sum(member.tensors for member in group),
+            parameters=sum(member.parameters for member in group),
+            buffers=sum(member.buffers for member in group),
+            others=sum(member.others for member in group),
+            nbytes=sum(member.nbytes for member in group),
+            note=_note(branch, names_tensors),
+            is_tensor=branch.row is not None,
+        )
+
+
+def _branch(path: str, made: dict[str, _Branch]) -> _Branch:
+    """The branch of a path, made with all above it where it is not there yet."""
+    branch = made.get(path)
+    if branch is None:
+        above, _, last = path.rpartition(".")
+        missing = [(path, last)]
+        if path.count(".") > _MAX_LEVELS:
+            above, last = "", path  # one piece
+            missing = [(path, last)]
+        while above and above not in made:
+            missing.append((above, above.rpartition(".")[2]))
+            above = above.rpartition(".")[0]
+        branch = made[above]
+        for whole, part in reversed(missing):
+            below = made[whole] = _Branch(part)
+            branch.children.append(below)
+            branch = below
+    return branch
+
+
+def _measure(made: dict[str, _Branch], sort: str) -> None:
+    """Put children in order, and sum up what is below each branch, from the bottom."""
+    shapes: dict[tuple[object, ...], int] = {}
+    alone: dict[str, frozenset[str]] = {}
+    for branch in reversed(made.values()):  # what is below was made later
+        if len(branch.children) > 1:
+            _arrange(branch.children, sort)
+        dtypes: set[str] = set()
+        below = []
+        for child in branch.children:
+            row = child.row
+            if row is not None:
+                dtype = row.dtype
+                child.tensors = 1
+                if row.tied_to is None:
+                    numel = math.prod(row.shape)
+                    child.nbytes = row.nbytes
+                    if row.role == "parameter":
+                        child.parameters = numel
+                    elif row.role == "buffer":
+                        child.buffers = numel
+                    else:
+                        child.others = numel
+                child.shape = shapes.setdefault((dtype, row.shape, row.role), len(shapes))
+                dtypes.add(dtype)
+            else:
+                dtypes |= child.dtypes
+            branch.tensors += child.tensors
+            branch.parameters += child.parameters
+            branch.buffers += child.buffers
+            branch.others += child.others
+            branch.nbytes += child.nbytes
+            below.append((child.label, child.shape))
+        branch.shape = shapes.setdefault((branch.note, *below), len(shapes))
+        name = " ".join(sorted(dtypes))
+        branch.dtypes = alone.setdefault(name, frozenset(dtypes))
+
+
+def _arrange(children: list[_Branch], sort: str) -> None:
+    """By name, or in file order; but of those that differ in a number each has the place that its number gives it."""
+    if sort == "name":
+        children.sort(key=lambda child: natural_key(child.label))
+        return
+    slots: dict[str, list[int]] = {}
+    numbers: dict[str, list[int]] = {}
+    for index, child in enumerate(children):
+        numbered = _split_number(child.label)
+        if numbered is not None:
+            slots.setdefault(numbered[0], []).append(index)
+            numbers.setdefault(numbered[0], []).append(numbered[1])
+    for stem, found in numbers.items():
+        if any(a > b for a, b in itertools.pairwise(found)):
+            by_number = sorted(zip(found, slots[stem], strict=True))
+            for index, child in zip(slots[stem], [children[at] for _, at in by_number], strict=True):
+                children[index] = child
+
+
+def _split_number(label: str) -> tuple[str, int] | None:
+    """``("layer", 10)`` of ``layer10``; ``None``: it ends in no number, or in one that begins with a zero."""
+    end = len(label)
+    while end and label[end - 1] in _DIGITS:
+        end -= 1
+    digits = label[end:]
+    if not digits or len(digits) > 9 or (digits[0] == "0" and len(digits) > 1):
+        return None
+    return label[:end], int(digits)
+
+
+def _group_label(group: _Group) -> str:
+    if len(group) == 1:
+        return group[0].label
+    numbered = _split_number(group[-1].label)
+    return f"{group[0].label}‥{'' if numbered is None else numbered[1]}"
+
+
+def _note(branch: _Branch, names_tensors: bool) -> str:
+    """What stands at the end of a branch's line; of a module without a class, perhaps the tensors it holds."""
+    if branch.row is not None:
+        note = f"{branch.row.dtype} {list(branch.row.shape)}"
+        return f"{note} = {branch.row.tied_to}" if branch.row.tied_to else note
+    if branch.note:
+        return branch.note if branch.is_module else branch.note.removesuffix("()")
+    dtypes = sorted(branch.dtypes)
+    shown = ", ".join(dtypes) if len(dtypes) < 4 else f"{len(dtypes)} dtypes"
+    if not names_tensors or not branch.is_module:
+        return shown
+    named = [f"{child.label} {list(child.row.shape)}" for child in branch.children if child.row is not None]
+    more = ", …" if len(named) > _MAX_TENSORS_NAMED else ""
+    return f"{shown}: {', '.join(named[:_MAX_TENSORS_NAMED])}{more}"

@@ -1,0 +1,201 @@
+"""Names that run, import, open or reach out, however they are spelled.
+
+Whoever executes a pickle calls what it names, with arguments it chooses.  So a module is listed here
+when a function in it runs a program or text, imports, loads native code, unpickles, opens or removes
+files, or talks to the network, and no checkpoint needs a name from it.  Sources: the block lists of
+picklescan, modelscan and fickling, the bypasses reported against them, and the standard library's
+own modules read for such functions.
+
+No list of this kind is complete, which is why a name that is not on it is *unknown*, not safe.
+What honest checkpoints name (``argparse.Namespace``, ``pathlib.PosixPath``, ``functools.partial``,
+``distutils.version.LooseVersion``, numpy's reconstructors) is left out with care: packages are listed
+only where a user's own package of that name is improbable; else the single module or name is.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+
+__all__ = ["is_dangerous", "is_dangerous_attribute"]
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_PACKAGES = frozenset(
+    _words("""
+    _aix_support _bootsubprocess _ctypes _frozen_importlib _frozen_importlib_external _imp _osx_support _pickle
+    _posixshmem _posixsubprocess _pyrepl _socket _sqlite3 _ssl _testcapi _testinternalcapi _thread _winapi
+    _xxsubinterpreters antigravity asynchat asyncio asyncore atexit bdb cPickle cProfile cgitb codeop compileall
+    crypt ctypes dbm doctest ensurepip faulthandler fileinput ftplib gc gdbm http httplib idlelib imaplib importlib
+    lib2to3 linecache mailbox mailcap marshal mmap modulefinder netrc nntplib ntpath nturl2path os pdb pickle
+    pickletools pipes pkgutil poplib posix posixpath pstats pty pwd py_compile pyclbr pydoc readline rlcompleter
+    runpy shelve shutil signal site sitecustomize smtpd smtplib socket socketserver spwd sqlite3 ssl subprocess
+    symtable sys sysconfig syslog tabnanny tarfile telnetlib tempfile termios timeit tkinter turtle turtledemo
+    unittest urllib usercustomize uu venv webbrowser winreg wsgiref xmlrpc zipapp zipfile zipimport
+
+    dumbdbm dummy_thread popen2 urllib2 xmlrpclib
+
+    Cython IPython Pyro4 aiohttp cffi cloudpickle dill eventlet execnet fabric fsspec gevent httpx ipykernel joblib
+    jsonpickle paramiko pexpect pickle5 pip plumbum psutil ptyprocess pyximport requests rpyc srsly twisted urllib3
+    virtualenv zerorpc
+    """)
+)
+"""Top-level modules with all below them: of the standard library, of Python 2, of others."""
+
+_HONEST = frozenset({"http.HTTPStatus", "http.HTTPMethod", "signal.Signals", "signal.Handlers"})
+"""Enumerations in packages that are otherwise listed."""
+
+_CORE = frozenset(
+    _words("""
+    __builtin__ __builtins__ _posixsubprocess builtins cPickle cloudpickle ctypes dill importlib joblib marshal os
+    pickle pkgutil posix pty runpy shutil socket subprocess sys webbrowser
+    """)
+)
+"""Modules that other modules have as attributes or re-export (``six.moves.builtins``, ``numpy.os``),
+and that no package calls one of its own."""
+
+_MODULES = frozenset(
+    _words("""
+    _osx_support _pyrepl.pager builtins.code code.code commands curses distutils.core distutils.dir_util
+    distutils.file_util distutils.spawn distutils.sysconfig distutils.util git.cmd git.repo git.repo.base imp
+    keras.saving logging.config logging.handlers multiprocessing.connection multiprocessing.dummy
+    multiprocessing.forkserver multiprocessing.managers multiprocessing.pool multiprocessing.process
+    multiprocessing.reduction multiprocessing.resource_sharer multiprocessing.spawn multiprocessing.util nt
+    numpy.ctypeslib numpy.lib._datasource numpy.lib._npyio_impl numpy.lib.npyio pytest resource scipy.io
+    six.moves.builtins test.support thread timeit yaml.constructor yaml.loader
+    """)
+)
+"""Modules, but not what lies below them: a package of a user's own may be called ``imp`` or ``nt``."""
+
+_PREFIXES = tuple(
+    _words("""
+    concurrent.futures. curses. distutils.command. keras.saving. keras.src.saving. multiprocessing.popen_
+    numpy.compat.py3k. numpy.ctypeslib. numpy.distutils. numpy.f2py. numpy.testing. pandas.core.computation.
+    pandas.io. pkg_resources.load_ pkg_resources.run_ ray.cloudpickle. scipy.io. setuptools._distutils.command.
+    setuptools._distutils.core. setuptools._distutils.file_util. setuptools._distutils.spawn. setuptools.command.
+    setuptools.sandbox. sklearn.datasets. sklearn.externals.joblib. tensorflow.io. tensorflow.python.lib.io.
+    test.support. transformers.dynamic_module_utils. uuid._
+
+    torch._appdirs. torch._dynamo.debug_utils. torch._dynamo.guards. torch._dynamo.repro. torch._export.
+    torch._inductor. torch._weights_only_unpickler. torch.distributed.elastic. torch.distributed.launch.
+    torch.distributed.launcher. torch.distributed.rpc. torch.distributed.run. torch.export.load
+    torch.fx.graph_module._ torch.hub. torch.jit._serialization. torch.multiprocessing. torch.package.
+    torch.testing._internal. torch.utils._cpp_extension_versioner. torch.utils.benchmark. torch.utils.bottleneck.
+    torch.utils.collect_env. torch.utils.cpp_extension. torch.utils.data.datapipes.utils. torch.utils.file_baton.
+    torch.utils.model_zoo. torch.utils.show_pickle.
+    """)
+)
+"""How qualified names begin."""
+
+_NAMES = frozenset(
+    {f"builtins.{name}" for name in (
+        "eval", "exec", "execfile", "compile", "open", "file", "input", "raw_input", "__import__", "apply", "reload",
+        "breakpoint", "globals", "locals", "vars", "setattr", "delattr", "exit", "quit", "help", "copyright", "credits",
+        "license")}
+    | {f"{module}.{name}" for module in ("io", "_io", "_pyio", "codecs", "gzip", "bz2", "lzma")
+       for name in ("FileIO", "open", "open_code", "GzipFile", "BZ2File", "LZMAFile", "OpenWrapper", "register")}
+    | {f"{module}.{name}" for module in ("operator", "_operator") for name in ("attrgetter", "methodcaller")}
+    | {f"types.{name}" for name in ("CodeType", "FunctionType", "LambdaType", "ModuleType", "new_class")}
+    | {f"code.{name}" for name in ("InteractiveConsole", "InteractiveInterpreter", "compile_command", "interact")}
+    | {f"{module}.{name}" for module in ("profile", "trace") for name in ("Profile", "Trace", "run", "runctx", "main")}
+    | {f"pandas.{name}" for name in (
+        "eval", "read_pickle", "read_csv", "read_excel", "read_hdf", "read_html", "read_json", "read_sql", "read_table",
+        "HDFStore", "ExcelFile", "ExcelWriter")}
+    | {f"{module}.{name}" for module in ("numpy", "numpy.lib", "numpy.core.records", "numpy._core.records", "numpy.rec",
+                                         "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.memmap",
+                                         "numpy._core.memmap", "numpy.lib.utils", "numpy.lib.format")
+       for name in ("DataSource", "exec_mod_from_location", "fromfile", "genfromtxt", "load", "loadtxt", "memmap",
+                    "open_memmap", "safe_eval", "save", "savetxt", "savez", "savez_compressed")}
+    | {f"yaml.{name}" for name in ("full_load", "load", "load_all", "unsafe_load", "unsafe_load_all")}
+    | {f"{module}.Lambda" for module in (
+        "keras.layers", "keras.layers.core.lambda_layer", "keras.src.layers.core.lambda_layer",
+        "tensorflow.keras.layers")}
+    | {f"torch.{name}" for name in (
+        "_utils._import_dotted_name", "compile", "from_file", "load", "save", "serialization.load",
+        "serialization._load", "serialization._legacy_load", "serialization.save", "storage._load_from_bytes",
+        "jit.load", "jit.save",
+        "jit.jit_module_from_flatbuffer", "jit.unsupported_tensor_ops.execWrapper", "ops.load_library",
+        "classes.load_library", "_ops._Ops.load_library", "utils._config_module.ConfigModule.load_config",
+        "fx.experimental.symbolic_shapes.ShapeEnv.evaluate_guards_expression", "fx._forward_from_src",
+        "fx.graph_module.reduce_package_graph_module", "fx.graph_module.reduce_deploy_graph_module",
+        "utils.data.datapipes.utils.decoder.basichandlers", "set_default_tensor_type", "library.Library")}
+    | {"click.edit", "click.launch", "copyreg.add_extension", "copyreg.constructor", "copyreg.pickle",
+       "dataclasses._create_fn", "dataclasses.make_dataclass", "functools.reduce", "_functools.reduce", "git.Git",
+       "git.Repo", "inspect.currentframe", "inspect.stack", "keras.models.load_model", "keras.utils.get_file",
+       "logging.FileHandler", "logging.basicConfig", "multiprocessing.Pool", "multiprocessing.Process",
+       "past.builtins.execfile", "platform.popen", "platform._syscmd_file", "tensorflow.keras.models.load_model",
+       "tensorflow.keras.utils.get_file", "tensorflow.load_library", "tensorflow.load_op_library",
+       "tensorflow.raw_ops.ReadFile", "tensorflow.raw_ops.WriteFile", "threading.Thread", "threading.Timer",
+       "transformers.pipeline", "typing._eval_type", "typing.get_type_hints", "weakref.finalize",
+       "xml.etree.ElementTree.parse"}
+)  # fmt: skip
+"""Single names, with all below them (``builtins.open`` and ``codecs.open.anything``)."""
+
+_ANYWHERE = frozenset(
+    _words("""
+    CDLL Popen __import__ check_call check_output exec exec_module execfile execl execle execlp execv execve execvp
+    getoutput getstatusoutput import_module load_library load_module popen run_module run_path spawnl spawnle
+    spawnlp spawnv spawnve spawnvp urlopen urlretrieve
+    """)
+)
+"""Functions that keep their name wherever a module imports or wraps them."""
+
+_ATTRIBUTES = frozenset(
+    _words("""
+    _new_shared_filename_cpu _new_using_filename_cpu _write_file from_file from_pretrained fromfile memmap tofile
+    """)
+)
+"""Methods that open, write or fetch files: of storages and tensors, of numpy's arrays, of transformers' classes."""
+
+
+_MAX_PARTS = 64
+"""Parts of a dotted name: the deepest packages and classes have about twelve."""
+
+
+def is_dangerous(module: str, name: str) -> bool:
+    """Whether a name runs, imports, opens or reaches out.
+
+    Args:
+        module: as the pickle spells it; Python 2's are understood.
+        name: in the module; with dots it is an attribute of an attribute.
+    """
+    if not (module.isascii() and name.isascii()):
+        # Python does not fold these when it looks a name up; whoever reads them would.
+        module, name = unicodedata.normalize("NFKC", module), unicodedata.normalize("NFKC", name)
+    if _is_listed(module, name):
+        return True
+    # As CPython's unpickler translates it for protocols 0 to 2 (Lib/_compat_pickle.py).
+    renamed = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return renamed != (module, name) and _is_listed(*renamed)
+
+
+def _is_listed(module: str, name: str) -> bool:
+    qualified = f"{module}.{name}"
+    if qualified in _HONEST:
+        return False
+    folders, attributes = module.split("."), name.split(".")
+    if len(folders) + len(attributes) > _MAX_PARTS:
+        return True
+    if folders[0] in _PACKAGES or qualified.startswith(_PREFIXES):
+        return True
+    # A module that is an attribute of another: "six.moves.builtins", or "torch.serialization" and "os.system".
+    if any(folder in _CORE for folder in folders[1:]) or attributes[0] in _ANYWHERE:
+        return True
+    if any(map(is_dangerous_attribute, attributes)) or any(part in _PACKAGES for part in attributes[:-1]):
+        return True
+    path = ""
+    for count, part in enumerate((*folders, *attributes), 1):
+        path = f"{path}.{part}" if path else part
+        if path in _NAMES or (path in _MODULES and len(folders) <= count < len(folders) + len(attributes)):
+            return True
+    return False
+
+
+def is_dangerous_attribute(name: str) -> bool:
+    """Whether an attribute, of whatever it may be, is a module of that kind, an internal, or opens files."""
+    if name.startswith("__") and name.endswith("__"):
+        return True
+    return name.lstrip("_") in _CORE or name in _CORE or name in _ATTRIBUTES

@@ -1,0 +1,166 @@
+"""What a node of an inert tree looks like, without going below what it holds.
+
+The words in which `ckptkit.sections` judges a tree: what leads from a node to others, what can be
+read as named values, and what is an optimizer's.
+"""
+
+from __future__ import annotations
+
+from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.dtypes import DTYPES
+from ckptkit.modules import bound_method, module_state
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, attributes, mapping_items
+from ckptkit.pickling.tensors import is_tensor_like
+
+__all__ = [
+    "CUSTOMARY_KEYS",
+    "MOMENTS",
+    "are_moments",
+    "is_optimizer",
+    "is_substantial",
+    "named_values",
+    "parts",
+    "tensor_at_a_glance",
+    "weights_at_sight",
+]
+
+CUSTOMARY_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "model.state_dict",
+    "net",
+    "network",
+    "module",
+    "weights",
+    "params",
+    "model_dict",
+    "model_weights",
+    "model_params",
+    "net_state_dict",
+    "network_weights",
+    "network_state_dict",
+    "module_state_dict",
+)
+"""Where training scripts put the weights, most common first."""
+
+_TELLING = frozenset({
+    "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_diff", "exp_inf", "momentum_buffer",
+    "square_avg", "grad_avg", "sqr_avg", "acc_delta", "step",
+})  # fmt: skip
+MOMENTS = _TELLING | {"max_exp_avg_sq", "neg_grad_or_diff", "sum", "step_size", "prev", "eta", "mu", "ax"}
+"""Keys of one parameter's optimizer state (torch.optim, fastai, Adafactor, Adan); some of them tell it apart."""
+
+_SCALARS = (str, int, float, bytes, type(None))
+
+_MORE_THAN_ANY = 1 << 60
+"""Tensors no file has: what is surely weights, whatever it is compared with."""
+
+
+_GLANCE = 32
+"""Nodes looked at in one glance, and members of one node."""
+
+
+def tensor_at_a_glance(node: object) -> bool | None:
+    """Whether there is a tensor at or below a node; ``None``: it takes a longer look to know."""
+    near, complete = [node], True
+    for below in near:  # which grows on the way
+        if isinstance(below, (TensorEntry, Storage)):
+            return True
+        inside: list[object] = []
+        if isinstance(below, (list, tuple)):
+            inside = list(below[:_GLANCE])
+            complete = complete and len(below) <= _GLANCE
+        elif isinstance(below, (InertDict, Object)):
+            inside = [part for pair in below.pairs[:_GLANCE] for part in pair]
+            complete = complete and len(below.pairs) <= _GLANCE
+            if isinstance(below, Object):
+                inside += [below.args, below.items, below.kwargs, below.state, below.cls]
+        elif not isinstance(below, (Global, *_SCALARS)) and below is not ABSENT:
+            complete = False
+        if len(near) < _GLANCE:
+            near += [part for part in inside if not isinstance(part, _SCALARS)]
+        else:
+            complete = complete and not inside
+    return False if complete else None
+
+
+def weights_at_sight(node: object) -> int:
+    """Tensors in what looks like a state_dict; more than any where it is a module or an optimizer."""
+    if is_tensor_like(node):
+        return 0
+    if module_state(node) is not None or bound_method(node) is not None or is_optimizer(node):
+        return _MORE_THAN_ANY
+    pairs = named_values(node) or []
+    tensors = sum(is_tensor_like(value) for _, value in pairs)
+    named = all(isinstance(key, str) for key, _ in pairs)
+    return tensors if named and 2 * tensors >= len(pairs) and not are_moments(pairs) else 0
+
+
+def is_optimizer(node: object) -> bool:
+    """Whether it is an optimizer, or an optimizer's state_dict."""
+    pairs = mapping_items(node)
+    if pairs is None:
+        state = attributes(node)
+        pairs = state.pairs if state is not None else []
+    keys = {key for key, _ in pairs if isinstance(key, str)}
+    return "state" in keys and ("param_groups" in keys or "hypers" in keys)
+
+
+def are_moments(pairs: list[tuple[object, object]]) -> bool:
+    """Whether the tensors are what an optimizer keeps for one parameter."""
+    if len(pairs) > 2 * len(MOMENTS):
+        return False
+    keys = {key for key, value in pairs if is_tensor_like(value)}
+    return keys <= MOMENTS and not keys.isdisjoint(_TELLING)
+
+
+def is_substantial(value: object) -> bool:
+    """Whether a model would have it as a parameter: no plain tensor, or one of numbers that are not whole."""
+    if not isinstance(value, TensorEntry):
+        return not isinstance(value, (str, int, float, bytes, type(None)))
+    return bool(value.shape) and DTYPES[value.dtype].kind not in ("int", "bool")
+
+
+def named_values(node: object) -> list[tuple[object, object]] | None:
+    """The pairs of what can be a state_dict: a mapping, of whatever class, or a list of (name, value) pairs.
+
+    ``None``: it is neither, or has two pairs of one name.
+    """
+    pairs = mapping_items(node)
+    if pairs is not None:
+        return pairs
+    if isinstance(node, Object):
+        return node.pairs or None
+    if not isinstance(node, (list, tuple)) or not node:
+        return None
+    pair_type, names = type(node[0]), set()
+    if pair_type not in (list, tuple):
+        return None
+    pairs = []
+    for item in node:
+        if type(item) is not pair_type or len(item) != 2 or not isinstance(item[0], str) or item[0] in names:
+            return None
+        names.add(item[0])
+        pairs.append((item[0], item[1]))
+    return pairs
+
+
+def parts(node: object) -> list[tuple[object, object]]:
+    """What a node holds, each with what leads there: the keys of a mapping, the indices of a sequence.
+
+    Of an object these are its attributes; beside them its items, and what it was made from, by position.
+    """
+    pairs = mapping_items(node)
+    if pairs is not None:
+        return pairs
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if not isinstance(node, Object) or is_tensor_like(node):
+        return []
+    state = node.state if isinstance(node.state, tuple) else () if node.state is ABSENT else (node.state,)
+    filled: list[tuple[object, object]] = []
+    for index, part in enumerate(state):
+        filled += part.pairs if isinstance(part, InertDict) else [(index, part)]
+    return [*enumerate(node.args), *enumerate(node.items), *node.pairs, *filled]

@@ -1,0 +1,251 @@
+"""The training state beside the weights: scalars, optimizers, schedulers.
+
+An optimizer's state_dict is ``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does
+not name its class.  The options in its groups tell: what ``torch/optim`` sets as defaults differs from
+class to class (`_OPTIMIZERS`).  A scheduler's state_dict is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which
+tells in the same way.  Both are inferences and marked so; a pickled object says what it is.
+
+No tensor is read but those of one element, of which a few: step counts, a best metric.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ckptkit.checkpoint import Section, TensorEntry
+from ckptkit.errors import CkptkitError
+from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
+from ckptkit.sections import MAX_SECTION_DEPTH, join, step
+
+__all__ = ["training_document", "training_state"]
+
+_MAX_SCALARS = 400
+"""Scalars of the training state that are listed; argument namespaces have about a hundred."""
+
+_MAX_TEXT = 200
+"""Characters of a string scalar that are shown."""
+
+_MAX_VISITS = 100_000
+"""Nodes that are looked at for optimizers and schedulers: they lie near the root."""
+
+_MAX_FOUND = 64
+"""Optimizers, and schedulers, that are listed; and learning rates of one."""
+
+_MAX_TENSOR_SCALARS = 64
+"""Tensors of one element whose value is read: a best metric, an optimizer's step count."""
+
+_OPTIMIZERS: tuple[tuple[str, str], ...] = (
+    ("Adafactor", "beta2_decay d"),
+    ("Muon", "ns_coefficients ns_steps"),
+    ("Adadelta", "rho"),
+    ("Adagrad", "lr_decay initial_accumulator_value"),
+    ("Adagrad", "lr_decay"),
+    ("NAdam", "betas momentum_decay"),
+    ("ASGD", "lambd alpha t0"),
+    ("LBFGS", "max_iter history_size"),
+    ("RMSprop", "alpha centered"),
+    ("Rprop", "etas step_sizes"),
+    ("SGD", "momentum dampening nesterov"),
+    ("Adam or AdamW", "betas eps amsgrad"),
+    ("RAdam", "betas eps weight_decay decoupled_weight_decay"),
+    ("Adamax", "betas exp_inf"),
+    ("Adam or a relative of it", "betas eps"),
+)
+"""Options of a parameter group that only one class sets, the most telling first."""
+
+_SCHEDULERS: tuple[tuple[str, str], ...] = (
+    ("OneCycleLR", "total_steps"),
+    ("CyclicLR", "max_lrs"),
+    ("CosineAnnealingWarmRestarts", "T_0"),
+    ("CosineAnnealingLR", "T_max"),
+    ("ReduceLROnPlateau", "patience factor"),
+    ("MultiStepLR", "milestones gamma"),
+    ("StepLR", "step_size gamma"),
+    ("LinearLR", "start_factor end_factor"),
+    ("PolynomialLR", "total_iters power"),
+    ("ConstantLR", "total_iters factor"),
+    ("LambdaLR or MultiplicativeLR", "lr_lambdas"),
+    ("SequentialLR", "_schedulers _milestones"),
+    ("ChainedScheduler", "_schedulers _last_lr"),
+    ("ExponentialLR", "gamma last_epoch"),
+)
+"""Attributes that only one scheduler of ``torch.optim.lr_scheduler`` has, the most telling first."""
+
+_FORMATS = {"float32": "f", "float64": "d", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
+            "uint8": "B", "bool": "?"}  # fmt: skip
+
+
+def training_document(rest: object, sections: Sequence[Section] = ()) -> dict[str, Any]:
+    """``{"scalars": {...}, "optimizers": [...], "schedulers": [...]}`` of what is beside the weights.
+
+    Args:
+        rest: all but the state_dict.
+        sections: of the file; optimizers among them have their sizes there.
+    """
+    sized = {section.path: section for section in sections}
+    reader = _ScalarReader()
+    optimizers: list[dict[str, Any]] = []
+    schedulers: list[dict[str, Any]] = []
+    for path, class_name, state in _mappings(rest):
+        if isinstance(state.get("param_groups"), list):
+            if len(optimizers) < _MAX_FOUND:
+                section = sized.get(path)
+                size = (
+                    {"tensors": section.tensors, "nbytes": section.nbytes} if section else {"tensors": 0, "nbytes": 0}
+                )
+                optimizers.append({"path": path, **_optimizer(state, class_name, reader), **size})
+        elif len(schedulers) < _MAX_FOUND and ("last_epoch" in state or "_schedulers" in state):
+            schedulers.append({"path": path, **_scheduler(state, class_name)})
+    scalars = training_state(rest)
+    for key, value in mapping_items(rest) or []:
+        if isinstance(key, str) and isinstance(value, TensorEntry) and len(scalars) < _MAX_SCALARS:
+            number = reader.value(value)
+            if number is not None:
+                scalars[step(key)] = number
+    return {"scalars": scalars, "optimizers": optimizers, "schedulers": schedulers}
+
+
+def training_state(rest: object) -> dict[str, Any]:
+    """Scalars beside the weights: of the file's own dict, and one level into what it holds.
+
+    ``{"epoch": 3, "args.lr": 0.1}``; long strings are cut.
+    """
+    scalars: dict[str, Any] = {}
+    for key, value in mapping_items(rest) or []:
+        if not isinstance(key, str):
+            continue
+        if _is_scalar(value):
+            scalars[step(key)] = _shown(value)
+            continue
+        inner = mapping_items(value) or _object_items(value)
+        scalars.update((join(step(key), name), _shown(part)) for name, part in inner if _is_named_scalar(name, part))
+        if len(scalars) >= _MAX_SCALARS:
+            break
+    return dict(list(scalars.items())[:_MAX_SCALARS])
+
+
+def _object_items(node: object) -> list[tuple[object, object]]:
+    """The attributes of an object; of an omegaconf DictConfig, whose values are objects themselves, its content."""
+    state = attributes(node)
+    if state is None:
+        return []
+    if not isinstance(node, Object) or not node.class_name.startswith("omegaconf."):
+        return state.pairs
+    content = ((name, attributes(part)) for name, part in mapping_items(state.get("_content")) or [])
+    return [(name, inner.get("_val")) for name, inner in content if inner is not None and "_val" in inner]
+
+
+def _is_named_scalar(name: object, node: object) -> bool:
+    return isinstance(name, str) and _is_scalar(node)
+
+
+def _is_scalar(node: object) -> bool:
+    return node is None or isinstance(node, (bool, int, float, str))
+
+
+def _shown(node: object) -> Any:
+    if isinstance(node, str) and len(node) > _MAX_TEXT:
+        return node[:_MAX_TEXT] + "…"
+    if isinstance(node, float) and (node != node or node in (float("inf"), float("-inf"))):
+        return str(node)  # JSON has no such numbers
+    return node
+
+
+# Optimizers and schedulers.
+
+
+def _mappings(root: object) -> Iterator[tuple[str, str | None, InertDict]]:
+    """Every mapping, and every object's attributes with its class, at most `MAX_SECTION_DEPTH` keys from the root."""
+    seen: set[int] = set()
+    stack: list[tuple[str, object, int]] = [("", root, 0)]
+    visits = 0
+    while stack:
+        path, node, depth = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        state, class_name = attributes(node), None
+        pairs = mapping_items(node)
+        if pairs is not None:
+            state = node if isinstance(node, InertDict) else InertDict(pairs)
+        elif state is not None and isinstance(node, Object):
+            class_name = node.class_name
+        if state is not None:
+            yield path, class_name, state
+        if depth >= MAX_SECTION_DEPTH or (state is not None and "param_groups" in state):
+            continue
+        below = state.pairs if state is not None else list(enumerate(node)) if isinstance(node, (list, tuple)) else []
+        visits += len(below)
+        if visits > _MAX_VISITS:
+            continue
+        stack.extend(
+            (join(path, key), child, depth + 1)
+            for key, child in reversed(below)
+            if isinstance(child, (InertDict, Object, list, tuple))
+        )
+
+
+def _kind(class_name: str | None, known: tuple[tuple[str, str], ...], names: set[str]) -> dict[str, Any]:
+    """``kind`` and whether it is inferred: a pickled object's class is known, else its keys tell."""
+    if class_name is not None:
+        return {"kind": class_name.rpartition(".")[2], "inferred": False}
+    return {"kind": next((kind for kind, keys in known if names.issuperset(keys.split())), None), "inferred": True}
+
+
+def _keys(node: object) -> set[str]:
+    return {key for key, _ in mapping_items(node) or [] if isinstance(key, str)}
+
+
+def _get(node: object, name: str) -> object:
+    """The value under a string key of a mapping; ``None``: it has none."""
+    return next(
+        (value for key, value in reversed(mapping_items(node) or []) if isinstance(key, str) and key == name), None
+    )
+
+
+def _optimizer(state: InertDict, class_name: str | None, reader: _ScalarReader) -> dict[str, Any]:
+    listed = state.get("param_groups")
+    groups = [group for group in listed if mapping_items(group) is not None] if isinstance(listed, list) else []
+    moments = next((value for _, value in mapping_items(state.get("state")) or []), None)
+    kind = _kind(class_name, _OPTIMIZERS, (_keys(groups[0]) if groups else set()) | _keys(moments))
+    if kind["kind"] == "Adam or AdamW" and groups and _get(groups[0], "decoupled_weight_decay") is not None:
+        kind["kind"] = "AdamW" if _get(groups[0], "decoupled_weight_decay") is True else "Adam"
+    rates = [reader.value(_get(group, "lr")) for group in groups[:_MAX_FOUND]]
+    return {**kind, "groups": len(groups), "lr": rates, "steps": reader.value(_get(moments, "step"))}
+
+
+def _scheduler(state: InertDict, class_name: str | None) -> dict[str, Any]:
+    rates = state.get("_last_lr")
+    return {
+        **_kind(class_name, _SCHEDULERS, {key for key in state if isinstance(key, str)}),
+        "last_epoch": _number(state.get("last_epoch")),
+        "lr": [_number(rate) for rate in rates[:_MAX_FOUND]] if isinstance(rates, list) else [],
+    }
+
+
+def _number(node: object) -> Any:
+    return _shown(node) if isinstance(node, (int, float)) and not isinstance(node, bool) else None
+
+
+class _ScalarReader:
+    """Reads the values of tensors of one element, which training scripts keep numbers in; not of many."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_TENSOR_SCALARS
+
+    def value(self, node: object) -> Any:
+        """The number a node is; ``None``: it is none, or cannot be read."""
+        if not isinstance(node, TensorEntry):
+            return _number(node)
+        code = _FORMATS.get(node.dtype)
+        if node.numel != 1 or len(node.shape) > 1 or code is None or not self._left:
+            return None
+        self._left -= 1
+        order = "<" if node.storage.byteorder == "little" else ">"
+        try:
+            data = node.storage.source.read(node.storage_offset * node.itemsize, node.itemsize)
+            return _shown(struct.unpack(order + code, data)[0])
+        except CkptkitError:
+            return None  # whoever reads the tensor itself will say what is wrong

@@ -1,0 +1,135 @@
+"""What every reader must do: a test class that the tests of each container subclass.
+
+    class TestLegacy(Conformance):
+        reads = "torch-legacy"
+
+        def written(self, state, folder):
+            path = folder / "m.pth"
+            torch.save(state, path, _use_new_zipfile_serialization=False)
+            return path
+
+The oracle is the state_dict that was written, and for what is converted torch and the safetensors
+library.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ckptkit
+from ckptkit.checkpoint import TensorEntry
+from ckptkit.errors import FileAccessError, FormatError
+from ckptkit.transfer import stream
+
+SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+def tensor(entry: TensorEntry) -> torch.Tensor:
+    """An entry's values, by the bytes that ckptkit streams."""
+    data = bytearray(b"".join(stream(entry)))
+    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+
+
+class Conformance:
+    """Subclass it in the tests of a container."""
+
+    reads: ClassVar[str]
+    """The container's name."""
+
+    keeps_order: ClassVar[bool] = True
+    """Whether names come in the order in which they were written."""
+
+    step: ClassVar[int] = 1
+    """Every how many bytes a file is cut off."""
+
+    def written(self, state: dict[str, torch.Tensor], folder: Path) -> Path:
+        """A file of this container that holds the state_dict, written by the reference implementation."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors that this container can hold."""
+        torch.manual_seed(0)
+        return {
+            "z.weight": torch.randn(3, 4),
+            "a.bias": torch.randn(3).double(),
+            "half": torch.randn(2, 2).half(),
+            "brain": torch.randn(5).bfloat16(),
+            "count": torch.tensor(7),
+            "mask": torch.tensor([True, False, True]),
+            "bytes": torch.arange(9, dtype=torch.uint8),
+            "empty": torch.zeros(0, 3),
+            "odd name: é/'\n": torch.ones(1),
+        }
+
+    def damage(self, path: Path) -> Path:
+        """The file that is damaged in the tests below: the one that says what there is."""
+        return path
+
+    def test_names_shapes_and_values(self, tmp_path: Path, same_bits: SameBits) -> None:
+        state = self.state()
+        with ckptkit.open(self.written(state, tmp_path)) as file:
+            found = file.state_dict
+            assert (file.format, file.kind, file.trust) == (self.reads, "state_dict", "safe")
+            assert set(found) == set(state)
+            assert list(found) == list(state) or not self.keeps_order
+            for name, value in state.items():
+                assert found[name].shape == tuple(value.shape)
+                assert found[name].location == "cpu"
+                assert same_bits(tensor(found[name]), value), name
+
+    def test_it_opens_as_torch_tensors(self, tmp_path: Path, same_bits: SameBits) -> None:
+        state = self.state()
+        found = ckptkit.load_state_dict(self.written(state, tmp_path))
+        assert all(same_bits(found[name], value) for name, value in state.items())
+
+    def test_it_converts_to_what_torch_reads(self, tmp_path: Path, same_bits: SameBits) -> None:
+        state = self.state()
+        target = tmp_path / "converted.pth"
+        report = ckptkit.convert(self.written(state, tmp_path), target)
+        assert report.details["checked"]
+        found = torch.load(target, weights_only=True)
+        assert set(found) == set(state)
+        assert all(same_bits(found[name], value) for name, value in state.items())
+
+    def test_it_converts_to_what_the_safetensors_library_reads(self, tmp_path: Path, same_bits: SameBits) -> None:
+        state = self.state()
+        target = tmp_path / "converted.safetensors"
+        report = ckptkit.convert(self.written(state, tmp_path), target)
+        assert report.details["checked"]
+        found = load_file(target)
+        assert set(found) == set(state)
+        assert all(same_bits(found[name], value) for name, value in state.items())
+
+    def test_cut_off_anywhere_it_is_a_format_error(self, tmp_path: Path) -> None:
+        path = self.written({"a": torch.arange(3.0), "b": torch.arange(2)}, tmp_path)
+        cut = self.damage(path)
+        data = cut.read_bytes()
+        for length in range(0, len(data), self.step):
+            cut.write_bytes(data[:length])
+            with pytest.raises(FormatError) as caught:
+                ckptkit.open(path)
+            assert len(str(caught.value)) < 2000
+
+    def test_with_flipped_bits_it_opens_or_is_a_format_error(self, tmp_path: Path) -> None:
+        path = self.written({"a": torch.arange(3.0), "b": torch.arange(2)}, tmp_path)
+        changed = self.damage(path)
+        data, numbers = changed.read_bytes(), random.Random(0)
+        refused = 0
+        for _ in range(500):
+            at = numbers.randrange(len(data))
+            changed.write_bytes(data[:at] + bytes([data[at] ^ 1 << numbers.randrange(8)]) + data[at + 1 :])
+            try:
+                with ckptkit.open(path) as file:
+                    for entry in file.state_dict.values():
+                        assert entry.span()[1] <= entry.storage.nbytes
+            except (FormatError, FileAccessError):
+                refused += 1
+        assert refused > 10

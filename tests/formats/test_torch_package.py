@@ -1,0 +1,213 @@
+"""torch.package: its pickles are listed, its code is counted, and PackageImporter is the oracle."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.package import PackageExporter, PackageImporter, package_exporter
+
+import ckptkit
+from ckptkit import formats
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import CorruptError, FormatError, RewriteError
+from ckptkit.torch_bridge import tensors
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
+
+SOURCE = """
+from torch import nn
+import torch
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(3, 2)
+        self.register_buffer("scale", torch.ones(2))
+        self.register_buffer("transient", torch.ones(2), persistent=False)
+
+    def forward(self, x):
+        return self.lin(x) * self.scale
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[nn.Module]:
+    """A model whose class lies in a module of its own, as PackageExporter wants it."""
+    (tmp_path / "packaged_net.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield importlib.import_module("packaged_net").Net()
+    sys.modules.pop("packaged_net", None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "package.pt"
+
+
+def export(path: Path, *, intern: tuple[str, ...] = (), text: bool = False, **resources: object) -> Path:
+    with PackageExporter(str(path)) as exporter:
+        for module in intern:
+            exporter.intern(module)
+        exporter.extern("**")
+        for name, value in resources.items():
+            exporter.save_pickle("held", f"{name}.pkl", value)
+        if text:
+            exporter.save_text("files", "notes.txt", "hello")
+            exporter.save_binary("files", "blob.bin", b"\x00\x01")
+    return path
+
+
+def read(path: Path) -> Checkpoint:
+    checkpoint, file = formats.read(path)
+    file.close()
+    return checkpoint
+
+
+def messages(checkpoint: Checkpoint) -> dict[str, str]:
+    return {finding.code: finding.message for finding in checkpoint.findings}
+
+
+def test_a_model_with_its_code(net: nn.Module, path: Path) -> None:
+    export(path, intern=("packaged_net",), model=net, text=True)
+    oracle = PackageImporter(str(path)).load_pickle("held", "model.pkl").state_dict()
+    with ckptkit.open(path) as file:
+        assert (file.format, file.kind) == ("torch-package", "whole_model")
+        assert file.checkpoint.origin.state_path == "held/model.pkl"
+        ours = tensors(file.state_dict)
+    assert list(ours) == list(oracle) == ["scale", "lin.weight", "lin.bias"]
+    assert all(torch.equal(ours[name], value) for name, value in oracle.items())
+    checkpoint = read(path)
+    assert checkpoint.trust == "needs_trust"
+    assert (
+        "1 pickled objects, and 1 Python sources that its importer runs (packaged_net.py)"
+        in (messages(checkpoint)["package-code"])
+    )
+    assert f"Python {sys.version_info.major}." in messages(checkpoint)["package-code"]
+    assert "unreferenced-records" not in messages(checkpoint)
+
+
+def test_plain_weights_are_safe(path: Path) -> None:
+    state = nn.Linear(3, 2).state_dict()
+    checkpoint = read(export(path, weights=state))
+    assert (checkpoint.trust, checkpoint.origin.kind) == ("safe", "state_dict")
+    assert [finding.severity for finding in checkpoint.findings if finding.code == "package-code"] == ["info"]
+    assert list(checkpoint.state_dict) == list(state)
+
+
+def test_several_resources_are_sections_and_share_storages(net: nn.Module, path: Path) -> None:
+    export(path, intern=("packaged_net",), model=net, weights={"sd": net.state_dict(), "epoch": 3})
+    checkpoint = read(path)
+    assert [section.path for section in checkpoint.sections] == ["held/model.pkl", "held/weights.pkl.sd"]
+    assert checkpoint.origin.kind == "collection"
+    assert [section.nbytes for section in checkpoint.sections] == [48, 40], "the state_dict lacks the transient buffer"
+    with ckptkit.open(path, section="held/weights.pkl.sd") as file:
+        ours = tensors(file.state_dict)
+    assert all(torch.equal(ours[name], value) for name, value in net.state_dict().items())
+
+
+def test_torchscript_inside(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package_exporter, "_gate_torchscript_serialization", False)
+    script = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
+    export(path, both={"a": script, "b": script})
+    oracle = PackageImporter(str(path)).load_pickle("held", "both.pkl")["a"].state_dict()
+    checkpoint = read(path)
+    assert checkpoint.trust == "safe"
+    assert "and 1 TorchScript modules" in messages(checkpoint)["package-code"]
+    assert [section.path for section in checkpoint.sections] == ["held/both.pkl.a", "held/both.pkl.b"]
+    with ckptkit.open(path, section="held/both.pkl.a") as file:
+        ours = tensors(file.state_dict)
+        parameters = [name for name, entry in file.state_dict.items() if entry.is_parameter]
+    assert list(ours) == list(oracle)
+    assert all(torch.equal(ours[name], value) for name, value in oracle.items())
+    assert parameters == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_converting_writes_the_state_dict(ending: str, net: nn.Module, path: Path) -> None:
+    export(path, intern=("packaged_net",), model=net)
+    target = path.with_name(f"out.{ending}")
+    ckptkit.convert(path, target)
+    written = ckptkit.load_state_dict(target)
+    assert set(written) == set(net.state_dict())
+    assert all(torch.equal(written[name], value) for name, value in net.state_dict().items())
+
+
+def test_nothing_is_written_of_objects_alone(path: Path) -> None:
+    export(path, settings={"lr": 0.1})
+    assert read(path).origin.kind == "other"
+    with pytest.raises(RewriteError, match="only the weights can be written"):
+        ckptkit.convert(path, path.with_name("out.pth"))
+
+
+# What is refused.
+
+
+def repacked(path: Path, change: Callable[[str, bytes], bytes | None], more: Any = ()) -> Path:
+    target = path.with_name("repacked.pt")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        for name in source.namelist():
+            data = change(name.partition("/")[2], source.read(name))
+            if data is not None:
+                out.writestr(name, data)
+        for name, data in more:
+            out.writestr(name, data)
+    return target
+
+
+def test_a_payload_in_any_resource_is_seen_and_not_run(path: Path, tmp_path: Path) -> None:
+    export(path, weights=nn.Linear(3, 2).state_dict())
+    command = f"touch {tmp_path / 'canary'}".encode()
+    payload = b"\x80\x03cos\nsystem\nX" + len(command).to_bytes(4, "little") + command + b"\x85R."
+    changed = repacked(path, lambda name, data: data, more=[("package/held/innocent.bin", payload)])
+    assert read(changed).trust == "hostile"
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_storage_without_its_record(path: Path) -> None:
+    export(path, weights=nn.Linear(3, 2).state_dict())
+    with pytest.raises(CorruptError, match=r"no record .data/0.storage") as caught:
+        formats.read(repacked(path, lambda name, data: None if name == ".data/0.storage" else data))
+    assert caught.value.where == "held/weights.pkl"
+
+
+@pytest.mark.parametrize("pid", [b"K\x01", b"(X\x01\x00\x00\x00xt", b"(K\x01K\x02K\x03t"])
+def test_odd_persistent_ids(pid: bytes, path: Path) -> None:
+    export(path, weights={"a": torch.ones(2)})
+    with pytest.raises(CorruptError, match="neither a storage nor an object of the package"):
+        formats.read(
+            repacked(path, lambda name, data: b"\x80\x03" + pid + b"Q." if name == "held/weights.pkl" else data)
+        )
+
+
+def test_a_script_that_is_not_there(path: Path) -> None:
+    export(path, weights={"a": torch.ones(2)})
+    pickle = (
+        b"\x80\x03(X\x0e\x00\x00\x00reduce_packageK\x01ctorch.jit._script\nunpackage_script_module\n"
+        b"X\x01\x00\x00\x007\x85tQ."
+    )
+    with pytest.raises(CorruptError, match=r"no record '\.data/ts_code/7/data\.pkl'"):
+        formats.read(repacked(path, lambda name, data: pickle if name == "held/weights.pkl" else data))
+
+
+def test_truncation_at_every_record(net: nn.Module, path: Path) -> None:
+    export(path, intern=("packaged_net",), model=net)
+    with zipfile.ZipFile(path) as archive:
+        offsets = [info.header_offset for info in archive.infolist()]
+    data = path.read_bytes()
+    for length in offsets:
+        path.write_bytes(data[:length])
+        with pytest.raises(FormatError):
+            formats.read(path)
