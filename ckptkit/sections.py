@@ -43,7 +43,7 @@ from ckptkit.shapes import (
     weights_at_sight,
 )
 
-__all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "brief", "is_plain", "above_tensors", "join", "step"]
+__all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "above_tensors", "brief", "is_plain", "join", "step"]
 
 MAX_SECTION_DEPTH = 4
 """Keys from the root to a section.  Lightning and fairseq need two."""

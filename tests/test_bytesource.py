@@ -6,13 +6,16 @@ import gc
 import os
 import socket
 import sys
+import tempfile
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, DeflatedRange, Inflation, SourceFile
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
 DATA = bytes(range(256)) * 4
@@ -205,3 +208,126 @@ def test_chunks(path: Path) -> None:
     assert list(part.part(0, 0).chunks()) == []
     assert [len(c) for c in part.chunks()] == [1000]
     assert CHUNK_NBYTES % 16 == 0  # a chunk never cuts an element
+
+
+# Deflated ranges.
+
+
+def squeezed(
+    tmp_path: Path, data: bytes, *, before: bytes = b"", behind: bytes = b"", **changes: object
+) -> DeflatedRange:
+    """A range of a file that inflates to the bytes, and says so unless it is told otherwise."""
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = deflater.compress(data) + deflater.flush()
+    (tmp_path / "packed").write_bytes(before + packed + behind)
+    at = ByteRange(SourceFile(tmp_path / "packed"), len(before), len(packed))
+    declared: dict[str, Any] = {"deflated": at, "nbytes": len(data), "crc32": zlib.crc32(data)} | changes
+    whole = Inflation(**declared, name="record 'x'")
+    return DeflatedRange(whole, 0, whole.nbytes)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 1024, CHUNK_NBYTES - 1, CHUNK_NBYTES, CHUNK_NBYTES + 1, 3 * CHUNK_NBYTES + 7])
+def test_a_deflated_range_reads_like_a_plain_one(nbytes: int, tmp_path: Path) -> None:
+    data = (DATA * (nbytes // len(DATA) + 1))[:nbytes]
+    source = squeezed(tmp_path, data, before=b"before", behind=b"behind")
+    assert source.read() == data
+    assert b"".join(source.chunks(1 << 20)) == data
+    assert source.plain().read() == data
+    assert source.plain() == source.plain()
+    if nbytes > 100:
+        part = source.part(50, 40).part(10, 20)
+        assert (part.read(), part.read(5, 3), part.nbytes) == (data[60:80], data[65:68], 20)
+        assert part.plain().read() == data[60:80]
+    assert source.file.path == str(tmp_path / "packed")
+
+
+def test_nothing_is_inflated_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    real = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: made.append(options) or real(**options))
+    source = squeezed(tmp_path, DATA)
+    parts = [source.part(at, 10) for at in range(0, 100, 10)]
+    assert not made
+    with ThreadPoolExecutor(4) as pool:
+        assert b"".join(pool.map(DeflatedRange.read, parts)) == DATA[:100]
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nbytes": 1023}, "does not inflate to the 1,023 bytes it declares"),
+        ({"nbytes": 1025}, "does not inflate to the 1,025 bytes"),
+        ({"nbytes": 0}, "does not inflate to the 0 bytes"),
+        ({"crc32": 1}, "its CRC-32 is [0-9a-f]{8}, recorded is 00000001: damaged"),
+    ],
+)
+def test_what_it_inflates_to_must_be_what_is_declared(changes: dict[str, int], words: str, tmp_path: Path) -> None:
+    with pytest.raises(CorruptError, match=f"record 'x': {words}") as caught:
+        squeezed(tmp_path, DATA, **changes).read(0, 0)
+    assert caught.value.path == str(tmp_path / "packed")
+
+
+def test_a_checksum_that_is_not_recorded(tmp_path: Path) -> None:
+    assert squeezed(tmp_path, DATA, crc32=None).read() == DATA
+
+
+def test_truncated_or_followed_by_something(tmp_path: Path) -> None:
+    whole = squeezed(tmp_path, DATA, behind=b"more").whole.deflated
+    for nbytes in [*range(whole.nbytes), whole.nbytes + 2]:
+        part = Inflation(ByteRange(whole.file, 0, nbytes), len(DATA), None, "x")
+        with pytest.raises(CorruptError, match="does not inflate to"):
+            part.plain()
+
+
+def test_bytes_that_are_no_deflate(path: Path) -> None:
+    with pytest.raises(CorruptError, match="x: cannot be inflated: Error -3"):
+        Inflation(ByteRange(SourceFile(path), 255, 100), 100, None, "x").plain()
+
+
+def test_a_bomb_stops_at_what_it_declares(tmp_path: Path) -> None:
+    source = squeezed(tmp_path, bytes(50 << 20), nbytes=10)
+    sizes = [len(part) for part in _parts_until_error(source)]
+    assert sum(sizes) <= CHUNK_NBYTES
+
+
+def _parts_until_error(source: DeflatedRange) -> list[bytes]:
+    parts: list[bytes] = []
+    with pytest.raises(CorruptError, match="does not inflate"):
+        parts.extend(source.whole._parts())
+    return parts
+
+
+def test_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(FileAccessError, match=r"takes 1,024 bytes in the temporary folder: No space left.*set TMPDIR"):
+        squeezed(tmp_path, DATA).read()
+
+
+def test_it_is_closed_with_the_file_it_came_from(tmp_path: Path) -> None:
+    source = squeezed(tmp_path, DATA)
+    inflated = source.plain()
+    source.file.close()
+    for closed in (inflated, source):
+        with pytest.raises(FileAccessError, match="the checkpoint was closed"):
+            closed.read(0, 1)
+    with pytest.raises(FileAccessError, match="the checkpoint was closed"):
+        squeezed_and_closed(tmp_path).read()
+
+
+def squeezed_and_closed(tmp_path: Path) -> DeflatedRange:
+    source = squeezed(tmp_path, DATA)
+    source.file.close()
+    return source
+
+
+@pytest.mark.parametrize(("start", "nbytes"), [(-1, 1), (0, 1025), (1024, 1), (0, -1)])
+def test_a_deflated_range_gives_nothing_outside(start: int, nbytes: int, tmp_path: Path) -> None:
+    source = squeezed(tmp_path, DATA)
+    with pytest.raises(CorruptError, match="range of 1,024 bytes"):
+        source.part(start, nbytes)
+    with pytest.raises(CorruptError, match="range of 1,024 bytes"):
+        source.read(start, nbytes)

@@ -46,7 +46,7 @@ ELEMENTS: dict[str, dict[str, Any]] = {
         "section": str, "name": str, "dtype": str, "shape": list, "stride": list, "nbytes": int, "location": str,
         "storage": str, "role": str, "role_inferred": bool, "tied_to": (str, type(None)),
     },
-    "globals": {"name": str, "verdict": str, "count": int, "where": list},
+    "globals": {"name": str, "verdict": str, "count": int, "where": list, "reason": str},
     "modules": {"path": str, "class": str, "text": str, "settings": dict, "children": list},
     "training": {"scalars": dict, "optimizers": list, "schedulers": list},
     "findings": {"code": str, "severity": str, "message": str, "fix": (str, type(None))},

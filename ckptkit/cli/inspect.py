@@ -24,7 +24,6 @@ from ckptkit.cli.options import (
 )
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.formats import SUFFIXES
-from ckptkit.formats.first_bytes import describe_folder
 from ckptkit.formats.sharded import INDEX_SUFFIXES, shard_names
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.report import SCHEMA_VERSION, at_least
@@ -166,6 +165,8 @@ def _expand(path: str) -> Iterator[str]:
                 found += 1
                 yield os.path.join(folder, name)
     if not found:
+        from ckptkit.formats.first_bytes import describe_folder
+
         what = describe_folder(path)
         if what == "is a folder, not a file":
             what = f"a folder without checkpoint files ({', '.join(sorted(SUFFIXES))})"

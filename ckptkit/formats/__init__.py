@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import Checkpoint, GlobalUse
+from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats import pt2, safetensors, sharded, torch_legacy, torch_package, torch_tar, torch_zip, torchscript
 from ckptkit.formats.detection import identify
-from ckptkit.formats.first_bytes import describe_folder
 from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.sweep import names_left
 from ckptkit.limits import DEFAULT_LIMITS, Limits
-from ckptkit.normalize import normalize
+from ckptkit.normalize import RawCheckpoint, normalize
 
 __all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "read"]
 
@@ -70,18 +70,24 @@ def read(
         SectionError: the section is not there.
     """
     if os.path.isdir(path):
+        from ckptkit.formats.first_bytes import describe_folder
+
         raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
     file = SourceFile(path)
-    names: tuple[GlobalUse, ...] = ()
+    probe: Probe | None = None
+    raw: RawCheckpoint | None = None
     try:
         with _collector_paused():
             probe = Probe(file, limits)
             raw = detect(probe).read(probe)
-            names = raw.globals
             return _placed(normalize(raw, file, section=section), file), file
     except FormatError as error:
+        seen = raw.globals if raw is not None else ()
+        if probe is not None and raw is None:
+            known = {use.name for use in error.globals}
+            seen = tuple(use for use in names_left(probe) if use.name not in known)
         file.close()
-        raise error.at(path=file.path, seen=names) from error.__cause__
+        raise error.at(path=file.path, seen=seen) from error.__cause__
     except BaseException:
         file.close()
         raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptkit.errors import AmbiguousError
-from ckptkit.formats.first_bytes import unknown
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.zip_archive import CENTRAL_SIGNATURE, LOCAL_SIGNATURE
 from ckptkit.formats.zip_end import END, LOCATOR, MAX16
@@ -22,6 +21,8 @@ def identify(probe: Probe, containers: Sequence[Format]) -> Format:
     """
     claims = [container for container in containers if container.sniff(probe)]
     if not claims:
+        from ckptkit.formats.first_bytes import unknown  # only here, as many patterns take a moment to compile
+
         raise unknown(probe)
     names = [container.name for container in claims]
     if not probe.head.startswith(LOCAL_SIGNATURE) and _ends_like_a_zip(probe):

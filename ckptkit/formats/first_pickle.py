@@ -9,8 +9,8 @@ from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import FormatError
 from ckptkit.formats.format import Probe
 from ckptkit.pickling.inert import Global, InertDict, Object
-from ckptkit.pickling.reader import read_pickle
-from ckptkit.pickling.trust import global_uses
+from ckptkit.pickling.reader import read_names, read_pickle
+from ckptkit.pickling.trust import global_uses, merge_uses
 
 __all__ = ["describe_pickle", "is_pickle"]
 
@@ -56,10 +56,10 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     try:
         pickle = read_pickle(data, limits=probe.limits)
     except FormatError as error:
-        names = _scanned(data[:_SCANNED_NBYTES])
+        names = merge_uses(error.globals, _scanned(data[:_SCANNED_NBYTES]))
         what = f"a Python pickle that cannot be read to its end ({error.message})"
     else:
-        names = global_uses(pickle.globals)
+        names = merge_uses(global_uses(pickle.globals), read_names(data[pickle.end :], "", limits=probe.limits))
         what = f"a Python pickle of {_kind(pickle.root)}"
         if pickle.end < probe.file.size:
             what += f", with {probe.file.size - pickle.end:,} bytes behind it"

@@ -8,8 +8,7 @@ from functools import cached_property
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import CorruptError
-from ckptkit.formats.truncated import what_is_left
+from ckptkit.errors import CorruptError, UnknownFormatError
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
@@ -40,6 +39,7 @@ class Probe:
         """Every record of a zip archive by its full name; ``None``: the file is none.
 
         Raises:
+            UnknownFormatError: it is a part of another kind of checkpoint.
             CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
                 the message says what is left of it.
         """
@@ -48,6 +48,13 @@ class Probe:
         try:
             return read_directory(self.file, self.limits)
         except CorruptError as error:
+            if self.file.path.endswith(".distcp"):  # archives end to end, one a tensor
+                raise UnknownFormatError(
+                    "a part of a folder that torch.distributed.checkpoint wrote; in Python, torch.distributed."
+                    "checkpoint.format_utils.dcp_to_torch_save(FOLDER, 'model.pth') makes one file of it"
+                ) from error
+            from ckptkit.formats.truncated import what_is_left
+
             found = what_is_left(self.file, self.limits)
             if found is None:
                 raise

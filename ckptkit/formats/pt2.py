@@ -36,7 +36,7 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.strict_json import parse, shown
 from ckptkit.formats.torch_archive import TorchArchive, archive_kind
 from ckptkit.formats.torchscript import vouched
-from ckptkit.formats.zip_archive import record_source
+from ckptkit.formats.zip_record import record_source
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.pickling.reader import read_pickle

@@ -8,7 +8,8 @@ Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.r
   ``__metadata__`` maps strings to strings
 - the data: contiguous, C order, little-endian; no holes, no overlaps, nothing behind
 
-A reader must accept data that is not aligned (older files).  The writer pads the header with
+A reader must accept data that is not aligned (older files); a finding says so.  What is wrong with a
+header, and where this reader is stricter than the library, is in `ckptkit.formats.safetensors_header`.  The writer pads the header with
 spaces so that data begins at a multiple of 8, and orders tensors by element width, widest first,
 so that each is aligned; names stand in the header in state_dict order.
 
@@ -34,7 +35,7 @@ from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict
 from ckptkit.plan import Copy, Gather, Literal, Plan, Step
-from ckptkit.report import Finding
+from ckptkit.report import Finding, convert_command
 
 __all__ = ["FORMAT"]
 
@@ -90,7 +91,7 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
         root=InertDict(list(entries.items())),
         format=_NAME,
         metadata={key: value for key, value in metadata.items() if key not in aliases},
-        findings=tuple(_alignment(layouts, start)),
+        findings=tuple(_alignment(layouts, start, file.path)),
     )
 
 
@@ -106,7 +107,7 @@ def _entry(name: str, place: Layout, file: SourceFile, start: int) -> TensorEntr
     return TensorEntry(storage=storage, storage_offset=0, shape=shape, stride=contiguous_stride(shape), dtype=row.name)
 
 
-def _alignment(layouts: Mapping[str, Layout], start: int) -> Iterator[Finding]:
+def _alignment(layouts: Mapping[str, Layout], start: int, path: str) -> Iterator[Finding]:
     odd = [name for name, (row, _, begin, end) in layouts.items() if (start + begin) % row.itemsize and end > begin]
     if odd:
         yield Finding(
@@ -114,6 +115,7 @@ def _alignment(layouts: Mapping[str, Layout], start: int) -> Iterator[Finding]:
             severity="info",
             message=f"{len(odd)} of {len(layouts)} tensors, such as {shown(odd[0])}, begin at no multiple of their "
             "elements' width",
+            fix=convert_command(path),
         )
 
 

@@ -25,6 +25,7 @@ hold no state_dict; names in no shard, in another shard than the index says, or 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -301,7 +302,7 @@ def lone_shard(file: SourceFile) -> Finding | None:
         candidates = [f"{stem}{ending}.index.json" for stem in ("model", "pytorch_model", "diffusion_pytorch_model")]
     else:
         return None
-    index = next((path for path in (os.path.join(folder, c) for c in candidates) if name in shard_names(path)), None)
+    index = next((path for path in (os.path.join(folder, c) for c in candidates) if _names(path, name)), None)
     if index is None and (customary is None or int(customary[3]) < 2):
         return None
     what = f"one of {int(customary[3])} shards" if customary is not None else "one of several shards"
@@ -312,3 +313,17 @@ def lone_shard(file: SourceFile) -> Finding | None:
         message=f"{what} of a checkpoint: the other tensors lie in the other files; {beside}",
         fix=f"ckptkit inspect {shlex.quote(index)}" if index else None,
     )
+
+
+def _names(path: str, shard: str) -> bool:
+    """Whether a file beside a shard holds the shard's name in quotes: an index is not parsed for a remark."""
+    try:
+        index = SourceFile(path)
+    except FileAccessError:
+        return False
+    try:
+        return index.size <= DEFAULT_LIMITS.index_nbytes and json.dumps(shard).encode() in index.read(0, index.size)
+    except (FormatError, FileAccessError):
+        return False
+    finally:
+        index.close()

@@ -27,9 +27,11 @@ from ckptkit.bytesource import ByteSource
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory, read_record, record_source
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
+from ckptkit.formats.zip_record import Record, read_record, record_source
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_names, read_pickle
+from ckptkit.pickling.shortcut import TensorShortcut
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import Finding, human_size
@@ -223,6 +225,7 @@ class TorchArchive:
                 persistent_load=persistent_load or table.persistent_load,
                 constructors={**table.constructors, **(constructors or {})},
                 limits=self.limits,
+                shortcut=TensorShortcut(table.persistent_load),
                 whole=True,
             )
         except FormatError as error:

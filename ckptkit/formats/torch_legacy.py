@@ -11,9 +11,9 @@ Layout (``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``; ``torc
 - a pickle of the list of storage keys, sorted; a key is the decimal address the storage had
 - for each key of that list, in its order: the number of elements (8 bytes) and the elements
 
-Counts and elements are little-endian whatever ``little_endian`` says.  Torch before 1.8 wrote
-counts, and some releases elements, as a big-endian machine has them: such a file says nothing of
-the order of its elements and is refused.
+Counts and elements are little-endian whatever ``little_endian`` says.  Old releases wrote counts,
+and some of them elements, as a big-endian machine has them: such a file says nothing of the order
+of its elements and is refused.
 
 A reader must accept pickles of any protocol, in Python 2's dialect too, views of storages, classes
 with their source, and untyped storages (float8, uint16), which torch writes in this format and does
@@ -156,7 +156,7 @@ def _check_count(row: PickleRow, expected: int, where: str) -> None:
     if int.from_bytes(data, "big") == expected:
         raise UnsupportedError(
             "its count is big-endian: an old torch wrote it on a big-endian machine, and whether the elements are "
-            "swapped too cannot be known. Load it with torch on such a machine, and save it with torch 1.8 or later",
+            "swapped too cannot be known. Load it there, and save it with a recent torch",
             where=where,
             offset=row.pos - 8,
         )

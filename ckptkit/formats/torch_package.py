@@ -28,7 +28,8 @@ from ckptkit.checkpoint import GlobalUse, Kind
 from ckptkit.errors import CorruptError
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.torch_archive import TorchArchive, archive_kind
-from ckptkit.formats.torchscript import JIT_CONSTRUCTORS, ScriptClasses, as_modules, vouched
+from ckptkit.formats.torchscript import JIT_CONSTRUCTORS, as_modules, vouched
+from ckptkit.formats.torchscript_code import ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.pickling.tensors import StorageTable

@@ -99,7 +99,9 @@ def _write(checkpoint: Checkpoint) -> Plan:
             return lower_storage(node, keys[id(node)])
         return node
 
-    data = write_pickle(written_tree(checkpoint), lower=lower, protocol=checkpoint.origin.pickle_protocol)
+    # Of a program only the state_dict is written, as torch would; no name in it means another thing in protocol 2.
+    protocol = None if checkpoint.origin.format in PROGRAMS else checkpoint.origin.pickle_protocol
+    data = write_pickle(written_tree(checkpoint), lower=lower, protocol=protocol)
     byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
     if len(byteorders) > 1:
         raise UnsupportedError("storages of both byte orders cannot be written into one file")

@@ -35,12 +35,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.torch_archive import TorchArchive, archive_kind
+from ckptkit.formats.torchscript_code import ScriptClass, ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items, walk
 from ckptkit.pickling.reader import Constructor
@@ -48,7 +49,7 @@ from ckptkit.pickling.tensors import StorageTable, is_tensor_like
 from ckptkit.report import Finding
 from ckptkit.sections import above_tensors, join
 
-__all__ = ["FORMAT", "JIT_CONSTRUCTORS", "ScriptClasses", "as_modules", "vouched"]
+__all__ = ["FORMAT", "JIT_CONSTRUCTORS", "as_modules", "vouched"]
 
 _NAME = "torchscript"
 _SIDE_PICKLES = ("bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl")
@@ -57,17 +58,10 @@ _FOLDERS = ("code/", "extra/", "traced_inputs/", "bytecode/")
 _MAX_ATTRIBUTE_DEPTH = 32
 """Lists and dicts inside one another that an attribute's parts are looked for in; deeper ones stay whole."""
 
-_CODE_NBYTES = 64 << 20
-"""Bytes of source that is looked through; a model of 5,000 modules has about two million."""
-
 _MAX_MODULE_DEPTH = 1000
 """Modules inside modules: as in `ckptkit.modules`."""
 
 _MANGLED = re.compile(r"\.___torch_mangle_[0-9]+")
-_CLASS = re.compile(r"^class ([^\s():]+)(?:\((\w+)\))?:$", re.MULTILINE)
-_LISTS = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
-_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
-_FINAL = re.compile(r"^  (\w+) : Final\[[^\]\n]{1,60}\] = (.{1,200})$", re.MULTILINE)
 _QUANTIZED = re.compile(r"__torch__\.torch\.(?:ao\.)?nn\.(?:intrinsic\.|sparse\.)?quantized\.")
 
 _PICKLE_FUNCTIONS = frozenset(
@@ -157,100 +151,6 @@ def _held_constants(root: object) -> list[tuple[object, object]]:
     values = root if isinstance(root, (tuple, list)) else ()
     holding = above_tensors(root)
     return [(str(number), value) for number, value in enumerate(values) if id(value) in holding]
-
-
-# Classes, by their source.
-
-
-@dataclass(frozen=True, slots=True)
-class _Class:
-    """A module's class: which of its attributes are what, and the constants that stand in its source."""
-
-    parameters: frozenset[str] = frozenset()
-    buffers: frozenset[str] = frozenset()
-    constants: list[tuple[object, object]] = field(default_factory=list)
-
-
-class ScriptClasses:
-    """What the source in an archive says of its classes; each file is read when it is first asked for.
-
-    Args:
-        archive: the archive.
-        folder: of the source, with its slash.
-
-    Attributes:
-        limit: the most characters that the paths of a program's modules may have together.
-        missing: how many modules had no source.
-    """
-
-    def __init__(self, archive: TorchArchive, folder: str = "code/") -> None:
-        self._archive = archive
-        self._folder = folder
-        self._files: dict[str, dict[str, _Class | None] | None] = {}
-        self._left = _CODE_NBYTES
-        self.limit = archive.limits.pickle_nbytes
-        self.missing = 0
-
-    def is_module(self, node: object) -> bool:
-        """Whether a node is an object of a module's class."""
-        if not isinstance(node, Object) or not isinstance(node.cls, Global) or not isinstance(node.state, InertDict):
-            return False
-        if "_script_class" in node.state:
-            return True
-        if not node.cls.module.startswith("__torch__"):
-            return False
-        listed = self._file(node.cls.module)
-        return "training" in node.state if listed is None else listed.get(node.cls.name) is not None
-
-    def of(self, cls: Global) -> _Class | None:
-        """A module's class; ``None``: its source is not there."""
-        listed = self._file(cls.module)
-        return None if listed is None else listed.get(cls.name)
-
-    def _file(self, module: str) -> dict[str, _Class | None] | None:
-        """The classes in one file, by name (``None``: no module's); ``None``: there is no such file."""
-        if module not in self._files:
-            name = f"{self._folder}{module.replace('.', '/')}.py"
-            record = self._archive.records.get(name)
-            if record is None:
-                self._files[module] = None
-            else:
-                self._left -= record.nbytes
-                if self._left < 0:
-                    raise LimitError(
-                        "bytes of a program's source", limit=_CODE_NBYTES, actual=_CODE_NBYTES - self._left
-                    )
-                self._files[module] = dict(_parsed(self._archive.read(name).decode("utf-8", "replace")))
-        return self._files[module]
-
-
-def _parsed(text: str) -> Iterator[tuple[str, _Class | None]]:
-    starts = list(_CLASS.finditer(text))
-    ends = [match.start() for match in starts[1:]] + [len(text)]
-    for match, end in zip(starts, ends, strict=True):
-        name, base = match.groups()
-        if base != "Module":
-            yield name, None
-            continue
-        lists = {kind: _strings(items) for kind, items in _LISTS.findall(text, match.end(), end)}
-        constants = [(name, _literal(value)) for name, value in _FINAL.findall(text, match.end(), end)]
-        yield name, _Class(lists.get("parameters", frozenset()), lists.get("buffers", frozenset()), constants)
-
-
-def _strings(items: str) -> frozenset[str]:
-    """The strings in a list, as ``printQuotedString`` (``c10/util/StringUtil.h``) writes them."""
-    return frozenset(str(_literal(f'"{item}"')) if "\\" in item else item for item in _STRING.findall(items))
-
-
-def _literal(text: str) -> object:
-    """The number, string or tuple that a text stands for; the text itself where it is something else."""
-    import ast
-
-    try:
-        value: object = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-    return value if isinstance(value, (bool, int, float, str, tuple, type(None))) else text
 
 
 # Script modules as inert nodes of modules.
@@ -356,7 +256,7 @@ def _as_module(node: Object, classes: ScriptClasses, holding: set[int]) -> list[
     return beside
 
 
-def _is_saved(name: str, value: object, source: _Class | None, *, parameter: bool) -> bool:
+def _is_saved(name: str, value: object, source: ScriptClass | None, *, parameter: bool) -> bool:
     """Whether an attribute is a parameter, or a buffer."""
     if source is not None:
         return name in (source.parameters if parameter else source.buffers)

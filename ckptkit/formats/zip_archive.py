@@ -19,16 +19,16 @@ A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(Fals
 from __future__ import annotations
 
 import re
-import zlib
 from struct import Struct
 from typing import NamedTuple
 
-from ckptkit.bytesource import DEFLATE_MOST, ByteRange, ByteSource, DeflatedRange, Inflation, SourceFile
+from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
-from ckptkit.formats.zip_end import END, MAX16, MAX32, find_directory
+from ckptkit.formats.zip_end import MAX16, MAX32, find_directory
+from ckptkit.formats.zip_record import Record, read_record
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 
-__all__ = ["END", "LOCAL_SIGNATURE", "Record", "read_directory", "read_record", "record_source"]
+__all__ = ["LOCAL_SIGNATURE", "Record", "read_directory", "read_record"]
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 """First bytes of a record, and so of an archive."""
@@ -58,24 +58,6 @@ _MAX_WINDOW_NBYTES = 1 << 20
 _DESCRIPTORS = {layout.size: layout for layout in map(Struct, ("<III", "<4sIII", "<IQQ", "<4sIQQ"))}
 _DESCRIPTOR_NBYTES = max(_DESCRIPTORS)
 """Data descriptors by their size (APPNOTE 4.3.9): with or without a signature, sizes of 32 or 64 bits."""
-
-
-class Record(NamedTuple):
-    """One record of an archive.
-
-    Attributes:
-        name: full name, root folder included.
-        data: its bytes as they lie in the file, deflated or not.
-        nbytes: size once inflated.
-        deflated: whether it is compressed.
-        crc32: of the inflated bytes; ``None``: not recorded.
-    """
-
-    name: str
-    data: ByteRange
-    nbytes: int
-    deflated: bool
-    crc32: int | None
 
 
 class _Central(NamedTuple):
@@ -121,7 +103,7 @@ def _check_names(names: list[str]) -> None:
     if "\0" in everything or "\\" in everything or ".." in everything or "\n/" in everything or "\n\n" in everything:
         for name in names:
             if _ODD_NAME.search(name):
-                raise CorruptError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
+                raise AmbiguousError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
     if len({name.casefold() for name in names}) == len(names):
         return
     folded: dict[str, str] = {}
@@ -329,51 +311,3 @@ def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int
             field, wide = int.from_bytes(wide[:8], "little"), wide[8:]
         values.append(field)
     return values[0], values[1], values[2]
-
-
-def read_record(record: Record, limit: int) -> bytes:
-    """A record's bytes, inflated, and held against its checksum where one is recorded.
-
-    Args:
-        record: the record.
-        limit: the most bytes it may have.
-
-    Raises:
-        LimitError: it is larger, or inflates to more.
-        CorruptError: it cannot be inflated, or its checksum differs.
-    """
-    largest = max(record.nbytes, record.data.nbytes)
-    if largest > limit:
-        raise LimitError(f"bytes of record {record.name!r}", limit=limit, actual=largest)
-    data = record.data.read()
-    if record.deflated:
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        try:
-            data = inflater.decompress(data, record.nbytes + 1)
-        except zlib.error as error:
-            raise CorruptError(f"record {record.name!r} cannot be inflated: {error}") from None
-        if len(data) != record.nbytes or not inflater.eof:
-            raise CorruptError(f"record {record.name!r} does not inflate to the {record.nbytes:,} bytes it declares")
-    if record.crc32 is not None and zlib.crc32(data) != record.crc32:
-        raise CorruptError(
-            f"record {record.name!r}: its CRC-32 is {zlib.crc32(data):08x}, recorded is {record.crc32:08x}: damaged"
-        )
-    return data
-
-
-def record_source(record: Record) -> ByteSource:
-    """A record's bytes once inflated, as tensors are read from them; nothing is read for it.
-
-    Raises:
-        CorruptError: it declares more than its packed bytes can hold.
-    """
-    if not record.deflated:
-        return record.data
-    if record.nbytes > DEFLATE_MOST * record.data.nbytes:
-        raise CorruptError(
-            f"record {record.name!r} declares {record.nbytes:,} bytes; "
-            f"{record.data.nbytes:,} packed ones cannot hold them"
-        )
-    return DeflatedRange(
-        Inflation(record.data, record.nbytes, record.crc32, f"record {record.name!r}"), 0, record.nbytes
-    )

@@ -18,10 +18,13 @@ from ckptkit.limits import Limits
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
 from ckptkit.pickling.reach import Reach
 
-__all__ = ["NO_FRAME", "RARE_OPCODES", "Constructor", "Machine"]
+__all__ = ["NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
 
 Constructor = Callable[[tuple[object, ...]], object]
 """Understands one call: from its arguments to a leaf, or ``NotImplemented`` to keep an `Object`."""
+
+Shortcut = Callable[[bytes, int, dict[int, object]], tuple[int, object] | None]
+"""Understands the call that a MARK at a position begins: see `ckptkit.pickling.shortcut`."""
 
 _I32 = Struct("<i").unpack_from
 _U32 = Struct("<I").unpack_from
@@ -70,6 +73,8 @@ class Machine:
         self.reach = Reach(self.name)
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument
+        self.shortcut: Shortcut | None = None
+        self.skipped = False  # whether the shortcut left memo entries out
 
     # What the opcodes share.
 

@@ -20,8 +20,9 @@ from struct import Struct
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
-from ckptkit.pickling.inert import Global, InertDict, PersistentId
-from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machine
+from ckptkit.pickling.inert import Global, InertDict, PersistentId, is_global
+from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
+from ckptkit.pickling.shortcut import REBUILD
 from ckptkit.pickling.trust import global_uses, merge_uses
 
 __all__ = ["Constructor", "PickleResult", "read_names", "read_pickle"]
@@ -56,6 +57,7 @@ def read_pickle(
     persistent_load: Callable[[object], object] = PersistentId,
     constructors: Mapping[tuple[str, str], Constructor] | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    shortcut: Shortcut | None = None,
     whole: bool = False,
     more: Callable[[int], bytes] | None = None,
 ) -> PickleResult:
@@ -67,6 +69,8 @@ def read_pickle(
         persistent_load: from a persistent id to the node that stands for it.
         constructors: calls that are understood, by ``(module, name)`` of the callee.
         limits: bounds for this pickle.
+        shortcut: understands a tensor's opcodes at once.  Where the pickle refers to what that leaves out, it is
+            read again without.
         whole: whether the pickle must be all there is.
         more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
             to one no longer where there is none.
@@ -81,6 +85,7 @@ def read_pickle(
     if len(data) - start > limits.pickle_nbytes:
         raise LimitError("bytes of a pickle", limit=limits.pickle_nbytes, actual=len(data) - start)
     machine = Machine(data, start, persistent_load, constructors or {}, limits)
+    machine.shortcut = shortcut
     try:
         root = _run_on(machine, more)
         if whole and machine.pos != len(data):
@@ -89,6 +94,11 @@ def read_pickle(
         error.offset = machine.op_at if error.offset is None else error.offset
         raise error.at(seen=global_uses(machine.globals.values())) from error.__cause__
     except (IndexError, KeyError, struct.error) as error:
+        if isinstance(error, KeyError) and machine.skipped:
+            return read_pickle(
+                data, start=start, persistent_load=persistent_load, constructors=constructors, limits=limits,
+                whole=whole, more=more,
+            )  # fmt: skip
         # An index error on the last byte is its missing argument; before it, an empty stack.
         early = isinstance(error, struct.error) or machine.op_at >= len(machine.data) - 1
         message = "the pickle ends early" if early else "an opcode finds too little on the stack"
@@ -149,7 +159,7 @@ def _run(machine: Machine) -> object:
     """The value on the stack at STOP.  The opcodes that make up 99 % of a checkpoint are carried out here."""
     data, memo, marks = machine.data, machine.memo, machine.marks
     stack, pos, frame_end = machine.stack, machine.pos, machine.frame_end
-    at, rare, left = pos, RARE_OPCODES, machine.opcodes_left
+    at, rare, left, shortcut = pos, RARE_OPCODES, machine.opcodes_left, machine.shortcut
     try:
         for left in range(machine.opcodes_left, 0, -1):  # noqa: B007 - it is kept where the loop is left
             at = pos
@@ -166,6 +176,13 @@ def _run(machine: Machine) -> object:
                 stack.append(data[pos])
                 pos += 1
             elif op == 0x28:  # MARK
+                if shortcut is not None and stack and frame_end == NO_FRAME and is_global(stack[-1], *REBUILD):
+                    found = shortcut(data, at, memo)
+                    if found is not None:
+                        stack[-1].calls += 1  # type: ignore[attr-defined]
+                        pos, stack[-1] = found
+                        machine.skipped = True
+                        continue
                 marks.append(stack)
                 stack = machine.stack = []
             elif op == 0x74:  # TUPLE
@@ -207,6 +224,8 @@ def _run(machine: Machine) -> object:
                 stack.append(memo[_U32(data, pos)[0]])
                 pos += 4
             elif op == 0x94:  # MEMOIZE
+                if machine.skipped:
+                    raise KeyError("MEMOIZE counts entries that were left out")
                 memo[len(memo)] = stack[-1]
             elif op == 0x8C:  # SHORT_BINUNICODE
                 nbytes = data[pos]

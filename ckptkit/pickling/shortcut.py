@@ -17,10 +17,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from struct import Struct
-from typing import Final
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
+from ckptkit.errors import FormatError
 from ckptkit.pickling.inert import Global, is_global
 
 __all__ = ["REBUILD", "TensorShortcut"]
@@ -30,15 +30,167 @@ REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 
 _GET = rb"h.|j...."
 _INT = rb"K.|M..|J....|\x8a\x05.....|\x8a\x06......"
-_PUT = rb"[qr]"
-_SIZE = rb"\)|(?:%(int)s)[\x85]|(?:(?:%(int)s)){2}\x86|(?:(?:%(int)s)){3}\x87|\((?:(?:%(int)s)){4,6}t" % {b"int": _INT}
+_SIZE = rb"\)|(?:%(i)s)\x85|(?:(?:%(i)s)){2}\x86|(?:(?:%(i)s)){3}\x87|\((?:%(i)s)(?:(?:%(i)s)){3,5}t" % {b"i": _INT}
+_MEMOIZED = rb"(?:(?<!\))r(....)|(?<=\)))"  # an empty tuple is not memoized
 _TENSOR = re.compile(
-    rb"\(\(((?:%(get)s)(?:%(get)s))"  # 1: "storage" and the class
-    rb"(?:X(.)\0\0\0([0-9]{1,18})r(....)|(%(get)s))"  # 2-4: length of the key, the key, its memo index; 5: the key
-    rb"(%(get)s)(%(int)s)N?tr(....)Q"  # 6-8: location, number of elements
-    rb"(%(int)s)(%(size)s)(?:(?<!\))r(....)|(?<=\)))"  # 9-11: offset, size
-    rb"(%(size)s)(?:(?<!\))r(....)|(?<=\)))"  # 12-13: stride
-    rb"([\x88\x89])(%(get)s)\)Rr(....)tr(....)Rr(....)"  # 14-18: requires_grad, OrderedDict
-    % {b"get": _GET, b"int": _INT, b"size": _SIZE},
+    rb"\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
+    rb"(?:X(.)\0\0\0([0-9]{1,18})r(....)|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
+    rb"(%(get)s)(%(int)s)N?tr(....)Q"  # 7 to 9: location, number of elements, PUT
+    rb"(%(int)s)(%(size)s)%(put)s(%(size)s)%(put)s"  # 10 to 14: offset, size and PUT, stride and PUT
+    rb"([\x88\x89])(%(get)s)\)Rr(....)tr(....)Rr(....)"  # 15 to 19: requires_grad, OrderedDict, PUTs
+    % {b"get": _GET, b"int": _INT, b"size": _SIZE, b"put": _MEMOIZED},
     re.DOTALL,
 ).match
+"""Each alternative begins with another opcode: the pattern can be read in one way, the opcodes' own."""
+
+_INDEX = Struct("<I").unpack
+_INDICES = Struct("<7I").unpack
+
+_MOST_KNOWN = 4096
+"""Sizes with strides that are kept; models have some hundreds."""
+
+_Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Shape, stride, and how many elements after its offset the last one touched ends."""
+
+
+class TensorShortcut:
+    """Recognizes whole tensors in the pickle of one file.
+
+    Args:
+        persistent_load: from a persistent id to the `Storage` it names.
+    """
+
+    def __init__(self, persistent_load: Callable[[object], object]) -> None:
+        self._persistent_load = persistent_load
+        self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
+        self._numbers: dict[bytes, int] = {}
+        self._names: dict[tuple[bytes, ...], _Names] = {}
+
+    def __call__(self, data: bytes, at: int, memo: dict[int, object]) -> tuple[int, TensorEntry] | None:
+        """The position after the tensor that begins with the MARK at ``at``, and the tensor.
+
+        Of its memo entries those are made that other tensors refer to: the storage's key and the tensor.
+        ``None``: it is not quite like others, and nothing was done.
+        """
+        found = _TENSOR(data, at)
+        if found is None:
+            return None
+        (
+            get_storage, get_class, key_size, key, put_key, get_key, get_location, numel, put_id,
+            offset, shape, put_shape, stride, put_stride, needs_grad, get_dict, put_dict, put_args, put_tensor,
+        ) = found.groups()  # fmt: skip
+        names = get_storage, get_class, get_location, get_dict
+        known = self._names.get(names)
+        if known is None or not known.holds(memo):
+            known = self._names[names] = _Names(memo, *map(_index, names))
+            if not known.are_usual:
+                return None
+        if key is not None and put_shape and put_stride:
+            puts = _INDICES(put_key + put_id + put_shape + put_stride + put_dict + put_args + put_tensor)
+        else:
+            parts = (put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor)
+            puts = tuple(_INDEX(put)[0] for put in parts if put)
+        if not memo.keys().isdisjoint(puts) or len(set(puts)) < len(puts):
+            return None  # entries that take the place of others
+        if key is None:
+            text = memo.get(_index(get_key))
+        elif key_size[0] == len(key):
+            text = key.decode("ascii")
+        else:
+            return None
+        geometry = self._geometries.get((shape, stride)) or self._geometry(shape, stride)
+        if geometry is None:
+            return None
+        try:
+            storage = self._persistent_load(("storage", known.cls, text, known.location, self._number(numel)))
+        except FormatError:
+            return None  # the opcodes will say where
+        entry = _entry(storage, self._number(offset), geometry, needs_grad == b"\x88")
+        if entry is None:
+            return None
+        if key is not None:
+            memo[puts[0]] = text
+        memo[puts[-1]] = entry
+        known.made.calls += 1
+        return found.end(), entry
+
+    def _number(self, opcode: bytes) -> int:
+        number = self._numbers.get(opcode)
+        if number is None:
+            if len(self._numbers) >= _MOST_KNOWN:
+                self._numbers.clear()
+            number = self._numbers[opcode] = _ints(opcode)[0]
+        return number
+
+    def _geometry(self, shape: bytes, stride: bytes) -> _Geometry | None:
+        """The geometry two sizes spell; ``None``: an empty tensor, or one that is none."""
+        if len(self._geometries) >= _MOST_KNOWN:
+            self._geometries.clear()
+        sizes, strides = _ints(shape), _ints(stride)
+        if len(sizes) != len(strides) or min(sizes, default=1) < 1 or min(strides, default=0) < 0:
+            return None
+        reach = 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
+        self._geometries[shape, stride] = sizes, strides, reach
+        return sizes, strides, reach
+
+
+class _Names:
+    """What the four GETs of a tensor name, for as long as the memo has it there."""
+
+    __slots__ = ("_indices", "are_usual", "cls", "location", "made", "storage")
+
+    def __init__(self, memo: dict[int, object], storage: int, cls: int, location: int, made: int) -> None:
+        self._indices = storage, cls, location, made
+        self.storage, self.cls, self.location = memo.get(storage), memo.get(cls), memo.get(location)
+        found = memo.get(made)
+        self.made = found if isinstance(found, Global) else Global("", "")
+        self.are_usual = self.storage == "storage" and is_global(found, "collections", "OrderedDict")
+
+    def holds(self, memo: dict[int, object]) -> bool:
+        """Whether the memo still has them all."""
+        storage, cls, location, made = self._indices
+        return (
+            memo.get(made) is self.made
+            and memo.get(cls) is self.cls
+            and memo.get(location) is self.location
+            and memo.get(storage) is self.storage
+        )
+
+
+def _entry(storage: object, offset: int, geometry: _Geometry, needs_grad: bool) -> TensorEntry | None:
+    """The tensor, where it lies inside its storage."""
+    if not isinstance(storage, Storage) or storage.dtype is None or offset < 0:
+        return None
+    shape, stride, reach = geometry
+    row = DTYPES[storage.dtype]
+    if (offset + reach) * row.itemsize > storage.nbytes or row.kind == "quantized":
+        return None
+    return TensorEntry(
+        storage=storage, storage_offset=offset, shape=shape, stride=stride, dtype=row.name, requires_grad=needs_grad
+    )
+
+
+def _index(get: bytes) -> int:
+    """The memo index of a BINGET or LONG_BINGET."""
+    return get[1] if len(get) == 2 else int.from_bytes(get[1:], "little")
+
+
+def _ints(opcodes: bytes) -> tuple[int, ...]:
+    """The numbers that BININT1, BININT2, BININT and LONG1 push; other opcodes are passed over."""
+    numbers = []
+    at, end = 0, len(opcodes)
+    while at < end:
+        width = _WIDTHS.get(opcodes[at])
+        if width is None:
+            at += 1
+            continue
+        start = at + 1
+        if width == 0:
+            start, width = at + 2, opcodes[at + 1]
+        at = start + width
+        numbers.append(int.from_bytes(opcodes[start:at], "little", signed=width > 2))
+    return tuple(numbers)
+
+
+_WIDTHS = {0x4B: 1, 0x4D: 2, 0x4A: 4, 0x8A: 0}
+"""Bytes of the number after each opcode; 0: the next byte says how many."""

@@ -213,3 +213,12 @@ def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match=words) as caught:
         formats.read(tmp_path)
     assert isinstance(caught.value, CkptkitError)
+
+
+def test_a_part_of_a_distributed_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "__0_0.distcp"
+    path.write_bytes(saved(WEIGHTS) + saved(WEIGHTS))
+    with pytest.raises(UnknownFormatError, match=r"a part of a folder that torch.distributed.checkpoint wrote"):
+        formats.read(path)
+    path.write_bytes(saved(WEIGHTS))
+    assert list(formats.read(path)[0].state_dict) == ["w"]

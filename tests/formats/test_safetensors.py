@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from conformance import Conformance, tensor
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from ckptkit import formats
@@ -20,7 +21,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.formats import safetensors as ours
 from ckptkit.plan import Copy, Gather, Plan
-from ckptkit.transfer import stream, write_atomically
+from ckptkit.transfer import write_atomically
 
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
@@ -35,12 +36,6 @@ def write(checkpoint: Checkpoint, target: Path) -> Plan:
     plan = ours.FORMAT.write(checkpoint)
     write_atomically(target, plan, force=True, check=None)
     return plan
-
-
-def tensor(entry: TensorEntry) -> torch.Tensor:
-    data = bytearray(b"".join(stream(entry)))
-    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 
 def file_bytes(header: object, data: bytes = b"", *, size: int | None = None) -> bytes:
@@ -66,6 +61,15 @@ def of_dtype(name: str, *shape: int) -> torch.Tensor:
         count *= size
     raw = torch.arange(count, dtype=torch.int64).remainder(2 if name == "bool" else 97).to(torch.uint8)
     return raw.view(getattr(torch, name)).reshape(shape)
+
+
+class TestSafetensors(Conformance):
+    reads = "safetensors"
+    keeps_order = False  # the library sorts by width
+
+    def written(self, state: dict[str, torch.Tensor], folder: Path) -> Path:
+        save_file(state, folder / "model.safetensors")
+        return folder / "model.safetensors"
 
 
 # Reading what the library writes.
@@ -114,8 +118,11 @@ def test_data_that_is_not_aligned(tmp_path: Path, same_bits: SameBits) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(file_bytes(text, data))
     assert load_file(path).keys() == state.keys(), "the library accepts it"
-    found = read(path).state_dict
-    assert all(same_bits(tensor(found[name]), value) for name, value in state.items())
+    checkpoint = read(path)
+    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+    (finding,) = checkpoint.findings
+    assert finding.code == "unaligned-data"
+    assert finding.message.startswith("1 of 3 tensors, such as 'd', begin at no multiple")
 
 
 def test_names_are_in_the_order_of_the_header(tmp_path: Path) -> None:
@@ -301,6 +308,18 @@ def test_what_safetensors_cannot_hold(state: Any, error: type[Exception], words:
     checkpoint = checkpoint_of(state, save)
     with pytest.raises(error, match=words):
         ours.FORMAT.write(checkpoint)  # type: ignore[misc]
+
+
+def test_a_tensor_of_endless_repetitions_is_not_written_out(save: Save, tmp_path: Path) -> None:
+    path = save({"w": torch.ones(3), "mask": torch.zeros(1).expand(1_000_000, 1_000_000)})
+    checkpoint = read(path)
+    with pytest.raises(
+        RewriteError, match=r"'mask' of shape .1000000, 1000000. and stride .0, 0. would take 4,000,000,000,"
+    ):
+        ours.FORMAT.write(checkpoint)  # type: ignore[misc]
+    mask = torch.zeros(1).expand(500, 500)
+    write(read(save({"mask": mask})), tmp_path / "small.safetensors")
+    assert torch.equal(load_file(tmp_path / "small.safetensors")["mask"], mask)
 
 
 def test_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import Conformance
 
 import ckptkit
 from ckptkit import formats
 from ckptkit.bytesource import DeflatedRange, SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, FormatError
-from ckptkit.formats.zip_archive import read_directory, record_source
+from ckptkit.formats.zip_archive import read_directory
+from ckptkit.formats.zip_record import record_source
 from ckptkit.torch_bridge import tensors
 
 Save = Callable[..., Path]
@@ -46,6 +48,20 @@ def read(path: Path) -> Checkpoint:
 def state() -> dict[str, torch.Tensor]:
     base = torch.arange(2000.0)
     return {"w": base, "view": base[10:20], "t": torch.randn(40, 30).t(), "n": torch.tensor(3), "none": torch.ones(0)}
+
+
+class TestTorchZip(Conformance):
+    reads = "torch-zip"
+    step = 7
+
+    def written(self, state: dict[str, torch.Tensor], folder: Path) -> Path:
+        torch.save(state, folder / "m.pth")
+        return folder / "m.pth"
+
+
+class TestDeflatedTorchZip(TestTorchZip):
+    def written(self, state: dict[str, torch.Tensor], folder: Path) -> Path:
+        return repacked(super().written(state, folder), deflate=True)
 
 
 # Who wrote it.

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import Conformance
 from torch import nn
 from torch.package import PackageExporter, PackageImporter, package_exporter
 
@@ -78,6 +79,14 @@ def read(path: Path) -> Checkpoint:
 
 def messages(checkpoint: Checkpoint) -> dict[str, str]:
     return {finding.code: finding.message for finding in checkpoint.findings}
+
+
+class TestTorchPackage(Conformance):
+    reads = "torch-package"
+    step = 7
+
+    def written(self, state: dict[str, torch.Tensor], folder: Path) -> Path:
+        return export(folder / "package.pt", weights=state)
 
 
 def test_a_model_with_its_code(net: nn.Module, path: Path) -> None:

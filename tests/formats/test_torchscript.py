@@ -17,7 +17,7 @@ import ckptkit
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.errors import CorruptError, FormatError, LimitError, RewriteError, UnsupportedError
-from ckptkit.formats import torchscript
+from ckptkit.formats import torchscript_code
 from ckptkit.pickling.inert import InertDict, Object
 from ckptkit.torch_bridge import tensors
 
@@ -325,7 +325,7 @@ def test_an_attribute_whose_name_is_no_string(path: Path) -> None:
 
 
 def test_source_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchscript, "_CODE_NBYTES", 1000)
+    monkeypatch.setattr(torchscript_code, "_CODE_NBYTES", 1000)
     with pytest.raises(LimitError, match="bytes of a program's source"):
         formats.read(scripted(path))
 
@@ -335,10 +335,13 @@ def test_names_as_the_source_escapes_them() -> None:
         'class M(Module):\n  __parameters__ = ["a\\"b", "t\\tx", "plain", ]\n'
         "  k : Final[int] = 3\n  v : Final[int] = f()\n"
     )
-    parsed: dict[str, Any] = dict(torchscript._parsed(text))
+    parsed: dict[str, Any] = dict(torchscript_code.parse_classes(text))
     assert parsed["M"].parameters == {'a"b', "t\tx", "plain"}
     assert parsed["M"].constants == [("k", 3), ("v", "f()")]
-    assert dict(torchscript._parsed("class A:\n  x : int\nclass B(NamedTuple):\n  y : int\n")) == {"A": None, "B": None}
+    assert dict(torchscript_code.parse_classes("class A:\n  x : int\nclass B(NamedTuple):\n  y : int\n")) == {
+        "A": None,
+        "B": None,
+    }
 
 
 def test_truncation_at_every_record(path: Path) -> None:

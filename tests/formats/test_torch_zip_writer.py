@@ -1,0 +1,181 @@
+"""torch-zip: what ckptkit writes, torch reads."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptkit import formats
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
+from ckptkit.errors import UnsupportedError
+from ckptkit.formats import torch_zip
+from ckptkit.plan import Copy, Literal, Plan
+from ckptkit.transfer import write_atomically
+
+Save = Callable[..., Path]
+SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+def read(path: Path) -> Checkpoint:
+    return formats.read(path)[0]
+
+
+def write(checkpoint: Checkpoint, target: Path) -> Plan:
+    assert torch_zip.FORMAT.write is not None
+    plan = torch_zip.FORMAT.write(checkpoint)
+    write_atomically(target, plan, force=True, check=None)
+    return plan
+
+
+def model() -> dict[str, torch.Tensor]:
+    return {"weight": torch.randn(3, 4), "half": torch.randn(5).half(), "count": torch.tensor(7)}
+
+
+def test_the_written_file(save: Save, same_bits: SameBits, tmp_path: Path) -> None:
+    state = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3)).state_dict()
+    path = save({"model": state, "epoch": 3, "args": {"lr": 1e-3, "b": b"bytes"}}, device="cuda:0")
+    checkpoint = read(path)
+    target = tmp_path / "again.pth"
+    plan = write(checkpoint, target)
+    assert plan.nbytes == target.stat().st_size
+    assert plan.tensors == len(state)
+    with zipfile.ZipFile(target) as archive:
+        assert archive.testzip() is None
+        names = archive.namelist()
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+    assert names == ["archive/data.pkl", "archive/byteorder", *(f"archive/data/{n}" for n in range(len(state))),
+                     "archive/version"]  # fmt: skip
+    again = torch.load(target, map_location="cpu", weights_only=True)
+    original = torch.load(path, map_location="cpu", weights_only=True)
+    assert list(again) == list(original)
+    assert (again["epoch"], again["args"]) == (original["epoch"], original["args"])
+    assert again["model"]._metadata == state._metadata
+    assert type(again["model"]) is type(original["model"])
+    assert list(again["model"]) == list(state)
+    assert all(same_bits(again["model"][name], value) for name, value in state.items())
+    reader = torch._C.PyTorchFileReader(str(target))
+    for name in reader.get_all_records():
+        assert reader.get_record_offset(name) % 64 == 0
+    assert {entry.location for entry in read(target).state_dict.values()} == {"cuda:0"}
+
+
+def test_mmap_loads_what_is_written(save: Save, same_bits: SameBits, tmp_path: Path) -> None:
+    state = model()
+    write(read(save(state)), tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth", mmap=True)
+    assert all(same_bits(again[name].clone(), value) for name, value in state.items())
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(save: Save, tmp_path: Path) -> None:
+    path = save({"model": model(), "epoch": 1})
+    shutil.copy(path, tmp_path / "other name.pth")
+    write(read(path), tmp_path / "a.pth")
+    write(read(tmp_path / "other name.pth"), tmp_path / "b.pth")
+    write(read(tmp_path / "a.pth"), tmp_path / "c.pth")
+    first = (tmp_path / "a.pth").read_bytes()
+    assert first == (tmp_path / "b.pth").read_bytes() == (tmp_path / "c.pth").read_bytes()
+
+
+def test_shared_storages_are_written_once(save: Save, tmp_path: Path) -> None:
+    base = torch.randn(100)
+    path = save({"a": base, "b": base, "c": base[10:20], "d": base.reshape(10, 10).t()})
+    target = tmp_path / "again.pth"
+    write(read(path), target)
+    again = torch.load(target)
+    assert len({value.untyped_storage().data_ptr() for value in again.values()}) == 1
+    assert target.stat().st_size < path.stat().st_size + 200
+    assert torch.equal(again["c"], base[10:20])
+    assert torch.equal(again["d"], base.reshape(10, 10).t())
+
+
+def test_objects_torch_would_have_to_trust_stay_what_they_are(save: Save, tmp_path: Path) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    path = save({"state_dict": network.state_dict(), "network": [network], "optimizer": optimizer.state_dict()})
+    checkpoint = read(path)
+    write(checkpoint, tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth", weights_only=False)
+    x = torch.randn(4, 2)
+    assert torch.equal(again["network"][0].eval()(x), network.eval()(x))
+    tied = again["network"][0][0].weight, again["state_dict"]["0.weight"]
+    assert tied[0].data_ptr() == tied[1].data_ptr(), "the model and its state_dict share storages still"
+    step = again["optimizer"]["state"][0]
+    assert torch.equal(step["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def hollow(path: Path, nbytes: int) -> SourceFile:
+    with open(path, "wb") as out:
+        out.truncate(nbytes)
+    return SourceFile(path)
+
+
+def checkpoint_of(entries: dict[str, TensorEntry]) -> Checkpoint:
+    return Checkpoint(
+        state_dict=StateDict(entries),
+        rest=STATE_DICT,
+        origin=Origin(path="none", size=0, format="torch-zip", kind="state_dict"),
+    )
+
+
+def entry_over(source: ByteRange, key: str = "0", **changes: Any) -> TensorEntry:
+    storage = Storage(key=key, dtype="uint8", nbytes=source.nbytes, location="cpu", source=source, crc32=1)
+    return TensorEntry(storage=storage, storage_offset=0, shape=(source.nbytes,), stride=(1,), dtype="uint8")
+
+
+def test_storages_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
+    big, small = 5 << 30, 100
+    source = hollow(tmp_path / "source", big)
+    plan = torch_zip.FORMAT.write(  # type: ignore[misc]
+        checkpoint_of({"big": entry_over(ByteRange(source, 0, big)), "small": entry_over(ByteRange(source, 0, small))})
+    )
+    assert [step.nbytes for step in plan.steps if isinstance(step, Copy)] == [big, small]
+    path = tmp_path / "big.pth"
+    with open(path, "wb") as out:
+        out.truncate(plan.nbytes)
+        for step in plan.steps:
+            if isinstance(step, Literal):
+                out.seek(step.target)
+                out.write(step.data)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo("archive/data/0").file_size == big
+    reader = torch._C.PyTorchFileReader(str(path))
+    found = read(path).state_dict
+    assert found["big"].storage.source.offset == reader.get_record_offset("data/0")
+    assert found["small"].storage.source.offset == reader.get_record_offset("data/1") > big
+    loaded = torch.load(path, mmap=True)
+    assert (loaded["big"].shape, loaded["small"].shape) == ((big,), (small,))
+    assert loaded["big"][-1] == 0
+
+
+def test_both_byte_orders_in_one_file_are_refused(tmp_path: Path) -> None:
+    source = hollow(tmp_path / "source", 8)
+    storages = [
+        Storage(key=order, dtype="float32", nbytes=8, location="cpu", source=ByteRange(source, 0, 8), byteorder=order)
+        for order in ("little", "big")
+    ]
+    entries = {
+        s.key: TensorEntry(storage=s, storage_offset=0, shape=(2,), stride=(1,), dtype="float32") for s in storages
+    }
+    with pytest.raises(UnsupportedError, match="both byte orders"):
+        torch_zip.FORMAT.write(checkpoint_of(entries))  # type: ignore[misc]
+
+
+def test_a_written_file_declares_what_older_torch_reads(save: Save, tmp_path: Path) -> None:
+    write(read(save(model())), tmp_path / "again.pth")
+    data = (tmp_path / "again.pth").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.read("archive/version") == b"3\n"
+        assert archive.read("archive/byteorder") == b"little"
+        assert not any(name.startswith("archive/.") for name in archive.namelist())
+    assert struct.unpack_from("<4s", data)[0] == b"PK\x03\x04"
