@@ -104,6 +104,8 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> s
     The destination is named after the source, beside it, and never the source itself.
     """
     stem, ending = os.path.splitext(path)
+    if stem.endswith(".index"):  # of shards: model.safetensors.index.json stands for model.safetensors
+        stem = os.path.splitext(stem.removesuffix(".index"))[0]
     destination = stem + (suffix if suffix != ending else f".clean{suffix}")
     return shlex.join(["ckptkit", "convert", path, destination, *options])
 
