@@ -129,11 +129,13 @@ class TensorEntry:
 
     @property
     def view(self) -> tuple[object, ...]:
-        """What decides its values: entries with equal views are tied."""
-        return (
-            id(self.storage), self.storage_offset, self.shape, self.stride,
-            self.dtype, self.is_conj, self.is_neg,
-        )  # fmt: skip
+        """What decides its values: entries with equal views are tied.
+
+        Its one member is text, whose hash is salted: a tuple of the numbers, which come from a
+        stranger, could be made to collide with 100,000 others.
+        """
+        numbers = f"{id(self.storage)} {self.storage_offset} {self.shape} {self.stride}"
+        return (f"{numbers} {self.dtype} {self.is_conj} {self.is_neg}",)
 
     @property
     def is_contiguous(self) -> bool:
@@ -188,6 +190,8 @@ class TensorEntry:
             raise CorruptError(
                 f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset}: none may be negative"
             )
+        if self.numel >= 1 << 62:
+            raise CorruptError(f"{what}: shape {self.shape} is more elements than 62 bits count, as torch does")
         end = self.span()[1]
         if end > self.storage.nbytes and self.numel:
             raise CorruptError(

@@ -11,7 +11,7 @@ from ckptkit.settings import class_name, is_printed, module_text, plain_value
 
 __all__ = ["list_modules", "printed_model"]
 
-_MAX_MODULES = 200_000
+_MAX_MODULES = 50_000
 """Modules that are listed; one that stands in several places counts in each.  Models have some thousands."""
 
 _MAX_CHARACTERS = 64 << 20

@@ -131,7 +131,7 @@ class Outline:
         groups = self._groups(root)
         if self._has_classes or root.tensors > 1:
             yield self._line([root], 0, "(all)")
-        if len(groups) == 1:
+        if len(groups) == 1 and len(groups[0]) == 1:
             depth += 1
         for group in groups:
             yield from self._below(group, 1, depth, modules_only)

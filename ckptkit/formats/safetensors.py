@@ -8,10 +8,13 @@ Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.r
   ``__metadata__`` maps strings to strings
 - the data: contiguous, C order, little-endian; no holes, no overlaps, nothing behind
 
-A reader must accept data that is not aligned (older files); a finding says so.  What is wrong with a
-header, and where this reader is stricter than the library, is in `ckptkit.formats.safetensors_header`.  The writer pads the header with
-spaces so that data begins at a multiple of 8, and orders tensors by element width, widest first,
-so that each is aligned; names stand in the header in state_dict order.
+A reader must accept data that is not aligned (older files); a finding says so.
+What is wrong with a header, and where this reader is stricter than the library, is in
+`ckptkit.formats.safetensors_header`.
+
+The writer pads the header with spaces so that data begins at a multiple of 8, and orders tensors by
+element width, widest first, so that each is aligned; names stand in the header in state_dict order.
+It refuses tensors that repeat their elements beyond all use (`Limits.expanded_nbytes`).
 
 Tied tensors are stored once.  For each other name ``__metadata__`` holds ``name: kept name``, as
 ``safetensors.torch.save_model`` records them and ``load_model`` expects; the name kept is the first

@@ -129,6 +129,9 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
     metadata = document.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise CorruptError("the metadata of an index must be an object")
+    longest = max((len(shard) for shard in weight_map.values() if isinstance(shard, str)), default=0)
+    if longest > limits.name_nbytes:
+        raise LimitError("length of a shard's file name", limit=limits.name_nbytes, actual=longest)
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CorruptError(f"the weight_map gives {shown(name)} no file name, but {shown(shard)}")

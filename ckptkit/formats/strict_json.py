@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NoReturn
 
-from ckptkit.errors import CorruptError, LimitError
+from ckptkit.errors import AmbiguousError, CorruptError, LimitError
 from ckptkit.limits import Limits
 
 __all__ = ["check_ignored", "parse", "shown"]
@@ -70,7 +70,7 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
         fields = dict(pairs)
         if len(fields) != len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CorruptError(f"the name {shown(twice)} stands twice in {what}")
+            raise AmbiguousError(f"the name {shown(twice)} stands twice in {what}")
         if may_be_half:
             for part in (*fields, *fields.values()):
                 if isinstance(part, str) and _SURROGATE.search(part):

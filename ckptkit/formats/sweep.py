@@ -47,7 +47,9 @@ def _records(probe: Probe) -> Iterator[tuple[str, Record | ByteRange]]:
         for member in read_members(probe.file, probe.limits, _MAX_MEMBERS):
             yield member.name, member.data(probe.file)
         return
-    for name, record in list((probe.records or {}).items())[:_MAX_RECORDS]:
+    # A directory that was refused is not read again.
+    records: dict[str, Record] | None = vars(probe).get("records")
+    for name, record in list((records or {}).items())[:_MAX_RECORDS]:
         inner = name.partition("/")[2] or name
         if inner.endswith((".pkl", ".pickle")) or (not record.deflated and record.data.read(0, 1) == b"\x80"):
             yield inner, record

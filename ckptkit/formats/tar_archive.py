@@ -5,18 +5,18 @@ header and its data, padded to whole blocks; two blocks of zeros end the archive
 up.  A member of type ``x`` holds records ``LENGTH KEY=VALUE`` about the one that follows it;
 Python's ``tarfile`` writes them for times that are no whole seconds and for sizes from 8 GiB.
 
-Nothing is extracted, and names are only ever compared: links, sparse files, and names or sizes that
-GNU extensions give are refused by whoever wants plain files.
+Nothing is extracted, and names are only ever compared.  A reader wants files of type ``0``: links,
+sparse files and what an extension renames or redirects have another.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptkit.bytesource import ByteRange, SourceFile
-from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
+from ckptkit.errors import AmbiguousError, CorruptError, LimitError
 from ckptkit.limits import Limits
 
 __all__ = ["BLOCK_NBYTES", "Member", "is_header", "read_members"]
@@ -42,7 +42,8 @@ class Member:
 
     Attributes:
         name: as the header has it.
-        kind: the type flag: ``"0"`` is a regular file.
+        kind: the type flag: ``"0"`` is a regular file; ``"x"`` stands for one of which a pax header says
+            that it is something else, or somewhere else, than its own header does.
         start: of its data in the file.
         nbytes: of its data, as declared; the file may be shorter.
     """
@@ -86,10 +87,9 @@ def read_members(file: SourceFile, limits: Limits, most: int) -> Iterator[Member
     Raises:
         CorruptError: it is damaged or cut off.
         AmbiguousError: something follows its end.
-        UnsupportedError: a member's name or place is given by an extension.
         LimitError: it has more members.
     """
-    pos, size = 0, None
+    pos, size, as_stated = 0, None, True
     for _ in range(2 * most + 1):
         block = file.read(pos, max(0, min(BLOCK_NBYTES, file.size - pos)))
         if block == _ZEROS:
@@ -98,12 +98,12 @@ def read_members(file: SourceFile, limits: Limits, most: int) -> Iterator[Member
         if len(block) < BLOCK_NBYTES:
             raise CorruptError("truncated: the archive's end is missing. Get the file again", offset=pos)
         member = _member(block, pos, size)
-        size = None
         following = member.start + -(-member.nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
         if member.kind == "x":
-            size = _pax_size(member, file, limits)
+            size, as_stated = _pax(member, file, limits)
         else:
-            yield member
+            yield member if as_stated else replace(member, kind="x")
+            size, as_stated = None, True
         if following > file.size:
             raise CorruptError(
                 f"truncated: the file has {file.size:,} bytes, {following:,} are expected up to the end of member "
@@ -138,26 +138,25 @@ def _checksums(block: bytes) -> tuple[int, int]:
     return unsigned, unsigned - 256 * sum(byte > 127 for byte in others)
 
 
-def _pax_size(member: Member, file: SourceFile, limits: Limits) -> int | None:
-    """The size that a pax header gives the next member; ``None``: it gives none."""
+def _pax(member: Member, file: SourceFile, limits: Limits) -> tuple[int | None, bool]:
+    """The size that a pax header gives the next member, and whether all else stays as its own header states it."""
     if member.nbytes > limits.record_nbytes:
         raise LimitError("bytes of a pax header", limit=limits.record_nbytes, actual=member.nbytes)
-    data = file.read(member.start, member.nbytes)
-    pos, size = 0, None
+    data = file.read(member.start, min(member.nbytes, max(0, file.size - member.start)))
+    pos, size, as_stated = 0, None, True
     while pos < len(data):
         record = _RECORD.match(data, pos)
         end = pos + int(record[1]) if record else 0
         if record is None or end > len(data) or end <= record.end() or data[end - 1 : end] != b"\n":
             raise CorruptError("a pax header that is no list of records: damaged", offset=member.start + pos)
         key, value = record[2].decode("ascii"), data[record.end() : end - 1]
-        if key not in _PAX_KEYS:
-            raise UnsupportedError(f"a pax record {key!r}, which says that a member is not what its header says")
+        as_stated = as_stated and key in _PAX_KEYS
         if key == "size":
             if size is not None or not re.fullmatch(rb"[0-9]{1,19}", value):
                 raise CorruptError("a pax header whose size is no number, or stated twice", offset=member.start + pos)
             size = int(value)
         pos = end
-    return size
+    return size, as_stated
 
 
 def _check_end(file: SourceFile, pos: int) -> None:

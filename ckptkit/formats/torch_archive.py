@@ -196,7 +196,7 @@ class TorchArchive:
                 )
             self._used.add(name)
             self._unrecorded += record.crc32 is None
-            return record_source(record), record.crc32
+            return record_source(record) if record.deflated else record.data, record.crc32
 
         return locate
 

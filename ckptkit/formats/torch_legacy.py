@@ -139,29 +139,29 @@ def _settle(row: PickleRow, keys: list[str], table: LegacyTable, raw: RawCheckpo
     # What the pickle says is there tells where each storage is, whether or not the file goes so far.
     end = row.pos + sum(8 + table.storages[key].nbytes for key in keys)
     for done, key in enumerate(keys):
-        storage, where = table.storages[key], f"storage {key!r:.80}"
+        storage = table.storages[key]
+        expected = storage.nbytes // table.itemsize(storage)
+        if row.left >= 8 and row.source.read(row.pos, 8) != expected.to_bytes(8, "little"):
+            raise _wrong_count(row, key, expected)
         if row.left < 8 + storage.nbytes:
-            if row.left >= 8:
-                _check_count(row, storage.nbytes // table.itemsize(storage), where)
             raise CorruptError(_truncated(row.source, end, set(keys[done:]), len(keys), raw))
-        _check_count(row, storage.nbytes // table.itemsize(storage), where)
-        table.settle(key, row.raw(storage.nbytes, where))
+        row.pos += 8
+        table.settle(key, row.raw(storage.nbytes, "storages"))
 
 
-def _check_count(row: PickleRow, expected: int, where: str) -> None:
-    data = row.raw(8, where).read()
-    count = int.from_bytes(data, "little", signed=True)
-    if count == expected:
-        return
+def _wrong_count(row: PickleRow, key: str, expected: int) -> FormatError:
+    """The error for a storage whose number of elements is not the one that the object says."""
+    where, data = f"storage {key!r:.80}", row.source.read(row.pos, 8)
     if int.from_bytes(data, "big") == expected:
-        raise UnsupportedError(
+        return UnsupportedError(
             "its count is big-endian: an old torch wrote it on a big-endian machine, and whether the elements are "
             "swapped too cannot be known. Load it there, and save it with a recent torch",
             where=where,
-            offset=row.pos - 8,
+            offset=row.pos,
         )
-    raise CorruptError(
-        f"{count:,} elements lie here, the object says {expected:,}: damaged", where=where, offset=row.pos - 8
+    count = int.from_bytes(data, "little", signed=True)
+    return CorruptError(
+        f"{count:,} elements lie here, the object says {expected:,}: damaged", where=where, offset=row.pos
     )
 
 

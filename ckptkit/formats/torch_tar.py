@@ -223,8 +223,8 @@ class _Reader:
         storage = self._table.persistent_load(("storage", cls, str(key), location, numel))
         if not isinstance(storage, Storage):
             raise CorruptError("a storage's record that names none", where=where)
-        self._define(key, storage, where)
         self._table.settle(storage.key, row.raw(storage.nbytes, where))
+        self._define(key, storage, where)
 
     def _tensor(self, record: _Tensor) -> TensorEntry:
         where = "tensors"

@@ -27,10 +27,15 @@ __all__ = ["ScriptClass", "ScriptClasses", "parse_classes"]
 _CODE_NBYTES = 64 << 20
 """Bytes of source that is looked through; a model of 5,000 modules has about two million."""
 
+_MAX_CLASSES = 100_000
+"""Classes in it; every module of a program may have one of its own."""
+
 _CLASS = re.compile(r"^class ([^\s():]+)(?:\((\w+)\))?:$", re.MULTILINE)
 _LISTS = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
-_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
-_FINAL = re.compile(r"^  (\w+) : Final\[[^\]\n]{1,60}\] = (.{1,200})$", re.MULTILINE)
+_ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"(?:, )?')
+_ESCAPE = re.compile(rb"\\([0-7]{3}|.)", re.DOTALL)
+_ESCAPED = {b"a": b"\a", b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
+_FINAL = re.compile(r"^  (\w+) : Final\[[^=\n]{1,60}\] = (.{1,200})$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class ScriptClasses:
         self._folder = folder
         self._files: dict[str, dict[str, ScriptClass | None] | None] = {}
         self._left = _CODE_NBYTES
+        self._count = 0
         self.limit = archive.limits.pickle_nbytes
         self.missing = 0
 
@@ -96,35 +102,72 @@ class ScriptClasses:
                     raise LimitError(
                         "bytes of a program's source", limit=_CODE_NBYTES, actual=_CODE_NBYTES - self._left
                     )
-                self._files[module] = dict(parse_classes(self._archive.read(name).decode("utf-8", "replace")))
+                self._files[module] = self._counted(parse_classes(self._archive.read(name).decode("utf-8", "replace")))
         return self._files[module]
+
+    def _counted(self, classes: Iterator[tuple[str, ScriptClass | None]]) -> dict[str, ScriptClass | None]:
+        found: dict[str, ScriptClass | None] = {}
+        for name, source in classes:
+            self._count += 1
+            if self._count > _MAX_CLASSES:
+                raise LimitError("classes in a program's source", limit=_MAX_CLASSES, actual=self._count)
+            found[name] = source
+        return found
 
 
 def parse_classes(text: str) -> Iterator[tuple[str, ScriptClass | None]]:
     """The classes in a source text, by name; ``None``: one that is no module's."""
-    starts = list(_CLASS.finditer(text))
-    ends = [match.start() for match in starts[1:]] + [len(text)]
-    for match, end in zip(starts, ends, strict=True):
-        name, base = match.groups()
-        if base != "Module":
-            yield name, None
-            continue
-        lists = {kind: _strings(items) for kind, items in _LISTS.findall(text, match.end(), end)}
-        constants = [(name, _literal(value)) for name, value in _FINAL.findall(text, match.end(), end)]
-        yield name, ScriptClass(lists.get("parameters", frozenset()), lists.get("buffers", frozenset()), constants)
+    match = _CLASS.search(text)
+    while match is not None:
+        following = _CLASS.search(text, match.end())
+        start, end = match.end(), len(text) if following is None else following.start()
+        if match[2] == "Module":
+            lists = {kind: _strings(items) for kind, items in _LISTS.findall(text, start, end)}
+            constants: list[tuple[object, object]] = [
+                (name, _literal(value)) for name, value in _FINAL.findall(text, start, end)
+            ]
+            yield match[1], ScriptClass(lists.get("parameters", _NONE), lists.get("buffers", _NONE), constants)
+        else:
+            yield match[1], None
+        match = following
+
+
+_NONE: frozenset[str] = frozenset()
 
 
 def _strings(items: str) -> frozenset[str]:
-    """The strings in a list, as ``printQuotedString`` (``c10/util/StringUtil.h``) writes them."""
-    return frozenset(str(_literal(f'"{item}"')) if "\\" in item else item for item in _STRING.findall(items))
+    """The strings in a list, which must follow one another: what comes behind anything else is left out."""
+    found = set()
+    match = _ITEM.match(items)
+    while match is not None:
+        found.add(_unescaped(match[1]))
+        match = _ITEM.match(items, match.end())
+    return frozenset(found)
+
+
+def _unescaped(text: str) -> str:
+    """A string as ``printQuotedString`` (``c10/util/StringUtil.h``) escapes it: by its bytes, in octal."""
+    if "\\" not in text:
+        return text
+
+    def byte(match: re.Match[bytes]) -> bytes:
+        code = match[1]
+        return bytes((int(code, 8) & 0xFF,)) if len(code) == 3 else _ESCAPED.get(code, code)
+
+    return _ESCAPE.sub(byte, text.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
 
 
 def _literal(text: str) -> object:
-    """The number, string or tuple that a text stands for; the text itself where it is something else."""
+    """The number, string or tuple of numbers that a text stands for; the text itself where it is something else."""
+    whole = _ITEM.fullmatch(text)
+    if whole is not None:
+        return _unescaped(whole[1])
+    if "\\" in text or '"' in text or "'" in text:
+        return text
     import ast
 
     try:
         value: object = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-    return value if isinstance(value, (bool, int, float, str, tuple, type(None))) else text
+    return value if isinstance(value, (bool, int, float, tuple, type(None))) else text

@@ -57,6 +57,7 @@ _MAX_WINDOW_NBYTES = 1 << 20
 
 _DESCRIPTORS = {layout.size: layout for layout in map(Struct, ("<III", "<4sIII", "<IQQ", "<4sIQQ"))}
 _DESCRIPTOR_NBYTES = max(_DESCRIPTORS)
+_NARROW_DESCRIPTOR_NBYTES = 16
 """Data descriptors by their size (APPNOTE 4.3.9): with or without a signature, sizes of 32 or 64 bits."""
 
 
@@ -274,10 +275,13 @@ def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -
         raise AmbiguousError("the file begins with a record that the zip directory does not list")
     layout = _DESCRIPTORS.get(nbytes)
     if layout is not None and before.flags & _HAS_DESCRIPTOR:
-        start = window.hold(at, nbytes)
-        signature = (_DESCRIPTOR_SIGNATURE,) if layout.format.startswith("<4s") else ()
-        sizes = (before.packed, before.nbytes) if nbytes > 16 else (before.packed & MAX32, before.nbytes & MAX32)
-        if layout.unpack_from(window.data, start) == (*signature, before.crc, *sizes):
+        start = window.hold(at, nbytes)  # which may read other data
+        found = layout.unpack_from(window.data, start)
+        mask = MAX32 if nbytes <= _NARROW_DESCRIPTOR_NBYTES else -1
+        # A signature stands before the three values, or nothing does.
+        if found[-3:] == (before.crc, before.packed & mask, before.nbytes & mask) and (
+            len(found) == 3 or found[0] == _DESCRIPTOR_SIGNATURE
+        ):
             return
     raise AmbiguousError(
         f"{nbytes:,} bytes behind record {before.name!r} belong to no record; readers may find others there"

@@ -135,8 +135,9 @@ class LegacyTable(StorageTable):
         if key in self._storages or (known and (known.nbytes, *self._roots[id(known)]) != (nbytes, root, start)):
             raise AmbiguousError(f"view {key!r:.80} of storage {root.key!r:.80} is also named as something else")
         if known is None:
-            # Its source is a part of the root's, once that is known.
-            known = self._views[key] = replace(root, key=key, nbytes=nbytes)
+            settled = root.source.nbytes == root.nbytes  # else `settle` says where the view lies, too
+            source = root.source.part(start, nbytes) if settled else root.source
+            known = self._views[key] = replace(root, key=key, nbytes=nbytes, source=source)
             self._parts.setdefault(root.key, []).append(known)
             self._roots[id(known)] = (root, start)
         return known

@@ -83,8 +83,8 @@ class TensorShortcut:
         known = self._names.get(names)
         if known is None or not known.holds(memo):
             known = self._names[names] = _Names(memo, *map(_index, names))
-            if not known.are_usual:
-                return None
+        if not known.are_usual:
+            return None
         if key is not None and put_shape and put_stride:
             puts = _INDICES(put_key + put_id + put_shape + put_stride + put_dict + put_args + put_tensor)
         else:

@@ -10,8 +10,8 @@ import torch
 from torchvision.models import resnet18
 
 CONTRACT = {
-    "path", "size", "format", "kind", "state_dict", "sections", "tensors", "metadata", "trust", "globals",
-    "modules", "architecture", "findings", "error",
+    "path", "size", "format", "writer", "kind", "state_dict", "sections", "storage", "tensors", "metadata", "training",
+    "trust", "globals", "modules", "architecture", "findings", "error",
 }  # fmt: skip
 TENSOR = {"section", "name", "dtype", "shape", "stride", "nbytes", "location", "storage", "role", "tied_to"}
 

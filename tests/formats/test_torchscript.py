@@ -330,14 +330,21 @@ def test_source_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         formats.read(scripted(path))
 
 
+def test_classes_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchscript_code, "_MAX_CLASSES", 3)
+    with pytest.raises(LimitError, match="classes in a program's source"):
+        formats.read(scripted(path))
+
+
 def test_names_as_the_source_escapes_them() -> None:
     text = (
-        'class M(Module):\n  __parameters__ = ["a\\"b", "t\\tx", "plain", ]\n'
-        "  k : Final[int] = 3\n  v : Final[int] = f()\n"
+        'class M(Module):\n  __parameters__ = ["a\\"b", "t\\tx", "\\303\\251", "plain", ]\n'
+        '  k : Final[int] = 3\n  v : Final[int] = f()\n  p : Final[str] = "ze\\164"\n'
+        "  t : Final[Tuple[int, int]] = (1, 2)\n"
     )
     parsed: dict[str, Any] = dict(torchscript_code.parse_classes(text))
-    assert parsed["M"].parameters == {'a"b', "t\tx", "plain"}
-    assert parsed["M"].constants == [("k", 3), ("v", "f()")]
+    assert parsed["M"].parameters == {'a"b', "t\tx", "é", "plain"}
+    assert parsed["M"].constants == [("k", 3), ("v", "f()"), ("p", "zet"), ("t", (1, 2))]
     assert dict(torchscript_code.parse_classes("class A:\n  x : int\nclass B(NamedTuple):\n  y : int\n")) == {
         "A": None,
         "B": None,
