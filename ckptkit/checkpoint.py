@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
@@ -240,7 +240,9 @@ class StateDict(Mapping[str, TensorEntry]):
         self.everything = everything
         self.versions = versions
         self.container = container
-        self._tensors = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
+        self._tensors: Mapping[str, TensorEntry] = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
+        if len(self._tensors) == len(everything):
+            self._tensors = everything  # type: ignore[assignment]  # one of them is enough
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._tensors[name]
@@ -250,6 +252,12 @@ class StateDict(Mapping[str, TensorEntry]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def items(self) -> ItemsView[str, TensorEntry]:
+        return self._tensors.items()
+
+    def values(self) -> ValuesView[TensorEntry]:
+        return self._tensors.values()
 
     def __repr__(self) -> str:
         return f"StateDict({len(self)} tensors)"
@@ -408,4 +416,7 @@ class Checkpoint:
 
 def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:
     """The ``id`` of each storage that several of the entries view: what alone can be tied or shared."""
-    return {storage for storage, count in Counter(id(entry.storage) for entry in entries).items() if count > 1}
+    storages = [id(entry.storage) for entry in entries]
+    if len(set(storages)) == len(storages):  # as in most files
+        return set()
+    return {storage for storage, count in Counter(storages).items() if count > 1}

@@ -212,7 +212,7 @@ def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     tied: dict[tuple[object, ...], list[str]] = {}
     views: Counter[int] = Counter()
     several = shared_storages(checkpoint.state_dict.values())
-    for name, entry in checkpoint.state_dict.items():
+    for name, entry in checkpoint.state_dict.items() if several else ():
         if id(entry.storage) in several and entry.nbytes:
             names = tied.setdefault(entry.view, [])
             views[id(entry.storage)] += not names
@@ -237,7 +237,9 @@ def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
 def _unused(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     extents: dict[int, list[tuple[int, int]]] = {}
     for entry in contents.entries.values():
-        extents.setdefault(id(entry.storage), []).append(entry.span())
+        nbytes = entry.storage.nbytes
+        is_whole = entry.nbytes == nbytes and 0 not in entry.stride  # as nearly all are
+        extents.setdefault(id(entry.storage), []).append((0, nbytes) if is_whole else entry.span())
     unused = 0
     for key, storage in contents.storages.items():
         if key in contents.bare:

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Section, TensorEntry
 from ckptkit.errors import CkptkitError
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
@@ -240,6 +241,8 @@ class _ScalarReader:
         if not isinstance(node, TensorEntry):
             return _number(node)
         code = _FORMATS.get(node.dtype)
+        if not isinstance(node.storage.source, ByteRange):
+            return None  # nothing is inflated for it
         if node.numel != 1 or len(node.shape) > 1 or code is None or not self._left:
             return None
         self._left -= 1

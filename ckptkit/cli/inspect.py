@@ -71,8 +71,8 @@ def command(
 ) -> int:
     """Show what is in checkpoints: container, kind, sections, tensors, findings.
 
-    Nothing in a file is executed, and no tensor is read (but with --stats). A folder stands for the
-    checkpoint files below it.
+    Nothing in a file is executed, and no tensor is read but a few single numbers, such as step counts
+    (all are with --stats). A folder stands for the checkpoint files below it.
     """
     if flat:
         render = inspect_text.flat

@@ -81,13 +81,15 @@ def _details(document: dict[str, Any]) -> Iterator[str]:
     if not rows:
         return
     extra = as_text.STATS if rows[0].stats is not None else ()
-    cells = [
-        [_code(as_text.full_name(row, document)), row.dtype, as_text.shape(row), human_size(row.nbytes),
-         _escaped(printable(row.location)), *(as_text.figure(row.stats[key]) for key in extra)]
-        for row in rows
-    ]  # fmt: skip
+    several = ["section"] if document["state_dict"] is not None and len(document["sections"]) > 1 else []
+    cells = []
+    for row in rows:
+        names = [*(_code(printable(row.section)) for _ in several), _code(as_text.full_name(row, document))]
+        facts = [row.dtype, as_text.shape(row), human_size(row.nbytes), _escaped(printable(row.location))]
+        cells.append([*names, *facts, *(as_text.figure((row.stats or {})[key]) for key in extra)])
     yield f"\n<details><summary>{len(document['tensors']):,} tensors</summary>\n"
-    yield from _table(cells, ["tensor", "dtype", "shape", "bytes", "device", *extra], "lllrl" + "r" * len(extra))
+    headers = [*several, "tensor", "dtype", "shape", "bytes", "device", *extra]
+    yield from _table(cells, headers, "l" * len(several) + "lllrl" + "r" * len(extra))
     if len(document["tensors"]) > _MAX_TENSORS:
         yield f"\nand {len(document['tensors']) - _MAX_TENSORS:,} more (--flat shows all)"
     yield "\n</details>"
@@ -95,7 +97,7 @@ def _details(document: dict[str, Any]) -> Iterator[str]:
 
 def _table(rows: Sequence[Sequence[str]], headers: Sequence[str], align: str) -> Iterator[str]:
     sides = ["right" if a == "r" else "left" for a in align]
-    yield tabulate(rows, headers, "github", disable_numparse=True, colalign=sides)
+    yield tabulate(rows, headers, "pipe", disable_numparse=True, colalign=sides)
 
 
 def _indented(label: str) -> str:

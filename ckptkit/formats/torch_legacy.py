@@ -1,4 +1,4 @@
-"""torch-legacy: what ``torch.save`` wrote from 0.1.10 to 1.5, and still does when it is asked to.
+"""torch-legacy: what ``torch.save`` wrote from spring 2017 (0.1) to 1.5, and still does when it is asked to.
 
 Layout (``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``; ``torch/csrc/serialization.cpp``
 ``writeFileRaw``), one behind the other, nothing between them and nothing after:

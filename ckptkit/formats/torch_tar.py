@@ -1,4 +1,4 @@
-"""torch-tar: what ``torch.save`` wrote in torch 0.1, before 0.1.10.
+"""torch-tar: what ``torch.save`` wrote in torch 0.1 until early 2017 (0.1.8 still did, pytorch issue 1263).
 
 Layout (``torch/serialization.py`` ``legacy_load``, and ``_save`` of those releases): a tar archive of
 four plain files (`ckptkit.formats.tar_archive`), in no order that matters:
@@ -108,7 +108,7 @@ class _Reader:
             format=_NAME,
             format_version=str(_PROTOCOL),
             pickle_protocol=pickle.protocol,
-            writer="torch 0.1, before 0.1.10",
+            writer="torch 0.1, of early 2017 or before",
             metadata={},
             globals=merge_uses(self._uses),
             findings=tuple(legacy_findings(self._table)),

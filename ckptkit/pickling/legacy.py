@@ -1,16 +1,16 @@
 """torch's pickle vocabulary before 1.6, beside what `ckptkit.pickling.tensors` knows.
 
 - A storage may be a view of another: ``('storage', class, root key, location, root's numel, (key,
-  offset, numel))``, offset and size in elements (``torch/serialization.py`` ``_legacy_load``).  Torch
-  has written none since 1.0, and reads them.  A tensor over such a view becomes an entry over the
+  offset, numel))``, offset and size in elements (``torch/serialization.py`` ``_legacy_load``).  Today's
+  torch writes none, and reads them.  A tensor over such a view becomes an entry over the
   root, so that what shares memory shares a `Storage`; a view that is kept for itself becomes a
   `Storage` over its part of the root's bytes.
 - ``('module', class, file, source)``: a class of the model, at its first use, with the text of its
   source.  The text stands for the class and is never compiled.
 - Before 0.4 a parameter was no tensor but a Variable that held one (``torch/autograd/variable.py``
   ``__reduce_ex__`` and ``__setstate__``): ``Parameter(data)`` with the state ``(requires_grad,
-  volatile, hooks)``, since 0.1.10; ``Parameter()`` with ``(data, grad, hooks, requires_grad,
-  volatile)`` before.  0.4.0 writes ``Parameter(data, requires_grad)``.  A tensor that was not saved by
+  volatile, hooks)``; in the tar archives of 0.1 ``Parameter()`` with ``(data, grad, hooks, requires_grad,
+  volatile)``.  0.4.0 writes ``Parameter(data, requires_grad)``.  A tensor that was not saved by
   ``torch.save`` is ``FloatTensor()`` with ``(storage, offset, size, stride)``.
 - Before 0.4 a tensor of no dimensions had no elements.
 

@@ -14,6 +14,8 @@ differs in anything is left to the opcodes; so is a pickle that does refer to th
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable
 from struct import Struct
@@ -32,25 +34,31 @@ _GET = rb"h.|j...."
 _INT = rb"K.|M..|J....|\x8a\x05.....|\x8a\x06......"
 _SIZE = rb"\)|(?:%(i)s)\x85|(?:(?:%(i)s)){2}\x86|(?:(?:%(i)s)){3}\x87|\((?:%(i)s)(?:(?:%(i)s)){3,5}t" % {b"i": _INT}
 _MEMOIZED = rb"(?:(?<!\))r(....)|(?<=\)))"  # an empty tuple is not memoized
-_TENSOR = re.compile(
-    rb"\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
-    rb"(?:X(.)\0\0\0([0-9]{1,18})r(....)|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
-    rb"(%(get)s)(%(int)s)N?tr(....)Q"  # 7 to 9: location, number of elements, PUT
-    rb"(%(int)s)(%(size)s)%(put)s(%(size)s)%(put)s"  # 10 to 14: offset, size and PUT, stride and PUT
-    rb"([\x88\x89])(%(get)s)\)Rr(....)tr(....)Rr(....)"  # 15 to 19: requires_grad, OrderedDict, PUTs
-    % {b"get": _GET, b"int": _INT, b"size": _SIZE, b"put": _MEMOIZED},
-    re.DOTALL,
-).match
-"""Each alternative begins with another opcode: the pattern can be read in one way, the opcodes' own."""
-
 _INDEX = Struct("<I").unpack
 _INDICES = Struct("<7I").unpack
 
 _MOST_KNOWN = 4096
 """Sizes with strides that are kept; models have some hundreds."""
 
+_HUGE = 1 << 62
+"""Elements no tensor has."""
+
 _Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 """Shape, stride, and how many elements after its offset the last one touched ends."""
+
+
+@functools.cache
+def _pattern() -> Callable[[bytes, int], re.Match[bytes] | None]:
+    """Each alternative begins with another opcode: it can be read in one way, the opcodes' own."""
+    return re.compile(
+        rb"\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
+        rb"(?:X(.)\0\0\0([0-9]{1,18})r(....)|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
+        rb"(%(get)s)(%(int)s)N?tr(....)Q"  # 7 to 9: location, number of elements, PUT
+        rb"(%(int)s)(%(size)s)%(put)s(%(size)s)%(put)s"  # 10 to 14: offset, size and PUT, stride and PUT
+        rb"([\x88\x89])(%(get)s)\)Rr(....)tr(....)Rr(....)"  # 15 to 19: requires_grad, OrderedDict, PUTs
+        % {b"get": _GET, b"int": _INT, b"size": _SIZE, b"put": _MEMOIZED},
+        re.DOTALL,
+    ).match
 
 
 class TensorShortcut:
@@ -58,10 +66,12 @@ class TensorShortcut:
 
     Args:
         persistent_load: from a persistent id to the `Storage` it names.
+        after: tensors that are left to the opcodes: making the pattern takes as long as a hundred of them.
     """
 
-    def __init__(self, persistent_load: Callable[[object], object]) -> None:
+    def __init__(self, persistent_load: Callable[[object], object], after: int = 100) -> None:
         self._persistent_load = persistent_load
+        self._after = after
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._numbers: dict[bytes, int] = {}
         self._names: dict[tuple[bytes, ...], _Names] = {}
@@ -72,7 +82,10 @@ class TensorShortcut:
         Of its memo entries those are made that other tensors refer to: the storage's key and the tensor.
         ``None``: it is not quite like others, and nothing was done.
         """
-        found = _TENSOR(data, at)
+        if self._after > 0:
+            self._after -= 1
+            return None
+        found = _pattern()(data, at)
         if found is None:
             return None
         (
@@ -128,6 +141,8 @@ class TensorShortcut:
             self._geometries.clear()
         sizes, strides = _ints(shape), _ints(stride)
         if len(sizes) != len(strides) or min(sizes, default=1) < 1 or min(strides, default=0) < 0:
+            return None
+        if math.prod(sizes) >= _HUGE:
             return None
         reach = 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
         self._geometries[shape, stride] = sizes, strides, reach

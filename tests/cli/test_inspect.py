@@ -41,7 +41,9 @@ def test_the_multi_gpu_checkpoint(run, ddp_resume: Path) -> None:
     assert file["state_dict"]["path"] == "state_dict"
     assert file["state_dict"]["tensors"] == len(saved["state_dict"])
     assert [s["path"] for s in file["sections"] if s["selected"]] == ["state_dict"]
-    assert {"name": "argparse.Namespace", "verdict": "unknown", "count": 1} in file["globals"]
+    names = {use["name"]: use for use in file["globals"]}
+    assert (names["argparse.Namespace"]["verdict"], names["argparse.Namespace"]["count"]) == ("unknown", 1)
+    assert names["argparse.Namespace"]["where"] == ["data.pkl: args"]
     assert file["metadata"]["epoch"] == saved["epoch"]
     assert file["metadata"]["args.lr"] == saved["args"].lr
     fixes = {f["code"]: f["fix"] for f in file["findings"]}
