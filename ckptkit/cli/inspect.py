@@ -165,7 +165,7 @@ def _expand(path: str) -> Iterator[str]:
                 found += 1
                 yield os.path.join(folder, name)
     if not found:
-        from ckptkit.formats.first_bytes import describe_folder
+        from ckptkit.formats.refused.first_bytes import describe_folder
 
         what = describe_folder(path)
         if what == "is a folder, not a file":

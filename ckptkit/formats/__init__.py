@@ -17,7 +17,7 @@ from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats import pt2, safetensors, sharded, torch_legacy, torch_package, torch_tar, torch_zip, torchscript
 from ckptkit.formats.detection import identify
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.sweep import names_left
+from ckptkit.formats.refused.sweep import names_left
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 
@@ -70,7 +70,7 @@ def read(
         SectionError: the section is not there.
     """
     if os.path.isdir(path):
-        from ckptkit.formats.first_bytes import describe_folder
+        from ckptkit.formats.refused.first_bytes import describe_folder
 
         raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
     file = SourceFile(path)

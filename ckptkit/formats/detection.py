@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptkit.errors import AmbiguousError
+from ckptkit.formats.archives.zip_archive import CENTRAL_SIGNATURE, LOCAL_SIGNATURE
+from ckptkit.formats.archives.zip_end import END, LOCATOR, MAX16
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.zip_archive import CENTRAL_SIGNATURE, LOCAL_SIGNATURE
-from ckptkit.formats.zip_end import END, LOCATOR, MAX16
 
 __all__ = ["identify"]
 
@@ -21,7 +21,7 @@ def identify(probe: Probe, containers: Sequence[Format]) -> Format:
     """
     claims = [container for container in containers if container.sniff(probe)]
     if not claims:
-        from ckptkit.formats.first_bytes import unknown  # only here, as many patterns take a moment to compile
+        from ckptkit.formats.refused.first_bytes import unknown  # only here, as many patterns take a moment to compile
 
         raise unknown(probe)
     names = [container.name for container in claims]

@@ -9,7 +9,7 @@ from functools import cached_property
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CorruptError, UnknownFormatError
-from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory
+from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.plan import Plan
@@ -53,7 +53,7 @@ class Probe:
                     "a part of a folder that torch.distributed.checkpoint wrote; in Python, torch.distributed."
                     "checkpoint.format_utils.dcp_to_torch_save(FOLDER, 'model.pth') makes one file of it"
                 ) from error
-            from ckptkit.formats.truncated import what_is_left
+            from ckptkit.formats.refused.truncated import what_is_left
 
             found = what_is_left(self.file, self.limits)
             if found is None:

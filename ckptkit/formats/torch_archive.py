@@ -26,9 +26,9 @@ from typing import Literal
 from ckptkit.bytesource import ByteSource
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, read_directory
+from ckptkit.formats.archives.zip_record import Record, read_record, record_source
 from ckptkit.formats.format import Probe
-from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
-from ckptkit.formats.zip_record import Record, read_record, record_source
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_names, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut

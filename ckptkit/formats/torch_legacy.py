@@ -32,7 +32,7 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError, UnsupportedError
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.pickle_row import PickleRow
-from ckptkit.formats.truncated import unfinished
+from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import Global, InertDict, walk
 from ckptkit.pickling.legacy import LegacyTable, era

@@ -1,7 +1,7 @@
 """torch-tar: what ``torch.save`` wrote in torch 0.1 until early 2017 (0.1.8 still did, pytorch issue 1263).
 
 Layout (``torch/serialization.py`` ``legacy_load``, and ``_save`` of those releases): a tar archive of
-four plain files (`ckptkit.formats.tar_archive`), in no order that matters:
+four plain files (`ckptkit.formats.archives.tar_archive`), in no order that matters:
 
 - ``sys_info``: a pickle of ``{'protocol_version': 1000, 'little_endian': bool, 'type_sizes': {...}}``
 - ``pickle``: the object.  A tensor or storage is the persistent id of its key as text; a class of the
@@ -29,11 +29,11 @@ from typing import TypeGuard
 
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
+from ckptkit.formats.archives.tar_archive import BLOCK_NBYTES, Member, is_header, read_members
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.pickle_row import PickleRow
-from ckptkit.formats.tar_archive import BLOCK_NBYTES, Member, is_header, read_members
+from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.formats.torch_legacy import legacy_findings
-from ckptkit.formats.truncated import unfinished
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import Global, InertDict
 from ckptkit.pickling.legacy import LegacyTable

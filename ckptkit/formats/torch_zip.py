@@ -26,9 +26,9 @@ from __future__ import annotations
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError, UnsupportedError
+from ckptkit.formats.archives.zip_writer import ZipWriter
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.torch_archive import TorchArchive, archive_kind
-from ckptkit.formats.zip_writer import ZipWriter
 from ckptkit.normalize import RawCheckpoint, lower_state_dict
 from ckptkit.pickling.tensors import StorageTable, lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle

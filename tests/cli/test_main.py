@@ -58,7 +58,7 @@ def refusals(folder: Path) -> dict[str, Path]:
         "the file is empty": folder / "empty.pth",
         "a text file": folder / "text.pth",
         "a folder": folder / "folder.pth",
-        "no end record": folder / "cut.pth",
+        "truncated: the file has": folder / "cut.pth",
         "no known checkpoint container": folder / "noise.bin",
         "git-lfs pointer, not the file of 102,502,400 bytes": folder / "lfs.pth",
         "is not a regular file": folder / "pipe.pth",

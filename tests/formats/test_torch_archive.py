@@ -21,8 +21,8 @@ from ckptkit import formats
 from ckptkit.bytesource import DeflatedRange, SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, FormatError
-from ckptkit.formats.zip_archive import read_directory
-from ckptkit.formats.zip_record import record_source
+from ckptkit.formats.archives.zip_archive import read_directory
+from ckptkit.formats.archives.zip_record import record_source
 from ckptkit.torch_bridge import tensors
 
 Save = Callable[..., Path]

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError
+from ckptkit.formats.archives.tar_archive import is_header, read_members
+from ckptkit.formats.archives.zip_archive import Record, read_record
 from ckptkit.formats.format import Probe
-from ckptkit.formats.tar_archive import is_header, read_members
-from ckptkit.formats.zip_archive import Record, read_record
 from ckptkit.pickling.reader import read_names
 
 __all__ = ["names_left"]

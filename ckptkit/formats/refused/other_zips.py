@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ckptkit.formats.zip_archive import Record
+from ckptkit.formats.archives.zip_archive import Record
 
 __all__ = ["describe_zip"]
 

@@ -2,7 +2,7 @@
 
 The end record (PKWARE APPNOTE 4.3.16) is the last thing in the file but for a comment of at most
 65,535 bytes.  Where its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15)
-stand before it.  `ckptkit.formats.zip_archive` says what is refused, and why.
+stand before it.  `ckptkit.formats.archives.zip_archive` says what is refused, and why.
 """
 
 from __future__ import annotations

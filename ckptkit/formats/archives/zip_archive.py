@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
-from ckptkit.formats.zip_end import MAX16, MAX32, find_directory
-from ckptkit.formats.zip_record import Record, read_record
+from ckptkit.formats.archives.zip_end import MAX16, MAX32, find_directory
+from ckptkit.formats.archives.zip_record import Record, read_record
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["LOCAL_SIGNATURE", "Record", "read_directory", "read_record"]

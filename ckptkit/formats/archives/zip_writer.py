@@ -1,6 +1,6 @@
 """A layout for writing ZIP archives as torch does: stored records, aligned data, zip64 where needed.
 
-The format is described in `ckptkit.formats.zip_archive`.  Sizes stand in the local headers, so no
+The format is described in `ckptkit.formats.archives.zip_archive`.  Sizes stand in the local headers, so no
 data descriptors follow; checksums that are not known beforehand are filled in by the plan.
 """
 
@@ -10,8 +10,8 @@ import zlib
 from struct import pack
 
 from ckptkit.bytesource import ByteSource
-from ckptkit.formats.zip_archive import CENTRAL, LOCAL, LOCAL_SIGNATURE, STORED, UTF8
-from ckptkit.formats.zip_end import END, END64, LOCATOR, MAX16, MAX32
+from ckptkit.formats.archives.zip_archive import CENTRAL, LOCAL, LOCAL_SIGNATURE, STORED, UTF8
+from ckptkit.formats.archives.zip_end import END, END64, LOCATOR, MAX16, MAX32
 from ckptkit.plan import Checksum, Copy, Literal, Step
 
 __all__ = ["ALIGNMENT", "ZipWriter"]

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator
 
 from ckptkit.errors import UnknownFormatError
-from ckptkit.formats.first_pickle import describe_pickle, is_pickle
-from ckptkit.formats.first_text import describe_text
+from ckptkit.formats.archives.zip_end import END, END64, LOCATOR
 from ckptkit.formats.format import Probe
-from ckptkit.formats.other_zips import describe_zip
-from ckptkit.formats.truncated import unfinished
-from ckptkit.formats.zip_end import END, END64, LOCATOR
+from ckptkit.formats.refused.first_pickle import describe_pickle, is_pickle
+from ckptkit.formats.refused.first_text import describe_text
+from ckptkit.formats.refused.other_zips import describe_zip
+from ckptkit.formats.refused.truncated import unfinished
 
 __all__ = ["describe_folder", "unknown"]
 
