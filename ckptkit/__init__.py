@@ -4,15 +4,16 @@ Importing ckptkit imports neither torch nor numpy.
 
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli > api > verifier > torch_bridge > inspection > accounting, module_list, outline
-        > diagnose, changes, compare, stats, listing, settings, training > formats, rewrite, transfer
-        > normalize > selection > sections > shapes > modules > pickling > plan > checkpoint > bytesource
+    cli > api > verifier > torch_bridge > inspection > diagnose, changes, compare, stats
+        > formats, rewrite, transfer > normalize > pickling > plan > checkpoint > bytesource
         > report, dtypes, limits, codes, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output
-is right must go through the readers, which the mover of bytes must not know; `sections` (what
-the parts of a file are) and `modules` (a pickled model walked), which had outgrown `normalize`.
+is right must go through the readers, which the mover of bytes must not know; `inspection` (the
+document that is shown) apart from `diagnose` (what is remarkable about a checkpoint) and `changes`
+(what a conversion does to it).  Inside `formats` stand the containers, one module each; `archives`
+are zip and tar as such, `refused` is what is said of files that are no checkpoint.
 No room has the name of a public function: importing it would put the module in the function's
 place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 """

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.formats.torch_zip import PROGRAMS
+from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
-from ckptkit.sections import step
 
 __all__ = ["diagnose_losses", "diagnose_renames"]
 

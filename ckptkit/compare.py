@@ -19,8 +19,8 @@ from ckptkit.errors import CorruptError
 from ckptkit.formats import read
 from ckptkit.formats.torch_zip import written_tree
 from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.sections import brief, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
-from ckptkit.sections import brief, join
 from ckptkit.transfer import stream
 
 __all__ = ["check_output", "first_difference", "same_values"]

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.normalize.sections import is_plain, step
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
 from ckptkit.report import Finding, convert_command, human_size
 from ckptkit.rewrite.prefix import unwrapped
-from ckptkit.sections import is_plain, step
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
-from ckptkit.listing import TensorRow
-from ckptkit.outline import Line, Outline
+from ckptkit.inspection.listing import TensorRow
+from ckptkit.inspection.outline import Line, Outline
 from ckptkit.report import human_size
 
 __all__ = [

@@ -31,10 +31,10 @@ from ckptkit.formats.torch_archive import TorchArchive, archive_kind
 from ckptkit.formats.torchscript import JIT_CONSTRUCTORS, as_modules, vouched
 from ckptkit.formats.torchscript_code import ScriptClasses
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.normalize.sections import Survey
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.report import Finding
-from ckptkit.sections import Survey
 
 __all__ = ["FORMAT"]
 

@@ -43,11 +43,11 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.torch_archive import TorchArchive, archive_kind
 from ckptkit.formats.torchscript_code import ScriptClass, ScriptClasses
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.normalize.sections import above_tensors, join
 from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items, walk
 from ckptkit.pickling.reader import Constructor
 from ckptkit.pickling.tensors import StorageTable, is_tensor_like
 from ckptkit.report import Finding
-from ckptkit.sections import above_tensors, join
 
 __all__ = ["FORMAT", "JIT_CONSTRUCTORS", "as_modules", "vouched"]
 
@@ -59,7 +59,7 @@ _MAX_ATTRIBUTE_DEPTH = 32
 """Lists and dicts inside one another that an attribute's parts are looked for in; deeper ones stay whole."""
 
 _MAX_MODULE_DEPTH = 1000
-"""Modules inside modules: as in `ckptkit.modules`."""
+"""Modules inside modules: as in `ckptkit.normalize.modules`."""
 
 _MANGLED = re.compile(r"\.___torch_mangle_[0-9]+")
 _QUANTIZED = re.compile(r"__torch__\.torch\.(?:ao\.)?nn\.(?:intrinsic\.|sparse\.)?quantized\.")

@@ -11,10 +11,10 @@ import pytest
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, TensorEntry
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import Limits
-from ckptkit.modules import module_state, walk_module, wrapper_prefixes
 from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.modules import module_state, walk_module, wrapper_prefixes
+from ckptkit.normalize.shapes import named_values, parts, tensor_at_a_glance
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, children
-from ckptkit.shapes import named_values, parts, tensor_at_a_glance
 
 Module = Callable[..., Object]
 Normalized = Callable[..., Checkpoint]
@@ -169,7 +169,7 @@ def test_modules_nested_without_end(module_node: Module) -> None:
 def test_modules_shared_until_they_explode(
     entry: TensorEntry, module_node: Module, normalized: Normalized, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptkit.modules.DEFAULT_LIMITS", Limits(entries=10_000))
+    monkeypatch.setattr("ckptkit.normalize.modules.DEFAULT_LIMITS", Limits(entries=10_000))
     node = module_node([], [("w", entry)])
     for _ in range(40):
         node = module_node([("a", node), ("b", node)])
@@ -180,7 +180,7 @@ def test_modules_shared_until_they_explode(
 
 
 def test_names_that_grow_without_end(module_node: Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptkit.modules.DEFAULT_LIMITS", Limits(pickle_nbytes=1_000_000))
+    monkeypatch.setattr("ckptkit.normalize.modules.DEFAULT_LIMITS", Limits(pickle_nbytes=1_000_000))
     node = module_node()
     for _ in range(900):
         node = module_node([("m" * 100_000, node)])

@@ -121,7 +121,7 @@ def test_a_saved_state_dict_of_one(save: Save, opened: Opened, model: str, tmp_p
 
 
 def test_settings_of_a_convolution_come_from_its_tuple(save: Save, opened: Opened) -> None:
-    from ckptkit.modules import module_state
+    from ckptkit.normalize.modules import module_state
 
     with opened(save(quantized.Conv2d(3, 2, (1, 2), stride=2))) as checkpoint:
         state = module_state(checkpoint.module)

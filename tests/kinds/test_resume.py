@@ -17,8 +17,8 @@ import ckptkit
 from ckptkit import formats
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
 from ckptkit.errors import SectionError
+from ckptkit.normalize.shapes import CUSTOMARY_KEYS
 from ckptkit.pickling.inert import mapping_items
-from ckptkit.shapes import CUSTOMARY_KEYS
 
 Save = Callable[..., Path]
 Opened = Callable[..., AbstractContextManager[Checkpoint]]

@@ -14,8 +14,8 @@ from torch import nn
 
 import ckptkit
 from ckptkit.checkpoint import Checkpoint, StateDict
+from ckptkit.normalize.shapes import CUSTOMARY_KEYS
 from ckptkit.pickling.inert import mapping_items
-from ckptkit.shapes import CUSTOMARY_KEYS
 
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]

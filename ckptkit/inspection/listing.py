@@ -14,10 +14,10 @@ from typing import Any, Final, Literal, NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.dtypes import DTYPES
-from ckptkit.modules import module_state, walk_module
+from ckptkit.normalize.modules import module_state, walk_module
+from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, step
+from ckptkit.normalize.shapes import named_values
 from ckptkit.pickling.inert import InertDict, Object, children, mapping_items
-from ckptkit.sections import MAX_SECTION_DEPTH, is_plain, join, step
-from ckptkit.shapes import named_values
 
 __all__ = ["Listing", "Role", "TensorRow", "list_tensors", "natural_key", "ordered", "tensor_role", "wanted"]
 

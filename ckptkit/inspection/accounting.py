@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ckptkit.checkpoint import Section, Storage
-from ckptkit.listing import Listing, TensorRow
+from ckptkit.inspection.listing import Listing, TensorRow
 
 __all__ = ["Totals", "section_documents", "storage_document", "totals"]
 

@@ -2,7 +2,7 @@
 
 Decided by shape, never by a file's name:
 
-- a *whole model* is what `ckptkit.modules` finds the ``__dict__`` of a module in, or a bound
+- a *whole model* is what `ckptkit.normalize.modules` finds the ``__dict__`` of a module in, or a bound
   method of one
 - a *state_dict* is a mapping with string keys, or a list of (name, tensor) pairs, of which at least
   half are tensors.  What other values hold tensors must be no weights of their own: else it is a
@@ -10,13 +10,13 @@ Decided by shape, never by a file's name:
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
   parameter (losses, metrics, random states) is none, unless a customary key says so.
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
-  whatever it lies under; never the weights.  Neither are its moments (`ckptkit.shapes.MOMENTS`).
+  whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - what else holds tensors is a *tensor* or a *collection*
 
 Parts are looked for in dicts, lists, tuples, and the attributes, items and arguments of objects
 (a Namespace, a Trainer, a named tuple), at most `MAX_SECTION_DEPTH` keys down; never inside a part.
 
-Which part is *the* state_dict is decided by `ckptkit.selection`.
+Which part is *the* state_dict is decided by `ckptkit.normalize.selection`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,8 @@ from typing import Final, Literal
 from ckptkit.checkpoint import Section, Storage, TensorEntry
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.modules import bound_method, module_state, walk_module
-from ckptkit.pickling.inert import Object, attributes, children, mapping_items, walk
-from ckptkit.pickling.tensors import is_tensor_like
-from ckptkit.shapes import (
+from ckptkit.normalize.modules import bound_method, module_state, walk_module
+from ckptkit.normalize.shapes import (
     CUSTOMARY_KEYS,
     are_moments,
     is_optimizer,
@@ -42,6 +40,8 @@ from ckptkit.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
+from ckptkit.pickling.inert import Object, attributes, children, mapping_items, walk
+from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "above_tensors", "brief", "is_plain", "join", "step"]
 

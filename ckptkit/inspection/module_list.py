@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ckptkit.modules import module_state
+from ckptkit.inspection.settings import class_name, is_printed, module_text, plain_value
+from ckptkit.normalize.modules import module_state
 from ckptkit.pickling.inert import InertDict, Object, mapping_items
-from ckptkit.settings import class_name, is_printed, module_text, plain_value
 
 __all__ = ["list_modules", "printed_model"]
 

@@ -1,6 +1,6 @@
 """What a node of an inert tree looks like, without going below what it holds.
 
-The words in which `ckptkit.sections` judges a tree: what leads from a node to others, what can be
+The words in which `ckptkit.normalize.sections` judges a tree: what leads from a node to others, what can be
 read as named values, and what is an optimizer's.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
-from ckptkit.modules import bound_method, module_state
+from ckptkit.normalize.modules import bound_method, module_state
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, attributes, mapping_items
 from ckptkit.pickling.tensors import is_tensor_like
 

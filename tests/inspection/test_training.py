@@ -14,8 +14,8 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 import ckptkit
+from ckptkit.inspection.training import training_document
 from ckptkit.pickling.inert import InertDict
-from ckptkit.training import training_document
 
 Save = Callable[..., Path]
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ckptkit.listing import TensorRow, natural_key
+from ckptkit.inspection.listing import TensorRow, natural_key
 
 __all__ = ["Line", "Outline"]
 

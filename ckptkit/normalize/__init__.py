@@ -1,10 +1,10 @@
 """Raw tree -> `Checkpoint`, and the state_dict back to a tree.
 
-`ckptkit.sections` says what is in the tree and `ckptkit.selection` which part is the state_dict.
+`ckptkit.normalize.sections` says what is in the tree and `ckptkit.normalize.selection` which part is the state_dict.
 Here that part is taken out, the marker `STATE_DICT` put in its place, and what is remarkable on the
 way noted:
 
-- a whole model gives the state_dict that `ckptkit.modules` walks
+- a whole model gives the state_dict that `ckptkit.normalize.modules` walks
 - a bound method such as ``model.state_dict`` holds the whole model, and is read as one
 - a list of (name, tensor) pairs is a state_dict, and written back as one
 - where several parts could be meant none is taken: the sections are listed, and whoever needs
@@ -19,12 +19,12 @@ from typing import Literal
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
-from ckptkit.modules import bound_method, known_versions, wrapper_prefixes
+from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
+from ckptkit.normalize.sections import Candidate, Survey, brief, is_plain
+from ckptkit.normalize.selection import choose, listed, require_section
 from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command
-from ckptkit.sections import Candidate, Survey, brief, is_plain
-from ckptkit.selection import choose, listed, require_section
 
 __all__ = ["RawCheckpoint", "lower_state_dict", "normalize"]
 

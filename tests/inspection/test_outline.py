@@ -12,8 +12,8 @@ from torch import nn
 
 import ckptkit
 from ckptkit.inspection import survey
-from ckptkit.listing import TensorRow
-from ckptkit.outline import Line, Outline
+from ckptkit.inspection.listing import TensorRow
+from ckptkit.inspection.outline import Line, Outline
 
 Save = Callable[..., Path]
 

@@ -17,8 +17,8 @@ from typing import Any
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Section, TensorEntry
 from ckptkit.errors import CkptkitError
+from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
-from ckptkit.sections import MAX_SECTION_DEPTH, join, step
 
 __all__ = ["training_document", "training_state"]
 

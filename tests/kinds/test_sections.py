@@ -15,8 +15,8 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import CorruptError, LimitError, SectionError
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, lower_state_dict, normalize
+from ckptkit.normalize.sections import Survey, brief, join, step
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
-from ckptkit.sections import Survey, brief, join, step
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_one_large_value_under_many_keys(entry: TensorEntry, file: SourceFile) -
 
 
 def test_sections_that_share_too_much(entry: TensorEntry, file: SourceFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptkit.sections.DEFAULT_LIMITS", Limits(opcodes=100_000))
+    monkeypatch.setattr("ckptkit.normalize.sections.DEFAULT_LIMITS", Limits(opcodes=100_000))
     large = [entry, *([number] for number in range(1000))]
     assert len(normalized(InertDict([(f"k{i}", [large, i]) for i in range(90)]), file).sections) == 90
     with pytest.raises(LimitError, match="parts that sections share"):
@@ -126,7 +126,7 @@ def test_too_many_names_to_compare_are_a_choice(
 ) -> None:
     root = InertDict([("model", InertDict([(f"a{i}", entry) for i in range(100)])), ("x", InertDict([("w", entry)]))])
     assert normalized(root, file).origin.state_path == "model"
-    monkeypatch.setattr("ckptkit.selection.DEFAULT_LIMITS", Limits(entries=50))
+    monkeypatch.setattr("ckptkit.normalize.selection.DEFAULT_LIMITS", Limits(entries=50))
     assert normalized(root, file).origin.state_path is None
 
 

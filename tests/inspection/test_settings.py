@@ -13,9 +13,9 @@ import torchvision
 from torch import nn
 
 import ckptkit
-from ckptkit.module_list import list_modules, printed_model
+from ckptkit.inspection.module_list import list_modules, printed_model
+from ckptkit.inspection.settings import module_text, plain_value
 from ckptkit.pickling.inert import Global, InertDict, Object
-from ckptkit.settings import module_text, plain_value
 
 Save = Callable[..., Path]
 

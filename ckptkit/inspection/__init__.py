@@ -2,7 +2,7 @@
 
 The document is the single source of every output: text and markdown are rendered from it.
 
-`survey` makes it with the tensors as rows (`ckptkit.listing.TensorRow`), of which a file may have 100,000;
+`survey` makes it with the tensors as rows (`ckptkit.inspection.listing.TensorRow`), of which a file may have 100,000;
 `describe` with the tensors as the dicts they are in JSON; `json_chunks` writes what `survey` made.
 """
 
@@ -12,14 +12,14 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ckptkit.accounting import Totals, section_documents, storage_document, totals
 from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, FormatError
-from ckptkit.listing import TensorRow, list_tensors, natural_key, ordered, tensor_role, wanted
-from ckptkit.module_list import list_modules
+from ckptkit.inspection.accounting import Totals, section_documents, storage_document, totals
+from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, tensor_role, wanted
+from ckptkit.inspection.module_list import list_modules
+from ckptkit.inspection.training import training_document, training_state
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.training import training_document, training_state
 
 __all__ = [
     "describe",
