@@ -200,7 +200,7 @@ def test_what_follows_stop_is_refused_where_the_pickle_must_be_all() -> None:
 def test_an_error_keeps_the_names_of_the_pickles_before_it() -> None:
     with pytest.raises(CorruptError) as caught:
         read_pickle(b"ca\nb\n\xff")
-    earlier = read_names(b"cos\nsystem\n.", "first")
+    earlier = read_names(b"cos\nsystem\n.", "first.pkl")
     error = caught.value.at(path="file.pth", where="second", seen=earlier)
     assert [use.name for use in error.globals] == ["os.system", "a.b"]
     assert str(error) == "file.pth: second, byte 5: unknown opcode 0xff: damaged, or no pickle"
