@@ -15,11 +15,21 @@ __all__ = ["DEFAULT_LIMITS", "Limits"]
 class Limits:
     """Bounds for one read of one file."""
 
-    pickle_nbytes: int = 256 << 20
-    """Bytes of one pickle.  100,000 tensors take about 15 MiB; arrays pickled inline take more."""
+    pickle_nbytes: int = 128 << 20
+    """Bytes of one pickle.  100,000 tensors take about 15 MiB; arrays pickled inline take more.  Text
+    takes up to four times its bytes in memory."""
 
-    opcodes: int = 20_000_000
-    """Pickle instructions in one file.  A tensor takes about 35; this is some 500,000 tensors."""
+    opcodes: int = 10_000_000
+    """Pickle instructions in one pickle.  A tensor takes about 35; this is some 280,000 tensors."""
+
+    nodes: int = 2_000_000
+    """Lists, tuples, dicts, sets, objects and pairs in one pickle.  A tensor brings about six of them."""
+
+    marks: int = 500_000
+    """Marks in a row, which nest tuples, dicts and calls.  Picklers recurse, so they end at some 1,000."""
+
+    tree_nodes: int = 1_000_000
+    """Nodes below one root that a walk goes to; of 280,000 tensors with an optimizer hardly more are left."""
 
     int_nbytes: int = 1024
     """Bytes of one integer.  Real ones are at most 16; Python cannot print those over 4,300 digits

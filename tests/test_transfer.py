@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -641,13 +640,11 @@ def test_kill_leaves_the_old_file_alone(tmp_path: Path, out: Path) -> None:
     assert out.read_bytes() == some_result()
 
 
-def test_interrupted_while_reading_does_not_take_long(source: SourceFile, out: Path) -> None:
+def test_interrupted_between_two_copies(source: SourceFile, out: Path) -> None:
     """One kernel copy is bounded, so that an interrupt is heard between two."""
     assert transfer._ONE_CALL <= 64 << 20
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         write(out, some_plan(source), progress=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert time.monotonic() - started < 5
 
 
 def test_execute_writes_at_the_planned_places(source: SourceFile, tmp_path: Path) -> None:

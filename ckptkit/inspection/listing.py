@@ -236,13 +236,17 @@ def _weights(node: object) -> list[tuple[str, object]]:
     return [(key, value) for key, value in named_values(node) or [] if isinstance(key, str)]
 
 
+_SCALARS = (str, int, float, bytes, type(None))
+
+
 def _steps(node: object) -> list[tuple[object, object, object]]:
     """A node's children, each with what is shown of the key or index that leads to it, and that key."""
     pairs = mapping_items(node)
     if pairs is not None:
         return [(key, key, child) for key, child in pairs]
     if isinstance(node, (list, tuple)):
-        return [(index, index, child) for index, child in enumerate(node)]
+        # A list of ten million numbers is passed over, not copied.
+        return [(index, index, child) for index, child in enumerate(node) if not isinstance(child, _SCALARS)]
     if not isinstance(node, Object):
         return [(_NO_STEP, 0, child) for child in children(node)]
     steps: list[tuple[object, object, object]] = [(_NO_STEP, index, part) for index, part in enumerate(node.args)]

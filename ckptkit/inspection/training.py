@@ -177,10 +177,10 @@ def _mappings(root: object) -> Iterator[tuple[str, str | None, InertDict]]:
             yield path, class_name, state
         if depth >= MAX_SECTION_DEPTH or (state is not None and "param_groups" in state):
             continue
-        below = state.pairs if state is not None else list(enumerate(node)) if isinstance(node, (list, tuple)) else []
-        visits += len(below)
+        visits += len(state if state is not None else node if isinstance(node, (list, tuple)) else ())
         if visits > _MAX_VISITS:
             continue
+        below = state.pairs if state is not None else list(enumerate(node)) if isinstance(node, (list, tuple)) else []
         stack.extend(
             (join(path, key), child, depth + 1)
             for key, child in reversed(below)

@@ -156,7 +156,8 @@ def parts(node: object) -> list[tuple[object, object]]:
     if pairs is not None:
         return pairs
     if isinstance(node, (list, tuple)):
-        return list(enumerate(node))
+        # A list of ten million numbers is passed over, not copied.
+        return [(index, part) for index, part in enumerate(node) if not isinstance(part, _SCALARS)]
     if not isinstance(node, Object) or is_tensor_like(node):
         return []
     state = node.state if isinstance(node.state, tuple) else () if node.state is ABSENT else (node.state,)

@@ -19,6 +19,7 @@ from typing import Final, Literal
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import LimitError
+from ckptkit.limits import DEFAULT_LIMITS
 
 __all__ = [
     "ABSENT",
@@ -254,16 +255,23 @@ _SCALARS = (str, int, float, bytes, type(None))
 
 
 def walk(root: object) -> Iterator[object]:
-    """Every node below and including ``root``, parents first, each object once; scalars are left out."""
+    """Every node below and including ``root``, parents first, each object once; scalars are left out.
+
+    Raises:
+        LimitError: there are more than any checkpoint has.
+    """
     seen: set[int] = set()
+    most = DEFAULT_LIMITS.tree_nodes
     stack = [root]
     while stack:
         node = stack.pop()
         if isinstance(node, _SCALARS) or id(node) in seen:
             continue
         seen.add(id(node))
+        if len(seen) > most:
+            raise LimitError("nodes of a tree", limit=most, actual=len(seen))
         yield node
-        stack.extend(reversed(children(node)))
+        stack.extend([child for child in reversed(children(node)) if not isinstance(child, _SCALARS)])
 
 
 class TreeMap:

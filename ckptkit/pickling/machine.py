@@ -11,7 +11,7 @@ import codecs
 import re
 from collections.abc import Callable, Mapping
 from struct import Struct
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
@@ -25,6 +25,8 @@ Constructor = Callable[[tuple[object, ...]], object]
 
 Shortcut = Callable[[bytes, int, dict[int, object]], tuple[int, object] | None]
 """Understands the call that a MARK at a position begins: see `ckptkit.pickling.shortcut`."""
+
+_Node = TypeVar("_Node")
 
 _I32 = Struct("<i").unpack_from
 _U32 = Struct("<I").unpack_from
@@ -71,6 +73,7 @@ class Machine:
         self.memo: dict[int, object] = {}
         self.globals: dict[tuple[str, str], Global] = {}
         self.reach = Reach(self.name)
+        self.nodes_left = limits.nodes
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument
         self.shortcut: Shortcut | None = None
@@ -141,7 +144,14 @@ class Machine:
                 built = constructor(args)
                 if built is not NotImplemented:
                     return built
-        return Object(how, cls, args, kwargs)  # type: ignore[arg-type]
+        return self.made(Object(how, cls, args, kwargs))  # type: ignore[arg-type]
+
+    def made(self, node: _Node, count: int = 1) -> _Node:
+        """A node that was made, counted; or what counts as several."""
+        self.nodes_left -= count
+        if self.nodes_left < 0:
+            raise LimitError("lists, dicts, pairs and objects", limit=self.limits.nodes, actual=self.limits.nodes + 1)
+        return node
 
     def name(self, module: str, name: str) -> Global:
         """The node for a name; one node for one name."""
@@ -218,7 +228,7 @@ class Machine:
         if len(flat) % 2:
             raise CorruptError("a dict's last key has no value")
         pairs = zip(flat[::2], flat[1::2], strict=True)
-        target = self.stack[-1]
+        target = self.made(self.stack[-1], len(flat) // 2)
         if isinstance(target, InertDict) or (isinstance(target, Object) and target.state is ABSENT):
             target.pairs.extend(pairs)
         else:
@@ -281,15 +291,15 @@ class Machine:
 
     def list_(self) -> None:
         items = self.pop_mark()
-        self.stack.append(items)
+        self.stack.append(self.made(items))
 
     def frozenset_(self) -> None:
         members = self.pop_mark()
-        self.stack.append(InertSet(members, frozen=True))
+        self.stack.append(self.made(InertSet(members, frozen=True)))
 
     def dict_(self) -> None:
         flat = self.pop_mark()
-        self.stack.append(InertDict())
+        self.stack.append(self.made(InertDict()))
         self.set_pairs(flat)
 
     def int_text(self) -> None:
@@ -387,7 +397,7 @@ RARE_OPCODES: dict[int, Callable[[Machine], None]] = {
     0x30: Machine.pop,
     0x31: Machine.pop_to_mark,
     0x6C: Machine.list_,
-    0x8F: lambda r: r.stack.append(InertSet()),
+    0x8F: lambda r: r.stack.append(r.made(InertSet())),
     0x91: Machine.frozenset_,
     0x49: Machine.int_text,
     0x4C: lambda r: r.stack.append(r.decimal(r.line(4001), long=True)),

@@ -160,6 +160,7 @@ def _run(machine: Machine) -> object:
     data, memo, marks = machine.data, machine.memo, machine.marks
     stack, pos, frame_end = machine.stack, machine.pos, machine.frame_end
     at, rare, left, shortcut = pos, RARE_OPCODES, machine.opcodes_left, machine.shortcut
+    most_marks = machine.limits.marks
     try:
         for left in range(machine.opcodes_left, 0, -1):  # noqa: B007 - it is kept where the loop is left
             at = pos
@@ -184,9 +185,11 @@ def _run(machine: Machine) -> object:
                         machine.skipped = True
                         continue
                 marks.append(stack)
+                if len(marks) > most_marks:
+                    raise LimitError("marks in a row", limit=most_marks, actual=len(marks))
                 stack = machine.stack = []
             elif op == 0x74:  # TUPLE
-                items = tuple(stack)
+                items = machine.made(tuple(stack))
                 stack = machine.stack = marks.pop()
                 stack.append(items)
             elif op == 0x58:  # BINUNICODE
@@ -206,14 +209,14 @@ def _run(machine: Machine) -> object:
             elif op == 0x89:  # NEWFALSE
                 stack.append(False)
             elif op == 0x85:  # TUPLE1
-                stack[-1] = (stack[-1],)
+                stack[-1] = machine.made((stack[-1],))
             elif op == 0x86:  # TUPLE2
                 last = stack.pop()
-                stack[-1] = (stack[-1], last)
+                stack[-1] = machine.made((stack[-1], last))
             elif op == 0x87:  # TUPLE3
                 last = stack.pop()
                 middle = stack.pop()
-                stack[-1] = (stack[-1], middle, last)
+                stack[-1] = machine.made((stack[-1], middle, last))
             elif op == 0x4D:  # BININT2
                 stack.append(_U16(data, pos)[0])
                 pos += 2
@@ -236,9 +239,9 @@ def _run(machine: Machine) -> object:
             elif op == 0x88:  # NEWTRUE
                 stack.append(True)
             elif op == 0x7D:  # EMPTY_DICT
-                stack.append(InertDict())
+                stack.append(machine.made(InertDict()))
             elif op == 0x5D:  # EMPTY_LIST
-                stack.append([])
+                stack.append(machine.made([]))
             elif op == 0x47:  # BINFLOAT
                 stack.append(_F64(data, pos)[0])
                 pos += 8

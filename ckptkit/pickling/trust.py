@@ -173,12 +173,14 @@ def _places(root: object, wanted: set[str]) -> dict[str, list[str]]:
         pairs = mapping_items(node) if open_ended and len(keys) < _MAX_KEYS else None
         if pairs is not None:
             for key, value in reversed(pairs):
-                stack.append((value, (*keys, _key(key)), True))
+                if not isinstance(value, _LEAVES):
+                    stack.append((value, (*keys, _key(key)), True))
                 if not isinstance(key, _LEAVES):
                     stack.append((key, keys, False))
         else:
             inside = open_ended and isinstance(node, (list, tuple))
-            stack.extend((child, keys, inside) for child in reversed(children(node)))
+            below = [child for child in reversed(children(node)) if not isinstance(child, _LEAVES)]
+            stack.extend([(child, keys, inside) for child in below])
     return found
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -196,8 +197,11 @@ Samples = dict[str, tuple[str, Callable[[Make], bytes]]]
 class Court:
     """What became of each sample under each command."""
 
-    def __init__(self, samples: Samples, results: dict[str, dict[str, Any]], canary: Path, folder: Path) -> None:
+    def __init__(
+        self, samples: Samples, commands: list[str], results: dict[str, dict[str, Any]], canary: Path, folder: Path
+    ) -> None:
         self._samples = samples
+        self._commands = commands
         self._results = results
         self._canary = canary
         self._folder = folder
@@ -205,7 +209,7 @@ class Court:
     def judge(self, name: str) -> None:
         """Assert what holds for every hostile file, and what is expected of this one."""
         expectation = self._samples[name][0]
-        for command in COMMANDS:
+        for command in self._commands:
             result = self._results[f"{name}/{command}"]
             told = f"{name}, {command}: {result['stderr'][-600:]}"
             assert result["signal"] is None, f"killed by signal {result['signal']}: {told}"
@@ -218,33 +222,39 @@ class Court:
         assert not self._canary.exists(), f"{name}: its payload ran"
         left = {path.name for path in (self._folder / name).iterdir()} - {"file.pth", "out.safetensors", "out.pth"}
         assert not left, f"{name}: half-written files are left"
-        for command in ("safetensors", "pth"):
+        for command in {"safetensors", "pth"} & set(self._commands):
             written = (self._folder / name / f"out.{command}").exists()
             assert written == (self._results[f"{name}/{command}"]["code"] == 0), f"{name}: half written by {command}"
         self._meets(name, expectation)
 
     def document(self, name: str) -> dict[str, Any]:
         """The JSON document of a sample."""
-        (document,) = json.loads(self._results[f"{name}/json"]["stdout"])["files"]
+        (document,) = json.loads(self.output(name, "json"))["files"]
         return document  # type: ignore[no-any-return]
 
     def output(self, name: str, command: str) -> str:
         """What a command printed of a sample."""
-        return str(self._results[f"{name}/{command}"]["stdout"])
+        return Path(self._results[f"{name}/{command}"]["output"]).read_text(errors="replace")
+
+    def verdict(self, name: str) -> tuple[str | None, bool, bool]:
+        """Trust, whether there is an error, whether a name is dangerous; from the text, which may be 100 MB long."""
+        text = self.output(name, "json")
+        trust = re.compile(r'"trust": (?:null|"(\w+)"), "globals": ').search(text, max(text.rfind('"trust": '), 0))
+        assert trust is not None, f"{name}: no verdict in {text[-300:]}"
+        return trust[1], not text.endswith('"error": null}]}\n'), '"verdict": "dangerous"' in text
 
     def _meets(self, name: str, expectation: str) -> None:
-        document, code = self.document(name), self._results[f"{name}/json"]["code"]
-        error = document["error"]
-        assert (code == 2) == (error is not None)
+        (trust, is_error, is_dangerous), result = self.verdict(name), self._results[f"{name}/json"]
+        assert (result["code"] == 2) == is_error
         if expectation == HOSTILE:
-            assert document["trust"] == "hostile", f"{name}: {document['trust']}, {error}"
-            assert code != 0
+            assert trust == "hostile", f"{name}: {trust}, {result['stderr']}"
+            assert result["code"] != 0
         elif expectation == REFUSED:
-            assert error is not None, f"{name} was read"
+            assert is_error, f"{name} was read"
         elif expectation == READ:
-            assert error is None, f"{name}: {error}"
+            assert not is_error, f"{name}: {result['stderr']}"
         # Where something dangerous was put in, no answer is without the word.
-        assert document["trust"] == "hostile" or not any(use["verdict"] == "dangerous" for use in document["globals"])
+        assert trust == "hostile" or not is_dangerous
 
 
 def run_jobs(jobs: list[dict[str, object]], folder: Path) -> dict[str, dict[str, Any]]:
@@ -252,23 +262,25 @@ def run_jobs(jobs: list[dict[str, object]], folder: Path) -> dict[str, dict[str,
     warden = Path(__file__).with_name("warden.py")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(warden.parent.parent.parent), str(folder / "modules")))}
     running = []
+    folders = list(dict.fromkeys(job["cwd"] for job in jobs))  # one process works in each
     for half in range(2):
-        (folder / f"jobs{half}.json").write_text(
-            json.dumps([job for i, job in enumerate(jobs) if i // len(COMMANDS) % 2 == half])
-        )
+        (folder / f"jobs{half}.json").write_text(json.dumps([job for job in jobs if job["cwd"] in folders[half::2]]))
         paths = folder / f"jobs{half}.json", folder / f"results{half}.json"
         running.append(subprocess.Popen([sys.executable, "-X", "utf8", warden, *paths], env=env))
     assert [process.wait(600) for process in running] == [0, 0]
     results: dict[str, dict[str, Any]] = {}
     for half in range(2):
         results |= json.loads((folder / f"results{half}.json").read_text())
+    for job in jobs:
+        results[str(job["name"])]["output"] = job["output"]
     return results
 
 
 @pytest.fixture(scope="module")
 def court(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
-    """All samples of the module's table ``SAMPLES``, made and run."""
+    """All samples of the module's table ``SAMPLES``, made and run under the commands ``ASKED`` for (default: all)."""
     samples: Samples = request.module.SAMPLES
+    commands: list[str] = getattr(request.module, "ASKED", list(COMMANDS))
     root = tmp_path_factory.mktemp("attacks")
     canary, folder, modules = root / "canary", root / "samples", root / "modules"
     modules.mkdir()
@@ -278,10 +290,11 @@ def court(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for name, (_, sample) in samples.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "file.pth").write_bytes(sample(make))
-        for command, argv in COMMANDS.items():
-            arguments = [argument.format(file="file.pth") for argument in argv]
-            jobs.append({"name": f"{name}/{command}", "argv": arguments, "cwd": str(folder / name)})
-    yield Court(samples, run_jobs(jobs, root), canary, folder)
+        for command in commands:
+            arguments = [argument.format(file="file.pth") for argument in COMMANDS[command]]
+            output = str(root / f"output{len(jobs)}")
+            jobs.append({"name": f"{name}/{command}", "argv": arguments, "cwd": str(folder / name), "output": output})
+    yield Court(samples, commands, run_jobs(jobs, root), canary, folder)
 
 
 @pytest.fixture

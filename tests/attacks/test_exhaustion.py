@@ -11,6 +11,9 @@ import pytest
 
 HOSTILE, REFUSED, READ, ANSWERED = "hostile", "refused", "read", "answered"
 
+ASKED = ["inspect", "json", "pth"]
+"""Of the commands of `conftest`; the others have nothing of their own that grows, and the samples are large."""
+
 DEPTH = 100_000
 
 

@@ -2,10 +2,11 @@
 
     python warden.py JOBS.json RESULTS.json
 
-A job is ``{"name", "argv", "cwd", "forbidden"}``.  This process imports ckptkit once; for each job it forks
+A job is ``{"name", "argv", "cwd", "output"}``.  This process imports ckptkit once; for each job it forks
 a child that may take at most `MEMORY` bytes more than it has and `SECONDS` of time, whose audit
-events are watched, and whose output goes to files.  The results, by name:
-``{"code", "signal", "stdout", "stderr", "events", "peak", "seconds"}``.
+events are watched, and whose standard output goes to the file ``output``.  The results, by name:
+``{"code", "signal", "stderr", "events", "peak", "seconds"}``.  This process itself stays small: a
+child's peak of memory begins with what it was forked from.
 
 Events are what Python itself reports (``sys.addaudithook``): programs started, sockets opened, code
 evaluated, modules imported that are neither ckptkit's nor the standard library's, files opened for
@@ -54,7 +55,8 @@ def main(jobs_path: str, results_path: str) -> None:
 
 def _run(job: dict[str, object]) -> dict[str, object]:
     folder = Path(str(job["cwd"]))
-    out, err, seen = (folder / f".{stream}" for stream in ("stdout", "stderr", "events"))
+    out = Path(str(job["output"]))
+    err, seen = (folder / f".{stream}" for stream in ("stderr", "events"))
     child = os.fork()
     if child == 0:
         _child(job, out, err, seen)
@@ -62,13 +64,12 @@ def _run(job: dict[str, object]) -> dict[str, object]:
     result: dict[str, object] = {
         "code": os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None,
         "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-        "stdout": out.read_text(errors="replace"),
-        "stderr": err.read_text(errors="replace"),
+        "stderr": err.read_bytes()[:20_000].decode(errors="replace"),
         "events": seen.read_text().splitlines() if seen.exists() else [],
         "peak": usage.ru_maxrss * 1024,
         "seconds": usage.ru_utime + usage.ru_stime,
     }
-    for path in (out, err, seen):
+    for path in (err, seen):
         path.unlink(missing_ok=True)
     return result
 
