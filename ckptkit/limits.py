@@ -41,10 +41,11 @@ class Limits:
     names: int = 50_000
     """Different names in one pickle.  A large TorchScript archive has some 5,000 classes."""
 
-    entries: int = 1_000_000
-    """Tensors in one file, and records in one archive.  The largest models known have about 100,000."""
+    entries: int = 300_000
+    """Tensors in one file under all their names, and records in one archive.  The largest models known
+    have about 100,000."""
 
-    directory_nbytes: int = 256 << 20
+    directory_nbytes: int = 80 << 20
     """Bytes of a zip central directory: `entries` records of a generous 256 bytes."""
 
     record_nbytes: int = 1 << 20
@@ -55,6 +56,9 @@ class Limits:
 
     dimensions: int = 64
     """Dimensions of a tensor: torch's own kernels stop at 64."""
+
+    name_characters: int = 100_000_000
+    """Characters of all tensors' names that are listed: 200 for each of 500,000."""
 
     json_values: int = 5_000_000
     """Values of a header or index in JSON, counted by its commas and opening brackets.  A tensor takes

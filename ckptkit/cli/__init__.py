@@ -91,6 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _show_traceback(debug)
         click.echo(f"ckptkit: error: {error}", err=True)
         code = 2
+    except MemoryError:
+        _show_traceback(debug)
+        click.echo("ckptkit: error: out of memory; nothing was written", err=True)
+        code = 2
     except Exception as error:
         _show_traceback(debug)
         click.echo(

@@ -8,12 +8,15 @@ rows have in common they share.
 from __future__ import annotations
 
 import math
+from itertools import islice
 from collections.abc import Iterator, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Final, Literal, NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.dtypes import DTYPES
+from ckptkit.errors import LimitError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import module_state, walk_module
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, step
 from ckptkit.normalize.shapes import named_values
@@ -116,9 +119,18 @@ class Listing(NamedTuple):
 
 
 def list_tensors(checkpoint: Checkpoint) -> Listing:
-    """Every tensor of a checkpoint, and every bare storage."""
+    """Every tensor of a checkpoint, and every bare storage.
+
+    Raises:
+        LimitError: the names are more, or all together longer, than those of any checkpoint.
+    """
     bare: list[Storage] = []
-    named = list(_named_tensors(checkpoint, bare))
+    named = list(islice(_named_tensors(checkpoint, bare), DEFAULT_LIMITS.entries + 1))
+    if len(named) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
+        raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named))
+    characters = sum(len(section) + len(name) for section, name, _, _ in named)
+    if characters > DEFAULT_LIMITS.name_characters:  # one long key may stand above thousands of tensors
+        raise LimitError("characters of names", limit=DEFAULT_LIMITS.name_characters, actual=characters)
     several = shared_storages(entry for _, _, entry, _ in named)
     tied_to = _ties(named, several)
     kinds = {section.path: section.kind for section in checkpoint.sections}
@@ -226,7 +238,11 @@ def _below(
                     listed.add((place.section, id(value)))
                     kept.append(value)
                     yield place.section, name, value, True
-        stack.extend((place.below(label, key, sections), child) for label, key, child in reversed(_steps(node)))
+        stack.extend(
+            (place.below(label, key, sections), child)
+            for label, key, child in reversed(_steps(node))
+            if not isinstance(child, _SCALARS)
+        )
 
 
 def _weights(node: object) -> list[tuple[str, object]]:
@@ -246,7 +262,8 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
         return [(key, key, child) for key, child in pairs]
     if isinstance(node, (list, tuple)):
         # A list of ten million numbers is passed over, not copied.
-        return [(index, index, child) for index, child in enumerate(node) if not isinstance(child, _SCALARS)]
+        shown = ((index, index, child) for index, child in enumerate(node) if not isinstance(child, _SCALARS))
+        return list(islice(shown, DEFAULT_LIMITS.tree_nodes))
     if not isinstance(node, Object):
         return [(_NO_STEP, 0, child) for child in children(node)]
     steps: list[tuple[object, object, object]] = [(_NO_STEP, index, part) for index, part in enumerate(node.args)]

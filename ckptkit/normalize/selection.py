@@ -5,8 +5,8 @@
    several places is one, and stands where its keys are the most customary.
 3. The only one left when those are put aside that no model would be: nothing in them is a
    floating-point tensor with at least one dimension (losses, metrics, random states).
-4. The only one under customary keys (`ckptkit.normalize.shapes.CUSTOMARY_KEYS`, where need be inside one another or inside
-   an `_ENVELOPES` key), unless another is a copy of it: holds at least half of its names, wrappers'
+4. The only one under customary keys (`CUSTOMARY_KEYS` of `ckptkit.normalize.shapes`, where need be inside
+   one another or inside an `_ENVELOPES` key), unless another is a copy of it: holds at least half of its names, wrappers'
    prefixes aside.  An EMA, or the best epoch's weights, beside the raw ones is a choice to be made.
 5. Else none: a generator and a discriminator, a teacher and a student, a list of models.
 """
