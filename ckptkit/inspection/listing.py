@@ -8,8 +8,8 @@ rows have in common they share.
 from __future__ import annotations
 
 import math
-from itertools import islice
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Final, Literal, NamedTuple
 

@@ -6,8 +6,9 @@
 3. The only one left when those are put aside that no model would be: nothing in them is a
    floating-point tensor with at least one dimension (losses, metrics, random states).
 4. The only one under customary keys (`CUSTOMARY_KEYS` of `ckptkit.normalize.shapes`, where need be inside
-   one another or inside an `_ENVELOPES` key), unless another is a copy of it: holds at least half of its names, wrappers'
-   prefixes aside.  An EMA, or the best epoch's weights, beside the raw ones is a choice to be made.
+   one another or inside an `_ENVELOPES` key), unless another is a copy of it: holds at least half of
+   its names, wrappers' prefixes aside.  An EMA, or the best epoch's weights, beside the raw ones is a
+   choice to be made.
 5. Else none: a generator and a discriminator, a teacher and a student, a list of models.
 """
 
