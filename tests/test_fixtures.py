@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import ckptkit
 from ckptkit import formats, transfer
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.dtypes import DTYPES
@@ -225,3 +228,47 @@ def test_tied_holds_every_dtype_that_is_plain(make: ModuleType) -> None:
         found = {entry.dtype for entry in checkpoint.state_dict.values()}
     assert found == set(make.PLAIN_DTYPES)
     assert found == {row.name for row in DTYPES.values() if row.kind != "quantized"} - {"bcomplex32"}
+
+
+# The older containers, TorchScript, and shards.
+
+
+def _shards() -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(FIXTURES.glob("model-0*")) for name, tensor in load_file(path).items()}
+
+
+def _scripted() -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        return torch.jit.load(FIXTURES / "scripted.pt").state_dict()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "expected"),
+    [
+        (
+            "legacy.pth",
+            ("torch-legacy", "resume", "net"),
+            lambda: torch.load(FIXTURES / "legacy.pth", weights_only=True)["net"],
+        ),
+        ("scripted.pt", ("torchscript", "whole_model", ""), _scripted),
+        ("model.safetensors.index.json", ("safetensors-sharded", "state_dict", ""), _shards),
+    ],
+)
+def test_what_can_only_be_read(
+    name: str,
+    facts: tuple[str, ...],
+    expected: Callable[[], dict[str, torch.Tensor]],
+    same_bits: SameBits,
+    tmp_path: Path,
+) -> None:
+    with opened(name) as checkpoint:
+        origin = checkpoint.origin
+        assert (origin.format, origin.kind, origin.state_path) == facts
+        assert checkpoint.trust == "safe"
+    there = expected()
+    for written in ("out.pth", "out.safetensors"):
+        ckptkit.convert(FIXTURES / name, tmp_path / written)
+        here = ckptkit.load_state_dict(tmp_path / written)
+        assert set(here) == set(there)
+        assert all(same_bits(here[key], there[key]) for key in there)
