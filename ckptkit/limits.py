@@ -41,6 +41,9 @@ class Limits:
     names: int = 50_000
     """Different names in one pickle.  A large TorchScript archive has some 5,000 classes."""
 
+    references: int = 2_000_000
+    """How often nodes are referred to below one root: what is shared counts each time."""
+
     entries: int = 300_000
     """Tensors in one file under all their names, and records in one archive.  The largest models known
     have about 100,000."""

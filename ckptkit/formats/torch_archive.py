@@ -110,6 +110,7 @@ class TorchArchive:
         self._used: set[str] = set()
         self._unrecorded = 0
         self._uses: list[GlobalUse] = []
+        self._pickled = 0
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The bytes of a record that is there.
@@ -219,6 +220,9 @@ class TorchArchive:
             FormatError: the pickle is damaged or refused; the record's name is in the message.
         """
         data = self.read(name)
+        self._pickled += len(data)
+        if self._pickled > self.limits.pickle_nbytes:
+            raise LimitError("bytes of pickles", limit=self.limits.pickle_nbytes, actual=self._pickled)
         try:
             pickle = read_pickle(
                 data,

@@ -30,6 +30,7 @@ __all__ = [
     "PersistentId",
     "TreeMap",
     "attributes",
+    "check_references",
     "children",
     "is_global",
     "mapping_items",
@@ -272,6 +273,32 @@ def walk(root: object) -> Iterator[object]:
             raise LimitError("nodes of a tree", limit=most, actual=len(seen))
         yield node
         stack.extend([child for child in reversed(children(node)) if not isinstance(child, _SCALARS)])
+
+
+def check_references(root: object) -> None:
+    """Refuse a tree whose nodes refer to each other more often than those of any checkpoint.
+
+    Whoever goes through it goes to each node once, but looks at each reference.
+
+    Raises:
+        LimitError: it has more nodes or references than `Limits` allow.
+    """
+    limits = DEFAULT_LIMITS
+    references = 0
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        below = [child for child in children(node) if not isinstance(child, _SCALARS)]
+        references += len(below)
+        if references > limits.references:
+            raise LimitError("references between nodes", limit=limits.references, actual=references)
+        if len(seen) > limits.tree_nodes:
+            raise LimitError("nodes of a tree", limit=limits.tree_nodes, actual=len(seen))
+        stack.extend(below)
 
 
 class TreeMap:

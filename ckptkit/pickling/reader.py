@@ -20,7 +20,7 @@ from struct import Struct
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
-from ckptkit.pickling.inert import Global, InertDict, PersistentId, is_global
+from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references, is_global
 from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
 from ckptkit.pickling.shortcut import REBUILD
 from ckptkit.pickling.trust import global_uses, merge_uses
@@ -90,6 +90,8 @@ def read_pickle(
         root = _run_on(machine, more)
         if whole and machine.pos != len(data):
             raise AmbiguousError(f"{len(data) - machine.pos:,} bytes follow the pickle's STOP", offset=machine.pos)
+        if machine.pos - start > limits.references:  # each takes an opcode, and so a byte
+            check_references(root)
     except FormatError as error:
         error.offset = machine.op_at if error.offset is None else error.offset
         raise error.at(seen=global_uses(machine.globals.values())) from error.__cause__
