@@ -250,11 +250,17 @@ class Inflation:
             return self._plain
 
     def _inflated(self) -> ByteRange:
+        import shutil
         import tempfile
 
         source = self.deflated.file
         source.fd  # noqa: B018 - raises where the file was closed
+        needs = f"{source.path}: {self.name} is compressed and takes {self.nbytes:,} bytes in the temporary folder"
+        remedy = "set TMPDIR to a folder with room for it"
         try:
+            free = shutil.disk_usage(tempfile.gettempdir()).free
+            if self.nbytes > free:  # before a small file fills the disk
+                raise FileAccessError(f"{needs}, which has {free:,}; {remedy}")
             with tempfile.TemporaryFile(buffering=0) as out:
                 for part in self._parts():
                     view = memoryview(part)
@@ -264,10 +270,7 @@ class Inflation:
         except OSError as error:
             if isinstance(error, FileAccessError):
                 raise
-            raise FileAccessError(
-                f"{source.path}: {self.name} is compressed and takes {self.nbytes:,} bytes in the temporary folder: "
-                f"{error.strerror}; set TMPDIR to a folder with room for it"
-            ) from error
+            raise FileAccessError(f"{needs}: {error.strerror}; {remedy}") from error
         source.keep(file)
         return ByteRange(file, 0, self.nbytes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -331,3 +332,17 @@ def test_a_deflated_range_gives_nothing_outside(start: int, nbytes: int, tmp_pat
         source.part(start, nbytes)
     with pytest.raises(CorruptError, match="range of 1,024 bytes"):
         source.read(start, nbytes)
+
+
+def test_what_would_fill_the_disk_is_not_inflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deflated"
+    path.write_bytes(zlib.compress(bytes(1024), wbits=-15))
+    source = SourceFile(path)
+    inflation = Inflation(ByteRange(source, 0, source.size), 1024, None, "x")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1023})())
+    with pytest.raises(
+        FileAccessError, match=r"takes 1,024 bytes in the temporary folder, which has 1,023; set TMPDIR"
+    ):
+        inflation.plain()
+    monkeypatch.undo()
+    assert inflation.plain().read() == bytes(1024)
