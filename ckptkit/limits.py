@@ -28,8 +28,9 @@ class Limits:
     marks: int = 500_000
     """Marks in a row, which nest tuples, dicts and calls.  Picklers recurse, so they end at some 1,000."""
 
-    tree_nodes: int = 1_000_000
-    """Nodes below one root that a walk goes to; of 280,000 tensors with an optimizer hardly more are left."""
+    tree_nodes: int = 300_000
+    """Lists, tuples, dicts and objects below one root; tensors are counted by `entries`.  A whole model has
+    about fifteen for each of its modules, an optimizer two for each parameter."""
 
     int_nbytes: int = 1024
     """Bytes of one integer.  Real ones are at most 16; Python cannot print those over 4,300 digits

@@ -262,7 +262,7 @@ def walk(root: object) -> Iterator[object]:
         LimitError: there are more than any checkpoint has.
     """
     seen: set[int] = set()
-    most = DEFAULT_LIMITS.tree_nodes
+    most = DEFAULT_LIMITS.tree_nodes + DEFAULT_LIMITS.entries
     stack = [root]
     while stack:
         node = stack.pop()
@@ -284,7 +284,7 @@ def check_references(root: object) -> None:
         LimitError: it has more nodes or references than `Limits` allow.
     """
     limits = DEFAULT_LIMITS
-    references = 0
+    references = compound = 0
     seen: set[int] = set()
     stack = [root]
     while stack:
@@ -292,12 +292,13 @@ def check_references(root: object) -> None:
         if id(node) in seen:
             continue
         seen.add(id(node))
+        compound += not isinstance(node, (TensorEntry, Storage))
         below = [child for child in children(node) if not isinstance(child, _SCALARS)]
         references += len(below)
         if references > limits.references:
             raise LimitError("references between nodes", limit=limits.references, actual=references)
-        if len(seen) > limits.tree_nodes:
-            raise LimitError("nodes of a tree", limit=limits.tree_nodes, actual=len(seen))
+        if compound > limits.tree_nodes:
+            raise LimitError("nodes of a tree", limit=limits.tree_nodes, actual=compound)
         stack.extend(below)
 
 

@@ -90,7 +90,7 @@ def read_pickle(
         root = _run_on(machine, more)
         if whole and machine.pos != len(data):
             raise AmbiguousError(f"{len(data) - machine.pos:,} bytes follow the pickle's STOP", offset=machine.pos)
-        if machine.pos - start > limits.references:  # each takes an opcode, and so a byte
+        if machine.pos - start > limits.tree_nodes:  # each takes an opcode, and so a byte
             check_references(root)
     except FormatError as error:
         error.offset = machine.op_at if error.offset is None else error.offset

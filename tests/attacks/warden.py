@@ -25,8 +25,9 @@ import tempfile
 from pathlib import Path
 
 MEMORY = 1 << 30
-SECONDS = 10
-"""Of the processor's time: the machine may be busy with other things."""
+SECONDS = 20
+"""Of the processor's time.  The aim is ten, on the machine it was measured on; this only keeps a slow or
+busy one from being taken for an attack that succeeded."""
 
 _PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pty.spawn")
 _REACHES = ("socket.", "ctypes.", "pickle.find_class", "webbrowser.", "urllib.", "ftplib.", "shutil.rmtree")

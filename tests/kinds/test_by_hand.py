@@ -199,7 +199,7 @@ def test_parts_name_everything_below_a_node(entry: TensorEntry) -> None:
     assert parts(made("m", "C", state="text")) == [(0, "text")]
     assert parts(made("m", "C")) == []
     assert parts(entry) == parts(3) == parts(InertSet([entry])) == []
-    assert parts(["a", "b"]) == [(0, "a"), (1, "b")]
+    assert parts(["a", entry, 3]) == [(1, entry)]
 
 
 def test_named_values_of_each_node(entry: TensorEntry) -> None:
