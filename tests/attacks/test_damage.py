@@ -1,0 +1,70 @@
+"""Every fixture cut short and with bits flipped, throughout: an error of ckptkit's own, or a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import ckptkit
+from ckptkit import formats
+from ckptkit.errors import CkptkitError
+from ckptkit.inspection import survey
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.suffix in (".pth", ".pt", ".safetensors", ".json"))
+POINTS = 60
+"""Places in each file; the structure of a small one is hit everywhere, that of a large one at both ends."""
+
+
+def places(nbytes: int) -> list[int]:
+    ends = [*range(min(nbytes, 64)), *range(max(0, nbytes - 64), nbytes)]
+    return sorted({*ends, *range(0, nbytes, max(1, nbytes // POINTS))})
+
+
+def read(path: Path) -> str | None:
+    """The message of the error; ``None``: it was read."""
+    try:
+        checkpoint, file = formats.read(path)
+    except CkptkitError as error:
+        return str(error)
+    survey(checkpoint)
+    file.close()
+    return None
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    shutil.copytree(FIXTURES, tmp_path / "fixtures")
+    return tmp_path / "fixtures"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cut_short(name: str, damaged: Path) -> None:
+    data = (FIXTURES / name).read_bytes()
+    for length in places(len(data)):
+        (damaged / name).write_bytes(data[:length])
+        said = read(damaged / name)
+        # JSON may lose the line break at its end, and nothing else.
+        assert said is not None or data[length:].isspace(), f"{length} of {len(data)} bytes were read"
+        assert said is None or "\n" not in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_flipped(name: str, damaged: Path) -> None:
+    data = (FIXTURES / name).read_bytes()
+    refused = 0
+    for place in places(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        (damaged / name).write_bytes(flipped)
+        refused += read(damaged / name) is not None
+    assert refused > 0
+
+
+def test_the_fixtures_themselves_are_read() -> None:
+    assert len(NAMES) > 8
+    for name in NAMES:
+        if name != "manifest.json":
+            ckptkit.open(FIXTURES / name).close()
