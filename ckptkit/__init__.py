@@ -5,8 +5,8 @@ Importing ckptkit imports neither torch nor numpy.
 The layers, each importing only from those to its right; a test enforces it:
 
     cli > api > verifier > torch_bridge > inspection > diagnose, changes, compare, stats
-        > formats, rewrite, transfer > normalize > pickling > plan > checkpoint > bytesource
-        > report, dtypes, limits, codes, extras > errors
+        > formats, rewrite, transfer > normalize > pickling > plan > checkpoint > derived
+        > bytesource > report, dtypes, limits, codes, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output

@@ -3,9 +3,7 @@
 Tensors are addresses, not data.  A `SourceFile` is one open file; a `ByteRange` says where in it
 some bytes lie.  Nothing here moves a file position, so ranges can be read from several threads.
 
-A `DeflatedRange` stands for bytes that lie compressed in the file.  They are inflated when the
-first of them is asked for, once, into a temporary file without a name; from then on they are a
-`ByteRange` like any other, which is what `plain` gives of both.
+Bytes that do not lie in the file as they are wanted are in `ckptkit.derived`.
 """
 
 from __future__ import annotations
@@ -13,21 +11,16 @@ from __future__ import annotations
 import os
 import stat
 import threading
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
-__all__ = ["CHUNK_NBYTES", "DEFLATE_MOST", "ByteRange", "ByteSource", "DeflatedRange", "Inflation", "SourceFile"]
+__all__ = ["CHUNK_NBYTES", "ByteRange", "SourceFile"]
 
 CHUNK_NBYTES = 4 << 20
 """Bytes moved through memory at a time: large enough that the calls cost nothing, small enough
 that a handful of buffers stay far below the memory bound."""
-
-DEFLATE_MOST = 1032
-"""The most bytes that deflate can make of one (RFC 1951: 258 bytes from a length code of one bit and a
-distance code of one bit)."""
 
 
 class SourceFile:
@@ -213,129 +206,5 @@ class ByteRange:
             yield self.read(start, min(chunk_nbytes, self.nbytes - start))
 
     def plain(self) -> ByteRange:
-        """This range; see `DeflatedRange.plain`."""
+        """This range, as it is; what `ckptkit.derived` holds has to be made first."""
         return self
-
-
-class Inflation:
-    """Deflated bytes of a file (RFC 1951), inflated at most once, and only when they are asked for.
-
-    Args:
-        deflated: where they lie.
-        nbytes: size in bytes once inflated, as declared; another size is an error.
-        crc32: of the inflated bytes; ``None``: not recorded.
-        name: what the bytes are, for messages.
-    """
-
-    __slots__ = ("_lock", "_plain", "crc32", "deflated", "name", "nbytes")
-
-    def __init__(self, deflated: ByteRange, nbytes: int, crc32: int | None, name: str) -> None:
-        self.deflated = deflated
-        self.nbytes = nbytes
-        self.crc32 = crc32
-        self.name = name
-        self._lock = threading.Lock()
-        self._plain: ByteRange | None = None
-
-    def plain(self) -> ByteRange:
-        """The inflated bytes, in a temporary file that is closed with the file they came from.
-
-        Raises:
-            CorruptError: they cannot be inflated, or their size or checksum is another.
-            FileAccessError: the temporary file could not be written.
-        """
-        with self._lock:
-            if self._plain is None:
-                self._plain = self._inflated()
-            return self._plain
-
-    def _inflated(self) -> ByteRange:
-        import shutil
-        import tempfile
-
-        source = self.deflated.file
-        source.fd  # noqa: B018 - raises where the file was closed
-        needs = f"{source.path}: {self.name} is compressed and takes {self.nbytes:,} bytes in the temporary folder"
-        remedy = "set TMPDIR to a folder with room for it"
-        try:
-            free = shutil.disk_usage(tempfile.gettempdir()).free
-            if self.nbytes > free:  # before a small file fills the disk
-                raise FileAccessError(f"{needs}, which has {free:,}; {remedy}")
-            with tempfile.TemporaryFile(buffering=0) as out:
-                for part in self._parts():
-                    view = memoryview(part)
-                    while view:
-                        view = view[out.write(view) :]
-                file = SourceFile.of_descriptor(os.dup(out.fileno()), source.path)
-        except OSError as error:
-            if isinstance(error, FileAccessError):
-                raise
-            raise FileAccessError(f"{needs}: {error.strerror}; {remedy}") from error
-        source.keep(file)
-        return ByteRange(file, 0, self.nbytes)
-
-    def _parts(self) -> Iterator[bytes]:
-        """The inflated bytes in pieces of at most a chunk, counted and summed on the way."""
-        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        count = crc = 0
-        for chunk in self.deflated.chunks():
-            more = True
-            while more and count <= self.nbytes:
-                try:
-                    part = inflater.decompress(chunk, CHUNK_NBYTES)
-                except zlib.error as error:
-                    raise self._corrupt(f"cannot be inflated: {error}") from None
-                count, crc = count + len(part), zlib.crc32(part, crc)
-                chunk = inflater.unconsumed_tail
-                more = bool(chunk) or len(part) == CHUNK_NBYTES
-                yield part
-        if count != self.nbytes or not inflater.eof or inflater.unused_data:
-            raise self._corrupt(f"does not inflate to the {self.nbytes:,} bytes it declares")
-        if self.crc32 is not None and crc != self.crc32:
-            raise self._corrupt(f"its CRC-32 is {crc:08x}, recorded is {self.crc32:08x}: damaged")
-
-    def _corrupt(self, what: str) -> CorruptError:
-        return CorruptError(f"{self.name}: {what}", path=self.deflated.file.path)
-
-
-@dataclass(frozen=True, slots=True)
-class DeflatedRange:
-    """``nbytes`` bytes at ``offset`` of what ``whole`` inflates to; read like a `ByteRange`."""
-
-    whole: Inflation
-    offset: int
-    nbytes: int
-
-    @property
-    def file(self) -> SourceFile:
-        """The file the compressed bytes lie in."""
-        return self.whole.deflated.file
-
-    def plain(self) -> ByteRange:
-        """The range once inflated.
-
-        Raises:
-            As `Inflation.plain`.
-        """
-        return self.whole.plain().part(self.offset, self.nbytes)
-
-    def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
-        """As `ByteRange.read`."""
-        return self.plain().read(start, nbytes)
-
-    def part(self, start: int, nbytes: int) -> DeflatedRange:
-        """As `ByteRange.part`; nothing is inflated for it."""
-        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
-            raise CorruptError(
-                f"bytes {start:,} to {start + nbytes:,} are not inside a range of {self.nbytes:,} bytes",
-                path=self.file.path,
-            )
-        return DeflatedRange(self.whole, self.offset + start, nbytes)
-
-    def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:
-        """As `ByteRange.chunks`."""
-        return self.plain().chunks(chunk_nbytes)
-
-
-ByteSource = ByteRange | DeflatedRange
-"""Where bytes lie, as they are or compressed."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Va
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from ckptkit.bytesource import ByteSource
+from ckptkit.derived import ByteSource
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, KeyCollisionError
 from ckptkit.report import Finding
@@ -57,6 +57,8 @@ class Storage:
         source: where the bytes lie.
         crc32: the checksum the container recorded for exactly these bytes; ``None``: not recorded.
         byteorder: ``"little"`` or ``"big"``, of the elements.
+        original: the storage of the file that these bytes are cut or converted from; ``None``: it is
+            itself the file's.
     """
 
     key: str
@@ -66,6 +68,7 @@ class Storage:
     source: ByteSource
     crc32: int | None = None
     byteorder: Literal["little", "big"] = "little"
+    original: Storage | None = None
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

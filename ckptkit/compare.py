@@ -13,8 +13,8 @@ import threading
 import zlib
 from collections.abc import Iterator
 
-from ckptkit.bytesource import ByteSource
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
+from ckptkit.derived import ByteSource
 from ckptkit.errors import CorruptError
 from ckptkit.formats import read
 from ckptkit.formats.torch_zip import written_tree

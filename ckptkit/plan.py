@@ -2,18 +2,22 @@
 
 A format's writer turns a `Checkpoint` into a `Plan`: the exact size of the output and the steps
 that fill it, each at a known position.  `--dry-run` shows the plan, `ckptkit.transfer` executes
-exactly that plan.  Steps do not overlap, except that a `Checksum` fills in a field of a `Literal`.
+exactly that plan.  Steps do not overlap, except that a `Digest` and a `Checksum` fill in fields of
+a `Literal`.  The plan of a sharded checkpoint is that of its index, which holds the shards' plans.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from ckptkit.bytesource import ByteSource
+from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import TensorEntry
+from ckptkit.derived import ByteSource, ConvertedRange
 
-__all__ = ["Checksum", "Copy", "Gather", "Literal", "Plan", "Step"]
+__all__ = ["Cast", "Checksum", "Copy", "Digest", "Gather", "Index", "Literal", "Plan", "Step", "moved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,19 @@ class Copy:
 
     target: int
     source: ByteSource
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return self.source.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Values that are converted to another dtype on their way to position ``target``."""
+
+    target: int
+    source: ConvertedRange
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +73,19 @@ class Literal:
 
 
 @dataclass(frozen=True, slots=True)
+class Digest:
+    """The SHA-256 of a whole source file, as 64 hexadecimal digits at ``target``, inside a `Literal`."""
+
+    target: int
+    file: SourceFile
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return 64
+
+
+@dataclass(frozen=True, slots=True)
 class Checksum:
     """The CRC-32, as 4 little-endian bytes at ``target``, of the output's bytes from ``start``."""
 
@@ -69,36 +99,78 @@ class Checksum:
         return 4
 
 
-Step = Copy | Gather | Literal | Checksum
+Step = Copy | Cast | Gather | Literal | Digest | Checksum
+
+
+def moved(target: int, source: ByteSource) -> Copy | Cast:
+    """The step that brings these bytes to position ``target``."""
+    return Cast(target, source) if isinstance(source, ConvertedRange) else Copy(target, source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Index:
+    """What an index of shards says; see `ckptkit.formats.sharded`.
+
+    Attributes:
+        weight_map: each tensor's name and the name of the shard that holds it.
+        metadata: values that JSON can hold, by name.
+    """
+
+    weight_map: Mapping[str, str]
+    metadata: Mapping[str, object]
+
+    def to_bytes(self, names: Mapping[str, str] | None = None) -> bytes:
+        """The index as it is written; ``names`` gives shards other names than their own."""
+        shards = self.weight_map if names is None else {key: names[shard] for key, shard in self.weight_map.items()}
+        document = {"metadata": dict(self.metadata), "weight_map": dict(shards)}
+        return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The output of one file.
+    """The output of one file, and of the shards it names.
 
     Attributes:
         format: container name.
-        nbytes: exact size of the output.
-        steps: in order of position; checksums last.
+        nbytes: exact size of the file in bytes.
+        steps: in order of position; digests, then checksums, last.
         tensors: number of tensors a reader of the output will see, those beside the weights too.
         aliases: names recorded as another name's tensor (safetensors).
+        shards: the files that are written beside this one, by their names.
+        index: of a sharded checkpoint, what this file says; its one step writes exactly that.
     """
 
     format: str
     nbytes: int
     steps: tuple[Step, ...]
     tensors: int
-    aliases: dict[str, str]
+    aliases: Mapping[str, str]
+    shards: Mapping[str, Plan] = field(default_factory=dict)
+    index: Index | None = None
+
+    @property
+    def total_nbytes(self) -> int:
+        """Size in bytes of the file and its shards."""
+        return self.nbytes + sum(shard.nbytes for shard in self.shards.values())
+
+    def all_steps(self) -> Iterator[Step]:
+        """The steps of the shards and of this file."""
+        for shard in self.shards.values():
+            yield from shard.steps
+        yield from self.steps
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as it stands in JSON documents: bytes by the way they are moved."""
-        moved = {kind: [s for s in self.steps if isinstance(s, kind)] for kind in (Copy, Gather, Literal)}
+        steps = list(self.all_steps())
+        ways = (("copies", Copy), ("casts", Cast), ("gathers", Gather), ("literals", Literal))
+        made = {name: [step for step in steps if isinstance(step, kind)] for name, kind in ways}
         return {
             "format": self.format,
-            "nbytes": self.nbytes,
+            "nbytes": self.total_nbytes,
             "tensors": self.tensors,
-            "copies": {"count": len(moved[Copy]), "nbytes": sum(s.nbytes for s in moved[Copy])},
-            "gathers": {"count": len(moved[Gather]), "nbytes": sum(s.nbytes for s in moved[Gather])},
-            "literals": {"count": len(moved[Literal]), "nbytes": sum(s.nbytes for s in moved[Literal])},
-            "aliases": self.aliases,
+            **{name: {"count": len(of), "nbytes": sum(step.nbytes for step in of)} for name, of in made.items()},
+            "aliases": dict(self.aliases),
+            "shards": [
+                {"name": name, "nbytes": shard.nbytes, "tensors": shard.tensors} for name, shard in self.shards.items()
+            ],
         }

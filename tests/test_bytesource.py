@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, DeflatedRange, Inflation, SourceFile
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
+from ckptkit.derived import DeflatedRange, Inflation
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
 DATA = bytes(range(256)) * 4

@@ -17,6 +17,7 @@ PACKAGE = Path(ckptkit.__file__).parent
 LAYERS = (
     {"errors"},
     {"report", "dtypes", "limits", "codes", "extras"},
+    {"derived"},
     {"bytesource"},
     {"checkpoint"},
     {"plan"},

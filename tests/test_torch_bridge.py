@@ -280,7 +280,9 @@ def test_meta_reads_nothing(tagged: Path, location: Any) -> None:
         tensors(checkpoint.state_dict, map_location="cpu")
 
 
-@pytest.mark.parametrize("result", ["cpu", 3, torch.ones(2), torch.UntypedStorage(3)], ids=str)
+@pytest.mark.parametrize(
+    "result", ["cpu", 3, torch.ones(2), torch.UntypedStorage(3)], ids=["text", "number", "tensor", "other-storage"]
+)
 def test_what_a_callable_returns_must_be_the_storage(tagged: Path, result: Any) -> None:
     with pytest.raises(RewriteError, match=r"expected a torch\.UntypedStorage of 16 bytes"):
         values(tagged, map_location=lambda storage, location: result)

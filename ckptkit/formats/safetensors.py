@@ -37,7 +37,7 @@ from ckptkit.formats.strict_json import parse, shown
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict
-from ckptkit.plan import Copy, Gather, Literal, Plan, Step
+from ckptkit.plan import Gather, Literal, Plan, Step, moved
 from ckptkit.report import Finding, convert_command
 
 __all__ = ["FORMAT"]
@@ -150,7 +150,7 @@ def _write(checkpoint: Checkpoint) -> Plan:
         target = len(header) + offset
         if entry.is_plain_bytes:
             start = entry.storage_offset * entry.itemsize
-            steps.append(Copy(target, entry.storage.source.part(start, entry.nbytes)))
+            steps.append(moved(target, entry.storage.source.part(start, entry.nbytes)))
         else:
             steps.append(Gather(target, entry))
     return Plan(

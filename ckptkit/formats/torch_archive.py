@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from ckptkit.bytesource import ByteSource
 from ckptkit.checkpoint import GlobalUse
+from ckptkit.derived import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.formats.archives.zip_record import Record, read_record, record_source

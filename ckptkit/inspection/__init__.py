@@ -16,9 +16,10 @@ from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, FormatError
 from ckptkit.inspection.accounting import Totals, section_documents, storage_document, totals
-from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, tensor_role, wanted
+from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, wanted
 from ckptkit.inspection.module_list import list_modules
 from ckptkit.inspection.training import training_document, training_state
+from ckptkit.normalize.roles import tensor_role
 from ckptkit.pickling.trust import merge_uses
 
 __all__ = [

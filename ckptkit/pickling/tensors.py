@@ -23,8 +23,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeGuard
 
-from ckptkit.bytesource import ByteSource
 from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.derived import ByteSource
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
 from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS, Limits

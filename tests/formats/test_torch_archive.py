@@ -18,8 +18,9 @@ from conformance import Conformance
 
 import ckptkit
 from ckptkit import formats
-from ckptkit.bytesource import DeflatedRange, SourceFile
+from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.derived import DeflatedRange
 from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, FormatError
 from ckptkit.formats.archives.zip_archive import read_directory
 from ckptkit.formats.archives.zip_record import record_source

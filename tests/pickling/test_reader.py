@@ -124,7 +124,7 @@ VALUES = [
     "", "text", "é", "line\nbreak\\", "\ud800", "\U0001f600", "x" * 300, "\x00\x1a\r", b"", b"\x00\xff", b"y" * 300,
     bytearray(b"\x00\xfe"), [], [1], list(range(3000)), (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), {}, {"a": 1},
     {i: str(i) for i in range(2500)}, {None: 1, (1, 2): 2, 1.5: 3, b"k": 4}, set(), {1, 2}, set(range(1500)),
-    frozenset(), frozenset("ab"), 1 + 2j, range(3), slice(1, None, 2), [SHARED, SHARED, (SHARED, SHARED)],
+    frozenset(), frozenset([1, 2]), 1 + 2j, range(3), slice(1, None, 2), [SHARED, SHARED, (SHARED, SHARED)],
     collections.OrderedDict(a=1, b=[2]), collections.Counter("aab"), collections.deque([1, 2], 5),
     collections.defaultdict(list, {"a": [1]}), datetime.datetime(2020, 1, 2, 3, 4, 5, 6), decimal.Decimal("1.50"),
     types.SimpleNamespace(lr=0.1, nested=types.SimpleNamespace(a=[1])), [[[[[[]]]]]], {"a": {"b": ({"c": [1, {2}]},)}},

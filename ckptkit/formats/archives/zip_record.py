@@ -5,7 +5,8 @@ from __future__ import annotations
 import zlib
 from typing import NamedTuple
 
-from ckptkit.bytesource import DEFLATE_MOST, ByteRange, ByteSource, DeflatedRange, Inflation
+from ckptkit.bytesource import ByteRange
+from ckptkit.derived import DEFLATE_MOST, ByteSource, DeflatedRange, Inflation
 from ckptkit.errors import CorruptError, LimitError
 
 __all__ = ["Record", "read_record", "record_source"]

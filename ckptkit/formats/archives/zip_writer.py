@@ -9,10 +9,10 @@ from __future__ import annotations
 import zlib
 from struct import pack
 
-from ckptkit.bytesource import ByteSource
+from ckptkit.derived import ByteSource
 from ckptkit.formats.archives.zip_archive import CENTRAL, LOCAL, LOCAL_SIGNATURE, STORED, UTF8
 from ckptkit.formats.archives.zip_end import END, END64, LOCATOR, MAX16, MAX32
-from ckptkit.plan import Checksum, Copy, Literal, Step
+from ckptkit.plan import Checksum, Literal, Step, moved
 
 __all__ = ["ALIGNMENT", "ZipWriter"]
 
@@ -51,7 +51,7 @@ class ZipWriter:
         """
         target = self._header(name, source.nbytes, crc32)
         if source.nbytes:
-            self._steps.append(Copy(target, source))
+            self._steps.append(moved(target, source))
         return target
 
     def _header(self, name: str, nbytes: int, crc: int | None) -> int:

@@ -1,0 +1,262 @@
+"""Bytes that do not lie in a file as they are wanted: compressed ones, and values of another dtype.
+
+Both are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
+`DeflatedRange` is inflated once, into a temporary file without a name.  A `ConvertedRange` is
+converted piece by piece as it is read.  `plain` gives of any of the three a `ByteRange`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
+from ckptkit.errors import CorruptError, FileAccessError
+
+__all__ = ["DEFLATE_MOST", "ByteSource", "Conversion", "ConvertedRange", "DeflatedRange", "Inflation"]
+
+DEFLATE_MOST = 1032
+"""The most bytes that deflate can make of one (RFC 1951: 258 bytes from a length code of one bit and a
+distance code of one bit)."""
+
+
+def _spooled(parts: Iterable[bytes], nbytes: int, source: SourceFile, what: str) -> ByteRange:
+    """The parts in a temporary file without a name, which is closed with the source.
+
+    Raises:
+        FileAccessError: the temporary file could not be written; ``what`` begins the message.
+    """
+    import shutil
+    import tempfile
+
+    source.fd  # noqa: B018 - raises where the file was closed
+    needs = f"{source.path}: {what} {nbytes:,} bytes in the temporary folder"
+    remedy = "set TMPDIR to a folder with room for it"
+    try:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if nbytes > free:  # before a small file fills the disk
+            raise FileAccessError(f"{needs}, which has {free:,}; {remedy}")
+        with tempfile.TemporaryFile(buffering=0) as out:
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[out.write(view) :]
+            file = SourceFile.of_descriptor(os.dup(out.fileno()), source.path)
+    except OSError as error:
+        if isinstance(error, FileAccessError):
+            raise
+        raise FileAccessError(f"{needs}: {error.strerror}; {remedy}") from error
+    source.keep(file)
+    return ByteRange(file, 0, nbytes)
+
+
+class Inflation:
+    """Deflated bytes of a file (RFC 1951), inflated at most once, and only when they are asked for.
+
+    Args:
+        deflated: where they lie.
+        nbytes: size in bytes once inflated, as declared; another size is an error.
+        crc32: of the inflated bytes; ``None``: not recorded.
+        name: what the bytes are, for messages.
+    """
+
+    __slots__ = ("_lock", "_plain", "crc32", "deflated", "name", "nbytes")
+
+    def __init__(self, deflated: ByteRange, nbytes: int, crc32: int | None, name: str) -> None:
+        self.deflated = deflated
+        self.nbytes = nbytes
+        self.crc32 = crc32
+        self.name = name
+        self._lock = threading.Lock()
+        self._plain: ByteRange | None = None
+
+    def plain(self) -> ByteRange:
+        """The inflated bytes, in a temporary file that is closed with the file they came from.
+
+        Raises:
+            CorruptError: they cannot be inflated, or their size or checksum is another.
+            FileAccessError: the temporary file could not be written.
+        """
+        with self._lock:
+            if self._plain is None:
+                self._plain = self._inflated()
+            return self._plain
+
+    def _inflated(self) -> ByteRange:
+        what = f"{self.name} is compressed and takes"
+        return _spooled(self._parts(), self.nbytes, self.deflated.file, what)
+
+    def _parts(self) -> Iterator[bytes]:
+        """The inflated bytes in pieces of at most a chunk, counted and summed on the way."""
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        count = crc = 0
+        for chunk in self.deflated.chunks():
+            more = True
+            while more and count <= self.nbytes:
+                try:
+                    part = inflater.decompress(chunk, CHUNK_NBYTES)
+                except zlib.error as error:
+                    raise self._corrupt(f"cannot be inflated: {error}") from None
+                count, crc = count + len(part), zlib.crc32(part, crc)
+                chunk = inflater.unconsumed_tail
+                more = bool(chunk) or len(part) == CHUNK_NBYTES
+                yield part
+        if count != self.nbytes or not inflater.eof or inflater.unused_data:
+            raise self._corrupt(f"does not inflate to the {self.nbytes:,} bytes it declares")
+        if self.crc32 is not None and crc != self.crc32:
+            raise self._corrupt(f"its CRC-32 is {crc:08x}, recorded is {self.crc32:08x}: damaged")
+
+    def _corrupt(self, what: str) -> CorruptError:
+        return CorruptError(f"{self.name}: {what}", path=self.deflated.file.path)
+
+
+@dataclass(frozen=True, slots=True)
+class DeflatedRange:
+    """``nbytes`` bytes at ``offset`` of what ``whole`` inflates to; read like a `ByteRange`."""
+
+    whole: Inflation
+    offset: int
+    nbytes: int
+
+    @property
+    def file(self) -> SourceFile:
+        """The file the compressed bytes lie in."""
+        return self.whole.deflated.file
+
+    def plain(self) -> ByteRange:
+        """The range once inflated.
+
+        Raises:
+            As `Inflation.plain`.
+        """
+        return self.whole.plain().part(self.offset, self.nbytes)
+
+    def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
+        """As `ByteRange.read`."""
+        return self.plain().read(start, nbytes)
+
+    def part(self, start: int, nbytes: int) -> DeflatedRange:
+        """As `ByteRange.part`; nothing is inflated for it."""
+        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
+            raise CorruptError(
+                f"bytes {start:,} to {start + nbytes:,} are not inside a range of {self.nbytes:,} bytes",
+                path=self.file.path,
+            )
+        return DeflatedRange(self.whole, self.offset + start, nbytes)
+
+    def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:
+        """As `ByteRange.chunks`."""
+        return self.plain().chunks(chunk_nbytes)
+
+
+class Conversion:
+    """Values that are converted to another dtype as they are read; nothing of them is kept.
+
+    Args:
+        original: the values as they lie in the file.
+        before, after: bytes of one value, before and after.
+        function: gives for the bytes of whole values the bytes of the converted ones.
+        name: what the values are, for messages.
+    """
+
+    __slots__ = ("_lock", "_plain", "after", "before", "function", "name", "original")
+
+    def __init__(
+        self,
+        original: ByteRange | DeflatedRange,
+        before: int,
+        after: int,
+        function: Callable[[bytes], bytes],
+        name: str,
+    ) -> None:
+        self.original = original
+        self.before = before
+        self.after = after
+        self.function = function
+        self.name = name
+        self._lock = threading.Lock()
+        self._plain: ByteRange | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all converted values."""
+        return self.original.nbytes // self.before * self.after
+
+    def plain(self) -> ByteRange:
+        """The converted values, in a temporary file that is closed with the file they came from.
+
+        Raises:
+            FileAccessError: the temporary file could not be written.
+        """
+        with self._lock:
+            if self._plain is None:
+                parts = ConvertedRange(self, 0, self.nbytes).chunks()
+                self._plain = _spooled(parts, self.nbytes, self.original.file, f"{self.name} is converted and takes")
+            return self._plain
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedRange:
+    """``nbytes`` bytes at ``offset`` of what ``whole`` converts to; read like a `ByteRange`."""
+
+    whole: Conversion
+    offset: int
+    nbytes: int
+
+    @property
+    def file(self) -> SourceFile:
+        """The file the original values lie in."""
+        return self.whole.original.file
+
+    @property
+    def original(self) -> ByteRange | DeflatedRange:
+        """The values this range is converted from.
+
+        Raises:
+            CorruptError: it does not begin and end between values.
+        """
+        first, rest = divmod(self.offset, self.whole.after)
+        count, more = divmod(self.nbytes, self.whole.after)
+        if rest or more:
+            raise CorruptError("a part of a converted value was asked for", path=self.file.path)
+        return self.whole.original.part(first * self.whole.before, count * self.whole.before)
+
+    def plain(self) -> ByteRange:
+        """The range once converted.
+
+        Raises:
+            As `Conversion.plain`.
+        """
+        return self.whole.plain().part(self.offset, self.nbytes)
+
+    def part(self, start: int, nbytes: int) -> ConvertedRange:
+        """As `ByteRange.part`; nothing is converted for it."""
+        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
+            raise CorruptError(
+                f"bytes {start:,} to {start + nbytes:,} are not inside a range of {self.nbytes:,} bytes",
+                path=self.file.path,
+            )
+        return ConvertedRange(self.whole, self.offset + start, nbytes)
+
+    def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
+        """As `ByteRange.read`."""
+        part = self.part(start, self.nbytes - start if nbytes is None else nbytes)
+        width = self.whole.after
+        first = part.offset // width * width
+        end = -(-(part.offset + part.nbytes) // width) * width
+        whole = ConvertedRange(self.whole, first, end - first)
+        values = self.whole.function(whole.original.read())
+        return values[part.offset - first : part.offset - first + part.nbytes]
+
+    def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:
+        """As `ByteRange.chunks`; every chunk but the last holds whole values."""
+        step = max(chunk_nbytes // self.whole.after, 1) * self.whole.after
+        for start in range(0, self.nbytes, step):
+            yield self.read(start, min(step, self.nbytes - start))
+
+
+ByteSource = ByteRange | DeflatedRange | ConvertedRange
+"""Where bytes lie: as they are, compressed, or as values of another dtype."""
