@@ -5,7 +5,7 @@ Importing ckptkit imports neither torch nor numpy.
 The layers, each importing only from those to its right; a test enforces it:
 
     cli > api > verifier > torch_bridge > inspection > diagnose, changes, compare, stats
-        > formats, rewrite, transfer > normalize > pickling > plan > checkpoint > derived
+        > formats, rewrite, transfer > normalize > pickling > plan, casting > checkpoint > derived
         > bytesource > report, dtypes, limits, codes, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
@@ -41,15 +41,30 @@ from ckptkit.errors import (
 )
 from ckptkit.plan import Plan
 from ckptkit.report import Finding, Report
-from ckptkit.rewrite import AddModule, AddPrefix, MapLocation, StripModule, StripPrefix, WeightsOnly
+from ckptkit.rewrite import (
+    AddModule,
+    AddPrefix,
+    CastDtype,
+    Compact,
+    LeaveOut,
+    MapLocation,
+    Rename,
+    Select,
+    StripModule,
+    StripPrefix,
+    Tied,
+    WeightsOnly,
+)
 
 __all__ = [
     "AddModule",
     "AddPrefix",
     "AmbiguousError",
+    "CastDtype",
     "Checkpoint",
     "CheckpointFile",
     "CkptkitError",
+    "Compact",
     "CorruptError",
     "DTypeError",
     "DestinationExistsError",
@@ -58,22 +73,26 @@ __all__ = [
     "Finding",
     "FormatError",
     "KeyCollisionError",
+    "LeaveOut",
     "LimitError",
     "MapLocation",
     "MissingDependencyError",
     "MissingFileError",
     "Origin",
     "Plan",
+    "Rename",
     "Report",
     "RewriteError",
     "Rewriter",
     "Section",
     "SectionError",
+    "Select",
     "StateDict",
     "Storage",
     "StripModule",
     "StripPrefix",
     "TensorEntry",
+    "Tied",
     "UnknownFormatError",
     "UnsupportedError",
     "VerifyError",

@@ -15,24 +15,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
-from ckptkit.changes import diagnose_losses, diagnose_renames
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
 from ckptkit.diagnose import diagnose
-from ckptkit.errors import RewriteError, SectionError
+from ckptkit.errors import SectionError
 from ckptkit.inspection import describe
 from ckptkit.plan import Plan
 from ckptkit.report import Finding, Report
-from ckptkit.rewrite import AddModule, AddPrefix, MapLocation, StripModule, StripPrefix, WeightsOnly
-from ckptkit.rewrite.device import LocationMap
 
 if TYPE_CHECKING:
     import torch
 
+    from ckptkit.job import Job
+    from ckptkit.rewrite.device import LocationMap
+
 __all__ = ["CheckpointFile", "Rewriter", "convert", "inspect", "load_state_dict", "open", "verify"]
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes dealt with so far, and those to deal with in all."""
 
 Rewriter = Callable[[Checkpoint], Checkpoint]
 """Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
@@ -106,30 +109,32 @@ class CheckpointFile:
         """
         return CheckpointFile(self.checkpoint.rewrite(*rewriters), self._file)
 
-    def plan(self, destination: PathLike, *, to: str | None = None) -> Plan:
+    def plan(self, destination: PathLike, *, to: str | None = None, max_shard_size: int | str | None = None) -> Plan:
         """What `save` would do, without doing it."""
-        container = formats.format_for(destination, to)
-        if container.write is None:
-            raise RewriteError(f"{container.name} cannot be written")
-        return container.write(self.checkpoint)
+        return self._job(destination, to=to, max_shard_size=max_shard_size, receipt=False, check=False).plan
 
     def save(
         self,
         destination: PathLike,
         *,
         to: str | None = None,
+        max_shard_size: int | str | None = None,
         force: bool = False,
         check: bool = True,
-        progress: Callable[[int], None] | None = None,
+        receipt: bool = True,
+        progress: Progress | None = None,
     ) -> Plan:
         """Write it; the destination is either what it was before or the complete new file.
 
         Args:
             destination: the output; its ending chooses the container.
             to: container name that overrides the ending.
+            max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
             force: whether an existing file may be replaced.
-            check: whether to open the output again and compare every byte before it gets its name.
-            progress: called with the number of bytes as they are written.
+            check: whether to open the output again and compare every byte before it gets its name, and to hold
+                the source's checksums against its bytes; and to wait until all is on disk.
+            receipt: whether to record in the metadata what was done; see `ckptkit.receipt`.
+            progress: called with the bytes dealt with so far, and those to deal with in all.
 
         Returns:
             The plan that was carried out.
@@ -140,18 +145,24 @@ class CheckpointFile:
             RewriteError: the container cannot hold this checkpoint.
             CorruptError: the source is damaged, or changed while it was read.
         """
-        plan = self.plan(destination, to=to)
-        self._carry_out(plan, destination, force=force, check=check, progress=progress)
-        return plan
+        job = self._job(destination, to=to, max_shard_size=max_shard_size, receipt=receipt, check=check)
+        job.carry_out(force=force, check=check, progress=progress)
+        return job.plan
 
-    def _carry_out(
-        self, plan: Plan, destination: PathLike, *, force: bool, check: bool, progress: Callable[[int], None] | None
-    ) -> None:
-        from ckptkit.compare import check_output  # reading alone starts faster without the writing half
-        from ckptkit.transfer import write_atomically
+    def _job(
+        self, destination: PathLike, *, to: str | None, max_shard_size: int | str | None, receipt: bool, check: bool
+    ) -> Job:
+        from ckptkit.job import Job  # reading alone starts faster without the writing half
 
-        compare = (lambda path: check_output(self.checkpoint, path)) if check else None
-        write_atomically(destination, plan, force=force, check=compare, progress=progress)
+        return Job.of(
+            self.checkpoint,
+            self._file,
+            destination,
+            to=to,
+            max_shard_size=max_shard_size,
+            receipt=receipt,
+            hashed=check,
+        )
 
     def close(self) -> None:
         """Close the file; entries stay readable as records, their bytes do not."""
@@ -238,95 +249,115 @@ def convert(
     source: PathLike,
     destination: PathLike,
     *,
+    section: str | None = None,
     strip_module: bool = False,
     add_module: bool = False,
     strip_prefix: str | None = None,
     add_prefix: str | None = None,
-    map_location: LocationMap | None = None,
+    rename: Sequence[str | tuple[str, str]] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
     weights_only: bool = False,
-    section: str | None = None,
+    map_location: LocationMap | None = None,
+    dtype: str | None = None,
+    keep_dtype: Sequence[str] = (),
+    tied: Literal["alias", "duplicate", "error"] = "alias",
     to: str | None = None,
+    max_shard_size: int | str | None = None,
     metadata: Mapping[str, str] | None = None,
+    receipt: bool = True,
     dry_run: bool = False,
     force: bool = False,
     check: bool = True,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Rewrite a checkpoint into another file.
 
-    Options apply in the order of the parameters.  A ``.pth`` keeps everything that is in the source;
-    safetensors holds the weights alone, and the report lists what stays behind.
+    A ``.pth`` keeps everything that is in the source; what a safetensors file or shards cannot hold is an
+    error unless it is named to be left out.
 
     Args:
         source: any readable checkpoint.
         destination: the output; its ending chooses the container.
-        strip_module: take off every wrapper prefix (``module.``, ``_orig_mod.``).
-        add_module: put one ``module.`` before every name.
-        strip_prefix: strip this one leading prefix of whole segments.
-        add_prefix: put this prefix before every name.
-        map_location: new device tags; see `ckptkit.MapLocation`.
-        weights_only: drop all but the state_dict.
         section: path of the weights, where the file holds several.
+        strip_module: take off every wrapper prefix (``module.``, ``_orig_mod.``).
+        add_module: then put one ``module.`` before every name.
+        strip_prefix: then strip this one leading prefix of whole segments.
+        add_prefix: then put this prefix before every name.
+        rename: then apply rules, in order: ``"REGEX=>REPLACEMENT"`` or pairs of both; see `ckptkit.Rename`.
+        include: globs of the names to keep, as they are in the source or as they will be; none keeps all.
+        exclude: globs of the names to drop, in the same way.
+        leave_out: parts of the file beside the weights to drop: keys, or sections as `inspect` lists them.
+        weights_only: drop all but the state_dict.
+        map_location: new device tags; see `ckptkit.MapLocation`.
+        dtype: cast the floating-point weights to it; see `ckptkit.CastDtype`.
+        keep_dtype: globs of the names that are not cast, in the source or in the output.
+        tied: what becomes of tensors with several names; see `ckptkit.Tied`.
         to: container name that overrides the ending.
-        metadata: strings to set in a safetensors header.
+        max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
+        metadata: strings to set in the output's metadata.
+        receipt: whether to record in the metadata what was done; see `ckptkit.receipt`.
         dry_run: make the plan, write nothing.
         force: whether an existing destination may be replaced.
-        check: whether to compare the output with the source before it gets its name.
-        progress: called with the number of bytes as they are written.
+        check: whether to compare the output with the source before it gets its name; see `CheckpointFile.save`.
+        progress: called with the bytes dealt with so far, and those to deal with in all.
 
     Returns:
-        A report whose ``details`` hold the plan and the renames.
+        A report whose ``details`` hold the plan and what was changed.
 
     Raises:
         As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected.
     """
-    rewriters: list[Rewriter] = []
-    if strip_module:
-        rewriters.append(StripModule())
-    if add_module:
-        rewriters.append(AddModule())
-    if strip_prefix is not None:
-        rewriters.append(StripPrefix(strip_prefix))
-    if add_prefix is not None:
-        rewriters.append(AddPrefix(add_prefix))
-    needs_weights = bool(rewriters) or weights_only
-    if map_location is not None:
-        rewriters.append(MapLocation(map_location))
-    if weights_only:
-        rewriters.append(WeightsOnly())
-    with open(source, section=section) as file:
-        container = formats.format_for(destination, to)
-        if needs_weights or container.name == "safetensors":
-            _require_state_dict(file.checkpoint, "to write" if not needs_weights else "to rewrite")
-        result = file.rewrite(*rewriters)
-        if metadata and container.name != "safetensors":
-            raise RewriteError(f"a {container.name} file has no place for metadata; safetensors has")
-        if metadata:
-            result = result.rewrite(lambda checkpoint: checkpoint.replace(metadata={**checkpoint.metadata, **metadata}))
-        renames = {
-            old: new
-            for old, new in zip(file.state_dict.everything, result.state_dict.everything, strict=True)
-            if old != new
-        }
-        plan = result.plan(destination, to=to)
-        findings = (
-            *diagnose_renames(file.checkpoint, renames, strip=strip_module or strip_prefix is not None),
-            *diagnose_losses(file.checkpoint, result.checkpoint, plan),
-        )
-        if not dry_run:
-            result._carry_out(plan, destination, force=force, check=check, progress=progress)
-    return Report(
-        findings=findings,
-        details={
-            "source": os.fspath(source),
-            "destination": os.fspath(destination),
-            "written": not dry_run,
-            "checked": check and not dry_run,
-            "section": file.checkpoint.origin.state_path,
-            "plan": plan.to_dict(),
-            "renames": [{"from": old, "to": new} for old, new in renames.items()],
-        },
+    from ckptkit.conversion import Conversion, Options  # reading alone starts faster without the writing half
+    from ckptkit.job import Job
+
+    options = Options(
+        strip_module=strip_module,
+        add_module=add_module,
+        strip_prefix=strip_prefix,
+        add_prefix=add_prefix,
+        rename=rename,
+        include=include,
+        exclude=exclude,
+        leave_out=leave_out,
+        weights_only=weights_only,
+        map_location=map_location,
+        dtype=dtype,
+        keep_dtype=keep_dtype,
+        tied=tied,
+        metadata=metadata or {},
     )
+    with open(source, section=section) as file:
+        needs = formats.holds_weights_alone(destination, to, sharded=max_shard_size is not None)
+        if needs or options.needs_weights:
+            _require_state_dict(file.checkpoint, "to rewrite" if options.needs_weights else "to write")
+        conversion = Conversion(file.checkpoint, options)
+        job = Job.of(
+            conversion.result,
+            file._file,
+            destination,
+            to=to,
+            max_shard_size=max_shard_size,
+            receipt=receipt,
+            hashed=check and not dry_run,
+        )
+        findings = tuple(conversion.findings(job.plan))
+        if not dry_run:
+            tally = job.carry_out(force=force, check=check, progress=progress)
+            findings = (*findings, *conversion.losses(tally))
+        return Report(
+            findings=findings,
+            details={
+                "source": os.fspath(source),
+                "destination": job.path,
+                "written": not dry_run,
+                "checked": check and not dry_run,
+                "section": file.checkpoint.origin.state_path,
+                "plan": job.plan.to_dict(),
+                **conversion.details(job.plan),
+            },
+        )
 
 
 def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
@@ -384,6 +415,8 @@ def verify(
 
     with open(path, section=section) as file:
         _require_state_dict(file.checkpoint, "to verify")
+        from ckptkit.rewrite import StripModule
+
         subject = file.rewrite(StripModule()) if strip_module else file
         return run(
             subject.checkpoint,

@@ -116,7 +116,7 @@ class SourceFile:
         except OSError as error:
             raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}") from error
 
-    def read_into(self, offset: int, buffer: bytearray) -> None:
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
         """Fill a buffer with the bytes from position ``offset`` on; no memory is taken for them.
 
         Raises:
@@ -148,6 +148,11 @@ class SourceFile:
         """Another file that belongs to this one (a shard to its index) and is closed with it."""
         self._companions.append(companion)
         return companion
+
+    @property
+    def parts(self) -> tuple[SourceFile, ...]:
+        """The companions that are files of their own, and not made from this one."""
+        return tuple(companion for companion in self._companions if companion.path != self.path)
 
     @property
     def total_size(self) -> int:

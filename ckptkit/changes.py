@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from ckptkit.casting import Losses
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
-from ckptkit.formats.torch_zip import PROGRAMS
+from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.normalize.beside import PROGRAMS, beside_weights
 from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
-from ckptkit.report import Finding
+from ckptkit.report import Finding, human_size
 
-__all__ = ["diagnose_losses", "diagnose_renames"]
+__all__ = ["diagnose_casts", "diagnose_layout", "diagnose_losses", "diagnose_renames", "diagnose_selection"]
 
 
-def diagnose_renames(source: Checkpoint, renames: Mapping[str, str], *, strip: bool) -> Iterator[Finding]:
+def diagnose_renames(
+    source: Checkpoint, renames: Mapping[str, str], *, strip: bool, rules: bool = False
+) -> Iterator[Finding]:
     """What renaming came to.
 
     Args:
         source: the checkpoint before it.
         renames: from old name to new, where they differ.
         strip: whether a prefix was to be stripped.
+        rules: whether there were rules to rename by.
     """
     names = list(source.state_dict.everything)
     if renames:
@@ -30,11 +36,15 @@ def diagnose_renames(source: Checkpoint, renames: Mapping[str, str], *, strip: b
             severity="info",
             message=f"{len(renames)} of {len(names)} names changed, as {old!r} to {new!r}",
         )
+    elif rules:
+        yield Finding(
+            code="nothing-renamed", severity="warning", message=f"the rules change none of {len(names)} names"
+        )
     if strip and not renames:
         yield Finding(
             code="nothing-to-strip", severity="info", message=f"none of {len(names)} names carries the prefix"
         )
-    elif strip and len(renames) < len(names):
+    elif strip and not rules and len(renames) < len(names):
         kept = next(name for name in names if name not in renames)
         yield Finding(
             code="mixed-prefix",
@@ -43,31 +53,58 @@ def diagnose_renames(source: Checkpoint, renames: Mapping[str, str], *, strip: b
         )
 
 
-def diagnose_losses(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterator[Finding]:
-    """What the output does not hold, or holds in another form.
+def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iterator[Finding]:
+    """Which tensors were left out.
+
+    Args:
+        dropped: their names.
+        unmatched: globs that were to drop something, and match nothing.
+    """
+    if dropped:
+        yield Finding(
+            code="dropped",
+            severity="info",
+            message=f"{len(dropped)} tensors left out: {_listed(dropped)}",
+        )
+    for glob in unmatched:
+        yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
+
+
+def diagnose_losses(source: Checkpoint, result: Checkpoint) -> Iterator[Finding]:
+    """What the output does not hold.
 
     Args:
         source: the checkpoint as it was read.
         result: as it is written.
-        plan: of the output.
     """
-    asked_for = result.rest is STATE_DICT
-    program = source.origin.format in PROGRAMS
-    left_out: list[str] = []
-    if asked_for or program or plan.format == "safetensors":
+    if result.origin.format in PROGRAMS:
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
+    else:
+        kept = set(beside_weights(result))
+        left_out = [key for key in beside_weights(source) if key not in kept]
     if left_out:
-        more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
+        yield Finding(code="left-out", severity="info", message=f"not in the output: {_listed(left_out)}")
+
+
+def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> Iterator[Finding]:
+    """What the output holds in another form.
+
+    Args:
+        result: the checkpoint as it is written.
+        plan: of the output.
+        dead: storages that were cut, and the bytes that no tensor viewed of them.
+    """
+    storages, nbytes = dead
+    if nbytes and not plan.format.startswith("safetensors"):
         yield Finding(
-            code="left-out",
-            severity="info" if asked_for or program else "warning",
-            message=f"not in the output: {', '.join(left_out[:8])}{more}",
-            fix=None if asked_for or program else "write a .pth to keep them",
+            code="compacted",
+            severity="info",
+            message=f"{human_size(nbytes)} of {storages} storages belong to no tensor; they are not in the output",
         )
-    if plan.format != "safetensors":
+    if not plan.format.startswith("safetensors"):
         return
-    gathered = sum(isinstance(made, Gather) for made in plan.steps)
+    gathered = sum(isinstance(made, Gather) for made in plan.all_steps())
     stored = [entry for name, entry in result.state_dict.items() if name not in plan.aliases and entry.nbytes]
     overlapping = len(stored) - len({id(entry.storage) for entry in stored})
     if gathered or overlapping:
@@ -77,3 +114,40 @@ def diagnose_losses(source: Checkpoint, result: Checkpoint, plan: Plan) -> Itera
             message=f"{gathered} tensors were not contiguous and {overlapping} shared a storage; "
             "each has its own bytes in the output",
         )
+
+
+def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[Conversion, Losses]]) -> Iterator[Finding]:
+    """What casting lost.
+
+    Args:
+        result: the checkpoint as it was written.
+        tally: each conversion that was carried out, and what it lost.
+    """
+    names: dict[int, str] = {}
+    for name, entry in result.state_dict.items():
+        if isinstance(entry.storage.source, ConvertedRange):
+            names.setdefault(id(entry.storage.source.whole), name)
+    lost = [(names.get(id(conversion), conversion.name), losses) for conversion, losses in tally]
+    values = sum(losses.values for _, losses in lost)
+    overflowed = [(name, losses.overflowed) for name, losses in lost if losses.overflowed]
+    if overflowed:
+        yield Finding(
+            code="cast-overflow",
+            severity="warning",
+            message=f"{sum(n for _, n in overflowed):,} of {values:,} values are too large for the new dtype: "
+            f"{_listed([f'{name} ({n:,})' for name, n in overflowed])}",
+            fix=f"--keep-dtype {shlex.quote(overflowed[0][0])}",
+        )
+    rounded, vanished = sum(losses.rounded for _, losses in lost), sum(losses.underflowed for _, losses in lost)
+    if rounded:
+        yield Finding(
+            code="cast-rounded",
+            severity="info",
+            message=f"{rounded:,} of {values:,} values were rounded to the new dtype"
+            + (f", {vanished:,} of them to zero" if vanished else ""),
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(f"{name:.100}" for name in names[:8]) + more

@@ -10,6 +10,7 @@ No I/O happens here.  Everything is immutable; a rewrite makes new objects.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
@@ -386,6 +387,7 @@ class Checkpoint:
         globals: every Python name in the file's pickles.
         module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
         findings: what the reader noticed.
+        operations: what `rewrite` did to it, in order.
     """
 
     state_dict: StateDict
@@ -396,6 +398,7 @@ class Checkpoint:
     globals: tuple[GlobalUse, ...] = ()
     module: object = None
     findings: tuple[Finding, ...] = ()
+    operations: tuple[str, ...] = ()
 
     @property
     def trust(self) -> Trust:
@@ -410,11 +413,18 @@ class Checkpoint:
         result = self
         for rewriter in rewriters:
             result = rewriter(result)
+            result = result.replace(operations=(*result.operations, _called(rewriter)))
         return result
 
     def replace(self, **changes: object) -> Checkpoint:
         """A copy with the named attributes replaced."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _called(rewriter: object) -> str:
+    """A rewriter as it would be written, without what differs from run to run."""
+    name = getattr(rewriter, "__qualname__", None)
+    return f"{name}()" if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(rewriter))
 
 
 def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:

@@ -7,45 +7,47 @@ checksums are checked as its bytes pass by.
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
-from ckptkit.derived import ByteSource
+from ckptkit.derived import ByteSource, ConvertedRange
 from ckptkit.errors import CorruptError
 from ckptkit.formats import read
+from ckptkit.formats.safetensors import versions_text
 from ckptkit.formats.torch_zip import written_tree
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
 from ckptkit.transfer import stream
+from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["check_output", "first_difference", "same_values"]
 
 _COMPARED_NBYTES = 512 << 10
 """Bytes compared at a time: both sides fit into a core's own cache, where checksums are fast."""
 
-_kept = threading.local()
-
-_MAX_WORKERS = 4
-"""Threads that compare; more than a few only wait for memory."""
-
-_MANY_NBYTES = 32 << 20
-"""Bytes from which threads are worth starting."""
-
 _MAX_PLACE = 400
 """Characters of a place after which it is not made longer: trees may be nested 100,000 deep."""
 
+_SHARDED = ("safetensors-sharded", "torch-sharded")
 
-def check_output(source: Checkpoint, path: str) -> int:
+_kept = threading.local()
+
+Compared = Callable[[int], object]
+"""Called with the number of bytes that were just compared; from several threads."""
+
+
+def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: None) -> int:
     """Compare a complete output file with the checkpoint it was written from.
 
     Args:
         source: the checkpoint, as rewritten.
         path: the output; it is opened and read.
+        compared: called as bytes are compared.
 
     Returns:
         Bytes of tensor data that were compared.
@@ -56,93 +58,127 @@ def check_output(source: Checkpoint, path: str) -> int:
     """
     output, file = read(path)
     try:
+        for key, value in source.metadata.items():
+            if output.metadata.get(key) != value:
+                raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
+        comparison = _Comparison(compared)
         if output.origin.format == "safetensors":
-            return _check_tensors(source, output)
-        return _check_tree(source, output)
+            if versions_text(source.state_dict) not in (None, versions_text(output.state_dict)):
+                raise CorruptError("the output does not hold the same module versions; nothing was written")
+            _tensors(source, output, comparison)
+        elif output.origin.format in _SHARDED:
+            _tensors(source, output, comparison)
+            _extra_values(source, output, comparison)
+        else:
+            _trees(source, output, comparison)
+        return comparison.run()
     finally:
         file.close()
 
 
-def _check_tensors(source: Checkpoint, output: Checkpoint) -> int:
+class _Comparison:
+    """What has to be compared: collected first, so that several threads can share it."""
+
+    def __init__(self, compared: Compared) -> None:
+        self._compared = compared
+        self._storages: dict[tuple[int, int], tuple[str, Storage, Storage]] = {}
+        self._tensors: list[tuple[str, TensorEntry, TensorEntry]] = []
+        self._places: dict[int, tuple[str, Storage]] = {}
+
+    def storages(self, place: str, source: Storage, written: Storage) -> None:
+        """All bytes of one must be all bytes of the other."""
+        self._places.setdefault(id(source), (place, source))
+        self._storages.setdefault((id(source), id(written)), (place, source, written))
+
+    def tensors(self, place: str, source: TensorEntry, written: TensorEntry) -> None:
+        """The values of one must be the values of the other."""
+        self._places.setdefault(id(source.storage), (place, source.storage))
+        if source.covers_storage and source.is_plain_bytes and written.covers_storage:
+            self.storages(place, source.storage, written.storage)
+        else:
+            self._tensors.append((place, source, written))
+
+    def run(self) -> int:
+        """Compare; returns the bytes that were.
+
+        Raises:
+            CorruptError: something differs, or does not have the checksum that is recorded for it.
+        """
+        whole = self._storages.values()
+        checked = {id(source.original or source) for _, source, _ in whole if _covers_original(source)}
+        # Views of larger storages, and what was cut out of some: is that whole which they were cut from?
+        others = {id(s.original or s): (place, s.original or s) for place, s in self._places.values()}
+        unchecked = [(place, s) for key, (place, s) in others.items() if key not in checked and s.crc32 is not None]
+        tasks: list[Callable[[], object]] = [partial(self._same_storage, *triple) for triple in whole]
+        tasks += [partial(self._same_tensor, *triple) for triple in self._tensors]
+        tasks += [partial(_check_crc, place, storage) for place, storage in unchecked]
+        nbytes = sum(source.nbytes for _, source, _ in whole) + sum(source.nbytes for _, source, _ in self._tensors)
+        in_parallel(tasks, nbytes=nbytes + sum(storage.nbytes for _, storage in unchecked))
+        return nbytes
+
+    def _same_storage(self, place: str, source: Storage, written: Storage) -> None:
+        difference, crc = first_difference(source.source, written.source, self._compared)
+        if difference is not None:
+            raise CorruptError(
+                f"{place}: the output differs at byte {difference:,} of the storage; nothing was written"
+            )
+        if _covers_original(source):
+            _require_crc(place, source.original or source, crc)
+
+    def _same_tensor(self, place: str, source: TensorEntry, written: TensorEntry) -> None:
+        if not same_values(source, written):
+            raise CorruptError(f"{place}: the output's values differ; nothing was written")
+        self._compared(source.nbytes)
+
+
+def _covers_original(storage: Storage) -> bool:
+    """Whether all bytes of the storage of the file pass by where this one is read."""
+    if storage.original is None:
+        return True
+    source = storage.source
+    read = source.original.nbytes if isinstance(source, ConvertedRange) else source.nbytes
+    return read == storage.original.nbytes
+
+
+def _tensors(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
     """A container of named tensors only: names and values."""
     if set(source.state_dict) != set(output.state_dict):
         raise CorruptError("the output does not hold the same tensor names; nothing was written")
-    for key, value in source.metadata.items():
-        if output.metadata.get(key) != value:
-            raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
-    compared: set[tuple[object, ...]] = set()
-    whole: dict[tuple[int, int], tuple[str, Storage, Storage]] = {}
-    nbytes = 0
+    pairs: set[tuple[object, ...]] = set()
     for name, entry in source.state_dict.items():
         written = output.state_dict[name]
         if (entry.dtype, entry.shape) != (written.dtype, written.shape):
             raise CorruptError(f"tensor {name!r}: the output has another dtype or shape; nothing was written")
-        if (*entry.view, *written.view) in compared:
-            continue
-        compared.add((*entry.view, *written.view))
-        if entry.covers_storage and entry.is_plain_bytes:
-            whole[id(entry.storage), id(written.storage)] = (f"tensor {name!r}", entry.storage, written.storage)
-            continue
-        nbytes += entry.nbytes
-        if not same_values(entry, written):
-            raise CorruptError(f"tensor {name!r}: the output's values differ; nothing was written")
-    nbytes += _same_storages(list(whole.values()))
-    checked = {id(storage) for _, storage, _ in whole.values()}
-    for name, entry in source.state_dict.items():  # views of larger storages: is what they were cut from whole?
-        if id(entry.storage) not in checked and entry.numel:
-            checked.add(id(entry.storage))
-            _check_crc(f"tensor {name!r}", entry.storage, _crc32(entry.storage))
-    return nbytes
+        if (*entry.view, *written.view) not in pairs:
+            pairs.add((*entry.view, *written.view))
+            comparison.tensors(f"tensor {name!r}", entry, written)
 
 
-def _check_tree(source: Checkpoint, output: Checkpoint) -> int:
+def _extra_values(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
+    """What a sharded state_dict holds beside plain tensors."""
+    ours, theirs = source.state_dict.extra, output.state_dict.extra
+    if set(ours) != set(theirs):
+        raise CorruptError("the output does not hold the same values beside its tensors; nothing was written")
+    for name, value in ours.items():
+        for pair in _paired_storages([(name, value, theirs[name])]):
+            comparison.storages(*pair)
+
+
+def _trees(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
     """A container of a whole tree: every node, and every storage byte."""
-    pairs = {id(storage): (place, storage, written) for place, storage, written in _paired_storages(source, output)}
-    return _same_storages(list(pairs.values()))
+    lowered = lower_state_dict(source.state_dict), lower_state_dict(output.state_dict)
+    for pair in _paired_storages([("", written_tree(source), output.rest)], lowered):
+        comparison.storages(*pair)
 
 
-def _same_storages(pairs: list[tuple[str, Storage, Storage]]) -> int:
-    """Compare storages, several at a time where there is much to compare; returns their bytes.
-
-    Reading and checksums run outside the interpreter lock, so threads do help.
-    """
-    nbytes = sum(storage.nbytes for _, storage, _ in pairs)
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1) if nbytes >= _MANY_NBYTES else 1
-    if workers == 1:
-        for pair in pairs:
-            _same_storage(*pair)
-        return nbytes
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(workers) as pool:
-        running = [pool.submit(_same_storage, *pair) for pair in pairs]
-        try:
-            for comparison in running:
-                comparison.result()
-        finally:
-            for comparison in running:
-                comparison.cancel()
-    return nbytes
-
-
-def _same_storage(place: str, storage: Storage, written: Storage) -> None:
-    difference, crc = first_difference(storage.source, written.source)
-    if difference is not None:
-        raise CorruptError(f"{place}: the output differs at byte {difference:,} of the storage; nothing was written")
-    _check_crc(place, storage, crc)
-
-
-def _crc32(storage: Storage) -> int | None:
-    """The CRC-32 of a storage's bytes, where there is one to hold it against."""
-    if storage.crc32 is None:
-        return None
+def _check_crc(place: str, storage: Storage) -> None:
     crc = 0
-    for chunk in storage.source.chunks():
+    for chunk in storage.source.chunks(_COMPARED_NBYTES):
         crc = zlib.crc32(chunk, crc)
-    return crc
+    _require_crc(place, storage, crc)
 
 
-def _check_crc(place: str, storage: Storage, crc: int | None) -> None:
+def _require_crc(place: str, storage: Storage, crc: int) -> None:
     if storage.crc32 is not None and crc != storage.crc32:
         raise CorruptError(
             f"{place}: the bytes have CRC-32 {crc:08x}, recorded is {storage.crc32:08x}: the source is damaged",
@@ -150,19 +186,31 @@ def _check_crc(place: str, storage: Storage, crc: int | None) -> None:
         )
 
 
-def first_difference(a: ByteSource, b: ByteSource) -> tuple[int | None, int]:
-    """Position of the first byte that differs (``None``: equal), and the CRC-32 of ``a`` up to there."""
+def first_difference(a: ByteSource, b: ByteSource, compared: Compared = lambda _: None) -> tuple[int | None, int]:
+    """Position of the first byte that differs, ``None`` where all are equal, and the CRC-32 of ``a`` up to there.
+
+    Of values that are converted it is that of the bytes before.  ``compared`` is called as bytes are compared.
+    """
     if a.nbytes != b.nbytes:
         return min(a.nbytes, b.nbytes), 0
-    a, b = a.plain(), b.plain()
+    b = b.plain()
+    if not isinstance(a, ConvertedRange):
+        a = a.plain()
     crc = 0
     for start in range(0, a.nbytes, _COMPARED_NBYTES):
         left, right = _buffers(min(_COMPARED_NBYTES, a.nbytes - start))
-        a.file.read_into(a.offset + start, left)
         b.file.read_into(b.offset + start, right)
-        if left != right:
-            return start + next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y), crc
-        crc = zlib.crc32(left, crc)
+        values: bytes | bytearray = left
+        if isinstance(a, ConvertedRange):
+            original = a.part(start, len(right)).original.read()
+            values = a.whole.function(original)
+            crc = zlib.crc32(original, crc)
+        else:
+            a.file.read_into(a.offset + start, left)
+            crc = zlib.crc32(left, crc)
+        if values != right:
+            return start + next(i for i, (x, y) in enumerate(zip(values, right, strict=True)) if x != y), crc
+        compared(len(right))
     return None, crc
 
 
@@ -193,8 +241,14 @@ def same_values(a: TensorEntry, b: TensorEntry) -> bool:
 # Trees.
 
 
-def _paired_storages(source: Checkpoint, output: Checkpoint) -> Iterator[tuple[str, Storage, Storage]]:
-    """Go through both trees side by side; yields each pair of storages with the place it was met at.
+def _paired_storages(
+    stack: list[tuple[str, object, object]], lowered: tuple[object, object] = (STATE_DICT, STATE_DICT)
+) -> Iterator[tuple[str, Storage, Storage]]:
+    """Go through trees side by side; yields each pair of storages with the place it was met at.
+
+    Args:
+        stack: pairs of trees, each with its place.
+        lowered: what stands for the marker `STATE_DICT` in either.
 
     Raises:
         CorruptError: the trees differ in anything else.
@@ -202,8 +256,6 @@ def _paired_storages(source: Checkpoint, output: Checkpoint) -> Iterator[tuple[s
     paired: dict[int, object] = {}
     back: dict[int, object] = {}
     values: set[tuple[int, int]] = set()
-    lowered = lower_state_dict(source.state_dict), lower_state_dict(output.state_dict)
-    stack: list[tuple[str, object, object]] = [("", written_tree(source), output.rest)]
     while stack:
         place, a, b = stack.pop()
         a, b = lowered[0] if a is STATE_DICT else a, lowered[1] if b is STATE_DICT else b

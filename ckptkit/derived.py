@@ -160,23 +160,26 @@ class Conversion:
         before, after: bytes of one value, before and after.
         function: gives for the bytes of whole values the bytes of the converted ones.
         name: what the values are, for messages.
+        dtype: torch name of the values' type before.
     """
 
-    __slots__ = ("_lock", "_plain", "after", "before", "function", "name", "original")
+    __slots__ = ("_lock", "_plain", "after", "before", "dtype", "function", "name", "original")
 
     def __init__(
         self,
-        original: ByteRange | DeflatedRange,
+        original: ByteSource,
         before: int,
         after: int,
         function: Callable[[bytes], bytes],
         name: str,
+        dtype: str,
     ) -> None:
         self.original = original
         self.before = before
         self.after = after
         self.function = function
         self.name = name
+        self.dtype = dtype
         self._lock = threading.Lock()
         self._plain: ByteRange | None = None
 
@@ -212,7 +215,7 @@ class ConvertedRange:
         return self.whole.original.file
 
     @property
-    def original(self) -> ByteRange | DeflatedRange:
+    def original(self) -> ByteSource:
         """The values this range is converted from.
 
         Raises:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import is_plain, step
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
 from ckptkit.report import Finding, convert_command, human_size
@@ -100,8 +101,14 @@ def _whole_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding
         code="whole-model",
         severity="warning",
         message=f"a pickled model of class {cls}: torch.load needs its code; the weights are read here without it",
-        fix=convert_command(checkpoint.origin.path),
+        fix=_extract(checkpoint),
     )
+
+
+def _extract(checkpoint: Checkpoint, *options: str) -> str:
+    """The command that writes the weights alone, and says so where there is more."""
+    alone = ("--weights-only",) if beside_weights(checkpoint) or "--section" in options else ()
+    return convert_command(checkpoint.origin.path, *options, *alone)
 
 
 def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -115,7 +122,7 @@ def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         code="module-prefix",
         severity="warning",
         message=f"{carrying} of {len(names)} names carry a wrapper's prefix (`{prefix}`) that the bare model lacks",
-        fix=convert_command(checkpoint.origin.path, "--strip-module"),
+        fix=_extract(checkpoint, "--strip-module"),
     )
 
 
@@ -156,7 +163,7 @@ def _averaged(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             code="averaged-weights",
             severity="info",
             message=f"averaged (EMA) weights in {averaged[0]!r} beside raw ones in {raw!r}: outputs differ slightly",
-            fix=convert_command(checkpoint.origin.path, "--section", averaged[0]),
+            fix=_extract(checkpoint, "--section", averaged[0]),
         )
 
 
@@ -254,7 +261,7 @@ def _unused(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             code="unused-bytes",
             severity="info",
             message=f"{human_size(unused)} of the file belong to storages but to no tensor: views of larger tensors",
-            fix=convert_command(checkpoint.origin.path) if checkpoint.state_dict else None,
+            fix=_extract(checkpoint) if checkpoint.state_dict else None,
         )
 
 

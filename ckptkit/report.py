@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
-from ckptkit.errors import FailedReportError
+from ckptkit.errors import FailedReportError, RewriteError
 
-__all__ = ["SCHEMA_VERSION", "Finding", "Report", "Severity", "at_least", "convert_command", "human_size", "worst"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Finding",
+    "Report",
+    "Severity",
+    "at_least",
+    "convert_command",
+    "human_size",
+    "parse_size",
+    "worst",
+]
 
 SCHEMA_VERSION = 1
 """Version of every JSON document ckptkit prints."""
@@ -118,3 +130,22 @@ def human_size(nbytes: int) -> str:
             return f"{nbytes} B" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{nbytes} B"
+
+
+_SIZE = re.compile(r"([0-9]{1,19})(\.[0-9]{1,19})? ?(?:([kmgt])(?:(i)b|b?)|b)?", re.ASCII | re.IGNORECASE)
+_LARGEST = (1 << 63) - 1
+
+
+def parse_size(text: str) -> int:
+    """The bytes that people mean: ``"5GB"`` in powers of 1000, ``"5GiB"`` of 1024, ``"5000000"`` bytes.
+
+    Raises:
+        RewriteError: it is no size, is under one byte, or more than 63 bits count.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is not None and not (found[2] and not found[3]):  # no part of a byte
+        power = " kmgt".index((found[3] or " ").lower())
+        nbytes = int(Fraction(found[1] + (found[2] or "")) * (1024 if found[4] else 1000) ** power)
+        if 1 <= nbytes <= _LARGEST:
+            return nbytes
+    raise RewriteError(f"{text[:40]!r} is no size; write it like 5GB, 500MB or 1.5GB, 2GiB, or 1000000 for bytes")

@@ -20,7 +20,7 @@ LAYERS = (
     {"derived"},
     {"bytesource"},
     {"checkpoint"},
-    {"plan"},
+    {"plan", "casting"},
     {"pickling"},
     {"normalize"},
     {"formats", "rewrite", "transfer"},
@@ -38,8 +38,8 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 GUESTS = {
     "torch": {"torch_bridge", "verifier"},
     "torchvision": {"verifier"},
-    "numpy": {"transfer", "stats"},
-    "ml_dtypes": {"stats"},
+    "numpy": {"casting", "transfer", "stats"},
+    "ml_dtypes": {"casting", "stats"},
     "click": {"cli"},
     "tabulate": {"cli"},
 }

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from ckptkit import api
 from ckptkit.cli.options import (
-    columns,
     common_options,
     echo,
     echo_findings,
@@ -23,18 +20,41 @@ from ckptkit.cli.options import (
     styler,
     with_examples,
 )
+from ckptkit.cli.plan_text import show_plan
+from ckptkit.cli.progress import progress_line
 from ckptkit.report import human_size
 
 __all__ = ["command"]
 
-_MAX_RENAMES_SHOWN = 10
+
+def _rule(option: str, **settings: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """An option whose values join those of the others like it, in the order they are given in."""
+
+    def collect(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
+        context.params.setdefault("rules", ())
+        context.params["rules"] = (*context.params["rules"], *((option, value) for value in values))
+
+    return click.option(option, multiple=True, expose_value=False, callback=collect, **settings)
+
+
+def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    """The rules of ``--rename`` and ``--rename-file``."""
+    from ckptkit.rewrite.rename import parse_rule, read_rules
+
+    rules: list[tuple[str, str]] = []
+    for option, value in given:
+        rules.extend([parse_rule(value)] if option == "--rename" else read_rules(value))
+    return rules
 
 
 @click.command(
     "convert",
     epilog=with_examples(
         "ckptkit convert ddp.pth clean.safetensors --strip-module",
+        "ckptkit convert resume.pth weights.safetensors --weights-only --dtype bfloat16 --keep-dtype '*norm*'",
         "ckptkit convert ddp.pth clean.pth --strip-module --map-location cpu",
+        "ckptkit convert big.pth out/model.safetensors --max-shard-size 5GB",
+        "ckptkit convert old.pth new.pth --rename '^features\\.=>backbone.' --exclude 'head.*' --leave-out optimizer",
         "ckptkit convert model.pth model2.pth --map-location cuda:1=cuda:0 --dry-run",
     ),
 )
@@ -44,8 +64,13 @@ _MAX_RENAMES_SHOWN = 10
 @click.option("--add-module", is_flag=True, help="Put one module. before every name.")
 @click.option("--strip-prefix", metavar="P", help="Strip one leading prefix of whole segments.")
 @click.option("--add-prefix", metavar="P", help="Put a prefix before every name.")
+@_rule("--rename", metavar="REGEX=>REPLACEMENT", help="Rename as re.sub does; repeatable, in order.")
+@_rule("--rename-file", metavar="FILE", help="Rules from a file, one a line; # begins a comment.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Keep only names that match, before or after renaming.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Drop names that match, before or after renaming.")
 @click.option("--section", metavar="NAME", help="The weights to convert, where the file holds several.")
 @click.option("--weights-only", is_flag=True, help="Drop all but the state_dict.")
+@click.option("--leave-out", multiple=True, metavar="KEY", help="Drop a part beside the weights: optimizer, epoch, ...")
 @click.option(
     "--map-location",
     "locations",
@@ -53,18 +78,30 @@ _MAX_RENAMES_SHOWN = 10
     metavar="LOC",
     help="Device tags: 'cpu' for all, or OLD=NEW, repeatable; torch's meaning.",
 )
+@click.option("--dtype", metavar="DTYPE", help="Cast floating-point weights: float16, bfloat16, float32, float8_...")
+@click.option("--keep-dtype", multiple=True, metavar="GLOB", help="Names that --dtype leaves as they are.")
+@click.option(
+    "--tied",
+    type=click.Choice(["alias", "duplicate", "error"]),
+    default="alias",
+    help="Tensors with several names: keep them tied, write copies, or refuse.",
+)
 @click.option("--to", metavar="FORMAT", help="torch-zip or safetensors; overrides DST's ending.")
-@click.option("--metadata", "metadata", multiple=True, metavar="KEY=VALUE", help="Set in a safetensors header.")
+@click.option("--max-shard-size", metavar="SIZE", help="Split what is larger into files and an index: 5GB, 500MB.")
+@click.option("--metadata", "metadata", multiple=True, metavar="KEY=VALUE", help="Set in the output's metadata.")
+@click.option("--no-receipt", is_flag=True, help="Do not record in the metadata what was done.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--force", is_flag=True, help="Overwrite DST if it exists.")
-@click.option("--no-check", is_flag=True, help="Skip comparing the output with the source, byte for byte.")
+@click.option("--no-check", is_flag=True, help="Only move bytes: no checksums, no comparison, no waiting for the disk.")
 @click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
 @common_options
 def command(
     source: str,
     destination: str,
+    rules: tuple[tuple[str, str], ...],
     locations: tuple[str, ...],
     metadata: tuple[str, ...],
+    no_receipt: bool,
     no_check: bool,
     progress: bool | None,
     as_json: bool,
@@ -76,14 +113,17 @@ def command(
 
     DST's ending chooses the container: .safetensors, or .pth .pt .pkl .ckpt .bin. A .pth keeps
     everything that is in SRC (optimizer, epoch, arguments, unknown objects). DST is either the old
-    file or the complete new one, whatever happens.
+    file or the complete new one, whatever happens. Before it gets its name every tensor is compared
+    with its source, byte for byte.
     """
-    with json_errors(as_json), _progress_bar(source, progress, quiet=quiet) as moved:
+    with json_errors(as_json), progress_line(progress, quiet=quiet) as moved:
         report = api.convert(
             source,
             destination,
+            rename=_rename_rules(rules),
             map_location=_map_location(locations),
             metadata=key_values("--metadata", metadata),
+            receipt=not no_receipt,
             check=not no_check,
             progress=moved,
             **options,
@@ -93,13 +133,14 @@ def command(
         return 0
     details = report.details
     if not details["written"]:
-        _show_plan(details)
+        show_plan(details)
     elif not quiet:
         plan = details["plan"]
         checked = "compared byte for byte" if details["checked"] else "not checked"
+        shards = f" in {len(plan['shards'])} shards" if plan["shards"] else ""
         echo(
-            f"{printable(destination)}: {plan['format']}, {plan['tensors']:,} tensors, "
-            f"{human_size(plan['nbytes'])}, {checked}"
+            f"{printable(details['destination'])}: {plan['format']}, {plan['tensors']:,} tensors, "
+            f"{human_size(plan['nbytes'])}{shards}, {checked}"
         )
     if not quiet:
         echo_findings(list(report.findings), styler(color), err=True)
@@ -121,34 +162,3 @@ def _map_location(given: tuple[str, ...]) -> str | dict[str, str] | None:
     if len(table) != len(pairs):
         raise click.UsageError("--map-location maps one location twice")
     return table or None
-
-
-def _show_plan(details: Any) -> None:
-    plan = details["plan"]
-    echo(
-        f"{printable(details['destination'])}: {plan['format']}, {plan['tensors']:,} tensors, {plan['nbytes']:,} bytes"
-    )
-    rows = [[way, f"{plan[way]['count']:,}", f"{plan[way]['nbytes']:,}"] for way in ("copies", "gathers", "literals")]
-    for line in columns(rows, ["moved as", "steps", "bytes"], "lrr"):
-        echo(line)
-    for name, kept in plan["aliases"].items():
-        echo(f"tied: {printable(name)} = {printable(kept)}")
-    renames = details["renames"]
-    for rename in renames[:_MAX_RENAMES_SHOWN]:
-        echo(f"rename: {printable(rename['from'])} -> {printable(rename['to'])}")
-    if len(renames) > _MAX_RENAMES_SHOWN:
-        echo(f"rename: and {len(renames) - _MAX_RENAMES_SHOWN:,} more (--json lists all)")
-    echo("dry run: nothing was written")
-
-
-@contextmanager
-def _progress_bar(source: str, wanted: bool | None, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """Bytes moved, on stderr: on a terminal, or when asked for; never when quiet."""
-    if quiet or not (sys.stderr.isatty() if wanted is None else wanted):
-        yield None
-        return
-    import os
-
-    total = os.path.getsize(source) if os.path.isfile(source) else 0
-    with click.progressbar(length=total, label="writing", file=sys.stderr) as bar:
-        yield bar.update

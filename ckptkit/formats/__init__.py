@@ -20,8 +20,14 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.refused.sweep import names_left
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
+from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "read"]
+__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "holds_weights_alone", "plan", "read"]
+
+_INDEX = ".index.json"
+
+SHARD_NBYTES = 5 * 10**9
+"""Bytes of a shard where an index is to be written and no size is given; what huggingface_hub takes."""
 
 CONTAINERS: tuple[Format, ...] = (
     torch_zip.FORMAT,
@@ -134,3 +140,51 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     if name is not None:
         raise RewriteError(f"no container {name!r}; one of: {', '.join(c.name for c in writable)}")
     raise RewriteError(f"{os.fspath(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to")
+
+
+def holds_weights_alone(destination: str | os.PathLike[str], to: str | None, *, sharded: bool) -> bool:
+    """Whether what is written there can hold nothing but a state_dict.
+
+    Raises:
+        RewriteError: no container is meant.
+    """
+    path = os.fspath(destination)
+    container = format_for(path.removesuffix(_INDEX), to)
+    return sharded or path.endswith(_INDEX) or container.name == safetensors.FORMAT.name
+
+
+def plan(
+    checkpoint: Checkpoint,
+    destination: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    shard_nbytes: int | None = None,
+) -> tuple[str, Plan]:
+    """What would be written, and the file it would be.
+
+    Args:
+        checkpoint: what is to be written.
+        destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
+            shards.
+        to: container name that overrides the ending.
+        shard_nbytes: the most bytes of a file; what has more becomes shards and an index.
+
+    Returns:
+        The file, which is the index of ``destination`` where there are shards, and its plan.
+
+    Raises:
+        RewriteError: no container is meant, or it cannot hold the checkpoint.
+    """
+    from ckptkit.formats.shard_writer import index_name, plan_shards
+
+    path = os.fspath(destination)
+    if path.endswith(_INDEX):
+        path = path.removesuffix(_INDEX)
+        shard_nbytes = SHARD_NBYTES if shard_nbytes is None else shard_nbytes
+    container = format_for(path, to)
+    if container.write is None:
+        raise RewriteError(f"{container.name} cannot be written")
+    if shard_nbytes is None:
+        return path, container.write(checkpoint)
+    made = plan_shards(checkpoint, container, os.path.basename(path), shard_nbytes)
+    return (path if made.index is None else index_name(path)), made

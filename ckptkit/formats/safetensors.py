@@ -19,6 +19,9 @@ It refuses tensors that repeat their elements beyond all use (`Limits.expanded_n
 Tied tensors are stored once.  For each other name ``__metadata__`` holds ``name: kept name``, as
 ``safetensors.torch.save_model`` records them and ``load_model`` expects; the name kept is the first
 in alphabetical order, as there.  The reader gives such names their tensor back.
+
+The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, stand in
+``__metadata__`` under `VERSIONS` as JSON, where they are plain values; other readers pass over it.
 """
 
 from __future__ import annotations
@@ -30,20 +33,24 @@ from struct import pack
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, contiguous_stride
 from ckptkit.dtypes import DTYPES
-from ckptkit.errors import CorruptError, DTypeError, FormatError, LimitError, RewriteError
+from ckptkit.errors import CorruptError, FormatError, LimitError, RewriteError
 from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.holdable import require_holdable, require_writable_size
 from ckptkit.formats.safetensors_header import METADATA, Layout, check_extents, compact, layout, strings
 from ckptkit.formats.strict_json import parse, shown
-from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import InertDict
+from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
 from ckptkit.plan import Gather, Literal, Plan, Step, moved
 from ckptkit.report import Finding, convert_command
 
-__all__ = ["FORMAT"]
+__all__ = ["FORMAT", "VERSIONS", "versions_text"]
 
 _NAME = "safetensors"
 _ALIGNMENT = 8
+
+VERSIONS = "torch._metadata"
+"""Key of the metadata that holds a state_dict's module versions."""
 
 
 def _sniff(probe: Probe) -> bool:
@@ -90,12 +97,41 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
     aliases = {name: kept for name, kept in metadata.items() if name not in entries and kept in entries}
     aliases.pop("format", None)  # the one key every writer sets; its value is never a tensor's name
     entries.update({name: entries[kept] for name, kept in aliases.items()})
+    versions = _versions(metadata.get(VERSIONS), limits)
+    own = aliases.keys() if versions is None else {*aliases, VERSIONS}
     return RawCheckpoint(
-        root=InertDict(list(entries.items())),
+        root=_root(entries, versions),
         format=_NAME,
-        metadata={key: value for key, value in metadata.items() if key not in aliases},
+        metadata={key: value for key, value in metadata.items() if key not in own},
         findings=tuple(_alignment(layouts, start, file.path)),
     )
+
+
+def _versions(text: str | None, limits: Limits) -> dict[str, object] | None:
+    """The module versions as inert nodes; ``None``: there are none, or it is something else."""
+    if text is None:
+        return None
+    try:
+        document = parse(text.encode("utf-8", "surrogatepass"), limits, VERSIONS)
+    except FormatError:
+        return None
+    if not isinstance(document, dict) or not all(_is_version(version) for version in document.values()):
+        return None
+    return {path: InertDict(list(version.items())) for path, version in document.items()}
+
+
+def _is_version(node: object) -> bool:
+    return isinstance(node, dict) and all(isinstance(value, (bool, int, str)) for value in node.values())
+
+
+def _root(entries: Mapping[str, object], versions: Mapping[str, object] | None) -> object:
+    """The state_dict: an OrderedDict with ``_metadata`` where there are module versions, else a dict."""
+    if versions is None:
+        return InertDict(list(entries.items()))
+    root, recorded = (Object("reduce", Global("collections", "OrderedDict"), ()) for _ in range(2))
+    root.pairs, recorded.pairs = list(entries.items()), list(versions.items())
+    root.state = InertDict([("_metadata", recorded)])
+    return root
 
 
 def _entry(name: str, place: Layout, file: SourceFile, start: int) -> TensorEntry:
@@ -124,10 +160,13 @@ def _alignment(layouts: Mapping[str, Layout], start: int, path: str) -> Iterator
 
 def _write(checkpoint: Checkpoint) -> Plan:
     state_dict = checkpoint.state_dict
-    if not state_dict:
-        raise RewriteError("there is no state_dict to write; safetensors holds named tensors only")
-    _refuse(state_dict)
+    require_holdable(checkpoint, _NAME, plain=True)
+    require_writable_size(checkpoint)
+    if METADATA in state_dict:
+        raise RewriteError(f"a tensor cannot be named {METADATA!r} in safetensors; rename it, or write a .pth")
     metadata = {"format": "pt", **checkpoint.metadata}
+    if (versions := versions_text(state_dict)) is not None and VERSIONS not in metadata:
+        metadata[VERSIONS] = versions
     aliases = _aliases(state_dict, metadata)
     for key, value in metadata.items():
         if value in state_dict and key not in state_dict and key != "format":
@@ -158,35 +197,18 @@ def _write(checkpoint: Checkpoint) -> Plan:
     )
 
 
-def _refuse(state_dict: StateDict) -> None:
-    """Raise for what safetensors cannot hold, naming all of it.
-
-    Raises:
-        DTypeError: tensors of a dtype it does not know.
-        RewriteError: values that are no plain tensors, or a tensor of a reserved name.
-    """
-    odd = [f"{name} ({entry.dtype})" for name, entry in state_dict.items() if DTYPES[entry.dtype].safetensors is None]
-    if odd:
-        raise DTypeError(f"safetensors cannot hold {', '.join(odd[:5])}{_more(odd)}; write a .pth, or cast them first")
-    if state_dict.extra:
-        extra = list(state_dict.extra)
-        raise RewriteError(
-            f"safetensors holds plain tensors only, not {', '.join(extra[:5])}{_more(extra)}; write a .pth"
-        )
-    grown = {name: entry.nbytes - entry.storage.nbytes for name, entry in state_dict.items()}
-    if sum(more for more in grown.values() if more > 0) > DEFAULT_LIMITS.expanded_nbytes:
-        name = max(grown, key=grown.__getitem__)
-        entry = state_dict[name]
-        raise RewriteError(
-            f"{name!r} of shape {entry.shape} and stride {entry.stride} would take {entry.nbytes:,} bytes, its storage "
-            f"has {entry.storage.nbytes:,}: safetensors cannot repeat elements; write a .pth, or leave it out"
-        )
-    if METADATA in state_dict:
-        raise RewriteError(f"a tensor cannot be named {METADATA!r} in safetensors; rename it, or write a .pth")
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 5} more" if len(names) > 5 else ""
+def versions_text(state_dict: StateDict) -> str | None:
+    """The module versions as JSON; ``None``: there are none, or JSON cannot hold them."""
+    if state_dict.versions is None:
+        return None
+    document: dict[str, dict[str, object]] = {}
+    for path, version in state_dict.versions.items():
+        pairs = mapping_items(version)
+        fields = {key: value for key, value in pairs or [] if isinstance(key, str)}
+        if pairs is None or len(fields) != len(pairs) or not _is_version(fields):
+            return None
+        document[path] = fields
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=True)
 
 
 def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, str]:

@@ -41,11 +41,14 @@ class Shard:
 
 
 def merged_metadata(metadata: Mapping[str, object], shards: Mapping[str, Shard]) -> dict[str, str]:
-    """The index's scalars as text, then the shards' own strings; where two differ, with the shard's name before."""
+    """The index's scalars as text, then the shards' own strings; where two differ, with the shard's name before.
+
+    Not among them is the index's ``total_size``, a fact of the container that another file would state falsely.
+    """
     merged = {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in metadata.items()
-        if isinstance(value, (str, bool, int, float))
+        if isinstance(value, (str, bool, int, float)) and key != "total_size"
     }
     for shard in shards.values():
         for key, text in shard.raw.metadata.items():

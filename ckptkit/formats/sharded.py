@@ -54,13 +54,15 @@ from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items
 from ckptkit.report import Finding
 
-__all__ = ["INDEX_SUFFIXES", "lone_shard", "over", "shard_names"]
+__all__ = ["INDEX_SUFFIXES", "is_shard_name", "lone_shard", "over", "shard_names"]
 
-INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
+INDEX_SUFFIXES = tuple(f".{ending}.index.json" for ending in ("safetensors", "bin", "pth", "pt", "ckpt", "pkl"))
 """Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
 
 _SAFETENSORS, _TORCH = "safetensors-sharded", "torch-sharded"
 _CUSTOMARY = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.[A-Za-z]+)\Z")
+_WEIGHT_MAP = re.compile(rb'"weight_map"\s*:\s*\{')
+_SAFETENSORS_FILE = re.compile(rb'\.safetensors"\s*[,}]')
 _ODD_PATH = re.compile(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
 
 
@@ -82,7 +84,9 @@ def _sniff(name: str, probe: Probe) -> bool:
     text = probe.json_object
     if text is None or b'"weight_map"' not in text:
         return False
-    return (re.search(rb'\.safetensors"\s*[,}]', text) is not None) == (name == _SAFETENSORS)
+    begin = _WEIGHT_MAP.search(text)  # metadata, which customarily stands before it, may name files too
+    found = _SAFETENSORS_FILE.search(text, begin.end() if begin else 0)
+    return (found is not None) == (name == _SAFETENSORS)
 
 
 def _read(name: str, containers: Sequence[Format], probe: Probe) -> RawCheckpoint:
@@ -135,7 +139,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise CorruptError(f"the weight_map gives {shown(name)} no file name, but {shown(shard)}")
-        if not shard or _ODD_PATH.search(shard):
+        if not is_shard_name(shard):
             raise CorruptError(
                 f"the weight_map puts {shown(name)} into {shown(shard)}: absolute, empty, or leaving the index's folder"
             )
@@ -144,6 +148,11 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
     if (count := len(set(weight_map.values()))) > limits.shards:
         raise LimitError("shards of one checkpoint", limit=limits.shards, actual=count)
     return weight_map, metadata or {}
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether an index may name a shard so: relative, and inside its folder."""
+    return bool(name) and not _ODD_PATH.search(name)
 
 
 def shard_names(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:

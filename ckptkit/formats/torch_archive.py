@@ -36,7 +36,10 @@ from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import Finding, human_size
 
-__all__ = ["ArchiveKind", "TorchArchive", "archive_kind"]
+__all__ = ["METADATA", "ArchiveKind", "TorchArchive", "archive_kind"]
+
+METADATA = "ckptkit/metadata.json"
+"""The record in which ckptkit keeps a checkpoint's string metadata, a JSON object; torch passes over it."""
 
 ArchiveKind = Literal["torch-zip", "torchscript", "torch-package", "pt2"]
 

@@ -9,12 +9,13 @@ saving time and means nothing (``caffe2/serialize/inline_container.cc``, ``torch
 - ``version``: a number in decimal; torch reads 1 to 10 and writes 3
 - ``byteorder``: ``little`` or ``big``; missing in files before 2.1 means little
 - ``.format_version``, ``.storage_alignment``, ``.data/serialization_id``: newer, not needed
+- ``ckptkit/metadata.json``: string metadata as safetensors has it, ours; others pass over it
 
 A reader must accept any root name (dots included), records it does not know, deflated records,
 missing ``byteorder``, missing checksums.  It must not accept two roots.  Storages that are deflated
 are not read before their bytes are asked for (`ckptkit.derived.DeflatedRange`).
 
-The writer emits ``data.pkl``, ``byteorder``, ``data/KEY``, ``version`` under the root ``archive``,
+The writer emits ``data.pkl``, ``byteorder``, ``data/KEY``, metadata if any, ``version`` under the root ``archive``,
 data aligned to 64 bytes, checksums recorded; torch 1.6 and later load it.  It leaves out
 ``.format_version``: with it torch may compute record offsets from its own writer's layout instead
 of reading them.  The same checkpoint gives the same bytes.
@@ -24,22 +25,23 @@ What `ckptkit.formats.torch_archive` says is common to all of torch's archives i
 
 from __future__ import annotations
 
+import json
+
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
-from ckptkit.errors import RewriteError, UnsupportedError
+from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
 from ckptkit.formats.archives.zip_writer import ZipWriter
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.torch_archive import TorchArchive, archive_kind
+from ckptkit.formats.strict_json import parse
+from ckptkit.formats.torch_archive import METADATA, TorchArchive, archive_kind
 from ckptkit.normalize import RawCheckpoint, lower_state_dict
+from ckptkit.normalize.beside import PROGRAMS
 from ckptkit.pickling.tensors import StorageTable, lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Plan
 
-__all__ = ["FORMAT", "PROGRAMS", "written_tree"]
+__all__ = ["FORMAT", "written_tree"]
 
 _NAME = "torch-zip"
-
-PROGRAMS = frozenset({"torchscript", "torch-package", "pt2"})
-"""Containers of programs: what stands beside the weights there means nothing to ``torch.load``."""
 
 
 def _sniff(probe: Probe) -> bool:
@@ -58,10 +60,24 @@ def _read(probe: Probe) -> RawCheckpoint:
         byteorder=byteorder,
         pickle_protocol=pickle.protocol,
         writer=archive.writer(),
-        metadata={},
+        metadata=_metadata(archive),
         globals=archive.uses(),
         findings=tuple(archive.findings()),
     )
+
+
+def _metadata(archive: TorchArchive) -> dict[str, str]:
+    """The string metadata.
+
+    Raises:
+        CorruptError: the record is no JSON object of strings.
+    """
+    if METADATA not in archive.records:
+        return {}
+    document = parse(archive.read(METADATA, archive.limits.index_nbytes), archive.limits, METADATA)
+    if not isinstance(document, dict) or not all(isinstance(value, str) for value in document.values()):
+        raise CorruptError("the metadata must be a JSON object that maps strings to strings", where=METADATA)
+    return document
 
 
 def written_tree(checkpoint: Checkpoint) -> object:
@@ -110,6 +126,9 @@ def _write(checkpoint: Checkpoint) -> Plan:
     archive.add_literal("byteorder", (byteorders.pop() if byteorders else "little").encode())
     for key, storage in enumerate(used):
         archive.add_copy(f"data/{key}", storage.source, storage.crc32)
+    if checkpoint.metadata:
+        text = json.dumps(dict(checkpoint.metadata), ensure_ascii=True, indent=1).encode()
+        archive.add_literal(METADATA, text, is_final=False)
     archive.add_literal("version", b"3\n")
     steps, nbytes = archive.finish()
     return Plan(format=_NAME, nbytes=nbytes, steps=steps, tensors=tensors, aliases={})

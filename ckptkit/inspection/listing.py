@@ -11,31 +11,19 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import module_state, walk_module
+from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, step
 from ckptkit.normalize.shapes import named_values
 from ckptkit.pickling.inert import InertDict, Object, children, mapping_items
 
-__all__ = ["Listing", "Role", "TensorRow", "list_tensors", "natural_key", "ordered", "tensor_role", "wanted"]
-
-Role = Literal["parameter", "buffer", "unknown"]
-
-_BUFFER_NAMES = frozenset(
-    {
-        "running_mean", "running_var", "num_batches_tracked", "position_ids", "token_type_ids", "inv_freq",
-        "relative_position_index", "relative_coords_table", "relative_position_bucket", "attn_mask", "causal_mask",
-        "masked_bias", "anchor_grid", "anchors", "strides", "freqs_cis", "rope_cache", "cos_cached", "sin_cached",
-        "pixel_mean", "pixel_std", "min_val", "max_val", "_float_tensor", "tril",
-    }
-)  # fmt: skip
-"""Last segments of names that are buffers in the modules everybody uses: normalization, positions and masks
-of transformers, anchors of detectors, quantization observers."""
+__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "wanted"]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -292,23 +280,6 @@ def _ties(named: list[_Named], several: set[int]) -> dict[int, str]:
                 inside = kept_section == section or not kept_section
                 tied[index] = kept_name if inside else f"{kept_section}.{kept_name}"
     return tied
-
-
-def tensor_role(name: str, entry: TensorEntry, *, known: bool) -> tuple[Role, bool]:
-    """Parameter or buffer, and whether that is inferred.
-
-    Args:
-        name: in the state_dict.
-        entry: the tensor.
-        known: whether the file says it (whole models do; a state_dict saves both alike, and then
-            customary names and whole-number dtypes tell buffers).
-    """
-    if entry.is_parameter:
-        return "parameter", False
-    if known:
-        return "buffer", False
-    is_buffer = name.rpartition(".")[2] in _BUFFER_NAMES or DTYPES[entry.dtype].kind in ("int", "bool")
-    return ("buffer" if is_buffer else "parameter"), True
 
 
 def wanted(name: str, filters: Sequence[str]) -> bool:

@@ -88,7 +88,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
                 code="ambiguous-section",
                 severity="warning",
                 message=f"several sections hold weights ({listed(sections)}); none is taken for the model's",
-                fix=convert_command(file.path, "--section", "NAME"),
+                fix=convert_command(file.path, "--section", "NAME", "--weights-only"),
             )
         )
     return Checkpoint(
@@ -165,7 +165,7 @@ def _note_method(node: object, findings: list[Finding], path: str) -> None:
                 code="bound-method",
                 severity="warning",
                 message=f"the method model.{bound[1][:60]} was saved, not its result: the file holds the whole model",
-                fix=convert_command(path),
+                fix=convert_command(path, "--weights-only"),
             )
         )
 
@@ -180,7 +180,7 @@ def _note_wrapper(module: object, findings: list[Finding], path: str) -> None:
                 code="wrapped-model",
                 severity="info",
                 message=f"the model was saved inside {names}; every name carries its prefix `{prefix}`",
-                fix=convert_command(path, "--strip-module"),
+                fix=convert_command(path, "--strip-module", "--weights-only"),
             )
         )
 

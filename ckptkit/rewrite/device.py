@@ -2,6 +2,11 @@
 
 torch keeps a tag with each storage (``"cpu"``, ``"cuda:1"``) and restores it there at load, which
 fails on a machine without that device.  The tag is all that differs; no tensor byte changes.
+
+Some tensors have no storage on their device, and name it in the call that makes them, which
+``torch.load`` maps too (``torch/_utils.py`` ``_get_restore_location``): tensors of XLA and the like, saved
+as a tensor on the CPU or a numpy array, and subclasses that wrap other tensors.  Tensors on ``meta``
+have no bytes; like torch, this leaves them there.
 """
 
 from __future__ import annotations
@@ -13,7 +18,8 @@ from typing import TypeGuard
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError
-from ckptkit.pickling.inert import TreeMap
+from ckptkit.pickling.inert import Global, Object, is_global
+from ckptkit.rewrite.leaves import with_leaves
 
 __all__ = ["LocationMap", "MapLocation"]
 
@@ -22,6 +28,14 @@ LocationMap = str | Mapping[str, str] | Callable[[Storage, str], object]
 
 _LOCATION = re.compile(r"[a-z][a-z0-9_]*(:[0-9]{1,5})?\Z")
 _BARE_CPU = re.compile(r"cpu(:0)?\Z")
+
+_DEVICE_ARGUMENT = {
+    "_rebuild_device_tensor_from_cpu_tensor": 2,
+    "_rebuild_device_tensor_from_numpy": 2,
+    "_rebuild_xla_tensor": 2,
+    "_rebuild_wrapper_subclass": 6,
+}
+"""The functions of ``torch._utils`` that are given a device, and the place of that argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +50,8 @@ class MapLocation:
             ``"cpu"``.
 
     Raises:
-        RewriteError: what is given, or returned, is no location.
+        RewriteError: what is given, or returned, is no location; (when applied) a callable is given and
+            there are tensors that have no storage it could be asked about.  torch refuses them, too.
     """
 
     location: LocationMap
@@ -65,29 +80,64 @@ class MapLocation:
                 return node if storage is node.storage else replace(node, storage=storage)
             return move(node) if isinstance(node, Storage) else node
 
-        mapped = TreeMap(leaf)
-        return checkpoint.replace(
-            state_dict=checkpoint.state_dict.with_values(mapped),
-            rest=mapped(checkpoint.rest),
-            module=mapped(checkpoint.module),
-        )
+        def change(node: Object) -> None:
+            if isinstance(node.cls, Global):
+                node.args = self._with_device(node.cls, node.args)
 
-    def _target(self, storage: Storage) -> str:
-        wanted: object
+        return with_leaves(checkpoint, leaf, change=change, module=True)
+
+    def _with_device(self, function: Global, args: tuple[object, ...]) -> tuple[object, ...]:
+        """The arguments of a call with the device among them mapped, if one is."""
+        if is_global(function, "torch._tensor", "_rebuild_from_type_v2") and len(args) == 4:
+            inner, arguments = args[0], args[2]  # the function that makes the tensor, and its arguments
+            if isinstance(inner, Global) and isinstance(arguments, tuple):
+                mapped = self._with_device(inner, arguments)
+                return args if mapped is arguments else (*args[:2], mapped, args[3])
+            return args
+        place = _DEVICE_ARGUMENT.get(function.name) if function.module == "torch._utils" else None
+        if place is None or place >= len(args):
+            return args
+        old = _device_tag(args[place])
+        if old is None:
+            return args
+        if _is_function(self.location):
+            raise RewriteError(
+                f"a tensor on {old!r:.60} is saved without a storage there ({function.name}), so a function has "
+                "nothing to be asked about; give a location or a dict of them"
+            )
+        tag = self._mapped(old)
+        if tag == old:
+            return args
+        new: object = tag
+        if isinstance(args[place], Object):
+            kind, _, index = tag.partition(":")
+            new = Object("reduce", Global("torch", "device"), (kind, int(index)) if index else (kind,))
+        return (*args[:place], new, *args[place + 1 :])
+
+    def _mapped(self, tag: str) -> str:
+        """A tag by the forms that are no function."""
         if isinstance(self.location, Mapping):
             tags = {str(old): new for old, new in self.location.items()}  # keys may be torch.device, too
-            if storage.location not in tags:
-                return storage.location
-            wanted = tags[storage.location]
-        elif _is_function(self.location):
-            wanted = self.location(storage, storage.location)
-            if wanted is None:
-                return storage.location
-            if wanted is storage:
-                return "cpu"
-        else:
-            wanted = self.location
-        return _location(wanted)
+            return _location(tags[tag]) if tag in tags else tag
+        return _location(self.location)
+
+    def _target(self, storage: Storage) -> str:
+        if not _is_function(self.location):
+            return self._mapped(storage.location)
+        wanted = self.location(storage, storage.location)
+        if wanted is None:
+            return storage.location
+        return "cpu" if wanted is storage else _location(wanted)
+
+
+def _device_tag(node: object) -> str | None:
+    """The tag of a device as a call is given it: text, or a ``torch.device``; ``None``: it is neither."""
+    if isinstance(node, Object) and is_global(node.cls, "torch", "device") and node.how == "reduce":
+        kind, index = (*node.args, None)[:2] if len(node.args) in (1, 2) else (None, None)
+        if not isinstance(kind, str):
+            return None
+        return f"{kind}:{index}" if isinstance(index, int) and 0 <= index < 1 << 16 else kind
+    return node if isinstance(node, str) else None
 
 
 def _is_function(given: object) -> TypeGuard[Callable[[Storage, str], object]]:

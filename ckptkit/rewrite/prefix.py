@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
-from ckptkit.pickling.inert import InertDict, TreeMap, walk
+from ckptkit.rewrite.names import renamed, wrapper_versions
 
 __all__ = ["AddModule", "AddPrefix", "StripModule", "StripPrefix", "unwrapped"]
 
@@ -49,6 +49,10 @@ class StripModule:
         KeyCollisionError: two names would become one.
     """
 
+    def rename(self, name: str) -> str:
+        """The new name of what is called ``name``."""
+        return unwrapped(name)
+
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         def strip_path(path: str) -> str:
             # A module path has no tensor name at its end; a stand-in keeps the last segment apart.
@@ -74,21 +78,22 @@ class StripPrefix:
     def __post_init__(self) -> None:
         _require(self.prefix)
 
+    def rename(self, name: str) -> str:
+        """The new name of what is called ``name``."""
+        return name.removeprefix(self.prefix.rstrip(".") + ".")
+
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         dotted = self.prefix.rstrip(".") + "."
-
-        def strip(name: str) -> str:
-            return name.removeprefix(dotted)
 
         def strip_path(path: str) -> str:
             # The modules that the prefix names fall together with the root, unless they keep other tensors.
             if not dotted.startswith(path + "."):
-                return strip(path)
+                return self.rename(path)
             names = checkpoint.state_dict.everything
             keeps = any(name.startswith(path + ".") and not name.startswith(dotted) for name in names)
             return path if keeps else ""
 
-        return _renamed(checkpoint, strip, strip_path)
+        return _renamed(checkpoint, self.rename, strip_path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,21 +112,26 @@ class AddPrefix:
     def __post_init__(self) -> None:
         _require(self.prefix)
 
+    def rename(self, name: str) -> str:
+        """The new name of what is called ``name``."""
+        return f"{self.prefix.rstrip('.')}.{name}"
+
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         bare = self.prefix.rstrip(".")
-        wrapped = _renamed(checkpoint, lambda name: f"{bare}.{name}", lambda path: f"{bare}.{path}" if path else bare)
-        versions = wrapped.state_dict.versions
-        if versions is None:
-            return wrapped
-        # The wrappers' own entries, as Module.state_dict() writes them for a module of version 1.
-        steps = bare.split(".")
-        own = {".".join(steps[:depth]): InertDict([("version", 1)]) for depth in range(len(steps))}
-        return _with_versions(wrapped, {**own, **versions})
+        versions = checkpoint.state_dict.versions
+        if versions is not None:
+            inner = {f"{bare}.{path}" if path else bare: entry for path, entry in versions.items()}
+            versions = {**wrapper_versions(bare), **inner}
+        return renamed(checkpoint, self.rename, versions)
 
 
 @dataclass(frozen=True, slots=True)
 class AddModule:
     """Put ``module.`` before every name, as a model in DataParallel saves itself."""
+
+    def rename(self, name: str) -> str:
+        """The new name of what is called ``name``."""
+        return f"{_MODULE}.{name}"
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         return AddPrefix(_MODULE)(checkpoint)
@@ -135,28 +145,7 @@ def _require(prefix: str) -> None:
 def _renamed(checkpoint: Checkpoint, rename: Callable[[str], str], rename_path: Callable[[str], str]) -> Checkpoint:
     """The checkpoint with tensor names, and what goes by them, renamed."""
     versions = checkpoint.state_dict.versions
-    if versions is not None:
-        versions = _renamed_versions(versions, rename_path)
-    state_dict = checkpoint.state_dict.renamed(rename, versions)
-    return checkpoint.replace(state_dict=state_dict, rest=_renamed_rest(checkpoint, rename))
-
-
-def _renamed_rest(checkpoint: Checkpoint, rename: Callable[[str], str]) -> object:
-    """The rest, with the names of the state_dict's tensors in the optimizers' ``param_names`` renamed.
-
-    They are for people and tools: torch matches an optimizer's state by position, not by name.
-    """
-    replaced: list[tuple[object, object]] = []
-    for node in walk(checkpoint.rest):
-        if not isinstance(node, InertDict) or "params" not in node or "param_names" not in node:
-            continue
-        names = node["param_names"]
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            known = checkpoint.state_dict.everything
-            renamed = [rename(name) if name in known else name for name in names]
-            if renamed != names:
-                replaced.append((names, renamed))
-    return TreeMap(lambda leaf: leaf, replaced)(checkpoint.rest) if replaced else checkpoint.rest
+    return renamed(checkpoint, rename, None if versions is None else _renamed_versions(versions, rename_path))
 
 
 def _renamed_versions(versions: Mapping[str, object], rename_path: Callable[[str], str]) -> dict[str, object]:
@@ -167,7 +156,3 @@ def _renamed_versions(versions: Mapping[str, object], rename_path: Callable[[str
         if target not in origin or len(path) > len(origin[target]):
             origin[target] = path
     return {target: versions[path] for target, path in origin.items()}
-
-
-def _with_versions(checkpoint: Checkpoint, versions: Mapping[str, object]) -> Checkpoint:
-    return checkpoint.replace(state_dict=checkpoint.state_dict.renamed(lambda name: name, versions))

@@ -9,6 +9,7 @@ from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES
+from ckptkit.normalize.beside import beside_weights
 from ckptkit.report import Finding, convert_command
 from ckptkit.verifier.advice import head_classes, rename_that_fits, torchvision_argument
 from ckptkit.verifier.context import Context, shortened
@@ -78,7 +79,8 @@ def _convert(checkpoint: Checkpoint, *options: str) -> str:
     origin = checkpoint.origin
     weights = [section for section in checkpoint.sections if section.kind in ("state_dict", "whole_model")]
     section = ("--section", origin.state_path) if len(weights) > 1 and origin.state_path else ()
-    return convert_command(origin.path, *section, *options)
+    alone = ("--weights-only",) if beside_weights(checkpoint) else ()
+    return convert_command(origin.path, *section, *options, *alone)
 
 
 def _names(fit: Fit, checkpoint: Checkpoint, context: Context) -> Iterator[Finding]:

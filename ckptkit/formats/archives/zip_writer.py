@@ -36,9 +36,9 @@ class ZipWriter:
         self._data_at: list[int] = []
         self._pos = 0
 
-    def add_literal(self, name: str, data: bytes) -> None:
-        """Plan a record of bytes that are at hand."""
-        target = self._header(name, len(data), zlib.crc32(data))
+    def add_literal(self, name: str, data: bytes, *, is_final: bool = True) -> None:
+        """Plan a record of bytes that are at hand; not final are those in which something is filled in later."""
+        target = self._header(name, len(data), zlib.crc32(data) if is_final else None)
         self._steps.append(Literal(target, data))
 
     def add_copy(self, name: str, source: ByteSource, crc32: int | None) -> int:

@@ -1,0 +1,174 @@
+"""What ``convert`` does: options become rewriters, in a fixed order, and what came of them is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptkit.changes import diagnose_casts, diagnose_layout, diagnose_losses, diagnose_renames, diagnose_selection
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.derived import ConvertedRange
+from ckptkit.errors import RewriteError
+from ckptkit.plan import Gather, Plan
+from ckptkit.report import Finding
+from ckptkit.rewrite import (
+    AddModule,
+    AddPrefix,
+    CastDtype,
+    Compact,
+    LeaveOut,
+    MapLocation,
+    Rename,
+    Select,
+    StripModule,
+    StripPrefix,
+    Tied,
+    WeightsOnly,
+)
+from ckptkit.rewrite.compact import dead_bytes
+from ckptkit.rewrite.device import LocationMap
+from ckptkit.rewrite.rename import parse_rule
+from ckptkit.rewrite.tied import TiedPolicy
+from ckptkit.transfer import Tally
+
+__all__ = ["Conversion", "Options"]
+
+Renamer = StripModule | AddModule | StripPrefix | AddPrefix | Rename
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is to be done to a checkpoint; each as `ckptkit.convert` describes it."""
+
+    strip_module: bool = False
+    add_module: bool = False
+    strip_prefix: str | None = None
+    add_prefix: str | None = None
+    rename: Sequence[str | tuple[str, str]] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    leave_out: Sequence[str] = ()
+    weights_only: bool = False
+    map_location: LocationMap | None = None
+    dtype: str | None = None
+    keep_dtype: Sequence[str] = ()
+    tied: TiedPolicy = "alias"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.keep_dtype and self.dtype is None:
+            raise RewriteError("--keep-dtype exempts from --dtype, which is not given")
+
+    @property
+    def renamers(self) -> tuple[Renamer, ...]:
+        """The rewriters of names, in order."""
+        found: list[Renamer] = []
+        if self.strip_module:
+            found.append(StripModule())
+        if self.add_module:
+            found.append(AddModule())
+        if self.strip_prefix is not None:
+            found.append(StripPrefix(self.strip_prefix))
+        if self.add_prefix is not None:
+            found.append(AddPrefix(self.add_prefix))
+        if self.rename:
+            found.append(Rename(tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in self.rename)))
+        return tuple(found)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether they make no sense without a state_dict."""
+        return bool(self.renamers or self.include or self.exclude or self.weights_only or self.dtype)
+
+
+class Conversion:
+    """A checkpoint before and after.
+
+    Args:
+        source: the checkpoint as it was read.
+        options: what to do to it.
+
+    Attributes:
+        source: that.
+        result: what is to be written.
+        renames: each name that changed, and its new one.
+        dropped: the names that were left out.
+
+    Raises:
+        RewriteError: an option cannot be applied.
+    """
+
+    def __init__(self, source: Checkpoint, options: Options) -> None:
+        self.source = source
+        self._options = options
+        renamers = options.renamers
+
+        def final(name: str) -> str:
+            for renamer in renamers:
+                name = renamer.rename(name)
+            return name
+
+        rename: Callable[[str], str] | None = final if renamers else None
+        self._select = Select(tuple(options.include), tuple(options.exclude), rename=rename)
+        result = source
+        # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
+        if options.weights_only:
+            result = result.rewrite(WeightsOnly())
+        elif options.leave_out:
+            result = result.rewrite(LeaveOut(tuple(options.leave_out)))
+        if options.include or options.exclude:
+            result = result.rewrite(self._select)
+        before = list(result.state_dict.everything)
+        kept = result.state_dict.everything
+        self.dropped = [name for name in source.state_dict.everything if name not in kept]
+        if options.dtype is not None:
+            cast = CastDtype(options.dtype, tuple(options.keep_dtype), rename=rename)
+            if unmatched := cast.unmatched(result):
+                raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
+            result = result.rewrite(cast)
+        result = result.rewrite(*renamers)
+        after = list(result.state_dict.everything)
+        self.renames = {old: new for old, new in zip(before, after, strict=True) if old != new}
+        if options.map_location is not None:
+            result = result.rewrite(MapLocation(options.map_location))
+        if options.tied != "alias":
+            result = result.rewrite(Tied(options.tied))
+        self._dead = dead_bytes(result)
+        if self._dead[1]:
+            result = result.rewrite(Compact())
+        if options.metadata:
+            result = result.replace(metadata={**result.metadata, **options.metadata})
+        self.result = result
+
+    def findings(self, plan: Plan) -> Iterator[Finding]:
+        """What can be told before anything is written."""
+        options = self._options
+        strip = options.strip_module or options.strip_prefix is not None
+        yield from diagnose_renames(self.source, self.renames, strip=strip, rules=bool(options.rename))
+        yield from diagnose_selection(self.dropped, self._select.unmatched(self.source))
+        yield from diagnose_losses(self.source, self.result)
+        yield from diagnose_layout(self.result, plan, self._dead)
+
+    def losses(self, tally: Tally) -> Iterator[Finding]:
+        """What casts lost, once it is written."""
+        yield from diagnose_casts(self.result, tally)
+
+    def details(self, plan: Plan) -> dict[str, Any]:
+        """What was changed, as it stands in JSON documents."""
+        entries = self.result.state_dict
+        casts = []
+        for name, entry in entries.items():
+            source = entry.storage.source
+            if isinstance(source, ConvertedRange):
+                casts.append({"name": name, "from": source.whole.dtype, "to": entry.dtype})
+        names = {id(entry): name for name, entry in entries.items()}
+        gathered = [step.entry for step in plan.all_steps() if isinstance(step, Gather)]
+        return {
+            "renames": [{"from": old, "to": new} for old, new in self.renames.items()],
+            "dropped": self.dropped,
+            "casts": casts,
+            "gathered": [names[id(entry)] for entry in gathered if id(entry) in names],
+            "compacted": {"storages": self._dead[0], "nbytes": self._dead[1]},
+            "operations": list(self.result.operations),
+        }

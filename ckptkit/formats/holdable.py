@@ -1,0 +1,92 @@
+"""What a container of named tensors cannot hold: all of it is said before anything is written.
+
+safetensors holds plain tensors of the dtypes it knows, and strings.  A sharded checkpoint holds a
+state_dict alone, in whatever its shards are.  What else there is must be named by whoever writes,
+to be left out: training state with ``--weights-only`` or ``--leave-out``, tensors with ``--exclude``.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import DTypeError, RewriteError
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.beside import beside_weights
+from ckptkit.normalize.sections import brief
+
+__all__ = ["require_holdable", "require_writable_size"]
+
+_LISTED = 8
+"""Names in a message."""
+
+
+def require_holdable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
+    """Raise unless a container of named tensors can hold the checkpoint.
+
+    Args:
+        checkpoint: what is to be written.
+        what: the container, for messages: ``"safetensors"``.
+        plain: whether it holds plain tensors of the dtypes of safetensors alone.
+
+    Raises:
+        DTypeError: all that it cannot hold are tensors of certain dtypes.
+        RewriteError: it cannot hold something; the message lists everything and says how to leave it out.
+    """
+    if not checkpoint.state_dict.everything:
+        raise RewriteError(f"there is no state_dict to write; {what} holds named tensors only")
+    problems = list(_training_state(checkpoint))
+    dtypes = list(_dtypes(checkpoint)) if plain else []
+    if plain:
+        problems += _values(checkpoint)
+    if problems or dtypes:
+        error = RewriteError if problems else DTypeError
+        raise error(f"{what} cannot hold {'; nor '.join([*problems, *dtypes])}; or write a .pth, which holds all")
+
+
+def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
+    beside = beside_weights(checkpoint)
+    if beside:
+        yield f"what is beside the weights ({_listed(beside)}): --weights-only leaves it out, --leave-out KEY a part"
+
+
+def _values(checkpoint: Checkpoint) -> Iterator[str]:
+    extra = checkpoint.state_dict.extra
+    if extra:
+        kinds = _listed([f"{name} ({brief(value)})" for name, value in extra.items()])
+        yield f"values that are no plain tensors ({kinds}): {_exclude(list(extra))} leaves them out"
+
+
+def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
+    odd = {name: entry.dtype for name, entry in checkpoint.state_dict.items() if not DTYPES[entry.dtype].safetensors}
+    if odd:
+        kinds = _listed([f"{name} ({dtype})" for name, dtype in odd.items()])
+        yield f"these dtypes ({kinds}): {_exclude(list(odd))} leaves them out"
+
+
+def _exclude(names: list[str]) -> str:
+    shown = " ".join(f"--exclude {shlex.quote(name)}" for name in names[:3])
+    return shown + (" ..." if len(names) > 3 else "")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(f"{name:.100}" for name in names[:_LISTED])
+    return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def require_writable_size(checkpoint: Checkpoint) -> None:
+    """Raise where tensors repeat their elements beyond all use; see `Limits.expanded_nbytes`.
+
+    Raises:
+        RewriteError: they do.
+    """
+    grown = {name: entry.nbytes - entry.storage.nbytes for name, entry in checkpoint.state_dict.items()}
+    if sum(more for more in grown.values() if more > 0) > DEFAULT_LIMITS.expanded_nbytes:
+        name = max(grown, key=grown.__getitem__)
+        entry = checkpoint.state_dict[name]
+        raise RewriteError(
+            f"{name!r} of shape {entry.shape} and stride {entry.stride} would take {entry.nbytes:,} bytes, its storage "
+            f"has {entry.storage.nbytes:,}: safetensors cannot repeat elements; write a .pth, or leave it out"
+        )

@@ -1,0 +1,156 @@
+"""Cast the floating-point weights to another dtype, with nothing read before it is written.
+
+What is cast is the storage, with every tensor that is a view of it: ties, views, strides and offsets
+(which torch counts in elements) stay as they are.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from glob import escape
+from itertools import chain
+
+from ckptkit.casting import caster
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import DTypeError
+from ckptkit.pickling.inert import walk
+from ckptkit.rewrite.leaves import nodes, with_leaves
+
+__all__ = ["CastDtype"]
+
+_BESIDE = "a tensor beside the weights"
+
+
+@dataclass(frozen=True, slots=True)
+class CastDtype:
+    """Cast the state_dict's floating-point tensors, as ``tensor.to(dtype)`` does.
+
+    Optimizer moments, averaged weights and all else in the file keep their dtype, except where they
+    are views of a storage that is cast: one storage has one dtype, and what is tied stays tied.  Integer,
+    bool, complex and quantized tensors stay, and so do values that are no plain tensors (`StateDict.extra`).
+    What has the dtype already stays the very same object.
+
+    Args:
+        dtype: torch's name, with or without ``torch.``: see `ckptkit.casting.CAST_TARGETS`.
+        keep: globs (`fnmatch.fnmatchcase`) of names of the state_dict; a storage stays as it is when
+            any of the names over it matches.
+        rename: from a name to the one it will have once what follows was applied; a glob may match either.
+            It is no part of what this is.
+
+    Raises:
+        DTypeError: nothing can be cast to the dtype.  When applied: a tensor's dtype cannot be cast, or it
+            was cast before; or the bytes of one that would be cast are in the file in another way too, as a
+            tensor of another dtype or a storage by itself, and would mean something else there.
+    """
+
+    dtype: str
+    keep: str | tuple[str, ...] = ()
+    rename: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        object.__setattr__(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
+        caster("float32", self.dtype)
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        cast = self._cast_storages(checkpoint)
+        if not cast:
+            return checkpoint
+
+        def leaf(node: object) -> object:
+            if not isinstance(node, TensorEntry) or id(node.storage) not in cast:
+                return node
+            return replace(node, storage=cast[id(node.storage)], dtype=self.dtype)
+
+        return with_leaves(checkpoint, leaf, module=True)
+
+    def unmatched(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The globs of ``keep`` that match no name."""
+        names = list(checkpoint.state_dict.everything)
+        return tuple(glob for glob in self.keep if not any(self._matches(name, glob) for name in names))
+
+    def _matches(self, name: str, glob: str) -> bool:
+        if fnmatch.fnmatchcase(name, glob):
+            return True
+        return self.rename is not None and fnmatch.fnmatchcase(self.rename(name), glob)
+
+    def _cast_storages(self, checkpoint: Checkpoint) -> dict[int, Storage]:
+        """What takes the place of each storage that is cast, by the ``id`` of the old one."""
+        first: dict[int, tuple[str, TensorEntry]] = {}
+        kept: set[int] = set()
+        for name, entry in checkpoint.state_dict.items():
+            if any(self._matches(name, glob) for glob in self.keep):
+                kept.add(id(entry.storage))
+            elif DTYPES[entry.dtype].is_floating and entry.dtype != self.dtype:
+                first.setdefault(id(entry.storage), (name, entry))
+        first = {storage: named for storage, named in first.items() if storage not in kept}
+        if first:
+            _require_one_meaning(checkpoint, first)
+        return {storage: self._cast(name, entry) for storage, (name, entry) in first.items()}
+
+    def _cast(self, name: str, entry: TensorEntry) -> Storage:
+        """The storage with its values cast; ``name`` is one of the tensors over it."""
+        storage, before, after = entry.storage, DTYPES[entry.dtype], DTYPES[self.dtype]
+        if isinstance(storage.source, ConvertedRange):
+            raise DTypeError(
+                f"tensor {name!r} is cast from {storage.source.whole.dtype} to {before.name} already, and would be "
+                f"rounded twice; cast it once, or {_remedy(name)}"
+            )
+        if storage.nbytes % before.itemsize:
+            raise DTypeError(
+                f"tensor {name!r}: its storage {storage.key!r} of {storage.nbytes:,} bytes is no whole number of "
+                f"{before.name} values and cannot be cast; {_remedy(name)}"
+            )
+        try:
+            function = caster(before.name, after.name, byteorder=storage.byteorder)
+        except DTypeError as error:
+            raise DTypeError(f"tensor {name!r}: {error}; {_remedy(name)}") from None
+        conversion = Conversion(
+            storage.source,
+            before=before.itemsize,
+            after=after.itemsize,
+            function=function,
+            name=f"storage {storage.key!r}",
+            dtype=before.name,
+        )
+        return replace(
+            storage,
+            dtype=after.name if after.storage_class else None,
+            nbytes=conversion.nbytes,
+            source=ConvertedRange(conversion, 0, conversion.nbytes),
+            crc32=None,
+            byteorder="little",
+            original=storage.original or storage,
+        )
+
+
+def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, TensorEntry]]) -> None:
+    """Make sure that the bytes of each storage that is cast are values of one dtype to all that use them.
+
+    Raises:
+        DTypeError: they are not; the message names both.
+    """
+    names = {id(entry): name for name, entry in checkpoint.state_dict.items()}
+    for node in chain(nodes(checkpoint), walk(checkpoint.module)):
+        storage = node.storage if isinstance(node, TensorEntry) else node
+        if not isinstance(storage, Storage) or id(storage) not in cast:
+            continue
+        name, entry = cast[id(storage)]
+        if not isinstance(node, TensorEntry):
+            other = "the storage is in the file by itself too"
+        elif node.dtype != entry.dtype:
+            other = f"{repr(names[id(node)]) if id(node) in names else _BESIDE} views it as {node.dtype}"
+        else:
+            continue
+        raise DTypeError(
+            f"tensor {name!r} is {entry.dtype} in storage {storage.key!r}, but {other}; "
+            f"a cast would change what that is; {_remedy(name)}"
+        )
+
+
+def _remedy(name: str) -> str:
+    return f"leave it as it is with --keep-dtype {escape(name)!r}"

@@ -1,0 +1,143 @@
+r"""Renaming by regular expressions.
+
+A rule is a regular expression and a replacement, as ``re.sub`` takes them: the expression is searched for
+anywhere in a name, and the replacement may hold ``\1`` and ``\g<name>``.
+
+As text a rule is ``REGEX=>REPLACEMENT``, split at the first ``=>``.  Nothing is stripped: spaces around
+the arrow belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``.
+A file of rules has one a line; empty lines and lines that begin with ``#`` are passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import FileAccessError, MissingFileError, RewriteError
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.rewrite.names import moved_versions, renamed
+
+__all__ = ["Rename", "parse_rule", "read_rules"]
+
+_ARROW = "=>"
+
+_MAX_SHOWN = 200
+"""Characters of an expression, a replacement or a name in a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    r"""Apply rules to every name, in order, each to what the former made of it.
+
+    The module versions follow the names of the tensors below them; see
+    `ckptkit.rewrite.names.moved_versions`.
+
+    Args:
+        rules: pairs of a regular expression and its replacement, as for ``re.sub``.
+
+    Raises:
+        RewriteError: an expression or replacement is none; (when applied) a name would be empty.
+        KeyCollisionError: (when applied) two names would become one.
+    """
+
+    rules: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple((pattern, replacement) for pattern, replacement in self.rules))
+        for pattern, replacement in self.rules:
+            try:
+                # A replacement is read before anything is searched for, so its errors show here.
+                re.compile(pattern).sub(replacement, "")
+            except (re.error, IndexError, OverflowError, RecursionError) as error:
+                where = "replacement" if _compiles(pattern) else "regular expression"
+                reason = str(error) or type(error).__name__
+                raise RewriteError(f"rule {_shown(pattern, replacement)}: bad {where}: {reason}") from None
+
+    def rename(self, name: str) -> str:
+        """The new name of what is called ``name``.
+
+        Raises:
+            RewriteError: it would be empty.
+        """
+        new, emptied = self._applied(name)
+        if emptied is not None:
+            raise RewriteError(f"rule {_shown(*emptied)} leaves nothing of the name {name[:_MAX_SHOWN]!r}")
+        return new
+
+    def _applied(self, name: str) -> tuple[str, tuple[str, str] | None]:
+        """The new name, and where nothing is left of it the rule that took the last of it."""
+        emptied = None
+        for pattern, replacement in self.rules:
+            new = re.sub(pattern, replacement, name)
+            if not new and name:
+                emptied = pattern, replacement
+            name = new
+        return name, None if name else emptied
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        targets = {name: self.rename(name) for name in checkpoint.state_dict.everything}
+        versions = checkpoint.state_dict.versions
+        if versions is not None:
+            versions = moved_versions(versions, targets, lambda path: self._applied(path)[0])
+        return renamed(checkpoint, targets.__getitem__, versions)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _shown(pattern: str, replacement: str) -> str:
+    """A rule in a message, as it was typed: a ``repr`` would double its backslashes."""
+    return f"'{pattern[:_MAX_SHOWN]}{_ARROW}{replacement[:_MAX_SHOWN]}'"
+
+
+def parse_rule(text: str) -> tuple[str, str]:
+    """The regular expression and the replacement of a rule ``REGEX=>REPLACEMENT``.
+
+    Raises:
+        RewriteError: there is no ``=>``, nothing before it, or what stands there is no rule.
+    """
+    pattern, arrow, replacement = text.partition(_ARROW)
+    if not arrow or not pattern:
+        missing = "no regular expression before '=>'" if arrow else "no '=>'"
+        raise RewriteError(
+            f"rule '{text[:_MAX_SHOWN]}' has {missing}; expected 'REGEX=>REPLACEMENT', such as '^model\\.=>encoder.'"
+        )
+    return Rename(((pattern, replacement),)).rules[0]
+
+
+def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
+    """The rules of a file: UTF-8 text, one ``REGEX=>REPLACEMENT`` a line.
+
+    Raises:
+        FileAccessError: it cannot be read, or is larger than any file of rules.
+        RewriteError: it is no UTF-8, or a line is no rule; the message names file and line.
+    """
+    name, most = os.fsdecode(path), DEFAULT_LIMITS.index_nbytes
+    try:
+        with Path(name).open("rb") as file:
+            data = file.read(most + 1)
+    except FileNotFoundError:
+        raise MissingFileError(f"{name}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise FileAccessError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > most:
+        raise FileAccessError(f"{name}: is larger than {most:,} bytes; a file of rules has one rule a line")
+    rules = []
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            line = raw.removesuffix(b"\r").decode("utf-8")
+            if line.strip() and not line.startswith("#"):
+                rules.append(parse_rule(line))
+        except UnicodeDecodeError as error:
+            raise RewriteError(f"{name}, line {number}: is not UTF-8: byte {error.start} of the line") from None
+        except RewriteError as error:
+            raise RewriteError(f"{name}, line {number}: {error}") from None
+    return tuple(rules)

@@ -1,0 +1,323 @@
+"""Carries out the steps of a plan on an open file.
+
+Bytes that move as they lie are copied inside the kernel (``copy_file_range``, then ``sendfile``,
+then reads and writes in bounded buffers).  Casts, checksums and digests are computed in bounded
+buffers by several threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
+from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.errors import CorruptError, FileAccessError
+from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, Literal, Plan
+from ckptkit.transfer.values import stream
+from ckptkit.transfer.workers import Background, in_parallel
+
+if TYPE_CHECKING:
+    from ckptkit.casting import Losses
+
+__all__ = [
+    "UNAVAILABLE",
+    "Digests",
+    "Tally",
+    "digested",
+    "execute",
+    "fill",
+    "move",
+    "require_unchanged",
+    "reserve",
+    "write_at",
+]
+
+_ONE_CALL = 64 << 20
+"""Bytes asked of one kernel copy: calls cost nothing at this size, and an interrupt is heard soon."""
+
+_CACHED_NBYTES = 1 << 20
+"""Bytes converted or hashed at a time: they fit into a core's own cache."""
+
+UNAVAILABLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+"""Errors that say this file system or kernel cannot do it so, not that doing it failed."""
+
+_position = threading.Lock()
+"""Held while a file position is used, on systems that cannot read and write by position."""
+
+Progress = Callable[[int], object]
+"""Called with the number of bytes that were just dealt with; from several threads."""
+
+
+class Tally:
+    """What conversions lost, added up over the pieces they were carried out in."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[int, tuple[Conversion, Losses]] = {}
+
+    def add(self, conversion: Conversion, before: bytes, after: bytes) -> None:
+        """Count what was lost between these bytes."""
+        from ckptkit.casting import Caster
+
+        if isinstance(conversion.function, Caster):
+            losses = conversion.function.losses(before, after)
+            with self._lock:
+                known = self._found.get(id(conversion))
+                self._found[id(conversion)] = (conversion, losses if known is None else known[1] + losses)
+
+    def __iter__(self) -> Iterator[tuple[Conversion, Losses]]:
+        return iter(self._found.values())
+
+
+class Digests:
+    """The SHA-256 of source files, computed side by side with everything else.
+
+    Args:
+        files: what to hash, one after the other.
+        stop: set when they are no longer wanted.
+    """
+
+    def __init__(self, files: Iterable[SourceFile], stop: threading.Event) -> None:
+        self._files = {id(file): file for file in files}
+        self._found: dict[int, bytes] = {}
+        self._stop = stop
+        self._thread = Background(self._hash, stop) if self._files else None
+
+    def _hash(self) -> None:
+        buffer = bytearray(_CACHED_NBYTES)
+        for key, file in self._files.items():
+            digest = hashlib.sha256()
+            for start in range(0, file.size, len(buffer)):
+                if self._stop.is_set():
+                    return
+                part = memoryview(buffer)[: min(len(buffer), file.size - start)]
+                file.read_into(start, part)
+                digest.update(part)
+            self._found[key] = digest.hexdigest().encode()
+
+    def of(self, file: SourceFile) -> bytes:
+        """The digest in hexadecimal, once it is there.
+
+        Raises:
+            FileAccessError: the file could not be read.
+            CorruptError: it became shorter meanwhile.
+        """
+        if self._thread is not None:
+            self._thread.wait()
+        return self._found[id(file)]
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+
+def execute(plan: Plan, fd: int, progress: Progress | None = None) -> Tally:
+    """Carry out all steps of a plan of one file on an open, empty file.
+
+    Args:
+        plan: the steps.
+        fd: file descriptor, readable and writable.
+        progress: called with the number of bytes as they are written.
+
+    Returns:
+        What conversions lost.
+
+    Raises:
+        CorruptError: a source changed while it was read, or ended early.
+        OSError: the operating system could not write.
+    """
+    tally, stop = Tally(), threading.Event()
+    reserve(fd, plan.nbytes)
+    digests = Digests(digested(plan), stop)
+    try:
+        move(plan, fd, tally, progress)
+        fill(plan, fd, digests)
+    finally:
+        stop.set()
+        digests.join()
+    require_unchanged(plan)
+    return tally
+
+
+def digested(plan: Plan) -> list[SourceFile]:
+    """The files whose digests the plan wants."""
+    return [step.file for step in plan.all_steps() if isinstance(step, Digest)]
+
+
+def require_unchanged(plan: Plan) -> None:
+    """Raise if a file that the plan reads was written to since it was opened.
+
+    Raises:
+        CorruptError: it was.
+    """
+    sources = {id(file): file for file in digested(plan)}
+    for step in plan.all_steps():
+        if isinstance(step, (Copy, Cast)):
+            sources[id(step.source.file)] = step.source.file
+        elif isinstance(step, Gather):
+            file = step.entry.storage.source.file
+            sources[id(file)] = file
+    for source in sources.values():
+        if source.changed():
+            raise CorruptError(
+                "the file was changed while it was being converted; nothing was written", path=source.path
+            )
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Take the space up front, so that a full disk is known before a byte is moved.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if nbytes and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            if error.errno not in UNAVAILABLE:
+                raise
+    os.ftruncate(fd, nbytes)
+
+
+def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) -> None:
+    """Carry out the steps that bring bytes: copies, casts, gathers, literals.
+
+    Raises:
+        As `execute`.
+    """
+    moved = progress or (lambda _: None)
+    copier = _Copier(fd, moved)
+    casts = [step for step in plan.steps if isinstance(step, Cast)]
+    for step in plan.steps:
+        if isinstance(step, Copy):
+            copier.copy(step.source.plain(), step.target)
+        elif isinstance(step, Gather):
+            target = step.target
+            for chunk in stream(step.entry, tally.add):
+                write_at(fd, chunk, target)
+                moved(len(chunk))
+                target += len(chunk)
+        elif isinstance(step, Literal):
+            write_at(fd, step.data, step.target)
+            moved(len(step.data))
+
+    def pieces() -> Iterator[Callable[[], None]]:
+        for step in casts:
+            size = _CACHED_NBYTES // step.source.whole.after * step.source.whole.after
+            for start in range(0, step.nbytes, size):
+                part = step.source.part(start, min(size, step.nbytes - start))
+                yield lambda part=part, target=step.target + start: convert(part, target)  # type: ignore[misc]
+
+    def convert(part: ConvertedRange, target: int) -> None:
+        before = part.original.read()
+        after = part.whole.function(before)
+        tally.add(part.whole, before, after)
+        write_at(fd, after, target)
+        moved(len(after))
+
+    in_parallel(pieces(), nbytes=sum(step.nbytes for step in casts))
+
+
+def fill(plan: Plan, fd: int, digests: Digests | None = None, *, checksums: bool = True) -> None:
+    """Fill in the fields that depend on other bytes: digests, then checksums.
+
+    Args:
+        plan: the steps; those that bring bytes were carried out.
+        fd: the file.
+        digests: of the sources; ``None``: those fields, and checksums over literals, are left for later.
+        checksums: whether to fill in the checksums over bytes of the source.
+
+    Raises:
+        As `execute`.
+    """
+    literals = {step.target for step in plan.steps if isinstance(step, Literal)}
+    wanted: dict[tuple[int, int], list[int]] = {}
+    for step in plan.steps:
+        if isinstance(step, Digest) and digests is not None:
+            write_at(fd, digests.of(step.file), step.target)
+        elif isinstance(step, Checksum) and (digests is not None if step.start in literals else checksums):
+            wanted.setdefault((step.start, step.covers), []).append(step.target)
+
+    def checksum(extent: tuple[int, int], fields: list[int]) -> None:
+        crc = _crc32(fd, *extent).to_bytes(4, "little")
+        for target in fields:
+            write_at(fd, crc, target)
+
+    tasks = (lambda extent=extent, fields=fields: checksum(extent, fields) for extent, fields in wanted.items())
+    in_parallel(tasks, nbytes=sum(covers for _, covers in wanted))
+
+
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """Write all of the data at a position of a file."""
+    view = memoryview(data)
+    while view:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(fd, view, offset)
+        else:
+            with _position:
+                os.lseek(fd, offset, os.SEEK_SET)
+                written = os.write(fd, view)
+        view, offset = view[written:], offset + written
+
+
+def _crc32(fd: int, start: int, nbytes: int) -> int:
+    crc = 0
+    while nbytes:
+        if hasattr(os, "pread"):
+            chunk = os.pread(fd, min(_CACHED_NBYTES, nbytes), start)
+        else:
+            with _position:
+                os.lseek(fd, start, os.SEEK_SET)
+                chunk = os.read(fd, min(_CACHED_NBYTES, nbytes))
+        if not chunk:
+            raise OSError(errno.EIO, "the output became shorter while it was written")
+        crc = zlib.crc32(chunk, crc)
+        start, nbytes = start + len(chunk), nbytes - len(chunk)
+    return crc
+
+
+class _Copier:
+    """Copies ranges into one file by the best way that works, found out once."""
+
+    def __init__(self, fd: int, progress: Progress) -> None:
+        self._fd = fd
+        self._progress = progress
+        ways = [self._copy_file_range, self._sendfile] if hasattr(os, "copy_file_range") else []
+        self._ways: list[Callable[[ByteRange, int], int]] = [*ways, self._read_write]
+
+    def copy(self, source: ByteRange, target: int) -> None:
+        """Copy all of ``source`` to position ``target``."""
+        while source.nbytes:
+            try:
+                moved = self._ways[0](source, target)
+            except OSError as error:
+                if isinstance(error, FileAccessError) or error.errno not in UNAVAILABLE or len(self._ways) == 1:
+                    raise
+                self._ways.pop(0)
+                continue
+            if moved == 0:  # the end of the source; or a file system that copies nothing and says so
+                if len(self._ways) == 1:
+                    raise CorruptError("the file became shorter while it was being copied", path=source.file.path)
+                self._ways.pop(0)
+                continue
+            self._progress(moved)
+            source, target = source.part(moved, source.nbytes - moved), target + moved
+
+    def _copy_file_range(self, source: ByteRange, target: int) -> int:
+        return os.copy_file_range(source.file.fd, self._fd, min(source.nbytes, _ONE_CALL), source.offset, target)
+
+    def _sendfile(self, source: ByteRange, target: int) -> int:
+        os.lseek(self._fd, target, os.SEEK_SET)
+        return os.sendfile(self._fd, source.file.fd, source.offset, min(source.nbytes, _ONE_CALL))
+
+    def _read_write(self, source: ByteRange, target: int) -> int:
+        chunk = source.read(0, min(source.nbytes, CHUNK_NBYTES))
+        write_at(self._fd, chunk, target)
+        return len(chunk)

@@ -1,0 +1,45 @@
+"""Sizes as people write and read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckptkit.errors import RewriteError
+from ckptkit.report import human_size, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("5GB", 5 * 10**9), ("5gb", 5 * 10**9), ("5G", 5 * 10**9), (" 5 GB ", 5 * 10**9), ("500MB", 500 * 10**6),
+        ("1.5GB", 1_500_000_000), ("300 kB", 300_000), ("2T", 2 * 10**12), ("0.5k", 500), ("0.0015kB", 1),
+        ("2GiB", 2 << 30), ("2gib", 2 << 30), ("1.5KiB", 1536), ("1MiB", 1 << 20), ("3TiB", 3 << 40),
+        ("1000000", 1_000_000), ("7B", 7), ("1", 1), ("0001", 1), ("1.1GB", 1_100_000_000),
+        ("9223372036854775807", (1 << 63) - 1),
+    ],
+)  # fmt: skip
+def test_sizes(text: str, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", "GB", "0", "0GB", "0.0001kB", "-1", "-5GB", "+5GB", "nan", "inf", "infGB", "1e9", "5 GB extra", "5GBB",
+        "5iB", "5GiBB", "5Gi", "5 PB", "5EB", "1,000", "1_000", "1.5", "1.5B", ".5GB", "5.GB", "5..5GB", "0x10", "five",
+        "\u0665GB", "5\u212aB", "5\nGB", "5  GB", "9223372036854775808", "10000000TB", "9" * 20,
+        "9" * 1_000_000, "1." + "0" * 99 + "GB",
+    ],
+)  # fmt: skip
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(
+        RewriteError, match=r"is no size; write it like 5GB, 500MB or 1.5GB, 2GiB, or 1000000"
+    ) as caught:
+        parse_size(text)
+    assert len(str(caught.value)) < 250
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("nbytes", [1, 999, 1000, 12_300, 4_560_000, 7_890_000_000, 1_230_000_000_000])
+def test_sizes_that_were_shown_are_understood(nbytes: int) -> None:
+    assert parse_size(human_size(nbytes)) == nbytes
