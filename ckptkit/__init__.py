@@ -4,19 +4,23 @@ Importing ckptkit imports neither torch nor numpy.
 
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli > api > verifier > torch_bridge > inspection > diagnose, changes, compare, stats
-        > formats, rewrite, transfer > normalize > pickling > plan, casting > checkpoint > derived
-        > bytesource > report, dtypes, limits, codes, extras > errors
+    cli > api > verifier > torch_bridge > inspection, conversion, job > diagnose, changes, compare,
+        stats > formats, rewrite, transfer, receipt > normalize > pickling > plan, casting
+        > checkpoint > derived > bytesource > report, dtypes, limits, codes, extras, version > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output
 is right must go through the readers, which the mover of bytes must not know; `inspection` (the
 document that is shown) apart from `diagnose` (what is remarkable about a checkpoint) and `changes`
-(what a conversion does to it).  Inside `formats` stand the containers, one module each; `archives`
+(what a conversion does to it).  `conversion` turns options into rewriters, `job` is one output, planned
+and carried out.  Bytes that have to be made before they can be moved are `derived`, and `casting` is
+what one way of making them computes.  Inside `formats` stand the containers, one module each; `archives`
 are zip and tar as such, `refused` is what is said of files that are no checkpoint.
 No room has the name of a public function: importing it would put the module in the function's
 place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.api import CheckpointFile, Rewriter, convert, inspect, load_state_dict, open, verify  # noqa: A004 - ckptkit.open
 from ckptkit.checkpoint import Checkpoint, Origin, Section, StateDict, Storage, TensorEntry
@@ -39,22 +43,25 @@ from ckptkit.errors import (
     UnsupportedError,
     VerifyError,
 )
-from ckptkit.plan import Plan
 from ckptkit.report import Finding, Report
-from ckptkit.rewrite import (
-    AddModule,
-    AddPrefix,
-    CastDtype,
-    Compact,
-    LeaveOut,
-    MapLocation,
-    Rename,
-    Select,
-    StripModule,
-    StripPrefix,
-    Tied,
-    WeightsOnly,
-)
+from ckptkit.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from ckptkit.plan import Plan
+    from ckptkit.rewrite import (
+        AddModule,
+        AddPrefix,
+        CastDtype,
+        Compact,
+        LeaveOut,
+        MapLocation,
+        Rename,
+        Select,
+        StripModule,
+        StripPrefix,
+        Tied,
+        WeightsOnly,
+    )
 
 __all__ = [
     "AddModule",
@@ -104,4 +111,15 @@ __all__ = [
     "verify",
 ]
 
-__version__ = "0.1.0"
+
+def __getattr__(name: str) -> Any:
+    """What writing alone needs is imported when it is asked for: inspecting starts faster without."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
+    from ckptkit import plan, rewrite
+
+    return getattr(plan if name == "Plan" else rewrite, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING"})

@@ -17,8 +17,8 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.derived import ByteSource, ConvertedRange
 from ckptkit.errors import CorruptError
 from ckptkit.formats import read
-from ckptkit.formats.safetensors import versions_text
-from ckptkit.formats.torch_zip import written_tree
+from ckptkit.formats.module_versions import versions_text
+from ckptkit.formats.torch_zip_writer import written_tree
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId

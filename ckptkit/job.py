@@ -17,6 +17,7 @@ from ckptkit.plan import Plan
 from ckptkit.receipt import Tokens, with_digests, with_receipt
 from ckptkit.report import parse_size
 from ckptkit.transfer import Tally, write_atomically
+from ckptkit.version import __version__
 
 __all__ = ["Job", "Progress"]
 
@@ -66,8 +67,6 @@ class Job:
         Raises:
             RewriteError: the container cannot hold the checkpoint.
         """
-        from ckptkit import __version__
-
         size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
         tokens = Tokens()
         if receipt:

@@ -10,6 +10,7 @@ import gc
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
@@ -20,7 +21,9 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.refused.sweep import names_left
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
-from ckptkit.plan import Plan
+
+if TYPE_CHECKING:
+    from ckptkit.plan import Plan
 
 __all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "holds_weights_alone", "plan", "read"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
@@ -12,7 +13,9 @@ from ckptkit.errors import CorruptError, UnknownFormatError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.plan import Plan
+
+if TYPE_CHECKING:
+    from ckptkit.plan import Plan
 
 __all__ = ["HEAD_NBYTES", "Format", "Probe"]
 

@@ -26,31 +26,24 @@ The module versions of a state_dict (``_metadata``), which decide how BatchNorm 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from struct import pack
+from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import ByteRange, SourceFile
-from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, contiguous_stride
-from ckptkit.dtypes import DTYPES
-from ckptkit.errors import CorruptError, FormatError, LimitError, RewriteError
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, contiguous_stride
+from ckptkit.errors import CorruptError, FormatError, LimitError
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.holdable import require_holdable, require_writable_size
-from ckptkit.formats.safetensors_header import METADATA, Layout, check_extents, compact, layout, strings
+from ckptkit.formats.module_versions import VERSIONS, state_dict_node, versions_from
+from ckptkit.formats.safetensors_header import METADATA, NAME, Layout, check_extents, compact, layout, strings
 from ckptkit.formats.strict_json import parse, shown
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
-from ckptkit.plan import Gather, Literal, Plan, Step, moved
 from ckptkit.report import Finding, convert_command
 
-__all__ = ["FORMAT", "VERSIONS", "versions_text"]
+if TYPE_CHECKING:
+    from ckptkit.plan import Plan
 
-_NAME = "safetensors"
-_ALIGNMENT = 8
-
-VERSIONS = "torch._metadata"
-"""Key of the metadata that holds a state_dict's module versions."""
+__all__ = ["FORMAT"]
 
 
 def _sniff(probe: Probe) -> bool:
@@ -97,41 +90,14 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
     aliases = {name: kept for name, kept in metadata.items() if name not in entries and kept in entries}
     aliases.pop("format", None)  # the one key every writer sets; its value is never a tensor's name
     entries.update({name: entries[kept] for name, kept in aliases.items()})
-    versions = _versions(metadata.get(VERSIONS), limits)
+    versions = versions_from(metadata.get(VERSIONS), limits)
     own = aliases.keys() if versions is None else {*aliases, VERSIONS}
     return RawCheckpoint(
-        root=_root(entries, versions),
-        format=_NAME,
+        root=state_dict_node(entries, versions),
+        format=NAME,
         metadata={key: value for key, value in metadata.items() if key not in own},
         findings=tuple(_alignment(layouts, start, file.path)),
     )
-
-
-def _versions(text: str | None, limits: Limits) -> dict[str, object] | None:
-    """The module versions as inert nodes; ``None``: there are none, or it is something else."""
-    if text is None:
-        return None
-    try:
-        document = parse(text.encode("utf-8", "surrogatepass"), limits, VERSIONS)
-    except FormatError:
-        return None
-    if not isinstance(document, dict) or not all(_is_version(version) for version in document.values()):
-        return None
-    return {path: InertDict(list(version.items())) for path, version in document.items()}
-
-
-def _is_version(node: object) -> bool:
-    return isinstance(node, dict) and all(isinstance(value, (bool, int, str)) for value in node.values())
-
-
-def _root(entries: Mapping[str, object], versions: Mapping[str, object] | None) -> object:
-    """The state_dict: an OrderedDict with ``_metadata`` where there are module versions, else a dict."""
-    if versions is None:
-        return InertDict(list(entries.items()))
-    root, recorded = (Object("reduce", Global("collections", "OrderedDict"), ()) for _ in range(2))
-    root.pairs, recorded.pairs = list(entries.items()), list(versions.items())
-    root.state = InertDict([("_metadata", recorded)])
-    return root
 
 
 def _entry(name: str, place: Layout, file: SourceFile, start: int) -> TensorEntry:
@@ -159,96 +125,9 @@ def _alignment(layouts: Mapping[str, Layout], start: int, path: str) -> Iterator
 
 
 def _write(checkpoint: Checkpoint) -> Plan:
-    state_dict = checkpoint.state_dict
-    require_holdable(checkpoint, _NAME, plain=True)
-    require_writable_size(checkpoint)
-    if METADATA in state_dict:
-        raise RewriteError(f"a tensor cannot be named {METADATA!r} in safetensors; rename it, or write a .pth")
-    metadata = {"format": "pt", **checkpoint.metadata}
-    if (versions := versions_text(state_dict)) is not None and VERSIONS not in metadata:
-        metadata[VERSIONS] = versions
-    aliases = _aliases(state_dict, metadata)
-    for key, value in metadata.items():
-        if value in state_dict and key not in state_dict and key != "format":
-            raise RewriteError(
-                f"metadata {key!r}: its value {value!r} is a tensor's name, so readers take it for a tie"
-            )
-    metadata.update(aliases)
-    stored = [name for name in state_dict if name not in aliases]
-    offsets: dict[str, int] = {}
-    position = 0
-    for name in sorted(stored, key=lambda name: -state_dict[name].itemsize):
-        offsets[name] = position
-        position += state_dict[name].nbytes
-    header = _header(state_dict, stored, offsets, metadata)
-    steps: list[Step] = [Literal(0, header)]
-    for name, offset in offsets.items():
-        entry = state_dict[name]
-        if entry.nbytes == 0:
-            continue
-        target = len(header) + offset
-        if entry.is_plain_bytes:
-            start = entry.storage_offset * entry.itemsize
-            steps.append(moved(target, entry.storage.source.part(start, entry.nbytes)))
-        else:
-            steps.append(Gather(target, entry))
-    return Plan(
-        format=_NAME, nbytes=len(header) + position, steps=tuple(steps), tensors=len(state_dict), aliases=aliases
-    )
+    from ckptkit.formats.safetensors_writer import write  # reading alone starts faster without
+
+    return write(checkpoint)
 
 
-def versions_text(state_dict: StateDict) -> str | None:
-    """The module versions as JSON; ``None``: there are none, or JSON cannot hold them."""
-    if state_dict.versions is None:
-        return None
-    document: dict[str, dict[str, object]] = {}
-    for path, version in state_dict.versions.items():
-        pairs = mapping_items(version)
-        fields = {key: value for key, value in pairs or [] if isinstance(key, str)}
-        if pairs is None or len(fields) != len(pairs) or not _is_version(fields):
-            return None
-        document[path] = fields
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=True)
-
-
-def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, str]:
-    """For every name that is tied to another one: the name under which the tensor is stored.
-
-    A name that is a key of the metadata already cannot be recorded there again: it is kept.
-
-    Raises:
-        RewriteError: two such names are tied to each other.
-    """
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, entry in state_dict.items():
-        if entry.nbytes:
-            groups.setdefault(entry.view, []).append(name)
-    kept = {min(group, key=lambda n: (n not in metadata, n)): group for group in groups.values() if len(group) > 1}
-    aliases = {name: keep for keep, group in kept.items() for name in group if name != keep}
-    if taken := aliases.keys() & metadata.keys():
-        raise RewriteError(
-            f"tied tensors are recorded in the metadata under their names, where {', '.join(sorted(taken))} stands "
-            "already; rename them, or write a .pth"
-        )
-    return aliases
-
-
-def _header(state_dict: StateDict, stored: list[str], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
-    """The length and the padded JSON."""
-    document: dict[str, object] = {METADATA: dict(metadata)}
-    for name in stored:
-        entry = state_dict[name]
-        document[name] = {
-            "dtype": DTYPES[entry.dtype].safetensors,
-            "shape": list(entry.shape),
-            "data_offsets": [offsets[name], offsets[name] + entry.nbytes],
-        }
-    try:
-        text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise RewriteError("a name that is not valid Unicode cannot stand in a safetensors header") from None
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return pack("<Q", len(text)) + text
-
-
-FORMAT = Format(name=_NAME, suffixes=(".safetensors",), sniff=_sniff, read=_read, write=_write)
+FORMAT = Format(name=NAME, suffixes=(".safetensors",), sniff=_sniff, read=_read, write=_write)

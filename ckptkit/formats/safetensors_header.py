@@ -27,7 +27,9 @@ from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.strict_json import check_ignored, shown
 from ckptkit.limits import Limits
 
-__all__ = ["METADATA", "Layout", "check_extents", "compact", "layout", "strings"]
+__all__ = ["METADATA", "NAME", "Layout", "check_extents", "compact", "layout", "strings"]
+
+NAME = "safetensors"
 
 METADATA = "__metadata__"
 """The one key of a header that is no tensor's name."""

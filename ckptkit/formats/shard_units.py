@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages
-from ckptkit.formats.safetensors import VERSIONS, versions_text
+from ckptkit.formats.module_versions import VERSIONS, versions_text
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.beside import PROGRAMS
 from ckptkit.pickling.inert import Global, InertDict, Object, children

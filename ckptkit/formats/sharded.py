@@ -38,6 +38,7 @@ from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.detection import identify
 from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.module_versions import state_dict_node
 from ckptkit.formats.shard_facts import (
     LISTED,
     Shard,
@@ -51,7 +52,7 @@ from ckptkit.formats.shard_file import ShardFile
 from ckptkit.formats.strict_json import parse, shown
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items
+from ckptkit.pickling.inert import TreeMap, attributes, mapping_items
 from ckptkit.report import Finding
 
 __all__ = ["INDEX_SUFFIXES", "is_shard_name", "lone_shard", "over", "shard_names"]
@@ -288,19 +289,13 @@ def _assembled(weight_map: Mapping[str, str], shards: Mapping[str, Shard], probl
 
 def _root(everything: Mapping[str, object], shards: Mapping[str, Shard]) -> object:
     """The state_dict: an OrderedDict with ``_metadata`` where shards have module versions, else a dict."""
-    pairs: list[tuple[object, object]] = list(everything.items())
     versions: dict[str, object] = {}
     for shard in shards.values():
         state = attributes(shard.raw.root)
         for key, value in mapping_items(state.get("_metadata")) or [] if state is not None else []:
             if isinstance(key, str):
                 versions.setdefault(key, value)
-    if not versions:
-        return InertDict(pairs)
-    root, recorded = (Object("reduce", Global("collections", "OrderedDict"), ()) for _ in range(2))
-    root.pairs, recorded.pairs = pairs, list(versions.items())
-    root.state = InertDict([("_metadata", recorded)])
-    return root
+    return state_dict_node(everything, versions)
 
 
 def lone_shard(file: SourceFile) -> Finding | None:

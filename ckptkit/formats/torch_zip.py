@@ -25,27 +25,26 @@ What `ckptkit.formats.torch_archive` says is common to all of torch's archives i
 
 from __future__ import annotations
 
-import json
+from typing import TYPE_CHECKING
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
-from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
-from ckptkit.formats.archives.zip_writer import ZipWriter
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import CorruptError
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.strict_json import parse
 from ckptkit.formats.torch_archive import METADATA, TorchArchive, archive_kind
-from ckptkit.normalize import RawCheckpoint, lower_state_dict
-from ckptkit.normalize.beside import PROGRAMS
-from ckptkit.pickling.tensors import StorageTable, lower_storage, lower_tensor
-from ckptkit.pickling.writer import write_pickle
-from ckptkit.plan import Plan
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.tensors import StorageTable
 
-__all__ = ["FORMAT", "written_tree"]
+if TYPE_CHECKING:
+    from ckptkit.plan import Plan
 
-_NAME = "torch-zip"
+__all__ = ["FORMAT"]
+
+NAME = "torch-zip"
 
 
 def _sniff(probe: Probe) -> bool:
-    return archive_kind(probe) == _NAME
+    return archive_kind(probe) == NAME
 
 
 def _read(probe: Probe) -> RawCheckpoint:
@@ -55,7 +54,7 @@ def _read(probe: Probe) -> RawCheckpoint:
     pickle = archive.pickle("data.pkl", table)
     return RawCheckpoint(
         root=pickle.root,
-        format=_NAME,
+        format=NAME,
         format_version=version,
         byteorder=byteorder,
         pickle_protocol=pickle.protocol,
@@ -80,58 +79,10 @@ def _metadata(archive: TorchArchive) -> dict[str, str]:
     return document
 
 
-def written_tree(checkpoint: Checkpoint) -> object:
-    """What is written of a checkpoint: its tree, or of a program its state_dict alone.
-
-    Raises:
-        RewriteError: it is a program, and none of its sections was selected.
-    """
-    if checkpoint.origin.format not in PROGRAMS:
-        return checkpoint.rest
-    if checkpoint.origin.state_path is None:
-        raise RewriteError(
-            f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, "
-            "and none are selected; name the section with --section"
-        )
-    return STATE_DICT
-
-
 def _write(checkpoint: Checkpoint) -> Plan:
-    keys: dict[int, str] = {}
-    used: list[Storage] = []
-    tensors = 0
+    from ckptkit.formats.torch_zip_writer import write  # reading alone starts faster without
 
-    def lower(node: object) -> object:
-        nonlocal tensors
-        if node is STATE_DICT:
-            return lower_state_dict(checkpoint.state_dict)
-        if isinstance(node, TensorEntry):
-            tensors += 1
-            return lower_tensor(node)
-        if isinstance(node, Storage):
-            if id(node) not in keys:
-                keys[id(node)] = str(len(used))
-                used.append(node)
-            return lower_storage(node, keys[id(node)])
-        return node
-
-    # Of a program only the state_dict is written, as torch would; no name in it means another thing in protocol 2.
-    protocol = None if checkpoint.origin.format in PROGRAMS else checkpoint.origin.pickle_protocol
-    data = write_pickle(written_tree(checkpoint), lower=lower, protocol=protocol)
-    byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
-    if len(byteorders) > 1:
-        raise UnsupportedError("storages of both byte orders cannot be written into one file")
-    archive = ZipWriter("archive")
-    archive.add_literal("data.pkl", data)
-    archive.add_literal("byteorder", (byteorders.pop() if byteorders else "little").encode())
-    for key, storage in enumerate(used):
-        archive.add_copy(f"data/{key}", storage.source, storage.crc32)
-    if checkpoint.metadata:
-        text = json.dumps(dict(checkpoint.metadata), ensure_ascii=True, indent=1).encode()
-        archive.add_literal(METADATA, text, is_final=False)
-    archive.add_literal("version", b"3\n")
-    steps, nbytes = archive.finish()
-    return Plan(format=_NAME, nbytes=nbytes, steps=steps, tensors=tensors, aliases={})
+    return write(checkpoint)
 
 
-FORMAT = Format(name=_NAME, suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"), sniff=_sniff, read=_read, write=_write)
+FORMAT = Format(name=NAME, suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"), sniff=_sniff, read=_read, write=_write)

@@ -176,8 +176,10 @@ def _created(plan: Plan, path: str, shown: str) -> _File:
 def _beside(path: str) -> str:
     """A name in the same folder that nothing has."""
     folder, name = os.path.split(path)
-    # 50 characters are at most 200 bytes, so that the name is no longer than a file system allows.
-    return os.path.join(folder, f".{name[:50]}.{os.urandom(4).hex()}.tmp")
+    # 50 characters are at most 200 bytes, so that the name is no longer than a file system allows.  The ending stays:
+    # by it an index that names shards so for a moment is still read as what it is.
+    stem, ending = os.path.splitext(name)
+    return os.path.join(folder, f".{stem[:50]}.{os.urandom(4).hex()}.tmp{ending[:20]}")
 
 
 def _temporary_names(files: list[_File], plan: Plan) -> dict[str, str]:

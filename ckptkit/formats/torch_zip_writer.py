@@ -1,0 +1,79 @@
+"""The writing half of `ckptkit.formats.torch_zip`, where the layout is described."""
+
+from __future__ import annotations
+
+import json
+
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
+from ckptkit.errors import RewriteError, UnsupportedError
+from ckptkit.formats.archives.zip_writer import ZipWriter
+from ckptkit.formats.torch_archive import METADATA
+from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.beside import PROGRAMS
+from ckptkit.pickling.tensors import lower_storage, lower_tensor
+from ckptkit.pickling.writer import write_pickle
+from ckptkit.plan import Plan
+
+__all__ = ["write", "written_tree"]
+
+NAME = "torch-zip"
+
+
+def written_tree(checkpoint: Checkpoint) -> object:
+    """What is written of a checkpoint: its tree, or of a program its state_dict alone.
+
+    Raises:
+        RewriteError: it is a program, and none of its sections was selected.
+    """
+    if checkpoint.origin.format not in PROGRAMS:
+        return checkpoint.rest
+    if checkpoint.origin.state_path is None:
+        raise RewriteError(
+            f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, "
+            "and none are selected; name the section with --section"
+        )
+    return STATE_DICT
+
+
+def write(checkpoint: Checkpoint) -> Plan:
+    """The plan of a torch-zip; see `ckptkit.formats.torch_zip` for the layout.
+
+    Raises:
+        RewriteError: as `written_tree`.
+        UnsupportedError: storages of both byte orders.
+    """
+    keys: dict[int, str] = {}
+    used: list[Storage] = []
+    tensors = 0
+
+    def lower(node: object) -> object:
+        nonlocal tensors
+        if node is STATE_DICT:
+            return lower_state_dict(checkpoint.state_dict)
+        if isinstance(node, TensorEntry):
+            tensors += 1
+            return lower_tensor(node)
+        if isinstance(node, Storage):
+            if id(node) not in keys:
+                keys[id(node)] = str(len(used))
+                used.append(node)
+            return lower_storage(node, keys[id(node)])
+        return node
+
+    # Of a program only the state_dict is written, as torch would; no name in it means another thing in protocol 2.
+    protocol = None if checkpoint.origin.format in PROGRAMS else checkpoint.origin.pickle_protocol
+    data = write_pickle(written_tree(checkpoint), lower=lower, protocol=protocol)
+    byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
+    if len(byteorders) > 1:
+        raise UnsupportedError("storages of both byte orders cannot be written into one file")
+    archive = ZipWriter("archive")
+    archive.add_literal("data.pkl", data)
+    archive.add_literal("byteorder", (byteorders.pop() if byteorders else "little").encode())
+    for key, storage in enumerate(used):
+        archive.add_copy(f"data/{key}", storage.source, storage.crc32)
+    if checkpoint.metadata:
+        text = json.dumps(dict(checkpoint.metadata), ensure_ascii=True, indent=1).encode()
+        archive.add_literal(METADATA, text, is_final=False)
+    archive.add_literal("version", b"3\n")
+    steps, nbytes = archive.finish()
+    return Plan(format=NAME, nbytes=nbytes, steps=steps, tensors=tensors, aliases={})
