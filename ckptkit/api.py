@@ -20,9 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.diagnose import diagnose
 from ckptkit.errors import SectionError
-from ckptkit.inspection import describe
 from ckptkit.plan import Plan
 from ckptkit.report import Finding, Report
 
@@ -99,6 +97,8 @@ class CheckpointFile:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is remarkable about it, gravest first."""
+        from ckptkit.diagnose import diagnose
+
         return diagnose(self.checkpoint)
 
     def rewrite(self, *rewriters: Rewriter) -> CheckpointFile:
@@ -213,6 +213,8 @@ def inspect(
     Raises:
         As `open`.
     """
+    from ckptkit.inspection import describe
+
     with open(path, section=section) as file:
         return describe(file.checkpoint, filters=filters, sort=sort, stats=stats)
 
@@ -329,8 +331,9 @@ def convert(
         metadata=metadata or {},
     )
     with open(source, section=section) as file:
-        needs = formats.holds_weights_alone(destination, to, sharded=max_shard_size is not None)
-        if needs or options.needs_weights:
+        _, container, most = formats.target(destination, to)
+        weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
+        if weights_alone or options.needs_weights:
             _require_state_dict(file.checkpoint, "to rewrite" if options.needs_weights else "to write")
         conversion = Conversion(file.checkpoint, options)
         job = Job.of(

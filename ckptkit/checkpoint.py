@@ -373,7 +373,7 @@ class Origin:
     writer: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Checkpoint:
     """A checkpoint in the common representation.
 
@@ -399,6 +399,9 @@ class Checkpoint:
     module: object = None
     findings: tuple[Finding, ...] = ()
     operations: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint of {self.origin.path!r}: {self.origin.kind}, {len(self.state_dict)} tensors>"
 
     @property
     def trust(self) -> Trust:

@@ -61,7 +61,7 @@ CODES: dict[str, Explanation] = {
         "values of the state_dict that are no plain tensors",
         "Quantized, sparse and nested tensors, and the objects modules keep under `_extra_state`, cannot be described "
         "by dtype, shape and stride. They are kept as they are in .pth files; safetensors cannot hold them.",
-        "Convert to .pth, or rebuild these parts in the program that loads the weights.",
+        "Convert to .pth, or leave them out with --exclude and rebuild them in the program that loads the weights.",
     ),
     "not-a-model": Explanation(
         "a state_dict, not a model",
@@ -87,7 +87,7 @@ CODES: dict[str, Explanation] = {
         "torch keeps each module's version in the state_dict's `_metadata` (BatchNorm's decides how "
         "num_batches_tracked is read). The names of the weights were changed without it, so torch takes every module "
         "for an old one.",
-        "Change names with ckptkit convert --strip-module, --strip-prefix or --add-prefix, which change both.",
+        "Change names with ckptkit convert (--strip-module, --strip-prefix, --rename and the like), which changes both.",
     ),
     "device-location": Explanation(
         "storages are tagged with an accelerator",
@@ -100,7 +100,7 @@ CODES: dict[str, Explanation] = {
         "objects of classes that are not torch's",
         'The pickle names classes beyond tensors and plain containers. torch.load refuses them by default ("Weights '
         'only load failed ... Unsupported global") or has to import and run them. This is common and not malicious.',
-        "ckptkit reads the tensors without them: ckptkit convert FILE OUT.safetensors. --weights-only drops them.",
+        "ckptkit reads the tensors without them: ckptkit convert FILE OUT.safetensors --weights-only",
     ),
     "other-system": Explanation(
         "objects tied to an operating system or a version of numpy",
@@ -190,7 +190,7 @@ CODES: dict[str, Explanation] = {
     "unused-bytes": Explanation(
         "storages are larger than the tensors that view them",
         "torch.save writes the whole storage even where a small view of it is all that is kept.",
-        "Converting to safetensors writes only what the tensors hold.",
+        "Converting writes only what the tensors hold.",
     ),
     "big-endian": Explanation(
         "written on a big-endian machine",
@@ -224,13 +224,20 @@ CODES: dict[str, Explanation] = {
     # Conversion.
     "left-out": Explanation(
         "parts of the source that the output does not hold",
-        "safetensors holds named tensors only: optimizer, scheduler, epoch, arguments and objects stay behind.",
-        "Write a .pth to keep them.",
+        "What stood beside the weights (optimizer, scheduler, epoch, arguments, other objects) and was named to be left "
+        "out, or of a program all but its weights. Training cannot be resumed from the output alone.",
+        "Write a .pth without --weights-only and --leave-out to keep them.",
     ),
     "renamed": Explanation(
         "tensors were renamed",
-        "The names in the output differ from the source's by the prefixes asked for; order and values do not.",
+        "The names in the output differ from the source's as the options asked; order and values do not.",
         "-",
+    ),
+    "nothing-renamed": Explanation(
+        "the rules change no name",
+        "No regular expression of --rename or --rename-file matches any name, so names are written as they are. Usually "
+        "the names are others than was thought, or a dot or a prefix is missing from the expression.",
+        "ckptkit inspect FILE --flat lists the names; --dry-run shows what each rule would do.",
     ),
     "nothing-to-strip": Explanation(
         "no name carries the prefix",
@@ -243,11 +250,40 @@ CODES: dict[str, Explanation] = {
         "models were merged, or a submodule alone was wrapped.",
         "Check the result against the model: ckptkit verify OUT --model REF",
     ),
+    "dropped": Explanation(
+        "tensors were left out of the output",
+        "They match --exclude, or no --include. A model that has them does not load from the output with strict=True.",
+        "Check the result against the model: ckptkit verify OUT --model REF --allow-missing GLOB",
+    ),
+    "nothing-excluded": Explanation(
+        "a pattern of --exclude matches no name",
+        "Nothing was dropped for it. Patterns are globs over whole names: `head` matches that one name alone, `head.*` "
+        "all that begin with `head.`, and case counts.",
+        "ckptkit inspect FILE --flat lists the names.",
+    ),
     "written-out": Explanation(
         "views that were written out as tensors of their own",
         "safetensors stores contiguous tensors only; transposed, expanded and overlapping views hold the same values "
         "in the output, in their own bytes.",
         "-",
+    ),
+    "compacted": Explanation(
+        "bytes that no tensor views were left behind",
+        "torch.save writes whole storages, even where a small slice is all that is kept. The output's storages hold what "
+        "tensors view of them; values, strides and sharing stay.",
+        "-",
+    ),
+    "cast-overflow": Explanation(
+        "values too large for the new dtype",
+        "A cast made them infinity; in the float8 types without one, NaN or the largest value. One infinite weight can "
+        "turn every output into NaN. float16 ends at 65,504; bfloat16 and float32 reach 3.4e38.",
+        "Cast to bfloat16, or leave these tensors as they are: --keep-dtype GLOB",
+    ),
+    "cast-rounded": Explanation(
+        "values that the new dtype does not have",
+        "They were rounded to the nearest value of the new dtype, ties to even, as torch does; those too small for it "
+        "became zero. Casting back does not bring them back.",
+        "Compare the outputs of a forward pass: ckptkit verify OUT --model REF",
     ),
     # Verification.
     "fit-coverage": Explanation(

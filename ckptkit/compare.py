@@ -23,7 +23,7 @@ from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
 from ckptkit.transfer import stream
-from ckptkit.transfer.workers import in_parallel
+from ckptkit.transfer.workers import buffer, in_parallel
 
 __all__ = ["check_output", "first_difference", "same_values"]
 
@@ -198,24 +198,26 @@ def first_difference(a: ByteSource, b: ByteSource, compared: Compared = lambda _
         a = a.plain()
     crc = 0
     for start in range(0, a.nbytes, _COMPARED_NBYTES):
-        left, right = _buffers(min(_COMPARED_NBYTES, a.nbytes - start))
+        nbytes = min(_COMPARED_NBYTES, a.nbytes - start)
+        left, right = _buffers(nbytes)
         b.file.read_into(b.offset + start, right)
-        values: bytes | bytearray = left
         if isinstance(a, ConvertedRange):
-            original = a.part(start, len(right)).original.read()
-            values = a.whole.function(original)
-            crc = zlib.crc32(original, crc)
+            source = a.part(start, nbytes).original.plain()
+            original = buffer("original", source.nbytes)
+            source.file.read_into(source.offset, original)
+            a.whole.function.into(original, left)
         else:
+            original = memoryview(left)
             a.file.read_into(a.offset + start, left)
-            crc = zlib.crc32(left, crc)
-        if values != right:
-            return start + next(i for i, (x, y) in enumerate(zip(values, right, strict=True)) if x != y), crc
-        compared(len(right))
+        crc = zlib.crc32(original, crc)
+        if left != right:
+            return start + next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y), crc
+        compared(nbytes)
     return None, crc
 
 
 def _buffers(nbytes: int) -> tuple[bytearray, bytearray]:
-    """Two buffers of this size, the last ones of this thread where they fit: fresh memory is what costs."""
+    """Two buffers of this size, the last ones of this thread where they fit; no views, which compare slowly."""
     kept: tuple[bytearray, bytearray] | None = getattr(_kept, "buffers", None)
     if kept is None or len(kept[0]) != nbytes:
         kept = _kept.buffers = bytearray(nbytes), bytearray(nbytes)

@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
 from ckptkit.errors import CorruptError, FileAccessError
 
 __all__ = ["DEFLATE_MOST", "ByteSource", "Conversion", "ConvertedRange", "DeflatedRange", "Inflation"]
+
+Buffer = bytes | bytearray | memoryview
 
 DEFLATE_MOST = 1032
 """The most bytes that deflate can make of one (RFC 1951: 258 bytes from a length code of one bit and a
@@ -152,13 +155,25 @@ class DeflatedRange:
         return self.plain().chunks(chunk_nbytes)
 
 
+class Function(Protocol):
+    """Converts values; may be called from several threads at once."""
+
+    def __call__(self, values: Buffer) -> bytes:
+        """The bytes of the values converted."""
+        ...
+
+    def into(self, values: Buffer, out: bytearray | memoryview) -> None:
+        """The same into a buffer of the right size, so that no memory is taken for them."""
+        ...
+
+
 class Conversion:
     """Values that are converted to another dtype as they are read; nothing of them is kept.
 
     Args:
         original: the values as they lie in the file.
         before, after: bytes of one value, before and after.
-        function: gives for the bytes of whole values the bytes of the converted ones.
+        function: what converts the bytes of whole values.
         name: what the values are, for messages.
         dtype: torch name of the values' type before.
     """
@@ -170,7 +185,7 @@ class Conversion:
         original: ByteSource,
         before: int,
         after: int,
-        function: Callable[[bytes], bytes],
+        function: Function,
         name: str,
         dtype: str,
     ) -> None:

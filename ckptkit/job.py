@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.compare import check_output
 from ckptkit.errors import DestinationExistsError
 from ckptkit.formats.sharded import shard_names
 from ckptkit.plan import Plan
@@ -77,21 +76,33 @@ class Job:
 
     def carry_out(self, *, force: bool, check: bool, progress: Progress | None) -> Tally:
         """Write it; see `ckptkit.transfer.write_atomically`."""
+        compare = None
+        if check:
+            from ckptkit.compare import check_output  # moving bytes alone starts faster without
+
+            def compare(path: str, compared: Callable[[int], object]) -> object:
+                return check_output(self.checkpoint, path, compared)
+
         if not force and os.path.lexists(self.asked):
             raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it")
         return write_atomically(
             self.path,
             self.plan,
             force=force,
-            check=(lambda path, compared: check_output(self.checkpoint, path, compared)) if check else None,
+            check=compare,
             replaces=self._stale() if self.plan.index is not None else (),
             progress=progress,
         )
 
     def _stale(self) -> tuple[str, ...]:
-        """What an earlier output of this name left beside it: the shards of its index, or the one file."""
-        stem, ending = os.path.splitext(os.path.basename(self.path).removesuffix(".index.json"))
-        customary = re.compile(re.escape(stem) + r"-[0-9]{5}-of-[0-9]{5}" + re.escape(ending) + r"\Z")
+        """What an earlier output left beside this one: the shards of its index, the one file if it was asked for."""
+        name = os.path.basename(self.path).removesuffix(".index.json")
+        stem, ending = os.path.splitext(name)
+        # Until an earlier run that was killed is made up for, its index may still name shards as they were called then.
+        temporary = rf"\.{re.escape(stem[:50])}[^/]*\.[0-9a-f]{{8}}\.tmp"
+        customary = re.compile(
+            rf"(?:{re.escape(stem)}-[0-9]{{5}}-of-[0-9]{{5}}|{temporary}){re.escape(ending.lower())}\Z"
+        )
         old = shard_names(self.path) if os.path.isfile(self.path) else frozenset()
-        shards = {name for name in old if customary.match(name)} - self.plan.shards.keys()
-        return (*sorted(shards), stem + ending)
+        shards = {shard for shard in old if customary.match(shard)} - self.plan.shards.keys()
+        return (*sorted(shards), *([name] if os.path.basename(self.asked) == name else []))

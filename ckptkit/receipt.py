@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -24,7 +23,7 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.plan import Checksum, Digest, Literal, Plan, Step
 
-__all__ = ["KEY", "Tokens", "with_digests", "with_receipt"]
+__all__ = ["KEY", "Tokens", "earlier", "with_digests", "with_receipt"]
 
 KEY = "ckptkit_receipts"
 """The key of the metadata."""
@@ -37,7 +36,7 @@ class Tokens:
     """Stand-ins for digests that are not known yet."""
 
     def __init__(self) -> None:
-        self.prefix = secrets.token_hex(_DIGITS // 4)
+        self.prefix = os.urandom(_DIGITS // 4).hex()
         self.files: dict[str, SourceFile] = {}
 
     def of(self, file: SourceFile) -> str:
@@ -65,14 +64,15 @@ def with_receipt(checkpoint: Checkpoint, file: SourceFile, version: str, tokens:
             {name: tokens.of(part) for name, part in sorted(named.items())} if shards else tokens.of(file)
         )
     receipt["operations"] = list(checkpoint.operations)
-    text = json.dumps([*_earlier(checkpoint.metadata), receipt], ensure_ascii=False)
+    text = json.dumps([*earlier(checkpoint.metadata), receipt], ensure_ascii=False)
     return checkpoint.replace(metadata={**checkpoint.metadata, KEY: text})
 
 
-def _earlier(metadata: Mapping[str, str]) -> list[object]:
-    """The receipts the source came with; none where what stands there is not a list."""
+def earlier(metadata: Mapping[str, object]) -> list[object]:
+    """The receipts a file came with; none where what stands there is not a list."""
+    text = metadata.get(KEY)
     try:
-        receipts = json.loads(metadata.get(KEY, "[]"))
+        receipts = json.loads(text) if isinstance(text, str) else []
     except (ValueError, RecursionError):
         return []
     return receipts if isinstance(receipts, list) else []

@@ -12,7 +12,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, Literal
 
 from ckptkit.errors import FailedReportError, RewriteError
@@ -24,6 +23,7 @@ __all__ = [
     "Severity",
     "at_least",
     "convert_command",
+    "glob_of",
     "human_size",
     "parse_size",
     "worst",
@@ -122,6 +122,16 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> s
     return shlex.join(["ckptkit", "convert", path, destination, *options])
 
 
+def glob_of(name: str, before: str = "") -> str:
+    """A pattern that matches a name, ready to be pasted into a shell; ``?`` stands for what cannot be typed.
+
+    ``before`` is a pattern of what stands before it: ``"*"``.
+    """
+    from glob import escape
+
+    return shlex.quote(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
+
+
 def human_size(nbytes: int) -> str:
     """Bytes as people read them: ``"1.2 MB"``, in powers of 1000."""
     size = float(nbytes)
@@ -142,6 +152,8 @@ def parse_size(text: str) -> int:
     Raises:
         RewriteError: it is no size, is under one byte, or more than 63 bits count.
     """
+    from fractions import Fraction
+
     found = _SIZE.fullmatch(text.strip())
     if found is not None and not (found[2] and not found[3]):  # no part of a byte
         power = " kmgt".index((found[3] or " ").lower())

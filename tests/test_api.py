@@ -29,7 +29,7 @@ def test_open_shows_what_is_there(ddp_resume: Path) -> None:
 
 def test_rewrite_and_save(ddp_resume: Path, tmp_path: Path, same_bits) -> None:
     with ckptkit.open(ddp_resume) as ckpt:
-        clean = ckpt.rewrite(ckptkit.StripModule(), ckptkit.MapLocation("cpu"))
+        clean = ckpt.rewrite(ckptkit.WeightsOnly(), ckptkit.StripModule(), ckptkit.MapLocation("cpu"))
         assert next(iter(ckpt.state_dict)) == "module.features.0.0.weight"  # the first one is as it was
         plan = clean.save(tmp_path / "clean.safetensors")
     assert plan.nbytes == (tmp_path / "clean.safetensors").stat().st_size
@@ -73,7 +73,7 @@ def test_load_state_dict_takes_what_torch_load_takes(save, same_bits, location: 
 
 
 def test_load_state_dict_from_each_container_agrees(ddp_resume: Path, tmp_path: Path, same_bits) -> None:
-    ckptkit.convert(ddp_resume, tmp_path / "a.safetensors")
+    ckptkit.convert(ddp_resume, tmp_path / "a.safetensors", weights_only=True)
     ckptkit.convert(ddp_resume, tmp_path / "b.pth", weights_only=True)
     one, two, three = (
         ckptkit.load_state_dict(path, map_location="cpu")
@@ -101,7 +101,7 @@ def test_load_state_dict_of_a_missing_device_names_the_remedy(save) -> None:
 
 
 def test_convert_reports(ddp_resume: Path, tmp_path: Path) -> None:
-    report = ckptkit.convert(ddp_resume, tmp_path / "clean.safetensors", strip_module=True)
+    report = ckptkit.convert(ddp_resume, tmp_path / "clean.safetensors", strip_module=True, weights_only=True)
     assert report.ok
     assert {finding.code for finding in report.findings} == {"renamed", "left-out"}
     document = json.loads(report.to_json())

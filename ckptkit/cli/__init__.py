@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 import click
 
 from ckptkit import __version__
+from ckptkit.cli.options import printable
 from ckptkit.errors import CkptkitError
 
 __all__ = ["main"]
@@ -72,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gc.set_threshold(_GARBAGE_THRESHOLD)
     debug = "--debug" in arguments
     try:
-        code = cli.main(args=arguments, prog_name="ckptkit", standalone_mode=False)
+        with _termination_heard():
+            code = cli.main(args=arguments, prog_name="ckptkit", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
@@ -84,12 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _interrupted()
     except KeyboardInterrupt:
         code = _interrupted()
+    except _Terminated:
+        click.echo("ckptkit: terminated; no file is half-written", err=True)
+        code = 128 + signal.SIGTERM
     except (BrokenPipeError, SystemExit):  # the reader of our output has gone, as `head` does; click exits on it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except CkptkitError as error:
         _show_traceback(debug)
-        click.echo(f"ckptkit: error: {error}", err=True)
+        click.echo(f"ckptkit: error: {printable(str(error))}", err=True)
         code = 2
     except MemoryError:
         _show_traceback(debug)
@@ -112,6 +120,27 @@ def _show_traceback(wanted: bool) -> None:
         traceback.print_exc()
 
 
+class _Terminated(BaseException):
+    """The process was asked to end, as by ``kill``, ``timeout`` or a scheduler."""
+
+
+@contextmanager
+def _termination_heard() -> Iterator[None]:
+    """SIGTERM is raised, so that what is unfinished is cleaned up."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _interrupted() -> int:
-    click.echo("ckptkit: interrupted; nothing was written", err=True)
+    click.echo("ckptkit: interrupted; no file is half-written", err=True)
     return 2

@@ -86,7 +86,7 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     default="alias",
     help="Tensors with several names: keep them tied, write copies, or refuse.",
 )
-@click.option("--to", metavar="FORMAT", help="torch-zip or safetensors; overrides DST's ending.")
+@click.option("--to", metavar="FORMAT", help="torch-zip, safetensors, or either -sharded; overrides DST's ending.")
 @click.option("--max-shard-size", metavar="SIZE", help="Split what is larger into files and an index: 5GB, 500MB.")
 @click.option("--metadata", "metadata", multiple=True, metavar="KEY=VALUE", help="Set in the output's metadata.")
 @click.option("--no-receipt", is_flag=True, help="Do not record in the metadata what was done.")

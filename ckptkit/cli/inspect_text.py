@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
+from ckptkit.cli.receipt_text import receipt_line
 from ckptkit.inspection.listing import TensorRow
 from ckptkit.inspection.outline import Line, Outline
+from ckptkit.receipt import KEY
 from ckptkit.report import human_size
 
 __all__ = [
@@ -167,6 +169,7 @@ def fact_lines(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "weights", weights_line(document)
     yield "storage", storage_line(document)
     yield "names", names_line(document)
+    yield "made by", receipt_line(document["metadata"])
 
 
 def weights_line(document: dict[str, Any]) -> str:
@@ -255,12 +258,13 @@ def training_lines(document: dict[str, Any], style: Style) -> Iterator[str]:
     training = document["training"]
     told = tuple(f"{item['path']}." for item in (*training["optimizers"], *training["schedulers"]))
     merged = {**document["metadata"], **training["scalars"]}
+    merged.pop(KEY, None)  # which has a line of its own
     scalars = [(key, value) for key, value in merged.items() if value is not None and not key.startswith(told)]
     scalars.sort(key=lambda item: ("." in item[0], item[0].rpartition(".")[2] not in _TELLING))
     if not scalars and not training["optimizers"] and not training["schedulers"]:
         return
     yield ""
-    yield style("metadata" if document["format"].startswith("safetensors") else "training state", bold=True)
+    yield style("training state" if any(training.values()) else "metadata", bold=True)
     for optimizer in training["optimizers"]:
         yield f"  {_path(optimizer)}  optimizer, {_looks(optimizer)}{_optimizer(optimizer)}"
     for scheduler in training["schedulers"]:

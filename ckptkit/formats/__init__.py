@@ -25,9 +25,12 @@ from ckptkit.normalize import RawCheckpoint, normalize
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "holds_weights_alone", "plan", "read"]
+__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "target"]
 
 _INDEX = ".index.json"
+
+_SHARDED = {"safetensors-sharded": "safetensors", "torch-sharded": "torch-zip"}
+"""What the shards are, by the name of the whole."""
 
 SHARD_NBYTES = 5 * 10**9
 """Bytes of a shard where an index is to be written and no size is given; what huggingface_hub takes."""
@@ -145,15 +148,31 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     raise RewriteError(f"{os.fspath(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to")
 
 
-def holds_weights_alone(destination: str | os.PathLike[str], to: str | None, *, sharded: bool) -> bool:
-    """Whether what is written there can hold nothing but a state_dict.
+def target(
+    destination: str | os.PathLike[str], to: str | None = None, shard_nbytes: int | None = None
+) -> tuple[str, Format, int | None]:
+    """What is to be written.
+
+    Args:
+        destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
+            shards.
+        to: container name that overrides the ending; ``safetensors-sharded`` and ``torch-sharded`` ask for shards.
+        shard_nbytes: the most bytes of a file; what has more becomes shards and an index.
+
+    Returns:
+        The path of the one file, or that the shards are named after; the container of it or of them; and the
+        most bytes of a shard, ``None``: no shards are asked for.
 
     Raises:
-        RewriteError: no container is meant.
+        RewriteError: no container is meant by it.
     """
     path = os.fspath(destination)
-    container = format_for(path.removesuffix(_INDEX), to)
-    return sharded or path.endswith(_INDEX) or container.name == safetensors.FORMAT.name
+    default = None
+    if path.endswith(_INDEX):
+        path, default = path.removesuffix(_INDEX), SHARD_NBYTES
+    if to in _SHARDED:
+        to, default = _SHARDED[to], SHARD_NBYTES
+    return path, format_for(path, to), default if shard_nbytes is None else shard_nbytes
 
 
 def plan(
@@ -167,10 +186,9 @@ def plan(
 
     Args:
         checkpoint: what is to be written.
-        destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
-            shards.
-        to: container name that overrides the ending.
-        shard_nbytes: the most bytes of a file; what has more becomes shards and an index.
+        destination: the output.
+        to: container name that overrides its ending.
+        shard_nbytes: the most bytes of a file; see `target`.
 
     Returns:
         The file, which is the index of ``destination`` where there are shards, and its plan.
@@ -178,16 +196,12 @@ def plan(
     Raises:
         RewriteError: no container is meant, or it cannot hold the checkpoint.
     """
-    from ckptkit.formats.shard_writer import index_name, plan_shards
-
-    path = os.fspath(destination)
-    if path.endswith(_INDEX):
-        path = path.removesuffix(_INDEX)
-        shard_nbytes = SHARD_NBYTES if shard_nbytes is None else shard_nbytes
-    container = format_for(path, to)
+    path, container, most = target(destination, to, shard_nbytes)
     if container.write is None:
         raise RewriteError(f"{container.name} cannot be written")
-    if shard_nbytes is None:
+    if most is None:
         return path, container.write(checkpoint)
-    made = plan_shards(checkpoint, container, os.path.basename(path), shard_nbytes)
+    from ckptkit.formats.shard_writer import index_name, plan_shards
+
+    made = plan_shards(checkpoint, container, os.path.basename(path), most)
     return (path if made.index is None else index_name(path)), made

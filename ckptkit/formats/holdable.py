@@ -7,7 +7,6 @@ to be left out: training state with ``--weights-only`` or ``--leave-out``, tenso
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 
 from ckptkit.checkpoint import Checkpoint
@@ -16,11 +15,15 @@ from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import brief
+from ckptkit.report import glob_of
 
 __all__ = ["require_holdable", "require_writable_size"]
 
 _LISTED = 8
 """Names in a message."""
+
+_OPTIONS = 2000
+"""Characters of options in a message."""
 
 
 def require_holdable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
@@ -56,19 +59,30 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
     extra = checkpoint.state_dict.extra
     if extra:
         kinds = _listed([f"{name} ({brief(value)})" for name, value in extra.items()])
-        yield f"values that are no plain tensors ({kinds}): {_exclude(list(extra))} leaves them out"
+        yield f"values that are no plain tensors ({kinds}): {_exclude(list(extra), checkpoint)} leaves them out"
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
     odd = {name: entry.dtype for name, entry in checkpoint.state_dict.items() if not DTYPES[entry.dtype].safetensors}
     if odd:
         kinds = _listed([f"{name} ({dtype})" for name, dtype in odd.items()])
-        yield f"these dtypes ({kinds}): {_exclude(list(odd))} leaves them out"
+        yield f"these dtypes ({kinds}): {_exclude(list(odd), checkpoint)} leaves them out"
 
 
-def _exclude(names: list[str]) -> str:
-    shown = " ".join(f"--exclude {shlex.quote(name)}" for name in names[:3])
-    return shown + (" ..." if len(names) > 3 else "")
+def _exclude(names: list[str], checkpoint: Checkpoint) -> str:
+    """The options that leave these names out, and no others."""
+    odd, endings = set(names), {name.rpartition(".")[2] for name in names}
+    patterns = [glob_of(name) for name in names]
+    if len(names) > _LISTED and len(endings) == 1:
+        ending = endings.pop()  # `_extra_state`, say
+        if all(name in odd for name in checkpoint.state_dict.everything if name.endswith(ending)):
+            patterns = [glob_of(ending, before="*")]
+    shown = ""
+    for pattern in patterns:
+        if len(shown) + len(pattern) > _OPTIONS:
+            return f"{shown}..."
+        shown += f"--exclude {pattern} "
+    return shown[:-1]
 
 
 def _listed(names: list[str]) -> str:

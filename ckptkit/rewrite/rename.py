@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import FileAccessError, MissingFileError, RewriteError
@@ -120,6 +119,8 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
         FileAccessError: it cannot be read, or is larger than any file of rules.
         RewriteError: it is no UTF-8, or a line is no rule; the message names file and line.
     """
+    from pathlib import Path
+
     name, most = os.fsdecode(path), DEFAULT_LIMITS.index_nbytes
     try:
         with Path(name).open("rb") as file:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import islice
 
@@ -102,6 +101,8 @@ class Select:
 
 def _suggestions(pattern: str, names: list[str]) -> str:
     """Some of the names there are, those like a pattern first."""
+    from difflib import get_close_matches
+
     short = [name for name in names[:_MAX_COMPARED] if len(name) <= _MAX_NAME]
     close = get_close_matches(pattern[:_MAX_NAME].replace("*", ""), short, cutoff=0.5) if pattern else []
     others = (name for name in names if name not in close)

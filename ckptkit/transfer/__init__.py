@@ -1,7 +1,7 @@
 """Executes a plan: bytes from file to file, into temporary files, then renamed.
 
 `values` gives a tensor's values however they lie, `steps` carries out a plan on an open file,
-`publish` gives complete files their names, `workers` are the threads.
+`publish` writes and checks whole outputs, `names` gives complete files their names, `workers` are the threads.
 """
 
 from ckptkit.transfer.publish import write_atomically

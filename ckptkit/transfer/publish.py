@@ -1,36 +1,21 @@
-"""Gives complete files their names: a destination is what it was before, or the complete new file.
+"""Writes whole outputs: a destination is what it was before, or the complete new file.
 
 Every file is written beside its destination under a temporary name, compared, and only then
-renamed.  On any error, an interrupt included, the temporary files are removed.
-
-A sharded checkpoint is several files that change together, and an index that names them.  Where an
-index stands already, it is first replaced by one that names the new shards under their temporary
-names, then the shards get their own names too, then the index that says so takes its place: at
-every moment the index names one whole checkpoint, the old one or the new one.
+renamed; see `ckptkit.transfer.names`.  On any error, an interrupt included, the temporary files are
+removed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from ckptkit.errors import DestinationExistsError, FileAccessError
+from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, Index, Plan
-from ckptkit.transfer.steps import (
-    UNAVAILABLE,
-    Digests,
-    Tally,
-    digested,
-    fill,
-    move,
-    require_unchanged,
-    reserve,
-    write_at,
-)
+from ckptkit.transfer.names import Output, created, exists, overwrite, publish, uninterrupted
+from ckptkit.transfer.steps import Digests, Tally, digested, fill, move, require_unchanged, reserve
 
 __all__ = ["write_atomically"]
 
@@ -39,27 +24,6 @@ _FLUSH_SECONDS = 0.05
 
 Progress = Callable[[int, int], object]
 """Called with the bytes dealt with so far, and those to deal with in all."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _File:
-    """One file to be written.
-
-    Attributes:
-        plan: its steps.
-        path: where it will be.
-        shown: the name that messages use.
-        temporary: where it is meanwhile.
-        fd: open on that, readable and writable.
-        is_ours: whether the temporary name is to be removed at the end, and not in use by an index.
-    """
-
-    plan: Plan
-    path: str
-    shown: str
-    temporary: str
-    fd: int
-    is_ours: bool = True
 
 
 def write_atomically(
@@ -98,14 +62,15 @@ def write_atomically(
         if os.path.isdir(path):
             raise FileAccessError(f"{name}: is a folder; name a file")
         if not force and os.path.lexists(path):
-            raise DestinationExistsError(f"{name}: exists already; --force overwrites it")
+            raise exists(name)
     folder = os.path.dirname(wanted[-1][1])
     tally, stop = Tally(), threading.Event()
-    files: list[_File] = []
+    files: list[Output] = []
     digests = None
     try:
-        for each, path, name in wanted:
-            files.append(_created(each, path, name))
+        with uninterrupted():  # no file without a record of it
+            for each, path, name in wanted:
+                files.append(created(each, path, name))
         for file in files:
             reserve(file.fd, file.plan.nbytes)
         counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2))
@@ -118,7 +83,7 @@ def write_atomically(
                 if file.plan.index is None:
                     fill(file.plan, file.fd, checksums=check is not None)
             if plan.index is not None:
-                _overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
+                overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
             if check is not None:
                 check(files[-1].temporary, counted)
             for file in files:
@@ -127,7 +92,8 @@ def write_atomically(
             index = b"" if plan.index is None else _index(files, plan, plan.index, digests)
             written()
         require_unchanged(plan)
-        _publish(files, index, force=force, flush=check is not None)
+        counted.finish()
+        publish(files, index, force=force, flush=check is not None)
         for name in replaces:
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(folder, name))
@@ -137,13 +103,11 @@ def write_atomically(
         raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
     finally:
         stop.set()
-        if digests is not None:
-            digests.join()
-        for file in files:
-            os.close(file.fd)
-            if file.is_ours:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(file.temporary)
+        with uninterrupted():  # Ctrl-C is often pressed twice
+            if digests is not None:
+                digests.join()
+            for file in files:
+                file.close()
     return tally
 
 
@@ -158,35 +122,11 @@ def _places(plan: Plan, shown: str) -> list[tuple[Plan, str, str]]:
     return [*shards, (plan, os.path.join(folder, name), shown)]
 
 
-def _created(plan: Plan, path: str, shown: str) -> _File:
-    """An empty file beside where it will be.
-
-    Raises:
-        FileAccessError: it cannot be made.
-    """
-    temporary = _beside(path)
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        fd = os.open(temporary, flags, 0o666)  # less the umask, as any program's output
-    except OSError as error:
-        raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
-    return _File(plan=plan, path=path, shown=shown, temporary=temporary, fd=fd)
-
-
-def _beside(path: str) -> str:
-    """A name in the same folder that nothing has."""
-    folder, name = os.path.split(path)
-    # 50 characters are at most 200 bytes, so that the name is no longer than a file system allows.  The ending stays:
-    # by it an index that names shards so for a moment is still read as what it is.
-    stem, ending = os.path.splitext(name)
-    return os.path.join(folder, f".{stem[:50]}.{os.urandom(4).hex()}.tmp{ending[:20]}")
-
-
-def _temporary_names(files: list[_File], plan: Plan) -> dict[str, str]:
+def _temporary_names(files: list[Output], plan: Plan) -> dict[str, str]:
     return {name: os.path.basename(file.temporary) for name, file in zip(plan.shards, files, strict=False)}
 
 
-def _index(files: list[_File], plan: Plan, index: Index, digests: Digests) -> bytes:
+def _index(files: list[Output], plan: Plan, index: Index, digests: Digests) -> bytes:
     """The index as it will be, with digests where they belong; in the one that is there they are filled in."""
     temporary, final = index.to_bytes(_temporary_names(files, plan)), bytearray(index.to_bytes())
     for step in plan.steps:
@@ -194,14 +134,8 @@ def _index(files: list[_File], plan: Plan, index: Index, digests: Digests) -> by
             digest = digests.of(step.file)
             temporary = temporary.replace(bytes(final[step.target : step.target + step.nbytes]), digest)
             final[step.target : step.target + step.nbytes] = digest
-    _overwrite(files[-1].fd, temporary)
+    overwrite(files[-1].fd, temporary)
     return bytes(final)
-
-
-def _overwrite(fd: int, data: bytes) -> None:
-    """Make the data all of a file."""
-    os.ftruncate(fd, len(data))
-    write_at(fd, data, 0)
 
 
 class _Counter:
@@ -218,6 +152,10 @@ class _Counter:
             with self._lock:
                 self._done = min(self._done + nbytes, self._nbytes)
                 self._progress(self._done, self._nbytes)
+
+    def finish(self) -> None:
+        """All is done: what lies between tensors is not counted, nor compared."""
+        self(self._nbytes - self._done)
 
 
 @contextlib.contextmanager
@@ -258,121 +196,3 @@ def _flushing(fds: list[int]) -> Iterator[Callable[[], None]]:
         flusher.join()
     if failures:
         raise failures[0]
-
-
-# Names.
-
-
-def _publish(files: list[_File], index: bytes, *, force: bool, flush: bool) -> None:
-    """Give the complete files their names, and make the names themselves durable."""
-    *shards, main = files
-    if not index:
-        _rename(main.temporary, main.path, main.shown, force=force)
-    else:
-        _publish_shards(shards, main, index, force=force, flush=flush)
-    if flush:
-        _flush_folder(os.path.dirname(main.path))
-
-
-def _publish_shards(shards: list[_File], main: _File, index: bytes, *, force: bool, flush: bool) -> None:
-    """Give shards their names, and the index its own last."""
-    final = _created(main.plan, main.path, main.shown)
-    try:
-        _overwrite(final.fd, index)
-        if flush:
-            os.fsync(final.fd)
-        if not force:
-            _publish_new(shards, final)
-        elif not os.path.lexists(main.path) or not any(os.path.lexists(shard.path) for shard in shards):
-            for shard in shards:
-                os.replace(shard.temporary, shard.path)
-            os.replace(final.temporary, final.path)
-        else:
-            _replace_old(shards, main, final, flush=flush)
-    finally:
-        os.close(final.fd)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(final.temporary)
-
-
-def _publish_new(shards: list[_File], final: _File) -> None:
-    """Where nothing of these names is; what has appeared meanwhile is not touched, and nothing of ours left."""
-    named: list[str] = []
-    try:
-        for file in (*shards, final):
-            _rename(file.temporary, file.path, file.shown, force=False)
-            named.append(file.path)
-    except BaseException:
-        for path in named:
-            os.unlink(path)
-        raise
-
-
-def _replace_old(shards: list[_File], main: _File, final: _File, *, flush: bool) -> None:
-    """Where an index and shards of these names stand: at every moment the index names one whole checkpoint.
-
-    On a file system without hard links there is a moment without an index.
-    """
-    others = [_beside(shard.path) for shard in shards]
-    with _uninterrupted():
-        try:
-            for shard, other in zip(shards, others, strict=True):
-                os.link(shard.temporary, other)
-        except OSError:
-            for other in others:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(other)
-            os.unlink(main.path)
-            others = [shard.temporary for shard in shards]
-        else:
-            os.replace(main.temporary, main.path)  # it names the shards as they are called now
-            for shard in shards:
-                shard.is_ours = False
-        if flush:
-            _flush_folder(os.path.dirname(main.path))
-        for shard, other in zip(shards, others, strict=True):
-            os.replace(other, shard.path)
-        os.replace(final.temporary, final.path)
-        for shard in shards:
-            shard.is_ours = True
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C is heard when the block is done: a few renames, which take milliseconds."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _rename(temporary: str, path: str, shown: str, *, force: bool) -> None:
-    """Give a complete file its name."""
-    if force:
-        os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)  # fails, in one step, where a file of that name has appeared
-    except FileExistsError:
-        raise DestinationExistsError(f"{shown}: exists already; --force overwrites it") from None
-    except OSError:  # a file system without hard links
-        if os.path.lexists(path):
-            raise DestinationExistsError(f"{shown}: exists already; --force overwrites it") from None
-        os.replace(temporary, path)
-
-
-def _flush_folder(path: str) -> None:
-    """Make the names in a folder durable, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in UNAVAILABLE:
-                raise
-        finally:
-            os.close(folder)

@@ -8,7 +8,6 @@ buffers by several threads.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import threading
 import zlib
@@ -16,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
-from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.derived import Buffer, Conversion, ConvertedRange
 from ckptkit.errors import CorruptError, FileAccessError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, Literal, Plan
 from ckptkit.transfer.values import stream
-from ckptkit.transfer.workers import Background, in_parallel
+from ckptkit.transfer.workers import Background, buffer, in_parallel
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
@@ -42,7 +41,10 @@ _ONE_CALL = 64 << 20
 """Bytes asked of one kernel copy: calls cost nothing at this size, and an interrupt is heard soon."""
 
 _CACHED_NBYTES = 1 << 20
-"""Bytes converted or hashed at a time: they fit into a core's own cache."""
+"""Bytes hashed at a time: they fit into a core's own cache."""
+
+_CONVERTED_NBYTES = 256 << 10
+"""Bytes that conversion makes at a time: with what they are made from they fit there too."""
 
 UNAVAILABLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
 """Errors that say this file system or kernel cannot do it so, not that doing it failed."""
@@ -61,7 +63,7 @@ class Tally:
         self._lock = threading.Lock()
         self._found: dict[int, tuple[Conversion, Losses]] = {}
 
-    def add(self, conversion: Conversion, before: bytes, after: bytes) -> None:
+    def add(self, conversion: Conversion, before: Buffer, after: Buffer) -> None:
         """Count what was lost between these bytes."""
         from ckptkit.casting import Caster
 
@@ -90,6 +92,8 @@ class Digests:
         self._thread = Background(self._hash, stop) if self._files else None
 
     def _hash(self) -> None:
+        import hashlib
+
         buffer = bytearray(_CACHED_NBYTES)
         for key, file in self._files.items():
             digest = hashlib.sha256()
@@ -210,17 +214,19 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
 
     def pieces() -> Iterator[Callable[[], None]]:
         for step in casts:
-            size = _CACHED_NBYTES // step.source.whole.after * step.source.whole.after
+            size = _CONVERTED_NBYTES // step.source.whole.after * step.source.whole.after
             for start in range(0, step.nbytes, size):
                 part = step.source.part(start, min(size, step.nbytes - start))
                 yield lambda part=part, target=step.target + start: convert(part, target)  # type: ignore[misc]
 
     def convert(part: ConvertedRange, target: int) -> None:
-        before = part.original.read()
-        after = part.whole.function(before)
+        source = part.original.plain()
+        before, after = buffer("before", source.nbytes), buffer("after", part.nbytes)
+        source.file.read_into(source.offset, before)
+        part.whole.function.into(before, after)
         tally.add(part.whole, before, after)
         write_at(fd, after, target)
-        moved(len(after))
+        moved(part.nbytes)
 
     in_parallel(pieces(), nbytes=sum(step.nbytes for step in casts))
 
@@ -254,7 +260,7 @@ def fill(plan: Plan, fd: int, digests: Digests | None = None, *, checksums: bool
     in_parallel(tasks, nbytes=sum(covers for _, covers in wanted))
 
 
-def write_at(fd: int, data: bytes, offset: int) -> None:
+def write_at(fd: int, data: Buffer, offset: int) -> None:
     """Write all of the data at a position of a file."""
     view = memoryview(data)
     while view:

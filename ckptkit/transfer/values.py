@@ -5,7 +5,6 @@ Only here is numpy imported, and only when a tensor is not plain bytes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,9 +13,12 @@ from ckptkit.bytesource import CHUNK_NBYTES, ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.dtypes import DTYPES, DType
-from ckptkit.errors import CorruptError, DTypeError
+from ckptkit.errors import DTypeError
 
 __all__ = ["stream", "unconverted"]
+
+_GAP_NBYTES = 8 << 10
+"""Bytes between two wanted ones that take longer to read along than another read does to begin."""
 
 
 def stream(
@@ -49,7 +51,7 @@ def stream(
         yield from source.part(start, entry.nbytes).chunks()
         return
     for block in _blocks(entry):
-        yield _gather(block)
+        yield from _gather(block)
 
 
 def unconverted(entry: TensorEntry, source: ConvertedRange) -> TensorEntry:
@@ -68,63 +70,81 @@ def unconverted(entry: TensorEntry, source: ConvertedRange) -> TensorEntry:
 
 
 def _blocks(entry: TensorEntry) -> Iterator[TensorEntry]:
-    """The tensor cut along its leading dimensions into pieces of at most a chunk."""
-    if entry.nbytes <= CHUNK_NBYTES or not entry.shape:
+    """The tensor cut along its leading dimensions into pieces of at most two chunks."""
+    most = 2 * CHUNK_NBYTES
+    if entry.nbytes <= most or not entry.shape:
         yield entry
         return
     row_nbytes = entry.nbytes // entry.shape[0]
-    rows = 1 if row_nbytes > CHUNK_NBYTES else max(1, CHUNK_NBYTES // row_nbytes)
+    rows = max(1, most // row_nbytes)
     for first in range(0, entry.shape[0], rows):
         count = min(rows, entry.shape[0] - first)
         offset = entry.storage_offset + first * entry.stride[0]
-        if rows == 1 and row_nbytes > CHUNK_NBYTES:
+        if row_nbytes > most:
             row = replace(entry, storage_offset=offset, shape=entry.shape[1:], stride=entry.stride[1:])
             yield from _blocks(row)
         else:
             yield replace(entry, storage_offset=offset, shape=(count, *entry.shape[1:]))
 
 
-def _gather(entry: TensorEntry) -> bytes:
-    """The values of a piece that fits into memory and has elements."""
+def _gather(entry: TensorEntry) -> Iterator[bytes]:
+    """The values, in chunks, of a piece that fits into memory and has elements."""
     import numpy
 
     row = DTYPES[entry.dtype]
-    start, end = entry.span()
-    with _window(entry.storage.source.plain(), start, end) as raw:
-        # The stride of a dimension of one element says nothing, and may be any number.
-        strides = tuple(
-            step * row.itemsize if size > 1 else 0 for size, step in zip(entry.shape, entry.stride, strict=True)
-        )
-        # Elements are moved as opaque bytes: no value passes through a conversion.
-        element = numpy.dtype((numpy.void, row.itemsize))
-        view = numpy.ndarray(entry.shape, element, buffer=raw, strides=strides)
-        values: bytes = view.tobytes()
-        del view
-    if entry.storage.byteorder == "big":
-        values = _swapped(values, row)
-    if entry.is_conj or entry.is_neg:
-        values = _signs(values, row, conj=entry.is_conj, neg=entry.is_neg)
-    return values
+    data = bytearray(entry.nbytes)
+    # Elements are moved as opaque bytes: no value passes through a conversion.
+    element = numpy.dtype((numpy.void, row.itemsize))
+    dims = [(size, stride * row.itemsize) for size, stride in zip(entry.shape, entry.stride, strict=True) if size > 1]
+    out = numpy.ndarray([size for size, _ in dims], element, data)
+    _collect(out, entry.storage.source.plain(), entry.span()[0], [stride for _, stride in dims])
+    step = max(CHUNK_NBYTES // row.itemsize, 1) * row.itemsize
+    for start in range(0, len(data), step):
+        values = bytes(memoryview(data)[start : start + step])
+        if entry.storage.byteorder == "big":
+            values = _swapped(values, row)
+        if entry.is_conj or entry.is_neg:
+            values = _signs(values, row, conj=entry.is_conj, neg=entry.is_neg)
+        yield values
 
 
-@contextlib.contextmanager
-def _window(source: ByteRange, start: int, end: int) -> Iterator[Any]:
-    """The bytes [start, end) of a range: read where they are few, mapped where they are spread out."""
-    if end - start <= 4 * CHUNK_NBYTES:
-        yield source.read(start, end - start)
+def _collect(out: Any, source: ByteRange, start: int, strides: list[int]) -> None:
+    """Fill an array with elements that may be spread out widely; two chunks at a time are read.
+
+    A file that becomes shorter meanwhile is an error here.  To touch a page of it that was mapped would be fatal.
+
+    Args:
+        out: the array; its items are bytes.
+        source: what they lie in.
+        start: position of the first one.
+        strides: bytes from one to the next, by dimension.
+    """
+    import numpy
+
+    most = 2 * CHUNK_NBYTES
+    # The stride of a dimension of one element says nothing, and may be any number.
+    strides = [stride if size > 1 else 0 for size, stride in zip(out.shape, strides, strict=True)]
+    nbytes = out.itemsize + sum((size - 1) * stride for size, stride in zip(out.shape, strides, strict=True))
+    if nbytes <= most:
+        out[...] = numpy.ndarray(out.shape, out.dtype, source.read(start, nbytes), strides=strides)
         return
-    import mmap
-
-    first = source.offset + start
-    base = first - first % mmap.ALLOCATIONGRANULARITY
-    if source.file.changed():  # to touch a page past the end of a shortened file is fatal
-        raise CorruptError("the file was changed while it was being converted", path=source.file.path)
-    with mmap.mmap(source.file.fd, source.offset + end - base, access=mmap.ACCESS_READ, offset=base) as mapped:
-        view = memoryview(mapped)[first - base :]
-        try:
-            yield view
-        finally:
-            view.release()
+    axis = strides.index(max(strides))
+    size, stride = out.shape[axis], strides[axis]
+    one = nbytes - (size - 1) * stride
+    apart = one <= most and stride - one > _GAP_NBYTES
+    count = max(1, most // one if apart else (most - one) // stride + 1)
+    for first in range(0, size, count):
+        index = (*[slice(None)] * axis, slice(first, first + count))
+        part = out[index]
+        at = start + first * stride
+        if not apart:
+            _collect(part, source, at, strides)
+            continue
+        data = bytearray(part.shape[axis] * one)
+        for number in range(part.shape[axis]):
+            piece = memoryview(data)[number * one : (number + 1) * one]
+            source.file.read_into(source.offset + at + number * stride, piece)
+        part[...] = numpy.ndarray(part.shape, out.dtype, data, strides=[*strides[:axis], one, *strides[axis + 1 :]])
 
 
 def _swapped(values: bytes, row: DType) -> bytes:

@@ -6,10 +6,12 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 
-__all__ = ["MANY_NBYTES", "Background", "in_parallel"]
+__all__ = ["MANY_NBYTES", "Background", "buffer", "in_parallel"]
 
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""
+
+_kept = threading.local()
 
 _MAX_WORKERS = 4
 """More than a few only wait for memory."""
@@ -48,6 +50,14 @@ def in_parallel(tasks: Iterable[Callable[[], object]], *, nbytes: int) -> None:
         stop.set()
         for thread in threads:
             thread.join()
+
+
+def buffer(name: str, nbytes: int) -> memoryview:
+    """Memory of this size, the same each time a thread asks for it by this name: fresh memory is what costs."""
+    kept: dict[str, bytearray] = _kept.__dict__
+    if len(kept.get(name, b"")) < nbytes:
+        kept[name] = bytearray(nbytes)
+    return memoryview(kept[name])[:nbytes]
 
 
 class Background(threading.Thread):

@@ -34,7 +34,8 @@ class Command:
     Attributes:
         name: as printed.
         argv: the process.
-        source, output: the file it reads, and the one it makes, which is removed after each run.
+        source: the file it reads, or one as large.
+        output: the file it makes, or the folder for several, which is removed after each run.
     """
 
     name: str
@@ -59,8 +60,11 @@ def run(command: Command) -> Run:
         SystemExit: it failed; its error output is in the message.
     """
     if command.source is not None and command.output is not None:
-        shutil.copyfile(command.source, command.output)
-        command.output.unlink()
+        _remove(command.output)
+        shutil.copyfile(command.source, command.source.with_suffix(".warm"))
+        command.source.with_suffix(".warm").unlink()
+        if not command.output.suffix:
+            command.output.mkdir()
     os.sync()
     with tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
@@ -73,9 +77,16 @@ def run(command: Command) -> Run:
             message = errors.read().decode(errors="replace").strip()
             raise SystemExit(f"{command.name}: exit code {process.returncode}: {message}")
     if command.output is not None:
-        command.output.unlink()
+        _remove(command.output)
     unit = 1 if sys.platform == "darwin" else 1024
     return Run(wall=wall, cpu=usage.ru_utime + usage.ru_stime, peak=usage.ru_maxrss * unit)
+
+
+def _remove(output: Path) -> None:
+    if output.is_dir():
+        shutil.rmtree(output)
+    else:
+        output.unlink(missing_ok=True)
 
 
 def measure(commands: list[Command], repeat: int) -> dict[str, list[Run]]:

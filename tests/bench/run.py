@@ -1,6 +1,7 @@
 """Measures ckptkit against what the machine can do: whole processes, side by side.
 
     python tests/bench/run.py [--only opening] [--size-gib 1] [--dir DIR] [--repeat 5] [--markdown]
+        [--converter safetensors/bindings/python/convert.py]
 
 Makes checkpoints, removes them at the end, and measures what `opening` and `writing` describe, as
 `measure` does it.  No test asserts a time.  Linux and macOS only.
@@ -27,7 +28,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=["opening", "writing"], help="one half (default: both)")
     parser.add_argument("--size-gib", type=float, default=1.0, help="size of each checkpoint (default: 1)")
-    parser.add_argument("--dir", type=Path, help="folder to work in; needs three times the size (default: temporary)")
+    parser.add_argument("--dir", type=Path, help="folder to work in; needs five times the size (default: temporary)")
+    parser.add_argument("--converter", type=Path, help="the safetensors project's convert.py, measured beside ours")
     parser.add_argument("--repeat", type=int, default=5, help="counted runs of each command (default: 5)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     options = parser.parse_args(arguments)
@@ -36,8 +38,8 @@ def main(arguments: list[str]) -> None:
     nbytes = int(options.size_gib * (1 << 30))
     with tempfile.TemporaryDirectory(prefix="ckptkit-bench-", dir=options.dir) as name:
         folder = Path(name).resolve()
-        if shutil.disk_usage(folder).free < 3.2 * nbytes:
-            raise SystemExit(f"{folder}: {3.2 * options.size_gib:.1f} GiB are needed; choose another folder with --dir")
+        if shutil.disk_usage(folder).free < 5.2 * nbytes:
+            raise SystemExit(f"{folder}: {5.2 * options.size_gib:.1f} GiB are needed; choose another folder with --dir")
         state, resume = folder / "state_dict.pth", folder / "resume.pth"
         print("making the checkpoints ...", end="", file=sys.stderr, flush=True)
         torch_version = writing.make(nbytes, state, resume)
@@ -46,7 +48,8 @@ def main(arguments: list[str]) -> None:
             opening.make(folder, COUNTS)
             groups.update(opening.groups(resume, COUNTS))
         if options.only != "opening":
-            groups.update(writing.groups(state, resume))
+            writing.shard(state)
+            groups.update(writing.groups(state, resume, options.converter))
         print(f"\r{'':100}\r", end="", file=sys.stderr, flush=True)
         for what, fact in facts(folder, torch_version).items():
             print(f"- {what}: {fact}" if options.markdown else f"{what}: {fact}")

@@ -52,7 +52,16 @@ TORCH_CONVERT = """
 import sys, torch
 from safetensors.torch import save_file
 state = torch.load(sys.argv[1], map_location="cpu", mmap=True, weights_only=True)
-save_file({name.removeprefix("module."): tensor.contiguous() for name, tensor in state.items()}, sys.argv[2])
+dtype = getattr(torch, sys.argv[3]) if len(sys.argv) > 3 else None
+save_file({name.removeprefix("module."): value.to(dtype or value.dtype).contiguous() for name, value in state.items()},
+          sys.argv[2])
+"""
+
+CONVERTER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from convert import convert_file
+convert_file(sys.argv[2], sys.argv[3], [])
 """
 
 
@@ -69,9 +78,17 @@ def make(nbytes: int, state: Path, resume: Path) -> str:
     return made.stdout.strip()
 
 
-def groups(state: Path, resume: Path) -> Groups:
-    """The tables of rewriting ``state``, a state_dict, and ``resume``, a training checkpoint."""
-    copy, made, pth = (state.parent / name for name in ("copy.pth", "out.safetensors", "out.pth"))
+def groups(state: Path, resume: Path, converter: Path | None = None) -> Groups:
+    """The tables of rewriting ``state``, a state_dict, and ``resume``, a training checkpoint.
+
+    Args:
+        state: the file.
+        resume: the file.
+        converter: the safetensors project's ``convert.py``, where it is at hand.
+    """
+    folder = state.parent
+    copy, made, pth, shards = (folder / name for name in ("copy.pth", "out.safetensors", "out.pth", "shards"))
+    sharded = folder / "sharded"
 
     def copies(source: Path) -> list[Command]:
         flushed = ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", str(source), str(copy)]
@@ -84,8 +101,21 @@ def groups(state: Path, resume: Path) -> Groups:
         name = " ".join(["convert to", output.suffix, *options])
         return Command(name, [*CKPTKIT, "convert", str(source), str(output), *options], source, output)
 
+    def torch(name: str, *arguments: str) -> Command:
+        return Command(name, [sys.executable, "-c", TORCH_CONVERT, str(state), str(made), *arguments], state, made)
+
+    def split(*options: str) -> Command:
+        size = ("--max-shard-size", str(state.stat().st_size // 4))
+        argv = [*CKPTKIT, "convert", str(state), str(shards / "model.safetensors"), *size, *options]
+        return Command(" ".join(["convert to 5 shards", *options]), argv, state, shards)
+
+    def merge(*options: str) -> Command:
+        source = sharded / "model.safetensors.index.json"
+        argv = [*CKPTKIT, "convert", str(source), str(made), *options]
+        return Command(" ".join(["convert 5 shards to one", *options]), argv, state, made)
+
     portable = ("--map-location", "cpu", "--strip-module")
-    torch_convert = [sys.executable, "-c", TORCH_CONVERT, str(state), str(made)]
+    theirs = [sys.executable, "-c", CONVERTER, str(converter and converter.parent), str(state), str(made)]
     return {
         f"Rewriting a state_dict of {gib(state)}": (
             "cp",
@@ -95,11 +125,33 @@ def groups(state: Path, resume: Path) -> Groups:
                 convert(state, made, "--strip-module", "--no-check"),
                 convert(state, pth, *portable),
                 convert(state, pth, *portable, "--no-check"),
-                Command("torch.load(mmap=True), then save_file", torch_convert, state, made),
+                torch("torch.load(mmap=True), then save_file"),
+                *([Command("the safetensors project's convert_file", theirs, state, made)] if converter else []),
             ],
+        ),
+        f"Casting a state_dict of {gib(state)} to bfloat16": (
+            "cp",
+            [
+                *copies(state)[:1],
+                convert(state, made, "--strip-module", "--dtype", "bfloat16"),
+                convert(state, made, "--strip-module", "--dtype", "bfloat16", "--no-check"),
+                torch("torch.load(mmap=True), to(bfloat16), save_file", "bfloat16"),
+            ],
+        ),
+        f"Sharding {gib(state)}, and merging": (
+            "cp",
+            [*copies(state)[:1], split(), split("--no-check"), merge(), merge("--no-check")],
         ),
         f"Rewriting a training checkpoint of {gib(resume)}": (
             "cp",
             [*copies(resume), convert(resume, pth, *portable), convert(resume, pth, *portable, "--no-check")],
         ),
     }
+
+
+def shard(state: Path) -> None:
+    """The shards to be merged, beside the state_dict."""
+    folder = state.parent / "sharded"
+    folder.mkdir()
+    argv = [*CKPTKIT, "convert", str(state), str(folder / "model.safetensors"), "--quiet"]
+    subprocess.run([*argv, "--max-shard-size", str(state.stat().st_size // 4)], cwd=ROOT, check=True)

@@ -19,7 +19,11 @@ def bare(state_dict: dict) -> dict:
 
 
 def test_strip_module_to_safetensors(run, ddp_resume: Path, tmp_path: Path, same_bits) -> None:
-    done = run("convert", ddp_resume, "clean.safetensors", "--strip-module")
+    refused = run("convert", ddp_resume, "clean.safetensors", "--strip-module")
+    assert refused.returncode == 2
+    assert "cannot hold what is beside the weights (epoch, arch, best_acc1, optimizer, scheduler" in refused.stderr
+    assert os.listdir(tmp_path) == []
+    done = run("convert", ddp_resume, "clean.safetensors", "--strip-module", "--weights-only")
     assert done.returncode == 0, done.stderr
     assert "not in the output: epoch" in done.stderr
     expected = bare(torch.load(ddp_resume, map_location="cpu", weights_only=False)["state_dict"])
@@ -155,10 +159,12 @@ def test_ties(run, save, tmp_path: Path) -> None:
 
     model = Tied()
     path = save(model.state_dict())
-    assert run("convert", path, "b.safetensors").returncode == 0
+    assert run("convert", path, "b.safetensors", "--no-receipt").returncode == 0
     with safetensors.safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert list(file.keys()) == ["decoder.weight"]
-        assert file.metadata() == {"format": "pt", "encoder.weight": "decoder.weight"}
+        metadata = file.metadata()
+    assert json.loads(metadata.pop("torch._metadata")) == dict(model.state_dict()._metadata)
+    assert metadata == {"format": "pt", "encoder.weight": "decoder.weight"}
     fresh = Tied()
     missing, unexpected = safetensors.torch.load_model(fresh, tmp_path / "b.safetensors")
     assert (missing, unexpected) == (set(), [])
@@ -175,7 +181,7 @@ def test_what_safetensors_cannot_hold_is_refused_by_name(run, save, tmp_path: Pa
     assert "z (complex128)" in done.stderr
     done = run("convert", save({"w": torch.ones(1), "s": torch.eye(2).to_sparse()}), "b.safetensors")
     assert done.returncode == 2
-    assert "safetensors holds plain tensors only, not s" in done.stderr
+    assert "values that are no plain tensors (s (<torch._utils._rebuild_sparse_tensor object>)): --exclude s" in done.stderr
     assert not (tmp_path / "b.safetensors").exists()
 
 
@@ -184,7 +190,10 @@ def test_several_sections_ask(run, save, tmp_path: Path) -> None:
     done = run("convert", path, "b.safetensors")
     assert done.returncode == 2
     assert "several sections hold weights ('model', 'ema')" in done.stderr
-    assert run("convert", path, "b.safetensors", "--section", "ema").returncode == 0
+    chosen = run("convert", path, "b.safetensors", "--section", "ema")
+    assert chosen.returncode == 2
+    assert "beside the weights (model, epoch)" in chosen.stderr
+    assert run("convert", path, "b.safetensors", "--section", "ema", "--weights-only").returncode == 0
     assert torch.equal(safetensors.torch.load_file(tmp_path / "b.safetensors")["w"], torch.zeros(1))
     # Nothing needs to be chosen to move devices and keep everything.
     assert run("convert", path, "b.pth", "--map-location", "cpu").returncode == 0
@@ -223,14 +232,15 @@ def test_a_flipped_bit_in_the_source_is_found(run, save, tmp_path: Path) -> None
 
 
 def test_dry_run_writes_nothing(run, ddp_resume: Path, tmp_path: Path) -> None:
-    done = run("convert", ddp_resume, "b.safetensors", "--strip-module", "--dry-run")
+    options = [ddp_resume, "b.safetensors", "--strip-module", "--weights-only"]
+    done = run("convert", *options, "--dry-run")
     assert done.returncode == 0
     assert "rename: module.features.0.0.weight -> features.0.0.weight" in done.stdout
-    document = json.loads(run("convert", ddp_resume, "b.safetensors", "--strip-module", "--dry-run", "--json").stdout)
+    document = json.loads(run("convert", *options, "--dry-run", "--json", "--no-receipt").stdout)
     assert document["written"] is False
     assert len(document["renames"]) == 314
     assert os.listdir(tmp_path) == []
-    run("convert", ddp_resume, "b.safetensors", "--strip-module")
+    assert run("convert", *options, "--no-receipt").returncode == 0
     assert (tmp_path / "b.safetensors").stat().st_size == document["plan"]["nbytes"]
 
 
@@ -242,11 +252,11 @@ def test_json_of_a_failure_is_json(run, tmp_path: Path) -> None:
 
 def test_to_and_metadata(run, save, tmp_path: Path) -> None:
     path = save({"w": torch.ones(1)})
-    assert run("convert", path, "b.weights", "--to", "safetensors", "--metadata", "license=MIT").returncode == 0
+    options = ["--to", "safetensors", "--metadata", "license=MIT", "--no-receipt"]
+    assert run("convert", path, "b.weights", *options).returncode == 0
     with safetensors.safe_open(tmp_path / "b.weights", "pt") as file:
         assert file.metadata() == {"format": "pt", "license": "MIT"}
     assert run("convert", path, "b.weird").returncode == 2
-    assert run("convert", path, "c.pth", "--metadata", "a=b").returncode == 2
     assert run("convert", path, "c.safetensors", "--metadata", "novalue").returncode == 2
     tie = run("convert", path, "c.safetensors", "--metadata", "best=w")
     assert tie.returncode == 2
@@ -258,4 +268,4 @@ def test_quiet_and_progress(run, save) -> None:
     quiet = run("convert", path, "a.pth", "--strip-module", "-q")
     assert quiet.stdout + quiet.stderr == ""
     shown = run("convert", path, "b.pth", "--progress")
-    assert "writing" in shown.stderr
+    assert "100%" in shown.stderr

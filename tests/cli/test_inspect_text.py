@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click import unstyle
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
@@ -218,3 +220,50 @@ def test_markdown_escapes_what_strangers_wrote(save) -> None:
     assert list(markdown(document(save({f"w{i}x": torch.ones(i + 1) for i in range(1200)}))))[-2].startswith(
         "\nand 200 more"
     )
+
+
+def made_by(path: Path) -> list[str]:
+    return [line for line in text(path) if line.startswith("made by: ")]
+
+
+def test_a_receipt_is_one_short_line(save, tmp_path: Path) -> None:
+    path = save({"module.w": torch.ones(2)})
+    ckptkit.convert(path, tmp_path / "a.safetensors", strip_module=True, dtype="float16", metadata={"license": "MIT"})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    expected = f"made by: ckptkit {ckptkit.__version__} from torch-zip, sha256 {digest}…: "
+    operations = "CastDtype(dtype='float16', keep=()), StripModule()"
+    assert made_by(tmp_path / "a.safetensors") == [expected + operations]
+    lines = text(tmp_path / "a.safetensors")
+    assert "  license  MIT" in lines
+    assert max(map(len, lines)) < 160
+    page = "\n".join(markdown(document(tmp_path / "a.safetensors")))
+    assert operations in page.replace("\\", "")
+    assert "ckptkit_receipts" not in page + "\n".join(lines)
+    assert json.loads(document(tmp_path / "a.safetensors")["metadata"]["ckptkit_receipts"])[0]["sha256"][:12] == digest
+    ckptkit.convert(tmp_path / "a.safetensors", tmp_path / "b.pth", add_prefix="x" * 300, check=False)
+    (line,) = made_by(tmp_path / "b.pth")
+    assert line.startswith(f"made by: ckptkit {ckptkit.__version__} from safetensors: AddPrefix(prefix='xxx")
+    assert line.endswith("xxx…; 1 earlier (--json shows all under ckptkit_receipts)")
+    assert "metadata" in text(tmp_path / "b.pth")
+    assert "training state" not in text(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    ("receipt", "shown"),
+    [
+        ("not JSON", []),
+        ('{"ckptkit": "1"}', []),
+        ("[" * 100_000, []),
+        ("[1, null]", []),
+        ('[{"operations": "many"}]', ["made by: ckptkit ? from ?"]),
+        ('[{"ckptkit": "9", "format": 3, "sha256": {"a": "b"}, "operations": [1]}]', ["made by: ckptkit 9 from ? of 1 files: 1"]),
+        ('[{"ckptkit": "\\u001b[31m", "operations": ["\\n"]}]', ["made by: ckptkit \\x1b[31m from ?: \\n"]),
+    ],
+)
+def test_receipts_of_strangers(tmp_path: Path, receipt: str, shown: list[str]) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", {"ckptkit_receipts": receipt})
+    assert made_by(tmp_path / "a.safetensors") == shown
+
+
+def test_a_key_of_that_name_in_a_pickle_is_no_receipt(save) -> None:
+    assert made_by(save({"model": {"w": torch.ones(1)}, "ckptkit_receipts": 3})) == []

@@ -31,7 +31,7 @@ def read(path: Path) -> Checkpoint:
 def write(checkpoint: Checkpoint, target: Path) -> Plan:
     assert torch_zip.FORMAT.write is not None
     plan = torch_zip.FORMAT.write(checkpoint)
-    write_atomically(target, plan, force=True, check=None)
+    write_atomically(target, plan, force=True, check=lambda path, compared: None)
     return plan
 
 

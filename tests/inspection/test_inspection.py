@@ -147,7 +147,8 @@ def test_every_kind_of_file(save: Save) -> None:
 
 
 def test_safetensors_and_errors(save: Save, tmp_path: Path) -> None:
-    ckptkit.convert(save({"w": torch.ones(2, 2).t()}), tmp_path / "a.safetensors", metadata={"license": "MIT"})
+    path = save({"w": torch.ones(2, 2).t()})
+    ckptkit.convert(path, tmp_path / "a.safetensors", metadata={"license": "MIT"}, receipt=False)
     document = inspect(tmp_path / "a.safetensors")
     assert document["metadata"] == {"format": "pt", "license": "MIT"}
     error = describe_error("x.pth", CorruptError("damaged", path="x.pth", where="data.pkl", offset=3))
