@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ckptkit.casting import Losses
@@ -12,7 +11,7 @@ from ckptkit.normalize.beside import PROGRAMS, beside_weights
 from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
-from ckptkit.report import Finding, human_size
+from ckptkit.report import Finding, glob_of, human_size
 
 __all__ = ["diagnose_casts", "diagnose_layout", "diagnose_losses", "diagnose_renames", "diagnose_selection"]
 
@@ -136,7 +135,7 @@ def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[Conversion, Losses]
             severity="warning",
             message=f"{sum(n for _, n in overflowed):,} of {values:,} values are too large for the new dtype: "
             f"{_listed([f'{name} ({n:,})' for name, n in overflowed])}",
-            fix=f"--keep-dtype {shlex.quote(overflowed[0][0])}",
+            fix=f"--keep-dtype {glob_of(overflowed[0][0])}",
         )
     rounded, vanished = sum(losses.rounded for _, losses in lost), sum(losses.underflowed for _, losses in lost)
     if rounded:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -27,14 +26,19 @@ from ckptkit.report import human_size
 __all__ = ["command"]
 
 
-def _rule(option: str, **settings: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """An option whose values join those of the others like it, in the order they are given in."""
+_RULES = ("rename", "rename_file")
+"""Options whose values the command is given together, as ``rules``."""
 
-    def collect(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> None:
-        context.params.setdefault("rules", ())
-        context.params["rules"] = (*context.params["rules"], *((option, value) for value in values))
 
-    return click.option(option, multiple=True, expose_value=False, callback=collect, **settings)
+class _InOrder(click.Command):
+    """A command that keeps the order in which the options `_RULES` are given, mixed as they are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        values = {name: iter(given[name]) for name in _RULES if name in given}
+        names = [parameter.name for parameter in order]
+        ctx.params["rules"] = tuple((name, next(values[name])) for name in names if name in values)
+        return super().parse_args(ctx, args)
 
 
 def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
@@ -43,12 +47,13 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 
     rules: list[tuple[str, str]] = []
     for option, value in given:
-        rules.extend([parse_rule(value)] if option == "--rename" else read_rules(value))
+        rules.extend([parse_rule(value)] if option == "rename" else read_rules(value))
     return rules
 
 
 @click.command(
     "convert",
+    cls=_InOrder,
     epilog=with_examples(
         "ckptkit convert ddp.pth clean.safetensors --strip-module",
         "ckptkit convert resume.pth weights.safetensors --weights-only --dtype bfloat16 --keep-dtype '*norm*'",
@@ -64,8 +69,20 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 @click.option("--add-module", is_flag=True, help="Put one module. before every name.")
 @click.option("--strip-prefix", metavar="P", help="Strip one leading prefix of whole segments.")
 @click.option("--add-prefix", metavar="P", help="Put a prefix before every name.")
-@_rule("--rename", metavar="REGEX=>REPLACEMENT", help="Rename as re.sub does; repeatable, in order.")
-@_rule("--rename-file", metavar="FILE", help="Rules from a file, one a line; # begins a comment.")
+@click.option(
+    "--rename",
+    multiple=True,
+    expose_value=False,
+    metavar="REGEX=>REPLACEMENT",
+    help="Rename as re.sub does; repeatable, in order.",
+)
+@click.option(
+    "--rename-file",
+    multiple=True,
+    expose_value=False,
+    metavar="FILE",
+    help="Rules from a file, one a line; # begins a comment.",
+)
 @click.option("--include", multiple=True, metavar="GLOB", help="Keep only names that match, before or after renaming.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Drop names that match, before or after renaming.")
 @click.option("--section", metavar="NAME", help="The weights to convert, where the file holds several.")

@@ -76,7 +76,8 @@ def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, st
         if entry.nbytes:
             groups.setdefault(entry.view, []).append(name)
     kept = {min(group, key=lambda n: (n not in metadata, n)): group for group in groups.values() if len(group) > 1}
-    aliases = {name: keep for keep, group in kept.items() for name in group if name != keep}
+    tied = {name: keep for keep, group in kept.items() for name in group if name != keep}
+    aliases = {name: tied[name] for name in state_dict if name in tied}  # the order they are read back in
     if taken := aliases.keys() & metadata.keys():
         raise RewriteError(
             f"tied tensors are recorded in the metadata under their names, where {', '.join(sorted(taken))} stands "

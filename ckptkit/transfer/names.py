@@ -55,7 +55,7 @@ class Output:
         """Close it, and remove its temporary name."""
         os.close(self.fd)
         if self.is_ours:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(self.temporary)
 
 
@@ -186,14 +186,14 @@ def _rename_over(shard: Output) -> None:
     """Give a shard its name, and leave it the temporary one where the file system has hard links."""
     second = _beside(shard.path)
     try:
-        os.link(shard.temporary, second)
-    except OSError:
-        os.replace(shard.temporary, shard.path)
-        return
-    try:
-        os.replace(second, shard.path)
+        try:
+            os.link(shard.temporary, second)
+        except OSError:
+            os.replace(shard.temporary, shard.path)
+        else:
+            os.replace(second, shard.path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(second)
 
 

@@ -103,11 +103,11 @@ def write_atomically(
         raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
     finally:
         stop.set()
-        with uninterrupted():  # Ctrl-C is often pressed twice
+        with uninterrupted(), contextlib.ExitStack() as stack:  # Ctrl-C is often pressed twice
+            for file in files:
+                stack.callback(file.close)
             if digests is not None:
                 digests.join()
-            for file in files:
-                file.close()
     return tally
 
 

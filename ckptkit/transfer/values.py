@@ -17,6 +17,9 @@ from ckptkit.errors import DTypeError
 
 __all__ = ["stream", "unconverted"]
 
+_SIGNED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+"""The types of 8 bits whose first is a sign."""
+
 _GAP_NBYTES = 8 << 10
 """Bytes between two wanted ones that take longer to read along than another read does to begin."""
 
@@ -161,11 +164,13 @@ def _signs(values: bytes, row: DType, *, conj: bool, neg: bool) -> bytes:
 
     parts = 2 if row.kind == "complex" else 1
     width = row.itemsize // parts
-    if row.kind not in ("float", "complex") or width == 1:  # not every 8-bit format has a sign bit or -0
+    if row.kind not in ("float", "complex") or (width == 1 and row.name not in _SIGNED):
         raise DTypeError(f"a lazily negated or conjugated tensor of {row.name} cannot be written out")
     bits = numpy.frombuffer(values, dtype=f"<u{width}").reshape(-1, parts).copy()
     sign = bits.dtype.type(1 << (8 * width - 1))
-    if neg:
+    if neg and row.name.endswith("fnuz"):  # what would be -0 is NaN
+        bits[bits & ~sign != 0] ^= sign
+    elif neg:
         bits ^= sign
     if conj and parts == 2:
         bits[:, 1] ^= sign

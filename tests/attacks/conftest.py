@@ -33,9 +33,10 @@ COMMANDS: dict[str, list[str]] = {
     "json": ["inspect", "--json", "{file}"],
     "flat": ["inspect", "--flat", "--stats", "{file}"],
     "markdown": ["inspect", "--format", "markdown", "{file}"],
-    "safetensors": ["convert", "{file}", "out.safetensors"],
+    "safetensors": ["convert", "{file}", "out.safetensors", "--weights-only", "--dtype", "bfloat16", "--tied", "duplicate",
+                    "--rename", "a=>b", "--exclude", "x", "--max-shard-size", "1GB"],
     "pth": ["convert", "{file}", "out.pth"],
-}
+}  # fmt: skip
 
 
 class Make:

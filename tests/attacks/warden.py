@@ -41,6 +41,9 @@ def main(jobs_path: str, results_path: str) -> None:
     if any(job["argv"][0] == "load_state_dict" for job in jobs):
         import torch  # noqa: F401 - once, not in each child
 
+    import fractions  # noqa: F401
+
+    import ml_dtypes  # noqa: F401
     import numpy  # noqa: F401
 
     import ckptkit.cli.convert
@@ -48,6 +51,10 @@ def main(jobs_path: str, results_path: str) -> None:
     import ckptkit.cli.inspect_markdown
     import ckptkit.cli.inspect_text
     import ckptkit.compare
+    import ckptkit.conversion
+    import ckptkit.formats.refused.first_bytes
+    import ckptkit.formats.shard_writer
+    import ckptkit.job
     import ckptkit.stats
     import ckptkit.transfer  # noqa: F401
 

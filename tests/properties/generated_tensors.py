@@ -145,7 +145,8 @@ def tensors_of(tree: object) -> list[torch.Tensor]:
 @st.composite
 def tagged(draw: st.DrawFn, tensors: list[torch.Tensor]) -> dict[int, str]:
     """A device tag for the storage of each tensor, by the address of its data."""
-    addresses = sorted({t.untyped_storage().data_ptr() for t in tensors if t.untyped_storage().nbytes()})
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    addresses = list(dict.fromkeys(storage.data_ptr() for storage in storages if storage.nbytes()))
     return dict(
         zip(addresses, draw(st.lists(LOCATIONS, min_size=len(addresses), max_size=len(addresses))), strict=True)
     )

@@ -108,9 +108,20 @@ def load(path: Path) -> Loaded:
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
-    """The bytes of the values in C order."""
+    """The bytes of the values in C order, but of those that torch cannot negate: of what is to be negated."""
+    if tensor.is_neg() and tensor.element_size() == 1:
+        return [-1, *bits(torch._neg_view(tensor))]
     plain = tensor.detach().resolve_conj().resolve_neg().flatten().clone(memory_format=torch.contiguous_format)
     return plain.view(torch.uint8).tolist() if plain.numel() else []
+
+
+def _one_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """The values with every NaN replaced by the same bits."""
+    tensor = torch._neg_view(tensor) if tensor.is_neg() else tensor
+    plain = tensor.detach().clone(memory_format=torch.contiguous_format)
+    missing = plain.double().isnan().flatten()
+    plain.view(-1).view(torch.uint8).view(-1, plain.element_size())[missing] = 255
+    return plain
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -127,13 +138,15 @@ class Same:
 
     Args:
         compacted: whether in the second what no tensor views may be gone, and storages be cut between tensors.
+        cast: a dtype in which any NaN is as good as another: its bits after a cast depend on the processor.
 
     Attributes:
         tensors: the pairs of tensors that were met, each once.
     """
 
-    def __init__(self, *, compacted: bool = False) -> None:
+    def __init__(self, *, compacted: bool = False, cast: torch.dtype | None = None) -> None:
         self._compacted = compacted
+        self._cast = cast
         self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._pairs: dict[tuple[str, int], int] = {}
         self._back: dict[tuple[str, int], int] = {}
@@ -203,7 +216,7 @@ class Same:
             return
         assert a.stride() == b.stride(), at
         if self._compacted:
-            assert bits(a) == bits(b), at
+            assert bits(a) == bits(b) or (a.dtype == self._cast and bits(_one_nan(a)) == bits(_one_nan(b))), at
             return
         assert a.storage_offset() == b.storage_offset(), at
         self(a.untyped_storage(), b.untyped_storage(), f"{at}.untyped_storage()")

@@ -1,0 +1,196 @@
+"""Ties and views: ``--tied``, and what becomes of tensors that are not their storage as it lies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import ckptkit
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Embedding(5, 3)
+        self.decoder = nn.Linear(3, 5)
+        self.decoder.weight = self.encoder.weight
+        self.third = nn.ModuleList([self.decoder])
+
+
+@pytest.fixture
+def tied() -> dict[str, torch.Tensor]:
+    torch.manual_seed(2)
+    return Tied().state_dict()
+
+
+def groups(state: dict[str, torch.Tensor]) -> set[frozenset[str]]:
+    """The names over each storage that has several."""
+    found: dict[int, set[str]] = {}
+    for name, tensor in state.items():
+        found.setdefault(tensor.untyped_storage().data_ptr(), set()).add(name)
+    return {frozenset(names) for names in found.values() if len(names) > 1}
+
+
+def test_alias_is_the_default(save, converted, agree, tied: dict[str, torch.Tensor]) -> None:
+    path = save(tied)
+    for options in ([], ["--tied", "alias"]):
+        written = converted(path, f"{len(options)}.pth", *options)
+        agree(written, tied)
+        assert groups(written) == groups(tied) != set()
+        name = f"{len(options)}.safetensors"
+        alone = converted(path, name, *options)
+        assert sorted(alone) == ["decoder.bias", "decoder.weight"]
+        with safe_open(name, "pt") as file:
+            assert file.metadata()["encoder.weight"] == "decoder.weight"
+            assert file.metadata()["third.0.weight"] == "decoder.weight"
+        again = converted(name, f"back{len(options)}.pth")
+        agree(again, tied, ordered=False)
+        assert groups(again) == groups(tied)
+
+
+def test_duplicate(save, converted, agree, tied: dict[str, torch.Tensor]) -> None:
+    path = save(tied)
+    written = converted(path, "out.pth", "--tied", "duplicate")
+    agree(written, tied)
+    assert groups(written) == set()
+    agree(converted(path, "out.safetensors", "--tied", "duplicate"), tied, ordered=False)
+    with safe_open("out.safetensors", "pt") as file:
+        assert set(file.metadata()) == {"format", "torch._metadata", "ckptkit_receipts"}
+    agree(converted("out.safetensors", "back.pth"), tied, ordered=False)
+
+
+def test_duplicate_splits_ties_alone(save, converted, agree) -> None:
+    base = torch.arange(12.0)
+    state = {"a": base, "b": base, "part": base[2:5], "same part": base[2:5], "apart": torch.ones(3)}
+    written = converted(save(state), "out.pth", "--tied", "duplicate")
+    agree(written, state)
+    assert groups(written) == {frozenset({"a", "part"})}
+
+
+def test_duplicate_and_cast(save, converted, agree, tied: dict[str, torch.Tensor]) -> None:
+    written = converted(save(tied), "out.pth", "--tied", "duplicate", "--dtype", "float16")
+    agree(written, {name: tensor.half() for name, tensor in tied.items()})
+    assert groups(written) == set()
+
+
+def test_error(save, convert, converted, refused, agree, tied: dict[str, torch.Tensor]) -> None:
+    path = save(tied)
+    for name in ("out.pth", "out.safetensors"):
+        line = refused(path, name, "--tied", "error")
+        assert "'encoder.weight' = 'decoder.weight' = 'third.0.weight'" in line
+        assert "'decoder.bias' = 'third.0.bias'" in line
+        assert "2 tensors have several names" in line
+    single = {"a": torch.ones(3), "b": torch.ones(3)}
+    agree(converted(save(single), "out.pth", "--tied", "error"), single)
+    assert "'nonsense' is not one of 'alias', 'duplicate', 'error'" in refused(path, "out.pth", "--tied", "nonsense")
+    with pytest.raises(ckptkit.RewriteError, match="no policy 'nonsense'"):
+        ckptkit.convert(path, "out.pth", tied="nonsense")  # type: ignore[arg-type]
+
+
+# Views.
+
+
+def views() -> dict[str, torch.Tensor]:
+    torch.manual_seed(9)
+    base, flat = torch.randn(6, 8), torch.randn(40)
+    return {
+        "base": base,
+        "rows": base[1:3],
+        "columns": base[:, 2:5],
+        "transposed": base.t(),
+        "reshaped": base.view(2, 3, 8),
+        "flattened": base.view(-1)[5:9],
+        "every other": base[::2, ::3],
+        "expanded": base[:1, :1].expand(3, 4),
+        "permuted": torch.randn(2, 3, 4).permute(2, 0, 1),
+        "overlapping 1": flat[:25],
+        "overlapping 2": flat[15:],
+        "sliding": torch.arange(10.0).as_strided((4, 3), (2, 1)),
+        "diagonal": torch.randn(5, 5).diagonal(),
+        "scalar view": flat[3],
+        "empty view": flat[4:4],
+        "conj": torch.randn(3, dtype=torch.complex64).conj(),
+        "imag": torch.randn(4, dtype=torch.complex64).conj().imag,
+        "bool": torch.tensor([[True, False], [False, True]]).t(),
+        "bf16": torch.randn(4, 3).bfloat16().t(),
+        "fp8": torch.randn(4, 3).to(torch.float8_e5m2).t(),
+    }
+
+
+def test_every_view(save, converted, agree) -> None:
+    state = views()
+    path = save(state)
+    written = converted(path, "out.safetensors")
+    agree(
+        written,
+        {name: tensor.resolve_conj().resolve_neg().contiguous() for name, tensor in state.items()},
+        ordered=False,
+    )
+    kept = converted(path, "out.pth")
+    agree(kept, state)
+    assert [tensor.stride() for tensor in kept.values()] == [tensor.stride() for tensor in state.values()]
+    assert groups(kept) == groups(state)
+    again = converted("out.safetensors", "back.pth")
+    agree(again, written, ordered=False)
+
+
+def test_what_is_told_of_views(save, convert) -> None:
+    base = torch.randn(6, 8)
+    path = save({"base": base, "t": base.t(), "rows": base[:2]})
+    done = convert(path, "out.safetensors", "--json")
+    document = json.loads(done.out)
+    assert document["gathered"] == ["t"]
+    (finding,) = document["findings"]
+    assert finding["code"] == "written-out"
+    assert finding["message"].startswith("1 tensors were not contiguous and 2 shared a storage")
+
+
+def test_a_small_view_of_a_large_storage(save, convert, converted, agree) -> None:
+    big = torch.randn(1 << 20)
+    other = torch.randn(1 << 18).view(512, 512)
+    state = {"first": big[:10], "near": big[5:20], "far": big[-4:], "rows": other[3:5, 7:9], "whole": torch.ones(9)}
+    path = save(state)
+    done = convert(path, "out.pth", "--json")
+    assert done.code == 0
+    document = json.loads(done.out)
+    (finding,) = document["findings"]
+    assert (finding["code"], finding["severity"]) == ("compacted", "info")
+    assert finding["message"] == "5.24 MB of 2 storages belong to no tensor; they are not in the output"
+    kept = 4 * (20 + 4 + 512 + 2)
+    assert document["compacted"] == {"storages": 2, "nbytes": 4 * ((1 << 20) + (1 << 18)) - kept}
+    assert Path("out.pth").stat().st_size < 10_000
+    written = torch.load("out.pth")
+    agree(written, state)
+    assert groups(written) == {frozenset({"first", "near"})}
+    assert written["near"].data_ptr() - written["first"].data_ptr() == 20
+    agree(converted(path, "out.safetensors"), state, ordered=False)
+    assert Path("out.safetensors").stat().st_size < 10_000
+    again = json.loads(convert("out.pth", "again.pth", "--json").out)
+    assert again["findings"] == []
+
+
+def test_an_optimizer_that_shares_a_storage_keeps_it(save, convert) -> None:
+    """What is viewed beside the weights is not cut away from under it."""
+    big = torch.randn(1000)
+    path = save({"model": {"w": big[:10]}, "ema": {"shadow": big[500:510]}, "note": big._typed_storage()})
+    assert convert(path, "out.pth", "--section", "model").code == 0
+    written: Any = torch.load("out.pth")
+    assert torch.equal(written["ema"]["shadow"], big[500:510])
+    assert written["note"]._untyped_storage.nbytes() == 4000
+
+
+def test_too_many_repetitions_are_refused(save, refused) -> None:
+    path = save({"mask": torch.zeros(1).expand(1_000_000, 1_000_000)})
+    assert "'mask' of shape (1000000, 1000000)" in refused(path, "out.safetensors")
+
+
+def test_in_python(save, tmp_path: Path, agree, tied: dict[str, torch.Tensor]) -> None:
+    ckptkit.convert(save(tied), tmp_path / "out.safetensors", tied="duplicate")
+    agree(load_file(tmp_path / "out.safetensors"), tied, ordered=False)

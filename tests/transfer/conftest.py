@@ -1,0 +1,48 @@
+"""Entries that torch saved, a source of plain bytes, and a folder to write to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from plans import DATA
+
+from ckptkit import formats
+from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import TensorEntry
+
+
+@pytest.fixture
+def entry(save: Callable[..., Path]) -> Iterator[Callable[[torch.Tensor], TensorEntry]]:
+    """The entry of a tensor, after torch has saved it."""
+    files: list[SourceFile] = []
+
+    def make(tensor: torch.Tensor) -> TensorEntry:
+        checkpoint, file = formats.read(save(tensor, f"{len(files)}.pth"))
+        files.append(file)
+        assert isinstance(checkpoint.rest, TensorEntry)
+        return checkpoint.rest
+
+    yield make
+    for file in files:
+        file.close()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[SourceFile]:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "data").write_bytes(DATA)
+    with closing(SourceFile(folder / "data")) as file:
+        yield file
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A destination in a folder of its own."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder / "result.bin"
