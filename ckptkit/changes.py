@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from ckptkit.casting import Losses
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
@@ -17,17 +17,20 @@ __all__ = ["diagnose_casts", "diagnose_layout", "diagnose_losses", "diagnose_ren
 
 
 def diagnose_renames(
-    source: Checkpoint, renames: Mapping[str, str], *, strip: bool, rules: bool = False
+    names: Sequence[str],
+    renames: Mapping[str, str],
+    *,
+    stripped: Collection[str] | None = None,
+    ruled: Collection[str] | None = None,
 ) -> Iterator[Finding]:
     """What renaming came to.
 
     Args:
-        source: the checkpoint before it.
+        names: before it, those that are kept.
         renames: from old name to new, where they differ.
-        strip: whether a prefix was to be stripped.
-        rules: whether there were rules to rename by.
+        stripped: the names that lost a prefix; ``None``: none was to be stripped.
+        ruled: the names that a rule changed; ``None``: there were no rules.
     """
-    names = list(source.state_dict.everything)
     if renames:
         old, new = next(iter(renames.items()))
         yield Finding(
@@ -35,20 +38,20 @@ def diagnose_renames(
             severity="info",
             message=f"{len(renames)} of {len(names)} names changed, as {old!r} to {new!r}",
         )
-    elif rules:
+    if ruled is not None and not ruled:
         yield Finding(
             code="nothing-renamed", severity="warning", message=f"the rules change none of {len(names)} names"
         )
-    if strip and not renames:
+    if stripped is not None and not stripped:
         yield Finding(
             code="nothing-to-strip", severity="info", message=f"none of {len(names)} names carries the prefix"
         )
-    elif strip and not rules and len(renames) < len(names):
-        kept = next(name for name in names if name not in renames)
+    elif stripped is not None and len(stripped) < len(names):
+        kept = next(name for name in names if name not in stripped)
         yield Finding(
             code="mixed-prefix",
             severity="warning",
-            message=f"{len(names) - len(renames)} of {len(names)} names did not carry the prefix, such as {kept!r}",
+            message=f"{len(names) - len(stripped)} of {len(names)} names did not carry the prefix, such as {kept!r}",
         )
 
 

@@ -87,7 +87,7 @@ CODES: dict[str, Explanation] = {
         "torch keeps each module's version in the state_dict's `_metadata` (BatchNorm's decides how "
         "num_batches_tracked is read). The names of the weights were changed without it, so torch takes every module "
         "for an old one.",
-        "Change names with ckptkit convert (--strip-module, --strip-prefix, --rename and the like), which changes both.",
+        "Change names with ckptkit convert (--strip-module, --rename and the like), which changes both.",
     ),
     "device-location": Explanation(
         "storages are tagged with an accelerator",
@@ -224,8 +224,8 @@ CODES: dict[str, Explanation] = {
     # Conversion.
     "left-out": Explanation(
         "parts of the source that the output does not hold",
-        "What stood beside the weights (optimizer, scheduler, epoch, arguments, other objects) and was named to be left "
-        "out, or of a program all but its weights. Training cannot be resumed from the output alone.",
+        "What stood beside the weights (optimizer, scheduler, epoch, arguments) and was named to be left out, or of a "
+        "program all but its weights. Training cannot be resumed from the output alone.",
         "Write a .pth without --weights-only and --leave-out to keep them.",
     ),
     "renamed": Explanation(
@@ -235,8 +235,8 @@ CODES: dict[str, Explanation] = {
     ),
     "nothing-renamed": Explanation(
         "the rules change no name",
-        "No regular expression of --rename or --rename-file matches any name, so names are written as they are. Usually "
-        "the names are others than was thought, or a dot or a prefix is missing from the expression.",
+        "No regular expression of --rename or --rename-file matches any name. Usually the names are others than was "
+        "thought, or a prefix is missing from the expression.",
         "ckptkit inspect FILE --flat lists the names; --dry-run shows what each rule would do.",
     ),
     "nothing-to-strip": Explanation(
@@ -269,8 +269,8 @@ CODES: dict[str, Explanation] = {
     ),
     "compacted": Explanation(
         "bytes that no tensor views were left behind",
-        "torch.save writes whole storages, even where a small slice is all that is kept. The output's storages hold what "
-        "tensors view of them; values, strides and sharing stay.",
+        "torch.save writes whole storages, even where a small slice is all that is kept. The output's storages hold "
+        "what tensors view of them; values, strides and sharing stay.",
         "-",
     ),
     "cast-overflow": Explanation(

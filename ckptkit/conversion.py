@@ -119,8 +119,8 @@ class Conversion:
             result = result.rewrite(LeaveOut(tuple(options.leave_out)))
         if options.include or options.exclude:
             result = result.rewrite(self._select)
-        before = list(result.state_dict.everything)
         kept = result.state_dict.everything
+        self._kept = list(kept)
         self.dropped = [name for name in source.state_dict.everything if name not in kept]
         if options.dtype is not None:
             cast = CastDtype(options.dtype, tuple(options.keep_dtype), rename=rename)
@@ -128,8 +128,8 @@ class Conversion:
                 raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
             result = result.rewrite(cast)
         result = result.rewrite(*renamers)
-        after = list(result.state_dict.everything)
-        self.renames = {old: new for old, new in zip(before, after, strict=True) if old != new}
+        renamed = zip(self._kept, result.state_dict.everything, strict=True)
+        self.renames = {old: new for old, new in renamed if old != new}
         if options.map_location is not None:
             result = result.rewrite(MapLocation(options.map_location))
         if options.tied != "alias":
@@ -143,12 +143,29 @@ class Conversion:
 
     def findings(self, plan: Plan) -> Iterator[Finding]:
         """What can be told before anything is written."""
-        options = self._options
-        strip = options.strip_module or options.strip_prefix is not None
-        yield from diagnose_renames(self.source, self.renames, strip=strip, rules=bool(options.rename))
+        yield from diagnose_renames(
+            self._kept,
+            self.renames,
+            stripped=self._changed_by(StripModule, StripPrefix),
+            ruled=self._changed_by(Rename),
+        )
         yield from diagnose_selection(self.dropped, self._select.unmatched(self.source))
         yield from diagnose_losses(self.source, self.result)
         yield from diagnose_layout(self.result, plan, self._dead)
+
+    def _changed_by(self, *kinds: type[Renamer]) -> set[str] | None:
+        """The names that renamers of these kinds change; ``None``: there is none of them."""
+        renamers = self._options.renamers
+        if not any(isinstance(renamer, kinds) for renamer in renamers):
+            return None
+        changed = set()
+        for name in self._kept:
+            now = name
+            for renamer in renamers:
+                before, now = now, renamer.rename(now)
+                if before != now and isinstance(renamer, kinds):
+                    changed.add(name)
+        return changed
 
     def losses(self, tally: Tally) -> Iterator[Finding]:
         """What casts lost, once it is written."""

@@ -52,10 +52,10 @@ def progress_line(wanted: bool | None, *, quiet: bool) -> Iterator[Callable[[int
 
 
 def _line(done: int, total: int, seconds: float) -> str:
-    """``"  42 %  1.2 GB of 2.9 GB  1.9 GB/s  0:01 left"``."""
+    """``" 42%  1.2 GB of 2.9 GB  1.9 GB/s  0:01 left"``."""
     rate = done / seconds if seconds > 0 else 0.0
-    share = done / total if total else 1.0
-    text = f"{share:4.0%}  {human_size(done)} of {human_size(total)}  {human_size(int(rate))}/s"
+    percent = done * 100 // total if total else 100
+    text = f"{percent:3d}%  {human_size(done)} of {human_size(total)}  {human_size(int(rate))}/s"
     if rate:
         left = int((total - done) / rate + 0.5)
         hours, minutes = divmod(left // 60, 60)

@@ -11,11 +11,13 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, Index, Plan
 from ckptkit.transfer.names import Output, created, exists, overwrite, publish, uninterrupted
 from ckptkit.transfer.steps import Digests, Tally, digested, fill, move, require_unchanged, reserve
+from ckptkit.transfer.workers import Stopped, in_parallel
 
 __all__ = ["write_atomically"]
 
@@ -73,12 +75,12 @@ def write_atomically(
                 files.append(created(each, path, name))
         for file in files:
             reserve(file.fd, file.plan.nbytes)
-        counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2))
+        counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
         digests = Digests(digested(plan), stop)
         with _flushing([file.fd for file in files] if check is not None else []) as written:
-            for file in files:
-                if file.plan.index is None:
-                    move(file.plan, file.fd, tally, counted)
+            # A file system lets one thread write to a file at a time; several files go side by side.
+            moves = (partial(move, file.plan, file.fd, tally, counted) for file in files if file.plan.index is None)
+            in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
             for file in files:
                 if file.plan.index is None:
                     fill(file.plan, file.fd, checksums=check is not None)
@@ -141,13 +143,16 @@ def _index(files: list[Output], plan: Plan, index: Index, digests: Digests) -> b
 class _Counter:
     """Adds up what threads have dealt with."""
 
-    def __init__(self, progress: Progress | None, nbytes: int) -> None:
+    def __init__(self, progress: Progress | None, nbytes: int, stop: threading.Event) -> None:
         self._progress = progress
         self._nbytes = nbytes
+        self._stop = stop
         self._done = 0
         self._lock = threading.Lock()
 
     def __call__(self, nbytes: int) -> None:
+        if self._stop.is_set():
+            raise Stopped
         if self._progress is not None:
             with self._lock:
                 self._done = min(self._done + nbytes, self._nbytes)

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 
-__all__ = ["MANY_NBYTES", "Background", "buffer", "in_parallel"]
+__all__ = ["MANY_NBYTES", "Background", "Stopped", "buffer", "in_parallel"]
 
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""
@@ -17,12 +17,17 @@ _MAX_WORKERS = 4
 """More than a few only wait for memory."""
 
 
-def in_parallel(tasks: Iterable[Callable[[], object]], *, nbytes: int) -> None:
+class Stopped(Exception):  # noqa: N818 - not an error: another thread has one
+    """Raised in a task that is no longer wanted."""
+
+
+def in_parallel(tasks: Iterable[Callable[[], object]], *, nbytes: int, stop: threading.Event | None = None) -> None:
     """Call every task once, several at a time where there is much to do; the order is not kept.
 
     Args:
         tasks: taken one after the other as threads come free.
         nbytes: how much they go through in all.
+        stop: set when one fails or is interrupted; the others may look at it, and raise `Stopped`.
 
     Raises:
         BaseException: what a task raised first, or an interrupt; no further task is begun.
@@ -32,24 +37,33 @@ def in_parallel(tasks: Iterable[Callable[[], object]], *, nbytes: int) -> None:
         for task in tasks:
             task()
         return
-    remaining, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+    remaining, lock, failures = iter(tasks), threading.Lock(), list[BaseException]()
+    halt = stop or threading.Event()
 
     def work() -> None:
-        while not stop.is_set():
-            with lock:
-                task = next(remaining, None)
-            if task is None:
-                return
-            task()
+        try:
+            while not halt.is_set():
+                with lock:
+                    task = next(remaining, None)
+                if task is None:
+                    return
+                task()
+        except BaseException as error:
+            failures.append(error)
+            raise
 
-    threads = [Background(work, stop) for _ in range(workers)]
+    threads = [Background(work, halt) for _ in range(workers)]
     try:
         for thread in threads:
-            thread.wait()
-    finally:
-        stop.set()
+            while thread.is_alive():
+                thread.join(0.2)  # an interrupt is heard meanwhile
+    except BaseException:
+        halt.set()
         for thread in threads:
             thread.join()
+        raise
+    if failures:
+        raise failures[0]
 
 
 def buffer(name: str, nbytes: int) -> memoryview:

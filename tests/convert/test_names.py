@@ -162,6 +162,9 @@ def test_what_is_told(save, convert) -> None:
     assert codes("--strip-prefix", "zzz") == ["nothing-to-strip"]
     assert codes("--rename", "zzz=>y") == ["nothing-renamed"]
     assert codes("--rename", "^b=>c") == ["renamed"]
+    assert codes("--strip-module", "--rename", "^zzz=>c") == ["renamed", "nothing-renamed", "mixed-prefix"]
+    assert codes("--strip-prefix", "x", "--add-module") == ["renamed", "nothing-to-strip"]
+    assert codes("--strip-module", "--exclude", "b") == ["renamed", "dropped"]
     assert codes("--add-module") == ["renamed"]
 
 

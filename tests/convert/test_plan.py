@@ -156,7 +156,8 @@ def test_the_container(save, convert, agree, name: str, to: str | None, is_zip: 
     state = {"w": torch.arange(3.0)}
     done = convert(save(state), name, *(["--to", to] if to else []))
     assert done.code == 0, done.err
-    agree(torch.load(name) if is_zip else load_file(name), state)
+    with open(name, "rb") as file:  # torch.load goes by endings, too
+        agree(torch.load(file) if is_zip else load_file(name), state)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_the_container(save, convert, agree, name: str, to: str | None, is_zip: 
         (["out.pth", "--to", "onnx"], "no container 'onnx'; one of: torch-zip, safetensors"),
         (["folder.pth"], "folder.pth: "),
         (["nowhere/out.pth"], "nowhere/out.pth: cannot be written: No such file or directory"),
-        (["out.pth", "--bogus"], "No such option: --bogus"),
+        (["out.pth", "--bogus"], "No such option"),
         ([], "Missing argument 'DST'"),
     ],
 )
@@ -220,10 +221,9 @@ def test_no_check_moves_the_same_bytes(source: Path, convert, agree) -> None:
 
 def test_no_check_notices_no_damage(source: Path, convert, refused) -> None:
     data = bytearray(source.read_bytes())
-    at = data.index(torch.ones(2, 2).numpy().tobytes())
-    data[at] ^= 1
+    data[data.index(torch.arange(24.0).numpy().tobytes())] ^= 1
     source.write_bytes(data)
-    assert "module.head.weight" in refused(source, "out.pth")
+    assert "module.w: the bytes have CRC-32" in refused(source, "out.pth")
     assert convert(source, "out.pth", "--no-check").code == 0
     assert "the source is damaged" in refused("out.pth", "again.pth")
 

@@ -58,9 +58,7 @@ def by_hand(
         dropped = [n for n in state if (include and not matches(n, include)) or matches(n, exclude)]
         if len(dropped) == len(state):
             raise Refused("nothing is left")
-        if "optimizer" in tree and any(
-            state[name].dtype.is_floating_point or state[name].is_complex() for name in dropped
-        ):
+        if "optimizer" in tree and not all(_counts(state[name]) for name in dropped):
             raise Refused("the optimizer goes by the position of parameters")
         for name in dropped:
             del state[name]
@@ -80,6 +78,12 @@ def by_hand(
 
 def _state_dict(tree: Any) -> dict[str, torch.Tensor]:
     return tree["state_dict"] if "state_dict" in tree and isinstance(tree["state_dict"], dict) else tree
+
+
+def _counts(tensor: torch.Tensor) -> bool:
+    """Whether it is of a dtype that no parameter has."""
+    whole = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64)
+    return tensor.dtype in (*whole, torch.bool)
 
 
 # Names.

@@ -12,12 +12,13 @@ import torch
 from by_hand import Refused, by_hand
 from generated_tensors import LOCATIONS, MANY, SEGMENTS, SOME, WRAPPERS, resumes, state_dicts, tagged, tensors_of
 from hypothesis import HealthCheck, event, given, settings
-from torch_oracle import Loaded, Same, check_compacted, convert, load, save, snapshot
+from torch_oracle import Loaded, Same, check_compacted, convert, load, save, snapshot, through
 
 import ckptkit
 from ckptkit.casting import CAST_TARGETS
 from ckptkit.conversion import Conversion, Options
 from ckptkit.errors import RewriteError
+from ckptkit.rewrite import MapLocation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")
 
@@ -136,6 +137,22 @@ def test_options_together(folder: Path, data: st.DataObject, tree: dict[Any, Any
     options = data.draw(chosen(tree))
     result = check_converted(folder, source, options)
     event(f"refused: {result is None}")
+
+
+@SOME
+@given(data=st.data(), tree=resumes(), new=LOCATIONS)
+def test_map_location_changes_tags_alone(folder: Path, data: st.DataObject, tree: dict[Any, Any], new: str) -> None:
+    source = saved(folder, data, tree)
+    expected = load(source)
+    mapping = data.draw(st.dictionaries(LOCATIONS, LOCATIONS))
+    for given_map, wanted in (
+        (new, [new] * len(expected.tags)),
+        (mapping, [mapping.get(tag, tag) for tag in expected.tags]),
+        (lambda storage, tag: {"mps": new}.get(tag), [new if tag == "mps" else tag for tag in expected.tags]),
+    ):
+        found = load(through(source, folder / "result.pth", MapLocation(given_map)))
+        Same()(expected.tree, found.tree)
+        assert found.tags == wanted
 
 
 @SOME

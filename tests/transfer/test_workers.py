@@ -74,16 +74,16 @@ def test_tasks_that_cannot_be_made(threads: int) -> None:
 
 def test_an_interrupt_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    real = workers.Background.wait
+    real = workers.Background.join
     begun: list[int] = []
 
-    def interrupted(thread: workers.Background) -> None:
+    def interrupted(thread: workers.Background, timeout: float | None = None) -> None:
         while not begun:
             time.sleep(0.001)
-        monkeypatch.setattr(workers.Background, "wait", real)
+        monkeypatch.setattr(workers.Background, "join", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workers.Background, "wait", interrupted)
+    monkeypatch.setattr(workers.Background, "join", interrupted)
 
     def task(number: int) -> None:
         begun.append(number)

@@ -1,0 +1,79 @@
+"""Runs conversions that are sent a signal at a certain moment: in the middle of the n-th call of the system.
+
+    python killed.py
+
+Reads jobs from stdin, one JSON object a line, and answers each with the exit status of the process
+that carried it out, as `os.waitstatus_to_exitcode` gives it: ``{"status": -9, "calls": 17}``.
+
+A job: ``arguments`` of the command line; ``at``: before which call the process sends itself
+``signal``; ``links``: whether the file system has hard links.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import ckptkit.compare
+import ckptkit.conversion
+import ckptkit.job  # noqa: F401 - what is imported now is not imported by every child
+from ckptkit.cli import convert, main
+
+CALLS = ("copy_file_range", "fsync", "ftruncate", "link", "open", "posix_fallocate", "pwrite", "replace", "unlink")
+"""What changes files.  `open` counts where it makes one."""
+
+
+def counted(name: str, calls: Any, report: int, job: dict[str, Any]) -> Callable[..., Any]:
+    real = getattr(os, name)
+
+    def call(*given: Any, **more: Any) -> Any:
+        if name != "open" or given[1] & os.O_CREAT:
+            os.write(report, b".")
+            if next(calls) == job["at"]:
+                os.kill(os.getpid(), job["signal"])
+        if name == "fsync":  # no power fails here
+            return None
+        if name == "link" and not job["links"]:
+            raise PermissionError(1, "Operation not permitted")
+        return real(*given, **more)
+
+    return call
+
+
+def carry_out(job: dict[str, Any], report: int) -> int:
+    calls = count()
+    for name in CALLS:
+        setattr(os, name, counted(name, calls, report, job))
+    try:
+        main(job["arguments"])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    assert convert.command
+    for line in sys.stdin:
+        job = json.loads(line)
+        seen, report = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            status = 70
+            try:
+                status = carry_out(job, report)
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        os.close(report)
+        calls = 0
+        while part := os.read(seen, 4096):
+            calls += len(part)
+        os.close(seen)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps({"status": status, "calls": calls}), flush=True)

@@ -1,0 +1,182 @@
+"""Real signals to real processes, at every moment: the old file, or the complete new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plans import ASKED, INDEX, NEW, OLD, SHARD_SIZES, files_of, held, posix_only
+
+import ckptkit
+from ckptkit.errors import FormatError
+
+pytestmark = posix_only
+
+ROOT = Path(ckptkit.__file__).parents[1]
+
+Send = Callable[..., dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def send() -> Iterator[Send]:
+    """``send(arguments=[...], at=7, signal=9, links=True)``: to `killed.py`; returns its answer."""
+    command = [sys.executable, Path(__file__).with_name("killed.py")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        pipe, answers = process.stdin, process.stdout
+
+        def job(**what: Any) -> dict[str, int]:
+            pipe.write(json.dumps(what) + "\n")
+            pipe.flush()
+            return json.loads(answers.readline())
+
+        yield job
+        pipe.close()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    torch.save(OLD, folder / "old.pth")
+    torch.save(NEW, folder / "new.pth")
+    return {"old": folder / "old.pth", "new": folder / "new.pth"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def put(folder: Path, there: dict[str, bytes]) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    for name, content in there.items():
+        (folder / name).write_bytes(content)
+
+
+# From so many files to so many; none before, 1 without shards; and whether there are hard links.
+JOBS = [(0, 1, True), (1, 1, True), (0, 1, False), (0, 3, True), (1, 3, True), (2, 3, True), (3, 3, True),
+        (3, 3, False), (3, 2, False)]  # fmt: skip
+
+
+def converted(sources: dict[str, Path], folder: Path, before: int, after: int) -> tuple[list[str], dict[str, bytes]]:
+    """The arguments that make ``after`` files of the new state, where ``before`` files of the old one are put."""
+    if before:
+        ckptkit.convert(sources["old"], folder / ASKED, max_shard_size=SHARD_SIZES[before], check=False)
+    size = SHARD_SIZES[after]
+    arguments = ["convert", "-q", str(sources["new"]), str(folder / ASKED)]
+    arguments += [] if size is None else ["--max-shard-size", str(size)]
+    return arguments + ["--force"] * bool(before), contents(folder)
+
+
+@pytest.mark.parametrize(("before", "after", "links"), JOBS)
+def test_killed_at_any_moment(
+    send: Send, sources: dict[str, Path], out: Path, before: int, after: int, links: bool
+) -> None:
+    folder = out.parent
+    arguments, there = converted(sources, folder, before, after)
+    was = "old" if before else "nothing"
+    outcomes: set[str] = set()
+    for at in range(1000):
+        put(folder, there)
+        answer = send(arguments=arguments, at=at, signal=signal.SIGKILL, links=links)
+        now = contents(folder)
+        whole = {name: content for name, content in now.items() if not name.startswith(".")}
+        if whole == there:
+            outcomes.add(was)
+        else:
+            try:
+                outcomes.add(held(folder))
+            except FormatError:  # shards that are not there, or one too few; never a mix that loads
+                assert not links
+                outcomes.add("refused")
+        if answer["status"] == 0:
+            break
+        assert answer["status"] == -signal.SIGKILL
+        if at % 5 == 0:  # what a killed run leaves is no hindrance to the next one
+            again = [each for each in arguments if each != "--force"] + ["--force", "--no-check"]
+            assert send(arguments=again, at=-1, signal=0, links=links)["status"] == 0
+            assert held(folder) == "new"
+    assert sorted(now) == files_of(after)
+    assert {was, "new"} <= outcomes <= {was, "new"} | (set() if links else {"refused"})
+
+
+@pytest.mark.parametrize(("before", "after", "links"), JOBS)
+def test_interrupted_at_any_moment_nothing_is_left(
+    send: Send, sources: dict[str, Path], out: Path, before: int, after: int, links: bool
+) -> None:
+    folder = out.parent
+    arguments, there = converted(sources, folder, before, after)
+    stale = set(files_of(before)) - set(files_of(after)) if before else set()
+    for at in range(1000):
+        number, expected = (signal.SIGINT, 2) if at % 2 else (signal.SIGTERM, 143)
+        if contents(folder) != there:
+            put(folder, there)
+        answer = send(arguments=arguments, at=at, signal=number, links=links)
+        now = contents(folder)
+        if answer["calls"] <= at:
+            break
+        assert answer["status"] == expected
+        if now != there:
+            assert set(now) - stale == set(files_of(after))
+            assert held(folder) == "new"
+    assert answer["status"] == 0
+    assert at > 5
+
+
+LARGE = 3_000_000
+"""Values of each of 4 tensors."""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "large.pth"
+    torch.save({f"layer{number}": torch.full((LARGE,), float(number)).view(1000, -1).t() for number in range(4)}, path)
+    return path
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype", "float64"], ["--max-shard-size", "13MB"]])
+def test_at_random_times(large: Path, out: Path, options: list[str]) -> None:
+    folder = out.parent
+    command = [sys.executable, "-m", "ckptkit", "convert", "-q", large, folder / ASKED, "--force", *options]
+    dice = random.Random(str(options))
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / ASKED).write_bytes(b"old")
+        with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE) as process:
+            time.sleep(dice.uniform(0.05, 0.7))
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        hidden = {path.name for path in folder.iterdir()} - shown
+        if process.returncode == 0:
+            assert not hidden
+        elif number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:
+            assert not hidden, errors  # before it has started, Python itself ends without our help
+        index = folder / INDEX
+        if index.exists() or (folder / ASKED).stat().st_size > 3:
+            with ckptkit.open(index if index.exists() else folder / ASKED) as file:
+                assert {name: entry.shape for name, entry in file.state_dict.items()} == {
+                    f"layer{each}": (LARGE // 1000, 1000) for each in range(4)
+                }
+            state = ckptkit.load_state_dict(index if index.exists() else folder / ASKED)
+            assert all(bool((state[f"layer{each}"] == each).all()) for each in range(4))
+        else:
+            assert (folder / ASKED).read_bytes() == b"old"
+            assert process.returncode != 0
