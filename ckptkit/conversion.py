@@ -57,6 +57,15 @@ class Options:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("rename", "include", "exclude", "leave_out", "keep_dtype"):
+            given = getattr(self, name)  # a single one is often meant
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        metadata: Mapping[Any, Any] = self.metadata
+        for key, value in metadata.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise RewriteError(
+                    f"metadata {key!r:.100}: {value!r:.100} is no text; metadata maps strings to strings"
+                )
         if self.keep_dtype and self.dtype is None:
             raise RewriteError("--keep-dtype exempts from --dtype, which is not given")
 
@@ -113,10 +122,10 @@ class Conversion:
         self._select = Select(tuple(options.include), tuple(options.exclude), rename=rename)
         result = source
         # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
+        if options.leave_out:
+            result = result.rewrite(LeaveOut(tuple(options.leave_out)))
         if options.weights_only:
             result = result.rewrite(WeightsOnly())
-        elif options.leave_out:
-            result = result.rewrite(LeaveOut(tuple(options.leave_out)))
         if options.include or options.exclude:
             result = result.rewrite(self._select)
         kept = result.state_dict.everything

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import DestinationExistsError
+from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.formats.sharded import shard_names
 from ckptkit.plan import Plan
 from ckptkit.receipt import Tokens, with_digests, with_receipt
@@ -67,6 +67,8 @@ class Job:
             RewriteError: the container cannot hold the checkpoint.
         """
         size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+        if size is not None and size < 1:
+            raise RewriteError(f"files of at most {size:,} bytes are none; give a size such as 5GB")
         tokens = Tokens()
         if receipt:
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)

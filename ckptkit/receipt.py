@@ -64,7 +64,7 @@ def with_receipt(checkpoint: Checkpoint, file: SourceFile, version: str, tokens:
             {name: tokens.of(part) for name, part in sorted(named.items())} if shards else tokens.of(file)
         )
     receipt["operations"] = list(checkpoint.operations)
-    text = json.dumps([*earlier(checkpoint.metadata), receipt], ensure_ascii=False)
+    text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them
     return checkpoint.replace(metadata={**checkpoint.metadata, KEY: text})
 
 

@@ -1,4 +1,4 @@
-"""Real checkpoints of other people: all of them open, and hold what torch says they hold.
+"""Real checkpoints of other people: all of them open, hold what torch says they hold, and convert.
 
 The files are not part of this project.  Where a folder of checkpoints is at hand, name it:
 
@@ -106,11 +106,18 @@ def content(tensor: torch.Tensor) -> tuple[object, ...]:
 def expected(path: Path, container: str) -> Iterator[torch.Tensor]:
     if container == "safetensors":
         return iter(load_file(path).values())
+    if container == "torchscript":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return iter(torch.jit.load(path, map_location="cpu").state_dict().values())
+    return reached(loaded(path))
+
+
+def loaded(path: Path) -> Any:
+    """What torch loads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sources that changed, of classes that are old
-        if container == "torchscript":
-            return iter(torch.jit.load(path, map_location="cpu").state_dict().values())
-        return reached(torch.load(path, map_location="cpu", weights_only=False, pickle_module=STUBBED))
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=STUBBED)
 
 
 @files
@@ -136,3 +143,71 @@ def test_holds_what_torch_loads(path: Path) -> None:
     there = Counter(content(tensor) for tensor in expected(path, file.format))
     # torch before 0.2 stored gradients along; torch today passes them over.
     assert set(there) <= set(here) if file.format == "torch-tar" else set(there) == set(here)
+
+
+def weights(path: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """The sections that hold weights, with what they hold."""
+    with ckptkit.open(path) as file:
+        # A frozen program has a model without tensors.
+        sections = [section.path for section in file.sections if section.is_weights and section.tensors]
+    for section in sections:
+        yield section, ckptkit.load_state_dict(path, section=section, map_location="cpu")
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if content(found[name]) != content(wanted[name])] == []
+
+
+@files
+def test_converts_to_pth(path: Path, tmp_path: Path) -> None:
+    result = tmp_path / "result.pth"
+    ckptkit.convert(path, result, map_location="cpu")
+    with ckptkit.open(path) as file:
+        is_program = file.format == "torchscript"
+        roots = [list(file.state_dict.everything.values()), None if is_program else file.rest]
+        entries = [node for node in walk(roots) if isinstance(node, TensorEntry)]
+        held = tensors({str(number): entry for number, entry in enumerate(entries)}, map_location="cpu")
+        wanted = Counter(content(tensor) for tensor in held.values())
+        trusted, old = file.trust == "safe", file.format == "torch-tar"
+    found = Counter(content(tensor) for tensor in reached(loaded(result)))
+    assert found <= wanted if old else found == wanted  # a model's state_dict has no gradients
+    if trusted:
+        torch.load(result, weights_only=True)  # and no map_location
+    # Once more, and nothing changes.
+    again = tmp_path / "again.pth"
+    ckptkit.convert(result, again, receipt=False)
+    ckptkit.convert(again, result, receipt=False, force=True)
+    assert result.read_bytes() == again.read_bytes()
+
+
+@files
+def test_converts_to_safetensors_and_shards(path: Path, tmp_path: Path) -> None:
+    for number, (section, wanted) in enumerate(weights(path)):
+        options: dict[str, Any] = {"section": section, "weights_only": True}
+        single = tmp_path / f"{number}.safetensors"
+        ckptkit.convert(path, single, **options)
+        assert_same(ckptkit.load_state_dict(single), wanted)
+        library = load_file(single)
+        assert_same(library, {name: wanted[name] for name in library})
+        for ending in (".safetensors", ".pth"):
+            report = ckptkit.convert(path, tmp_path / f"{number}-in-parts{ending}", max_shard_size="1MB", **options)
+            index = Path(report.details["destination"])
+            sizes = [shard["nbytes"] for shard in report.details["plan"]["shards"]]
+            largest = max(tensor.numel() * tensor.element_size() for tensor in wanted.values())
+            assert all(nbytes <= max(10**6, largest + 10**4) for nbytes in sizes)
+            back = ckptkit.load_state_dict(index, map_location="cpu")
+            assert_same(back, wanted)
+            assert list(back) == list(wanted) or not sizes
+            ckptkit.convert(index, tmp_path / f"{number}-merged.pth", force=True)
+            assert_same(ckptkit.load_state_dict(tmp_path / f"{number}-merged.pth", map_location="cpu"), wanted)
+
+
+@files
+def test_casts_as_torch_does(path: Path, tmp_path: Path) -> None:
+    for number, (section, wanted) in enumerate(weights(path)):
+        cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in wanted.items()}
+        for ending in (".safetensors", ".pth"):
+            result = tmp_path / f"{number}{ending}"
+            ckptkit.convert(path, result, section=section, weights_only=True, dtype="bfloat16", map_location="cpu")
+            assert_same(ckptkit.load_state_dict(result), cast)

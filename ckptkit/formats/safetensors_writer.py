@@ -10,8 +10,9 @@ from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import RewriteError
 from ckptkit.formats.holdable import require_holdable, require_writable_size
-from ckptkit.formats.module_versions import VERSIONS, versions_text
+from ckptkit.formats.module_versions import VERSIONS, versions_from, versions_text
 from ckptkit.formats.safetensors_header import METADATA, NAME
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Gather, Literal, Plan, Step, moved
 
 __all__ = ["write"]
@@ -31,7 +32,10 @@ def write(checkpoint: Checkpoint) -> Plan:
     if METADATA in state_dict:
         raise RewriteError(f"a tensor cannot be named {METADATA!r} in safetensors; rename it, or write a .pth")
     metadata = {"format": "pt", **checkpoint.metadata}
-    if (versions := versions_text(state_dict)) is not None and VERSIONS not in metadata:
+    versions = versions_text(state_dict)
+    if VERSIONS in metadata and (versions or versions_from(metadata[VERSIONS], DEFAULT_LIMITS)) is not None:
+        raise RewriteError(f"metadata {VERSIONS!r} is where module versions stand; leave it out, or write a .pth")
+    if versions is not None:
         metadata[VERSIONS] = versions
     aliases = _aliases(state_dict, metadata)
     for key, value in metadata.items():

@@ -23,7 +23,7 @@ def written_tree(checkpoint: Checkpoint) -> object:
     """What is written of a checkpoint: its tree, or of a program its state_dict alone.
 
     Raises:
-        RewriteError: it is a program, and none of its sections was selected.
+        RewriteError: it is a program, and none of its sections was selected, or it has no weights.
     """
     if checkpoint.origin.format not in PROGRAMS:
         return checkpoint.rest
@@ -31,6 +31,11 @@ def written_tree(checkpoint: Checkpoint) -> object:
         raise RewriteError(
             f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, "
             "and none are selected; name the section with --section"
+        )
+    if not checkpoint.state_dict.everything:
+        raise RewriteError(
+            f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, and it "
+            "has none under names, as programs have that were frozen"
         )
     return STATE_DICT
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import signal
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ckptkit.errors import DestinationExistsError, FileAccessError
 from ckptkit.plan import Plan
 from ckptkit.transfer.steps import UNAVAILABLE, write_at
+from ckptkit.transfer.workers import uninterrupted
 
-__all__ = ["Output", "created", "exists", "overwrite", "publish", "uninterrupted"]
+__all__ = ["Output", "created", "exists", "overwrite", "publish"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -210,31 +208,6 @@ def _rename(file: Output, *, force: bool) -> None:
         if os.path.lexists(file.path):
             raise exists(file.shown) from None
         os.replace(file.temporary, file.path)
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are heard when the block is done: a few calls, which take milliseconds.
-
-    To mask them would not do: a mask is that of one thread, and Python hears what any thread is sent.
-    """
-    if threading.current_thread() is not threading.main_thread():  # handlers run in that one alone
-        yield
-        return
-    came: list[int] = []
-
-    def hear() -> None:
-        for number in came:
-            signal.raise_signal(number)
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(hear)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(number)
-            if handler is not None and handler != signal.SIG_IGN:
-                stack.callback(signal.signal, number, handler)
-                signal.signal(number, lambda number, _: came.append(number))
-        yield
 
 
 def _flush_folder(path: str) -> None:

@@ -15,9 +15,9 @@ from functools import partial
 
 from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, Index, Plan
-from ckptkit.transfer.names import Output, created, exists, overwrite, publish, uninterrupted
+from ckptkit.transfer.names import Output, created, exists, overwrite, publish
 from ckptkit.transfer.steps import Digests, Tally, digested, fill, move, require_unchanged, reserve
-from ckptkit.transfer.workers import Stopped, in_parallel
+from ckptkit.transfer.workers import Stopped, in_parallel, uninterrupted
 
 __all__ = ["write_atomically"]
 
@@ -76,7 +76,8 @@ def write_atomically(
         for file in files:
             reserve(file.fd, file.plan.nbytes)
         counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
-        digests = Digests(digested(plan), stop)
+        with uninterrupted():
+            digests = Digests(digested(plan), stop)
         with _flushing([file.fd for file in files] if check is not None else []) as written:
             # A file system lets one thread write to a file at a time; several files go side by side.
             moves = (partial(move, file.plan, file.fd, tally, counted) for file in files if file.plan.index is None)
@@ -190,14 +191,16 @@ def _flushing(fds: list[int]) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     flusher = threading.Thread(target=flush)
-    flusher.start()
     try:
+        with uninterrupted():
+            flusher.start()
         yield written.set
     except BaseException:
         wanted.clear()
         raise
     finally:
         written.set()
-        flusher.join()
+        if flusher.ident is not None:  # it was started
+            flusher.join()
     if failures:
         raise failures[0]

@@ -89,7 +89,8 @@ class Digests:
         self._files = {id(file): file for file in files}
         self._found: dict[int, bytes] = {}
         self._stop = stop
-        self._thread = Background(self._hash, stop) if self._files else None
+        # That it failed stops nothing else: it is raised where a digest is asked for.
+        self._thread = Background(self._hash, threading.Event()) if self._files else None
 
     def _hash(self) -> None:
         import hashlib

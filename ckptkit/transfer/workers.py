@@ -1,12 +1,14 @@
-"""Threads for what runs outside the interpreter lock: reading, writing, checksums, conversions."""
+"""Threads for what runs outside the interpreter lock: reading, writing, checksums, conversions; and interrupts."""
 
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
-__all__ = ["MANY_NBYTES", "Background", "Stopped", "buffer", "in_parallel"]
+__all__ = ["MANY_NBYTES", "Background", "Stopped", "buffer", "in_parallel", "uninterrupted"]
 
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""
@@ -52,8 +54,10 @@ def in_parallel(tasks: Iterable[Callable[[], object]], *, nbytes: int, stop: thr
             failures.append(error)
             raise
 
-    threads = [Background(work, halt) for _ in range(workers)]
+    threads: list[Background] = []
     try:
+        with uninterrupted():  # no thread without a record of it
+            threads += [Background(work, halt) for _ in range(workers)]
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)  # an interrupt is heard meanwhile
@@ -106,3 +110,28 @@ class Background(threading.Thread):
             self.join(0.2)
         if self._failure is not None:
             raise self._failure
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are heard when the block is done: a few calls, which take milliseconds.
+
+    To mask them would not do: a mask is that of one thread, and Python hears what any thread is sent.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers run in that one alone
+        yield
+        return
+    came: list[int] = []
+
+    def hear() -> None:
+        for number in came:
+            signal.raise_signal(number)
+
+    with ExitStack() as stack:
+        stack.callback(hear)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is not None and handler != signal.SIG_IGN:
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda number, _: came.append(number))
+        yield

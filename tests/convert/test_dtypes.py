@@ -40,6 +40,8 @@ def state() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_as_torch_casts(save, converted, agree, state: dict[str, torch.Tensor], dtype: str) -> None:
+    if dtype == "float8_e4m3fn":  # what is past its range older versions of torch make NaN
+        state["hard"].clamp_(-448, 448)
     path = save(state)
     expected = cast(state, dtype)
     agree(converted(path, "out.pth", "--dtype", dtype), expected)

@@ -81,6 +81,7 @@ def test_wrappers_peel_in_any_order(save, converted, agree, model: Inner, wrappe
     nn.DataParallel(model).load_state_dict(rewrapped)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about what it imports to compile
 def test_real_wrappers(save, converted, tmp_path: Path, model: Inner) -> None:
     """torch.compile of a part puts `_orig_mod` in the middle of names; the versions of modules follow."""
     expected = model.state_dict()

@@ -159,3 +159,13 @@ def test_casts_and_names_of_old_containers(tmp_path: Path, converted, agree) -> 
 def test_in_python(tmp_path: Path, agree) -> None:
     ckptkit.convert(FIXTURES / "scripted.pt", tmp_path / "out.pth")
     agree(torch.load(tmp_path / "out.pth"), scripted())
+
+
+def test_a_frozen_program_has_nothing_to_write(tmp_path: Path, refused) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2)).eval())).save(str(tmp_path / "frozen.pt"))
+    for options in ([], ["--weights-only"], ["--dry-run"]):
+        for name in ("out.pth", "out.safetensors"):
+            line = refused("frozen.pt", name, *options)
+            assert "it has none under names, as programs have that were frozen" in line or "no state_dict" in line

@@ -108,7 +108,9 @@ def test_weights_inside_objects(
     assert type(written) is type(make())
     with opened(tmp_path / "out.pth", section=path) as checkpoint:
         same_weights(checkpoint.state_dict, SD)
-    ckptkit.convert(saved, tmp_path / "out.safetensors")
+    ckptkit.convert(saved, tmp_path / "out.safetensors", weights_only=True)
+    with opened(tmp_path / "out.safetensors") as checkpoint:
+        same_weights(checkpoint.state_dict, SD)
 
 
 def test_an_optimizer_inside_an_object_is_one(save: Save, opened: Opened) -> None:

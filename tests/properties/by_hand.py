@@ -41,11 +41,11 @@ def by_hand(
     """
     hand = _Hand(loaded)
     tree = hand.copied(loaded.tree)
-    if weights_only:
-        tree = _state_dict(tree)
     for key in leave_out:
         (place,) = [known for known in tree if str(known) == key]
         del tree[place]
+    if weights_only:
+        tree = _state_dict(tree)
     state = _state_dict(tree)
     renamers = _renamers(strip_module, add_module, strip_prefix, add_prefix, rename)
 

@@ -11,7 +11,7 @@ from unittest import mock
 import hypothesis.strategies as st
 import torch
 from generated_tensors import KEYS, MANY, SEGMENTS, SOME, WRAPPERS
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from torch import nn
 from torch_oracle import Same, convert, load, save
 
@@ -230,7 +230,7 @@ def test_wrapped_modules(folder: Path, module: nn.Module, wrappers: list[type[nn
     check_same_state(converted(folder, inner, ending, strip_module=True), plain.state_dict())
 
 
-@SOME
+@settings(SOME, max_examples=30)
 @given(module=MODULES, below=MODULES, ending=ENDINGS)
 def test_moved_modules(folder: Path, module: nn.Module, below: nn.Module, ending: str) -> None:
     assume(module.state_dict() and below.state_dict())

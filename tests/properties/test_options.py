@@ -63,7 +63,7 @@ def chosen(draw: st.DrawFn, tree: dict[Any, Any]) -> dict[str, Any]:
     beside = [str(key) for key in tree if key != "state_dict"] if "state_dict" in tree else []
     if draw(st.booleans()):
         options["weights_only"] = True
-    elif beside and draw(st.booleans()):
+    if beside and draw(st.booleans()):
         options["leave_out"] = draw(st.lists(st.sampled_from(beside), min_size=1, max_size=2, unique=True))
     return options
 
@@ -224,3 +224,31 @@ def test_the_same_options_give_the_same_bytes(folder: Path, data: st.DataObject,
         return
     twice = convert(after, folder / "more.pth", **again, receipt=False)
     assert twice.read_bytes() == after.read_bytes()
+
+
+@SOME
+@given(
+    data=st.data(), tree=TREES, ending=st.sampled_from([".pth", ".safetensors"]), size=st.none() | st.integers(1, 9000)
+)
+def test_in_one_go_or_one_after_another(
+    folder: Path, data: st.DataObject, tree: dict[Any, Any], ending: str, size: int | None
+) -> None:
+    source = saved(folder, data, tree)
+    options = data.draw(chosen(tree)) | {"weights_only": True, "receipt": False}
+    container = {"max_shard_size": size, "receipt": False}
+    try:
+        first = convert(source, folder / "first.pth", **options)
+        then = convert(first, folder / f"output{ending}", **container)
+    except RewriteError:
+        with pytest.raises(RewriteError):
+            convert(source, folder / f"output{ending}", **options | container)
+        return
+    expected = written(then)
+    assert written(convert(source, folder / f"output{ending}", **options | container)) == expected
+    event(f"files: {len(expected)}")
+
+
+def written(path: Path) -> dict[str, bytes]:
+    """A file, or an index and its shards."""
+    shards = path.parent.glob(path.name.partition(".")[0] + "-*") if path.suffix == ".json" else ()
+    return {part.name: part.read_bytes() for part in (path, *shards)}

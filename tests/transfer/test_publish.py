@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +22,7 @@ from plans import DATA, only, plan_of, posix_only, some_plan, some_result, unava
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, DestinationExistsError, FileAccessError
-from ckptkit.plan import Copy, Gather
+from ckptkit.plan import Copy, Digest, Gather, Literal
 from ckptkit.transfer import steps
 
 Entry = Callable[[torch.Tensor], TensorEntry]
@@ -347,3 +348,28 @@ def test_interrupted_between_two_copies(source: SourceFile, out: Path) -> None:
     assert steps._ONE_CALL <= 64 << 20
     with pytest.raises(KeyboardInterrupt):
         write(out, some_plan(source), progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
+@posix_only
+def test_interrupted_twice_nothing_is_left(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.unlink
+
+    def interrupt(*_: object) -> None:
+        monkeypatch.setattr(os, "unlink", lambda path: (os.kill(os.getpid(), signal.SIGINT), real(path)))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(out, some_plan(source), progress=interrupt)
+    assert only(out) == []
+
+
+def test_a_digest_that_fails_while_bytes_are_moved(source: SourceFile, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "hashed").write_bytes(bytes(1000))
+    with closing(SourceFile(tmp_path / "hashed")) as hashed:
+        os.truncate(hashed.path, 10)
+        copies = [Copy(64 + 100 * number, ByteRange(source, 0, 100)) for number in range(20)]
+        plan = plan_of(Literal(0, bytes(64)), *copies, Digest(0, hashed))
+        with pytest.raises(CorruptError, match="became shorter while it was read") as caught:
+            write(out, plan, progress=lambda *_: time.sleep(0.005))
+        assert caught.value.path == hashed.path
+    assert only(out) == []
