@@ -161,11 +161,22 @@ def test_in_python(tmp_path: Path, agree) -> None:
     agree(torch.load(tmp_path / "out.pth"), scripted())
 
 
-def test_a_frozen_program_has_nothing_to_write(tmp_path: Path, refused) -> None:
+def test_a_program_without_weights_has_nothing_to_write(tmp_path: Path, refused) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2)).eval())).save(str(tmp_path / "frozen.pt"))
-    for options in ([], ["--weights-only"], ["--dry-run"]):
-        for name in ("out.pth", "out.safetensors"):
-            line = refused("frozen.pt", name, *options)
-            assert "it has none under names, as programs have that were frozen" in line or "no state_dict" in line
+        torch.jit.script(nn.ReLU()).save(str(tmp_path / "relu.pt"))
+    assert "the weights can be written, and it has none under names" in refused("relu.pt", "out.pth")
+    assert "there is no state_dict to write" in refused("relu.pt", "out.safetensors")
+    assert "there is no state_dict to keep" in refused("relu.pt", "out.pth", "--weights-only", "--dry-run")
+
+
+def test_a_frozen_program_gives_its_constants(tmp_path: Path, converted) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(7, 5).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.freeze(torch.jit.script(nn.Sequential(linear).eval())).save(str(tmp_path / "frozen.pt"))
+    written = converted("frozen.pt", "out.safetensors")
+    by_shape = {tuple(tensor.shape): tensor for tensor in written.values()}
+    assert torch.equal(by_shape[5, 7], linear.weight)
+    assert torch.equal(by_shape[5,], linear.bias)
