@@ -27,7 +27,7 @@ from ckptkit.report import Finding, Report
 if TYPE_CHECKING:
     import torch
 
-    from ckptkit.job import Job
+    from ckptkit.conversion.job import Job
     from ckptkit.rewrite.device import LocationMap
 
 __all__ = ["CheckpointFile", "Rewriter", "convert", "inspect", "load_state_dict", "open", "verify"]
@@ -133,7 +133,7 @@ class CheckpointFile:
             force: whether an existing file may be replaced.
             check: whether to open the output again and compare every byte before it gets its name, and to hold
                 the source's checksums against its bytes; and to wait until all is on disk.
-            receipt: whether to record in the metadata what was done; see `ckptkit.receipt`.
+            receipt: whether to record in the metadata what was done; see `ckptkit.conversion.receipt`.
             progress: called with the bytes dealt with so far, and those to deal with in all.
 
         Returns:
@@ -152,7 +152,7 @@ class CheckpointFile:
     def _job(
         self, destination: PathLike, *, to: str | None, max_shard_size: int | str | None, receipt: bool, check: bool
     ) -> Job:
-        from ckptkit.job import Job  # reading alone starts faster without the writing half
+        from ckptkit.conversion.job import Job  # reading alone starts faster without the writing half
 
         return Job.of(
             self.checkpoint,
@@ -299,7 +299,7 @@ def convert(
         to: container name that overrides the ending.
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
         metadata: strings to set in the output's metadata.
-        receipt: whether to record in the metadata what was done; see `ckptkit.receipt`.
+        receipt: whether to record in the metadata what was done; see `ckptkit.conversion.receipt`.
         dry_run: make the plan, write nothing.
         force: whether an existing destination may be replaced.
         check: whether to compare the output with the source before it gets its name; see `CheckpointFile.save`.
@@ -311,8 +311,8 @@ def convert(
     Raises:
         As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected.
     """
-    from ckptkit.conversion import Conversion, Options  # reading alone starts faster without the writing half
-    from ckptkit.job import Job
+    from ckptkit.conversion.job import Job
+    from ckptkit.conversion.options import Conversion, Options  # reading alone starts faster without the writing half
 
     options = Options(
         strip_module=strip_module,

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 import ckptkit
-from ckptkit import receipt
-from ckptkit.receipt import KEY
+from ckptkit.conversion import receipt
+from ckptkit.conversion.receipt import KEY
 from ckptkit.version import __version__
 
 Save = Callable[..., Path]
@@ -70,7 +70,7 @@ def tokens() -> Iterator[list[str]]:
             super().__init__()
             made.append(self.prefix)
 
-    with mock.patch("ckptkit.job.Tokens", Recorded):
+    with mock.patch("ckptkit.conversion.job.Tokens", Recorded):
         yield made
 
 

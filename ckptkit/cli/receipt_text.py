@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptkit.cli.options import printable
-from ckptkit.receipt import KEY, earlier
+from ckptkit.conversion.receipt import KEY, earlier
 
 __all__ = ["receipt_line"]
 
@@ -18,7 +18,7 @@ _SHOWN_DIGITS = 12
 
 
 def receipt_line(metadata: Mapping[str, Any]) -> str:
-    """The last of the receipts (`ckptkit.receipt`); empty where there is none."""
+    """The last of the receipts (`ckptkit.conversion.receipt`); empty where there is none."""
     receipts = [receipt for receipt in earlier(metadata) if isinstance(receipt, dict)]
     if not receipts:
         return ""

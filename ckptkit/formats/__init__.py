@@ -201,7 +201,7 @@ def plan(
         raise RewriteError(f"{container.name} cannot be written")
     if most is None:
         return path, container.write(checkpoint)
-    from ckptkit.formats.shard_writer import index_name, plan_shards
+    from ckptkit.formats.shards.writer import index_name, plan_shards
 
     made = plan_shards(checkpoint, container, os.path.basename(path), most)
     return (path if made.index is None else index_name(path)), made

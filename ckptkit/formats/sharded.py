@@ -39,7 +39,7 @@ from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitErro
 from ckptkit.formats.detection import identify
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.module_versions import state_dict_node
-from ckptkit.formats.shard_facts import (
+from ckptkit.formats.shards.facts import (
     LISTED,
     Shard,
     extra_keys,
@@ -48,7 +48,7 @@ from ckptkit.formats.shard_facts import (
     merged_metadata,
     total_size,
 )
-from ckptkit.formats.shard_file import ShardFile
+from ckptkit.formats.shards.file import ShardFile
 from ckptkit.formats.strict_json import parse, shown
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint

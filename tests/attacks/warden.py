@@ -51,10 +51,10 @@ def main(jobs_path: str, results_path: str) -> None:
     import ckptkit.cli.inspect_markdown
     import ckptkit.cli.inspect_text
     import ckptkit.compare
-    import ckptkit.conversion
+    import ckptkit.conversion.job
+    import ckptkit.conversion.options
     import ckptkit.formats.refused.first_bytes
-    import ckptkit.formats.shard_writer
-    import ckptkit.job
+    import ckptkit.formats.shards.writer
     import ckptkit.stats
     import ckptkit.transfer  # noqa: F401
 

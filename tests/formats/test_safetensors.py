@@ -299,9 +299,21 @@ def test_a_tie_that_metadata_has_no_room_for_is_refused(save: Save) -> None:
     ("state", "error", "words"),
     [
         ({"epoch": 3}, RewriteError, "no state_dict to write"),
-        ({"a": torch.zeros(1, dtype=torch.complex128)}, DTypeError, r"these dtypes \(a \(complex128\)\): --exclude a leaves"),
-        ({f"t{n}": torch.zeros(1, dtype=torch.complex128) for n in range(9)}, DTypeError, r"t7 \(complex128\) and 1 more"),
-        ({"a": torch.ones(1), "b": torch.ones(1), "x_extra_state": {"k": 1}}, RewriteError, "--exclude x_extra_state leaves"),
+        (
+            {"a": torch.zeros(1, dtype=torch.complex128)},
+            DTypeError,
+            r"these dtypes \(a \(complex128\)\): --exclude a leaves",
+        ),
+        (
+            {f"t{n}": torch.zeros(1, dtype=torch.complex128) for n in range(9)},
+            DTypeError,
+            r"t7 \(complex128\) and 1 more",
+        ),
+        (
+            {"a": torch.ones(1), "b": torch.ones(1), "x_extra_state": {"k": 1}},
+            RewriteError,
+            "--exclude x_extra_state leaves",
+        ),
         ({"__metadata__": torch.ones(1)}, RewriteError, "cannot be named '__metadata__'"),
         ({"\ud800": torch.ones(1)}, RewriteError, "not valid Unicode"),
     ],

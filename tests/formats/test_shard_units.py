@@ -17,8 +17,8 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storag
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import RewriteError
 from ckptkit.formats import safetensors, torch_zip
-from ckptkit.formats.shard_units import SafetensorsUnits, TorchUnits
-from ckptkit.formats.shard_writer import plan_shards
+from ckptkit.formats.shards.units import SafetensorsUnits, TorchUnits
+from ckptkit.formats.shards.writer import plan_shards
 from ckptkit.pickling.inert import InertDict
 
 CONTAINERS = {"model.safetensors": safetensors.FORMAT, "pytorch_model.bin": torch_zip.FORMAT}

@@ -22,7 +22,7 @@ from ckptkit.errors import RewriteError
 from ckptkit.formats import safetensors as one_safetensors
 from ckptkit.formats import torch_zip
 from ckptkit.formats.format import Format
-from ckptkit.formats.shard_writer import index_name, plan_shards
+from ckptkit.formats.shards.writer import index_name, plan_shards
 from ckptkit.plan import Plan
 from ckptkit.transfer import execute
 

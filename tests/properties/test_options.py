@@ -16,7 +16,7 @@ from torch_oracle import Loaded, Same, check_compacted, convert, load, save, sna
 
 import ckptkit
 from ckptkit.casting import CAST_TARGETS
-from ckptkit.conversion import Conversion, Options
+from ckptkit.conversion.options import Conversion, Options
 from ckptkit.errors import RewriteError
 from ckptkit.rewrite import MapLocation
 

@@ -20,9 +20,6 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-import ckptkit.compare
-import ckptkit.conversion
-import ckptkit.job  # noqa: F401 - what is imported now is not imported by every child
 from ckptkit.cli import convert, main
 
 CALLS = ("copy_file_range", "fsync", "ftruncate", "link", "open", "replace", "unlink")

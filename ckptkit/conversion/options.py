@@ -6,8 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptkit.changes import diagnose_casts, diagnose_layout, diagnose_losses, diagnose_renames, diagnose_selection
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.conversion.changes import (
+    diagnose_casts,
+    diagnose_layout,
+    diagnose_losses,
+    diagnose_renames,
+    diagnose_selection,
+)
 from ckptkit.derived import ConvertedRange
 from ckptkit.errors import RewriteError
 from ckptkit.plan import Gather, Plan

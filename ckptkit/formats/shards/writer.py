@@ -31,8 +31,8 @@ from ckptkit.errors import RewriteError
 from ckptkit.formats import safetensors
 from ckptkit.formats.format import Format
 from ckptkit.formats.holdable import require_holdable
-from ckptkit.formats.shard_units import SafetensorsUnits, TorchUnits
 from ckptkit.formats.sharded import is_shard_name
+from ckptkit.formats.shards.units import SafetensorsUnits, TorchUnits
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Index, Literal, Plan
 

@@ -1,4 +1,4 @@
-"""What must lie in one shard, and how large it is there at most; `ckptkit.formats.shard_writer` says why.
+"""What must lie in one shard, and how large it is there at most; `ckptkit.formats.shards.writer` says why.
 
 Sizes are bounds that are cheap to compute: what a name, a tensor or a record takes beside its data is
 counted at its largest and summed, so that no file needs to be planned in order to know that it fits.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.conversion.receipt import Tokens, with_digests, with_receipt
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.formats.sharded import shard_names
 from ckptkit.plan import Plan
-from ckptkit.receipt import Tokens, with_digests, with_receipt
 from ckptkit.report import parse_size
 from ckptkit.transfer import Tally, write_atomically
 from ckptkit.version import __version__

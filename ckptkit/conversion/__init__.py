@@ -1,0 +1,1 @@
+"""A conversion: options become rewriters, one output is planned and carried out, and what came of it is told."""
