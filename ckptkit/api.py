@@ -21,13 +21,13 @@ from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
 from ckptkit.errors import SectionError
-from ckptkit.plan import Plan
 from ckptkit.report import Finding, Report
 
 if TYPE_CHECKING:
     import torch
 
     from ckptkit.conversion.job import Job
+    from ckptkit.plan import Plan
     from ckptkit.rewrite.device import LocationMap
 
 __all__ = ["CheckpointFile", "Rewriter", "convert", "inspect", "load_state_dict", "open", "verify"]

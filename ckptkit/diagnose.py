@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import is_plain, step
+from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
 from ckptkit.report import Finding, convert_command, human_size
-from ckptkit.rewrite.prefix import unwrapped
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import ckptkit
 from ckptkit.conversion import receipt
-from ckptkit.conversion.receipt import KEY
+from ckptkit.normalize.receipts import KEY
 from ckptkit.version import __version__
 
 Save = Callable[..., Path]

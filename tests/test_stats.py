@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptkit import formats, transfer
+from ckptkit import formats
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.stats import tensor_stats
@@ -124,7 +124,8 @@ def test_special_tensors(stats: Stats, name: str) -> None:
 
 
 def test_chunks_are_merged(stats: Stats, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "CHUNK_NBYTES", 64)
+    monkeypatch.setattr("ckptkit.transfer.values.CHUNK_NBYTES", 64)
+    monkeypatch.setattr("ckptkit.bytesource.CHUNK_NBYTES", 64)
     torch.manual_seed(0)
     tensor = torch.randn(40, 50) + 100
     tensor[::7] = float("nan")

@@ -9,9 +9,9 @@ from typing import Any
 
 from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
 from ckptkit.cli.receipt_text import receipt_line
-from ckptkit.conversion.receipt import KEY
 from ckptkit.inspection.listing import TensorRow
 from ckptkit.inspection.outline import Line, Outline
+from ckptkit.normalize.receipts import KEY
 from ckptkit.report import human_size
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptkit.cli.options import printable
-from ckptkit.conversion.receipt import KEY, earlier
+from ckptkit.normalize.receipts import KEY, earlier
 
 __all__ = ["receipt_line"]
 

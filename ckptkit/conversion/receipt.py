@@ -1,6 +1,6 @@
 """What an output says about its making: the source's SHA-256, the operations, the ckptkit version.
 
-A receipt stands in the string metadata under `KEY`: JSON, a list that begins with the receipts the source
+A receipt stands in the string metadata (`ckptkit.normalize.receipts`): JSON, a list that begins with those the source
 had, so that the last element is about this file::
 
     [{"ckptkit": "0.1.0", "format": "torch-zip", "sha256": "9f86d0…", "operations": ["StripModule()"]}]
@@ -16,17 +16,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.normalize.receipts import KEY, earlier
 from ckptkit.plan import Checksum, Digest, Literal, Plan, Step
 
-__all__ = ["KEY", "Tokens", "earlier", "with_digests", "with_receipt"]
-
-KEY = "ckptkit_receipts"
-"""The key of the metadata."""
+__all__ = ["Tokens", "with_digests", "with_receipt"]
 
 _DIGITS = 64
 """Characters of a SHA-256 in hexadecimal."""
@@ -66,16 +63,6 @@ def with_receipt(checkpoint: Checkpoint, file: SourceFile, version: str, tokens:
     receipt["operations"] = list(checkpoint.operations)
     text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them
     return checkpoint.replace(metadata={**checkpoint.metadata, KEY: text})
-
-
-def earlier(metadata: Mapping[str, object]) -> list[object]:
-    """The receipts a file came with; none where what stands there is not a list."""
-    text = metadata.get(KEY)
-    try:
-        receipts = json.loads(text) if isinstance(text, str) else []
-    except (ValueError, RecursionError):
-        return []
-    return receipts if isinstance(receipts, list) else []
 
 
 def with_digests(plan: Plan, tokens: Tokens) -> Plan:

@@ -18,7 +18,8 @@ It refuses tensors that repeat their elements beyond all use (`Limits.expanded_n
 
 Tied tensors are stored once.  For each other name ``__metadata__`` holds ``name: kept name``, as
 ``safetensors.torch.save_model`` records them and ``load_model`` expects; the name kept is the first
-in alphabetical order, as there.  The reader gives such names their tensor back.
+in alphabetical order, as there.  The reader gives such names their tensor back,
+and their places (`ckptkit.formats.tied_order`).
 
 The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, stand in
 ``__metadata__`` under `VERSIONS` as JSON, where they are plain values; other readers pass over it.
@@ -36,6 +37,7 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.module_versions import VERSIONS, state_dict_node, versions_from
 from ckptkit.formats.safetensors_header import METADATA, NAME, Layout, check_extents, compact, layout, strings
 from ckptkit.formats.strict_json import parse, shown
+from ckptkit.formats.tied_order import ORDER, in_order
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.report import Finding, convert_command
@@ -89,9 +91,11 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
     entries: dict[str, object] = {name: _entry(name, place, file, start) for name, place in layouts.items()}
     aliases = {name: kept for name, kept in metadata.items() if name not in entries and kept in entries}
     aliases.pop("format", None)  # the one key every writer sets; its value is never a tensor's name
-    entries.update({name: entries[kept] for name, kept in aliases.items()})
+    entries, is_ordered = in_order(
+        entries, {name: entries[kept] for name, kept in aliases.items()}, metadata.get(ORDER)
+    )
     versions = versions_from(metadata.get(VERSIONS), limits)
-    own = aliases.keys() if versions is None else {*aliases, VERSIONS}
+    own = {*aliases, *([VERSIONS] if versions is not None else ()), *([ORDER] if is_ordered else ())}
     return RawCheckpoint(
         root=state_dict_node(entries, versions),
         format=NAME,

@@ -12,6 +12,7 @@ from ckptkit.errors import RewriteError
 from ckptkit.formats.holdable import require_holdable, require_writable_size
 from ckptkit.formats.module_versions import VERSIONS, versions_from, versions_text
 from ckptkit.formats.safetensors_header import METADATA, NAME
+from ckptkit.formats.tied_order import ORDER, places
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Gather, Literal, Plan, Step, moved
 
@@ -43,6 +44,8 @@ def write(checkpoint: Checkpoint) -> Plan:
             raise RewriteError(
                 f"metadata {key!r}: its value {value!r} is a tensor's name, so readers take it for a tie"
             )
+    if ORDER not in metadata and (order := places(state_dict, aliases)) is not None:
+        metadata[ORDER] = order
     metadata.update(aliases)
     stored = [name for name in state_dict if name not in aliases]
     offsets: dict[str, int] = {}

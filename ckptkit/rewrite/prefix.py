@@ -13,30 +13,10 @@ from dataclasses import dataclass
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.wrappers import MODULE, unwrapped
 from ckptkit.rewrite.names import renamed, wrapper_versions
 
-__all__ = ["AddModule", "AddPrefix", "StripModule", "StripPrefix", "unwrapped"]
-
-_MODULE = "module"
-"""The attribute DataParallel and DistributedDataParallel keep the wrapped model under."""
-
-_COMPILED = "_orig_mod"
-"""The attribute ``torch.compile`` keeps the original module under; it wraps submodules too."""
-
-
-def unwrapped(name: str) -> str:
-    """The name without wrappers.
-
-    Leading ``module`` and ``_orig_mod`` segments go, in any order, and ``_orig_mod`` anywhere
-    (``model._orig_mod.layer``).  The last segment is never taken away.
-    """
-    if not name.startswith((_MODULE + ".", _COMPILED + ".")) and f".{_COMPILED}." not in name:
-        return name
-    *parents, last = name.split(".")
-    leading = 0
-    while leading < len(parents) and parents[leading] in (_MODULE, _COMPILED):
-        leading += 1
-    return ".".join([*(part for part in parents[leading:] if part != _COMPILED), last])
+__all__ = ["AddModule", "AddPrefix", "StripModule", "StripPrefix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +111,10 @@ class AddModule:
 
     def rename(self, name: str) -> str:
         """The new name of what is called ``name``."""
-        return f"{_MODULE}.{name}"
+        return f"{MODULE}.{name}"
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
-        return AddPrefix(_MODULE)(checkpoint)
+        return AddPrefix(MODULE)(checkpoint)
 
 
 def _require(prefix: str) -> None:

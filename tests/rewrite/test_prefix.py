@@ -15,9 +15,9 @@ from torch import nn
 import ckptkit
 from ckptkit import AddModule, AddPrefix, KeyCollisionError, RewriteError, StripModule, StripPrefix, formats
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.rewrite import REWRITES
-from ckptkit.rewrite.prefix import unwrapped
 
 Save = Callable[..., Path]
 Rewriter = Callable[[Checkpoint], Checkpoint]
