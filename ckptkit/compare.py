@@ -65,6 +65,8 @@ def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: N
         if output.origin.format == "safetensors":
             if versions_text(source.state_dict) not in (None, versions_text(output.state_dict)):
                 raise CorruptError("the output does not hold the same module versions; nothing was written")
+            if source.state_dict.keys() == output.state_dict.keys() and [*source.state_dict] != [*output.state_dict]:
+                raise CorruptError("the output does not hold the tensors in the same order; nothing was written")
             _tensors(source, output, comparison)
         elif output.origin.format in _SHARDED:
             _tensors(source, output, comparison)

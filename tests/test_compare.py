@@ -240,8 +240,9 @@ def test_safetensors_names_shapes_aliases_and_metadata(source: Checkpoint, tmp_p
     path = written(source, tmp_path / "out.safetensors")
     good = header_of(path)
     versions = json.dumps(source_versions(), separators=(",", ":"))
+    order = json.dumps([list(source.state_dict).index("tied")])
     expected = {"format": "pt", "license": "MIT", "tied": "0.weight", "torch._metadata": versions}
-    assert good["__metadata__"] == expected
+    assert good["__metadata__"] == {**expected, "ckptkit_tied_order": order}
     with_header(path, good)
     check_output(source, str(path))
 

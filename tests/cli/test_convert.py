@@ -164,7 +164,7 @@ def test_ties(run, save, tmp_path: Path) -> None:
         assert list(file.keys()) == ["decoder.weight"]
         metadata = file.metadata()
     assert json.loads(metadata.pop("torch._metadata")) == dict(model.state_dict()._metadata)
-    assert metadata == {"format": "pt", "encoder.weight": "decoder.weight"}
+    assert metadata == {"format": "pt", "encoder.weight": "decoder.weight", "ckptkit_tied_order": "[0]"}
     fresh = Tied()
     missing, unexpected = safetensors.torch.load_model(fresh, tmp_path / "b.safetensors")
     assert (missing, unexpected) == (set(), [])
