@@ -23,7 +23,7 @@ from ckptkit.verifier.fit import check_fit
 from ckptkit.verifier.forward import check_forward, input_shapes, model_dtype
 from ckptkit.verifier.load import check_load
 from ckptkit.verifier.measure import Fit
-from ckptkit.verifier.reference import ModelLike, build
+from ckptkit.verifier.references import ModelLike, build
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 

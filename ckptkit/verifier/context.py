@@ -15,7 +15,7 @@ from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.report import Finding
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.measure import Fit
-from ckptkit.verifier.reference import Reference
+from ckptkit.verifier.references import Reference
 
 __all__ = ["Check", "Context", "floating_dtype", "pick_device", "shortened"]
 

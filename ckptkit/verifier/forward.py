@@ -24,7 +24,7 @@ def input_shapes(context: Context) -> tuple[tuple[int, ...], ...]:
     Raises:
         VerifyError: neither says, or one is no shape.
     """
-    shapes = context.input_shapes or context.reference.input_shapes
+    shapes = context.input_shapes or tuple(i.shape for i in context.reference.inputs)
     if not shapes:
         raise VerifyError(
             f"what {context.reference.label} takes as input is not known; "
@@ -104,7 +104,7 @@ def _inputs(shapes: tuple[tuple[int, ...], ...], context: Context, dtype: torch.
     """Seeded values in [0, 1), the same on every device; a detector gets single images in a list."""
     generator = torch.Generator().manual_seed(context.seed)
     made = [torch.rand(shape, generator=generator).to(context.device, dtype) for shape in shapes]
-    if not context.reference.takes_list:
+    if not any(i.is_list for i in context.reference.inputs):
         return list(made)
     return [[image for batch in made for image in (batch.unbind(0) if batch.dim() == 4 else (batch,))]]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckptkit.errors import MissingDependencyError, VerifyError
-from ckptkit.verifier.reference import build
+from ckptkit.verifier.references import build
 
 MODELS = """
 import sys
@@ -128,8 +128,8 @@ def test_objects_are_references_too(models: Path) -> None:
 def test_torchvision_by_name() -> None:
     model, reference = build("torchvision:squeezenet1_1", {"num_classes": "7"})
     assert model.classifier[1].out_channels == 7
-    assert reference.input_shapes == ((1, 3, 224, 224),)
-    assert not reference.takes_list and not model.training
+    assert [i.shape for i in reference.inputs] == [(1, 3, 224, 224)]
+    assert not reference.inputs[0].is_list and not model.training
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,8 @@ def test_torchvision_families_and_their_inputs(
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
     _, reference = build(f"torchvision:{name}", args)
-    assert reference.input_shapes == shapes
-    assert reference.takes_list is name.startswith("ssdlite")
+    assert tuple(i.shape for i in reference.inputs) == shapes
+    assert reference.inputs[0].is_list is name.startswith("ssdlite")
 
 
 @pytest.mark.parametrize(
