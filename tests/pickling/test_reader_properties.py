@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import io
 import pickle
-import pickletools
 import random
 import struct
 from collections.abc import Callable
@@ -165,14 +164,14 @@ def check(data: bytes) -> str:
                 return "damaged"
             raise AssertionError(f"CPython reads what is called damaged: {error}") from error
         return "refused"
-    assert [op.name for op, _, _ in pickletools.genops(data[: ours.end])][-1] == "STOP"
+    assert data[: ours.end].endswith(pickle.STOP)
     try:
         theirs, end = oracle(data)
     except (TypeError, AttributeError, ValueError) as error:
         assert any(words in str(error) for words in _NO_SUCH), repr(error)
         return "read"
     assert end == ours.end
-    assert same(ours.root, theirs, set()), pickletools.dis(data)
+    assert same(ours.root, theirs, set()), data
     return "the same"
 
 
@@ -216,6 +215,7 @@ def test_honest_objects_mean_what_they_mean_in_python(
 
 @given(st.binary(max_size=60))
 @example(b"N" * 50 + b".")
+@example(b"P\\\n.")  # a persistent id that pickletools takes for an escape
 @example(b"\x80\x04\x95\x02\x00\x00\x00\x00\x00\x00\x00N.")
 @settings(max_examples=1500, deadline=None)
 def test_arbitrary_bytes(data: bytes) -> None:
