@@ -298,6 +298,24 @@ CODES: dict[str, Explanation] = {
         "shown, most or all tensors fit.",
         "Run the convert command shown, or verify with --strip-module.",
     ),
+    "old-names": Explanation(
+        "the names are those of another release of the library",
+        "Layers are called otherwise today than when the file was made.  After the rename shown, most or all tensors "
+        "fit.",
+        "Run the convert command shown; it changes names alone.",
+    ),
+    "another-section": Explanation(
+        "other weights in the same file fit the reference",
+        "The file holds several sets of weights, such as raw ones and their moving average (EMA), or a generator and a "
+        "discriminator; another than the selected one fits.",
+        "Choose it with --section, as the command shown does.",
+    ),
+    "other-weights": Explanation(
+        "the file holds more weights than those that were verified",
+        "Which of them are to be used is for the file's makers to say: moving averages (EMA) are usually the better "
+        "ones.",
+        "Verify the others too, with --section.",
+    ),
     "nothing-matches": Explanation(
         "no tensor of the reference is in the checkpoint",
         "No name is shared and no prefix explains it: another architecture, or a reference without tensors. "

@@ -1,20 +1,51 @@
-"""What to do about a checkpoint that does not fit: the one cause behind many names."""
+r"""What to do about a checkpoint that does not fit: the one cause behind many names.
+
+Old names, beside the prefixes of wrappers; the form is that of ``convert --rename``:
+
+- torchvision's DenseNets before 0.3 had a dot in ``norm.1`` and ``conv.2``, which their own
+  ``_load_state_dict`` rewrote when weights were downloaded (``torchvision/models/densenet.py``)
+- ``gamma`` and ``beta`` of LayerNorm, from the TensorFlow releases of BERT, which transformers renames in
+  ``PreTrainedModel`` when it loads
+- ``weight_g`` and ``weight_v`` of the old ``weight_norm``, and the other way round: torch's own hook renames
+  the old ones for the new alone (``torch/nn/utils/parametrizations.py``)
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.errors import RewriteError
 from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
+from ckptkit.rewrite.rename import Rename as RenameByRule
 from ckptkit.verifier.measure import ShapeMismatch
 
-__all__ = ["Rename", "head_classes", "rename_that_fits", "torchvision_argument"]
+__all__ = ["Rename", "head_classes", "matching", "rename_that_fits", "torchvision_argument"]
+
+_OLD_NAMES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "names of torchvision's DenseNets before 0.3",
+        ((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),),
+    ),
+    ("`gamma` and `beta` of older BERT weights", ((r"\.gamma$", ".weight"), (r"\.beta$", ".bias"))),
+    (
+        "names of torch.nn.utils.parametrizations.weight_norm, where the reference has the older weight_norm",
+        (
+            (r"(^|\.)parametrizations\.([^.]+)\.original0$", r"\1\2_g"),
+            (r"(^|\.)parametrizations\.([^.]+)\.original1$", r"\1\2_v"),
+        ),
+    ),
+)
+"""What the names are, and the rules that make today's of them."""
 
 _SAMPLED = 8
 """Names looked at to guess a prefix: a wrapper is the same on all."""
+
+
+Rewriter = Callable[[Checkpoint], Checkpoint]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,51 +53,79 @@ class Rename:
     """A change of names after which a checkpoint fits.
 
     Attributes:
+        code: of the finding that tells it.
         cause: what is wrong with the names now.
-        matched: how many of the model's tensors are there afterwards, with their shape.
         options: of ``convert``, to carry it out.
+        rewriters: what these options do, in order.
+        matched: how many of the model's tensors are there afterwards, with their shape.
     """
 
+    code: str
     cause: str
-    matched: int
     options: tuple[str, ...]
+    rewriters: tuple[Rewriter, ...]
+    matched: int = 0
 
 
-def rename_that_fits(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]) -> Rename | None:
+def rename_that_fits(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], already: int = 0
+) -> Rename | None:
     """The rewrite of names that makes most of the model's tensors fit, if one does.
 
     Args:
         checkpoint: the checkpoint as it is.
         expected: the model's names and shapes.
+        already: how many fit as it is; a rewrite has to bring more.
     """
-    names = list(checkpoint.state_dict.everything)
-    needed = len(expected) // 2
+    needed = max(len(expected) // 2, already)
     best: Rename | None = None
-    for rewriter, options, cause in _candidates(names, expected):
+    for candidate in _candidates(list(checkpoint.state_dict.everything), expected):
+        after = checkpoint
         try:
-            after = rewriter(checkpoint).state_dict
+            for rewriter in candidate.rewriters:
+                after = rewriter(after)
         except RewriteError:
             continue  # two names would become one
-        matched = sum(name in after and after[name].shape == shape for name, shape in expected.items())
+        matched = matching(after.state_dict, expected)
         if matched > needed and (best is None or matched > best.matched):
-            best = Rename(cause=cause, matched=matched, options=options)
+            best = replace(candidate, matched=matched)
     return best
 
 
-def _candidates(
-    names: Sequence[str], expected: Collection[str]
-) -> Iterator[tuple[Callable[[Checkpoint], Checkpoint], tuple[str, ...], str]]:
+def matching(state_dict: StateDict, expected: Mapping[str, tuple[int, ...]]) -> int:
+    """How many of the names are there, with their shape."""
+    return sum(name in state_dict and state_dict[name].shape == shape for name, shape in expected.items())
+
+
+def _candidates(names: Sequence[str], expected: Collection[str]) -> Iterator[Rename]:
     wrapped = [name for name in names if name.startswith(("module.", "_orig_mod.")) or "._orig_mod." in name]
     if wrapped:
         wrapper = "module." if any(name.startswith("module.") for name in wrapped) else "_orig_mod."
-        yield StripModule(), ("--strip-module",), f"{_count(len(wrapped), names)} carry `{wrapper}`"
+        yield _prefix(f"{_count(len(wrapped), names)} carry `{wrapper}`", StripModule(), "--strip-module")
     if any(name.startswith("module.") for name in expected):
-        yield AddModule(), ("--add-module",), f"the reference's names carry `module.`, {_none(names)}"
+        yield _prefix(f"the reference's names carry `module.`, {_none(names)}", AddModule(), "--add-module")
     for prefix in _prefixes(names, expected):
         carrying = sum(name.startswith(prefix) for name in names)
-        yield StripPrefix(prefix), ("--strip-prefix", prefix), f"{_count(carrying, names)} carry `{prefix}`"
+        cause = f"{_count(carrying, names)} carry `{prefix}`"
+        yield _prefix(cause, StripPrefix(prefix), "--strip-prefix", prefix)
     for prefix in _prefixes(expected, names):
-        yield AddPrefix(prefix), ("--add-prefix", prefix), f"the reference's names carry `{prefix}`, {_none(names)}"
+        cause = f"the reference's names carry `{prefix}`, {_none(names)}"
+        yield _prefix(cause, AddPrefix(prefix), "--add-prefix", prefix)
+    for what, rules in _OLD_NAMES:
+        old = sum(any(re.search(pattern, name) for pattern, _ in rules) for name in names)
+        if not old:
+            continue
+        cause = f"{_count(old, names)} are {what}"
+        options = tuple(part for rule in rules for part in ("--rename", "=>".join(rule)))
+        by_rule = RenameByRule(rules)
+        yield Rename(code="old-names", cause=cause, options=options, rewriters=(by_rule,))
+        if wrapped:
+            both = ("--strip-module", *options)
+            yield Rename(code="old-names", cause=cause, options=both, rewriters=(StripModule(), by_rule))
+
+
+def _prefix(cause: str, rewriter: Rewriter, *options: str) -> Rename:
+    return Rename(code="wrapper-prefix", cause=cause, options=options, rewriters=(rewriter,))
 
 
 def _count(carrying: int, names: Sequence[str]) -> str:

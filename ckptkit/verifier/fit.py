@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,8 +11,10 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.report import Finding, convert_command
-from ckptkit.verifier.advice import head_classes, rename_that_fits, torchvision_argument
+from ckptkit.verifier.advice import head_classes, matching, rename_that_fits, torchvision_argument
 from ckptkit.verifier.context import Context, shortened
+from ckptkit.verifier.elsewhere import other_weights, section_that_fits
+from ckptkit.verifier.folding import folded
 from ckptkit.verifier.measure import Fit, ShapeMismatch, measure, named_values
 
 __all__ = ["check_fit"]
@@ -32,11 +34,20 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
     if cause is not None:
         yield cause
         return
-    yield from _names(fit, checkpoint, context)
+    yield from _names(fit, checkpoint, list(named_values(model)), context)
     if fit.mismatches:
         yield _shapes(fit, checkpoint, context)
     yield from _dtypes(fit, checkpoint.origin.path, context)
     yield from _remarks(fit)
+    others = other_weights(checkpoint)
+    if others:
+        yield Finding(
+            code="other-weights",
+            severity="info",
+            message=f"the weights of section {checkpoint.origin.state_path!r} are verified; the file also holds "
+            f"{shortened(others)}",
+            fix=context.command(checkpoint.origin.path, "--section", others[0]),
+        )
 
 
 def _coverage(fit: Fit, context: Context) -> Finding:
@@ -51,27 +62,53 @@ def _coverage(fit: Fit, context: Context) -> Finding:
 
 def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Context) -> Finding | None:
     """What explains all that does not fit, and makes a list of names superfluous."""
-    if fit.missing and fit.unexpected:
-        shapes = {n: tuple(v.shape) for n, v in named_values(model).items() if isinstance(v, torch.Tensor)}
-        rename = rename_that_fits(checkpoint, shapes)
-        if rename is not None:
-            fitting = f"all {fit.of}" if rename.matched == fit.of else f"{rename.matched} of {fit.of}"
-            here = " (verify --strip-module does so in passing)" if "--strip-module" in rename.options else ""
-            return Finding(
-                code="wrapper-prefix",
-                severity="error",
-                message=f"{rename.cause}; once renamed, {fitting} tensors of the reference fit{here}",
-                fix=_convert(checkpoint, *rename.options),
-            )
+    expected = named_values(model)
+    if fit.missing or fit.unexpected or fit.mismatches:
+        shapes = {n: tuple(v.shape) for n, v in expected.items() if isinstance(v, torch.Tensor)}
+        already = matching(checkpoint.state_dict, shapes)
+        cause = _old_names(fit, checkpoint, shapes, already) or _section(fit, checkpoint, shapes, already, context)
+        if cause is not None:
+            return cause
     if not fit.tensors and not fit.mismatches:
-        expected = list(named_values(model))
         return Finding(
             code="nothing-matches",
             severity="error",
-            message=f"no tensor of {context.reference.label} ({shortened(expected, 3) or 'it has none'}) is in "
+            message=f"no tensor of {context.reference.label} ({shortened(list(expected), 3) or 'it has none'}) is in "
             f"the checkpoint ({shortened(list(checkpoint.state_dict.everything), 3)}): another architecture",
         )
     return None
+
+
+def _old_names(fit: Fit, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], already: int) -> Finding | None:
+    """Another prefix, or names of another release."""
+    rename = rename_that_fits(checkpoint, shapes, already) if fit.missing and fit.unexpected else None
+    if rename is None:
+        return None
+    fitting = f"all {fit.of}" if rename.matched == fit.of else f"{rename.matched} of {fit.of}"
+    here = " (verify --strip-module does so in passing)" if rename.options == ("--strip-module",) else ""
+    return Finding(
+        code=rename.code,
+        severity="error",
+        message=f"{rename.cause}; once renamed, {fitting} tensors of the reference fit{here}",
+        fix=_convert(checkpoint, *rename.options),
+    )
+
+
+def _section(
+    fit: Fit, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], already: int, context: Context
+) -> Finding | None:
+    """Other weights in the file that fit better."""
+    found = section_that_fits(checkpoint, shapes, already)
+    if found is None:
+        return None
+    path, matched, stripped = found
+    return Finding(
+        code="another-section",
+        severity="error",
+        message=f"section {path!r} has {matched} of the reference's {fit.of} tensors, the selected "
+        f"{checkpoint.origin.state_path!r} {already}",
+        fix=context.command(checkpoint.origin.path, "--section", path, *["--strip-module"] * stripped),
+    )
 
 
 def _convert(checkpoint: Checkpoint, *options: str) -> str:
@@ -83,7 +120,7 @@ def _convert(checkpoint: Checkpoint, *options: str) -> str:
     return convert_command(origin.path, *section, *options, *alone)
 
 
-def _names(fit: Fit, checkpoint: Checkpoint, context: Context) -> Iterator[Finding]:
+def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: Context) -> Iterator[Finding]:
     argument = torchvision_argument(fit.missing, fit.unexpected) if context.reference.is_torchvision else None
     fix = context.command(checkpoint.origin.path, "--model-arg", argument) if argument else None
     if fit.missing:
@@ -91,7 +128,7 @@ def _names(fit: Fit, checkpoint: Checkpoint, context: Context) -> Iterator[Findi
             code="missing-keys",
             severity="error",
             message=f"{len(fit.missing)} of the reference's {fit.of} tensors are not in the checkpoint: "
-            f"{shortened(fit.missing)}",
+            f"{shortened(folded(fit.missing, expected))}",
             fix=fix,
         )
     if fit.unexpected:
@@ -99,7 +136,7 @@ def _names(fit: Fit, checkpoint: Checkpoint, context: Context) -> Iterator[Findi
             code="unexpected-keys",
             severity="error",
             message=f"{len(fit.unexpected)} of the checkpoint's {len(checkpoint.state_dict.everything)} names are not "
-            f"in the reference: {shortened(fit.unexpected)}",
+            f"in the reference: {shortened(folded(fit.unexpected, checkpoint.state_dict.everything))}",
             fix=fix,
         )
 
