@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
 
-__all__ = ["CAST_SOURCES", "CAST_TARGETS", "Caster", "Losses", "caster"]
+__all__ = ["CAST_SOURCES", "CAST_TARGETS", "Caster", "Losses", "caster", "numpy_dtype"]
 
 CAST_TARGETS = (
     "float64", "float32", "float16", "bfloat16",
@@ -132,7 +132,7 @@ class Caster:
             else:
                 back = numpy.empty(source.shape, bits)
                 _cast(self.after, self.before, target.astype(target.dtype.newbyteorder("="), copy=False), back)
-                wide = _numpy_dtype(self.before)
+                wide = numpy_dtype(self.before)
                 total += _compared(source.view(wide), back.view(wide), saturates=self.after == _SATURATES)
         return total
 
@@ -181,7 +181,7 @@ def _cast(before: str, after: str, source: Any, target: Any) -> None:
     if _has_table(before, after):
         _table(before, after).values.take(_patterns(before, source), out=target, mode="clip")
         return
-    wide, result = source.view(_numpy_dtype(before)), target.view(_numpy_dtype(after))
+    wide, result = source.view(numpy_dtype(before)), target.view(numpy_dtype(after))
     narrower = before == "float64" and target.itemsize < 4
     numpy.copyto(result, wide.astype(numpy.float32) if narrower else wide, casting="unsafe")
     nan = numpy.isnan(wide if source.itemsize >= 4 else result)
@@ -260,8 +260,8 @@ def _table(before: str, after: str) -> _Table:
     stored = before if DTYPES[before].itemsize <= 2 else "bfloat16"
     bits = _bits_dtype(stored)
     with numpy.errstate(all="ignore"):
-        values = numpy.arange(1 << (8 * bits.itemsize)).astype(bits).view(_numpy_dtype(stored)).astype(numpy.float32)
-        cast = values.astype(_numpy_dtype(after))
+        values = numpy.arange(1 << (8 * bits.itemsize)).astype(bits).view(numpy_dtype(stored)).astype(numpy.float32)
+        cast = values.astype(numpy_dtype(after))
         back = cast.astype(numpy.float32)
         nan = numpy.isnan(values)
         past = ~nan & ~numpy.isfinite(back) & (back != values)
@@ -290,7 +290,7 @@ def _quiet_nan(name: str) -> Any:
     """The bits of the NaN without sign and payload."""
     import numpy
 
-    return numpy.array([numpy.nan], numpy.float32).astype(_numpy_dtype(name)).view(_bits_dtype(name))[0]
+    return numpy.array([numpy.nan], numpy.float32).astype(numpy_dtype(name)).view(_bits_dtype(name))[0]
 
 
 def _bits_dtype(name: str) -> Any:
@@ -300,7 +300,7 @@ def _bits_dtype(name: str) -> Any:
     return numpy.dtype(f"u{DTYPES[name].itemsize}")
 
 
-def _numpy_dtype(name: str) -> Any:
+def numpy_dtype(name: str) -> Any:
     """The numpy dtype of a torch name; importing ml_dtypes makes numpy know its types."""
     import numpy
 

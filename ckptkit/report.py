@@ -23,6 +23,7 @@ __all__ = [
     "Severity",
     "at_least",
     "convert_command",
+    "count_of",
     "glob_of",
     "human_size",
     "parse_size",
@@ -130,6 +131,11 @@ def glob_of(name: str, before: str = "") -> str:
     from glob import escape
 
     return shlex.quote(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
+
+
+def count_of(count: int, thing: str) -> str:
+    """How many of a thing: ``"1 storage"``, ``"1,200 storages"``."""
+    return f"{count:,} {thing}" + "s" * (count != 1)
 
 
 def human_size(nbytes: int) -> str:

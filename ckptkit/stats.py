@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
@@ -35,7 +34,9 @@ def tensor_stats(entry: TensorEntry) -> dict[str, float | int | None]:
         return result
     import numpy
 
-    dtype = _numpy_dtype(row.numpy)
+    from ckptkit.casting import numpy_dtype
+
+    dtype = numpy_dtype(entry.dtype)
     low, high, count, mean, squares = math.inf, -math.inf, 0, 0.0, 0.0
     zeros = nan = inf = 0
     for chunk in stream(entry):
@@ -75,13 +76,3 @@ def _unexpanded(entry: TensorEntry) -> tuple[TensorEntry, int]:
     expanded = [size > 1 and stride == 0 for size, stride in zip(entry.shape, entry.stride, strict=True)]
     shape = tuple(1 if again else size for again, size in zip(expanded, entry.shape, strict=True))
     return replace(entry, shape=shape), entry.numel // math.prod(shape)
-
-
-def _numpy_dtype(name: str) -> Any:
-    import numpy
-
-    if name.startswith("ml_dtypes."):
-        import ml_dtypes
-
-        return numpy.dtype(getattr(ml_dtypes, name.removeprefix("ml_dtypes.")))
-    return numpy.dtype(name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.cli.options import columns, echo, printable
-from ckptkit.report import human_size
+from ckptkit.report import count_of, human_size
 
 __all__ = ["show_plan"]
 
@@ -42,7 +42,7 @@ def _changes(details: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[st
     yield from _some("gather", details["gathered"], name)
     cut = details["compacted"]
     if cut["storages"]:
-        yield f"compact: {cut['storages']:,} storages, {human_size(cut['nbytes'])} that no tensor views"
+        yield f"compact: {count_of(cut['storages'], 'storage')}, {human_size(cut['nbytes'])} that no tensor views"
 
 
 def _some(kind: str, items: Sequence[Any], line: Callable[[Any], str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from ckptkit.normalize.beside import PROGRAMS, beside_weights
 from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
-from ckptkit.report import Finding, glob_of, human_size
+from ckptkit.report import Finding, count_of, glob_of, human_size
 
 __all__ = ["diagnose_casts", "diagnose_layout", "diagnose_losses", "diagnose_renames", "diagnose_selection"]
 
@@ -102,7 +102,7 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
         yield Finding(
             code="compacted",
             severity="info",
-            message=f"{human_size(nbytes)} of {storages} storages belong to no tensor; they are not in the output",
+            message=f"{human_size(nbytes)} in {count_of(storages, 'storage')} belong to no tensor and are left out",
         )
     if not plan.format.startswith("safetensors"):
         return

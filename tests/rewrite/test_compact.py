@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opening import opened
 from torch import nn
 
 import ckptkit
-from ckptkit import Compact, formats
+from ckptkit import Compact
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Checkpoint, Origin, StateDict, Storage, TensorEntry
 from ckptkit.derived import Conversion, ConvertedRange
@@ -25,13 +25,6 @@ from ckptkit.rewrite.compact import dead_bytes
 Save = Callable[..., Path]
 Through = Callable[..., Any]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Checkpoint]:
-    checkpoint, file = formats.read(path)
-    with closing(file):
-        yield checkpoint
 
 
 def stored(tensor: torch.Tensor) -> int:

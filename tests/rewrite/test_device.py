@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from opening import opened
 from torch import nn
 
 import ckptkit
-from ckptkit import MapLocation, RewriteError, formats
+from ckptkit import MapLocation, RewriteError
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.pickling.inert import walk
 
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Checkpoint]:
-    checkpoint, file = formats.read(path)
-    with closing(file):
-        yield checkpoint
 
 
 def storages(checkpoint: Checkpoint) -> list[Storage]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from opening import opened
 from torch import nn
 
 import ckptkit
-from ckptkit import CastDtype, DTypeError, formats
+from ckptkit import CastDtype, DTypeError
 from ckptkit.casting import CAST_TARGETS, Caster, Losses
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
 from ckptkit.derived import ConvertedRange
@@ -24,13 +24,6 @@ from ckptkit.torch_bridge import tensors
 
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Checkpoint]:
-    checkpoint, file = formats.read(path)
-    with closing(file):
-        yield checkpoint
 
 
 def assert_cast(result: Checkpoint, saved: dict[str, torch.Tensor], dtype: torch.dtype, same_bits: SameBits) -> None:
@@ -332,3 +325,14 @@ def test_a_second_cast(save: Save) -> None:
         once = CastDtype("bfloat16")(checkpoint)
         with pytest.raises(DTypeError, match="'weight' is cast from float32 to bfloat16 already"):
             CastDtype("float32")(once)
+
+
+def test_a_lazily_negated_view_is_not_cast_to_eight_bits(save: Save) -> None:
+    """torch negates no 8-bit floats: such a view could be saved, and never used."""
+    base = torch.randn(6)
+    with opened(save({"base": base, "negated": torch._neg_view(base)})) as checkpoint:
+        assert tensors(CastDtype("float16")(checkpoint).state_dict)["negated"].is_neg()
+        with pytest.raises(DTypeError, match=r"'base' is float32 .* but 'negated' is a lazily negated view of it"):
+            CastDtype("float8_e5m2")(checkpoint)
+        kept = CastDtype("float8_e5m2", keep="base")(checkpoint)
+        assert kept.state_dict["negated"].dtype == "float32"

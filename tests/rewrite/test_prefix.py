@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from opening import opened
 from torch import nn
 
 import ckptkit
-from ckptkit import AddModule, AddPrefix, KeyCollisionError, RewriteError, StripModule, StripPrefix, formats
+from ckptkit import AddModule, AddPrefix, KeyCollisionError, RewriteError, StripModule, StripPrefix
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import mapping_items
@@ -21,13 +21,6 @@ from ckptkit.rewrite import REWRITES
 
 Save = Callable[..., Path]
 Rewriter = Callable[[Checkpoint], Checkpoint]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Checkpoint]:
-    checkpoint, file = formats.read(path)
-    with closing(file):
-        yield checkpoint
 
 
 def renamed(save: Save, names: list[str], *rewriters: Rewriter) -> list[str]:
