@@ -4,14 +4,15 @@ Importing ckptkit imports neither torch nor numpy.
 
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli > api > verifier > torch_bridge > inspection, conversion > diagnose, compare, stats
+    cli > api > verifier > torch_bridge > inspection, conversion > diagnose, compare, stats, architectures
         > formats, rewrite, transfer > normalize > pickling > plan, casting > checkpoint > derived
         > bytesource > report, dtypes, limits, codes, extras, version > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output
 is right must go through the readers, which the mover of bytes must not know; `inspection` (the
-document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).  `conversion`
+document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).  `architectures`
+knows which models have a checkpoint's names and shapes.  `conversion`
 turns options into rewriters, plans and carries out one output, and tells what came of it.
 Bytes that have to be made before they can be moved are `derived`, and `casting` is
 what one way of making them computes.  Inside `formats` stand the containers, one module each; `archives`

@@ -12,6 +12,7 @@ out: both would need the file's classes.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -36,6 +37,10 @@ TorchLocation = (
 _ONE_READ = 1 << 30
 """Bytes asked of one read: well under the 2 GiB a single call gives on Linux."""
 
+_ALIGNMENT = 64
+"""Bytes: as torch allocates.  Kernels choose by alignment how they sum up, so that the last bits of a product may
+differ between a tensor in a file and its copy in memory; aligned, they were the same wherever it was measured."""
+
 _SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """A type of each width to swap bytes as: only the width matters, and not every torch can swap every type."""
 
@@ -52,7 +57,9 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
-def tensors(state_dict: StateDict, *, map_location: TorchLocation = None) -> dict[str, torch.Tensor]:
+def tensors(
+    state_dict: StateDict, *, map_location: TorchLocation = None, mapped: bool = False
+) -> dict[str, torch.Tensor]:
     """The state_dict's plain tensors, read from their file.
 
     Values that are no plain tensors (`StateDict.extra`) are not among them.
@@ -63,6 +70,11 @@ def tensors(state_dict: StateDict, *, map_location: TorchLocation = None) -> dic
             a string or ``torch.device`` puts all there; a dict maps locations; a callable gets the
             storage on the CPU and its location, and returns where it shall lie, or ``None`` for
             the file's own.  ``"meta"`` reads nothing.
+        mapped: let tensors on the CPU lie in a private mapping of the file where its bytes are as torch wants them
+            (not compressed, of this machine's byte order, aligned to 64 bytes), which takes no memory of its own and
+            reads when a value is used.  Writing to such a tensor never reaches the file.  The mapping lives as long
+            as the tensors, also when the file is closed; whoever shortens the file meanwhile ends the process, as
+            with ``torch.load(mmap=True)``.
 
     Returns:
         Tensors in the mapping's order.  Entries saved as ``nn.Parameter`` become one.
@@ -73,7 +85,7 @@ def tensors(state_dict: StateDict, *, map_location: TorchLocation = None) -> dic
         CorruptError: the file was changed, or became shorter.
         FileAccessError: it could not be read, or was closed.
     """
-    loader = _Loader(_restore(map_location))
+    loader = _Loader(_restore(map_location), mapped=mapped)
     loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
     loader.finish()
     return loaded
@@ -82,8 +94,15 @@ def tensors(state_dict: StateDict, *, map_location: TorchLocation = None) -> dic
 class _Loader:
     """Makes each storage and each tensor once."""
 
-    def __init__(self, restore: Callable[[Storage, Callable[[], torch.UntypedStorage]], torch.UntypedStorage]) -> None:
+    def __init__(
+        self,
+        restore: Callable[[Storage, Callable[[], torch.UntypedStorage]], torch.UntypedStorage],
+        *,
+        mapped: bool,
+    ) -> None:
         self._restore = restore
+        self._mapped = mapped
+        self._maps: dict[int, mmap.mmap | None] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._tensors: dict[int, torch.Tensor] = {}
         self._widths: dict[int, int] = {}
@@ -129,18 +148,44 @@ class _Loader:
         return self._storages[id(storage)]
 
     def _read(self, storage: Storage, width: int) -> torch.UntypedStorage:
-        memory = _allocated(storage.nbytes)
         self._files[id(storage.source.file)] = storage.source.file
-        _read_into(memory, storage.source.plain().part(0, storage.nbytes))
+        source = storage.source.plain().part(0, storage.nbytes)
+        found = self._map(source) if self._mapped and width == 1 else None
+        if found is not None:
+            return found
+        memory = _allocated(storage.nbytes)
+        _read_into(memory, source)
         if width > 1:
             memory.byteswap(_SAME_WIDTH[width])  # type: ignore[no-untyped-call]
         return memory
+
+    def _map(self, source: ByteRange) -> torch.UntypedStorage | None:
+        """The bytes where they lie in the file; ``None`` where they have to be read."""
+        if source.offset % _ALIGNMENT or not source.nbytes:
+            return None
+        if id(source.file) not in self._maps:
+            self._maps[id(source.file)] = _private_map(source.file)
+            self._kept.append(source.file)
+        mapping = self._maps[id(source.file)]
+        if mapping is None or source.offset + source.nbytes > len(mapping):
+            return None
+        return torch.frombuffer(mapping, dtype=torch.uint8, count=source.nbytes, offset=source.offset).untyped_storage()
 
     def finish(self) -> None:
         """Make sure that what was read is one state of the file."""
         for file in self._files.values():
             if file.changed():
                 raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
+
+
+def _private_map(file: SourceFile) -> mmap.mmap | None:
+    """The whole file as memory that may be written to without changing it; ``None`` where the system refuses."""
+    try:
+        return mmap.mmap(file.fd, 0, access=mmap.ACCESS_COPY)
+    except FileAccessError:
+        raise
+    except (OSError, ValueError):
+        return None
 
 
 def _allocated(nbytes: int, device: str = "cpu") -> torch.UntypedStorage:

@@ -24,7 +24,7 @@ LAYERS = (
     {"pickling"},
     {"normalize"},
     {"formats", "rewrite", "transfer"},
-    {"diagnose", "compare", "stats"},
+    {"diagnose", "compare", "stats", "architectures"},
     {"inspection", "conversion"},
     {"torch_bridge"},
     {"verifier"},

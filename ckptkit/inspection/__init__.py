@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ckptkit.architectures import identify
 from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, FormatError
@@ -79,7 +80,7 @@ def survey(
         "trust": checkpoint.trust,
         "globals": _globals(checkpoint.globals),
         "modules": list_modules(checkpoint.module),
-        "architecture": [],
+        "architecture": [architecture.to_dict() for architecture in identify(checkpoint.state_dict)],
         "findings": [finding.to_dict() for finding in diagnose(checkpoint)],
         "error": None,
     }

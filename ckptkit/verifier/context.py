@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +17,13 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.report import Finding
 from ckptkit.torch_bridge import dtype_of
+from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
+from ckptkit.verifier.outputs import Tolerance, dtype_name, tolerance_of
 from ckptkit.verifier.references import Reference
+from ckptkit.verifier.trace import Trace
 
-__all__ = ["Check", "Context", "floating_dtype", "pick_device", "shortened"]
+__all__ = ["Check", "Context", "floating_dtype", "peak_memory", "pick_device", "pick_devices", "shortened"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,32 +32,74 @@ class Context:
 
     Attributes:
         reference: what the model was built from.
-        device: where the forward check runs.
+        devices: where the forward pass runs: on the first, and once more on each other to compare.
         dtype: torch name of the type the model was cast to; ``None``: as the reference has it.
-        input_shapes: one for each positional input; empty: what the reference implies.
-        seed: of the random inputs.
+        inputs: what the model is given; ``None``: no forward check is asked for.
+        atol, rtol: asked for; ``None``: by the types involved.
         allow_missing, allow_unexpected: patterns of names that may be so.
-        wants_forward: whether the forward check is asked for.
+        against: another checkpoint of the same model, to compare outputs with; its file is open.
+        golden: outputs recorded earlier, to compare with.
+        write_golden: where to record these.
+        force: whether what is there may be replaced.
         failed: whether a check has found an error.
         fit: set by the fit check.
         loaded: set by the load check once every weight is in the model.
+        zeroed: set by the weights check: names of matrices that are all zero.
+        first: set by the forward check: the outputs of the first pass, on the CPU.
+        trace: filled by the forward check where something will be compared with it.
         outputs: set by the forward check: the outputs' figures, as in the JSON document.
+        passes: forward passes of the checkpoint on the first device.
+        notes: by check, what it looked at, for people: what a check that found nothing has to say.
+        figures: by check, its figures, for programs.
         seconds: how long each part took.
+        steps: how long each check took, and the most memory held by then.
     """
 
     reference: Reference
-    device: torch.device
-    dtype: str | None
-    input_shapes: tuple[tuple[int, ...], ...]
-    seed: int
-    allow_missing: tuple[str, ...]
-    allow_unexpected: tuple[str, ...]
-    wants_forward: bool
+    devices: tuple[torch.device, ...]
+    dtype: str | None = None
+    inputs: Inputs | None = None
+    atol: float | None = None
+    rtol: float | None = None
+    allow_missing: tuple[str, ...] = ()
+    allow_unexpected: tuple[str, ...] = ()
+    against: Checkpoint | None = None
+    golden: Any = None
+    write_golden: str | None = None
+    force: bool = False
     failed: bool = False
     fit: Fit | None = None
     loaded: bool = False
+    zeroed: tuple[str, ...] = ()
+    first: Mapping[str, torch.Tensor] | None = None
+    trace: Trace | None = None
     outputs: list[dict[str, Any]] = field(default_factory=list)
+    passes: int = 0
+    notes: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the forward check runs."""
+        return self.devices[0]
+
+    def tolerance(self, checkpoints: Sequence[Checkpoint], *outputs: Mapping[str, torch.Tensor]) -> Tolerance:
+        """How far outputs may be apart, by the types of weights and outputs on both sides."""
+        weights = {entry.dtype for checkpoint in checkpoints for entry in checkpoint.state_dict.values()}
+        types = {dtype_name(tensor) for side in outputs for tensor in side.values()}
+        return tolerance_of({*weights, *types, *([self.dtype] if self.dtype else [])}, self.atol, self.rtol)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Note how long the block takes."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = round(time.perf_counter() - started, 6)
+            self.steps.append({"name": name, "seconds": seconds, "peak_memory_nbytes": peak_memory()})
 
     def command(self, path: str, *options: str) -> str | None:
         """This verification with more options, ready to be pasted; ``None`` for a reference that has no name."""
@@ -63,6 +111,29 @@ class Context:
 
 Check = Callable[[Checkpoint, nn.Module, Context], Iterator[Finding]]
 """One check.  It yields what it finds; a check that cannot be run at all raises `VerifyError`."""
+
+
+def peak_memory() -> int | None:
+    """The most memory this process has held so far, in bytes; ``None`` where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere
+
+
+def pick_devices(names: str) -> tuple[torch.device, ...]:
+    """The devices that names, separated by commas, mean on this machine; see `pick_device`.
+
+    Raises:
+        VerifyError: one is no such name, is not here, or is named twice.
+    """
+    devices = tuple(pick_device(name.strip()) for name in names.split(","))
+    known = [(device.type, device.index or 0) for device in devices]
+    if len(set(known)) < len(known):
+        raise VerifyError(f"--device {names}: names a device twice; expected different ones, such as cpu,cuda")
+    return devices
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,39 +1,38 @@
-"""The forward check: one evaluation on seeded input, and whether what comes out are numbers."""
+"""The forward check: one evaluation on known input, and whether what comes out is what should."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import VerifyError
 from ckptkit.report import Finding
 from ckptkit.verifier.context import Context, floating_dtype, shortened
+from ckptkit.verifier.inputs import Batch
+from ckptkit.verifier.outputs import broken_values, described, is_finite, output_tensors, shown
+from ckptkit.verifier.trace import Trace
 
-__all__ = ["check_forward", "input_shapes", "model_dtype"]
+__all__ = ["Pass", "check_forward", "model_dtype", "one_line", "run"]
 
 
-def input_shapes(context: Context) -> tuple[tuple[int, ...], ...]:
-    """The shapes of the positional inputs: those given, else those the reference implies.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One evaluation.
 
-    Raises:
-        VerifyError: neither says, or one is no shape.
+    Attributes:
+        outputs: the tensors it gave, on the CPU.
+        returned: the type of what it gave.
+        seconds: it took.
     """
-    shapes = context.input_shapes or tuple(i.shape for i in context.reference.inputs)
-    if not shapes:
-        raise VerifyError(
-            f"what {context.reference.label} takes as input is not known; "
-            "give --input-shape 1,3,224,224 (once for each input) or --no-forward"
-        )
-    for shape in shapes:
-        if not shape or any(size < 1 for size in shape):
-            raise VerifyError(f"input shape {shape}: expected sizes of at least 1, such as 1,3,224,224")
-    return shapes
+
+    outputs: Mapping[str, torch.Tensor]
+    returned: str
+    seconds: float
 
 
 def model_dtype(model: nn.Module) -> str:
@@ -44,47 +43,67 @@ def model_dtype(model: nn.Module) -> str:
     return "float32"
 
 
+def one_line(error: BaseException) -> str:
+    """An exception in a message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def run(model: nn.Module, batch: Batch, device: torch.device) -> Pass:
+    """Evaluate the model, which lies on the device; whatever its code raises comes through."""
+    with torch.inference_mode(), _full_precision(device):
+        _synchronize(device)
+        started = time.perf_counter()
+        output = model(*batch.args, **batch.kwargs)
+        _synchronize(device)
+        seconds = time.perf_counter() - started
+        outputs = {path: tensor.to("cpu", copy=True) for path, tensor in output_tensors(output)}
+    return Pass(outputs=outputs, returned=type(output).__name__, seconds=seconds)
+
+
 def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
-    """Whether the model, with the checkpoint's weights, computes finite outputs."""
-    if not context.wants_forward or not context.loaded:
+    """Whether the model, with the checkpoint's weights, computes finite outputs of the documented shapes."""
+    inputs = context.inputs
+    if inputs is None or not context.loaded:
         return
-    shapes, name = input_shapes(context), model_dtype(model)
-    shown = " and ".join("x".join(str(size) for size in shape) for shape in shapes)
-    place = f"on {context.device} with input {shown} of {name}"
+    name = model_dtype(model)
+    place = f"on {context.device} with input {inputs} of {name}"
     try:
         model.to(context.device)
-        with torch.no_grad():
-            inputs = _inputs(shapes, context, floating_dtype(name))
-            _synchronize(context.device)
-            started = time.perf_counter()
-            output = model(*inputs)
-            _synchronize(context.device)
-        context.seconds["forward"] = time.perf_counter() - started
-        outputs = dict(_tensors(output, ""))
-        context.outputs.extend(_described(path, tensor) for path, tensor in outputs.items())
-        broken = [_broken(path, tensor) for path, tensor in outputs.items() if not _is_finite(tensor)]
+        with ExitStack() as stack:
+            if context.against is not None or len(context.devices) > 1:
+                context.trace = Trace()
+                stack.enter_context(context.trace.recording(model))
+            made = run(model, inputs.batch(context.device, floating_dtype(name)), context.device)
+        context.passes += 1
+        context.seconds["forward"] = made.seconds
+        context.outputs.extend(described(path, tensor) for path, tensor in made.outputs.items())
+        broken = [broken_values(path, tensor) for path, tensor in made.outputs.items() if not is_finite(tensor)]
     except Exception as error:
-        text = " ".join(str(error).split())[:500]
+        is_given = inputs.path is not None or inputs.inputs != tuple(context.reference.inputs)
         yield Finding(
             code="forward-failed",
             severity="error",
-            message=f"the forward pass {place} failed: {type(error).__name__}: {text}"
-            + ("" if context.input_shapes else "; where the model takes another input, give --input-shape"),
+            message=f"the forward pass {place} failed: {one_line(error)}"
+            + ("" if is_given else "; where the model takes another input, give --input-shape"),
         )
         return
-    if not outputs:
+    if not made.outputs:
         yield Finding(
             code="no-output",
             severity="error",
-            message=f"the forward pass {place} returned {type(output).__name__} without a tensor; nothing was checked",
+            message=f"the forward pass {place} returned {made.returned} without a tensor; nothing was checked",
         )
-    elif broken:
+        return
+    yield from _shapes(made.outputs, context)
+    if broken:
         yield Finding(
             code="output-not-finite",
             severity="error",
             message=f"the forward pass {place} gave values that are no numbers: {shortened(broken)}",
         )
-    elif not any(tensor.numel() for tensor in outputs.values()):
+        return
+    context.first = made.outputs
+    if not any(tensor.numel() for tensor in made.outputs.values()):
         yield Finding(
             code="empty-output",
             severity="warning",
@@ -95,18 +114,45 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="forward-ok",
             severity="info",
-            message=f"finite outputs {place}: {shortened([_shown(p, t) for p, t in outputs.items()])}, "
-            f"in {context.seconds['forward'] * 1000:,.0f} ms",
+            message=f"finite outputs {place}: {shortened([shown(p, t) for p, t in made.outputs.items()])}, "
+            f"in {made.seconds * 1000:,.0f} ms",
         )
 
 
-def _inputs(shapes: tuple[tuple[int, ...], ...], context: Context, dtype: torch.dtype) -> list[Any]:
-    """Seeded values in [0, 1), the same on every device; a detector gets single images in a list."""
-    generator = torch.Generator().manual_seed(context.seed)
-    made = [torch.rand(shape, generator=generator).to(context.device, dtype) for shape in shapes]
-    if not any(i.is_list for i in context.reference.inputs):
-        return list(made)
-    return [[image for batch in made for image in (batch.unbind(0) if batch.dim() == 4 else (batch,))]]
+def _shapes(outputs: Mapping[str, torch.Tensor], context: Context) -> Iterator[Finding]:
+    """Outputs that are not what the reference documents for its own inputs."""
+    expected = context.reference.outputs
+    if not expected or context.inputs is None or context.inputs.inputs != tuple(context.reference.inputs):
+        return
+    wrong = [f"{path or 'the output'} is missing" for path in expected if path not in outputs]
+    wrong += [f"{path or 'a tensor'} is one too many" for path in outputs if path not in expected]
+    for path, shape in expected.items():
+        found = tuple(outputs[path].shape) if path in outputs else None
+        if found is not None and (
+            len(found) != len(shape) or any(size not in (None, got) for size, got in zip(shape, found, strict=True))
+        ):
+            wanted = "x".join("?" if size is None else str(size) for size in shape) or "a scalar"
+            wrong.append(f"{path or 'the output'} is {'x'.join(map(str, found)) or 'a scalar'}, expected {wanted}")
+    if wrong:
+        yield Finding(
+            code="output-shape",
+            severity="error",
+            message=f"the outputs are not those of {context.reference.label}: {shortened(wrong)}",
+        )
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Convolutions in float32, where cuDNN would round their inputs to the 10 bits of TF32."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined, unused-ignore]
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined, unused-ignore]
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined, unused-ignore]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -115,48 +161,3 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def _tensors(value: object, path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in an output, with the keys that lead to it joined by dots."""
-    if isinstance(value, torch.Tensor):
-        yield path, value
-        return
-    parts: list[tuple[object, object]] = []
-    if isinstance(value, Mapping):
-        parts = list(value.items())
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        parts = list(zip(value._fields, value, strict=True))
-    elif isinstance(value, (list, tuple)):
-        parts = list(enumerate(value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
-    for key, part in parts:
-        yield from _tensors(part, f"{path}.{key}" if path else str(key))
-
-
-def _can_be_broken(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not _can_be_broken(tensor) or bool(torch.isfinite(tensor).all())
-
-
-def _described(path: str, tensor: torch.Tensor) -> dict[str, Any]:
-    return {
-        "path": path,
-        "shape": list(tensor.shape),
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "finite": _is_finite(tensor),
-    }
-
-
-def _shown(path: str, tensor: torch.Tensor) -> str:
-    shape = "x".join(str(size) for size in tensor.shape) or "scalar"
-    return f"{path + ' ' if path else ''}{shape} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _broken(path: str, tensor: torch.Tensor) -> str:
-    nan, infinite = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
-    return f"{path or 'the output'} ({nan:,} NaN, {infinite:,} Inf of {tensor.numel():,})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +11,9 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.report import Finding
 from ckptkit.torch_bridge import tensors
-from ckptkit.verifier.context import Context, shortened
+from ckptkit.verifier.context import Context, floating_dtype, shortened
+from ckptkit.verifier.fill import become, fill, has_no_values, without_value
 from ckptkit.verifier.measure import Fit, named_values
-from ckptkit.verifier.probe import loadable
 
 __all__ = ["check_load"]
 
@@ -22,7 +21,8 @@ __all__ = ["check_load"]
 def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
     """Whether loading works, and leaves in the model what the file holds.
 
-    The weights are loaded on the CPU, whatever device the file names.
+    The weights are loaded on the CPU, whatever device the file names.  Where the model has no values they are not
+    copied: they become its parameters.
     """
     fit = context.fit
     if context.failed or fit is None:
@@ -33,26 +33,40 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         )
         return
     started = time.perf_counter()
-    values = tensors(checkpoint.state_dict, map_location="cpu")
-    problem = _load(model, loadable(checkpoint.state_dict, values, named_values(model)), fit)
+    values = tensors(checkpoint.state_dict, map_location="cpu", mapped=True)
+    passed_over: list[str] = []
+    if fit.allowed_missing and has_no_values(model):
+        _give_values(model, context)  # what the file lacks is what the reference begins with
+    problem = fill(model, checkpoint.state_dict, values, fit, seeming=passed_over)
+    if has_no_values(model):  # loading code that copies by itself, or fails without values
+        _give_values(model, context)
+        passed_over.clear()
+        problem = fill(model, checkpoint.state_dict, values, fit, seeming=passed_over)
     context.seconds["load"] = time.perf_counter() - started
     if problem is not None:
         yield Finding(code="load-failed", severity="error", message=f"load_state_dict refused the weights: {problem}")
+        return
+    left = list(dict.fromkeys([*without_value(model), *passed_over]))
+    if left:
+        yield Finding(
+            code="left-on-meta",
+            severity="error",
+            message=f"{len(left)} parameters or buffers got no value when the checkpoint was loaded: {shortened(left)}; "
+            "the reference's own loading code passed over them, or its factory left them on the meta device",
+        )
         return
     context.loaded = True
     yield from _compared(model, values, fit)
     yield from _finite(model, values, fit)
 
 
-def _load(model: nn.Module, state: Mapping[str, Any], fit: Fit) -> str | None:
-    """Load; what is wrong, where something is."""
-    try:
-        keys = model.load_state_dict(state, strict=fit.is_strict)
-    except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    tolerated = {*fit.tied, *fit.counters, *fit.allowed_missing, *fit.allowed_unexpected}
-    left = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if name not in tolerated]
-    return f"these names were passed over: {shortened(left)}" if left else None
+def _give_values(model: nn.Module, context: Context) -> None:
+    """Let the model be the reference built with values, as the seed draws them."""
+    torch.manual_seed(context.seed)
+    other = context.reference.make()
+    if context.dtype is not None:
+        other.to(floating_dtype(context.dtype))
+    become(model, other)
 
 
 def _compared(model: nn.Module, values: Mapping[str, torch.Tensor], fit: Fit) -> Iterator[Finding]:
@@ -71,6 +85,8 @@ def _compared(model: nn.Module, values: Mapping[str, torch.Tensor], fit: Fit) ->
 def _same(loaded: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether the model holds the file's bits, or their cast to its own dtype."""
     loaded, value = loaded.detach(), value.detach()
+    if _is_same_memory(loaded, value):
+        return True
     if loaded.shape != value.shape:
         return loaded.numel() == value.numel() == 1 and _same(loaded.reshape(1), value.reshape(1))
     if loaded.dtype != value.dtype:
@@ -79,6 +95,15 @@ def _same(loaded: torch.Tensor, value: torch.Tensor) -> bool:
         # A NaN keeps no payload through a cast.
         return bool((equal | ((loaded != loaded) & (cast != cast))).all())
     return torch.equal(_bits(loaded), _bits(value))
+
+
+def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+        and a.is_conj() == b.is_conj()
+        and a.is_neg() == b.is_neg()
+        and a.numel() > 0
+    )
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ckptkit.checkpoint import StateDict
 from ckptkit.errors import VerifyError
 from ckptkit.verifier.probe import is_extra_state, probe
 
-__all__ = ["Fit", "ShapeMismatch", "is_counter", "measure", "named_values"]
+__all__ = ["Fit", "ShapeMismatch", "identity", "is_counter", "measure", "named_values"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ def named_values(model: nn.Module) -> dict[str, Any]:
     """The model's state_dict with its parameters as they are.
 
     Raises:
-        VerifyError: the model cannot give it, or its tensors have no values yet.
+        VerifyError: the model cannot give it, or its tensors have no shapes yet.
     """
     try:
         values = dict(model.state_dict(keep_vars=True))
@@ -94,8 +94,6 @@ def named_values(model: nn.Module) -> dict[str, Any]:
     for name, value in values.items():
         if torch.nn.parameter.is_lazy(value):
             raise VerifyError(f"the reference's {name!r} is not initialised; run its lazy modules once in the factory")
-        if isinstance(value, torch.Tensor) and value.is_meta:
-            raise VerifyError(f"the reference's {name!r} is on the meta device; build it on the CPU")
     return values
 
 
@@ -182,17 +180,19 @@ def _differs(value: Any, shape: tuple[int, ...]) -> bool:
     return isinstance(value, torch.Tensor) and tuple(value.shape) != shape
 
 
-def _identity(value: torch.Tensor) -> object:
+def identity(value: torch.Tensor) -> object:
     """Equal for tensors that are the same view of the same memory."""
     if value.numel() == 0 or value.layout != torch.strided:
         return id(value)
+    if value.is_meta:  # its storage has no address, but is one object
+        return value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride(), value.dtype
     return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 def _tied(missing: Iterable[str], sources: Mapping[str, object], expected: Mapping[str, Any]) -> dict[str, str]:
     """For each missing name that is the same tensor as one that is not: that one's name."""
-    present = {_identity(expected[n]): n for n in reversed(list(sources)) if isinstance(expected[n], torch.Tensor)}
-    found = ((n, present.get(_identity(expected[n]))) for n in missing if isinstance(expected.get(n), torch.Tensor))
+    present = {identity(expected[n]): n for n in reversed(list(sources)) if isinstance(expected[n], torch.Tensor)}
+    found = ((n, present.get(identity(expected[n]))) for n in missing if isinstance(expected.get(n), torch.Tensor))
     return {name: twin for name, twin in found if twin is not None}
 
 
@@ -212,7 +212,7 @@ def _share(filled: set[str], wanted: Iterable[str], expected: Mapping[str, Any])
     got: set[object] = set()
     for name in wanted:
         if isinstance(expected[name], nn.Parameter):
-            key = _identity(expected[name])
+            key = identity(expected[name])
             sizes[key] = expected[name].numel()
             if name in filled:
                 got.add(key)

@@ -162,7 +162,7 @@ def test_a_small_view_of_a_large_storage(save, convert, converted, agree) -> Non
     document = json.loads(done.out)
     (finding,) = document["findings"]
     assert (finding["code"], finding["severity"]) == ("compacted", "info")
-    assert finding["message"] == "5.24 MB of 2 storages belong to no tensor; they are not in the output"
+    assert finding["message"] == "5.24 MB in 2 storages belong to no tensor and are left out"
     kept = 4 * (20 + 4 + 512 + 2)
     assert document["compacted"] == {"storages": 2, "nbytes": 4 * ((1 << 20) + (1 << 18)) - kept}
     assert Path("out.pth").stat().st_size < 10_000

@@ -18,6 +18,7 @@ from ckptkit.errors import VerifyError
 from ckptkit.verifier.references import torchvision_models, user_code
 from ckptkit.verifier.references.arguments import literal
 from ckptkit.verifier.references.factory import ModelLike, Reference
+from ckptkit.verifier.references.without_values import without_values
 
 __all__ = ["FORMS", "ModelLike", "Reference", "build"]
 
@@ -26,7 +27,9 @@ FORMS = "torchvision:NAME, package.module:factory or path/to/file.py:factory"
 
 
 def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Reference]:
-    """The reference model, in eval mode.
+    """The reference model, in eval mode, without values: its parameters lie on the meta device.
+
+    Where it cannot be built so, it has values, as what `Reference.make` gives always has.
 
     Args:
         model: the reference.
@@ -50,4 +53,4 @@ def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Refe
             reference = torchvision_models.reference(name, values)
         else:
             reference = user_code.reference(model, source, name, values)
-    return reference.make(), reference
+    return without_values(reference.make), reference
