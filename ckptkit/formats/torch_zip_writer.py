@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
-from ckptkit.errors import RewriteError, UnsupportedError
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import DTypeError, RewriteError, UnsupportedError
 from ckptkit.formats.archives.zip_writer import ZipWriter
 from ckptkit.formats.torch_archive import METADATA
 from ckptkit.normalize import lower_state_dict
@@ -45,6 +46,7 @@ def write(checkpoint: Checkpoint) -> Plan:
 
     Raises:
         RewriteError: as `written_tree`.
+        DTypeError: a tensor that torch could load and not use.
         UnsupportedError: storages of both byte orders.
     """
     keys: dict[int, str] = {}
@@ -57,6 +59,7 @@ def write(checkpoint: Checkpoint) -> Plan:
             return lower_state_dict(checkpoint.state_dict)
         if isinstance(node, TensorEntry):
             tensors += 1
+            _require_usable(node)
             return lower_tensor(node)
         if isinstance(node, Storage):
             if id(node) not in keys:
@@ -82,3 +85,12 @@ def write(checkpoint: Checkpoint) -> Plan:
     archive.add_literal("version", b"3\n")
     steps, nbytes = archive.finish()
     return Plan(format=NAME, nbytes=nbytes, steps=steps, tensors=tensors, aliases={})
+
+
+def _require_usable(entry: TensorEntry) -> None:
+    """Raise for the negated view that a cast can make and torch cannot resolve: it negates no 8-bit floats."""
+    if entry.is_neg and DTYPES[entry.dtype].is_floating and DTYPES[entry.dtype].itemsize == 1:
+        raise DTypeError(
+            f"a lazily negated tensor of shape {entry.shape} would be {entry.dtype} in the output, which torch loads "
+            "and cannot use; write a .safetensors, which holds its values, or leave its dtype with --keep-dtype"
+        )

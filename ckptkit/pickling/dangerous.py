@@ -14,6 +14,7 @@ only where a user's own package of that name is improbable; else the single modu
 
 from __future__ import annotations
 
+import unicodedata
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 
 __all__ = ["is_dangerous", "is_dangerous_attribute"]
@@ -162,8 +163,6 @@ def is_dangerous(module: str, name: str) -> bool:
         name: in the module; with dots it is an attribute of an attribute.
     """
     if not (module.isascii() and name.isascii()):
-        import unicodedata
-
         # Python does not fold these when it looks a name up; whoever reads them would.
         module, name = unicodedata.normalize("NFKC", module), unicodedata.normalize("NFKC", name)
     if _is_listed(module, name):

@@ -14,6 +14,7 @@ The text is held against these patterns; it is neither compiled nor parsed.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 from functools import partial
 
@@ -96,10 +97,7 @@ def _strings(node: object) -> list[tuple[str, object]]:
 
 def _offence(text: str) -> str:
     """What is in generated code that torch never generates; ``""``: nothing."""
-    if not text.isascii():
-        import unicodedata
-
-        text = unicodedata.normalize("NFKC", text)  # as Python does with identifiers
+    text = unicodedata.normalize("NFKC", text)  # as Python does with identifiers
     for line in text.splitlines():
         if not line or line[0] in " \t":
             continue

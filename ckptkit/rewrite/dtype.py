@@ -89,7 +89,7 @@ class CastDtype:
                 first.setdefault(id(entry.storage), (name, entry))
         first = {storage: named for storage, named in first.items() if storage not in kept}
         if first:
-            _require_one_meaning(checkpoint, first, self.dtype)
+            _require_one_meaning(checkpoint, first)
         return {storage: self._cast(name, entry) for storage, (name, entry) in first.items()}
 
     def _cast(self, name: str, entry: TensorEntry) -> Storage:
@@ -128,7 +128,7 @@ class CastDtype:
         )
 
 
-def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, TensorEntry]], dtype: str) -> None:
+def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, TensorEntry]]) -> None:
     """Make sure that the bytes of each storage that is cast are values of one dtype to all that use them.
 
     Raises:
@@ -142,9 +142,6 @@ def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, Tens
         name, entry = cast[id(storage)]
         if not isinstance(node, TensorEntry):
             other = "the storage is in the file by itself too"
-        elif node.is_neg and DTYPES[dtype].itemsize == 1:
-            # torch negates no 8-bit floats, and so could not use a view of them that is lazily negated.
-            other = f"{repr(names[id(node)]) if id(node) in names else _BESIDE} is a lazily negated view of it"
         elif node.dtype != entry.dtype:
             other = f"{repr(names[id(node)]) if id(node) in names else _BESIDE} views it as {node.dtype}"
         else:

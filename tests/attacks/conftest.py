@@ -28,6 +28,14 @@ from typing import Any
 
 import pytest
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker have all of a table: its samples go through the commands once."""
+    for item in items:
+        if "court" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "{file}"],
     "json": ["inspect", "--json", "{file}"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
 import struct
 import sys
@@ -136,6 +137,7 @@ def test_nothing_is_imported_or_called(
         b"\x8c\x0dcanary_module\x8c\x03Net\x93)R.",
         f"cbuiltins\nexec\n(Vopen({str(canary)!r}, 'w')\ntR.".encode(),
     ]
+    codecs.lookup("raw_unicode_escape")  # Python imports the codec of text in protocol 0 when it is first used
     before = set(sys.modules)
     for data in pickles:
         root = read_pickle(data).root

@@ -327,12 +327,16 @@ def test_a_second_cast(save: Save) -> None:
             CastDtype("float32")(once)
 
 
-def test_a_lazily_negated_view_is_not_cast_to_eight_bits(save: Save) -> None:
-    """torch negates no 8-bit floats: such a view could be saved, and never used."""
-    base = torch.randn(6)
-    with opened(save({"base": base, "negated": torch._neg_view(base)})) as checkpoint:
-        assert tensors(CastDtype("float16")(checkpoint).state_dict)["negated"].is_neg()
-        with pytest.raises(DTypeError, match=r"'base' is float32 .* but 'negated' is a lazily negated view of it"):
-            CastDtype("float8_e5m2")(checkpoint)
-        kept = CastDtype("float8_e5m2", keep="base")(checkpoint)
-        assert kept.state_dict["negated"].dtype == "float32"
+def test_a_lazily_negated_view_of_eight_bits(save: Save, tmp_path: Path) -> None:
+    """torch negates no 8-bit floats: such a view could be loaded, and never used."""
+    base = torch.arange(6.0)
+    saved = save({"base": base, "negated": torch._neg_view(base)})
+    with pytest.raises(DTypeError, match=r"negated tensor of shape \(6,\) would be float8_e5m2 .* --keep-dtype"):
+        ckptkit.convert(saved, tmp_path / "out.pth", dtype="float8_e5m2")
+    assert not (tmp_path / "out.pth").exists()
+    ckptkit.convert(saved, tmp_path / "kept.pth", dtype="float8_e5m2", keep_dtype="negated")
+    assert torch.load(tmp_path / "kept.pth")["negated"].is_neg()
+    ckptkit.convert(saved, tmp_path / "out.safetensors", dtype="float8_e5m2")
+    values = ckptkit.load_state_dict(tmp_path / "out.safetensors")
+    assert values["negated"].dtype == torch.float8_e5m2
+    assert torch.equal(values["negated"].float(), -values["base"].float())
