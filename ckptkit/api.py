@@ -13,6 +13,7 @@ Nothing here imports torch but `load_state_dict` and `verify`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -377,49 +378,69 @@ def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
 def verify(
     path: PathLike,
     *,
-    model: Any,
+    model: Any = None,
     model_args: Mapping[str, Any] | None = None,
     device: str = "auto",
     dtype: str | None = None,
     input_shapes: Sequence[Sequence[int]] = (),
+    input: PathLike | None = None,  # noqa: A002 - the option's name
     seed: int = 0,
     section: str | None = None,
     strip_module: bool = False,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
     forward: bool = True,
+    against: PathLike | None = None,
+    golden: PathLike | None = None,
+    write_golden: PathLike | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    force: bool = False,
+    unsafe_load: bool = False,
 ) -> Report:
-    """Load into a reference model, strictly, and run a forward pass.
+    """Load into a reference model, strictly, and examine what it computes.
 
     Args:
-        path: the checkpoint; it is read by ckptkit, never executed.
+        path: the checkpoint; it is read by ckptkit, never executed (but see ``unsafe_load``).
         model: ``"torchvision:resnet18"``, ``"package.module:factory"``, ``"path/to/file.py:factory"``, or an
-            ``nn.Module`` or callable.
+            ``nn.Module`` or callable; may be left out where ``golden`` names it.
         model_args: keyword arguments of the factory; strings are read as Python literals.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"cpu,cuda"`` runs both and compares.
         dtype: torch name to run the forward pass in.
-        input_shapes: one shape for each positional input; default from the reference where it is known.
+        input_shapes: one shape for each input; default from the reference where it is known.
+        input: a file, in any container, with the inputs' values: by position (``0``, ``1``) or by keyword.
         seed: of the input.
         section: path of the weights, where the file holds several.
         strip_module: take off wrapper prefixes first.
         allow_missing: glob patterns of names that may be missing.
         allow_unexpected: glob patterns of names that may be left over.
         forward: whether to run the forward pass.
+        against: another checkpoint of the same model, in any container and with any wrapper prefix, whose
+            outputs must agree.
+        golden: a file of outputs recorded earlier, which these must agree with.
+        write_golden: a file to record these in.
+        atol: how far outputs may be apart; default by the least precise type involved.
+        rtol: the same, as a share of their largest magnitude; what it allows is added.
+        force: whether ``write_golden`` may replace a file.
+        unsafe_load: run the pickled model itself in place of a reference: **runs code of the file**, after
+            printing on stderr what it imports.  A hostile file is refused.
 
     Raises:
         MissingDependencyError: torch, or the package of the reference, is not installed.
         VerifyError: the check could not be run (unknown reference, missing device, no input shape).
+        DestinationExistsError: ``write_golden`` exists and ``force`` is false.
         SectionError, FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
 
     require_torch()
+    from ckptkit.rewrite import StripModule
     from ckptkit.verifier import verify as run
 
-    with open(path, section=section) as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, section=section))
         _require_state_dict(file.checkpoint, "to verify")
-        from ckptkit.rewrite import StripModule
-
+        other = None if against is None else stack.enter_context(_other(against, section))
         subject = file.rewrite(StripModule()) if strip_module else file
         return run(
             subject.checkpoint,
@@ -428,8 +449,30 @@ def verify(
             device=device,
             dtype=dtype,
             input_shapes=input_shapes,
+            input=None if input is None else os.fspath(input),
             seed=seed,
             allow_missing=allow_missing,
             allow_unexpected=allow_unexpected,
             forward=forward,
+            against=None if other is None else other.checkpoint,
+            golden=None if golden is None else os.fspath(golden),
+            write_golden=None if write_golden is None else os.fspath(write_golden),
+            atol=atol,
+            rtol=rtol,
+            force=force,
+            unsafe_load=unsafe_load,
         )
+
+
+def _other(path: PathLike, section: str | None) -> CheckpointFile:
+    """The other checkpoint; the section is selected in it too, where it has one of that name."""
+    file = open(path)
+    if section is not None and any(each.path == section for each in file.sections):
+        file.close()
+        file = open(path, section=section)
+    try:
+        _require_state_dict(file.checkpoint, "to compare with")
+    except SectionError:
+        file.close()
+        raise
+    return file

@@ -298,6 +298,12 @@ CODES: dict[str, Explanation] = {
         "shown, most or all tensors fit.",
         "Run the convert command shown, or verify with --strip-module.",
     ),
+    "identified": Explanation(
+        "the reference model was found by the checkpoint's names and shapes",
+        "No model was named, and a known architecture has exactly these names and shapes.  Others that fit alike are "
+        "in what inspect prints.",
+        "Name the model with --model where it must be a certain one.",
+    ),
     "old-names": Explanation(
         "the names are those of another release of the library",
         "Layers are called otherwise today than when the file was made.  After the rename shown, most or all tensors "
@@ -393,6 +399,13 @@ CODES: dict[str, Explanation] = {
         "The model's own loading code raised, or passed names over. The message holds its reason.",
         "Mend the file, or the loading code.",
     ),
+    "left-on-meta": Explanation(
+        "a parameter or buffer got no value",
+        "After loading, something in the model is still what the factory made, or has no value at all: its own "
+        "loading code takes a name off the list without storing the tensor, or the factory builds a buffer on the "
+        "meta device that no checkpoint holds. Such a model computes with noise, or not at all.",
+        "Mend the model's loading code; let the factory build on the CPU.",
+    ),
     "load-differs": Explanation(
         "the loaded model is not what the file holds",
         "After loading, a tensor differs from the file's bits or their cast: tied names with different "
@@ -408,6 +421,148 @@ CODES: dict[str, Explanation] = {
         "a buffer holds infinities",
         "Usual for masks; outside parameters it is no error.",
         "-",
+    ),
+    "weights-all-zero": Explanation(
+        "every matrix of the weights is zero",
+        "Every parameter of two or more dimensions is zero throughout, so outputs cannot depend on inputs: an empty "
+        "template was saved, or values too small for the dtype they were cast to.",
+        "Take the checkpoint that was trained, or another dtype.",
+    ),
+    "zero-weights": Explanation(
+        "some matrices of the weights are zero",
+        "A parameter of two or more dimensions is zero throughout. Layers may start so (the last of a residual "
+        "branch, a new head), and stay so only if they were never trained.",
+        "Make sure that the layers named were trained.",
+    ),
+    "negative-variance": Explanation(
+        "a running variance is negative",
+        "BatchNorm divides by its root, which gives NaN: the file is damaged, or weights were averaged or "
+        "subtracted as a whole, with their statistics.",
+        "Recompute the statistics, or take another checkpoint.",
+    ),
+    "zero-variance": Explanation(
+        "a running variance is zero",
+        "The channel never changed in training (a dead or pruned one), and evaluation scales what comes through it "
+        "by 1/sqrt(eps), some 300 times.",
+        "Usually harmless; look at the layers named where outputs are extreme.",
+    ),
+    "output-shape": Explanation(
+        "the outputs are not those of the reference",
+        "For its documented inputs the model gives tensors of other shapes, or under other names, than it is known "
+        "to give.",
+        "Compare --model and --model-arg with what the checkpoint was trained as.",
+    ),
+    "constant-output": Explanation(
+        "the outputs do not depend on the input",
+        "All elements have one value, an error unless it is 0 or 1 (a ReLU's or sigmoid's end) or a layer is zero. Or, "
+        "a warning, two different inputs give the same outputs bit for bit, as models do that were never trained.",
+        "Look for layers that are zero or dead; try --input with real data.",
+    ),
+    "not-repeatable": Explanation(
+        "a second run gives another result",
+        "The same input gave different outputs in eval mode, beyond the tolerance: something draws random numbers "
+        "or keeps state between calls.",
+        "Make the model's code respect eval mode, or seed what it draws.",
+    ),
+    "batch-dependent": Explanation(
+        "a row's result depends on the batch it is in",
+        "The same row gave different outputs alone and beside another one: something is computed over the batch, or "
+        "the input's first dimension is no batch. A warning where the reference does not document its inputs.",
+        "Look for BatchNorm without running statistics; give inputs with the batch first.",
+    ),
+    "fixed-batch": Explanation(
+        "the model takes no batch of another size",
+        "It was made for one size, so whether rows keep apart was not checked.",
+        "-",
+    ),
+    "batch-not-compared": Explanation(
+        "rows were not compared with those of another batch",
+        "The outputs have no row for each of the input's, or are chosen by rank and threshold as a detector's are.",
+        "-",
+    ),
+    "against-equal": Explanation(
+        "both checkpoints give the same outputs",
+        "Bit for bit, for the inputs shown.",
+        "-",
+    ),
+    "against-close": Explanation(
+        "both checkpoints give outputs within the tolerance",
+        "They are not bit-equal: other rounding, another dtype, or weights that differ slightly. The message says how "
+        "far they are apart, and the first module whose output is not bit-equal.",
+        "Where they should be the same file, compare the weights.",
+    ),
+    "against-differs": Explanation(
+        "the two checkpoints give different outputs",
+        "They differ by more than the tolerance for the dtypes involved. The module named is the first, in the order "
+        "modules are called, whose output does.",
+        "Compare the weights of that module and those before it; --atol and --rtol set another tolerance.",
+    ),
+    "against-not-loaded": Explanation(
+        "the other checkpoint does not go into the model",
+        "Its names, shapes or values do not fit the reference that the first one fits.",
+        "Mend what the message says; ckptkit verify OTHER says more.",
+    ),
+    "against-unwrapped": Explanation(
+        "a wrapper's prefix was taken off to compare",
+        "The names carry module. or _orig_mod., and fit the reference without it.",
+        "-",
+    ),
+    "device-equal": Explanation(
+        "both devices give the same outputs",
+        "Bit for bit, for the inputs shown.",
+        "-",
+    ),
+    "device-close": Explanation(
+        "both devices give outputs within the tolerance",
+        "Devices add up in another order, so outputs are seldom bit-equal.",
+        "-",
+    ),
+    "device-differs": Explanation(
+        "the devices give different outputs",
+        "They differ by more than the tolerance, beyond what another order of adding up explains. The module named is "
+        "the first whose output does. A warning for detectors, where rounding may choose other boxes.",
+        "Look at that module's operations on that device; --atol and --rtol set another tolerance.",
+    ),
+    "golden-equal": Explanation(
+        "the outputs are the golden's",
+        "Bit for bit.",
+        "-",
+    ),
+    "golden-close": Explanation(
+        "the outputs are the golden's within the tolerance",
+        "Another machine, dtype or version rounds differently.",
+        "-",
+    ),
+    "golden-differs": Explanation(
+        "the outputs are not the golden's",
+        "The same inputs give outputs beyond the tolerance, or of other shapes: these are other weights, or another "
+        "model.",
+        "Find out which is right; --write-golden --force records new ones.",
+    ),
+    "golden-versions": Explanation(
+        "the golden was recorded under other circumstances",
+        "Another version of torch, device or dtype computed it; results may differ within the tolerance.",
+        "-",
+    ),
+    "golden-written": Explanation(
+        "a golden was written",
+        "It holds the inputs' recipe or values, and the outputs (of large ones an evenly spaced sample).",
+        "ckptkit verify FILE --golden GOLDEN holds another checkpoint against it.",
+    ),
+    "golden-not-written": Explanation(
+        "no golden was written",
+        "A model that does not pass is nothing to hold others against.",
+        "Mend what the errors say first.",
+    ),
+    "unsafe-load": Explanation(
+        "the pickled model's own code was run",
+        "--unsafe-load asks torch.load to import and call what the file names. The message lists it.",
+        "Verify through a reference instead: --model REF.",
+    ),
+    "pickled-differs": Explanation(
+        "the loaded module is not what the file holds",
+        "Its code changes tensors while it is loaded, so the weights in use are not those in the file.",
+        "Verify through a reference instead: --model REF.",
     ),
     "forward-ok": Explanation(
         "the forward pass gave finite outputs",

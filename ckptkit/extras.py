@@ -1,6 +1,6 @@
-"""The optional packages: torch and torchvision.
+"""The optional packages: torch and torchvision, timm, transformers.
 
-Imports neither.  Whoever is about to import a layer that does (`ckptkit.torch_bridge`,
+Imports none.  Whoever is about to import a layer that does (`ckptkit.torch_bridge`,
 `ckptkit.verifier`) calls `require` first, so that the message is the same everywhere.
 """
 
@@ -16,23 +16,28 @@ INSTALL_TORCH = "pip install '.[torch]'"
 """Installs both, when run in a clone of ckptkit (a package named ckptkit on PyPI is another project)."""
 
 
+_INSTALL = {package: f"pip install '.[{package}]'" for package in ("timm", "transformers")}
+"""Installs what is an extra of its own."""
+
+
 def require(package: str) -> None:
     """Make sure that an optional package can be imported.
 
     Args:
-        package: ``"torch"`` or ``"torchvision"``.
+        package: ``"torch"``, ``"torchvision"``, ``"timm"`` or ``"transformers"``.
 
     Raises:
         MissingDependencyError: it is not installed, or does not import; the message holds the
             command that installs it.
     """
+    command = _INSTALL.get(package, INSTALL_TORCH)
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise _broken(package, error) from error
         raise MissingDependencyError(
-            f"this needs {package}, which is not installed; in the clone of ckptkit run: {INSTALL_TORCH}",
+            f"this needs {package}, which is not installed; in the clone of ckptkit run: {command}",
             name=package,
         ) from None
     except (ImportError, OSError, RuntimeError) as error:
@@ -51,6 +56,6 @@ def require_torch() -> None:
 def _broken(package: str, error: Exception) -> MissingDependencyError:
     return MissingDependencyError(
         f"{package} is installed but cannot be imported ({type(error).__name__}: {error}); "
-        f"in the clone of ckptkit run: {INSTALL_TORCH}",
+        f"in the clone of ckptkit run: {_INSTALL.get(package, INSTALL_TORCH)}",
         name=package,
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ckptkit.cli.architecture_text import architecture_line
 from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
 from ckptkit.cli.receipt_text import receipt_line
 from ckptkit.inspection.listing import TensorRow
@@ -25,7 +26,6 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 _MAX_SCALARS_SHOWN = 20
 _MAX_SECTIONS_SHOWN = 20
 _MAX_NAMES_SHOWN = 5
-_MAX_ALIKE_SHOWN = 3
 _TELLING = frozenset({
     "arch", "architecture", "batch", "batch_size", "d_model", "data", "dataset", "dataset_type", "dropout", "epochs",
     "fp16", "hidden_size", "learning_rate", "lr", "max_epochs", "model", "model_name", "num_classes", "num_layers",
@@ -169,7 +169,7 @@ def fact_lines(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The totals, each with its label; lines that have nothing to say are empty."""
     yield "weights", weights_line(document)
     yield "storage", storage_line(document)
-    yield architecture_line(document)
+    yield architecture_line(document["architecture"])
     yield "names", names_line(document)
     yield "made by", receipt_line(document["metadata"])
 
@@ -185,20 +185,6 @@ def weights_line(document: dict[str, Any]) -> str:
         f"{summary['buffers']:,} in buffers{' (told apart by name and dtype)' if inferred else ''}, "
         f"{human_size(summary['nbytes'])}"
     )
-
-
-def architecture_line(document: dict[str, Any]) -> tuple[str, str]:
-    """Which known model it is, or which are closest, with its label; empty where none is."""
-    known = [(printable(item["label"]), item) for item in document["architecture"]]
-    if not known:
-        return "looks like", ""
-    first, best = known[0]
-    if best["exact"] or best["differs"] in ("no head", "another head"):
-        rest = [label for label, _ in known[1 : 1 + _MAX_ALIKE_SHOWN]]
-        more = f" and {len(known) - 1 - len(rest)} more" if len(known) > 1 + len(rest) else ""
-        others = f", beside {counted(best['others'], 'other tensor')}" if best["others"] else ""
-        return "looks like", f"{first}{others}" + (f" (fits alike: {'; '.join(rest)}{more})" if rest else "")
-    return "closest", "; ".join(f"{label} ({item['similarity']:.0%} alike)" for label, item in known)
 
 
 def storage_line(document: dict[str, Any]) -> str:

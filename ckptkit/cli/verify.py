@@ -1,4 +1,4 @@
-"""``ckptkit verify PATH --model REF``: load into a reference model and run a forward check."""
+"""``ckptkit verify PATH --model REF``: load into a reference model and examine what it computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from ckptkit import api
 from ckptkit.cli.options import (
     common_options,
     echo,
-    echo_findings,
     echo_json,
     json_errors,
     key_values,
@@ -19,6 +18,7 @@ from ckptkit.cli.options import (
     styler,
     with_examples,
 )
+from ckptkit.cli.verify_text import echo_report
 
 __all__ = ["command"]
 
@@ -29,28 +29,44 @@ __all__ = ["command"]
         "ckptkit verify clean.safetensors --model torchvision:resnet18",
         "ckptkit verify head10.pth --model torchvision:resnet18 --model-arg num_classes=10",
         "ckptkit verify net.pth --model models/net.py:build --input-shape 1,3,64,64",
+        "ckptkit verify half.safetensors --model torchvision:resnet18 --against original.pth",
+        "ckptkit verify original.pth --model torchvision:resnet18 --write-golden golden.safetensors",
+        "ckptkit verify released.safetensors --golden golden.safetensors",
     ),
 )
 @path_argument("path")
-@click.option(
-    "--model", required=True, metavar="REF", help="torchvision:NAME, package.module:factory or path/to/file.py:factory."
-)
+@click.option("--model", metavar="REF", help="torchvision:NAME, package.module:factory or path/to/file.py:factory.")
 @click.option(
     "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the factory; repeatable."
 )
-@click.option("--device", default="auto", show_default=True, metavar="DEV", help="cpu, cuda, cuda:N, mps or auto.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEV",
+    help="cpu, cuda, cuda:N, mps or auto; cpu,cuda runs both and compares.",
+)
 @click.option("--dtype", metavar="DTYPE", help="Run the forward pass in this dtype, such as bfloat16.")
 @click.option("--input-shape", "shapes", multiple=True, metavar="N,C,H,W", help="Shape of an input; repeatable.")
+@click.option("--input", metavar="FILE", help="The inputs' values, in any container: 0, 1, … or by keyword.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the input.")
 @click.option("--section", metavar="NAME", help="The weights to verify, where the file holds several.")
 @click.option("--strip-module", is_flag=True, help="Take off wrapper prefixes first, as convert does.")
 @click.option("--allow-missing", multiple=True, metavar="GLOB", help="Names that may be missing; repeatable.")
 @click.option("--allow-unexpected", multiple=True, metavar="GLOB", help="Names that may be left over; repeatable.")
+@click.option("--against", metavar="OTHER", help="Another checkpoint of the same model: outputs must agree.")
+@click.option("--golden", metavar="FILE", help="Outputs recorded earlier: these must agree; names the model too.")
+@click.option("--write-golden", metavar="FILE", help="Record the outputs, for --golden.")
+@click.option("--atol", type=float, metavar="X", help="Absolute difference allowed; default by dtype.")
+@click.option("--rtol", type=float, metavar="X", help="The same as a share of the largest output; default by dtype.")
+@click.option("--force", is_flag=True, help="Let --write-golden replace a file.")
 @click.option("--no-forward", is_flag=True, help="Check names, shapes and loading only.")
+@click.option(
+    "--unsafe-load", is_flag=True, help="Run the pickled model itself: RUNS CODE OF THE FILE. Never with --model."
+)
 @common_options
 def command(
     path: str,
-    model: str,
     model_args: tuple[str, ...],
     shapes: tuple[str, ...],
     no_forward: bool,
@@ -59,15 +75,18 @@ def command(
     color: str,
     **options: Any,
 ) -> int:
-    """Load PATH into a reference model, strictly, and run a forward pass.
+    """Load PATH into a reference model, strictly, and examine what it computes.
 
-    The checkpoint is read by ckptkit and never executed; the reference's own code is. Exit code 0:
-    it fits and runs; 1: it does not; 2: it could not be checked.
+    The checkpoint is read by ckptkit and never executed (but with --unsafe-load); the reference's own code is.
+    Exit code 0: it fits, runs and agrees; 1: it does not; 2: it could not be checked.
+
+    Outputs agree when no element differs by more than atol + rtol times the largest magnitude in the output.
+    Defaults, by the least precise dtype of weights and outputs: float64 1.5e-8, float32 3.5e-4, float16 3.2e-2,
+    bfloat16 8.9e-2 (rtol), and the dtype's epsilon (atol).
     """
     with json_errors(as_json):
         report = api.verify(
             path,
-            model=model,
             model_args=key_values("--model-arg", model_args),
             input_shapes=[_shape(text) for text in shapes],
             forward=not no_forward,
@@ -75,12 +94,12 @@ def command(
         )
     if as_json:
         echo_json(report.to_dict())
-    else:
-        style = styler(color)
-        echo_findings(list(report.findings), style)
-        verdict = style("passed", fg="green", bold=True) if report.ok else style("FAILED", fg="red", bold=True)
-        if not quiet:
-            echo(f"{printable(path)}: {verdict} against {printable(model)}")
+        return 0 if report.ok else 1
+    style = styler(color)
+    echo_report(report, style)
+    verdict = style("passed", fg="green", bold=True) if report.ok else style("FAILED", fg="red", bold=True)
+    if not quiet:
+        echo(f"{printable(path)}: {verdict} against {printable(report.details['reference'])}")
     return 0 if report.ok else 1
 
 

@@ -3,61 +3,97 @@
 Imports torch.  Adding a check is a function `Check` in a module of its own and one line in
 `CHECKS`; they run in that order, each sees what the earlier ones left in the `Context`.
 
-The reference is built by the user's own code; nothing of the checkpoint is ever executed.
+The reference is built by a library's or the user's own code; nothing of the checkpoint is ever executed, but
+where `ckptkit.verifier.pickled` is asked for.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from ckptkit.architectures import identify
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import SectionError, VerifyError
-from ckptkit.report import Finding, Report
-from ckptkit.verifier.context import Check, Context, floating_dtype, pick_device
+from ckptkit.report import Finding, Report, worst
+from ckptkit.verifier.against import check_against, check_devices, unwrapped, wrapper_told
+from ckptkit.verifier.behaviour import check_behaviour
+from ckptkit.verifier.context import Check, Context, floating_dtype, peak_memory, pick_devices
 from ckptkit.verifier.fit import check_fit
-from ckptkit.verifier.forward import check_forward, input_shapes, model_dtype
+from ckptkit.verifier.forward import check_forward, model_dtype
+from ckptkit.verifier.golden import Golden, read_golden
+from ckptkit.verifier.golden_check import check_golden, require_writable, versions
+from ckptkit.verifier.inputs import Inputs, drawn_inputs, read_inputs, wanted_inputs
 from ckptkit.verifier.load import check_load
 from ckptkit.verifier.measure import Fit
-from ckptkit.verifier.references import ModelLike, build
+from ckptkit.verifier.pickled import load_pickled, unsafe_findings
+from ckptkit.verifier.references import ModelLike, Reference, build
+from ckptkit.verifier.weights import check_weights
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 
-CHECKS: tuple[Check, ...] = (check_fit, check_load, check_forward)
-"""Every check, in the order they run."""
+CHECKS: tuple[Check, ...] = (
+    check_fit,
+    check_load,
+    check_weights,
+    check_forward,
+    check_behaviour,
+    check_devices,
+    check_golden,
+    check_against,
+)
+"""Every check, in the order they run.  The last fills the model with other weights."""
 
 
 def verify(
     checkpoint: Checkpoint,
     *,
-    model: ModelLike,
+    model: ModelLike | None = None,
     model_args: Mapping[str, object] | None = None,
     device: str = "auto",
     dtype: str | None = None,
     input_shapes: Sequence[Sequence[int]] = (),
+    input: str | None = None,  # noqa: A002 - the option's name
     seed: int = 0,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
     forward: bool = True,
+    against: Checkpoint | None = None,
+    golden: str | None = None,
+    write_golden: str | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    force: bool = False,
+    unsafe_load: bool = False,
 ) -> Report:
-    """Load a checkpoint's weights into a reference model and run a forward check.
+    """Load a checkpoint's weights into a reference model and examine what it computes.
 
     Args:
         checkpoint: the checkpoint; the file it lies in must still be open.
         model: ``"torchvision:NAME"``, ``"package.module:factory"``, ``"path/to/file.py:factory"``,
-            a module, or a callable that returns one.  A module given is copied, not changed.
+            a module, or a callable that returns one.  A module given is copied, not changed.  ``None``: that of
+            the golden, or the pickled model itself where ``unsafe_load`` is asked for.
         model_args: keyword arguments of the factory; strings are read as Python literals where they are.
-        device: where the forward check runs: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        device: where the forward check runs: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; of several,
+            separated by commas, each is compared with the first.
         dtype: floating point type the model and its inputs are cast to, such as ``"float16"``.
-        input_shapes: one for each positional input; empty: what the reference implies.
+        input_shapes: one for each input; empty: what the reference implies.
+        input: file of the inputs' values, in any container.
         seed: of the inputs, and of whatever the factory draws.
         allow_missing: patterns (``fnmatch``) of names the checkpoint may lack.
         allow_unexpected: patterns of names the reference may lack.
         forward: whether to run the forward check.
+        against: another checkpoint of the same model, whose outputs must agree; its file must be open.
+        golden: file of outputs recorded earlier, which these must agree with.
+        write_golden: file to record them in.
+        atol: how far outputs may be apart; see `ckptkit.verifier.outputs.Tolerance`.
+        rtol: the same, as a share of their largest magnitude.
+        force: whether ``write_golden`` may replace a file.
+        unsafe_load: whether to run the pickled model itself, which imports and runs what the file names.
 
     Returns:
         The report; its details are the JSON document's figures.
@@ -66,35 +102,86 @@ def verify(
         VerifyError: the reference cannot be built, or a check cannot be run.
         SectionError: the file holds no state_dict, or several and none was chosen.
         MissingDependencyError: torchvision is needed and not installed.
-        CkptkitError: the weights cannot be read.
+        DestinationExistsError: ``write_golden`` exists and ``force`` is false.
+        CkptkitError: the weights, inputs or golden cannot be read.
     """
     _require_weights(checkpoint)
-    where = pick_device(device)
+    if input is not None and input_shapes:
+        raise VerifyError("--input and --input-shape: the inputs are read from a file, or made; give one of them")
+    if not forward:
+        _require_forward({"--against": against, "--golden": golden, "--write-golden": write_golden})
+    if unsafe_load and model is not None:
+        raise VerifyError("--model and --unsafe-load: a reference model is run, or the pickled one; give one of them")
+    for name, bound in (("--atol", atol), ("--rtol", rtol)):
+        if bound is not None and not 0 <= bound < float("inf"):
+            raise VerifyError(f"{name} {bound}: expected a number of at least 0")
+    devices = pick_devices(device)
     cast = None if dtype is None else floating_dtype(dtype)
-    with torch.random.fork_rng(devices=[where.index or 0] if where.type == "cuda" else []):
+    recorded = None if golden is None else _golden(golden, input_shapes, input, seed)
+    if write_golden is not None:
+        require_writable(write_golden, force=force)
+    cuda = [where.index or 0 for where in devices if where.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         started = time.perf_counter()
-        module, reference = build(model, model_args or {})
+        built, reference = _model(checkpoint, model, model_args, recorded, unsafe_load=unsafe_load)
         if cast is not None:
-            module.to(cast)
+            built.to(cast)
         context = Context(
             reference=reference,
-            device=where,
+            devices=devices,
             dtype=dtype,
-            input_shapes=tuple(tuple(shape) for shape in input_shapes),
             seed=seed,
+            inputs=_inputs(reference, input_shapes, input, seed, recorded) if forward else None,
+            atol=atol,
+            rtol=rtol,
             allow_missing=tuple(allow_missing),
             allow_unexpected=tuple(allow_unexpected),
-            wants_forward=forward,
+            against=against,
+            golden=recorded,
+            write_golden=write_golden,
+            force=force,
         )
-        context.seconds["build"] = time.perf_counter() - started
-        _require_inputs(context)
+        seconds = time.perf_counter() - started
+        context.seconds["build"] = seconds
+        context.steps.append({"name": "build", "seconds": round(seconds, 6), "peak_memory_nbytes": peak_memory()})
         findings: list[Finding] = []
-        for check in CHECKS:
-            for finding in check(checkpoint, module, context):
-                findings.append(finding)
+        if model is None and recorded is None and not unsafe_load:
+            findings.append(_identified(reference))
+        if unsafe_load:
+            findings += unsafe_findings(checkpoint, built)
+        stripped = unwrapped(checkpoint, built) if against is not None else None
+        if stripped is not None:
+            findings.append(wrapper_told(checkpoint.origin.path))
+        context.failed = worst(findings) == "error"
+        checks = _run(stripped or checkpoint, built, context, findings)
+    return Report(findings=tuple(findings), details=_details(checkpoint, context, checks, model_dtype(built)))
+
+
+def _run(checkpoint: Checkpoint, model: nn.Module, context: Context, findings: list[Finding]) -> list[dict[str, Any]]:
+    """Run every check, adding what they find; gives each one's line in the document."""
+    lines = []
+    for check in CHECKS:
+        name = check.__name__.removeprefix("check_")
+        found: list[Finding] = []
+        with context.step(name):
+            for finding in check(checkpoint, model, context):
+                found.append(finding)
                 context.failed = context.failed or finding.severity == "error"
-    return Report(findings=tuple(findings), details=_details(checkpoint, context, model_dtype(module)))
+        findings += found
+        was_run = bool(found) or name in context.notes or name in context.figures
+        was_run = was_run or (name in ("load", "weights") and context.loaded)
+        lines.append(
+            {
+                "name": name,
+                "run": was_run,
+                "severity": worst(found),
+                "codes": [finding.code for finding in found],
+                "note": context.notes.get(name),
+                "figures": context.figures.get(name),
+            }
+        )
+    return lines
 
 
 def _require_weights(checkpoint: Checkpoint) -> None:
@@ -107,13 +194,84 @@ def _require_weights(checkpoint: Checkpoint) -> None:
     raise SectionError(f"{path}: holds no state_dict to verify (it is of kind {checkpoint.origin.kind!r})")
 
 
-def _require_inputs(context: Context) -> None:
-    """Say before any work is done that the forward check cannot be run."""
-    if context.wants_forward:
-        input_shapes(context)
+def _identified(reference: Reference) -> Finding:
+    given = ", ".join(f"{name}={value}" for name, value in reference.args.items())
+    return Finding(
+        code="identified",
+        severity="info",
+        message=f"no model was named; by names and shapes it is {reference.label}"
+        + (f" with {given}" if given else ""),
+    )
 
 
-def _details(checkpoint: Checkpoint, context: Context, dtype: str) -> dict[str, Any]:
+def _require_forward(given: Mapping[str, object]) -> None:
+    """What is asked for cannot be had when nothing is computed."""
+    useless = [name for name, value in given.items() if value is not None]
+    if useless:
+        raise VerifyError(f"{', '.join(useless)}: with --no-forward nothing is computed; leave one of them out")
+
+
+def _golden(path: str, shapes: Sequence[Sequence[int]], input_path: str | None, seed: int) -> Golden:
+    golden = read_golden(path)
+    if shapes or input_path is not None or seed not in (0, golden.inputs.seed):
+        raise VerifyError(f"{path}: a golden brings its own inputs; leave --input, --input-shape and --seed out")
+    return golden
+
+
+def _model(
+    checkpoint: Checkpoint,
+    model: ModelLike | None,
+    args: Mapping[str, object] | None,
+    golden: Golden | None,
+    *,
+    unsafe_load: bool,
+) -> tuple[nn.Module, Reference]:
+    """The model that is filled: the one named, the golden's, or the pickled one itself."""
+    if unsafe_load:
+        return load_pickled(checkpoint)
+    if model is None and golden is not None:
+        model = golden.model()
+    if model is None:
+        path = checkpoint.origin.path
+        likely = identify(checkpoint.state_dict)
+        if likely and likely[0].exact and not likely[0].prefix:
+            built, reference = build(likely[0].reference, {**likely[0].args, **(args or {})})
+            return built, reference
+        if likely and likely[0].exact:
+            raise VerifyError(
+                f"{path}: looks like {likely[0].label} behind the prefix {likely[0].prefix!r}; take it off with "
+                "--strip-module, or with convert --strip-prefix, or give --model REF"
+            )
+        if checkpoint.module is not None:
+            names = len(checkpoint.globals)
+            raise VerifyError(
+                f"{path}: holds a pickled model; give --model REF to verify its weights in a reference model, or "
+                f"--unsafe-load to run the pickled model itself, which imports the {names} names it holds"
+            )
+        closest = f" (closest: {', '.join(found.label for found in likely)})" if likely else ""
+        raise VerifyError(
+            f"{path}: no known architecture has these names and shapes{closest}; give --model REF, such as "
+            "torchvision:resnet18"
+        )
+    if golden is not None and not args:
+        args = golden.args
+    built, reference = build(model, args or {})
+    if golden is not None:
+        golden.require_model(reference.spec, reference.args)
+    return built, reference
+
+
+def _inputs(
+    reference: Reference, shapes: Sequence[Sequence[int]], path: str | None, seed: int, golden: Golden | None
+) -> Inputs:
+    if golden is not None:
+        return golden.inputs
+    if path is not None:
+        return read_inputs(path, reference.inputs)
+    return drawn_inputs(wanted_inputs(reference.inputs, shapes, reference.label), seed)
+
+
+def _details(checkpoint: Checkpoint, context: Context, checks: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
     fit = context.fit
     if fit is None:
         raise VerifyError("no check looked at how the checkpoint fits; CHECKS must begin with one that does")
@@ -121,13 +279,29 @@ def _details(checkpoint: Checkpoint, context: Context, dtype: str) -> dict[str, 
         "path": checkpoint.origin.path,
         "reference": context.reference.label,
         "device": str(context.device),
+        "devices": [str(device) for device in context.devices],
         "dtype": dtype,
         **_fit_details(fit),
         "loaded": context.loaded,
+        "inputs": None if context.inputs is None else _input_details(context.inputs),
         "outputs": context.outputs,
+        "passes": context.passes,
+        "checks": checks,
         "seconds": {part: round(seconds, 6) for part, seconds in context.seconds.items()},
-        "peak_memory_nbytes": _peak_memory(),
-        "versions": _versions(),
+        "steps": context.steps,
+        "peak_memory_nbytes": peak_memory(),
+        "versions": versions(),
+    }
+
+
+def _input_details(inputs: Inputs) -> dict[str, Any]:
+    return {
+        "seed": inputs.seed,
+        "path": inputs.path,
+        "tensors": [
+            {"name": each.name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            for each, value in zip(inputs.inputs, inputs.values, strict=True)
+        ],
     }
 
 
@@ -140,21 +314,3 @@ def _fit_details(fit: Fit) -> dict[str, Any]:
             {"name": m.name, "checkpoint": list(m.checkpoint), "reference": list(m.reference)} for m in fit.mismatches
         ],
     }
-
-
-def _peak_memory() -> int | None:
-    """The most memory this process has held so far, in bytes; ``None`` where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere
-
-
-def _versions() -> dict[str, str]:
-    torchvision = sys.modules.get("torchvision")
-    versions = {"torch": str(torch.__version__)}
-    if torchvision is not None:
-        versions["torchvision"] = str(torchvision.__version__)
-    return versions

@@ -34,6 +34,7 @@ class Context:
         reference: what the model was built from.
         devices: where the forward pass runs: on the first, and once more on each other to compare.
         dtype: torch name of the type the model was cast to; ``None``: as the reference has it.
+        seed: of whatever the factory draws.
         inputs: what the model is given; ``None``: no forward check is asked for.
         atol, rtol: asked for; ``None``: by the types involved.
         allow_missing, allow_unexpected: patterns of names that may be so.
@@ -58,6 +59,7 @@ class Context:
     reference: Reference
     devices: tuple[torch.device, ...]
     dtype: str | None = None
+    seed: int = 0
     inputs: Inputs | None = None
     atol: float | None = None
     rtol: float | None = None

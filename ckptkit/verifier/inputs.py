@@ -92,14 +92,10 @@ class Inputs:
         return self._given(self.values, device, dtype)
 
     def rebatched(self, device: torch.device, dtype: torch.dtype) -> Batch | None:
-        """Row 0 alone where the batch has several rows, else it and another one; ``None``: it is no batch."""
+        """Row 0 alone where the batch has several rows, else it and another one; ``None``: it is no batch of rows."""
         rows = self.rows
-        if rows is None:
+        if rows is None or self.is_list:
             return None
-        if self.is_list:
-            images = self._images(self.values)
-            chosen = images[:1] if rows > 1 else [*images, *self._images(self.others)]
-            return Batch(args=([_on(image, device, dtype) for image in chosen],))
         if rows > 1:
             return self._given([value[:1] for value in self.values], device, dtype)
         pairs = [torch.cat([a, b]) for a, b in zip(self.values, self.others, strict=True)]
@@ -108,9 +104,9 @@ class Inputs:
     @property
     def rows_differ(self) -> bool:
         """Whether some input's first two rows, in the batch or its pair, were drawn and are different ones."""
-        if self.seed is None or self.rows is None:
+        if self.seed is None or self.rows is None or self.is_list:
             return False
-        if self.is_list or self.rows == 1:
+        if self.rows == 1:
             return any(not torch.equal(a, b) for a, b in zip(self.values, self.others, strict=True))
         return any(not torch.equal(value[0], value[1]) for value in self.values)
 
@@ -125,8 +121,7 @@ class Inputs:
     def __str__(self) -> str:
         shown = ("x".join(str(size) for size in value.shape) or "scalar" for value in self.values)
         named = (
-            text if each.name is None else f"{each.name} {text}"
-            for each, text in zip(self.inputs, shown, strict=True)
+            text if each.name is None else f"{each.name} {text}" for each, text in zip(self.inputs, shown, strict=True)
         )
         return " and ".join(named)
 
@@ -187,9 +182,7 @@ def drawn_inputs(inputs: Sequence[Input], seed: int) -> Inputs:
         VerifyError: there is no memory for them, or the seed is none.
     """
     try:
-        return Inputs(
-            inputs=tuple(inputs), values=_drawn(inputs, seed), others=_drawn(inputs, seed + 1), seed=seed
-        )
+        return Inputs(inputs=tuple(inputs), values=_drawn(inputs, seed), others=_drawn(inputs, seed + 1), seed=seed)
     except (RuntimeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VerifyError(f"the inputs cannot be made from seed {seed}: {reason}") from error
@@ -254,7 +247,9 @@ def inputs_of(values: Mapping[str, torch.Tensor], known: Sequence[Input], path: 
     is_list = any(each.is_list for each in known)
     names = [*sorted(positions, key=positions.__getitem__), *(name for name in values if name not in positions)]
     if is_list and (len(names) > len(positions) or any(v.dim() not in (3, 4) for v in values.values())):
-        raise VerifyError(f"{path}: the model takes a list of images; expected tensors of 3 or 4 dimensions, by position")
+        raise VerifyError(
+            f"{path}: the model takes a list of images; expected tensors of 3 or 4 dimensions, by position"
+        )
     made = tuple(
         Input(shape=tuple(values[name].shape), name=None if name in positions else name, is_list=is_list)
         for name in names

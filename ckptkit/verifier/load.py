@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
 from ckptkit.report import Finding
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.context import Context, floating_dtype, shortened
-from ckptkit.verifier.fill import become, fill, has_no_values, without_value
-from ckptkit.verifier.measure import Fit, named_values
+from ckptkit.verifier.fill import become, fill, has_no_values, has_own_loading, without_value
+from ckptkit.verifier.measure import Fit
 
 __all__ = ["check_load"]
 
@@ -37,6 +37,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
     passed_over: list[str] = []
     if fit.allowed_missing and has_no_values(model):
         _give_values(model, context)  # what the file lacks is what the reference begins with
+    with_own_code = has_own_loading(model)
     problem = fill(model, checkpoint.state_dict, values, fit, seeming=passed_over)
     if has_no_values(model):  # loading code that copies by itself, or fails without values
         _give_values(model, context)
@@ -51,28 +52,50 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         yield Finding(
             code="left-on-meta",
             severity="error",
-            message=f"{len(left)} parameters or buffers got no value when the checkpoint was loaded: {shortened(left)}; "
-            "the reference's own loading code passed over them, or its factory left them on the meta device",
+            message=f"{len(left)} parameters or buffers got no value when the checkpoint was loaded: "
+            f"{shortened(left)}; the reference's own loading code passed over them, or its factory left them on the "
+            "meta device",
         )
         return
     context.loaded = True
-    yield from _compared(model, values, fit)
-    yield from _finite(model, values, fit)
+    if with_own_code:  # which may have changed what it was given; the file is asked again
+        values.clear()
+        pairs = _read_again(checkpoint.state_dict, fit)
+    else:
+        pairs = ((name, values[source]) for name, source in _sources(fit).items())
+    yield from _compared(model, pairs)
+
+
+def _sources(fit: Fit) -> dict[str, str]:
+    """From where in the file each of the model's tensors comes, less those that are computed."""
+    sources = {**fit.sources, **{name: fit.sources[twin] for name, twin in fit.tied.items()}}
+    return {name: source for name, source in sources.items() if source is not None}
+
+
+def _read_again(state_dict: StateDict, fit: Fit) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's names with the file's values, out of memory that nobody has written to; one storage at a time."""
+    names_of: dict[str, list[str]] = {}
+    for name, source in _sources(fit).items():
+        names_of.setdefault(source, []).append(name)
+    groups: dict[int, dict[str, TensorEntry]] = {}
+    for source in names_of:
+        groups.setdefault(id(state_dict[source].storage), {})[source] = state_dict[source]
+    for group in groups.values():
+        for source, value in tensors(StateDict(group), map_location="cpu", mapped=True).items():
+            yield from ((name, value) for name in names_of[source])
 
 
 def _give_values(model: nn.Module, context: Context) -> None:
     """Let the model be the reference built with values, as the seed draws them."""
-    torch.manual_seed(context.seed)
     other = context.reference.make()
     if context.dtype is not None:
         other.to(floating_dtype(context.dtype))
     become(model, other)
 
 
-def _compared(model: nn.Module, values: Mapping[str, torch.Tensor], fit: Fit) -> Iterator[Finding]:
+def _compared(model: nn.Module, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Finding]:
     loaded = model.state_dict()
-    sources = {**fit.sources, **{name: fit.sources[twin] for name, twin in fit.tied.items()}}
-    different = [n for n, source in sources.items() if source is not None and not _same(loaded[n], values[source])]
+    different = [name for name, value in pairs if not _same(loaded[name], value)]
     if different:
         yield Finding(
             code="load-differs",
@@ -108,40 +131,3 @@ def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _finite(model: nn.Module, values: Mapping[str, torch.Tensor], fit: Fit) -> Iterator[Finding]:
-    """NaN anywhere and infinities in parameters are errors; an infinite buffer may be a mask."""
-    expected = named_values(model)
-    broken: list[str] = []
-    masks: list[str] = []
-    for name, source in fit.sources.items():
-        nan, infinite = _not_finite(values[source]) if source is not None else (0, 0)
-        if nan or (infinite and isinstance(expected[name], nn.Parameter)):
-            broken.append(f"{name} ({nan:,} NaN, {infinite:,} Inf of {values[source or name].numel():,})")
-        elif infinite:
-            masks.append(name)
-    if broken:
-        yield Finding(
-            code="weights-not-finite",
-            severity="error",
-            message=f"{len(broken)} tensors hold values that are no numbers: {shortened(broken)}",
-        )
-    if masks:
-        yield Finding(
-            code="infinite-buffer",
-            severity="info",
-            message=f"{len(masks)} buffers hold infinities, as masks do: {shortened(masks)}",
-        )
-
-
-def _not_finite(tensor: torch.Tensor) -> tuple[int, int]:
-    """Numbers of NaN and of infinite elements."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or "float4" in str(tensor.dtype):
-        return 0, 0
-    tensor = tensor.detach()
-    if tensor.element_size() == 1:
-        tensor = tensor.to(torch.float32)  # 8-bit floats know no arithmetic
-    if torch.isfinite(tensor.sum()):  # any NaN or infinity would show in the sum
-        return 0, 0
-    return int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())

@@ -3,8 +3,8 @@
     python tests/bench/run.py [--only opening] [--size-gib 1] [--dir DIR] [--repeat 5] [--markdown]
         [--converter safetensors/bindings/python/convert.py]
 
-Makes checkpoints, removes them at the end, and measures what `opening` and `writing` describe, as
-`measure` does it.  No test asserts a time.  Linux and macOS only.
+Makes checkpoints, removes them at the end, and measures what `opening`, `writing`, `identify` and
+`verifying` describe, as `measure` does it.  No test asserts a time.  Linux and macOS only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import identify
 import opening
+import verifying
 import writing
 from measure import ROOT, facts, measure, show, table
 
@@ -27,7 +29,9 @@ COUNTS = (25_000, 50_000, 100_000)
 def main(arguments: list[str]) -> None:
     """Make the files, measure, print, remove the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=["opening", "writing"], help="one half (default: both)")
+    parser.add_argument(
+        "--only", choices=["opening", "writing", "identify", "verifying"], help="one part (default: all)"
+    )
     parser.add_argument("--size-gib", type=float, default=1.0, help="size of each checkpoint (default: 1)")
     parser.add_argument("--dir", type=Path, help="folder to work in; needs five times the size (default: temporary)")
     parser.add_argument("--converter", type=Path, help="the safetensors project's convert.py, measured beside ours")
@@ -40,18 +44,24 @@ def main(arguments: list[str]) -> None:
     compileall.compile_dir(ROOT / "ckptkit", quiet=1)  # as an installation does; Python may be told not to
     with tempfile.TemporaryDirectory(prefix="ckptkit-bench-", dir=options.dir) as name:
         folder = Path(name).resolve()
-        if shutil.disk_usage(folder).free < 5.2 * nbytes:
-            raise SystemExit(f"{folder}: {5.2 * options.size_gib:.1f} GiB are needed; choose another folder with --dir")
         state, resume = folder / "state_dict.pth", folder / "resume.pth"
         print("making the checkpoints ...", end="", file=sys.stderr, flush=True)
-        torch_version = writing.make(nbytes, state, resume)
-        groups = {}
-        if options.only != "writing":
+        groups, torch_version = {}, identify.make(folder)
+        if options.only not in ("identify", "verifying"):
+            needed = 5.2 * options.size_gib
+            if shutil.disk_usage(folder).free < needed * (1 << 30):
+                raise SystemExit(f"{folder}: {needed:.1f} GiB are needed; choose another folder with --dir")
+            writing.make(nbytes, state, resume)
+        if options.only in (None, "opening"):
             opening.make(folder, COUNTS)
             groups.update(opening.groups(resume, COUNTS))
-        if options.only != "opening":
+        if options.only in (None, "writing"):
             writing.shard(state)
             groups.update(writing.groups(state, resume, options.converter))
+        if options.only in (None, "identify"):
+            groups.update(identify.groups(folder))
+        if options.only in (None, "verifying"):
+            groups.update(verifying.groups(verifying.make(nbytes, folder)))
         print(f"\r{'':100}\r", end="", file=sys.stderr, flush=True)
         for what, fact in facts(folder, torch_version).items():
             print(f"- {what}: {fact}" if options.markdown else f"{what}: {fact}")

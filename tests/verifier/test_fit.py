@@ -162,8 +162,7 @@ def test_files_without_weights(run: Run) -> None:
 def test_models_that_cannot_be_compared(run: Run) -> None:
     with pytest.raises(VerifyError, match="'weight' is not initialised"):
         run(Net().state_dict(), model=nn.LazyLinear(3))
-    with pytest.raises(VerifyError, match=r"'body.0.weight' is on the meta device"):
-        run(Net().state_dict(), model=lambda: Net().to("meta"))
+    assert run(Net().state_dict(), model=lambda: Net().to("meta")).ok  # filled as any model is
 
     class Broken(Net):
         def state_dict(self, *args: Any, **kwargs: Any) -> Any:

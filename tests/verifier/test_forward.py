@@ -14,6 +14,7 @@ import torch
 import torchvision
 from torch import nn
 
+import ckptkit
 from ckptkit.errors import VerifyError
 from ckptkit.formats import read
 from ckptkit.report import Report
@@ -75,7 +76,8 @@ def test_every_family_of_torchvision(run: Run, name: str, shapes: dict[str, list
     weights = torchvision.models.get_model(name, weights=None, **without).state_dict()
     report = run(weights, model=f"torchvision:{name}")
     assert report.ok
-    assert [f.code for f in report.findings] == ["fit-coverage", "forward-ok"]
+    expected = ["fit-coverage", "forward-ok", *(["batch-not-compared"] if name.startswith("ssd") else [])]
+    assert [f.code for f in report.findings] == expected
     assert {o["path"]: o["shape"] for o in report.details["outputs"]} == shapes
     assert all(o["finite"] for o in report.details["outputs"])
 
@@ -87,10 +89,20 @@ def test_the_details_are_json(run: Run) -> None:
     assert Path(document["path"]).name == "model.pth"
     assert document["reference"] == "torchvision:squeezenet1_1"
     assert (document["device"], document["dtype"]) == ("cpu", "float32")
-    assert document["outputs"] == [{"path": "", "shape": [1, 1000], "dtype": "float32", "finite": True}]
+    [output] = document["outputs"]
+    assert (output["path"], output["shape"], output["dtype"], output["finite"]) == ("", [1, 1000], "float32", True)
+    assert output["min"] <= output["mean"] <= output["max"]
     assert set(document["seconds"]) == {"build", "load", "forward"}
     assert document["peak_memory_nbytes"] > 1 << 20
-    assert document["versions"] == {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "ckptkit": ckptkit.__version__}
+    assert document["versions"].items() >= versions.items()
+    assert [check["name"] for check in document["checks"] if check["run"]] == [
+        "fit", "load", "weights", "forward", "behaviour"
+    ]  # fmt: skip
+    assert [step["name"] for step in document["steps"]][:3] == ["build", "fit", "load"]
+    assert all(step["seconds"] >= 0 and step["peak_memory_nbytes"] > 1 << 20 for step in document["steps"])
+    assert document["passes"] == 2
+    assert document["inputs"]["tensors"] == [{"name": None, "shape": [1, 3, 224, 224], "dtype": "float32"}]
 
 
 def test_a_bare_batch_of_images_is_a_detectors_list(run: Run) -> None:
@@ -120,7 +132,9 @@ def test_the_models_own_weights_are_used(run: Run) -> None:
     weights = Layer().state_dict()
     for seed in (0, 0, 5):
         assert run(weights, model=Watched, input_shapes=[(4, 3)], seed=seed).ok
-    first, output, again, _, other, _ = seen
+    # Each run is two passes: the documented batch, and its first row alone.
+    (first, output, row, _), (again, *_), (other, *_) = seen[:4], seen[4:8], seen[8:]
+    assert torch.equal(row, first[:1])
     assert torch.equal(first, torch.rand((4, 3), generator=torch.Generator().manual_seed(0)))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not output.requires_grad
@@ -135,10 +149,12 @@ def test_what_a_factory_draws_is_seeded(run: Run) -> None:
         built.append(Layer())
         return built[-1]
 
+    drawn = []
     for seed in (3, 3, 4):
         weights = {"linear.weight": torch.ones(2, 3)}
         assert run(weights, model=make, allow_missing=["*.bias"], input_shapes=[(1, 3)], seed=seed).ok
-    first, second, third = (layer.linear.bias for layer in built)
+        drawn.append(built[-1].linear.bias)
+    first, second, third = drawn
     assert torch.equal(first, second) and not torch.equal(first, third)
 
 
@@ -269,4 +285,5 @@ def test_another_dtype(run: Run) -> None:
 
 
 def test_checks_are_one_visible_tuple() -> None:
-    assert [check.__name__ for check in CHECKS] == ["check_fit", "check_load", "check_forward"]
+    names = ["fit", "load", "weights", "forward", "behaviour", "devices", "golden", "against"]
+    assert [check.__name__ for check in CHECKS] == [f"check_{name}" for name in names]

@@ -161,7 +161,7 @@ def test_torchvision_families_and_their_inputs(
 @pytest.mark.parametrize(
     ("spec", "args", "message"),
     [
-        ("resnet18", {}, "'resnet18' is no reference; expected torchvision:NAME, package.module:factory or path"),
+        ("resnet18", {}, "'resnet18' is no reference; expected torchvision:NAME, timm:NAME, .*:factory or path"),
         ("torchvision:", {}, "is no reference"),
         (":make", {}, "is no reference"),
         ("torchvision:resnet81", {}, "torchvision has no model 'resnet81'; did you mean resnet18"),

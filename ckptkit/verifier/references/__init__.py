@@ -1,6 +1,9 @@
 """References: from what a user names to an ``nn.Module``.
 
 - ``torchvision:NAME``: a model of ``torchvision.models``, built without downloading anything
+- ``timm:NAME``: a model of timm's, likewise
+- ``transformers:NAME`` or ``transformers:FOLDER``: a model type of transformers' with its default configuration,
+  or what the ``config.json`` in a folder describes
 - ``package.module:factory``: importable from the working directory, as ``python -m`` would
 - ``path/to/file.py:factory``: a file, run as a module of its own
 
@@ -10,20 +13,27 @@ user's own code; nothing in a checkpoint ever decides what is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ckptkit.errors import VerifyError
-from ckptkit.verifier.references import torchvision_models, user_code
-from ckptkit.verifier.references.arguments import literal
+from ckptkit.verifier.references import timm_models, torchvision_models, transformers_models, user_code
 from ckptkit.verifier.references.factory import ModelLike, Reference
 from ckptkit.verifier.references.without_values import without_values
 
 __all__ = ["FORMS", "ModelLike", "Reference", "build"]
 
-FORMS = "torchvision:NAME, package.module:factory or path/to/file.py:factory"
+FORMS = "torchvision:NAME, timm:NAME, transformers:NAME-OR-FOLDER, package.module:factory or path/to/file.py:factory"
 """How a reference is written."""
+
+_PACKAGES = {
+    "torchvision": torchvision_models.reference,
+    "timm": timm_models.reference,
+    "transformers": transformers_models.reference,
+}
 
 
 def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Reference]:
@@ -33,24 +43,38 @@ def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Refe
 
     Args:
         model: the reference.
-        args: keyword arguments of its factory; strings that are Python literals become their
-            value (``"10"``, ``"None"``, ``"(1, 2)"``), others stay strings.
+        args: keyword arguments of its factory; strings become values of the type its signature names, or, where
+            it names none, what they are as Python literals (``"10"``, ``"None"``, ``"(1, 2)"``).
 
     Raises:
-        VerifyError: there is no such reference, or it could not be built.
+        VerifyError: there is no such reference, an argument does not fit, or it could not be built.
         MissingDependencyError: it is of a package that is not installed.
     """
-    values = {name: literal(value) for name, value in args.items()}
-    if not isinstance(model, str):
-        reference = user_code.of_object(model, values)
-    else:
-        source, colon, name = model.rpartition(":")
-        if name.endswith(".py"):
-            raise VerifyError(f"{model}: name the factory in it: {model}:NAME")
-        if not colon or not source or not name:
-            raise VerifyError(f"{model!r} is no reference; expected {FORMS}")
-        if source == "torchvision":
-            reference = torchvision_models.reference(name, values)
-        else:
-            reference = user_code.reference(model, source, name, values)
+    reference = _reference(model, args)
+    reference = replace(reference, make=_seeded(reference.make))
     return without_values(reference.make), reference
+
+
+def _reference(model: ModelLike, args: Mapping[str, object]) -> Reference:
+    if not isinstance(model, str):
+        return user_code.of_object(model, args)
+    package, colon, name = model.partition(":")
+    if package in _PACKAGES and name:
+        return _PACKAGES[package](name, args)
+    source, colon, name = model.rpartition(":")
+    if name.endswith(".py"):
+        raise VerifyError(f"{model}: name the factory in it: {model}:NAME")
+    if not colon or not source or not name:
+        raise VerifyError(f"{model!r} is no reference; expected {FORMS}")
+    return user_code.reference(model, source, name, args)
+
+
+def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Let every call draw the same random numbers: those that torch would draw now."""
+    state = torch.get_rng_state()
+
+    def seeded() -> nn.Module:
+        torch.set_rng_state(state)
+        return make()
+
+    return seeded

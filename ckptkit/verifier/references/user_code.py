@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ckptkit.errors import VerifyError
+from ckptkit.verifier.references.arguments import typed
 from ckptkit.verifier.references.factory import Reference, close, made, told
 
 __all__ = ["of_object", "reference"]
@@ -21,7 +22,8 @@ __all__ = ["of_object", "reference"]
 def of_object(model: nn.Module | Callable[..., nn.Module], args: Mapping[str, object]) -> Reference:
     """A module, which is copied each time, or what returns one."""
     label = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "the factory")
-    return Reference(spec=None, label=label, args=args, make=lambda: made(model, args, label))
+    values = typed(model, args, label)
+    return Reference(spec=None, label=label, args=values, make=lambda: made(model, values, label))
 
 
 def reference(spec: str, source: str, name: str, args: Mapping[str, object]) -> Reference:
@@ -35,12 +37,13 @@ def reference(spec: str, source: str, name: str, args: Mapping[str, object]) -> 
     with _importable(folder):
         module = _file(source, spec) if is_file else _module(source, spec)
         factory = _attribute(module, name, spec)
+    values = typed(factory, args, spec)
 
     def make() -> nn.Module:
         with _importable(folder):
-            return made(factory, args, spec)
+            return made(factory, values, spec)
 
-    return Reference(spec=spec, label=spec, args=args, make=make)
+    return Reference(spec=spec, label=spec, args=values, make=make)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,170 @@
+"""The index of known architectures: a line of JSON for each, and its sketch in a file beside.
+
+``python -m ckptkit.verifier.index_maker`` writes them.  A line is
+
+    {"name": "resnet18", "args": {}, "tensors": 102, "names": digest, "shapes": digest,
+     "free": {"num_classes": {"default": 1000, "linear": [[tensor, dimension, a, b], ...]}},
+     "head": ["fc"], "trunk": digest, "trunk_shapes": digest}
+
+- ``names``, ``shapes``: see `ckptkit.architectures.fingerprint`; free dimensions are masked
+- ``free``: the arguments that decide a dimension and nothing else.  ``linear``: the dimension is a x value + b,
+  as of classes; ``square``: it is (value / a) ** 2 + b, as the positions of an image cut into patches
+- ``head``: the modules with a dimension that ``num_classes`` decides; ``trunk``: the names without them
+
+The first line says what the index was made from.  Line n of the sketches belongs to row n: the hashes
+as 32-bit little-endian integers in base64, 0 where the model has fewer tensors.
+"""
+
+from __future__ import annotations
+
+import binascii
+import json
+import sys
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import compress, count
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal
+
+from ckptkit.architectures.fingerprint import SKETCH, Dimension
+
+__all__ = ["LIBRARIES", "Free", "Index", "Row", "load"]
+
+LIBRARIES = ("torchvision", "timm")
+"""The libraries there is an index of; where two have the same model, the first is named first."""
+
+_MAX_ARGUMENT = 1 << 31
+"""No model has so many classes, or so large images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Free:
+    """An argument that decides dimensions.
+
+    Attributes:
+        default: its value where it is not given.
+        form: how a dimension follows from it.
+        at: tensor, dimension, and the two numbers of the form.
+    """
+
+    default: int
+    form: Literal["linear", "square"]
+    at: tuple[tuple[int, int, int, int], ...]
+
+    def solve(self, shapes: Sequence[tuple[int, ...]]) -> int | None:
+        """The value that gives these shapes; ``None`` where no value gives all of them."""
+        value: int | None = None
+        for tensor, axis, a, b in self.at:
+            rest = shapes[tensor][axis] - b
+            if self.form == "linear":
+                found, inexact = divmod(rest, a)
+            else:
+                side = isqrt(max(rest, 0))
+                found, inexact = side * a, rest - side * side
+            if inexact or not 0 < found < _MAX_ARGUMENT or value not in (None, found):
+                return None
+            value = found
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A line of the index; see the module's docstring."""
+
+    name: str
+    args: Mapping[str, object]
+    tensors: int
+    names: str
+    shapes: str
+    free: Mapping[str, Free]
+    head: tuple[str, ...]
+    trunk: str
+    trunk_shapes: str
+
+    @property
+    def masked(self) -> frozenset[Dimension]:
+        """The free dimensions."""
+        return frozenset((tensor, axis) for free in self.free.values() for tensor, axis, _, _ in free.at)
+
+    @property
+    def trunk_free(self) -> dict[str, Free]:
+        """The free arguments of the trunk: tensors are counted without the head's."""
+        classes = self.free.get("num_classes")
+        head = sorted({tensor for tensor, *_ in classes.at}) if classes else []
+        return {
+            name: Free(
+                default=free.default,
+                form=free.form,
+                at=tuple((t - sum(h < t for h in head), *rest) for t, *rest in free.at if t not in head),  # type: ignore[misc]
+            )
+            for name, free in self.free.items()
+            if name != "num_classes" and any(t not in head for t, *_ in free.at)
+        }
+
+
+class Index:
+    """One library's models.  Only the lines that are asked for are parsed."""
+
+    def __init__(self, library: str, folder: Path | None = None) -> None:
+        self.library = library
+        self._folder = folder or Path(__file__).parent
+        self._text = (self._folder / f"{library}.jsonl").read_text(encoding="utf-8")
+        self._lines: list[str] | None = None
+        self._sketches: array[int] | None = None
+
+    def having(self, key: Literal["names", "trunk"], digest: str) -> Iterator[tuple[int, Row]]:
+        """The rows with this digest, with their numbers, in the order of the index."""
+        wanted, end = f'"{key}": "{digest}"', 0
+        while (found := self._text.find(wanted, end)) >= 0:
+            start, end = self._text.rfind("\n", 0, found) + 1, self._text.find("\n", found)
+            yield self._text.count("\n", 0, start) - 1, _row(json.loads(self._text[start:end]))
+
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [_row(json.loads(line)) for line in self._all_lines()]
+
+    def row(self, number: int) -> Row:
+        """The row of this number."""
+        return _row(json.loads(self._all_lines()[number]))
+
+    def sharing(self, hashes: Sequence[int]) -> dict[int, int]:
+        """How many of these hashes each row's sketch has, for rows that have any."""
+        sketches = self._all_sketches()
+        result: dict[int, int] = {}
+        for place in compress(count(), map({*hashes}.__contains__, sketches)):
+            result[place // SKETCH] = result.get(place // SKETCH, 0) + 1
+        return result
+
+    def sketch(self, number: int) -> list[int]:
+        """The sketch of the row of this number."""
+        return [value for value in self._all_sketches()[number * SKETCH : (number + 1) * SKETCH] if value]
+
+    def _all_lines(self) -> list[str]:
+        if self._lines is None:
+            self._lines = self._text.splitlines()[1:]
+        return self._lines
+
+    def _all_sketches(self) -> array[int]:
+        if self._sketches is None:
+            lines = (self._folder / f"{self.library}.sketches").read_bytes()
+            self._sketches = array("I", binascii.a2b_base64(lines))
+            if sys.byteorder == "big":
+                self._sketches.byteswap()
+        return self._sketches
+
+
+@cache
+def load(library: str) -> Index:
+    """The index of one of `LIBRARIES`, read once."""
+    return Index(library)
+
+
+def _row(line: dict[str, Any]) -> Row:
+    free = {}
+    for name, facts in line["free"].items():
+        form: Literal["linear", "square"] = "linear" if "linear" in facts else "square"
+        free[name] = Free(default=facts["default"], form=form, at=tuple((t, x, a, b) for t, x, a, b in facts[form]))
+    return Row(**{**line, "free": free, "head": tuple(line["head"])})

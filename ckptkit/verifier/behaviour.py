@@ -1,0 +1,181 @@
+"""The behaviour check: what a sound model does alike whenever, and beside whatever, it is asked.
+
+Where all is well it costs one more forward pass: the first one's row 0 is computed again in a batch of
+another size (in a pair where it was alone, alone where it was one of several).  If that gives the same result,
+the model both repeats itself and keeps rows apart; if not, or if rows cannot be compared, one more pass
+on the first input tells which.
+
+A detector's outputs are chosen by rank and threshold, so that another rounding may give other boxes:
+of a list of images, only the first one's result on a second run is compared, not that beside another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.report import Finding
+from ckptkit.verifier.context import Context, floating_dtype, shortened
+from ckptkit.verifier.forward import Pass, model_dtype, one_line, run
+from ckptkit.verifier.inputs import Inputs
+from ckptkit.verifier.outputs import Difference, Tolerance, compare_outputs, compared
+
+__all__ = ["check_behaviour"]
+
+
+def check_behaviour(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
+    """Whether outputs depend on the input, on nothing but it, and row by row."""
+    inputs, first = context.inputs, context.first
+    if inputs is None or first is None:
+        return
+    dtype = floating_dtype(model_dtype(model))
+    tolerance = context.tolerance((checkpoint,), first)
+    figures: dict[str, Any] = {"tolerance": tolerance.to_dict(), "batch": [], "repeat": []}
+    context.figures["behaviour"] = figures
+    other, problem = _other_pass(model, inputs, context, dtype)
+    rows: list[Difference] = []
+    if other is not None:
+        rows = _rows(first, other.outputs, inputs, tolerance)
+        figures["batch"] = [difference.to_dict() for difference in rows]
+    yield from _constant(first, None if other is None else other.outputs, inputs, context)
+    apart = [difference for difference in rows if not difference.is_close]
+    if rows and not apart:
+        context.notes["behaviour"] = _note(context, "row 0 is the same in a batch of another size, and again")
+        return
+    yield from _repeated(model, inputs, context, dtype, tolerance)
+    if apart and not figures["differs"]:
+        yield Finding(
+            code="batch-dependent",
+            severity="error" if context.reference.inputs else "warning",
+            message="a row's result depends on the batch it is in: row 0 of "
+            f"{_sizes(inputs)} rows, {shortened([str(d) for d in apart], 3)}",
+        )
+    if problem is not None:
+        yield Finding(
+            code="fixed-batch",
+            severity="info",
+            message=f"the model takes no batch of another size ({problem}); whether rows keep apart was not checked",
+        )
+    elif not rows:
+        yield Finding(code="batch-not-compared", severity="info", message=_not_compared(inputs))
+    if not figures["differs"]:
+        context.notes["behaviour"] = _note(context, "the same on a second run")
+
+
+def _other_pass(
+    model: nn.Module, inputs: Inputs, context: Context, dtype: torch.dtype
+) -> tuple[Pass | None, str | None]:
+    """The pass on a batch of another size, or why there is none."""
+    if inputs.is_list:
+        return None, None
+    try:
+        batch = inputs.rebatched(context.device, dtype)
+        if batch is None:
+            return None, None
+        made = run(model, batch, context.device)
+    except Exception as error:
+        return None, one_line(error)[:200]
+    context.passes += 1
+    return made, None
+
+
+def _rows(
+    first: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], inputs: Inputs, tolerance: Tolerance
+) -> list[Difference]:
+    """Row 0 of each output that is a batch, in both passes."""
+    sizes = _sizes(inputs)
+    if inputs.is_list or sizes is None:
+        return []
+    ours, theirs = sizes
+    return [
+        compared(path, first[path][:1], other[path][:1], tolerance)
+        for path in first
+        if path in other
+        and first[path].dim()
+        and other[path].dim()
+        and (first[path].shape[0], other[path].shape[0]) == (ours, theirs)
+    ]
+
+
+def _sizes(inputs: Inputs) -> tuple[int, int] | None:
+    """Rows of the first pass and of the other."""
+    rows = inputs.rows
+    return None if rows is None else (rows, 2 if rows == 1 else 1)
+
+
+def _repeated(
+    model: nn.Module, inputs: Inputs, context: Context, dtype: torch.dtype, tolerance: Tolerance
+) -> Iterator[Finding]:
+    """Whether the first input gives the first outputs again."""
+    first = context.first or {}
+    try:
+        again = run(model, inputs.batch(context.device, dtype), context.device)
+        context.passes += 1
+        found = compare_outputs(first, again.outputs, tolerance)
+        told = [str(difference) for difference in found if not difference.is_close]
+    except Exception as error:
+        found, told = [], [one_line(error)]
+    context.figures["behaviour"] |= {"repeat": [d.to_dict() for d in found], "differs": bool(told)}
+    if told:
+        yield Finding(
+            code="not-repeatable",
+            severity="error",
+            message="the same input gives another result on a second run, in eval mode: " + shortened(told, 3),
+        )
+
+
+def _constant(
+    first: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor] | None, inputs: Inputs, context: Context
+) -> Iterator[Finding]:
+    """Outputs that say the same whatever is asked.
+
+    One value throughout is an error, but for zeros and ones, which may be a ReLU or a sigmoid at its end, and for
+    a head that is zero.  Of two inputs with the same outputs it only warns: in a deep model that was never trained
+    what tells them apart is rounded away, and so it may be where outputs saturate.
+    """
+    floating = {path: t for path, t in first.items() if t.is_floating_point() and t.numel() > 1}
+    if not floating:
+        return
+    saturated = all(bool(((t == 0) | (t == 1)).all()) for t in floating.values())
+    severity = "warning" if saturated or context.zeroed else "error"
+    because = f"; {shortened(context.zeroed, 2)} is zero throughout" if context.zeroed else ""
+    if all(bool((t == t.reshape(-1)[0]).all()) for t in floating.values()):
+        values = [f"{path or 'the output'} is {float(t.reshape(-1)[0]):.6g}" for path, t in floating.items()]
+        yield Finding(
+            code="constant-output",
+            severity=severity,  # type: ignore[arg-type]
+            message=f"the outputs hold one value alone: {shortened(values, 3)} in all its elements{because}",
+        )
+        return
+    rows = inputs.rows
+    if other is None or rows is None or inputs.is_list or not inputs.rows_differ:
+        return
+    batch, size = (other, 2) if rows == 1 else (first, rows)
+    pairs = [batch[p] for p in floating if p in batch and batch[p].dim() and batch[p].shape[0] == size]
+    if pairs and len(pairs) == len(floating) and all(torch.equal(t[0], t[1]) for t in pairs):
+        yield Finding(
+            code="constant-output",
+            severity="warning",
+            message=f"two different inputs give the same outputs, bit for bit{because}",
+        )
+
+
+def _not_compared(inputs: Inputs) -> str:
+    if inputs.is_list:
+        return (
+            "a detector's outputs are chosen by rank and threshold, where another rounding may choose others: "
+            "they were compared with a second run, not with those beside another image"
+        )
+    if inputs.rows is None:
+        return (
+            "the inputs' first dimensions differ, so they are no batch; outputs were compared with a second run alone"
+        )
+    return "no output has a row for each of the input's; outputs were compared with a second run alone"
+
+
+def _note(context: Context, what: str) -> str:
+    return f"{what} ({context.passes} forward passes)"

@@ -1,0 +1,192 @@
+"""The golden check: outputs held against a golden file, and golden files written; see `ckptkit.verifier.golden`."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
+from ckptkit.plan import Literal, Plan
+from ckptkit.report import Finding
+from ckptkit.transfer import write_atomically
+from ckptkit.verifier.context import Context, shortened
+from ckptkit.verifier.forward import model_dtype
+from ckptkit.verifier.golden import KEY, VERSION, Golden, Recorded, read_golden, told_args
+from ckptkit.verifier.outputs import Difference, Tolerance, compared, dtype_name, tolerance_of
+from ckptkit.version import __version__
+
+__all__ = ["check_golden", "require_writable", "versions"]
+
+_WHOLE_NBYTES = 1 << 20
+"""Bytes of an output that is kept whole; of larger ones about so many are kept."""
+
+
+def require_writable(path: str, *, force: bool) -> None:
+    """Say before any work is done that a golden cannot be written there.
+
+    Raises:
+        DestinationExistsError: it exists and is not to be replaced.
+        FileAccessError: its folder is not there.
+    """
+    if os.path.lexists(path) and not force:
+        raise DestinationExistsError(f"{path}: exists already; --force replaces it")
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileAccessError(f"{path}: a golden cannot be written there: expected a file in a folder that exists")
+
+
+def check_golden(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
+    """Whether the outputs are those of a golden file; and writing one, where that is asked for."""
+    if context.golden is not None and context.first is not None:
+        yield from _compared(context.golden, checkpoint, model, context)
+    if context.write_golden is None:
+        return
+    if context.failed or context.first is None:
+        yield Finding(
+            code="golden-not-written",
+            severity="info",
+            message=f"{context.write_golden} was not written, because the model did not pass",
+        )
+        return
+    yield _written(context.write_golden, context.first, checkpoint, model, context)
+
+
+def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
+    first = context.first or {}
+    now = {"device": str(context.device), "dtype": model_dtype(model), **versions()}
+    then = {"device": golden.device, "dtype": golden.dtype, **golden.versions}
+    changed = [f"{name} {then[name]} then, {now.get(name, 'none')} now" for name in then if then[name] != now.get(name)]
+    if changed:
+        yield Finding(
+            code="golden-versions",
+            severity="info",
+            message=f"{golden.path} was recorded under other circumstances: {shortened(changed)}",
+        )
+    default = context.tolerance((checkpoint,), first)
+    recorded = tolerance_of([golden.dtype, *(o.dtype for o in golden.outputs)])
+    tolerance = Tolerance(
+        atol=context.atol if context.atol is not None else max(golden.tolerance.atol, default.atol, recorded.atol),
+        rtol=context.rtol if context.rtol is not None else max(golden.tolerance.rtol, default.rtol, recorded.rtol),
+    )
+    found = [_difference(each, first.get(each.path), tolerance) for each in golden.outputs]
+    paths = {each.path for each in golden.outputs}
+    found += [
+        Difference(path=path, is_equal=False, is_close=False, reason="it is not in the golden")
+        for path in first
+        if path not in paths
+    ]
+    context.figures["golden"] = {
+        "path": golden.path,
+        "tolerance": tolerance.to_dict(),
+        "outputs": [difference.to_dict() for difference in found],
+    }
+    sampled = [each.path or "the output" for each in golden.outputs if each.step > 1]
+    of = f" (of {shortened(sampled, 3)} a sample)" if sampled else ""
+    allowed = f"atol {tolerance.atol:.2g}, rtol {tolerance.rtol:.2g}"
+    apart = [difference for difference in found if not difference.is_close]
+    if apart:
+        yield Finding(
+            code="golden-differs",
+            severity="error",
+            message=f"outputs are not those in {golden.path} within {allowed}{of}: "
+            + shortened([str(difference) for difference in apart], 3),
+        )
+    elif all(difference.is_equal for difference in found):
+        yield Finding(
+            code="golden-equal", severity="info", message=f"outputs are bit-equal to those in {golden.path}{of}"
+        )
+    else:
+        told = [str(difference) for difference in found if not difference.is_equal]
+        yield Finding(
+            code="golden-close",
+            severity="info",
+            message=f"outputs are those in {golden.path} within {allowed}{of}: {shortened(told, 3)}",
+        )
+
+
+def _difference(recorded: Recorded, found: torch.Tensor | None, tolerance: Tolerance) -> Difference:
+    reason = ""
+    if found is None:
+        reason = "it is missing"
+    elif tuple(found.shape) != recorded.shape:
+        shapes = ("x".join(map(str, shape)) or "scalar" for shape in (found.shape, recorded.shape))
+        reason = " is the shape, recorded was ".join(shapes)
+    if found is None or reason:
+        return Difference(path=recorded.path, is_equal=False, is_close=False, reason=reason)
+    return compared(recorded.path, found.reshape(-1)[:: recorded.step], recorded.sample, tolerance)
+
+
+def versions() -> dict[str, str]:
+    """What computes: the packages and their versions."""
+    found = {"torch": str(torch.__version__), "ckptkit": __version__}
+    for name in ("torchvision", "timm", "transformers"):
+        if name in sys.modules:
+            found[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    return found
+
+
+def _written(
+    path: str, first: Mapping[str, torch.Tensor], checkpoint: Checkpoint, model: nn.Module, context: Context
+) -> Finding:
+    """Write the golden, and read it back before it gets its name."""
+    inputs, reference = context.inputs, context.reference
+    if inputs is None:
+        raise VerifyError(f"{path}: there are no inputs to record")
+    args = repr(dict(reference.args))
+    try:
+        kept: object = ast.literal_eval(args)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        kept = None
+    if kept != dict(reference.args):
+        raise VerifyError(f"{path}: the arguments {told_args(reference.args)} are no literals and cannot be recorded")
+    is_recipe = inputs.seed is not None
+    stored: dict[str, torch.Tensor] = {}
+    if not is_recipe:
+        stored |= {f"input.{i}": value.contiguous() for i, value in enumerate(inputs.values)}
+    outputs = []
+    for i, (place, tensor) in enumerate(first.items()):
+        step = max(1, -(-tensor.nbytes // _WHOLE_NBYTES))
+        stored[f"output.{i}"] = tensor.reshape(-1)[::step].clone(memory_format=torch.contiguous_format)
+        outputs.append(
+            {"path": place, "shape": list(tensor.shape), "dtype": dtype_name(tensor), "tensor": f"output.{i}",
+             "step": step}
+        )  # fmt: skip
+    document = {
+        "version": VERSION,
+        "reference": {"spec": reference.spec, "label": reference.label, "args": args},
+        "inputs": {
+            "seed": inputs.seed,
+            "sha256": inputs.digest(),
+            "items": [
+                {"shape": list(value.shape), "name": each.name, "below": each.below, "is_list": each.is_list,
+                 "tensor": None if is_recipe else f"input.{i}"}
+                for i, (each, value) in enumerate(zip(inputs.inputs, inputs.values, strict=True))
+            ],
+        },
+        "outputs": outputs,
+        "dtype": model_dtype(model),
+        "device": str(context.device),
+        "tolerance": context.tolerance((checkpoint,), first).to_dict(),
+        "versions": versions(),
+    }  # fmt: skip
+    try:
+        data = save(stored, metadata={KEY: json.dumps(document)})
+    except Exception as error:
+        raise VerifyError(f"{path}: the outputs cannot be kept in safetensors: {error}") from error
+    plan = Plan(format="safetensors", nbytes=len(data), steps=(Literal(0, data),), tensors=len(stored), aliases={})
+    write_atomically(path, plan, force=context.force, check=lambda temporary, _: read_golden(temporary))
+    sampled = sum(output["step"] != 1 for output in outputs)
+    of = f", {sampled} of them as samples of 1 MiB" if sampled else ""
+    return Finding(
+        code="golden-written",
+        severity="info",
+        message=f"{path}: {len(outputs)} outputs{of}, {len(data):,} bytes; "
+        + (f"inputs are made from seed {inputs.seed}" if is_recipe else "inputs are kept in it"),
+    )

@@ -1,0 +1,227 @@
+"""The tensors of an output: where they are, what they hold, and how far two of them are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+__all__ = [
+    "TOLERANCES",
+    "Difference",
+    "Tolerance",
+    "broken_values",
+    "compare_outputs",
+    "compared",
+    "described",
+    "dtype_name",
+    "is_finite",
+    "output_tensors",
+    "shown",
+    "tolerance_of",
+]
+
+_CHUNK = 1 << 20
+"""Elements compared at a time, as float64."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """How far apart two outputs may be and still agree.
+
+    They do when no element differs by more than ``atol + rtol * s``, where ``s`` is the largest magnitude in
+    either output: an element near zero is as uncertain as the sums it came from, which its own size does
+    not tell.
+    """
+
+    atol: float
+    rtol: float
+
+    def bound(self, scale: float) -> float:
+        """The largest difference allowed in outputs of this magnitude."""
+        return self.atol + self.rtol * scale
+
+    def to_dict(self) -> dict[str, float]:
+        """As it stands in JSON documents."""
+        return {"atol": self.atol, "rtol": self.rtol}
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "float64": Tolerance(atol=2.3e-16, rtol=1.5e-8),
+    "float32": Tolerance(atol=1.2e-7, rtol=3.5e-4),
+    "float16": Tolerance(atol=9.8e-4, rtol=3.2e-2),
+    "bfloat16": Tolerance(atol=7.9e-3, rtol=8.9e-2),
+}
+"""By the least precise type among weights and outputs, from the best to the worst.  ``atol`` is the type's
+spacing at 1 (``torch.finfo(dtype).eps``) and ``rtol`` its root, rounded up: half of the digits it has, which
+leaves room for the order in which a deep network adds up.  ``torch.testing.assert_close`` is stricter (1.3e-6
+for float32), because it is made for a single operation."""
+
+
+def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float | None = None) -> Tolerance:
+    """The tolerance for results of these types; what is given counts.
+
+    Args:
+        dtypes: names of the weights' and outputs' types; the least precise decides.
+        atol: asked for.
+        rtol: asked for.
+    """
+    order = list(TOLERANCES)
+    widened = {"complex128": "float64", "complex64": "float32"}
+    known = {widened.get(name, name) for name in dtypes}
+    # What is below 16 bits is held to be as imprecise as the last one.
+    ranks = [order.index(n) if n in order else len(order) - 1 for n in known if n in order or n.startswith("float")]
+    default = TOLERANCES[order[max(ranks, default=order.index("float32"))]]
+    return Tolerance(atol=default.atol if atol is None else atol, rtol=default.rtol if rtol is None else rtol)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How far two outputs are apart.
+
+    Attributes:
+        path: where both are in the output.
+        is_equal: bit for bit.
+        is_close: within the tolerance; whole numbers and truth values only where they are equal.
+        max_abs: largest absolute difference; infinite where one side is no number.
+        max_rel: the same, as a share of the largest magnitude in either.
+        reason: why they cannot be compared; ``""``: they were.
+    """
+
+    path: str
+    is_equal: bool
+    is_close: bool
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in JSON documents; what is no finite number is ``None``."""
+        return {
+            "path": self.path,
+            "equal": self.is_equal,
+            "close": self.is_close,
+            "max_abs": self.max_abs if math.isfinite(self.max_abs) and not self.reason else None,
+            "max_rel": self.max_rel if math.isfinite(self.max_rel) and not self.reason else None,
+            "reason": self.reason or None,
+        }
+
+    def __str__(self) -> str:
+        name = f"`{self.path}`" if self.path else "the output"
+        if self.reason:
+            return f"{name}: {self.reason}"
+        if self.is_equal:
+            return f"{name} is bit-equal"
+        return f"{name} differs by up to {self.max_abs:.2g} ({self.max_rel:.2g} of its largest value)"
+
+
+def compared(path: str, a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) -> Difference:
+    """How far two tensors are apart; both on the CPU."""
+    if a.shape != b.shape:
+        reason = f"shape {_sizes(a)} against {_sizes(b)}"
+        return Difference(path=path, is_equal=False, is_close=False, reason=reason)
+    if a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)):
+        return Difference(path=path, is_equal=True, is_close=True)
+    inexact = any(t.is_floating_point() or t.is_complex() for t in (a, b))
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    largest = scale = 0.0
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    for start in range(0, flat_a.numel(), _CHUNK):
+        ours, theirs = (flat[start : start + _CHUNK].to(wide) for flat in (flat_a, flat_b))
+        same = (ours == theirs) | (torch.isnan(ours) & torch.isnan(theirs))
+        apart = torch.where(same, 0.0, (ours - theirs).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+        largest = max(largest, float(apart.max()))
+        for part in (ours, theirs):
+            finite = part.abs()[torch.isfinite(part)]
+            scale = max(scale, float(finite.max()) if finite.numel() else 0.0)
+    return Difference(
+        path=path,
+        is_equal=False,
+        is_close=largest <= tolerance.bound(scale) if inexact else largest == 0,
+        max_abs=largest,
+        max_rel=largest / scale if scale else largest,
+    )
+
+
+def compare_outputs(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], tolerance: Tolerance
+) -> list[Difference]:
+    """Every output of either side, compared with the other side's."""
+    found = []
+    for path in dict.fromkeys((*ours, *theirs)):
+        if path in ours and path in theirs:
+            found.append(compared(path, ours[path], theirs[path], tolerance))
+        else:
+            side = "first" if path in ours else "second"
+            found.append(Difference(path=path, is_equal=False, is_close=False, reason=f"only the {side} run has it"))
+    return found
+
+
+def output_tensors(value: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in an output, with the keys that lead to it joined by dots."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    parts: list[tuple[object, object]] = []
+    if isinstance(value, Mapping):
+        parts = list(value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        parts = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (list, tuple)):
+        parts = list(enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    for key, part in parts:
+        yield from output_tensors(part, f"{path}.{key}" if path else str(key))
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """Name of its type, without the prefix."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all are numbers; so are whole ones."""
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
+
+
+def described(path: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """Figures of one output, as in JSON documents; those of values are of the finite ones."""
+    figures: dict[str, Any] = {
+        "path": path,
+        "shape": list(tensor.shape),
+        "dtype": dtype_name(tensor),
+        "finite": is_finite(tensor),
+        "min": None,
+        "max": None,
+        "mean": None,
+    }
+    if not tensor.is_complex():
+        values = tensor.to(torch.float64)
+        values = values[torch.isfinite(values)]
+        if values.numel():
+            low, high = torch.aminmax(values)
+            figures |= {"min": float(low), "max": float(high), "mean": float(values.mean())}
+    return figures
+
+
+def shown(path: str, tensor: torch.Tensor) -> str:
+    """An output in a message: where, shape, type."""
+    return f"{path + ' ' if path else ''}{_sizes(tensor)} {dtype_name(tensor)}"
+
+
+def broken_values(path: str, tensor: torch.Tensor) -> str:
+    """How many of an output's values are no numbers, for a message."""
+    nan, infinite = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
+    return f"{path or 'the output'} ({nan:,} NaN, {infinite:,} Inf of {tensor.numel():,})"
+
+
+def _sizes(tensor: torch.Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape) or "scalar"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)

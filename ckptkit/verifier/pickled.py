@@ -1,0 +1,133 @@
+"""Running a pickled model itself: the one place where a file's own code is let loose, and only when told to.
+
+Everything else in ckptkit reads pickles without resolving a name.  Here ``torch.load`` does, which imports
+and calls whatever the file says; so every name is told first, and a file whose names run, import or open
+things is refused whatever was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import VerifyError
+from ckptkit.report import Finding
+from ckptkit.torch_bridge import tensors
+from ckptkit.verifier.context import shortened
+from ckptkit.verifier.references import Reference
+
+__all__ = ["load_pickled", "unsafe_findings"]
+
+_FORMATS = ("torch-zip", "torch-legacy", "torch-tar")
+
+
+def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
+    """The pickled model, in eval mode, as its own reference.
+
+    Prints on stderr every name that will be imported, before it is.
+
+    Raises:
+        VerifyError: the file is hostile, holds no pickled model, or cannot be loaded.
+    """
+    path = checkpoint.origin.path
+    dangerous = [use.name for use in checkpoint.globals if use.verdict == "dangerous"]
+    if checkpoint.trust == "hostile":
+        raise VerifyError(
+            f"{path}: is hostile and is not loaded, with --unsafe-load either: it names {shortened(dangerous)}"
+        )
+    if checkpoint.module is None or checkpoint.origin.format not in _FORMATS:
+        raise VerifyError(
+            f"{path}: holds no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF"
+        )
+    sys.stderr.write(f"{_printable(path)}: --unsafe-load runs code; loading it imports:\n")
+    sys.stderr.writelines(f"  {_printable(use.name)}\n" for use in checkpoint.globals)
+    sys.stderr.flush()
+    try:
+        with _importable(os.getcwd()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=False)
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise VerifyError(
+            f"{path}: the pickled model cannot be loaded: {type(error).__name__}: {reason}; its classes must be "
+            "importable from here, or give --model REF"
+        ) from error
+    module = _module(loaded, checkpoint.origin.state_path or "")
+    if module is None:
+        raise VerifyError(f"{path}: torch.load gave no module at {checkpoint.origin.state_path!r}; give --model REF")
+    if isinstance(module, nn.DataParallel):
+        module.device_ids = []  # it computes where the weights are
+    module.eval()
+    return module, Reference(spec=None, label="the pickled model", args={}, make=lambda: module)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Let the model's classes be imported from the folder, as a script there would."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _module(loaded: object, path: str) -> nn.Module | None:
+    """What lies at these keys, joined with dots; keys may hold dots themselves."""
+    found: Any = loaded
+    while path:
+        if not isinstance(found, Mapping):
+            return None
+        keys = [key for key in found if path == str(key) or path.startswith(f"{key}.")]
+        if not keys:
+            return None
+        key = max(keys, key=lambda key: len(str(key)))
+        path = path[len(str(key)) + 1 :]
+        found = found[key]
+    if inspect.ismethod(found):  # the method was saved instead of its result
+        found = found.__self__
+    return found if isinstance(found, nn.Module) else None
+
+
+def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Finding]:
+    """What was imported, and whether the module holds the weights that ckptkit read without running anything."""
+    names = [use.name for use in checkpoint.globals]
+    yield Finding(
+        code="unsafe-load",
+        severity="warning",
+        message=f"the pickled model itself is run, as --unsafe-load asks; loading it imported {len(names)} names: "
+        f"{shortened(names, 8)}",
+    )
+    theirs = module.state_dict()
+    ours = tensors(checkpoint.state_dict, map_location="cpu")
+    apart = [name for name in dict.fromkeys((*ours, *theirs)) if not _same(ours.get(name), theirs.get(name))]
+    apart = [name for name in apart if name not in checkpoint.state_dict.extra]
+    if apart:
+        yield Finding(
+            code="pickled-differs",
+            severity="error",
+            message=f"{len(apart)} tensors of the loaded module are not what the file was read to hold: "
+            f"{shortened(apart)}; its code changes them while it loads",
+        )
+
+
+def _same(a: object, b: object) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    ours, theirs = (t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1) for t in (a, b))
+    return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
