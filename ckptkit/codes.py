@@ -316,6 +316,12 @@ CODES: dict[str, Explanation] = {
         "discriminator; another than the selected one fits.",
         "Choose it with --section, as the command shown does.",
     ),
+    "another-architecture": Explanation(
+        "the checkpoint is of another model than the reference",
+        "Its names and shapes are, every one, those of another model that torchvision or timm knows: a sibling of "
+        "another depth or width, or another release of it.",
+        "Verify it with the reference that the command shown names, or take the checkpoint that belongs to yours.",
+    ),
     "other-weights": Explanation(
         "the file holds more weights than those that were verified",
         "Which of them are to be used is for the file's makers to say: moving averages (EMA) are usually the better "

@@ -23,7 +23,7 @@ from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefi
 from ckptkit.rewrite.rename import Rename as RenameByRule
 from ckptkit.verifier.measure import ShapeMismatch
 
-__all__ = ["Rename", "head_classes", "matching", "rename_that_fits", "torchvision_argument"]
+__all__ = ["Rename", "head_classes", "matching", "rename_that_fits"]
 
 _OLD_NAMES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
@@ -58,6 +58,7 @@ class Rename:
         options: of ``convert``, to carry it out.
         rewriters: what these options do, in order.
         matched: how many of the model's tensors are there afterwards, with their shape.
+        unexpected: how many of the checkpoint's names are not the model's even then.
     """
 
     code: str
@@ -65,6 +66,7 @@ class Rename:
     options: tuple[str, ...]
     rewriters: tuple[Rewriter, ...]
     matched: int = 0
+    unexpected: int = 0
 
 
 def rename_that_fits(
@@ -88,7 +90,8 @@ def rename_that_fits(
             continue  # two names would become one
         matched = matching(after.state_dict, expected)
         if matched > needed and (best is None or matched > best.matched):
-            best = replace(candidate, matched=matched)
+            unexpected = sum(name not in expected for name in after.state_dict.everything)
+            best = replace(candidate, matched=matched, unexpected=unexpected)
     return best
 
 
@@ -158,12 +161,3 @@ def head_classes(mismatches: Sequence[ShapeMismatch]) -> tuple[int, int] | None:
     if not ours or any(m.checkpoint[0] * theirs != m.reference[0] * ours for m in mismatches):
         return None
     return ours, theirs
-
-
-def torchvision_argument(missing: Sequence[str], unexpected: Sequence[str]) -> str | None:
-    """The ``--model-arg`` of a torchvision builder that explains an auxiliary classifier too much or too few."""
-    if missing and not unexpected and all(name.startswith(("aux1.", "aux2.", "AuxLogits.")) for name in missing):
-        return "aux_logits=False"
-    if unexpected and not missing and all(name.startswith("aux_classifier.") for name in unexpected):
-        return "aux_loss=True"
-    return None

@@ -1,16 +1,19 @@
-"""What would fit where this does not: other weights in the same file."""
+"""What would fit where this does not: other weights in the same file, or another reference."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 
+from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import read
+from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.rewrite.prefix import StripModule
 from ckptkit.verifier.advice import matching
 
-__all__ = ["other_weights", "section_that_fits"]
+__all__ = ["architecture_that_fits", "command_for", "other_weights", "section_that_fits"]
 
 _MAX_SECTIONS = 16
 """Sections that are tried; each is read as if it had been chosen."""
@@ -49,3 +52,27 @@ def section_that_fits(
         finally:
             file.close()
     return best
+
+
+def architecture_that_fits(checkpoint: Checkpoint, spec: str | None) -> Architecture | None:
+    """The known architecture that has the names and shapes, wrappers aside; of several, the reference's own.
+
+    Args:
+        checkpoint: with the section that was selected.
+        spec: the reference that was named, which may fit when built with other arguments.
+    """
+    exact = [found for found in identify(checkpoint.state_dict) if found.exact and not found.prefix]
+    return next((found for found in exact if found.reference == spec), exact[0] if exact else None)
+
+
+def command_for(checkpoint: Checkpoint, architecture: Architecture) -> str:
+    """The verification of the file against an architecture, ready to be pasted."""
+    origin = checkpoint.origin
+    options = ["--model", architecture.reference]
+    for name, value in architecture.args.items():
+        options += ["--model-arg", f"{name}={value}"]
+    if origin.state_path and other_weights(checkpoint):
+        options += ["--section", origin.state_path]
+    if any(unwrapped(name) != name for name in checkpoint.state_dict):
+        options.append("--strip-module")
+    return shlex.join(["ckptkit", "verify", origin.path, *options])

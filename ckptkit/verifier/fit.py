@@ -11,9 +11,9 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.report import Finding, convert_command
-from ckptkit.verifier.advice import head_classes, matching, rename_that_fits, torchvision_argument
+from ckptkit.verifier.advice import head_classes, matching, rename_that_fits
 from ckptkit.verifier.context import Context, shortened
-from ckptkit.verifier.elsewhere import other_weights, section_that_fits
+from ckptkit.verifier.elsewhere import architecture_that_fits, command_for, other_weights, section_that_fits
 from ckptkit.verifier.folding import folded
 from ckptkit.verifier.measure import Fit, ShapeMismatch, measure, named_values
 
@@ -34,6 +34,9 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
     if cause is not None:
         yield cause
         return
+    architecture = _architecture(fit, checkpoint, context)
+    if architecture is not None:
+        yield architecture
     yield from _names(fit, checkpoint, list(named_values(model)), context)
     if fit.mismatches:
         yield _shapes(fit, checkpoint, context)
@@ -66,11 +69,12 @@ def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Cont
     if fit.missing or fit.unexpected or fit.mismatches:
         shapes = {n: tuple(v.shape) for n, v in expected.items() if isinstance(v, torch.Tensor)}
         already = matching(checkpoint.state_dict, shapes)
-        cause = _old_names(fit, checkpoint, shapes, already) or _section(fit, checkpoint, shapes, already, context)
+        cause = _old_names(fit, checkpoint, shapes, already, context)
+        cause = cause or _section(fit, checkpoint, shapes, already, context)
         if cause is not None:
             return cause
     if not fit.tensors and not fit.mismatches:
-        return Finding(
+        return _architecture(fit, checkpoint, context) or Finding(
             code="nothing-matches",
             severity="error",
             message=f"no tensor of {context.reference.label} ({shortened(list(expected), 3) or 'it has none'}) is in "
@@ -79,11 +83,15 @@ def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Cont
     return None
 
 
-def _old_names(fit: Fit, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], already: int) -> Finding | None:
+def _old_names(
+    fit: Fit, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], already: int, context: Context
+) -> Finding | None:
     """Another prefix, or names of another release."""
     rename = rename_that_fits(checkpoint, shapes, already) if fit.missing and fit.unexpected else None
     if rename is None:
         return None
+    if rename.unexpected and (architecture := _architecture(fit, checkpoint, context)):
+        return architecture
     fitting = f"all {fit.of}" if rename.matched == fit.of else f"{rename.matched} of {fit.of}"
     here = " (verify --strip-module does so in passing)" if rename.options == ("--strip-module",) else ""
     return Finding(
@@ -111,6 +119,22 @@ def _section(
     )
 
 
+def _architecture(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding | None:
+    """Another model than the reference, of which an index knows the name; another head is not another model."""
+    is_head = not (fit.missing or fit.unexpected) and (not fit.mismatches or head_classes(fit.mismatches) is not None)
+    if is_head:
+        return None
+    known = architecture_that_fits(checkpoint, context.reference.spec)
+    if known is None or known.reference == context.reference.spec:
+        return None
+    return Finding(
+        code="another-architecture",
+        severity="error",
+        message=f"the checkpoint has the names and shapes of {known.label}, not those of {context.reference.label}",
+        fix=command_for(checkpoint, known),
+    )
+
+
 def _convert(checkpoint: Checkpoint, *options: str) -> str:
     """The convert command, with the section where the file holds several."""
     origin = checkpoint.origin
@@ -121,8 +145,8 @@ def _convert(checkpoint: Checkpoint, *options: str) -> str:
 
 
 def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: Context) -> Iterator[Finding]:
-    argument = torchvision_argument(fit.missing, fit.unexpected) if context.reference.is_torchvision else None
-    fix = context.command(checkpoint.origin.path, "--model-arg", argument) if argument else None
+    known = architecture_that_fits(checkpoint, context.reference.spec)
+    fix = command_for(checkpoint, known) if known is not None and (fit.missing or fit.unexpected) else None
     if fit.missing:
         yield Finding(
             code="missing-keys",

@@ -27,9 +27,36 @@ def carry_out(fix: str | None, *options: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_another_architecture(run: Run) -> None:
+def test_another_architecture(run: Run, save: Any) -> None:
+    """One of which nothing is in the reference, and a sibling of it."""
     squeeze = torchvision.models.squeezenet1_1().state_dict()
-    assert codes(run(squeeze, model="torchvision:shufflenet_v2_x0_5"))[1] == ("error", "nothing-matches")
+    report = run(squeeze, model="torchvision:shufflenet_v2_x0_5")
+    assert codes(report) == [("info", "fit-coverage"), ("error", "another-architecture"), NOT_LOADED]
+    found = finding(report, "another-architecture")
+    assert "names and shapes of torchvision squeezenet1_1, not those of torchvision:shufflenet_v2_x0_5" in found.message
+    assert found.fix.endswith("model.pth --model torchvision:squeezenet1_1")
+
+    weights = torchvision.models.resnet34(num_classes=7).state_dict()
+    path = save({"model": {f"module.{name}": value for name, value in weights.items()}, "ema": state()})
+    report = check_file(path, section="model", model="torchvision:resnet18")
+    found = finding(report, "another-architecture")
+    assert found.message.startswith("the checkpoint has the names and shapes of torchvision resnet34, head 1000 → 7")
+    expected = "--model torchvision:resnet34 --model-arg num_classes=7 --section model --strip-module"
+    assert found.fix.endswith(expected)
+    carry_out(found.fix, "--no-forward", "--device", "cpu")
+
+
+def test_no_architecture_is_advised_where_the_reference_is_right(run: Run) -> None:
+    """Another head, a layer more, a layer less: of the reference itself, or of a model made from it."""
+    weights = torchvision.models.resnet18().state_dict()
+    for misfit in (
+        run(torchvision.models.resnet18(num_classes=3).state_dict(), model="torchvision:resnet18"),
+        run(weights, model=lambda: torchvision.models.resnet18(num_classes=3)),
+        run({**weights, "extra": torch.ones(1)}, model="torchvision:resnet18"),
+        run({name: value for name, value in weights.items() if name != "conv1.weight"}, model="torchvision:resnet18"),
+    ):
+        assert not misfit.ok
+        assert "another-architecture" not in [code for _, code in codes(misfit)]
 
 
 @pytest.mark.parametrize(
