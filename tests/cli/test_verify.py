@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
@@ -173,3 +174,13 @@ def test_names_cannot_write_to_the_terminal(folder: Path) -> None:
     torch.save({**torch.load(folder / "net.pth"), "evil\x1b[31m": torch.ones(1)}, folder / "evil.pth")
     text = verify(folder, "evil.pth", code=1)
     assert "\x1b" not in text and "evil\\x1b[31m" in text
+
+
+def test_wrapped_weights_of_a_known_model_need_no_model(tmp_path: Path) -> None:
+    weights = torchvision.models.squeezenet1_1(num_classes=3).state_dict()
+    torch.save({f"module.{name}": value for name, value in weights.items()}, tmp_path / "ddp.pth")
+    done = invoke(tmp_path / "ddp.pth", "--strip-module", "--no-forward", "--json")
+    document = json.loads(done.stdout)
+    assert (done.return_value, document["ok"]) == (0, True)
+    assert document["reference"] == "torchvision:squeezenet1_1"
+    assert [found["code"] for found in document["findings"]][:2] == ["identified", "fit-coverage"]
