@@ -239,8 +239,8 @@ def _model(
             return built, reference
         if likely and likely[0].exact:
             raise VerifyError(
-                f"{path}: looks like {likely[0].label}; take the prefix off with --strip-module where wrappers left it, "
-                "else with convert --strip-prefix, or give --model REF"
+                f"{path}: looks like {likely[0].label}; take the prefix off with --strip-module where wrappers left "
+                "it, else with convert --strip-prefix, or give --model REF"
             )
         if checkpoint.module is not None:
             names = len(checkpoint.globals)
