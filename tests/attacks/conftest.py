@@ -1,8 +1,8 @@
 """Shared by the attacks: how hostile files are made, and the court they are brought before.
 
 Every test module here holds a table of samples, ``name: (expectation, function)``; the function gets
-`Make` and returns the file's bytes.  All samples of a table go through all `COMMANDS` in one
-process that forks (`warden.py`); what must never happen is asserted for each (`Court.judge`), and
+`Make` and returns the file's bytes.  A sample goes through all `COMMANDS`, each in a process of its own
+(`warden.py` forks it); what must never happen is asserted for each (`Court.judge`), and
 the expectation on top:
 
 - ``HOSTILE``: refused or read, the verdict is ``hostile`` and the exit code is not 0
@@ -27,14 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker have all of a table: its samples go through the commands once."""
-    for item in items:
-        if "court" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
 
 COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "{file}"],
@@ -203,23 +195,67 @@ HOSTILE, REFUSED, READ, ANSWERED = "hostile", "refused", "read", "answered"
 Samples = dict[str, tuple[str, Callable[[Make], bytes]]]
 
 
-class Court:
-    """What became of each sample under each command."""
+class Warden:
+    """The process that runs the commands: one for a table, asked for one job after another."""
 
-    def __init__(
-        self, samples: Samples, commands: list[str], results: dict[str, dict[str, Any]], canary: Path, folder: Path
-    ) -> None:
+    def __init__(self, modules: Path) -> None:
+        script = Path(__file__).with_name("warden.py")
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(script.parents[2]), str(modules)))}
+        argv = [sys.executable, "-X", "utf8", str(script)]
+        self._process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, argv: list[str], folder: Path, output: Path) -> dict[str, Any]:
+        """What became of a command."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        job = {"argv": argv, "cwd": str(folder), "output": str(output)}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())  # type: ignore[no-any-return]
+
+    def dismiss(self) -> None:
+        """End it, once all is done."""
+        self._process.communicate(timeout=60)
+        assert self._process.returncode == 0
+
+
+class Court:
+    """What becomes of each sample under each command; every sample is made and run when it is asked for."""
+
+    def __init__(self, samples: Samples, commands: list[str], root: Path) -> None:
+        modules = root / "modules"
+        modules.mkdir()
+        self._canary = root / "canary"
+        (modules / "canary_module.py").write_text(f"open({str(self._canary)!r}, 'w')\nclass Net: pass\n")
         self._samples = samples
         self._commands = commands
-        self._results = results
-        self._canary = canary
-        self._folder = folder
+        self._folder = root / "samples"
+        self._results: dict[str, dict[str, dict[str, Any]]] = {}
+        self._warden = Warden(modules)
+
+    def close(self) -> None:
+        """Let the warden go."""
+        self._warden.dismiss()
+
+    def results(self, name: str) -> dict[str, dict[str, Any]]:
+        """What became of a sample, by command."""
+        if name not in self._results:
+            folder = self._folder / name
+            folder.mkdir(parents=True)
+            (folder / "file.pth").write_bytes(self._samples[name][1](Make(self._canary)))
+            found = {}
+            for command in self._commands:
+                output = self._folder.parent / f"output{len(self._results)}.{command}"
+                arguments = [argument.format(file="file.pth") for argument in COMMANDS[command]]
+                found[command] = {**self._warden.run(arguments, folder, output), "output": output}
+            self._results[name] = found
+        return self._results[name]
 
     def judge(self, name: str) -> None:
         """Assert what holds for every hostile file, and what is expected of this one."""
         expectation = self._samples[name][0]
-        for command in self._commands:
-            result = self._results[f"{name}/{command}"]
+        results = self.results(name)
+        for command, result in results.items():
             told = f"{name}, {command}: {result['stderr'][-600:]}"
             assert result["signal"] is None, f"killed by signal {result['signal']}: {told}"
             assert result["code"] in (0, 1, 2), told
@@ -233,7 +269,7 @@ class Court:
         assert not left, f"{name}: half-written files are left"
         for command in {"safetensors", "pth"} & set(self._commands):
             written = (self._folder / name / f"out.{command}").exists()
-            assert written == (self._results[f"{name}/{command}"]["code"] == 0), f"{name}: half written by {command}"
+            assert written == (results[command]["code"] == 0), f"{name}: half written by {command}"
         self._meets(name, expectation)
 
     def document(self, name: str) -> dict[str, Any]:
@@ -243,7 +279,7 @@ class Court:
 
     def output(self, name: str, command: str) -> str:
         """What a command printed of a sample."""
-        return Path(self._results[f"{name}/{command}"]["output"]).read_text(errors="replace")
+        return Path(self.results(name)[command]["output"]).read_text(errors="replace")
 
     def verdict(self, name: str) -> tuple[str | None, bool, bool]:
         """Trust, whether there is an error, whether a name is dangerous; from the text, which may be 100 MB long."""
@@ -253,7 +289,7 @@ class Court:
         return trust[1], not text.endswith('"error": null}]}\n'), '"verdict": "dangerous"' in text
 
     def _meets(self, name: str, expectation: str) -> None:
-        (trust, is_error, is_dangerous), result = self.verdict(name), self._results[f"{name}/json"]
+        (trust, is_error, is_dangerous), result = self.verdict(name), self.results(name)["json"]
         assert (result["code"] == 2) == is_error
         if expectation == HOSTILE:
             assert trust == "hostile", f"{name}: {trust}, {result['stderr']}"
@@ -266,44 +302,16 @@ class Court:
         assert trust == "hostile" or not is_dangerous
 
 
-def run_jobs(jobs: list[dict[str, object]], folder: Path) -> dict[str, dict[str, Any]]:
-    """What `warden.py` found of each job; two of them share the work."""
-    warden = Path(__file__).with_name("warden.py")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(warden.parent.parent.parent), str(folder / "modules")))}
-    running = []
-    folders = list(dict.fromkeys(job["cwd"] for job in jobs))  # one process works in each
-    for half in range(2):
-        (folder / f"jobs{half}.json").write_text(json.dumps([job for job in jobs if job["cwd"] in folders[half::2]]))
-        paths = folder / f"jobs{half}.json", folder / f"results{half}.json"
-        running.append(subprocess.Popen([sys.executable, "-X", "utf8", warden, *paths], env=env))
-    assert [process.wait(600) for process in running] == [0, 0]
-    results: dict[str, dict[str, Any]] = {}
-    for half in range(2):
-        results |= json.loads((folder / f"results{half}.json").read_text())
-    for job in jobs:
-        results[str(job["name"])]["output"] = job["output"]
-    return results
-
-
 @pytest.fixture(scope="module")
 def court(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
-    """All samples of the module's table ``SAMPLES``, made and run under the commands ``ASKED`` for (default: all)."""
-    samples: Samples = request.module.SAMPLES
-    commands: list[str] = getattr(request.module, "ASKED", list(COMMANDS))
-    root = tmp_path_factory.mktemp("attacks")
-    canary, folder, modules = root / "canary", root / "samples", root / "modules"
-    modules.mkdir()
-    (modules / "canary_module.py").write_text(f"open({str(canary)!r}, 'w')\nclass Net: pass\n")
-    make = Make(canary)
-    jobs: list[dict[str, object]] = []
-    for name, (_, sample) in samples.items():
-        (folder / name).mkdir(parents=True)
-        (folder / name / "file.pth").write_bytes(sample(make))
-        for command in commands:
-            arguments = [argument.format(file="file.pth") for argument in COMMANDS[command]]
-            output = str(root / f"output{len(jobs)}")
-            jobs.append({"name": f"{name}/{command}", "argv": arguments, "cwd": str(folder / name), "output": output})
-    yield Court(samples, commands, run_jobs(jobs, root), canary, folder)
+    """For the samples of the module's table ``SAMPLES``, under the commands ``ASKED`` for (default: all)."""
+    held = Court(
+        request.module.SAMPLES,
+        getattr(request.module, "ASKED", list(COMMANDS)),
+        tmp_path_factory.mktemp("attacks"),
+    )
+    yield held
+    held.close()
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """Runs ckptkit on hostile files, each in a process of its own, and writes down what happened.
 
-    python warden.py JOBS.json RESULTS.json
+    python warden.py < jobs > results
 
-A job is ``{"name", "argv", "cwd", "output"}``.  This process imports ckptkit once; for each job it forks
+A job is ``{"argv", "cwd", "output"}``, one line of JSON, answered by one line as soon as it is done.  This process
+imports ckptkit once; for each job it forks
 a child that may take at most `MEMORY` bytes more than it has and `SECONDS` of time, whose audit
-events are watched, and whose standard output goes to the file ``output``.  The results, by name:
+events are watched, and whose standard output goes to the file ``output``.  An answer is
 ``{"code", "signal", "stderr", "events", "peak", "seconds"}``.  This process itself stays small: a
 child's peak of memory begins with what it was forked from.
 
@@ -36,11 +37,7 @@ _KNOWN = frozenset(sys.stdlib_module_names) | {
 }  # fmt: skip
 
 
-def main(jobs_path: str, results_path: str) -> None:
-    jobs = json.loads(Path(jobs_path).read_text())
-    if any(job["argv"][0] == "load_state_dict" for job in jobs):
-        import torch  # noqa: F401 - once, not in each child
-
+def main() -> None:
     import fractions  # noqa: F401
 
     import ml_dtypes  # noqa: F401
@@ -58,7 +55,8 @@ def main(jobs_path: str, results_path: str) -> None:
     import ckptkit.stats
     import ckptkit.transfer  # noqa: F401
 
-    Path(results_path).write_text(json.dumps({job["name"]: _run(job) for job in jobs}))
+    for line in sys.stdin:
+        print(json.dumps(_run(json.loads(line))), flush=True)
 
 
 def _run(job: dict[str, object]) -> dict[str, object]:
@@ -86,6 +84,7 @@ def _child(job: dict[str, object], out: Path, err: Path, seen: Path) -> None:
     """Never returns."""
     folder = str(job["cwd"])
     os.chdir(folder)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     events = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -99,12 +98,9 @@ def _child(job: dict[str, object], out: Path, err: Path, seen: Path) -> None:
     sys.addaudithook(lambda event, args: _watch(event, args, events, folder))
     code = 2
     try:
-        if argv[0] == "load_state_dict":
-            code = _load(argv[1])
-        else:
-            from ckptkit.cli import main as command
+        from ckptkit.cli import main as command
 
-            command(argv)
+        command(argv)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0
     finally:
@@ -114,18 +110,6 @@ def _child(job: dict[str, object], out: Path, err: Path, seen: Path) -> None:
         if strangers:
             os.write(events, f"modules {sorted(strangers)}\n".encode())
         os._exit(code)
-
-
-def _load(path: str) -> int:
-    import ckptkit
-
-    try:
-        state = ckptkit.load_state_dict(path)
-    except ckptkit.CkptkitError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    print(len(state))
-    return 0
 
 
 def _watch(event: str, args: tuple[object, ...], log: int, folder: str) -> None:
@@ -142,4 +126,4 @@ def _watch(event: str, args: tuple[object, ...], log: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from torch import nn
 from torch_oracle import Same, convert, load, save
 
-FEW = settings(SOME, max_examples=15)
+FEW = settings(SOME, max_examples=6)
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True),
