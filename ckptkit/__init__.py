@@ -4,9 +4,9 @@ Importing ckptkit imports neither torch nor numpy.
 
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli > api > verifier > torch_bridge > inspection, conversion > diagnose, compare, stats, architectures
-        > formats, rewrite, transfer > normalize > pickling > plan, casting > checkpoint > derived
-        > bytesource > report, dtypes, limits, codes, extras, version > errors
+    cli, testing > api > released > verifier > torch_bridge > differences > inspection, conversion
+        > diagnose, compare, stats, architectures, digests > formats, rewrite, transfer > normalize > pickling
+        > plan, casting > checkpoint > derived > bytesource > report, dtypes, limits, codes, extras, version > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output
@@ -14,6 +14,8 @@ is right must go through the readers, which the mover of bytes must not know; `i
 document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).  `architectures`
 knows which models have a checkpoint's names and shapes.  `conversion`
 turns options into rewriters, plans and carries out one output, and tells what came of it.
+`differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check` holds
+files against; `digests` says when two files hold the same tensors.
 Bytes that have to be made before they can be moved are `derived`, and `casting` is
 what one way of making them computes.  Inside `formats` stand the containers, one module each; `archives`
 are zip and tar as such, `refused` is what is said of files that are no checkpoint.
@@ -23,7 +25,7 @@ place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.api import CheckpointFile, Rewriter, convert, inspect, load_state_dict, open, verify  # noqa: A004 - ckptkit.open
+from ckptkit.api import CheckpointFile, Rewriter, check, convert, diff, inspect, load_state_dict, manifest, open, verify  # noqa: A004 - ckptkit.open
 from ckptkit.checkpoint import Checkpoint, Origin, Section, StateDict, Storage, TensorEntry
 from ckptkit.errors import (
     AmbiguousError,
@@ -48,7 +50,10 @@ from ckptkit.report import Finding, Report
 from ckptkit.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from ckptkit.differences import Difference
     from ckptkit.plan import Plan
+    from ckptkit.released.records import Manifest
+    from ckptkit.released.results import CheckFinding, CheckReport
     from ckptkit.rewrite import (
         AddModule,
         AddPrefix,
@@ -69,6 +74,8 @@ __all__ = [
     "AddPrefix",
     "AmbiguousError",
     "CastDtype",
+    "CheckFinding",
+    "CheckReport",
     "Checkpoint",
     "CheckpointFile",
     "CkptkitError",
@@ -76,6 +83,7 @@ __all__ = [
     "CorruptError",
     "DTypeError",
     "DestinationExistsError",
+    "Difference",
     "FailedReportError",
     "FileAccessError",
     "Finding",
@@ -83,6 +91,7 @@ __all__ = [
     "KeyCollisionError",
     "LeaveOut",
     "LimitError",
+    "Manifest",
     "MapLocation",
     "MissingDependencyError",
     "MissingFileError",
@@ -105,9 +114,12 @@ __all__ = [
     "UnsupportedError",
     "VerifyError",
     "WeightsOnly",
+    "check",
     "convert",
+    "diff",
     "inspect",
     "load_state_dict",
+    "manifest",
     "open",
     "verify",
 ]
@@ -117,6 +129,18 @@ def __getattr__(name: str) -> Any:
     """What writing alone needs is imported when it is asked for: inspecting starts faster without."""
     if name not in __all__:
         raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
+    if name == "Difference":
+        from ckptkit.differences import Difference
+
+        return Difference
+    if name == "Manifest":
+        from ckptkit.released.records import Manifest
+
+        return Manifest
+    if name in ("CheckFinding", "CheckReport"):
+        from ckptkit.released import results
+
+        return getattr(results, name)
     from ckptkit import plan, rewrite
 
     return getattr(plan if name == "Plan" else rewrite, name)

@@ -21,17 +21,31 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.errors import SectionError
+from ckptkit.errors import CorruptError, SectionError
 from ckptkit.report import Finding, Report
 
 if TYPE_CHECKING:
     import torch
 
     from ckptkit.conversion.job import Job
+    from ckptkit.differences import Difference
     from ckptkit.plan import Plan
+    from ckptkit.released.records import Manifest
+    from ckptkit.released.results import CheckReport
     from ckptkit.rewrite.device import LocationMap
 
-__all__ = ["CheckpointFile", "Rewriter", "convert", "inspect", "load_state_dict", "open", "verify"]
+__all__ = [
+    "CheckpointFile",
+    "Rewriter",
+    "check",
+    "convert",
+    "diff",
+    "inspect",
+    "load_state_dict",
+    "manifest",
+    "open",
+    "verify",
+]
 
 Progress = Callable[[int, int], object]
 """Called with the bytes dealt with so far, and those to deal with in all."""
@@ -364,6 +378,62 @@ def convert(
         )
 
 
+def diff(
+    a: PathLike,
+    b: PathLike,
+    *,
+    section: str | None = None,
+    section_a: str | None = None,
+    section_b: str | None = None,
+    strip_module: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Difference:
+    """What changed from one checkpoint to another, whatever their containers.
+
+    Args:
+        a: the file that is compared.
+        b: the file that it is compared with.
+        section: path of the weights to compare, in both; what stands beside named weights is not compared.
+        section_a: the same of ``a`` alone.
+        section_b: the same of ``b`` alone.
+        strip_module: take off wrapper prefixes of both first.
+        atol: how far elements may be apart and count as unchanged; without both, bits decide.
+        rtol: the same as a share of the larger magnitude of the two; what it allows is added.
+        strict: whether metadata, training state, ties and parts that one file alone has count for
+            `Difference.ok`.
+        progress: called with the bytes gone through so far, and those to go through in all.
+
+    Returns:
+        The difference; ``equal`` is about the tensors.
+
+    Raises:
+        SectionError: it is not clear which weights are meant, or neither file holds a tensor.
+        KeyCollisionError: without wrapper prefixes two names would become one.
+        FormatError, FileAccessError: as `open`.
+    """
+    from ckptkit.differences import Tolerance, differ
+    from ckptkit.rewrite import StripModule
+
+    chosen = section_a or section, section_b or section
+    with open(a, section=chosen[0]) as ours, open(b, section=chosen[1]) as theirs:
+        rewriters = (StripModule(),) if strip_module else ()
+        difference = differ(
+            ours.rewrite(*rewriters).checkpoint,
+            theirs.rewrite(*rewriters).checkpoint,
+            beside=chosen == (None, None),
+            tolerance=None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0),
+            strict=strict,
+            progress=progress,
+        )
+        for file in (ours, theirs):
+            if file._file.changed():
+                raise CorruptError("the file was changed while it was read", path=file.path)
+        return difference
+
+
 def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
     if checkpoint.origin.state_path is not None:
         return
@@ -373,6 +443,48 @@ def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
         names = ", ".join(repr(name) for name in weights)
         raise SectionError(f"{path}: several sections hold weights ({names}); name the one {purpose} with --section")
     raise SectionError(f"{path}: the file holds no state_dict {purpose} (its kind is {checkpoint.origin.kind!r})")
+
+
+def manifest(
+    paths: Sequence[PathLike] = (),
+    destination: PathLike | None = None,
+    *,
+    digests: Literal["total", "tensor"] | None = None,
+    golden: Mapping[str, PathLike] | PathLike | None = None,
+    update: bool = False,
+    force: bool = False,
+) -> Manifest:
+    """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
+
+    Args:
+        paths: files, and folders that are searched for checkpoints; with ``update`` none means the manifest's folder.
+        destination: the manifest to write; paths in it are relative to its folder.  ``None``: nothing is written,
+            and they are relative to the working directory, or where files lie elsewhere to the folder above them.
+        digests: ``"tensor"`` lists each tensor, ``"total"`` folds them; default: as the manifest has it, a new one
+            lists them.
+        golden: a file that `verify` wrote with ``write_golden``, for the one checkpoint there is; or such files by
+            the paths of theirs.
+        update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
+        force: whether to replace an existing manifest as a whole.
+
+    Returns:
+        The manifest; its ``changes`` say what was added, changed, removed and kept.
+
+    Raises:
+        DestinationExistsError: it exists, and neither ``update`` nor ``force`` is given.
+        FileAccessError: a file cannot be read, is not below the manifest's folder, or there is none.
+        FormatError: a file is no checkpoint, or the manifest to update is none.
+    """
+    from ckptkit.released.making import make_at
+
+    return make_at(
+        [os.fsdecode(path) for path in paths],
+        None if destination is None else os.fsdecode(destination),
+        digests=digests,
+        golden=golden,
+        update=update,
+        force=force,
+    )
 
 
 def verify(
@@ -432,15 +544,16 @@ def verify(
         SectionError, FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
-
-    require_torch()
     from ckptkit.rewrite import StripModule
-    from ckptkit.verifier import verify as run
 
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, section=section))
         _require_state_dict(file.checkpoint, "to verify")
         other = None if against is None else stack.enter_context(_other(against, section))
+        # Only now: importing torch takes seconds, and what cannot be read is told at once.
+        require_torch()
+        from ckptkit.verifier import verify as run
+
         subject = file.rewrite(StripModule()) if strip_module else file
         return run(
             subject.checkpoint,
@@ -476,3 +589,81 @@ def _other(path: PathLike, section: str | None) -> CheckpointFile:
         file.close()
         raise
     return file
+
+
+def check(
+    paths: PathLike | Sequence[PathLike] = (),
+    *,
+    manifest: PathLike | None = None,
+    config: PathLike | None = None,
+    no_pickle: bool | None = None,
+    max_trust: Literal["safe", "needs_trust"] | None = None,
+    require_format: str | Sequence[str] | None = None,
+    max_size: int | str | None = None,
+    allow_dtype: str | Sequence[str] | None = None,
+    no_nan: bool | None = None,
+    no_optimizer: bool | None = None,
+    no_prefix: bool | None = None,
+    location: str | Sequence[str] | None = None,
+    fits: str | None = None,
+    forward: bool | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    input_shapes: Sequence[Sequence[int]] | None = None,
+) -> CheckReport:
+    """Hold files against a manifest and a policy.
+
+    Whatever is asked for, each file must be readable and may not be hostile.
+
+    Args:
+        paths: files and folders; none: those that the configuration names, or all of the manifest's and whatever else
+            lies in its folder.
+        manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
+        config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here goes before it.
+        no_pickle: whether a file may hold no pickle at all.
+        max_trust: the most a loader may have to be trusted with: ``"safe"`` or ``"needs_trust"``.
+        require_format: the containers that files may be.
+        max_size: bytes of a file, as a number or as ``"2GB"``.
+        allow_dtype: the dtypes that tensors may have.
+        no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
+        no_optimizer: whether an optimizer's state may not be in the file.
+        no_prefix: whether names may not carry a wrapper's prefix.
+        location: the device tags that storages may have.
+        fits: the reference model that the weights must load into; see `verify`.  Needs torch.
+        forward: whether to run the verifier's forward pass too, of the model of ``fits``, of the manifest's golden
+            or of the architecture that was identified.  Needs torch.
+        model_args: keyword arguments of the reference's factory.
+        input_shapes: of the forward pass; default from the reference where it is known.
+
+    Returns:
+        A report whose findings name path, rule, expected and found.  What could not be read or checked is in it
+        too: ``exit_code`` is that of ``ckptkit check``.
+
+    Raises:
+        VerifyError: a policy has a value that it cannot have, or there is nothing to check.
+        FormatError, FileAccessError: manifest or configuration cannot be read.
+        MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
+    """
+    from ckptkit.released.checking import check as run
+
+    given = {
+        "no_pickle": no_pickle,
+        "max_trust": max_trust,
+        "require_format": require_format,
+        "max_size": max_size,
+        "allow_dtype": allow_dtype,
+        "no_nan": no_nan,
+        "no_optimizer": no_optimizer,
+        "no_prefix": no_prefix,
+        "location": location,
+        "fits": fits,
+        "forward": forward,
+        "model_args": model_args,
+        "input_shapes": input_shapes,
+    }
+    return run(
+        [os.fsdecode(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)],
+        manifest=None if manifest is None else os.fsdecode(manifest),
+        config=None if config is None else os.fsdecode(config),
+        typed={name: value for name, value in given.items() if value is not None},
+        verify=verify,
+    )

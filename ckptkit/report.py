@@ -27,6 +27,7 @@ __all__ = [
     "glob_of",
     "human_size",
     "parse_size",
+    "printable",
     "worst",
 ]
 
@@ -131,6 +132,13 @@ def glob_of(name: str, before: str = "") -> str:
     from glob import escape
 
     return shlex.quote(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
+
+
+def printable(text: str) -> str:
+    """Text from a file, with what a terminal would act upon (control characters) escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def count_of(count: int, thing: str) -> str:

@@ -1,15 +1,19 @@
-"""Statistics of a tensor's values, streamed: the one thing `inspect` reads tensor bytes for."""
+"""Statistics of a tensor's values, streamed: the one thing `inspect` reads tensor bytes for.
+
+`NonFinite` counts NaN and Inf alone, in bytes that somebody else reads.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.transfer import stream
 
-__all__ = ["tensor_stats"]
+__all__ = ["NonFinite", "tensor_stats"]
 
 _MOST_OVERLAP = 64
 """How many times the bytes of its storage a view may have: sliding windows of 64 still count."""
@@ -76,3 +80,48 @@ def _unexpanded(entry: TensorEntry) -> tuple[TensorEntry, int]:
     expanded = [size > 1 and stride == 0 for size, stride in zip(entry.shape, entry.stride, strict=True)]
     shape = tuple(1 if again else size for again, size in zip(expanded, entry.shape, strict=True))
     return replace(entry, shape=shape), entry.numel // math.prod(shape)
+
+
+class NonFinite:
+    """Counts NaN and Inf in values that come in pieces, which need not end where an element does.
+
+    Of a complex element each part counts on its own.  Whole numbers have none; of a dtype whose values numpy does not
+    know both are ``None``.
+
+    Args:
+        dtype: torch name.
+    """
+
+    __slots__ = ("_dtype", "_rest", "_width", "inf", "nan")
+
+    def __init__(self, dtype: str) -> None:
+        row = DTYPES[dtype]
+        known = row.numpy is not None or row.kind in ("int", "bool")
+        self.nan: int | None = 0 if known else None
+        self.inf: int | None = 0 if known else None
+        self._dtype: Any = None
+        self._rest = b""
+        if row.numpy is not None and row.kind in ("float", "complex"):
+            from ckptkit.casting import numpy_dtype
+
+            halves = {"complex64": "float32", "complex128": "float64"}
+            self._dtype = numpy_dtype(halves.get(dtype, dtype))
+            self._width = self._dtype.itemsize
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """Count in the next piece."""
+        if self._dtype is None:
+            return
+        if self._rest or len(data) % self._width:
+            data = self._rest + bytes(data)
+            whole = len(data) // self._width * self._width
+            data, self._rest = data[:whole], data[whole:]
+        import numpy
+
+        values = numpy.frombuffer(data, dtype=self._dtype)
+        with numpy.errstate(all="ignore"):  # signalling NaN
+            finite = int(numpy.count_nonzero(numpy.isfinite(values)))
+            if finite != values.size:
+                nan = int(numpy.count_nonzero(numpy.isnan(values)))
+                self.nan = (self.nan or 0) + nan
+                self.inf = (self.inf or 0) + values.size - finite - nan

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,15 @@ LAYERS = (
     {"pickling"},
     {"normalize"},
     {"formats", "rewrite", "transfer"},
-    {"diagnose", "compare", "stats", "architectures"},
+    {"diagnose", "compare", "stats", "architectures", "digests"},
     {"inspection", "conversion"},
+    {"differences"},
     {"torch_bridge"},
     {"verifier"},
+    {"released"},
     {"api"},
     {""},  # the package itself: the public names
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -38,7 +41,7 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 GUESTS = {
     "torch": {"torch_bridge", "verifier"},
     "torchvision": {"verifier"},
-    "numpy": {"casting", "transfer", "stats"},
+    "numpy": {"casting", "differences", "transfer", "stats"},
     "ml_dtypes": {"casting", "stats"},
     "click": {"cli"},
     "tabulate": {"cli"},
@@ -57,8 +60,13 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """Every module a file imports, in full, and whether only for type checkers."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool]]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
@@ -81,6 +89,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
                 )
 
 
+@cache
 def edges() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, path in MODULES.items():

@@ -24,12 +24,18 @@ from ckptkit.errors import CkptkitError
 __all__ = ["main"]
 
 COMMANDS = {
+    "check": "Hold files against a manifest and a policy.",
     "convert": "Rewrite a checkpoint: container, prefixes, devices.",
+    "diff": "What changed between two checkpoints.",
     "explain": "What a finding code means and how to mend it.",
     "inspect": "What is in a file, without running or loading it.",
+    "manifest": "Record what released weights must be.",
     "verify": "Load into a reference model and run a forward check.",
 }
 """Every command with its line in the list; ``ckptkit.cli.NAME`` holds it."""
+
+_COMPLETION = "_CKPTKIT_COMPLETE"
+"""The variable by which a shell asks; click derives it from the program's name."""
 
 _GARBAGE_THRESHOLD = 100_000
 """New objects after which Python looks for garbage; by default some hundreds."""
@@ -76,6 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gc.set_threshold(_GARBAGE_THRESHOLD)
     debug = "--debug" in arguments
     try:
+        if _COMPLETION in os.environ:  # a shell asks what it may offer
+            from ckptkit.cli.completion import register
+
+            register(os.environ[_COMPLETION])
         with _termination_heard():
             code = cli.main(args=arguments, prog_name="ckptkit", standalone_mode=False)
         sys.stdout.flush()

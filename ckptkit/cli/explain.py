@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 import click
 
+from ckptkit.cli.completion import complete_code
 from ckptkit.cli.options import common_options, echo, echo_json, styler, with_examples
 from ckptkit.codes import CODES
 from ckptkit.report import SCHEMA_VERSION
@@ -14,7 +15,7 @@ __all__ = ["command"]
 
 
 @click.command("explain", epilog=with_examples("ckptkit explain module-prefix", "ckptkit explain"))
-@click.argument("code", required=False)
+@click.argument("code", required=False, shell_complete=complete_code)
 @common_options
 def command(code: str | None, as_json: bool, quiet: bool, color: str) -> int:
     """Explain a finding's CODE; without one, list all codes."""

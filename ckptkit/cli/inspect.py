@@ -22,9 +22,8 @@ from ckptkit.cli.options import (
     terminal_width,
     with_examples,
 )
-from ckptkit.errors import CkptkitError, FileAccessError
-from ckptkit.formats import SUFFIXES
-from ckptkit.formats.sharded import INDEX_SUFFIXES, shard_names
+from ckptkit.errors import CkptkitError
+from ckptkit.formats import files_below
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.report import SCHEMA_VERSION, at_least
 
@@ -155,22 +154,7 @@ def _expand(path: str) -> Iterator[str]:
     if not os.path.isdir(path):
         yield path
         return
-    found = 0
-    for folder, folders, names in os.walk(path):
-        folders.sort()
-        indexes = [name for name in names if name.endswith(INDEX_SUFFIXES)]
-        shards = {shard for index in indexes for shard in shard_names(os.path.join(folder, index))}
-        for name in sorted(names):
-            if name in indexes or (os.path.splitext(name)[1].lower() in SUFFIXES and name not in shards):
-                found += 1
-                yield os.path.join(folder, name)
-    if not found:
-        from ckptkit.formats.refused.first_bytes import describe_folder
-
-        what = describe_folder(path)
-        if what == "is a folder, not a file":
-            what = f"a folder without checkpoint files ({', '.join(sorted(SUFFIXES))})"
-        raise FileAccessError(f"{path}: {what}")
+    yield from files_below(path)
 
 
 def _exit_code(files: list[dict[str, Any]], fail_on: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.errors import CkptkitError
-from ckptkit.report import SCHEMA_VERSION, Finding
+from ckptkit.report import SCHEMA_VERSION, Finding, printable
 
 __all__ = [
     "COLORS",
@@ -22,6 +22,7 @@ __all__ = [
     "echo",
     "echo_findings",
     "echo_json",
+    "input_shape",
     "json_errors",
     "key_values",
     "path_argument",
@@ -78,13 +79,6 @@ def styler(color: str) -> Style:
     """How to colour: always, never, or (auto) on a terminal where ``NO_COLOR`` is not set."""
     wanted = color == "always" or (color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
     return click.style if wanted else lambda text, **_: text
-
-
-def printable(text: str) -> str:
-    """Text from a file, with what a terminal would act upon (control characters) escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def terminal_width() -> int | None:
@@ -194,6 +188,23 @@ def key_values(option: str, given: tuple[str, ...]) -> dict[str, str]:
         if not key or not equals:
             raise click.UsageError(f"{option} {text!r}: KEY=VALUE is expected")
     return {key: value for _, key, _, value in pairs}
+
+
+def input_shape(text: str) -> tuple[int, ...]:
+    """The shape that was given to ``--input-shape``.
+
+    Raises:
+        click.UsageError: it is none.
+    """
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 0:
+        raise click.UsageError(
+            f"--input-shape {text!r}: whole numbers separated by commas are expected, as 1,3,224,224"
+        )
+    return shape
 
 
 def echo_findings(findings: list[Finding], style: Style, *, err: bool = False) -> None:

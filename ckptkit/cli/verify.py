@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from ckptkit import api
+from ckptkit.cli.completion import complete_reference
 from ckptkit.cli.options import (
     common_options,
     echo,
     echo_json,
+    input_shape,
     json_errors,
     key_values,
     path_argument,
@@ -35,7 +37,12 @@ __all__ = ["command"]
     ),
 )
 @path_argument("path")
-@click.option("--model", metavar="REF", help="torchvision:NAME, package.module:factory or path/to/file.py:factory.")
+@click.option(
+    "--model",
+    metavar="REF",
+    shell_complete=complete_reference,
+    help="torchvision:NAME, package.module:factory or path/to/file.py:factory.",
+)
 @click.option(
     "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the factory; repeatable."
 )
@@ -88,7 +95,7 @@ def command(
         report = api.verify(
             path,
             model_args=key_values("--model-arg", model_args),
-            input_shapes=[_shape(text) for text in shapes],
+            input_shapes=[input_shape(text) for text in shapes],
             forward=not no_forward,
             **options,
         )
@@ -101,15 +108,3 @@ def command(
     if not quiet:
         echo(f"{printable(path)}: {verdict} against {printable(report.details['reference'])}")
     return 0 if report.ok else 1
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 0:
-        raise click.UsageError(
-            f"--input-shape {text!r}: whole numbers separated by commas are expected, as 1,3,224,224"
-        )
-    return shape

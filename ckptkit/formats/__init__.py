@@ -25,7 +25,7 @@ from ckptkit.normalize import RawCheckpoint, normalize
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "target"]
+__all__ = ["FORMATS", "SUFFIXES", "detect", "files_below", "format_for", "plan", "read", "target"]
 
 _INDEX = ".index.json"
 
@@ -61,6 +61,32 @@ def detect(probe: Probe) -> Format:
         AmbiguousError: more than one claims it.
     """
     return identify(probe, FORMATS)
+
+
+def files_below(folder: str) -> Iterator[str]:
+    """The checkpoint files in a folder and those below it, in order: an index in place of the shards it names.
+
+    They are found by their endings; what they are is for `read` to say.
+
+    Raises:
+        FileAccessError: there are none.
+    """
+    found = 0
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        indexes = [name for name in names if name.endswith(sharded.INDEX_SUFFIXES)]
+        shards = {shard for index in indexes for shard in sharded.shard_names(os.path.join(parent, index))}
+        for name in sorted(names):
+            if name in indexes or (os.path.splitext(name)[1].lower() in SUFFIXES and name not in shards):
+                found += 1
+                yield os.path.join(parent, name)
+    if not found:
+        from ckptkit.formats.refused.first_bytes import describe_folder
+
+        what = describe_folder(folder)
+        if what == "is a folder, not a file":
+            what = f"a folder without checkpoint files ({', '.join(sorted(SUFFIXES))})"
+        raise FileAccessError(f"{folder}: {what}")
 
 
 def read(

@@ -23,18 +23,25 @@ class Stopped(Exception):  # noqa: N818 - not an error: another thread has one
     """Raised in a task that is no longer wanted."""
 
 
-def in_parallel(tasks: Iterable[Callable[[], object]], *, nbytes: int, stop: threading.Event | None = None) -> None:
+def in_parallel(
+    tasks: Iterable[Callable[[], object]],
+    *,
+    nbytes: int,
+    stop: threading.Event | None = None,
+    most: int = _MAX_WORKERS,
+) -> None:
     """Call every task once, several at a time where there is much to do; the order is not kept.
 
     Args:
         tasks: taken one after the other as threads come free.
         nbytes: how much they go through in all.
         stop: set when one fails or is interrupted; the others may look at it, and raise `Stopped`.
+        most: how many at a time, where there are as many processors.
 
     Raises:
         BaseException: what a task raised first, or an interrupt; no further task is begun.
     """
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1) if nbytes >= MANY_NBYTES else 1
+    workers = min(most, os.cpu_count() or 1) if nbytes >= MANY_NBYTES else 1
     if workers == 1:
         for task in tasks:
             task()

@@ -3,8 +3,8 @@
     python tests/bench/run.py [--only opening] [--size-gib 1] [--dir DIR] [--repeat 5] [--markdown]
         [--converter safetensors/bindings/python/convert.py]
 
-Makes checkpoints, removes them at the end, and measures what `opening`, `writing`, `identify` and
-`verifying` describe, as `measure` does it.  No test asserts a time.  Linux and macOS only.
+Makes checkpoints, removes them at the end, and measures what `opening`, `writing`, `identify`, `verifying`,
+`checking` and `differing` describe, as `measure` does it.  No test asserts a time.  Linux and macOS only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import checking
+import differing
 import identify
 import opening
 import verifying
@@ -29,9 +31,8 @@ COUNTS = (25_000, 50_000, 100_000)
 def main(arguments: list[str]) -> None:
     """Make the files, measure, print, remove the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--only", choices=["opening", "writing", "identify", "verifying"], help="one part (default: all)"
-    )
+    parts = ["opening", "writing", "identify", "verifying", "checking", "differing"]
+    parser.add_argument("--only", choices=parts, help="one part (default: all)")
     parser.add_argument("--size-gib", type=float, default=1.0, help="size of each checkpoint (default: 1)")
     parser.add_argument("--dir", type=Path, help="folder to work in; needs five times the size (default: temporary)")
     parser.add_argument("--converter", type=Path, help="the safetensors project's convert.py, measured beside ours")
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> None:
         state, resume = folder / "state_dict.pth", folder / "resume.pth"
         print("making the checkpoints ...", end="", file=sys.stderr, flush=True)
         groups, torch_version = {}, identify.make(folder)
-        if options.only not in ("identify", "verifying"):
+        if options.only not in ("identify", "verifying", "checking", "differing"):
             needed = 5.2 * options.size_gib
             if shutil.disk_usage(folder).free < needed * (1 << 30):
                 raise SystemExit(f"{folder}: {needed:.1f} GiB are needed; choose another folder with --dir")
@@ -62,6 +63,10 @@ def main(arguments: list[str]) -> None:
             groups.update(identify.groups(folder))
         if options.only in (None, "verifying"):
             groups.update(verifying.groups(verifying.make(nbytes, folder)))
+        if options.only in (None, "checking"):
+            groups.update(checking.groups(checking.make(nbytes, folder)))
+        if options.only in (None, "differing"):
+            groups.update(differing.groups(differing.make(nbytes, folder)))
         print(f"\r{'':100}\r", end="", file=sys.stderr, flush=True)
         for what, fact in facts(folder, torch_version).items():
             print(f"- {what}: {fact}" if options.markdown else f"{what}: {fact}")

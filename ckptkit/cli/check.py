@@ -1,0 +1,131 @@
+"""``ckptkit check [PATHS]``: files against a manifest and a policy, as a gate in CI."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from ckptkit import api
+from ckptkit.cli.check_text import text
+from ckptkit.cli.completion import complete_reference
+from ckptkit.cli.options import (
+    common_options,
+    echo,
+    input_shape,
+    json_errors,
+    key_values,
+    path_argument,
+    styler,
+    with_examples,
+)
+from ckptkit.dtypes import DTYPES
+from ckptkit.released.config import find_config
+from ckptkit.released.outputs import OUTPUTS
+from ckptkit.released.policy import CONTAINERS
+
+__all__ = ["command"]
+
+
+@click.command(
+    "check",
+    epilog=with_examples(
+        "ckptkit check --manifest weights/weights.lock.json",
+        "ckptkit check weights/ --no-pickle --max-size 2GB --no-nan",
+        "ckptkit check model.pth --max-trust safe --allow-dtype float32 --allow-dtype int64 --location cpu",
+        "ckptkit check model.safetensors --fits torchvision:resnet18 --forward",
+        "ckptkit check weights/ --manifest weights/weights.lock.json --format junit > check.xml",
+    ),
+)
+@path_argument("paths", nargs=-1)
+@click.option("--manifest", metavar="FILE", help="What the files must be, as ckptkit manifest wrote it.")
+@click.option("--no-pickle", is_flag=True, default=None, help="No file may hold a pickle.")
+@click.option(
+    "--max-trust",
+    type=click.Choice(["safe", "needs_trust"]),
+    help="The most a loader may have to trust a file with; hostile files never pass.",
+)
+@click.option(
+    "--require-format",
+    multiple=True,
+    type=click.Choice(CONTAINERS),
+    metavar="CONTAINER",
+    help="The container a file must be, as inspect names it; repeatable.",
+)
+@click.option("--max-size", metavar="SIZE", help="The most a file may have, with its shards: 2GB, 500MB.")
+@click.option(
+    "--allow-dtype",
+    multiple=True,
+    type=click.Choice(list(DTYPES)),
+    metavar="DTYPE",
+    help="A dtype tensors may have; repeatable.",
+)
+@click.option("--no-nan", is_flag=True, default=None, help="No parameter may hold NaN or Inf; reads the data.")
+@click.option("--no-optimizer", is_flag=True, default=None, help="No file may hold an optimizer's state.")
+@click.option("--no-prefix", is_flag=True, default=None, help="No name may carry module. or _orig_mod.")
+@click.option("--location", multiple=True, metavar="DEV", help="A device tag storages may have: cpu; repeatable.")
+@click.option(
+    "--fits",
+    metavar="REF",
+    shell_complete=complete_reference,
+    help="The model every file must load into, as for verify; needs torch.",
+)
+@click.option("--forward", is_flag=True, default=None, help="Run the model too; needs torch.")
+@click.option(
+    "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the factory; repeatable."
+)
+@click.option("--input-shape", "shapes", multiple=True, metavar="N,C,H,W", help="Shape of an input; repeatable.")
+@click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["text", *OUTPUTS, *CONTAINERS]),
+    metavar="|".join(("text", *OUTPUTS)),
+    help="Output; with the name of a container, the same as --require-format.",
+)
+@common_options
+def command(
+    paths: tuple[str, ...],
+    manifest: str | None,
+    config: str | None,
+    formats: tuple[str, ...],
+    require_format: tuple[str, ...],
+    model_args: tuple[str, ...],
+    shapes: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    color: str,
+    **policy: Any,
+) -> int:
+    """Hold checkpoints against a manifest and a policy, without running or loading them.
+
+    A folder stands for the checkpoint files below it. Without PATHS, all that the manifest names is checked,
+    and nothing else may lie in its folder. Whatever is asked for, a file must be readable and may not be hostile.
+
+    The same is configured under [tool.ckptkit.check] in pyproject.toml, or [check] in ckptkit.toml, with other
+    values for some files under [[check.overrides]]; what is typed goes before.
+
+    Exit code 0: all is as it must be; 1: something is not; 2: something could not be checked.
+    """
+    outputs = [name for name in formats if name not in CONTAINERS]
+    output = "json" if as_json else outputs[-1] if outputs else "text"
+    policy["require_format"] = (*require_format, *(name for name in formats if name in CONTAINERS))
+    for name in ("require_format", "allow_dtype", "location"):
+        policy[name] = policy[name] or None  # not given: what is configured stands
+    with json_errors(output == "json"):
+        report = api.check(
+            paths,
+            manifest=manifest,
+            config=config if config is not None else find_config(os.curdir),
+            model_args=key_values("--model-arg", model_args) or None,
+            input_shapes=[input_shape(shape) for shape in shapes] or None,
+            **policy,
+        )
+    if output == "text":
+        for line in text(report, styler(color), quiet=quiet):
+            echo(line)
+    else:
+        click.echo(OUTPUTS[output](report).encode("utf-8"), nl=False)
+    return report.exit_code

@@ -1,0 +1,86 @@
+"""``ckptkit manifest PATH... -o FILE``: record what released weights must be."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+import click
+
+from ckptkit import api
+from ckptkit.cli.manifest_text import summary
+from ckptkit.cli.options import common_options, echo, echo_json, json_errors, path_argument, styler, with_examples
+
+__all__ = ["command"]
+
+
+@click.command(
+    "manifest",
+    epilog=with_examples(
+        "ckptkit manifest weights/ -o weights/weights.lock.json",
+        "ckptkit manifest --update -o weights/weights.lock.json",
+        "ckptkit manifest model.pth -o model.lock.json --golden golden.safetensors --digests total",
+        "ckptkit check --manifest weights/weights.lock.json",
+    ),
+)
+@path_argument("paths", nargs=-1)
+@click.option("-o", "--output", "destination", metavar="FILE", help="The manifest; default: print it.")
+@click.option(
+    "--digests",
+    type=click.Choice(["total", "tensor"]),
+    help="One digest a file, or one line a tensor as well (default: as it was, at first tensor).",
+)
+@click.option("--update", is_flag=True, help="Renew what has changed; without PATH, in the manifest's folder.")
+@click.option(
+    "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
+)
+@click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
+@common_options
+def command(
+    paths: tuple[str, ...],
+    destination: str | None,
+    digests: Literal["total", "tensor"] | None,
+    update: bool,
+    goldens: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    color: str,
+) -> int:
+    """Record what released weights must be, for ckptkit check: size, SHA-256, container, trust, digests of tensors.
+
+    A folder stands for the checkpoint files below it, and paths are recorded relative to the manifest's folder. The
+    content digest of a file is the same for the same tensors in any container. Nothing is executed.
+    """
+    if not paths and not update:
+        raise click.UsageError("Missing argument 'PATH...'; only --update does without")
+    if update and destination is None:
+        raise click.UsageError("--update needs the manifest: -o FILE")
+    with json_errors(as_json):
+        manifest = api.manifest(
+            paths, destination, digests=digests, golden=_golden(goldens), update=update, force=force
+        )
+    if as_json:
+        changes = manifest.changes
+        told = {name: list(getattr(changes, name)) for name in ("added", "changed", "removed", "kept")}
+        echo_json({**manifest.to_dict(), "changes": told})
+        return 0
+    if destination is None:
+        sys.stdout.write(manifest.to_json())
+        return 0
+    if not quiet:
+        for line in summary(manifest, destination, styler(color)):
+            echo(line)
+    return 0
+
+
+def _golden(values: tuple[str, ...]) -> dict[str, str] | str | None:
+    """As `ckptkit.manifest` takes them: one file, or files by the paths of their checkpoints."""
+    if len(values) == 1 and "=" not in values[0]:
+        return values[0]
+    if not values:
+        return None
+    pairs = dict(value.rpartition("=")[::2] for value in values)
+    if "" in pairs or len(pairs) != len(values):
+        raise click.UsageError("several --golden: each as FILE=GOLDEN, and each FILE once")
+    return pairs

@@ -1,0 +1,312 @@
+"""What changed between two checkpoints, whatever their containers: `differ` makes a `Difference`.
+
+The weights are compared name by name; what has another name is looked for by content and by shape (`matching`).
+Bits decide (`bits`, `work`); figures are computed of what differs alone (`figures`, `measuring`).  What stands
+beside the weights is compared too (`beside`), values that are no plain tensors as the trees they are (`trees`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ckptkit.checkpoint import Checkpoint, TensorEntry, shared_storages
+from ckptkit.differences.beside import (
+    header,
+    metadata_rows,
+    named_tensors,
+    other_sections,
+    section_rows,
+    training_rows,
+)
+from ckptkit.differences.difference import Difference
+from ckptkit.differences.figures import Sums, Tolerance
+from ckptkit.differences.matching import find_renamed
+from ckptkit.differences.measuring import NO_FIGURES, all_sums
+from ckptkit.differences.modules import UNCHANGED, rolled_up
+from ckptkit.differences.trees import same_tree
+from ckptkit.differences.work import Work
+from ckptkit.errors import SectionError
+from ckptkit.normalize.sections import brief
+from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.report import Finding, count_of
+
+__all__ = ["Difference", "Tolerance", "differ"]
+
+_MOST_NAMED = 3
+"""Names in a message."""
+
+_OVERLAPPING = "it is a view of far more elements than are stored, or its values cannot be computed"
+
+
+def differ(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    beside: bool = True,
+    tolerance: Tolerance | None = None,
+    strict: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> Difference:
+    """Compare two open checkpoints.
+
+    Args:
+        a: the first.
+        b: the second.
+        beside: whether the parts beside the weights are compared too.
+        tolerance: what counts as unchanged; ``None``: the same bits alone.
+        strict: whether what stands beside the tensors counts for `Difference.ok`.
+        progress: called with the bytes gone through so far, and those to go through in all.
+
+    Raises:
+        SectionError: it is not clear which weights are meant, or there is nothing to compare.
+        CorruptError, FileAccessError: something cannot be read.
+    """
+    ours, theirs, selected = _values(a, b)
+    comparison = _Comparison(ours, theirs, Work(progress), tolerance)
+    sections: tuple[dict[str, Any], ...] = ()
+    if beside and selected:
+        parts = other_sections(a), other_sections(b)
+        if any(parts):
+            sections = section_rows(a, b, *parts, comparison.work)
+    ties = tuple(_ties(comparison.pairs, ours, theirs))
+    return comparison.difference(
+        a=header(a),
+        b=header(b),
+        metadata=metadata_rows(a, b),
+        training=training_rows(a, b) if beside else (),
+        sections=sections,
+        ties=ties,
+        findings=(*_prefixes(a, b, ours, theirs), *_ties_told(ties)),
+        strict=strict,
+    )
+
+
+def _values(a: Checkpoint, b: Checkpoint) -> tuple[Mapping[str, object], Mapping[str, object], bool]:
+    """What is compared of each, by name, and whether it is the weights of both.
+
+    Raises:
+        SectionError: one of them has several; or neither has a tensor.
+    """
+    has_weights = [checkpoint.origin.state_path is not None for checkpoint in (a, b)]
+    if any(has_weights) and not all(has_weights):
+        lacking, option = (b, "--section-b") if has_weights[0] else (a, "--section-a")
+        several = [section.path for section in lacking.sections if section.is_weights]
+        if several:
+            names = ", ".join(repr(name) for name in several)
+            path = lacking.origin.path
+            raise SectionError(
+                f"{path}: several sections hold weights ({names}); name the one to compare with {option}"
+            )
+    found = [
+        checkpoint.state_dict.everything if has else named_tensors(checkpoint)
+        for checkpoint, has in zip((a, b), has_weights, strict=True)
+    ]
+    if not any(found):
+        raise SectionError(f"{a.origin.path} and {b.origin.path}: neither holds a tensor: there is nothing to compare")
+    return found[0], found[1], all(has_weights)
+
+
+class _Comparison:
+    """Two sets of named values, compared.
+
+    Attributes:
+        pairs: the names of each tensor that both have, in the first and in the second.
+    """
+
+    def __init__(
+        self, ours: Mapping[str, object], theirs: Mapping[str, object], work: Work, tolerance: Tolerance | None
+    ) -> None:
+        self._ours, self._theirs = ours, theirs
+        self.work = work
+        self._tolerance = tolerance
+        common = [name for name in ours if name in theirs]
+        self._removed = [name for name in ours if name not in theirs]
+        self._added = [name for name in theirs if name not in ours]
+        self._renamed = find_renamed(_tensors(ours, self._removed), _tensors(theirs, self._added))
+        self.pairs = [(name, name) for name in common if _both_tensors(ours[name], theirs[name])]
+        self.pairs += [(each.old, each.new) for each in self._renamed]
+        self._others = [name for name in common if not _both_tensors(ours[name], theirs[name])]
+        self._same_order = common == [name for name in theirs if name in ours]
+        self._kinds: dict[str, str] = {}
+        self._lists: dict[str, list[dict[str, Any]]] = {
+            name: [] for name in ("reshaped", "recast", "changed", "within_tolerance", "values", "not_compared")
+        }
+
+    def difference(self, *, findings: Sequence[Finding], **facts: Any) -> Difference:
+        """Compare, and tell everything."""
+        known = {each.new: each for each in self._renamed}
+        self._compare({each.new for each in self._renamed if each.by == "content"})
+        self._compare_others()
+        for name in {*self._added} - set(known):
+            self._kinds[name] = "added"
+        for name in {*self._removed} - {each.old for each in self._renamed}:
+            self._kinds[name] = "removed"
+        for each in self._renamed:
+            if self._kinds[each.new] == UNCHANGED:
+                self._kinds[each.new] = "renamed"
+        self._lists["changed"].sort(key=_by_change)
+        self._lists["within_tolerance"].sort(key=_by_change)
+        rows: dict[str, Any] = {name: tuple(found) for name, found in self._lists.items()}
+        largest = {row["name"]: row["max_abs"] for row in (*rows["changed"], *rows["recast"]) if row["max_abs"]}
+        within = {row["name"] for row in rows["within_tolerance"]}
+        unchanged = [name for name, kind in self._kinds.items() if kind == UNCHANGED and name not in within]
+        olds = {each.old for each in self._renamed}
+        return Difference(
+            unchanged=len(unchanged),
+            added=tuple(name for name in self._added if name not in known),
+            removed=tuple(name for name in self._removed if name not in olds),
+            renamed=tuple(each.to_dict() for each in self._renamed),
+            same_order=self._same_order,
+            modules=rolled_up(self._ordered(), largest),
+            findings=(*self._told(rows), *findings),
+            **rows,
+            **facts,
+        )
+
+    def _ordered(self) -> dict[str, str]:
+        """What happened to each name: in the order of the second file, what was removed last."""
+        names = dict.fromkeys((*self._theirs, *self._ours))
+        return {name: self._kinds[name] for name in names if name in self._kinds}
+
+    def _compare(self, known_equal: set[str]) -> None:
+        """Everything that is a tensor in both."""
+        keys = {}
+        for old, new in self.pairs:
+            a, b = self._pair(old, new)
+            if a.dtype == b.dtype and a.numel == b.numel and new not in known_equal:
+                keys[new] = self.work.add(a, b)
+        self.work.run()
+        wanted = []
+        for old, new in self.pairs:
+            a, b = self._pair(old, new)
+            if a.shape == b.shape and (a.dtype != b.dtype or (new in keys and self.work.same(keys[new]) is False)):
+                wanted.append((a, b))
+        sums = all_sums(wanted, self._tolerance or Tolerance(), self.work) if wanted else {}
+        for old, new in self.pairs:
+            a, b = self._pair(old, new)
+            same = True if new in known_equal else self.work.same(keys[new]) if new in keys else False
+            if same is True and a.shape == b.shape:
+                self._kinds[new] = UNCHANGED
+            else:
+                self._kinds[new] = self._judge(old, new, a, b, same, sums.get((*a.view, *b.view)))
+
+    def _pair(self, old: str, new: str) -> tuple[TensorEntry, TensorEntry]:
+        a, b = self._ours[old], self._theirs[new]
+        if not isinstance(a, TensorEntry) or not isinstance(b, TensorEntry):
+            raise TypeError(f"{old!r}: tensors alone are paired")
+        return a, b
+
+    def _judge(self, old: str, new: str, a: TensorEntry, b: TensorEntry, same: bool | None, sums: Sums | None) -> str:
+        """What happened to a tensor that is not the same; it is put on the list of what did."""
+        row: dict[str, Any] = {"name": new} if old == new else {"name": new, "was": old}
+        figures = NO_FIGURES if sums is None else sums.to_dict()
+        if a.shape != b.shape:
+            row |= {"from": [*a.shape], "to": [*b.shape]}
+            if a.dtype != b.dtype:
+                row |= {"from_dtype": a.dtype, "to_dtype": b.dtype}
+            comparable = a.dtype == b.dtype and a.numel == b.numel
+            self._lists["reshaped"].append({**row, "same_values": same if comparable else None})
+            return "reshaped"
+        if a.dtype != b.dtype:
+            equal = None if sums is None else min(sums.uncast, sums.uncast_back) == 0
+            row |= {"from": a.dtype, "to": b.dtype, "shape": [*b.shape], "equal_after_cast": equal}
+            self._lists["recast"].append({**row, **figures})
+            return "recast"
+        if same is None:
+            self._lists["not_compared"].append({**row, "reason": _OVERLAPPING})
+            return "not compared"
+        row |= {"dtype": b.dtype, "shape": [*b.shape], **figures}
+        if self._tolerance is not None and sums is not None and not sums.outside:
+            self._lists["within_tolerance"].append(row)
+            return UNCHANGED
+        self._lists["changed"].append(row)
+        return "changed"
+
+    def _compare_others(self) -> None:
+        """What is no plain tensor in one of them."""
+        for name in self._others:
+            a, b = self._ours[name], self._theirs[name]
+            same = same_tree(a, b, self.work.same_now)
+            if same is None:
+                self._lists["not_compared"].append({"name": name, "reason": "it could not be gone through to its end"})
+            elif not same:
+                self._lists["values"].append({"name": name, "a": brief(a), "b": brief(b)})
+            self._kinds[name] = UNCHANGED if same else "not compared" if same is None else "changed"
+
+    def _told(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Finding]:
+        lost = [row["name"] for row in rows["not_compared"]]
+        if lost:
+            message = f"{count_of(len(lost), 'value')} could not be compared, which is not to say equal: {_names(lost)}"
+            yield Finding(code="not-compared", severity="error", message=message)
+        fresh = [row["name"] for row in rows["changed"] if row["nan"] and row["nan"]["b"] and not row["nan"]["a"]]
+        if fresh:
+            message = f"NaN where there were numbers, in {count_of(len(fresh), 'tensor')}: {_names(fresh)}"
+            yield Finding(code="nan-appeared", severity="warning", message=message)
+
+
+def _both_tensors(a: object, b: object) -> bool:
+    return isinstance(a, TensorEntry) and isinstance(b, TensorEntry)
+
+
+def _tensors(values: Mapping[str, object], names: Sequence[str]) -> dict[str, TensorEntry]:
+    return {name: value for name in names if isinstance(value := values[name], TensorEntry)}
+
+
+def _by_change(row: Mapping[str, Any]) -> tuple[bool, float]:
+    """NaN and Inf on one side first, then by the largest difference."""
+    nan = row["nan"]
+    is_broken = nan is not None and bool(nan["a"] or nan["b"] or row["infinite"])
+    return not is_broken, -(row["max_abs"] or 0)
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(map(repr, names[:_MOST_NAMED])) + more
+
+
+def _prefixes(
+    a: Checkpoint, b: Checkpoint, ours: Mapping[str, object], theirs: Mapping[str, object]
+) -> Iterator[Finding]:
+    """Whether names would agree that do not, if wrappers were taken off."""
+    agreeing = sum(name in theirs for name in ours)
+    if agreeing == len(ours) == len(theirs):
+        return
+    bare = [{unwrapped(name) for name in side} for side in (ours, theirs)]
+    if len(bare[0]) < len(ours) or len(bare[1]) < len(theirs) or len(bare[0] & bare[1]) <= agreeing:
+        return
+    message = (
+        f"{agreeing:,} names agree; without the prefixes of wrappers (module., _orig_mod.) "
+        f"{len(bare[0] & bare[1]):,} of {len(ours):,} and {len(theirs):,} would"
+    )
+    fix = shlex.join(["ckptkit", "diff", a.origin.path, b.origin.path, "--strip-module"])
+    yield Finding(code="prefix-differs", severity="warning", message=message, fix=fix)
+
+
+def _ties(
+    pairs: Sequence[tuple[str, str]], ours: Mapping[str, object], theirs: Mapping[str, object]
+) -> Iterator[dict[str, Any]]:
+    """Tensors that are one tensor in only one of the files, under the names of the second."""
+    views = []
+    for values, side in ((ours, 0), (theirs, 1)):
+        entries = {pair[1]: entry for pair in pairs if isinstance(entry := values[pair[side]], TensorEntry)}
+        several = shared_storages(entries.values())
+        views.append({n: e.view for n, e in entries.items() if id(e.storage) in several and e.nbytes})
+    for mine, other, which in ((views[0], views[1], "a"), (views[1], views[0], "b")):
+        groups: dict[tuple[object, ...], list[str]] = {}
+        for name, view in mine.items():
+            groups.setdefault(view, []).append(name)
+        for names in groups.values():
+            if len(names) > 1 and (len({other.get(name) for name in names}) > 1 or other.get(names[0]) is None):
+                yield {"names": names, "tied_in": which}
+
+
+def _ties_told(ties: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    if ties:
+        first = ties[0]
+        message = (
+            f"{count_of(len(ties), 'group')} of tensors are one tensor in only one of the files: "
+            f"{_names(first['names'])} in {first['tied_in'].upper()}"
+        )
+        yield Finding(code="ties-differ", severity="info", message=message)

@@ -1,0 +1,202 @@
+"""What changed between two checkpoints: the record that text, JSON and markdown are made of."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptkit.errors import FailedReportError
+from ckptkit.report import SCHEMA_VERSION, Finding, count_of
+
+__all__ = ["Difference"]
+
+Rows = tuple[Mapping[str, Any], ...]
+"""Elements of a list of the JSON document."""
+
+_MOST_NAMED = 3
+"""Modules that the verdict names."""
+
+_VERBS = {
+    "changed": "changed",
+    "recast": "has another dtype",
+    "reshaped": "has another shape",
+    "added": "was added",
+    "removed": "was removed",
+    "not compared": "was not compared",
+}
+"""What the verdict says of a module in which the same happened to all; others differ."""
+
+_PLURALS = {"differs": "differ", "has another dtype": "have another dtype", "has another shape": "have another shape",
+            "was added": "were added", "was removed": "were removed",
+            "was not compared": "were not compared"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """What changed from a checkpoint ``a`` to a checkpoint ``b``, whatever their containers.
+
+    Names are those in ``b``, of removed tensors those in ``a``.  Every list is JSON-ready.
+
+    Attributes:
+        a, b: the files: ``path``, ``size``, ``format``, ``kind``, ``writer``, ``section``, ``tensors``, ``nbytes``,
+            ``locations``, ``trust``.
+        unchanged: how many tensors have the same name, shape, dtype and bits in both.
+        added, removed: names that only ``b``, and only ``a``, has.
+        renamed: ``from``, ``to``, ``by``, ``confidence``; see `ckptkit.differences.matching`.
+        reshaped: ``name``, ``from``, ``to``, ``same_values`` (the same bits in order; ``None``: not as many).
+        recast: ``name``, ``from``, ``to``, ``equal_after_cast`` (``None``: no values that could be told), figures.
+        changed: ``name``, ``dtype``, ``shape`` and figures (`ckptkit.differences.figures`), the largest change first.
+        within_tolerance: the same of what is no difference because of the tolerance that was asked for.
+        values: ``name``, ``a``, ``b`` of what is no plain tensor (quantized, extra state) and differs.
+        not_compared: ``name``, ``reason``.
+        same_order: whether what both have stands in the same order.
+        metadata, training: ``key``, ``a``, ``b`` of what differs; ``None`` where one has none.
+        sections: the other parts that hold tensors: ``path``, ``kind``, tensors in ``a`` and in ``b`` (``None``: it
+            has no such part), how many are ``differing``, ``equal`` (``None``: only one has it).
+        ties: ``names``, ``tied_in`` of tensors that are one tensor in only one of the files.
+        modules: the differences rolled up; see `ckptkit.differences.modules`.
+        findings: what is remarkable about it.
+        strict: whether what stands beside the tensors counts for `ok`.
+    """
+
+    a: Mapping[str, Any]
+    b: Mapping[str, Any]
+    unchanged: int
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    renamed: Rows = ()
+    reshaped: Rows = ()
+    recast: Rows = ()
+    changed: Rows = ()
+    within_tolerance: Rows = ()
+    values: Rows = ()
+    not_compared: Rows = ()
+    same_order: bool = True
+    metadata: Rows = ()
+    training: Rows = ()
+    sections: Rows = ()
+    ties: Rows = ()
+    modules: Rows = ()
+    findings: tuple[Finding, ...] = ()
+    strict: bool = False
+
+    @property
+    def equal(self) -> bool:
+        """Whether both hold the same tensors: names, shapes, dtypes, values; in every part that both have."""
+        differs = (
+            self.added or self.removed or self.renamed or self.reshaped or self.recast or self.changed
+            or self.values or self.not_compared or any(section["equal"] is False for section in self.sections)
+        )  # fmt: skip
+        return not differs
+
+    @property
+    def same_beside(self) -> bool:
+        """Whether metadata, training state, ties and parts are the same too; containers and devices do not count."""
+        alone = any(section["equal"] is None for section in self.sections)
+        return not (self.metadata or self.training or self.ties or alone)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the exit code is 0: `equal`, and where it was asked to be strict `same_beside`."""
+        return self.equal and (self.same_beside or not self.strict)
+
+    @property
+    def tensors(self) -> int:
+        """Tensors, and values that are none, in the weights of either; what both have counts once."""
+        touched = {each["name"] for each in (*self.reshaped, *self.recast, *self.changed, *self.within_tolerance)}
+        touched |= {each["name"] for each in (*self.values, *self.not_compared)} | {each["to"] for each in self.renamed}
+        return self.unchanged + len(touched) + len(self.added) + len(self.removed)
+
+    @property
+    def summary(self) -> str:
+        """The verdict: ``"only fc changed; 120 of 122 tensors are bit-identical"``."""
+        share = f"{self.unchanged:,} of {count_of(self.tensors, 'tensor')} {'is' if self.tensors == 1 else 'are'}"
+        everything = f"all {count_of(self.unchanged, 'tensor')} are bit-identical"
+        if self.equal:
+            within = f"{share} bit-identical, the others are within tolerance"
+            told = within if self.within_tolerance else everything
+            return told if self.ok else f"{told}; what stands beside them differs"
+        if not self.modules:
+            apart = [
+                section["path"] or "the rest of the file" for section in self.sections if section["equal"] is False
+            ]
+            return f"{everything}; beside them {_listed(apart)} {'differs' if len(apart) == 1 else 'differ'}"
+        return f"{self._told}; {share} bit-identical"
+
+    @property
+    def _told(self) -> str:
+        """What differs, where, and how."""
+        counts: Counter[str] = Counter()
+        for row in self.modules:
+            counts.update(row["statuses"])
+        total = sum(counts.values())
+        kind = next(iter(counts)) if len(counts) == 1 else ""
+        if kind == "recast" and all(row["equal_after_cast"] for row in self.recast):
+            return f"{count_of(total, 'tensor')} {'is' if total == 1 else 'are'} recast, equal after the cast"
+        if kind == "renamed":
+            return f"{count_of(total, 'tensor')} {'has' if total == 1 else 'have'} another name and the same bits"
+        names = [row["module"] for row in self.modules]
+        if len(names) <= _MOST_NAMED and all(names) and all(row["differing"] == row["tensors"] for row in self.modules):
+            verb = _VERBS.get(kind, "differs")
+            return f"only {_listed(names)} {verb if len(names) == 1 else _PLURALS.get(verb, verb)}"
+        each = ", ".join(f"{count:,} {status}" for status, count in counts.items())
+        return f"{count_of(total, 'tensor')} {'differs' if total == 1 else 'differ'} ({each})"
+
+    def raise_if_failed(self) -> None:
+        """Raise when it is not `ok`.
+
+        Raises:
+            FailedReportError: its message says what differs.
+        """
+        if not self.ok:
+            lines = [f"{self.a['path']} and {self.b['path']}: {self.summary}"]
+            lines += [f"{f.code}: {f.message}" + (f" (fix: {f.fix})" if f.fix else "") for f in self.findings]
+            raise FailedReportError("\n".join(lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The difference as one JSON-ready document."""
+
+        def rows(each: Rows) -> list[dict[str, Any]]:
+            return [dict(row) for row in each]
+
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "equal": self.equal,
+            "same_beside": self.same_beside,
+            "ok": self.ok,
+            "summary": self.summary,
+            "a": dict(self.a),
+            "b": dict(self.b),
+            "tensors": self.tensors,
+            "unchanged": self.unchanged,
+            "added": [*self.added],
+            "removed": [*self.removed],
+            "renamed": rows(self.renamed),
+            "reshaped": rows(self.reshaped),
+            "recast": rows(self.recast),
+            "changed": rows(self.changed),
+            "within_tolerance": rows(self.within_tolerance),
+            "values": rows(self.values),
+            "not_compared": rows(self.not_compared),
+            "same_order": self.same_order,
+            "metadata": rows(self.metadata),
+            "training": rows(self.training),
+            "sections": rows(self.sections),
+            "ties": rows(self.ties),
+            "modules": rows(self.modules),
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+    def to_json(self) -> str:
+        """The difference as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+def _listed(names: list[str]) -> str:
+    """``"a, b and c"``, cut after a few."""
+    if len(names) > _MOST_NAMED:
+        names = [*names[:_MOST_NAMED], f"{len(names) - _MOST_NAMED:,} more"]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,96 @@
+"""The reading: which pairs of tensors hold the same bits, and by how much the others differ; on every core.
+
+A pair is compared once however many names it has.  Bits come first, up to the first piece that differs; values are
+computed only of what was found to differ, which is when numpy is imported.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from ckptkit.checkpoint import TensorEntry
+from ckptkit.differences.bits import PIECE_NBYTES, pieces, same_piece, unexpanded
+from ckptkit.errors import DTypeError
+from ckptkit.transfer.workers import in_parallel
+
+__all__ = ["Pair", "Work"]
+
+Progress = Callable[[int, int], object]
+
+Pair = tuple[object, ...]
+"""What a pair of tensors is known by."""
+
+_Reduced = tuple[TensorEntry, TensorEntry, int]
+
+
+class Work:
+    """Pairs of tensors to compare, collected first so that several threads can share them.
+
+    Args:
+        progress: called with the bytes gone through so far, and those to go through in all.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress
+        self._done = self._total = 0
+        self._lock = threading.Lock()
+        self._pairs: dict[Pair, _Reduced | None] = {}
+        self._same: dict[Pair, bool | None] = {}
+
+    def add(self, a: TensorEntry, b: TensorEntry) -> Pair:
+        """Two tensors of as many elements of one dtype, whose bits are to be compared."""
+        key = (*a.view, *b.view)
+        if key not in self._pairs:
+            self._pairs[key] = unexpanded(a, b)
+        return key
+
+    def run(self) -> None:
+        """Compare what was added since the last run.
+
+        Raises:
+            CorruptError, FileAccessError: something cannot be read.
+        """
+        waiting = {key: pair for key, pair in self._pairs.items() if key not in self._same}
+        self._same.update({key: None if pair is None else True for key, pair in waiting.items()})
+        known = [(key, pair) for key, pair in waiting.items() if pair is not None]
+        nbytes = sum(pair[0].nbytes + pair[1].nbytes for _, pair in known)
+        self._total += nbytes
+        in_parallel(self._comparisons(known), nbytes=nbytes)
+
+    def _comparisons(self, known: list[tuple[Pair, _Reduced]]) -> Iterator[Callable[[], object]]:
+        for key, (a, b, _) in known:
+            for left, right in pieces(a, b, max(PIECE_NBYTES // a.itemsize, 1)):
+                yield partial(self._compare, key, left, right)
+
+    def _compare(self, key: Pair, a: TensorEntry, b: TensorEntry) -> None:
+        if self._same[key] is True:
+            try:
+                if not same_piece(a, b):
+                    self._same[key] = False
+            except DTypeError:
+                self._same[key] = None
+        if self._progress is not None:
+            self.advance(a.nbytes + b.nbytes)
+
+    def same(self, key: Pair) -> bool | None:
+        """Whether a pair that was compared has the same bits; ``None``: it cannot be told."""
+        return self._same[key]
+
+    def same_now(self, a: TensorEntry, b: TensorEntry) -> bool | None:
+        """Whether two tensors of one dtype and as many elements have the same bits, found out at once."""
+        key = self.add(a, b)
+        self.run()
+        return self.same(key)
+
+    def expect(self, nbytes: int) -> None:
+        """So many bytes more are to be gone through."""
+        self._total += nbytes
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes more were gone through."""
+        if self._progress is not None:
+            with self._lock:
+                self._done += nbytes
+                self._progress(min(self._done, self._total), self._total)

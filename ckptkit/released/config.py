@@ -1,0 +1,237 @@
+"""The configuration of ``ckptkit check``: a policy for all files, and others for some.
+
+It is the table ``[tool.ckptkit.check]`` of a ``pyproject.toml``, or ``[check]`` of a ``ckptkit.toml``; of the two
+in one folder the second is taken.  The first found is taken from the working directory upward::
+
+    [check]
+    paths = ["weights"]                  # what is checked where nothing is named; relative to this file
+    manifest = "weights/weights.lock.json"
+    no-pickle = true
+    max-size = "2GB"
+    allow-dtype = ["float32", "float16"]
+
+    [[check.overrides]]                  # the last that matches a file and sets a key decides
+    files = ["*.bin", "legacy/*.pth"]    # with a slash: the path from this file's folder; without: the name
+    no-pickle = false
+
+Keys are the options' names, with ``-`` or ``_``.  A key that is none is an error: a policy that is misspelled
+and passed over would let everything pass.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import Any
+
+from ckptkit.errors import FileAccessError, FormatError, LimitError, MissingFileError, VerifyError
+from ckptkit.released.policy import POLICY_KEYS, Policy, close_match
+
+__all__ = ["Config", "Override", "find_config", "read_config"]
+
+CONFIG_NAME, PROJECT_NAME = "ckptkit.toml", "pyproject.toml"
+
+_MAX_NBYTES = 4 << 20
+"""Bytes of a configuration file; the largest ``pyproject.toml`` of real projects have some 100 kB."""
+
+_OWN_KEYS = ("paths", "manifest", "overrides")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """Settings for the files that match.
+
+    Attributes:
+        files: globs.
+        settings: fields of a `Policy` and their values.
+    """
+
+    files: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def matches(self, path: str) -> bool:
+        """Whether it is for this file; the path is relative to the configuration's folder, with slashes."""
+        name = path.rpartition("/")[2]
+        return any(fnmatchcase(path if "/" in glob else name, glob.removeprefix("./")) for glob in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What is configured, and what was typed, which goes before.
+
+    Attributes:
+        path: the file; ``None``: there is none.
+        paths: what to check where nothing is named.
+        manifest: the manifest's path.
+        settings: fields of the `Policy` for all files.
+        overrides: those for some.
+        typed: fields that were given with the command or the call, for all files.
+    """
+
+    path: str | None = None
+    paths: tuple[str, ...] = ()
+    manifest: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+    typed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether some file may be held against a model."""
+        every = [self.settings, self.typed, *(override.settings for override in self.overrides)]
+        return any(settings.get("fits") is not None or settings.get("forward") for settings in every)
+
+    def policy_for(self, path: str) -> Policy:
+        """The policy that a file is held to.
+
+        Args:
+            path: the file, from the working directory.
+        """
+        return Policy(**{**self.settings, **self._overriding(path), **self.typed})
+
+    def _overriding(self, path: str) -> dict[str, Any]:
+        if not self.overrides or self.path is None:
+            return {}
+        folder = os.path.dirname(os.path.abspath(self.path))
+        try:
+            relative = os.path.relpath(os.path.abspath(path), folder)
+        except ValueError:  # another drive
+            relative = os.path.abspath(path)
+        name = relative.replace(os.sep, "/")
+        found: dict[str, Any] = {}
+        for override in self.overrides:
+            if override.matches(name):
+                found.update(override.settings)
+        return found
+
+
+def find_config(folder: str) -> str | None:
+    """The configuration that holds in a folder: the nearest from there upward, named as seen from it.
+
+    Raises:
+        FormatError: a ``pyproject.toml`` on the way is no TOML.
+        FileAccessError: it cannot be read.
+    """
+    start = folder = os.path.abspath(folder)
+    while True:
+        own, project = os.path.join(folder, CONFIG_NAME), os.path.join(folder, PROJECT_NAME)
+        if os.path.isfile(own):
+            return os.path.relpath(own, start)
+        if os.path.isfile(project) and "ckptkit" in _table(_parsed(project), "tool", project):
+            return os.path.relpath(project, start)
+        above = os.path.dirname(folder)
+        if above == folder:
+            return None
+        folder = above
+
+
+def read_config(path: str) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: the file; one named ``pyproject.toml`` holds it under ``[tool.ckptkit]``.
+
+    Raises:
+        MissingFileError, FileAccessError: it cannot be read.
+        FormatError: it is no TOML, or a key or value is none that there is.
+    """
+    document = _parsed(path)
+    place = ""
+    if os.path.basename(path) == PROJECT_NAME:
+        document = _table(_table(document, "tool", path), "ckptkit", path, "tool.")
+        place = "tool.ckptkit."
+    _require_known(document, ("check",), path, place.rstrip(".") or "the file")
+    name = f"{place}check"
+    table = _table(document, "check", path, place)
+    settings = _settings(table, path, name, (*POLICY_KEYS, *_OWN_KEYS))
+    folder = os.path.dirname(path)
+    manifest = settings.pop("manifest", None)
+    if manifest is not None and (not isinstance(manifest, str) or not manifest):
+        raise _wrong(path, name, "manifest", manifest, "the path of a file")
+    paths = _texts(settings.pop("paths", []), path, name, "paths")
+    overrides = settings.pop("overrides", [])
+    if not isinstance(overrides, list) or not all(isinstance(each, dict) for each in overrides):
+        raise _wrong(path, name, "overrides", overrides, f"tables [[{name}.overrides]]")
+    config = Config(
+        path=path,
+        paths=tuple(os.path.join(folder, each) for each in paths),
+        manifest=None if manifest is None else os.path.join(folder, manifest),
+        settings=settings,
+        overrides=tuple(_override(each, path, f"{name}.overrides[{i}]") for i, each in enumerate(overrides)),
+    )
+    _require_sound(settings, path, name)
+    return config
+
+
+def _override(table: dict[str, Any], path: str, name: str) -> Override:
+    settings = _settings(table, path, name, ("files", *POLICY_KEYS))
+    files = _texts(settings.pop("files", []), path, name, "files")
+    if not files:
+        raise FormatError(f"[{name}] names no files; expected files = [globs]", path=path)
+    _require_sound(settings, path, name)
+    return Override(files=files, settings=settings)
+
+
+def _settings(table: dict[str, Any], path: str, name: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """The table with its keys as fields are named."""
+    _require_known(table, known, path, f"[{name}]")
+    settings: dict[str, Any] = {}
+    for key, value in table.items():
+        bare = key.replace("-", "_")
+        if bare in settings:
+            raise FormatError(f"[{name}] has {key!r} twice, with - and with _", path=path)
+        settings[bare] = value
+    return settings
+
+
+def _require_known(table: Mapping[str, Any], known: tuple[str, ...], path: str, where: str) -> None:
+    for key in table:
+        if key.replace("_", "-") not in known:
+            raise FormatError(f"{where} has an unknown key {key!r:.80}; {close_match(key, known)}", path=path)
+
+
+def _require_sound(settings: Mapping[str, Any], path: str, name: str) -> None:
+    try:
+        Policy(**settings)
+    except VerifyError as error:
+        raise FormatError(f"[{name}]: {error}", path=path) from None
+
+
+def _texts(given: object, path: str, name: str, key: str) -> tuple[str, ...]:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise _wrong(path, name, key, given, "a list of texts")
+    return tuple(texts)
+
+
+def _wrong(path: str, name: str, key: str, given: object, expected: str) -> FormatError:
+    return FormatError(f"[{name}] {key} = {given!r:.80}; expected {expected}", path=path)
+
+
+def _table(document: Mapping[str, Any], key: str, path: str, place: str = "") -> dict[str, Any]:
+    table = document.get(key, {})
+    if not isinstance(table, dict):
+        raise FormatError(f"{place}{key} is {type(table).__name__}; expected a table", path=path)
+    return table
+
+
+def _parsed(path: str) -> dict[str, Any]:
+    tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - small, and ours
+            content = file.read(_MAX_NBYTES + 1)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise FileAccessError(f"{path}: {error.strerror or error}") from error
+    if len(content) > _MAX_NBYTES:
+        raise LimitError("bytes of a configuration", limit=_MAX_NBYTES, actual=len(content)).at(path=path)
+    try:
+        parsed = tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise FormatError(f"is no TOML: {error}", path=path) from None
+    return dict(parsed)

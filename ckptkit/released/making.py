@@ -1,0 +1,75 @@
+"""Makes a manifest where it is asked for: from paths as people type them, to a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
+from ckptkit.released.manifest import make, read_manifest, write
+from ckptkit.released.records import Digests, Manifest
+from ckptkit.released.selection import Selected, name_of, select
+
+__all__ = ["make_at"]
+
+Golden = Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str] | None
+
+
+def make_at(
+    paths: Sequence[str],
+    destination: str | None,
+    *,
+    digests: Digests | None,
+    golden: Golden,
+    update: bool,
+    force: bool,
+) -> Manifest:
+    """As `ckptkit.manifest`."""
+    if digests not in (None, "total", "tensor"):
+        raise RewriteError(f"digests is {digests!r:.40}; expected 'total' or 'tensor'")
+    if update and destination is None:
+        raise FileAccessError("there is no manifest to update; name it with -o")
+    folder = _folder_of(paths) if destination is None else os.path.dirname(os.path.abspath(destination))
+    there = destination is not None and os.path.lexists(destination)
+    if destination is not None and there and not (update or force):
+        raise DestinationExistsError(
+            f"{destination}: exists already; --update renews what has changed in it, --force makes it anew"
+        )
+    previous = read_manifest(destination) if destination is not None and there and update else None
+    selected = select(paths or ([folder] if update else ()), relative_to=folder)
+    manifest = make(
+        selected,
+        folder=folder,
+        digests=digests,
+        golden=_goldens(golden, selected, folder),
+        previous=previous,
+    )
+    if destination is not None and (previous is None or previous.files != manifest.files):
+        write(manifest, destination, force=there)
+    return manifest
+
+
+def _folder_of(paths: Sequence[str]) -> str:
+    """The working directory; where files lie elsewhere, the folder they have in common."""
+    folder = os.getcwd()
+    if not any(name_of(path, folder).startswith("../") for path in paths):
+        return folder
+    try:
+        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    except ValueError:  # several drives
+        return folder
+
+
+def _goldens(golden: Golden, selected: Sequence[Selected], folder: str) -> dict[str, str]:
+    """Golden files by the names of their checkpoints, both relative to the manifest's folder."""
+    if golden is None:
+        return {}
+    if isinstance(golden, Mapping):
+        return {name_of(path, folder): name_of(os.fsdecode(file), folder) for path, file in golden.items()}
+    name = name_of(os.fsdecode(golden), folder)
+    checkpoints = [each.name for each in selected if each.name != name]
+    if len(checkpoints) != 1:
+        raise FileAccessError(
+            f"{os.fsdecode(golden)}: belongs to one of {len(checkpoints)} checkpoints; say to which: FILE=GOLDEN"
+        )
+    return {checkpoints[0]: name}

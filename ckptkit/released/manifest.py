@@ -1,0 +1,231 @@
+"""Manifests: what released files must be, as a JSON file beside them.
+
+Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a tensor::
+
+    {"schema_version": 1,
+     "files": [{"path": str, "size": int, "sha256": hex, "format": str, "kind": str, "trust": str,
+                "content_digest": "sha256:…" | null, "architecture": str | null,
+                "golden": {"path": str, "sha256": hex} | null,
+                "shards": {name: {"size": int, "sha256": hex}},
+                "others": [name],
+                "tensors": {name: {"dtype": str, "shape": [int], "digest": "sha256:…"}} | null}]}
+
+Paths are relative to the manifest's folder, with ``/``, and never lead out of it.  ``size`` is in bytes, of a sharded
+checkpoint with its shards; ``sha256`` is of the file itself, and of an index the index alone.  Digests, and the names
+of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they are folded into the content digest.
+``shards`` (named relative to the index) and ``others`` (values that are no plain tensors) are left out where there are
+none.  A reader ignores keys it does not know, and refuses another version.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ckptkit.architectures import Architecture
+from ckptkit.errors import CkptkitError, FileAccessError, UnsupportedError
+from ckptkit.plan import Literal, Plan
+from ckptkit.released.examine import Examined, examine_all
+from ckptkit.released.manifest_file import read_manifest
+from ckptkit.released.reading import file_sha256
+from ckptkit.released.records import (
+    Changes,
+    Digests,
+    FileRecord,
+    GoldenRecord,
+    Manifest,
+    ShardRecord,
+    TensorRecord,
+    paths_of,
+)
+from ckptkit.released.selection import Selected
+from ckptkit.transfer import write_atomically
+
+__all__ = [
+    "Changes",
+    "Digests",
+    "FileRecord",
+    "GoldenRecord",
+    "Manifest",
+    "ShardRecord",
+    "TensorRecord",
+    "make",
+    "paths_of",
+    "read_manifest",
+    "write",
+]
+
+
+def make(
+    selected: Sequence[Selected],
+    *,
+    folder: str,
+    digests: Digests | None = None,
+    golden: Mapping[str, str] | None = None,
+    previous: Manifest | None = None,
+) -> Manifest:
+    """The manifest of these checkpoints.
+
+    Args:
+        selected: the checkpoints; named relative to the folder.
+        folder: where the manifest will be.
+        digests: whether each tensor is listed; ``None``: as the previous manifest has it, and if it has none, yes.
+        golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
+        previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
+            that are not selected do too, as long as they exist.
+
+    Raises:
+        FileAccessError: a file is not below the folder, or cannot be read.
+        CkptkitError: as `ckptkit.released.examine.examine`, of one file; a `FileAccessError` tells of several.
+    """
+    golden = golden or {}
+    goldens = set(golden.values())
+    old = {} if previous is None else {record.path: record for record in previous.files}
+    goldens |= {record.golden.path for record in old.values() if record.golden is not None}
+    wanted = {each.name: each.path for each in selected if each.name not in goldens}
+    if not wanted:
+        raise FileAccessError("no checkpoints to record: golden files alone")
+    for name in wanted:
+        _require_below(name, folder)
+    for name in golden:
+        if name not in wanted:
+            raise FileAccessError(f"{name}: a golden file is named for it, but it is not among the checkpoints")
+    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests)
+    renewed: dict[str, FileRecord] = {}
+    errors: list[CkptkitError] = []
+    names = [name for name in wanted if name not in kept]
+    found = examine_all([wanted[name] for name in names], hash_file=True, digest=True, values=False)
+    for name, (_, result) in zip(names, found, strict=True):
+        if isinstance(result, CkptkitError):
+            errors.append(result)
+            continue
+        listed = digests == "tensor" if digests else name not in old or old[name].tensors is not None
+        renewed[name] = _record(name, result, listed)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise FileAccessError("\n  ".join([f"{len(errors)} files cannot be recorded:", *map(str, errors)]))
+    records = {**_unselected(old, wanted, folder), **kept, **renewed}
+    for name, record in records.items():
+        before = old[name].golden if name in old else None
+        named = golden.get(name, before.path if before is not None else None)
+        records[name] = replace(record, golden=None if named is None else _golden(named, folder))
+    files = tuple(records[name] for name in sorted(records))
+    return Manifest(files=files, folder=folder, changes=_changes(old, records))
+
+
+def _require_below(name: str, folder: str) -> None:
+    if name.startswith("../") or os.path.isabs(name) or ":" in name.split("/")[0]:
+        raise FileAccessError(
+            f"{name}: is not below the manifest's folder, {folder}; write the manifest beside the files or above them"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise FileAccessError(f"{name!r}: the file's name is no Unicode text; rename the file") from None
+
+
+def _unchanged(
+    wanted: Mapping[str, str], old: Mapping[str, FileRecord], digests: Digests | None
+) -> dict[str, FileRecord]:
+    """The records of files that are what they were, by their sizes and hashes."""
+    kept: dict[str, FileRecord] = {}
+    sized = [name for name, path in wanted.items() if _may_be_unchanged(name, path, old[name])]
+    for name, (_, result) in zip(
+        sized, examine_all([wanted[name] for name in sized], hash_file=True, digest=False, values=False), strict=True
+    ):
+        before = old[name]
+        if isinstance(result, CkptkitError) or (digests == "tensor" and before.tensors is None):
+            continue
+        shards = {shard.name: (shard.size, shard.sha256) for shard in result.shards}
+        recorded = {shard: (record.size, record.sha256) for shard, record in before.shards.items()}
+        if (result.size, result.sha256, shards) == (before.size, before.sha256, recorded):
+            kept[name] = replace(before, tensors=None) if digests == "total" else before
+    return kept
+
+
+def _may_be_unchanged(name: str, path: str, record: FileRecord) -> bool:
+    """Whether it is worth hashing: of another size it is another file."""
+    try:
+        return bool(record.shards) or os.stat(path).st_size == record.size
+    except OSError:
+        return True  # examining it will say what is wrong
+
+
+def _unselected(old: Mapping[str, FileRecord], wanted: Mapping[str, str], folder: str) -> dict[str, FileRecord]:
+    return {
+        name: record
+        for name, record in old.items()
+        if name not in wanted and os.path.lexists(os.path.join(folder, *name.split("/")))
+    }
+
+
+def _changes(old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> Changes:
+    names = sorted({*old, *new})
+    return Changes(
+        added=tuple(name for name in names if name not in old),
+        changed=tuple(name for name in names if name in old and name in new and old[name] != new[name]),
+        removed=tuple(name for name in names if name not in new),
+        kept=tuple(name for name in names if name in old and name in new and old[name] == new[name]),
+    )
+
+
+def _golden(name: str, folder: str) -> GoldenRecord:
+    _require_below(name, folder)
+    return GoldenRecord(path=name, sha256=file_sha256(os.path.join(folder, *name.split("/"))))
+
+
+def _record(name: str, found: Examined, listed: bool) -> FileRecord:
+    """What was found as what must be.
+
+    Raises:
+        UnsupportedError: a name cannot be written in JSON.
+    """
+    for text in (*(tensor.name for tensor in found.tensors), *found.others) if listed else found.others:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UnsupportedError(
+                f"the name {text!r:.80} is no Unicode text, and cannot be listed; record it with --digests total",
+                path=found.path,
+            ) from None
+    return FileRecord(
+        path=name,
+        size=found.size,
+        sha256=found.sha256 or "",
+        format=found.format,
+        kind=found.kind,
+        trust=found.trust,
+        content_digest=found.content_digest,
+        tensors={
+            tensor.name: TensorRecord(dtype=tensor.dtype, shape=tensor.shape, digest=tensor.digest or "")
+            for tensor in found.tensors
+        }
+        if listed
+        else None,
+        architecture=None if found.architecture is None else _told(found.architecture),
+        shards={
+            shard.name: ShardRecord(size=shard.size, sha256=shard.sha256 or "")
+            for shard in sorted(found.shards, key=lambda shard: shard.name)
+        },
+        others=found.others,
+    )
+
+
+def _told(architecture: Architecture) -> str:
+    args = ", ".join(f"{name}={value!r}" for name, value in architecture.args.items())
+    prefix = f" under {architecture.prefix!r}" if architecture.prefix else ""
+    return architecture.reference + (f"({args})" if args else "") + prefix
+
+
+def write(manifest: Manifest, destination: str | os.PathLike[str], *, force: bool) -> None:
+    """Write a manifest; the file is the old one or the complete new one, whatever happens.
+
+    Raises:
+        DestinationExistsError: it exists and ``force`` is false.
+        FileAccessError: it cannot be written.
+    """
+    data = manifest.to_json().encode("ascii")
+    plan = Plan(format="manifest", nbytes=len(data), steps=(Literal(0, data),), tensors=0, aliases={})
+    write_atomically(destination, plan, force=force, check=None)

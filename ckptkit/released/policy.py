@@ -1,0 +1,148 @@
+"""What released files must be: one `Policy`, its values checked when it is made, and how policies are combined.
+
+The names of the fields are those of the command's options and of the configuration's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from ckptkit.checkpoint import Trust
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import RewriteError, VerifyError
+from ckptkit.formats import FORMATS
+from ckptkit.report import parse_size
+
+__all__ = ["CONTAINERS", "POLICY_KEYS", "TRUST_ORDER", "Policy", "close_match"]
+
+CONTAINERS: tuple[str, ...] = tuple(container.name for container in FORMATS)
+"""The containers, by the names that `inspect` gives them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What every file is held to.
+
+    Attributes:
+        no_pickle: whether a file may hold no pickle at all.
+        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
+        no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
+        max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
+        allow_dtype: the dtypes that tensors may have; empty: all.
+        no_optimizer: whether an optimizer's state may not be in the file.
+        no_prefix: whether names may not carry a wrapper's prefix.
+        location: the device tags that storages may have; empty: all.
+        require_format: the containers that files may be, a sharded set of them included; empty: all.
+        fits: the reference model that the weights must load into; see `ckptkit.verify`.
+        forward: whether to run the verifier's forward pass; of the model of ``fits``, of the manifest's golden or
+            of the architecture that was identified.
+        model_args: keyword arguments of the reference's factory.
+        input_shapes: of the forward pass; empty: what the reference implies.
+
+    Raises:
+        VerifyError: a value is none that the policy can have.
+    """
+
+    no_pickle: bool = False
+    max_trust: str = "needs_trust"
+    no_nan: bool = False
+    max_size: int | str | None = None
+    allow_dtype: Sequence[str] = ()
+    no_optimizer: bool = False
+    no_prefix: bool = False
+    location: Sequence[str] = ()
+    require_format: Sequence[str] = ()
+    fits: str | None = None
+    forward: bool = False
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    input_shapes: Sequence[Sequence[int]] = ()
+
+    def __post_init__(self) -> None:
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise _refused(name, getattr(self, name), "true or false")
+        for name in _LISTS:
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        _among("max_trust", self.max_trust, ("safe", "needs_trust"))
+        for given in self.allow_dtype:
+            _among("allow_dtype", given, DTYPES)
+        for given in self.require_format:
+            _among("require_format", given, CONTAINERS)
+        fits: Any = self.fits  # what is configured may be of any type
+        if fits is not None and (not isinstance(fits, str) or not fits):
+            raise _refused("fits", fits, "a reference such as torchvision:resnet18")
+        model_args: Any = self.model_args
+        if not isinstance(model_args, Mapping) or not all(isinstance(key, str) for key in model_args):
+            raise _refused("model_args", model_args, "names and values")
+        object.__setattr__(self, "max_size", _nbytes(self.max_size))
+        object.__setattr__(self, "input_shapes", _shapes(self.input_shapes))
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the verifier, and with it torch, is needed."""
+        return self.fits is not None or self.forward
+
+    def overridden(self, settings: Mapping[str, Any]) -> Policy:
+        """The policy with these values in place of its own.
+
+        Raises:
+            VerifyError: a value is none that the policy can have.
+        """
+        return replace(self, **settings)
+
+
+POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy))
+"""The policies as they are typed, in the order in which they are checked."""
+
+_FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "forward")
+_LISTS = ("allow_dtype", "location", "require_format")
+
+TRUST_ORDER: dict[str, int] = {trust: i for i, trust in enumerate(get_args(Trust))}
+"""From what needs no trust to what deserves none."""
+
+
+def close_match(given: str, known: Sequence[str]) -> str:
+    """What a wrong word is answered with: the word that was probably meant, or all that could be."""
+    near = get_close_matches(given, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def _among(name: str, given: object, known: Sequence[str] | Mapping[str, object]) -> None:
+    if not isinstance(given, str) or given not in known:
+        raise _refused(name, given, f"one of {', '.join(known)}")
+
+
+def _texts(name: str, given: object) -> tuple[str, ...]:
+    texts = (given,) if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise _refused(name, given, "a text or a list of texts")
+    return tuple(dict.fromkeys(texts))
+
+
+def _nbytes(given: object) -> int | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        try:
+            return parse_size(given)
+        except RewriteError as error:
+            raise VerifyError(f"policy max-size: {error}") from None
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise _refused("max_size", given, "a size such as 2GB, or bytes as a number")
+    return given
+
+
+def _shapes(given: object) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(given, list | tuple):
+        raise _refused("input_shapes", given, "a list of shapes")
+    for shape in given:
+        if not isinstance(shape, list | tuple) or not shape or not all(type(n) is int and n >= 0 for n in shape):
+            raise _refused("input_shapes", shape, "the whole numbers of a shape, as [1, 3, 224, 224]")
+    return tuple(tuple(shape) for shape in given)
+
+
+def _refused(name: str, given: object, expected: str) -> VerifyError:
+    return VerifyError(f"policy {name.replace('_', '-')}: {given!r:.80} is not what it can be; expected {expected}")

@@ -1,0 +1,183 @@
+"""What a file is compared with its record in the manifest: the same bytes, the same tensors, or which are others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from ckptkit.errors import CkptkitError, MissingFileError
+from ckptkit.released.examine import Examined, TensorFact
+from ckptkit.released.manifest import FileRecord, TensorRecord
+from ckptkit.released.policy import TRUST_ORDER
+from ckptkit.released.reading import file_sha256
+from ckptkit.released.results import CheckFinding
+from ckptkit.released.rules import listed
+from ckptkit.report import count_of
+
+__all__ = ["compare", "golden_findings", "is_same_file"]
+
+_MOST_LISTED = 100
+"""Names in ``found``; a checkpoint may have 100,000."""
+
+
+def is_same_file(examined: Examined, record: FileRecord) -> bool:
+    """Whether the file's bytes, and those of its shards, are the manifest's."""
+    shards = {shard.name: (shard.size, shard.sha256) for shard in examined.shards}
+    recorded = {name: (shard.size, shard.sha256) for name, shard in record.shards.items()}
+    return (examined.size, examined.sha256, shards) == (record.size, record.sha256, recorded)
+
+
+def compare(examined: Examined, digested: Examined, record: FileRecord) -> Iterator[CheckFinding]:
+    """What of a file is not as its record says.
+
+    Args:
+        examined: the file, hashed.
+        digested: the file with its digests, where the bytes are not the manifest's.
+        record: what it must be.
+    """
+    if is_same_file(examined, record):
+        yield from _contradictions(examined, record)
+    else:
+        yield _difference(examined, digested, record)
+    if TRUST_ORDER[examined.trust] > TRUST_ORDER[record.trust]:
+        yield _finding(
+            examined.path,
+            code="trust-worse",
+            expected=record.trust,
+            found=examined.trust,
+            message=f"the file is {examined.trust}; when it was recorded it was {record.trust}",
+        )
+
+
+def _difference(examined: Examined, digested: Examined, record: FileRecord) -> CheckFinding:
+    if digested.content_digest is not None and digested.content_digest == record.content_digest:
+        how = f"a {record.format} file was recorded, this is a {examined.format} one"
+        if examined.format == record.format:
+            how = "what differs is how the file is laid out, or stands beside the tensors"
+        return _finding(
+            examined.path,
+            code="file-rewritten",
+            expected=f"sha256 {record.sha256}, {record.size} bytes, {record.format}",
+            found=f"sha256 {examined.sha256}, {examined.size} bytes, {examined.format}",
+            message=f"other bytes than recorded, but the same tensors (the content digests agree): {how}",
+        )
+    if digested.content_digest is None and record.content_digest is None:
+        return _finding(
+            examined.path,
+            code="file-changed",
+            expected=f"sha256 {record.sha256}, {record.size} bytes",
+            found=f"sha256 {examined.sha256}, {examined.size} bytes",
+            message="other bytes than recorded; neither file holds a tensor",
+        )
+    return _finding(
+        examined.path,
+        code="tensors-differ",
+        expected=record.content_digest or "no tensors",
+        found=digested.content_digest or "no tensors",
+        message=f"the tensors are not those recorded: {_which(digested, record)}",
+    )
+
+
+def _which(digested: Examined, record: FileRecord) -> str:
+    if record.tensors is None:
+        return "the manifest has their digest in total, and which differ cannot be told (see --digests tensor)"
+    found = {tensor.name: tensor for tensor in digested.tensors}
+    names = sorted({*found, *record.tensors})
+    parts = {
+        "missing": [name for name in names if name not in found],
+        "not recorded": [name for name in names if name not in record.tensors],
+        "of another dtype or shape": [],
+        "of other values": [],
+    }
+    for name in names:
+        if name in found and name in record.tensors and _fact(found[name]) != _recorded(record.tensors[name]):
+            same_kind = _fact(found[name])[:2] == _recorded(record.tensors[name])[:2]
+            kind = "of other values" if same_kind else "of another dtype or shape"
+            text = name if same_kind else f"{name} ({_told(record.tensors[name])} → {_told(found[name])})"
+            parts[kind].append(text)
+    told = [f"{len(some):,} {kind} ({listed(some)})" for kind, some in parts.items() if some]
+    if told:
+        return f"of {count_of(len(record.tensors), 'tensor')} {'; '.join(told)}"
+    if digested.others != record.others:
+        return "the tensors are, but not the values that are no plain tensors: " + listed(
+            sorted(set(digested.others) ^ set(record.others))
+        )
+    return "each plain tensor is, but not the values that are none: " + listed(digested.others or ("their order",))
+
+
+def _fact(tensor: TensorFact) -> tuple[str, tuple[int, ...], str | None]:
+    return tensor.dtype, tensor.shape, tensor.digest
+
+
+def _recorded(tensor: TensorRecord) -> tuple[str, tuple[int, ...], str | None]:
+    return tensor.dtype, tensor.shape, tensor.digest
+
+
+def _told(tensor: TensorFact | TensorRecord) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFinding]:
+    """What a record says of a file that the file with its hash is not: whoever edited the manifest made it lie."""
+    for name, recorded, found in (
+        ("format", record.format, examined.format),
+        ("kind", record.kind, examined.kind),
+        ("others", list(record.others[:_MOST_LISTED]), list(examined.others[:_MOST_LISTED])),
+    ):
+        if recorded != found:
+            yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, and it is {found}")
+    if record.tensors is None:
+        return
+    facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in examined.tensors}
+    wrong = [
+        name
+        for name in sorted({*facts, *record.tensors})
+        if name not in facts
+        or name not in record.tensors
+        or facts[name] != (record.tensors[name].dtype, record.tensors[name].shape)
+    ]
+    if wrong:
+        few = wrong[:_MOST_LISTED]
+        recorded_ones = [f"{name} {_told(record.tensors[name])}" for name in few if name in record.tensors]
+        found_ones = [f"{name} {facts[name][0]} {list(facts[name][1])}" for name in few if name in facts]
+        yield _contradiction(
+            examined, "tensors", recorded_ones, found_ones, f"tensors that it does not have so: {listed(wrong)}"
+        )
+
+
+def _contradiction(examined: Examined, name: str, expected: Any, found: Any, what: str) -> CheckFinding:
+    return _finding(
+        examined.path,
+        code="manifest-contradicts",
+        expected=expected,
+        found=found,
+        message=f"the bytes are those whose hash is recorded, but the record says {what}",
+    )
+
+
+def golden_findings(path: str, record: FileRecord, folder: str) -> Iterator[CheckFinding]:
+    """Whether the file of recorded outputs is there, and is the manifest's."""
+    if record.golden is None:
+        return
+    golden = os.path.normpath(os.path.join(folder, *record.golden.path.split("/")))
+    try:
+        found = file_sha256(golden)
+    except MissingFileError:
+        found = "no such file"
+    except CkptkitError as error:
+        found = str(error)
+    if found != record.golden.sha256:
+        yield _finding(
+            path,
+            code="golden-changed",
+            expected=f"{golden}: sha256 {record.golden.sha256}",
+            found=found,
+            message=f"the outputs recorded in {golden} are not those of the manifest",
+        )
+
+
+def _finding(path: str, *, code: str, expected: Any, found: Any, message: str) -> CheckFinding:
+    return CheckFinding(
+        code=code, severity="error", path=path, rule="manifest", expected=expected, found=found, message=message
+    )

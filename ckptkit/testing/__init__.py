@@ -1,0 +1,326 @@
+"""Assertions about checkpoints, for pytest, unittest or any script.
+
+    from ckptkit.testing import assert_fits, assert_no_pickle, assert_same_weights
+
+    def test_release():
+        assert_no_pickle("release.safetensors")
+        assert_same_weights("training.pth", "release.safetensors", strip_module=True)
+        assert_fits("release.safetensors", "torchvision:resnet18")
+
+Plain functions, no plugin: each returns nothing, or raises `AssertionError` with a message that says what was
+expected of which file and what was found, and then lists the findings.  What could not be checked at all never
+passes: it is a `ckptkit.CkptkitError` (a missing package), or a finding among the others (an unreadable file).
+
+Weights are given as a path, an open `ckptkit.CheckpointFile` (rewritten ones too), a dict of tensors, or a module.
+torch is needed for the last two, and where a model runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ckptkit import api
+from ckptkit.errors import VerifyError
+from ckptkit.report import Finding, count_of
+from ckptkit.testing.messages import difference_lines, finding_lines, message, require, violation_lines
+from ckptkit.testing.subjects import described, on_disk, opened
+
+if TYPE_CHECKING:
+    from ckptkit.testing.subjects import Weights
+
+__all__ = [
+    "assert_allowed",
+    "assert_fits",
+    "assert_matches_manifest",
+    "assert_no_nan",
+    "assert_no_pickle",
+    "assert_runs",
+    "assert_safe",
+    "assert_same_outputs",
+    "assert_same_weights",
+]
+
+
+def assert_same_weights(
+    a: Weights, b: Weights, *, atol: float = 0.0, rtol: float = 0.0, strip_module: bool = False
+) -> None:
+    """The same names, shapes, dtypes and values, whatever the containers, the order and the devices.
+
+    Args:
+        a: the weights expected.
+        b: the weights found.
+        atol: how far a value may be from the other; with 0 for both, values are compared bit for bit.
+        rtol: the same, as a share of the larger magnitude; what it allows is added.
+        strip_module: take off wrapper prefixes (``module.``, ``_orig_mod.``) on both sides first.
+
+    Raises:
+        AssertionError: they differ; the message lists names by kind of difference, changed values with figures.
+        CkptkitError: they could not be compared.
+    """
+    __tracebackhide__ = True
+    from ckptkit.differences import Tolerance, differ
+
+    with opened(a, "a", strip_module) as (first, expected), opened(b, "b", strip_module) as (second, found):
+        tolerance = Tolerance(atol=atol, rtol=rtol) if atol or rtol else None
+        difference = differ(first, second, beside=False, tolerance=tolerance)
+    if difference.equal:
+        return
+    how = f"values within atol={atol:g}, rtol={rtol:g}" if atol or rtol else "values bit for bit"
+    raise AssertionError(
+        message(
+            "assert_same_weights: the weights differ",
+            [
+                ("a", expected),
+                ("b", found),
+                ("expected", f"the same names, shapes and dtypes, {how}"),
+                ("found", difference.summary),
+            ],
+            [*finding_lines(map(_mended_here, difference.findings)), *difference_lines(difference)],
+        )
+    )
+
+
+def _mended_here(finding: Finding) -> Finding:
+    """The finding with what mends it in an assertion; a command would name files that may be gone."""
+    return replace(finding, fix="strip_module=True" if finding.code == "prefix-differs" else None)
+
+
+def assert_fits(
+    weights: Weights,
+    model: Any,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    strip_module: bool = False,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> None:
+    """The weights load into a model, strictly; nothing is computed.
+
+    Args:
+        weights: what is to fit.
+        model: a reference such as ``"torchvision:resnet18"`` or ``"package.module:factory"``, or a module.
+        model_args: keyword arguments of the reference's factory.
+        strip_module: take off wrapper prefixes first.
+        allow_missing: glob patterns of names that the weights may lack.
+        allow_unexpected: glob patterns of names that the model may lack.
+
+    Raises:
+        AssertionError: they do not fit; the message says why, and what mends it.
+        CkptkitError: it could not be checked.
+    """
+    __tracebackhide__ = True
+    with on_disk(weights, "weights") as subject:
+        report = api.verify(
+            subject.path,
+            model=model,
+            model_args=model_args,
+            section=subject.section,
+            strip_module=strip_module,
+            allow_missing=allow_missing,
+            allow_unexpected=allow_unexpected,
+            forward=False,
+        )
+    require(
+        report,
+        "assert_fits: the weights do not fit the model",
+        subject,
+        f"every tensor of {report.details['reference']}, with its shape, and no other",
+    )
+
+
+def assert_runs(
+    weights: Weights,
+    model: Any = None,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    input_shapes: Sequence[Sequence[int]] = (),
+    strip_module: bool = False,
+    golden: str | os.PathLike[str] | None = None,
+) -> None:
+    """The weights fit a model, and what it computes with them is sound: finite, repeatable, no constant.
+
+    Args:
+        weights: what is to run.
+        model: as for `assert_fits`; may be left out where ``golden`` names it.
+        model_args: keyword arguments of the reference's factory.
+        device: where it runs; see `ckptkit.verify`.
+        input_shapes: one shape for each input; default from the reference where it is known.
+        strip_module: take off wrapper prefixes first.
+        golden: outputs recorded by ``ckptkit verify --write-golden``, which these must agree with.
+
+    Raises:
+        AssertionError: they do not fit, the outputs are not sound, or not those of the golden file.
+        CkptkitError: it could not be checked.
+    """
+    __tracebackhide__ = True
+    with on_disk(weights, "weights") as subject:
+        report = api.verify(
+            subject.path,
+            model=model,
+            model_args=model_args,
+            section=subject.section,
+            device=device,
+            input_shapes=input_shapes,
+            strip_module=strip_module,
+            golden=golden,
+        )
+    agreeing = f", that agree with {os.fspath(golden)}" if golden is not None else ""
+    require(
+        report,
+        "assert_runs: the model does not run as it should",
+        subject,
+        f"sound outputs of {report.details['reference']}{agreeing}",
+    )
+
+
+def assert_same_outputs(
+    a: Weights,
+    b: Weights,
+    model: Any,
+    *,
+    model_args: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    input_shapes: Sequence[Sequence[int]] = (),
+    strip_module: bool = False,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> None:
+    """A model computes the same with either weights, as far as their dtypes let it.
+
+    Args:
+        a: the weights expected.
+        b: the weights found.
+        model: as for `assert_fits`.
+        model_args: keyword arguments of the reference's factory.
+        device: where it runs.
+        input_shapes: one shape for each input.
+        strip_module: take off wrapper prefixes first.
+        atol: how far outputs may be apart; default by the least precise dtype involved.
+        rtol: the same, as a share of their largest magnitude.
+
+    Raises:
+        AssertionError: the outputs differ; the message says by how much and in which module first.
+        CkptkitError: it could not be checked.
+    """
+    __tracebackhide__ = True
+    with on_disk(a, "a") as expected, on_disk(b, "b") as subject:
+        report = api.verify(
+            subject.path,
+            model=model,
+            model_args=model_args,
+            section=subject.section,
+            device=device,
+            input_shapes=input_shapes,
+            strip_module=strip_module,
+            against=expected.path,
+            atol=atol,
+            rtol=rtol,
+        )
+    require(report, "assert_same_outputs: the outputs differ", subject, f"those of {expected.called}")
+
+
+def assert_safe(checkpoint: str | os.PathLike[str] | api.CheckpointFile) -> None:
+    """The file is plain data and torch's own rebuild functions: loading it needs no trust in who made it.
+
+    Raises:
+        AssertionError: its pickles name something else; the message lists what, and where.
+        CkptkitError: it cannot be read.
+    """
+    __tracebackhide__ = True
+    if isinstance(checkpoint, api.CheckpointFile):
+        file = checkpoint
+    else:
+        with api.open(checkpoint) as file:
+            pass
+    if file.trust == "safe":
+        return
+    others = [use for use in file.checkpoint.globals if use.verdict in ("unknown", "dangerous")]
+    raise AssertionError(
+        message(
+            "assert_safe: a loader that executes pickles would have to trust this file",
+            [
+                ("file", described(file)),
+                ("expected", "trust 'safe': plain data and torch's own rebuild functions"),
+                ("found", f"trust {file.trust!r}: {count_of(len(others), 'other name')}"),
+            ],
+            [f"{use.name} ({use.verdict}; {', '.join(use.where)})" for use in others],
+        )
+    )
+
+
+def assert_no_pickle(*checkpoints: str | os.PathLike[str]) -> None:
+    """The files hold no pickle; folders are searched.
+
+    Raises:
+        AssertionError: one does, or cannot be read, or there is none.
+    """
+    __tracebackhide__ = True
+    _check("assert_no_pickle: a file holds a pickle", checkpoints, no_pickle=True)
+
+
+def assert_no_nan(*checkpoints: Weights) -> None:
+    """No weight is NaN or infinite, as of ``ckptkit check --no-nan``: buffers may be; all values are read.
+
+    Raises:
+        AssertionError: one is, or a file cannot be read; the message says in which tensors, and how many.
+        VerifyError: nothing was given.
+    """
+    __tracebackhide__ = True
+    if not checkpoints:
+        raise VerifyError("assert_no_nan: no checkpoint was given: there is nothing to check")
+    for checkpoint in checkpoints:
+        with on_disk(checkpoint, "the checkpoint") as subject:
+            called = subject.called if subject.is_temporary else None
+            _check("assert_no_nan: values are not finite", [subject.path], called=called, no_nan=True)
+
+
+def assert_allowed(*checkpoints: str | os.PathLike[str], **policy: Any) -> None:
+    """The files keep to a policy, as for ``ckptkit check``; folders are searched.
+
+    Args:
+        *checkpoints: files and folders.
+        **policy: what `ckptkit.check` takes: ``no_pickle=True``, ``max_size="2GB"``, ``allow_dtype=["float16"]``.
+
+    Raises:
+        AssertionError: one does not, or cannot be read; the message names the file, the rule, what was expected
+            and what was found.
+        CkptkitError: the policy is none.
+    """
+    __tracebackhide__ = True
+    _check("assert_allowed: not as the policy wants it", checkpoints, **policy)
+
+
+def assert_matches_manifest(
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], manifest: str | os.PathLike[str]
+) -> None:
+    """The files are those that a manifest describes.
+
+    Args:
+        checkpoints: files and folders; none: all that the manifest names.
+        manifest: what ``ckptkit manifest`` wrote.
+
+    Raises:
+        AssertionError: a file is missing, is not in the manifest, or is another than the manifest says.
+        CkptkitError: the manifest cannot be read.
+    """
+    __tracebackhide__ = True
+    paths = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else [*checkpoints]
+    _check("assert_matches_manifest: not what the manifest describes", paths, manifest=manifest)
+
+
+def _check(title: str, paths: Sequence[str | os.PathLike[str]], *, called: str | None = None, **policy: Any) -> None:
+    __tracebackhide__ = True
+    report = api.check([os.fspath(path) for path in paths], **policy)
+    if report.exit_code == 0:
+        return
+    rules = ", ".join(f"{name.replace('_', '-')}={value}".removesuffix("=True") for name, value in policy.items())
+    facts = [
+        ("files", called or ", ".join(os.fspath(path) for path in paths) or "all in the manifest"),
+        ("expected", rules or "readable checkpoints"),
+        ("found", report.verdict),
+    ]
+    raise AssertionError(message(title, facts, [*violation_lines(report.findings, called)]))

@@ -1,0 +1,160 @@
+"""``ckptkit check`` as it is typed: its screen, its outputs, its exit codes, its configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+import ckptkit
+from ckptkit.cli.check import command
+from ckptkit.errors import CkptkitError
+from ckptkit.released.outputs import OUTPUTS
+
+WEIGHTS = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.zeros(3)}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: two files."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(WEIGHTS, "a.pth")
+    save_file(WEIGHTS, "b.safetensors")
+    return tmp_path
+
+
+def check(*arguments: str, code: int = 0) -> str:
+    """What is on stdout, once the exit code is the one expected."""
+    done = CliRunner().invoke(command, arguments, standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    assert done.return_value == code, done.output
+    return done.stdout
+
+
+def test_a_line_a_file_and_the_verdict_last() -> None:
+    lines = check("a.pth", "b.safetensors").splitlines()
+    assert lines[0].startswith("a.pth: ok (") and lines[0].endswith("; readable, max-trust)")
+    assert lines[1].startswith("b.safetensors: ok (")
+    assert lines[2:] == ["2 files passed"]
+
+
+def test_a_failure_says_rule_expected_found_and_fix() -> None:
+    lines = check(".", "--no-pickle", code=1).splitlines()
+    assert lines[0].startswith("a.pth: FAILED (")
+    assert lines[1].startswith("  error: no-pickle: ") and lines[1].endswith("[pickle-not-allowed]")
+    assert [line.strip() for line in lines[2:5]] == [
+        "expected: no pickle",
+        "found: torch-zip",
+        "fix: ckptkit convert a.pth a.safetensors",
+    ]
+    assert lines[5].startswith("b.safetensors: ok") and lines[6] == "1 of 2 files failed"
+
+
+def test_quiet_shows_only_what_is_wrong() -> None:
+    assert check(".", "-q") == ""
+    assert check(".", "-q", "--no-pickle", code=1).splitlines()[0].startswith("a.pth: FAILED")
+
+
+def test_colour() -> None:
+    assert "\x1b[" not in check(".")
+    assert "\x1b[32m" in check(".", "--color", "always")
+
+
+def test_what_cannot_be_read_is_2() -> None:
+    Path("c.pth").write_bytes(b"not a checkpoint")
+    lines = check(".", code=2).splitlines()
+    assert "c.pth: NOT CHECKED" in lines and lines[-1] == "not everything could be checked: 1 of 3 files"
+    check("nope.pth", code=2)
+
+
+def test_nothing_to_check_is_an_error() -> None:
+    with pytest.raises(CkptkitError, match="nothing to check"):
+        check()
+
+
+def test_manifest() -> None:
+    ckptkit.manifest(["a.pth", "b.safetensors"], "weights.lock.json")
+    assert check("--manifest", "weights.lock.json").splitlines()[-1] == "2 files passed"
+    torch.save({**WEIGHTS, "fc.bias": torch.ones(3)}, "a.pth")
+    shown = check("--manifest", "weights.lock.json", code=1)
+    assert "[tensors-differ]" in shown and "1 of other values (fc.bias)" in shown
+    Path("a.pth").unlink()
+    assert "a.pth: FAILED\n" in check("--manifest", "weights.lock.json", code=1)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_every_output_is_what_its_renderer_gives(output: str) -> None:
+    shown = check(".", "--no-pickle", "--format", output, code=1)
+    assert "pickle-not-allowed" in shown and "a.pth" in shown
+    assert "\x1b" not in check(".", "--format", output, "--color", "always")
+
+
+def test_json() -> None:
+    document = json.loads(check(".", "--no-pickle", "--json", code=1))
+    assert (document["schema_version"], document["ok"], document["checked"]) == (1, False, 2)
+    (finding,) = document["findings"]
+    assert (finding["path"], finding["rule"], finding["code"]) == ("a.pth", "no-pickle", "pickle-not-allowed")
+    assert json.loads(check(".", "--format", "json"))["ok"] is True
+
+
+def test_an_error_is_a_document_too() -> None:
+    done = CliRunner().invoke(command, ["--manifest", "nope.json", "--json"], standalone_mode=False)
+    assert isinstance(done.exception, CkptkitError)
+    assert json.loads(done.stdout)["error"]["type"] == "MissingFileError"
+
+
+def test_the_name_of_a_container_as_format_is_a_policy() -> None:
+    shown = check(".", "--format", "safetensors", "--format", "github", code=1)
+    assert shown.startswith("::error file=a.pth") and "container-not-allowed" in shown
+    check(".", "--format", "safetensors", "--require-format", "torch-zip")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--format", "yaml"],
+        ["--allow-dtype", "float31"],
+        ["--require-format", "zip"],
+        ["--max-trust", "hostile"],
+        ["--input-shape", "1,x"],
+        ["--model-arg", "x"],
+    ],
+)
+def test_bad_usage(run, arguments: list[str], folder: Path) -> None:
+    done = run("check", "a.pth", *arguments, cwd=folder)
+    assert done.returncode == 2 and done.stdout == "" and arguments[0] in done.stderr
+
+
+def test_the_nearest_configuration_holds(run, folder: Path) -> None:
+    (folder / "deep").mkdir()
+    (folder / "pyproject.toml").write_text("[tool.ckptkit.check]\nno-pickle = true\npaths = ['.']\n")
+    done = run("check", cwd=folder / "deep")
+    assert done.returncode == 1 and "../a.pth: FAILED" in done.stdout
+    (folder / "other.toml").write_text("[check]\nmax-size = 1\n")
+    shown = check("a.pth", "--config", "other.toml", code=1)
+    assert "file-too-large" in shown and "pickle-not-allowed" not in shown
+    (folder / "pyproject.toml").write_text("[tool.ckptkit.check]\nno-pickles = true\n")
+    done = run("check", "a.pth", cwd=folder)
+    assert done.returncode == 2
+    told = "pyproject.toml: [tool.ckptkit.check] has an unknown key 'no-pickles'; did you mean no-pickle?"
+    assert done.stderr == f"ckptkit: error: {told}\n"
+
+
+def test_without_torch_a_model_is_a_line_and_2(run, folder: Path) -> None:
+    (folder / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')")
+    env = {"PYTHONPATH": f"{folder}:{Path(ckptkit.__file__).parent.parent}"}
+    assert run("check", "a.pth", "--no-nan", "--no-pickle", cwd=folder, env=env).returncode == 1, "needs no torch"
+    for option in (["--fits", "torchvision:resnet18"], ["--forward"]):
+        done = run("check", "a.pth", *option, cwd=folder, env=env)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1 and "torch, which is not installed" in done.stderr
+
+
+def test_names_from_a_file_do_not_reach_the_terminal() -> None:
+    torch.save({"w\x1b[31m": torch.tensor(float("nan"))}, "a.pth")
+    assert "\x1b" not in check("a.pth", "--no-nan", code=1)

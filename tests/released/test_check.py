@@ -1,0 +1,278 @@
+"""Files against a manifest: what is missing, extra, unreadable, rewritten, or other weights; never green."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckptkit
+from ckptkit.codes import CODES
+from ckptkit.released.results import CheckFinding, CheckReport
+
+MANIFEST = "weights.lock.json"
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {"fc.weight": torch.randn(4, 3), "fc.bias": torch.randn(4), "steps": torch.tensor(seed)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two released files and their manifest; the folder above it is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    released = tmp_path / "w"
+    (released / "sub").mkdir(parents=True)
+    torch.save(weights(), released / "a.pth")
+    save_file(weights(1), released / "sub" / "b.safetensors")
+    ckptkit.manifest(["w"], f"w/{MANIFEST}")
+    return released
+
+
+def check(*paths: str, **options: Any) -> CheckReport:
+    report = ckptkit.check(paths, manifest=f"w/{MANIFEST}", **options)
+    for finding in report.findings:
+        assert finding.code in CODES and finding.expected is not None and finding.found is not None
+    assert report.findings == () or report.exit_code != 0
+    return report
+
+
+def only(report: CheckReport, path: str, code: str) -> CheckFinding:
+    (finding,) = report.findings
+    assert (finding.path, finding.code, finding.severity) == (path, code, "error")
+    assert not report.ok
+    return finding
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / MANIFEST
+    document = json.loads(path.read_text())
+    change(document["files"][0])
+    path.write_text(json.dumps(document))
+
+
+def test_what_was_released_passes(folder: Path) -> None:
+    report = check()
+    assert report.exit_code == 0
+    assert [(result.path, result.rules) for result in report.results] == [
+        ("w/a.pth", ("readable", "manifest", "max-trust")),
+        ("w/sub/b.safetensors", ("readable", "manifest", "max-trust")),
+    ]
+    document = report.to_dict()
+    assert {key: document[key] for key in ("schema_version", "ok", "checked", "findings")} == {
+        "schema_version": 1,
+        "ok": True,
+        "checked": 2,
+        "findings": [],
+    }
+    assert document["manifest"] == f"w/{MANIFEST}"
+
+
+def test_missing(folder: Path) -> None:
+    (folder / "a.pth").unlink()
+    report = check()
+    assert only(report, "w/a.pth", "file-missing").rule == "manifest"
+    assert report.exit_code == 1 and report.to_dict()["checked"] == 1
+    assert only(check("w/a.pth"), "w/a.pth", "file-missing")
+    (folder / "sub" / "b.safetensors").unlink()
+    assert [finding.code for finding in check().findings] == ["file-missing"] * 2
+
+
+def test_extra(folder: Path) -> None:
+    torch.save(weights(2), folder / "sub" / "c.bin")
+    finding = only(check(), "w/sub/c.bin", "file-extra")
+    assert finding.rule == "manifest"
+    assert check("w/a.pth").exit_code == 0, "paths that are named bound what is looked at"
+    only(check("w/sub"), "w/sub/c.bin", "file-extra")
+    only(check("w/sub/c.bin"), "w/sub/c.bin", "file-extra")
+
+
+def test_an_extra_file_is_held_to_the_policy_too(folder: Path) -> None:
+    torch.save(weights(2), folder / "c.pth")
+    codes = [(finding.path, finding.code) for finding in check(no_pickle=True).findings]
+    assert codes == [
+        ("w/a.pth", "pickle-not-allowed"),
+        ("w/c.pth", "file-extra"),
+        ("w/c.pth", "pickle-not-allowed"),
+    ]
+
+
+def test_unreadable(folder: Path) -> None:
+    path = folder / "a.pth"
+    path.write_bytes(path.read_bytes()[:-20])
+    report = check()
+    only(report, "w/a.pth", "file-unreadable")
+    assert report.exit_code == 2, "could not check is not a mismatch"
+
+
+def test_another_container_with_the_same_tensors(folder: Path) -> None:
+    ckptkit.convert(folder / "a.pth", folder / "a.safetensors", add_module=True)
+    (folder / "a.safetensors").replace(folder / "a.pth")
+    finding = only(check(), "w/a.pth", "file-rewritten")
+    assert "torch-zip" in finding.message and "safetensors" in finding.message
+    assert "torch-zip" in finding.expected and "safetensors" in finding.found
+
+
+def test_the_same_container_written_anew(folder: Path) -> None:
+    torch.save({"state_dict": weights(), "epoch": 3}, folder / "a.pth")
+    assert "beside" in only(check(), "w/a.pth", "file-rewritten").message
+
+
+@pytest.mark.parametrize("digests", ["tensor", "total"])
+def test_one_flipped_bit(folder: Path, digests: Any) -> None:
+    ckptkit.manifest(["w"], f"w/{MANIFEST}", digests=digests, force=True)
+    path = folder / "sub" / "b.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    finding = only(check(), "w/sub/b.safetensors", "tensors-differ")
+    assert finding.expected != finding.found
+    if digests == "tensor":
+        assert "1 of other values (" in finding.message and "of 3 tensors" in finding.message
+    else:
+        assert "--digests tensor" in finding.message
+
+
+def test_which_tensors_are_others(folder: Path) -> None:
+    changed = weights()
+    del changed["fc.bias"]
+    torch.save({**changed, "fc.weight": changed["fc.weight"].half(), "new": torch.ones(1), "steps": torch.tensor(9)},
+               folder / "a.pth")  # fmt: skip
+    message = only(check(), "w/a.pth", "tensors-differ").message
+    for part in (
+        "1 missing (fc.bias)",
+        "1 not recorded (new)",
+        "1 of another dtype or shape (fc.weight (float32 [4, 3] → float16 [4, 3]))",
+        "1 of other values (steps)",
+    ):
+        assert part in message
+
+
+def test_values_that_are_no_plain_tensors(folder: Path) -> None:
+    torch.save({**weights(), "q._extra_state": {"a": 1}}, folder / "a.pth")
+    assert "q._extra_state" in only(check(), "w/a.pth", "tensors-differ").message
+
+
+def test_files_without_tensors(folder: Path) -> None:
+    torch.save({"lr": 1}, folder / "c.pth")
+    ckptkit.manifest(["w"], f"w/{MANIFEST}", update=True)
+    assert check().exit_code == 0
+    torch.save({"lr": 2}, folder / "c.pth")
+    only(check(), "w/c.pth", "file-changed")
+    torch.save(weights(), folder / "c.pth")
+    assert only(check(), "w/c.pth", "tensors-differ").expected == "no tensors"
+
+
+def test_a_file_that_now_runs_something(folder: Path) -> None:
+    class Own:
+        __reduce__ = lambda self: (print, ("hello",))  # noqa: E731
+
+    torch.save({"state_dict": weights(), "x": Own()}, folder / "a.pth")
+    codes = [finding.code for finding in check().findings]
+    assert codes[:2] == ["file-rewritten", "trust-worse"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda file: file.update(format="safetensors"), "format safetensors, and it is torch-zip"),
+        (lambda file: file.update(kind="resume"), "kind resume, and it is state_dict"),
+        (lambda file: file.update(tensors=None, others=["x"]), "others ['x']"),
+    ],
+)
+def test_a_manifest_that_lies_about_the_file_of_its_hash(
+    folder: Path, change: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    edited(folder, change)
+    assert told in only(check(), "w/a.pth", "manifest-contradicts").message
+
+
+def test_the_shards_of_an_index_are_one_checkpoint(folder: Path) -> None:
+    index = folder / "s.safetensors.index.json"
+    ckptkit.convert(folder / "a.pth", index, max_shard_size=20)
+    ckptkit.manifest(["w"], f"w/{MANIFEST}", update=True)
+    assert check().exit_code == 0 and len(check().results) == 3
+    shard = sorted(folder.glob("s-*"))[0]
+    assert [result.path for result in check(f"w/{shard.name}").results] == [f"w/{index.name}"], "a shard stands for all"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    only(check(), f"w/{index.name}", "tensors-differ")
+    shard.unlink()
+    assert check().exit_code == 2
+
+
+def test_a_golden_belongs_to_the_manifest(folder: Path) -> None:
+    ckptkit.verify(
+        "w/sub/b.safetensors",
+        model=Net,
+        input_shapes=[[1, 3]],
+        write_golden="w/golden.safetensors",
+        device="cpu",
+    )
+    ckptkit.manifest(["w"], f"w/{MANIFEST}", update=True, golden={"w/sub/b.safetensors": "w/golden.safetensors"})
+    assert check().exit_code == 0, "a golden is no extra file"
+    golden = folder / "golden.safetensors"
+    golden.write_bytes(golden.read_bytes() + b" ")
+    assert "golden.safetensors" in only(check(), "w/sub/b.safetensors", "golden-changed").message
+    golden.unlink()
+    assert only(check(), "w/sub/b.safetensors", "golden-changed").found == "no such file"
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 4)
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+def test_nothing_selected_is_never_green(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    report = check("w/empty")
+    assert report.exit_code == 2
+    assert [(f.path, f.code) for f in report.findings if f.code == "nothing-selected"] == [
+        ("w/empty", "nothing-selected")
+    ]
+    alone = ckptkit.check("w/empty")
+    assert alone.exit_code == 2 and alone.to_dict()["checked"] == 0 and not alone.ok
+
+
+def test_a_path_that_is_not_there(folder: Path) -> None:
+    report = check("w/a.pth", "w/typo.pth")
+    only(report, "w/typo.pth", "file-unreadable")
+    assert report.exit_code == 2
+
+
+def test_the_configuration(folder: Path) -> None:
+    Path("ckptkit.toml").write_text(
+        f"[check]\nmanifest = 'w/{MANIFEST}'\nno-pickle = true\n"
+        "[[check.overrides]]\nfiles = ['a.pth']\nno-pickle = false\nmax-size = 10\n"
+    )
+    only(ckptkit.check(config="ckptkit.toml"), "w/a.pth", "file-too-large")
+    assert ckptkit.check(config="ckptkit.toml", max_size="1GB").exit_code == 0, "what is given goes before"
+    codes = [f.code for f in ckptkit.check(config="ckptkit.toml", no_pickle=True, max_size="1GB").findings]
+    assert codes == ["pickle-not-allowed"]
+    Path("ckptkit.toml").write_text("[check]\npaths = ['w/sub']")
+    assert [result.path for result in ckptkit.check(config="ckptkit.toml").results] == ["w/sub/b.safetensors"]
+
+
+def test_files_are_reported_in_the_same_order_always(folder: Path) -> None:
+    for number in range(12):
+        torch.save({"w": torch.zeros(1 + number * 5000)}, folder / f"{number:02}.pth")
+    reports = [check("w", no_pickle=True, no_nan=True) for _ in range(3)]
+    assert reports[0].findings == reports[1].findings == reports[2].findings
+    assert [result.path for result in reports[0].results] == sorted(result.path for result in reports[0].results)
+
+
+def test_a_failed_report_says_what_failed(folder: Path) -> None:
+    (folder / "a.pth").unlink()
+    with pytest.raises(ckptkit.CkptkitError, match="file-missing: the manifest names this file"):
+        check().raise_if_failed()
