@@ -52,7 +52,7 @@ from ckptkit.version import __version__ as __version__
 if TYPE_CHECKING:
     from ckptkit.differences import Difference
     from ckptkit.plan import Plan
-    from ckptkit.released.records import Manifest
+    from ckptkit.released.manifests.records import Manifest
     from ckptkit.released.results import CheckFinding, CheckReport
     from ckptkit.rewrite import (
         AddModule,
@@ -134,7 +134,7 @@ def __getattr__(name: str) -> Any:
 
         return Difference
     if name == "Manifest":
-        from ckptkit.released.records import Manifest
+        from ckptkit.released.manifests.records import Manifest
 
         return Manifest
     if name in ("CheckFinding", "CheckReport"):

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from ckptkit.conversion.job import Job
     from ckptkit.differences import Difference
     from ckptkit.plan import Plan
-    from ckptkit.released.records import Manifest
+    from ckptkit.released.manifests.records import Manifest
     from ckptkit.released.results import CheckReport
     from ckptkit.rewrite.device import LocationMap
+    from ckptkit.transfer.workers import Progress
 
 __all__ = [
     "CheckpointFile",
@@ -46,9 +47,6 @@ __all__ = [
     "open",
     "verify",
 ]
-
-Progress = Callable[[int, int], object]
-"""Called with the bytes dealt with so far, and those to deal with in all."""
 
 Rewriter = Callable[[Checkpoint], Checkpoint]
 """Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
@@ -475,7 +473,7 @@ def manifest(
         FileAccessError: a file cannot be read, is not below the manifest's folder, or there is none.
         FormatError: a file is no checkpoint, or the manifest to update is none.
     """
-    from ckptkit.released.making import make_at
+    from ckptkit.released.manifests.at_path import make_at
 
     return make_at(
         [os.fsdecode(path) for path in paths],

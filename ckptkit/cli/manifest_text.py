@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptkit.cli.options import Style, printable
-from ckptkit.released.records import FileRecord, Manifest
+from ckptkit.released.manifests.records import FileRecord, Manifest
 from ckptkit.report import count_of, human_size
 
 __all__ = ["summary"]

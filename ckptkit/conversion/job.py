@@ -16,12 +16,10 @@ from ckptkit.formats.sharded import shard_names
 from ckptkit.plan import Plan
 from ckptkit.report import parse_size
 from ckptkit.transfer import Tally, write_atomically
+from ckptkit.transfer.workers import Progress
 from ckptkit.version import __version__
 
-__all__ = ["Job", "Progress"]
-
-Progress = Callable[[int, int], object]
-"""Called with the bytes dealt with so far, and those to deal with in all."""
+__all__ = ["Job"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.transfer import stream
 
-__all__ = ["PIECE_NBYTES", "as_tensor", "digest", "pieces", "same_piece", "side_by_side", "unexpanded"]
+__all__ = ["PIECE_NBYTES", "as_tensor", "pieces", "same_piece", "side_by_side", "unexpanded"]
 
 PIECE_NBYTES = 16 << 20
 """Bytes of a tensor that one thread compares before it looks for other work: of few large tensors every core
@@ -146,13 +146,3 @@ class _Taken:
             self._chunk = memoryview(b"".join(parts)) if len(parts) > 2 or len(parts[0]) else parts[1]
         taken, self._chunk = self._chunk[:nbytes], self._chunk[nbytes:]
         return taken
-
-
-def digest(entry: TensorEntry) -> bytes:
-    """SHA-256 of the values, by which tensors of one dtype and shape are known to be equal."""
-    from hashlib import sha256
-
-    hashed = sha256()
-    for chunk in stream(entry):
-        hashed.update(chunk)
-    return hashed.digest()

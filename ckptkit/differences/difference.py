@@ -124,7 +124,7 @@ class Difference:
                 section["path"] or "the rest of the file" for section in self.sections if section["equal"] is False
             ]
             return f"{everything}; beside them {_listed(apart)} {'differs' if len(apart) == 1 else 'differ'}"
-        return f"{self._told}; {share} bit-identical"
+        return f"{self._told}; {share} bit-identical{' under the same name' if self.renamed else ''}"
 
     @property
     def _told(self) -> str:

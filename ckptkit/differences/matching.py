@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Literal
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.differences.bits import digest
+from ckptkit.digests import tensor_digest
 from ckptkit.errors import DTypeError
 from ckptkit.transfer.workers import in_parallel
 
@@ -107,7 +107,7 @@ def _digests(entries: list[TensorEntry]) -> dict[tuple[object, ...], str | None]
 
     def add(view: tuple[object, ...], entry: TensorEntry) -> None:
         try:
-            found[view] = f"{_kind(entry)} {digest(entry).hex()}"
+            found[view] = f"{_kind(entry)} {tensor_digest(entry)}"
         except DTypeError:
             found[view] = None
 

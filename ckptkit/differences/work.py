@@ -13,11 +13,9 @@ from functools import partial
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.differences.bits import PIECE_NBYTES, pieces, same_piece, unexpanded
 from ckptkit.errors import DTypeError
-from ckptkit.transfer.workers import in_parallel
+from ckptkit.transfer.workers import Progress, in_parallel
 
 __all__ = ["Pair", "Work"]
-
-Progress = Callable[[int, int], object]
 
 Pair = tuple[object, ...]
 """What a pair of tensors is known by."""

@@ -11,7 +11,7 @@ from ckptkit.errors import VerifyError
 from ckptkit.extras import require_torch
 from ckptkit.released.config import Config, read_config
 from ckptkit.released.judge import judge
-from ckptkit.released.manifest_file import read_manifest
+from ckptkit.released.manifests.reader import read_manifest
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import CheckReport
 from ckptkit.report import Report

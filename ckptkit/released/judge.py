@@ -18,12 +18,12 @@ from typing import Any
 from ckptkit.errors import CkptkitError, MissingFileError
 from ckptkit.released.config import Config
 from ckptkit.released.examine import Examined, examine
-from ckptkit.released.manifest import FileRecord, Manifest, paths_of
-from ckptkit.released.model_rules import model_findings
+from ckptkit.released.manifests.records import FileRecord, Manifest, paths_of
 from ckptkit.released.policy import Policy
-from ckptkit.released.recorded import compare, golden_findings, is_same_file
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
-from ckptkit.released.rules import rules_of, violations
+from ckptkit.released.rules.manifest_rules import compare, golden_findings, is_same_file
+from ckptkit.released.rules.model_rules import model_findings
+from ckptkit.released.rules.policy_rules import rules_of, violations
 from ckptkit.released.selection import Selected, name_of, select
 from ckptkit.report import Report
 from ckptkit.transfer.workers import in_parallel

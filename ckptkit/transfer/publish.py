@@ -17,15 +17,12 @@ from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, Index, Plan
 from ckptkit.transfer.names import Output, created, exists, overwrite, publish
 from ckptkit.transfer.steps import Digests, Tally, digested, fill, move, require_unchanged, reserve
-from ckptkit.transfer.workers import Stopped, in_parallel, uninterrupted
+from ckptkit.transfer.workers import Progress, Stopped, in_parallel, uninterrupted
 
 __all__ = ["write_atomically"]
 
 _FLUSH_SECONDS = 0.05
 """Pause between flushes while files are being written; most are written before the first."""
-
-Progress = Callable[[int, int], object]
-"""Called with the bytes dealt with so far, and those to deal with in all."""
 
 
 def write_atomically(

@@ -8,7 +8,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
-__all__ = ["MANY_NBYTES", "Background", "Stopped", "buffer", "in_parallel", "uninterrupted"]
+__all__ = ["MANY_NBYTES", "Background", "Progress", "Stopped", "buffer", "in_parallel", "uninterrupted"]
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes dealt with so far, and those to deal with in all."""
 
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""

@@ -15,7 +15,7 @@ import ckptkit
 from ckptkit.codes import CODES
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import CheckFinding
-from ckptkit.released.rules import RULES
+from ckptkit.released.rules.policy_rules import RULES
 
 WEIGHTS = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.zeros(3)}
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
-from ckptkit.released.manifest import make, read_manifest, write
-from ckptkit.released.records import Digests, Manifest
+from ckptkit.released.manifests.maker import make, write
+from ckptkit.released.manifests.reader import read_manifest
+from ckptkit.released.manifests.records import Digests, Manifest
 from ckptkit.released.selection import Selected, name_of, select
 
 __all__ = ["make_at"]

@@ -1,21 +1,4 @@
-"""Manifests: what released files must be, as a JSON file beside them.
-
-Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a tensor::
-
-    {"schema_version": 1,
-     "files": [{"path": str, "size": int, "sha256": hex, "format": str, "kind": str, "trust": str,
-                "content_digest": "sha256:…" | null, "architecture": str | null,
-                "golden": {"path": str, "sha256": hex} | null,
-                "shards": {name: {"size": int, "sha256": hex}},
-                "others": [name],
-                "tensors": {name: {"dtype": str, "shape": [int], "digest": "sha256:…"}} | null}]}
-
-Paths are relative to the manifest's folder, with ``/``, and never lead out of it.  ``size`` is in bytes, of a sharded
-checkpoint with its shards; ``sha256`` is of the file itself, and of an index the index alone.  Digests, and the names
-of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they are folded into the content digest.
-``shards`` (named relative to the index) and ``others`` (values that are no plain tensors) are left out where there are
-none.  A reader ignores keys it does not know, and refuses another version.
-"""
+"""Makes manifests and brings them up to date; what one is, `ckptkit.released.manifests` says."""
 
 from __future__ import annotations
 
@@ -27,9 +10,7 @@ from ckptkit.architectures import Architecture
 from ckptkit.errors import CkptkitError, FileAccessError, UnsupportedError
 from ckptkit.plan import Literal, Plan
 from ckptkit.released.examine import Examined, examine_all
-from ckptkit.released.manifest_file import read_manifest
-from ckptkit.released.reading import file_sha256
-from ckptkit.released.records import (
+from ckptkit.released.manifests.records import (
     Changes,
     Digests,
     FileRecord,
@@ -37,24 +18,12 @@ from ckptkit.released.records import (
     Manifest,
     ShardRecord,
     TensorRecord,
-    paths_of,
 )
+from ckptkit.released.reading import file_sha256
 from ckptkit.released.selection import Selected
 from ckptkit.transfer import write_atomically
 
-__all__ = [
-    "Changes",
-    "Digests",
-    "FileRecord",
-    "GoldenRecord",
-    "Manifest",
-    "ShardRecord",
-    "TensorRecord",
-    "make",
-    "paths_of",
-    "read_manifest",
-    "write",
-]
+__all__ = ["make", "write"]
 
 
 def make(

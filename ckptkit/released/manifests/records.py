@@ -1,4 +1,4 @@
-"""What a manifest says: one record a file.  What its text is, `ckptkit.released.manifest` says."""
+"""What a manifest says: one record a file.  What its text is, `ckptkit.released.manifests` says."""
 
 from __future__ import annotations
 

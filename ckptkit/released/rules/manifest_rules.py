@@ -8,11 +8,11 @@ from typing import Any
 
 from ckptkit.errors import CkptkitError, MissingFileError
 from ckptkit.released.examine import Examined, TensorFact
-from ckptkit.released.manifest import FileRecord, TensorRecord
+from ckptkit.released.manifests.records import FileRecord, TensorRecord
 from ckptkit.released.policy import TRUST_ORDER
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.results import CheckFinding
-from ckptkit.released.rules import listed
+from ckptkit.released.rules.policy_rules import listed
 from ckptkit.report import count_of
 
 __all__ = ["compare", "golden_findings", "is_same_file"]

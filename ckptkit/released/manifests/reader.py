@@ -1,4 +1,4 @@
-"""Reads manifests; what one is, `ckptkit.released.manifest` says.
+"""Reads manifests; what one is, `ckptkit.released.manifests` says.
 
 A manifest may come from a stranger: everything in it has the type it must have, paths do not lead out of its folder,
 and where it lists tensors, they are those of its content digest.
@@ -18,7 +18,7 @@ from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedErr
 from ckptkit.formats.sharded import is_shard_name
 from ckptkit.formats.strict_json import parse
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.released.records import FileRecord, GoldenRecord, Manifest, ShardRecord, TensorRecord
+from ckptkit.released.manifests.records import FileRecord, GoldenRecord, Manifest, ShardRecord, TensorRecord
 from ckptkit.report import SCHEMA_VERSION
 
 __all__ = ["read_manifest"]

@@ -1,0 +1,73 @@
+"""What the findings of ``ckptkit convert`` mean."""
+
+from __future__ import annotations
+
+from ckptkit.codes.explanation import Explanation
+
+__all__ = ["CODES"]
+
+CODES: dict[str, Explanation] = {
+    "left-out": Explanation(
+        "parts of the source that the output does not hold",
+        "What stood beside the weights (optimizer, scheduler, epoch, arguments) and was named to be left out, or of a "
+        "program all but its weights. Training cannot be resumed from the output alone.",
+        "Write a .pth without --weights-only and --leave-out to keep them.",
+    ),
+    "renamed": Explanation(
+        "tensors were renamed",
+        "The names in the output differ from the source's as the options asked; order and values do not.",
+        "-",
+    ),
+    "nothing-renamed": Explanation(
+        "the rules change no name",
+        "No regular expression of --rename or --rename-file matches any name. Usually the names are others than was "
+        "thought, or a prefix is missing from the expression.",
+        "ckptkit inspect FILE --flat lists the names; --dry-run shows what each rule would do.",
+    ),
+    "nothing-to-strip": Explanation(
+        "no name carries the prefix",
+        "The prefix to strip does not occur at the beginning of any name; names are written as they are.",
+        "-",
+    ),
+    "mixed-prefix": Explanation(
+        "only some names carry the prefix",
+        "Names with and without the prefix stand side by side; only those that carried it were changed. Often two "
+        "models were merged, or a submodule alone was wrapped.",
+        "Check the result against the model: ckptkit verify OUT --model REF",
+    ),
+    "dropped": Explanation(
+        "tensors were left out of the output",
+        "They match --exclude, or no --include. A model that has them does not load from the output with strict=True.",
+        "Check the result against the model: ckptkit verify OUT --model REF --allow-missing GLOB",
+    ),
+    "nothing-excluded": Explanation(
+        "a pattern of --exclude matches no name",
+        "Nothing was dropped for it. Patterns are globs over whole names: `head` matches that one name alone, `head.*` "
+        "all that begin with `head.`, and case counts.",
+        "ckptkit inspect FILE --flat lists the names.",
+    ),
+    "written-out": Explanation(
+        "views that were written out as tensors of their own",
+        "safetensors stores contiguous tensors only; transposed, expanded and overlapping views hold the same values "
+        "in the output, in their own bytes.",
+        "-",
+    ),
+    "compacted": Explanation(
+        "bytes that no tensor views were left behind",
+        "torch.save writes whole storages, even where a small slice is all that is kept. The output's storages hold "
+        "what tensors view of them; values, strides and sharing stay.",
+        "-",
+    ),
+    "cast-overflow": Explanation(
+        "values too large for the new dtype",
+        "A cast made them infinity; in the float8 types without one, NaN or the largest value. One infinite weight can "
+        "turn every output into NaN. float16 ends at 65,504; bfloat16 and float32 reach 3.4e38.",
+        "Cast to bfloat16, or leave these tensors as they are: --keep-dtype GLOB",
+    ),
+    "cast-rounded": Explanation(
+        "values that the new dtype does not have",
+        "They were rounded to the nearest value of the new dtype, ties to even, as torch does; those too small for it "
+        "became zero. Casting back does not bring them back.",
+        "Compare the outputs of a forward pass: ckptkit verify OUT --model REF",
+    ),
+}

@@ -1,0 +1,209 @@
+"""What the findings about what a file holds mean."""
+
+from __future__ import annotations
+
+from ckptkit.codes.explanation import Explanation
+
+__all__ = ["CODES"]
+
+CODES: dict[str, Explanation] = {
+    # What a file holds.
+    "ambiguous-section": Explanation(
+        "several sections hold weights",
+        "The file holds more than one set of weights (a model and its EMA, a generator and a discriminator) and "
+        "nothing in it says which one is meant. Taking one silently is how the wrong weights get deployed.",
+        "Name one: ckptkit convert FILE OUT --section NAME. ckptkit inspect lists the names.",
+    ),
+    "bound-method": Explanation(
+        "the method was saved instead of its result",
+        "torch.save(model.state_dict, path) without parentheses pickles the method, and with it the whole model. "
+        "Loading it needs the model's code and gives a function, not weights.",
+        "The weights are there: ckptkit convert FILE OUT.safetensors writes them as a state_dict.",
+    ),
+    "whole-model": Explanation(
+        "a pickled model, not a state_dict",
+        "torch.load has to import the model's classes: without the exact source tree it fails with \"No module "
+        'named ..." or "Can\'t get attribute ...", and with it, it runs the code the file names.',
+        "ckptkit convert FILE OUT.safetensors writes its state_dict without needing the classes.",
+    ),
+    "wrapped-model": Explanation(
+        "the model was saved inside DataParallel, DistributedDataParallel or torch.compile",
+        "Every name begins with the wrapper's attribute, `module.` or `_orig_mod.`; the bare model does not know these "
+        "names.",
+        "ckptkit convert FILE OUT --strip-module",
+    ),
+    "no-tensors": Explanation(
+        "the file holds no tensor",
+        "It is a readable pickle of plain values or objects (arguments, a scheduler, a vocabulary) without weights.",
+        "Look for the weights in another file of the release.",
+    ),
+    "training-state": Explanation(
+        "training state takes space beside the weights",
+        "Optimizer moments and the like are needed to resume training, not to run the model.",
+        "ckptkit convert FILE OUT --weights-only writes the weights alone.",
+    ),
+    "not-a-plain-tensor": Explanation(
+        "values of the state_dict that are no plain tensors",
+        "Quantized, sparse and nested tensors, and the objects modules keep under `_extra_state`, cannot be described "
+        "by dtype, shape and stride. They are kept as they are in .pth files; safetensors cannot hold them.",
+        "Convert to .pth, or leave them out with --exclude and rebuild them in the program that loads the weights.",
+    ),
+    "not-a-model": Explanation(
+        "a state_dict, not a model",
+        "The file maps names to tensors. What torch.load returns has no eval() and cannot be called (\"'OrderedDict' "
+        'object has no attribute ...").',
+        "Build the model from its code, then model.load_state_dict(ckptkit.load_state_dict(FILE)).",
+    ),
+    "averaged-weights": Explanation(
+        "averaged weights beside raw ones",
+        "Training kept an exponential moving average (EMA) of the weights. Both have the same names and shapes; "
+        "evaluation mostly used the average, and outputs of the two differ slightly.",
+        "Choose one: ckptkit convert FILE OUT --section NAME",
+    ),
+    # Names and devices.
+    "module-prefix": Explanation(
+        "names carry a wrapper's prefix",
+        "DataParallel and DistributedDataParallel put `module.` before every name, torch.compile `_orig_mod.`. "
+        "load_state_dict then reports every key missing and every key unexpected; with strict=False it loads nothing.",
+        "ckptkit convert FILE OUT --strip-module",
+    ),
+    "stale-versions": Explanation(
+        "module versions are recorded under other names than the weights",
+        "torch keeps each module's version in the state_dict's `_metadata` (BatchNorm's decides how "
+        "num_batches_tracked is read). The names of the weights were changed without it, so torch takes every module "
+        "for an old one.",
+        "Change names with ckptkit convert (--strip-module, --rename and the like), which changes both.",
+    ),
+    "device-location": Explanation(
+        "storages are tagged with an accelerator",
+        "torch.load restores each storage to the device it was saved from, and on a machine without it fails with "
+        '"Attempting to deserialize object on a CUDA device".',
+        "ckptkit convert FILE OUT.pth --map-location cpu, or pass map_location when loading.",
+    ),
+    # Trust.
+    "foreign-objects": Explanation(
+        "objects of classes that are not torch's",
+        'The pickle names classes beyond tensors and plain containers. torch.load refuses them by default ("Weights '
+        'only load failed ... Unsupported global") or has to import and run them. This is common and not malicious.',
+        "ckptkit reads the tensors without them: ckptkit convert FILE OUT.safetensors --weights-only",
+    ),
+    "other-system": Explanation(
+        "objects tied to an operating system or a version of numpy",
+        'Executing the pickle fails elsewhere: "cannot instantiate \'PosixPath\' on your system", "No module named '
+        "'numpy._core'\". ckptkit makes none of these objects.",
+        "ckptkit convert FILE OUT --weights-only leaves them out.",
+    ),
+    "hostile-name": Explanation(
+        "the pickle names something that runs, imports or opens",
+        "Executing this pickle, as torch.load(weights_only=False) would, calls a function no checkpoint needs.",
+        "Do not load it. If you must have the weights, convert them with ckptkit, which executes nothing.",
+    ),
+    "crc-not-recorded": Explanation(
+        "the archive carries no checksums",
+        "Written with torch.serialization.set_crc32_options(False). Damage to the tensors cannot be seen.",
+        "Converting with ckptkit records checksums of what is there now.",
+    ),
+    "no-checksums": Explanation(
+        "the container has no checksums",
+        "Files of torch before 1.6 record none. That all sizes agree and every byte is accounted for is checked; a "
+        "changed bit inside a tensor cannot be seen.",
+        "Converting with ckptkit records checksums of what is there now.",
+    ),
+    "unreferenced-records": Explanation(
+        "records of the archive that nothing refers to",
+        "torch reads only the storages that the pickle names. Others are dead weight, or were put there by another "
+        "tool; a second pickle beside the first is never read by torch.load, but by whoever is told to.",
+        "Converting writes only what the checkpoint uses.",
+    ),
+    # Programs.
+    "torchscript-program": Explanation(
+        "a TorchScript program, not a plain checkpoint",
+        'torch.jit.save wrote it: weights together with the code that uses them. torch.load refuses it ("Cannot use '
+        "weights_only=True with TorchScript archives\"), and the model's Python class is not needed to run it.",
+        "torch.jit.load runs it; ckptkit convert FILE OUT.safetensors writes its weights.",
+    ),
+    "torchscript-without-code": Explanation(
+        "a TorchScript program without its source",
+        "What tells parameters from buffers is each class's source, which is missing. Tensors that require a gradient "
+        "are taken for parameters, the others for buffers, plain attributes among them.",
+        "-",
+    ),
+    "frozen-program": Explanation(
+        "a frozen program: weights without names",
+        "torch.jit.freeze and the mobile optimizer turn parameters into numbered constants of the code. There is no "
+        "state_dict left to load into a model.",
+        "Use the program it was frozen from. ckptkit inspect lists the constants with their shapes.",
+    ),
+    "foreign-program": Explanation(
+        "compiled code beside the weights",
+        "The archive holds libraries or programs built for one machine (AOTInductor, ExecuTorch). They are named, not "
+        "read; whoever loads the archive runs them.",
+        "Load it only if you trust where it came from.",
+    ),
+    "embedded-source": Explanation(
+        "source text of the model's classes",
+        "torch before 1.6 put the source of each nn.Module class into a file that holds a whole model, to warn when "
+        "the class has changed since. It is text: nothing runs it. It may still show code and paths that were not "
+        "meant for release.",
+        "ckptkit convert FILE OUT.safetensors writes the weights without it.",
+    ),
+    "package-code": Explanation(
+        "a torch.package archive with Python code",
+        "PackageImporter runs the Python sources in the archive to make the objects it holds. Nothing of them is run "
+        "here.",
+        "ckptkit convert FILE OUT.safetensors --section NAME writes the weights alone.",
+    ),
+    # Memory.
+    "tied-tensors": Explanation(
+        "names that are the same tensor",
+        "Tied parameters are one tensor under several names. ckptkit keeps them tied: in .pth as torch does, in "
+        "safetensors as an alias in the metadata that safetensors' load_model and ckptkit understand.",
+        "-",
+    ),
+    "shared-storage": Explanation(
+        "different views of one storage",
+        "Tensors that overlap or are slices of one buffer (cuDNN's flat RNN weights). They stay so in .pth; in "
+        "safetensors each is written out on its own.",
+        "-",
+    ),
+    "not-contiguous": Explanation(
+        "tensors that are not contiguous",
+        "Transposed weights are usual in ports from TensorFlow. Tools that copy a storage's bytes without its strides "
+        "write them wrong.",
+        "Converting to safetensors writes them out in order; the values stay.",
+    ),
+    "unused-bytes": Explanation(
+        "storages are larger than the tensors that view them",
+        "torch.save writes the whole storage even where a small view of it is all that is kept.",
+        "Converting writes only what the tensors hold.",
+    ),
+    "big-endian": Explanation(
+        "written on a big-endian machine",
+        "Element bytes are in the reverse order of today's machines. They are turned round where values are written "
+        "or loaded.",
+        "-",
+    ),
+    # Shards and containers.
+    "one-shard": Explanation(
+        "one shard of several",
+        "The file is one part of a checkpoint that was split; the other tensors lie in its other parts.",
+        "Give the index: ckptkit inspect model.safetensors.index.json",
+    ),
+    "shard-extra-keys": Explanation(
+        "shards hold tensors that the index does not list",
+        "Loaders that go by the index leave them out, loaders that read whole shards take them. ckptkit takes them, "
+        "after the listed ones.",
+        "Writing one file settles it: ckptkit convert INDEX OUT.safetensors",
+    ),
+    "shard-total-size": Explanation(
+        "the index states another total size than the shards have",
+        "Loaders reserve memory by it. The index may belong to another version of the shards.",
+        "Get index and shards from the same revision, or write the checkpoint anew.",
+    ),
+    "unaligned-data": Explanation(
+        "tensor data is not aligned",
+        "Elements begin at addresses that are no multiple of their width, as older writers left them. Every reader "
+        "takes that; some copy each tensor, or run slower, for it.",
+        "ckptkit convert FILE OUT.safetensors writes it aligned.",
+    ),
+}

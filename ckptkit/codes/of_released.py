@@ -1,0 +1,127 @@
+"""What the findings of ``ckptkit check`` mean."""
+
+from __future__ import annotations
+
+from ckptkit.codes.explanation import Explanation
+
+__all__ = ["CODES"]
+
+CODES: dict[str, Explanation] = {
+    # What the policy says.
+    "pickle-not-allowed": Explanation(
+        "the file holds a pickle, and the policy allows none",
+        "Loading a pickle runs the functions it names. Containers other than safetensors are pickles inside, harmless "
+        "as this one may be.",
+        "ckptkit convert FILE OUT.safetensors, and release that; or allow it for this file in [[check.overrides]].",
+    ),
+    "trust-not-allowed": Explanation(
+        "loading the file takes more trust than the policy allows",
+        "`safe` files name nothing but torch's own functions, `needs_trust` ones classes beyond, `hostile` ones what "
+        "runs, imports or opens things, or their structure reads in two ways. Hostile files pass under no policy.",
+        "ckptkit inspect FILE lists the names. ckptkit convert FILE OUT --weights-only leaves foreign objects out; do "
+        "not load a hostile file.",
+    ),
+    "container-not-allowed": Explanation(
+        "the container is none of those the policy names",
+        "--require-format (in a configuration: require-format) lists the containers that files may be; a sharded set "
+        "counts as what its shards are. The content decides what a file is, never its ending.",
+        "ckptkit convert FILE OUT.safetensors, or with --to.",
+    ),
+    "file-too-large": Explanation(
+        "the file is larger than the policy allows",
+        "Of a sharded set all files count together. Training state and unused bytes are what most often makes files "
+        "larger than they need be; ckptkit inspect FILE shows both.",
+        "ckptkit convert FILE OUT --weights-only, or with --dtype or --max-shard-size.",
+    ),
+    "dtype-not-allowed": Explanation(
+        "tensors of a dtype that the policy does not name",
+        "--allow-dtype lists the dtypes that every tensor of the weights must be of. BatchNorm's num_batches_tracked "
+        "is int64, and so are many index buffers.",
+        "Cast with ckptkit convert FILE OUT --dtype, or allow the dtype too.",
+    ),
+    "values-not-finite": Explanation(
+        "parameters hold NaN or Inf",
+        "A model with such weights gives NaN for most inputs: its training diverged, or a cast to float16 overflowed. "
+        "Buffers are not looked at: attention masks hold -Inf on purpose.",
+        "Release an earlier checkpoint, or cast to bfloat16 in place of float16.",
+    ),
+    "optimizer-not-allowed": Explanation(
+        "the file holds the state of an optimizer",
+        "It is needed to resume training, not to run the model, and takes up to twice the space of the weights.",
+        "ckptkit convert FILE OUT --weights-only",
+    ),
+    "prefix-not-allowed": Explanation(
+        "names carry a wrapper's prefix, and the policy allows none",
+        "`module.` is what DataParallel and DistributedDataParallel put before every name, `_orig_mod.` torch.compile. "
+        "The bare model does not load such names.",
+        "ckptkit convert FILE OUT --strip-module",
+    ),
+    "location-not-allowed": Explanation(
+        "storages are tagged with a device that the policy does not name",
+        "torch.load puts each storage on the device of its tag, and fails on a machine without it.",
+        "ckptkit convert FILE OUT --map-location cpu",
+    ),
+    "check-not-run": Explanation(
+        "a rule could not be applied",
+        "Neither passed nor failed: the model cannot be built, no model is known, or the values are of a type that "
+        "cannot be computed. The exit code is 2.",
+        "The message says what is missing: --fits REF, --model-arg, --input-shape, or an installed package.",
+    ),
+    # Files and manifest.
+    "file-unreadable": Explanation(
+        "the file cannot be read",
+        "It is not there, is no checkpoint, is damaged, or is refused because readers of it disagree. Nothing is known "
+        "of it, so the exit code is 2.",
+        "The message says what the file is and what helps; ckptkit inspect FILE says the same.",
+    ),
+    "nothing-selected": Explanation(
+        "there is nothing to check",
+        "A folder holds no checkpoint files, or the manifest names none. Nothing checked is never a success.",
+        "Correct the path.",
+    ),
+    "file-missing": Explanation(
+        "a file of the manifest is not there",
+        "It was released, and is not in the folder now.",
+        "Bring it back, or take it out of the manifest with ckptkit manifest --update.",
+    ),
+    "file-extra": Explanation(
+        "a checkpoint file that is not in the manifest",
+        "It lies in the manifest's folder or was named, and nobody has recorded what it must be.",
+        "Take it away, or record it with ckptkit manifest --update.",
+    ),
+    "file-rewritten": Explanation(
+        "other bytes than released, but the same tensors",
+        "The file's hash is not the manifest's, the content digest is: names, dtypes, shapes and values are equal. It "
+        "was converted, saved again, or something beside the weights was changed.",
+        "If that is meant, record it with ckptkit manifest --update; ckptkit diff shows what is different beside the "
+        "weights.",
+    ),
+    "file-changed": Explanation(
+        "other bytes than released, in a file without tensors",
+        "Without tensors there is no content digest, so all that can be said is that the file is another.",
+        "Bring the released file back, or record this one with ckptkit manifest --update.",
+    ),
+    "tensors-differ": Explanation(
+        "the tensors are not those that were released",
+        "Names, dtypes, shapes or values are others than in the manifest. The message says which tensors, where the "
+        "manifest was written with --digests tensor.",
+        "Bring the released file back; if the change is meant, ckptkit manifest --update records it, and ckptkit diff "
+        "shows how large it is.",
+    ),
+    "trust-worse": Explanation(
+        "loading the file takes more trust than when it was released",
+        "The manifest records how far a loader has to trust the file; now it names more than it did then.",
+        "Find out with ckptkit inspect who put these names into it before anybody loads it.",
+    ),
+    "manifest-contradicts": Explanation(
+        "the manifest describes another file than its hash names",
+        "The file has exactly the bytes whose hash is recorded, but container, kind or tensors are not as recorded. "
+        "The manifest was edited by hand, or merged wrongly.",
+        "Write the entry anew with ckptkit manifest --update --force after comparing it with the release.",
+    ),
+    "golden-changed": Explanation(
+        "the recorded outputs are missing or not those of the manifest",
+        "The manifest names a file of outputs (ckptkit verify --write-golden) by path and hash.",
+        "Bring it back, or record it anew.",
+    ),
+}
