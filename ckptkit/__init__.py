@@ -1,10 +1,10 @@
-"""Inspect, convert and verify PyTorch checkpoints without executing them.
+"""Inspect, convert, verify, compare and check PyTorch checkpoints without executing them.
 
 Importing ckptkit imports neither torch nor numpy.
 
 The layers, each importing only from those to its right; a test enforces it:
 
-    cli, testing > api > released > verifier > torch_bridge > differences > inspection, conversion
+    cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
         > diagnose, compare, stats, architectures, digests > formats, rewrite, transfer > normalize > pickling
         > plan, casting > checkpoint > derived > bytesource > report, dtypes, limits, codes, extras, version > errors
 
@@ -13,7 +13,8 @@ executes them and neither should know the other; `compare`, because the proof th
 is right must go through the readers, which the mover of bytes must not know; `inspection` (the
 document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).  `architectures`
 knows which models have a checkpoint's names and shapes.  `conversion`
-turns options into rewriters, plans and carries out one output, and tells what came of it.
+turns options into rewriters, plans and carries out one output, and tells what came of it; `checkpoint_file` is what
+`open` gives.
 `differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check` holds
 files against; `digests` says when two files hold the same tensors.
 Bytes that have to be made before they can be moved are `derived`, and `casting` is

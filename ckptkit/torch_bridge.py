@@ -119,7 +119,8 @@ class _Loader:
     def _view(self, entry: TensorEntry) -> torch.Tensor:
         element = dtype_of(entry.dtype)
         storage = self._storage(entry)
-        view = torch.empty((0,), dtype=element, device=storage.device)
+        # Not empty() of the dtype itself, which warns of complex32.
+        view = torch.empty((0,), dtype=torch.uint8, device=storage.device).view(element)
         view = view.set_(storage, entry.storage_offset, entry.shape, entry.stride)
         # The bits torch keeps beside the bytes.
         view = torch._neg_view(view) if entry.is_neg else view

@@ -31,6 +31,7 @@ LAYERS = (
     {"torch_bridge"},
     {"verifier"},
     {"released"},
+    {"checkpoint_file"},
     {"api"},
     {""},  # the package itself: the public names
     {"cli", "testing"},

@@ -352,3 +352,12 @@ def test_an_optional_package_that_is_broken(tmp_path: Path, monkeypatch: pytest.
         require("allbroken")
     with pytest.raises(CkptkitError, match="is not installed"):
         require("notthere")
+
+
+def test_torch_warns_of_nothing_when_every_dtype_is_loaded() -> None:
+    """In a process of its own: what torch warns of, it says once."""
+    program = "import ckptkit, sys; print(len(ckptkit.load_state_dict(sys.argv[1])))"
+    fixture = Path(__file__).parent.parent / "fixtures" / "tied.pth"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program, fixture], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 30

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plans import DATA
+from plans import DATA, NEW, OLD
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
@@ -29,6 +29,15 @@ def entry(save: Callable[..., Path]) -> Iterator[Callable[[torch.Tensor], Tensor
     yield make
     for file in files:
         file.close()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint that is there, and one that takes its place."""
+    folder = tmp_path_factory.mktemp("sources")
+    torch.save(OLD, folder / "old.pth")
+    torch.save(NEW, folder / "new.pth")
+    return {"old": folder / "old.pth", "new": folder / "new.pth"}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import ASKED, INDEX, NEW, OLD, SHARD_SIZES, files_of, held, posix_only
+from plans import ASKED, INDEX, SHARD_SIZES, files_of, held, posix_only
 
 import ckptkit
 from ckptkit.errors import FormatError
@@ -46,14 +46,6 @@ def send() -> Iterator[Send]:
 
         yield job
         pipe.close()
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("sources")
-    torch.save(OLD, folder / "old.pth")
-    torch.save(NEW, folder / "new.pth")
-    return {"old": folder / "old.pth", "new": folder / "new.pth"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plans import (
     ASKED,
     INDEX,
     NEW,
-    OLD,
     SHARD_SIZES,
     files_of,
     held,
@@ -32,14 +30,6 @@ import ckptkit
 from ckptkit.errors import DestinationExistsError, FileAccessError
 
 Convert = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("sources")
-    torch.save(OLD, folder / "old.pth")
-    torch.save(NEW, folder / "new.pth")
-    return {"old": folder / "old.pth", "new": folder / "new.pth"}
 
 
 @pytest.fixture(autouse=True)

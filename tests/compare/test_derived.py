@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import extents, flipped, written
 
 import ckptkit
 from ckptkit import formats
@@ -17,7 +18,6 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.compare import check_output
 from ckptkit.errors import CorruptError
 from ckptkit.rewrite import CastDtype, Compact, Tied
-from ckptkit.transfer import execute
 
 Save = Callable[..., Path]
 
@@ -36,26 +36,6 @@ def source(save: Save) -> Iterator[Checkpoint]:
     checkpoint, file = formats.read(save(state(), "source.pth"))
     with closing(file):
         yield checkpoint
-
-
-def written(checkpoint: Checkpoint, path: Path) -> Path:
-    write = formats.format_for(path).write
-    assert write is not None
-    with path.open("w+b") as file:
-        execute(write(checkpoint), file.fileno())
-    return path
-
-
-def extents(path: Path) -> dict[str, tuple[int, int]]:
-    checkpoint, file = formats.read(path)
-    with closing(file):
-        return {name: (e.storage.source.offset, e.storage.nbytes) for name, e in checkpoint.state_dict.items()}
-
-
-def flipped(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

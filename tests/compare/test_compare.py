@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import extents, flipped, written
 from torch import nn
 
 import ckptkit
@@ -24,8 +25,6 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.compare import check_output, first_difference, same_values
 from ckptkit.errors import CorruptError
-from ckptkit.rewrite import WeightsOnly
-from ckptkit.transfer import execute
 
 Save = Callable[..., Path]
 
@@ -61,17 +60,6 @@ def source(save: Save) -> Iterator[Checkpoint]:
     yield from checkpoint_of(save(training(), "source.pth"))
 
 
-def written(checkpoint: Checkpoint, path: Path) -> Path:
-    """The checkpoint (to safetensors its weights alone) as its writer writes it, unchecked."""
-    if path.suffix == ".safetensors":
-        checkpoint = WeightsOnly()(checkpoint)
-    write = formats.format_for(path).write
-    assert write is not None
-    with path.open("w+b") as file:
-        execute(write(checkpoint), file.fileno())
-    return path
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_an_identical_output_passes(source: Checkpoint, tmp_path: Path, suffix: str) -> None:
     compared = check_output(source, str(written(source, tmp_path / f"out{suffix}")))
@@ -101,26 +89,14 @@ def test_no_file_is_left_open(source: Checkpoint, tmp_path: Path, monkeypatch: p
 # Every byte of an output.
 
 
-def storage_extents(path: Path) -> dict[str, tuple[int, int]]:
-    checkpoint, file = formats.read(path)
-    with closing(file):
-        return {name: (e.storage.source.offset, e.storage.nbytes) for name, e in checkpoint.state_dict.items()}
-
-
-def flipped(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_flipped_bit_in_any_storage_names_the_tensor(source: Checkpoint, tmp_path: Path, suffix: str) -> None:
     path = written(source, tmp_path / f"out{suffix}")
     good = path.read_bytes()
     first: dict[int, str] = {}
-    for name, (offset, _) in storage_extents(path).items():
+    for name, (offset, _) in extents(path).items():
         first.setdefault(offset, name)
-    for name, (offset, nbytes) in storage_extents(path).items():
+    for name, (offset, nbytes) in extents(path).items():
         for at in (offset, offset + nbytes - 1):
             path.write_bytes(good)
             flipped(path, at)
@@ -290,7 +266,7 @@ def test_an_alias_of_the_same_shape_but_other_values(save: Save, tmp_path: Path)
 @pytest.mark.parametrize("name", ["2.weight", "0.bias", "slice", "tied"])
 def test_a_damaged_source_is_named(save: Save, tmp_path: Path, suffix: str, name: str) -> None:
     path = save({"state_dict": training()["state_dict"]})
-    offset, _ = storage_extents(path)[name]
+    offset, _ = extents(path)[name]
     flipped(path, offset)
     torch.load(path, weights_only=True)  # torch does not notice
     for source in checkpoint_of(path):
@@ -298,7 +274,7 @@ def test_a_damaged_source_is_named(save: Save, tmp_path: Path, suffix: str, name
         with pytest.raises(CorruptError, match=r"the bytes have CRC-32 .* the source is damaged") as caught:
             check_output(source, str(out))
         assert caught.value.path == str(path)
-        shares = [other for other, (at, _) in storage_extents(path).items() if at == offset]
+        shares = [other for other, (at, _) in extents(path).items() if at == offset]
         assert any(other in caught.value.message for other in shares)
     with pytest.raises(CorruptError, match="the source is damaged"):
         ckptkit.convert(path, tmp_path / f"converted{suffix}")
@@ -308,7 +284,7 @@ def test_a_damaged_source_is_named(save: Save, tmp_path: Path, suffix: str, name
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_source_damaged_outside_its_views(save: Save, tmp_path: Path, suffix: str) -> None:
     path = save({"part": torch.arange(100.0)[:3]})
-    flipped(path, storage_extents(path)["part"][0] + 399)
+    flipped(path, extents(path)["part"][0] + 399)
     with pytest.raises(CorruptError, match=r"part.*the source is damaged"):
         ckptkit.convert(path, tmp_path / f"out{suffix}")
 
@@ -388,6 +364,6 @@ def test_in_several_threads(source: Checkpoint, tmp_path: Path, monkeypatch: pyt
     path = written(source, tmp_path / f"out{suffix}")
     alone = sum({id(e.storage): e.nbytes for e in source.state_dict.values() if e.covers_storage}.values())
     assert check_output(source, str(path)) >= alone
-    flipped(path, storage_extents(path)["2.bias"][0])
+    flipped(path, extents(path)["2.bias"][0])
     with pytest.raises(CorruptError, match=r"2\.bias.*the output differs at byte 0"):
         check_output(source, str(path))

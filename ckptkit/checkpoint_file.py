@@ -1,0 +1,176 @@
+"""An open checkpoint: what is in it, and the file its bytes lie in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ckptkit import formats
+from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
+from ckptkit.report import Finding
+
+if TYPE_CHECKING:
+    from ckptkit.conversion.job import Job
+    from ckptkit.plan import Plan
+    from ckptkit.transfer.workers import Progress
+
+__all__ = ["CheckpointFile", "PathLike", "Rewriter", "open"]
+
+Rewriter = Callable[[Checkpoint], Checkpoint]
+"""Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
+
+PathLike = str | os.PathLike[str]
+
+
+class CheckpointFile:
+    """An open checkpoint: what is in it, and the file its bytes lie in.
+
+    Use it as a context manager, or call `close`.  What `rewrite` returns shares the open file.
+
+    Attributes:
+        checkpoint: the common representation that rewriters work on.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, file: SourceFile) -> None:
+        self.checkpoint = checkpoint
+        self._file = file
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return self.checkpoint.origin.path
+
+    @property
+    def format(self) -> str:
+        """Container: ``"torch-zip"``, ``"safetensors"``."""
+        return self.checkpoint.origin.format
+
+    @property
+    def kind(self) -> Kind:
+        """What the file holds; see `ckptkit.checkpoint.Kind`."""
+        return self.checkpoint.origin.kind
+
+    @property
+    def trust(self) -> Trust:
+        """What a loader that executes pickles would have to be trusted with."""
+        return self.checkpoint.trust
+
+    @property
+    def state_dict(self) -> StateDict:
+        """The weights: ordered, name to `TensorEntry`."""
+        return self.checkpoint.state_dict
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The parts of the file that hold tensors."""
+        return self.checkpoint.sections
+
+    @property
+    def rest(self) -> object:
+        """Everything beside the weights, as an inert tree."""
+        return self.checkpoint.rest
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The container's own string metadata."""
+        return self.checkpoint.metadata
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is remarkable about it, gravest first."""
+        from ckptkit.diagnose import diagnose
+
+        return diagnose(self.checkpoint)
+
+    def rewrite(self, *rewriters: Rewriter) -> CheckpointFile:
+        """The checkpoint with each rewriter applied in turn; nothing on disk changes.
+
+        Raises:
+            RewriteError: a rewriter cannot be applied (colliding names, say).
+        """
+        return CheckpointFile(self.checkpoint.rewrite(*rewriters), self._file)
+
+    def plan(self, destination: PathLike, *, to: str | None = None, max_shard_size: int | str | None = None) -> Plan:
+        """What `save` would do, without doing it."""
+        return self._job(destination, to=to, max_shard_size=max_shard_size, receipt=False, check=False).plan
+
+    def save(
+        self,
+        destination: PathLike,
+        *,
+        to: str | None = None,
+        max_shard_size: int | str | None = None,
+        force: bool = False,
+        check: bool = True,
+        receipt: bool = True,
+        progress: Progress | None = None,
+    ) -> Plan:
+        """Write it; the destination is either what it was before or the complete new file.
+
+        Args:
+            destination: the output; its ending chooses the container.
+            to: container name that overrides the ending.
+            max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
+            force: whether an existing file may be replaced.
+            check: whether to open the output again and compare every byte before it gets its name, and to hold
+                the source's checksums against its bytes; and to wait until all is on disk.
+            receipt: whether to record in the metadata what was done; see `ckptkit.conversion.receipt`.
+            progress: called with the bytes dealt with so far, and those to deal with in all.
+
+        Returns:
+            The plan that was carried out.
+
+        Raises:
+            DestinationExistsError: it exists and ``force`` is false.
+            FileAccessError: it cannot be written.
+            RewriteError: the container cannot hold this checkpoint.
+            CorruptError: the source is damaged, or changed while it was read.
+        """
+        job = self._job(destination, to=to, max_shard_size=max_shard_size, receipt=receipt, check=check)
+        job.carry_out(force=force, check=check, progress=progress)
+        return job.plan
+
+    def _job(
+        self, destination: PathLike, *, to: str | None, max_shard_size: int | str | None, receipt: bool, check: bool
+    ) -> Job:
+        from ckptkit.conversion.job import Job  # reading alone starts faster without the writing half
+
+        return Job.of(
+            self.checkpoint,
+            self._file,
+            destination,
+            to=to,
+            max_shard_size=max_shard_size,
+            receipt=receipt,
+            hashed=check,
+        )
+
+    def close(self) -> None:
+        """Close the file; entries stay readable as records, their bytes do not."""
+        self._file.close()
+
+    def __enter__(self) -> CheckpointFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.format} {self.kind} {self.path!r}, {len(self.state_dict)} tensors>"
+
+
+def open(path: PathLike, *, section: str | None = None) -> CheckpointFile:  # noqa: A001 - the name users expect
+    """Open a checkpoint without executing or loading it.
+
+    Args:
+        path: the file.
+        section: path of the weights to select, where the file holds several.
+
+    Raises:
+        FileAccessError: the file cannot be opened.
+        FormatError: it is no checkpoint, or damaged.
+        SectionError: there is no such section.
+    """
+    return CheckpointFile(*formats.read(path, section=section))
