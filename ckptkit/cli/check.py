@@ -104,8 +104,8 @@ def command(
     A folder stands for the checkpoint files below it. Without PATHS, all that the manifest names is checked,
     and nothing else may lie in its folder. Whatever is asked for, a file must be readable and may not be hostile.
 
-    The same is configured under [tool.ckptkit.check] in pyproject.toml, or [check] in ckptkit.toml, with other
-    values for some files under [[check.overrides]]; what is typed goes before.
+    The same is configured under [tool.ckptkit] in pyproject.toml, or in ckptkit.toml, with other values for some
+    files under [[tool.ckptkit.overrides]], or [[overrides]]; what is typed goes before.
 
     Exit code 0: all is as it must be; 1: something is not; 2: something could not be checked.
     """

@@ -12,7 +12,7 @@ CODES: dict[str, Explanation] = {
         "the file holds a pickle, and the policy allows none",
         "Loading a pickle runs the functions it names. Containers other than safetensors are pickles inside, harmless "
         "as this one may be.",
-        "ckptkit convert FILE OUT.safetensors, and release that; or allow it for this file in [[check.overrides]].",
+        "ckptkit convert FILE OUT.safetensors, and release that; or allow it for this file by an override.",
     ),
     "trust-not-allowed": Explanation(
         "loading the file takes more trust than the policy allows",

@@ -1,28 +1,28 @@
 """The configuration of ``ckptkit check``: a policy for all files, and others for some.
 
-It is the table ``[tool.ckptkit.check]`` of a ``pyproject.toml``, or ``[check]`` of a ``ckptkit.toml``; of the two
-in one folder the second is taken.  The first found is taken from the working directory upward::
+It is the table ``[tool.ckptkit]`` of a ``pyproject.toml``, or the whole of a ``ckptkit.toml``; of the two in one
+folder the second is taken.  The first found is taken from the working directory upward::
 
-    [check]
     paths = ["weights"]                  # what is checked where nothing is named; relative to this file
     manifest = "weights/weights.lock.json"
     no-pickle = true
     max-size = "2GB"
     allow-dtype = ["float32", "float16"]
 
-    [[check.overrides]]                  # the last that matches a file and sets a key decides
+    [[overrides]]                        # the last that matches a file and sets a key decides
     files = ["*.bin", "legacy/*.pth"]    # with a slash: the path from this file's folder; without: the name
     no-pickle = false
 
-Keys are the options' names, with ``-`` or ``_``.  A key that is none is an error: a policy that is misspelled
-and passed over would let everything pass.
+An override can be written as a table named by its glob, too: ``[overrides."*.bin"]``; and all of it can stand in a
+table ``check``, for those who like it apart.  Keys are the options' names, with ``-`` or ``_``.  A key that is none is
+an error: a policy that is misspelled and passed over would let everything pass.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -139,32 +139,46 @@ def read_config(path: str) -> Config:
         MissingFileError, FileAccessError: it cannot be read.
         FormatError: it is no TOML, or a key or value is none that there is.
     """
-    document = _parsed(path)
-    place = ""
+    table, name = _parsed(path), ""
     if os.path.basename(path) == PROJECT_NAME:
-        document = _table(_table(document, "tool", path), "ckptkit", path, "tool.")
-        place = "tool.ckptkit."
-    _require_known(document, ("check",), path, place.rstrip(".") or "the file")
-    name = f"{place}check"
-    table = _table(document, "check", path, place)
+        table, name = _table(_table(table, "tool", path), "ckptkit", path, "tool."), "tool.ckptkit"
+    if "check" in table:
+        if len(table) > 1:
+            beside = next(key for key in table if key != "check")
+            raise FormatError(
+                f"{_shown(name)} has {beside!r:.80} beside a table check; write all of it there, or nothing", path=path
+            )
+        table, name = _table(table, "check", path, f"{name}." * bool(name)), f"{name}.check".lstrip(".")
     settings = _settings(table, path, name, (*POLICY_KEYS, *_OWN_KEYS))
     folder = os.path.dirname(path)
     manifest = settings.pop("manifest", None)
     if manifest is not None and (not isinstance(manifest, str) or not manifest):
         raise _wrong(path, name, "manifest", manifest, "the path of a file")
     paths = _texts(settings.pop("paths", []), path, name, "paths")
-    overrides = settings.pop("overrides", [])
-    if not isinstance(overrides, list) or not all(isinstance(each, dict) for each in overrides):
-        raise _wrong(path, name, "overrides", overrides, f"tables [[{name}.overrides]]")
+    overrides = tuple(_overrides(settings.pop("overrides", []), path, f"{name}.overrides".lstrip(".")))
     config = Config(
         path=path,
         paths=tuple(os.path.join(folder, each) for each in paths),
         manifest=None if manifest is None else os.path.join(folder, manifest),
         settings=settings,
-        overrides=tuple(_override(each, path, f"{name}.overrides[{i}]") for i, each in enumerate(overrides)),
+        overrides=overrides,
     )
     _require_sound(settings, path, name)
     return config
+
+
+def _overrides(given: object, path: str, name: str) -> Iterator[Override]:
+    """Those of a list of tables, or of a table of tables by glob."""
+    if isinstance(given, list) and all(isinstance(each, dict) for each in given):
+        for i, each in enumerate(given):
+            yield _override(each, path, f"{name}[{i}]")
+    elif isinstance(given, dict) and all(isinstance(each, dict) for each in given.values()):
+        for glob, each in given.items():
+            if "files" in each:
+                raise FormatError(f"[{name}.{glob!r:.80}] has files; its name is the glob already", path=path)
+            yield _override({**each, "files": [glob]}, path, f"{name}.{glob!r:.80}")
+    else:
+        raise FormatError(f"{name} = {given!r:.80}; expected tables [[{name}]]", path=path)
 
 
 def _override(table: dict[str, Any], path: str, name: str) -> Override:
@@ -178,14 +192,19 @@ def _override(table: dict[str, Any], path: str, name: str) -> Override:
 
 def _settings(table: dict[str, Any], path: str, name: str, known: tuple[str, ...]) -> dict[str, Any]:
     """The table with its keys as fields are named."""
-    _require_known(table, known, path, f"[{name}]")
+    _require_known(table, known, path, _shown(name))
     settings: dict[str, Any] = {}
     for key, value in table.items():
         bare = key.replace("-", "_")
         if bare in settings:
-            raise FormatError(f"[{name}] has {key!r} twice, with - and with _", path=path)
+            raise FormatError(f"{_shown(name)} has {key!r} twice, with - and with _", path=path)
         settings[bare] = value
     return settings
+
+
+def _shown(name: str) -> str:
+    """A table as it is written; the file itself has no name."""
+    return f"[{name}]" if name else "the file"
 
 
 def _require_known(table: Mapping[str, Any], known: tuple[str, ...], path: str, where: str) -> None:
@@ -198,7 +217,7 @@ def _require_sound(settings: Mapping[str, Any], path: str, name: str) -> None:
     try:
         Policy(**settings)
     except VerifyError as error:
-        raise FormatError(f"[{name}]: {error}", path=path) from None
+        raise FormatError(f"{_shown(name)}: {error}", path=path) from None
 
 
 def _texts(given: object, path: str, name: str, key: str) -> tuple[str, ...]:
@@ -209,7 +228,7 @@ def _texts(given: object, path: str, name: str, key: str) -> tuple[str, ...]:
 
 
 def _wrong(path: str, name: str, key: str, given: object, expected: str) -> FormatError:
-    return FormatError(f"[{name}] {key} = {given!r:.80}; expected {expected}", path=path)
+    return FormatError(f"{_shown(name)}: {key} = {given!r:.80}; expected {expected}", path=path)
 
 
 def _table(document: Mapping[str, Any], key: str, path: str, place: str = "") -> dict[str, Any]:

@@ -132,16 +132,16 @@ def test_bad_usage(run, arguments: list[str], folder: Path) -> None:
 
 def test_the_nearest_configuration_holds(run, folder: Path) -> None:
     (folder / "deep").mkdir()
-    (folder / "pyproject.toml").write_text("[tool.ckptkit.check]\nno-pickle = true\npaths = ['.']\n")
+    (folder / "pyproject.toml").write_text("[tool.ckptkit]\nno-pickle = true\npaths = ['.']\n")
     done = run("check", cwd=folder / "deep")
     assert done.returncode == 1 and "../a.pth: FAILED" in done.stdout
-    (folder / "other.toml").write_text("[check]\nmax-size = 1\n")
+    (folder / "other.toml").write_text("max-size = 1\n")
     shown = check("a.pth", "--config", "other.toml", code=1)
     assert "file-too-large" in shown and "pickle-not-allowed" not in shown
-    (folder / "pyproject.toml").write_text("[tool.ckptkit.check]\nno-pickles = true\n")
+    (folder / "pyproject.toml").write_text("[tool.ckptkit]\nno-pickles = true\n")
     done = run("check", "a.pth", cwd=folder)
     assert done.returncode == 2
-    told = "pyproject.toml: [tool.ckptkit.check] has an unknown key 'no-pickles'; did you mean no-pickle?"
+    told = "pyproject.toml: [tool.ckptkit] has an unknown key 'no-pickles'; did you mean no-pickle?"
     assert done.stderr == f"ckptkit: error: {told}\n"
 
 

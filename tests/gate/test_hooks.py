@@ -81,7 +81,7 @@ def test_arguments_are_policy(commit) -> None:
 
 
 def test_the_configuration_of_the_repository_counts(commit) -> None:
-    policy = b'[tool.ckptkit.check]\nmax_size = "1kB"\n'
+    policy = b'[tool.ckptkit]\nmax_size = "1kB"\n'
     done = commit("ckptkit-check", {"pyproject.toml": policy, "model.pth": {"w": torch.ones(3000)}})
     assert done.returncode == 1
     assert "1" in done.stdout
@@ -94,7 +94,7 @@ def test_the_manifest_of_the_repository_counts(commit, run, tmp_path: Path) -> N
     (weights / "a.safetensors").write_bytes(SAFE.read_bytes())
     assert run("manifest", "weights", "-o", "weights/weights.lock.json").returncode == 0
     files = {
-        "pyproject.toml": b'[tool.ckptkit.check]\nmanifest = "weights/weights.lock.json"\n',
+        "pyproject.toml": b'[tool.ckptkit]\nmanifest = "weights/weights.lock.json"\n',
         "weights/weights.lock.json": weights / "weights.lock.json",
     }
     assert commit("ckptkit-check", {**files, "weights/a.safetensors": SAFE}).returncode == 0

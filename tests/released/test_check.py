@@ -253,14 +253,14 @@ def test_a_path_that_is_not_there(folder: Path) -> None:
 
 def test_the_configuration(folder: Path) -> None:
     Path("ckptkit.toml").write_text(
-        f"[check]\nmanifest = 'w/{MANIFEST}'\nno-pickle = true\n"
-        "[[check.overrides]]\nfiles = ['a.pth']\nno-pickle = false\nmax-size = 10\n"
+        f"manifest = 'w/{MANIFEST}'\nno-pickle = true\n"
+        "[[overrides]]\nfiles = ['a.pth']\nno-pickle = false\nmax-size = 10\n"
     )
     only(ckptkit.check(config="ckptkit.toml"), "w/a.pth", "file-too-large")
     assert ckptkit.check(config="ckptkit.toml", max_size="1GB").exit_code == 0, "what is given goes before"
     codes = [f.code for f in ckptkit.check(config="ckptkit.toml", no_pickle=True, max_size="1GB").findings]
     assert codes == ["pickle-not-allowed"]
-    Path("ckptkit.toml").write_text("[check]\npaths = ['w/sub']")
+    Path("ckptkit.toml").write_text("paths = ['w/sub']")
     assert [result.path for result in ckptkit.check(config="ckptkit.toml").results] == ["w/sub/b.safetensors"]
 
 

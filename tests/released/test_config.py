@@ -33,7 +33,6 @@ def test_all_keys(write: Write) -> None:
     config = read_config(
         write(
             """
-            [check]
             paths = ["weights", "more/a.pth"]
             manifest = "weights/weights.lock.json"
             no-pickle = true
@@ -63,25 +62,40 @@ def test_all_keys(write: Write) -> None:
 
 
 def test_underscores_do_too(write: Write) -> None:
-    assert read_config(write("[check]\nno_pickle = true")).policy_for("a").no_pickle
+    assert read_config(write("no_pickle = true")).policy_for("a").no_pickle
 
 
 def test_pyproject(write: Write) -> None:
-    path = write("[project]\nname = 'x'\n[tool.ckptkit.check]\nmax-size = 5\n[tool.ruff]\nx = 1", "pyproject.toml")
+    path = write("[project]\nname = 'x'\n[tool.ckptkit]\nmax-size = 5\n[tool.ruff]\nx = 1", "pyproject.toml")
     assert read_config(path).policy_for("a.pth").max_size == 5
+
+
+def test_all_of_it_in_a_table_check(write: Write) -> None:
+    text = "[check]\nmax-size = 5\n[[check.overrides]]\nfiles = ['b']\nmax-size = 6"
+    config = read_config(write(text))
+    assert [config.policy_for(name).max_size for name in "ab"] == [5, 6]
+    config = read_config(write(text.replace("check", "tool.ckptkit.check"), "pyproject.toml"))
+    assert [config.policy_for(name).max_size for name in "ab"] == [5, 6]
+
+
+def test_overrides_by_glob(write: Write) -> None:
+    config = read_config(
+        write("no-pickle = true\n[overrides.'*.bin']\nno-pickle = false\n[overrides.'old/*']\nmax-size = 7")
+    )
+    assert [config.policy_for(name).no_pickle for name in ("a.pth", "sub/a.bin")] == [True, False]
+    assert [config.policy_for(name).max_size for name in ("old/a.bin", "a.bin")] == [7, None]
 
 
 def test_overrides(write: Write, tmp_path: Path) -> None:
     config = read_config(
         write(
             """
-            [check]
             no-pickle = true
             max-size = "1kB"
-            [[check.overrides]]
+            [[overrides]]
             files = ["*.bin", "old/*"]
             no-pickle = false
-            [[check.overrides]]
+            [[overrides]]
             files = "old/sub/*.pth"
             no-pickle = true
             max-size = "9kB"
@@ -105,7 +119,7 @@ def test_overrides(write: Write, tmp_path: Path) -> None:
 
 
 def test_a_model_that_only_an_override_needs_is_known_of(write: Write) -> None:
-    config = read_config(write("[[check.overrides]]\nfiles = ['a']\nfits = 'torchvision:resnet18'"))
+    config = read_config(write("[[overrides]]\nfiles = ['a']\nfits = 'torchvision:resnet18'"))
     assert config.needs_model
     assert config.policy_for("a").needs_model and not config.policy_for("b").needs_model
 
@@ -113,24 +127,31 @@ def test_a_model_that_only_an_override_needs_is_known_of(write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("no-pickel = true", r"the file has an unknown key 'no-pickel'; did you mean no-pickle\?"),
+        ("[chekc]\nno-pickle = true", r"the file has an unknown key 'chekc'; "),
         ("[check]\nno-pickel = true", r"\[check\] has an unknown key 'no-pickel'; did you mean no-pickle\?"),
-        ("[chekc]\nno-pickle = true", r"unknown key 'chekc'; did you mean check\?"),
-        ("no-pickle = true", r"the file has an unknown key 'no-pickle'; known: check"),
-        ("[check]\nno-pickle = 1", r"\[check\]: policy no-pickle: 1 "),
-        ("[check]\nno-pickle = true\nno_pickle = true", "twice"),
-        ("[check]\nmax-size = 'big'", "'big' is no size"),
-        ("[check]\npaths = 3", r"\[check\] paths = 3; expected a list of texts"),
-        ("[check]\nmanifest = []", r"\[check\] manifest = \[\]; expected the path"),
-        ("[check]\noverrides = 1", r"\[check\] overrides = 1; expected tables \[\[check.overrides\]\]"),
-        ("[[check.overrides]]\nno-pickle = true", r"\[check.overrides\[0\]\] names no files"),
-        ("[[check.overrides]]\nfiles = ['a']\nfile = 'b'", r"overrides\[0\]\] has an unknown key 'file'; .* files\?"),
-        ("[[check.overrides]]\nfiles = ['a']\nforward = 'b'", r"overrides\[0\]\]: policy forward"),
-        ("[[check.overrides]]\nfiles = [1]", "files = "),
-        ("[[check.overrides]]\nfiles = ['a']\nmanifest = 'b'", "unknown key 'manifest'"),
+        (
+            "no-nan = true\n[check]\nno-pickle = true",
+            "the file has 'no-nan' beside a table check; write all of it there",
+        ),
+        ("no-pickle = 1", r"the file: policy no-pickle: 1 "),
+        ("no-pickle = true\nno_pickle = true", "twice"),
+        ("max-size = 'big'", "'big' is no size"),
+        ("paths = 3", r"the file: paths = 3; expected a list of texts"),
+        ("manifest = []", r"the file: manifest = \[\]; expected the path"),
+        ("overrides = 1", r"overrides = 1; expected tables \[\[overrides\]\]"),
+        ("[[overrides]]\nno-pickle = true", r"\[overrides\[0\]\] names no files"),
+        ("[overrides.'*.bin']\nno-pickel = true", r"\[overrides\.'\*\.bin'\] has an unknown key 'no-pickel'"),
+        ("[overrides.'*.bin']\nfiles = ['a']", "has files; its name is the glob already"),
+        ("[overrides]\nno-pickle = true", r"overrides = \{'no-pickle': True\}; expected tables"),
+        ("[[overrides]]\nfiles = ['a']\nfile = 'b'", r"overrides\[0\]\] has an unknown key 'file'; .* files\?"),
+        ("[[overrides]]\nfiles = ['a']\nforward = 'b'", r"overrides\[0\]\]: policy forward"),
+        ("[[overrides]]\nfiles = [1]", "files = "),
+        ("[[overrides]]\nfiles = ['a']\nmanifest = 'b'", "unknown key 'manifest'"),
         ("check = 3", "check is int; expected a table"),
         ("[check", "is no TOML"),
-        (b"[check]\nfits = '\xff'", "is no TOML"),
-        ("[check]\nfits = " + "[" * 50_000, "is no TOML"),
+        (b"fits = '\xff'", "is no TOML"),
+        ("fits = " + "[" * 50_000, "is no TOML"),
     ],
 )
 def test_what_is_wrong_is_told_with_the_file(write: Write, text: str | bytes, told: str) -> None:
@@ -141,7 +162,7 @@ def test_what_is_wrong_is_told_with_the_file(write: Write, text: str | bytes, to
 
 
 def test_a_wrong_key_of_pyproject_is_told_in_full(write: Write) -> None:
-    with pytest.raises(FormatError, match=r"tool\.ckptkit has an unknown key 'chk'"):
+    with pytest.raises(FormatError, match=r"\[tool\.ckptkit\] has an unknown key 'chk'"):
         read_config(write("[tool.ckptkit.chk]", "pyproject.toml"))
     with pytest.raises(FormatError, match=r"\[tool\.ckptkit\.check\] has an unknown key 'x'"):
         read_config(write("[tool.ckptkit.check]\nx = 1", "pyproject.toml"))
@@ -159,7 +180,7 @@ def test_what_cannot_be_read(write: Write, tmp_path: Path) -> None:
 def test_the_nearest_upward_is_found(write: Write, tmp_path: Path) -> None:
     deep = tmp_path / "a" / "b"
     deep.mkdir(parents=True)
-    write("[tool.ckptkit.check]", "pyproject.toml")
+    write("[tool.ckptkit]", "pyproject.toml")
     write("[project]\nname = 'x'", "a/pyproject.toml")
     assert find_config(str(deep)) == os.path.join("..", "..", "pyproject.toml"), "one without our table is passed by"
     write("[tool.ckptkit]", "a/pyproject.toml")
