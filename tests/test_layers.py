@@ -107,17 +107,17 @@ def test_every_room_has_a_layer() -> None:
     assert {room(module) for module in MODULES} == set(RANK)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module: str) -> None:
-    for target in edges()[module]:
-        same_room = room(target) == room(module) and room(module) not in ("", "__main__")
-        assert same_room or RANK[room(target)] < RANK[room(module)], f"{module} imports {target}"
+def test_imports_point_down() -> None:
+    assert len(MODULES) > 100
+    for module, targets in edges().items():
+        for target in targets:
+            same_room = room(target) == room(module) and room(module) not in ("", "__main__")
+            assert same_room or RANK[room(target)] < RANK[room(module)], f"{module} imports {target}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_members_do_not_import_their_own_package(module: str) -> None:
-    if "." in module:
-        assert module.rpartition(".")[0] not in edges()[module]
+def test_members_do_not_import_their_own_package() -> None:
+    for module, targets in edges().items():
+        assert "." not in module or module.rpartition(".")[0] not in targets, f"{module} imports its own package"
 
 
 def test_there_are_no_cycles() -> None:
@@ -136,11 +136,11 @@ def test_there_are_no_cycles() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_guests_stay_in_their_rooms(module: str) -> None:
-    for target, typing_only in imports(MODULES[module]):
-        allowed = GUESTS.get(target.split(".")[0])
-        assert allowed is None or typing_only or room(module) in allowed, f"{module} imports {target}"
+def test_guests_stay_in_their_rooms() -> None:
+    for module, path in MODULES.items():
+        for target, typing_only in imports(path):
+            allowed = GUESTS.get(target.split(".")[0])
+            assert allowed is None or typing_only or room(module) in allowed, f"{module} imports {target}"
 
 
 @pytest.mark.parametrize(

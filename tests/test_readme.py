@@ -1,4 +1,7 @@
-"""Every command and every Python example of the README runs, as it stands there."""
+"""Every command and every Python example of the README runs, as it stands there.
+
+Those of its section "In CI" are run by ``tests/gate/test_in_ci.py``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    before, _, rest = README.partition("\n## In CI\n")
+    elsewhere = before + rest[rest.index("\n## ") :]
+    return re.findall(rf"^```{language}\n(.*?)^```$", elsewhere, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
