@@ -296,7 +296,8 @@ def manifest(
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
     Args:
-        paths: files, and folders that are searched for checkpoints; with ``update`` none means the manifest's folder.
+        paths: files, and folders that are searched for checkpoints; with ``update`` none means what
+            the manifest was made of.  In the folders `check` lets no other checkpoint lie.
         destination: the manifest to write; paths in it are relative to its folder.  ``None``: nothing is written,
             and they are relative to the working directory, or where files lie elsewhere to the folder above them.
         digests: ``"tensor"`` lists each tensor, ``"total"`` folds them; default: as the manifest has it, a new one
@@ -455,7 +456,7 @@ def check(
 
     Args:
         paths: files and folders; none: those that the configuration names, or all of the manifest's and whatever else
-            lies in its folder.
+            lies in the folders it was made of.
         manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
         config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here goes before it.
         no_pickle: whether a file may hold no pickle at all.

@@ -102,7 +102,8 @@ def command(
     """Hold checkpoints against a manifest and a policy, without running or loading them.
 
     A folder stands for the checkpoint files below it. Without PATHS, all that the manifest names is checked,
-    and nothing else may lie in its folder. Whatever is asked for, a file must be readable and may not be hostile.
+    and nothing else may lie in the folders it was made of. Whatever is asked for, a file must be readable and may
+    not be hostile.
 
     The same is configured under [tool.ckptkit] in pyproject.toml, or in ckptkit.toml, with other values for some
     files under [[tool.ckptkit.overrides]], or [[overrides]]; what is typed goes before.

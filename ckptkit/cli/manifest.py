@@ -30,7 +30,7 @@ __all__ = ["command"]
     type=click.Choice(["total", "tensor"]),
     help="One digest a file, or one line a tensor as well (default: as it was, at first tensor).",
 )
-@click.option("--update", is_flag=True, help="Renew what has changed; without PATH, in the manifest's folder.")
+@click.option("--update", is_flag=True, help="Renew what has changed; without PATH, in what it was made of.")
 @click.option(
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
@@ -50,7 +50,8 @@ def command(
     """Record what released weights must be, for ckptkit check: size, SHA-256, container, trust, digests of tensors.
 
     A folder stands for the checkpoint files below it, and paths are recorded relative to the manifest's folder. The
-    content digest of a file is the same for the same tensors in any container. Nothing is executed.
+    content digest of a file is the same for the same tensors in any container. Nothing is executed. In a folder that
+    is named, ckptkit check lets no other checkpoint lie; files that are named stand for themselves.
     """
     if not paths and not update:
         raise click.UsageError("Missing argument 'PATH...'; only --update does without")

@@ -86,7 +86,7 @@ CODES: dict[str, Explanation] = {
     ),
     "file-extra": Explanation(
         "a checkpoint file that is not in the manifest",
-        "It lies in the manifest's folder or was named, and nobody has recorded what it must be.",
+        "It lies in a folder that the manifest was made of, or was named, and nobody has recorded what it must be.",
         "Take it away, or record it with ckptkit manifest --update.",
     ),
     "file-rewritten": Explanation(

@@ -47,7 +47,7 @@ def judge(
     """Check files.
 
     Args:
-        paths: files and folders; none: all of the manifest's, and what else lies in its folder.
+        paths: files and folders; none: all of the manifest's, and what else lies in the folders it was made of.
         manifest: what they must be.
         config: the policies.
         verify: what holds a file against a model; `ckptkit.verify`.
@@ -75,7 +75,7 @@ def _tasks(paths: Sequence[str], manifest: Manifest | None, config: Config) -> t
 
 def _tasks_of(manifest: Manifest, paths: Sequence[str], config: Config) -> tuple[list[FileResult], list[_Task]]:
     folder = manifest.folder or "."
-    selected, results = _selected(paths, folder) if paths else (_everything_in(folder), [])
+    selected, results = _selected(paths, folder) if paths else (_everything_in(manifest.folders, folder), [])
     if not manifest.files:
         results.append(_nothing_selected(folder, "the manifest names no file"))
     owners = {shard: record for record in manifest.files for shard in _shards(record)}
@@ -127,11 +127,14 @@ def _selected(paths: Sequence[str], folder: str) -> tuple[tuple[Selected, ...], 
     return (select(sound, relative_to=folder) if sound else ()), failed
 
 
-def _everything_in(folder: str) -> tuple[Selected, ...]:
-    try:
-        return select([folder], relative_to=folder)
-    except CkptkitError:  # nothing at all: what the manifest names is missing, which is told
-        return ()
+def _everything_in(folders: Sequence[str], folder: str) -> tuple[Selected, ...]:
+    found: dict[str, Selected] = {}
+    for name in folders:
+        try:
+            found.update({each.name: each for each in select([os.path.join(folder, name)], relative_to=folder)})
+        except CkptkitError:  # nothing at all: what the manifest names is missing, which is told
+            continue
+    return tuple(found.values())
 
 
 def _shards(record: FileRecord) -> Iterator[str]:

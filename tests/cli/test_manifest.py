@@ -48,7 +48,9 @@ def test_without_a_destination_it_is_printed(run, weights: Path) -> None:
     document = json.loads(done.stdout)
     assert document["files"][0]["path"] == "legacy.pth"
     assert document["files"][0]["tensors"] is None
-    assert done.stdout.startswith('{\n  "schema_version": 1,\n  "files": [\n    {\n      "path": "legacy.pth",\n')
+    assert done.stdout.startswith(
+        '{\n  "schema_version": 1,\n  "folders": [],\n  "files": [\n    {\n      "path": "legacy.pth",\n'
+    )
 
 
 def test_json(run, weights: Path) -> None:

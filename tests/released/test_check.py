@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 import ckptkit
 from ckptkit.codes import CODES
+from ckptkit.errors import CorruptError
+from ckptkit.released.manifests.reader import read_manifest
 from ckptkit.released.results import CheckFinding, CheckReport
 
 MANIFEST = "weights.lock.json"
@@ -91,6 +93,35 @@ def test_extra(folder: Path) -> None:
     assert check("w/a.pth").exit_code == 0, "paths that are named bound what is looked at"
     only(check("w/sub"), "w/sub/c.bin", "file-extra")
     only(check("w/sub/c.bin"), "w/sub/c.bin", "file-extra")
+
+
+def test_only_folders_that_were_released_are_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest lies above them, among files that are none of its business."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("w/a.pth", "w/sub/b.pth", "single/c.pth", "single/other.pth", "elsewhere/d.pth"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(weights(), name)
+    made = ckptkit.manifest(["w", "w/sub", "single/c.pth"], "lock.json")
+    assert made.folders == read_manifest("lock.json").folders == ("w",)
+    assert ckptkit.check(manifest="lock.json").exit_code == 0
+    torch.save(weights(), "w/sub/extra.pth")
+    assert only(ckptkit.check(manifest="lock.json"), "w/sub/extra.pth", "file-extra")
+    assert only(ckptkit.check(["single"], manifest="lock.json"), "single/other.pth", "file-extra")
+    assert ckptkit.manifest(destination="lock.json", update=True).changes.added == ("w/sub/extra.pth",)
+    assert ckptkit.check(manifest="lock.json").exit_code == 0
+    document = json.loads(Path("lock.json").read_text())
+    del document["folders"]
+    Path("lock.json").write_text(json.dumps(document))
+    found = [finding.path for finding in ckptkit.check(manifest="lock.json").findings]
+    assert found == ["elsewhere/d.pth", "single/other.pth"], "a manifest that does not say it means its own folder"
+
+
+@pytest.mark.parametrize("folders", [3, ["../up"], ["/root"], [1], ["a", ""]])
+def test_folders_that_are_none(folder: Path, folders: object) -> None:
+    document = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**document, "folders": folders}))
+    with pytest.raises(CorruptError, match="folders"):
+        check()
 
 
 def test_an_extra_file_is_held_to_the_policy_too(folder: Path) -> None:

@@ -37,17 +37,35 @@ def make_at(
             f"{destination}: exists already; --update renews what has changed in it, --force makes it anew"
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
-    selected = select(paths or ([folder] if update else ()), relative_to=folder)
+    paths = paths or (_paths_of(previous, folder) if update else ())
+    selected = select(paths, relative_to=folder)
     manifest = make(
         selected,
         folder=folder,
+        folders=[_claimed(name_of(path, folder)) for path in paths if os.path.isdir(path)],
         digests=digests,
         golden=_goldens(golden, selected, folder),
         previous=previous,
     )
-    if destination is not None and (previous is None or previous.files != manifest.files):
+    if destination is not None and (
+        previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
+    ):
         write(manifest, destination, force=there)
     return manifest
+
+
+def _paths_of(previous: Manifest | None, folder: str) -> list[str]:
+    """What a manifest was made of, as far as it is there; what is yet to be made, of its own folder."""
+    if previous is None:
+        return [folder]
+    names = [*previous.folders, *(record.path for record in previous.files)]
+    paths = [os.path.join(folder, *name.split("/")) for name in names]
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def _claimed(name: str) -> str:
+    """A folder as the manifest names it: one above its own is no more than its own."""
+    return "." if name.split("/")[0] == ".." else name
 
 
 def _folder_of(paths: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.architectures import Architecture
@@ -30,6 +30,7 @@ def make(
     selected: Sequence[Selected],
     *,
     folder: str,
+    folders: Sequence[str] = (),
     digests: Digests | None = None,
     golden: Mapping[str, str] | None = None,
     previous: Manifest | None = None,
@@ -39,6 +40,7 @@ def make(
     Args:
         selected: the checkpoints; named relative to the folder.
         folder: where the manifest will be.
+        folders: in which no other checkpoint may lie; named relative to it.  The previous manifest's stay.
         digests: whether each tensor is listed; ``None``: as the previous manifest has it, and if it has none, yes.
         golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
         previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
@@ -81,7 +83,15 @@ def make(
         named = golden.get(name, before.path if before is not None else None)
         records[name] = replace(record, golden=None if named is None else _golden(named, folder))
     files = tuple(records[name] for name in sorted(records))
-    return Manifest(files=files, folder=folder, changes=_changes(old, records))
+    claimed = _outermost({*folders, *(() if previous is None else previous.folders)})
+    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records))
+
+
+def _outermost(folders: Collection[str]) -> tuple[str, ...]:
+    """Those that are in no other, sorted."""
+    if "." in folders:
+        return (".",)
+    return tuple(name for name in sorted(folders) if not any(name.startswith(f"{other}/") for other in folders))
 
 
 def _require_below(name: str, folder: str) -> None:

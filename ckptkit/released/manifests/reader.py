@@ -43,12 +43,14 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             raise LimitError("bytes of a manifest", limit=DEFAULT_LIMITS.index_nbytes, actual=file.size)
         document = parse(file.read(0, file.size), DEFAULT_LIMITS, "the manifest")
         records = list(_records(document))
+        folders = _folders(document)
     except FormatError as error:
         raise error.at(path=file.path) from error.__cause__
     finally:
         file.close()
     folder = os.path.dirname(os.path.abspath(file.path))
-    return Manifest(files=tuple(sorted(records, key=lambda record: record.path)), folder=folder)
+    files = tuple(sorted(records, key=lambda record: record.path))
+    return Manifest(files=files, folder=folder, folders=folders)
 
 
 def _records(document: object) -> Iterator[FileRecord]:
@@ -72,6 +74,13 @@ def _records(document: object) -> Iterator[FileRecord]:
             raise CorruptError(f"the path {record.path!r:.80} stands twice", where=f"files[{number}]")
         seen.add(record.path)
         yield record
+
+
+def _folders(document: object) -> tuple[str, ...]:
+    given = _Fields(document, "the manifest").optional("folders", list)
+    if given is None:
+        return (".",)
+    return tuple(name if name == "." else _Fields({"folders": name}, "folders").path("folders") for name in given)
 
 
 def _record(fields: _Fields) -> FileRecord:

@@ -117,23 +117,29 @@ class Manifest:
     Attributes:
         files: sorted by path.
         folder: the folder that paths are relative to.
+        folders: those it was made of, relative to it: in them no other checkpoint may lie; ``"."`` is itself.
         changes: what `make` did; of a manifest that was read, nothing.
     """
 
     files: tuple[FileRecord, ...]
     folder: str
+    folders: tuple[str, ...] = ()
     changes: Changes = Changes()
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as one JSON-ready document."""
-        return {"schema_version": SCHEMA_VERSION, "files": [file.to_dict() for file in self.files]}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "folders": list(self.folders),
+            "files": [file.to_dict() for file in self.files],
+        }
 
     def to_json(self) -> str:
         """The manifest's text: one line for each field of a file, and for each tensor and shard."""
         return "".join(self._text())
 
     def _text(self) -> Iterator[str]:
-        yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n  "files": ['
+        yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n  "folders": {json.dumps(self.folders)},\n  "files": ['
         for number, file in enumerate(self.files):
             yield ",\n    {" if number else "\n    {"
             for index, (name, value) in enumerate(file.to_dict().items()):
