@@ -380,6 +380,7 @@ def test_tensors_in_objects(save: Save) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch 2.11 on its own sparse tensors
 def test_extra_values_are_listed_under_their_names(save: Save) -> None:
     sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (3,), check_invariants=True)
     saved = {"w": torch.ones(1), "s": sparse, "m._extra_state": {"scale": torch.ones(1)}}

@@ -184,7 +184,7 @@ class _Hand:
                 )
                 if tensor.dtype == getattr(torch, "float4_e2m1fn_x2", None):
                     raise Refused("torch casts no such type")
-                flats[storage._cdata] = whole.to(dtype)
+                flats[storage._cdata] = _cast(whole, dtype)
                 self._has_tag(flats[storage._cdata].untyped_storage(), self.of[storage._cdata])
         made: dict[int, torch.Tensor] = {}
 
@@ -237,3 +237,11 @@ def _replace(node: Any, leaf: Callable[[torch.Tensor], torch.Tensor], seen: set[
             node[key] = leaf(value)
         else:
             _replace(value, leaf, seen)
+
+
+def _cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As torch 2.15 casts; before it, float8_e4m3fn had NaN for what is past its range."""
+    if dtype != torch.float8_e4m3fn:
+        return values.to(dtype)
+    wide = values.double()
+    return torch.where(wide.isnan(), wide, wide.clamp(-448.0, 448.0)).to(dtype)

@@ -201,7 +201,7 @@ def test_gathers_of_casts_are_casts_of_gathers(
     if chunk_nbytes is not None:
         monkeypatch.setattr(values, "CHUNK_NBYTES", chunk_nbytes)
     torch.manual_seed(0)
-    base = torch.randn(12, 10) * 1e3
+    base = torch.randn(12, 10) * 100  # past 448 releases of torch cast to float8_e4m3fn differently
     views = {
         "t": base.t(), "columns": base[:, 2:5], "steps": base[::3, ::2], "row": base[4],
         "wide": base[:1].expand(3, 10), "negative": torch._neg_view(base.t()),
