@@ -355,7 +355,8 @@ def verify(
     Args:
         path: the checkpoint; it is read by ckptkit, never executed (but see ``unsafe_load``).
         model: ``"torchvision:resnet18"``, ``"package.module:factory"``, ``"path/to/file.py:factory"``, or an
-            ``nn.Module`` or callable; may be left out where ``golden`` names it.
+            ``nn.Module`` or callable; may be left out where ``golden`` names it, or the architecture is
+            known by its names and shapes.
         model_args: keyword arguments of the factory; strings are read as Python literals.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"cpu,cuda"`` runs both and compares.
         dtype: torch name to run the forward pass in.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
@@ -28,7 +29,7 @@ from ckptkit.released.reading import Reading, read_through
 from ckptkit.report import Finding
 from ckptkit.transfer.workers import in_parallel
 
-__all__ = ["Examined", "ShardFact", "TensorFact", "examine", "examine_all"]
+__all__ = ["Examined", "ShardFact", "TensorFact", "examine", "examine_all", "over_the_cores", "size_of"]
 
 _WITHOUT_PICKLE = ("safetensors", "safetensors-sharded")
 """Containers in which there is none."""
@@ -165,26 +166,34 @@ def examine_all(
     Yields:
         Each path, and what was found or why it could not be.
     """
-    cores = os.cpu_count() or 1
     results: dict[int, Examined | CkptkitError] = {}
-    nbytes = sum(_size(path) for path in paths)
-    threads = 2 if len(paths) < cores else 1
 
-    def work(number: int, path: str) -> None:
+    def work(number: int, threads: int) -> None:
         try:
-            results[number] = examine(path, hash_file=hash_file, digest=digest, values=values, threads=threads)
+            results[number] = examine(paths[number], hash_file=hash_file, digest=digest, values=values, threads=threads)
         except CkptkitError as error:
             results[number] = error
 
-    # The largest first, so that none is left over for one processor at the end.
-    largest = sorted(enumerate(paths), key=lambda item: -_size(item[1]))
-    tasks = (lambda number=number, path=path: work(number, path) for number, path in largest)
-    in_parallel(tasks, nbytes=nbytes, most=cores)
+    over_the_cores([size_of(path) for path in paths], work)
     for number, path in enumerate(paths):
         yield path, results[number]
 
 
-def _size(path: str) -> int:
+def over_the_cores(sizes: Sequence[int], work: Callable[[int, int], object]) -> None:
+    """Deal with several files side by side, the largest first, so that none is left for one processor at the end.
+
+    Args:
+        sizes: of each file, in bytes.
+        work: called with a file's number and how many threads it may use.
+    """
+    cores = os.cpu_count() or 1
+    threads = 2 if len(sizes) < cores else 1
+    order = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+    in_parallel((partial(work, number, threads) for number in order), nbytes=sum(sizes), most=cores)
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file; 0 for what cannot be asked, which opening it will tell."""
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):

@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
 from typing import Any
 
 from ckptkit.errors import CkptkitError, MissingFileError
 from ckptkit.released.config import Config
-from ckptkit.released.examine import Examined, examine
+from ckptkit.released.examine import Examined, examine, over_the_cores, size_of
 from ckptkit.released.manifests.records import FileRecord, Manifest, paths_of
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
@@ -26,7 +25,6 @@ from ckptkit.released.rules.model_rules import model_findings
 from ckptkit.released.rules.policy_rules import rules_of, violations
 from ckptkit.released.selection import Selected, name_of, select
 from ckptkit.report import Report
-from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["judge"]
 
@@ -160,16 +158,11 @@ def _is_above(name: str) -> bool:
 def _carried_out(tasks: Sequence[_Task], manifest: Manifest | None, verify: Callable[..., Report]) -> list[FileResult]:
     """The results of files, several at a time over the processors; models are run one after the other."""
     found: dict[int, tuple[FileResult, Examined | None]] = {}
-    cores = os.cpu_count() or 1
-    threads = 2 if len(tasks) < cores else 1
-    sizes = [_nbytes(task) for task in tasks]
 
-    def work(number: int) -> None:
+    def work(number: int, threads: int) -> None:
         found[number] = _file_result(tasks[number], manifest, threads)
 
-    # The largest first, so that none is left over for one processor at the end.
-    order = sorted(range(len(tasks)), key=lambda number: -sizes[number])
-    in_parallel((partial(work, number) for number in order), nbytes=sum(sizes), most=cores)
+    over_the_cores([_nbytes(task) for task in tasks], work)
     return [
         _with_model(*found[number], task, manifest, verify) if task.policy.needs_model else found[number][0]
         for number, task in enumerate(tasks)
@@ -179,10 +172,7 @@ def _carried_out(tasks: Sequence[_Task], manifest: Manifest | None, verify: Call
 def _nbytes(task: _Task) -> int:
     if task.record is not None and task.record.shards:
         return task.record.size
-    try:
-        return os.stat(task.path).st_size
-    except (OSError, ValueError):
-        return 0
+    return size_of(task.path)
 
 
 def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[FileResult, Examined | None]:
