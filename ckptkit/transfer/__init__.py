@@ -1,7 +1,8 @@
 """Executes a plan: bytes from file to file, into temporary files, then renamed.
 
-`values` gives a tensor's values however they lie, `steps` carries out a plan on an open file,
-`publish` writes and checks whole outputs, `names` gives complete files their names, `workers` are the threads.
+`values` gives a tensor's values however they lie, `copier` moves bytes that stay as they are, `steps` carries
+out a plan on an open file, `publish` writes and checks whole outputs, `names` gives complete files their names,
+`positioned` reads and writes open outputs, `workers` are the threads.
 """
 
 from ckptkit.transfer.publish import write_atomically

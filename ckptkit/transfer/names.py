@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from ckptkit.errors import DestinationExistsError, FileAccessError
 from ckptkit.plan import Plan
-from ckptkit.transfer.steps import UNAVAILABLE, write_at
+from ckptkit.transfer.copier import UNAVAILABLE
+from ckptkit.transfer.positioned import write_at
 from ckptkit.transfer.workers import uninterrupted
 
 __all__ = ["Output", "created", "exists", "overwrite", "publish"]

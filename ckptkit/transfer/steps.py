@@ -1,8 +1,7 @@
 """Carries out the steps of a plan on an open file.
 
-Bytes that move as they lie are copied inside the kernel (``copy_file_range``, then ``sendfile``,
-then reads and writes in bounded buffers).  Casts, checksums and digests are computed in bounded
-buffers by several threads.
+Bytes that move as they lie are copied inside the kernel (`ckptkit.transfer.copier`).  Casts, checksums
+and digests are computed in bounded buffers by several threads.
 """
 
 from __future__ import annotations
@@ -12,12 +11,15 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
+from ckptkit.bytesource import SourceFile
 from ckptkit.derived import Buffer, Conversion, ConvertedRange
-from ckptkit.errors import CorruptError, FileAccessError
+from ckptkit.errors import CorruptError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, Literal, Plan
+from ckptkit.transfer.copier import UNAVAILABLE, Copier
+from ckptkit.transfer.positioned import read_at, write_at
 from ckptkit.transfer.values import stream
 from ckptkit.transfer.workers import Background, buffer, in_parallel
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from ckptkit.casting import Losses
 
 __all__ = [
-    "UNAVAILABLE",
     "Digests",
     "Tally",
     "digested",
@@ -34,23 +35,13 @@ __all__ = [
     "move",
     "require_unchanged",
     "reserve",
-    "write_at",
 ]
-
-_ONE_CALL = 64 << 20
-"""Bytes asked of one kernel copy: calls cost nothing at this size, and an interrupt is heard soon."""
 
 _CACHED_NBYTES = 1 << 20
 """Bytes hashed at a time: they fit into a core's own cache."""
 
 _CONVERTED_NBYTES = 256 << 10
 """Bytes that conversion makes at a time: with what they are made from they fit there too."""
-
-UNAVAILABLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
-"""Errors that say this file system or kernel cannot do it so, not that doing it failed."""
-
-_position = threading.Lock()
-"""Held while a file position is used, on systems that cannot read and write by position."""
 
 Progress = Callable[[int], object]
 """Called with the number of bytes that were just dealt with; from several threads."""
@@ -198,20 +189,20 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
         As `execute`.
     """
     moved = progress or (lambda _: None)
-    copier = _Copier(fd, moved)
     casts = [step for step in plan.steps if isinstance(step, Cast)]
-    for step in plan.steps:
-        if isinstance(step, Copy):
-            copier.copy(step.source.plain(), step.target)
-        elif isinstance(step, Gather):
-            target = step.target
-            for chunk in stream(step.entry, tally.add):
-                write_at(fd, chunk, target)
-                moved(len(chunk))
-                target += len(chunk)
-        elif isinstance(step, Literal):
-            write_at(fd, step.data, step.target)
-            moved(len(step.data))
+    with closing(Copier(fd, moved)) as copier:
+        for step in plan.steps:
+            if isinstance(step, Copy):
+                copier.copy(step.source.plain(), step.target)
+            elif isinstance(step, Gather):
+                target = step.target
+                for chunk in stream(step.entry, tally.add):
+                    write_at(fd, chunk, target)
+                    moved(len(chunk))
+                    target += len(chunk)
+            elif isinstance(step, Literal):
+                write_at(fd, step.data, step.target)
+                moved(len(step.data))
 
     def pieces() -> Iterator[Callable[[], None]]:
         for step in casts:
@@ -261,70 +252,12 @@ def fill(plan: Plan, fd: int, digests: Digests | None = None, *, checksums: bool
     in_parallel(tasks, nbytes=sum(covers for _, covers in wanted))
 
 
-def write_at(fd: int, data: Buffer, offset: int) -> None:
-    """Write all of the data at a position of a file."""
-    view = memoryview(data)
-    while view:
-        if hasattr(os, "pwrite"):
-            written = os.pwrite(fd, view, offset)
-        else:
-            with _position:
-                os.lseek(fd, offset, os.SEEK_SET)
-                written = os.write(fd, view)
-        view, offset = view[written:], offset + written
-
-
 def _crc32(fd: int, start: int, nbytes: int) -> int:
     crc = 0
     while nbytes:
-        if hasattr(os, "pread"):
-            chunk = os.pread(fd, min(_CACHED_NBYTES, nbytes), start)
-        else:
-            with _position:
-                os.lseek(fd, start, os.SEEK_SET)
-                chunk = os.read(fd, min(_CACHED_NBYTES, nbytes))
+        chunk = read_at(fd, min(_CACHED_NBYTES, nbytes), start)
         if not chunk:
             raise OSError(errno.EIO, "the output became shorter while it was written")
         crc = zlib.crc32(chunk, crc)
         start, nbytes = start + len(chunk), nbytes - len(chunk)
     return crc
-
-
-class _Copier:
-    """Copies ranges into one file by the best way that works, found out once."""
-
-    def __init__(self, fd: int, progress: Progress) -> None:
-        self._fd = fd
-        self._progress = progress
-        ways = [self._copy_file_range, self._sendfile] if hasattr(os, "copy_file_range") else []
-        self._ways: list[Callable[[ByteRange, int], int]] = [*ways, self._read_write]
-
-    def copy(self, source: ByteRange, target: int) -> None:
-        """Copy all of ``source`` to position ``target``."""
-        while source.nbytes:
-            try:
-                moved = self._ways[0](source, target)
-            except OSError as error:
-                if isinstance(error, FileAccessError) or error.errno not in UNAVAILABLE or len(self._ways) == 1:
-                    raise
-                self._ways.pop(0)
-                continue
-            if moved == 0:  # the end of the source; or a file system that copies nothing and says so
-                if len(self._ways) == 1:
-                    raise CorruptError("the file became shorter while it was being copied", path=source.file.path)
-                self._ways.pop(0)
-                continue
-            self._progress(moved)
-            source, target = source.part(moved, source.nbytes - moved), target + moved
-
-    def _copy_file_range(self, source: ByteRange, target: int) -> int:
-        return os.copy_file_range(source.file.fd, self._fd, min(source.nbytes, _ONE_CALL), source.offset, target)
-
-    def _sendfile(self, source: ByteRange, target: int) -> int:
-        os.lseek(self._fd, target, os.SEEK_SET)
-        return os.sendfile(self._fd, source.file.fd, source.offset, min(source.nbytes, _ONE_CALL))
-
-    def _read_write(self, source: ByteRange, target: int) -> int:
-        chunk = source.read(0, min(source.nbytes, CHUNK_NBYTES))
-        write_at(self._fd, chunk, target)
-        return len(chunk)

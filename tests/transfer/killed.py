@@ -22,7 +22,7 @@ from typing import Any
 
 from ckptkit.cli import convert, main
 
-CALLS = ("copy_file_range", "fsync", "ftruncate", "link", "open", "replace", "unlink")
+CALLS = ("copy_file_range", "fsync", "ftruncate", "link", "open", "replace", "splice", "unlink")
 """What changes files, and is called between all else that does.  `open` counts where it makes one."""
 
 

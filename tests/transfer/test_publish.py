@@ -23,7 +23,7 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, DestinationExistsError, FileAccessError
 from ckptkit.plan import Copy, Digest, Gather, Literal
-from ckptkit.transfer import steps
+from ckptkit.transfer import copier
 
 Entry = Callable[[torch.Tensor], TensorEntry]
 
@@ -244,7 +244,8 @@ def test_a_full_disk(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPa
 @posix_only
 def test_a_disk_that_fills_up_while_copying(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fallocate", unavailable(errno.EOPNOTSUPP))
-    monkeypatch.setattr(os, "copy_file_range", unavailable(errno.ENOSPC))
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, unavailable(errno.ENOSPC))
     with pytest.raises(FileAccessError, match="No space left on device"):
         write(out, some_plan(source))
     assert only(out) == []
@@ -345,7 +346,7 @@ def test_kill_leaves_the_old_file_alone(tmp_path: Path, out: Path) -> None:
 
 def test_interrupted_between_two_copies(source: SourceFile, out: Path) -> None:
     """One kernel copy is bounded, so that an interrupt is heard between two."""
-    assert steps._ONE_CALL <= 64 << 20
+    assert copier._ONE_CALL <= 64 << 20
     with pytest.raises(KeyboardInterrupt):
         write(out, some_plan(source), progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
 

@@ -1,8 +1,7 @@
-"""Plans are carried out exactly, by every way the system offers."""
+"""Plans are carried out exactly."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import threading
@@ -10,11 +9,10 @@ import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from plans import DATA, bits, executed, plan_of, posix_only, some_plan, some_result, unavailable
+from plans import DATA, bits, executed, plan_of, some_plan, some_result
 
 from ckptkit import formats
 from ckptkit.bytesource import ByteRange, SourceFile
@@ -30,78 +28,6 @@ from ckptkit.transfer import steps, values, workers
 Entry = Callable[[torch.Tensor], TensorEntry]
 
 
-def one_byte_at_a_time(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    if way == "copy_file_range":
-        real_range = os.copy_file_range
-        monkeypatch.setattr(os, way, lambda a, b, n, at, to: real_range(a, b, min(n, 1), at, to))
-    elif way == "sendfile":
-        real_send = os.sendfile
-        monkeypatch.setattr(os, way, lambda out, a, at, n: real_send(out, a, at, min(n, 1)))
-    else:
-        real_write = os.pwrite
-        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_write(fd, data[:1], at))
-
-
-def counted(name: str, calls: dict[str, int]) -> Callable[..., int]:
-    real = getattr(os, name)
-
-    def call(*given: Any) -> int:
-        calls[name] = calls.get(name, 0) + 1
-        return real(*given)
-
-    return call
-
-
-WAYS = ["copy_file_range", "sendfile", "read_write"]
-
-
-@posix_only
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("reason", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
-@pytest.mark.parametrize("short", [False, True])
-def test_every_way_of_copying(
-    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str, reason: int, short: bool
-) -> None:
-    calls: dict[str, int] = {}
-    for name in ("copy_file_range", "sendfile"):
-        monkeypatch.setattr(os, name, counted(name, calls))
-    if short:
-        one_byte_at_a_time(monkeypatch, way)
-    for name in WAYS[: WAYS.index(way)]:
-        monkeypatch.setattr(os, name, unavailable(reason))
-    nbytes = 3000 if short else 150_001
-    moved: list[int] = []
-    executed(out, plan_of(Literal(0, b"x"), Copy(1, ByteRange(source, 7, nbytes))), moved.append)
-    assert out.read_bytes() == b"x" + DATA[7 : 7 + nbytes]
-    assert sum(moved) == nbytes + 1
-    assert set(calls) == {way} - {"read_write"}
-    if short and way != "read_write":
-        assert calls[way] == nbytes
-
-
-@posix_only
-def test_a_way_that_copies_nothing_is_given_up(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("copy_file_range", "sendfile"):
-        monkeypatch.setattr(os, name, lambda *_: 0)  # as some file systems do
-    executed(out, some_plan(source))
-    assert out.read_bytes() == some_result()
-
-
-@posix_only
-def test_a_way_that_fails_half_way_is_replaced(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.copy_file_range
-    calls = iter([5, 7])
-
-    def failing(a: int, b: int, n: int, at: int, to: int) -> int:
-        for count in calls:
-            return real(a, b, count, at, to)
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "copy_file_range", failing)
-    executed(out, some_plan(source))
-    assert out.read_bytes() == some_result()
-
-
 def test_gathers_and_empty_steps(entry: Entry, source: SourceFile, out: Path) -> None:
     tensor = torch.arange(12.0).view(3, 4).t()
     empty = entry(torch.ones(0, 3))
@@ -115,7 +41,7 @@ def test_gathers_and_empty_steps(entry: Entry, source: SourceFile, out: Path) ->
 
 
 def test_where_there_are_no_positioned_calls(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("pread", "pwrite", "copy_file_range", "sendfile", "posix_fallocate"):
+    for name in ("pread", "pwrite", "copy_file_range", "splice", "posix_fallocate"):
         monkeypatch.delattr(os, name, raising=False)  # as on Windows
     executed(out, some_plan(source))
     assert out.read_bytes() == some_result()
@@ -127,24 +53,11 @@ def test_checksums_of_one_extent_are_computed_once(
     computed: list[tuple[int, int]] = []
     real = steps._crc32
     monkeypatch.setattr(steps, "_crc32", lambda fd, at, n: computed.append((at, n)) or real(fd, at, n))
-    monkeypatch.setattr(steps, "CHUNK_NBYTES", 1000)
+    monkeypatch.setattr(steps, "_CACHED_NBYTES", 1000)
     copy = Copy(8, ByteRange(source, 0, 5000))
     executed(out, plan_of(Literal(0, bytes(8)), copy, Checksum(0, 8, 5000), Checksum(4, 8, 5000)))
     assert computed == [(8, 5000)]
     assert out.read_bytes()[:8] == zlib.crc32(DATA[:5000]).to_bytes(4, "little") * 2
-
-
-@posix_only
-@pytest.mark.parametrize("way", WAYS)
-def test_a_source_that_is_cut_meanwhile(
-    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    for name in WAYS[: WAYS.index(way)]:
-        monkeypatch.setattr(os, name, unavailable(errno.EXDEV))
-    os.truncate(source.path, 100_000)
-    with pytest.raises(CorruptError, match="the file became shorter while it was") as caught:
-        executed(out, some_plan(source))
-    assert caught.value.path == source.path
 
 
 def test_steps_are_written_at_the_planned_places(source: SourceFile, out: Path) -> None:

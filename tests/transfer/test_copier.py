@@ -1,0 +1,186 @@
+"""Ranges are copied exactly, by every way the system offers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plans import DATA, executed, plan_of, posix_only, some_plan, some_result, unavailable
+
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.errors import CorruptError
+from ckptkit.plan import Copy, Literal
+from ckptkit.transfer import copier
+from ckptkit.transfer.copier import Copier
+
+pytestmark = posix_only
+
+WAYS = ["splice", "copy_file_range", "read_write"]
+
+
+def one_byte_at_a_time(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    if way == "copy_file_range":
+        real_range = os.copy_file_range
+        monkeypatch.setattr(os, way, lambda a, b, n, at, to: real_range(a, b, min(n, 1), at, to))
+    elif way == "splice":
+        real_splice = os.splice
+        monkeypatch.setattr(os, way, lambda a, b, n, **places: real_splice(a, b, min(n, 1), **places))
+    else:
+        real_write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_write(fd, data[:1], at))
+
+
+def counted(name: str, calls: dict[str, int]) -> Callable[..., int]:
+    real = getattr(os, name)
+
+    def call(*given: Any, **more: Any) -> int:
+        calls[name] = calls.get(name, 0) + 1
+        return real(*given, **more)
+
+    return call
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reason", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("short", [False, True])
+def test_every_way_of_copying(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str, reason: int, short: bool
+) -> None:
+    calls: dict[str, int] = {}
+    monkeypatch.setattr(copier, "_PIECE_NBYTES", 1024 if short else copier._PIECE_NBYTES)
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, counted(name, calls))
+    if short:
+        one_byte_at_a_time(monkeypatch, way)
+    for name in WAYS[: WAYS.index(way)]:
+        monkeypatch.setattr(os, name, unavailable(reason))
+    nbytes = 3000 if short else 150_001
+    moved: list[int] = []
+    executed(out, plan_of(Literal(0, b"x"), Copy(1, ByteRange(source, 7, nbytes))), moved.append)
+    assert out.read_bytes() == b"x" + DATA[7 : 7 + nbytes]
+    assert sum(moved) == nbytes + 1
+    assert set(calls) == {way} - {"read_write"}
+    if short:
+        assert calls.get(way) == {"splice": 2 * nbytes, "copy_file_range": nbytes, "read_write": None}[way]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 192, 4096, 65_535])
+@pytest.mark.parametrize("target", [0, 1, 8, 4096, 65_535, 70_000])
+def test_pieces_end_on_the_grid_of_the_output(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, offset: int, target: int
+) -> None:
+    written: list[tuple[int, int]] = []
+    real = os.splice
+
+    def splice(src: int, dst: int, count: int, **places: int) -> int:
+        moved = real(src, dst, count, **places)
+        if "offset_dst" in places:
+            written.append((places["offset_dst"], moved))
+        return moved
+
+    monkeypatch.setattr(os, "splice", splice)
+    nbytes = 131_073
+    executed(out, plan_of(Copy(target, ByteRange(source, offset, nbytes))))
+    assert out.read_bytes() == bytes(target) + DATA[offset : offset + nbytes]
+    ends = [place + moved for place, moved in written]
+    assert [place for place, _ in written] == [target, *ends[:-1]]
+    assert all(end % (64 << 10) == 0 for end in ends[:-1])
+    assert ends[-1] == target + nbytes
+
+
+def test_a_pipe_no_larger_than_usual(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above what a user may have in pipes, a piece goes in two parts."""
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "fcntl", unavailable(errno.EPERM))
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+
+
+def test_short_ranges_are_one_call(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, int] = {}
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, counted(name, calls))
+    steps = [Copy(1000 * number, ByteRange(source, 3 + 2000 * number, 1000)) for number in range(50)]
+    executed(out, plan_of(*steps))
+    assert out.read_bytes() == b"".join(DATA[3 + 2000 * number : 1003 + 2000 * number] for number in range(50))
+    assert calls == {"copy_file_range": 50}
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs"])
+def test_a_server_that_copies_is_asked_first(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    calls: dict[str, int] = {}
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, counted(name, calls))
+    monkeypatch.setattr(copier, "_file_system", lambda fd: kind)
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+    assert set(calls) == {"copy_file_range"}
+
+
+def test_the_file_system_is_the_one_that_is_mounted(out: Path) -> None:
+    with out.open("wb") as file:
+        found = copier._file_system(file.fileno())
+    named = subprocess.run(["df", "--output=fstype", out], capture_output=True, text=True, check=True)
+    assert found == named.stdout.split()[-1]
+
+
+def test_a_pipe_is_closed(source: SourceFile, out: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with out.open("wb") as file, closing(Copier(file.fileno(), lambda _: None)) as each:
+        each.copy(ByteRange(source, 0, 150_000), 0)
+        assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_way_that_copies_nothing_is_given_up(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, lambda *_, **__: 0)  # as some file systems do
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+
+
+def test_a_pipe_that_is_never_emptied(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.splice
+    monkeypatch.setattr(os, "splice", lambda *given, **places: 0 if "offset_dst" in places else real(*given, **places))
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+
+
+@pytest.mark.parametrize("way", ["splice", "copy_file_range"])
+def test_a_way_that_fails_half_way_is_replaced(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    real = getattr(os, way)
+    calls = iter([5, 5, 7, 7])
+
+    def failing(a: int, b: int, n: int, *given: int, **places: int) -> int:
+        for count in calls:
+            return real(a, b, count, *given, **places)
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    for name in WAYS[: WAYS.index(way)]:
+        monkeypatch.setattr(os, name, unavailable(errno.ENOSYS))
+    monkeypatch.setattr(os, way, failing)
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_source_that_is_cut_meanwhile(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    for name in WAYS[: WAYS.index(way)]:
+        monkeypatch.setattr(os, name, unavailable(errno.EXDEV))
+    os.truncate(source.path, 100_000)
+    with pytest.raises(CorruptError, match="the file became shorter while it was") as caught:
+        executed(out, some_plan(source))
+    assert caught.value.path == source.path
