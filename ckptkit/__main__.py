@@ -1,6 +1,6 @@
 """``python -m ckptkit``."""
 
-from ckptkit.cli import main
+from ckptkit.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -117,6 +116,8 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> s
 
     The destination is named after the source, beside it, and never the source itself.
     """
+    import shlex
+
     stem, ending = os.path.splitext(path)
     if stem.endswith(".index"):  # of shards: model.safetensors.index.json stands for model.safetensors
         stem = os.path.splitext(stem.removesuffix(".index"))[0]
@@ -129,6 +130,7 @@ def glob_of(name: str, before: str = "") -> str:
 
     ``before`` is a pattern of what stands before it: ``"*"``.
     """
+    import shlex
     from glob import escape
 
     return shlex.quote(before + "".join(c if c.isprintable() else "?" for c in escape(name)))

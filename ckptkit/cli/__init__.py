@@ -6,14 +6,16 @@ found, 1 a difference or a failing finding, 2 it could not be done.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -21,7 +23,7 @@ from ckptkit import __version__
 from ckptkit.cli.options import printable
 from ckptkit.errors import CkptkitError
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 COMMANDS = {
     "check": "Hold files against a manifest and a policy.",
@@ -71,7 +73,24 @@ def cli(debug: bool) -> None:
     """Inspect, convert and verify PyTorch checkpoints without executing them."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run() -> NoReturn:
+    """The program: `main`, and the end of the process at once.
+
+    Python would take down every module and object one by one first, a sixth of the time that a small
+    command takes; all of it is memory, which the system takes back as a whole.
+    """
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
+    atexit._run_exitfuncs()  # a model's own code may have registered some
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
     Args:

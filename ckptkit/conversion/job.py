@@ -12,7 +12,6 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.receipt import Tokens, with_digests, with_receipt
 from ckptkit.errors import DestinationExistsError, RewriteError
-from ckptkit.formats.sharded import shard_names
 from ckptkit.plan import Plan
 from ckptkit.report import parse_size
 from ckptkit.transfer import Tally, write_atomically
@@ -96,6 +95,8 @@ class Job:
 
     def _stale(self) -> tuple[str, ...]:
         """What an earlier output left beside this one: the shards of its index, the one file if it was asked for."""
+        from ckptkit.formats.sharded import shard_names
+
         name = os.path.basename(self.path).removesuffix(".index.json")
         stem, ending = os.path.splitext(name)
         # Until an earlier run that was killed is made up for, its index may still name shards as they were called then.

@@ -1,7 +1,4 @@
-"""Containers: one module each, and the functions that choose among them.
-
-Adding a container is a module that ends in ``FORMAT = Format(...)`` and one line in `CONTAINERS`.
-"""
+"""Containers: one module each, a table in `ckptkit.formats.containers`, and functions that choose among them."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from typing import TYPE_CHECKING
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
-from ckptkit.formats import pt2, safetensors, sharded, torch_legacy, torch_package, torch_tar, torch_zip, torchscript
+from ckptkit.formats.containers import FORMATS, SUFFIXES
 from ckptkit.formats.detection import identify
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.refused.sweep import names_left
+from ckptkit.formats.shards.names import INDEX_SUFFIXES, lone_shard
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 
@@ -34,23 +31,6 @@ _SHARDED = {"safetensors-sharded": "safetensors", "torch-sharded": "torch-zip"}
 
 SHARD_NBYTES = 5 * 10**9
 """Bytes of a shard where an index is to be written and no size is given; what huggingface_hub takes."""
-
-CONTAINERS: tuple[Format, ...] = (
-    torch_zip.FORMAT,
-    torch_legacy.FORMAT,
-    torch_tar.FORMAT,
-    torchscript.FORMAT,
-    torch_package.FORMAT,
-    pt2.FORMAT,
-    safetensors.FORMAT,
-)
-"""Every container that is one file, in no order that matters: a file two of them claim is refused."""
-
-FORMATS: tuple[Format, ...] = (*CONTAINERS, *sharded.over(CONTAINERS))
-"""Every container: these, and the indexes that make one checkpoint of several of them."""
-
-SUFFIXES = frozenset(suffix for container in FORMATS for suffix in container.suffixes)
-"""Endings of checkpoint files; used to find files in folders, never to decide what a file is."""
 
 
 def detect(probe: Probe) -> Format:
@@ -71,11 +51,13 @@ def files_below(folder: str) -> Iterator[str]:
     Raises:
         FileAccessError: there are none.
     """
+    from ckptkit.formats.sharded import shard_names
+
     found = 0
     for parent, folders, names in os.walk(folder):
         folders.sort()
-        indexes = [name for name in names if name.endswith(sharded.INDEX_SUFFIXES)]
-        shards = {shard for index in indexes for shard in sharded.shard_names(os.path.join(parent, index))}
+        indexes = [name for name in names if name.endswith(INDEX_SUFFIXES)]
+        shards = {shard for index in indexes for shard in shard_names(os.path.join(parent, index))}
         for name in sorted(names):
             if name in indexes or (os.path.splitext(name)[1].lower() in SUFFIXES and name not in shards):
                 found += 1
@@ -122,6 +104,8 @@ def read(
     except FormatError as error:
         seen = raw.globals if raw is not None else ()
         if probe is not None and raw is None:
+            from ckptkit.formats.refused.sweep import names_left  # nobody waits for it where all is well
+
             known = {use.name for use in error.globals}
             seen = tuple(use for use in names_left(probe) if use.name not in known)
         file.close()
@@ -135,7 +119,7 @@ def _placed(checkpoint: Checkpoint, file: SourceFile) -> Checkpoint:
     """The checkpoint with what the files beside it say: the size of its shards, or that it is itself but one."""
     if checkpoint.origin.format.endswith("-sharded"):
         return checkpoint.replace(origin=replace(checkpoint.origin, size=file.total_size))
-    shard = sharded.lone_shard(file)
+    shard = lone_shard(file)
     return checkpoint if shard is None else checkpoint.replace(findings=(*checkpoint.findings, shard))
 
 
@@ -161,7 +145,7 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     Raises:
         RewriteError: no container is meant by it; the message lists what can be written.
     """
-    writable = [container for container in FORMATS if container.write is not None]
+    writable = [container for container in FORMATS if container.writer is not None]
     ending = os.path.splitext(os.fspath(destination))[1].lower()
     for container in writable:
         if name is None and ending in container.suffixes:
@@ -223,8 +207,6 @@ def plan(
         RewriteError: no container is meant, or it cannot hold the checkpoint.
     """
     path, container, most = target(destination, to, shard_nbytes)
-    if container.write is None:
-        raise RewriteError(f"{container.name} cannot be written")
     if most is None:
         return path, container.write(checkpoint)
     from ckptkit.formats.shards.writer import index_name, plan_shards

@@ -19,7 +19,7 @@ def identify(probe: Probe, containers: Sequence[Format]) -> Format:
         UnknownFormatError: none does; the message says what the file is instead and what helps.
         AmbiguousError: more than one does: torch looks at the first bytes, unzip at the last ones.
     """
-    claims = [container for container in containers if container.sniff(probe)]
+    claims = [container for container in containers if container.claims(probe)]
     if not claims:
         from ckptkit.formats.refused.first_bytes import unknown  # only here, as many patterns take a moment to compile
 

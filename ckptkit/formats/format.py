@@ -1,15 +1,16 @@
-"""What a container is to the rest of ckptkit: three functions and a name."""
+"""What a container is to the rest of ckptkit: a name, how it is known, and the modules that read and write it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import CorruptError, UnknownFormatError
+from ckptkit.errors import CorruptError, RewriteError, UnknownFormatError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
@@ -77,14 +78,34 @@ class Format:
     Attributes:
         name: as in `Origin.format` and the JSON documents.
         suffixes: endings of destinations that choose it.
-        sniff: whether the file claims to be of this container.
+        claims: whether the file claims to be of this container.
             After that the decision stands: what is wrong with the file is that container's error.
-        read: the tree and the container's facts; reads directory, pickle or header only.
-        write: the plan of a file that holds a checkpoint; ``None``: cannot be written.
+        reader: the module that reads it.
+        writer: the module that writes it; ``None``: cannot be written.
     """
 
     name: str
-    suffixes: tuple[str, ...]
-    sniff: Callable[[Probe], bool]
-    read: Callable[[Probe], RawCheckpoint]
-    write: Callable[[Checkpoint], Plan] | None
+    suffixes: tuple[str, ...] = ()
+    claims: Callable[[Probe], bool]
+    reader: str
+    writer: str | None = None
+
+    def read(self, probe: Probe) -> RawCheckpoint:
+        """The tree and the container's facts; reads directory, pickle or header only.
+
+        Raises:
+            FormatError: the file is damaged or refused.
+        """
+        read: Callable[[Probe], RawCheckpoint] = import_module(f"ckptkit.formats.{self.reader}").read
+        return read(probe)
+
+    def write(self, checkpoint: Checkpoint) -> Plan:
+        """The plan of a file that holds a checkpoint.
+
+        Raises:
+            RewriteError: the container cannot hold it, or cannot be written at all.
+        """
+        if self.writer is None:
+            raise RewriteError(f"{self.name} cannot be written")
+        write: Callable[[Checkpoint], Plan] = import_module(f"ckptkit.formats.{self.writer}").write
+        return write(checkpoint)

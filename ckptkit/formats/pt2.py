@@ -33,9 +33,9 @@ from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, FormatError, UnsupportedError
 from ckptkit.formats.archives.zip_record import record_source
-from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.format import Probe
 from ckptkit.formats.strict_json import parse, shown
-from ckptkit.formats.torch_archive import TorchArchive, archive_kind
+from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript import vouched
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
@@ -44,7 +44,7 @@ from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import Finding
 
-__all__ = ["FORMAT"]
+__all__ = ["read"]
 
 _NAME = "pt2"
 _COMPILED = ("data/aotinductor/", "data/executorch/")
@@ -61,11 +61,12 @@ _DTYPES = {
 """``ScalarType`` of ``torch/_export/serde/schema.py``."""
 
 
-def _sniff(probe: Probe) -> bool:
-    return archive_kind(probe) == _NAME
+def read(probe: Probe) -> RawCheckpoint:
+    """The tree and the container's facts.
 
-
-def _read(probe: Probe) -> RawCheckpoint:
+    Raises:
+        FormatError: the file is damaged or refused.
+    """
     archive = TorchArchive(probe.records or {}, probe.limits)
     reader = _Reader(archive)
     models = reader.old() if _OLD in archive.records else reader.models()
@@ -302,6 +303,3 @@ def _location(meta: dict[str, object]) -> str:
     index = device.get("index")
     kind = _field(device, "type", str)
     return f"{kind}:{index}" if isinstance(index, int) and kind != "cpu" else kind
-
-
-FORMAT = Format(name=_NAME, suffixes=(".pt2",), sniff=_sniff, read=_read, write=None)

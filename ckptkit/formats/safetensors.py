@@ -31,9 +31,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import ByteRange, SourceFile
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, contiguous_stride
+from ckptkit.checkpoint import Storage, TensorEntry, contiguous_stride
 from ckptkit.errors import CorruptError, FormatError, LimitError
-from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.format import Probe
 from ckptkit.formats.module_versions import VERSIONS, state_dict_node, versions_from
 from ckptkit.formats.safetensors_header import METADATA, NAME, Layout, check_extents, compact, layout, strings
 from ckptkit.formats.strict_json import parse, shown
@@ -43,21 +43,17 @@ from ckptkit.normalize import RawCheckpoint
 from ckptkit.report import Finding, convert_command
 
 if TYPE_CHECKING:
-    from ckptkit.plan import Plan
+    pass
 
-__all__ = ["FORMAT"]
-
-
-def _sniff(probe: Probe) -> bool:
-    head = probe.head
-    if len(head) < 9:
-        return False
-    header_nbytes = int.from_bytes(head[:8], "little")
-    # A plausible size and a brace: text, pickles and zips have larger first words or no brace there.
-    return head[8:9] == b"{" and header_nbytes < 1 << 40
+__all__ = ["read"]
 
 
-def _read(probe: Probe) -> RawCheckpoint:
+def read(probe: Probe) -> RawCheckpoint:
+    """The tree and the container's facts.
+
+    Raises:
+        FormatError: the file is damaged or refused.
+    """
     try:
         return _read_header(probe.file, probe.limits)
     except FormatError as error:
@@ -126,12 +122,3 @@ def _alignment(layouts: Mapping[str, Layout], start: int, path: str) -> Iterator
             "elements' width",
             fix=convert_command(path),
         )
-
-
-def _write(checkpoint: Checkpoint) -> Plan:
-    from ckptkit.formats.safetensors_writer import write  # reading alone starts faster without
-
-    return write(checkpoint)
-
-
-FORMAT = Format(name=NAME, suffixes=(".safetensors",), sniff=_sniff, read=_read, write=_write)

@@ -25,19 +25,17 @@ hold no state_dict; names in no shard, in another shard than the index says, or 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
+from ckptkit.formats.containers import CONTAINERS, index_of
 from ckptkit.formats.detection import identify
-from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.format import Probe
 from ckptkit.formats.module_versions import state_dict_node
 from ckptkit.formats.shards.facts import (
     LISTED,
@@ -49,56 +47,30 @@ from ckptkit.formats.shards.facts import (
     total_size,
 )
 from ckptkit.formats.shards.file import ShardFile
+from ckptkit.formats.shards.names import is_shard_name
 from ckptkit.formats.strict_json import parse, shown
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import TreeMap, attributes, mapping_items
-from ckptkit.report import Finding
 
-__all__ = ["INDEX_SUFFIXES", "is_shard_name", "lone_shard", "over", "shard_names"]
-
-INDEX_SUFFIXES = tuple(f".{ending}.index.json" for ending in ("safetensors", "bin", "pth", "pt", "ckpt", "pkl"))
-"""Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
-
-_SAFETENSORS, _TORCH = "safetensors-sharded", "torch-sharded"
-_CUSTOMARY = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.[A-Za-z]+)\Z")
-_WEIGHT_MAP = re.compile(rb'"weight_map"\s*:\s*\{')
-_SAFETENSORS_FILE = re.compile(rb'\.safetensors"\s*[,}]')
-_ODD_PATH = re.compile(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
+__all__ = ["read", "shard_names"]
 
 
-def over(containers: Sequence[Format]) -> tuple[Format, ...]:
-    """The two formats of an index whose shards are files of these containers."""
-    return tuple(
-        Format(
-            name=name,
-            suffixes=(),
-            sniff=partial(_sniff, name),
-            read=partial(_read, name, containers),
-            write=None,
-        )
-        for name in (_SAFETENSORS, _TORCH)
-    )
+def read(probe: Probe) -> RawCheckpoint:
+    """The tree and the facts of the index and its shards.
 
-
-def _sniff(name: str, probe: Probe) -> bool:
-    text = probe.json_object
-    if text is None or b'"weight_map"' not in text:
-        return False
-    begin = _WEIGHT_MAP.search(text)  # metadata, which customarily stands before it, may name files too
-    found = _SAFETENSORS_FILE.search(text, begin.end() if begin else 0)
-    return (found is not None) == (name == _SAFETENSORS)
-
-
-def _read(name: str, containers: Sequence[Format], probe: Probe) -> RawCheckpoint:
+    Raises:
+        FormatError: the index or a shard is damaged or refused.
+    """
+    name = index_of(probe) or ""
     weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
-    allowed = [c for c in containers if name != _SAFETENSORS or c.name == "safetensors"]
+    allowed = [each.name for each in CONTAINERS if name == "torch-sharded" or each.name == "safetensors"]
     problems = _Problems()
     shards: dict[str, Shard] = {}
     for shard in dict.fromkeys(weight_map.values()):
-        read = _read_shard(shard, probe, containers, allowed, problems)
-        if read is not None:
-            shards[shard] = read
+        found = _read_shard(shard, probe, allowed, problems)
+        if found is not None:
+            shards[shard] = found
     everything = _assembled(weight_map, shards, problems)
     if len(everything) > probe.limits.entries:
         raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
@@ -149,11 +121,6 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
     if (count := len(set(weight_map.values()))) > limits.shards:
         raise LimitError("shards of one checkpoint", limit=limits.shards, actual=count)
     return weight_map, metadata or {}
-
-
-def is_shard_name(name: str) -> bool:
-    """Whether an index may name a shard so: relative, and inside its folder."""
-    return bool(name) and not _ODD_PATH.search(name)
 
 
 def shard_names(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
@@ -212,9 +179,7 @@ _ELSEWHERE = "{count} name{s} in another shard than the index says: {names}"
 _TWICE = "{count} name{s} in two shards: {names}"
 
 
-def _read_shard(
-    name: str, probe: Probe, containers: Sequence[Format], allowed: Sequence[Format], problems: _Problems
-) -> Shard | None:
+def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Problems) -> Shard | None:
     path = os.path.join(os.path.dirname(os.path.abspath(probe.file.path)), *name.split("/"))
     try:
         file = ShardFile(path)
@@ -228,8 +193,8 @@ def _read_shard(
             size = re.search(rb"^size ([0-9]{1,19})$", part.head, re.MULTILINE)
             problems.add(_POINTER, f"{name} ({int(size[1]):,} bytes)" if size else name)
             return None
-        container = identify(part, containers)
-        if container not in allowed:
+        container = identify(part, CONTAINERS)
+        if container.name not in allowed:
             problems.add(_UNREADABLE, f"{name} (it is {container.name}, where the index promises safetensors)")
             return None
         raw = container.read(part)
@@ -296,41 +261,3 @@ def _root(everything: Mapping[str, object], shards: Mapping[str, Shard]) -> obje
             if isinstance(key, str):
                 versions.setdefault(key, value)
     return state_dict_node(everything, versions)
-
-
-def lone_shard(file: SourceFile) -> Finding | None:
-    """The finding for a file that is one of several shards, by its name or by an index beside it."""
-    folder, name = os.path.split(file.path)
-    customary = _CUSTOMARY.match(name)
-    ending = os.path.splitext(name)[1]
-    if customary is not None:
-        candidates = [f"{customary[1]}{ending}.index.json"]
-    elif ending in (".safetensors", ".bin"):
-        candidates = [f"{stem}{ending}.index.json" for stem in ("model", "pytorch_model", "diffusion_pytorch_model")]
-    else:
-        return None
-    index = next((path for path in (os.path.join(folder, c) for c in candidates) if _names(path, name)), None)
-    if index is None and (customary is None or int(customary[3]) < 2):
-        return None
-    what = f"one of {int(customary[3])} shards" if customary is not None else "one of several shards"
-    beside = "the index beside it opens them all" if index else "the index that names them all is not beside it"
-    return Finding(
-        code="one-shard",
-        severity="info",
-        message=f"{what} of a checkpoint: the other tensors lie in the other files; {beside}",
-        fix=f"ckptkit inspect {shlex.quote(index)}" if index else None,
-    )
-
-
-def _names(path: str, shard: str) -> bool:
-    """Whether a file beside a shard holds the shard's name in quotes: an index is not parsed for a remark."""
-    try:
-        index = SourceFile(path)
-    except FileAccessError:
-        return False
-    try:
-        return index.size <= DEFAULT_LIMITS.index_nbytes and json.dumps(shard).encode() in index.read(0, index.size)
-    except (FormatError, FileAccessError):
-        return False
-    finally:
-        index.close()

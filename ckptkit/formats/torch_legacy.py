@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError, UnsupportedError
-from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.format import Probe
 from ckptkit.formats.pickle_row import PickleRow
 from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.normalize import RawCheckpoint, normalize
@@ -40,7 +40,7 @@ from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 
-__all__ = ["FORMAT", "legacy_findings"]
+__all__ = ["begins_one", "legacy_findings", "read"]
 
 _NAME = "torch-legacy"
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -53,22 +53,21 @@ _OBJECT_NBYTES = 1 << 20
 """The first window for the object: most state_dicts fit."""
 
 
-def _sniff(probe: Probe) -> bool:
-    if probe.head[:1] not in (b"\x80", b"\x8a", b"L"):  # PROTO, LONG1, LONG
-        return False
-    return _begins_one(probe.head[:_MAGIC_NBYTES])
-
-
-def _begins_one(data: bytes) -> bool:
-    """Whether the bytes begin with the pickle of the magic number."""
+def begins_one(head: bytes) -> bool:
+    """Whether a file with these first bytes begins with the pickle of the magic number."""
     try:
-        root = read_pickle(data).root
+        root = read_pickle(head[:_MAGIC_NBYTES]).root
     except FormatError:
         return False
     return isinstance(root, int) and root == _MAGIC
 
 
-def _read(probe: Probe) -> RawCheckpoint:
+def read(probe: Probe) -> RawCheckpoint:
+    """The tree and the container's facts.
+
+    Raises:
+        FormatError: the file is damaged or refused.
+    """
     row = PickleRow(ByteRange(probe.file, 0, probe.file.size), probe.limits)
     try:
         return _read_row(row, probe)
@@ -189,7 +188,7 @@ def _followed(row: PickleRow) -> FormatError:
     """The error for a file that goes on after the last storage."""
     start = row.source.read(row.pos, min(row.left, _MAGIC_NBYTES))
     what = f"{row.left:,} bytes follow the last storage"
-    if _begins_one(start):
+    if begins_one(start):
         return AmbiguousError(
             f"{what}: another checkpoint, saved into the same file. In Python, torch.load on the open file gives one "
             "after the other; save each into a file of its own",
@@ -226,6 +225,3 @@ def legacy_findings(table: LegacyTable) -> list[Finding]:
             )
         )
     return findings
-
-
-FORMAT = Format(name=_NAME, suffixes=(), sniff=_sniff, read=_read, write=None)

@@ -26,8 +26,8 @@ from dataclasses import replace
 
 from ckptkit.checkpoint import GlobalUse, Kind
 from ckptkit.errors import CorruptError
-from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.torch_archive import TorchArchive, archive_kind
+from ckptkit.formats.format import Probe
+from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript import JIT_CONSTRUCTORS, as_modules, vouched
 from ckptkit.formats.torchscript_code import ScriptClasses
 from ckptkit.normalize import RawCheckpoint
@@ -36,7 +36,7 @@ from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.report import Finding
 
-__all__ = ["FORMAT"]
+__all__ = ["read"]
 
 _NAME = "torch-package"
 _SCRIPTS = ".data/ts_code/"
@@ -44,11 +44,12 @@ _UNPACKAGE = "torch.jit._script.unpackage_script_module"
 _PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 
-def _sniff(probe: Probe) -> bool:
-    return archive_kind(probe) == _NAME
+def read(probe: Probe) -> RawCheckpoint:
+    """The tree and the container's facts.
 
-
-def _read(probe: Probe) -> RawCheckpoint:
+    Raises:
+        FormatError: the file is damaged or refused.
+    """
     archive = TorchArchive(probe.records or {}, probe.limits)
     version, byteorder = archive.version(), archive.byteorder()
     package = _Package(archive, byteorder)
@@ -165,6 +166,3 @@ def _findings(archive: TorchArchive, pickles: list[str], scripts: list[str]) -> 
     if python:
         message += f"; written with Python {python[:20]}"
     yield Finding(code="package-code", severity="warning" if sources else "info", message=message)
-
-
-FORMAT = Format(name=_NAME, suffixes=(), sniff=_sniff, read=_read, write=None)

@@ -29,8 +29,8 @@ from typing import TypeGuard
 
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
-from ckptkit.formats.archives.tar_archive import BLOCK_NBYTES, Member, is_header, read_members
-from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.archives.tar_archive import Member, read_members
+from ckptkit.formats.format import Probe
 from ckptkit.formats.pickle_row import PickleRow
 from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.formats.torch_legacy import legacy_findings
@@ -40,7 +40,7 @@ from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.reader import PickleResult
 from ckptkit.pickling.trust import merge_uses
 
-__all__ = ["FORMAT"]
+__all__ = ["read"]
 
 _NAME = "torch-tar"
 _PROTOCOL = 1000
@@ -55,11 +55,12 @@ _OBJECT_NBYTES = 1 << 20
 _DIMENSIONS = Struct("<i4x")
 
 
-def _sniff(probe: Probe) -> bool:
-    return is_header(probe.head[:BLOCK_NBYTES])
+def read(probe: Probe) -> RawCheckpoint:
+    """The tree and the container's facts.
 
-
-def _read(probe: Probe) -> RawCheckpoint:
+    Raises:
+        FormatError: the file is damaged or refused.
+    """
     return _Reader(probe).read()
 
 
@@ -298,6 +299,3 @@ class _Reader:
 def _is_key(node: object) -> TypeGuard[int]:
     """A key, a size or an offset: a whole number of at most 64 bits that is not negative."""
     return node.__class__ is int and 0 <= node < 1 << 64
-
-
-FORMAT = Format(name=_NAME, suffixes=(), sniff=_sniff, read=_read, write=None)

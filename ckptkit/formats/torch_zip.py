@@ -27,27 +27,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CorruptError
-from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.format import Probe
 from ckptkit.formats.strict_json import parse
-from ckptkit.formats.torch_archive import METADATA, TorchArchive, archive_kind
+from ckptkit.formats.torch_archive import METADATA, TorchArchive
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.tensors import StorageTable
 
 if TYPE_CHECKING:
-    from ckptkit.plan import Plan
+    pass
 
-__all__ = ["FORMAT"]
+__all__ = ["read"]
 
 NAME = "torch-zip"
 
 
-def _sniff(probe: Probe) -> bool:
-    return archive_kind(probe) == NAME
+def read(probe: Probe) -> RawCheckpoint:
+    """The tree and the container's facts.
 
-
-def _read(probe: Probe) -> RawCheckpoint:
+    Raises:
+        FormatError: the file is damaged or refused.
+    """
     archive = TorchArchive(probe.records or {}, probe.limits)
     version, byteorder = archive.version(), archive.byteorder()
     table = StorageTable(archive.locator("data/"), byteorder=byteorder, limits=probe.limits)
@@ -77,12 +77,3 @@ def _metadata(archive: TorchArchive) -> dict[str, str]:
     if not isinstance(document, dict) or not all(isinstance(value, str) for value in document.values()):
         raise CorruptError("the metadata must be a JSON object that maps strings to strings", where=METADATA)
     return document
-
-
-def _write(checkpoint: Checkpoint) -> Plan:
-    from ckptkit.formats.torch_zip_writer import write  # reading alone starts faster without
-
-    return write(checkpoint)
-
-
-FORMAT = Format(name=NAME, suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"), sniff=_sniff, read=_read, write=_write)

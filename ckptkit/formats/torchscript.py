@@ -39,8 +39,8 @@ from dataclasses import replace
 
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
-from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.torch_archive import TorchArchive, archive_kind
+from ckptkit.formats.format import Probe
+from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript_code import ScriptClass, ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import above_tensors, join
@@ -49,7 +49,7 @@ from ckptkit.pickling.reader import Constructor
 from ckptkit.pickling.tensors import StorageTable, is_tensor_like
 from ckptkit.report import Finding
 
-__all__ = ["FORMAT", "JIT_CONSTRUCTORS", "as_modules", "vouched"]
+__all__ = ["JIT_CONSTRUCTORS", "as_modules", "read", "vouched"]
 
 _NAME = "torchscript"
 _SIDE_PICKLES = ("bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl")
@@ -80,11 +80,12 @@ JIT_CONSTRUCTORS: dict[tuple[str, str], Constructor] = {
 """The calls in a JIT pickle that give their first argument."""
 
 
-def _sniff(probe: Probe) -> bool:
-    return archive_kind(probe) == _NAME
+def read(probe: Probe) -> RawCheckpoint:
+    """The tree and the container's facts.
 
-
-def _read(probe: Probe) -> RawCheckpoint:
+    Raises:
+        FormatError: the file is damaged or refused.
+    """
     archive = TorchArchive(probe.records or {}, probe.limits)
     if "model.json" in archive.records:
         raise UnsupportedError(
@@ -308,6 +309,3 @@ def _is_packed(value: object) -> bool:
 
 def _has_saved(node: object) -> bool:
     return isinstance(node, (TensorEntry, Storage))
-
-
-FORMAT = Format(name=_NAME, suffixes=(".jit", ".ptl", ".torchscript"), sniff=_sniff, read=_read, write=None)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ckptkit.errors import FileAccessError
 from ckptkit.formats import files_below
-from ckptkit.formats.sharded import INDEX_SUFFIXES, shard_names
+from ckptkit.formats.sharded import shard_names
+from ckptkit.formats.shards.names import INDEX_SUFFIXES
 
 __all__ = ["Selected", "name_of", "select"]
 

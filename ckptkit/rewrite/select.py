@@ -5,7 +5,6 @@ A glob is matched as `fnmatch.fnmatchcase` does: ``*`` crosses dots, and case co
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -129,6 +128,8 @@ def _check_optimizer(checkpoint: Checkpoint, kept: dict[str, object]) -> None:
     ]
     optimizers = list(_optimizers(checkpoint.rest)) if lost else []
     if optimizers:
+        import shlex
+
         remedy = " ".join(f"--leave-out {shlex.quote(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
         raise RewriteError(
             f"{_listed(lost, len(lost))} would be dropped, but the optimizer's state is keyed by position among the "

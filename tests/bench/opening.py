@@ -13,7 +13,7 @@ SPARSE = """
 import sys
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
-from ckptkit.formats import safetensors, torch_zip
+from ckptkit.formats import safetensors_writer, torch_zip_writer
 from ckptkit.plan import Literal
 
 # What the writers would write, with holes where the tensors' bytes would be.
@@ -27,7 +27,7 @@ for i in range(count):
     entries[name] = TensorEntry(storage=storage, storage_offset=0, shape=(each // 4,), stride=(1,), dtype="float32")
 origin = Origin(path="-", size=0, format="torch-zip", kind="state_dict", state_path="")
 checkpoint = Checkpoint(state_dict=StateDict(entries), rest=STATE_DICT, origin=origin)
-for container, path in ((torch_zip.FORMAT, sys.argv[2]), (safetensors.FORMAT, sys.argv[3])):
+for container, path in ((torch_zip_writer, sys.argv[2]), (safetensors_writer, sys.argv[3])):
     plan = container.write(checkpoint)
     with open(path, "wb") as output:
         output.truncate(plan.nbytes)

@@ -16,12 +16,12 @@ from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry, contiguous_stride
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import RewriteError
-from ckptkit.formats import safetensors, torch_zip
+from ckptkit.formats import format_for
 from ckptkit.formats.shards.units import SafetensorsUnits, TorchUnits
 from ckptkit.formats.shards.writer import plan_shards
 from ckptkit.pickling.inert import InertDict
 
-CONTAINERS = {"model.safetensors": safetensors.FORMAT, "pytorch_model.bin": torch_zip.FORMAT}
+CONTAINERS = {"model.safetensors": format_for("", "safetensors"), "pytorch_model.bin": format_for("", "torch-zip")}
 UNITS = {"model.safetensors": SafetensorsUnits, "pytorch_model.bin": TorchUnits}
 both = pytest.mark.parametrize("name", list(CONTAINERS))
 
@@ -138,6 +138,7 @@ def test_too_many_shards() -> None:
     with pytest.raises(
         RewriteError, match=r"10,001 shards, and readers take at most 10,000; (\S+) bytes a file are"
     ) as e:
-        plan_shards(checkpoint_of(entries), safetensors.FORMAT, "m.safetensors", 60)
+        plan_shards(checkpoint_of(entries), CONTAINERS["model.safetensors"], "m.safetensors", 60)
     enough = int(str(e.value).split("; ")[1].split(" ")[0].replace(",", ""))
-    assert len(plan_shards(checkpoint_of(entries), safetensors.FORMAT, "m.safetensors", enough).shards) <= 10_000
+    plan = plan_shards(checkpoint_of(entries), CONTAINERS["model.safetensors"], "m.safetensors", enough)
+    assert len(plan.shards) <= 10_000

@@ -19,8 +19,6 @@ import ckptkit
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
-from ckptkit.formats import safetensors as one_safetensors
-from ckptkit.formats import torch_zip
 from ckptkit.formats.format import Format
 from ckptkit.formats.shards.writer import index_name, plan_shards
 from ckptkit.plan import Plan
@@ -30,7 +28,9 @@ State = dict[str, torch.Tensor]
 Same = Callable[[torch.Tensor, torch.Tensor], bool]
 Save = Callable[..., Path]
 
-CONTAINERS = {"model.safetensors": one_safetensors.FORMAT, "pytorch_model.bin": torch_zip.FORMAT}
+SAFETENSORS, TORCH_ZIP = formats.format_for("", "safetensors"), formats.format_for("", "torch-zip")
+LEGACY = next(each for each in formats.FORMATS if each.name == "torch-legacy")
+CONTAINERS = {"model.safetensors": SAFETENSORS, "pytorch_model.bin": TORCH_ZIP}
 both = pytest.mark.parametrize("name", list(CONTAINERS))
 
 
@@ -127,7 +127,7 @@ def test_one_file_where_that_is_enough(name: str, save: Save) -> None:
             assert plan_shards(checkpoint, CONTAINERS[name], name, most) == whole
         assert plan_shards(checkpoint, CONTAINERS[name], name, whole.nbytes - 1).shards
     with opened(save({"a": torch.zeros(1000), "epoch": 3})) as checkpoint:
-        assert not plan_shards(checkpoint, torch_zip.FORMAT, "m.pth", 1 << 20).shards, "with all that is in it"
+        assert not plan_shards(checkpoint, TORCH_ZIP, "m.pth", 1 << 20).shards, "with all that is in it"
     with opened(save({"alone": torch.zeros(1000)})) as checkpoint:
         assert not plan_shards(checkpoint, CONTAINERS[name], name, 100).shards, "nothing to share out"
 
@@ -275,7 +275,7 @@ def test_values_that_are_no_tensors(save: Save, tmp_path: Path) -> None:
         opened(tmp_path / "model.pth") as checkpoint,
         pytest.raises(RewriteError, match=r"a\._extra_state .*b\._extra_state "),
     ):
-        plan_shards(checkpoint, one_safetensors.FORMAT, "model.safetensors", 4500)
+        plan_shards(checkpoint, SAFETENSORS, "model.safetensors", 4500)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "tf", "note": "é", "total_size": "12", "of": "x.safetensors"}])
@@ -325,10 +325,10 @@ def test_programs_give_their_weights(tmp_path: Path, same_bits: Same) -> None:
 @pytest.mark.parametrize(
     ("name", "container", "words"),
     [
-        ("model.bin", one_safetensors.FORMAT, r"of safetensors files it must be one of \.safetensors"),
-        ("model.safetensors", torch_zip.FORMAT, r"of torch-zip files it must be one of \.pth"),
-        ("a\\b.bin", torch_zip.FORMAT, "an index cannot name shards so"),
-        ("model.bin", formats.torch_legacy.FORMAT, "torch-legacy files cannot be written"),
+        ("model.bin", SAFETENSORS, r"of safetensors files it must be one of \.safetensors"),
+        ("model.safetensors", TORCH_ZIP, r"of torch-zip files it must be one of \.pth"),
+        ("a\\b.bin", TORCH_ZIP, "an index cannot name shards so"),
+        ("model.bin", LEGACY, "torch-legacy cannot be written"),
     ],
 )
 def test_names_and_containers_that_readers_would_not_take(name: str, container: Format, words: str, save: Save) -> None:
@@ -339,4 +339,4 @@ def test_names_and_containers_that_readers_would_not_take(name: str, container: 
 def test_names_that_no_index_can_hold(save: Save) -> None:
     state = {"a\ud800": torch.rand(900), "b": torch.rand(900)}
     with opened(save(state)) as checkpoint, pytest.raises(RewriteError, match="not valid Unicode cannot stand in an"):
-        plan_shards(checkpoint, torch_zip.FORMAT, "m.bin", 5000)
+        plan_shards(checkpoint, TORCH_ZIP, "m.bin", 5000)

@@ -297,5 +297,5 @@ def test_a_pickle_over_the_limit(tmp_path: Path) -> None:
     file = SourceFile(path)
     for limits in (Limits(pickle_nbytes=100), Limits(opcodes=10)):
         with pytest.raises(LimitError):
-            torch_legacy.FORMAT.read(formats.Probe(file, limits))
+            torch_legacy.read(formats.Probe(file, limits))
     file.close()

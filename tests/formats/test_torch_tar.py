@@ -352,5 +352,5 @@ def test_limits(tmp_path: Path) -> None:
     path.write_bytes(archive(members()))
     file = SourceFile(path)
     with pytest.raises(LimitError, match="records"):
-        torch_tar.FORMAT.read(formats.Probe(file, Limits(entries=2)))
+        torch_tar.read(formats.Probe(file, Limits(entries=2)))
     file.close()

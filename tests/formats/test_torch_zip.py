@@ -15,7 +15,7 @@ import torch
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
-from ckptkit.formats import torch_zip
+from ckptkit.formats import torch_zip_writer
 from ckptkit.limits import Limits
 from ckptkit.plan import Plan
 from ckptkit.transfer import stream, write_atomically
@@ -29,8 +29,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> Plan:
-    assert torch_zip.FORMAT.write is not None
-    plan = torch_zip.FORMAT.write(checkpoint)
+    plan = torch_zip_writer.write(checkpoint)
     write_atomically(target, plan, force=True, check=lambda path, compared: None)
     return plan
 

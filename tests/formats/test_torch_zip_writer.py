@@ -17,7 +17,7 @@ from ckptkit import formats
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
 from ckptkit.errors import UnsupportedError
-from ckptkit.formats import torch_zip
+from ckptkit.formats import torch_zip_writer
 from ckptkit.plan import Copy, Literal, Plan
 from ckptkit.transfer import write_atomically
 
@@ -30,8 +30,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> Plan:
-    assert torch_zip.FORMAT.write is not None
-    plan = torch_zip.FORMAT.write(checkpoint)
+    plan = torch_zip_writer.write(checkpoint)
     write_atomically(target, plan, force=True, check=None)
     return plan
 
@@ -136,7 +135,7 @@ def entry_over(source: ByteRange, key: str = "0", **changes: Any) -> TensorEntry
 def test_storages_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
     big, small = 5 << 30, 100
     source = hollow(tmp_path / "source", big)
-    plan = torch_zip.FORMAT.write(  # type: ignore[misc]
+    plan = torch_zip_writer.write(
         checkpoint_of({"big": entry_over(ByteRange(source, 0, big)), "small": entry_over(ByteRange(source, 0, small))})
     )
     assert [step.nbytes for step in plan.steps if isinstance(step, Copy)] == [big, small]
@@ -168,7 +167,7 @@ def test_both_byte_orders_in_one_file_are_refused(tmp_path: Path) -> None:
         s.key: TensorEntry(storage=s, storage_offset=0, shape=(2,), stride=(1,), dtype="float32") for s in storages
     }
     with pytest.raises(UnsupportedError, match="both byte orders"):
-        torch_zip.FORMAT.write(checkpoint_of(entries))  # type: ignore[misc]
+        torch_zip_writer.write(checkpoint_of(entries))
 
 
 def test_a_written_file_declares_what_older_torch_reads(save: Save, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import ckptkit
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.errors import CorruptError, FormatError, LimitError, RewriteError, UnsupportedError
-from ckptkit.formats import torchscript_code
+from ckptkit.formats import torch_zip_writer, torchscript_code
 from ckptkit.pickling.inert import InertDict, Object
 from ckptkit.torch_bridge import tensors
 
@@ -249,7 +249,7 @@ def test_nothing_selected_nothing_written(path: Path) -> None:
     checkpoint = read(scripted(path))
     unselected = checkpoint.replace(origin=ckptkit.Origin(path="p", size=0, format="torchscript", kind="whole_model"))
     with pytest.raises(RewriteError, match="name the section with --section"):
-        formats.torch_zip.FORMAT.write(unselected)  # type: ignore[misc]
+        torch_zip_writer.write(unselected)
 
 
 # Trust, damage and hostility.

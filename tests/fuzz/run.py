@@ -65,7 +65,7 @@ def use(path: str) -> None:
             for _ in lines:
                 pass
         for container in formats.FORMATS:
-            if container.write is not None:
+            if container.writer is not None:
                 try:
                     container.write(checkpoint)
                 except CkptkitError:

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from ckptkit.formats import SUFFIXES
-from ckptkit.formats.sharded import INDEX_SUFFIXES
+from ckptkit.formats.shards.names import INDEX_SUFFIXES
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFEST = ROOT / ".pre-commit-hooks.yaml"

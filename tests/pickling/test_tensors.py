@@ -13,7 +13,7 @@ import torch
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
-from ckptkit.formats import torch_zip
+from ckptkit.formats import torch_zip_writer
 from ckptkit.pickling.inert import InertDict, Object, walk
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.transfer import stream, write_atomically
@@ -39,8 +39,7 @@ def rewritten(path: Path) -> Path:
     """The file read and written again by ckptkit."""
     checkpoint, file = formats.read(path)
     target = path.with_name("again.pth")
-    assert torch_zip.FORMAT.write is not None
-    write_atomically(target, torch_zip.FORMAT.write(checkpoint), force=True, check=None)
+    write_atomically(target, torch_zip_writer.write(checkpoint), force=True, check=None)
     file.close()
     return target
 

@@ -17,14 +17,10 @@ from dataclasses import dataclass, replace
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError
+from ckptkit.formats.archives.tar_header import BLOCK_NBYTES, checksums
 from ckptkit.limits import Limits
 
-__all__ = ["BLOCK_NBYTES", "Member", "is_header", "read_members"]
-
-BLOCK_NBYTES = 512
-"""Bytes of a block, and of a header."""
-
-_ZEROS = bytes(BLOCK_NBYTES)
+__all__ = ["Member", "read_members"]
 
 _MAX_PADDING_NBYTES = 1 << 20
 """Zeros after the end: ``tarfile`` fills up to 10 KiB, tape tools up to some hundred."""
@@ -58,24 +54,6 @@ class Member:
         return ByteRange(file, self.start, max(0, min(self.nbytes, file.size - self.start)))
 
 
-def is_header(block: bytes) -> bool:
-    """Whether ``tarfile``, and with it torch, takes a file that begins so for a tar archive.
-
-    It asks for no signature, only for a checksum, and reads that number generously.
-    """
-    if len(block) < BLOCK_NBYTES or block[:BLOCK_NBYTES] == _ZEROS:
-        return False
-    field = block[148:156]
-    if field[0] in (0x80, 0xFF):
-        stated = int.from_bytes(field[1:], "big") - (0 if field[0] == 0x80 else 256**7)
-    else:
-        try:
-            stated = int(field.split(b"\0", 1)[0].decode("ascii").strip() or "0", 8)
-        except ValueError:
-            return False
-    return stated in _checksums(block)
-
-
 def read_members(file: SourceFile, limits: Limits, most: int) -> Iterator[Member]:
     """The members in order; a caller that has seen enough of them stops.
 
@@ -92,7 +70,7 @@ def read_members(file: SourceFile, limits: Limits, most: int) -> Iterator[Member
     pos, size, as_stated = 0, None, True
     for _ in range(2 * most + 1):
         block = file.read(pos, max(0, min(BLOCK_NBYTES, file.size - pos)))
-        if block == _ZEROS:
+        if block == bytes(BLOCK_NBYTES):
             _check_end(file, pos)
             return
         if len(block) < BLOCK_NBYTES:
@@ -117,7 +95,7 @@ def read_members(file: SourceFile, limits: Limits, most: int) -> Iterator[Member
 def _member(block: bytes, pos: int, size: int | None) -> Member:
     stated = _OCTAL.match(block[148:156])
     nbytes = _OCTAL.match(block[124:136])
-    if stated is None or int(stated[1], 8) not in _checksums(block):
+    if stated is None or int(stated[1], 8) not in checksums(block):
         raise CorruptError("a member's header does not have the checksum it states: damaged", offset=pos)
     if nbytes is None:
         raise CorruptError("a member's size is no octal number", offset=pos)
@@ -129,13 +107,6 @@ def _member(block: bytes, pos: int, size: int | None) -> Member:
         start=pos + BLOCK_NBYTES,
         nbytes=int(nbytes[1], 8) if size is None else size,
     )
-
-
-def _checksums(block: bytes) -> tuple[int, int]:
-    """The sum of the header's bytes with its checksum blank; old tools added them as signed numbers."""
-    others = block[:148] + block[156:BLOCK_NBYTES]
-    unsigned = 8 * 0x20 + sum(others)
-    return unsigned, unsigned - 256 * sum(byte > 127 for byte in others)
 
 
 def _pax(member: Member, file: SourceFile, limits: Limits) -> tuple[int | None, bool]:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError
-from ckptkit.formats.archives.tar_archive import is_header, read_members
+from ckptkit.formats.archives.tar_archive import read_members
+from ckptkit.formats.archives.tar_header import is_header
 from ckptkit.formats.archives.zip_archive import Record, read_record
 from ckptkit.formats.format import Probe
 from ckptkit.pickling.reader import read_names

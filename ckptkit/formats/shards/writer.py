@@ -28,10 +28,10 @@ from collections.abc import Mapping
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.errors import RewriteError
-from ckptkit.formats import safetensors
 from ckptkit.formats.format import Format
 from ckptkit.formats.holdable import require_holdable
-from ckptkit.formats.sharded import is_shard_name
+from ckptkit.formats.safetensors_header import NAME
+from ckptkit.formats.shards.names import is_shard_name
 from ckptkit.formats.shards.units import SafetensorsUnits, TorchUnits
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Index, Literal, Plan
@@ -62,15 +62,12 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
             `Limits.shards`, or a name that no index can hold; or as the container's ``write``.
         LimitError, UnsupportedError: as the container's ``write``.
     """
-    write = container.write
-    if write is None:
-        raise RewriteError(f"{container.name} files cannot be written")
     stem, ending = _stem_and_ending(name, container)
-    whole = write(checkpoint)
+    whole = container.write(checkpoint)
     if whole.nbytes <= most:
         return whole
     require_holdable(checkpoint, "a sharded checkpoint", plain=False)
-    units = SafetensorsUnits(checkpoint) if container.name == safetensors.FORMAT.name else TorchUnits(checkpoint)
+    units = SafetensorsUnits(checkpoint) if container.name == NAME else TorchUnits(checkpoint)
     parts = units.shared_out(most)
     if len(parts) < 2:
         return whole
@@ -88,7 +85,7 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
     for number, names in enumerate(parts):
         shard = f"{stem}-{number + 1:05d}-of-{len(parts):05d}{ending}"
         part = checkpoint.replace(state_dict=units.part(names, first=number == 0), rest=STATE_DICT)
-        shards[shard] = write(part)
+        shards[shard] = container.write(part)
         holder.update(dict.fromkeys(names, shard))
     return _index_plan(checkpoint, container, shards, {key: holder[key] for key in checkpoint.state_dict.everything})
 
@@ -110,7 +107,7 @@ def _index_plan(
             f"{DEFAULT_LIMITS.index_nbytes:,}; write one file"
         )
     return Plan(
-        format="safetensors-sharded" if container.name == safetensors.FORMAT.name else "torch-sharded",
+        format="safetensors-sharded" if container.name == NAME else "torch-sharded",
         nbytes=len(data),
         steps=(Literal(0, data),),
         tensors=sum(plan.tensors for plan in shards.values()),
@@ -129,7 +126,7 @@ def _stem_and_ending(name: str, container: Format) -> tuple[str, str]:
     stem, ending = os.path.splitext(name)
     if not is_shard_name(name):
         raise RewriteError(f"{name!r}: an index cannot name shards so; choose a destination without backslash or colon")
-    if (ending.lower() == ".safetensors") != (container.name == safetensors.FORMAT.name):
+    if (ending.lower() == ".safetensors") != (container.name == NAME):
         endings = ", ".join(container.suffixes)
         raise RewriteError(
             f"{name}: shards are taken for safetensors by that ending alone; of {container.name} files it must be "

@@ -15,7 +15,7 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Trust
 from ckptkit.digests import Line, content_digest
 from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.formats.sharded import is_shard_name
+from ckptkit.formats.shards.names import is_shard_name
 from ckptkit.formats.strict_json import parse
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.released.manifests.records import FileRecord, GoldenRecord, Manifest, ShardRecord, TensorRecord

@@ -1,0 +1,100 @@
+"""The table of containers: what each is called, how a file shows that it is one, and which modules know the rest.
+
+Adding a container is a module with a function ``read(probe)``, whose docstring is its specification,
+and one line in `CONTAINERS`.  A module is imported when there is a file for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from ckptkit.formats.archives.tar_header import BLOCK_NBYTES, is_header
+from ckptkit.formats.format import Format, Probe
+
+__all__ = ["CONTAINERS", "FORMATS", "SUFFIXES", "index_of"]
+
+
+def _archive(kind: str) -> Callable[[Probe], bool]:
+    """Whether a file is this one of torch's zip archives."""
+
+    def claims(probe: Probe) -> bool:
+        if not probe.records:
+            return False
+        from ckptkit.formats.torch_archive import archive_kind
+
+        return archive_kind(probe) == kind
+
+    return claims
+
+
+def _legacy(probe: Probe) -> bool:
+    if probe.head[:1] not in (b"\x80", b"\x8a", b"L"):  # PROTO, LONG1, LONG
+        return False
+    from ckptkit.formats.torch_legacy import begins_one
+
+    return begins_one(probe.head)
+
+
+def _tar(probe: Probe) -> bool:
+    return is_header(probe.head[:BLOCK_NBYTES])
+
+
+def _safetensors(probe: Probe) -> bool:
+    # A plausible size and a brace: text, pickles and zips have larger first words or no brace there.
+    return probe.head[8:9] == b"{" and int.from_bytes(probe.head[:8], "little") < 1 << 40
+
+
+def _index(of: str) -> Callable[[Probe], bool]:
+    """Whether a file is an index of shards of this container."""
+    return lambda probe: index_of(probe) == of
+
+
+def index_of(probe: Probe) -> str | None:
+    """The container that the file is an index of; ``None``: it is no index."""
+    text = probe.json_object
+    if text is None or b'"weight_map"' not in text:
+        return None
+    # Metadata, which customarily stands before the map, may name files too.
+    begin = re.search(rb'"weight_map"\s*:\s*\{', text)
+    found = re.compile(rb'\.safetensors"\s*[,}]').search(text, begin.end() if begin else 0)
+    return "torch-sharded" if found is None else "safetensors-sharded"
+
+
+CONTAINERS: tuple[Format, ...] = (
+    Format(
+        name="torch-zip",
+        suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"),
+        claims=_archive("torch-zip"),
+        reader="torch_zip",
+        writer="torch_zip_writer",
+    ),
+    Format(name="torch-legacy", claims=_legacy, reader="torch_legacy"),
+    Format(name="torch-tar", claims=_tar, reader="torch_tar"),
+    Format(
+        name="torchscript",
+        suffixes=(".jit", ".ptl", ".torchscript"),
+        claims=_archive("torchscript"),
+        reader="torchscript",
+    ),
+    Format(name="torch-package", claims=_archive("torch-package"), reader="torch_package"),
+    Format(name="pt2", suffixes=(".pt2",), claims=_archive("pt2"), reader="pt2"),
+    Format(
+        name="safetensors",
+        suffixes=(".safetensors",),
+        claims=_safetensors,
+        reader="safetensors",
+        writer="safetensors_writer",
+    ),
+)
+"""Every container that is one file, in no order that matters: a file two of them claim is refused."""
+
+FORMATS: tuple[Format, ...] = (
+    *CONTAINERS,
+    Format(name="safetensors-sharded", claims=_index("safetensors-sharded"), reader="sharded"),
+    Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded"),
+)
+"""Every container: these, and the indexes that make one checkpoint of several of them."""
+
+SUFFIXES = frozenset(suffix for container in FORMATS for suffix in container.suffixes)
+"""Endings of checkpoint files; used to find files in folders, never to decide what a file is."""
