@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from ckptkit.casting import Losses
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.normalize.beside import PROGRAMS, beside_weights
@@ -12,6 +12,9 @@ from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, count_of, glob_of, human_size
+
+if TYPE_CHECKING:
+    from ckptkit.casting import Losses
 
 __all__ = ["diagnose_casts", "diagnose_layout", "diagnose_losses", "diagnose_renames", "diagnose_selection"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ckptkit import rewrite  # each rewriter is imported when it is used
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.changes import (
     diagnose_casts,
@@ -18,29 +19,16 @@ from ckptkit.derived import ConvertedRange
 from ckptkit.errors import RewriteError
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
-from ckptkit.rewrite import (
-    AddModule,
-    AddPrefix,
-    CastDtype,
-    Compact,
-    LeaveOut,
-    MapLocation,
-    Rename,
-    Select,
-    StripModule,
-    StripPrefix,
-    Tied,
-    WeightsOnly,
-)
 from ckptkit.rewrite.compact import dead_bytes
-from ckptkit.rewrite.device import LocationMap
-from ckptkit.rewrite.rename import parse_rule
-from ckptkit.rewrite.tied import TiedPolicy
-from ckptkit.transfer import Tally
+
+if TYPE_CHECKING:
+    from ckptkit.rewrite.device import LocationMap
+    from ckptkit.rewrite.tied import TiedPolicy
+    from ckptkit.transfer import Tally
+
+    Renamer = rewrite.StripModule | rewrite.AddModule | rewrite.StripPrefix | rewrite.AddPrefix | rewrite.Rename
 
 __all__ = ["Conversion", "Options"]
-
-Renamer = StripModule | AddModule | StripPrefix | AddPrefix | Rename
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,15 +68,18 @@ class Options:
         """The rewriters of names, in order."""
         found: list[Renamer] = []
         if self.strip_module:
-            found.append(StripModule())
+            found.append(rewrite.StripModule())
         if self.add_module:
-            found.append(AddModule())
+            found.append(rewrite.AddModule())
         if self.strip_prefix is not None:
-            found.append(StripPrefix(self.strip_prefix))
+            found.append(rewrite.StripPrefix(self.strip_prefix))
         if self.add_prefix is not None:
-            found.append(AddPrefix(self.add_prefix))
+            found.append(rewrite.AddPrefix(self.add_prefix))
         if self.rename:
-            found.append(Rename(tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in self.rename)))
+            from ckptkit.rewrite.rename import parse_rule
+
+            rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in self.rename]
+            found.append(rewrite.Rename(tuple(rules)))
         return tuple(found)
 
     @property
@@ -125,20 +116,22 @@ class Conversion:
             return name
 
         rename: Callable[[str], str] | None = final if renamers else None
-        self._select = Select(tuple(options.include), tuple(options.exclude), rename=rename)
         result = source
         # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
         if options.leave_out:
-            result = result.rewrite(LeaveOut(tuple(options.leave_out)))
+            result = result.rewrite(rewrite.LeaveOut(tuple(options.leave_out)))
         if options.weights_only:
-            result = result.rewrite(WeightsOnly())
+            result = result.rewrite(rewrite.WeightsOnly())
+        self._unmatched: tuple[str, ...] = ()
         if options.include or options.exclude:
-            result = result.rewrite(self._select)
+            select = rewrite.Select(tuple(options.include), tuple(options.exclude), rename=rename)
+            self._unmatched = select.unmatched(source)
+            result = result.rewrite(select)
         kept = result.state_dict.everything
         self._kept = list(kept)
         self.dropped = [name for name in source.state_dict.everything if name not in kept]
         if options.dtype is not None:
-            cast = CastDtype(options.dtype, tuple(options.keep_dtype), rename=rename)
+            cast = rewrite.CastDtype(options.dtype, tuple(options.keep_dtype), rename=rename)
             if unmatched := cast.unmatched(result):
                 raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
             result = result.rewrite(cast)
@@ -146,33 +139,29 @@ class Conversion:
         renamed = zip(self._kept, result.state_dict.everything, strict=True)
         self.renames = {old: new for old, new in renamed if old != new}
         if options.map_location is not None:
-            result = result.rewrite(MapLocation(options.map_location))
+            result = result.rewrite(rewrite.MapLocation(options.map_location))
         if options.tied != "alias":
-            result = result.rewrite(Tied(options.tied))
+            result = result.rewrite(rewrite.Tied(options.tied))
         self._dead = dead_bytes(result)
         if self._dead[1]:
-            result = result.rewrite(Compact())
+            result = result.rewrite(rewrite.Compact())
         if options.metadata:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
 
     def findings(self, plan: Plan) -> Iterator[Finding]:
         """What can be told before anything is written."""
-        yield from diagnose_renames(
-            self._kept,
-            self.renames,
-            stripped=self._changed_by(StripModule, StripPrefix),
-            ruled=self._changed_by(Rename),
-        )
-        yield from diagnose_selection(self.dropped, self._select.unmatched(self.source))
+        strips = self._options.strip_module or self._options.strip_prefix is not None
+        stripped = self._changed_by(rewrite.StripModule, rewrite.StripPrefix) if strips else None
+        ruled = self._changed_by(rewrite.Rename) if self._options.rename else None
+        yield from diagnose_renames(self._kept, self.renames, stripped=stripped, ruled=ruled)
+        yield from diagnose_selection(self.dropped, self._unmatched)
         yield from diagnose_losses(self.source, self.result)
         yield from diagnose_layout(self.result, plan, self._dead)
 
-    def _changed_by(self, *kinds: type[Renamer]) -> set[str] | None:
-        """The names that renamers of these kinds change; ``None``: there is none of them."""
+    def _changed_by(self, *kinds: type[Renamer]) -> set[str]:
+        """The names that renamers of these kinds change."""
         renamers = self._options.renamers
-        if not any(isinstance(renamer, kinds) for renamer in renamers):
-            return None
         changed = set()
         for name in self._kept:
             now = name

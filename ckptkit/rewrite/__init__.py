@@ -6,14 +6,18 @@ in `REWRITES`.
 
 from __future__ import annotations
 
-from ckptkit.rewrite.compact import Compact
-from ckptkit.rewrite.device import MapLocation
-from ckptkit.rewrite.dtype import CastDtype
-from ckptkit.rewrite.leave_out import LeaveOut
-from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
-from ckptkit.rewrite.rename import Rename
-from ckptkit.rewrite.select import Select, WeightsOnly
-from ckptkit.rewrite.tied import Tied
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ckptkit.rewrite.compact import Compact
+    from ckptkit.rewrite.device import MapLocation
+    from ckptkit.rewrite.dtype import CastDtype
+    from ckptkit.rewrite.leave_out import LeaveOut
+    from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
+    from ckptkit.rewrite.rename import Rename
+    from ckptkit.rewrite.select import Select, WeightsOnly
+    from ckptkit.rewrite.tied import Tied
 
 __all__ = [
     "REWRITES",
@@ -31,18 +35,24 @@ __all__ = [
     "WeightsOnly",
 ]
 
-REWRITES = (
-    StripModule,
-    AddModule,
-    StripPrefix,
-    AddPrefix,
-    Rename,
-    Select,
-    LeaveOut,
-    WeightsOnly,
-    MapLocation,
-    Tied,
-    CastDtype,
-    Compact,
-)
-"""Every rewriter."""
+REWRITES = {
+    "StripModule": "prefix",
+    "AddModule": "prefix",
+    "StripPrefix": "prefix",
+    "AddPrefix": "prefix",
+    "Rename": "rename",
+    "Select": "select",
+    "LeaveOut": "leave_out",
+    "WeightsOnly": "select",
+    "MapLocation": "device",
+    "Tied": "tied",
+    "CastDtype": "dtype",
+    "Compact": "compact",
+}
+"""Every rewriter, and the module it is in, which is imported when the rewriter is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in REWRITES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{REWRITES[name]}"), name)

@@ -13,11 +13,10 @@ from opening import opened
 from torch import nn
 
 import ckptkit
-from ckptkit import AddModule, AddPrefix, KeyCollisionError, RewriteError, StripModule, StripPrefix
+from ckptkit import AddModule, AddPrefix, KeyCollisionError, RewriteError, StripModule, StripPrefix, rewrite
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import mapping_items
-from ckptkit.rewrite import REWRITES
 
 Save = Callable[..., Path]
 Rewriter = Callable[[Checkpoint], Checkpoint]
@@ -251,7 +250,9 @@ def test_values_that_are_no_tensors_are_renamed_too(save: Save) -> None:
 
 
 def test_every_rewriter_is_listed() -> None:
-    assert {StripModule, AddModule, StripPrefix, AddPrefix} <= set(REWRITES)
+    assert {"REWRITES", *rewrite.REWRITES} == set(rewrite.__all__)
+    for name, module in rewrite.REWRITES.items():
+        assert getattr(rewrite, name).__module__ == f"ckptkit.rewrite.{module}"
 
 
 def test_a_module_of_the_prefix_that_keeps_tensors_keeps_its_version(save: Save, tmp_path: Path) -> None:
