@@ -17,8 +17,10 @@ writing outside the job's folder.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import sys
@@ -50,10 +52,15 @@ def main() -> None:
     import ckptkit.compare
     import ckptkit.conversion.job
     import ckptkit.conversion.options
-    import ckptkit.formats.refused.first_bytes
-    import ckptkit.formats.shards.writer
+    import ckptkit.formats
+    import ckptkit.rewrite
     import ckptkit.stats
-    import ckptkit.transfer  # noqa: F401
+    import ckptkit.transfer
+
+    # Defining a dataclass compiles its methods: no module may be first imported where that is watched.
+    for package in (ckptkit.formats, ckptkit.rewrite):
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
 
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
