@@ -1,9 +1,12 @@
-"""Copies ranges of files inside the kernel, as fast as its page cache takes them.
+"""Copies ranges of files inside the kernel, by whichever of its ways is the faster as things stand.
 
-A page cache takes whole, aligned pieces best: it can hold each in one folio, where a write that
-ends anywhere leaves two half-filled pages.  Tensors lie at another distance from a page in the
-source than in the output, so a long ``copy_file_range`` writes off the grid all the way; a pipe lets
-each piece end on it (``splice``).  Measured on ext4 of Linux 6.18: 0.7 of the time.
+A page cache takes aligned pieces best, and keeps each in one folio.  Tensors lie at another distance
+from a page in the source than in the output, so a long ``copy_file_range`` writes off the grid all
+the way; through a pipe (``splice``) each piece can end on it.  Hot memory takes the latter in 0.8 of
+the time (ext4, Linux 6.18).  Where a virtual machine has first to get memory back from its host,
+large folios are what comes late, and the former can be twice as fast; where a server copies by itself
+(NFS) or blocks can be shared (XFS, btrfs), it can be faster than any copying.  So the pace of both is
+measured on the way.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Callable
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange
@@ -22,18 +26,25 @@ __all__ = ["UNAVAILABLE", "Copier"]
 UNAVAILABLE = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
 """Errors that say this file system or kernel cannot do it so, not that doing it failed."""
 
-_ONE_CALL = 64 << 20
+_ONE_CALL = 16 << 20
 """Bytes asked of one kernel copy: calls cost nothing at this size, and an interrupt is heard soon."""
+
+_MEASURED_NBYTES = 1 << 20
+"""Bytes from which a call tells how fast a way is."""
+
+_FORGETTING = 0.98
+"""What is left after a call of how slow the other ways were: one a third slower is tried again after some fifteen."""
 
 _PIECE_NBYTES = 64 << 10
 """Bytes spliced at a time, and the grid in the output that they end on: sixteen pages."""
 
-_SERVER_COPIES = frozenset({"nfs", "nfs4", "cifs", "smb3", "ceph"})
-"""File systems whose server copies by itself when asked by ``copy_file_range``: nothing crosses the network."""
+
+_Way = Callable[[ByteRange, int], int]
+"""Copies the first bytes of a range to a position; the number of them."""
 
 
 class Copier:
-    """Copies into one open file, by the best way that works there.
+    """Copies into one open file.
 
     Args:
         fd: where to; writable.
@@ -44,11 +55,9 @@ class Copier:
         self._fd = fd
         self._progress = progress
         self._pipe: tuple[int, int] | None = None
-        calls = [("splice", self._splice), ("copy_file_range", self._copy_file_range)]
-        ways = [way for name, way in calls if hasattr(os, name)]
-        if len(ways) > 1 and _file_system(fd) in _SERVER_COPIES:
-            ways.reverse()
-        self._ways: list[Callable[[ByteRange, int], int]] = [*ways, self._read_write]
+        ways: list[tuple[str, _Way]] = [("splice", self._splice), ("copy_file_range", self._copy_file_range)]
+        self._pace = {way: 0.0 for name, way in ways if hasattr(os, name)}
+        """Seconds a byte, of the ways that work here; 0 where it is not known yet."""
 
     def copy(self, source: ByteRange, target: int) -> None:
         """Copy all of ``source`` to position ``target``.
@@ -58,20 +67,28 @@ class Copier:
             OSError: it could not be written.
         """
         while source.nbytes:
-            way = self._ways[0]
-            if source.nbytes < _PIECE_NBYTES and self._copy_file_range in self._ways:
-                way = self._copy_file_range  # one call, not two
+            way = self._way(source.nbytes)
+            start = time.perf_counter()
             try:
                 moved = way(source, target)
             except OSError as error:
-                if isinstance(error, FileAccessError) or error.errno not in UNAVAILABLE or way == self._read_write:
+                if isinstance(error, FileAccessError) or error.errno not in UNAVAILABLE or way not in self._pace:
                     raise
                 moved = 0
             if moved == 0:  # the end of the source, which `read` tells; or a file system that cannot copy so
-                self._ways.remove(way)
+                del self._pace[way]
                 continue
+            if way in self._pace and moved >= _MEASURED_NBYTES:
+                self._pace = {each: seconds * _FORGETTING for each, seconds in self._pace.items()}
+                self._pace[way] = (time.perf_counter() - start) / moved
             self._progress(moved)
             source, target = source.part(moved, source.nbytes - moved), target + moved
+
+    def _way(self, nbytes: int) -> _Way:
+        """The way for a range of this size."""
+        if nbytes < _PIECE_NBYTES and self._copy_file_range in self._pace:
+            return self._copy_file_range  # one call, not two
+        return min(self._pace, key=self._pace.__getitem__, default=self._read_write)
 
     def _splice(self, source: ByteRange, target: int) -> int:
         if self._pipe is None:
@@ -115,15 +132,3 @@ def _pipe() -> tuple[int, int]:
     with contextlib.suppress(OSError):  # above what a user may have: a piece then goes in two parts
         fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 2 * _PIECE_NBYTES)
     return ends
-
-
-def _file_system(fd: int) -> str | None:
-    """The type of the file system an open file lies in, as in proc(5); ``None`` where that is not known."""
-    device = os.fstat(fd).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:  # noqa: PTH123 - starts faster
-            found = [line for line in mounts if line.split()[2] == wanted]
-    except (OSError, IndexError):
-        return None
-    return found[0].partition(" - ")[2].split()[0] if found else None

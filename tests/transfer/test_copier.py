@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -113,24 +112,60 @@ def test_short_ranges_are_one_call(source: SourceFile, out: Path, monkeypatch: p
     assert calls == {"copy_file_range": 50}
 
 
-@pytest.mark.parametrize("kind", ["nfs4", "cifs"])
-def test_a_server_that_copies_is_asked_first(
-    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+class Clock:
+    """A time that passes only while bytes are copied: so many seconds a byte, by way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **pace: float) -> None:
+        self.now = 0.0
+        self.pace = pace
+        self.moved = dict.fromkeys(pace, 0)
+        self.first: dict[str, int] = {}
+        for name in pace:
+            monkeypatch.setattr(os, name, self.timed(name))
+        monkeypatch.setattr(copier, "time", self)
+        for name, value in (("_PIECE_NBYTES", 1024), ("_ONE_CALL", 1024), ("_MEASURED_NBYTES", 1024)):
+            monkeypatch.setattr(copier, name, value)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def timed(self, name: str) -> Callable[..., int]:
+        real = getattr(os, name)
+
+        def call(*given: Any, **places: Any) -> int:
+            moved: int = real(*given, **places)
+            if "offset_src" not in places:  # into a pipe is half the way
+                self.now += moved * self.pace[name]
+                self.moved[name] += moved
+            return moved
+
+        return call
+
+
+@pytest.mark.parametrize(("splice", "copy_file_range"), [(1, 2), (2, 1), (1, 50), (50, 1)])
+def test_the_faster_way_is_found_out(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, splice: int, copy_file_range: int
 ) -> None:
-    calls: dict[str, int] = {}
-    for name in ("splice", "copy_file_range"):
-        monkeypatch.setattr(os, name, counted(name, calls))
-    monkeypatch.setattr(copier, "_file_system", lambda fd: kind)
-    executed(out, some_plan(source))
-    assert out.read_bytes() == some_result()
-    assert set(calls) == {"copy_file_range"}
+    clock = Clock(monkeypatch, splice=splice, copy_file_range=copy_file_range)
+    executed(out, plan_of(Copy(0, ByteRange(source, 7, 190_000))))
+    assert out.read_bytes() == DATA[7:190_007]
+    faster, slower = sorted(clock.moved, key=clock.pace.__getitem__)
+    assert 0 < clock.moved[slower] < 0.05 * clock.moved[faster]
 
 
-def test_the_file_system_is_the_one_that_is_mounted(out: Path) -> None:
-    with out.open("wb") as file:
-        found = copier._file_system(file.fileno())
-    named = subprocess.run(["df", "--output=fstype", out], capture_output=True, text=True, check=True)
-    assert found == named.stdout.split()[-1]
+def test_a_way_that_was_slow_is_tried_again(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, splice=1, copy_file_range=1.3)
+    steps = [Copy(at, ByteRange(source, 7 + at, 1024)) for at in range(0, 1024 * 180, 1024)]
+
+    def turn(_: int) -> None:
+        if sum(clock.moved.values()) == 1024 * 90:
+            clock.pace = {"splice": 1.3, "copy_file_range": 1}
+            clock.first = dict(clock.moved)
+
+    executed(out, plan_of(*steps), turn)
+    assert out.read_bytes() == DATA[7 : 7 + 1024 * 180]
+    assert clock.first["splice"] > 0.8 * 1024 * 90
+    assert clock.moved["copy_file_range"] - clock.first["copy_file_range"] > 0.6 * 1024 * 90
 
 
 def test_a_pipe_is_closed(source: SourceFile, out: Path) -> None:
