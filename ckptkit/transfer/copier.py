@@ -58,6 +58,7 @@ class Copier:
         ways: list[tuple[str, _Way]] = [("splice", self._splice), ("copy_file_range", self._copy_file_range)]
         self._pace = {way: 0.0 for name, way in ways if hasattr(os, name)}
         """Seconds a byte, of the ways that work here; 0 where it is not known yet."""
+        self._last: dict[_Way, float] = {}
 
     def copy(self, source: ByteRange, target: int) -> None:
         """Copy all of ``source`` to position ``target``.
@@ -79,8 +80,7 @@ class Copier:
                 del self._pace[way]
                 continue
             if way in self._pace and moved >= _MEASURED_NBYTES:
-                self._pace = {each: seconds * _FORGETTING for each, seconds in self._pace.items()}
-                self._pace[way] = (time.perf_counter() - start) / moved
+                self._measured(way, (time.perf_counter() - start) / moved)
             self._progress(moved)
             source, target = source.part(moved, source.nbytes - moved), target + moved
 
@@ -89,6 +89,13 @@ class Copier:
         if nbytes < _PIECE_NBYTES and self._copy_file_range in self._pace:
             return self._copy_file_range  # one call, not two
         return min(self._pace, key=self._pace.__getitem__, default=self._read_write)
+
+    def _measured(self, way: _Way, pace: float) -> None:
+        """Take the better of a way's last two calls, since one alone may have had to wait for something else."""
+        for other in self._pace:
+            self._pace[other] *= _FORGETTING
+        self._pace[way] = min(pace, self._last.get(way, pace))
+        self._last[way] = pace
 
     def _splice(self, source: ByteRange, target: int) -> int:
         if self._pipe is None:

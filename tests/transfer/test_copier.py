@@ -153,6 +153,20 @@ def test_the_faster_way_is_found_out(
     assert 0 < clock.moved[slower] < 0.05 * clock.moved[faster]
 
 
+def test_a_call_that_had_to_wait_changes_nothing(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, splice=1, copy_file_range=2)
+    steps = [Copy(at, ByteRange(source, 7 + at, 1024)) for at in range(0, 1024 * 180, 1024)]
+
+    def wait(_: int) -> None:
+        clock.pace["splice"] = 50 if sum(clock.moved.values()) // 1024 % 20 == 10 else 1
+
+    executed(out, plan_of(*steps), wait)
+    assert out.read_bytes() == DATA[7 : 7 + 1024 * 180]
+    assert 0 < clock.moved["copy_file_range"] < 0.1 * clock.moved["splice"]
+
+
 def test_a_way_that_was_slow_is_tried_again(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, splice=1, copy_file_range=1.3)
     steps = [Copy(at, ByteRange(source, 7 + at, 1024)) for at in range(0, 1024 * 180, 1024)]
