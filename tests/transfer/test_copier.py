@@ -153,7 +153,7 @@ def test_the_faster_way_is_found_out(
     assert 0 < clock.moved[slower] < 0.05 * clock.moved[faster]
 
 
-def test_a_call_that_had_to_wait_changes_nothing(
+def test_one_slow_call_changes_nothing(
     source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, splice=1, copy_file_range=2)
