@@ -153,9 +153,7 @@ def test_the_faster_way_is_found_out(
     assert 0 < clock.moved[slower] < 0.05 * clock.moved[faster]
 
 
-def test_one_slow_call_changes_nothing(
-    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_slow_call_changes_nothing(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, splice=1, copy_file_range=2)
     steps = [Copy(at, ByteRange(source, 7 + at, 1024)) for at in range(0, 1024 * 180, 1024)]
 
