@@ -28,7 +28,6 @@ The module versions of a state_dict (``_metadata``), which decide how BatchNorm 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Storage, TensorEntry, contiguous_stride
@@ -41,9 +40,6 @@ from ckptkit.formats.tied_order import ORDER, in_order
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.report import Finding, convert_command
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["read"]
 

@@ -25,17 +25,12 @@ What `ckptkit.formats.torch_archive` says is common to all of torch's archives i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ckptkit.errors import CorruptError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.strict_json import parse
 from ckptkit.formats.torch_archive import METADATA, TorchArchive
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.tensors import StorageTable
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["read"]
 
