@@ -93,7 +93,7 @@ def run() -> NoReturn:
         code = ended.code if isinstance(ended.code, int) else 2
     finally:
         # A model's own code may have registered some; they end as they like, and the exit code is ours.
-        os._exit = lambda _: leave(code)
+        os._exit = lambda status: leave(code)
         with suppress(BaseException):
             atexit._run_exitfuncs()
         with suppress(BaseException):

@@ -117,8 +117,8 @@ def take_descriptors() -> None:
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
-    sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", errors="backslashreplace", closefd=False)
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.FileIO(0, closefd=False))
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace")
     sys.stdout = _ending.stdout = _stream(1, sys.stdout or sys.stderr)
 
 

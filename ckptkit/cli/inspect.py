@@ -130,7 +130,7 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
     for item in iterator:
         for following in iterator:
             yield item, False
-            item = following  # noqa: PLW2901 - looks one ahead
+            item = following
         yield item, True
 
 

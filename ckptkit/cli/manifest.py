@@ -9,7 +9,16 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli.manifest_text import summary
-from ckptkit.cli.options import common_options, echo, echo_json, json_errors, path_argument, printable, styler, with_examples
+from ckptkit.cli.options import (
+    common_options,
+    echo,
+    echo_json,
+    json_errors,
+    path_argument,
+    printable,
+    styler,
+    with_examples,
+)
 
 __all__ = ["command"]
 

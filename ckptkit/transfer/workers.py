@@ -16,6 +16,8 @@ Progress = Callable[[int, int], object]
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""
 
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 _kept = threading.local()
 
 _MAX_WORKERS = 4
@@ -124,7 +126,7 @@ class Background(threading.Thread):
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are heard when the block is done: a few calls, which take milliseconds.
+    """Ctrl-C, SIGTERM and SIGHUP are heard when the block is done: a few calls, which take milliseconds.
 
     To mask them would not do: a mask is that of one thread, and Python hears what any thread is sent.
     """
@@ -139,7 +141,7 @@ def uninterrupted() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.callback(hear)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             handler = signal.getsignal(number)
             if handler is not None and handler != signal.SIG_IGN:
                 stack.callback(signal.signal, number, handler)

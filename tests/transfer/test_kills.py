@@ -113,14 +113,14 @@ def test_interrupted_at_any_moment_nothing_is_left(
     arguments, there = converted(sources, folder, before, after)
     stale = set(files_of(before)) - set(files_of(after)) if before else set()
     for at in range(1000):
-        number, expected = (signal.SIGINT, 2) if at % 2 else (signal.SIGTERM, 143)
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[at % 3]
         if contents(folder) != there:
             put(folder, there)
         answer = send(arguments=arguments, at=at, signal=number, links=links)
         now = contents(folder)
         if answer["calls"] <= at:
             break
-        assert answer["status"] == expected
+        assert answer["status"] == 128 + number
         if now != there:
             assert set(now) - stale == set(files_of(after))
             assert held(folder) == "new"
