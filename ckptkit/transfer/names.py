@@ -23,12 +23,11 @@ import zlib
 from dataclasses import dataclass
 from types import ModuleType
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import SourceFile, write_at
 from ckptkit.errors import DestinationExistsError, FileAccessError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
 from ckptkit.transfer.copier import UNAVAILABLE
-from ckptkit.transfer.positioned import write_at
 from ckptkit.transfer.workers import uninterrupted
 
 fcntl: ModuleType | None
