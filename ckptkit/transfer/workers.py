@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
-__all__ = ["MANY_NBYTES", "Background", "Progress", "Stopped", "buffer", "in_parallel", "uninterrupted"]
+__all__ = ["MANY_NBYTES", "SIGNALS", "Background", "Progress", "Stopped", "buffer", "in_parallel", "uninterrupted"]
 
 Progress = Callable[[int, int], object]
 """Called with the bytes dealt with so far, and those to deal with in all."""
@@ -16,7 +16,8 @@ Progress = Callable[[int, int], object]
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Those that ask a process to end, and let it clean up."""
 
 _kept = threading.local()
 
@@ -141,7 +142,7 @@ def uninterrupted() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.callback(hear)
-        for number in _SIGNALS:
+        for number in SIGNALS:
             handler = signal.getsignal(number)
             if handler is not None and handler != signal.SIG_IGN:
                 stack.callback(signal.signal, number, handler)
