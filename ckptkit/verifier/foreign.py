@@ -54,8 +54,8 @@ class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():
             cls._depth += 1
             if cls._depth == 1:
                 cls._kept = sys.stdout, sys.stderr, os._exit
-                sys.stdout = _Aside(sys.stderr) if sys.stderr is not None else None
                 os._exit = self._exit
+            sys.stdout = _Aside(cls._kept[1]) if cls._kept[1] is not None else None
         if cls._handlers is None and threading.current_thread() is threading.main_thread():
             self._hears, cls._heard = True, []
             cls._handlers = {number: signal.getsignal(number) for number in SIGNALS}
