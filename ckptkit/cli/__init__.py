@@ -91,6 +91,8 @@ def run() -> NoReturn:
         main()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 2
+    except ending.SignalledError as error:
+        code = ending.exit_code(error)
     finally:
         # A model's own code may have registered some; they end as they like, and the exit code is ours.
         os._exit = lambda status: leave(code)

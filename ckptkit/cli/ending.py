@@ -64,11 +64,13 @@ class _Ending:
     Attributes:
         verdict: the exit code; ``None``: a command is at work and does not know it yet.
         done: what a command did that stays done, such as a file that was written.
-        stdout: the stream of the program's own output, where it owns the process.
+        owns_process: whether this is the program, and not a function of another.
+        stdout: the stream of the program's own output, where it has one.
     """
 
     verdict: int | None = 0
     done: str = ""
+    owns_process: bool = False
     stdout: TextIO | None = None
 
 
@@ -119,7 +121,9 @@ def take_descriptors() -> None:
                 os.close(null)
     sys.stdin = sys.stdin or io.TextIOWrapper(io.FileIO(0, closefd=False))
     sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace")
-    sys.stdout = _ending.stdout = _stream(1, sys.stdout or sys.stderr)
+    _ending.owns_process = True
+    if os.name != "nt" or sys.stdout is None:  # Windows' console takes text, not bytes
+        sys.stdout = _ending.stdout = _stream(1, sys.stdout or sys.stderr)
 
 
 def _stream(fd: int, like: Any) -> TextIO:
@@ -199,8 +203,9 @@ def signals_heard() -> Iterator[None]:
         if came:  # somebody caught it
             raise SignalledError(came[0][0])
     finally:
-        for number, default in ours:
-            signal.signal(number, default)
+        if not _ending.owns_process:  # else they are heard to the very end
+            for number, default in ours:
+                signal.signal(number, default)
 
 
 # The exit code.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import os
 import re
 import stat
@@ -40,6 +41,9 @@ __all__ = ["Output", "created", "exists", "is_temporary_name", "overwrite", "pub
 
 _TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
 """Names of temporary files: what they will be called, random digits, those of the host, and the ending."""
+
+_AT_ONCE = 256
+"""Files of killed runs that are open at a time: a process may have no more than 1,024."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,17 +176,17 @@ def is_temporary_name(name: str) -> bool:
 def sweep(folder: str) -> None:
     """Remove the temporary files that killed runs on this host left in a folder; those of runs at work stay."""
     host = _host()
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-        won: dict[str, str] = {}
-        for name in os.listdir(folder):
-            found = _TEMPORARY.fullmatch(name) if host and name.startswith(".") else None
-            path = os.path.join(folder, name)
-            if found is not None and found[2] == host and _won(path, stack):
-                won[path] = found[1] + found[2]
-        # Only now: whoever had them open is gone, and changes no index any more.
-        for path in won and _named_by_no_index(folder, won):
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+    with contextlib.suppress(OSError):
+        found = [_TEMPORARY.fullmatch(name) for name in os.listdir(folder) if host and name.startswith(".")]
+        ours = {os.path.join(folder, each[0]): each[1] + host for each in found if each is not None and each[2] == host}
+        for start in range(0, len(ours), _AT_ONCE):
+            with contextlib.ExitStack() as stack:
+                some = itertools.islice(ours.items(), start, start + _AT_ONCE)
+                won = {path: digits for path, digits in some if _won(path, stack)}
+                # Only now: whoever had them open is gone, and changes no index any more.
+                for path in won and _named_by_no_index(folder, won):
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
 
 
 def _won(path: str, stack: contextlib.ExitStack) -> bool:

@@ -8,9 +8,11 @@ removed; what a run leaves that is killed, the next one into the folder removes.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -21,6 +23,12 @@ from ckptkit.transfer.steps import Digests, Tally, digested, fill, move, require
 from ckptkit.transfer.workers import Progress, Stopped, in_parallel, uninterrupted
 
 __all__ = ["write_atomically"]
+
+_SWEEPING_SECONDS = 60.0
+"""Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
+
+_swept: dict[str, float] = {}
+"""When each folder was looked through."""
 
 _FLUSH_SECONDS = 0.05
 """Pause between flushes while files are being written; most are written before the first."""
@@ -68,7 +76,9 @@ def write_atomically(
     files: list[Output] = []
     digests = None
     try:
-        sweep(folder)
+        if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
+            _swept[folder] = time.monotonic()
+            sweep(folder)
         old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
         like = next(filter(None, old), None)  # a new shard of a checkpoint that few may read is not for others
         with uninterrupted():  # no file without a record of it

@@ -97,6 +97,14 @@ def test_what_is_not_ours_to_remove(out: Path, monkeypatch: pytest.MonkeyPatch) 
     output.close()
 
 
+def test_many_that_a_killed_run_left(out: Path) -> None:
+    """More than may be open at a time, as of a run that wrote thousands of shards."""
+    for _ in range(700):
+        left(out)
+    sweep(str(out.parent))
+    assert only(out) == []
+
+
 def test_an_index_that_cannot_be_read_names_anything(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stale = left(out)
     (out.parent / "index.json").write_text("{}")
