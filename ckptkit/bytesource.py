@@ -13,14 +13,51 @@ import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
-__all__ = ["CHUNK_NBYTES", "ByteRange", "SourceFile"]
+__all__ = ["CHUNK_NBYTES", "ByteRange", "SourceFile", "read_at", "write_at"]
 
 CHUNK_NBYTES = 4 << 20
 """Bytes moved through memory at a time: large enough that the calls cost nothing, small enough
 that a handful of buffers stay far below the memory bound."""
+
+_PAGE = 4096
+"""What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
+
+_position = threading.Lock()
+"""Held while a file's own position is used, on systems without positioned reads and writes."""
+
+
+def read_at(fd: int, nbytes: int, offset: int) -> bytes:
+    """At most ``nbytes`` bytes from a position of an open file; none at its end.
+
+    Raises:
+        OSError: it could not be read.
+    """
+    if hasattr(os, "pread"):
+        return os.pread(fd, nbytes, offset)
+    with _position:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, nbytes)
+
+
+def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of the data at a position of an open file.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    view = memoryview(data)
+    while view:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(fd, view, offset)
+        else:
+            with _position:
+                os.lseek(fd, offset, os.SEEK_SET)
+                written = os.write(fd, view)
+        view, offset = view[written:], offset + written
 
 
 class SourceFile:
@@ -31,12 +68,13 @@ class SourceFile:
         FileAccessError: it is a folder, a device or unreadable.
     """
 
-    __slots__ = ("_companions", "_fd", "_lock", "identity", "path", "size")
+    __slots__ = ("_companions", "_fd", "_lock", "_spool", "identity", "path", "size")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._fd = -1
         self._lock = threading.Lock()
         self._companions: list[SourceFile] = []
+        self._spool: SourceFile | None = None
         self.path = os.fsdecode(path)
         try:
             # O_NONBLOCK: opening a named pipe must be refused below, not wait for a writer.
@@ -65,7 +103,7 @@ class SourceFile:
             OSError: the descriptor is not open.
         """
         file = cls.__new__(cls)
-        file._fd, file._lock, file._companions, file.path = fd, threading.Lock(), [], path
+        file._fd, file._lock, file._companions, file._spool, file.path = fd, threading.Lock(), [], None, path
         status = os.fstat(fd)
         file.size = status.st_size
         file.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -106,11 +144,7 @@ class SourceFile:
 
     def _pread(self, nbytes: int, offset: int) -> bytes:
         try:
-            if hasattr(os, "pread"):
-                return os.pread(self.fd, nbytes, offset)
-            with self._lock:  # no positioned read on this system: the position is shared
-                os.lseek(self.fd, offset, os.SEEK_SET)
-                return os.read(self.fd, nbytes)
+            return read_at(self.fd, nbytes, offset)
         except FileAccessError:
             raise
         except OSError as error:
@@ -149,10 +183,28 @@ class SourceFile:
         self._companions.append(companion)
         return companion
 
+    def spool(self, nbytes: int) -> ByteRange:
+        """Room for so many bytes that are made of this file's, in its one temporary file, which is closed with it.
+
+        Raises:
+            FileAccessError: the file was closed.
+            OSError: the temporary file could not be made.
+        """
+        import tempfile
+
+        self.fd  # noqa: B018 - raises where it was closed
+        with self._lock:
+            if self._spool is None:
+                with tempfile.TemporaryFile(buffering=0) as made:
+                    self._spool = SourceFile.of_descriptor(os.dup(made.fileno()), self.path)
+            begin = -(-self._spool.size // _PAGE) * _PAGE
+            self._spool.size = begin + nbytes
+            return ByteRange(self._spool, begin, nbytes)
+
     @property
     def parts(self) -> tuple[SourceFile, ...]:
-        """The companions that are files of their own, and not made from this one."""
-        return tuple(companion for companion in self._companions if companion.path != self.path)
+        """The files that belong to this one."""
+        return tuple(self._companions)
 
     @property
     def total_size(self) -> int:
@@ -161,14 +213,20 @@ class SourceFile:
 
     def close(self) -> None:
         """Close the file and its companions; later reads raise.  Closing twice is harmless."""
-        for companion in self._companions:
+        for companion in (*self._companions, *([self._spool] if self._spool is not None else [])):
             companion.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def __del__(self) -> None:
-        self.close()
+        try:  # noqa: SIM105 - at the very end there may be no contextlib
+            self.close()
+        except Exception:  # noqa: S110 - it was never whole, or Python itself is going down
+            pass
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.path}: an open file cannot be copied or pickled; open it again")
 
     def __repr__(self) -> str:
         return f"SourceFile({self.path!r}, {self.size:,} bytes)"

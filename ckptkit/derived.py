@@ -1,20 +1,19 @@
 """Bytes that do not lie in a file as they are wanted: compressed ones, and values of another dtype.
 
 Both are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
-`DeflatedRange` is inflated once, into a temporary file without a name.  A `ConvertedRange` is
+`DeflatedRange` is inflated once, into a temporary file without a name, one for all of a source.  A `ConvertedRange` is
 converted piece by piece as it is read.  `plain` gives of any of the three a `ByteRange`.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile, write_at
 from ckptkit.errors import CorruptError, FileAccessError
 
 __all__ = ["DEFLATE_MOST", "ByteSource", "Conversion", "ConvertedRange", "DeflatedRange", "Inflation"]
@@ -27,7 +26,7 @@ distance code of one bit)."""
 
 
 def _spooled(parts: Iterable[bytes], nbytes: int, source: SourceFile, what: str) -> ByteRange:
-    """The parts in a temporary file without a name, which is closed with the source.
+    """The parts in the temporary file of the source, which is closed with it.
 
     Raises:
         FileAccessError: the temporary file could not be written; ``what`` begins the message.
@@ -35,25 +34,23 @@ def _spooled(parts: Iterable[bytes], nbytes: int, source: SourceFile, what: str)
     import shutil
     import tempfile
 
-    source.fd  # noqa: B018 - raises where the file was closed
     needs = f"{source.path}: {what} {nbytes:,} bytes in the temporary folder"
     remedy = "set TMPDIR to a folder with room for it"
     try:
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if nbytes > free:  # before a small file fills the disk
             raise FileAccessError(f"{needs}, which has {free:,}; {remedy}")
-        with tempfile.TemporaryFile(buffering=0) as out:
-            for part in parts:
-                view = memoryview(part)
-                while view:
-                    view = view[out.write(view) :]
-            file = SourceFile.of_descriptor(os.dup(out.fileno()), source.path)
+        room = source.spool(nbytes)
+        done = 0
+        for part in parts:
+            fitting = memoryview(part)[: nbytes - done]  # bytes that are too many are told by whoever makes them
+            write_at(room.file.fd, fitting, room.offset + done)
+            done += len(fitting)
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
         raise FileAccessError(f"{needs}: {error.strerror}; {remedy}") from error
-    source.keep(file)
-    return ByteRange(file, 0, nbytes)
+    return room
 
 
 class Inflation:

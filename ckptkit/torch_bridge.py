@@ -167,10 +167,13 @@ class _Loader:
         if id(source.file) not in self._maps:
             self._maps[id(source.file)] = _private_map(source.file)
             self._kept.append(source.file)
-        mapping = self._maps[id(source.file)]
-        if mapping is None or source.offset + source.nbytes > len(mapping):
+        mapping, offset = self._maps[id(source.file)], source.offset
+        if mapping is not None and offset + source.nbytes > len(mapping):  # a spool has grown since
+            begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            mapping, offset = _private_map(source.file, begin, offset - begin + source.nbytes), offset - begin
+        if mapping is None:
             return None
-        return torch.frombuffer(mapping, dtype=torch.uint8, count=source.nbytes, offset=source.offset).untyped_storage()
+        return torch.frombuffer(mapping, dtype=torch.uint8, count=source.nbytes, offset=offset).untyped_storage()
 
     def finish(self) -> None:
         """Make sure that what was read is one state of the file."""
@@ -179,10 +182,13 @@ class _Loader:
                 raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
 
 
-def _private_map(file: SourceFile) -> mmap.mmap | None:
-    """The whole file as memory that may be written to without changing it; ``None`` where the system refuses."""
+def _private_map(file: SourceFile, begin: int = 0, nbytes: int = 0) -> mmap.mmap | None:
+    """A part of a file (default: all) as memory that may be written to without changing it.
+
+    ``None`` where the system refuses, as it does where the file has become shorter.
+    """
     try:
-        return mmap.mmap(file.fd, 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(file.fd, nbytes, access=mmap.ACCESS_COPY, offset=begin)
     except FileAccessError:
         raise
     except (OSError, ValueError):

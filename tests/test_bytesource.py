@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -348,3 +351,100 @@ def test_what_would_fill_the_disk_is_not_inflated(tmp_path: Path, monkeypatch: p
         inflation.plain()
     monkeypatch.undo()
     assert inflation.plain().read() == bytes(1024)
+
+
+# The spool.
+
+
+def inflations(path: Path, contents: list[bytes]) -> list[Inflation]:
+    """One file that holds all of these, each compressed."""
+    packed = [zlib.compress(content, wbits=-15) for content in contents]
+    path.write_bytes(b"".join(packed))
+    source = SourceFile(path)
+    made, at = [], 0
+    for number, (content, part) in enumerate(zip(contents, packed, strict=True)):
+        made.append(Inflation(ByteRange(source, at, len(part)), len(content), zlib.crc32(content), str(number)))
+        at += len(part)
+    return made
+
+
+def test_threads_share_one_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    real = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: made.append(options) or real(**options))
+    contents = [bytes([number % 256]) * (number * 37 % 20_000) for number in range(400)]
+    all_of_it = inflations(tmp_path / "packed", contents)
+    with ThreadPoolExecutor(8) as pool:
+        ranges = list(pool.map(Inflation.plain, all_of_it))
+    assert len(made) == 1
+    assert len({id(each.file) for each in ranges}) == 1
+    assert [each.read() for each in ranges] == contents
+
+
+def test_one_that_inflates_to_too_much_does_not_reach_the_next(tmp_path: Path) -> None:
+    contents = [b"a" * 5000, b"b" * 5000, b"c" * 50_000, b"d" * 5000]
+    first, second, third, fourth = inflations(tmp_path / "packed", contents)
+    third.nbytes = 10
+    kept = first.plain(), second.plain()
+    with pytest.raises(CorruptError, match="does not inflate to the 10 bytes"):
+        third.plain()
+    assert [each.read() for each in (*kept, fourth.plain())] == [contents[0], contents[1], contents[3]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of descriptors")
+def test_more_compressed_records_than_descriptors(tmp_path: Path) -> None:
+    import zipfile
+
+    import torch
+
+    torch.manual_seed(0)
+    state = {f"layer{number}.weight": torch.randn(3, 7) for number in range(1200)}
+    torch.save(state, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "deflated.pth", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in plain.namelist():
+            deflated.writestr(name, plain.read(name))
+    program = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+import ckptkit, torch
+state = torch.load("plain.pth")
+assert ckptkit.convert("deflated.pth", "out.safetensors").ok
+assert ckptkit.convert("deflated.pth", "half.safetensors", dtype="float16").ok
+assert ckptkit.diff("deflated.pth", "out.safetensors").equal
+assert ckptkit.diff("deflated.pth", "deflated.pth").equal
+loaded = ckptkit.load_state_dict("deflated.pth")
+assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# Its end.
+
+
+def test_no_copy_shares_the_descriptor(path: Path) -> None:
+    file = SourceFile(path)
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"an open file cannot be copied or pickled; open it again"):
+            attempt(file)
+    gc.collect()
+    assert file.read(0, 10) == DATA[:10]
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_that_was_never_whole_goes_without_a_word(path: Path) -> None:
+    half = SourceFile.__new__(SourceFile)
+    del half
+    closed = SourceFile(path)
+    os.close(closed.fd)  # by somebody else
+    del closed
+    gc.collect()  # an error in __del__ would fail this test
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        SourceFile.of_descriptor(999_999, "x")
+    gc.collect()

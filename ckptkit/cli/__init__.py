@@ -1,7 +1,7 @@
 """The ``ckptkit`` command: parse, call `ckptkit.api`, render, exit.
 
 One module a command, imported only when it is run.  Exit codes are those of diff(1): 0 nothing
-found, 1 a difference or a failing finding, 2 it could not be done.
+found, 1 a difference or a failing finding, 2 it could not be done; 128 and the number of a signal that ended it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
 
 import click
 
 from ckptkit import __version__
+from ckptkit.cli import ending
 from ckptkit.cli.options import printable
 from ckptkit.errors import CkptkitError
 
@@ -52,6 +51,13 @@ CONTEXT = {
 class _Commands(click.Group):
     """The commands, imported when asked for, so that starting one costs only itself."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:  # what click does here differs between its versions
+            code = ending.verdict(2)
+            click.echo(ctx.get_help())
+            ctx.exit(code)
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
 
@@ -79,15 +85,22 @@ def run() -> NoReturn:
     Python would take down every module and object one by one first, a sixth of the time that a small
     command takes; all of it is memory, which the system takes back as a whole.
     """
+    code, leave = 2, os._exit
     try:
+        ending.take_descriptors()
         main()
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 0
-    atexit._run_exitfuncs()  # a model's own code may have registered some
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with suppress(OSError):
-            stream.flush()
-    os._exit(code)
+        code = ended.code if isinstance(ended.code, int) else 2
+    except ending.SignalledError as error:
+        code = ending.exit_code(error)
+    finally:
+        # A model's own code may have registered some; they end as they like, and the exit code is ours.
+        os._exit = lambda status: leave(code)
+        with suppress(BaseException):
+            atexit._run_exitfuncs()
+        with suppress(BaseException):
+            sys.stderr.flush()
+        leave(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -101,75 +114,59 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     gc.set_threshold(_GARBAGE_THRESHOLD)
     debug = "--debug" in arguments
     try:
-        if _COMPLETION in os.environ:  # a shell asks what it may offer
-            from ckptkit.cli.completion import register
-
-            register(os.environ[_COMPLETION])
-        with _termination_heard():
-            code = cli.main(args=arguments, prog_name="ckptkit", standalone_mode=False)
-        sys.stdout.flush()
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        code = 2
+        ending.begin(known=0)
+        with ending.signals_heard():
+            code = _called(arguments)
+            ending.write()
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError, ValueError):
+            error.show()
         code = 2
-    except click.Abort:
-        code = _interrupted()
-    except KeyboardInterrupt:
-        code = _interrupted()
-    except _Terminated:
-        click.echo("ckptkit: terminated; no file is half-written", err=True)
-        code = 128 + signal.SIGTERM
-    except (BrokenPipeError, SystemExit):  # the reader of our output has gone, as `head` does; click exits on it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except (ending.OutputLostError, ending.SignalledError, KeyboardInterrupt) as error:
+        code = ending.exit_code(error)
     except CkptkitError as error:
         _show_traceback(debug)
-        click.echo(f"ckptkit: error: {printable(str(error))}", err=True)
+        ending.say(f"ckptkit: error: {_lines(str(error))}")
         code = 2
     except MemoryError:
         _show_traceback(debug)
-        click.echo("ckptkit: error: out of memory; nothing was written", err=True)
+        ending.say("ckptkit: error: out of memory; no file is half-written")
         code = 2
-    except Exception as error:
+    except BaseException as error:
         _show_traceback(debug)
-        click.echo(
-            f"ckptkit: internal error: {type(error).__name__}: {error} (a bug in ckptkit; --debug shows where)",
-            err=True,
-        )
+        told = f"{type(error).__name__}: {printable(str(error))}"
+        ending.say(f"ckptkit: internal error: {told} (a bug in ckptkit; --debug shows where)")
         code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _called(arguments: list[str]) -> int:
+    """Run what the arguments ask for; its exit code."""
+    if _COMPLETION in os.environ:  # a shell asks what it may offer
+        from ckptkit.cli.completion import register
+
+        register(os.environ[_COMPLETION])
+        try:
+            cli.main(args=arguments, prog_name="ckptkit")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    # Not click's own `main`, which has its own ways out for a closed pipe and Ctrl-C.
+    try:
+        with cli.make_context("ckptkit", arguments) as context:
+            code = cli.invoke(context)
+    except click.exceptions.Exit as left:
+        code = left.exit_code
+    return code if isinstance(code, int) else 2
+
+
+def _lines(message: str) -> str:
+    """A message ready for a terminal; where it lists several errors, each on its line, indented as it is."""
+    return "\n  ".join(map(printable, message.split("\n  ")))
 
 
 def _show_traceback(wanted: bool) -> None:
     if wanted:
         import traceback
 
-        traceback.print_exc()
-
-
-class _Terminated(BaseException):
-    """The process was asked to end, as by ``kill``, ``timeout`` or a scheduler."""
-
-
-@contextmanager
-def _termination_heard() -> Iterator[None]:
-    """SIGTERM is raised, so that what is unfinished is cleaned up."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def terminate(*_: object) -> None:
-        raise _Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _interrupted() -> int:
-    click.echo("ckptkit: interrupted; no file is half-written", err=True)
-    return 2
+        with suppress(OSError, ValueError):
+            traceback.print_exc()

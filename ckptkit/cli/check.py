@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ckptkit import api
+from ckptkit.cli import ending
 from ckptkit.cli.check_text import text
 from ckptkit.cli.completion import complete_reference
 from ckptkit.cli.options import (
@@ -115,6 +116,7 @@ def command(
     policy["require_format"] = (*require_format, *(name for name in formats if name in CONTAINERS))
     for name in ("require_format", "allow_dtype", "location"):
         policy[name] = policy[name] or None  # not given: what is configured stands
+    ending.keep_stdout()
     with json_errors(output == "json"):
         report = api.check(
             paths,
@@ -124,9 +126,10 @@ def command(
             input_shapes=[input_shape(shape) for shape in shapes] or None,
             **policy,
         )
+    code = ending.verdict(report.exit_code)
     if output == "text":
         for line in text(report, styler(color), quiet=quiet):
             echo(line)
     else:
-        click.echo(OUTPUTS[output](report).encode("utf-8"), nl=False)
-    return report.exit_code
+        ending.write(OUTPUTS[output](report).encode("utf-8"))
+    return code

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ckptkit import api
+from ckptkit.cli import ending
 from ckptkit.cli.options import (
     common_options,
     echo,
@@ -145,10 +146,12 @@ def command(
             progress=moved,
             **options,
         )
+    details = report.details
+    written = f"{printable(details['destination'])} was written" if details["written"] else ""
+    code = ending.verdict(0, written)
     if as_json:
         echo_json(report.to_dict())
-        return 0
-    details = report.details
+        return code
     if not details["written"]:
         show_plan(details)
     elif not quiet:
@@ -161,7 +164,7 @@ def command(
         )
     if not quiet:
         echo_findings(list(report.findings), styler(color), err=True)
-    return 0
+    return code
 
 
 def _map_location(given: tuple[str, ...]) -> str | dict[str, str] | None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ckptkit import api
-from ckptkit.cli import diff_text
+from ckptkit.cli import diff_text, ending
 from ckptkit.cli.options import (
     common_options,
     echo,
@@ -70,6 +70,7 @@ def command(
     as_json = as_json or output == "json"
     with json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
         difference = api.diff(a, b, progress=update, **options)
+    code = ending.verdict(0 if difference.ok else 1)
     document = difference.to_dict()
     if as_json:
         echo_json(document)
@@ -81,4 +82,4 @@ def command(
     else:
         for line in diff_text.text(document, styler(color), top=top, width=terminal_width()):
             echo(line)
-    return 0 if difference.ok else 1
+    return code

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 import click
 
+from ckptkit.cli import ending
 from ckptkit.cli.completion import complete_code
 from ckptkit.cli.options import common_options, echo, echo_json, styler, with_examples
 from ckptkit.codes import CODES
@@ -24,6 +25,7 @@ def command(code: str | None, as_json: bool, quiet: bool, color: str) -> int:
         near = get_close_matches(code, CODES, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; 'ckptkit explain' lists all"
         raise click.UsageError(f"there is no code {code!r}{hint}")
+    verdict = ending.verdict(0)
     if as_json:
         shown = CODES if code is None else {code: CODES[code]}
         echo_json({"schema_version": SCHEMA_VERSION, "codes": {k: v._asdict() for k, v in shown.items()}})
@@ -36,4 +38,4 @@ def command(code: str | None, as_json: bool, quiet: bool, color: str) -> int:
         echo(f"\n{meaning}")
         if remedy != "-":
             echo(f"\n{remedy}")
-    return 0
+    return verdict

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import click
 
 from ckptkit import api
-from ckptkit.cli import inspect_text
+from ckptkit.cli import ending, inspect_text
 from ckptkit.cli.options import (
     common_options,
     echo,
@@ -28,6 +27,8 @@ from ckptkit.inspection import describe_error, json_chunks, plain_document, surv
 from ckptkit.report import SCHEMA_VERSION, at_least
 
 __all__ = ["command"]
+
+T = TypeVar("T")
 
 
 @click.command(
@@ -83,21 +84,26 @@ def command(
         render = functools.partial(
             inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
         )
-    documents = (
-        _survey(found, section, filters, sort, stats) if error is None else describe_error(found, error)
-        for path in paths
-        for found, error in _expanded(path)
-    )
-    if as_json or output == "json":
-        return _exit_code(list(map(_told, _echo_documents(documents))), fail_on)
     seen: list[dict[str, Any]] = []
-    for document in documents:
+
+    def documents() -> Iterator[dict[str, Any]]:
+        """Each file's document; before the last is shown, the verdict is known."""
+        for (found, error), is_last in _with_last(each for path in paths for each in _expanded(path)):
+            document = _survey(found, section, filters, sort, stats) if error is None else describe_error(found, error)
+            seen.append(_told(document))
+            if is_last:
+                ending.verdict(_exit_code(seen, fail_on))
+            yield document
+
+    if as_json or output == "json":
+        _echo_documents(documents())
+        return _exit_code(seen, fail_on)
+    for document in documents():
         if document["error"] is None:
-            if seen and not flat:
+            if len(seen) > 1 and not flat:
                 echo()
             for line in render(document):
                 echo(line)
-        seen.append(_told(document))
     return _exit_code(seen, fail_on)
 
 
@@ -118,20 +124,27 @@ def _expanded(path: str) -> Iterator[tuple[str, CkptkitError | None]]:
         yield path, error
 
 
-def _echo_documents(documents: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """The items, and whether each is the last."""
+    iterator = iter(items)
+    for item in iterator:
+        for following in iterator:
+            yield item, False
+            item = following
+        yield item, True
+
+
+def _echo_documents(documents: Iterator[dict[str, Any]]) -> None:
     """Write the JSON document while its files are read: what is written of one need not be kept for the next."""
-    if sys.stdout.isatty():
-        files = list(documents)
-        echo_json({"schema_version": SCHEMA_VERSION, "files": [plain_document(document) for document in files]})
-        yield from files
+    if ending.stdout().isatty():
+        echo_json({"schema_version": SCHEMA_VERSION, "files": [plain_document(document) for document in documents]})
         return
-    write = sys.stdout.write
+    write = ending.stdout().write
     write(f'{{"schema_version": {SCHEMA_VERSION}, "files": [')
     for number, document in enumerate(documents):
         write(", " * (number > 0))
         for chunk in json_chunks(document):
             write(chunk)
-        yield document
     write("]}\n")
 
 
@@ -140,8 +153,8 @@ def _told(document: dict[str, Any]) -> dict[str, Any]:
     if document["error"] is not None:
         message = document["error"]["message"]
         place = "" if message.startswith(document["path"]) else f"{document['path']}: "
-        sys.stdout.flush()
-        click.echo(f"ckptkit: error: {printable(place + message)}", err=True)
+        ending.write()  # what comes before it
+        ending.say(f"ckptkit: error: {printable(place + message)}")
     return {"error": document["error"], "severities": [finding["severity"] for finding in document["findings"]]}
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Literal
 
 import click
 
 from ckptkit import api
+from ckptkit.cli import ending
 from ckptkit.cli.manifest_text import summary
-from ckptkit.cli.options import common_options, echo, echo_json, json_errors, path_argument, styler, with_examples
+from ckptkit.cli.options import (
+    common_options,
+    echo,
+    echo_json,
+    json_errors,
+    path_argument,
+    printable,
+    styler,
+    with_examples,
+)
 
 __all__ = ["command"]
 
@@ -61,18 +70,19 @@ def command(
         manifest = api.manifest(
             paths, destination, digests=digests, golden=_golden(goldens), update=update, force=force
         )
+    code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
     if as_json:
         changes = manifest.changes
         told = {name: list(getattr(changes, name)) for name in ("added", "changed", "removed", "kept")}
         echo_json({**manifest.to_dict(), "changes": told})
-        return 0
+        return code
     if destination is None:
-        sys.stdout.write(manifest.to_json())
-        return 0
+        ending.write(manifest.to_json())
+        return code
     if not quiet:
         for line in summary(manifest, destination, styler(color)):
             echo(line)
-    return 0
+    return code
 
 
 def _golden(values: tuple[str, ...]) -> dict[str, str] | str | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar, cast
 
 import click
 
+from ckptkit.cli import ending
 from ckptkit.errors import CkptkitError
 from ckptkit.report import SCHEMA_VERSION, Finding, printable
 
@@ -52,7 +53,14 @@ _LEAST_NOTE, _LEAST_NAME = 12, 16
 
 
 def common_options(function: F) -> F:
-    """``--json``, ``-q``, ``--color`` and ``--debug``."""
+    """``--json``, ``-q``, ``--color`` and ``--debug``; and that the command is at work once it is called."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **options: Any) -> Any:
+        ending.begin(known=None)
+        return function(*args, **options)
+
+    made = cast(F, command)
     for option in (
         click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
         click.option(
@@ -61,8 +69,8 @@ def common_options(function: F) -> F:
         click.option("-q", "--quiet", is_flag=True, help="No messages and no progress on stderr."),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     ):
-        function = option(function)
-    return function
+        made = option(made)
+    return made
 
 
 def with_examples(*examples: str) -> str:
@@ -77,13 +85,13 @@ def path_argument(name: str, **options: Any) -> Callable[[F], F]:
 
 def styler(color: str) -> Style:
     """How to colour: always, never, or (auto) on a terminal where ``NO_COLOR`` is not set."""
-    wanted = color == "always" or (color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    wanted = color == "always" or (color == "auto" and ending.stdout().isatty() and not os.environ.get("NO_COLOR"))
     return click.style if wanted else lambda text, **_: text
 
 
 def terminal_width() -> int | None:
     """Columns of the terminal that stdout is; ``None``: it is none, and lines are as long as they are."""
-    if not sys.stdout.isatty():
+    if not ending.stdout().isatty():
         return None
     import shutil
 
@@ -93,12 +101,12 @@ def terminal_width() -> int | None:
 
 def echo(text: str = "") -> None:
     """A line on stdout, colours kept as they were decided, whatever the terminal's encoding."""
-    click.echo(encodable(text), color=True)
+    ending.write(encodable(text) + "\n")
 
 
 def encodable(text: str) -> str:
     """The text with what stdout's encoding does not have replaced or escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = ending.stdout().encoding or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
@@ -162,7 +170,7 @@ def echo_json(document: Any) -> None:
 
     Non-ASCII is escaped, so that any terminal and any name will do.
     """
-    click.echo(json.dumps(document, indent=2 if sys.stdout.isatty() else None))
+    ending.write(json.dumps(document, indent=2 if ending.stdout().isatty() else None) + "\n")
 
 
 @contextmanager
@@ -173,7 +181,8 @@ def json_errors(as_json: bool) -> Iterator[None]:
     except CkptkitError as error:
         if as_json:
             failure = {"type": type(error).__name__, "message": str(error)}
-            echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": failure})
+            with suppress(ending.OutputLostError):  # that it failed is what is to be told
+                echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": failure})
         raise
 
 
@@ -215,4 +224,4 @@ def echo_findings(findings: list[Finding], style: Style, *, err: bool = False) -
         if finding.fix:
             lines.append(f"    {printable(finding.fix)}")
         for line in lines:
-            click.echo(line, err=True, color=True) if err else echo(line)
+            ending.say(line) if err else echo(line)

@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import click
-
+from ckptkit.cli import ending
 from ckptkit.report import human_size
 
 __all__ = ["progress_line"]
@@ -41,14 +40,14 @@ def progress_line(wanted: bool | None, *, quiet: bool) -> Iterator[Callable[[int
             return
         shown = now
         line = _line(done, total, now - started)
-        click.echo("\r" + line.ljust(width), nl=False, err=True)
+        ending.say("\r" + line.ljust(width), nl=False)
         width = len(line)
 
     try:
         yield update
     finally:
         if width:
-            click.echo("\r" + " " * width + "\r", nl=False, err=True)
+            ending.say("\r" + " " * width + "\r", nl=False)
 
 
 def _line(done: int, total: int, seconds: float) -> str:

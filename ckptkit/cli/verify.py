@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ckptkit import api
+from ckptkit.cli import ending
 from ckptkit.cli.completion import complete_reference
 from ckptkit.cli.options import (
     common_options,
@@ -91,6 +92,7 @@ def command(
     Defaults, by the least precise dtype of weights and outputs: float64 1.5e-8, float32 3.5e-4, float16 3.2e-2,
     bfloat16 8.9e-2 (rtol), and the dtype's epsilon (atol).
     """
+    ending.keep_stdout()
     with json_errors(as_json):
         report = api.verify(
             path,
@@ -99,12 +101,14 @@ def command(
             forward=not no_forward,
             **options,
         )
+    written = any(finding.code == "golden-written" for finding in report.findings)
+    code = ending.verdict(0 if report.ok else 1, f"{printable(options['write_golden'])} was written" if written else "")
     if as_json:
         echo_json(report.to_dict())
-        return 0 if report.ok else 1
+        return code
     style = styler(color)
     echo_report(report, style)
     verdict = style("passed", fg="green", bold=True) if report.ok else style("FAILED", fg="red", bold=True)
     if not quiet:
         echo(f"{printable(path)}: {verdict} against {printable(report.details['reference'])}")
-    return 0 if report.ok else 1
+    return code

@@ -15,6 +15,7 @@ from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.plan import Plan
 from ckptkit.report import parse_size
 from ckptkit.transfer import Tally, write_atomically
+from ckptkit.transfer.names import is_temporary_name
 from ckptkit.transfer.workers import Progress
 from ckptkit.version import __version__
 
@@ -99,11 +100,9 @@ class Job:
 
         name = os.path.basename(self.path).removesuffix(".index.json")
         stem, ending = os.path.splitext(name)
-        # Until an earlier run that was killed is made up for, its index may still name shards as they were called then.
-        temporary = rf"\.{re.escape(stem[:50])}[^/]*\.[0-9a-f]{{8}}\.tmp"
-        customary = re.compile(
-            rf"(?:{re.escape(stem)}-[0-9]{{5}}-of-[0-9]{{5}}|{temporary}){re.escape(ending.lower())}\Z"
-        )
+        customary = re.compile(rf"{re.escape(stem)}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(ending.lower())}\Z")
         old = shard_names(self.path) if os.path.isfile(self.path) else frozenset()
-        shards = {shard for shard in old if customary.match(shard)} - self.plan.shards.keys()
+        # Until an earlier run that was killed is made up for, its index may still name shards as they were called then.
+        shards = {shard for shard in old if customary.match(shard) or is_temporary_name(shard)}
+        shards -= self.plan.shards.keys()
         return (*sorted(shards), *([name] if os.path.basename(self.asked) == name else []))

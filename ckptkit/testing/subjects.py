@@ -45,9 +45,12 @@ def on_disk(weights: Weights, name: str) -> Iterator[Subject]:
     """The weights as a file: their own, or one that is gone afterwards."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(weights, torch.nn.Module):
+        from ckptkit.verifier.foreign import foreign
+
         module: Any = weights
         called = f"a {type(module).__name__} in memory"
-        weights = module.state_dict()
+        with foreign(f"{name}: state_dict() of {called} failed"):
+            weights = module.state_dict()
     else:
         called = "a dict in memory"
     if isinstance(weights, (str, os.PathLike)):

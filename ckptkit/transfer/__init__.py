@@ -2,7 +2,7 @@
 
 `values` gives a tensor's values however they lie, `copier` moves bytes that stay as they are, `steps` carries
 out a plan on an open file, `publish` writes and checks whole outputs, `names` gives complete files their names,
-`positioned` reads and writes open outputs, `workers` are the threads.
+`workers` are the threads.
 """
 
 from ckptkit.transfer.publish import write_atomically

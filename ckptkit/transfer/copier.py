@@ -17,9 +17,8 @@ import os
 import time
 from collections.abc import Callable
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, write_at
 from ckptkit.errors import FileAccessError
-from ckptkit.transfer.positioned import write_at
 
 __all__ = ["UNAVAILABLE", "Copier"]
 

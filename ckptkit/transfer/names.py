@@ -4,22 +4,46 @@ A sharded checkpoint is several files that change together, and an index that na
 shards of these names stand already, the index is first replaced by one that names the new shards
 under their temporary names, then the shards get their own names too, then the index that says so
 takes its place: at every moment the index names one whole checkpoint, the old one or the new one.
+
+A temporary file is locked (``flock``) for as long as its run has it open, and the system unlocks it whatever
+becomes of the run.  So the next run into the same folder removes what a killed one left there: the files whose names
+say that they are of this host, whose lock it wins, and that no index names.  Other hosts may share the folder and
+not the locks; where a file system or a system has none, names do not say a host, and such files stay.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import itertools
 import os
+import re
+import stat
+import zlib
 from dataclasses import dataclass
+from types import ModuleType
 
+from ckptkit.bytesource import SourceFile, write_at
 from ckptkit.errors import DestinationExistsError, FileAccessError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
 from ckptkit.transfer.copier import UNAVAILABLE
-from ckptkit.transfer.positioned import write_at
 from ckptkit.transfer.workers import uninterrupted
 
-__all__ = ["Output", "created", "exists", "overwrite", "publish"]
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = ["Output", "created", "exists", "is_temporary_name", "overwrite", "publish", "sweep"]
+
+_TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
+"""Names of temporary files: what they will be called, random digits, those of the host, and the ending."""
+
+_AT_ONCE = 256
+"""Files of killed runs that are open at a time: a process may have no more than 1,024."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +56,8 @@ class Output:
         shown: the name that messages use.
         temporary: where it is meanwhile.
         fd: open on that, readable and writable.
+        host: what its temporary name says of this machine; empty where it is not locked.
+        replaced: the file whose permissions it gets.
         is_ours: whether the temporary name is to be removed at the end, and not in use by an index.
     """
 
@@ -40,15 +66,24 @@ class Output:
     shown: str
     temporary: str
     fd: int
+    host: str = ""
+    replaced: os.stat_result | None = None
     is_ours: bool = True
 
     @property
     def has_name(self) -> bool:
         """Whether it is this very file that has the name it is meant for."""
-        try:
-            return os.path.samestat(os.fstat(self.fd), os.lstat(self.path))
-        except FileNotFoundError:
-            return False
+        return _has_name(self.fd, self.path)
+
+    def permit(self) -> None:
+        """Give it the permissions, and where this process may the owner and group, of the file that it replaces."""
+        if self.replaced is None or not hasattr(os, "fchmod"):
+            return
+        for owner, group in ((-1, self.replaced.st_gid), (self.replaced.st_uid, -1)):
+            with contextlib.suppress(OSError):
+                os.fchown(self.fd, owner, group)
+        with contextlib.suppress(OSError):
+            os.fchmod(self.fd, self.replaced.st_mode & 0o777)
 
     def close(self) -> None:
         """Close it, and remove its temporary name."""
@@ -58,28 +93,122 @@ class Output:
                 os.unlink(self.temporary)
 
 
-def created(plan: Plan, path: str, shown: str) -> Output:
-    """An empty file beside where it will be.
+def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None = None) -> Output:
+    """An empty file beside where it will be, and locked where that can be.
+
+    Args:
+        plan: its steps.
+        path: where it will be.
+        shown: the name that messages use.
+        replaced: the file whose permissions it is to get.
 
     Raises:
         FileAccessError: it cannot be made.
     """
-    temporary = _beside(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    # Less the umask, as any program's output; what replaces a file that few may read is not read by more meanwhile.
+    mode = 0o666 if replaced is None else 0o600
+    host = _host()
+    while True:
+        temporary = _beside(path, host)
+        try:
+            fd = os.open(temporary, flags, mode)
+        except OSError as error:
+            raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
+        output = Output(plan=plan, path=path, shown=shown, temporary=temporary, fd=fd, host=host, replaced=replaced)
+        try:
+            if not host or (_locked(fd) and _has_name(fd, temporary)):
+                return output
+        except OSError:  # there are no locks here
+            host = ""
+        output.close()  # another run has swept it, in the moment before it was locked
+
+
+def _host() -> str:
+    """Eight digits for this machine; empty where there are no locks."""
+    return _host_digits() if fcntl is not None else ""
+
+
+@functools.cache
+def _host_digits() -> str:
+    mark = os.uname().nodename.encode(errors="surrogateescape")
+    with contextlib.suppress(OSError), contextlib.closing(SourceFile("/etc/machine-id")) as file:
+        mark += file.read(0, min(file.size, 64))
+    return f"{zlib.crc32(mark):08x}"
+
+
+def _locked(fd: int) -> bool:
+    """Lock the file; whether nobody else has.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        fd = os.open(temporary, flags, 0o666)  # less the umask, as any program's output
-    except OSError as error:
-        raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
-    return Output(plan=plan, path=path, shown=shown, temporary=temporary, fd=fd)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def _beside(path: str) -> str:
+def _has_name(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _beside(path: str, host: str) -> str:
     """A name in the same folder that nothing has."""
     folder, name = os.path.split(path)
-    # 50 characters are at most 200 bytes, so that the name is no longer than a file system allows.  The ending stays:
+    # 56 characters are at most 224 bytes, so that the name is no longer than a file system allows.  The ending stays:
     # by it an index that names shards so for a moment is still read as what it is.
     stem, ending = os.path.splitext(name)
-    return os.path.join(folder, f".{stem[:50]}.{os.urandom(4).hex()}.tmp{ending[:20]}")
+    return os.path.join(folder, f".{stem[:40]}.{os.urandom(4).hex()}{host}.tmp{ending[:16]}")
+
+
+def is_temporary_name(name: str) -> bool:
+    """Whether a file of this name (without its folder) is one that ckptkit has not finished writing."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def sweep(folder: str) -> None:
+    """Remove the temporary files that killed runs on this host left in a folder; those of runs at work stay."""
+    host = _host()
+    with contextlib.suppress(OSError):
+        found = [_TEMPORARY.fullmatch(name) for name in os.listdir(folder) if host and name.startswith(".")]
+        ours = {os.path.join(folder, each[0]): each[1] + host for each in found if each is not None and each[2] == host}
+        for start in range(0, len(ours), _AT_ONCE):
+            with contextlib.ExitStack() as stack:
+                some = itertools.islice(ours.items(), start, start + _AT_ONCE)
+                won = {path: digits for path, digits in some if _won(path, stack)}
+                # Only now: whoever had them open is gone, and changes no index any more.
+                for path in won and _named_by_no_index(folder, won):
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+
+
+def _won(path: str, stack: contextlib.ExitStack) -> bool:
+    """Whether nobody has the file open to write it; it is locked until the stack ends."""
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with contextlib.suppress(OSError):
+        fd = os.open(path, flags)
+        stack.callback(os.close, fd)
+        return stat.S_ISREG(os.fstat(fd).st_mode) and _locked(fd) and _has_name(fd, path)
+    return False
+
+
+def _named_by_no_index(folder: str, digits_of: dict[str, str]) -> list[str]:
+    """Of temporary files those whose digits no index in the folder holds: one names shards so while it changes."""
+    named: set[str] = set()
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.endswith(".json") and not is_temporary_name(name) and os.path.isfile(path):
+            with contextlib.closing(SourceFile(path)) as file:
+                data = file.read(0, min(file.size, DEFAULT_LIMITS.index_nbytes))
+            named.update(path for path, digits in digits_of.items() if digits.encode() in data)
+    return [path for path in digits_of if path not in named]
 
 
 def overwrite(fd: int, data: bytes) -> None:
@@ -108,6 +237,8 @@ def publish(files: list[Output], index: bytes, *, force: bool, flush: bool) -> N
         OSError: it cannot be done.
     """
     *shards, main = files
+    for file in files:
+        file.permit()
     with uninterrupted():
         if not index:
             _rename(main, force=force)
@@ -119,9 +250,10 @@ def publish(files: list[Output], index: bytes, *, force: bool, flush: bool) -> N
 
 def _publish_shards(shards: list[Output], main: Output, index: bytes, *, force: bool, flush: bool) -> None:
     """Give shards their names, and the index its own last."""
-    final = created(main.plan, main.path, main.shown)
+    final = created(main.plan, main.path, main.shown, main.replaced)
     try:
         overwrite(final.fd, index)
+        final.permit()
         if flush:
             os.fsync(final.fd)
         if force and any(os.path.lexists(shard.path) for shard in shards):
@@ -183,7 +315,7 @@ def _replace(shards: list[Output], main: Output, final: Output, *, flush: bool) 
 
 def _rename_over(shard: Output) -> None:
     """Give a shard its name, and leave it the temporary one where the file system has hard links."""
-    second = _beside(shard.path)
+    second = _beside(shard.path, shard.host)
     try:
         try:
             os.link(shard.temporary, second)

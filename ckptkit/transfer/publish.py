@@ -2,24 +2,33 @@
 
 Every file is written beside its destination under a temporary name, compared, and only then
 renamed; see `ckptkit.transfer.names`.  On any error, an interrupt included, the temporary files are
-removed.
+removed; what a run leaves that is killed, the next one into the folder removes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, Index, Plan
-from ckptkit.transfer.names import Output, created, exists, overwrite, publish
+from ckptkit.transfer.names import Output, created, exists, overwrite, publish, sweep
 from ckptkit.transfer.steps import Digests, Tally, digested, fill, move, require_unchanged, reserve
 from ckptkit.transfer.workers import Progress, Stopped, in_parallel, uninterrupted
 
 __all__ = ["write_atomically"]
+
+_SWEEPING_SECONDS = 60.0
+"""Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
+
+_swept: dict[str, float] = {}
+"""When each folder was looked through."""
 
 _FLUSH_SECONDS = 0.05
 """Pause between flushes while files are being written; most are written before the first."""
@@ -39,7 +48,7 @@ def write_atomically(
     Args:
         destination: the output file; a symbolic link is followed, the link itself stays.
         plan: what to write.
-        force: whether what exists may be replaced.
+        force: whether what exists may be replaced; what replaces it keeps its permissions.
         check: called once everything is written, with a path that opens it and a function to be called with
             the number of bytes as they are compared; whatever it raises stops the write before the
             destination is touched.  ``None``: nothing is compared, checksums that would have to be computed
@@ -67,9 +76,14 @@ def write_atomically(
     files: list[Output] = []
     digests = None
     try:
+        if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
+            _swept[folder] = time.monotonic()
+            sweep(folder)
+        old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
+        like = next(filter(None, old), None)  # a new shard of a checkpoint that few may read is not for others
         with uninterrupted():  # no file without a record of it
             for each, path, name in wanted:
-                files.append(created(each, path, name))
+                files.append(created(each, path, name, _status(path) or like))
         for file in files:
             reserve(file.fd, file.plan.nbytes)
         counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
@@ -120,6 +134,15 @@ def _places(plan: Plan, shown: str) -> list[tuple[Plan, str, str]]:
     folder = os.path.realpath(above)
     shards = [(shard, os.path.join(folder, at), os.path.join(above, at)) for at, shard in plan.shards.items()]
     return [*shards, (plan, os.path.join(folder, name), shown)]
+
+
+def _status(path: str) -> os.stat_result | None:
+    """That of a file that is there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def _temporary_names(files: list[Output], plan: Plan) -> dict[str, str]:

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import SourceFile, read_at, write_at
 from ckptkit.derived import Buffer, Conversion, ConvertedRange
 from ckptkit.errors import CorruptError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, Literal, Plan
 from ckptkit.transfer.copier import UNAVAILABLE, Copier
-from ckptkit.transfer.positioned import read_at, write_at
 from ckptkit.transfer.values import stream
 from ckptkit.transfer.workers import Background, buffer, in_parallel
 

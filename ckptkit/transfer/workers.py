@@ -8,13 +8,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
-__all__ = ["MANY_NBYTES", "Background", "Progress", "Stopped", "buffer", "in_parallel", "uninterrupted"]
+__all__ = ["MANY_NBYTES", "SIGNALS", "Background", "Progress", "Stopped", "buffer", "in_parallel", "uninterrupted"]
 
 Progress = Callable[[int, int], object]
 """Called with the bytes dealt with so far, and those to deal with in all."""
 
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Those that ask a process to end, and let it clean up."""
 
 _kept = threading.local()
 
@@ -124,7 +127,7 @@ class Background(threading.Thread):
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are heard when the block is done: a few calls, which take milliseconds.
+    """Ctrl-C, SIGTERM and SIGHUP are heard when the block is done: a few calls, which take milliseconds.
 
     To mask them would not do: a mask is that of one thread, and Python hears what any thread is sent.
     """
@@ -139,7 +142,7 @@ def uninterrupted() -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.callback(hear)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             handler = signal.getsignal(number)
             if handler is not None and handler != signal.SIG_IGN:
                 stack.callback(signal.signal, number, handler)

@@ -24,6 +24,7 @@ from ckptkit.verifier.against import check_against, check_devices, unwrapped, wr
 from ckptkit.verifier.behaviour import check_behaviour
 from ckptkit.verifier.context import Check, Context, floating_dtype, peak_memory, pick_devices
 from ckptkit.verifier.fit import check_fit
+from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.forward import check_forward, model_dtype
 from ckptkit.verifier.golden import Golden, read_golden
 from ckptkit.verifier.golden_check import check_golden, require_writable, versions
@@ -121,12 +122,13 @@ def verify(
     if write_golden is not None:
         require_writable(write_golden, force=force)
     cuda = [where.index or 0 for where in devices if where.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda):
+    with foreign(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         started = time.perf_counter()
         built, reference = _model(checkpoint, model, model_args, recorded, unsafe_load=unsafe_load)
         if cast is not None:
-            built.to(cast)
+            with foreign(f"the model cannot be cast to {dtype}"):
+                built.to(cast)
         context = Context(
             reference=reference,
             devices=devices,
@@ -155,7 +157,7 @@ def verify(
             findings.append(wrapper_told(checkpoint.origin.path))
         context.failed = worst(findings) == "error"
         checks = _run(stripped or checkpoint, built, context, findings)
-    return Report(findings=tuple(findings), details=_details(checkpoint, context, checks, model_dtype(built)))
+        return Report(findings=tuple(findings), details=_details(checkpoint, context, checks, model_dtype(built)))
 
 
 def _run(checkpoint: Checkpoint, model: nn.Module, context: Context, findings: list[Finding]) -> list[dict[str, Any]]:

@@ -20,7 +20,8 @@ from ckptkit.rewrite.prefix import StripModule
 from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.fill import become
 from ckptkit.verifier.fit import check_fit
-from ckptkit.verifier.forward import Pass, model_dtype, one_line, run
+from ckptkit.verifier.foreign import foreign, told
+from ckptkit.verifier.forward import Pass, model_dtype, run
 from ckptkit.verifier.load import check_load
 from ckptkit.verifier.measure import measure
 from ckptkit.verifier.outputs import Difference, Tolerance, compare_outputs
@@ -70,13 +71,14 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         return
     tolerance = context.tolerance((checkpoint, other), context.first)
     try:
-        model.to(context.device)
+        with foreign():
+            model.to(context.device)
         made, parting = _followed(model, context, context.device, context.trace, tolerance)
     except Exception as error:
         yield Finding(
             code="forward-failed",
             severity="error",
-            message=f"the forward pass with {path} on {context.device} failed: {one_line(error)}",
+            message=f"the forward pass with {path} on {context.device} failed: {told(error)}",
         )
         return
     tolerance = context.tolerance((checkpoint, other), context.first, made.outputs)
@@ -90,7 +92,8 @@ def _emptied(model: nn.Module, context: Context) -> None:
     torch.manual_seed(context.seed)
     become(model, without_values(context.reference.make))
     if context.dtype is not None:
-        model.to(floating_dtype(context.dtype))
+        with foreign(f"the model cannot be cast to {context.dtype}"):
+            model.to(floating_dtype(context.dtype))
 
 
 def wrapper_told(path: str) -> Finding:
@@ -110,13 +113,14 @@ def check_devices(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
     for device in context.devices[1:]:
         tolerance = context.tolerance((checkpoint,), context.first)
         try:
-            model.to(device)
+            with foreign():
+                model.to(device)
             made, parting = _followed(model, context, device, context.trace, tolerance)
         except Exception as error:
             yield Finding(
                 code="forward-failed",
                 severity="error",
-                message=f"the forward pass on {device} failed, which did not on {context.device}: {one_line(error)}",
+                message=f"the forward pass on {device} failed, which did not on {context.device}: {told(error)}",
             )
             continue
         found = compare_outputs(context.first, made.outputs, tolerance)
@@ -125,7 +129,8 @@ def check_devices(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         # Boxes are chosen by rank and threshold: another device's rounding may choose others.
         severity: Severity = "warning" if context.inputs.is_list else "error"
         yield _told("device", f"outputs on {device}", found, tolerance, parting, severity, f" on {context.device}")
-    model.to(context.device)
+    with foreign(f"the model cannot be moved back to {context.device}"):
+        model.to(context.device)
 
 
 def _followed(

@@ -20,7 +20,8 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.report import Finding
 from ckptkit.verifier.context import Context, floating_dtype, shortened
-from ckptkit.verifier.forward import Pass, model_dtype, one_line, run
+from ckptkit.verifier.foreign import ForeignExitError, told
+from ckptkit.verifier.forward import Pass, model_dtype, run
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.outputs import Difference, Tolerance, compare_outputs, compared
 
@@ -36,7 +37,15 @@ def check_behaviour(checkpoint: Checkpoint, model: nn.Module, context: Context) 
     tolerance = context.tolerance((checkpoint,), first)
     figures: dict[str, Any] = {"tolerance": tolerance.to_dict(), "batch": [], "repeat": []}
     context.figures["behaviour"] = figures
-    other, problem = _other_pass(model, inputs, context, dtype)
+    try:
+        other, problem = _other_pass(model, inputs, context, dtype)
+    except ForeignExitError as error:
+        yield Finding(
+            code="forward-failed",
+            severity="error",
+            message=f"the forward pass on a batch of another size failed: {told(error)}",
+        )
+        return
     rows: list[Difference] = []
     if other is not None:
         rows = _rows(first, other.outputs, inputs, tolerance)
@@ -77,8 +86,10 @@ def _other_pass(
         if batch is None:
             return None, None
         made = run(model, batch, context.device)
+    except ForeignExitError:  # that is no way to refuse a batch
+        raise
     except Exception as error:
-        return None, one_line(error)[:200]
+        return None, told(error)[:200]
     context.passes += 1
     return made, None
 
@@ -116,15 +127,15 @@ def _repeated(
         again = run(model, inputs.batch(context.device, dtype), context.device)
         context.passes += 1
         found = compare_outputs(first, again.outputs, tolerance)
-        told = [str(difference) for difference in found if not difference.is_close]
+        apart = [str(difference) for difference in found if not difference.is_close]
     except Exception as error:
-        found, told = [], [one_line(error)]
-    context.figures["behaviour"] |= {"repeat": [d.to_dict() for d in found], "differs": bool(told)}
-    if told:
+        found, apart = [], [told(error)]
+    context.figures["behaviour"] |= {"repeat": [d.to_dict() for d in found], "differs": bool(apart)}
+    if apart:
         yield Finding(
             code="not-repeatable",
             severity="error",
-            message="the same input gives another result on a second run, in eval mode: " + shortened(told, 3),
+            message="the same input gives another result on a second run, in eval mode: " + shortened(apart, 3),
         )
 
 

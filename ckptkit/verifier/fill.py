@@ -17,6 +17,7 @@ from torch import nn
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.verifier.context import shortened
+from ckptkit.verifier.foreign import foreign, told
 from ckptkit.verifier.measure import Fit, identity, named_values
 from ckptkit.verifier.probe import is_extra_state, loadable
 
@@ -66,12 +67,13 @@ def fill(
     # A Parameter assigned to a buffer would make it a parameter.
     state = loadable(state_dict, {name: value.detach() for name, value in values.items()}, before)
     try:
-        keys = model.load_state_dict(state, strict=fit.is_strict, assign=assign)
-        taken: dict[int, list[tuple[int, int]]] = {}
-        for group in _groups(slots):
-            _settle(group, taken)
+        with foreign():
+            keys = model.load_state_dict(state, strict=fit.is_strict, assign=assign)
+            taken: dict[int, list[tuple[int, int]]] = {}
+            for group in _groups(slots):
+                _settle(group, taken)
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        return told(error)
     tolerated = {*fit.tied, *fit.counters, *fit.allowed_missing, *fit.allowed_unexpected}
     left = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if name not in tolerated]
     if left:

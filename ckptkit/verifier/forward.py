@@ -13,11 +13,12 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.report import Finding
 from ckptkit.verifier.context import Context, floating_dtype, shortened
+from ckptkit.verifier.foreign import foreign, told
 from ckptkit.verifier.inputs import Batch
 from ckptkit.verifier.outputs import broken_values, described, is_finite, output_tensors, shown
 from ckptkit.verifier.trace import Trace
 
-__all__ = ["Pass", "check_forward", "model_dtype", "one_line", "run"]
+__all__ = ["Pass", "check_forward", "model_dtype", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +44,9 @@ def model_dtype(model: nn.Module) -> str:
     return "float32"
 
 
-def one_line(error: BaseException) -> str:
-    """An exception in a message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-
-
 def run(model: nn.Module, batch: Batch, device: torch.device) -> Pass:
-    """Evaluate the model, which lies on the device; whatever its code raises comes through."""
-    with torch.inference_mode(), _full_precision(device):
+    """Evaluate the model, which lies on the device; every `Exception` comes through."""
+    with foreign(), torch.inference_mode(), _full_precision(device):
         _synchronize(device)
         started = time.perf_counter()
         output = model(*batch.args, **batch.kwargs)
@@ -68,8 +64,8 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
     name = model_dtype(model)
     place = f"on {context.device} with input {inputs} of {name}"
     try:
-        model.to(context.device)
-        with ExitStack() as stack:
+        with foreign(), ExitStack() as stack:
+            model.to(context.device)
             if context.against is not None or len(context.devices) > 1:
                 context.trace = Trace()
                 stack.enter_context(context.trace.recording(model))
@@ -83,7 +79,7 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="forward-failed",
             severity="error",
-            message=f"the forward pass {place} failed: {one_line(error)}"
+            message=f"the forward pass {place} failed: {told(error)}"
             + ("" if is_given else "; where the model takes another input, give --input-shape"),
         )
         return

@@ -13,7 +13,8 @@ from ckptkit.report import Finding
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.fill import become, fill, has_no_values, has_own_loading, without_value
-from ckptkit.verifier.measure import Fit
+from ckptkit.verifier.foreign import foreign
+from ckptkit.verifier.measure import Fit, named_values
 
 __all__ = ["check_load"]
 
@@ -89,12 +90,13 @@ def _give_values(model: nn.Module, context: Context) -> None:
     """Let the model be the reference built with values, as the seed draws them."""
     other = context.reference.make()
     if context.dtype is not None:
-        other.to(floating_dtype(context.dtype))
+        with foreign(f"the model cannot be cast to {context.dtype}"):
+            other.to(floating_dtype(context.dtype))
     become(model, other)
 
 
 def _compared(model: nn.Module, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Finding]:
-    loaded = model.state_dict()
+    loaded = named_values(model)
     different = [name for name, value in pairs if not _same(loaded[name], value)]
     if different:
         yield Finding(

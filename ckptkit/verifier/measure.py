@@ -12,6 +12,7 @@ from torch import nn
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import VerifyError
+from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.probe import is_extra_state, probe
 
 __all__ = ["Fit", "ShapeMismatch", "identity", "is_counter", "measure", "named_values"]
@@ -87,10 +88,8 @@ def named_values(model: nn.Module) -> dict[str, Any]:
     Raises:
         VerifyError: the model cannot give it, or its tensors have no shapes yet.
     """
-    try:
+    with foreign("the reference's state_dict() failed"):
         values = dict(model.state_dict(keep_vars=True))
-    except Exception as error:
-        raise VerifyError(f"the reference's state_dict() failed: {type(error).__name__}: {error}") from error
     for name, value in values.items():
         if torch.nn.parameter.is_lazy(value):
             raise VerifyError(f"the reference's {name!r} is not initialised; run its lazy modules once in the factory")

@@ -23,6 +23,8 @@ from ckptkit.errors import VerifyError
 from ckptkit.report import Finding
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.context import shortened
+from ckptkit.verifier.foreign import foreign, told
+from ckptkit.verifier.measure import named_values
 from ckptkit.verifier.references import Reference
 
 __all__ = ["load_pickled", "unsafe_findings"]
@@ -52,13 +54,12 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
     sys.stderr.writelines(f"  {_printable(use.name)}\n" for use in checkpoint.globals)
     sys.stderr.flush()
     try:
-        with _importable(os.getcwd()), warnings.catch_warnings():
+        with foreign(), _importable(os.getcwd()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=False)
-    except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())[:500]
+    except Exception as error:
         raise VerifyError(
-            f"{path}: the pickled model cannot be loaded: {type(error).__name__}: {reason}; its classes must be "
+            f"{path}: the pickled model cannot be loaded: {told(error)}; its classes must be "
             "importable from here, or give --model REF"
         ) from error
     module = _module(loaded, checkpoint.origin.state_path or "")
@@ -66,7 +67,8 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
         raise VerifyError(f"{path}: torch.load gave no module at {checkpoint.origin.state_path!r}; give --model REF")
     if isinstance(module, nn.DataParallel):
         module.device_ids = []  # it computes where the weights are
-    module.eval()
+    with foreign(f"{path}: the pickled model cannot be put into eval mode"):
+        module.eval()
     return module, Reference(spec=None, label="the pickled model", args={}, make=lambda: module)
 
 
@@ -111,7 +113,7 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
         message=f"the pickled model itself is run, as --unsafe-load asks; loading it imported {len(names)} names: "
         f"{shortened(names, 8)}",
     )
-    theirs = module.state_dict()
+    theirs = named_values(module)
     ours = tensors(checkpoint.state_dict, map_location="cpu")
     apart = [name for name in dict.fromkeys((*ours, *theirs)) if not _same(ours.get(name), theirs.get(name))]
     apart = [name for name in apart if name not in checkpoint.state_dict.extra]

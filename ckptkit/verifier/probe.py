@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ckptkit.checkpoint import StateDict
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.torch_bridge import tensors
+from ckptkit.verifier.foreign import foreign
 
 __all__ = ["Probe", "is_extra_state", "loadable", "probe"]
 
@@ -103,7 +104,7 @@ def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) 
     hook = model.register_load_state_dict_post_hook(note)  # type: ignore[no-untyped-call]
     noting = _Noting()
     try:
-        with noting, warnings.catch_warnings():
+        with foreign(), noting, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.load_state_dict(loadable(state_dict, shown, expected), strict=False)
     except Exception:  # noqa: S110 - sizes that differ end here, and are told by comparing them

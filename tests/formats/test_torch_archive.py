@@ -197,11 +197,13 @@ def test_the_temporary_file_is_closed_with_the_checkpoint(deflated: Path) -> Non
 
 
 def test_a_storage_inflates_once(deflated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    real = tempfile.TemporaryFile
+    made, rooms = [], []
+    real, room = tempfile.TemporaryFile, SourceFile.spool
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda *a, **k: made.append(1) or real(*a, **k))
+    monkeypatch.setattr(SourceFile, "spool", lambda *a: rooms.append(1) or room(*a))
     ckptkit.convert(deflated, deflated.with_name("out.pth"))
-    assert len(made) == 4, "one for each storage that has bytes, and the empty one"
+    assert len(rooms) == 4, "one for each storage that has bytes, and the empty one"
+    assert len(made) == 1
 
 
 def damaged(path: Path, record: str, at: int, mask: int) -> None:

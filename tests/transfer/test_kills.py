@@ -52,6 +52,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def outcome(folder: Path) -> str:
+    """What a loader finds; "refused": shards that are not there, or one too few; never a mix that loads."""
+    try:
+        return held(folder)
+    except FormatError:
+        return "refused"
+
+
 def put(folder: Path, there: dict[str, bytes]) -> None:
     for path in folder.iterdir():
         path.unlink()
@@ -89,15 +97,21 @@ def test_killed_at_any_moment(
         if whole == there:
             outcomes.add(was)
         else:
-            try:
-                outcomes.add(held(folder))
-            except FormatError:  # shards that are not there, or one too few; never a mix that loads
-                assert not links
-                outcomes.add("refused")
+            outcomes.add(outcome(folder))
+            assert links or outcomes <= {was, "new", "refused"}
+            assert not links or "refused" not in outcomes
         if answer["status"] == 0:
             break
         assert answer["status"] == -signal.SIGKILL
-        if at % 5 == 0:  # what a killed run leaves is no hindrance to the next one
+        if at % 5 == 0:  # what a killed run leaves, the next one into the folder removes, but for what an index names
+            found = outcome(folder)
+            beside = ["convert", "-q", str(sources["old"]), str(folder / "beside.pth"), "--no-check"]
+            assert send(arguments=beside, at=-1, signal=0, links=links)["status"] == 0
+            (folder / "beside.pth").unlink()
+            assert outcome(folder) == found
+            index = (folder / INDEX).read_text() if (folder / INDEX).exists() else ""
+            assert all(path.name in index for path in folder.glob(".*"))
+            # And it is no hindrance to the same run again.
             again = [each for each in arguments if each != "--force"] + ["--force", "--no-check"]
             assert send(arguments=again, at=-1, signal=0, links=links)["status"] == 0
             assert held(folder) == "new"
@@ -113,19 +127,67 @@ def test_interrupted_at_any_moment_nothing_is_left(
     arguments, there = converted(sources, folder, before, after)
     stale = set(files_of(before)) - set(files_of(after)) if before else set()
     for at in range(1000):
-        number, expected = (signal.SIGINT, 2) if at % 2 else (signal.SIGTERM, 143)
+        number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[at % 3]
         if contents(folder) != there:
             put(folder, there)
         answer = send(arguments=arguments, at=at, signal=number, links=links)
         now = contents(folder)
         if answer["calls"] <= at:
             break
-        assert answer["status"] == expected
+        assert answer["status"] == 128 + number
         if now != there:
             assert set(now) - stale == set(files_of(after))
             assert held(folder) == "new"
     assert answer["status"] == 0
     assert at > 5
+
+
+WAITING = """
+import sys
+from ckptkit.cli import run
+from ckptkit.transfer import publish
+
+real = publish.move
+
+def move(*given):
+    print("at work", file=sys.stderr, flush=True)
+    sys.stdin.readline()
+    return real(*given)
+
+publish.move = move
+run()
+"""
+"""The command, which waits for a line before it moves the first byte."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("options", [[], ["--max-shard-size", str(SHARD_SIZES[3])]])
+def test_a_second_run_beside(sources: dict[str, Path], out: Path, number: signal.Signals, options: list[str]) -> None:
+    folder = out.parent
+
+    def start(name: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITING, "convert", "-q", sources["new"], folder / name, *options],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline() == "at work\n"
+        return process
+
+    with start("killed.safetensors") as killed, start(ASKED) as beside:
+        theirs = set(folder.glob(".model*"))
+        assert len(theirs) == (4 if options else 1)
+        killed.send_signal(number)
+        assert killed.wait(timeout=60) == (-number if number == signal.SIGKILL else 128 + number)
+        left = set(folder.iterdir()) - theirs
+        assert len(left) == (len(theirs) if number == signal.SIGKILL else 0)
+        ckptkit.convert(sources["old"], folder / "next.pth")
+        assert set(folder.iterdir()) == {*theirs, folder / "next.pth"}
+        _, errors = beside.communicate("go on\n" * 9, timeout=60)
+    assert (beside.returncode, errors.replace("at work\n", "")) == (0, "")
+    assert sorted(contents(folder)) == sorted([*files_of(3 if options else 1), "next.pth"])
+    assert held(folder) == "new"
 
 
 LARGE = 3_000_000

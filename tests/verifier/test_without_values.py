@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -198,12 +199,22 @@ def test_lazy_modules_have_their_own_error(run: Run) -> None:
         run(nn.Linear(2, 3).state_dict(), model=lambda: nn.LazyLinear(3))
 
 
-def test_the_hook_is_gone_after_an_error() -> None:
+def raises() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("leave", "error"),
+    [(raises, VerifyError), (lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)],
+    ids=["of its own making", "Ctrl-C"],
+)
+def test_the_hook_is_gone_after_an_error(leave: Callable[[], None], error: type[BaseException]) -> None:
     def fails() -> nn.Module:
         nn.Linear(2, 2)
-        raise KeyboardInterrupt
+        leave()
+        return nn.Linear(2, 2)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         made(fails)
     assert not hooks and not nn.Linear(2, 2).weight.is_meta
 

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from ckptkit.errors import VerifyError
+from ckptkit.verifier.foreign import foreign, told
 from ckptkit.verifier.inputs import Input
 
-__all__ = ["ModelLike", "Reference", "close", "made", "told"]
+__all__ = ["ModelLike", "Reference", "close", "made"]
 
 ModelLike = str | nn.Module | Callable[..., nn.Module]
 """A reference by name, a module, or whatever returns one."""
@@ -53,21 +54,23 @@ def made(factory: Any, args: Mapping[str, object], spec: str) -> nn.Module:
         if args:
             raise VerifyError(f"{spec}: is a module already and takes no arguments ({', '.join(args)})")
         try:
-            return copy.deepcopy(factory).eval()
+            with foreign():
+                return copy.deepcopy(factory).eval()
         except Exception as error:
             raise VerifyError(f"{spec}: the module cannot be copied: {told(error)}; give a factory") from error
     if not callable(factory):
         raise VerifyError(f"{spec}: is of type {type(factory).__name__}; expected a function, a class or a module")
     _check_args(factory, args, spec)
     try:
-        model = factory(**args)
-    except (Exception, SystemExit) as error:
+        with foreign():
+            model = factory(**args)
+            if isinstance(model, nn.Module):
+                return model.eval()
+    except Exception as error:
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             raise VerifyError(f"{spec}: {error}") from error
         raise VerifyError(f"{spec}: building the model failed: {told(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise VerifyError(f"{spec}: returned {type(model).__name__}; expected an nn.Module")
-    return model.eval()
+    raise VerifyError(f"{spec}: returned {type(model).__name__}; expected an nn.Module")
 
 
 def _check_args(factory: Any, args: Mapping[str, object], spec: str) -> None:
@@ -89,9 +92,3 @@ def close(name: str, names: list[str]) -> str:
     """What may have been meant, for the end of a message."""
     close = difflib.get_close_matches(name, names, n=3)
     return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def told(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from ckptkit.errors import VerifyError
 from ckptkit.extras import require
+from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.inputs import Input
 from ckptkit.verifier.references.arguments import literal, typed
 from ckptkit.verifier.references.factory import Reference, close, made
@@ -27,8 +28,9 @@ def reference(name: str, args: Mapping[str, object]) -> Reference:
         VerifyError: there is none, or it is asked for with weights.
         MissingDependencyError: timm is not installed.
     """
-    require("timm")
-    timm = importlib.import_module("timm")
+    with foreign():
+        require("timm")
+        timm = importlib.import_module("timm")
     spec = f"timm:{name}"
     if not timm.is_model(name):  # names of a hub are none, and are never looked up
         raise VerifyError(f"timm has no model {name!r}{close(name.partition('.')[0], timm.list_models())}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from ckptkit.errors import VerifyError
 from ckptkit.extras import require
+from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.inputs import Input
 from ckptkit.verifier.references.arguments import literal, typed
 from ckptkit.verifier.references.factory import Reference, close, made
@@ -41,8 +42,9 @@ def reference(name: str, args: Mapping[str, object]) -> Reference:
         VerifyError: there is none, or it is asked for with weights or quantized.
         MissingDependencyError: torchvision is not installed.
     """
-    require("torchvision")
-    models = importlib.import_module("torchvision.models")
+    with foreign():
+        require("torchvision")
+        models = importlib.import_module("torchvision.models")
     spec = f"torchvision:{name}"
     if name not in models.list_models():
         raise VerifyError(f"torchvision has no model {name!r}{close(name, models.list_models())}")

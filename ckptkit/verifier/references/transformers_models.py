@@ -19,9 +19,10 @@ from torch import nn
 
 from ckptkit.errors import VerifyError
 from ckptkit.extras import require
+from ckptkit.verifier.foreign import foreign, told
 from ckptkit.verifier.inputs import Input
 from ckptkit.verifier.references.arguments import typed
-from ckptkit.verifier.references.factory import Reference, close, made, told
+from ckptkit.verifier.references.factory import Reference, close, made
 
 __all__ = ["reference"]
 
@@ -42,8 +43,9 @@ def reference(name: str, args: Mapping[str, object]) -> Reference:
         VerifyError: there is neither, or the configuration cannot be read.
         MissingDependencyError: transformers is not installed.
     """
-    require("transformers")
-    transformers = importlib.import_module("transformers")
+    with foreign():
+        require("transformers")
+        transformers = importlib.import_module("transformers")
     spec = f"transformers:{name}"
     config, values = _config(transformers, name, args, spec)
     model_class = _class(transformers, config)

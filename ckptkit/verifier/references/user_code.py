@@ -13,10 +13,13 @@ from typing import Any
 from torch import nn
 
 from ckptkit.errors import VerifyError
+from ckptkit.verifier.foreign import foreign, told
 from ckptkit.verifier.references.arguments import typed
-from ckptkit.verifier.references.factory import Reference, close, made, told
+from ckptkit.verifier.references.factory import Reference, close, made
 
 __all__ = ["of_object", "reference"]
+
+_MISSING = object()
 
 
 def of_object(model: nn.Module | Callable[..., nn.Module], args: Mapping[str, object]) -> Reference:
@@ -59,14 +62,15 @@ def _importable(folder: str) -> Iterator[None]:
 
 def _module(name: str, spec: str) -> Any:
     try:
-        return importlib.import_module(name)
+        with foreign():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise VerifyError(
                 f"{spec}: there is no module {error.name!r} here ({os.getcwd()}) or among the installed packages"
             ) from None
         raise VerifyError(f"{spec}: importing {name} failed: {told(error)}") from error
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise VerifyError(f"{spec}: importing {name} failed: {told(error)}") from error
 
 
@@ -81,9 +85,10 @@ def _file(path: str, spec: str) -> Any:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickle look classes up there
     try:
-        found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        with foreign():
+            found.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(name, None)
         raise VerifyError(f"{spec}: running {path} failed: {told(error)}") from error
     return module
 
@@ -91,8 +96,10 @@ def _file(path: str, spec: str) -> Any:
 def _attribute(module: Any, name: str, spec: str) -> Any:
     found = module
     for step in name.split("."):
-        if not hasattr(found, step):
+        with foreign(f"{spec}: looking up {step!r} failed"):
+            following = getattr(found, step, _MISSING)
+        if following is _MISSING:
             names = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
             raise VerifyError(f"{spec}: there is no {step!r} in it{close(step, names)}")
-        found = getattr(found, step)
+        found = following
     return found

@@ -28,6 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ckptkit.errors import VerifyError
+from ckptkit.verifier.foreign import foreign
 
 __all__ = ["without_values"]
 
@@ -196,7 +197,8 @@ def _counts(owned: Mapping[int, torch.Tensor]) -> dict[int, int]:
 
 def _gives_its_state(model: nn.Module) -> bool:
     try:
-        model.state_dict(keep_vars=True)
+        with foreign():
+            model.state_dict(keep_vars=True)
     except Exception:  # an extra state made of values
         return False
     return True

@@ -1,0 +1,225 @@
+"""The end of the program: the one place that owns stdout and the exit code.
+
+A command says its `verdict` as soon as it knows it, and prints afterwards; whatever happens from then on, that is
+what the process exits with.  Before it is known, and where the output cannot be delivered, it is 2; never 0.
+
+The process keeps stdout for itself where a model's own code runs (`keep_stdout`): descriptor 1 leads to stderr from
+then on, so that nothing which that code, or a library written in C++, prints can get into the output.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+import click
+
+__all__ = [
+    "OutputLostError",
+    "SignalledError",
+    "begin",
+    "exit_code",
+    "keep_stdout",
+    "say",
+    "signals_heard",
+    "stdout",
+    "take_descriptors",
+    "verdict",
+    "write",
+]
+
+_CLEANING_SECONDS = 3.0
+"""After a signal others are not heard for so long: what is unfinished is being removed."""
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class OutputLostError(Exception):
+    """What was to go to stdout could not be written; ``errno`` says why."""
+
+    def __init__(self, number: int | None) -> None:
+        super().__init__(os.strerror(number or errno.EIO))
+        self.errno = number
+
+
+class SignalledError(BaseException):
+    """The process was asked to end: Ctrl-C, ``kill``, ``timeout``, a terminal that was closed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class _Ending:
+    """What is known so far.
+
+    Attributes:
+        verdict: the exit code; ``None``: a command is at work and does not know it yet.
+        done: what a command did that stays done, such as a file that was written.
+        owns_process: whether this is the program, and not a function of another.
+        stdout: the stream of the program's own output, where it has one.
+    """
+
+    verdict: int | None = 0
+    done: str = ""
+    owns_process: bool = False
+    stdout: TextIO | None = None
+
+
+_ending = _Ending()
+
+
+def begin(*, known: int | None) -> None:
+    """Before a command 0 is known (``--help`` and ``--version`` have no other verdict); once it works, nothing is."""
+    _ending.verdict, _ending.done = known, ""
+
+
+def verdict(code: int, done: str = "") -> int:
+    """Say, before anything is printed, what the process will exit with, and what was done and stays so."""
+    _ending.verdict, _ending.done = code, done
+    return code
+
+
+# Output.
+
+
+class _Stdout(io.FileIO):
+    """A descriptor whose errors are told from those of any other file."""
+
+    def write(self, data: Any) -> int:
+        try:
+            while (count := super().write(data)) is None:  # it does not block, and can take nothing now
+                import select
+
+                select.select([], [self], [])
+        except OSError as error:
+            raise OutputLostError(error.errno) from error
+        return count
+
+
+def take_descriptors() -> None:
+    """Make stdin, stdout and stderr the process's own.
+
+    Those that are closed get the null device, so that no file which is opened later gets their numbers, and with them
+    what others print.  Stdout's is open for reading alone: writing to it fails as it does on a closed one.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY if fd == 2 else os.O_RDONLY)
+            if null != fd:
+                os.dup2(null, fd)
+                os.close(null)
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.FileIO(0, closefd=False))
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace")
+    _ending.owns_process = True
+    if os.name != "nt" or sys.stdout is None:  # Windows' console takes text, not bytes
+        sys.stdout = _ending.stdout = _stream(1, sys.stdout or sys.stderr)
+
+
+def _stream(fd: int, like: Any) -> TextIO:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Stdout(fd, "w", closefd=False)),
+        encoding=like.encoding,
+        errors=like.errors,
+        line_buffering=like.line_buffering,
+        write_through=like.write_through,
+    )
+
+
+def keep_stdout() -> None:
+    """Let nobody else write to stdout from here on: its descriptor, and what held on to it, lead to stderr."""
+    if _ending.stdout is not None:
+        _ending.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        _ending.stdout = _stream(kept, _ending.stdout)
+
+
+def stdout() -> TextIO:
+    """Where the program's own output goes."""
+    return _ending.stdout or sys.stdout
+
+
+def write(data: str | bytes = "") -> None:
+    """Write to stdout, colours as they are, and flush.
+
+    Raises:
+        OutputLostError: it could not be written.
+    """
+    try:
+        click.echo(data, file=stdout(), nl=False, color=True)
+    except (OSError, ValueError) as error:  # ValueError: somebody closed it
+        raise OutputLostError(getattr(error, "errno", errno.EBADF)) from error
+
+
+def say(text: str, *, nl: bool = True) -> None:
+    """A message on stderr; whether it arrives decides nothing."""
+    with suppress(OSError, ValueError):
+        click.echo(text, err=True, nl=nl, color=True)
+
+
+# Signals.
+
+
+@contextmanager
+def signals_heard() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP are raised in the block, so that what is unfinished is cleaned up.
+
+    Those that are ignored (as by ``nohup``), or that somebody else handles, are left as they are.
+
+    Raises:
+        SignalledError: one came.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, float]] = []
+
+    def hear(number: int, _: object) -> None:
+        if not came or time.monotonic() - came[-1][1] > _CLEANING_SECONDS:
+            came.append((number, time.monotonic()))
+            raise SignalledError(number)
+
+    defaults = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    ours = [
+        (number, default)
+        for name, default in defaults.items()
+        if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) == default
+    ]
+    for number, _ in ours:
+        signal.signal(number, hear)
+    try:
+        yield
+        if came:  # somebody caught it
+            raise SignalledError(came[0][0])
+    finally:
+        if not _ending.owns_process:  # else they are heard to the very end
+            for number, default in ours:
+                signal.signal(number, default)
+
+
+# The exit code.
+
+
+def exit_code(error: BaseException) -> int:
+    """What the process exits with where its work ended in an interrupt or in output that was lost; says so."""
+    if isinstance(error, OutputLostError):
+        if error.errno == errno.EPIPE:  # the reader had enough, as `head` does
+            return 2 if _ending.verdict is None else _ending.verdict
+        state = "full" if error.errno in _FULL else "closed" if error.errno == errno.EBADF else f"failing ({error})"
+        say(f"ckptkit: error: standard output is {state}" + (f"; {_ending.done}" if _ending.done else ""))
+        return 2
+    number = error.number if isinstance(error, SignalledError) else signal.SIGINT
+    how = {"SIGINT": "interrupted", "SIGTERM": "terminated"}.get(signal.Signals(number).name, "the terminal has gone")
+    say(f"ckptkit: {how}; {_ending.done or 'no file is half-written'}")
+    return 128 + number

@@ -1,0 +1,234 @@
+"""Every way out of the program carries the verdict: lost outputs, closed descriptors, signals, errors on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ckptkit.cli import COMMANDS, ending, main
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descriptors and signals as on Linux")
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+NET = """
+import sys, time
+from torch import nn
+
+def make():
+    return nn.Linear(3, 3)
+
+def slow():
+    print("at work", file=sys.stderr, flush=True)
+    time.sleep(3)
+    return nn.Linear(3, 3)
+"""
+
+CASES: dict[str, dict[int, list[str]]] = {
+    "check": {0: ["lin.pth"], 1: ["lin.pth", "--allow-dtype", "int8"]},
+    "convert": {0: ["lin.pth", "out.safetensors", "--force"]},
+    "diff": {0: ["lin.pth", "same.pth"], 1: ["lin.pth", "other.pth", "--format", "markdown"]},
+    "explain": {0: []},
+    "inspect": {0: ["lin.pth"], 1: ["hostile.pth", "--json"]},
+    "manifest": {0: ["lin.pth"]},
+    "verify": {
+        0: ["lin.pth", "--model", "net.py:make", "--no-forward"],
+        1: ["other.pth", "--model", "net.py:make", "--no-forward", "--json"],
+    },
+}
+"""Of each command, arguments by the verdict they come to."""
+
+
+class Runs:
+    """Naming this in a pickle runs a command."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("true",)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    state = torch.nn.Linear(3, 3).state_dict()
+    torch.save(state, tmp_path / "lin.pth")
+    torch.save(state, tmp_path / "same.pth")
+    torch.save({"other": torch.ones(2)}, tmp_path / "other.pth")
+    torch.save({"w": torch.ones(2), "x": Runs()}, tmp_path / "hostile.pth")
+    (tmp_path / "net.py").write_text(NET)
+    return tmp_path
+
+
+def shell(folder: Path, arguments: Sequence[object], redirected: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in a shell, with its descriptors as asked."""
+    words = " ".join(f"'{word}'" for word in [sys.executable, "-m", "ckptkit", *arguments])
+    return subprocess.run(
+        ["bash", "-c", f"{words} {redirected}"], cwd=folder, env=ENV, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_every_command_has_cases() -> None:
+    assert CASES.keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize(("name", "code"), [(name, code) for name, cases in CASES.items() for code in cases])
+def test_no_command_loses_its_verdict(folder: Path, name: str, code: int) -> None:
+    arguments = [name, *CASES[name][code]]
+    assert shell(folder, arguments).returncode == code
+    assert shell(folder, arguments, "<&-").returncode == code
+    assert shell(folder, arguments, "2>&-").returncode == code
+    assert shell(folder, arguments, "2>/dev/full").returncode == code
+    gone = shell(folder, arguments, "| true; exit ${PIPESTATUS[0]}")
+    assert (gone.returncode, gone.stderr) == (code, "")
+    written = "; out.safetensors was written" if name == "convert" else ""
+    for redirected, state in ((">/dev/full", "full"), (">&-", "closed")):
+        lost = shell(folder, arguments, redirected)
+        assert (lost.returncode, lost.stdout) == (2, "")
+        assert lost.stderr == f"ckptkit: error: standard output is {state}{written}\n"
+    nothing = shell(folder, arguments, "<&- >&- 2>&-")
+    assert nothing.returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["check", "--help"]])
+def test_help_is_no_verdict(folder: Path, arguments: list[str]) -> None:
+    assert shell(folder, arguments, "| true; exit ${PIPESTATUS[0]}").returncode == 0
+    assert shell(folder, arguments, ">/dev/full").returncode == 2
+
+
+def test_what_was_asked_for_badly_stays_2(folder: Path) -> None:
+    for arguments in ([], ["check", "--nope"], ["inspect", "missing.pth", "--json"]):
+        assert shell(folder, arguments, "| true; exit ${PIPESTATUS[0]}").returncode == 2
+        lost = shell(folder, arguments, ">/dev/full")
+        assert lost.returncode == 2
+        assert "internal error" not in lost.stderr
+    # The error is what is to be told, not that its document was lost.
+    failed = shell(folder, ["check", "lin.pth", "--manifest", "missing.json", "--json"], ">/dev/full")
+    assert failed.returncode == 2
+    assert "missing.json: no such file" in failed.stderr
+
+
+def test_files_do_not_get_the_numbers_of_closed_descriptors(folder: Path) -> None:
+    done = shell(folder, ["convert", "lin.pth", "out.safetensors", "--debug"], "<&- >&- 2>&-")
+    assert done.returncode == 2
+    made = load_file(folder / "out.safetensors")
+    assert {name: value.tolist() for name, value in made.items()} == {
+        name: value.tolist() for name, value in torch.load(folder / "lin.pth").items()
+    }
+    assert shell(folder, ["convert", "-q", "lin.pth", "quiet.safetensors"], "<&- >&- 2>&-").returncode == 0
+    assert (folder / "quiet.safetensors").read_bytes() == (folder / "out.safetensors").read_bytes()
+
+
+def test_a_reader_that_goes_before_all_files_are_seen(folder: Path) -> None:
+    large = folder / "large.pth"
+    torch.save({f"a.rather.long.name.{number}": torch.ones(1) for number in range(3000)}, large)
+    with subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", "inspect", "--flat", *["large.pth"] * 5],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=ENV,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 2
+
+
+def test_a_stdout_that_takes_nothing_now_is_waited_for(folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", "explain", "--json"], stdout=writer, cwd=folder, env=ENV
+    ) as process:
+        os.close(writer)
+        text = b""
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1.5)  # the pipe is full by now
+        while part := os.read(reader, 1 << 16):
+            text += part
+        assert process.wait(timeout=60) == 0
+    os.close(reader)
+    assert json.loads(text)["codes"]
+
+
+# Signals.
+
+
+def at_work(folder: Path, **more: Any) -> subprocess.Popen[bytes]:
+    """A check that runs a slow factory."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", "check", "lin.pth", "--fits", "net.py:slow"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=ENV, **more,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"at work\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_is_128_and_its_number(folder: Path, number: signal.Signals, times: int) -> None:
+    with at_work(folder) as process:
+        for _ in range(times):
+            process.send_signal(number)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert out == b""
+    assert errors.decode().endswith("; no file is half-written\n")
+    assert errors.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_so(folder: Path, number: signal.Signals) -> None:
+    with at_work(folder, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN)) as process:
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"1 file passed" in out
+
+
+def test_a_signal_that_somebody_caught_is_no_success() -> None:
+    with pytest.raises(ending.SignalledError), ending.signals_heard(), suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    "error", [RecursionError("deep"), MemoryError(), KeyError("x"), GeneratorExit(), SystemExit(0), OSError(5, "no")]
+)
+def test_whatever_fails_while_the_output_is_made_is_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ckptkit.cli.check.text", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(folder / "lin.pth")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("ckptkit: ")
+
+
+def test_several_errors_are_lines(folder: Path) -> None:
+    (folder / "a.pth").write_text("nothing")
+    (folder / "b\n.pth").write_text("nothing")
+    done = shell(folder, ["manifest", "."])
+    assert done.returncode == 2
+    first, *others = done.stderr.splitlines()
+    assert "files cannot be recorded:" in first
+    assert len(others) >= 2
+    assert all(line.startswith("  ") for line in others)
+    assert any("b\\n.pth" in line for line in others)
