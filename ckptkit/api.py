@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit import formats
@@ -54,6 +55,7 @@ def inspect(
     filters: Sequence[str] = (),
     sort: str = "file",
     stats: bool = False,
+    ignore_checksums: bool = False,
 ) -> dict[str, Any]:
     """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
 
@@ -62,24 +64,28 @@ def inspect(
         section: path of the weights to select.
         filters: glob patterns of tensor names to list; none lists all.
         sort: ``"file"``, ``"name"`` or ``"size"``.
-        stats: whether to read the data and add statistics of each tensor listed.
+        stats: whether to read the data and add statistics of each tensor listed; a damaged one is a finding.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Raises:
         As `open`.
     """
     from ckptkit.inspection import describe
 
-    with open(path, section=section) as file:
+    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
         return describe(file.checkpoint, filters=filters, sort=sort, stats=stats)
 
 
-def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | None = None) -> dict[str, torch.Tensor]:
+def load_state_dict(
+    path: PathLike, *, map_location: Any = None, section: str | None = None, ignore_checksums: bool = False
+) -> dict[str, torch.Tensor]:
     """The weights as tensors, from any container, without executing the file.
 
     Args:
         path: the file.
         map_location: as in ``torch.load``: a string, a ``torch.device``, a dict, a callable.
         section: path of the weights to select, where the file holds several.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
         Name to tensor, in file order.  Tied tensors share memory.  From a whole model they are plain
@@ -88,6 +94,7 @@ def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | 
     Raises:
         MissingDependencyError: torch is not installed.
         SectionError: the file holds no state_dict, or several.
+        CorruptError: a tensor's bytes are not those its checksum was recorded for.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
@@ -95,9 +102,9 @@ def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | 
     require_torch()
     from ckptkit.torch_bridge import tensors
 
-    with open(path, section=section) as file:
+    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
         _require_state_dict(file.checkpoint, "to load")
-        state = tensors(file.state_dict, map_location=map_location)
+        state = tensors(file.state_dict, map_location=map_location, checksums=True)
         return state if file.checkpoint.module is None else {name: value.detach() for name, value in state.items()}
 
 
@@ -126,6 +133,7 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     check: bool = True,
+    ignore_checksums: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Rewrite a checkpoint into another file.
@@ -157,6 +165,7 @@ def convert(
         dry_run: make the plan, write nothing.
         force: whether an existing destination may be replaced.
         check: whether to compare the output with the source before it gets its name; see `CheckpointFile.save`.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
         progress: called with the bytes dealt with so far, and those to deal with in all.
 
     Returns:
@@ -184,7 +193,7 @@ def convert(
         tied=tied,
         metadata=metadata or {},
     )
-    with open(source, section=section) as file:
+    with open(source, section=section, ignore_checksums=ignore_checksums) as file:
         _, container, most = formats.target(destination, to)
         weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
         if weights_alone or options.needs_weights:
@@ -228,6 +237,7 @@ def diff(
     atol: float | None = None,
     rtol: float | None = None,
     strict: bool = False,
+    ignore_checksums: bool = False,
     progress: Progress | None = None,
 ) -> Difference:
     """What changed from one checkpoint to another, whatever their containers.
@@ -243,6 +253,7 @@ def diff(
         rtol: the same as a share of the larger magnitude of the two; what it allows is added.
         strict: whether metadata, training state, ties and parts that one file alone has count for
             `Difference.ok`.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
         progress: called with the bytes gone through so far, and those to go through in all.
 
     Returns:
@@ -257,7 +268,8 @@ def diff(
     from ckptkit.rewrite import StripModule
 
     chosen = section_a or section, section_b or section
-    with open(a, section=chosen[0]) as ours, open(b, section=chosen[1]) as theirs:
+    reading = partial(open, ignore_checksums=ignore_checksums)
+    with reading(a, section=chosen[0]) as ours, reading(b, section=chosen[1]) as theirs:
         rewriters = (StripModule(),) if strip_module else ()
         difference = differ(
             ours.rewrite(*rewriters).checkpoint,
@@ -292,6 +304,7 @@ def manifest(
     golden: Mapping[str, PathLike] | PathLike | None = None,
     update: bool = False,
     force: bool = False,
+    ignore_checksums: bool = False,
 ) -> Manifest:
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
@@ -306,6 +319,7 @@ def manifest(
             the paths of theirs.
         update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
         force: whether to replace an existing manifest as a whole.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
         The manifest; its ``changes`` say what was added, changed, removed and kept.
@@ -324,6 +338,7 @@ def manifest(
         golden=golden,
         update=update,
         force=force,
+        ignore_checksums=ignore_checksums,
     )
 
 
@@ -349,6 +364,7 @@ def verify(
     rtol: float | None = None,
     force: bool = False,
     unsafe_load: bool = False,
+    ignore_checksums: bool = False,
 ) -> Report:
     """Load into a reference model, strictly, and examine what it computes.
 
@@ -377,6 +393,7 @@ def verify(
         force: whether ``write_golden`` may replace a file.
         unsafe_load: run the pickled model itself in place of a reference: **runs code of the file**, after
             printing on stderr what it imports.  A hostile file is refused.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Raises:
         MissingDependencyError: torch, or the package of the reference, is not installed.
@@ -388,9 +405,10 @@ def verify(
     from ckptkit.rewrite import StripModule
 
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, section=section))
+        reading = partial(open, ignore_checksums=ignore_checksums)
+        file = stack.enter_context(reading(path, section=section))
         _require_state_dict(file.checkpoint, "to verify")
-        other = None if against is None else stack.enter_context(_other(against, section))
+        other = None if against is None else stack.enter_context(_other(against, section, reading))
         # Only now: importing torch takes seconds, and what cannot be read is told at once.
         require_torch()
         from ckptkit.verifier import verify as run
@@ -418,12 +436,12 @@ def verify(
         )
 
 
-def _other(path: PathLike, section: str | None) -> CheckpointFile:
+def _other(path: PathLike, section: str | None, reading: Callable[..., CheckpointFile]) -> CheckpointFile:
     """The other checkpoint; the section is selected in it too, where it has one of that name."""
-    file = open(path)
+    file = reading(path)
     if section is not None and any(each.path == section for each in file.sections):
         file.close()
-        file = open(path, section=section)
+        file = reading(path, section=section)
     try:
         _require_state_dict(file.checkpoint, "to compare with")
     except SectionError:
@@ -450,6 +468,7 @@ def check(
     forward: bool | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shapes: Sequence[Sequence[int]] | None = None,
+    ignore_checksums: bool | None = None,
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
 
@@ -474,6 +493,7 @@ def check(
             or of the architecture that was identified.  Needs torch.
         model_args: keyword arguments of the reference's factory.
         input_shapes: of the forward pass; default from the reference where it is known.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
         A report whose findings name path, rule, expected and found.  What could not be read or checked is in it
@@ -500,6 +520,7 @@ def check(
         "forward": forward,
         "model_args": model_args,
         "input_shapes": input_shapes,
+        "ignore_checksums": ignore_checksums,
     }
     return run(
         [os.fsdecode(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)],

@@ -13,6 +13,7 @@ from ckptkit.cli.completion import complete_reference
 from ckptkit.cli.options import (
     common_options,
     echo,
+    ignore_checksums,
     input_shape,
     json_errors,
     key_values,
@@ -85,6 +86,7 @@ __all__ = ["command"]
     metavar="|".join(("text", *OUTPUTS)),
     help="Output; with the name of a container, the same as --require-format.",
 )
+@ignore_checksums
 @common_options
 def command(
     paths: tuple[str, ...],
@@ -113,7 +115,7 @@ def command(
     outputs = [name for name in formats if name not in CONTAINERS]
     output = "json" if as_json else outputs[-1] if outputs else "text"
     policy["require_format"] = (*require_format, *(name for name in formats if name in CONTAINERS))
-    for name in ("require_format", "allow_dtype", "location"):
+    for name in ("require_format", "allow_dtype", "location", "ignore_checksums"):
         policy[name] = policy[name] or None  # not given: what is configured stands
     with json_errors(output == "json"):
         report = api.check(

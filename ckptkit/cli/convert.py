@@ -12,6 +12,7 @@ from ckptkit.cli.options import (
     echo,
     echo_findings,
     echo_json,
+    ignore_checksums,
     json_errors,
     key_values,
     path_argument,
@@ -111,6 +112,7 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 @click.option("--force", is_flag=True, help="Overwrite DST if it exists.")
 @click.option("--no-check", is_flag=True, help="Only move bytes: no checksums, no comparison, no waiting for the disk.")
 @click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
+@ignore_checksums
 @common_options
 def command(
     source: str,

@@ -12,6 +12,7 @@ from ckptkit.cli.options import (
     common_options,
     echo,
     echo_json,
+    ignore_checksums,
     json_errors,
     path_argument,
     styler,
@@ -46,6 +47,7 @@ __all__ = ["command"]
 @click.option("--strict", is_flag=True, help="What stands beside the tensors counts for the exit code too.")
 @click.option("--format", "output", type=click.Choice(["text", "json", "markdown"]), default="text", help="Output.")
 @click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
+@ignore_checksums
 @common_options
 def command(
     a: str,

@@ -16,6 +16,7 @@ from ckptkit.cli.options import (
     common_options,
     echo,
     echo_json,
+    ignore_checksums,
     path_argument,
     printable,
     styler,
@@ -53,6 +54,7 @@ __all__ = ["command"]
     show_default=True,
     help="Exit 1 from this severity on.",
 )
+@ignore_checksums
 @common_options
 def command(
     paths: tuple[str, ...],
@@ -62,6 +64,7 @@ def command(
     sort: str,
     section: str | None,
     stats: bool,
+    ignore_checksums: bool,
     output: str,
     fail_on: str,
     as_json: bool,
@@ -83,8 +86,9 @@ def command(
         render = functools.partial(
             inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
         )
+    opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     documents = (
-        _survey(found, section, filters, sort, stats) if error is None else describe_error(found, error)
+        _survey(found, opening, filters, sort, stats) if error is None else describe_error(found, error)
         for path in paths
         for found, error in _expanded(path)
     )
@@ -101,9 +105,9 @@ def command(
     return _exit_code(seen, fail_on)
 
 
-def _survey(path: str, section: str | None, filters: tuple[str, ...], sort: str, stats: bool) -> dict[str, Any]:
+def _survey(path: str, opening: dict[str, Any], filters: tuple[str, ...], sort: str, stats: bool) -> dict[str, Any]:
     try:
-        with api.open(path, section=section) as file:
+        with api.open(path, **opening) as file:
             return survey(file.checkpoint, filters=filters, sort=sort, stats=stats)
     except CkptkitError as error:
         return describe_error(path, error)

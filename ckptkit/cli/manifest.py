@@ -9,7 +9,16 @@ import click
 
 from ckptkit import api
 from ckptkit.cli.manifest_text import summary
-from ckptkit.cli.options import common_options, echo, echo_json, json_errors, path_argument, styler, with_examples
+from ckptkit.cli.options import (
+    common_options,
+    echo,
+    echo_json,
+    ignore_checksums,
+    json_errors,
+    path_argument,
+    styler,
+    with_examples,
+)
 
 __all__ = ["command"]
 
@@ -35,6 +44,7 @@ __all__ = ["command"]
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
+@ignore_checksums
 @common_options
 def command(
     paths: tuple[str, ...],
@@ -43,6 +53,7 @@ def command(
     update: bool,
     goldens: tuple[str, ...],
     force: bool,
+    ignore_checksums: bool,
     as_json: bool,
     quiet: bool,
     color: str,
@@ -59,7 +70,13 @@ def command(
         raise click.UsageError("--update needs the manifest: -o FILE")
     with json_errors(as_json):
         manifest = api.manifest(
-            paths, destination, digests=digests, golden=_golden(goldens), update=update, force=force
+            paths,
+            destination,
+            digests=digests,
+            golden=_golden(goldens),
+            update=update,
+            force=force,
+            ignore_checksums=ignore_checksums,
         )
     if as_json:
         changes = manifest.changes

@@ -22,6 +22,7 @@ __all__ = [
     "echo",
     "echo_findings",
     "echo_json",
+    "ignore_checksums",
     "input_shape",
     "json_errors",
     "key_values",
@@ -63,6 +64,12 @@ def common_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+ignore_checksums = click.option(
+    "--ignore-checksums", is_flag=True, help="Accept bytes that recorded checksums show to be others."
+)
+"""For files that were edited in place, whose checksums are stale."""
 
 
 def with_examples(*examples: str) -> str:

@@ -12,6 +12,7 @@ from ckptkit.cli.options import (
     common_options,
     echo,
     echo_json,
+    ignore_checksums,
     input_shape,
     json_errors,
     key_values,
@@ -71,6 +72,7 @@ __all__ = ["command"]
 @click.option(
     "--unsafe-load", is_flag=True, help="Run the pickled model itself: RUNS CODE OF THE FILE. Never with --model."
 )
+@ignore_checksums
 @common_options
 def command(
     path: str,

@@ -45,6 +45,14 @@ CODES: dict[str, Explanation] = {
         "Buffers are not looked at: attention masks hold -Inf on purpose.",
         "Release an earlier checkpoint, or cast to bfloat16 in place of float16.",
     ),
+    "damaged": Explanation(
+        "bytes of a tensor are not those that their checksum was recorded for",
+        "torch's archives record a CRC-32 of every storage, and torch.load passes over it: one flipped bit loads as a "
+        "weight of 6e36. Whoever reads the bytes here holds them against it. A file that was edited in place, through "
+        "a shared mapping of torch's, is valid all the same and has stale checksums.",
+        "Get the file anew. Where it was edited on purpose: --ignore-checksums (in a configuration: ignore-checksums), "
+        "and ckptkit convert FILE OUT --ignore-checksums records fresh ones.",
+    ),
     "optimizer-not-allowed": Explanation(
         "the file holds the state of an optimizer",
         "It is needed to resume training, not to run the model, and takes up to twice the space of the weights.",

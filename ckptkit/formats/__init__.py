@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES
 from ckptkit.formats.detection import identify
@@ -18,6 +18,7 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards.names import INDEX_SUFFIXES, lone_shard
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
+from ckptkit.pickling.inert import TreeMap
 
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
@@ -72,13 +73,18 @@ def files_below(folder: str) -> Iterator[str]:
 
 
 def read(
-    path: str | os.PathLike[str], *, section: str | None = None, limits: Limits = DEFAULT_LIMITS
+    path: str | os.PathLike[str],
+    *,
+    section: str | None = None,
+    ignore_checksums: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Checkpoint, SourceFile]:
     """Open a file and read what is in it, not its tensors.
 
     Args:
         path: the file.
         section: path of the weights to select, where the file holds several.
+        ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
 
     Returns:
@@ -100,6 +106,8 @@ def read(
         with _collector_paused():
             probe = Probe(file, limits)
             raw = detect(probe).read(probe)
+            if ignore_checksums:
+                raw = replace(raw, root=_without_checksums(raw.root))
             return _placed(normalize(raw, file, section=section), file), file
     except FormatError as error:
         seen = raw.globals if raw is not None else ()
@@ -113,6 +121,19 @@ def read(
     except BaseException:
         file.close()
         raise
+
+
+def _without_checksums(root: object) -> object:
+    known: dict[int, Storage] = {}
+
+    def leaf(node: object) -> object:
+        storage = node.storage if isinstance(node, TensorEntry) else node
+        if not isinstance(storage, Storage):
+            return node
+        bare = known.setdefault(id(storage), storage.without_checksum())
+        return replace(node, storage=bare) if isinstance(node, TensorEntry) else bare
+
+    return TreeMap(leaf)(root)
 
 
 def _placed(checkpoint: Checkpoint, file: SourceFile) -> Checkpoint:

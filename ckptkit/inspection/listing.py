@@ -21,9 +21,9 @@ from ckptkit.normalize.modules import module_state, walk_module
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, step
 from ckptkit.normalize.shapes import named_values
-from ckptkit.pickling.inert import InertDict, Object, children, mapping_items
+from ckptkit.pickling.inert import InertDict, Object, children, mapping_items, walk
 
-__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "wanted"]
+__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "storage_names", "wanted"]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -144,6 +144,20 @@ def list_tensors(checkpoint: Checkpoint) -> Listing:
             )
         )  # fmt: skip
     return Listing(rows, bare, several)
+
+
+def storage_names(checkpoint: Checkpoint) -> dict[int, str]:
+    """What the storages of a checkpoint are called in a message, by ``id``: after the first tensor that views each."""
+    names: dict[int, str] = {}
+    for row in list_tensors(checkpoint).rows:
+        storage = row.entry.storage
+        place = f" of {row.section!r:.200}" if row.section else ""
+        names.setdefault(id(storage.original or storage), f"tensor {row.name!r:.200}{place}")
+    for name, value in checkpoint.state_dict.extra.items():  # a quantized tensor is made of its storage
+        for node in walk(value):
+            if isinstance(node, Storage):
+                names.setdefault(id(node.original or node), f"tensor {name!r:.200}")
+    return names
 
 
 _Named = tuple[str, str, TensorEntry, bool]

@@ -29,7 +29,8 @@ class Policy:
     Attributes:
         no_pickle: whether a file may hold no pickle at all.
         max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
-        no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
+        no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
+        ignore_checksums: whether a file's recorded checksums are not held against its bytes.
         max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
         allow_dtype: the dtypes that tensors may have; empty: all.
         no_optimizer: whether an optimizer's state may not be in the file.
@@ -59,6 +60,7 @@ class Policy:
     forward: bool = False
     model_args: Mapping[str, Any] = field(default_factory=dict)
     input_shapes: Sequence[Sequence[int]] = ()
+    ignore_checksums: bool = False
 
     def __post_init__(self) -> None:
         for name in _FLAGS:
@@ -97,7 +99,7 @@ class Policy:
 POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy))
 """The policies as they are typed, in the order in which they are checked."""
 
-_FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "forward")
+_FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "forward", "ignore_checksums")
 _LISTS = ("allow_dtype", "location", "require_format")
 
 TRUST_ORDER: dict[str, int] = {trust: i for i, trust in enumerate(get_args(Trust))}
