@@ -61,9 +61,9 @@ def damage_text(damages: Sequence[Damage], names: Mapping[int, str]) -> str:
     """What is damaged, and what helps."""
     storage, what = damages[0]
     place = names.get(id(storage), "bytes of no tensor")
-    if len(damages) > 1:
-        what += f"; {count_of(len(damages) - 1, 'other storage')} {'is' if len(damages) == 2 else 'are'} damaged too"
-    return f"{place} (storage {storage.key!r:.200}, {storage.nbytes:,} bytes): {what}; {_REMEDY}"
+    others = len(damages) - 1
+    more = f"; {count_of(others, 'other storage')} {'is' if others == 1 else 'are'} damaged too" if others else ""
+    return f"{place}: {what} (storage {storage.key!r:.200}, {storage.nbytes:,} bytes){more}; {_REMEDY}"
 
 
 def damage_error(damages: Sequence[Damage], names: Mapping[int, str]) -> CorruptError:

@@ -73,7 +73,7 @@ def test_a_sound_file_keeps_every_rule(safe: Path) -> None:
 
 
 def test_the_rules_are_the_fields_of_a_policy() -> None:
-    names = {name.replace("-", "_") for name, _, _ in RULES} | {"fits", "forward", "model_args", "input_shapes"}
+    names = {name.replace("-", "_") for name, _, _ in RULES} | {"fits", "forward", "model_args", "input_shapes", "ignore_checksums"}
     assert names == set(Policy.__dataclass_fields__)
 
 
