@@ -20,9 +20,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit import formats
+from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
-from ckptkit.errors import CorruptError, SectionError
+from ckptkit.errors import CorruptError, RewriteError, SectionError
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def inspect(
     path: PathLike,
     *,
     section: str | None = None,
-    filters: Sequence[str] = (),
+    filters: str | Sequence[str] = (),
     sort: str = "file",
     stats: bool = False,
     ignore_checksums: bool = False,
@@ -72,8 +73,10 @@ def inspect(
     """
     from ckptkit.inspection import describe
 
+    if sort not in ("file", "name", "size"):
+        raise RewriteError(f"sort is {sort!r:.40}; expected 'file', 'name' or 'size'")
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:
-        return describe(file.checkpoint, filters=filters, sort=sort, stats=stats)
+        return describe(file.checkpoint, filters=several(filters), sort=sort, stats=stats)
 
 
 def load_state_dict(
@@ -117,14 +120,14 @@ def convert(
     add_module: bool = False,
     strip_prefix: str | None = None,
     add_prefix: str | None = None,
-    rename: Sequence[str | tuple[str, str]] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    leave_out: Sequence[str] = (),
+    rename: str | Sequence[str | tuple[str, str]] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    leave_out: str | Sequence[str] = (),
     weights_only: bool = False,
     map_location: LocationMap | None = None,
     dtype: str | None = None,
-    keep_dtype: Sequence[str] = (),
+    keep_dtype: str | Sequence[str] = (),
     tied: Literal["alias", "duplicate", "error"] = "alias",
     to: str | None = None,
     max_shard_size: int | str | None = None,
@@ -194,7 +197,7 @@ def convert(
         metadata=metadata or {},
     )
     with open(source, section=section, ignore_checksums=ignore_checksums) as file:
-        _, container, most = formats.target(destination, to)
+        _, container, most = formats.target(os.fsdecode(destination), to)
         weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
         if weights_alone or options.needs_weights:
             _require_state_dict(file.checkpoint, "to rewrite" if options.needs_weights else "to write")
@@ -202,7 +205,7 @@ def convert(
         job = Job.of(
             conversion.result,
             file._file,
-            destination,
+            os.fsdecode(destination),
             to=to,
             max_shard_size=max_shard_size,
             receipt=receipt,
@@ -215,7 +218,7 @@ def convert(
         return Report(
             findings=findings,
             details={
-                "source": os.fspath(source),
+                "source": os.fsdecode(source),
                 "destination": job.path,
                 "written": not dry_run,
                 "checked": check and not dry_run,
@@ -262,6 +265,7 @@ def diff(
     Raises:
         SectionError: it is not clear which weights are meant, or neither file holds a tensor.
         KeyCollisionError: without wrapper prefixes two names would become one.
+        VerifyError: a tolerance is NaN, negative or infinite.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.differences import Tolerance, differ
@@ -269,13 +273,14 @@ def diff(
 
     chosen = section_a or section, section_b or section
     reading = partial(open, ignore_checksums=ignore_checksums)
+    tolerance = None if atol is None and rtol is None else Tolerance(0.0 if atol is None else atol, rtol or 0.0)
     with reading(a, section=chosen[0]) as ours, reading(b, section=chosen[1]) as theirs:
         rewriters = (StripModule(),) if strip_module else ()
         difference = differ(
             ours.rewrite(*rewriters).checkpoint,
             theirs.rewrite(*rewriters).checkpoint,
             beside=chosen == (None, None),
-            tolerance=None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0),
+            tolerance=tolerance,
             strict=strict,
             progress=progress,
         )
@@ -297,7 +302,7 @@ def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
 
 
 def manifest(
-    paths: Sequence[PathLike] = (),
+    paths: PathLike | Sequence[PathLike] = (),
     destination: PathLike | None = None,
     *,
     digests: Literal["total", "tensor"] | None = None,
@@ -332,7 +337,7 @@ def manifest(
     from ckptkit.released.manifests.at_path import make_at
 
     return make_at(
-        [os.fsdecode(path) for path in paths],
+        [os.fsdecode(path) for path in several(paths)],
         None if destination is None else os.fsdecode(destination),
         digests=digests,
         golden=golden,
@@ -354,8 +359,8 @@ def verify(
     seed: int = 0,
     section: str | None = None,
     strip_module: bool = False,
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
+    allow_missing: str | Sequence[str] = (),
+    allow_unexpected: str | Sequence[str] = (),
     forward: bool = True,
     against: PathLike | None = None,
     golden: PathLike | None = None,
@@ -421,14 +426,14 @@ def verify(
             device=device,
             dtype=dtype,
             input_shapes=input_shapes,
-            input=None if input is None else os.fspath(input),
+            input=None if input is None else os.fsdecode(input),
             seed=seed,
             allow_missing=allow_missing,
             allow_unexpected=allow_unexpected,
             forward=forward,
             against=None if other is None else other.checkpoint,
-            golden=None if golden is None else os.fspath(golden),
-            write_golden=None if write_golden is None else os.fspath(write_golden),
+            golden=None if golden is None else os.fsdecode(golden),
+            write_golden=None if write_golden is None else os.fsdecode(write_golden),
             atol=atol,
             rtol=rtol,
             force=force,
@@ -523,7 +528,7 @@ def check(
         "ignore_checksums": ignore_checksums,
     }
     return run(
-        [os.fsdecode(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)],
+        [os.fsdecode(path) for path in several(paths)],
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
         typed={name: value for name, value in given.items() if value is not None},

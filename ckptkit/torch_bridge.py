@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from ckptkit.arguments import device_problem
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES, dtype
@@ -314,7 +315,7 @@ def _registered(storage: Storage, memory: torch.UntypedStorage, location: str) -
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise RewriteError(
             f"{storage.source.file.path}: storage {storage.key!r}, saved on {storage.location!r}, cannot be put on "
-            f'{location!r} on this machine ({reason}); give map_location="cpu"'
+            f'{location!r} on this machine ({device_problem(location) or reason}); give map_location="cpu"'
         ) from error
     if not isinstance(restored, torch.UntypedStorage):
         raise RewriteError(f"torch restored {location!r} as {type(restored).__name__}, which is no UntypedStorage")

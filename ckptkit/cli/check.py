@@ -11,6 +11,7 @@ from ckptkit import api
 from ckptkit.cli.check_text import text
 from ckptkit.cli.completion import complete_reference
 from ckptkit.cli.options import (
+    checked_devices,
     common_options,
     echo,
     ignore_checksums,
@@ -65,7 +66,13 @@ __all__ = ["command"]
 @click.option("--no-nan", is_flag=True, default=None, help="No parameter may hold NaN or Inf; reads the data.")
 @click.option("--no-optimizer", is_flag=True, default=None, help="No file may hold an optimizer's state.")
 @click.option("--no-prefix", is_flag=True, default=None, help="No name may carry module. or _orig_mod.")
-@click.option("--location", multiple=True, metavar="DEV", help="A device tag storages may have: cpu; repeatable.")
+@click.option(
+    "--location",
+    multiple=True,
+    callback=checked_devices,
+    metavar="DEV",
+    help="A device tag storages may have: cpu; repeatable.",
+)
 @click.option(
     "--fits",
     metavar="REF",

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ckptkit import api
+from ckptkit.arguments import device_problem
 from ckptkit.cli.options import (
     common_options,
     echo,
@@ -170,9 +171,12 @@ def _map_location(given: tuple[str, ...]) -> str | dict[str, str] | None:
     """``cpu``, or a dict from ``OLD=NEW`` pairs.
 
     Raises:
-        click.UsageError: both forms at once, or one location twice.
+        click.UsageError: both forms at once, one location twice, or a new one that torch does not have.
     """
     pairs = [text.partition("=") for text in given]
+    for old, equals, new in pairs:
+        if problem := device_problem(new if equals else old):
+            raise click.UsageError(f"--map-location: {problem}")
     if any(not equals for _, equals, _ in pairs):
         if len(given) > 1:
             raise click.UsageError("--map-location takes one location for everything, or OLD=NEW pairs, not both")

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 import click
 
+from ckptkit.arguments import device_problem, tolerance
 from ckptkit.errors import CkptkitError
 from ckptkit.report import SCHEMA_VERSION, Finding, printable
 
 __all__ = [
     "COLORS",
     "Style",
+    "checked_devices",
     "columns",
     "common_options",
     "echo",
@@ -30,6 +32,7 @@ __all__ = [
     "printable",
     "styler",
     "terminal_width",
+    "tolerance_option",
     "with_examples",
     "wrapped",
 ]
@@ -64,6 +67,27 @@ def common_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def tolerance_option(name: str, text: str) -> Callable[[F], F]:
+    """An option for a tolerance; `ckptkit.arguments.tolerance` says what can be one."""
+
+    def checked(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+        try:
+            return tolerance(name, value)
+        except CkptkitError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return click.option(name, type=float, callback=checked, metavar="X", help=text)
+
+
+def checked_devices(_: click.Context, parameter: click.Parameter, value: str | tuple[str, ...]) -> Any:
+    """The value of ``--device``, whose parts are separated by commas, or the values of ``--location``."""
+    for name in value.split(",") if isinstance(value, str) else value:
+        problem = None if parameter.name == "device" and name.strip() == "auto" else device_problem(name.strip())
+        if problem is not None:
+            raise click.BadParameter(problem)
+    return value
 
 
 ignore_checksums = click.option(
