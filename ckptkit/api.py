@@ -489,7 +489,7 @@ def check(
         require_format: the containers that files may be.
         max_size: bytes of a file, as a number or as ``"2GB"``.
         allow_dtype: the dtypes that tensors may have.
-        no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
+        no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
         no_optimizer: whether an optimizer's state may not be in the file.
         no_prefix: whether names may not carry a wrapper's prefix.
         location: the device tags that storages may have.

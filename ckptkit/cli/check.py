@@ -63,7 +63,7 @@ __all__ = ["command"]
     metavar="DTYPE",
     help="A dtype tensors may have; repeatable.",
 )
-@click.option("--no-nan", is_flag=True, default=None, help="No parameter may hold NaN or Inf; reads the data.")
+@click.option("--no-nan", is_flag=True, default=None, help="No tensor may hold NaN, no parameter Inf; reads the data.")
 @click.option("--no-optimizer", is_flag=True, default=None, help="No file may hold an optimizer's state.")
 @click.option("--no-prefix", is_flag=True, default=None, help="No name may carry module. or _orig_mod.")
 @click.option(

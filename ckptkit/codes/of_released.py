@@ -40,9 +40,10 @@ CODES: dict[str, Explanation] = {
         "Cast with ckptkit convert FILE OUT --dtype, or allow the dtype too.",
     ),
     "values-not-finite": Explanation(
-        "parameters hold NaN or Inf",
+        "a tensor holds NaN, or a parameter Inf",
         "A model with such weights gives NaN for most inputs: its training diverged, or a cast to float16 overflowed. "
-        "Buffers are not looked at: attention masks hold -Inf on purpose.",
+        "NaN is looked for in every tensor and numpy array of the file, Inf in parameters alone: attention masks and "
+        "the observers of quantization hold it on purpose.",
         "Release an earlier checkpoint, or cast to bfloat16 in place of float16.",
     ),
     "damaged": Explanation(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ckptkit import formats
@@ -24,9 +24,12 @@ from ckptkit.inspection.training import training_document
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import walk
 from ckptkit.released.reading import Reading, read_through
+from ckptkit.released.values import Beside, is_opaque, values_beside
 from ckptkit.report import Finding
+from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
 from ckptkit.transfer.workers import in_parallel
 
@@ -92,6 +95,9 @@ class Examined:
         findings: what is remarkable about it, gravest first.
         architecture: the known model it is of, where every name and shape is that model's.
         shards: of a sharded checkpoint, in the order of the index.
+        beside: what else in the file has values that may be NaN, named by section and place: tensors of other
+            sections, in values that are none themselves, and numpy's arrays; only where values were counted.
+        unseen: names of the weights' values in which nothing was found to look at.
         damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
     """
 
@@ -112,6 +118,8 @@ class Examined:
     findings: tuple[Finding, ...]
     architecture: Architecture | None
     shards: tuple[ShardFact, ...] = ()
+    beside: tuple[TensorFact, ...] = ()
+    unseen: tuple[str, ...] = ()
     damage: str | None = None
 
 
@@ -149,13 +157,15 @@ def examine(
         inner = {name: _tensors_in(value) for name, value in weights.others}
         entries = [entry for _, entry, _ in weights.tensors]
         every = [*entries, *(entry for part in inner.values() for entry in part)]
+        plain = {id(entry) for entry in entries}
+        beside = list(values_beside(checkpoint, plain, weights.others)) if values else []
         reading = (
             read_through(
                 [file, *file.parts],
                 every,
                 hash_files=hash_file,
                 digest=digest,
-                counted=entries if values else (),
+                counted=[*entries, *(each.entry for each in beside if each.entry is not None)] if values else (),
                 held=held,
                 threads=threads,
             )
@@ -171,7 +181,9 @@ def examine(
             ),
         ]
         total = content_digest(lines) if digest else None
-        return _examined(checkpoint, file, path, reading, facts, total, weights, storages)
+        found = _examined(checkpoint, file, path, reading, facts, total, weights, storages)
+        unseen = tuple(name for name, value in weights.others if values and is_opaque(value))
+        return replace(found, beside=tuple(_beside_fact(each, reading) for each in beside), unseen=unseen)
     finally:
         file.close()
 
@@ -274,6 +286,25 @@ def _all_tensors(checkpoint: Checkpoint) -> _Weights:
 
 def _tensors_in(value: object) -> list[TensorEntry]:
     return [node for node in walk(value) if isinstance(node, TensorEntry)]
+
+
+def _beside_fact(each: Beside, reading: Reading) -> TensorFact:
+    if each.entry is not None:
+        return _fact(each.name, each.entry, each.is_parameter, reading)
+    dtype, data = each.array or Array(None, b"")
+    counts = None
+    if dtype is not None:
+        counts = NonFinite(dtype)
+        counts.update(data)
+    return TensorFact(
+        name=each.name,
+        dtype=dtype or "a type that is not understood",
+        shape=(),
+        nbytes=len(data),
+        nan=None if counts is None else counts.nan,
+        inf=None if counts is None else counts.inf,
+        is_parameter=each.is_parameter,
+    )
 
 
 def _fact(name: str, entry: TensorEntry, is_parameter: bool | None, reading: Reading) -> TensorFact:

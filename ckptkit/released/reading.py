@@ -104,7 +104,7 @@ def read_through(
         entries: tensors whose bytes lie in them.
         hash_files: whether to hash the files themselves.
         digest: whether to digest the tensors.
-        counted: tensors whose NaN and Inf are counted too.
+        counted: tensors whose NaN and Inf are counted; they need not be among the others.
         held: storages whose recorded checksums are held against their bytes.
         threads: 2 lets a file's hash and the tensors' run side by side.
 
@@ -116,24 +116,26 @@ def read_through(
     reading = Reading()
     spans: dict[int, list[_Span]] = {}
     apart: list[tuple[TensorEntry, Values]] = []
-    wanted = {entry.view for entry in counted}
+    entries, counted = list(entries) if digest else [], list(counted)
+    digested, wanted = {entry.view for entry in entries}, {entry.view for entry in counted}
     known = {id(file) for file in files}
-    shared: dict[tuple[int, int, int, str | None], Values] = {}
-    for entry in entries:
+    shared: dict[tuple[int, int, int, bool, str | None], Values] = {}
+    for entry in (*entries, *counted):
         view = entry.view
-        if view in reading.values or not (digest or view in wanted):
+        if view in reading.values:
             continue
+        is_digested = view in digested
         source = entry.storage.source
         if isinstance(source, ByteRange) and entry.is_plain_bytes and id(source.file) in known:
             start = source.offset + entry.storage_offset * entry.itemsize
-            key = (id(source.file), start, entry.nbytes, entry.dtype if view in wanted else None)
+            key = (id(source.file), start, entry.nbytes, is_digested, entry.dtype if view in wanted else None)
             values = shared.get(key)
             if values is None:
-                shared[key] = values = _values(entry, digest, view in wanted)
+                shared[key] = values = _values(entry, is_digested, view in wanted)
                 if entry.nbytes:
                     spans.setdefault(id(source.file), []).append((start, start + entry.nbytes, values))
         else:
-            values = _values(entry, digest, view in wanted)
+            values = _values(entry, is_digested, view in wanted)
             apart.append((entry, values))
         reading.values[view] = values
     _check_sizes(files, spans, apart)

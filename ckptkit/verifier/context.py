@@ -157,8 +157,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        problem = device_problem(name) or f"{name!r:.80} is not a device to verify on"
-        raise VerifyError(f"{problem}; expected auto, cpu, cuda, cuda:N or mps")
+        expected = f"{name!r:.80} is not a device to verify on; expected auto, cpu, cuda, cuda:N or mps"
+        raise VerifyError(device_problem(name) or expected)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
