@@ -96,10 +96,17 @@ def tensors(
     """
     sums = Checksums()
     loader = _Loader(_restore(map_location), mapped=mapped, checksums=sums if checksums else None)
-    with sums.held(lambda: {id(e.storage.original or e.storage): f"tensor {n!r}" for n, e in state_dict.items()}):
+    with sums.held(lambda: _storage_names(state_dict)):
         loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
         loader.finish()
     return loaded
+
+
+def _storage_names(state_dict: StateDict) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for name, entry in state_dict.items():
+        names.setdefault(id(entry.storage.original or entry.storage), f"tensor {name!r:.200}")
+    return names
 
 
 class _Loader:

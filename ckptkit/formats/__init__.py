@@ -167,7 +167,7 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
         RewriteError: no container is meant by it; the message lists what can be written.
     """
     writable = [container for container in FORMATS if container.writer is not None]
-    ending = os.path.splitext(os.fspath(destination))[1].lower()
+    ending = os.path.splitext(os.fsdecode(destination))[1].lower()
     for container in writable:
         if name is None and ending in container.suffixes:
             return container
@@ -176,7 +176,9 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     endings = ", ".join(suffix for container in writable for suffix in container.suffixes)
     if name is not None:
         raise RewriteError(f"no container {name!r}; one of: {', '.join(c.name for c in writable)}")
-    raise RewriteError(f"{os.fspath(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to")
+    raise RewriteError(
+        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to"
+    )
 
 
 def target(
@@ -197,7 +199,7 @@ def target(
     Raises:
         RewriteError: no container is meant by it.
     """
-    path = os.fspath(destination)
+    path = os.fsdecode(destination)
     default = None
     if path.endswith(_INDEX):
         path, default = path.removesuffix(_INDEX), SHARD_NBYTES

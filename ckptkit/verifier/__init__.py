@@ -115,6 +115,8 @@ def verify(
         raise VerifyError("--model and --unsafe-load: a reference model is run, or the pickled one; give one of them")
     atol, rtol = tolerance("--atol", atol), tolerance("--rtol", rtol)
     input_shapes = shapes("--input-shape", input_shapes)
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise VerifyError(f"--seed {seed:.6g}: torch takes whole numbers from -2**63 to 2**64 - 1")
     devices = pick_devices(device)
     cast = None if dtype is None else floating_dtype(dtype)
     recorded = None if golden is None else _golden(golden, input_shapes, input, seed)
