@@ -6,7 +6,8 @@ The layers, each importing only from those to its right; a test enforces it:
 
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
         > diagnose, compare, stats, architectures, digests > formats, rewrite, transfer > normalize > pickling
-        > plan, casting > checkpoint > derived > bytesource > report, dtypes, limits, codes, extras, version > errors
+        > plan, casting > checkpoint > derived > bytesource
+        > report, arguments, dtypes, limits, codes, extras, version > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit import formats
+from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
-from ckptkit.errors import CorruptError, SectionError
+from ckptkit.errors import CorruptError, RewriteError, SectionError
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
@@ -51,9 +53,10 @@ def inspect(
     path: PathLike,
     *,
     section: str | None = None,
-    filters: Sequence[str] = (),
+    filters: str | Sequence[str] = (),
     sort: str = "file",
     stats: bool = False,
+    ignore_checksums: bool = False,
 ) -> dict[str, Any]:
     """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
 
@@ -62,24 +65,30 @@ def inspect(
         section: path of the weights to select.
         filters: glob patterns of tensor names to list; none lists all.
         sort: ``"file"``, ``"name"`` or ``"size"``.
-        stats: whether to read the data and add statistics of each tensor listed.
+        stats: whether to read the data and add statistics of each tensor listed; a damaged one is a finding.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Raises:
         As `open`.
     """
     from ckptkit.inspection import describe
 
-    with open(path, section=section) as file:
-        return describe(file.checkpoint, filters=filters, sort=sort, stats=stats)
+    if sort not in ("file", "name", "size"):
+        raise RewriteError(f"sort is {sort!r:.40}; expected 'file', 'name' or 'size'")
+    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
+        return describe(file.checkpoint, filters=several(filters), sort=sort, stats=stats)
 
 
-def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | None = None) -> dict[str, torch.Tensor]:
+def load_state_dict(
+    path: PathLike, *, map_location: Any = None, section: str | None = None, ignore_checksums: bool = False
+) -> dict[str, torch.Tensor]:
     """The weights as tensors, from any container, without executing the file.
 
     Args:
         path: the file.
         map_location: as in ``torch.load``: a string, a ``torch.device``, a dict, a callable.
         section: path of the weights to select, where the file holds several.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
         Name to tensor, in file order.  Tied tensors share memory.  From a whole model they are plain
@@ -88,6 +97,7 @@ def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | 
     Raises:
         MissingDependencyError: torch is not installed.
         SectionError: the file holds no state_dict, or several.
+        CorruptError: a tensor's bytes are not those its checksum was recorded for.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
@@ -95,9 +105,9 @@ def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | 
     require_torch()
     from ckptkit.torch_bridge import tensors
 
-    with open(path, section=section) as file:
+    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
         _require_state_dict(file.checkpoint, "to load")
-        state = tensors(file.state_dict, map_location=map_location)
+        state = tensors(file.state_dict, map_location=map_location, checksums=True)
         return state if file.checkpoint.module is None else {name: value.detach() for name, value in state.items()}
 
 
@@ -110,14 +120,14 @@ def convert(
     add_module: bool = False,
     strip_prefix: str | None = None,
     add_prefix: str | None = None,
-    rename: Sequence[str | tuple[str, str]] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    leave_out: Sequence[str] = (),
+    rename: str | Sequence[str | tuple[str, str]] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    leave_out: str | Sequence[str] = (),
     weights_only: bool = False,
     map_location: LocationMap | None = None,
     dtype: str | None = None,
-    keep_dtype: Sequence[str] = (),
+    keep_dtype: str | Sequence[str] = (),
     tied: Literal["alias", "duplicate", "error"] = "alias",
     to: str | None = None,
     max_shard_size: int | str | None = None,
@@ -126,6 +136,7 @@ def convert(
     dry_run: bool = False,
     force: bool = False,
     check: bool = True,
+    ignore_checksums: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Rewrite a checkpoint into another file.
@@ -157,6 +168,7 @@ def convert(
         dry_run: make the plan, write nothing.
         force: whether an existing destination may be replaced.
         check: whether to compare the output with the source before it gets its name; see `CheckpointFile.save`.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
         progress: called with the bytes dealt with so far, and those to deal with in all.
 
     Returns:
@@ -184,8 +196,8 @@ def convert(
         tied=tied,
         metadata=metadata or {},
     )
-    with open(source, section=section) as file:
-        _, container, most = formats.target(destination, to)
+    with open(source, section=section, ignore_checksums=ignore_checksums) as file:
+        _, container, most = formats.target(os.fsdecode(destination), to)
         weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
         if weights_alone or options.needs_weights:
             _require_state_dict(file.checkpoint, "to rewrite" if options.needs_weights else "to write")
@@ -193,7 +205,7 @@ def convert(
         job = Job.of(
             conversion.result,
             file._file,
-            destination,
+            os.fsdecode(destination),
             to=to,
             max_shard_size=max_shard_size,
             receipt=receipt,
@@ -206,7 +218,7 @@ def convert(
         return Report(
             findings=findings,
             details={
-                "source": os.fspath(source),
+                "source": os.fsdecode(source),
                 "destination": job.path,
                 "written": not dry_run,
                 "checked": check and not dry_run,
@@ -228,6 +240,7 @@ def diff(
     atol: float | None = None,
     rtol: float | None = None,
     strict: bool = False,
+    ignore_checksums: bool = False,
     progress: Progress | None = None,
 ) -> Difference:
     """What changed from one checkpoint to another, whatever their containers.
@@ -243,6 +256,7 @@ def diff(
         rtol: the same as a share of the larger magnitude of the two; what it allows is added.
         strict: whether metadata, training state, ties and parts that one file alone has count for
             `Difference.ok`.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
         progress: called with the bytes gone through so far, and those to go through in all.
 
     Returns:
@@ -251,19 +265,22 @@ def diff(
     Raises:
         SectionError: it is not clear which weights are meant, or neither file holds a tensor.
         KeyCollisionError: without wrapper prefixes two names would become one.
+        VerifyError: a tolerance is NaN, negative or infinite.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.differences import Tolerance, differ
     from ckptkit.rewrite import StripModule
 
     chosen = section_a or section, section_b or section
-    with open(a, section=chosen[0]) as ours, open(b, section=chosen[1]) as theirs:
+    reading = partial(open, ignore_checksums=ignore_checksums)
+    tolerance = None if atol is None and rtol is None else Tolerance(0.0 if atol is None else atol, rtol or 0.0)
+    with reading(a, section=chosen[0]) as ours, reading(b, section=chosen[1]) as theirs:
         rewriters = (StripModule(),) if strip_module else ()
         difference = differ(
             ours.rewrite(*rewriters).checkpoint,
             theirs.rewrite(*rewriters).checkpoint,
             beside=chosen == (None, None),
-            tolerance=None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0),
+            tolerance=tolerance,
             strict=strict,
             progress=progress,
         )
@@ -285,13 +302,14 @@ def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
 
 
 def manifest(
-    paths: Sequence[PathLike] = (),
+    paths: PathLike | Sequence[PathLike] = (),
     destination: PathLike | None = None,
     *,
     digests: Literal["total", "tensor"] | None = None,
     golden: Mapping[str, PathLike] | PathLike | None = None,
     update: bool = False,
     force: bool = False,
+    ignore_checksums: bool = False,
 ) -> Manifest:
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
@@ -306,6 +324,7 @@ def manifest(
             the paths of theirs.
         update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
         force: whether to replace an existing manifest as a whole.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
         The manifest; its ``changes`` say what was added, changed, removed and kept.
@@ -318,12 +337,13 @@ def manifest(
     from ckptkit.released.manifests.at_path import make_at
 
     return make_at(
-        [os.fsdecode(path) for path in paths],
+        [os.fsdecode(path) for path in several(paths)],
         None if destination is None else os.fsdecode(destination),
         digests=digests,
         golden=golden,
         update=update,
         force=force,
+        ignore_checksums=ignore_checksums,
     )
 
 
@@ -339,8 +359,8 @@ def verify(
     seed: int = 0,
     section: str | None = None,
     strip_module: bool = False,
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
+    allow_missing: str | Sequence[str] = (),
+    allow_unexpected: str | Sequence[str] = (),
     forward: bool = True,
     against: PathLike | None = None,
     golden: PathLike | None = None,
@@ -349,6 +369,7 @@ def verify(
     rtol: float | None = None,
     force: bool = False,
     unsafe_load: bool = False,
+    ignore_checksums: bool = False,
 ) -> Report:
     """Load into a reference model, strictly, and examine what it computes.
 
@@ -377,6 +398,7 @@ def verify(
         force: whether ``write_golden`` may replace a file.
         unsafe_load: run the pickled model itself in place of a reference: **runs code of the file**, after
             printing on stderr what it imports.  A hostile file is refused.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Raises:
         MissingDependencyError: torch, or the package of the reference, is not installed.
@@ -388,9 +410,10 @@ def verify(
     from ckptkit.rewrite import StripModule
 
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, section=section))
+        reading = partial(open, ignore_checksums=ignore_checksums)
+        file = stack.enter_context(reading(path, section=section))
         _require_state_dict(file.checkpoint, "to verify")
-        other = None if against is None else stack.enter_context(_other(against, section))
+        other = None if against is None else stack.enter_context(_other(against, section, reading))
         # Only now: importing torch takes seconds, and what cannot be read is told at once.
         require_torch()
         from ckptkit.verifier import verify as run
@@ -403,14 +426,14 @@ def verify(
             device=device,
             dtype=dtype,
             input_shapes=input_shapes,
-            input=None if input is None else os.fspath(input),
+            input=None if input is None else os.fsdecode(input),
             seed=seed,
             allow_missing=allow_missing,
             allow_unexpected=allow_unexpected,
             forward=forward,
             against=None if other is None else other.checkpoint,
-            golden=None if golden is None else os.fspath(golden),
-            write_golden=None if write_golden is None else os.fspath(write_golden),
+            golden=None if golden is None else os.fsdecode(golden),
+            write_golden=None if write_golden is None else os.fsdecode(write_golden),
             atol=atol,
             rtol=rtol,
             force=force,
@@ -418,12 +441,12 @@ def verify(
         )
 
 
-def _other(path: PathLike, section: str | None) -> CheckpointFile:
+def _other(path: PathLike, section: str | None, reading: Callable[..., CheckpointFile]) -> CheckpointFile:
     """The other checkpoint; the section is selected in it too, where it has one of that name."""
-    file = open(path)
+    file = reading(path)
     if section is not None and any(each.path == section for each in file.sections):
         file.close()
-        file = open(path, section=section)
+        file = reading(path, section=section)
     try:
         _require_state_dict(file.checkpoint, "to compare with")
     except SectionError:
@@ -450,6 +473,7 @@ def check(
     forward: bool | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shapes: Sequence[Sequence[int]] | None = None,
+    ignore_checksums: bool | None = None,
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
 
@@ -465,7 +489,7 @@ def check(
         require_format: the containers that files may be.
         max_size: bytes of a file, as a number or as ``"2GB"``.
         allow_dtype: the dtypes that tensors may have.
-        no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
+        no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
         no_optimizer: whether an optimizer's state may not be in the file.
         no_prefix: whether names may not carry a wrapper's prefix.
         location: the device tags that storages may have.
@@ -474,6 +498,7 @@ def check(
             or of the architecture that was identified.  Needs torch.
         model_args: keyword arguments of the reference's factory.
         input_shapes: of the forward pass; default from the reference where it is known.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
         A report whose findings name path, rule, expected and found.  What could not be read or checked is in it
@@ -500,9 +525,10 @@ def check(
         "forward": forward,
         "model_args": model_args,
         "input_shapes": input_shapes,
+        "ignore_checksums": ignore_checksums,
     }
     return run(
-        [os.fsdecode(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)],
+        [os.fsdecode(path) for path in several(paths)],
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
         typed={name: value for name, value in given.items() if value is not None},

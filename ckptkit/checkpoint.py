@@ -16,7 +16,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Va
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from ckptkit.derived import ByteSource
+from ckptkit.derived import ByteSource, DeflatedRange, Inflation
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, KeyCollisionError
 from ckptkit.report import Finding
@@ -70,6 +70,15 @@ class Storage:
     crc32: int | None = None
     byteorder: Literal["little", "big"] = "little"
     original: Storage | None = None
+
+    def without_checksum(self) -> Storage:
+        """The same bytes with none recorded, so that nothing is held against them."""
+        source = self.source
+        if isinstance(source, DeflatedRange):
+            whole = source.whole
+            bare = Inflation(whole.deflated, whole.nbytes, None, whole.name)
+            source = replace(source, whole=bare)
+        return replace(self, crc32=None, source=source)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

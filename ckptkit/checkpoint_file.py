@@ -161,16 +161,20 @@ class CheckpointFile:
         return f"<{self.format} {self.kind} {self.path!r}, {len(self.state_dict)} tensors>"
 
 
-def open(path: PathLike, *, section: str | None = None) -> CheckpointFile:  # noqa: A001 - the name users expect
+def open(  # noqa: A001 - the name users expect
+    path: PathLike, *, section: str | None = None, ignore_checksums: bool = False
+) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 
     Args:
         path: the file.
         section: path of the weights to select, where the file holds several.
+        ignore_checksums: whether to forget the recorded checksums of its tensors, so that nothing holds them: those of
+            a file that was edited in place are stale.
 
     Raises:
         FileAccessError: the file cannot be opened.
         FormatError: it is no checkpoint, or damaged.
         SectionError: there is no such section.
     """
-    return CheckpointFile(*formats.read(path, section=section))
+    return CheckpointFile(*formats.read(path, section=section, ignore_checksums=ignore_checksums))

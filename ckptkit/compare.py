@@ -23,6 +23,7 @@ from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
 from ckptkit.transfer import stream
+from ckptkit.transfer.checksums import Checksums, damage_error, damage_of
 from ckptkit.transfer.workers import buffer, in_parallel
 
 __all__ = ["check_output", "first_difference", "same_values"]
@@ -110,12 +111,13 @@ class _Comparison:
         checked = {id(source.original or source) for _, source, _ in whole if _covers_original(source)}
         # Views of larger storages, and what was cut out of some: is that whole which they were cut from?
         others = {id(s.original or s): (place, s.original or s) for place, s in self._places.values()}
-        unchecked = [(place, s) for key, (place, s) in others.items() if key not in checked and s.crc32 is not None]
+        unchecked = Checksums()
+        unchecked.want(s for key, (_, s) in others.items() if key not in checked)
         tasks: list[Callable[[], object]] = [partial(self._same_storage, *triple) for triple in whole]
         tasks += [partial(self._same_tensor, *triple) for triple in self._tensors]
-        tasks += [partial(_check_crc, place, storage) for place, storage in unchecked]
         nbytes = sum(source.nbytes for _, source, _ in whole) + sum(source.nbytes for _, source, _ in self._tensors)
-        in_parallel(tasks, nbytes=nbytes + sum(storage.nbytes for _, storage in unchecked))
+        in_parallel(tasks, nbytes=nbytes)
+        unchecked.require(lambda: {key: place for key, (place, _) in others.items()})
         return nbytes
 
     def _same_storage(self, place: str, source: Storage, written: Storage) -> None:
@@ -125,7 +127,9 @@ class _Comparison:
                 f"{place}: the output differs at byte {difference:,} of the storage; nothing was written"
             )
         if _covers_original(source):
-            _require_crc(place, source.original or source, crc)
+            damage = damage_of(source.original or source, crc)
+            if damage is not None:
+                raise damage_error([damage], {id(damage.storage): place})
 
     def _same_tensor(self, place: str, source: TensorEntry, written: TensorEntry) -> None:
         if not same_values(source, written):
@@ -171,21 +175,6 @@ def _trees(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> N
     lowered = lower_state_dict(source.state_dict), lower_state_dict(output.state_dict)
     for pair in _paired_storages([("", written_tree(source), output.rest)], lowered):
         comparison.storages(*pair)
-
-
-def _check_crc(place: str, storage: Storage) -> None:
-    crc = 0
-    for chunk in storage.source.chunks(_COMPARED_NBYTES):
-        crc = zlib.crc32(chunk, crc)
-    _require_crc(place, storage, crc)
-
-
-def _require_crc(place: str, storage: Storage, crc: int) -> None:
-    if storage.crc32 is not None and crc != storage.crc32:
-        raise CorruptError(
-            f"{place}: the bytes have CRC-32 {crc:08x}, recorded is {storage.crc32:08x}: the source is damaged",
-            path=storage.source.file.path,
-        )
 
 
 def first_difference(a: ByteSource, b: ByteSource, compared: Compared = lambda _: None) -> tuple[int | None, int]:

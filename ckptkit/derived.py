@@ -85,6 +85,17 @@ class Inflation:
                 self._plain = self._inflated()
             return self._plain
 
+    def check(self) -> None:
+        """Inflate, count and sum, and keep nothing; what is there already was.
+
+        Raises:
+            CorruptError: as `plain`.
+        """
+        with self._lock:
+            if self._plain is None:
+                for _ in self._parts():
+                    pass
+
     def _inflated(self) -> ByteRange:
         what = f"{self.name} is compressed and takes"
         return _spooled(self._parts(), self.nbytes, self.deflated.file, what)

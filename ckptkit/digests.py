@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object
+from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
 
 __all__ = ["PREFIX", "Line", "content_digest", "kind_of", "tensor_digest", "told", "unwrapped_names"]
@@ -68,14 +69,18 @@ def told(digest: bytes) -> str:
     return PREFIX + digest.hex()
 
 
-def tensor_digest(entry: TensorEntry) -> str:
+def tensor_digest(entry: TensorEntry, checksums: Checksums | None = None) -> str:
     """The digest of a tensor's values, read in bounded pieces.
+
+    Args:
+        entry: the tensor.
+        checksums: what sums the bytes as they pass by.
 
     Raises:
         DTypeError, CorruptError, FileAccessError: as `ckptkit.transfer.stream`.
     """
     digest = hashlib.sha256()
-    for chunk in stream(entry):
+    for chunk in stream(entry) if checksums is None else checksums.along(entry, stream(entry)):
         digest.update(chunk)
     return told(digest.digest())
 

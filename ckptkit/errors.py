@@ -34,7 +34,22 @@ __all__ = [
 
 
 class CkptkitError(Exception):
-    """Base of every error ckptkit raises on purpose."""
+    """Base of every error ckptkit raises on purpose.
+
+    Each survives pickling with its attributes, as it must to come out of a process pool.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce__()
+        return _revived, (type(self), *reduced[1:])
+
+
+def _revived(cls: type[CkptkitError], args: tuple[Any, ...], state: dict[str, Any] | None = None) -> CkptkitError:
+    """An error as it was pickled: its own ``__init__``, which made the message and the attributes, is not called."""
+    error = cls.__new__(cls, *args)
+    super(CkptkitError, error).__init__(*args)
+    error.__setstate__(state)
+    return error
 
 
 class FileAccessError(CkptkitError, OSError):

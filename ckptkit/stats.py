@@ -6,20 +6,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.transfer import stream
+from ckptkit.transfer.checksums import Checksums
 
-__all__ = ["NonFinite", "tensor_stats"]
+__all__ = ["NO_STATS", "NonFinite", "tensor_stats"]
+
+NO_STATS: Mapping[str, float | int | None] = dict.fromkeys(("min", "max", "mean", "std", "zeros", "nan", "inf"))
+"""The statistics of values that cannot be gone through."""
 
 _MOST_OVERLAP = 64
 """How many times the bytes of its storage a view may have: sliding windows of 64 still count."""
 
 
-def tensor_stats(entry: TensorEntry) -> dict[str, float | int | None]:
+def tensor_stats(entry: TensorEntry, checksums: Checksums | None = None) -> dict[str, float | int | None]:
     """min, max, mean, std (population), and the counts of zeros, NaN and Inf.
 
     min, max and moments are of the finite values, moments in float64; ``None`` where there are none,
@@ -28,9 +33,13 @@ def tensor_stats(entry: TensorEntry) -> dict[str, float | int | None]:
 
     All are ``None``, too, for a view of far more elements than its storage holds, which a few bytes
     of a file can ask for; but expanded dimensions are counted, not gone through.
+
+    Args:
+        entry: the tensor.
+        checksums: what sums the bytes as they pass by.
     """
     row = DTYPES[entry.dtype]
-    result: dict[str, float | int | None] = dict.fromkeys(("min", "max", "mean", "std", "zeros", "nan", "inf"))
+    result = dict(NO_STATS)
     if row.numpy is None or row.kind == "complex":
         return result
     entry, copies = _unexpanded(entry)
@@ -43,7 +52,7 @@ def tensor_stats(entry: TensorEntry) -> dict[str, float | int | None]:
     dtype = numpy_dtype(entry.dtype)
     low, high, count, mean, squares = math.inf, -math.inf, 0, 0.0, 0.0
     zeros = nan = inf = 0
-    for chunk in stream(entry):
+    for chunk in stream(entry) if checksums is None else checksums.along(entry, stream(entry)):
         stored = numpy.frombuffer(chunk, dtype=dtype)
         with numpy.errstate(all="ignore"):  # signalling NaN, and squares past float64
             values = stored.astype(numpy.float64)

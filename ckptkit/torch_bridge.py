@@ -16,12 +16,16 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 
+from ckptkit.arguments import device_problem
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES, dtype
 from ckptkit.errors import CorruptError, DTypeError, FileAccessError, RewriteError, UnsupportedError
 from ckptkit.extras import require_torch
+from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums, Passing
+from ckptkit.transfer.workers import in_parallel
 
 require_torch()
 
@@ -36,6 +40,9 @@ TorchLocation = (
 
 _ONE_READ = 1 << 30
 """Bytes asked of one read: well under the 2 GiB a single call gives on Linux."""
+
+_SUMMED_READ = 1 << 20
+"""Bytes of one read that are summed while they are in a core's own cache."""
 
 _ALIGNMENT = 64
 """Bytes: as torch allocates.  Kernels choose by alignment how they sum up, so that the last bits of a product may
@@ -58,7 +65,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def tensors(
-    state_dict: StateDict, *, map_location: TorchLocation = None, mapped: bool = False
+    state_dict: StateDict, *, map_location: TorchLocation = None, mapped: bool = False, checksums: bool = False
 ) -> dict[str, torch.Tensor]:
     """The state_dict's plain tensors, read from their file.
 
@@ -75,6 +82,8 @@ def tensors(
             reads when a value is used.  Writing to such a tensor never reaches the file.  The mapping lives as long
             as the tensors, also when the file is closed; whoever shortens the file meanwhile ends the process, as
             with ``torch.load(mmap=True)``.
+        checksums: hold the recorded checksums of the storages that are read; of mapped ones too, all of whose bytes
+            are read for it.
 
     Returns:
         Tensors in the mapping's order.  Entries saved as ``nn.Parameter`` become one.
@@ -82,13 +91,22 @@ def tensors(
     Raises:
         RewriteError: this machine lacks a location, or ``map_location`` returned no storage.
         DTypeError: the installed torch lacks a dtype.
-        CorruptError: the file was changed, or became shorter.
+        CorruptError: the file was changed, became shorter, or is damaged; the message names the tensor.
         FileAccessError: it could not be read, or was closed.
     """
-    loader = _Loader(_restore(map_location), mapped=mapped)
-    loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
-    loader.finish()
+    sums = Checksums()
+    loader = _Loader(_restore(map_location), mapped=mapped, checksums=sums if checksums else None)
+    with sums.held(lambda: _storage_names(state_dict)):
+        loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
+        loader.finish()
     return loaded
+
+
+def _storage_names(state_dict: StateDict) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for name, entry in state_dict.items():
+        names.setdefault(id(entry.storage.original or entry.storage), f"tensor {name!r:.200}")
+    return names
 
 
 class _Loader:
@@ -99,9 +117,11 @@ class _Loader:
         restore: Callable[[Storage, Callable[[], torch.UntypedStorage]], torch.UntypedStorage],
         *,
         mapped: bool,
+        checksums: Checksums | None,
     ) -> None:
         self._restore = restore
         self._mapped = mapped
+        self._checksums = checksums
         self._maps: dict[int, mmap.mmap | None] = {}
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._tensors: dict[int, torch.Tensor] = {}
@@ -150,12 +170,14 @@ class _Loader:
 
     def _read(self, storage: Storage, width: int) -> torch.UntypedStorage:
         self._files[id(storage.source.file)] = storage.source.file
+        if self._checksums is not None:
+            self._checksums.want([storage])
         source = storage.source.plain().part(0, storage.nbytes)
         found = self._map(source) if self._mapped and width == 1 else None
         if found is not None:
             return found
         memory = _allocated(storage.nbytes)
-        _read_into(memory, source)
+        _read_into(memory, source, self._checksums if storage.crc32 is not None else None)
         if width > 1:
             memory.byteswap(_SAME_WIDTH[width])  # type: ignore[no-untyped-call]
         return memory
@@ -208,8 +230,8 @@ def _swap_width(entry: TensorEntry) -> int:
     return row.itemsize // 2 if row.kind == "complex" else row.itemsize
 
 
-def _read_into(memory: torch.UntypedStorage, source: ByteRange) -> None:
-    """Fill torch's memory from the file, with no copy in between where the system can."""
+def _read_into(memory: torch.UntypedStorage, source: ByteRange, checksums: Checksums | None) -> None:
+    """Fill torch's memory from the file, with no copy in between where the system can; ``checksums`` gets its sums."""
     if not source.nbytes:
         return
     address, done = memory.data_ptr(), 0
@@ -219,9 +241,21 @@ def _read_into(memory: torch.UntypedStorage, source: ByteRange) -> None:
             done += len(chunk)
         return
     view = memoryview((ctypes.c_ubyte * source.nbytes).from_address(address))
+    if checksums is None:
+        _fill(view, source, _ONE_READ)
+        return
+    tasks = []
+    for start in range(0, source.nbytes, SUMMED_NBYTES):
+        part = source.part(start, min(SUMMED_NBYTES, source.nbytes - start))
+        tasks.append(partial(_fill, view[start : start + part.nbytes], part, _SUMMED_READ, checksums.passing(part)))
+    in_parallel(tasks, nbytes=source.nbytes)
+
+
+def _fill(view: memoryview, source: ByteRange, step: int, passing: Passing | None = None) -> None:
+    done = 0
     while done < source.nbytes:
         try:
-            count = os.preadv(source.file.fd, [view[done : done + _ONE_READ]], source.offset + done)
+            count = os.preadv(source.file.fd, [view[done : done + step]], source.offset + done)
         except FileAccessError:
             raise
         except OSError as error:
@@ -230,6 +264,8 @@ def _read_into(memory: torch.UntypedStorage, source: ByteRange) -> None:
             raise CorruptError(
                 f"the file became shorter while it was read: byte {source.offset + done:,}", path=source.file.path
             )
+        if passing is not None:
+            passing.update(view[done : done + count])
         done += count
 
 
@@ -292,7 +328,7 @@ def _registered(storage: Storage, memory: torch.UntypedStorage, location: str) -
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise RewriteError(
             f"{storage.source.file.path}: storage {storage.key!r}, saved on {storage.location!r}, cannot be put on "
-            f'{location!r} on this machine ({reason}); give map_location="cpu"'
+            f'{location!r} on this machine ({device_problem(location) or reason}); give map_location="cpu"'
         ) from error
     if not isinstance(restored, torch.UntypedStorage):
         raise RewriteError(f"torch restored {location!r} as {type(restored).__name__}, which is no UntypedStorage")

@@ -17,7 +17,7 @@ PACKAGE = Path(ckptkit.__file__).parent
 
 LAYERS = (
     {"errors"},
-    {"report", "dtypes", "limits", "codes", "extras", "version"},
+    {"report", "arguments", "dtypes", "limits", "codes", "extras", "version"},
     {"bytesource"},
     {"derived"},
     {"checkpoint"},

@@ -12,8 +12,10 @@ from ckptkit.cli import ending
 from ckptkit.cli.check_text import text
 from ckptkit.cli.completion import complete_reference
 from ckptkit.cli.options import (
+    checked_devices,
     common_options,
     echo,
+    ignore_checksums,
     input_shape,
     json_errors,
     key_values,
@@ -62,10 +64,16 @@ __all__ = ["command"]
     metavar="DTYPE",
     help="A dtype tensors may have; repeatable.",
 )
-@click.option("--no-nan", is_flag=True, default=None, help="No parameter may hold NaN or Inf; reads the data.")
+@click.option("--no-nan", is_flag=True, default=None, help="No tensor may hold NaN, no parameter Inf; reads the data.")
 @click.option("--no-optimizer", is_flag=True, default=None, help="No file may hold an optimizer's state.")
 @click.option("--no-prefix", is_flag=True, default=None, help="No name may carry module. or _orig_mod.")
-@click.option("--location", multiple=True, metavar="DEV", help="A device tag storages may have: cpu; repeatable.")
+@click.option(
+    "--location",
+    multiple=True,
+    callback=checked_devices,
+    metavar="DEV",
+    help="A device tag storages may have: cpu; repeatable.",
+)
 @click.option(
     "--fits",
     metavar="REF",
@@ -86,6 +94,7 @@ __all__ = ["command"]
     metavar="|".join(("text", *OUTPUTS)),
     help="Output; with the name of a container, the same as --require-format.",
 )
+@ignore_checksums
 @common_options
 def command(
     paths: tuple[str, ...],
@@ -114,7 +123,7 @@ def command(
     outputs = [name for name in formats if name not in CONTAINERS]
     output = "json" if as_json else outputs[-1] if outputs else "text"
     policy["require_format"] = (*require_format, *(name for name in formats if name in CONTAINERS))
-    for name in ("require_format", "allow_dtype", "location"):
+    for name in ("require_format", "allow_dtype", "location", "ignore_checksums"):
         policy[name] = policy[name] or None  # not given: what is configured stands
     ending.keep_stdout()
     with json_errors(output == "json"):

@@ -7,12 +7,14 @@ from typing import Any
 import click
 
 from ckptkit import api
+from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
 from ckptkit.cli.options import (
     common_options,
     echo,
     echo_findings,
     echo_json,
+    ignore_checksums,
     json_errors,
     key_values,
     path_argument,
@@ -112,6 +114,7 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 @click.option("--force", is_flag=True, help="Overwrite DST if it exists.")
 @click.option("--no-check", is_flag=True, help="Only move bytes: no checksums, no comparison, no waiting for the disk.")
 @click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
+@ignore_checksums
 @common_options
 def command(
     source: str,
@@ -171,9 +174,12 @@ def _map_location(given: tuple[str, ...]) -> str | dict[str, str] | None:
     """``cpu``, or a dict from ``OLD=NEW`` pairs.
 
     Raises:
-        click.UsageError: both forms at once, or one location twice.
+        click.UsageError: both forms at once, one location twice, or a new one that torch does not have.
     """
     pairs = [text.partition("=") for text in given]
+    for old, equals, new in pairs:
+        if problem := device_problem(new if equals else old):
+            raise click.UsageError(f"--map-location: {problem}")
     if any(not equals for _, equals, _ in pairs):
         if len(given) > 1:
             raise click.UsageError("--map-location takes one location for everything, or OLD=NEW pairs, not both")

@@ -12,10 +12,12 @@ from ckptkit.cli.options import (
     common_options,
     echo,
     echo_json,
+    ignore_checksums,
     json_errors,
     path_argument,
     styler,
     terminal_width,
+    tolerance_option,
     with_examples,
 )
 from ckptkit.cli.progress import progress_line
@@ -40,12 +42,13 @@ __all__ = ["command"]
 @click.option("--section-a", metavar="NAME", help="The weights of A.")
 @click.option("--section-b", metavar="NAME", help="The weights of B.")
 @click.option("--strip-module", is_flag=True, help="Take wrapper prefixes off the names of both first.")
-@click.option("--atol", type=click.FloatRange(0), metavar="X", help="Differences up to this count as unchanged.")
-@click.option("--rtol", type=click.FloatRange(0), metavar="X", help="The same as a share of the larger magnitude.")
+@tolerance_option("--atol", "Differences up to this count as unchanged.")
+@tolerance_option("--rtol", "The same as a share of the larger magnitude.")
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list.")
 @click.option("--strict", is_flag=True, help="What stands beside the tensors counts for the exit code too.")
 @click.option("--format", "output", type=click.Choice(["text", "json", "markdown"]), default="text", help="Output.")
 @click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
+@ignore_checksums
 @common_options
 def command(
     a: str,

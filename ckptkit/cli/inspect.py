@@ -15,6 +15,7 @@ from ckptkit.cli.options import (
     common_options,
     echo,
     echo_json,
+    ignore_checksums,
     path_argument,
     printable,
     styler,
@@ -54,6 +55,7 @@ T = TypeVar("T")
     show_default=True,
     help="Exit 1 from this severity on.",
 )
+@ignore_checksums
 @common_options
 def command(
     paths: tuple[str, ...],
@@ -63,6 +65,7 @@ def command(
     sort: str,
     section: str | None,
     stats: bool,
+    ignore_checksums: bool,
     output: str,
     fail_on: str,
     as_json: bool,
@@ -84,12 +87,13 @@ def command(
         render = functools.partial(
             inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
         )
+    opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     seen: list[dict[str, Any]] = []
 
     def documents() -> Iterator[dict[str, Any]]:
         """Each file's document; before the last is shown, the verdict is known."""
         for (found, error), is_last in _with_last(each for path in paths for each in _expanded(path)):
-            document = _survey(found, section, filters, sort, stats) if error is None else describe_error(found, error)
+            document = _survey(found, opening, filters, sort, stats) if error is None else describe_error(found, error)
             seen.append(_told(document))
             if is_last:
                 ending.verdict(_exit_code(seen, fail_on))
@@ -107,9 +111,9 @@ def command(
     return _exit_code(seen, fail_on)
 
 
-def _survey(path: str, section: str | None, filters: tuple[str, ...], sort: str, stats: bool) -> dict[str, Any]:
+def _survey(path: str, opening: dict[str, Any], filters: tuple[str, ...], sort: str, stats: bool) -> dict[str, Any]:
     try:
-        with api.open(path, section=section) as file:
+        with api.open(path, **opening) as file:
             return survey(file.checkpoint, filters=filters, sort=sort, stats=stats)
     except CkptkitError as error:
         return describe_error(path, error)

@@ -13,6 +13,7 @@ from ckptkit.cli.options import (
     common_options,
     echo,
     echo_json,
+    ignore_checksums,
     json_errors,
     path_argument,
     printable,
@@ -44,6 +45,7 @@ __all__ = ["command"]
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
+@ignore_checksums
 @common_options
 def command(
     paths: tuple[str, ...],
@@ -52,6 +54,7 @@ def command(
     update: bool,
     goldens: tuple[str, ...],
     force: bool,
+    ignore_checksums: bool,
     as_json: bool,
     quiet: bool,
     color: str,
@@ -68,7 +71,13 @@ def command(
         raise click.UsageError("--update needs the manifest: -o FILE")
     with json_errors(as_json):
         manifest = api.manifest(
-            paths, destination, digests=digests, golden=_golden(goldens), update=update, force=force
+            paths,
+            destination,
+            digests=digests,
+            golden=_golden(goldens),
+            update=update,
+            force=force,
+            ignore_checksums=ignore_checksums,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
     if as_json:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from ckptkit.arguments import device_problem, tolerance
 from ckptkit.cli import ending
 from ckptkit.errors import CkptkitError
 from ckptkit.report import SCHEMA_VERSION, Finding, printable
@@ -18,11 +19,13 @@ from ckptkit.report import SCHEMA_VERSION, Finding, printable
 __all__ = [
     "COLORS",
     "Style",
+    "checked_devices",
     "columns",
     "common_options",
     "echo",
     "echo_findings",
     "echo_json",
+    "ignore_checksums",
     "input_shape",
     "json_errors",
     "key_values",
@@ -30,6 +33,7 @@ __all__ = [
     "printable",
     "styler",
     "terminal_width",
+    "tolerance_option",
     "with_examples",
     "wrapped",
 ]
@@ -71,6 +75,33 @@ def common_options(function: F) -> F:
     ):
         made = option(made)
     return made
+
+
+def tolerance_option(name: str, text: str) -> Callable[[F], F]:
+    """An option for a tolerance; `ckptkit.arguments.tolerance` says what can be one."""
+
+    def checked(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+        try:
+            return tolerance(name, value)
+        except CkptkitError as error:
+            raise click.BadParameter(str(error)) from None
+
+    return click.option(name, type=float, callback=checked, metavar="X", help=text)
+
+
+def checked_devices(_: click.Context, parameter: click.Parameter, value: str | tuple[str, ...]) -> Any:
+    """The value of ``--device``, whose parts are separated by commas, or the values of ``--location``."""
+    for name in value.split(",") if isinstance(value, str) else value:
+        problem = None if parameter.name == "device" and name.strip() == "auto" else device_problem(name.strip())
+        if problem is not None:
+            raise click.BadParameter(problem)
+    return value
+
+
+ignore_checksums = click.option(
+    "--ignore-checksums", is_flag=True, help="Accept bytes that recorded checksums show to be others."
+)
+"""For files that were edited in place, whose checksums are stale."""
 
 
 def with_examples(*examples: str) -> str:

@@ -10,15 +10,18 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli.completion import complete_reference
 from ckptkit.cli.options import (
+    checked_devices,
     common_options,
     echo,
     echo_json,
+    ignore_checksums,
     input_shape,
     json_errors,
     key_values,
     path_argument,
     printable,
     styler,
+    tolerance_option,
     with_examples,
 )
 from ckptkit.cli.verify_text import echo_report
@@ -49,6 +52,7 @@ __all__ = ["command"]
 )
 @click.option(
     "--device",
+    callback=checked_devices,
     default="auto",
     show_default=True,
     metavar="DEV",
@@ -65,13 +69,14 @@ __all__ = ["command"]
 @click.option("--against", metavar="OTHER", help="Another checkpoint of the same model: outputs must agree.")
 @click.option("--golden", metavar="FILE", help="Outputs recorded earlier: these must agree; names the model too.")
 @click.option("--write-golden", metavar="FILE", help="Record the outputs, for --golden.")
-@click.option("--atol", type=float, metavar="X", help="Absolute difference allowed; default by dtype.")
-@click.option("--rtol", type=float, metavar="X", help="The same as a share of the largest output; default by dtype.")
+@tolerance_option("--atol", "Absolute difference allowed; default by dtype.")
+@tolerance_option("--rtol", "The same as a share of the largest output; default by dtype.")
 @click.option("--force", is_flag=True, help="Let --write-golden replace a file.")
 @click.option("--no-forward", is_flag=True, help="Check names, shapes and loading only.")
 @click.option(
     "--unsafe-load", is_flag=True, help="Run the pickled model itself: RUNS CODE OF THE FILE. Never with --model."
 )
+@ignore_checksums
 @common_options
 def command(
     path: str,

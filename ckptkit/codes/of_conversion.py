@@ -24,6 +24,11 @@ CODES: dict[str, Explanation] = {
         "thought, or a prefix is missing from the expression.",
         "ckptkit inspect FILE --flat lists the names; --dry-run shows what each rule would do.",
     ),
+    "nothing-moved": Explanation(
+        "nothing in the file is on a device that was to be mapped",
+        "--map-location OLD=NEW goes by the whole tag, as torch.load's map_location does: cuda is not cuda:0.",
+        "ckptkit inspect FILE shows the devices there are; --map-location NEW alone maps all of them.",
+    ),
     "nothing-to-strip": Explanation(
         "no name carries the prefix",
         "The prefix to strip does not occur at the beginning of any name; names are written as they are.",

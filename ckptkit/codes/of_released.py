@@ -40,10 +40,19 @@ CODES: dict[str, Explanation] = {
         "Cast with ckptkit convert FILE OUT --dtype, or allow the dtype too.",
     ),
     "values-not-finite": Explanation(
-        "parameters hold NaN or Inf",
+        "a tensor holds NaN, or a parameter Inf",
         "A model with such weights gives NaN for most inputs: its training diverged, or a cast to float16 overflowed. "
-        "Buffers are not looked at: attention masks hold -Inf on purpose.",
+        "NaN is looked for in every tensor and numpy array of the file, Inf in parameters alone: attention masks and "
+        "the observers of quantization hold it on purpose.",
         "Release an earlier checkpoint, or cast to bfloat16 in place of float16.",
+    ),
+    "damaged": Explanation(
+        "bytes of a tensor are not those that their checksum was recorded for",
+        "torch's archives record a CRC-32 of every storage, and torch.load passes over it: one flipped bit loads as a "
+        "weight of 6e36. Whoever reads the bytes here holds them against it. A file that was edited in place, through "
+        "a shared mapping of torch's, is valid all the same and has stale checksums.",
+        "Get the file anew. Where it was edited on purpose: --ignore-checksums (in a configuration: ignore-checksums), "
+        "and ckptkit convert FILE OUT --ignore-checksums records fresh ones.",
     ),
     "optimizer-not-allowed": Explanation(
         "the file holds the state of an optimizer",

@@ -16,7 +16,14 @@ from ckptkit.report import Finding, count_of, glob_of, human_size
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
 
-__all__ = ["diagnose_casts", "diagnose_layout", "diagnose_losses", "diagnose_renames", "diagnose_selection"]
+__all__ = [
+    "diagnose_casts",
+    "diagnose_layout",
+    "diagnose_losses",
+    "diagnose_moves",
+    "diagnose_renames",
+    "diagnose_selection",
+]
 
 
 def diagnose_renames(
@@ -73,6 +80,22 @@ def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iter
         )
     for glob in unmatched:
         yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
+
+
+def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Finding]:
+    """Which locations were to be mapped, and nothing is there.
+
+    Args:
+        unmet: those.
+        met: where tensors are.
+    """
+    for location in unmet:
+        yield Finding(
+            code="nothing-moved",
+            severity="warning",
+            message=f"--map-location {location}=…: nothing in the file is on {location!r}; "
+            f"there is {_listed(sorted(met)) or 'no storage'}",
+        )
 
 
 def diagnose_losses(source: Checkpoint, result: Checkpoint) -> Iterator[Finding]:

@@ -65,14 +65,14 @@ class Job:
             RewriteError: the container cannot hold the checkpoint.
         """
         size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-        if size is not None and size < 1:
+        if size is not None and (not isinstance(size, int) or size < 1):
             raise RewriteError(f"files of at most {size:,} bytes are none; give a size such as 5GB")
         tokens = Tokens()
         if receipt:
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
         path, plan = formats.plan(checkpoint, destination, to=to, shard_nbytes=size)
         plan = with_digests(plan, tokens) if tokens.files else plan
-        return cls(checkpoint=checkpoint, asked=os.fspath(destination), path=path, plan=plan)
+        return cls(checkpoint=checkpoint, asked=os.fsdecode(destination), path=path, plan=plan)
 
     def carry_out(self, *, force: bool, check: bool, progress: Progress | None) -> Tally:
         """Write it; see `ckptkit.transfer.write_atomically`."""

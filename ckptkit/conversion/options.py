@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ckptkit import rewrite  # each rewriter is imported when it is used
+from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.changes import (
     diagnose_casts,
     diagnose_layout,
     diagnose_losses,
+    diagnose_moves,
     diagnose_renames,
     diagnose_selection,
 )
@@ -39,21 +41,20 @@ class Options:
     add_module: bool = False
     strip_prefix: str | None = None
     add_prefix: str | None = None
-    rename: Sequence[str | tuple[str, str]] = ()
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    leave_out: Sequence[str] = ()
+    rename: str | Sequence[str | tuple[str, str]] = ()
+    include: str | Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
+    leave_out: str | Sequence[str] = ()
     weights_only: bool = False
     map_location: LocationMap | None = None
     dtype: str | None = None
-    keep_dtype: Sequence[str] = ()
+    keep_dtype: str | Sequence[str] = ()
     tied: TiedPolicy = "alias"
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("rename", "include", "exclude", "leave_out", "keep_dtype"):
-            given = getattr(self, name)  # a single one is often meant
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+            object.__setattr__(self, name, several(getattr(self, name)))
         metadata: Mapping[Any, Any] = self.metadata
         for key, value in metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
@@ -76,10 +77,7 @@ class Options:
         if self.add_prefix is not None:
             found.append(rewrite.AddPrefix(self.add_prefix))
         if self.rename:
-            from ckptkit.rewrite.rename import parse_rule
-
-            rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in self.rename]
-            found.append(rewrite.Rename(tuple(rules)))
+            found.append(rewrite.Rename(self.rename))  # type: ignore[arg-type]  # it reads rules that are text
         return tuple(found)
 
     @property
@@ -138,8 +136,10 @@ class Conversion:
         result = result.rewrite(*renamers)
         renamed = zip(self._kept, result.state_dict.everything, strict=True)
         self.renames = {old: new for old, new in renamed if old != new}
+        self._moves: rewrite.MapLocation | None = None
         if options.map_location is not None:
-            result = result.rewrite(rewrite.MapLocation(options.map_location))
+            self._moves = rewrite.MapLocation(options.map_location)
+            result = result.rewrite(self._moves)
         if options.tied != "alias":
             result = result.rewrite(rewrite.Tied(options.tied))
         self._dead = dead_bytes(result)
@@ -156,6 +156,8 @@ class Conversion:
         ruled = self._changed_by(rewrite.Rename) if self._options.rename else None
         yield from diagnose_renames(self._kept, self.renames, stripped=stripped, ruled=ruled)
         yield from diagnose_selection(self.dropped, self._unmatched)
+        if self._moves is not None:
+            yield from diagnose_moves(self._moves.unmet, self._moves.met)
         yield from diagnose_losses(self.source, self.result)
         yield from diagnose_layout(self.result, plan, self._dead)
 

@@ -28,6 +28,7 @@ from ckptkit.differences.modules import UNCHANGED, rolled_up
 from ckptkit.differences.trees import same_tree
 from ckptkit.differences.work import Work
 from ckptkit.errors import SectionError
+from ckptkit.inspection.listing import storage_names
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.report import Finding, count_of
@@ -64,23 +65,25 @@ def differ(
         CorruptError, FileAccessError: something cannot be read.
     """
     ours, theirs, selected = _values(a, b)
-    comparison = _Comparison(ours, theirs, Work(progress), tolerance)
-    sections: tuple[dict[str, Any], ...] = ()
-    if beside and selected:
-        parts = other_sections(a), other_sections(b)
-        if any(parts):
-            sections = section_rows(a, b, *parts, comparison.work)
-    ties = tuple(_ties(comparison.pairs, ours, theirs))
-    return comparison.difference(
-        a=header(a),
-        b=header(b),
-        metadata=metadata_rows(a, b),
-        training=training_rows(a, b) if beside else (),
-        sections=sections,
-        ties=ties,
-        findings=(*_prefixes(a, b, ours, theirs), *_ties_told(ties)),
-        strict=strict,
-    )
+    work = Work(progress)
+    with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
+        comparison = _Comparison(ours, theirs, work, tolerance)
+        sections: tuple[dict[str, Any], ...] = ()
+        if beside and selected:
+            parts = other_sections(a), other_sections(b)
+            if any(parts):
+                sections = section_rows(a, b, *parts, work)
+        ties = tuple(_ties(comparison.pairs, ours, theirs))
+        return comparison.difference(
+            a=header(a),
+            b=header(b),
+            metadata=metadata_rows(a, b),
+            training=training_rows(a, b) if beside else (),
+            sections=sections,
+            ties=ties,
+            findings=(*_prefixes(a, b, ours, theirs), *_ties_told(ties)),
+            strict=strict,
+        )
 
 
 def _values(a: Checkpoint, b: Checkpoint) -> tuple[Mapping[str, object], Mapping[str, object], bool]:
@@ -124,7 +127,7 @@ class _Comparison:
         common = [name for name in ours if name in theirs]
         self._removed = [name for name in ours if name not in theirs]
         self._added = [name for name in theirs if name not in ours]
-        self._renamed = find_renamed(_tensors(ours, self._removed), _tensors(theirs, self._added))
+        self._renamed = find_renamed(_tensors(ours, self._removed), _tensors(theirs, self._added), work.checksums)
         self.pairs = [(name, name) for name in common if _both_tensors(ours[name], theirs[name])]
         self.pairs += [(each.old, each.new) for each in self._renamed]
         self._others = [name for name in common if not _both_tensors(ours[name], theirs[name])]

@@ -7,6 +7,7 @@ what has to be gathered.
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.transfer import stream
+from ckptkit.transfer.checksums import Checksums
 
 __all__ = ["PIECE_NBYTES", "as_tensor", "pieces", "same_piece", "side_by_side", "unexpanded"]
 
@@ -72,15 +74,21 @@ def pieces(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[Tens
         yield left, right
 
 
-def same_piece(a: TensorEntry, b: TensorEntry) -> bool:
+def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums) -> bool:
     """Whether two tensors of one dtype and as many elements hold the same bits, in C order.
+
+    Args:
+        a: one.
+        b: the other.
+        checksums: gets the sums of bytes that are the same.
 
     Raises:
         DTypeError: values of a dtype that numpy cannot hold would have to be computed.
         CorruptError, FileAccessError: they cannot be read.
     """
     if a.is_plain_bytes and b.is_plain_bytes:
-        return _same_bytes(_lying(a), _lying(b))
+        summed = a.storage.crc32 is not None or b.storage.crc32 is not None
+        return _same_bytes(_lying(a), _lying(b), checksums if summed else None)
     return all(bytes(left) == bytes(right) for left, right in side_by_side(a, b, _GATHERED))
 
 
@@ -89,18 +97,25 @@ def _lying(entry: TensorEntry) -> ByteRange:
     return entry.storage.source.part(entry.storage_offset * entry.itemsize, entry.nbytes).plain()
 
 
-def _same_bytes(a: ByteRange, b: ByteRange) -> bool:
-    if a.nbytes < _COMPARED_NBYTES:
-        return a.read() == b.read()
+def _same_bytes(a: ByteRange, b: ByteRange, checksums: Checksums | None) -> bool:
+    crc = 0
     for start in range(0, a.nbytes, _COMPARED_NBYTES):
+        left: bytes | bytearray
+        right: bytes | bytearray
         nbytes = min(_COMPARED_NBYTES, a.nbytes - start)
         if nbytes < _COMPARED_NBYTES:
-            return a.read(start, nbytes) == b.read(start, nbytes)
-        left, right = _buffers()
-        a.file.read_into(a.offset + start, left)
-        b.file.read_into(b.offset + start, right)
+            left, right = a.read(start, nbytes), b.read(start, nbytes)
+        else:
+            left, right = _buffers()
+            a.file.read_into(a.offset + start, left)
+            b.file.read_into(b.offset + start, right)
         if left != right:
             return False
+        if checksums is not None:
+            crc = zlib.crc32(left, crc)
+    if checksums is not None:
+        checksums.note(a, crc)
+        checksums.note(b, crc)
     return True
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ckptkit.arguments import tolerance
 from ckptkit.casting import CAST_SOURCES, CAST_TARGETS, caster, numpy_dtype
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.differences.bits import side_by_side
@@ -35,10 +36,18 @@ _WHOLE = ("int", "bool")
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far values may be apart and still count as unchanged; see the module."""
+    """How far values may be apart and still count as unchanged; see the module.
+
+    Raises:
+        VerifyError: nothing could be within it, or everything.
+    """
 
     atol: float = 0.0
     rtol: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("atol", "rtol"):
+            object.__setattr__(self, name, tolerance(name, getattr(self, name)) or 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

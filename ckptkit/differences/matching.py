@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.digests import tensor_digest
 from ckptkit.errors import DTypeError
+from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["Renamed", "find_renamed"]
@@ -49,16 +50,17 @@ class Renamed:
         return {"from": self.old, "to": self.new, "by": self.by, "confidence": self.confidence}
 
 
-def find_renamed(a: Mapping[str, TensorEntry], b: Mapping[str, TensorEntry]) -> list[Renamed]:
+def find_renamed(a: Mapping[str, TensorEntry], b: Mapping[str, TensorEntry], checksums: Checksums) -> list[Renamed]:
     """The tensors of ``a`` that are tensors of ``b`` under another name.
 
     Args:
         a: the tensors that only the first has, by name.
         b: those that only the second has.
+        checksums: gets the sums of what is read, and what is to be held.
     """
     kinds = {_kind(entry) for entry in a.values()} & {_kind(entry) for entry in b.values()}
     sides = [{name: entry for name, entry in side.items() if _kind(entry) in kinds} for side in (a, b)]
-    digests = _digests([entry for side in sides for entry in side.values()])
+    digests = _digests([entry for side in sides for entry in side.values()], checksums)
     by_content = [
         {name: digests[entry.view] for name, entry in side.items() if digests.get(entry.view) is not None}
         for side in sides
@@ -100,14 +102,15 @@ def _grouped(names: Iterable[str], key: Callable[[str], Any]) -> dict[Hashable, 
     return groups
 
 
-def _digests(entries: list[TensorEntry]) -> dict[tuple[object, ...], str | None]:
+def _digests(entries: list[TensorEntry], checksums: Checksums) -> dict[tuple[object, ...], str | None]:
     """A digest of each, with its dtype and shape, by view; ``None``: its values cannot be gone through."""
     by_view = {entry.view: entry for entry in entries if entry.nbytes <= _MOST_OVERLAP * max(entry.storage.nbytes, 1)}
     found: dict[tuple[object, ...], str | None] = {}
+    checksums.want(entry.storage for entry in by_view.values())
 
     def add(view: tuple[object, ...], entry: TensorEntry) -> None:
         try:
-            found[view] = f"{_kind(entry)} {tensor_digest(entry)}"
+            found[view] = f"{_kind(entry)} {tensor_digest(entry, checksums)}"
         except DTypeError:
             found[view] = None
 

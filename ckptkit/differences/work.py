@@ -13,6 +13,7 @@ from functools import partial
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.differences.bits import PIECE_NBYTES, pieces, same_piece, unexpanded
 from ckptkit.errors import DTypeError
+from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.workers import Progress, in_parallel
 
 __all__ = ["Pair", "Work"]
@@ -28,12 +29,16 @@ class Work:
 
     Args:
         progress: called with the bytes gone through so far, and those to go through in all.
+
+    Attributes:
+        checksums: those recorded for the storages of every tensor that is read.
     """
 
     def __init__(self, progress: Progress | None = None) -> None:
         self._progress = progress
         self._done = self._total = 0
         self._lock = threading.Lock()
+        self.checksums = Checksums()
         self._pairs: dict[Pair, _Reduced | None] = {}
         self._same: dict[Pair, bool | None] = {}
 
@@ -42,6 +47,7 @@ class Work:
         key = (*a.view, *b.view)
         if key not in self._pairs:
             self._pairs[key] = unexpanded(a, b)
+            self.checksums.want((a.storage, b.storage))
         return key
 
     def run(self) -> None:
@@ -65,7 +71,7 @@ class Work:
     def _compare(self, key: Pair, a: TensorEntry, b: TensorEntry) -> None:
         if self._same[key] is True:
             try:
-                if not same_piece(a, b):
+                if not same_piece(a, b, self.checksums):
                     self._same[key] = False
             except DTypeError:
                 self._same[key] = None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES
 from ckptkit.formats.detection import identify
@@ -18,6 +18,7 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards.names import INDEX_SUFFIXES, lone_shard
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
+from ckptkit.pickling.inert import TreeMap
 
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
@@ -72,13 +73,18 @@ def files_below(folder: str) -> Iterator[str]:
 
 
 def read(
-    path: str | os.PathLike[str], *, section: str | None = None, limits: Limits = DEFAULT_LIMITS
+    path: str | os.PathLike[str],
+    *,
+    section: str | None = None,
+    ignore_checksums: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Checkpoint, SourceFile]:
     """Open a file and read what is in it, not its tensors.
 
     Args:
         path: the file.
         section: path of the weights to select, where the file holds several.
+        ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
 
     Returns:
@@ -100,6 +106,8 @@ def read(
         with _collector_paused():
             probe = Probe(file, limits)
             raw = detect(probe).read(probe)
+            if ignore_checksums:
+                raw = replace(raw, root=_without_checksums(raw.root))
             return _placed(normalize(raw, file, section=section), file), file
     except FormatError as error:
         seen = raw.globals if raw is not None else ()
@@ -113,6 +121,19 @@ def read(
     except BaseException:
         file.close()
         raise
+
+
+def _without_checksums(root: object) -> object:
+    known: dict[int, Storage] = {}
+
+    def leaf(node: object) -> object:
+        storage = node.storage if isinstance(node, TensorEntry) else node
+        if not isinstance(storage, Storage):
+            return node
+        bare = known.setdefault(id(storage), storage.without_checksum())
+        return replace(node, storage=bare) if isinstance(node, TensorEntry) else bare
+
+    return TreeMap(leaf)(root)
 
 
 def _placed(checkpoint: Checkpoint, file: SourceFile) -> Checkpoint:
@@ -146,7 +167,7 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
         RewriteError: no container is meant by it; the message lists what can be written.
     """
     writable = [container for container in FORMATS if container.writer is not None]
-    ending = os.path.splitext(os.fspath(destination))[1].lower()
+    ending = os.path.splitext(os.fsdecode(destination))[1].lower()
     for container in writable:
         if name is None and ending in container.suffixes:
             return container
@@ -155,7 +176,9 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     endings = ", ".join(suffix for container in writable for suffix in container.suffixes)
     if name is not None:
         raise RewriteError(f"no container {name!r}; one of: {', '.join(c.name for c in writable)}")
-    raise RewriteError(f"{os.fspath(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to")
+    raise RewriteError(
+        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to"
+    )
 
 
 def target(
@@ -176,7 +199,7 @@ def target(
     Raises:
         RewriteError: no container is meant by it.
     """
-    path = os.fspath(destination)
+    path = os.fsdecode(destination)
     default = None
     if path.endswith(_INDEX):
         path, default = path.removesuffix(_INDEX), SHARD_NBYTES

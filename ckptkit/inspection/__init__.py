@@ -15,13 +15,14 @@ from typing import Any
 from ckptkit.architectures import identify
 from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.diagnose import diagnose
-from ckptkit.errors import AmbiguousError, CkptkitError, FormatError
+from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.accounting import Totals, section_documents, storage_document, totals
-from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, wanted
+from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, storage_names, wanted
 from ckptkit.inspection.module_list import list_modules
 from ckptkit.inspection.training import training_document, training_state
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.pickling.trust import merge_uses
+from ckptkit.report import Finding
 
 __all__ = [
     "describe",
@@ -65,6 +66,9 @@ def survey(
     rows = ordered(shown, sort)
     origin = checkpoint.origin
     training = training_document(checkpoint.rest, checkpoint.sections)
+    damages: list[Finding] = []
+    if stats:
+        rows, damages = _with_stats(checkpoint, rows)
     return {
         "path": origin.path,
         "size": origin.size,
@@ -74,14 +78,14 @@ def survey(
         "state_dict": _summary(checkpoint, sums),
         "sections": section_documents(checkpoint.sections, sums, origin.size),
         "storage": storage_document(listing),
-        "tensors": _with_stats(rows) if stats else rows,
+        "tensors": rows,
         "metadata": {**checkpoint.metadata, **training_state(checkpoint.rest)},
         "training": training,
         "trust": checkpoint.trust,
         "globals": _globals(checkpoint.globals),
         "modules": list_modules(checkpoint.module),
         "architecture": [architecture.to_dict() for architecture in identify(checkpoint.state_dict)],
-        "findings": [finding.to_dict() for finding in diagnose(checkpoint)],
+        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint))],
         "error": None,
     }
 
@@ -141,18 +145,30 @@ def json_chunks(document: dict[str, Any]) -> Iterator[str]:
     yield f"]{tail}"
 
 
-def _with_stats(rows: list[TensorRow]) -> list[TensorRow]:
-    """The rows with the statistics of their data; of tied tensors it is read once."""
-    from ckptkit.stats import tensor_stats
+def _with_stats(checkpoint: Checkpoint, rows: list[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
+    """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
+    from ckptkit.stats import NO_STATS, tensor_stats
+    from ckptkit.transfer.checksums import Checksums, damage_text
 
+    checksums = Checksums()
+    checksums.want(row.entry.storage for row in rows)
     known: dict[tuple[object, ...], dict[str, Any]] = {}
     result = []
     for row in rows:
         view = row.entry.view
         if view not in known:
-            known[view] = tensor_stats(row.entry)
+            try:
+                known[view] = tensor_stats(row.entry, checksums)
+            except CorruptError:
+                if not checksums.is_broken(row.entry.storage):
+                    raise
+                known[view] = dict(NO_STATS)
         result.append(row._replace(stats=known[view]))
-    return result
+    damages = checksums.damages()
+    if not damages:
+        return result, []
+    message = damage_text(damages, storage_names(checkpoint))
+    return result, [Finding(code="damaged", severity="error", message=message)]
 
 
 def _summary(checkpoint: Checkpoint, sums: dict[str, Totals]) -> dict[str, Any] | None:

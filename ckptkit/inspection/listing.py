@@ -21,9 +21,10 @@ from ckptkit.normalize.modules import module_state, walk_module
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, step
 from ckptkit.normalize.shapes import named_values
-from ckptkit.pickling.inert import InertDict, Object, children, mapping_items
+from ckptkit.pickling.arrays import is_array
+from ckptkit.pickling.inert import InertDict, Object, children, mapping_items, walk
 
-__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "wanted"]
+__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "storage_names", "wanted"]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -99,11 +100,13 @@ class Listing(NamedTuple):
         rows: in file order.
         bare: storages that stand in the file by themselves.
         several: storages that several of the tensors view, by ``id``.
+        arrays: numpy's arrays, each with its section and name; see `ckptkit.pickling.arrays`.
     """
 
     rows: list[TensorRow]
     bare: list[Storage]
     several: set[int]
+    arrays: list[tuple[str, str, Object]]
 
 
 def list_tensors(checkpoint: Checkpoint) -> Listing:
@@ -113,7 +116,8 @@ def list_tensors(checkpoint: Checkpoint) -> Listing:
         LimitError: the names are more, or all together longer, than those of any checkpoint.
     """
     bare: list[Storage] = []
-    named = list(islice(_named_tensors(checkpoint, bare), DEFAULT_LIMITS.entries + 1))
+    arrays: list[tuple[str, str, Object]] = []
+    named = list(islice(_named_tensors(checkpoint, bare, arrays), DEFAULT_LIMITS.entries + 1))
     if len(named) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
         raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named))
     characters = sum(len(section) + len(name) for section, name, _, _ in named)
@@ -143,14 +147,30 @@ def list_tensors(checkpoint: Checkpoint) -> Listing:
                  storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None)
             )
         )  # fmt: skip
-    return Listing(rows, bare, several)
+    return Listing(rows, bare, several, arrays)
+
+
+def storage_names(checkpoint: Checkpoint) -> dict[int, str]:
+    """What the storages of a checkpoint are called in a message, by ``id``: after the first tensor that views each."""
+    names: dict[int, str] = {}
+    for row in list_tensors(checkpoint).rows:
+        storage = row.entry.storage
+        place = f" of {row.section!r:.200}" if row.section else ""
+        names.setdefault(id(storage.original or storage), f"tensor {row.name!r:.200}{place}")
+    for name, value in checkpoint.state_dict.extra.items():  # a quantized tensor is made of its storage
+        for node in walk(value):
+            if isinstance(node, Storage):
+                names.setdefault(id(node.original or node), f"tensor {name!r:.200}")
+    return names
 
 
 _Named = tuple[str, str, TensorEntry, bool]
 """Section, name in it, the tensor, and whether it is one of the section's own values, not somewhere below one."""
 
 
-def _named_tensors(checkpoint: Checkpoint, bare: list[Storage]) -> Iterator[_Named]:
+def _named_tensors(
+    checkpoint: Checkpoint, bare: list[Storage], arrays: list[tuple[str, str, Object]]
+) -> Iterator[_Named]:
     """Every tensor with the section it lies in and its name there: the state_dict's first."""
     seen: set[int] = set()
     selected = checkpoint.origin.state_path or ""
@@ -159,10 +179,10 @@ def _named_tensors(checkpoint: Checkpoint, bare: list[Storage]) -> Iterator[_Nam
             yield selected, name, value, True  # type: ignore[misc]
         else:
             own = isinstance(value, TensorEntry)
-            for found in _below(value, _Place(selected, (None, name, 1), 0, None), {}, seen, bare):
+            for found in _below(value, _Place(selected, (None, name, 1), 0, None), {}, seen, bare, arrays):
                 yield (*found[:3], own and found[2] is value)
     others = {section.path: section.kind for section in checkpoint.sections if not section.selected}
-    yield from _below(checkpoint.rest, _Place("", None, 0, ""), others, seen, bare)
+    yield from _below(checkpoint.rest, _Place("", None, 0, ""), others, seen, bare, arrays)
 
 
 _Steps = tuple[Any, str, int] | None
@@ -197,7 +217,12 @@ class _Place(NamedTuple):
 
 
 def _below(
-    root: object, place: _Place, sections: dict[str, str], seen: set[int], bare: list[Storage]
+    root: object,
+    place: _Place,
+    sections: dict[str, str],
+    seen: set[int],
+    bare: list[Storage],
+    arrays: list[tuple[str, str, Object]],
 ) -> Iterator[_Named]:
     """Every tensor at or below a node, under every name it has; what is above it is entered once.
 
@@ -218,6 +243,8 @@ def _below(
         if isinstance(node, Storage):
             bare.append(node)
             continue
+        if is_array(node):
+            arrays.append((place.section, place.name(), node))
         if place.steps is None and place.path is not None:
             kind = sections.get(place.path)
             values = _weights(node) if kind in ("state_dict", "whole_model") else []

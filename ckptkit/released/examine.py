@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ckptkit import formats
@@ -19,14 +19,18 @@ from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry
 from ckptkit.diagnose import diagnose
 from ckptkit.digests import Line, content_digest, kind_of, unwrapped_names
 from ckptkit.errors import CkptkitError
-from ckptkit.inspection.listing import list_tensors
+from ckptkit.inspection.listing import list_tensors, storage_names
 from ckptkit.inspection.training import training_document
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import walk
 from ckptkit.released.reading import Reading, read_through
+from ckptkit.released.values import Beside, is_opaque, values_beside
 from ckptkit.report import Finding
+from ckptkit.stats import NonFinite
+from ckptkit.transfer.checksums import damage_text
 from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["Examined", "ShardFact", "TensorFact", "examine", "examine_all", "over_the_cores", "size_of"]
@@ -91,6 +95,10 @@ class Examined:
         findings: what is remarkable about it, gravest first.
         architecture: the known model it is of, where every name and shape is that model's.
         shards: of a sharded checkpoint, in the order of the index.
+        beside: what else in the file has values that may be NaN, named by section and place: tensors of other
+            sections, in values that are none themselves, and numpy's arrays; only where values were counted.
+        unseen: names of the weights' values in which nothing was found to look at.
+        damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
     """
 
     path: str
@@ -110,9 +118,21 @@ class Examined:
     findings: tuple[Finding, ...]
     architecture: Architecture | None
     shards: tuple[ShardFact, ...] = ()
+    beside: tuple[TensorFact, ...] = ()
+    unseen: tuple[str, ...] = ()
+    damage: str | None = None
 
 
-def examine(path: str, *, hash_file: bool, digest: bool, values: bool, threads: int = 2) -> Examined:
+def examine(
+    path: str,
+    *,
+    hash_file: bool,
+    digest: bool,
+    values: bool,
+    checksums: bool = True,
+    ignore_checksums: bool = False,
+    threads: int = 2,
+) -> Examined:
     """Look at a file, and read it once for all that is asked for.
 
     Args:
@@ -120,6 +140,8 @@ def examine(path: str, *, hash_file: bool, digest: bool, values: bool, threads: 
         hash_file: whether to compute the SHA-256 of the file, and of its shards.
         digest: whether to digest the tensors' values.
         values: whether to count NaN and Inf in them.
+        checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
+        ignore_checksums: whether to forget them.
         threads: how many may hash side by side.
 
     Raises:
@@ -127,22 +149,27 @@ def examine(path: str, *, hash_file: bool, digest: bool, values: bool, threads: 
         FormatError: it is no checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
         DTypeError: values that would have to be computed are of a type that numpy does not know.
     """
-    checkpoint, file = formats.read(path)
+    checkpoint, file = formats.read(path, ignore_checksums=ignore_checksums)
     try:
+        storages = _storages(checkpoint)
+        held = [storage for storage in storages if checksums and storage.crc32 is not None]
         weights = _weights(checkpoint)
         inner = {name: _tensors_in(value) for name, value in weights.others}
         entries = [entry for _, entry, _ in weights.tensors]
         every = [*entries, *(entry for part in inner.values() for entry in part)]
+        plain = {id(entry) for entry in entries}
+        beside = list(values_beside(checkpoint, plain, weights.others)) if values else []
         reading = (
             read_through(
                 [file, *file.parts],
                 every,
                 hash_files=hash_file,
                 digest=digest,
-                counted=entries if values else (),
+                counted=[*entries, *(each.entry for each in beside if each.entry is not None)] if values else (),
+                held=held,
                 threads=threads,
             )
-            if hash_file or digest or values
+            if hash_file or digest or values or held
             else Reading()
         )
         facts = [_fact(name, entry, is_parameter, reading) for name, entry, is_parameter in weights.tensors]
@@ -153,13 +180,22 @@ def examine(path: str, *, hash_file: bool, digest: bool, values: bool, threads: 
                 for name, value in weights.others
             ),
         ]
-        return _examined(checkpoint, file, path, reading, facts, content_digest(lines) if digest else None, weights)
+        total = content_digest(lines) if digest else None
+        found = _examined(checkpoint, file, path, reading, facts, total, weights, storages)
+        unseen = tuple(name for name, value in weights.others if values and is_opaque(value))
+        return replace(found, beside=tuple(_beside_fact(each, reading) for each in beside), unseen=unseen)
     finally:
         file.close()
 
 
 def examine_all(
-    paths: Sequence[str], *, hash_file: bool, digest: bool, values: bool
+    paths: Sequence[str],
+    *,
+    hash_file: bool,
+    digest: bool,
+    values: bool,
+    checksums: bool = True,
+    ignore_checksums: bool = False,
 ) -> Iterator[tuple[str, Examined | CkptkitError]]:
     """Look at several files, side by side over the processors; in the order given.
 
@@ -170,7 +206,15 @@ def examine_all(
 
     def work(number: int, threads: int) -> None:
         try:
-            results[number] = examine(paths[number], hash_file=hash_file, digest=digest, values=values, threads=threads)
+            results[number] = examine(
+                paths[number],
+                hash_file=hash_file,
+                digest=digest,
+                values=values,
+                checksums=checksums,
+                ignore_checksums=ignore_checksums,
+                threads=threads,
+            )
         except CkptkitError as error:
             results[number] = error
 
@@ -244,6 +288,25 @@ def _tensors_in(value: object) -> list[TensorEntry]:
     return [node for node in walk(value) if isinstance(node, TensorEntry)]
 
 
+def _beside_fact(each: Beside, reading: Reading) -> TensorFact:
+    if each.entry is not None:
+        return _fact(each.name, each.entry, each.is_parameter, reading)
+    dtype, data = each.array or Array(None, b"")
+    counts = None
+    if dtype is not None:
+        counts = NonFinite(dtype)
+        counts.update(data)
+    return TensorFact(
+        name=each.name,
+        dtype=dtype or "a type that is not understood",
+        shape=(),
+        nbytes=len(data),
+        nan=None if counts is None else counts.nan,
+        inf=None if counts is None else counts.inf,
+        is_parameter=each.is_parameter,
+    )
+
+
 def _fact(name: str, entry: TensorEntry, is_parameter: bool | None, reading: Reading) -> TensorFact:
     values = reading.of(entry)
     counts = values.counts if values is not None else None
@@ -272,6 +335,7 @@ def _examined(
     facts: list[TensorFact],
     digest: str | None,
     weights: _Weights,
+    storages: list[Storage],
 ) -> Examined:
     origin = checkpoint.origin
     folder = os.path.dirname(os.path.abspath(path))
@@ -290,7 +354,7 @@ def _examined(
         has_pickle=origin.format not in _WITHOUT_PICKLE,
         has_optimizer=_has_optimizer(checkpoint),
         prefixes=tuple(sorted(set(_prefixes(weights.names)))),
-        locations=_locations(checkpoint),
+        locations=tuple(sorted({storage.location for storage in storages})),
         findings=diagnose(checkpoint),
         architecture=next(exact, None),
         shards=tuple(
@@ -301,6 +365,7 @@ def _examined(
             )
             for shard in file.parts
         ),
+        damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
     )
 
 
@@ -318,12 +383,12 @@ def _prefixes(names: Sequence[str]) -> Iterator[str]:
             yield name.removesuffix(bare) if name.endswith(bare) else "_orig_mod."
 
 
-def _locations(checkpoint: Checkpoint) -> tuple[str, ...]:
-    found: set[str] = set()
+def _storages(checkpoint: Checkpoint) -> list[Storage]:
+    """Every storage of the file, once."""
     values = checkpoint.state_dict.everything.values()
-    for entry in checkpoint.state_dict.values():
-        found.add(entry.location)
-    for node in walk([*(value for value in values if not is_plain(value)), checkpoint.rest]):
+    found = {id(entry.storage): entry.storage for entry in checkpoint.state_dict.values()}
+    for node in walk([*(value for value in values if not is_plain(value)), checkpoint.rest, checkpoint.module]):
         if isinstance(node, (TensorEntry, Storage)):
-            found.add(node.location)
-    return tuple(sorted(found))
+            storage = node.storage if isinstance(node, TensorEntry) else node
+            found[id(storage)] = storage
+    return list(found.values())

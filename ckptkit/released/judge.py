@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from ckptkit.errors import CkptkitError, MissingFileError
@@ -184,15 +185,20 @@ def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[
     examined = None
     try:
         digest = record is not None and not record.shards and _nbytes(task) != record.size
-        examined = examine(
-            task.path, hash_file=record is not None, digest=digest, values=task.policy.no_nan, threads=threads
-        )
+        look = partial(examine, task.path, ignore_checksums=task.policy.ignore_checksums, threads=threads)
+        # Where the manifest's hash is the file's, nothing more is needed.
+        held = record is None or digest
+        examined = look(hash_file=record is not None, digest=digest, values=task.policy.no_nan, checksums=held)
+        damage = examined.damage
         if record is not None:
             digested = examined
             if not digest and not is_same_file(examined, record):
-                digested = examine(task.path, hash_file=False, digest=True, values=False, threads=threads)
+                digested = look(hash_file=False, digest=True, values=False)
+                damage = digested.damage
             findings += compare(examined, digested, record)
             findings += golden_findings(task.path, record, manifest.folder if manifest is not None else "")
+        if damage is not None:
+            findings.append(_damaged(task.path, damage))
         findings += violations(examined, task.policy)
     except CkptkitError as error:
         findings.append(_unreadable(task.path, error))
@@ -238,6 +244,18 @@ def _unreadable(path: str, error: CkptkitError) -> CheckFinding:
         expected="a readable checkpoint",
         found=found,
         message=message,
+    )
+
+
+def _damaged(path: str, damage: str) -> CheckFinding:
+    return CheckFinding(
+        code="damaged",
+        severity="error",
+        path=path,
+        rule="readable",
+        expected="the bytes that checksums were recorded for",
+        found="other bytes",
+        message=damage,
     )
 
 

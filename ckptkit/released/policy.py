@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_args
 
+from ckptkit.arguments import device_problem, several, shapes
 from ckptkit.checkpoint import Trust
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import RewriteError, VerifyError
@@ -29,7 +30,8 @@ class Policy:
     Attributes:
         no_pickle: whether a file may hold no pickle at all.
         max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
-        no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
+        no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
+        ignore_checksums: whether a file's recorded checksums are not held against its bytes.
         max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
         allow_dtype: the dtypes that tensors may have; empty: all.
         no_optimizer: whether an optimizer's state may not be in the file.
@@ -59,6 +61,7 @@ class Policy:
     forward: bool = False
     model_args: Mapping[str, Any] = field(default_factory=dict)
     input_shapes: Sequence[Sequence[int]] = ()
+    ignore_checksums: bool = False
 
     def __post_init__(self) -> None:
         for name in _FLAGS:
@@ -78,7 +81,9 @@ class Policy:
         if not isinstance(model_args, Mapping) or not all(isinstance(key, str) for key in model_args):
             raise _refused("model_args", model_args, "names and values")
         object.__setattr__(self, "max_size", _nbytes(self.max_size))
-        object.__setattr__(self, "input_shapes", _shapes(self.input_shapes))
+        object.__setattr__(self, "input_shapes", shapes("policy input-shapes", self.input_shapes))
+        for problem in filter(None, map(device_problem, self.location)):
+            raise VerifyError(f"policy location: {problem}")
 
     @property
     def needs_model(self) -> bool:
@@ -97,7 +102,7 @@ class Policy:
 POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy))
 """The policies as they are typed, in the order in which they are checked."""
 
-_FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "forward")
+_FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "forward", "ignore_checksums")
 _LISTS = ("allow_dtype", "location", "require_format")
 
 TRUST_ORDER: dict[str, int] = {trust: i for i, trust in enumerate(get_args(Trust))}
@@ -116,8 +121,8 @@ def _among(name: str, given: object, known: Sequence[str] | Mapping[str, object]
 
 
 def _texts(name: str, given: object) -> tuple[str, ...]:
-    texts = (given,) if isinstance(given, str) else given
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+    texts = several(given) if isinstance(given, (str, list, tuple, set, frozenset)) else None
+    if texts is None or not all(isinstance(text, str) and text for text in texts):
         raise _refused(name, given, "a text or a list of texts")
     return tuple(dict.fromkeys(texts))
 
@@ -133,15 +138,6 @@ def _nbytes(given: object) -> int | None:
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
         raise _refused("max_size", given, "a size such as 2GB, or bytes as a number")
     return given
-
-
-def _shapes(given: object) -> tuple[tuple[int, ...], ...]:
-    if not isinstance(given, list | tuple):
-        raise _refused("input_shapes", given, "a list of shapes")
-    for shape in given:
-        if not isinstance(shape, list | tuple) or not shape or not all(type(n) is int and n >= 0 for n in shape):
-            raise _refused("input_shapes", shape, "the whole numbers of a shape, as [1, 3, 224, 224]")
-    return tuple(tuple(shape) for shape in given)
 
 
 def _refused(name: str, given: object, expected: str) -> VerifyError:

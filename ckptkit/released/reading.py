@@ -13,15 +13,16 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from ckptkit.bytesource import ByteRange, SourceFile
-from ckptkit.checkpoint import TensorEntry
+from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.digests import told
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.formats.shards.file import ShardFile
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.stats import NonFinite
+from ckptkit.transfer.checksums import Checksums, Damage
 from ckptkit.transfer.values import stream
 from ckptkit.transfer.workers import MANY_NBYTES, Background
 
@@ -65,18 +66,24 @@ class Reading:
 
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
-        values: of each tensor, by its view (`TensorEntry.view`).
+        values: of each tensor, by its view (`TensorEntry.view`); not of those whose bytes cannot be inflated.
+        damages: of the storages whose recorded checksums were held, those whose bytes are others.
     """
 
     files: dict[int, str] = field(default_factory=dict)
     values: dict[tuple[object, ...], Values] = field(default_factory=dict)
+    damages: list[Damage] = field(default_factory=list)
 
     def of(self, entry: TensorEntry) -> Values | None:
         """What was computed of a tensor; ``None``: nothing was wanted of it."""
         return self.values.get(entry.view)
 
 
-_Span = tuple[int, int, Values]
+class _Taker(Protocol):
+    def update(self, data: memoryview) -> None: ...
+
+
+_Span = tuple[int, int, _Taker]
 """First byte in the file, the byte after the last, and what takes them."""
 
 
@@ -87,16 +94,18 @@ def read_through(
     hash_files: bool,
     digest: bool,
     counted: Iterable[TensorEntry] = (),
+    held: Iterable[Storage] = (),
     threads: int = 1,
 ) -> Reading:
-    """Read files from beginning to end, once.
+    """Read files, once: from beginning to end, or what is wanted of them.
 
     Args:
         files: the file, and its shards.
         entries: tensors whose bytes lie in them.
         hash_files: whether to hash the files themselves.
         digest: whether to digest the tensors.
-        counted: tensors whose NaN and Inf are counted too.
+        counted: tensors whose NaN and Inf are counted; they need not be among the others.
+        held: storages whose recorded checksums are held against their bytes.
         threads: 2 lets a file's hash and the tensors' run side by side.
 
     Raises:
@@ -107,27 +116,38 @@ def read_through(
     reading = Reading()
     spans: dict[int, list[_Span]] = {}
     apart: list[tuple[TensorEntry, Values]] = []
-    wanted = {entry.view for entry in counted}
+    entries, counted = list(entries) if digest else [], list(counted)
+    digested, wanted = {entry.view for entry in entries}, {entry.view for entry in counted}
     known = {id(file) for file in files}
-    shared: dict[tuple[int, int, int, str | None], Values] = {}
-    for entry in entries:
+    shared: dict[tuple[int, int, int, bool, str | None], Values] = {}
+    for entry in (*entries, *counted):
         view = entry.view
-        if view in reading.values or not (digest or view in wanted):
+        if view in reading.values:
             continue
+        is_digested = view in digested
         source = entry.storage.source
         if isinstance(source, ByteRange) and entry.is_plain_bytes and id(source.file) in known:
             start = source.offset + entry.storage_offset * entry.itemsize
-            key = (id(source.file), start, entry.nbytes, entry.dtype if view in wanted else None)
+            key = (id(source.file), start, entry.nbytes, is_digested, entry.dtype if view in wanted else None)
             values = shared.get(key)
             if values is None:
-                shared[key] = values = _values(entry, digest, view in wanted)
+                shared[key] = values = _values(entry, is_digested, view in wanted)
                 if entry.nbytes:
                     spans.setdefault(id(source.file), []).append((start, start + entry.nbytes, values))
         else:
-            values = _values(entry, digest, view in wanted)
+            values = _values(entry, is_digested, view in wanted)
             apart.append((entry, values))
         reading.values[view] = values
     _check_sizes(files, spans, apart)
+    sums = {id(file): Checksums() for file in files}
+    for storage in held:
+        sums[id(storage.source.file)].want([storage])
+    for file in files:
+        if hash_files or id(file) in spans:
+            checksums = sums[id(file)]
+            runs = [storage.source for storage in checksums.wanted if isinstance(storage.source, ByteRange)]
+            passing = [(run.offset, run.offset + run.nbytes, checksums.passing(run)) for run in runs]
+            spans[id(file)] = [*spans.get(id(file), ()), *passing]
     for file in files:
         found = sorted(spans.get(id(file), ()), key=lambda span: span[:2])
         hasher = hashlib.sha256() if hash_files else None
@@ -135,9 +155,14 @@ def read_through(
         (_sweep_with_helper if with_helper else _sweep)(file, hasher, found)
         if hasher is not None:
             reading.files[id(file)] = hasher.hexdigest()
+        reading.damages.extend(sums[id(file)].damages(keep=bool(apart)))
         if isinstance(file, ShardFile):
             file.release()
+    unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
     for entry, values in apart:
+        if id(entry.storage) in unreadable:
+            del reading.values[entry.view]
+            continue
         for chunk in stream(entry):
             values.update(chunk)
     for file in files:

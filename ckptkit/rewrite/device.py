@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
+from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.pickling.inert import Global, Object, is_global
@@ -49,20 +50,30 @@ class MapLocation:
             it, or the storage itself, which (as in torch, where it is given on the CPU) means
             ``"cpu"``.
 
+    Attributes:
+        met: the tags of what it was applied to, as they were.
+
     Raises:
-        RewriteError: what is given, or returned, is no location; (when applied) a callable is given and
+        RewriteError: what is given, or returned, is not a device of torch; (when applied) a callable is given and
             there are tensors that have no storage it could be asked about.  torch refuses them, too.
     """
 
     location: LocationMap
+    met: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.location, Mapping):
             for old, new in self.location.items():
-                _location(old)
+                _tag(old)
                 _location(new)
         elif not _is_function(self.location):
             _location(self.location)
+
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """The tags of a dict that nothing had it was applied to."""
+        tags = map(str, self.location) if isinstance(self.location, Mapping) else ()
+        return tuple(tag for tag in tags if tag not in self.met)
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         moved: dict[int, tuple[Storage, Storage]] = {}  # the old one is kept so that its id stays taken
@@ -116,6 +127,7 @@ class MapLocation:
 
     def _mapped(self, tag: str) -> str:
         """A tag by the forms that are no function."""
+        self.met.add(tag)
         if isinstance(self.location, Mapping):
             tags = {str(old): new for old, new in self.location.items()}  # keys may be torch.device, too
             return _location(tags[tag]) if tag in tags else tag
@@ -145,13 +157,25 @@ def _is_function(given: object) -> TypeGuard[Callable[[Storage, str], object]]:
     return callable(given) and type(given).__name__ != "device"
 
 
-def _location(given: object) -> str:
-    """A location tag from a string or whatever prints as one (``torch.device``).
+def _tag(given: object) -> str:
+    """A location tag, as a file may hold it, from a string or whatever prints as one (``torch.device``).
 
     Raises:
         RewriteError: it is none, or ``meta``, where tensors have no bytes.
     """
     text = str(given)
     if not _LOCATION.match(text) or text.startswith("meta"):
-        raise RewriteError(f"{text!r} is no device location; expected 'cpu', 'cuda:0', 'mps' or the like")
+        raise RewriteError(f"{text!r:.80} is not a device location; expected 'cpu', 'cuda:0', 'mps' or the like")
+    return text
+
+
+def _location(given: object) -> str:
+    """A location tag to be written.
+
+    Raises:
+        RewriteError: it is none that torch could load.
+    """
+    text = _tag(given)
+    if problem := device_problem(text):
+        raise RewriteError(problem)
     return "cpu" if _BARE_CPU.match(text) else text

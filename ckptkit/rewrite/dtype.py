@@ -7,11 +7,12 @@ What is cast is the storage, with every tensor that is a view of it: ties, views
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from itertools import chain
 
+from ckptkit.arguments import several
 from ckptkit.casting import caster
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.derived import Conversion, ConvertedRange
@@ -48,12 +49,12 @@ class CastDtype:
     """
 
     dtype: str
-    keep: str | tuple[str, ...] = ()
+    keep: str | Sequence[str] = ()
     rename: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        object.__setattr__(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
+        object.__setattr__(self, "keep", several(self.keep))
         caster("float32", self.dtype)
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from ckptkit.arguments import several
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
@@ -39,11 +40,10 @@ class LeaveOut:
             away from where it stands (an argument that an object is made from).
     """
 
-    paths: tuple[str, ...]
+    paths: str | Sequence[str]
 
     def __post_init__(self) -> None:
-        given: Any = self.paths  # a single one is often meant
-        object.__setattr__(self, "paths", (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "paths", several(self.paths))
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not self.paths:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import FileAccessError, MissingFileError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
@@ -35,17 +37,18 @@ class Rename:
     `ckptkit.rewrite.names.moved_versions`.
 
     Args:
-        rules: pairs of a regular expression and its replacement, as for ``re.sub``.
+        rules: pairs of a regular expression and its replacement, as for ``re.sub``, or ``"REGEX=>REPLACEMENT"``.
 
     Raises:
         RewriteError: an expression or replacement is none; (when applied) a name would be empty.
         KeyCollisionError: (when applied) two names would become one.
     """
 
-    rules: tuple[tuple[str, str], ...]
+    rules: Sequence[tuple[str, str]]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", tuple((pattern, replacement) for pattern, replacement in self.rules))
+        given = [parse_rule(rule) if isinstance(rule, str) else rule for rule in several(self.rules)]
+        object.__setattr__(self, "rules", tuple((pattern, replacement) for pattern, replacement in given))
         for pattern, replacement in self.rules:
             try:
                 # A replacement is read before anything is searched for, so its errors show here.

@@ -5,11 +5,12 @@ A glob is matched as `fnmatch.fnmatchcase` does: ``*`` crosses dots, and case co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import islice
 
+from ckptkit.arguments import several
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.roles import tensor_role
@@ -50,14 +51,13 @@ class Select:
             dropped while there is an optimizer, whose state goes by the position of parameters.
     """
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: str | Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     rename: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
-            given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+            object.__setattr__(self, name, several(getattr(self, name)))
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         state_dict = checkpoint.state_dict
@@ -85,7 +85,7 @@ class Select:
         matching = self._matching(self.exclude, list(checkpoint.state_dict.everything))
         return tuple(pattern for pattern, found in matching.items() if not found)
 
-    def _matching(self, patterns: tuple[str, ...], names: list[str]) -> dict[str, set[str]]:
+    def _matching(self, patterns: Sequence[str], names: list[str]) -> dict[str, set[str]]:
         """The names that each pattern matches."""
         found: dict[str, set[str]] = {}
         renamed = {name: self.rename(name) for name in names} if self.rename is not None and patterns else {}

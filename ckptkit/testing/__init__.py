@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptkit import api
+from ckptkit.arguments import several
 from ckptkit.errors import VerifyError
 from ckptkit.report import Finding, count_of
 from ckptkit.testing.messages import difference_lines, finding_lines, message, require, violation_lines
@@ -94,8 +95,8 @@ def assert_fits(
     *,
     model_args: Mapping[str, Any] | None = None,
     strip_module: bool = False,
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
+    allow_missing: str | Sequence[str] = (),
+    allow_unexpected: str | Sequence[str] = (),
 ) -> None:
     """The weights load into a model, strictly; nothing is computed.
 
@@ -168,7 +169,7 @@ def assert_runs(
             strip_module=strip_module,
             golden=golden,
         )
-    agreeing = f", that agree with {os.fspath(golden)}" if golden is not None else ""
+    agreeing = f", that agree with {os.fsdecode(golden)}" if golden is not None else ""
     require(
         report,
         "assert_runs: the model does not run as it should",
@@ -263,7 +264,7 @@ def assert_no_pickle(*checkpoints: str | os.PathLike[str]) -> None:
 
 
 def assert_no_nan(*checkpoints: Weights) -> None:
-    """No weight is NaN or infinite, as of ``ckptkit check --no-nan``: buffers may be; all values are read.
+    """No tensor holds NaN and no parameter Inf, as of ``ckptkit check --no-nan``; all values are read.
 
     Raises:
         AssertionError: one is, or a file cannot be read; the message says in which tensors, and how many.
@@ -308,18 +309,18 @@ def assert_matches_manifest(
         CkptkitError: the manifest cannot be read.
     """
     __tracebackhide__ = True
-    paths = [checkpoints] if isinstance(checkpoints, (str, os.PathLike)) else [*checkpoints]
+    paths = several(checkpoints)
     _check("assert_matches_manifest: not what the manifest describes", paths, manifest=manifest)
 
 
 def _check(title: str, paths: Sequence[str | os.PathLike[str]], *, called: str | None = None, **policy: Any) -> None:
     __tracebackhide__ = True
-    report = api.check([os.fspath(path) for path in paths], **policy)
+    report = api.check(paths, **policy)
     if report.exit_code == 0:
         return
     rules = ", ".join(f"{name.replace('_', '-')}={value}".removesuffix("=True") for name, value in policy.items())
     facts = [
-        ("files", called or ", ".join(os.fspath(path) for path in paths) or "all in the manifest"),
+        ("files", called or ", ".join(os.fsdecode(path) for path in paths) or "all in the manifest"),
         ("expected", rules or "readable checkpoints"),
         ("found", report.verdict),
     ]

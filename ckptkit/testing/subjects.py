@@ -54,7 +54,7 @@ def on_disk(weights: Weights, name: str) -> Iterator[Subject]:
     else:
         called = "a dict in memory"
     if isinstance(weights, (str, os.PathLike)):
-        path = os.fspath(weights)
+        path = os.fsdecode(weights)
         yield Subject(path=path, called=path)
     elif isinstance(weights, api.CheckpointFile) and not weights.checkpoint.operations:
         several = sum(section.is_weights for section in weights.sections) > 1

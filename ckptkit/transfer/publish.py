@@ -64,7 +64,7 @@ def write_atomically(
         FileAccessError: it cannot be written; nothing is left behind.
         CorruptError: a source changed while it was read.
     """
-    shown = os.fspath(destination)
+    shown = os.fsdecode(destination)
     wanted = _places(plan, shown)
     for _, path, name in wanted:
         if os.path.isdir(path):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ckptkit.architectures import identify
+from ckptkit.arguments import several, shapes, tolerance
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.report import Finding, Report, worst
@@ -60,8 +61,8 @@ def verify(
     input_shapes: Sequence[Sequence[int]] = (),
     input: str | None = None,  # noqa: A002 - the option's name
     seed: int = 0,
-    allow_missing: Sequence[str] = (),
-    allow_unexpected: Sequence[str] = (),
+    allow_missing: str | Sequence[str] = (),
+    allow_unexpected: str | Sequence[str] = (),
     forward: bool = True,
     against: Checkpoint | None = None,
     golden: str | None = None,
@@ -113,9 +114,10 @@ def verify(
         _require_forward({"--against": against, "--golden": golden, "--write-golden": write_golden})
     if unsafe_load and model is not None:
         raise VerifyError("--model and --unsafe-load: a reference model is run, or the pickled one; give one of them")
-    for name, bound in (("--atol", atol), ("--rtol", rtol)):
-        if bound is not None and not 0 <= bound < float("inf"):
-            raise VerifyError(f"{name} {bound}: expected a number of at least 0")
+    atol, rtol = tolerance("--atol", atol), tolerance("--rtol", rtol)
+    input_shapes = shapes("--input-shape", input_shapes)
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise VerifyError(f"--seed {seed:.6g}: torch takes whole numbers from -2**63 to 2**64 - 1")
     devices = pick_devices(device)
     cast = None if dtype is None else floating_dtype(dtype)
     recorded = None if golden is None else _golden(golden, input_shapes, input, seed)
@@ -137,8 +139,8 @@ def verify(
             inputs=_inputs(reference, input_shapes, input, seed, recorded) if forward else None,
             atol=atol,
             rtol=rtol,
-            allow_missing=tuple(allow_missing),
-            allow_unexpected=tuple(allow_unexpected),
+            allow_missing=several(allow_missing),
+            allow_unexpected=several(allow_unexpected),
             against=against,
             golden=recorded,
             write_golden=write_golden,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.report import Finding
@@ -156,7 +157,8 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise VerifyError(f"{name!r} is no device to verify on; expected auto, cpu, cuda, cuda:N or mps")
+        expected = f"{name!r:.80} is not a device to verify on; expected auto, cpu, cuda, cuda:N or mps"
+        raise VerifyError(device_problem(name) or expected)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:

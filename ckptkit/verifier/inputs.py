@@ -228,7 +228,7 @@ def read_inputs(path: str, known: Sequence[Input]) -> Inputs:
             )
         values = {
             name: value.detach().clone()
-            for name, value in tensors(StateDict(dict(entries)), map_location="cpu").items()
+            for name, value in tensors(StateDict(dict(entries)), map_location="cpu", checksums=True).items()
         }
     finally:
         file.close()

@@ -34,7 +34,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         )
         return
     started = time.perf_counter()
-    values = tensors(checkpoint.state_dict, map_location="cpu", mapped=True)
+    values = tensors(checkpoint.state_dict, map_location="cpu", mapped=True, checksums=True)
     passed_over: list[str] = []
     if fit.allowed_missing and has_no_values(model):
         _give_values(model, context)  # what the file lacks is what the reference begins with

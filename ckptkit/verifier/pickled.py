@@ -39,6 +39,7 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
 
     Raises:
         VerifyError: the file is hostile, holds no pickled model, or cannot be loaded.
+        CorruptError: it is damaged.
     """
     path = checkpoint.origin.path
     dangerous = [use.name for use in checkpoint.globals if use.verdict == "dangerous"]
@@ -50,6 +51,7 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
         raise VerifyError(
             f"{path}: holds no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF"
         )
+    tensors(checkpoint.state_dict, map_location="cpu", mapped=True, checksums=True)
     sys.stderr.write(f"{_printable(path)}: --unsafe-load runs code; loading it imports:\n")
     sys.stderr.writelines(f"  {_printable(use.name)}\n" for use in checkpoint.globals)
     sys.stderr.flush()

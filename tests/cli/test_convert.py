@@ -229,7 +229,7 @@ def test_a_flipped_bit_in_the_source_is_found(run, save, tmp_path: Path) -> None
     torch.load(path)  # torch does not notice
     done = run("convert", path, "b.safetensors")
     assert done.returncode == 2
-    assert "the source is damaged" in done.stderr
+    assert "the file is damaged" in done.stderr
     assert "w" in done.stderr
     assert not (tmp_path / "b.safetensors").exists()
 

@@ -271,12 +271,12 @@ def test_a_damaged_source_is_named(save: Save, tmp_path: Path, suffix: str, name
     torch.load(path, weights_only=True)  # torch does not notice
     for source in checkpoint_of(path):
         out = written(source, tmp_path / f"out{suffix}")
-        with pytest.raises(CorruptError, match=r"the bytes have CRC-32 .* the source is damaged") as caught:
+        with pytest.raises(CorruptError, match=r"the bytes have CRC-32 .* the file is damaged") as caught:
             check_output(source, str(out))
         assert caught.value.path == str(path)
         shares = [other for other, (at, _) in extents(path).items() if at == offset]
         assert any(other in caught.value.message for other in shares)
-    with pytest.raises(CorruptError, match="the source is damaged"):
+    with pytest.raises(CorruptError, match="the file is damaged"):
         ckptkit.convert(path, tmp_path / f"converted{suffix}")
     assert not (tmp_path / f"converted{suffix}").exists()
 
@@ -285,7 +285,7 @@ def test_a_damaged_source_is_named(save: Save, tmp_path: Path, suffix: str, name
 def test_a_source_damaged_outside_its_views(save: Save, tmp_path: Path, suffix: str) -> None:
     path = save({"part": torch.arange(100.0)[:3]})
     flipped(path, extents(path)["part"][0] + 399)
-    with pytest.raises(CorruptError, match=r"part.*the source is damaged"):
+    with pytest.raises(CorruptError, match=r"part.*the file is damaged"):
         ckptkit.convert(path, tmp_path / f"out{suffix}")
 
 

@@ -85,7 +85,7 @@ def test_a_damaged_source_is_found(save: Save, tmp_path: Path, suffix: str, opti
     offset, nbytes = extents(path)[name]
     flipped(path, offset + nbytes - 1)  # of `part` that is outside its view
     torch.load(path, weights_only=True)  # torch does not notice
-    with pytest.raises(CorruptError, match=r"the bytes have CRC-32 .* the source is damaged") as caught:
+    with pytest.raises(CorruptError, match=r"the bytes have CRC-32 .* the file is damaged") as caught:
         ckptkit.convert(path, tmp_path / f"out{suffix}", **options)
     assert name in caught.value.message or name in ("whole", "tied")
     assert os.listdir(tmp_path) == ["model.pth"]

@@ -225,7 +225,7 @@ def test_no_check_notices_no_damage(source: Path, convert, refused) -> None:
     source.write_bytes(data)
     assert "module.w: the bytes have CRC-32" in refused(source, "out.pth")
     assert convert(source, "out.pth", "--no-check").code == 0
-    assert "the source is damaged" in refused("out.pth", "again.pth")
+    assert "the file is damaged" in refused("out.pth", "again.pth")
 
 
 def test_quiet(source: Path, convert) -> None:

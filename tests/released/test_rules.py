@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -73,8 +75,8 @@ def test_a_sound_file_keeps_every_rule(safe: Path) -> None:
 
 
 def test_the_rules_are_the_fields_of_a_policy() -> None:
-    names = {name.replace("-", "_") for name, _, _ in RULES} | {"fits", "forward", "model_args", "input_shapes"}
-    assert names == set(Policy.__dataclass_fields__)
+    others = {"fits", "forward", "model_args", "input_shapes", "ignore_checksums"}
+    assert {name.replace("-", "_") for name, _, _ in RULES} | others == set(Policy.__dataclass_fields__)
 
 
 def test_no_pickle(save) -> None:
@@ -167,11 +169,113 @@ def test_values_nobody_can_compute_are_not_taken_for_sound(save) -> None:
     assert findings(save({"w": packed}, "packed.pth"), no_nan=True) == [], "all its codes are numbers"
 
 
-def test_values_that_are_no_plain_tensors_are_named(save) -> None:
-    path = save({"w": torch.ones(4), "extra._extra_state": {"scale": 2}})
-    (finding,) = findings(path, no_nan=True)
-    assert (finding.severity, finding.found) == ("warning", ["extra._extra_state"])
-    assert ckptkit.check(path, no_nan=True).exit_code == 0
+def test_objects_among_the_weights_are_not_taken_for_sound(save) -> None:
+    assert findings(save({"w": torch.ones(4), "extra._extra_state": {"scale": 2}}), no_nan=True) == [], "plain data"
+    path = save({"w": torch.ones(4), "x._extra_state": Own(), "y._extra_state": io.BytesIO(b"values")}, "own.pth")
+    finding = only(path, "check-not-run", "no-nan", no_nan=True)
+    assert finding.found == ["x._extra_state", "y._extra_state"] and ckptkit.check(path, no_nan=True).exit_code == 2
+
+
+NAN, INF = torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.inf])
+
+
+def with_attribute(value: object) -> torch.nn.Module:
+    module = torch.nn.Linear(2, 2)
+    module.codebook = value  # type: ignore[assignment]
+    return module
+
+
+def on_tensor(value: object) -> torch.Tensor:
+    tensor = torch.ones(3)
+    tensor.scale = value  # type: ignore[attr-defined]
+    return tensor
+
+
+BROKEN = {
+    "a buffer": {"bn.weight": torch.ones(2), "bn.running_var": NAN},
+    "an optimizer's moment": {
+        "state_dict": WEIGHTS,
+        "optimizer": {"state": {0: {"exp_avg": NAN}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    },
+    "averaged weights": {"model": WEIGHTS, "ema": {name: value * torch.nan for name, value in WEIGHTS.items()}},
+    "sparse values": lambda: {"w": torch.ones(2), "s": torch.sparse_coo_tensor([[0], [1]], [torch.nan], (4, 4))},
+    "compressed rows": lambda: {"s": torch.eye(3).mul(torch.nan).to_sparse_csr()},
+    "infinite sparse values": lambda: {"s": torch.sparse_coo_tensor([[0], [1]], [torch.inf], (4, 4))},
+    "a numpy array": {"layer.w": NAN.numpy()},
+    "a numpy array among weights": {**WEIGHTS, "layer.w": NAN.double().numpy()},
+    "a big-endian one": {"layer.w": np.array([[0.0, np.nan]], ">f8")},
+    "a complex one": {"layer.w": np.array([np.nan + 1j], "c8")},
+    "a masked one": {"layer.w": np.ma.array([1.0, np.nan])},
+    "one in Fortran's order": {"layer.w": np.asfortranarray(np.full((3, 2), np.nan, "f2"))},
+    "one beside the weights": {"state_dict": WEIGHTS, "mean": NAN.numpy()},
+    "a bare tensor": NAN,
+    "a list": [torch.ones(2), [NAN]],
+    "a tensor's attribute": {"layer.weight": torch.ones(2), "t": on_tensor(NAN)},
+    "a module's attribute": with_attribute(NAN),
+    "an array in a module": with_attribute(NAN.numpy()),
+    "a numpy scalar among weights": {**WEIGHTS, "scale": np.float32("nan")},
+}
+
+SOUND = {
+    "an observer": {"w": torch.ones(2), "a.min_val": torch.tensor(torch.inf), "a.max_val": torch.tensor(-torch.inf)},
+    "a mask": {"w": torch.ones(2), "attn.mask": torch.full((2, 2), -torch.inf)},
+    "moments": {
+        "state_dict": WEIGHTS,
+        "optimizer": {"state": {0: {"exp_avg": INF}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    },
+    "an array of numbers": {"w": torch.ones(2), "ids": np.arange(4), "names": np.array(["nan"])},
+    "a metric": {"state_dict": WEIGHTS, "best": np.float64("inf"), "loss": np.float64("nan")},
+    "an object array": {"w": torch.ones(2), "ragged": np.array([np.ones(2), np.ones(3)], dtype=object)},
+}
+
+
+LAZY = ("sparse values", "infinite sparse values", "compressed rows")
+"""Those that torch warns of when it makes them."""
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("kind", BROKEN)
+def test_nan_in_any_value(kind: str, save) -> None:
+    made = BROKEN[kind]
+    path = save(made() if kind in LAZY else made)
+    only(path, "values-not-finite", "no-nan", no_nan=True, max_trust="needs_trust")
+
+
+def test_arrays_of_newer_pickles(tmp_path: Path) -> None:
+    for protocol in (2, 3, 4, 5):
+        torch.save({"w": NAN.numpy(), "big": np.full(3, np.nan, ">f2")}, tmp_path / "x.pth", pickle_protocol=protocol)
+        finding = only(tmp_path / "x.pth", "values-not-finite", "no-nan", no_nan=True)
+        assert finding.found == ["w (1 NaN)", "big (3 NaN)"]
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_honest_infinities_and_numbers(kind: str, save) -> None:
+    assert findings(save(SOUND[kind]), no_nan=True) == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per", "ignore:torch._make_per")
+def test_scales_of_quantized_tensors(save) -> None:
+    ints = torch.ones(2, 2, dtype=torch.int8)
+    one = torch._make_per_tensor_quantized_tensor(ints, float("nan"), 0)
+    assert only(save({"q": one}), "values-not-finite", "no-nan", no_nan=True).found == ["q (1 NaN)"]
+    scales = torch.tensor([0.1, torch.nan], dtype=torch.float64)
+    each = torch._make_per_channel_quantized_tensor(ints, scales, torch.zeros(2, dtype=torch.int64), 0)
+    only(save({"q": each}), "values-not-finite", "no-nan", no_nan=True)
+    good = torch._make_per_tensor_quantized_tensor(ints, 0.1, 0)
+    assert findings(save({"q": good}), no_nan=True) == []
+
+
+@pytest.mark.parametrize("array", [np.array([1.0], "g"), np.array([(1, 2.0)], "i4,f4")], ids=["longdouble", "fields"])
+def test_arrays_that_are_not_understood(array: object, save) -> None:
+    finding = only(save({"w": torch.ones(2), "a": array}), "check-not-run", "no-nan", no_nan=True)
+    assert "a" in finding.message.split(": ")[-1]
+
+
+@pytest.mark.parametrize("state", [{}, {"epoch": 3}, [], {"state_dict": {}, "lr": 0.1}])
+def test_a_file_without_tensors_is_not_green(state: object, save) -> None:
+    path = save(state)
+    assert "no tensor" in only(path, "check-not-run", "no-nan", no_nan=True).message
+    assert ckptkit.check(path, no_nan=True).exit_code == 2 and ckptkit.check(path).exit_code == 0
 
 
 def test_no_optimizer(save) -> None:

@@ -156,16 +156,16 @@ def test_a_whole_models_module_is_mapped_too(save: Save) -> None:
 )
 def test_no_locations(save: Save, location: str) -> None:
     for form in (location, {"cuda:0": location}, {location: "cpu"}):
-        with pytest.raises(RewriteError, match="is no device location"):
+        with pytest.raises(RewriteError, match="is not a device location"):
             MapLocation(form)
     rewriter = MapLocation(lambda storage, tag: location)
-    with opened(save(torch.ones(1))) as checkpoint, pytest.raises(RewriteError, match="is no device location"):
+    with opened(save(torch.ones(1))) as checkpoint, pytest.raises(RewriteError, match="is not a device location"):
         rewriter(checkpoint)
 
 
 def test_other_things_are_no_locations() -> None:
     for wrong in (None, 3, torch.device("meta")):
-        with pytest.raises(RewriteError, match="is no device location"):
+        with pytest.raises(RewriteError, match="is not a device location"):
             MapLocation(wrong)  # type: ignore[arg-type]
 
 

@@ -221,7 +221,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_tensor(
     alone = {"weights_only": True} if CONVERSIONS[how].get("to") is None else {}
     name = place.removeprefix("model.")
     known = {"head": "(head|embed)", "embed": "(head|embed)", "view": "(view|other)", "other": "(view|other)"}
-    with pytest.raises(CorruptError, match="the source is damaged") as caught:
+    with pytest.raises(CorruptError, match="the file is damaged") as caught:
         ckptkit.convert(source, target, section="model", force=True, **alone, **CONVERSIONS[how])
     assert re.search(rf"[.']{known.get(name, name)}\b", str(caught.value)), str(caught.value)
     assert str(caught.value).startswith(f"{source}: ")
@@ -250,7 +250,7 @@ def test_damage_beside_the_weights(damaged: Callable[[str], Path], out: Path, pl
     source = damaged(place)
     with pytest.raises(CorruptError, match=r"ema\.plain|optimizer\..*exp_avg") as caught:
         ckptkit.convert(source, out.with_name("out.pth"), section="model")
-    assert "the source is damaged" in str(caught.value)
+    assert "the file is damaged" in str(caught.value)
     assert only(out) == []
     # What is not written is not read either.
     ckptkit.convert(source, out.with_name(ASKED), section="model", weights_only=True)

@@ -24,6 +24,7 @@ def make_at(
     golden: Golden,
     update: bool,
     force: bool,
+    ignore_checksums: bool = False,
 ) -> Manifest:
     """As `ckptkit.manifest`."""
     if digests not in (None, "total", "tensor"):
@@ -46,6 +47,7 @@ def make_at(
         digests=digests,
         golden=_goldens(golden, selected, folder),
         previous=previous,
+        ignore_checksums=ignore_checksums,
     )
     if destination is not None and (
         previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.architectures import Architecture
-from ckptkit.errors import CkptkitError, FileAccessError, UnsupportedError
+from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, UnsupportedError
 from ckptkit.plan import Literal, Plan
 from ckptkit.released.examine import Examined, examine_all
 from ckptkit.released.manifests.records import (
@@ -34,6 +34,7 @@ def make(
     digests: Digests | None = None,
     golden: Mapping[str, str] | None = None,
     previous: Manifest | None = None,
+    ignore_checksums: bool = False,
 ) -> Manifest:
     """The manifest of these checkpoints.
 
@@ -45,6 +46,7 @@ def make(
         golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
         previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
             that are not selected do too, as long as they exist.
+        ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
 
     Raises:
         FileAccessError: a file is not below the folder, or cannot be read.
@@ -66,10 +68,14 @@ def make(
     renewed: dict[str, FileRecord] = {}
     errors: list[CkptkitError] = []
     names = [name for name in wanted if name not in kept]
-    found = examine_all([wanted[name] for name in names], hash_file=True, digest=True, values=False)
+    paths = [wanted[name] for name in names]
+    found = examine_all(paths, hash_file=True, digest=True, values=False, ignore_checksums=ignore_checksums)
     for name, (_, result) in zip(names, found, strict=True):
         if isinstance(result, CkptkitError):
             errors.append(result)
+            continue
+        if result.damage is not None:
+            errors.append(CorruptError(result.damage, path=result.path))
             continue
         listed = digests == "tensor" if digests else name not in old or old[name].tensors is not None
         renewed[name] = _record(name, result, listed)
@@ -111,9 +117,9 @@ def _unchanged(
     """The records of files that are what they were, by their sizes and hashes."""
     kept: dict[str, FileRecord] = {}
     sized = [name for name, path in wanted.items() if _may_be_unchanged(name, path, old[name])]
-    for name, (_, result) in zip(
-        sized, examine_all([wanted[name] for name in sized], hash_file=True, digest=False, values=False), strict=True
-    ):
+    paths = [wanted[name] for name in sized]
+    found = examine_all(paths, hash_file=True, digest=False, values=False, checksums=False)
+    for name, (_, result) in zip(sized, found, strict=True):
         before = old[name]
         if isinstance(result, CkptkitError) or (digests == "tensor" and before.tensors is None):
             continue

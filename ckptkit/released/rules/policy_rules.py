@@ -132,7 +132,8 @@ def _allow_dtype(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 
 
 def _no_nan(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    bad = [tensor for tensor in examined.tensors if tensor.is_parameter is not False and (tensor.nan or tensor.inf)]
+    every = (*examined.tensors, *examined.beside)
+    bad = [tensor for tensor in every if tensor.nan or (tensor.inf and not _may_be_infinite(tensor))]
     if bad:
         yield _found(
             examined,
@@ -142,7 +143,7 @@ def _no_nan(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             found=[_counts(tensor) for tensor in bad[:_MOST_LISTED]],
             message=f"{_tensors(bad)} with NaN or Inf: {listed(map(_counts, bad))}",
         )
-    unknown = [tensor for tensor in examined.tensors if tensor.is_parameter is not False and _may_be_nan(tensor)]
+    unknown = [tensor for tensor in every if _may_be_nan(tensor)]
     if unknown:
         dtypes = sorted({tensor.dtype for tensor in unknown})
         yield _found(
@@ -151,22 +152,38 @@ def _no_nan(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             rule="no-nan",
             expected="finite values",
             found=dtypes,
-            message=f"values of {', '.join(dtypes)} cannot be computed, so {_tensors(unknown)} could not be checked",
+            message=f"values of {', '.join(dtypes)} cannot be computed, so {_tensors(unknown)} could not be checked: "
+            f"{listed(tensor.name for tensor in unknown)}",
         )
-    if examined.others:
+    if examined.unseen:
         yield _found(
             examined,
-            code="not-a-plain-tensor",
-            severity="warning",
+            code="check-not-run",
             rule="no-nan",
-            expected="plain tensors",
-            found=list(examined.others[:_MOST_LISTED]),
-            message=f"values that are no plain tensors were not looked at: {listed(examined.others)}",
+            expected="finite values",
+            found=list(examined.unseen[:_MOST_LISTED]),
+            message=f"objects among the weights could not be looked into: {listed(examined.unseen)}",
         )
+    if not every:
+        yield _found(
+            examined,
+            code="check-not-run",
+            rule="no-nan",
+            expected="finite values",
+            found="no tensor",
+            message="the file holds no tensor: there is nothing to look at",
+        )
+
+
+def _may_be_infinite(tensor: TensorFact) -> bool:
+    """Whether infinities are honest: in buffers such as masks and observers, and beside the weights."""
+    return tensor.is_parameter is False or tensor.name.endswith("mask")
 
 
 def _may_be_nan(tensor: TensorFact) -> bool:
     """Whether values that nobody could look at may be NaN or Inf."""
+    if tensor.dtype not in DTYPES:
+        return True
     is_float = DTYPES[tensor.dtype].kind in ("float", "complex") and tensor.dtype not in _WITHOUT_NAN
     return is_float and tensor.nan is None and tensor.nbytes > 0
 

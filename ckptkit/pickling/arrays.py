@@ -1,0 +1,97 @@
+"""numpy's arrays in pickles, as far as their bytes are understood; nothing is executed, and numpy is not needed.
+
+An array is ``_reconstruct(class, (0,), b"b")`` and BUILD with ``(version, shape, dtype, is_fortran, bytes)``
+(``numpy/_core/src/multiarray/methods.c``, ``array_reduce``; before version 1 without the number), a masked one the same
+with more at the end (``numpy/ma/core.py``), of protocol 5 ``_frombuffer(bytes, dtype, shape, order)``
+(``numpy/_core/numeric.py``), and a scalar ``scalar(dtype, bytes)``.  A dtype is ``dtype("f4", False, True)`` and BUILD
+with ``(3, byteorder, subdtype, names, fields, …)``.  The modules were called ``numpy.core`` before numpy 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeGuard
+
+from ckptkit.dtypes import DTYPES
+from ckptkit.pickling.inert import Global, Object
+
+__all__ = ["Array", "array_of", "is_array", "is_scalar"]
+
+_FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
+"""The floating point types of numpy that torch has, by their codes."""
+
+_WITHOUT_NAN = "biuSUMmO"
+"""First letters of the codes of types without NaN: bool, whole numbers, text, times, objects (they are in the tree)."""
+
+_MAKERS = ("_reconstruct", "_mareconstruct", "scalar", "_frombuffer")
+
+
+class Array(NamedTuple):
+    """The bytes of an array.
+
+    Attributes:
+        dtype: torch name of a floating or complex type; ``"uint8"`` stands for all types without NaN; ``None``: the
+            values are not understood.
+        data: the bytes, in some order of the elements, each element little-endian.
+    """
+
+    dtype: str | None
+    data: bytes
+
+
+def is_array(node: object) -> TypeGuard[Object]:
+    """Whether a node makes an array of numpy's, or a scalar."""
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in _MAKERS:
+        return False
+    return node.cls.module.partition(".")[0] == "numpy"
+
+
+def is_scalar(node: Object) -> bool:
+    """Whether an array is but a number."""
+    return node.class_name.endswith(".scalar")
+
+
+def array_of(node: Object) -> Array:
+    """The bytes of what `is_array`."""
+    if is_scalar(node):
+        dtype, data = (*node.args, None, None)[:2]
+    elif node.class_name.endswith("._frombuffer"):
+        data, dtype = (*node.args, None, None)[:2]
+    else:
+        state = node.state if isinstance(node.state, tuple) else ()
+        if len(state) == 4:  # written before there were versions
+            state = (0, *state)
+        dtype, data = (*state, None, None, None, None, None)[2:5:2]
+    name, swapped = _dtype_of(dtype)
+    if name is None:
+        return Array(None, b"")
+    if DTYPES[name].kind == "int":
+        return Array(name, b"")
+    if not isinstance(data, (bytes, bytearray)):
+        return Array(None, b"")
+    return Array(name, _reversed(bytes(data), name) if swapped else bytes(data))
+
+
+def _dtype_of(node: object) -> tuple[str | None, bool]:
+    """The torch name of a dtype, and whether its elements are big-endian; ``None``: it is not understood."""
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.qualified != "numpy.dtype":
+        return None, False
+    code = node.args[0] if node.args else None
+    state = node.state if isinstance(node.state, tuple) else ()
+    if any(part is not None for part in state[2:5]):  # of several fields, or of arrays
+        return None, False
+    swapped = state[1:2] == (">",)
+    if isinstance(code, Global):  # bfloat16 and the like
+        return (code.name if code.module == "ml_dtypes" and code.name in DTYPES else None), swapped
+    if not isinstance(code, str):
+        return None, False
+    return (_FLOATS.get(code) or ("uint8" if code[:1] in _WITHOUT_NAN else None)), swapped
+
+
+def _reversed(data: bytes, name: str) -> bytes:
+    """The bytes of each element the other way round, of a complex one those of each part."""
+    row = DTYPES[name]
+    width = row.itemsize // 2 if row.kind == "complex" else row.itemsize
+    out = bytearray(len(data) // width * width)
+    for i in range(width):
+        out[i::width] = data[width - 1 - i : len(out) : width]
+    return bytes(out)

@@ -1,0 +1,92 @@
+"""What in a file may be NaN beside the plain tensors of its weights, and what of it cannot be looked at."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.dtypes import DTYPES
+from ckptkit.inspection.listing import list_tensors
+from ckptkit.normalize.roles import tensor_role
+from ckptkit.normalize.sections import join
+from ckptkit.pickling.arrays import Array, array_of, is_array, is_scalar
+from ckptkit.pickling.inert import Object, is_global, walk
+
+__all__ = ["Beside", "is_opaque", "values_beside"]
+
+_PLAIN_MODULES = ("torch", "collections", "builtins", "__builtin__")
+"""Of classes and functions whose objects hold no values beyond what stands in the tree."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """Values that are not a plain tensor of the weights.
+
+    Attributes:
+        name: section and place.
+        entry: the tensor they are; ``None``: they are an array.
+        array: the array.
+        is_parameter: whether they belong to a parameter, which may not be infinite.
+    """
+
+    name: str
+    entry: TensorEntry | None = None
+    array: Array | None = None
+    is_parameter: bool = False
+
+
+def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tuple[str, object]]) -> Iterator[Beside]:
+    """Tensors of other sections and in attributes, parts of weights that are not plain tensors, numpy's arrays.
+
+    Args:
+        checkpoint: the file.
+        plain: the plain tensors of the weights, by ``id``.
+        others: the values of the weights that are not, by name.
+    """
+    known = set(plain)
+    own: dict[int, bool] = {}
+    for name, value in others:
+        for node in walk(value):
+            if isinstance(node, TensorEntry):
+                own[id(node)] = tensor_role(name, node, known=False)[0] == "parameter"
+            if isinstance(node, Object) and is_global(node.cls, "torch._utils", "_rebuild_qtensor"):
+                scales = [x for arg in node.args if isinstance(arg, tuple) for x in arg if isinstance(x, float)]
+                yield Beside(
+                    name=name, array=Array("float64", struct.pack(f"<{len(scales)}d", *scales)), is_parameter=True
+                )
+    listing = list_tensors(checkpoint)
+    selected = checkpoint.origin.state_path
+    for row in listing.rows:
+        if id(row.entry) not in known:
+            known.add(id(row.entry))
+            is_parameter = own.get(id(row.entry), row.role == "parameter")
+            yield Beside(name=_placed(row.section, row.name), entry=row.entry, is_parameter=is_parameter)
+    for section, name, array in listing.arrays:
+        is_own = selected is None or section == selected
+        if is_own or not is_scalar(array):  # a metric is a number like any other
+            yield Beside(name=_placed(section, name), array=array_of(array), is_parameter=is_own)
+    for storage in listing.bare:
+        if storage.dtype is not None and DTYPES[storage.dtype].kind in ("float", "complex"):
+            count = storage.nbytes // DTYPES[storage.dtype].itemsize
+            entry = TensorEntry(storage=storage, storage_offset=0, shape=(count,), stride=(1,), dtype=storage.dtype)
+            yield Beside(name=f"storage {storage.key}", entry=entry)
+    for node in walk(checkpoint.module):  # what a module has beside its parameters and buffers
+        if isinstance(node, TensorEntry) and id(node) not in known:
+            yield Beside(name="a tensor in an attribute of the module", entry=node)
+        elif is_array(node):
+            yield Beside(name="an array in an attribute of the module", array=array_of(node))
+
+
+def _placed(section: str, name: str) -> str:
+    return join(section, name) if section else name
+
+
+def is_opaque(value: object) -> bool:
+    """Whether a value of the weights is an object in which nothing is found that could be looked at."""
+    if not isinstance(value, Object):
+        return False
+    if value.class_name.partition(".")[0] in _PLAIN_MODULES:
+        return False
+    return not any(isinstance(node, (TensorEntry, Storage)) or is_array(node) for node in walk(value))

@@ -1,0 +1,254 @@
+"""Recorded checksums, held against the bytes they were recorded for.
+
+torch's archives record the CRC-32 of each storage and ``torch.load`` passes over it: a flipped bit loads as a weight.
+Whoever reads tensors' bytes says which storages are theirs (`Checksums.want`).  Bytes that pass by anyway are summed on
+the way, in pieces of any size and order; what did not pass by is read at the end, on every core.
+
+The sums of pieces are put together as zlib's ``crc32_combine`` does (``crc32.c``): a CRC is a polynomial over GF(2),
+which bytes that follow multiply by a power of x.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+from ckptkit.bytesource import ByteRange
+from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.derived import ConvertedRange, DeflatedRange, Inflation
+from ckptkit.errors import CorruptError
+from ckptkit.report import count_of
+from ckptkit.transfer.workers import buffer, in_parallel
+
+__all__ = ["SUMMED_NBYTES", "Checksums", "Damage", "combined", "damage_error", "damage_of", "damage_text"]
+
+SUMMED_NBYTES = 16 << 20
+"""Bytes of a storage that one thread sums before it looks for other work."""
+
+_READ_NBYTES = 512 << 10
+"""Bytes read at a time: they are still in a core's own cache when they are summed."""
+
+_POLYNOMIAL = 0xEDB88320
+"""Of CRC-32, its bits reversed."""
+
+_ONE, _X8 = 1 << 31, 1 << 23
+"""The polynomials 1, and x to the power of the bits of a byte."""
+
+_REMEDY = "get the file anew; --ignore-checksums insists, for files that were edited in place"
+
+Names = Callable[[], Mapping[int, str]]
+"""What storages are called, by ``id``; asked for only where one is damaged."""
+
+
+class Damage(NamedTuple):
+    """A storage whose bytes are not those its checksum was recorded for, and what is wrong with them."""
+
+    storage: Storage
+    what: str
+
+
+def damage_of(storage: Storage, crc: int) -> Damage | None:
+    """The damage of a storage whose bytes have this CRC-32; ``None``: there is none, or nothing was recorded."""
+    if storage.crc32 is None or crc == storage.crc32:
+        return None
+    return Damage(storage, f"the bytes have CRC-32 {crc:08x}, recorded is {storage.crc32:08x}: the file is damaged")
+
+
+def damage_text(damages: Sequence[Damage], names: Mapping[int, str]) -> str:
+    """What is damaged, and what helps."""
+    storage, what = damages[0]
+    place = names.get(id(storage), "bytes of no tensor")
+    others = len(damages) - 1
+    more = f"; {count_of(others, 'other storage')} {'is' if others == 1 else 'are'} damaged too" if others else ""
+    return f"{place}: {what} (storage {storage.key!r:.200}, {storage.nbytes:,} bytes){more}; {_REMEDY}"
+
+
+def damage_error(damages: Sequence[Damage], names: Mapping[int, str]) -> CorruptError:
+    """What is raised for damage: its path is that of the file, of a sharded checkpoint the shard's."""
+    return CorruptError(damage_text(damages, names), path=damages[0].storage.source.file.path)
+
+
+class Passing:
+    """Sums bytes of a range as they pass by, from its first on; what has passed so far counts."""
+
+    __slots__ = ("_crc", "_known", "_nbytes", "_place")
+
+    def __init__(self, known: dict[tuple[int, int], tuple[int, int]], place: tuple[int, int]) -> None:
+        self._known = known
+        self._place = place
+        self._crc = self._nbytes = 0
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """Take the next bytes."""
+        self._crc = zlib.crc32(data, self._crc)
+        self._nbytes += len(data)
+        self._known[self._place] = self._nbytes, self._crc
+
+
+class Checksums:
+    """The recorded checksums of some storages; may be used by several threads at once."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[tuple[int, int, int], Storage] = {}
+        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+        """By file (its ``id``) and first byte: how many bytes were summed, and their CRC-32."""
+
+    def want(self, storages: Iterable[Storage]) -> None:
+        """Hold these too, each once; those cut or converted from others stand for them."""
+        for storage in storages:
+            whole = storage.original or storage
+            if whole.crc32 is not None and whole.nbytes and not isinstance(whole.source, ConvertedRange):
+                place = whole.source.whole.deflated if isinstance(whole.source, DeflatedRange) else whole.source
+                self._wanted.setdefault((id(place.file), place.offset, whole.nbytes), whole)
+
+    @property
+    def wanted(self) -> list[Storage]:
+        """The storages that are held; those without a recorded checksum are not among them."""
+        return list(self._wanted.values())
+
+    def passing(self, run: ByteRange) -> Passing:
+        """What takes the bytes of a range as they pass by."""
+        return Passing(self._known, (id(run.file), run.offset))
+
+    def note(self, run: ByteRange, crc: int) -> None:
+        """The bytes of a range have this CRC-32."""
+        self._known[id(run.file), run.offset] = run.nbytes, crc
+
+    def along(self, entry: TensorEntry, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The chunks of a tensor's values, summed as they pass by where they are the file's bytes."""
+        source = entry.storage.source
+        is_summed = entry.storage.crc32 is not None and entry.is_plain_bytes and entry.nbytes > 0
+        if not is_summed or not isinstance(source, ByteRange):
+            yield from chunks
+            return
+        passing = self.passing(source.part(entry.storage_offset * entry.itemsize, entry.nbytes))
+        for chunk in chunks:
+            passing.update(chunk)
+            yield chunk
+
+    def damages(self, *, keep: bool = False) -> list[Damage]:
+        """What is damaged; bytes that have not passed by are read.
+
+        Args:
+            keep: whether what is inflated will be read again.
+
+        Raises:
+            CorruptError, FileAccessError: something cannot be read.
+        """
+        held = self.wanted
+        broken: dict[int, Damage] = {}
+        tasks: list[Callable[[], object]] = []
+        nbytes = 0
+        for storage in held:
+            source = storage.source
+            if isinstance(source, DeflatedRange):
+                tasks.append(partial(_inflate, storage, source.whole, broken, keep))
+            elif isinstance(source, ByteRange) and self._sum(source) is None:
+                for start in range(0, source.nbytes, SUMMED_NBYTES):
+                    tasks.append(partial(self._read, source.part(start, min(SUMMED_NBYTES, source.nbytes - start))))
+            else:
+                continue
+            nbytes += storage.nbytes
+        in_parallel(tasks, nbytes=nbytes)
+        for storage in held:
+            crc = self._sum(storage.source) if isinstance(storage.source, ByteRange) else None
+            damage = None if crc is None else damage_of(storage, crc)
+            if damage is not None:
+                broken[id(storage)] = damage
+        return [broken[id(storage)] for storage in held if id(storage) in broken]
+
+    def is_broken(self, storage: Storage) -> bool:
+        """Whether a storage cannot be inflated, or not to the bytes that its checksum was recorded for."""
+        broken: dict[int, Damage] = {}
+        if isinstance(storage.source, DeflatedRange):
+            _inflate(storage, storage.source.whole, broken, keep=False)
+        return bool(broken)
+
+    def require(self, names: Names) -> None:
+        """Raise where anything is damaged; see `damages`.
+
+        Raises:
+            CorruptError: the message names the tensor, and the option that insists.
+        """
+        damages = self.damages()
+        if any(damage.storage.source.file.changed() for damage in damages):
+            raise CorruptError("the file was changed while it was read", path=damages[0].storage.source.file.path)
+        if damages:
+            raise damage_error(damages, names())
+
+    @contextmanager
+    def held(self, names: Names) -> Iterator[None]:
+        """The block reads what is wanted; damage that it meets, or that is left, is told by name.
+
+        Raises:
+            As `require`.
+        """
+        try:
+            yield
+        except CorruptError:  # a compressed record that cannot be inflated, perhaps
+            self._wanted = {k: s for k, s in self._wanted.items() if isinstance(s.source, DeflatedRange)}
+            self.require(names)
+            raise
+        self.require(names)
+
+    def _sum(self, run: ByteRange) -> int | None:
+        """The CRC-32 of a range, of its pieces that are known; ``None``: they are not all."""
+        at, end, crc = run.offset, run.offset + run.nbytes, 0
+        while at < end:
+            nbytes, part = self._known.get((id(run.file), at), (0, 0))
+            if not nbytes or at + nbytes > end:
+                return None
+            crc = combined(crc, part, nbytes)
+            at += nbytes
+        return crc
+
+    def _read(self, run: ByteRange) -> None:
+        passing = self.passing(run)
+        for start in range(0, run.nbytes, _READ_NBYTES):
+            piece = buffer("checksum", _READ_NBYTES)[: min(_READ_NBYTES, run.nbytes - start)]
+            run.file.read_into(run.offset + start, piece)
+            passing.update(piece)
+
+
+def _inflate(storage: Storage, whole: Inflation, broken: dict[int, Damage], keep: bool) -> None:
+    try:
+        (whole.plain if keep else whole.check)()
+    except CorruptError as error:
+        broken[id(storage)] = Damage(storage, error.message)
+
+
+def combined(first: int, second: int, nbytes: int) -> int:
+    """The CRC-32 of bytes and others after them.
+
+    Args:
+        first: the CRC-32 of the bytes before.
+        second: of those after.
+        nbytes: how many are after.
+    """
+    return _times(_shift(nbytes), first) ^ second
+
+
+@lru_cache(4096)
+def _shift(nbytes: int) -> int:
+    """What so many bytes that follow multiply a CRC by."""
+    result, power = _ONE, _X8
+    while nbytes:
+        if nbytes & 1:
+            result = _times(power, result)
+        power = _times(power, power)
+        nbytes >>= 1
+    return result
+
+
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials modulo that of CRC-32."""
+    product = 0
+    while a:
+        if a & _ONE:
+            product ^= b
+        a = a << 1 & 0xFFFFFFFF
+        b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product

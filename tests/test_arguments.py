@@ -1,0 +1,322 @@
+"""Arguments mean what they say: a string is one, tolerances, devices, shapes; and every error survives pickling."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckptkit
+from ckptkit import CkptkitError, RewriteError, VerifyError, errors
+from ckptkit.arguments import DEVICE_TYPES, device_problem, several, tolerance
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.released.policy import Policy
+from ckptkit.testing import assert_fits, assert_matches_manifest, assert_same_outputs, assert_same_weights
+
+SaveAs = Callable[..., Path]
+Run = Callable[..., Any]
+
+STATE = {"0.weight": torch.ones(2, 3), "0.bias": torch.zeros(2), "1.weight": torch.ones(1, 2), "1.bias": torch.zeros(1)}
+
+
+class Slash:
+    """A path that is no string."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return str(self._path)
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+
+
+def names(path: Path) -> list[str]:
+    with ckptkit.open(path) as file:
+        return list(file.state_dict)
+
+
+# A string is one.
+
+ONE_STRING: dict[str, Callable[[Path, Path], object]] = {
+    "inspect(filters)": lambda p, o: len(ckptkit.inspect(p, filters="0.*")["tensors"]) == 2,
+    "convert(include)": lambda p, o: ckptkit.convert(p, o, include="0.*") and len(names(o)) == 2,
+    "convert(exclude)": lambda p, o: ckptkit.convert(p, o, exclude="0.*") and len(names(o)) == 2,
+    "convert(rename)": lambda p, o: ckptkit.convert(p, o, rename="^0=>zero") and "zero.bias" in names(o),
+    "convert(leave_out)": lambda p, o: ckptkit.convert(resume(p), o, leave_out="epoch").ok,
+    "convert(keep_dtype)": lambda p, o: (
+        len(ckptkit.convert(p, o, dtype="float16", keep_dtype="0.*").details["casts"]) == 2
+    ),
+    "Select(include)": lambda p, o: len(rewritten(p, ckptkit.Select("0.*"))) == 2,
+    "Select(exclude)": lambda p, o: len(rewritten(p, ckptkit.Select(exclude="0.*"))) == 2,
+    "Rename": lambda p, o: "zero.bias" in rewritten(p, ckptkit.Rename("^0=>zero")),
+    "Rename of several": lambda p, o: "one.bias" in rewritten(p, ckptkit.Rename(["^0=>zero", ("zero", "one")])),
+    "LeaveOut": lambda p, o: len(rewritten(resume(p), ckptkit.LeaveOut("epoch"))) == 4,
+    "CastDtype(keep)": lambda p, o: len(rewritten(p, ckptkit.CastDtype("float16", keep="0.*"))) == 4,
+    "verify(allow_missing)": lambda p, o: (
+        not ckptkit.verify(without(p, o, "0.weight"), model=model, allow_missing="1.*", forward=False).ok
+    ),
+    "verify(allow_missing), met": lambda p, o: (
+        ckptkit.verify(without(p, o, "0.weight"), model=model, allow_missing="0.w*", forward=False).ok
+    ),
+    "verify(allow_unexpected)": lambda p, o: (
+        ckptkit.verify(p, model=lambda: nn.Sequential(nn.Linear(3, 2)), allow_unexpected="1.*", forward=False).ok
+    ),
+    "check(paths)": lambda p, o: ckptkit.check(str(p)).exit_code == 0,
+    "check(allow_dtype)": lambda p, o: ckptkit.check(p, allow_dtype="float32").ok,
+    "check(location)": lambda p, o: ckptkit.check(p, location="cpu").ok,
+    "check(require_format)": lambda p, o: ckptkit.check(p, require_format="torch-zip").ok,
+    "manifest(paths)": lambda p, o: len(ckptkit.manifest(str(p)).files) == 1,
+    "assert_fits(allow_missing)": lambda p, o: (
+        assert_fits(without(p, o, "0.bias"), model, allow_missing="0.b*") is None
+    ),
+}
+
+
+def resume(path: Path) -> Path:
+    torch.save({"state_dict": STATE, "epoch": 3}, path.with_name("resume.pth"))
+    return path.with_name("resume.pth")
+
+
+def without(path: Path, out: Path, name: str) -> Path:
+    ckptkit.convert(path, out, exclude=[name])
+    return out
+
+
+def rewritten(path: Path, rewriter: ckptkit.Rewriter) -> list[str]:
+    with ckptkit.open(path) as file:
+        return list(file.rewrite(rewriter).state_dict)
+
+
+@pytest.mark.parametrize("parameter", ONE_STRING)
+def test_a_string_is_one(parameter: str, save: SaveAs, tmp_path: Path) -> None:
+    assert ONE_STRING[parameter](save(STATE), tmp_path / "out.pth"), parameter
+
+
+@pytest.mark.parametrize(
+    "kind", [str, Path, Slash, lambda path: str(path).encode()], ids=["str", "Path", "own", "bytes"]
+)
+def test_paths_of_every_kind(kind: Callable[[Path], Any], save: SaveAs, tmp_path: Path) -> None:
+    path, out = kind(save(STATE)), kind(tmp_path / "out.pth")
+    assert ckptkit.inspect(path)["kind"] == "state_dict"
+    assert len(ckptkit.load_state_dict(path)) == 4
+    report = ckptkit.convert(path, out)
+    assert report.to_json() and report.details["source"] == str(tmp_path / "model.pth")
+    with ckptkit.open(path) as file:
+        file.save(out, force=True)
+    assert ckptkit.diff(path, out).to_dict()["equal"]
+    assert ckptkit.verify(path, model=model, against=out, input_shapes=[(1, 3)], device="cpu").ok
+    lock = kind(tmp_path / "lock.json")
+    assert len(ckptkit.manifest(path).files) == len(ckptkit.manifest([path, out], lock).files) - 1 == 1
+    assert ckptkit.check(path).ok and ckptkit.check([path, out], manifest=lock).ok
+    assert_matches_manifest(path, lock)
+    assert_matches_manifest([path, out], lock)
+
+
+def test_what_several_is() -> None:
+    path = Path("a")
+    assert [several(x) for x in ("ab", b"ab", path)] == [("ab",), (b"ab",), (path,)]
+    assert several(x for x in ("a", "b")) == several(["a", "b"]) == ("a", "b") and several(()) == ()
+
+
+# Tolerances.
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1e-9, float("inf"), -float("inf"), "x", [1.0]])
+@pytest.mark.parametrize("name", ["atol", "rtol"])
+def test_tolerances_within_which_nothing_can_be(name: str, bad: Any, save: SaveAs) -> None:
+    a, b = save({"a": torch.zeros(9)}, "a.pth"), save({"a": torch.ones(9)}, "b.pth")
+    weights = save(STATE)
+    for call in (
+        lambda: ckptkit.diff(a, b, **{name: bad}),
+        lambda: ckptkit.verify(weights, model=model, input_shapes=[(1, 3)], **{name: bad}),
+        lambda: assert_same_weights(a, b, **{name: bad}),
+        lambda: assert_same_outputs(weights, weights, model, input_shapes=[(1, 3)], **{name: bad}),
+    ):
+        with pytest.raises(VerifyError, match=f"{name} .*expected a finite number of at least 0"):
+            call()
+
+
+@pytest.mark.parametrize("bad", ["nan", "-1", "inf", "-nan"])
+def test_tolerances_on_the_command_line(bad: str, save: SaveAs, run: Run) -> None:
+    a, b = save({"a": torch.zeros(9)}, "a.pth"), save({"a": torch.ones(9)}, "b.pth")
+    for command in (["diff", a, b], ["verify", a, "--model", "x:y"]):
+        done = run(*command, f"--rtol={bad}")
+        assert done.returncode == 2 and "Usage: " in done.stderr and "finite number of at least 0" in done.stderr
+    assert tolerance("x", 0) == 0.0 and tolerance("x", None) is None and tolerance("x", "1e-3") == 1e-3
+
+
+# Devices.
+
+
+def torch_has(text: str) -> bool:
+    try:
+        torch.device(text)
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore:.*no longer used as device type")
+def test_devices_are_those_of_torch() -> None:
+    told = "Expected one of "
+    try:
+        torch.device("nosuchdevice")
+    except RuntimeError as error:
+        known = str(error).partition(told)[2].partition(" device type")[0].split(", ")
+    assert set(known) <= set(DEVICE_TYPES)
+    for kind in known:
+        assert device_problem(kind) is None and device_problem(f"{kind}:1") is None
+    for text in (
+        "cud", "gpu", "cudaa:0", "cuda:-1", "cuda:x", "cuda:", "cuda:01", "CUDA", "cuda 0", "", ":0", "0", "cuda:0:1",
+        "cpu\n", " cpu", "cuda:1e3", "cuda:٣",
+    ):  # fmt: skip
+        assert not torch_has(text) and device_problem(text) is not None, text
+    for text in ("cuda:128", "cuda:300", "cuda:99999999"):  # torch wraps around, or overflows
+        assert device_problem(text) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("cud", "'cuda'"), ("gpu", "'cuda'"), ("cudaa:0", "'cuda'"), ("CUDA:1", "'cuda'"), ("cuda:-1", "'cuda:N'"),
+        ("mpss", "'mps'"),
+    ],
+)  # fmt: skip
+def test_what_was_meant_is_told(given: str, meant: str, save: SaveAs, run: Run, tmp_path: Path) -> None:
+    path = save(STATE)
+    problem = device_problem(given)
+    assert problem is not None and meant in problem
+    for form in (given, {"cpu": given}):
+        with pytest.raises(RewriteError, match="is not a device location"):
+            ckptkit.convert(path, tmp_path / "out.pth", map_location=form)
+    with pytest.raises(VerifyError, match="is not a device location"):
+        Policy(location=given)
+    with pytest.raises(VerifyError, match="is not a device location"):
+        ckptkit.verify(path, model=model, device=given, forward=False)
+    with pytest.raises(RewriteError, match=meant if given != "cuda:-1" else "cuda:-1"):
+        ckptkit.load_state_dict(path, map_location=given)
+    for command in (
+        ["convert", path, tmp_path / "out.pth", "--map-location", given],
+        ["convert", path, tmp_path / "out.pth", "--map-location", f"cpu={given}"],
+        ["check", path, "--location", given],
+        ["verify", path, "--model", "x:y", "--device", f"cpu,{given}"],
+    ):
+        done = run(*command)
+        assert done.returncode == 2 and "Usage: " in done.stderr and meant in done.stderr, command
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_a_map_that_meets_nothing_is_told(save: SaveAs, tmp_path: Path) -> None:
+    path = save({"w": torch.ones(2)}, device="cuda:0")
+
+    def told(location: Any) -> list[str]:
+        report = ckptkit.convert(path, tmp_path / "out.pth", map_location=location, force=True)
+        return [finding.message for finding in report.findings if finding.code == "nothing-moved"]
+
+    (message,) = told({"cuda": "cpu"})
+    assert "nothing in the file is on 'cuda'; there is cuda:0" in message
+    assert len(told({"gpu": "cpu", "cuda:0": "cpu", "cuda:1": "cpu"})) == 2
+    assert told({"cuda:0": "cpu"}) == told("cpu") == told("cuda:0") == told(lambda storage, tag: None) == []
+
+
+# Shapes, sizes, sorts.
+
+
+@pytest.mark.parametrize("shapes", [[(1, -3)], [()], (1, 3), "1,3", [("1", "3")], 3, [(1.5, 3)], [(True, 3)]])
+def test_what_is_no_shape(shapes: Any, save: SaveAs) -> None:
+    with pytest.raises(VerifyError, match=r"--input-shape: .* is not a shape"):
+        ckptkit.verify(save(STATE), model=model, input_shapes=shapes)
+
+
+def test_other_absurd_values(save: SaveAs, tmp_path: Path) -> None:
+    path = save(STATE)
+    for size in (0, -1, float("nan"), float("inf"), 1.5):
+        with pytest.raises(RewriteError):
+            ckptkit.convert(path, tmp_path / "out.pth", max_shard_size=size)  # type: ignore[arg-type]
+    with pytest.raises(RewriteError, match="expected 'file', 'name' or 'size'"):
+        ckptkit.inspect(path, sort="nmae")
+    with pytest.raises(VerifyError):
+        ckptkit.verify(path, model=model, input_shapes=[(1, 3)], seed=1 << 70)
+
+
+# Pickling.
+
+
+def every_error() -> list[CkptkitError]:
+    use = GlobalUse(name="os.system", verdict="dangerous", count=2, where=("data.pkl",))
+    made: list[CkptkitError] = [
+        errors.LimitError("bytes", limit=3, actual=4, where="data.pkl"),
+        errors.KeyCollisionError("a", "b", "c"),
+        errors.MissingDependencyError("pip install torch", name="torch"),
+        errors.FileAccessError(13, "Permission denied", "x.pth"),
+    ]
+    for cls in errors.__all__:
+        kind = getattr(errors, cls)
+        if issubclass(kind, errors.FormatError) and kind is not errors.LimitError:
+            error = kind("damaged", path="a.pth", where="data.pkl", offset=7)
+            error.globals = (use,)
+            made.append(error)
+        elif kind not in (errors.LimitError, errors.KeyCollisionError):
+            made.append(kind("it is so"))
+    return made
+
+
+def test_every_error_is_among_them() -> None:
+    assert {type(error).__name__ for error in every_error()} == set(errors.__all__)
+    assert len(errors.__all__) >= 16
+
+
+@pytest.mark.parametrize("error", every_error(), ids=lambda error: type(error).__name__)
+def test_errors_survive_pickling(error: CkptkitError) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(error, protocol))
+        for one in (again, copy.copy(error), copy.deepcopy(error)):
+            assert type(one) is type(error) and str(one) == str(error)
+            assert (one.args, vars(one)) == (error.args, vars(error))
+            for name in ("errno", "strerror", "filename", "msg", "name"):
+                assert getattr(one, name, None) == getattr(error, name, None)
+
+
+def test_an_error_of_another_process_is_itself(save: SaveAs, tmp_path: Path) -> None:
+    path = save({"module.a": torch.ones(2), "a": torch.ones(2)}, "collision.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with ProcessPoolExecutor(1) as pool:
+        collision = pool.submit(ckptkit.convert, path, tmp_path / "out.pth", strip_module=True)
+        with pytest.raises(ckptkit.KeyCollisionError) as caught:
+            collision.result(timeout=120)
+        assert (caught.value.first, caught.value.second, caught.value.target) == ("module.a", "a", "a")
+        unknown = pool.submit(ckptkit.inspect, tmp_path / "text.pth")
+        with pytest.raises(ckptkit.UnknownFormatError) as refused:
+            unknown.result(timeout=120)
+        assert refused.value.path == str(tmp_path / "text.pth")
+        report = pool.submit(ckptkit.check, path).result(timeout=120)
+        assert report.exit_code == 0
+
+
+def test_documents_survive_pickling(save: SaveAs, tmp_path: Path) -> None:
+    path = save(STATE)
+    other = save({**STATE, "0.bias": torch.ones(2)}, "other.pth")
+    documents = [
+        ckptkit.convert(path, tmp_path / "out.safetensors", dtype="float16"),
+        ckptkit.diff(path, other),
+        ckptkit.check(path, max_size=1),
+        ckptkit.verify(path, model=model, input_shapes=[(1, 3)]),
+        ckptkit.manifest(path),
+        ckptkit.inspect(path, stats=True),
+    ]
+    for document in documents:
+        again = pickle.loads(pickle.dumps(document))
+        told = document if isinstance(document, dict) else document.to_dict()
+        assert (again if isinstance(again, dict) else again.to_dict()) == told
+    (finding,) = documents[2].findings  # type: ignore[union-attr]
+    assert pickle.loads(pickle.dumps(finding)) == finding
