@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.derived import Conversion, ConvertedRange
-from ckptkit.normalize.beside import PROGRAMS, beside_weights
+from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
@@ -82,7 +82,7 @@ def diagnose_losses(source: Checkpoint, result: Checkpoint) -> Iterator[Finding]
         source: the checkpoint as it was read.
         result: as it is written.
     """
-    if result.origin.format in PROGRAMS:
+    if result.origin.is_program:
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
     else:

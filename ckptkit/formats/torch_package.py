@@ -61,6 +61,8 @@ def read(probe: Probe) -> RawCheckpoint:
         number = name[len(_SCRIPTS) : -len("/data.pkl")]
         if number not in package.scripts:
             parts.append((f"{_SCRIPTS}{number}", package.script(number)))
+    for name in _sources(archive):
+        archive.code(name, "Python source", "the package's importer runs it")
     archive.mark(name for name in archive.records if not name.startswith(".data/"))
     archive.mark(name for name in archive.records if name.startswith(_SCRIPTS))
     return RawCheckpoint(
@@ -73,6 +75,7 @@ def read(probe: Probe) -> RawCheckpoint:
         writer=archive.writer(),
         metadata={},
         globals=_vouched(vouched(archive.uses())),
+        has_pickle=archive.has_pickle,
         findings=(*archive.findings(), *_findings(archive, pickles, scripts)),
     )
 
@@ -99,7 +102,9 @@ def _is_pickle(archive: TorchArchive, name: str) -> bool:
 
 def _vouched(uses: tuple[GlobalUse, ...]) -> tuple[GlobalUse, ...]:
     """The verdicts, with the function that takes a TorchScript module out of the package as torch's."""
-    return tuple(replace(use, verdict="torch") if use.name == _UNPACKAGE else use for use in uses)
+    return tuple(
+        replace(use, verdict="torch") if use.name == _UNPACKAGE and use.verdict == "unknown" else use for use in uses
+    )
 
 
 class _Package:
@@ -150,8 +155,12 @@ class _Package:
         return self._table.persistent_load(pid)
 
 
+def _sources(archive: TorchArchive) -> list[str]:
+    return [name for name in archive.records if name.endswith(".py") and not name.startswith(".data/")]
+
+
 def _findings(archive: TorchArchive, pickles: list[str], scripts: list[str]) -> Iterator[Finding]:
-    sources = [name for name in archive.records if name.endswith(".py") and not name.startswith(".data/")]
+    sources = _sources(archive)
     externs = archive.read(".data/extern_modules").decode("utf-8", "replace").split()
     python = archive.small(".data/python_version")
     has = [f"{len(pickles)} pickled objects", f"{len(scripts)} TorchScript modules"][: 2 if scripts else 1]

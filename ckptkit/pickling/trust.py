@@ -16,9 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal
 
-from ckptkit.checkpoint import GlobalUse, Storage
+from ckptkit.checkpoint import GRAVITY, GlobalUse, Storage, Verdict
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import Global, children, mapping_items
@@ -89,7 +88,7 @@ def assess(name: Global, record: str = "") -> GlobalUse:
         record: that the pickle is, or lies in.
     """
     qualified = name.qualified
-    verdict: Literal["torch", "allowed", "unknown", "dangerous"] = "unknown"
+    verdict: Verdict = "unknown"
     reason = name.offence
     if reason:
         verdict = "dangerous"
@@ -117,14 +116,18 @@ def global_uses(names: Iterable[Global], record: str = "") -> tuple[GlobalUse, .
 
 
 def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
-    """The names of several pickles, each once, with what all of them say."""
+    """The names of several pickles, records, members or shards, each once.
+
+    With the gravest verdict on it, why it is given, and first where.
+    """
     merged: dict[str, GlobalUse] = {}
     for use in (use for group in groups for use in group):
         known = merged.setdefault(use.name, use)
         if known is not use:
-            grave = use if use.verdict == "dangerous" and known.verdict != "dangerous" else known
-            where = tuple(dict.fromkeys((*known.where, *use.where)))[:_MAX_PLACES]
-            merged[use.name] = replace(grave, count=known.count + use.count, where=where)
+            grave, other = (use, known) if GRAVITY[use.verdict] > GRAVITY[known.verdict] else (known, use)
+            where = tuple(dict.fromkeys((*grave.where, *other.where)))[:_MAX_PLACES]
+            reason = grave.reason or other.reason
+            merged[use.name] = replace(grave, count=known.count + use.count, where=where, reason=reason)
     return tuple(merged.values())
 
 
