@@ -301,9 +301,10 @@ class _Part(SourceFile):
 
 
 def _is_data(row: PickleRow) -> bool:
-    """Whether a record is one pickle of numbers, texts and containers, as those are that TorchScript keeps for debugging.
+    """Whether a record is one pickle of numbers, texts and containers.
 
-    It keeps thousands, and to go from text to text takes a tenth of the time that reading them does.
+    As those are that TorchScript keeps for debugging, by the thousand: to go from text to text takes a tenth of the
+    time that reading them does.
     """
     if row.left > _SCANNED_NBYTES or row.source.read(0, min(2, row.left)) != b"\x80\x02":
         return False
@@ -311,7 +312,8 @@ def _is_data(row: PickleRow) -> bool:
     at, before = 2, 0
     while at > before:
         before = at
-        at = _DATA.match(data, at).end()  # type: ignore[union-attr] - nothing matches too
+        found = _DATA.match(data, at)
+        at = found.end() if found is not None else at
         if data[at : at + 1] == b"X":
             at += 5 + int.from_bytes(data[at + 1 : at + 5], "little")
     return at == len(data) - 1 and data.endswith(b".")

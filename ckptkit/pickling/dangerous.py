@@ -17,7 +17,7 @@ from __future__ import annotations
 import unicodedata
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 
-__all__ = ["is_dangerous", "is_dangerous_attribute"]
+__all__ = ["is_dangerous", "is_dangerous_attribute", "is_kept_code", "makes_function"]
 
 
 def _words(text: str) -> list[str]:
@@ -98,7 +98,7 @@ _NAMES = frozenset(
     | {f"{module}.{name}" for module in ("io", "_io", "_pyio", "codecs", "gzip", "bz2", "lzma")
        for name in ("FileIO", "open", "open_code", "GzipFile", "BZ2File", "LZMAFile", "OpenWrapper", "register")}
     | {f"{module}.{name}" for module in ("operator", "_operator") for name in ("attrgetter", "methodcaller")}
-    | {f"types.{name}" for name in ("CodeType", "FunctionType", "LambdaType", "ModuleType", "new_class")}
+    | {f"types.{name}" for name in ("ModuleType", "coroutine", "new_class")}
     | {f"code.{name}" for name in ("InteractiveConsole", "InteractiveInterpreter", "compile_command", "interact")}
     | {f"{module}.{name}" for module in ("profile", "trace") for name in ("Profile", "Trace", "run", "runctx", "main")}
     | {f"pandas.{name}" for name in (
@@ -151,6 +151,19 @@ _ATTRIBUTES = frozenset(
 """Methods that open, write or fetch files: of storages and tensors, of numpy's arrays, of transformers' classes."""
 
 
+_CODE_TYPES = frozenset({"CodeType", "FunctionType", "LambdaType"})
+_MAKES_FUNCTIONS = frozenset({"_create_function", "_fill_function", "_make_function", "_make_skel_func"})
+_MAKES_CODE = frozenset(
+    _words("""
+    _builtin_type _cell_set _class_setstate _create_array _create_cell _create_code _create_namedtuple _create_type
+    _empty_cell_value _function_setstate _gen_ellipsis _gen_not_implemented _get_attr _getattribute _import_module
+    _load_type _make_cell _make_dict_items _make_dict_keys _make_dict_values _make_empty_cell _make_skeleton_class
+    _make_skeleton_enum _make_typevar _rehydrate_skeleton_class _setitems dynamic_subimport subimport
+    """)
+)
+"""What cloudpickle and dill call to make functions, classes and what they close over; `ckptkit.pickling.reach` looks at
+what they are given."""
+
 _MAX_PARTS = 64
 """Parts of a dotted name: the deepest packages and classes have about twelve."""
 
@@ -165,6 +178,8 @@ def is_dangerous(module: str, name: str) -> bool:
     if not (module.isascii() and name.isascii()):
         # Python does not fold these when it looks a name up; whoever reads them would.
         module, name = unicodedata.normalize("NFKC", module), unicodedata.normalize("NFKC", name)
+    if name.endswith(".__new__"):
+        name = name.removesuffix(".__new__")  # makes an object of the class, as NEWOBJ does
     if _is_listed(module, name):
         return True
     # As CPython's unpickler translates it for protocols 0 to 2 (Lib/_compat_pickle.py).
@@ -192,6 +207,20 @@ def _is_listed(module: str, name: str) -> bool:
         if path in _NAMES or (path in _MODULES and len(folders) <= count < len(folders) + len(attributes)):
             return True
     return False
+
+
+def is_kept_code(module: str, name: str) -> bool:
+    """Whether a name is what cloudpickle and dill make functions and classes of that they keep by their code."""
+    if module == "types":
+        return name in _CODE_TYPES
+    folders = module.split(".")
+    return ("cloudpickle" in folders or folders[0] == "dill") and (name in _MAKES_FUNCTIONS or name in _MAKES_CODE)
+
+
+def makes_function(module: str, name: str) -> bool:
+    """Whether what such a name gives is a function."""
+    functions = (*_MAKES_FUNCTIONS, "FunctionType", "LambdaType", "_builtin_type", "_load_type")
+    return is_kept_code(module, name) and name in functions
 
 
 def is_dangerous_attribute(name: str) -> bool:

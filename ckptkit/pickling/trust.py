@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from ckptkit.checkpoint import GRAVITY, GlobalUse, Storage, Verdict
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
-from ckptkit.pickling.dangerous import is_dangerous
+from ckptkit.pickling.dangerous import is_dangerous, is_kept_code
 from ckptkit.pickling.inert import Global, children, mapping_items
 
 __all__ = ["assess", "global_uses", "merge_uses", "with_places"]
@@ -63,7 +63,10 @@ _ALLOWED = frozenset(
 )  # fmt: skip
 
 _REASONS = (
-    (re.compile(r"torch\.fx\.graph_module\.reduce_graph_module"), "runs Python text that the file holds"),
+    (
+        re.compile(r"torch\.fx\.graph_module\.reduce_(?:package_)?graph_module"),
+        "runs Python text that the file holds",
+    ),
     (re.compile(r"__torch__\..*"), "TorchScript that the archive holds; torch.jit.load runs it"),
 )
 """Names that honest files have and that are code all the same."""
@@ -96,7 +99,9 @@ def assess(name: Global, record: str = "") -> GlobalUse:
         verdict = "torch"
     elif qualified in _ALLOWED:
         verdict = "allowed"
-    elif is_dangerous(name.module, name.name):
+    elif is_kept_code(name.module, name.name):
+        reason = "a function or class that the file holds as code; whoever loads it trusts that code"
+    elif is_dangerous(name.module, name.name) and not 0 < name.calls <= name.excused:
         verdict = "dangerous"
     else:
         reason = next((reason for pattern, reason in _REASONS if pattern.fullmatch(qualified)), "")
