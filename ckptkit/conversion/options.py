@@ -14,6 +14,7 @@ from ckptkit.conversion.changes import (
     diagnose_losses,
     diagnose_renames,
     diagnose_selection,
+    diagnose_trust,
 )
 from ckptkit.derived import ConvertedRange
 from ckptkit.errors import RewriteError
@@ -157,6 +158,7 @@ class Conversion:
         yield from diagnose_renames(self._kept, self.renames, stripped=stripped, ruled=ruled)
         yield from diagnose_selection(self.dropped, self._unmatched)
         yield from diagnose_losses(self.source, self.result)
+        yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)
 
     def _changed_by(self, *kinds: type[Renamer]) -> set[str]:

@@ -33,6 +33,7 @@ from ckptkit.formats.torchscript_code import ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import Survey
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
+from ckptkit.pickling.reach import Reach
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.report import Finding
 
@@ -41,6 +42,7 @@ __all__ = ["read"]
 _NAME = "torch-package"
 _SCRIPTS = ".data/ts_code/"
 _UNPACKAGE = "torch.jit._script.unpackage_script_module"
+_GRAPH = "torch.fx.graph_module.reduce_package_graph_module"
 _PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 
@@ -114,6 +116,7 @@ class _Package:
         self._archive = archive
         self._table = StorageTable(archive.locator(".data/", ".storage"), byteorder=byteorder, limits=archive.limits)
         self._classes = ScriptClasses(archive, f"{_SCRIPTS}code/")
+        self._reach = Reach(Global)
         self.scripts: dict[str, object] = {}
         self.protocol: int | None = None
 
@@ -130,9 +133,25 @@ class _Package:
             key = str(pid[2]) if isinstance(pid[2], int) else pid[2]
             return self._table.persistent_load((*pid[:2], key, *pid[3:]))
         function, args = pid[-2], pid[-1]
+        if isinstance(function, Global) and isinstance(args, tuple):
+            self._called(function, args)
         if isinstance(function, Global) and function.qualified == _UNPACKAGE and isinstance(args, tuple) and args:
             return self.script(args[0]) if isinstance(args[0], str) else PersistentId(pid)
         return PersistentId(pid)
+
+    def _called(self, function: Global, args: tuple[object, ...]) -> None:
+        """Judge a function that the importer calls, with itself as the first argument, by what it is given."""
+        function.calls += 1
+        if function.qualified == _GRAPH and len(args) == 2 and isinstance(args[1], str):
+            path = args[1].replace(".", "/")
+            name = next((name for name in (f"{path}.py", f"{path}/__init__.py") if name in self._archive.records), None)
+            if name is not None:  # the text that it imports; without it nothing excuses the name
+                function.excused += 1
+                self._reach.text(function, self._archive.read(name).decode("utf-8", "replace"))
+            return
+        watch = self._reach.watcher(function)
+        if watch is not None:
+            watch((PersistentId(None), *args))
 
     def script(self, number: str) -> object:
         """A TorchScript module of the package."""

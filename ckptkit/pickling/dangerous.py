@@ -41,12 +41,27 @@ _PACKAGES = frozenset(
     Cython IPython Pyro4 aiohttp cffi cloudpickle dill eventlet execnet fabric fsspec gevent httpx ipykernel joblib
     jsonpickle paramiko pexpect pickle5 pip plumbum psutil ptyprocess pyximport requests rpyc srsly twisted urllib3
     virtualenv zerorpc
+
+    _dbm _gdbm _interpchannels _interpqueues _interpreters _lsprof _msi _overlapped _remote_debugging _scproxy _signal
+    _tkinter _xxinterpchannels _xxinterpqueues adlfs annotationlib asteval boto3 botocore bpython cgi delegator envoy
+    fickling gcsfs gdown importlib_metadata ipdb jinja2 jupyter_client llvmlite mako modelscan msilib nbconvert nose
+    numexpr papermill picklescan psycopg2 ptpython pudb pymongo pymysql RestrictedPython s3fs simpleeval smart_open
+    stevedore websockets wget
     """)
 )
 """Top-level modules with all below them: of the standard library, of Python 2, of others."""
 
-_HONEST = frozenset({"http.HTTPStatus", "http.HTTPMethod", "signal.Signals", "signal.Handlers"})
-"""Enumerations in packages that are otherwise listed."""
+_HONEST = frozenset(
+    {"http.HTTPStatus", "http.HTTPMethod", "signal.Signals", "signal.Handlers"}
+    | {f"{module}.{name}" for module in ("copyreg", "copy_reg") for name in ("__newobj__", "__newobj_ex__")}
+    | {f"{joblib}.{module}.{name}" for joblib in ("joblib", "sklearn.externals.joblib")
+       for module in ("numpy_pickle", "numpy_pickle_compat")
+       for name in ("NDArrayWrapper", "NumpyArrayWrapper", "ZNDArrayWrapper")}
+)  # fmt: skip
+"""Of packages that are otherwise listed: enumerations, what makes plain objects, what stands for an array."""
+
+_PLAIN_CLASSES = ("torch._dynamo.", "torch.testing._internal.")
+"""Of these the classes are plain ones, which honest files have; what else is in them is as it is listed."""
 
 _CORE = frozenset(
     _words("""
@@ -66,6 +81,11 @@ _MODULES = frozenset(
     multiprocessing.reduction multiprocessing.resource_sharer multiprocessing.spawn multiprocessing.util nt
     numpy.ctypeslib numpy.lib._datasource numpy.lib._npyio_impl numpy.lib.npyio pytest resource scipy.io
     six.moves.builtins test.support thread timeit yaml.constructor yaml.loader
+
+    distutils._msvccompiler distutils.ccompiler distutils.cygwinccompiler distutils.dist distutils.msvccompiler
+    distutils.unixccompiler multiprocessing.context multiprocessing.heap multiprocessing.resource_tracker
+    multiprocessing.shared_memory multiprocessing.sharedctypes pandas.compat.pickle_compat ruamel.yaml.constructor
+    ruamel.yaml.loader ruamel.yaml.main
     """)
 )
 """Modules, but not what lies below them: a package of a user's own may be called ``imp`` or ``nt``."""
@@ -86,6 +106,25 @@ _PREFIXES = tuple(
     torch.testing._internal. torch.utils._cpp_extension_versioner. torch.utils.benchmark. torch.utils.bottleneck.
     torch.utils.collect_env. torch.utils.cpp_extension. torch.utils.data.datapipes.utils. torch.utils.file_baton.
     torch.utils.model_zoo. torch.utils.show_pickle.
+
+    accelerate.commands. accelerate.launchers. accelerate.utils.launch. concurrent.interpreters. cupy.cuda.compiler.
+    datasets.load. deepspeed.launcher. deepspeed.ops.op_builder. detectron2.config.lazy. detectron2.utils.env.
+    huggingface_hub.file_download. hydra._internal. hydra.core.plugins. hydra.core.utils. hydra.experimental. hydra.main
+    hydra.utils. jax.experimental.serialize_executable. keras.src.utils.python_utils. langchain.load.
+    langchain_core.load. langchain_experimental. mlflow.pyfunc. multiprocessing.set_ networkx.read_ networkx.readwrite.
+    networkx.write_ nltk.data. nltk.downloader. numba.core.serialize. numba.pycc. numpy._pytesttester. onnx.hub.
+    optparse.Values. paddle.framework.io. pandas._testing. pandas.read_ PIL.ImageGrab. PIL.ImageMath. PIL.ImageShow.
+    platform._ pydantic._internal._typing_extra. pyspark.serializers. sympy.core.sympify. sympy.external.importtools.
+    sympy.interactive. sympy.parsing. sympy.plotting. sympy.printing.preview. sympy.testing.
+    sympy.utilities._compilation. sympy.utilities.autowrap. sympy.utilities.lambdify. sympy.utilities.runtests.
+    sympy.utilities.source. tensorflow.saved_model. torch._dynamo.aot_compile torch._dynamo.bytecode_debugger.
+    torch._dynamo.functional_export. torch._dynamo.package. torch._dynamo.pgo. torch._functorch._aot_autograd.codegen.
+    torch._functorch.compilers. torch._logging._internal. torch._precompile. torch._strobelight. torch._vendor.
+    torch.backends.xeon. torch.cuda._memory_viz. torch.cuda.tunable. torch.distributed.checkpoint.format_utils.
+    torch.distributed.checkpoint.state_dict_loader. torch.distributed.nn.jit.instantiator. torch.export._draft_export.
+    torch.export.pt2_archive. torch.fx._graph_pickler. torch.jit.mobile. torch.utils._config_module.
+    torchvision.datasets.utils. transformers.agents. transformers.commands. transformers.tools. transformers.utils.hub.
+    ultralytics.utils.checks. ultralytics.utils.downloads. xml.dom.domreg.
     """)
 )
 """How qualified names begin."""
@@ -131,6 +170,51 @@ _NAMES = frozenset(
        "tensorflow.raw_ops.ReadFile", "tensorflow.raw_ops.WriteFile", "threading.Thread", "threading.Timer",
        "transformers.pipeline", "typing._eval_type", "typing.get_type_hints", "weakref.finalize",
        "xml.etree.ElementTree.parse"}
+    | {f"{module}.{name}.{method}" for module in ("pathlib", "pathlib._local", "pathlib._abc")
+       for name in ("Path", "PosixPath", "WindowsPath")
+       for method in _words("""chmod copy copy_into glob hardlink_to iterdir lchmod mkdir move open read_bytes read_text
+                               rename replace rglob rmdir symlink_to touch unlink walk write_bytes write_text""")}
+    | {f"sympy.{name}" for name in _words("""N S apart autowrap cancel cse diff doctest expand factor integrate lambdify
+                                             limit nsimplify parse_expr parsing preview simplify solve solveset sympify
+                                             test together ufuncify core.singleton.S""")}
+    | {f"multiprocessing.{name}" for name in _words("""Array JoinableQueue Manager Pipe Queue RawArray RawValue
+                                                       SimpleQueue Value get_context""")}
+    | {f"{module}.{name}" for module in ("pandas.DataFrame", "pandas.core.frame.DataFrame")
+       for name in ("eval", "query")}
+    | {f"{module}.{name}" for module in ("omegaconf.OmegaConf", "omegaconf.omegaconf.OmegaConf")
+       for name in ("load", "register_new_resolver", "register_resolver", "legacy_register_resolver", "save")}
+    | {f"torch._C.{name}" for name in _words("""PyTorchFileReader PyTorchFileWriter _import_ir_module_from_package
+       _load_for_lite_interpreter _load_for_lite_interpreter_from_buffer _load_jit_module_from_bytes
+       _load_jit_module_from_file _load_mobile_module_from_bytes _load_mobile_module_from_file _save_jit_module
+       _save_mobile_module import_ir_module import_ir_module_from_buffer""")}
+    | {f"torch.{name}" for name in _words("""_dynamo.convert_frame.replay _dynamo.symbolic_convert._import_module
+       _dynamo.trace_rules._load_obj_from_str _dynamo.utils.import_submodule _ops._Ops.import_module
+       cuda.memory._dump_snapshot distributed.checkpoint.load distributed.distributed_c10d._tensor_to_object
+       export._unlift._convert_guards_code_to_fn fx.experimental.rewriter.AST_Rewriter.rewrite
+       fx.experimental.symbolic_shapes.ShapeEnv.deserialize_symexpr
+       fx.experimental.symbolic_shapes.ShapeEnv.evaluate_symexpr fx.operator_schemas._torchscript_type_to_python_type
+       jit.CompilationUnit jit.annotations._eval_no_call jit.frontend.build_ignore_context_manager""")}
+    | set(_words("""
+       PIL.Image.open attr._make._eval_snippets attr.make_class attrs.make_class compression.bz2.open
+       compression.gzip.open compression.lzma.open compression.zstd.open cupy.RawKernel cupy.RawModule
+       dataclasses._FuncBuilder dataclasses._is_type datasets.load_dataset datasets.load_from_disk
+       detectron2.config.LazyConfig encodings.search_function gensim.utils.unpickle gettext.Catalog
+       gettext.GNUTranslations gettext.c2py gettext.find gettext.install gettext.translation h5py.File
+       huggingface_hub.hf_hub_download huggingface_hub.snapshot_download hydra.compose hydra.initialize
+       inspect._signature_fromstr inspect.get_annotations keras.layers.deserialize mxnet.nd.load nltk.download
+       numpy._core._methods._dump numpy.add_newdoc numpy.core._methods._dump numpy.lib._utils_impl.safe_eval
+       numpy.lib.add_newdoc numpy.test onnx.load onnxruntime.InferenceSession paddle.load
+       pkg_resources.EntryPoint polars.read_csv pyarrow.deserialize pyarrow.serialize pydantic.ImportString
+       pydantic.PyObject ruamel.yaml.YAML.load ruamel.yaml.load setuptools.setup spacy.load sqlalchemy.create_engine
+       string.Formatter.get_field sunau.open tensorflow.numpy_function tensorflow.py_function
+       tensorflow.python.ops.script_ops.py_func threading.setprofile threading.settrace tokenize.open
+       trace.CoverageResults tracemalloc.Snapshot.dump tracemalloc.Snapshot.load typing.ForwardRef.evaluate
+       typing.evaluate_forward_ref typing_extensions.evaluate_forward_ref typing_extensions.get_type_hints
+       ultralytics.nn.tasks.attempt_load_one_weight ultralytics.nn.tasks.attempt_load_weights
+       ultralytics.nn.tasks.torch_safe_load wandb.init warnings._getcategory wave.open xml.dom.getDOMImplementation
+       xml.dom.minidom.parse xml.dom.pulldom.parse xml.etree.ElementTree.iterparse xml.sax._create_parser
+       xml.sax.make_parser xml.sax.parse
+       """))
 )  # fmt: skip
 """Single names, with all below them (``builtins.open`` and ``codecs.open.anything``)."""
 
@@ -139,6 +223,10 @@ _ANYWHERE = frozenset(
     CDLL Popen __import__ check_call check_output exec exec_module execfile execl execle execlp execv execve execvp
     getoutput getstatusoutput import_module load_library load_module popen run_module run_path spawnl spawnle
     spawnlp spawnv spawnve spawnvp urlopen urlretrieve
+
+    _evaluate _start_joinable_thread _start_new_thread deserialize_keras_object func_load import_from_string
+    import_modules_from_strings import_object import_string load_op_library model_from_config model_from_json
+    model_from_yaml start_new_thread symbol_by_name
     """)
 )
 """Functions that keep their name wherever a module imports or wraps them."""
@@ -146,6 +234,8 @@ _ANYWHERE = frozenset(
 _ATTRIBUTES = frozenset(
     _words("""
     _new_shared_filename_cpu _new_using_filename_cpu _write_file from_file from_pretrained fromfile memmap tofile
+
+    load_from_checkpoint to_pickle
     """)
 )
 """Methods that open, write or fetch files: of storages and tensors, of numpy's arrays, of transformers' classes."""
@@ -194,10 +284,11 @@ def _is_listed(module: str, name: str) -> bool:
     folders, attributes = module.split("."), name.split(".")
     if len(folders) + len(attributes) > _MAX_PARTS:
         return True
-    if folders[0] in _PACKAGES or qualified.startswith(_PREFIXES):
+    is_plain = qualified.startswith(_PLAIN_CLASSES) and attributes[-1].lstrip("_")[:1].isupper()
+    if folders[0] in _PACKAGES or (qualified.startswith(_PREFIXES) and not is_plain):
         return True
     # A module that is an attribute of another: "six.moves.builtins", or "torch.serialization" and "os.system".
-    if any(folder in _CORE for folder in folders[1:]) or attributes[0] in _ANYWHERE:
+    if any(folder in _CORE for folder in folders[1:]) or not _ANYWHERE.isdisjoint(attributes):
         return True
     if any(map(is_dangerous_attribute, attributes)) or any(part in _PACKAGES for part in attributes[:-1]):
         return True

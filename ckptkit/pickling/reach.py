@@ -28,7 +28,7 @@ from functools import partial
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
 from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
 
-__all__ = ["Reach", "offence_of"]
+__all__ = ["Reach"]
 
 _MAX_CHAIN = 8
 """Attributes of attributes: nested classes go two or three deep."""
@@ -96,6 +96,8 @@ class Reach:
             return partial(self._getattr, callee)
         if name == "reduce_graph_module" and module.startswith("torch.fx."):
             return partial(self._graph_module, callee)
+        if name == "_ufunc_reconstruct" and module.startswith("numpy."):
+            return partial(self._imported_name, callee)
         if callee.qualified in _CALLERS:
             return partial(self._caller, callee)
         if callee.qualified in _REDUCES:
@@ -125,6 +127,12 @@ class Reach:
             self._name(node.module, ".".join((node.name, *names)))
         elif any(is_dangerous("_", name) or is_dangerous_attribute(name.rpartition(".")[2]) for name in names):
             callee.offence = f"the attribute {names[-1]!r:.80}"
+
+    def _imported_name(self, callee: Global, args: tuple[object, ...]) -> None:
+        if len(args) == 2 and isinstance(args[0], str) and isinstance(args[1], str):
+            self._name(args[0], args[1])
+        else:
+            callee.offence = "imports a name that is computed"
 
     def _reduce(self, callee: Global, args: tuple[object, ...]) -> None:
         """``int | None`` is pickled so (``Lib/copyreg.py`` ``pickle_union``)."""
@@ -191,11 +199,15 @@ class Reach:
         if len(args) != 2 or not isinstance(args[1], str) or not isinstance(code, str):
             callee.offence = "runs text that is not there, or is computed"
             return
-        self._text_left -= len(args[1]) + len(code)
+        self.text(callee, args[1] + code)
+
+    def text(self, callee: Global, text: str) -> None:
+        """Judge a name by the generated code that it runs."""
+        self._text_left -= len(text)
         if self._text_left < 0:
             callee.offence = f"runs more than {_MAX_TEXT:,} characters of text"
         elif not callee.offence:
-            callee.offence = offence_of(args[1] + code)
+            callee.offence = _offence(text)
 
 
 def _callee(node: object, args: tuple[object, ...]) -> tuple[Global | None, tuple[object, ...]]:
@@ -269,7 +281,7 @@ def _strings(node: object) -> list[tuple[str, object]]:
     return [(key, value) for key, value in mapping_items(node) or [] if isinstance(key, str)]
 
 
-def offence_of(text: str) -> str:
+def _offence(text: str) -> str:
     """What is in generated code that torch never generates; ``""``: nothing."""
     text = unicodedata.normalize("NFKC", text)  # as Python does with identifiers
     for line in text.splitlines():
