@@ -118,8 +118,8 @@ CODES: dict[str, Explanation] = {
     # Programs.
     "not-looked-into": Explanation(
         "a record that could not be looked into",
-        "Something that nothing in the file refers to is compressed, encrypted, damaged, an archive inside an archive, or "
-        "too large. It may hold a pickle or a program, so nobody vouches for the file.",
+        "Something that nothing in the file refers to is compressed, encrypted, damaged, an archive inside an archive, "
+        "or too large. It may hold a pickle or a program, so nobody vouches for the file.",
         "Converting writes only what the checkpoint uses: ckptkit convert FILE OUT.safetensors",
     ),
     "torchscript-program": Explanation(

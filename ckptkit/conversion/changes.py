@@ -123,26 +123,25 @@ def diagnose_trust(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterat
             hostile.extend(use for use in uses if use.verdict == "dangerous")
     if not hostile:
         return
-    beside = [
-        key
-        for key in beside_weights(result)
-        if any(place.split(".")[0] == key for use in hostile for place in use.where)
-    ]
-    inside = [name for name, value in result.state_dict.extra.items() if _names_any(value, hostile)]
+    names = {use.name for use in hostile}
+    inside = [name for name, value in result.state_dict.extra.items() if _names_any(value, names)]
     options = [f"--exclude {glob_of(name)}" for name in inside[:8]]
-    if beside or not inside:
+    if not inside or _names_any(result.rest, names):
         options.append("--weights-only" if result.state_dict.everything else "--to safetensors")
     yield Finding(
         code="hostile-output",
         severity="warning",
         message="what is written is as hostile as the source: its pickle names "
-        f"{_listed([use.name for use in merge_uses(hostile)])}; whoever loads it with pickle runs that",
+        f"{_listed([use.name + _in(use) for use in merge_uses(hostile)])}; whoever loads it with pickle runs that",
         fix=" ".join(options),
     )
 
 
-def _names_any(value: object, uses: Sequence[GlobalUse]) -> bool:
-    names = {use.name for use in uses}
+def _in(use: GlobalUse) -> str:
+    return f" (in {use.where[0]!r:.80})" if use.where else ""
+
+
+def _names_any(value: object, names: Collection[str]) -> bool:
     return any(isinstance(node, Global) and node.qualified in names for node in walk(value))
 
 

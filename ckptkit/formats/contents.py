@@ -30,6 +30,7 @@ from ckptkit.formats.format import Probe
 from ckptkit.formats.pickle_row import PickleRow
 from ckptkit.limits import Limits
 from ckptkit.pickling.inert import Global
+from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
 from ckptkit.pickling.trust import global_uses, merge_uses
 
 __all__ = ["COMPILED", "Contents", "names_left", "scanned"]
@@ -42,10 +43,6 @@ _DEFLATED_NBYTES = 4096
 
 _MAX_RECORDS = 10_000
 """Records of one archive that are looked at."""
-
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PICKLES = 5
-"""Pickles at the beginning of a file of torch's before 1.6, before the bytes of its storages."""
 
 _COMPRESSED = re.compile(
     rb"\x1f\x8b\x08[\x00-\x1f]|BZh[1-9]|\xfd7zXZ\0|\x5d\0\0[\x00-\xff]{2}[\0\xff]|\x28\xb5\x2f\xfd|\x04\x22\x4d\x18"
@@ -201,7 +198,7 @@ class Contents:
             self._take(row.pos - start)
             self._uses.extend(global_uses(pickle.globals, name))
             self.pickles += declared or bool(pickle.globals)
-            most = _LEGACY_PICKLES if not count and pickle.root == _LEGACY_MAGIC else most
+            most = LEGACY_PICKLES if not count and pickle.root == LEGACY_MAGIC else most
             count += 1
             declared = declared and bool(row.left) and row.source.read(row.pos, 1) == b"\x80"
 

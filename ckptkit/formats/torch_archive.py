@@ -353,7 +353,7 @@ def _unvouched(uses: Iterable[GlobalUse]) -> Iterator[Finding]:
             yield Finding(
                 code="foreign-program",
                 severity="warning",
-                message=f"{use.count} files of a program compiled for one machine, which are not read: {shown}",
+                message=f"{count_of(use.count, 'file')} of a program compiled for one machine, not read: {shown}",
             )
         elif use.kind == "unread":
             yield Finding(

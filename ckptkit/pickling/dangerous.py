@@ -54,6 +54,7 @@ _PACKAGES = frozenset(
 _HONEST = frozenset(
     {"http.HTTPStatus", "http.HTTPMethod", "signal.Signals", "signal.Handlers"}
     | {f"{module}.{name}" for module in ("copyreg", "copy_reg") for name in ("__newobj__", "__newobj_ex__")}
+    | {"builtins.__main__", "__builtin__.__main__"}
     | {f"{joblib}.{module}.{name}" for joblib in ("joblib", "sklearn.externals.joblib")
        for module in ("numpy_pickle", "numpy_pickle_compat")
        for name in ("NDArrayWrapper", "NumpyArrayWrapper", "ZNDArrayWrapper")}
@@ -248,7 +249,8 @@ _MAKES_CODE = frozenset(
     _builtin_type _cell_set _class_setstate _create_array _create_cell _create_code _create_namedtuple _create_type
     _empty_cell_value _function_setstate _gen_ellipsis _gen_not_implemented _get_attr _getattribute _import_module
     _load_type _make_cell _make_dict_items _make_dict_keys _make_dict_values _make_empty_cell _make_skeleton_class
-    _make_skeleton_enum _make_typevar _rehydrate_skeleton_class _setitems dynamic_subimport subimport
+    _dill _setattr _create_lock _create_rlock _create_dtypemeta _create_stringi _create_stringo _create_weakproxy
+    _create_weakref _make_skeleton_enum _make_typevar _rehydrate_skeleton_class _setitems dynamic_subimport subimport
     """)
 )
 """What cloudpickle and dill call to make functions, classes and what they close over; `ckptkit.pickling.reach` looks at
@@ -304,14 +306,14 @@ def is_kept_code(module: str, name: str) -> bool:
     """Whether a name is what cloudpickle and dill make functions and classes of that they keep by their code."""
     if module == "types":
         return name in _CODE_TYPES
-    folders = module.split(".")
+    folders, name = module.split("."), name.removeprefix("_dill.").removeprefix("cloudpickle.")
     return ("cloudpickle" in folders or folders[0] == "dill") and (name in _MAKES_FUNCTIONS or name in _MAKES_CODE)
 
 
 def makes_function(module: str, name: str) -> bool:
     """Whether what such a name gives is a function."""
     functions = (*_MAKES_FUNCTIONS, "FunctionType", "LambdaType", "_builtin_type", "_load_type")
-    return is_kept_code(module, name) and name in functions
+    return is_kept_code(module, name) and name.rpartition(".")[2] in functions
 
 
 def is_dangerous_attribute(name: str) -> bool:

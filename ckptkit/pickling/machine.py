@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from struct import Struct
 from typing import NoReturn, TypeVar
 
@@ -58,6 +58,7 @@ class Machine:
         persistent_load: Callable[[object], object],
         constructors: Mapping[tuple[str, str], Constructor],
         limits: Limits,
+        nested: Callable[[bytes], tuple[Iterable[Global], bool]] | None = None,
     ) -> None:
         self.data = data
         self.pos = start
@@ -74,7 +75,7 @@ class Machine:
         self.marks: list[list[object]] = []
         self.memo: dict[int, object] = {}
         self.globals: dict[tuple[str, str], Global] = {}
-        self.reach = Reach(self.name)
+        self.reach = Reach(self.name, nested)
         self.nodes_left = limits.nodes
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument

@@ -10,6 +10,7 @@
 
   ``reduce_package_graph_module`` of torch.package takes the text from the package's own sources.
 - ``functools.reduce(operator.or_, types)`` is ``int | None``; anything else that is reduced is hostile.
+- ``torch.storage._load_from_bytes(data)`` is a tensor where the names in that data are those of tensors.
 - cloudpickle and dill keep functions and classes by their code.  That needs trust; it is hostile where the pickle
   itself calls such a function, gives it to something that does, or builds a class around it.
 - ``functools.partial(f, x)`` that is called is the call of ``f``.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
@@ -48,7 +49,13 @@ _BUILTINS = frozenset(
 """What generated code neither calls nor gives a variable's name."""
 
 
-_REDUCES = frozenset({"functools.reduce", "_functools.reduce", "__builtin__.reduce", "builtins.reduce"})
+_EXCUSED = {
+    "functools.reduce": "_reduce", "_functools.reduce": "_reduce", "__builtin__.reduce": "_reduce",
+    "builtins.setattr": "_setattr", "__builtin__.setattr": "_setattr",
+    "torch.storage._load_from_bytes": "_load_from_bytes",
+}  # fmt: skip
+"""Functions that honest files call too, and what looks at each call: harmless ones are counted."""
+
 _CALLERS = frozenset(
     {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("map", "filter")}
     | {f"itertools.{name}" for name in (
@@ -67,7 +74,14 @@ _HOLDERS = frozenset(
 
 _GETATTRS = ("getattr", "_get_attr", "_getattribute")
 _IMPORTS = ("subimport", "_import_module")
-_SETTERS = ("_class_setstate", "_function_setstate", "_fill_function", "_rehydrate_skeleton_class", "_setitems")
+_SETTERS = (
+    "_setattr",
+    "_class_setstate",
+    "_function_setstate",
+    "_fill_function",
+    "_rehydrate_skeleton_class",
+    "_setitems",
+)
 
 _MOST_ARGUMENTS = 1_000_000
 """Values that are looked at in what calls are given, in one pickle."""
@@ -78,13 +92,19 @@ class Reach:
 
     Args:
         name: from module and name to the pickle's node for it; what is reached is listed so.
+        nested: the names in a file of torch's before 1.6 that the pickle holds, and whether it is one and can be read.
 
     Attributes:
         is_watchful: whether there is a name of which it matters what is done with it, and with what it gives.
     """
 
-    def __init__(self, name: Callable[[str, str], Global]) -> None:
+    def __init__(
+        self,
+        name: Callable[[str, str], Global],
+        nested: Callable[[bytes], tuple[Iterable[Global], bool]] | None = None,
+    ) -> None:
         self._name = name
+        self._nested = nested
         self._text_left = _MAX_TEXT
         self._arguments_left = _MOST_ARGUMENTS
         self.is_watchful = False
@@ -100,9 +120,10 @@ class Reach:
             return partial(self._imported_name, callee)
         if callee.qualified in _CALLERS:
             return partial(self._caller, callee)
-        if callee.qualified in _REDUCES:
+        excused = _EXCUSED.get(callee.qualified)
+        if excused is not None:
             self.is_watchful = True
-            return partial(self._reduce, callee)
+            return partial(getattr(self, excused), callee)
         if is_kept_code(module, name):
             self.is_watchful = True
             return partial(self._kept_code, callee)
@@ -139,13 +160,27 @@ class Reach:
         function = args[0] if len(args) == 2 else None
         callee.excused += isinstance(function, Global) and function.qualified in ("operator.or_", "_operator.or_")
 
+    def _setattr(self, callee: Global, args: tuple[object, ...]) -> None:
+        """Dill gives the functions and classes that it keeps their attributes so."""
+        callee.excused += _is_made_here(args[0]) if args else 0
+
+    def _load_from_bytes(self, callee: Global, args: tuple[object, ...]) -> None:
+        """Tensors that ``pickle.dump`` wrote (``torch/storage.py`` ``__reduce__``): a file of torch's in the pickle."""
+        found, is_whole = self._nested(_bytes(args[0])) if args and self._nested is not None else ((), False)
+        callee.excused += is_whole
+        for inner in found:
+            known = self._name(inner.module, inner.name)
+            known.calls += inner.calls
+            known.excused += inner.excused
+            known.offence = known.offence or inner.offence
+
     def _caller(self, callee: Global, args: tuple[object, ...]) -> None:
-        function, _ = _callee(args[0], args[1:]) if args else (None, ())
+        function, _ = self._callee(args[0], args[1:]) if args else (None, ())
         if function is not None and (function.name in _GETATTRS or is_kept_code(function.module, function.name)):
             function.offence = f"is handed to {callee.qualified}, which calls it"
 
     def _kept_code(self, callee: Global, args: tuple[object, ...]) -> None:
-        name, first = callee.name, args[0] if args else None
+        name, first = callee.name.rpartition(".")[2], args[0] if args else None
         if name in _IMPORTS and not isinstance(first, str):
             callee.offence = "imports a module whose name is computed"
         elif name in _GETATTRS:
@@ -157,11 +192,11 @@ class Reach:
 
     def computed(self, cls: object, args: tuple[object, ...]) -> None:
         """Look at the call of something that is itself computed."""
-        maker = _kept_function(cls)
+        maker = self._kept_function(cls)
         if maker is not None:
             maker.offence = "makes a function of code that the file holds, and the pickle calls it"
             return
-        function, given = _callee(cls, args)
+        function, given = self._callee(cls, args)
         watch = self.watcher(function) if function is not None else None
         if function is not None and watch is not None:
             function.calls += 1
@@ -169,9 +204,14 @@ class Reach:
 
     def handed(self, cls: object, args: tuple[object, ...]) -> None:
         """Look at what a call is given, once there is a name that matters wherever it goes."""
-        function, _ = _callee(cls, ())
+        function, _ = self._callee(cls, ())
         keeps = function is None or not _calls_back(function)
         stack: list[object] = list(args)
+        if _is_dills_setter(args):  # judged by what it is then given
+            setter = stack.pop()
+            if isinstance(setter, Global):
+                setter.calls += 1
+                setter.excused += 1
         while stack:
             node = stack.pop()
             self._arguments_left -= 1
@@ -183,9 +223,9 @@ class Reach:
                 stack.extend(node[: self._arguments_left + 1])
             elif isinstance(node, InertDict):
                 stack.extend(value for _, value in node.pairs[: self._arguments_left + 1])
-            elif isinstance(node, Global) and node.qualified in _REDUCES:
+            elif isinstance(node, Global) and node.qualified in _EXCUSED:
                 node.offence = "is handed on, so that what it calls cannot be known"
-            elif not keeps and (maker := _kept_function(node)) is not None:
+            elif not keeps and (maker := self._kept_function(node)) is not None:
                 maker.offence = "makes a function of code that the file holds, and the pickle has it called"
 
     def changed(self, target: Object) -> None:
@@ -209,50 +249,50 @@ class Reach:
         elif not callee.offence:
             callee.offence = _offence(text)
 
+    def _callee(self, node: object, args: tuple[object, ...]) -> tuple[Global | None, tuple[object, ...]]:
+        """The name that is called in the end, and with which arguments, where some of them were given before.
 
-def _callee(node: object, args: tuple[object, ...]) -> tuple[Global | None, tuple[object, ...]]:
-    """The name that is called in the end, and with which arguments, where some of them were given before.
+        ``None``: what is called is the result of another call.
+        """
+        for _ in range(_MAX_CHAIN):
+            if isinstance(node, Global):
+                if node.name not in ("__newobj__", "__newobj_ex__") or not args:
+                    return node, args
+                node, args = args[0], args[1:]
+                continue
+            cls = node.cls if isinstance(node, Object) else None
+            if not isinstance(node, Object) or not isinstance(cls, Global):
+                return None, ()
+            if cls.name == "partial":
+                state = node.state if isinstance(node.state, tuple) else ()
+                given = state[1] if len(state) > 1 and isinstance(state[1], tuple) else node.args[1:]
+                node, args = (*state, *node.args, None)[0], (*given, *args)
+            elif cls.name in _GETATTRS and node.args[1:] == ("__new__",):
+                node, args = node.args[0], args[1:]
+            elif cls.name in _GETATTRS and len(node.args) > 1 and isinstance(node.args[0], Global):
+                return self._name(node.args[0].module, f"{node.args[0].name}.{node.args[1]}"), args
+            elif cls.name in ("_builtin_type", "_load_type") and node.args[:1] in (("FunctionType",), ("LambdaType",)):
+                return cls, args
+            else:
+                return None, ()
+        if isinstance(node, Object) and isinstance(node.cls, Global):
+            node.cls.offence = "is called through itself again and again"
+        return None, ()
 
-    ``None``: what is called is the result of another call.
-    """
-    for _ in range(_MAX_CHAIN):
-        if isinstance(node, Global):
-            if node.name not in ("__newobj__", "__newobj_ex__") or not args:
-                return node, args
-            node, args = args[0], args[1:]
-            continue
-        cls = node.cls if isinstance(node, Object) else None
-        if not isinstance(node, Object) or not isinstance(cls, Global):
-            return None, ()
-        if cls.name == "partial":
-            state = node.state if isinstance(node.state, tuple) else ()
-            given = state[1] if len(state) > 1 and isinstance(state[1], tuple) else node.args[1:]
-            node, args = (*state, *node.args, None)[0], (*given, *args)
-        elif cls.name in _GETATTRS and node.args[1:] == ("__new__",):
-            node, args = node.args[0], args[1:]
-        elif cls.name in ("_builtin_type", "_load_type") and node.args[:1] in (("FunctionType",), ("LambdaType",)):
-            return cls, args
-        else:
-            return None, ()
-    if isinstance(node, Object) and isinstance(node.cls, Global):
-        node.cls.offence = "is called through itself again and again"
-    return None, ()
-
-
-def _kept_function(node: object) -> Global | None:
-    """The name that made a function of its code; ``None``: the node is no such function, given arguments or not."""
-    for _ in range(_MAX_CHAIN):
+    def _kept_function(self, node: object) -> Global | None:
+        """The name that made a function of its code; ``None``: the node is no such function, given arguments or not."""
+        for _ in range(_MAX_CHAIN):
+            if not isinstance(node, Object):
+                return None
+            if not isinstance(node.cls, Global) or node.cls.name != "partial":
+                break
+            node = (*(node.state if isinstance(node.state, tuple) else ()), *node.args, None)[0]
         if not isinstance(node, Object):
             return None
-        if not isinstance(node.cls, Global) or node.cls.name != "partial":
-            break
-        node = (*(node.state if isinstance(node.state, tuple) else ()), *node.args, None)[0]
-    if not isinstance(node, Object):
-        return None
-    function, _ = _callee(node.cls, node.args)
-    if function is None or (isinstance(node.cls, Global) and function.name in ("_builtin_type", "_load_type")):
-        return None
-    return function if makes_function(function.module, function.name) else None
+        function, _ = self._callee(node.cls, node.args)
+        if function is None or (isinstance(node.cls, Global) and function.name in ("_builtin_type", "_load_type")):
+            return None
+        return function if makes_function(function.module, function.name) else None
 
 
 def _is_made_here(node: object) -> bool:
@@ -260,6 +300,22 @@ def _is_made_here(node: object) -> bool:
     if not isinstance(node, Object) or not isinstance(node.cls, Global):
         return False
     return is_kept_code(node.cls.module, node.cls.name) or node.cls.qualified in ("builtins.type", "__builtin__.type")
+
+
+def _is_dills_setter(args: tuple[object, ...]) -> bool:
+    """Whether these are the arguments of ``getattr(dill._dill, "_setattr", setattr)`` (``dill/_shims.py``)."""
+    module, *rest = args or (None,)
+    if not isinstance(module, Global) or module.qualified != "dill._dill" or len(rest) != 2 or rest[0] != "_setattr":
+        return False
+    return isinstance(rest[1], Global) and rest[1].name == "setattr"
+
+
+def _bytes(node: object) -> bytes:
+    """Bytes, also as protocol 2 has them: a text that is to be encoded."""
+    if isinstance(node, Object) and isinstance(node.cls, Global) and node.cls.qualified == "_codecs.encode":
+        text = node.args[0] if node.args else ""
+        node = text.encode("latin1", "replace") if isinstance(text, str) else b""
+    return node if isinstance(node, bytes) else b""
 
 
 def _imported(node: object) -> str | None:

@@ -23,7 +23,6 @@ _TEXT_PICKLE = re.compile(
 """How pickles of protocol 0 and 1 begin, which declare no protocol: a container or a name."""
 
 _WRITERS = (
-    ("joblib.", "joblib.dump; joblib.load reads it"),
     ("sklearn.", "pickle, of a scikit-learn model"),
     ("torch.distributed.checkpoint.", "torch.distributed.checkpoint; give its folder's weights as one file "
      "(torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"),
@@ -57,6 +56,8 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
         what = f"a Python pickle of {_kind(pickle.root)}"
         if pickle.end < probe.file.size:
             what += f", with {probe.file.size - pickle.end:,} bytes behind it"
+    if any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names):
+        return f"a joblib file, not one torch.save wrote; joblib.load reads it; {_listed(names)}", names
     writer = next((how for prefix, how in _WRITERS if any(use.name.startswith(prefix) for use in names)), None)
     told = f"written by {writer}" if writer is not None else "not written by torch.save"
     return f"{what}, but not one torch.save wrote ({told}); {_listed(names)}", names
