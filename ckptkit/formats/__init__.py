@@ -109,7 +109,8 @@ def read(
             from ckptkit.formats.contents import names_left
 
             known = {use.name: GRAVITY[use.verdict] for use in error.globals}
-            seen = tuple(use for use in names_left(probe) if GRAVITY[use.verdict] > known.get(use.name, -1))
+            left = names_left(probe, error.globals)
+            seen = tuple(use for use in left if GRAVITY[use.verdict] > known.get(use.name, -1))
         file.close()
         raise error.at(path=file.path, seen=seen) from error.__cause__
     except BaseException:

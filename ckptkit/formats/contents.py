@@ -190,7 +190,7 @@ class Contents:
             except FormatError as error:
                 named = [use for use in error.globals if declared or _runs(use)]
                 if declared:  # others may pass over what is refused here
-                    named += scanned(row.source.read(start, min(row.left, _SCANNED_NBYTES)))
+                    named += scanned(row.source.read(start, min(row.left, _SCANNED_NBYTES)), error.globals)
                     self.unread(name, f"a pickle that cannot be read to its end: {error.message}")
                 self._uses.extend(replace(use, where=(name,)) for use in named)
                 self.pickles += bool(named) or (declared and not count)
@@ -324,8 +324,13 @@ def _runs(use: GlobalUse) -> bool:
 # Of files that were refused.
 
 
-def scanned(data: bytes) -> tuple[GlobalUse, ...]:
-    """The names that stand in the bytes of a pickle, found without reading it."""
+def scanned(data: bytes, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ...]:
+    """The names that stand in the bytes of a pickle, found without reading it.
+
+    Args:
+        data: the bytes.
+        known: names that were found by reading it as far as that goes; they are judged by what they are given.
+    """
     found: Counter[tuple[bytes, bytes]] = Counter()
     for pattern in (_GLOBAL, _STACK_GLOBAL):
         found.update(pattern.findall(data[:_SCANNED_NBYTES]))
@@ -334,14 +339,19 @@ def scanned(data: bytes) -> tuple[GlobalUse, ...]:
         made = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))
         made.calls = count
         names.append(made)
-    return global_uses(names)
+    judged = {use.name for use in known}
+    return tuple(use for use in global_uses(names) if use.name not in judged)
 
 
-def names_left(probe: Probe) -> tuple[GlobalUse, ...]:
+def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ...]:
     """The names in a file that was refused, so that what it would run is told all the same.
 
     A reader stops at the first thing that is wrong, which need not be the worst, and may be something that other
     readers pass over.
+
+    Args:
+        probe: the file.
+        known: the names that its reader found.
     """
     found: list[GlobalUse] = []
     contents = Contents(probe.limits)
@@ -353,10 +363,10 @@ def names_left(probe: Probe) -> tuple[GlobalUse, ...]:
             for name, record in list(records.items())[:_MAX_RECORDS]:
                 contents.look(name.partition("/")[2] or name, record)
                 if name.endswith((".pkl", ".pickle")) or _head(record)[:1] == b"\x80":
-                    found.extend(scanned(read_record(record, _SCANNED_NBYTES)))
+                    found.extend(scanned(read_record(record, _SCANNED_NBYTES), (*known, *contents.uses())))
         elif probe.head[:1] in (b"\x80", LOCAL_SIGNATURE[:1]):
             contents.look("", whole) if probe.head[:1] == b"\x80" else None
-            found.extend(scanned(whole.read(0, min(_SCANNED_NBYTES, whole.nbytes))))
+            found.extend(scanned(whole.read(0, min(_SCANNED_NBYTES, whole.nbytes)), (*known, *contents.uses())))
         elif is_header(probe.head):
             contents.look("", whole)
     except CkptkitError:

@@ -48,8 +48,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     try:
         pickle = read_pickle(data, limits=probe.limits)
     except FormatError as error:
-        known = {use.name for use in error.globals}
-        names = merge_uses(error.globals, (use for use in scanned(data) if use.name not in known))
+        names = merge_uses(error.globals, scanned(data, error.globals))
         what = f"a Python pickle that cannot be read to its end ({error.message})"
     else:
         names = merge_uses(global_uses(pickle.globals), read_names(data[pickle.end :], "", limits=probe.limits))
