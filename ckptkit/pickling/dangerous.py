@@ -75,57 +75,55 @@ and that no package calls one of its own."""
 
 _MODULES = frozenset(
     _words("""
-    _osx_support _pyrepl.pager builtins.code code.code commands curses distutils.core distutils.dir_util
-    distutils.file_util distutils.spawn distutils.sysconfig distutils.util git.cmd git.repo git.repo.base imp
-    keras.saving logging.config logging.handlers multiprocessing.connection multiprocessing.dummy
+    _osx_support _pyrepl.pager builtins.code code.code commands curses distutils._msvccompiler distutils.ccompiler
+    distutils.core distutils.cygwinccompiler distutils.dir_util distutils.dist distutils.file_util
+    distutils.msvccompiler distutils.spawn distutils.sysconfig distutils.unixccompiler distutils.util git.cmd git.repo
+    git.repo.base imp keras.saving logging.config logging.handlers multiprocessing.connection multiprocessing.dummy
     multiprocessing.forkserver multiprocessing.managers multiprocessing.pool multiprocessing.process
     multiprocessing.reduction multiprocessing.resource_sharer multiprocessing.spawn multiprocessing.util nt
-    numpy.ctypeslib numpy.lib._datasource numpy.lib._npyio_impl numpy.lib.npyio pytest resource scipy.io
-    six.moves.builtins test.support thread timeit yaml.constructor yaml.loader
-
-    distutils._msvccompiler distutils.ccompiler distutils.cygwinccompiler distutils.dist distutils.msvccompiler
-    distutils.unixccompiler multiprocessing.context multiprocessing.heap multiprocessing.resource_tracker
-    multiprocessing.shared_memory multiprocessing.sharedctypes pandas.compat.pickle_compat ruamel.yaml.constructor
-    ruamel.yaml.loader ruamel.yaml.main
+    numpy.ctypeslib numpy.lib._datasource numpy.lib._npyio_impl numpy.lib.npyio pandas.compat.pickle_compat pytest
+    resource ruamel.yaml.constructor ruamel.yaml.loader ruamel.yaml.main scipy.io six.moves.builtins test.support thread
+    timeit yaml.constructor yaml.loader
     """)
 )
 """Modules, but not what lies below them: a package of a user's own may be called ``imp`` or ``nt``."""
 
 _PREFIXES = tuple(
     _words("""
-    concurrent.futures. curses. distutils.command. keras.saving. keras.src.saving. multiprocessing.popen_
-    numpy.compat.py3k. numpy.ctypeslib. numpy.distutils. numpy.f2py. numpy.testing. pandas.core.computation.
-    pandas.io. pkg_resources.load_ pkg_resources.run_ ray.cloudpickle. scipy.io. setuptools._distutils.command.
+    accelerate.commands. accelerate.launchers. accelerate.utils.launch. concurrent.futures. concurrent.interpreters.
+    cupy.cuda.compiler. curses. datasets.load. deepspeed.launcher. deepspeed.ops.op_builder. detectron2.config.lazy.
+    detectron2.utils.env. distutils.command. huggingface_hub.file_download. hydra._internal. hydra.core.plugins.
+    hydra.core.utils. hydra.experimental. hydra.main hydra.utils. jax.experimental.serialize_executable. keras.saving.
+    keras.src.saving. keras.src.utils.python_utils. langchain.load. langchain_core.load. langchain_experimental.
+    mlflow.pyfunc. multiprocessing.context. multiprocessing.heap. multiprocessing.popen_
+    multiprocessing.resource_tracker. multiprocessing.set_ multiprocessing.shared_memory. multiprocessing.sharedctypes.
+    networkx.read_ networkx.readwrite. networkx.write_ nltk.data. nltk.downloader. numba.core.serialize. numba.pycc.
+    numpy._pytesttester. numpy.compat.py3k. numpy.ctypeslib. numpy.distutils. numpy.f2py. numpy.testing. onnx.hub.
+    optparse.Values. paddle.framework.io. pandas._testing. pandas.core.computation. pandas.io. pandas.read_
+    PIL.ImageGrab. PIL.ImageMath. PIL.ImageShow. pkg_resources.load_ pkg_resources.run_ platform._
+    pydantic._internal._typing_extra. pyspark.serializers. ray.cloudpickle. scipy.io. setuptools._distutils.command.
     setuptools._distutils.core. setuptools._distutils.file_util. setuptools._distutils.spawn. setuptools.command.
-    setuptools.sandbox. sklearn.datasets. sklearn.externals.joblib. tensorflow.io. tensorflow.python.lib.io.
-    test.support. transformers.dynamic_module_utils. uuid._
-
-    torch._appdirs. torch._dynamo.debug_utils. torch._dynamo.guards. torch._dynamo.repro. torch._export.
-    torch._inductor. torch._weights_only_unpickler. torch.distributed.elastic. torch.distributed.launch.
-    torch.distributed.launcher. torch.distributed.rpc. torch.distributed.run. torch.export.load
-    torch.fx.graph_module._ torch.hub. torch.jit._serialization. torch.multiprocessing. torch.package.
-    torch.testing._internal. torch.utils._cpp_extension_versioner. torch.utils.benchmark. torch.utils.bottleneck.
-    torch.utils.collect_env. torch.utils.cpp_extension. torch.utils.data.datapipes.utils. torch.utils.file_baton.
-    torch.utils.model_zoo. torch.utils.show_pickle.
-
-    accelerate.commands. accelerate.launchers. accelerate.utils.launch. concurrent.interpreters. cupy.cuda.compiler.
-    datasets.load. deepspeed.launcher. deepspeed.ops.op_builder. detectron2.config.lazy. detectron2.utils.env.
-    huggingface_hub.file_download. hydra._internal. hydra.core.plugins. hydra.core.utils. hydra.experimental. hydra.main
-    hydra.utils. jax.experimental.serialize_executable. keras.src.utils.python_utils. langchain.load.
-    langchain_core.load. langchain_experimental. mlflow.pyfunc. multiprocessing.set_ networkx.read_ networkx.readwrite.
-    networkx.write_ nltk.data. nltk.downloader. numba.core.serialize. numba.pycc. numpy._pytesttester. onnx.hub.
-    optparse.Values. paddle.framework.io. pandas._testing. pandas.read_ PIL.ImageGrab. PIL.ImageMath. PIL.ImageShow.
-    platform._ pydantic._internal._typing_extra. pyspark.serializers. sympy.core.sympify. sympy.external.importtools.
+    setuptools.sandbox. sklearn.datasets. sklearn.externals.joblib. sympy.core.sympify. sympy.external.importtools.
     sympy.interactive. sympy.parsing. sympy.plotting. sympy.printing.preview. sympy.testing.
     sympy.utilities._compilation. sympy.utilities.autowrap. sympy.utilities.lambdify. sympy.utilities.runtests.
-    sympy.utilities.source. tensorflow.saved_model. torch._dynamo.aot_compile torch._dynamo.bytecode_debugger.
-    torch._dynamo.functional_export. torch._dynamo.package. torch._dynamo.pgo. torch._functorch._aot_autograd.codegen.
-    torch._functorch.compilers. torch._logging._internal. torch._precompile. torch._strobelight. torch._vendor.
-    torch.backends.xeon. torch.cuda._memory_viz. torch.cuda.tunable. torch.distributed.checkpoint.format_utils.
-    torch.distributed.checkpoint.state_dict_loader. torch.distributed.nn.jit.instantiator. torch.export._draft_export.
-    torch.export.pt2_archive. torch.fx._graph_pickler. torch.jit.mobile. torch.utils._config_module.
-    torchvision.datasets.utils. transformers.agents. transformers.commands. transformers.tools. transformers.utils.hub.
-    ultralytics.utils.checks. ultralytics.utils.downloads. xml.dom.domreg.
+    sympy.utilities.source. tensorflow.io. tensorflow.python.lib.io. tensorflow.saved_model. test.support.
+    torchvision.datasets.utils. transformers.agents. transformers.commands. transformers.dynamic_module_utils.
+    transformers.tools. transformers.utils.hub. ultralytics.utils.checks. ultralytics.utils.downloads. uuid._
+    xml.dom.domreg.
+
+    torch._appdirs. torch._dynamo.aot_compile torch._dynamo.bytecode_debugger. torch._dynamo.debug_utils.
+    torch._dynamo.functional_export. torch._dynamo.guards. torch._dynamo.package. torch._dynamo.pgo.
+    torch._dynamo.repro. torch._export. torch._functorch._aot_autograd.codegen. torch._functorch.compilers.
+    torch._inductor. torch._logging._internal. torch._precompile. torch._strobelight. torch._vendor.
+    torch._weights_only_unpickler. torch.backends.xeon. torch.cuda._memory_viz. torch.cuda.tunable.
+    torch.distributed.checkpoint.format_utils. torch.distributed.checkpoint.state_dict_loader.
+    torch.distributed.elastic. torch.distributed.launch. torch.distributed.launcher.
+    torch.distributed.nn.jit.instantiator. torch.distributed.rpc. torch.distributed.run. torch.export._draft_export.
+    torch.export.load torch.export.pt2_archive. torch.fx._graph_pickler. torch.fx.graph_module._ torch.hub.
+    torch.jit._serialization. torch.jit.mobile. torch.multiprocessing. torch.package. torch.testing._internal.
+    torch.utils._config_module. torch.utils._cpp_extension_versioner. torch.utils.benchmark. torch.utils.bottleneck.
+    torch.utils.collect_env. torch.utils.cpp_extension. torch.utils.data.datapipes.utils. torch.utils.file_baton.
+    torch.utils.model_zoo. torch.utils.show_pickle.
     """)
 )
 """How qualified names begin."""
@@ -221,22 +219,19 @@ _NAMES = frozenset(
 
 _ANYWHERE = frozenset(
     _words("""
-    CDLL Popen __import__ check_call check_output exec exec_module execfile execl execle execlp execv execve execvp
-    getoutput getstatusoutput import_module load_library load_module popen run_module run_path spawnl spawnle
-    spawnlp spawnv spawnve spawnvp urlopen urlretrieve
-
-    _evaluate _start_joinable_thread _start_new_thread deserialize_keras_object func_load import_from_string
-    import_modules_from_strings import_object import_string load_op_library model_from_config model_from_json
-    model_from_yaml start_new_thread symbol_by_name
+    __import__ _evaluate _start_joinable_thread _start_new_thread CDLL check_call check_output deserialize_keras_object
+    exec exec_module execfile execl execle execlp execv execve execvp func_load getoutput getstatusoutput
+    import_from_string import_module import_modules_from_strings import_object import_string load_library load_module
+    load_op_library model_from_config model_from_json model_from_yaml Popen popen run_module run_path spawnl spawnle
+    spawnlp spawnv spawnve spawnvp start_new_thread symbol_by_name urlopen urlretrieve
     """)
 )
 """Functions that keep their name wherever a module imports or wraps them."""
 
 _ATTRIBUTES = frozenset(
     _words("""
-    _new_shared_filename_cpu _new_using_filename_cpu _write_file from_file from_pretrained fromfile memmap tofile
-
-    load_from_checkpoint to_pickle
+    _new_shared_filename_cpu _new_using_filename_cpu _write_file from_file from_pretrained fromfile load_from_checkpoint
+    memmap to_pickle tofile
     """)
 )
 """Methods that open, write or fetch files: of storages and tensors, of numpy's arrays, of transformers' classes."""
@@ -246,11 +241,11 @@ _CODE_TYPES = frozenset({"CodeType", "FunctionType", "LambdaType"})
 _MAKES_FUNCTIONS = frozenset({"_create_function", "_fill_function", "_make_function", "_make_skel_func"})
 _MAKES_CODE = frozenset(
     _words("""
-    _builtin_type _cell_set _class_setstate _create_array _create_cell _create_code _create_namedtuple _create_type
-    _empty_cell_value _function_setstate _gen_ellipsis _gen_not_implemented _get_attr _getattribute _import_module
+    _builtin_type _cell_set _class_setstate _create_array _create_cell _create_code _create_dtypemeta _create_lock
+    _create_namedtuple _create_rlock _create_stringi _create_stringo _create_type _create_weakproxy _create_weakref
+    _dill _empty_cell_value _function_setstate _gen_ellipsis _gen_not_implemented _get_attr _getattribute _import_module
     _load_type _make_cell _make_dict_items _make_dict_keys _make_dict_values _make_empty_cell _make_skeleton_class
-    _dill _setattr _create_lock _create_rlock _create_dtypemeta _create_stringi _create_stringo _create_weakproxy
-    _create_weakref _make_skeleton_enum _make_typevar _rehydrate_skeleton_class _setitems dynamic_subimport subimport
+    _make_skeleton_enum _make_typevar _rehydrate_skeleton_class _setattr _setitems dynamic_subimport subimport
     """)
 )
 """What cloudpickle and dill call to make functions, classes and what they close over; `ckptkit.pickling.reach` looks at
