@@ -68,7 +68,7 @@ _CALLERS = frozenset(
 
 _HOLDERS = frozenset(
     ("bytearray", "bytes", "classmethod", "complex", "defaultdict", "deque", "dict", "frozenset", "getattr", "iter",
-     "list", "partial", "property", "set", "slice", "staticmethod", "tuple", "zip", "_reconstructor")
+     "list", "partial", "property", "set", "setattr", "slice", "staticmethod", "tuple", "zip", "_reconstructor")
 )  # fmt: skip
 """Functions and classes in lower case that keep what they are given, and do not call it."""
 

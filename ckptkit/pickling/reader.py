@@ -136,11 +136,12 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
         machine = Machine(data, at, PersistentId, {}, limits, partial(_nested, limits, left))
         try:
             root = _run_on(machine, None)
+            is_one = number > 0 or (isinstance(root, int) and root == LEGACY_MAGIC)
         except (FormatError, LookupError, struct.error):
-            root = None
+            is_one = False
         at = machine.pos
         names.extend(machine.globals.values())
-        if root is None or (number == 0 and not (isinstance(root, int) and root == LEGACY_MAGIC)):
+        if not is_one:
             return names, False
     return names, True
 
