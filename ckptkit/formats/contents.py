@@ -268,7 +268,7 @@ class _Held(SourceFile):
 
 def _in_memory(record: Record) -> ByteRange:
     """A record's bytes, inflated."""
-    data = read_record(record, record.nbytes)
+    data = read_record(record, max(record.nbytes, record.data.nbytes))
     return ByteRange(_Held(data, record.data.file.path), 0, len(data))
 
 
@@ -362,8 +362,9 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
         if records:
             for name, record in list(records.items())[:_MAX_RECORDS]:
                 contents.look(name.partition("/")[2] or name, record)
-                if name.endswith((".pkl", ".pickle")) or _head(record)[:1] == b"\x80":
-                    found.extend(scanned(read_record(record, _SCANNED_NBYTES), (*known, *contents.uses())))
+                if name.endswith("data.pkl") and not record.deflated:  # the others were scanned where that helps
+                    data = record.data.read(0, min(_SCANNED_NBYTES, record.data.nbytes))
+                    found.extend(scanned(data, (*known, *contents.uses())))
         elif probe.head[:1] in (b"\x80", LOCAL_SIGNATURE[:1]):
             contents.look("", whole) if probe.head[:1] == b"\x80" else None
             found.extend(scanned(whole.read(0, min(_SCANNED_NBYTES, whole.nbytes)), (*known, *contents.uses())))

@@ -297,7 +297,8 @@ def test_a_function_that_is_kept_and_called_is_hostile(way: str, how: str) -> No
         (call(named("cloudpickle.cloudpickle._class_setstate"), named("collections.OrderedDict"), b"}"),
          "cloudpickle.cloudpickle._class_setstate"),
         (call(named("builtins.setattr"), named("collections.OrderedDict"), text("__init__"), KEPT), "builtins.setattr"),
-        (call(named("builtins.setattr"), KEPT, text("a"), b"N") + call(named("mine.f"), named("builtins.setattr")) + b"\x86",
+        (call(named("builtins.setattr"), KEPT, text("a"), b"N") + call(named("mine.f"), named("builtins.setattr"))
+         + b"\x86",
          "builtins.setattr"),
         (attribute(call(named("cloudpickle.cloudpickle.subimport"), text("os")), "system"), "os.system"),
         (attribute(call(named("dill._dill._import_module"), text("subprocess")), "Popen"), "subprocess.Popen"),
