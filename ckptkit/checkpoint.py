@@ -334,24 +334,40 @@ class Section:
         return self.kind in ("state_dict", "whole_model")
 
 
+Verdict = Literal["torch", "allowed", "unknown", "dangerous"]
+
+GRAVITY: Mapping[Verdict, int] = {"torch": 0, "allowed": 0, "unknown": 1, "dangerous": 2}
+"""How grave each verdict is: of several the gravest counts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalUse:
-    """A Python name in a pickle, never resolved.
+    """A Python name in a pickle, never resolved; or a part of a file that no pickle names and that matters likewise.
 
     Attributes:
-        name: ``"module.attribute"``.
-        verdict: ``"torch"``, ``"allowed"``, ``"unknown"`` or ``"dangerous"``.
-        count: how often the pickle calls it, at least 1.
+        name: ``"module.attribute"``; of a part what it is: ``"compiled code"``.
+        verdict: see `ckptkit.pickling.trust`.
+        count: how often the pickle calls it, at least 1; of parts how many there are.
         where: a few of the places where it occurs: the record, and the keys in its tree:
             ``("data.pkl: args",)``.
         reason: what is to be known about it beyond the verdict; ``""``: nothing.
+        kind: ``"name"``; ``"code"``: a part that is run by whoever loads the file; ``"unread"``: a part that could
+            not be looked into.
     """
 
     name: str
-    verdict: Literal["torch", "allowed", "unknown", "dangerous"]
+    verdict: Verdict
     count: int
     where: tuple[str, ...] = ()
     reason: str = ""
+    kind: Literal["name", "code", "unread"] = "name"
+
+
+def trust_of(uses: Iterable[GlobalUse]) -> Trust:
+    """What the gravest of some verdicts makes of the file they are about."""
+    worst = max((GRAVITY[use.verdict] for use in uses), default=0)
+    order: tuple[Trust, ...] = ("safe", "needs_trust", "hostile")
+    return order[worst]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,6 +385,8 @@ class Origin:
             ``None``: the file has no state_dict, or several and none was chosen.
         pickle_protocol: of the file's object pickle; ``None`` where it has none.
         writer: which torch wrote it, as far as the file tells: ``"torch 2.1 or later"``.
+        has_pickle: whether there is a pickle in the file.
+        is_program: whether it holds a program, of which only the weights can be written.
     """
 
     path: str
@@ -380,6 +398,8 @@ class Origin:
     state_path: str | None = None
     pickle_protocol: int | None = None
     writer: str | None = None
+    has_pickle: bool = True
+    is_program: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -394,6 +414,7 @@ class Checkpoint:
         origin: the file it came from.
         sections: the parts that hold tensors, in file order.
         globals: every Python name in the file's pickles.
+        unvouched: parts of the file that are code, or could not be looked into.
         module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
         findings: what the reader noticed.
         operations: what `rewrite` did to it, in order.
@@ -405,6 +426,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     sections: tuple[Section, ...] = ()
     globals: tuple[GlobalUse, ...] = ()
+    unvouched: tuple[GlobalUse, ...] = ()
     module: object = None
     findings: tuple[Finding, ...] = ()
     operations: tuple[str, ...] = ()
@@ -415,10 +437,7 @@ class Checkpoint:
     @property
     def trust(self) -> Trust:
         """What a loader that executes pickles would have to be trusted with; see `Trust`."""
-        verdicts = {use.verdict for use in self.globals}
-        if "dangerous" in verdicts:
-            return "hostile"
-        return "needs_trust" if "unknown" in verdicts else "safe"
+        return trust_of((*self.globals, *self.unvouched))
 
     def rewrite(self, *rewriters: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
         """The checkpoint with each rewriter applied in turn; this one stays as it is."""

@@ -111,17 +111,16 @@ def headline(document: dict[str, Any], style: Style) -> str:
 def facts(document: dict[str, Any]) -> str:
     """Container, kind, size, devices, writer and trust."""
     parts = [document["format"], document["kind"].replace("_", " "), human_size(document["size"])]
-    holds_pickle = not document["format"].startswith("safetensors")
+    holds_pickle = document["has_pickle"]
     locations = sorted({row.location for row in document["tensors"]})
-    if locations and holds_pickle:
+    if locations and (holds_pickle or locations != ["cpu"]):
         shown = ", ".join(printable(location) for location in locations[:4])
         parts.append(f"saved on {shown}{', ...' if len(locations) > 4 else ''}")
     if document["writer"]:
         parts.append(f"written by {printable(document['writer'])}")
-    if holds_pickle:
-        parts.append(
-            "pickle " + {"safe": "safe", "needs_trust": "needs trust", "hostile": "HOSTILE"}[document["trust"]]
-        )
+    trust = {"safe": "safe", "needs_trust": "needs trust", "hostile": "HOSTILE"}[document["trust"]]
+    if holds_pickle or document["trust"] != "safe":
+        parts.append(f"pickle {trust}" if holds_pickle else trust)
     return ", ".join(parts)
 
 

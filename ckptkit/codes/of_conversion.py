@@ -13,6 +13,12 @@ CODES: dict[str, Explanation] = {
         "program all but its weights. Training cannot be resumed from the output alone.",
         "Write a .pth without --weights-only and --leave-out to keep them.",
     ),
+    "hostile-output": Explanation(
+        "the output names what runs, imports or opens",
+        "A .pth keeps everything that is in the source, and with it what the source would run when it is loaded with "
+        "pickle. ckptkit ran nothing of it; it is in the output as it was in the source.",
+        "Write a .safetensors, or leave out what holds the names: --weights-only, --leave-out KEY, --exclude GLOB.",
+    ),
     "renamed": Explanation(
         "tensors were renamed",
         "The names in the output differ from the source's as the options asked; order and values do not.",

@@ -116,6 +116,12 @@ CODES: dict[str, Explanation] = {
         "Converting writes only what the checkpoint uses.",
     ),
     # Programs.
+    "not-looked-into": Explanation(
+        "a record that could not be looked into",
+        "Something that nothing in the file refers to is compressed, encrypted, damaged, an archive inside an archive, "
+        "or too large. It may hold a pickle or a program, so nobody vouches for the file.",
+        "Converting writes only what the checkpoint uses: ckptkit convert FILE OUT.safetensors",
+    ),
     "torchscript-program": Explanation(
         "a TorchScript program, not a plain checkpoint",
         'torch.jit.save wrote it: weights together with the code that uses them. torch.load refuses it ("Cannot use '
@@ -136,8 +142,8 @@ CODES: dict[str, Explanation] = {
     ),
     "foreign-program": Explanation(
         "compiled code beside the weights",
-        "The archive holds libraries or programs built for one machine (AOTInductor, ExecuTorch). They are named, not "
-        "read; whoever loads the archive runs them.",
+        "The archive holds libraries or programs built for one machine (AOTInductor, ExecuTorch, shared libraries, GPU "
+        "kernels). They are named, not read; whoever loads the archive runs them, so the file needs trust.",
         "Load it only if you trust where it came from.",
     ),
     "embedded-source": Explanation(

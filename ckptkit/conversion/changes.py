@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse
 from ckptkit.derived import Conversion, ConvertedRange
-from ckptkit.normalize.beside import PROGRAMS, beside_weights
+from ckptkit.errors import FormatError
+from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import step
-from ckptkit.pickling.inert import mapping_items
-from ckptkit.plan import Gather, Plan
+from ckptkit.pickling.inert import Global, mapping_items, walk
+from ckptkit.pickling.reader import read_pickle
+from ckptkit.pickling.trust import global_uses, merge_uses, with_places
+from ckptkit.plan import Gather, Literal, Plan
 from ckptkit.report import Finding, count_of, glob_of, human_size
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ __all__ = [
     "diagnose_moves",
     "diagnose_renames",
     "diagnose_selection",
+    "diagnose_trust",
 ]
 
 
@@ -105,7 +109,7 @@ def diagnose_losses(source: Checkpoint, result: Checkpoint) -> Iterator[Finding]
         source: the checkpoint as it was read.
         result: as it is written.
     """
-    if result.origin.format in PROGRAMS:
+    if result.origin.is_program:
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
     else:
@@ -113,6 +117,49 @@ def diagnose_losses(source: Checkpoint, result: Checkpoint) -> Iterator[Finding]
         left_out = [key for key in beside_weights(source) if key not in kept]
     if left_out:
         yield Finding(code="left-out", severity="info", message=f"not in the output: {_listed(left_out)}")
+
+
+def diagnose_trust(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterator[Finding]:
+    """Whether a pickle that is written names what runs, imports or opens.
+
+    Args:
+        source: the checkpoint as it was read.
+        result: as it is written.
+        plan: of the output; its pickles are read as those of any file.
+    """
+    if source.trust != "hostile":
+        return
+    hostile: list[GlobalUse] = []
+    for made in plan.all_steps():
+        if isinstance(made, Literal) and not made.data.startswith(b"PK"):
+            try:
+                pickle = read_pickle(made.data, whole=True)
+            except FormatError:  # a header, an index
+                continue
+            uses = with_places(global_uses(pickle.globals), pickle.root)
+            hostile.extend(use for use in uses if use.verdict == "dangerous")
+    if not hostile:
+        return
+    names = {use.name for use in hostile}
+    inside = [name for name, value in result.state_dict.extra.items() if _names_any(value, names)]
+    options = [f"--exclude {glob_of(name)}" for name in inside[:8]]
+    if not inside or _names_any(result.rest, names):
+        options.append("--weights-only" if result.state_dict.everything else "--to safetensors")
+    yield Finding(
+        code="hostile-output",
+        severity="warning",
+        message="what is written is as hostile as the source: its pickle names "
+        f"{_listed([use.name + _in(use) for use in merge_uses(hostile)])}; whoever loads it with pickle runs that",
+        fix=" ".join(options),
+    )
+
+
+def _in(use: GlobalUse) -> str:
+    return f" (in {use.where[0]!r:.80})" if use.where else ""
+
+
+def _names_any(value: object, names: Collection[str]) -> bool:
+    return any(isinstance(node, Global) and node.qualified in names for node in walk(value))
 
 
 def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> Iterator[Finding]:

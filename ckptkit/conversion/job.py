@@ -65,8 +65,8 @@ class Job:
             RewriteError: the container cannot hold the checkpoint.
         """
         size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-        if size is not None and (not isinstance(size, int) or size < 1):
-            raise RewriteError(f"files of at most {size:,} bytes are none; give a size such as 5GB")
+        if size is not None and size < 1:
+            raise RewriteError(f"{size:,} bytes is not a valid size of a file; give one such as 5GB")
         tokens = Tokens()
         if receipt:
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)

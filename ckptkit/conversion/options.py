@@ -16,6 +16,7 @@ from ckptkit.conversion.changes import (
     diagnose_moves,
     diagnose_renames,
     diagnose_selection,
+    diagnose_trust,
 )
 from ckptkit.derived import ConvertedRange
 from ckptkit.errors import RewriteError
@@ -159,6 +160,7 @@ class Conversion:
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
         yield from diagnose_losses(self.source, self.result)
+        yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)
 
     def _changed_by(self, *kinds: type[Renamer]) -> set[str]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import GRAVITY, Checkpoint, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES
 from ckptkit.formats.detection import identify
@@ -23,12 +23,9 @@ from ckptkit.pickling.inert import TreeMap
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "files_below", "format_for", "plan", "read", "target"]
+__all__ = ["FORMATS", "SUFFIXES", "detect", "files_below", "format_for", "plan", "read", "shards_of", "target"]
 
 _INDEX = ".index.json"
-
-_SHARDED = {"safetensors-sharded": "safetensors", "torch-sharded": "torch-zip"}
-"""What the shards are, by the name of the whole."""
 
 SHARD_NBYTES = 5 * 10**9
 """Bytes of a shard where an index is to be written and no size is given; what huggingface_hub takes."""
@@ -42,6 +39,11 @@ def detect(probe: Probe) -> Format:
         AmbiguousError: more than one claims it.
     """
     return identify(probe, FORMATS)
+
+
+def shards_of(name: str | None) -> str | None:
+    """The container that the shards of a checkpoint are written in; ``None``: it has none."""
+    return next((container.shards for container in FORMATS if container.name == name), None)
 
 
 def files_below(folder: str) -> Iterator[str]:
@@ -112,10 +114,11 @@ def read(
     except FormatError as error:
         seen = raw.globals if raw is not None else ()
         if probe is not None and raw is None:
-            from ckptkit.formats.refused.sweep import names_left  # nobody waits for it where all is well
+            from ckptkit.formats.contents import names_left
 
-            known = {use.name for use in error.globals}
-            seen = tuple(use for use in names_left(probe) if use.name not in known)
+            known = {use.name: GRAVITY[use.verdict] for use in error.globals}
+            left = names_left(probe, error.globals)
+            seen = tuple(use for use in left if GRAVITY[use.verdict] > known.get(use.name, -1))
         file.close()
         raise error.at(path=file.path, seen=seen) from error.__cause__
     except BaseException:
@@ -138,7 +141,7 @@ def _without_checksums(root: object) -> object:
 
 def _placed(checkpoint: Checkpoint, file: SourceFile) -> Checkpoint:
     """The checkpoint with what the files beside it say: the size of its shards, or that it is itself but one."""
-    if checkpoint.origin.format.endswith("-sharded"):
+    if shards_of(checkpoint.origin.format) is not None:
         return checkpoint.replace(origin=replace(checkpoint.origin, size=file.total_size))
     shard = lone_shard(file)
     return checkpoint if shard is None else checkpoint.replace(findings=(*checkpoint.findings, shard))
@@ -203,8 +206,9 @@ def target(
     default = None
     if path.endswith(_INDEX):
         path, default = path.removesuffix(_INDEX), SHARD_NBYTES
-    if to in _SHARDED:
-        to, default = _SHARDED[to], SHARD_NBYTES
+    shards = shards_of(to)
+    if shards is not None:
+        to, default = shards, SHARD_NBYTES
     return path, format_for(path, to), default if shard_nbytes is None else shard_nbytes
 
 

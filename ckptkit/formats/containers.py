@@ -76,23 +76,31 @@ CONTAINERS: tuple[Format, ...] = (
         suffixes=(".jit", ".ptl", ".torchscript"),
         claims=_archive("torchscript"),
         reader="torchscript",
+        is_program=True,
     ),
-    Format(name="torch-package", claims=_archive("torch-package"), reader="torch_package"),
-    Format(name="pt2", suffixes=(".pt2",), claims=_archive("pt2"), reader="pt2"),
+    Format(name="torch-package", claims=_archive("torch-package"), reader="torch_package", is_program=True),
+    Format(name="pt2", suffixes=(".pt2",), claims=_archive("pt2"), reader="pt2", is_program=True),
     Format(
         name="safetensors",
         suffixes=(".safetensors",),
         claims=_safetensors,
         reader="safetensors",
         writer="safetensors_writer",
+        has_pickle=False,
     ),
 )
 """Every container that is one file, in no order that matters: a file two of them claim is refused."""
 
 FORMATS: tuple[Format, ...] = (
     *CONTAINERS,
-    Format(name="safetensors-sharded", claims=_index("safetensors-sharded"), reader="sharded"),
-    Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded"),
+    Format(
+        name="safetensors-sharded",
+        claims=_index("safetensors-sharded"),
+        reader="sharded",
+        has_pickle=False,
+        shards="safetensors",
+    ),
+    Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
 )
 """Every container: these, and the indexes that make one checkpoint of several of them."""
 

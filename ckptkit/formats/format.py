@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -82,6 +82,9 @@ class Format:
             After that the decision stands: what is wrong with the file is that container's error.
         reader: the module that reads it.
         writer: the module that writes it; ``None``: cannot be written.
+        has_pickle: whether there may be pickles in it.
+        is_program: whether it holds a program, of which only the weights can be written.
+        shards: of an index, the container that its shards are written in.
     """
 
     name: str
@@ -89,6 +92,9 @@ class Format:
     claims: Callable[[Probe], bool]
     reader: str
     writer: str | None = None
+    has_pickle: bool = True
+    is_program: bool = False
+    shards: str | None = None
 
     def read(self, probe: Probe) -> RawCheckpoint:
         """The tree and the container's facts; reads directory, pickle or header only.
@@ -97,7 +103,8 @@ class Format:
             FormatError: the file is damaged or refused.
         """
         read: Callable[[Probe], RawCheckpoint] = import_module(f"ckptkit.formats.{self.reader}").read
-        return read(probe)
+        raw = read(probe)
+        return replace(raw, has_pickle=raw.has_pickle and self.has_pickle, is_program=self.is_program)
 
     def write(self, checkpoint: Checkpoint) -> Plan:
         """The plan of a file that holds a checkpoint.

@@ -38,10 +38,8 @@ from ckptkit.formats.strict_json import parse, shown
 from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript import vouched
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import Global, InertDict, PersistentId
-from ckptkit.pickling.reader import read_pickle
+from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.tensors import StorageTable
-from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import Finding
 
 __all__ = ["read"]
@@ -68,6 +66,7 @@ def read(probe: Probe) -> RawCheckpoint:
         FormatError: the file is damaged or refused.
     """
     archive = TorchArchive(probe.records or {}, probe.limits)
+    archive.programs = _COMPILED
     reader = _Reader(archive)
     models = reader.old() if _OLD in archive.records else reader.models()
     parts: list[tuple[object, object]] = models[0][1] if len(models) == 1 else [(n, InertDict(p)) for n, p in models]
@@ -82,7 +81,8 @@ def read(probe: Probe) -> RawCheckpoint:
         byteorder=reader.byteorder,
         writer=reader.writer,
         metadata={},
-        globals=vouched(merge_uses(global_uses(reader.globals), archive.uses())),
+        globals=vouched(archive.uses()),
+        has_pickle=archive.has_pickle,
         findings=(*archive.findings(), *reader.findings()),
     )
 
@@ -98,7 +98,6 @@ class _Reader:
         self._unlisted: list[str] = []
         self.byteorder: Literal["little", "big"] = archive.byteorder()
         self.writer: str | None = None
-        self.globals: list[Global] = []
 
     def models(self) -> list[tuple[str, _Parts]]:
         """Each model's name, and its ``state_dict`` and ``constants`` where it has them."""
@@ -148,7 +147,7 @@ class _Reader:
     def _load(self, name: str) -> object:
         """The object that ``torch.save`` wrote into a record; ``None``: it is no archive of torch's."""
         nested = self._archive.nested(name)
-        if nested is None or "data.pkl" not in nested.records:
+        if nested is None:
             if self._archive.records[name].nbytes:
                 self._unlisted.append(name)
             return None
@@ -158,7 +157,7 @@ class _Reader:
         except FormatError as error:
             error.where = f"{name}, {error.where}" if error.where else name
             raise
-        self.globals += pickle.globals
+        self._archive.include(name, nested)
         return pickle.root
 
     def _configured(self, config: str, folder: str) -> dict[object, object]:
@@ -192,7 +191,7 @@ class _Reader:
             record = self._archive.records.get(folder + path)
             if record is None:
                 raise CorruptError(f"{shown(path)} is listed, and the archive has no record of that name")
-            self._archive.mark((folder + path,))
+            self._archive.mark((folder + path,), known=True)
             found[path] = Storage(
                 key=path,
                 dtype=names.pop() if len(names) == 1 else None,
@@ -235,9 +234,7 @@ class _Reader:
             value = self._load(record)
             if "/custom_obj_" not in record:
                 return value
-        else:
-            pickle = read_pickle(self._archive.read(record), persistent_load=PersistentId, limits=self._archive.limits)
-            self.globals += pickle.globals
+        self._archive.mark((record,))
         self._unlisted.append(name)
         return None
 
@@ -250,14 +247,6 @@ class _Reader:
                 severity="warning",
                 message=f"{len(self._unlisted)} values of the program are not listed: objects, or tensors that are "
                 f"sparse or have no bytes in the file: {names}",
-            )
-        compiled = [name for name in self._archive.records if name.startswith(_COMPILED)]
-        if compiled:
-            names = ", ".join(name[:80] for name in compiled[:4]) + (", ..." if len(compiled) > 4 else "")
-            yield Finding(
-                code="foreign-program",
-                severity="warning",
-                message=f"{len(compiled)} files of a program compiled for one machine, which are not read: {names}",
             )
 
 

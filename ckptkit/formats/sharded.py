@@ -27,13 +27,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.containers import CONTAINERS, index_of
+from ckptkit.formats.contents import names_left
 from ckptkit.formats.detection import identify
 from ckptkit.formats.format import Probe
 from ckptkit.formats.module_versions import state_dict_node
@@ -52,6 +53,7 @@ from ckptkit.formats.strict_json import parse, shown
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import TreeMap, attributes, mapping_items
+from ckptkit.pickling.trust import merge_uses
 
 __all__ = ["read", "shard_names"]
 
@@ -74,7 +76,7 @@ def read(probe: Probe) -> RawCheckpoint:
     everything = _assembled(weight_map, shards, problems)
     if len(everything) > probe.limits.entries:
         raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
-    problems.check()
+    problems.check(merged_globals(shards))
     raws = [shard.raw for shard in shards.values()]
     protocols = [raw.pickle_protocol for raw in raws if raw.pickle_protocol is not None]
     return RawCheckpoint(
@@ -82,6 +84,7 @@ def read(probe: Probe) -> RawCheckpoint:
         format=name,
         byteorder="big" if raws and all(raw.byteorder == "big" for raw in raws) else "little",
         pickle_protocol=max(protocols, default=None),
+        has_pickle=any(raw.has_pickle for raw in raws),
         writer=next((raw.writer for raw in raws if len({raw.writer for raw in raws}) == 1), None),
         metadata=merged_metadata(metadata, shards),
         globals=merged_globals(shards),
@@ -147,13 +150,15 @@ class _Problems:
         self._kinds: dict[str, list[str]] = {}
         self._globals: list[GlobalUse] = []
 
-    def add(self, kind: str, name: str, error: FormatError | None = None) -> None:
+    def add(self, kind: str, name: str, seen: Iterable[GlobalUse] = ()) -> None:
         self._kinds.setdefault(kind, []).append(name)
-        if error is not None:
-            self._globals.extend(error.globals)
+        self._globals.extend(seen)
 
-    def check(self) -> None:
+    def check(self, seen: tuple[GlobalUse, ...]) -> None:
         """Raise for all of them.
+
+        Args:
+            seen: the names in the shards that were read.
 
         Raises:
             CorruptError: there is at least one.
@@ -166,7 +171,7 @@ class _Problems:
             )
         if parts:
             error = CorruptError("; ".join(parts))
-            error.globals = tuple(self._globals)
+            error.globals = merge_uses(seen, self._globals)
             raise error
 
 
@@ -195,17 +200,18 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
             return None
         container = identify(part, CONTAINERS)
         if container.name not in allowed:
-            problems.add(_UNREADABLE, f"{name} (it is {container.name}, where the index promises safetensors)")
+            what = f"{name} (it is {container.name}, where the index promises safetensors)"
+            problems.add(_UNREADABLE, what, names_left(part))
             return None
         raw = container.read(part)
     except FormatError as error:
-        problems.add(_UNREADABLE, f"{name} ({error.where + ': ' if error.where else ''}{error.message})", error)
+        problems.add(_UNREADABLE, f"{name} ({error.where + ': ' if error.where else ''}{error.message})", error.globals)
         return None
     finally:
         file.release()
     pairs = mapping_items(_prefixed(raw.root, name))
     if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
-        problems.add(_NO_STATE_DICT, name)
+        problems.add(_NO_STATE_DICT, name, raw.globals)
         return None
     return Shard(name, raw, {key: value for key, value in pairs if isinstance(key, str)})
 

@@ -20,7 +20,8 @@ requests 94503, 100994, 143879 and 147788).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 from ckptkit.checkpoint import GlobalUse
@@ -28,13 +29,14 @@ from ckptkit.derived import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.formats.archives.zip_record import Record, read_record, record_source
+from ckptkit.formats.contents import Contents
 from ckptkit.formats.format import Probe
 from ckptkit.limits import Limits
-from ckptkit.pickling.reader import Constructor, PickleResult, read_names, read_pickle
+from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.trust import global_uses, merge_uses
-from ckptkit.report import Finding, human_size
+from ckptkit.report import Finding, count_of, human_size
 
 __all__ = ["METADATA", "ArchiveKind", "TorchArchive", "archive_kind"]
 
@@ -93,24 +95,29 @@ class TorchArchive:
     Args:
         records: of the zip archive.
         limits: bounds on what the file may ask for.
+        levels: archives inside it that are looked into.
 
     Attributes:
         records, limits: these.
+        programs: folders in which all is a program for one machine.
 
     Raises:
         AmbiguousError: the archive has more than one root folder.
     """
 
-    def __init__(self, records: dict[str, Record], limits: Limits) -> None:
+    def __init__(self, records: dict[str, Record], limits: Limits, levels: int = 1) -> None:
         root = _root(records) or ""
         self.limits = limits
+        self.programs: tuple[str, ...] = ()
         self.records = {name[len(root) :]: record for name, record in records.items() if name.startswith(root)}
         if len(self.records) != len(records):
             roots = sorted({name.partition("/")[0] for name in records})
             raise AmbiguousError(
                 f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch takes the first for all"
             )
-        self._used: set[str] = set()
+        self._used: set[str] = set()  # what something refers to
+        self._known: set[str] = set()  # what is known to be no more than it is read as
+        self._contents = Contents(limits, levels)
         self._unrecorded = 0
         self._uses: list[GlobalUse] = []
         self._pickled = 0
@@ -151,6 +158,7 @@ class TorchArchive:
                 f"format version {version[:20]!r}; 1 to {_MAX_VERSION} are known. A newer ckptkit may read it",
                 where="version",
             )
+        self._known.add("version" if "version" in self.records else ".data/version")
         return version
 
     def byteorder(self) -> Literal["little", "big"]:
@@ -162,6 +170,7 @@ class TorchArchive:
         byteorder = self.small("byteorder") or "little"
         if byteorder not in ("little", "big"):
             raise CorruptError(f"byte order {byteorder[:20]!r}; little or big is expected", where="byteorder")
+        self._known.add("byteorder")
         return "big" if byteorder == "big" else "little"
 
     def writer(self) -> str | None:
@@ -198,7 +207,7 @@ class TorchArchive:
                 raise CorruptError(
                     f"storage {key!r} is declared as {nbytes:,} bytes, its record holds {record.nbytes:,}"
                 )
-            self._used.add(name)
+            self.mark((name,), known=True)
             self._unrecorded += record.crc32 is None
             return record_source(record) if record.deflated else record.data, record.crc32
 
@@ -238,27 +247,34 @@ class TorchArchive:
         except FormatError as error:
             raise error.at(where=name, seen=tuple(self._uses)) from error.__cause__
         self._uses.extend(global_uses(pickle.globals, name))
+        self._known.add(name)
+        self._contents.pickles += 1
         return pickle
 
     def uses(self) -> tuple[GlobalUse, ...]:
-        """The verdicts on the names in all pickles that were read, and in those that nothing refers to.
+        """The verdicts on all that the file holds.
 
-        Raises:
-            LimitError: those have more bytes than one pickle may.
+        On the names in the pickles that were read, and on what was not read (`ckptkit.formats.contents`).
         """
-        found = list(self._uses)
-        left = self.limits.pickle_nbytes
-        for name, record in self._others():
-            is_named = name.endswith((".pkl", ".pickle"))
-            if record.nbytes and (is_named or (not record.deflated and record.data.read(0, 1) == b"\x80")):
-                if record.nbytes > left:
-                    limit = self.limits.pickle_nbytes
-                    raise LimitError("bytes of pickles that nothing refers to", limit=limit, actual=limit + 1).at(
-                        seen=tuple(found)
-                    )
-                left -= record.nbytes
-                found.extend(read_names(read_record(record, record.nbytes), name, limits=self.limits))
-        return merge_uses(found)
+        for name, record in self.records.items():
+            if name not in self._known and not name.endswith("/"):
+                self._contents.look(name, record, is_program=name.startswith(self.programs))
+                self._known.add(name)
+        return merge_uses(self._uses, self._contents.uses())
+
+    @property
+    def has_pickle(self) -> bool:
+        """Whether there is any, once `uses` looked at all that was not read."""
+        return self._contents.pickles > 0
+
+    def code(self, name: str, what: str, reason: str) -> None:
+        """Say that a record is code, which is not read."""
+        self._contents.code(name, what, reason)
+
+    def include(self, name: str, nested: TorchArchive) -> None:
+        """Take in what is in the archive that a record holds, once it was read."""
+        self._uses.extend(replace(use, where=tuple(f"{name}, {place}" for place in use.where)) for use in nested.uses())
+        self._contents.pickles += nested._contents.pickles
 
     def _others(self) -> list[tuple[str, Record]]:
         """The records that nothing in the file refers to, as far as it was read."""
@@ -281,9 +297,13 @@ class TorchArchive:
         if record.data.read(0, min(4, record.nbytes)) != LOCAL_SIGNATURE:
             return None
         try:
-            return TorchArchive(read_directory(record.data, self.limits), self.limits)
+            nested = TorchArchive(read_directory(record.data, self.limits), self.limits, levels=0)
         except FormatError as error:
             raise error.at(where=name) from error.__cause__
+        if "data.pkl" not in nested.records:
+            return None
+        self._known.add(name)
+        return nested
 
     def findings(self) -> list[Finding]:
         """What is remarkable about the records, once everything was read that is going to be."""
@@ -296,6 +316,7 @@ class TorchArchive:
                     message=f"{self._unrecorded} storages carry no checksum: damage to them cannot be seen",
                 )
             )
+        findings.extend(_unvouched(self.uses()))
         others = self._others()
         dead = sum(record.nbytes for _, record in others)
         if others:
@@ -311,6 +332,32 @@ class TorchArchive:
             )
         return findings
 
-    def mark(self, names: Iterable[str]) -> None:
-        """Say that these records belong to the file, though they are not read."""
-        self._used.update(names)
+    def mark(self, names: Iterable[str], *, known: bool = False) -> None:
+        """Say that these records belong to the file, though they are not read.
+
+        Args:
+            names: theirs.
+            known: whether they are the bytes of tensors and nothing else.
+        """
+        for name in names:
+            self._used.add(name)
+            if known:
+                self._known.add(name)
+
+
+def _unvouched(uses: Iterable[GlobalUse]) -> Iterator[Finding]:
+    """What nobody vouches for beside names."""
+    for use in uses:
+        shown = ", ".join(place[:80] for place in use.where) + (", ..." if use.count > len(use.where) else "")
+        if use.kind == "code" and use.name == "compiled code":
+            yield Finding(
+                code="foreign-program",
+                severity="warning",
+                message=f"{count_of(use.count, 'file')} of a program compiled for one machine, not read: {shown}",
+            )
+        elif use.kind == "unread":
+            yield Finding(
+                code="not-looked-into",
+                severity="warning",
+                message=f"{count_of(use.count, 'record')} that could not be looked into ({use.reason:.200}): {shown}",
+            )

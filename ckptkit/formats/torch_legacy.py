@@ -36,14 +36,13 @@ from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import Global, InertDict, walk
 from ckptkit.pickling.legacy import LegacyTable, era
-from ckptkit.pickling.reader import read_pickle
+from ckptkit.pickling.reader import LEGACY_MAGIC, read_pickle
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 
 __all__ = ["begins_one", "legacy_findings", "read"]
 
 _NAME = "torch-legacy"
-_MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
 _MAGIC_NBYTES = 64
@@ -59,7 +58,7 @@ def begins_one(head: bytes) -> bool:
         root = read_pickle(head[:_MAGIC_NBYTES]).root
     except FormatError:
         return False
-    return isinstance(root, int) and root == _MAGIC
+    return isinstance(root, int) and root == LEGACY_MAGIC
 
 
 def read(probe: Probe) -> RawCheckpoint:

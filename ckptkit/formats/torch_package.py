@@ -33,6 +33,7 @@ from ckptkit.formats.torchscript_code import ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import Survey
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
+from ckptkit.pickling.reach import Reach
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.report import Finding
 
@@ -41,6 +42,7 @@ __all__ = ["read"]
 _NAME = "torch-package"
 _SCRIPTS = ".data/ts_code/"
 _UNPACKAGE = "torch.jit._script.unpackage_script_module"
+_GRAPH = "torch.fx.graph_module.reduce_package_graph_module"
 _PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
 
 
@@ -61,6 +63,8 @@ def read(probe: Probe) -> RawCheckpoint:
         number = name[len(_SCRIPTS) : -len("/data.pkl")]
         if number not in package.scripts:
             parts.append((f"{_SCRIPTS}{number}", package.script(number)))
+    for name in _sources(archive):
+        archive.code(name, "Python source", "the package's importer runs it")
     archive.mark(name for name in archive.records if not name.startswith(".data/"))
     archive.mark(name for name in archive.records if name.startswith(_SCRIPTS))
     return RawCheckpoint(
@@ -73,6 +77,7 @@ def read(probe: Probe) -> RawCheckpoint:
         writer=archive.writer(),
         metadata={},
         globals=_vouched(vouched(archive.uses())),
+        has_pickle=archive.has_pickle,
         findings=(*archive.findings(), *_findings(archive, pickles, scripts)),
     )
 
@@ -99,7 +104,9 @@ def _is_pickle(archive: TorchArchive, name: str) -> bool:
 
 def _vouched(uses: tuple[GlobalUse, ...]) -> tuple[GlobalUse, ...]:
     """The verdicts, with the function that takes a TorchScript module out of the package as torch's."""
-    return tuple(replace(use, verdict="torch") if use.name == _UNPACKAGE else use for use in uses)
+    return tuple(
+        replace(use, verdict="torch") if use.name == _UNPACKAGE and use.verdict == "unknown" else use for use in uses
+    )
 
 
 class _Package:
@@ -109,6 +116,7 @@ class _Package:
         self._archive = archive
         self._table = StorageTable(archive.locator(".data/", ".storage"), byteorder=byteorder, limits=archive.limits)
         self._classes = ScriptClasses(archive, f"{_SCRIPTS}code/")
+        self._reach = Reach(Global)
         self.scripts: dict[str, object] = {}
         self.protocol: int | None = None
 
@@ -125,9 +133,25 @@ class _Package:
             key = str(pid[2]) if isinstance(pid[2], int) else pid[2]
             return self._table.persistent_load((*pid[:2], key, *pid[3:]))
         function, args = pid[-2], pid[-1]
+        if isinstance(function, Global) and isinstance(args, tuple):
+            self._called(function, args)
         if isinstance(function, Global) and function.qualified == _UNPACKAGE and isinstance(args, tuple) and args:
             return self.script(args[0]) if isinstance(args[0], str) else PersistentId(pid)
         return PersistentId(pid)
+
+    def _called(self, function: Global, args: tuple[object, ...]) -> None:
+        """Judge a function that the importer calls, with itself as the first argument, by what it is given."""
+        function.calls += 1
+        if function.qualified == _GRAPH and len(args) == 2 and isinstance(args[1], str):
+            path = args[1].replace(".", "/")
+            name = next((name for name in (f"{path}.py", f"{path}/__init__.py") if name in self._archive.records), None)
+            if name is not None:  # the text that it imports; without it nothing excuses the name
+                function.excused += 1
+                self._reach.text(function, self._archive.read(name).decode("utf-8", "replace"))
+            return
+        watch = self._reach.watcher(function)
+        if watch is not None:
+            watch((PersistentId(None), *args))
 
     def script(self, number: str) -> object:
         """A TorchScript module of the package."""
@@ -150,8 +174,12 @@ class _Package:
         return self._table.persistent_load(pid)
 
 
+def _sources(archive: TorchArchive) -> list[str]:
+    return [name for name in archive.records if name.endswith(".py") and not name.startswith(".data/")]
+
+
 def _findings(archive: TorchArchive, pickles: list[str], scripts: list[str]) -> Iterator[Finding]:
-    sources = [name for name in archive.records if name.endswith(".py") and not name.startswith(".data/")]
+    sources = _sources(archive)
     externs = archive.read(".data/extern_modules").decode("utf-8", "replace").split()
     python = archive.small(".data/python_version")
     has = [f"{len(pickles)} pickled objects", f"{len(scripts)} TorchScript modules"][: 2 if scripts else 1]

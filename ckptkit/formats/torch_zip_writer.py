@@ -10,7 +10,6 @@ from ckptkit.errors import DTypeError, RewriteError, UnsupportedError
 from ckptkit.formats.archives.zip_writer import ZipWriter
 from ckptkit.formats.torch_archive import METADATA
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.beside import PROGRAMS
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Plan
@@ -26,7 +25,7 @@ def written_tree(checkpoint: Checkpoint) -> object:
     Raises:
         RewriteError: it is a program, and none of its sections was selected, or it has no weights.
     """
-    if checkpoint.origin.format not in PROGRAMS:
+    if not checkpoint.origin.is_program:
         return checkpoint.rest
     if checkpoint.origin.state_path is None:
         raise RewriteError(
@@ -69,7 +68,7 @@ def write(checkpoint: Checkpoint) -> Plan:
         return node
 
     # Of a program only the state_dict is written, as torch would; no name in it means another thing in protocol 2.
-    protocol = None if checkpoint.origin.format in PROGRAMS else checkpoint.origin.pickle_protocol
+    protocol = None if checkpoint.origin.is_program else checkpoint.origin.pickle_protocol
     data = write_pickle(written_tree(checkpoint), lower=lower, protocol=protocol)
     byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
     if len(byteorders) > 1:

@@ -36,8 +36,9 @@ class RawCheckpoint:
     Attributes:
         root: the inert tree.
         format, format_version, byteorder, pickle_protocol, writer, metadata: as in `Origin` and `Checkpoint`.
-        globals: the verdict on every name in the file.
+        globals: the verdict on every name in the file, and on what else matters likewise.
         findings: what the reader noticed.
+        has_pickle, is_program: as in `Origin`.
         kind: what the file holds, where the container says it; ``None``: the tree tells.
     """
 
@@ -50,6 +51,8 @@ class RawCheckpoint:
     metadata: Mapping[str, str]
     globals: tuple[GlobalUse, ...] = ()
     findings: tuple[Finding, ...] = ()
+    has_pickle: bool = True
+    is_program: bool = False
     kind: Kind | None = None
 
 
@@ -96,7 +99,8 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         rest=rest,
         module=module,
         metadata=raw.metadata,
-        globals=with_places(raw.globals, raw.root),
+        globals=with_places(tuple(use for use in raw.globals if use.kind == "name"), raw.root),
+        unvouched=tuple(use for use in raw.globals if use.kind != "name"),
         findings=tuple(findings),
         sections=sections,
         origin=Origin(
@@ -109,6 +113,8 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
             state_path=None if chosen is None else chosen.path,
             pickle_protocol=raw.pickle_protocol,
             writer=raw.writer,
+            has_pickle=raw.has_pickle,
+            is_program=raw.is_program,
         ),
     )
 

@@ -6,17 +6,14 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import mapping_items
 
-__all__ = ["PROGRAMS", "beside_weights"]
-
-PROGRAMS = frozenset({"torchscript", "torch-package", "pt2"})
-"""Containers of programs: what stands beside the weights there means nothing to ``torch.load``."""
+__all__ = ["beside_weights"]
 
 _OTHER = "other objects"
 
 
 def beside_weights(checkpoint: Checkpoint) -> list[str]:
     """The keys of training state and whatever else is in the file beside the selected state_dict."""
-    if checkpoint.rest is STATE_DICT or checkpoint.origin.format in PROGRAMS:
+    if checkpoint.rest is STATE_DICT or checkpoint.origin.is_program:  # what is in one means nothing to torch.load
         return []
     pairs = mapping_items(checkpoint.rest)
     if pairs is None:

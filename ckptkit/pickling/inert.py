@@ -58,15 +58,17 @@ class Global:
         module, name: as the file spells them (``name`` may be dotted since protocol 4).
         calls: how often the pickle makes an object by calling it.
         offence: what makes a call of it hostile whatever the name is; ``""``: nothing.
+        excused: how many of its calls are harmless by what they are given, where the name alone is not.
     """
 
-    __slots__ = ("calls", "module", "name", "offence")
+    __slots__ = ("calls", "excused", "module", "name", "offence")
 
     def __init__(self, module: str, name: str) -> None:
         self.module = module
         self.name = name
         self.calls = 0
         self.offence = ""
+        self.excused = 0
 
     @property
     def qualified(self) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from struct import Struct
 from typing import NoReturn, TypeVar
 
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
+from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
 from ckptkit.pickling.reach import Reach
 
@@ -57,6 +58,7 @@ class Machine:
         persistent_load: Callable[[object], object],
         constructors: Mapping[tuple[str, str], Constructor],
         limits: Limits,
+        nested: Callable[[bytes], tuple[Iterable[Global], bool]] | None = None,
     ) -> None:
         self.data = data
         self.pos = start
@@ -64,6 +66,7 @@ class Machine:
         self.persistent_load = persistent_load
         self.constructors = constructors
         self.understood: dict[Global, Constructor] = {}
+        self.watchers: dict[Global, Callable[[tuple[object, ...]], None]] = {}
         self.limits = limits
         self.started_at = start
         self.protocol = 0
@@ -72,7 +75,7 @@ class Machine:
         self.marks: list[list[object]] = []
         self.memo: dict[int, object] = {}
         self.globals: dict[tuple[str, str], Global] = {}
-        self.reach = Reach(self.name)
+        self.reach = Reach(self.name, nested)
         self.nodes_left = limits.nodes
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument
@@ -83,10 +86,23 @@ class Machine:
 
     def finish(self) -> object:
         if self.marks or len(self.stack) != 1:
-            raise CorruptError("STOP with something else than one value on the stack")
+            raise CorruptError(self._left_over())
         if self.frame_end not in (self.pos, NO_FRAME):
             raise AmbiguousError("STOP is not the end of its frame")
         return self.stack.pop()
+
+    def _left_over(self) -> str:
+        """What a pickle that ends with more or less than one value has done by then."""
+        count = len(self.stack) + sum(map(len, self.marks))
+        said = f"STOP with something else than one value on the stack ({count}{' and a MARK' if self.marks else ''})"
+        names = self.globals.values()
+        called = sorted(names, key=lambda name: (not is_dangerous(name.module, name.name), not name.calls))
+        if not called:
+            return said
+        shown = ", ".join(f"{name.qualified:.80}" for name in called[:5])
+        more = f" and {len(called) - 5} more" if len(called) > 5 else ""
+        does = "has imported and called them" if any(name.calls for name in called) else "has imported them"
+        return f"{said}; it names {shown}{more}: CPython takes the last value, and {does} by then"
 
     def take(self, nbytes: int) -> bytes:
         """The next bytes, which must be there: a declared length never allocates on its own."""
@@ -139,11 +155,17 @@ class Machine:
             raise UnsupportedError(f"a call whose arguments are {type(args).__name__}, not a tuple")
         if isinstance(cls, Global):
             cls.calls += 1
+            if cls in self.watchers:
+                self.watchers[cls](args)
             constructor = self.understood.get(cls)
             if constructor is not None and how in ("reduce", "obj"):
                 built = constructor(args)
                 if built is not NotImplemented:
                     return built
+        elif how in ("reduce", "obj"):
+            self.reach.computed(cls, args)
+        if self.reach.is_watchful:
+            self.reach.handed(cls, args)
         return self.made(Object(how, cls, args, kwargs))  # type: ignore[arg-type]
 
     def made(self, node: _Node, count: int = 1) -> _Node:
@@ -163,9 +185,11 @@ class Machine:
             if len(self.globals) >= self.limits.names:
                 raise LimitError("names in a pickle", limit=self.limits.names, actual=len(self.globals) + 1)
             known = self.globals[module, name] = Global(module, name)
-            understood = self.constructors.get((module, name)) or self.reach.watcher(known)
-            if understood is not None:
-                self.understood[known] = understood
+            constructor, watcher = self.constructors.get((module, name)), self.reach.watcher(known)
+            if constructor is not None:
+                self.understood[known] = constructor
+            if watcher is not None:
+                self.watchers[known] = watcher
         return known
 
     def unknown(self, op: int) -> NoReturn:
@@ -249,6 +273,8 @@ class Machine:
         if target.state is not ABSENT:
             raise AmbiguousError(f"state applied twice to {_shown(target)}")
         target.state = state
+        if self.reach.is_watchful:
+            self.reach.changed(target)
 
     def global_text(self) -> None:
         limit = self.limits.name_nbytes

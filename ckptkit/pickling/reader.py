@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from struct import Struct
 
 from ckptkit.checkpoint import GlobalUse
@@ -25,7 +26,11 @@ from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machin
 from ckptkit.pickling.shortcut import REBUILD
 from ckptkit.pickling.trust import global_uses, merge_uses
 
-__all__ = ["Constructor", "PickleResult", "read_names", "read_pickle"]
+__all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "read_names", "read_pickle"]
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PICKLES = 5
+"""What a file of torch's before 1.6 begins with, and how many pickles it has before its storages' bytes."""
 
 _U16 = Struct("<H").unpack_from
 _I32 = Struct("<i").unpack_from
@@ -84,7 +89,9 @@ def read_pickle(
     """
     if len(data) - start > limits.pickle_nbytes:
         raise LimitError("bytes of a pickle", limit=limits.pickle_nbytes, actual=len(data) - start)
-    machine = Machine(data, start, persistent_load, constructors or {}, limits)
+    machine = Machine(
+        data, start, persistent_load, constructors or {}, limits, partial(_nested, limits, [limits.pickle_nbytes])
+    )
     machine.shortcut = shortcut
     try:
         root = _run_on(machine, more)
@@ -109,6 +116,34 @@ def read_pickle(
         corrupt = CorruptError(f"{message}: damaged, truncated, or no pickle", offset=machine.op_at)
         raise corrupt.at(seen=global_uses(machine.globals.values())) from None
     return PickleResult(root=root, end=machine.pos, protocol=machine.protocol, globals=tuple(machine.globals.values()))
+
+
+def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global], bool]:
+    """The names in a file of torch's before 1.6, and whether it is one: five pickles, then its storages' bytes.
+
+    Args:
+        limits: bounds on it; those on what it holds in turn are tighter, so that it ends.
+        left: the bytes that may still be read so, for all in one pickle together.
+        data: the file.
+    """
+    left[0] -= len(data)
+    if left[0] < 0 or len(data) > limits.pickle_nbytes // 4:
+        return [], False
+    names: list[Global] = []
+    limits = replace(limits, pickle_nbytes=limits.pickle_nbytes // 4)
+    at = 0
+    for number in range(LEGACY_PICKLES):
+        machine = Machine(data, at, PersistentId, {}, limits, partial(_nested, limits, left))
+        try:
+            root = _run_on(machine, None)
+            is_one = number > 0 or (isinstance(root, int) and root == LEGACY_MAGIC)
+        except (FormatError, LookupError, struct.error):
+            is_one = False
+        at = machine.pos
+        names.extend(machine.globals.values())
+        if not is_one:
+            return names, False
+    return names, True
 
 
 def read_names(data: bytes, record: str, *, limits: Limits = DEFAULT_LIMITS) -> tuple[GlobalUse, ...]:

@@ -16,11 +16,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal
 
-from ckptkit.checkpoint import GlobalUse, Storage
+from ckptkit.checkpoint import GRAVITY, GlobalUse, Storage, Verdict
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
-from ckptkit.pickling.dangerous import is_dangerous
+from ckptkit.pickling.dangerous import is_dangerous, is_kept_code
 from ckptkit.pickling.inert import Global, children, mapping_items
 
 __all__ = ["assess", "global_uses", "merge_uses", "with_places"]
@@ -64,7 +63,10 @@ _ALLOWED = frozenset(
 )  # fmt: skip
 
 _REASONS = (
-    (re.compile(r"torch\.fx\.graph_module\.reduce_graph_module"), "runs Python text that the file holds"),
+    (
+        re.compile(r"torch\.fx\.graph_module\.reduce_(?:package_)?graph_module"),
+        "runs Python text that the file holds",
+    ),
     (re.compile(r"__torch__\..*"), "TorchScript that the archive holds; torch.jit.load runs it"),
 )
 """Names that honest files have and that are code all the same."""
@@ -89,7 +91,7 @@ def assess(name: Global, record: str = "") -> GlobalUse:
         record: that the pickle is, or lies in.
     """
     qualified = name.qualified
-    verdict: Literal["torch", "allowed", "unknown", "dangerous"] = "unknown"
+    verdict: Verdict = "unknown"
     reason = name.offence
     if reason:
         verdict = "dangerous"
@@ -97,7 +99,9 @@ def assess(name: Global, record: str = "") -> GlobalUse:
         verdict = "torch"
     elif qualified in _ALLOWED:
         verdict = "allowed"
-    elif is_dangerous(name.module, name.name):
+    elif is_kept_code(name.module, name.name):
+        reason = "a function or class that the file holds as code; whoever loads it trusts that code"
+    elif is_dangerous(name.module, name.name) and not 0 < name.calls <= name.excused:
         verdict = "dangerous"
     else:
         reason = next((reason for pattern, reason in _REASONS if pattern.fullmatch(qualified)), "")
@@ -117,14 +121,18 @@ def global_uses(names: Iterable[Global], record: str = "") -> tuple[GlobalUse, .
 
 
 def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
-    """The names of several pickles, each once, with what all of them say."""
+    """The names of several pickles, records, members or shards, each once.
+
+    With the gravest verdict on it, why it is given, and first where.
+    """
     merged: dict[str, GlobalUse] = {}
     for use in (use for group in groups for use in group):
         known = merged.setdefault(use.name, use)
         if known is not use:
-            grave = use if use.verdict == "dangerous" and known.verdict != "dangerous" else known
-            where = tuple(dict.fromkeys((*known.where, *use.where)))[:_MAX_PLACES]
-            merged[use.name] = replace(grave, count=known.count + use.count, where=where)
+            grave, other = (use, known) if GRAVITY[use.verdict] > GRAVITY[known.verdict] else (known, use)
+            where = tuple(dict.fromkeys((*grave.where, *other.where)))[:_MAX_PLACES]
+            reason = grave.reason or other.reason
+            merged[use.name] = replace(grave, count=known.count + use.count, where=where, reason=reason)
     return tuple(merged.values())
 
 

@@ -35,9 +35,6 @@ from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["Examined", "ShardFact", "TensorFact", "examine", "examine_all", "over_the_cores", "size_of"]
 
-_WITHOUT_PICKLE = ("safetensors", "safetensors-sharded")
-"""Containers in which there is none."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFact:
@@ -88,7 +85,8 @@ class Examined:
         tensors: those of the weights, sorted by name; of a file without selected weights, all.
         others: names of the weights' values that are no plain tensors, sorted.
         globals: every Python name in its pickles.
-        has_pickle: whether its container has any.
+        unvouched: its parts that are code, or could not be looked into.
+        has_pickle: whether it has any.
         has_optimizer: whether it holds the state of one.
         prefixes: of wrappers that names carry, such as ``"module."``, sorted.
         locations: device tags of all its storages, sorted.
@@ -111,6 +109,7 @@ class Examined:
     tensors: tuple[TensorFact, ...]
     others: tuple[str, ...]
     globals: tuple[GlobalUse, ...]
+    unvouched: tuple[GlobalUse, ...]
     has_pickle: bool
     has_optimizer: bool
     prefixes: tuple[str, ...]
@@ -351,7 +350,8 @@ def _examined(
         tensors=tuple(facts),
         others=tuple(name for name, _ in weights.others),
         globals=checkpoint.globals,
-        has_pickle=origin.format not in _WITHOUT_PICKLE,
+        unvouched=checkpoint.unvouched,
+        has_pickle=origin.has_pickle,
         has_optimizer=_has_optimizer(checkpoint),
         prefixes=tuple(sorted(set(_prefixes(weights.names)))),
         locations=tuple(sorted({storage.location for storage in storages})),

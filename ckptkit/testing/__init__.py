@@ -239,7 +239,8 @@ def assert_safe(checkpoint: str | os.PathLike[str] | api.CheckpointFile) -> None
             pass
     if file.trust == "safe":
         return
-    others = [use for use in file.checkpoint.globals if use.verdict in ("unknown", "dangerous")]
+    uses = (*file.checkpoint.globals, *file.checkpoint.unvouched)
+    others = [use for use in uses if use.verdict in ("unknown", "dangerous")]
     raise AssertionError(
         message(
             "assert_safe: a loader that executes pickles would have to trust this file",

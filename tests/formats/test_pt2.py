@@ -238,6 +238,48 @@ def test_compiled_programs_are_named(path: Path) -> None:
     assert read(alone).origin.kind == "other"
 
 
+@pytest.mark.parametrize(
+    ("record", "data"),
+    [
+        ("data/aotinductor/model/model.so", b"\x7fELF"), ("data/aotinductor/model/wrapper.cpp", b"int main() {}"),
+        ("data/executorch/m.pte", b""), ("extra/kernel.cubin", b"x"), ("extra/notes", b"\x7fELF\x02"),
+        ("data/weights/plugin.dll", b"MZ"),
+    ],
+)  # fmt: skip
+def test_compiled_code_is_not_safe_and_is_no_pickle(record: str, data: bytes, path: Path) -> None:
+    keep = lambda name, data: data if name == "archive_format" or name.startswith("models/") else None  # noqa: E731
+    code = repacked(path, keep, [(f"model/{record}", data)])
+    checkpoint = read(code)
+    assert (checkpoint.trust, checkpoint.origin.has_pickle, checkpoint.globals) == ("needs_trust", False, ())
+    assert [(part.kind, part.where) for part in checkpoint.unvouched] == [("code", (record,))]
+    assert ckptkit.check([code], no_pickle=True).ok
+    (finding,) = ckptkit.check([code], no_pickle=True, max_trust="safe").findings
+    assert finding.code == "trust-not-allowed" and f"it holds compiled code ({record})" in finding.message
+    assert "pickle" not in finding.message
+    assert ckptkit.manifest([code]).files[0].trust == ckptkit.inspect(code)["trust"] == "needs_trust"
+
+
+def test_a_pickle_in_a_program_counts(path: Path) -> None:
+    assert read(path).origin.has_pickle, "its sample inputs"
+    bare = repacked(path, lambda name, data: None if name.startswith("data/sample_inputs") else data)
+    bare = bare.rename(bare.with_name("bare.pt2"))
+    checkpoint = read(bare)
+    assert (checkpoint.origin.has_pickle, checkpoint.trust) == (False, "safe")
+    assert ckptkit.check([bare], no_pickle=True, max_trust="safe").ok
+    hidden = repacked(bare, lambda name, data: data, [("model/extra/notes.txt", pickle.dumps([1], 0))])
+    assert read(hidden).trust == "safe"
+    hidden = repacked(bare, lambda name, data: data, [("model/extra/notes.txt", pickle.dumps([1], 4))])
+    assert not ckptkit.check([hidden], no_pickle=True).ok
+
+
+@pytest.mark.parametrize("name", ["extra/inputs.npz", "data/aotinductor/model/constants.pt", "models/notes"])
+def test_a_payload_in_an_archive_in_a_program(name: str, path: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/x", b"cos\nsystem\n(S'id'\ntR.")
+    assert read(repacked(path, lambda _, d: d, [(f"model/{name}", out.getvalue())])).trust == "hostile"
+
+
 # What is refused.
 
 

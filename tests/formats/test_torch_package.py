@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -183,6 +184,75 @@ def test_a_payload_in_any_resource_is_seen_and_not_run(path: Path, tmp_path: Pat
     changed = repacked(path, lambda name, data: data, more=[("package/held/innocent.bin", payload)])
     assert read(changed).trust == "hostile"
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("record", ["held/notes.txt", "held/data.json", ".data/ts_code/x", ".data/serialization_id"])
+@pytest.mark.parametrize(
+    "data", [b"cos\nsystem\n(S'id'\ntR.", b"(S'id'\nios\nsystem\n.", b"\x80\x04\x8c\x02os\x8c\x06system\x93)R."]
+)
+def test_a_payload_of_any_protocol_in_any_resource(record: str, data: bytes, path: Path) -> None:
+    export(path, weights=nn.Linear(3, 2).state_dict())
+    drop = lambda name, data: None if name == record else data  # noqa: E731
+    assert read(repacked(path, drop, more=[(f"package/{record}", data)])).trust == "hostile"
+
+
+def test_a_program_in_a_package_is_looked_into(path: Path) -> None:
+    export(path, weights=nn.Linear(3, 2).state_dict())
+    program = io.BytesIO()
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), program)
+    honest = repacked(path, lambda name, data: data, more=[("package/held/program", program.getvalue())])
+    assert read(honest).trust == "safe"
+    hostile = io.BytesIO()
+    with zipfile.ZipFile(hostile, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02cos\nsystem\n(X\x02\0\0\0idtR.")
+    changed = repacked(path, lambda name, data: data, more=[("package/held/program", hostile.getvalue())])
+    assert read(changed).trust == "hostile"
+
+
+def graph(path: Path, text: bytes | None = None) -> Checkpoint:
+    with PackageExporter(str(path)) as exporter:
+        exporter.extern("**")
+        exporter.save_pickle("held", "graph.pkl", torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+    return read(repacked(path, lambda name, data: text if text and name.endswith("/_0.py") else data))
+
+
+def test_a_graph_is_judged_by_its_text(path: Path) -> None:
+    checkpoint = graph(path)
+    assert checkpoint.trust == "needs_trust"
+    (use,) = [use for use in checkpoint.globals if use.name.endswith("reduce_package_graph_module")]
+    assert (use.verdict, use.reason) == ("unknown", "runs Python text that the file holds")
+    hostile = graph(path, b"import os\nos.system('id')\ndef forward(self, x):\n    return x\n")
+    assert hostile.trust == "hostile"
+    assert graph(path, b"\ndef forward(self, x):\n    return eval(x)\n").trust == "hostile"
+
+
+def test_a_graph_whose_text_is_not_in_the_package(path: Path) -> None:
+    graph(path)
+    gone = repacked(path, lambda name, data: None if name.endswith("/_0.py") else data)
+    assert read(gone).trust == "hostile"
+
+
+def test_what_the_importer_is_told_to_call_is_judged_by_what_it_is_given(path: Path) -> None:
+    export(path, weights={"a": torch.ones(2)})
+    reduced = lambda name, *args: (  # noqa: E731
+        b"\x80\x03(X\x0e\0\0\0reduce_packageK\x01" + name + b"(" + b"".join(args) + b"ttQ."
+    )
+    for data, trust in (
+        (reduced(b"cmine\nmake\n", b"K\x01"), "needs_trust"),
+        (reduced(b"cbuiltins\ngetattr\n", b"X\x0d\0\0\0import_module"), "hostile"),
+        (reduced(b"cos\nsystem\n"), "hostile"),
+        (reduced(b"cfunctools\nreduce\n", b"]"), "hostile"),
+    ):
+        assert read(repacked(path, lambda n, d, data=data: data if n == "held/weights.pkl" else d)).trust == trust
+
+
+def test_sources_need_trust(path: Path) -> None:
+    export(path, weights=nn.Linear(3, 2).state_dict())
+    checkpoint = read(repacked(path, lambda name, data: data, more=[("package/mine.py", b"import os\n")]))
+    assert checkpoint.trust == "needs_trust"
+    assert [(part.kind, part.name, part.where) for part in checkpoint.unvouched] == [
+        ("code", "Python source", ("mine.py",))
+    ]
 
 
 def test_a_storage_without_its_record(path: Path) -> None:

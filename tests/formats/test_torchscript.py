@@ -247,7 +247,9 @@ def test_the_converted_weights_load_into_the_python_model(path: Path) -> None:
 
 def test_nothing_selected_nothing_written(path: Path) -> None:
     checkpoint = read(scripted(path))
-    unselected = checkpoint.replace(origin=ckptkit.Origin(path="p", size=0, format="torchscript", kind="whole_model"))
+    unselected = checkpoint.replace(
+        origin=ckptkit.Origin(path="p", size=0, format="torchscript", kind="whole_model", is_program=True)
+    )
     with pytest.raises(RewriteError, match="name the section with --section"):
         torch_zip_writer.write(unselected)
 

@@ -41,7 +41,7 @@ STANDARD = words(
     ssl.get_server_certificate subprocess.Popen subprocess.check_output sys.exit sys.modules sys.settrace
     sysconfig.get_platform tarfile.open telnetlib.Telnet tempfile.NamedTemporaryFile tempfile.mktemp
     test.support.script_helper.assert_python_ok threading.Thread timeit.Timer timeit.main timeit.timeit tkinter.Tcl
-    trace.Trace trace.Trace.runctx types.CodeType types.FunctionType typing.get_type_hints
+    trace.Trace trace.Trace.runctx typing.get_type_hints
     unittest.loader.TestLoader unittest.main unittest.mock._importer urllib.request.urlopen
     urllib.request.urlretrieve uuid._get_command_stdout uuid._ifconfig_getter venv.create venv.main weakref.finalize
     webbrowser.open xml.etree.ElementTree.parse xmlrpc.client.ServerProxy zipfile.ZipFile zipimport.zipimporter
@@ -50,8 +50,9 @@ STANDARD = words(
 OTHERS = words(
     """
     Cython.Build.Inline.cython_inline IPython.start_ipython IPython.utils.process.system aiohttp.ClientSession
-    aiohttp.client.ClientSession cffi.FFI cloudpickle.cloudpickle._make_function cloudpickle.loads
-    dill._dill._create_function dill.loads fabric.Connection fsspec.open git.Repo git.cmd.Git httpx.get joblib.load
+    aiohttp.client.ClientSession cffi.FFI cloudpickle.dumps cloudpickle.loads
+    dill._dill._create_filehandle dill._dill._eval_repr dill.loads
+    fabric.Connection fsspec.open git.Repo git.cmd.Git httpx.get joblib.load
     jsonpickle.decode keras.layers.Lambda keras.models.load_model keras.saving.load_model numpy.DataSource
     numpy._core.records.fromfile numpy.compat.py3k.npy_load_module numpy.core.records.fromfile
     numpy.ctypeslib.load_library numpy.distutils.exec_command.exec_command numpy.f2py.crackfortran._eval_length
@@ -89,7 +90,43 @@ OTHERS = words(
 )
 
 
-@pytest.mark.parametrize("qualified", [*STANDARD, *OTHERS])
+LATER = words(
+    """
+    PIL.Image.open PIL.ImageMath.eval RestrictedPython.compile_restricted _interpchannels.recv _interpreters.exec
+    _interpreters.run_string _xxinterpchannels.create accelerate.launchers.notebook_launcher
+    annotationlib.call_evaluate_function asteval.Interpreter asyncio.unix_events.SelectorEventLoop attr.make_class
+    boto3.client cgitb.enable compression.zstd.open concurrent.interpreters.create dataclasses._is_type
+    datasets.load_dataset detectron2.config.LazyConfig.load encodings.search_function ensurepip.bootstrap
+    fickling.hook.run_hook fickling.load gensim.utils.unpickle gettext.c2py gettext.translation h5py.File
+    hydra._internal.utils._locate hydra.core.utils.setup_globals hydra.main hydra.utils.call hydra.utils.get_class
+    hydra.utils.get_method hydra.utils.instantiate ipdb.set_trace jinja2.Template keras.layers.deserialize
+    keras.models.model_from_json keras.utils.deserialize_keras_object lib2to3.pgen2.load
+    lightning.pytorch.LightningModule.load_from_checkpoint mmengine.utils.import_modules_from_strings
+    modelscan.modelscan.ModelScan multiprocessing.Manager multiprocessing.context.ForkProcess
+    multiprocessing.context.SpawnContext.Pool multiprocessing.get_context multiprocessing.shared_memory.SharedMemory
+    multiprocessing.sharedctypes.make_property networkx.read_gpickle networkx.readwrite.gpickle.read_gpickle
+    networkx.write_gpickle numba.core.serialize._numba_unpickle numexpr.evaluate numexpr.necompiler.evaluate
+    numpy.test omegaconf.OmegaConf.register_new_resolver onnx.load optparse.Values.read_file pandas.DataFrame.query
+    pandas.read_orc papermill.execute_notebook pathlib.Path.unlink pathlib.PosixPath.write_bytes
+    picklescan.scanner.scan_bytes pip._internal.commands.create_command platform._syscmd_ver pyarrow.deserialize
+    pydantic.PyObject ruamel.yaml.load setuptools.setup spacy.load string.Formatter.get_field sympy.S sympy.lambdify
+    sympy.parse_expr sympy.parsing.sympy_parser.eval_expr sympy.simplify sympy.sympify
+    sympy.utilities.lambdify.lambdify tensorflow.py_function threading._start_joinable_thread
+    threading._start_new_thread threading.settrace torch._C._load_jit_module_from_file torch._C.import_ir_module
+    torch._dynamo.package.load_guards_state torch._dynamo.trace_rules._load_obj_from_str
+    torch._dynamo.utils.import_submodule torch._functorch._aot_autograd.codegen._compile_and_exec_source
+    torch._ops._Ops.import_module torch.distributed.checkpoint.format_utils.dcp_to_torch_save
+    torch.distributed.nn.jit.instantiator.instantiate_non_scriptable_remote_module_template
+    torch.export.pt2_archive._package.load_pt2 torch.fx._graph_pickler.GraphPickler.loads
+    torch.jit.mobile._load_for_lite_interpreter torch.testing._internal.common_utils.run_tests
+    torch.utils._config_module.ConfigModule torch.utils._config_module.install_config_module
+    tracemalloc.Snapshot.load typing.ForwardRef._evaluate typing_extensions.evaluate_forward_ref wandb.init
+    warnings._getcategory werkzeug.utils.import_string xml.sax.make_parser
+    """
+)
+
+
+@pytest.mark.parametrize("qualified", [*STANDARD, *OTHERS, *LATER])
 def test_names_that_run_import_open_or_reach_out(qualified: str) -> None:
     module, _, name = qualified.rpartition(".")
     assert assess(Global(module, name)).verdict == "dangerous"

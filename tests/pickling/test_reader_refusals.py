@@ -7,15 +7,19 @@ import io
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
+from ckptkit import formats
 from ckptkit.bytesource import ByteRange
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.inspection import describe_error
 from ckptkit.pickling.inert import PersistentId
 from ckptkit.pickling.reader import read_names, read_pickle
 from ckptkit.pickling.tensors import StorageTable
+from ckptkit.pickling.trust import global_uses
 from ckptkit.pickling.writer import write_pickle
 
 # Damage.
@@ -82,7 +86,7 @@ FRAME = b"\x95" + struct.pack("<Q", 4)
         (b"\xff.", CorruptError, "unknown opcode 0xff"),
         (b"\x80\x06N.", UnsupportedError, "protocol 6"),
         (b"N\x80\x02.", AmbiguousError, "PROTO that is not the first"),
-        (b"NN.", CorruptError, "STOP with something else"),
+        (b"NN.", CorruptError, r"STOP with something else than one value on the stack \(2\)$"),
         (b"(N.", CorruptError, "STOP with something else"),
         (b".", CorruptError, "STOP with something else"),
         (b"R(((NNN.", CorruptError, "too little on the stack"),
@@ -220,3 +224,70 @@ def test_the_names_in_a_record_that_nothing_refers_to(data: bytes, expected: lis
     uses = read_names(data, "archive/evil.pkl")
     assert [use.name for use in uses] == expected
     assert all(use.where == ("archive/evil.pkl",) for use in uses)
+
+
+# What a pickle that ends badly has run by then.
+
+SYSTEM = b"cposix\nsystem\nX\x02\x00\x00\x00id\x85R"
+EXEC = b"cbuiltins\nexec\nX\x04\x00\x00\x00pass\x85R"
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "named"),
+    [
+        (SYSTEM + b"N.", 2, "posix.system"),
+        (b"N" + EXEC + b"0(N.", 2, "builtins.exec"),
+        (EXEC + SYSTEM + b"NN.", 4, "builtins.exec, posix.system"),
+        (b"ccollections\nOrderedDict\n)R" + SYSTEM + b".", 2, "posix.system, collections.OrderedDict"),
+        (SYSTEM + b"0.", 0, "posix.system"),
+        (b"(" + SYSTEM + b"1.", 0, "posix.system"),
+        (b"\x8c\x05posix\x8c\x06system\x93)R.".replace(b")R", b"N"), 2, "posix.system"),
+    ],
+)
+def test_values_left_on_the_stack_are_named(data: bytes, count: int, named: str) -> None:
+    with pytest.raises(CorruptError, match=rf"on the stack \({count}") as caught:
+        read_pickle(data)
+    assert f"it names {named}: CPython takes the last value, and has imported" in caught.value.message
+    assert {use.name for use in caught.value.globals if use.verdict == "dangerous"} <= set(named.split(", "))
+    assert any(use.verdict == "dangerous" for use in caught.value.globals)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [SYSTEM + b"0N.", b"(" + SYSTEM + b"1N.", b"((" + SYSTEM + b"t1N.", SYSTEM + b"p0\n0g0\n0N."],
+)
+def test_what_is_popped_is_named(data: bytes) -> None:
+    assert [use.name for use in global_uses(read_pickle(data).globals) if use.verdict == "dangerous"] == [
+        "posix.system"
+    ]
+
+
+def refused(path: Path) -> tuple[str, list[str]]:
+    """What is told of a file that is refused: its trust and its dangerous names."""
+    with pytest.raises(FormatError) as caught:
+        formats.read(path)
+    document = describe_error(str(path), caught.value)
+    return document["trust"], [name["name"] for name in document["globals"] if name["verdict"] == "dangerous"]
+
+
+@pytest.mark.parametrize("rest", [b"\xff", b"R.", b"h\x07.", b"X\xff\xff\x00\x00", b"2.", b"\x80\x09.", b""])
+def test_what_ran_before_an_error_is_named(rest: bytes, tmp_path: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        read_pickle(SYSTEM + b"0" + rest)
+    assert [use.name for use in caught.value.globals if use.verdict == "dangerous"] == ["posix.system"]
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02" + SYSTEM + b"0" + rest)
+    assert refused(path) == ("hostile", ["posix.system"])
+
+
+@pytest.mark.parametrize("odd", [b"N20", b"\x80\x02", b"I0x10\n0", rb"S'\d'" + b"\n0", b"\x82\x01", b"]p\x00\x002"])
+def test_what_others_would_run_behind_what_is_refused_is_named(odd: bytes, tmp_path: Path) -> None:
+    """CPython goes on where this reader stops."""
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x02" + odd + SYSTEM + b".")
+    assert refused(path)[0] == "hostile"
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + odd + SYSTEM + b".")
+        archive.writestr("a/version", "3")
+    trust, names = refused(tmp_path / "x.pth")
+    assert trust == "hostile" and "posix.system" in names

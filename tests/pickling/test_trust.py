@@ -7,17 +7,20 @@ import collections
 import datetime
 import functools
 import io
+import itertools
 import pathlib
 import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
 from ckptkit import formats
+from ckptkit.checkpoint import GRAVITY, GlobalUse, trust_of
 from ckptkit.pickling.inert import Global
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import assess, global_uses, merge_uses, with_places
@@ -77,13 +80,26 @@ def test_plain_containers(module: str, name: str) -> None:
         ("lightning.pytorch.callbacks.model_checkpoint", "ModelCheckpoint"), ("omegaconf.dictconfig", "DictConfig"),
         ("pkg_resources.extern.packaging.version", "Version"), ("fairseq.data.dictionary", "Dictionary"),
         ("\uff4dodels", "\uff2eet"), ("modèles", "Réseau"),
+        # Classes of packages that are listed otherwise, and what makes plain objects.
+        ("joblib.numpy_pickle", "NumpyArrayWrapper"), ("joblib.numpy_pickle", "NDArrayWrapper"),
+        ("joblib.numpy_pickle", "ZNDArrayWrapper"), ("joblib.numpy_pickle_compat", "ZNDArrayWrapper"),
+        ("sklearn.externals.joblib.numpy_pickle", "NumpyArrayWrapper"), ("copyreg", "__newobj__"),
+        ("copyreg", "__newobj_ex__"), ("copy_reg", "__newobj_ex__"), ("mine", "Net.__new__"),
+        ("torch.testing._internal.common_utils", "TestCase"), ("torch.testing._internal.common_utils", "CrossRefMode"),
+        ("torch.testing._internal.distributed.fake_pg", "FakeStore"),
+        ("torch.testing._internal.common_nn", "_Net.Inner"),
+        ("torch._dynamo.repro.after_dynamo", "WrapBackendDebug"), ("torch._dynamo.hooks", "Hooks"),
+        ("torch._dynamo.backends.debugging", "eager"), ("typing", "ForwardRef"), ("sympy.core.symbol", "Symbol"),
+        ("omegaconf.base", "ContainerMetadata"), ("networkx.classes.graph", "Graph"),
+        ("mmengine.config.config", "ConfigDict"), ("ultralytics.nn.tasks", "DetectionModel"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("pandas.core.frame", "DataFrame.to_json"),
     ],
 )  # fmt: skip
 def test_what_is_unknown_is_not_accused(module: str, name: str) -> None:
     assert verdict(module, name) == "unknown"
 
 
-HONEST = {
+HONEST: dict[str, Any] = {
     "namespace": argparse.Namespace(lr=0.1),
     "path": pathlib.PurePosixPath("a/b"),
     "array": numpy.arange(3),
@@ -100,8 +116,26 @@ HONEST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("name", HONEST)
+class WithKeywords:
+    """Under protocol 2 and 3 made by ``functools.partial(cls.__new__, cls, …)()``."""
+
+    def __new__(cls, number: int, *, scale: int = 1) -> WithKeywords:
+        made = super().__new__(cls)
+        made.value = (number, scale)  # type: ignore[attr-defined]
+        return made
+
+    def __getnewargs_ex__(self) -> tuple[tuple[int], dict[str, int]]:
+        return (1,), {"scale": 2}
+
+
+HONEST["new with keywords"] = WithKeywords(1)
+HONEST["union of types"] = {"hint": int | None, "more": int | str | None}
+HONEST["ufunc"] = numpy.add
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"), [(name, protocol) for name in HONEST for protocol in range(2 * (name == "bytes io"), 6)]
+)
 def test_honest_objects_hold_no_dangerous_name(name: str, protocol: int) -> None:
     class Storages(pickle.Pickler):
         def persistent_id(self, obj: object) -> object:
@@ -213,6 +247,19 @@ def test_the_names_of_several_pickles_are_put_together() -> None:
         ("__builtin__.set", "allowed", 1, ("data.pkl",)),
         ("__builtin__.eval", "dangerous", 1, ("other.pkl",)),
     ]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(GRAVITY, 3)))
+def test_of_several_verdicts_the_gravest_counts_in_whatever_order(order: tuple[Any, ...]) -> None:
+    uses = [
+        GlobalUse(name="a.b", verdict=verdict, count=1, where=(verdict,), reason=f"as {verdict}") for verdict in order
+    ]
+    (merged,) = merge_uses(*([use] for use in uses))
+    grave = max(order, key=lambda verdict: GRAVITY[verdict])
+    assert (GRAVITY[merged.verdict], merged.count) == (GRAVITY[grave], 3)
+    assert merged.where[0] == merged.verdict and merged.reason == f"as {merged.verdict}"
+    assert set(merged.where) == set(order)
+    assert trust_of(uses) == trust_of([merged]) == ("safe", "needs_trust", "hostile")[GRAVITY[grave]]
 
 
 def test_the_gravest_verdict_on_a_name_counts() -> None:

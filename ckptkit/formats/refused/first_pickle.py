@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import FormatError
+from ckptkit.formats.contents import scanned
 from ckptkit.formats.format import Probe
 from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.pickling.reader import read_names, read_pickle
@@ -22,15 +22,7 @@ _TEXT_PICKLE = re.compile(
 )
 """How pickles of protocol 0 and 1 begin, which declare no protocol: a container or a name."""
 
-_GLOBAL = re.compile(rb"c([A-Za-z_][\w.]{0,100})\n([A-Za-z_][\w.]{0,100})\n")
-_STACK_GLOBAL = re.compile(rb"\x8c[\x01-\x64]([A-Za-z_][\w.]{0,99})\x94\x8c[\x01-\x64]([A-Za-z_][\w.]{0,99})\x94\x93")
-"""Names as they stand in a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
-
-_SCANNED_NBYTES = 8 << 20
-"""Bytes in which names are looked for where the pickle cannot be read."""
-
 _WRITERS = (
-    ("joblib.", "joblib.dump"),
     ("sklearn.", "pickle, of a scikit-learn model"),
     ("torch.distributed.checkpoint.", "torch.distributed.checkpoint; give its folder's weights as one file "
      "(torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"),
@@ -56,13 +48,15 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     try:
         pickle = read_pickle(data, limits=probe.limits)
     except FormatError as error:
-        names = merge_uses(error.globals, _scanned(data[:_SCANNED_NBYTES]))
+        names = merge_uses(error.globals, scanned(data, error.globals))
         what = f"a Python pickle that cannot be read to its end ({error.message})"
     else:
         names = merge_uses(global_uses(pickle.globals), read_names(data[pickle.end :], "", limits=probe.limits))
         what = f"a Python pickle of {_kind(pickle.root)}"
         if pickle.end < probe.file.size:
             what += f", with {probe.file.size - pickle.end:,} bytes behind it"
+    if any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names):
+        return f"a joblib file, not one torch.save wrote; joblib.load reads it; {_listed(names)}", names
     writer = next((how for prefix, how in _WRITERS if any(use.name.startswith(prefix) for use in names)), None)
     told = f"written by {writer}" if writer is not None else "not written by torch.save"
     return f"{what}, but not one torch.save wrote ({told}); {_listed(names)}", names
@@ -79,16 +73,6 @@ def _kind(root: object) -> str:
             f"a dict of {len(root)} ({', '.join(keys)}{', ...' if len(root) > len(keys) else ''})" if keys else "a dict"
         )
     return f"a {type(root).__name__}"
-
-
-def _scanned(data: bytes) -> tuple[GlobalUse, ...]:
-    found = Counter(pair for pattern in (_GLOBAL, _STACK_GLOBAL) for pair in pattern.findall(data))
-    names = []
-    for (module, name), count in found.items():
-        made = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))
-        made.calls = count
-        names.append(made)
-    return global_uses(names)
 
 
 def _listed(names: tuple[GlobalUse, ...]) -> str:

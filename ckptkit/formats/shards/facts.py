@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ckptkit.checkpoint import GlobalUse, TensorEntry
 from ckptkit.formats.strict_json import shown
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 
 __all__ = [
@@ -58,18 +59,12 @@ def merged_metadata(metadata: Mapping[str, object], shards: Mapping[str, Shard])
 
 
 def merged_globals(shards: Mapping[str, Shard]) -> tuple[GlobalUse, ...]:
-    """Every name with its counts added; where it occurs begins with the shard's name."""
-    merged: dict[str, GlobalUse] = {}
-    for shard in shards.values():
-        for use in shard.raw.globals:
-            places = tuple(f"{shard.name}: {place}" for place in use.where)
-            known = merged.get(use.name)
-            if known is None:
-                merged[use.name] = replace(use, where=places)
-            else:
-                where = (*known.where, *places)[: max(LISTED, len(known.where))]
-                merged[use.name] = replace(known, count=known.count + use.count, where=where)
-    return tuple(merged.values())
+    """Every name with the gravest verdict on it; where it occurs begins with the shard's name."""
+    return merge_uses(
+        replace(use, where=tuple(f"{shard.name}: {place}" for place in use.where))
+        for shard in shards.values()
+        for use in shard.raw.globals
+    )
 
 
 def merged_findings(shards: Mapping[str, Shard]) -> Iterator[Finding]:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages
 from ckptkit.formats.module_versions import VERSIONS, versions_text
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.beside import PROGRAMS
 from ckptkit.pickling.inert import Global, InertDict, Object, children
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
@@ -135,7 +134,7 @@ class TorchUnits(_Units):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         origin, whole = checkpoint.origin, self._state_dict
-        self._protocol = None if origin.format in PROGRAMS else origin.pickle_protocol
+        self._protocol = None if origin.is_program else origin.pickle_protocol
         container = whole.container
         self._first_container = InertDict() if isinstance(container, (list, tuple)) else container
         self._other_container = self._first_container

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ckptkit.dtypes import DTYPES
+from ckptkit.formats import shards_of
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
@@ -67,7 +68,11 @@ def _max_trust(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
         return
     bad = [use.name for use in examined.globals if use.verdict in ("unknown", "dangerous")]
     dangerous = [use.name for use in examined.globals if use.verdict == "dangerous"]
-    names = f": its pickle names {listed(dangerous or bad)}" if bad else ""
+    parts = [f"{use.name} ({listed(use.where)})" for use in examined.unvouched]
+    names = "".join(
+        [f": its pickle names {listed(dangerous or bad)}"] * bool(bad)
+        + [f"; it holds {listed(parts)}" if bad else f": it holds {listed(parts)}"] * bool(parts)
+    )
     yield _found(
         examined,
         code="trust-not-allowed",
@@ -80,7 +85,7 @@ def _max_trust(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 
 
 def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    of_shards = {"safetensors-sharded": "safetensors", "torch-sharded": "torch-zip"}.get(examined.format)
+    of_shards = shards_of(examined.format)
     if examined.format in policy.require_format or of_shards in policy.require_format:
         return
     can_be_made = "safetensors" in policy.require_format
