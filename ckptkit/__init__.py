@@ -27,7 +27,7 @@ place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.api import CheckpointFile, Rewriter, check, convert, diff, inspect, load_state_dict, manifest, open, verify  # noqa: A004 - ckptkit.open
-from ckptkit.checkpoint import Checkpoint, Origin, Section, StateDict, Storage, TensorEntry
+from ckptkit.checkpoint import Checkpoint, Origin, Part, Section, StateDict, Storage, TensorEntry
 from ckptkit.errors import (
     AmbiguousError,
     CkptkitError,
@@ -41,6 +41,7 @@ from ckptkit.errors import (
     LimitError,
     MissingDependencyError,
     MissingFileError,
+    PartError,
     RewriteError,
     SectionError,
     UnknownFormatError,
@@ -97,6 +98,8 @@ __all__ = [
     "MissingDependencyError",
     "MissingFileError",
     "Origin",
+    "Part",
+    "PartError",
     "Plan",
     "Rename",
     "Report",

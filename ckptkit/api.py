@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
-from ckptkit.errors import CorruptError, SectionError
+from ckptkit.errors import CorruptError, PartError, SectionError
+from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
@@ -73,13 +74,16 @@ def inspect(
         return describe(file.checkpoint, filters=filters, sort=sort, stats=stats)
 
 
-def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | None = None) -> dict[str, torch.Tensor]:
+def load_state_dict(
+    path: PathLike, *, map_location: Any = None, section: str | None = None, allow_part: bool = False
+) -> dict[str, torch.Tensor]:
     """The weights as tensors, from any container, without executing the file.
 
     Args:
         path: the file.
         map_location: as in ``torch.load``: a string, a ``torch.device``, a dict, a callable.
         section: path of the weights to select, where the file holds several.
+        allow_part: whether the file may be a part of a checkpoint that lies in several.
 
     Returns:
         Name to tensor, in file order.  Tied tensors share memory.  From a whole model they are plain
@@ -88,6 +92,7 @@ def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | 
     Raises:
         MissingDependencyError: torch is not installed.
         SectionError: the file holds no state_dict, or several.
+        PartError: it is a part of a checkpoint.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
@@ -96,6 +101,7 @@ def load_state_dict(path: PathLike, *, map_location: Any = None, section: str | 
     from ckptkit.torch_bridge import tensors
 
     with open(path, section=section) as file:
+        require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to load")
         state = tensors(file.state_dict, map_location=map_location)
         return state if file.checkpoint.module is None else {name: value.detach() for name, value in state.items()}
@@ -122,6 +128,7 @@ def convert(
     to: str | None = None,
     max_shard_size: int | str | None = None,
     metadata: Mapping[str, str] | None = None,
+    allow_part: bool = False,
     receipt: bool = True,
     dry_run: bool = False,
     force: bool = False,
@@ -153,6 +160,7 @@ def convert(
         to: container name that overrides the ending.
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
         metadata: strings to set in the output's metadata.
+        allow_part: whether the source may be a part of a checkpoint that lies in several files.
         receipt: whether to record in the metadata what was done; see `ckptkit.conversion.receipt`.
         dry_run: make the plan, write nothing.
         force: whether an existing destination may be replaced.
@@ -163,7 +171,7 @@ def convert(
         A report whose ``details`` hold the plan and what was changed.
 
     Raises:
-        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected.
+        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError.
     """
     from ckptkit.conversion.job import Job
     from ckptkit.conversion.options import Conversion, Options  # reading alone starts faster without the writing half
@@ -185,6 +193,7 @@ def convert(
         metadata=metadata or {},
     )
     with open(source, section=section) as file:
+        require_whole(file.checkpoint, allow_part=allow_part)
         _, container, most = formats.target(destination, to)
         weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
         if weights_alone or options.needs_weights:
@@ -228,6 +237,7 @@ def diff(
     atol: float | None = None,
     rtol: float | None = None,
     strict: bool = False,
+    allow_part: bool = False,
     progress: Progress | None = None,
 ) -> Difference:
     """What changed from one checkpoint to another, whatever their containers.
@@ -243,6 +253,7 @@ def diff(
         rtol: the same as a share of the larger magnitude of the two; what it allows is added.
         strict: whether metadata, training state, ties and parts that one file alone has count for
             `Difference.ok`.
+        allow_part: whether either may be a part of a checkpoint that lies in several files.
         progress: called with the bytes gone through so far, and those to go through in all.
 
     Returns:
@@ -265,6 +276,7 @@ def diff(
             beside=chosen == (None, None),
             tolerance=None if atol is None and rtol is None else Tolerance(atol or 0.0, rtol or 0.0),
             strict=strict,
+            allow_part=allow_part,
             progress=progress,
         )
         for file in (ours, theirs):
@@ -290,6 +302,7 @@ def manifest(
     *,
     digests: Literal["total", "tensor"] | None = None,
     golden: Mapping[str, PathLike] | PathLike | None = None,
+    allow_part: bool = False,
     update: bool = False,
     force: bool = False,
 ) -> Manifest:
@@ -304,6 +317,7 @@ def manifest(
             lists them.
         golden: a file that `verify` wrote with ``write_golden``, for the one checkpoint there is; or such files by
             the paths of theirs.
+        allow_part: whether a file may be a part of a checkpoint that lies in several.
         update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
         force: whether to replace an existing manifest as a whole.
 
@@ -322,6 +336,7 @@ def manifest(
         None if destination is None else os.fsdecode(destination),
         digests=digests,
         golden=golden,
+        allow_part=allow_part,
         update=update,
         force=force,
     )
@@ -341,6 +356,7 @@ def verify(
     strip_module: bool = False,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
+    allow_part: bool = False,
     forward: bool = True,
     against: PathLike | None = None,
     golden: PathLike | None = None,
@@ -367,6 +383,7 @@ def verify(
         strip_module: take off wrapper prefixes first.
         allow_missing: glob patterns of names that may be missing.
         allow_unexpected: glob patterns of names that may be left over.
+        allow_part: whether a file may be a part of a checkpoint that lies in several.
         forward: whether to run the forward pass.
         against: another checkpoint of the same model, in any container and with any wrapper prefix, whose
             outputs must agree.
@@ -389,8 +406,9 @@ def verify(
 
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(path, section=section))
+        require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to verify")
-        other = None if against is None else stack.enter_context(_other(against, section))
+        other = None if against is None else stack.enter_context(_other(against, section, allow_part))
         # Only now: importing torch takes seconds, and what cannot be read is told at once.
         require_torch()
         from ckptkit.verifier import verify as run
@@ -418,15 +436,16 @@ def verify(
         )
 
 
-def _other(path: PathLike, section: str | None) -> CheckpointFile:
+def _other(path: PathLike, section: str | None, allow_part: bool) -> CheckpointFile:
     """The other checkpoint; the section is selected in it too, where it has one of that name."""
     file = open(path)
     if section is not None and any(each.path == section for each in file.sections):
         file.close()
         file = open(path, section=section)
     try:
+        require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to compare with")
-    except SectionError:
+    except (PartError, SectionError):
         file.close()
         raise
     return file
@@ -446,6 +465,7 @@ def check(
     no_optimizer: bool | None = None,
     no_prefix: bool | None = None,
     location: str | Sequence[str] | None = None,
+    allow_part: bool | None = None,
     fits: str | None = None,
     forward: bool | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -453,7 +473,7 @@ def check(
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
 
-    Whatever is asked for, each file must be readable and may not be hostile.
+    Whatever is asked for, each file must be readable and may not be hostile, nor a part of a checkpoint.
 
     Args:
         paths: files and folders; none: those that the configuration names, or all of the manifest's and whatever else
@@ -469,6 +489,7 @@ def check(
         no_optimizer: whether an optimizer's state may not be in the file.
         no_prefix: whether names may not carry a wrapper's prefix.
         location: the device tags that storages may have.
+        allow_part: whether a file may be a part of a checkpoint that lies in several; else it is an error.
         fits: the reference model that the weights must load into; see `verify`.  Needs torch.
         forward: whether to run the verifier's forward pass too, of the model of ``fits``, of the manifest's golden
             or of the architecture that was identified.  Needs torch.
@@ -496,6 +517,7 @@ def check(
         "no_optimizer": no_optimizer,
         "no_prefix": no_prefix,
         "location": location,
+        "allow_part": allow_part,
         "fits": fits,
         "forward": forward,
         "model_args": model_args,

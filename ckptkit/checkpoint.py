@@ -27,6 +27,7 @@ __all__ = [
     "GlobalUse",
     "Kind",
     "Origin",
+    "Part",
     "Section",
     "StateDict",
     "Storage",
@@ -373,6 +374,25 @@ class Origin:
     writer: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a file is of a checkpoint that lies in several.
+
+    Attributes:
+        layout: what they are together, in plain words: ``"a DeepSpeed ZeRO stage 3 checkpoint"``.
+        piece: which part: ``"rank 0 of 8"``; ``""``: not known.
+        lacks: what is not in this file.
+        instead: the index that opens them all, or the folder of the files that belong together; ``None``: not there.
+        opens: whether ckptkit opens ``instead`` as one checkpoint.
+    """
+
+    layout: str
+    piece: str = ""
+    lacks: str
+    instead: str | None = None
+    opens: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Checkpoint:
     """A checkpoint in the common representation.
@@ -387,6 +407,7 @@ class Checkpoint:
         globals: every Python name in the file's pickles.
         module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
         findings: what the reader noticed.
+        part: what it is of a checkpoint that lies in several files; ``None``: it is whole.
         operations: what `rewrite` did to it, in order.
     """
 
@@ -398,6 +419,7 @@ class Checkpoint:
     globals: tuple[GlobalUse, ...] = ()
     module: object = None
     findings: tuple[Finding, ...] = ()
+    part: Part | None = None
     operations: tuple[str, ...] = ()
 
     def __repr__(self) -> str:

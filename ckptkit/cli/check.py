@@ -66,6 +66,12 @@ __all__ = ["command"]
 @click.option("--no-prefix", is_flag=True, default=None, help="No name may carry module. or _orig_mod.")
 @click.option("--location", multiple=True, metavar="DEV", help="A device tag storages may have: cpu; repeatable.")
 @click.option(
+    "--allow-part",
+    is_flag=True,
+    default=None,
+    help="A file may be one part of a sharded checkpoint, without the others.",
+)
+@click.option(
     "--fits",
     metavar="REF",
     shell_complete=complete_reference,

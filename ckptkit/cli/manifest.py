@@ -9,7 +9,16 @@ import click
 
 from ckptkit import api
 from ckptkit.cli.manifest_text import summary
-from ckptkit.cli.options import common_options, echo, echo_json, json_errors, path_argument, styler, with_examples
+from ckptkit.cli.options import (
+    allow_part_option,
+    common_options,
+    echo,
+    echo_json,
+    json_errors,
+    path_argument,
+    styler,
+    with_examples,
+)
 
 __all__ = ["command"]
 
@@ -34,6 +43,7 @@ __all__ = ["command"]
 @click.option(
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
+@allow_part_option
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
 @common_options
 def command(
@@ -42,6 +52,7 @@ def command(
     digests: Literal["total", "tensor"] | None,
     update: bool,
     goldens: tuple[str, ...],
+    allow_part: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -59,7 +70,13 @@ def command(
         raise click.UsageError("--update needs the manifest: -o FILE")
     with json_errors(as_json):
         manifest = api.manifest(
-            paths, destination, digests=digests, golden=_golden(goldens), update=update, force=force
+            paths,
+            destination,
+            digests=digests,
+            golden=_golden(goldens),
+            allow_part=allow_part,
+            update=update,
+            force=force,
         )
     if as_json:
         changes = manifest.changes

@@ -17,6 +17,7 @@ from ckptkit.report import SCHEMA_VERSION, Finding, printable
 __all__ = [
     "COLORS",
     "Style",
+    "allow_part_option",
     "columns",
     "common_options",
     "echo",
@@ -63,6 +64,12 @@ def common_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+allow_part_option = click.option(
+    "--allow-part", is_flag=True, help="Take one part of a sharded checkpoint as it is, without the others."
+)
+"""For whatever else refuses a part."""
 
 
 def with_examples(*examples: str) -> str:

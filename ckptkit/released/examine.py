@@ -21,6 +21,7 @@ from ckptkit.digests import Line, content_digest, kind_of, unwrapped_names
 from ckptkit.errors import CkptkitError
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.training import training_document
+from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.wrappers import unwrapped
@@ -89,6 +90,7 @@ class Examined:
         prefixes: of wrappers that names carry, such as ``"module."``, sorted.
         locations: device tags of all its storages, sorted.
         findings: what is remarkable about it, gravest first.
+        part: the warning that it is a part of a checkpoint; ``None``: it is whole.
         architecture: the known model it is of, where every name and shape is that model's.
         shards: of a sharded checkpoint, in the order of the index.
     """
@@ -108,11 +110,14 @@ class Examined:
     prefixes: tuple[str, ...]
     locations: tuple[str, ...]
     findings: tuple[Finding, ...]
+    part: Finding | None
     architecture: Architecture | None
     shards: tuple[ShardFact, ...] = ()
 
 
-def examine(path: str, *, hash_file: bool, digest: bool, values: bool, threads: int = 2) -> Examined:
+def examine(
+    path: str, *, hash_file: bool, digest: bool, values: bool, allow_part: bool = True, threads: int = 2
+) -> Examined:
     """Look at a file, and read it once for all that is asked for.
 
     Args:
@@ -120,15 +125,18 @@ def examine(path: str, *, hash_file: bool, digest: bool, values: bool, threads: 
         hash_file: whether to compute the SHA-256 of the file, and of its shards.
         digest: whether to digest the tensors' values.
         values: whether to count NaN and Inf in them.
+        allow_part: whether it may be a part of a checkpoint.
         threads: how many may hash side by side.
 
     Raises:
+        PartError: it is a part, and may not be.
         FileAccessError: it cannot be opened or read.
         FormatError: it is no checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
         DTypeError: values that would have to be computed are of a type that numpy does not know.
     """
     checkpoint, file = formats.read(path)
     try:
+        require_whole(checkpoint, allow_part=allow_part)
         weights = _weights(checkpoint)
         inner = {name: _tensors_in(value) for name, value in weights.others}
         entries = [entry for _, entry, _ in weights.tensors]
@@ -159,7 +167,7 @@ def examine(path: str, *, hash_file: bool, digest: bool, values: bool, threads: 
 
 
 def examine_all(
-    paths: Sequence[str], *, hash_file: bool, digest: bool, values: bool
+    paths: Sequence[str], *, hash_file: bool, digest: bool, values: bool, allow_part: bool
 ) -> Iterator[tuple[str, Examined | CkptkitError]]:
     """Look at several files, side by side over the processors; in the order given.
 
@@ -170,7 +178,14 @@ def examine_all(
 
     def work(number: int, threads: int) -> None:
         try:
-            results[number] = examine(paths[number], hash_file=hash_file, digest=digest, values=values, threads=threads)
+            results[number] = examine(
+                paths[number],
+                hash_file=hash_file,
+                digest=digest,
+                values=values,
+                allow_part=allow_part,
+                threads=threads,
+            )
         except CkptkitError as error:
             results[number] = error
 
@@ -292,6 +307,7 @@ def _examined(
         prefixes=tuple(sorted(set(_prefixes(weights.names)))),
         locations=_locations(checkpoint),
         findings=diagnose(checkpoint),
+        part=next(part_findings(checkpoint), None),
         architecture=next(exact, None),
         shards=tuple(
             ShardFact(

@@ -22,6 +22,7 @@ def make_at(
     *,
     digests: Digests | None,
     golden: Golden,
+    allow_part: bool,
     update: bool,
     force: bool,
 ) -> Manifest:
@@ -45,6 +46,7 @@ def make_at(
         folders=[_claimed(name_of(path, folder)) for path in paths if os.path.isdir(path)],
         digests=digests,
         golden=_goldens(golden, selected, folder),
+        allow_part=allow_part,
         previous=previous,
     )
     if destination is not None and (

@@ -29,7 +29,11 @@ def model_findings(
         MissingDependencyError: torch, or the package of the reference, is not installed.
     """
     path, rule = examined.path, "fits" if policy.fits is not None else "forward"
-    options: dict[str, Any] = {"model": policy.fits, "model_args": dict(policy.model_args)}
+    options: dict[str, Any] = {
+        "model": policy.fits,
+        "model_args": dict(policy.model_args),
+        "allow_part": policy.allow_part,
+    }
     if policy.forward and golden is not None:
         options["golden"] = golden  # with the model and the inputs, where they are not given
     elif policy.fits is None and examined.architecture is not None and not examined.architecture.prefix:
