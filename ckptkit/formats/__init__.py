@@ -110,7 +110,12 @@ def read(
             known = {use.name for use in error.globals}
             seen = tuple(use for use in names_left(probe) if use.name not in known)
         file.close()
-        raise error.at(path=file.path, seen=seen) from error.__cause__
+        cause = error.__cause__
+        if raw is None and file.path.endswith(".distcp"):  # archives end to end, one a tensor; compressed ones too
+            from ckptkit.formats.shards.parts import part_error
+
+            seen, cause, error = (*seen, *error.globals), error, part_error(file.path)
+        raise error.at(path=file.path, seen=seen) from cause
     except BaseException:
         file.close()
         raise

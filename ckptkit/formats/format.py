@@ -43,7 +43,6 @@ class Probe:
         """Every record of a zip archive by its full name; ``None``: the file is none.
 
         Raises:
-            PartError: it is several archives end to end, the part of a distributed checkpoint.
             CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
                 the message says what is left of it.
         """
@@ -52,10 +51,6 @@ class Probe:
         try:
             return read_directory(self.file, self.limits)
         except CorruptError as error:
-            if self.file.path.endswith(".distcp"):  # archives end to end, one a tensor
-                from ckptkit.formats.shards.parts import part_error
-
-                raise part_error(self.file.path) from error
             from ckptkit.formats.refused.truncated import what_is_left
 
             found = what_is_left(self.file, self.limits)

@@ -14,8 +14,8 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import beside_weights
+from ckptkit.normalize.parts import wrapped_text
 from ckptkit.normalize.sections import brief
-from ckptkit.pickling.tensors import wrapped_tensor
 from ckptkit.report import glob_of
 
 __all__ = ["require_holdable", "require_writable_size"]
@@ -58,7 +58,7 @@ def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _values(checkpoint: Checkpoint) -> Iterator[str]:
     extra = checkpoint.state_dict.extra
-    wrapped = {name: value for name, value in extra.items() if wrapped_tensor(value) is not None}
+    wrapped = {name: value for name, value in extra.items() if wrapped_text(value) is not None}
     others = {name: value for name, value in extra.items() if name not in wrapped}
     if wrapped:
         yield f"tensors of other classes ({_kinds(wrapped)}), which the program that made them turns into plain ones"

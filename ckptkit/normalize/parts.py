@@ -70,9 +70,11 @@ def part_in(
             lacks="its tensors are slices of those of the whole",
         )
     own = _own_keys(root)
-    said = _deepspeed(own) or _megatron(own)
-    if isinstance(said, Part):
-        return said
+    said: Part | Literal["whole"] | None = None
+    for each in (_deepspeed(own), _megatron(own)):
+        if isinstance(each, Part):
+            return each
+        said = said or each
     if any(name.endswith(".FlatParameter") for name in names) or _has_flat(own, state_dict):
         return Part(
             layout="an FSDP checkpoint with flat parameters",
@@ -285,6 +287,8 @@ def wrapped_text(node: object) -> str | None:
 
     ``"DTensor [11, 6] float32, Shard(0) of 2"``, ``"Int8Tensor [64, 32] bfloat16"``.
     """
+    if isinstance(node, Object) and node.class_name.startswith("torch._utils._rebuild_parameter") and node.args:
+        node = node.args[0]
     wrapped = wrapped_tensor(node)
     if wrapped is None:
         return None

@@ -167,7 +167,7 @@ def examine(
 
 
 def examine_all(
-    paths: Sequence[str], *, hash_file: bool, digest: bool, values: bool, allow_part: bool
+    paths: Sequence[str], *, hash_file: bool, digest: bool, values: bool, allow_part: bool = True
 ) -> Iterator[tuple[str, Examined | CkptkitError]]:
     """Look at several files, side by side over the processors; in the order given.
 

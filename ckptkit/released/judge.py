@@ -237,7 +237,7 @@ def _unreadable(path: str, error: CkptkitError, policy: Policy) -> CheckFinding:
             code=CODE,
             severity="error",
             path=path,
-            rule="allow-part",
+            rule="whole",
             expected="a whole checkpoint",
             found="a part of one",
             message=message.removeprefix(f"{CODE}: "),

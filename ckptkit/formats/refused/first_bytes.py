@@ -11,14 +11,13 @@ import os
 import re
 from collections.abc import Iterator
 
-from ckptkit.errors import FormatError, UnknownFormatError
+from ckptkit.errors import UnknownFormatError
 from ckptkit.formats.archives.zip_end import END, END64, LOCATOR
 from ckptkit.formats.format import Probe
 from ckptkit.formats.refused.first_pickle import describe_pickle, is_pickle
 from ckptkit.formats.refused.first_text import describe_text
 from ckptkit.formats.refused.other_zips import describe_zip
 from ckptkit.formats.refused.truncated import unfinished
-from ckptkit.formats.shards.parts import part_error
 
 __all__ = ["unknown"]
 
@@ -61,10 +60,8 @@ _SAMPLES = 64
 _SAMPLE_NBYTES = 64 << 10
 
 
-def unknown(probe: Probe) -> FormatError:
+def unknown(probe: Probe) -> UnknownFormatError:
     """The error for a file that no container claims: what it is, and the remedy where there is one."""
-    if probe.file.path.endswith(".distcp"):  # compressed, say
-        return part_error(probe.file.path)
     error = UnknownFormatError(_describe(probe) + unfinished(probe.file.path))
     if is_pickle(probe):
         message, error.globals = describe_pickle(probe)

@@ -30,13 +30,14 @@ __all__ = ["known_as", "part_error", "part_of"]
 class _Rule(NamedTuple):
     """How a writer calls its files: ``n`` of the pattern is the number of one, ``of`` how many there are.
 
-    One that is ``alone`` is a part whatever lies beside it.
+    One that is ``alone`` is a part whatever lies beside it; ``word`` says what is numbered.
     """
 
     pattern: str
     layout: str
     lacks: str
     alone: bool = True
+    word: str = "rank"
 
 
 _SLICES = "the other ranks have the other slices of its tensors"
@@ -50,6 +51,7 @@ _RULES = (
         r"shard-(?P<n>\d{5})-.+\.safetensors",
         "a torch.distributed.checkpoint of safetensors files",
         "its tensors are slices of those of the whole",
+        word="shard",
     ),
     _Rule(
         r"(?:\w+_)?zero_pp_rank_(?P<n>\d+)_mp_rank_\d+_(?:model|optim)_states\.pt",
@@ -60,6 +62,7 @@ _RULES = (
         r"(?:\w*?layer_\d+_)?expert_(?P<n>\d+)_mp_rank_\d+_model_states\.pt",
         "a DeepSpeed mixture of experts",
         "it holds one expert",
+        word="expert",
     ),
     _Rule(
         r"expp_rank_(?P<n>\d+)_mp_rank_\d+_optim_states\.pt",
@@ -70,6 +73,7 @@ _RULES = (
         r"layer_(?P<n>\d+)-model(?:_\d+-model)?_states\.pt",
         "a DeepSpeed pipeline checkpoint",
         "it holds one layer, without the layer's name",
+        word="layer",
     ),
     _Rule(r"mp_rank_(?P<n>\d+)_model_states\.pt", "a DeepSpeed checkpoint with model parallelism", _SLICES, False),
     _Rule(r"consolidated\.(?P<n>\d+)\.\w+", "a Llama checkpoint in tensor-parallel parts", _SLICES, False),
@@ -94,13 +98,9 @@ def part_of(path: str, said: Part | Literal["whole"] | None) -> Part | None:
     """
     if isinstance(said, Part):
         named = _by_name(path)
-        piece = named.piece if named is not None and named.piece else said.piece
-        instead, opens = _instead(path)
-        return replace(said, piece=piece, instead=instead, opens=opens)
-    shard = _shard(path)
-    if shard is not None or said is not None:
-        return shard
-    return _by_name(path)
+        return _placed(replace(said, piece=named.piece if named is not None and named.piece else said.piece), path)
+    part = _shard(path) or (_by_name(path) if said is None else None)
+    return None if part is None else _placed(part, path)
 
 
 def known_as(name: str) -> tuple[str, bool] | None:
@@ -118,7 +118,7 @@ def part_error(path: str) -> PartError:
     """The error for a file that is known as a part by its name, and cannot be opened by itself."""
     from ckptkit.normalize.parts import CODE, told, way_out
 
-    part = _by_name(path) or Part(layout=_DCP, lacks="it is one of several files")
+    part = _placed(_by_name(path) or Part(layout=_DCP, lacks="it is one of several files"), path)
     return PartError(f"{CODE}: {told(part)}; {way_out(part, path)}", path=path)
 
 
@@ -140,7 +140,6 @@ def _shard(path: str) -> Part | None:
         layout=layout,
         piece=f"shard {int(customary[2])} of {count}",
         lacks=f"{lacks}, and no index beside it names them all",
-        instead=_instead(path)[0],
     )
 
 
@@ -164,55 +163,49 @@ def _shards_of(index: str) -> frozenset[str]:
 def _by_name(path: str) -> Part | None:
     """As what a process of several wrote, by what it and its folder are called."""
     folder, name = os.path.split(os.path.abspath(path))
-    instead, opens = _instead(path)
     for rule in _RULES:
         found = re.fullmatch(rule.pattern, name, re.ASCII)
         if found is None:
             continue
-        groups = found.groupdict()
-        count = int(groups["of"]) if groups.get("of") else _ranks_beside(folder, found)
-        number = int(groups["n"]) if groups.get("n") else None
-        if not rule.alone and count < 2 and (groups.get("of") or not number):
+        of, number = (found.groupdict().get(group) for group in ("of", "n"))
+        count = int(of) if of else _ranks_beside(folder, found)
+        if not rule.alone and count < 2 and (of or not int(number or 0)):
             return None
-        word = "expert" if "expert" in name else "layer" if name.startswith("layer_") else "rank"
-        word = "shard" if name.startswith("shard") else word  # which count from 1
-        known = count > 1 and count > number - (word == "shard") if number is not None else False
-        piece = "" if number is None else f"{word} {number}" + (f" of {count}" if known else "")
-        return Part(layout=rule.layout, piece=piece, lacks=rule.lacks, instead=instead, opens=opens)
+        known = number is not None and count > max(1, int(number) - (rule.word == "shard"))  # shards count from 1
+        piece = "" if number is None else f"{rule.word} {int(number)}" + (f" of {count}" if known else "")
+        return Part(layout=rule.layout, piece=piece, lacks=rule.lacks)
     parent, above = os.path.basename(folder), os.path.dirname(folder)
     ranks = re.fullmatch(_MEGATRON, parent, re.ASCII)
-    if ranks is not None:
-        beside = len(_folders_alike(path))
-        if beside > 1 or any(int(number or 0) for number in ranks.groups()):
-            piece = f"{parent}, one of {beside} folders," if beside > 1 else parent
-            return Part(layout="a Megatron checkpoint", piece=piece, lacks=_SLICES, instead=instead)
+    beside = len(_folders_alike(path)) if ranks is not None else 0
+    if ranks is not None and (beside > 1 or any(int(number or 0) for number in ranks.groups())):
+        piece = f"{parent}, one of {beside} folders," if beside > 1 else parent
+        return Part(layout="a Megatron checkpoint", piece=piece, lacks=_SLICES)
     if os.path.basename(above) == "zero" and re.fullmatch(_UNIVERSAL, name):
-        return Part(
-            layout="a DeepSpeed universal checkpoint", lacks=f"it holds one tensor of {parent!r:.80}", instead=above
-        )
+        return Part(layout="a DeepSpeed universal checkpoint", lacks=f"it holds one tensor, of {parent!r:.80}")
     if name in ("common.pt", "meta.pt") and os.path.exists(os.path.join(folder, ".metadata")):
-        return Part(layout=_DCP, lacks="the tensors lie in the .distcp files", instead=instead)
+        return Part(layout=_DCP, lacks="the tensors lie in the .distcp files")
     return None
 
 
 # What lies beside it.
 
 
-def _instead(path: str) -> tuple[str | None, bool]:
-    """The folder of the files that belong together, or what was made of them; and whether ckptkit opens that."""
-    folder = os.path.dirname(path)
+def _placed(part: Part, path: str) -> Part:
+    """The part with the folder of the files that belong together, or with what was made of them."""
+    if part.instead is not None:
+        return part
+    folder, name = os.path.split(path)
     above = os.path.dirname(folder)
-    if os.path.basename(folder) == "sharded":  # as consolidate_safetensors_files leaves it
-        for index in indexes_in(above):
-            return os.path.join(above, index), True
+    if os.path.basename(folder) == "sharded" and (indexes := indexes_in(above)):  # of consolidate_safetensors_files
+        return replace(part, instead=os.path.join(above, indexes[0]), opens=True)
+    found = None
     if len(_alike(path)) > 1 or os.path.exists(os.path.join(folder, ".metadata")):
-        return folder or os.curdir, False
-    if len(_folders_alike(path)) > 1:
-        return above or os.curdir, False
-    name = os.path.basename(path)
-    if name.endswith("_states.pt") and any(each.endswith("_states.pt") and each != name for each in _names(folder)):
-        return folder or os.curdir, False
-    return None, False
+        found = folder or os.curdir
+    elif len(_folders_alike(path)) > 1 or os.path.basename(above) == "zero":
+        found = above or os.curdir
+    elif name.endswith("_states.pt") and sum(each.endswith("_states.pt") for each in _names(folder)) > 1:
+        found = folder or os.curdir
+    return replace(part, instead=found)
 
 
 def _alike(path: str) -> list[str]:

@@ -223,7 +223,7 @@ def _whole(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             examined,
             code=examined.part.code,
             severity="warning" if policy.allow_part else "error",
-            rule="allow-part",
+            rule="whole",
             expected="a whole checkpoint",
             found="a part of one",
             message=examined.part.message,
@@ -256,6 +256,6 @@ RULES: tuple[tuple[str, Callable[[Policy], object], Rule], ...] = (
     ("no-optimizer", lambda policy: policy.no_optimizer, _no_optimizer),
     ("no-prefix", lambda policy: policy.no_prefix, _no_prefix),
     ("location", lambda policy: policy.location, _location),
-    ("allow-part", lambda policy: True, _whole),
+    ("whole", lambda policy: True, _whole),
 )
-"""Every rule that a file alone decides: its name, whether a policy has it, what it forbids."""
+"""Every rule that a file alone decides: its name (``whole`` is for ``allow_part``), whether a policy has it, and it."""
