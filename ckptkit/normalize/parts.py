@@ -92,10 +92,10 @@ def _own_keys(root: object) -> Mapping[str, object]:
 
 
 def _members(node: object) -> InertDict:
-    """The attributes of an object, in its ``__dict__`` or in slots; or those that such a state gives."""
+    """The attributes of an object, in its ``__dict__`` and in slots; or those that such a state gives."""
     state = node.state if isinstance(node, Object) else node
-    found = (part for part in (state if isinstance(state, tuple) else (state,)) if isinstance(part, InertDict))
-    return next(found, InertDict())
+    found = [part for part in (state if isinstance(state, tuple) else (state,)) if isinstance(part, InertDict)]
+    return found[0] if len(found) == 1 else InertDict([pair for part in found for pair in part.pairs])
 
 
 # DeepSpeed and Megatron.

@@ -146,7 +146,7 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "joblib": (JOBLIB, "cannot be read to its end .*written by joblib.dump.*joblib.numpy_pickle.NumpyArrayWrapper"),
     "a dangerous pickle": (b"\x80\x02cposix\nsystem\nq\x00X\x02\x00\x00\x00lsq\x01\x85q\x02Rq\x03.",
                            "a Python pickle of posix.system, .* posix.system .dangerous."),
-    "dcp metadata": (pickled("torch.distributed.checkpoint.metadata", "Metadata"), "the list of what lies in the .distcp files"),
+    "dcp metadata": (pickled("torch.distributed.checkpoint.metadata", "Metadata"), "what lies in the .distcp files"),
     "noise": (bytes(range(144, 156)) + b"\x01", "no known checkpoint container; it begins with the bytes 90 91 92"),
 }  # fmt: skip
 
@@ -246,10 +246,33 @@ def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
     assert isinstance(caught.value, CkptkitError)
 
 
-def test_a_part_of_a_distributed_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "__0_0.distcp"
-    path.write_bytes(saved(WEIGHTS) + saved(WEIGHTS))
-    with pytest.raises(UnknownFormatError, match=r"a part of a folder that torch.distributed.checkpoint wrote"):
-        formats.read(path)
-    path.write_bytes(saved(WEIGHTS))
-    assert list(formats.read(path)[0].state_dict) == ["w"]
+@pytest.mark.parametrize(
+    ("name", "words"), [("posix.system", "is HOSTILE: .* would run posix.system"), ("", "names nothing")]
+)
+def test_the_metadata_of_a_distributed_checkpoint_is_judged_first(name: str, words: str, tmp_path: Path) -> None:
+    module, _, attribute = (name or "torch.distributed.checkpoint.metadata.Metadata").rpartition(".")
+    (tmp_path / ".metadata").write_bytes(pickled(module, attribute))
+    (tmp_path / "__0_0.distcp").write_bytes(saved(WEIGHTS))
+    with pytest.raises(FileAccessError, match=rf"does not merge them yet; .metadata .*{words}") as caught:
+        formats.read(tmp_path)
+    assert "dcp_to_torch_save" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", ["latest", "latest_checkpointed_iteration.txt"])
+def test_a_folder_that_names_its_last_checkpoint(tag: str, tmp_path: Path) -> None:
+    last = tmp_path / ("iter_0000010" if tag.startswith("latest_") else "global_step10")
+    (tmp_path / tag).write_text("10\n" if tag.startswith("latest_") else last.name)
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        (last / rank).mkdir(parents=True)
+    with pytest.raises(
+        FileAccessError, match=f"a training folder; its last checkpoint, {last}, is a Megatron .*2 parts"
+    ):
+        formats.read(tmp_path)
+    (last / "mp_rank_01").rmdir()
+    (last / "mp_rank_00" / "model_optim_rng.pt").write_bytes(saved(WEIGHTS))
+    with pytest.raises(FileAccessError, match=r"in one part that is the whole; give .*mp_rank_00/model_optim_rng.pt"):
+        formats.read(tmp_path)
+    for content in ("..", "no such folder", "../x", "\0"):  # whatever it says, nothing outside is looked at
+        (tmp_path / tag).write_text(content)
+        with pytest.raises(FileAccessError, match="is a folder, not a file"):
+            formats.read(tmp_path)
