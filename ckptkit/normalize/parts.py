@@ -19,14 +19,14 @@ What files are called is for `ckptkit.formats.shards.names`, which asks here fir
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Final, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, Literal, NamedTuple, TypeGuard
 
 from ckptkit.checkpoint import Checkpoint, Part, StateDict, TensorEntry
 from ckptkit.errors import PartError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
@@ -41,6 +41,12 @@ WHOLE: Final = "whole"
 
 _MOST_KEYS = 1000
 """Keys of a file's own dict; what has more is a state_dict."""
+
+_MOST_RANKS = 1 << 24
+"""Processes that may have saved a checkpoint, hundreds of times what there are."""
+
+_HUGE = 1 << 62
+"""More than any count of elements."""
 
 _FLAT = r"(?:^|\.)(?:_flat_param|flat_param_[0-9]+|_(?:fsdp_wrapped|fpw)_module\.flat_param)\Z"
 
@@ -71,7 +77,7 @@ def part_in(
         )
     own = _own_keys(root)
     said: Part | Literal["whole"] | None = None
-    for each in (_deepspeed(own), _megatron(own)):
+    for each in (_deepspeed(own, state_dict), _megatron(own)):
         if isinstance(each, Part):
             return each
         said = said or each
@@ -101,23 +107,23 @@ def _members(node: object) -> InertDict:
 # DeepSpeed and Megatron.
 
 
-def _deepspeed(own: Mapping[str, object]) -> Part | Literal["whole"] | None:
+def _deepspeed(own: Mapping[str, object], state_dict: StateDict) -> Part | Literal["whole"] | None:
     optimizer = {**own, **_own_keys(own.get("optimizer_state_dict"))}
     if "single_partition_of_fp32_groups" in optimizer or "fp32_flat_groups" in optimizer:
         count = optimizer.get("partition_count")
-        ranks = max((n for n in (count if isinstance(count, list) else [count]) if isinstance(n, int)), default=0)
+        ranks = max((n for n in (count if isinstance(count, list) else [count]) if _is_count(n)), default=0)
         return Part(
             layout="a DeepSpeed ZeRO checkpoint",
-            piece=f"the optimizer state of one rank of {ranks}" if ranks else "",
+            piece=f"the optimizer state of {_rank_of(ranks)}" if ranks > 1 else "the optimizer state",
             lacks="it holds a rank's share of flat buffers; the model_states files say which parameters lie in them",
         )
-    if "module" not in own or not own.keys() & {"param_shapes", "ds_version", "mp_world_size"}:
+    if not own.keys() & {"param_shapes", "ds_version", "mp_world_size"}:
         return None
-    if own["module"] is None:
+    if own.get("module", own) is None:
         return Part(
             layout="a DeepSpeed pipeline checkpoint", lacks="it holds no weights, which lie in the layer_ files"
         )
-    stubs, weights = _stubs(own)
+    stubs, weights = _stubs(own, state_dict)
     if stubs:
         verb = "is an empty stub" if stubs == 1 else "are empty stubs"
         return Part(
@@ -127,39 +133,41 @@ def _deepspeed(own: Mapping[str, object]) -> Part | Literal["whole"] | None:
         )
     degrees = _own_keys(own.get("checkpoint_parallel_dimensions"))
     for size in (own.get("mp_world_size"), degrees.get("tp_degree"), degrees.get("pp_degree")):
-        if isinstance(size, int) and size > 1:
+        if _is_count(size) and size > 1:
             return Part(
                 layout="a DeepSpeed checkpoint with model parallelism",
                 piece=_rank_of(size),
                 lacks="the other ranks have the other slices of its tensors, or the other layers",
             )
     experts = own.get("num_experts")
-    if isinstance(experts, list) and any(isinstance(count, int) and count > 1 for count in experts):
+    if isinstance(experts, list) and any(_is_count(count) and count > 1 for count in experts):
         return Part(layout="a DeepSpeed mixture of experts", lacks="the experts lie in files of their own")
-    return WHOLE
+    return WHOLE if "module" in own else None
 
 
-def _stubs(own: Mapping[str, object]) -> tuple[int, int]:
+def _stubs(own: Mapping[str, object], state_dict: StateDict) -> tuple[int, int]:
     """How many weights are smaller than ``param_shapes`` says, and how many it names."""
     groups = own.get("param_shapes")
-    shapes: dict[str, int] = {}
-    for group in groups if isinstance(groups, (list, tuple)) else (groups,):
+    sizes: dict[str, int] = {}
+    for group in (*(groups if isinstance(groups, (list, tuple)) else (groups,)), own.get("frozen_param_shapes")):
         for name, size in mapping_items(group) or []:
             shape = shape_of(size)
             if isinstance(name, str) and shape is not None:
-                shapes[name] = math.prod(shape)
-    stubs = 0
-    for name, value in mapping_items(own["module"]) or []:
-        if isinstance(name, str) and isinstance(value, TensorEntry):
-            stubs += value.numel < shapes.get(name, shapes.get(unwrapped(name), 0))
-    return stubs, len(shapes)
+                sizes[name] = _product(shape)
+    weights = mapping_items(own.get("module")) or state_dict.items()
+    stubs = sum(
+        value.numel < sizes.get(name, sizes.get(unwrapped(name), 0))
+        for name, value in (weights if sizes else ())
+        if isinstance(name, str) and isinstance(value, TensorEntry)
+    )
+    return stubs, len(sizes)
 
 
 def _megatron(own: Mapping[str, object]) -> Part | Literal["whole"] | None:
-    if not any(key.startswith("model") for key in own):
+    if not any(key.startswith(("model", "module", "state_dict")) for key in own):
         return None
     said = _own_keys(own.get("args")) or _members(own.get("args"))
-    sizes = {how: size for key, how in _PARALLEL.items() if isinstance(size := said.get(key), int)}
+    sizes = {how: size for key, how in _PARALLEL.items() if _is_count(size := said.get(key))}
     if not sizes:
         return None
     split = {how: size for how, size in sizes.items() if size > 1}
@@ -173,7 +181,20 @@ def _megatron(own: Mapping[str, object]) -> Part | Literal["whole"] | None:
 
 
 def _rank_of(count: object) -> str:
-    return f"one rank of {count}" if isinstance(count, int) and count > 1 else ""
+    return f"one rank of {count}" if _is_count(count) and count > 1 else ""
+
+
+def _is_count(node: object) -> TypeGuard[int]:
+    """Whether it can be how many ranks there are; a pickle may say numbers of a million digits."""
+    return isinstance(node, int) and 0 < node < _MOST_RANKS
+
+
+def _product(numbers: Sequence[int]) -> int:
+    """The product of sizes that a file gives; 0 where it is more than any tensor's."""
+    total = 1
+    for number in numbers if len(numbers) <= DEFAULT_LIMITS.dimensions else (0,):
+        total = total * number if 0 <= number < _HUGE and total < _HUGE else 0
+    return total
 
 
 # Tensors that are spread over processes.
@@ -245,8 +266,8 @@ def _dtensor(wrapped: Wrapped) -> _Spread:
         is_partial = is_partial or kind.startswith("Partial")
     is_whole = isinstance(local, TensorEntry) and local.shape == wrapped.shape and not is_partial
     every = mesh.get("_flatten_rank_map")
-    ranks = len(every) if isinstance(every, tuple) else math.prod(sizes)
-    return _Spread(not is_whole, ", ".join(how), mesh.get("_rank"), ranks if sizes else 0)
+    ranks = len(every) if isinstance(every, tuple) else _product(sizes)
+    return _Spread(not is_whole, ", ".join(how), mesh.get("_rank"), ranks if sizes and _is_count(ranks) else 0)
 
 
 def _mesh_sizes(mesh: InertDict) -> list[int]:
@@ -257,17 +278,15 @@ def _mesh_sizes(mesh: InertDict) -> list[int]:
     layout = _members(mesh.get("_layout"))
     axes = layout.get("axes")
     if not isinstance(axes, (list, tuple)):  # torch 2.9: one layout of all
-        return list(_numbers(layout.get("shape")))
-    return [math.prod(_numbers(_members(axis).get("shape"))) for axis in axes]
+        return _numbers(layout.get("shape"))
+    return [_product(_numbers(_members(axis).get("shape"))) for axis in axes[: DEFAULT_LIMITS.dimensions]]
 
 
-def _numbers(node: object) -> Iterator[int]:
-    """The numbers of a layout's shape, which may be one number or pairs of them."""
-    for part in node if isinstance(node, (list, tuple)) else (node,):
-        if isinstance(part, int):
-            yield part
-        elif isinstance(part, (list, tuple)):
-            yield math.prod(number for number in part if isinstance(number, int))
+def _numbers(node: object) -> list[int]:
+    """The numbers of a layout's shape, which may be one number, or have several in place of one."""
+    found = node if isinstance(node, (list, tuple)) else (node,)
+    nested = [_product(part) if (part := shape_of(each)) is not None else each for each in found]
+    return [number for number in nested if isinstance(number, int)]
 
 
 def _sharded(state: object) -> _Spread:
@@ -277,7 +296,7 @@ def _sharded(state: object) -> _Spread:
     about = _members(metadata)
     size, every = shape_of(about.get("size")), about.get("shards_metadata")
     count = len(every) if isinstance(every, (list, tuple)) else 0
-    is_whole = size is not None and sum(tensor.numel for tensor in tensors) == math.prod(size)
+    is_whole = size is not None and sum(tensor.numel for tensor in tensors) == _product(size)
     rank = _members(_members(locals_[0].get("metadata")).get("placement")).get("_rank") if locals_ else None
     return _Spread(not is_whole, f"{len(tensors)} of {count_of(count, 'shard')}", rank, count)
 

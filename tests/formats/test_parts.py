@@ -110,6 +110,9 @@ PARTS: dict[str, tuple[Callable[[Path], Path], str]] = {
         tree(module={**WEIGHTS, "a.bias": torch.empty(0)}, param_shapes=SHAPES, dp_world_size=8),
         "one rank of 8 of a DeepSpeed ZeRO stage 3 .* 1 of 2 weights is an empty",
     ),
+    "stubs of frozen weights, under another key": (
+        tree(state_dict=EMPTY, param_shapes=[], frozen_param_shapes=SHAPES), "stage 3 .* 2 of 2 weights are empty"
+    ),
     "stubs under a wrapper": (
         tree(module={f"module.{name}": value for name, value in EMPTY.items()}, param_shapes=[SHAPES]),
         "stage 3 .* 2 of 2 weights",
@@ -126,7 +129,7 @@ PARTS: dict[str, tuple[Callable[[Path], Path], str]] = {
         tree(module=WEIGHTS, ds_version="0.19", checkpoint_parallel_dimensions={"tp_degree": 4}), "one rank of 4 of a"
     ),
     "experts": (tree(module=WEIGHTS, ds_version="0.19", num_experts=[8]), "DeepSpeed mixture of experts"),
-    "megatron": (tree(**args(tensor_model_parallel_size=2, pipeline_model_parallel_size=1)), "tensor parallel rank of 2"),
+    "megatron": (tree(**args(tensor_model_parallel_size=2, pipeline_model_parallel_size=1)), "tensor parallel"),
     "megatron pipeline": (tree(**args(pipeline_model_parallel_size=4)), "one pipeline rank of 4 of a Megatron"),
     "megatron args as a dict": (tree(args={"model_parallel_size": 8}, model=WEIGHTS), "one tensor parallel rank of 8"),
     "flat": (tree(**{"_fsdp_wrapped_module._flat_param": torch.ones(9)}), "FSDP checkpoint with flat parameters"),
@@ -358,6 +361,50 @@ def test_a_quantized_tensor_is_named_and_whole(save: Any, tmp_path: Path) -> Non
     with ckptkit.open(path) as file:
         (finding,) = [finding for finding in file.findings if finding.code == "not-a-plain-tensor"]
     assert "w (Int8 [4, 2] bfloat16)" in finding.message
+
+
+def test_a_model_is_filled_from_a_part_only_where_one_insists(tmp_path: Path) -> None:
+    weights = torch.nn.Linear(3, 4).state_dict()
+    path = names("consolidated.00.pth", "consolidated.01.pth", content=weights)(tmp_path)
+    model = torch.nn.Linear(3, 4)
+    report = ckptkit.verify(path, model=model, forward=False, allow_part=True)
+    assert report.ok and [finding.code for finding in report.findings].count(CODE) == 1
+    report = ckptkit.verify(path, model=model, input_shapes=[(2, 3)], against=path, allow_part=True)
+    assert report.ok and [finding.code for finding in report.findings].count(CODE) == 2
+    whole = tmp_path / "whole.pth"
+    torch.save(weights, whole)
+    with pytest.raises(PartError, match=CODE):
+        ckptkit.verify(whole, model=model, input=path)
+    # Of what may not be checked no model is run.
+    report = ckptkit.check(path, fits="torchvision:resnet18")
+    assert (report.exit_code, [finding.code for finding in report.findings]) == (1, [CODE])
+    report = ckptkit.check(path, fits="torchvision:resnet18", allow_part=True)
+    codes = [finding.code for finding in report.findings]
+    assert report.exit_code == 1 and "nothing-matches" in codes and codes.count(CODE) == 1
+
+
+def test_numbers_beyond_reason_are_passed_over(spread: Spread, save: Any, tmp_path: Path) -> None:
+    huge = 10**2400  # as large as a pickle may say
+    for content in (
+        {
+            "module": WEIGHTS,
+            "mp_world_size": huge,
+            "dp_world_size": huge,
+            "param_shapes": [{"a.bias": (2**61,) * 10_000}],
+        },
+        {"module": EMPTY, "dp_world_size": huge, "param_shapes": [SHAPES]},
+        {"fp32_flat_groups": [torch.ones(1)], "partition_count": huge},
+        args(tensor_model_parallel_size=huge),
+    ):
+        ckptkit.inspect(save(content))
+    with spread(1, 2) as made:
+        value = made["shard"]
+        mesh = value.device_mesh
+        for changed in ({"_rank": huge}, {"_layout": argparse.Namespace(shape=(huge, 2**61) * 10_000)}):
+            mesh.__dict__.update(changed)
+            path = save({"w": value})
+            assert said(path) is not None
+            ckptkit.inspect(path)
 
 
 # The command line.
