@@ -28,7 +28,7 @@ place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.api import CheckpointFile, Rewriter, check, convert, diff, inspect, load_state_dict, manifest, open, verify  # noqa: A004 - ckptkit.open
-from ckptkit.checkpoint import Checkpoint, Origin, Section, StateDict, Storage, TensorEntry
+from ckptkit.checkpoint import Checkpoint, Origin, Part, Section, StateDict, Storage, TensorEntry
 from ckptkit.errors import (
     AmbiguousError,
     CkptkitError,
@@ -42,6 +42,7 @@ from ckptkit.errors import (
     LimitError,
     MissingDependencyError,
     MissingFileError,
+    PartError,
     RewriteError,
     SectionError,
     UnknownFormatError,
@@ -98,6 +99,8 @@ __all__ = [
     "MissingDependencyError",
     "MissingFileError",
     "Origin",
+    "Part",
+    "PartError",
     "Plan",
     "Rename",
     "Report",

@@ -23,7 +23,8 @@ from ckptkit import formats
 from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
-from ckptkit.errors import CorruptError, RewriteError, SectionError
+from ckptkit.errors import CorruptError, PartError, RewriteError, SectionError
+from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
@@ -80,7 +81,12 @@ def inspect(
 
 
 def load_state_dict(
-    path: PathLike, *, map_location: Any = None, section: str | None = None, ignore_checksums: bool = False
+    path: PathLike,
+    *,
+    map_location: Any = None,
+    section: str | None = None,
+    allow_part: bool = False,
+    ignore_checksums: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The weights as tensors, from any container, without executing the file.
 
@@ -88,6 +94,7 @@ def load_state_dict(
         path: the file.
         map_location: as in ``torch.load``: a string, a ``torch.device``, a dict, a callable.
         section: path of the weights to select, where the file holds several.
+        allow_part: whether the file may be a part of a checkpoint that lies in several.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
@@ -98,6 +105,7 @@ def load_state_dict(
         MissingDependencyError: torch is not installed.
         SectionError: the file holds no state_dict, or several.
         CorruptError: a tensor's bytes are not those its checksum was recorded for.
+        PartError: it is a part of a checkpoint.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
@@ -106,6 +114,7 @@ def load_state_dict(
     from ckptkit.torch_bridge import tensors
 
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:
+        require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to load")
         state = tensors(file.state_dict, map_location=map_location, checksums=True)
         return state if file.checkpoint.module is None else {name: value.detach() for name, value in state.items()}
@@ -132,6 +141,7 @@ def convert(
     to: str | None = None,
     max_shard_size: int | str | None = None,
     metadata: Mapping[str, str] | None = None,
+    allow_part: bool = False,
     receipt: bool = True,
     dry_run: bool = False,
     force: bool = False,
@@ -164,6 +174,7 @@ def convert(
         to: container name that overrides the ending.
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
         metadata: strings to set in the output's metadata.
+        allow_part: whether the source may be a part of a checkpoint that lies in several files.
         receipt: whether to record in the metadata what was done; see `ckptkit.conversion.receipt`.
         dry_run: make the plan, write nothing.
         force: whether an existing destination may be replaced.
@@ -175,7 +186,7 @@ def convert(
         A report whose ``details`` hold the plan and what was changed.
 
     Raises:
-        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected.
+        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError.
     """
     from ckptkit.conversion.job import Job
     from ckptkit.conversion.options import Conversion, Options  # reading alone starts faster without the writing half
@@ -197,6 +208,7 @@ def convert(
         metadata=metadata or {},
     )
     with open(source, section=section, ignore_checksums=ignore_checksums) as file:
+        require_whole(file.checkpoint, allow_part=allow_part)
         _, container, most = formats.target(os.fsdecode(destination), to)
         weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
         if weights_alone or options.needs_weights:
@@ -240,6 +252,7 @@ def diff(
     atol: float | None = None,
     rtol: float | None = None,
     strict: bool = False,
+    allow_part: bool = False,
     ignore_checksums: bool = False,
     progress: Progress | None = None,
 ) -> Difference:
@@ -256,6 +269,7 @@ def diff(
         rtol: the same as a share of the larger magnitude of the two; what it allows is added.
         strict: whether metadata, training state, ties and parts that one file alone has count for
             `Difference.ok`.
+        allow_part: whether either may be a part of a checkpoint that lies in several files.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
         progress: called with the bytes gone through so far, and those to go through in all.
 
@@ -282,6 +296,7 @@ def diff(
             beside=chosen == (None, None),
             tolerance=tolerance,
             strict=strict,
+            allow_part=allow_part,
             progress=progress,
         )
         for file in (ours, theirs):
@@ -307,6 +322,7 @@ def manifest(
     *,
     digests: Literal["total", "tensor"] | None = None,
     golden: Mapping[str, PathLike] | PathLike | None = None,
+    allow_part: bool = False,
     update: bool = False,
     force: bool = False,
     ignore_checksums: bool = False,
@@ -322,6 +338,7 @@ def manifest(
             lists them.
         golden: a file that `verify` wrote with ``write_golden``, for the one checkpoint there is; or such files by
             the paths of theirs.
+        allow_part: whether a file may be a part of a checkpoint that lies in several.
         update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
         force: whether to replace an existing manifest as a whole.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
@@ -341,6 +358,7 @@ def manifest(
         None if destination is None else os.fsdecode(destination),
         digests=digests,
         golden=golden,
+        allow_part=allow_part,
         update=update,
         force=force,
         ignore_checksums=ignore_checksums,
@@ -361,6 +379,7 @@ def verify(
     strip_module: bool = False,
     allow_missing: str | Sequence[str] = (),
     allow_unexpected: str | Sequence[str] = (),
+    allow_part: bool = False,
     forward: bool = True,
     against: PathLike | None = None,
     golden: PathLike | None = None,
@@ -388,6 +407,7 @@ def verify(
         strip_module: take off wrapper prefixes first.
         allow_missing: glob patterns of names that may be missing.
         allow_unexpected: glob patterns of names that may be left over.
+        allow_part: whether a file may be a part of a checkpoint that lies in several.
         forward: whether to run the forward pass.
         against: another checkpoint of the same model, in any container and with any wrapper prefix, whose
             outputs must agree.
@@ -412,8 +432,9 @@ def verify(
     with contextlib.ExitStack() as stack:
         reading = partial(open, ignore_checksums=ignore_checksums)
         file = stack.enter_context(reading(path, section=section))
+        require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to verify")
-        other = None if against is None else stack.enter_context(_other(against, section, reading))
+        other = None if against is None else stack.enter_context(_other(against, section, reading, allow_part))
         # Only now: importing torch takes seconds, and what cannot be read is told at once.
         require_torch()
         from ckptkit.verifier import verify as run
@@ -441,15 +462,18 @@ def verify(
         )
 
 
-def _other(path: PathLike, section: str | None, reading: Callable[..., CheckpointFile]) -> CheckpointFile:
+def _other(
+    path: PathLike, section: str | None, reading: Callable[..., CheckpointFile], allow_part: bool
+) -> CheckpointFile:
     """The other checkpoint; the section is selected in it too, where it has one of that name."""
     file = reading(path)
     if section is not None and any(each.path == section for each in file.sections):
         file.close()
         file = reading(path, section=section)
     try:
+        require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to compare with")
-    except SectionError:
+    except (PartError, SectionError):
         file.close()
         raise
     return file
@@ -469,6 +493,7 @@ def check(
     no_optimizer: bool | None = None,
     no_prefix: bool | None = None,
     location: str | Sequence[str] | None = None,
+    allow_part: bool | None = None,
     fits: str | None = None,
     forward: bool | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -477,7 +502,7 @@ def check(
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
 
-    Whatever is asked for, each file must be readable and may not be hostile.
+    Whatever is asked for, each file must be readable and may not be hostile, nor a part of a checkpoint.
 
     Args:
         paths: files and folders; none: those that the configuration names, or all of the manifest's and whatever else
@@ -493,6 +518,7 @@ def check(
         no_optimizer: whether an optimizer's state may not be in the file.
         no_prefix: whether names may not carry a wrapper's prefix.
         location: the device tags that storages may have.
+        allow_part: whether a file may be a part of a checkpoint that lies in several; else it is an error.
         fits: the reference model that the weights must load into; see `verify`.  Needs torch.
         forward: whether to run the verifier's forward pass too, of the model of ``fits``, of the manifest's golden
             or of the architecture that was identified.  Needs torch.
@@ -521,6 +547,7 @@ def check(
         "no_optimizer": no_optimizer,
         "no_prefix": no_prefix,
         "location": location,
+        "allow_part": allow_part,
         "fits": fits,
         "forward": forward,
         "model_args": model_args,

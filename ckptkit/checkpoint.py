@@ -27,6 +27,7 @@ __all__ = [
     "GlobalUse",
     "Kind",
     "Origin",
+    "Part",
     "Section",
     "StateDict",
     "Storage",
@@ -402,6 +403,25 @@ class Origin:
     is_program: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a file is of a checkpoint that lies in several.
+
+    Attributes:
+        layout: what they are together, in plain words: ``"a DeepSpeed ZeRO stage 3 checkpoint"``.
+        piece: which part: ``"rank 0 of 8"``; ``""``: not known.
+        lacks: what is not in this file.
+        instead: the index that opens them all, or the folder of the files that belong together; ``None``: not there.
+        opens: whether ckptkit opens ``instead`` as one checkpoint.
+    """
+
+    layout: str
+    piece: str = ""
+    lacks: str
+    instead: str | None = None
+    opens: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Checkpoint:
     """A checkpoint in the common representation.
@@ -417,6 +437,7 @@ class Checkpoint:
         unvouched: parts of the file that are code, or could not be looked into.
         module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
         findings: what the reader noticed.
+        part: what it is of a checkpoint that lies in several files; ``None``: it is whole.
         operations: what `rewrite` did to it, in order.
     """
 
@@ -429,6 +450,7 @@ class Checkpoint:
     unvouched: tuple[GlobalUse, ...] = ()
     module: object = None
     findings: tuple[Finding, ...] = ()
+    part: Part | None = None
     operations: tuple[str, ...] = ()
 
     def __repr__(self) -> str:

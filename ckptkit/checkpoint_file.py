@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
+from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Finding
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class CheckpointFile:
         force: bool = False,
         check: bool = True,
         receipt: bool = True,
+        allow_part: bool = False,
         progress: Progress | None = None,
     ) -> Plan:
         """Write it; the destination is either what it was before or the complete new file.
@@ -117,6 +119,7 @@ class CheckpointFile:
             check: whether to open the output again and compare every byte before it gets its name, and to hold
                 the source's checksums against its bytes; and to wait until all is on disk.
             receipt: whether to record in the metadata what was done; see `ckptkit.conversion.receipt`.
+            allow_part: whether it may be a part of a checkpoint that lies in several files.
             progress: called with the bytes dealt with so far, and those to deal with in all.
 
         Returns:
@@ -126,8 +129,10 @@ class CheckpointFile:
             DestinationExistsError: it exists and ``force`` is false.
             FileAccessError: it cannot be written.
             RewriteError: the container cannot hold this checkpoint.
+            PartError: it is a part of a checkpoint.
             CorruptError: the source is damaged, or changed while it was read.
         """
+        require_whole(self.checkpoint, allow_part=allow_part)
         job = self._job(destination, to=to, max_shard_size=max_shard_size, receipt=receipt, check=check)
         job.carry_out(force=force, check=check, progress=progress)
         return job.plan

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.normalize.beside import beside_weights
+from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import is_plain, step
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
@@ -45,6 +46,8 @@ def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
     """The reader's findings and every diagnosis, gravest first."""
     contents = _contents(checkpoint)
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
+    if checkpoint.part is not None:  # what would mend the whole is refused for a part
+        found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
     order = {"error": 0, "warning": 1, "info": 2}
     return tuple(sorted(found, key=lambda finding: order[finding.severity]))
 
@@ -57,6 +60,10 @@ def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
                 severity="error",
                 message=f"the pickle names {use.name}: a loader that executes it would run that",
             )
+
+
+def _part(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    return part_findings(checkpoint)
 
 
 def _foreign(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -140,7 +147,7 @@ def _stale_versions(checkpoint: Checkpoint, contents: Contents) -> Iterator[Find
 
 
 def _not_a_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
-    if checkpoint.origin.kind != "state_dict" or checkpoint.module is not None:
+    if checkpoint.origin.kind != "state_dict" or checkpoint.module is not None or checkpoint.part is not None:
         return
     yield Finding(
         code="not-a-model",
@@ -292,6 +299,7 @@ def _byteorder(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
 
 DIAGNOSES: tuple[Diagnosis, ...] = (
     _hostile,
+    _part,
     _foreign,
     _whole_model,
     _prefix,

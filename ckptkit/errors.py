@@ -25,6 +25,7 @@ __all__ = [
     "LimitError",
     "MissingDependencyError",
     "MissingFileError",
+    "PartError",
     "RewriteError",
     "SectionError",
     "UnknownFormatError",
@@ -131,6 +132,10 @@ class AmbiguousError(CorruptError):
 
 class UnsupportedError(FormatError):
     """The content is valid but holds something ckptkit cannot represent or write."""
+
+
+class PartError(FormatError):
+    """The file is a part of a checkpoint, and the whole is needed: ``part-of-a-checkpoint``."""
 
 
 class LimitError(FormatError):

@@ -75,6 +75,12 @@ __all__ = ["command"]
     help="A device tag storages may have: cpu; repeatable.",
 )
 @click.option(
+    "--allow-part",
+    is_flag=True,
+    default=None,
+    help="A file may be one part of a sharded checkpoint, without the others.",
+)
+@click.option(
     "--fits",
     metavar="REF",
     shell_complete=complete_reference,

@@ -10,6 +10,7 @@ from ckptkit import api
 from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
 from ckptkit.cli.options import (
+    allow_part_option,
     common_options,
     echo,
     echo_findings,
@@ -109,6 +110,7 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 @click.option("--to", metavar="FORMAT", help="torch-zip, safetensors, or either -sharded; overrides DST's ending.")
 @click.option("--max-shard-size", metavar="SIZE", help="Split what is larger into files and an index: 5GB, 500MB.")
 @click.option("--metadata", "metadata", multiple=True, metavar="KEY=VALUE", help="Set in the output's metadata.")
+@allow_part_option
 @click.option("--no-receipt", is_flag=True, help="Do not record in the metadata what was done.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--force", is_flag=True, help="Overwrite DST if it exists.")

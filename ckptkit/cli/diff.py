@@ -9,6 +9,7 @@ import click
 from ckptkit import api
 from ckptkit.cli import diff_text, ending
 from ckptkit.cli.options import (
+    allow_part_option,
     common_options,
     echo,
     echo_json,
@@ -45,6 +46,7 @@ __all__ = ["command"]
 @tolerance_option("--atol", "Differences up to this count as unchanged.")
 @tolerance_option("--rtol", "The same as a share of the larger magnitude.")
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list.")
+@allow_part_option
 @click.option("--strict", is_flag=True, help="What stands beside the tensors counts for the exit code too.")
 @click.option("--format", "output", type=click.Choice(["text", "json", "markdown"]), default="text", help="Output.")
 @click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")

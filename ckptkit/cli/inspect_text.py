@@ -126,7 +126,9 @@ def facts(document: dict[str, Any]) -> str:
 
 def what_it_is(document: dict[str, Any]) -> str:
     """A sentence for whoever meets such a file for the first time."""
-    kind, rows = document["kind"], document["tensors"]
+    kind, rows, part = document["kind"], document["tensors"], document["part"]
+    if part is not None:
+        return f"{printable(part['piece']) or 'a part'} of {part['layout']}, not the whole"
     if kind == "whole_model":
         cls = printable(document["modules"][0]["class"]) if document["modules"] else "unknown class"
         if document["format"] == "torchscript":

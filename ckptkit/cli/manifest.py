@@ -10,6 +10,7 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli.manifest_text import summary
 from ckptkit.cli.options import (
+    allow_part_option,
     common_options,
     echo,
     echo_json,
@@ -44,6 +45,7 @@ __all__ = ["command"]
 @click.option(
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
+@allow_part_option
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
 @ignore_checksums
 @common_options
@@ -53,6 +55,7 @@ def command(
     digests: Literal["total", "tensor"] | None,
     update: bool,
     goldens: tuple[str, ...],
+    allow_part: bool,
     force: bool,
     ignore_checksums: bool,
     as_json: bool,
@@ -77,6 +80,7 @@ def command(
             golden=_golden(goldens),
             update=update,
             force=force,
+            allow_part=allow_part,
             ignore_checksums=ignore_checksums,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")

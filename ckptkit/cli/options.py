@@ -19,6 +19,7 @@ from ckptkit.report import SCHEMA_VERSION, Finding, printable
 __all__ = [
     "COLORS",
     "Style",
+    "allow_part_option",
     "checked_devices",
     "columns",
     "common_options",
@@ -102,6 +103,12 @@ ignore_checksums = click.option(
     "--ignore-checksums", is_flag=True, help="Accept bytes that recorded checksums show to be others."
 )
 """For files that were edited in place, whose checksums are stale."""
+
+
+allow_part_option = click.option(
+    "--allow-part", is_flag=True, help="Take one part of a sharded checkpoint as it is, without the others."
+)
+"""For whatever else refuses a part."""
 
 
 def with_examples(*examples: str) -> str:

@@ -10,6 +10,7 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli.completion import complete_reference
 from ckptkit.cli.options import (
+    allow_part_option,
     checked_devices,
     common_options,
     echo,
@@ -66,6 +67,7 @@ __all__ = ["command"]
 @click.option("--strip-module", is_flag=True, help="Take off wrapper prefixes first, as convert does.")
 @click.option("--allow-missing", multiple=True, metavar="GLOB", help="Names that may be missing; repeatable.")
 @click.option("--allow-unexpected", multiple=True, metavar="GLOB", help="Names that may be left over; repeatable.")
+@allow_part_option
 @click.option("--against", metavar="OTHER", help="Another checkpoint of the same model: outputs must agree.")
 @click.option("--golden", metavar="FILE", help="Outputs recorded earlier: these must agree; names the model too.")
 @click.option("--write-golden", metavar="FILE", help="Record the outputs, for --golden.")

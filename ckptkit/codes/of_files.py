@@ -44,9 +44,10 @@ CODES: dict[str, Explanation] = {
     ),
     "not-a-plain-tensor": Explanation(
         "values of the state_dict that are no plain tensors",
-        "Quantized, sparse and nested tensors, and the objects modules keep under `_extra_state`, cannot be described "
-        "by dtype, shape and stride. They are kept as they are in .pth files; safetensors cannot hold them.",
-        "Convert to .pth, or leave them out with --exclude and rebuild them in the program that loads the weights.",
+        "Quantized, sparse, nested, distributed and subclass tensors, and what modules keep as `_extra_state`, cannot "
+        "be described by dtype, shape and stride. They are kept as they are in .pth; safetensors cannot hold them.",
+        "Convert to .pth, which holds them all. A DTensor or ShardedTensor is made whole by gathering it where it was "
+        "saved; values that the model can do without are left out with --exclude.",
     ),
     "not-a-model": Explanation(
         "a state_dict, not a model",
@@ -190,10 +191,13 @@ CODES: dict[str, Explanation] = {
         "-",
     ),
     # Shards and containers.
-    "one-shard": Explanation(
-        "one shard of several",
-        "The file is one part of a checkpoint that was split; the other tensors lie in its other parts.",
-        "Give the index: ckptkit inspect model.safetensors.index.json",
+    "part-of-a-checkpoint": Explanation(
+        "the file is a part of a checkpoint, not the whole",
+        "Shards of an index, the files that FSDP, DeepSpeed, Megatron and torch.distributed.checkpoint write for each "
+        "rank, slices of tensors and empty stubs hold some of the values. Taken for the whole they give a model that "
+        "lacks the rest: convert, verify, diff, check, manifest and load_state_dict refuse them.",
+        "Give what the finding names: the index of the shards, or all files of the folder. ckptkit does not merge the "
+        "files of several ranks yet; --allow-part takes the part as it is.",
     ),
     "shard-extra-keys": Explanation(
         "shards hold tensors that the index does not list",

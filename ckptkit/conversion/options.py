@@ -20,6 +20,7 @@ from ckptkit.conversion.changes import (
 )
 from ckptkit.derived import ConvertedRange
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.parts import part_findings
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
 from ckptkit.rewrite.compact import dead_bytes
@@ -152,6 +153,7 @@ class Conversion:
 
     def findings(self, plan: Plan) -> Iterator[Finding]:
         """What can be told before anything is written."""
+        yield from part_findings(self.source)
         strips = self._options.strip_module or self._options.strip_prefix is not None
         stripped = self._changed_by(rewrite.StripModule, rewrite.StripPrefix) if strips else None
         ruled = self._changed_by(rewrite.Rename) if self._options.rename else None

@@ -29,6 +29,7 @@ from ckptkit.differences.trees import same_tree
 from ckptkit.differences.work import Work
 from ckptkit.errors import SectionError
 from ckptkit.inspection.listing import storage_names
+from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.report import Finding, count_of
@@ -48,6 +49,7 @@ def differ(
     beside: bool = True,
     tolerance: Tolerance | None = None,
     strict: bool = False,
+    allow_part: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Difference:
     """Compare two open checkpoints.
@@ -58,12 +60,16 @@ def differ(
         beside: whether the parts beside the weights are compared too.
         tolerance: what counts as unchanged; ``None``: the same bits alone.
         strict: whether what stands beside the tensors counts for `Difference.ok`.
+        allow_part: whether they may be parts of checkpoints.
         progress: called with the bytes gone through so far, and those to go through in all.
 
     Raises:
         SectionError: it is not clear which weights are meant, or there is nothing to compare.
+        PartError: one is a part of a checkpoint.
         CorruptError, FileAccessError: something cannot be read.
     """
+    for checkpoint in (a, b):
+        require_whole(checkpoint, allow_part=allow_part)
     ours, theirs, selected = _values(a, b)
     work = Work(progress)
     with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
@@ -81,7 +87,7 @@ def differ(
             training=training_rows(a, b) if beside else (),
             sections=sections,
             ties=ties,
-            findings=(*_prefixes(a, b, ours, theirs), *_ties_told(ties)),
+            findings=(*part_findings(a), *part_findings(b), *_prefixes(a, b, ours, theirs), *_ties_told(ties)),
             strict=strict,
         )
 

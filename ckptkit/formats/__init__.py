@@ -10,14 +10,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import GRAVITY, Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import GRAVITY, Checkpoint, Part, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES
 from ckptkit.formats.detection import identify
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.shards.names import INDEX_SUFFIXES, lone_shard
+from ckptkit.formats.shards.names import INDEX_SUFFIXES, may_tell_a_part
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
+from ckptkit.normalize.parts import part_in
 from ckptkit.pickling.inert import TreeMap
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def files_below(folder: str) -> Iterator[str]:
                 found += 1
                 yield os.path.join(parent, name)
     if not found:
-        from ckptkit.formats.refused.first_bytes import describe_folder
+        from ckptkit.formats.refused.folders import describe_folder
 
         what = describe_folder(folder)
         if what == "is a folder, not a file":
@@ -98,7 +99,7 @@ def read(
         SectionError: the section is not there.
     """
     if os.path.isdir(path):
-        from ckptkit.formats.refused.first_bytes import describe_folder
+        from ckptkit.formats.refused.folders import describe_folder
 
         raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
     file = SourceFile(path)
@@ -110,7 +111,7 @@ def read(
             raw = detect(probe).read(probe)
             if ignore_checksums:
                 raw = replace(raw, root=_without_checksums(raw.root))
-            return _placed(normalize(raw, file, section=section), file), file
+            return _placed(normalize(raw, file, section=section), raw, file), file
     except FormatError as error:
         seen = raw.globals if raw is not None else ()
         if probe is not None and raw is None:
@@ -120,7 +121,12 @@ def read(
             left = names_left(probe, error.globals)
             seen = tuple(use for use in left if GRAVITY[use.verdict] > known.get(use.name, -1))
         file.close()
-        raise error.at(path=file.path, seen=seen) from error.__cause__
+        cause = error.__cause__
+        if raw is None and file.path.endswith(".distcp"):  # archives end to end, one a tensor; compressed ones too
+            from ckptkit.formats.shards.parts import part_error
+
+            seen, cause, error = (*seen, *error.globals), error, part_error(file.path)
+        raise error.at(path=file.path, seen=seen) from cause
     except BaseException:
         file.close()
         raise
@@ -139,12 +145,19 @@ def _without_checksums(root: object) -> object:
     return TreeMap(leaf)(root)
 
 
-def _placed(checkpoint: Checkpoint, file: SourceFile) -> Checkpoint:
-    """The checkpoint with what the files beside it say: the size of its shards, or that it is itself but one."""
-    if shards_of(checkpoint.origin.format) is not None:
-        return checkpoint.replace(origin=replace(checkpoint.origin, size=file.total_size))
-    shard = lone_shard(file)
-    return checkpoint if shard is None else checkpoint.replace(findings=(*checkpoint.findings, shard))
+def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: SourceFile) -> Checkpoint:
+    """The checkpoint with the size of all its shards, or with what it is itself a part of."""
+    names = [use.name for use in raw.globals]
+    if shards_of(checkpoint.origin.format) is not None:  # an index makes its shards whole, not what they hold
+        said = part_in(raw.root, checkpoint.state_dict, {}, names)
+        origin = replace(checkpoint.origin, size=file.total_size)
+        return checkpoint.replace(origin=origin, part=said if isinstance(said, Part) else None)
+    said = part_in(raw.root, checkpoint.state_dict, raw.metadata, names)
+    if not isinstance(said, Part) and not may_tell_a_part(file.path):
+        return checkpoint
+    from ckptkit.formats.shards.parts import part_of
+
+    return checkpoint.replace(part=part_of(file.path, said))
 
 
 @contextlib.contextmanager

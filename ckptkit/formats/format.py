@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import CorruptError, RewriteError, UnknownFormatError
+from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
@@ -43,7 +43,6 @@ class Probe:
         """Every record of a zip archive by its full name; ``None``: the file is none.
 
         Raises:
-            UnknownFormatError: it is a part of another kind of checkpoint.
             CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
                 the message says what is left of it.
         """
@@ -52,11 +51,6 @@ class Probe:
         try:
             return read_directory(self.file, self.limits)
         except CorruptError as error:
-            if self.file.path.endswith(".distcp"):  # archives end to end, one a tensor
-                raise UnknownFormatError(
-                    "a part of a folder that torch.distributed.checkpoint wrote; in Python, torch.distributed."
-                    "checkpoint.format_utils.dcp_to_torch_save(FOLDER, 'model.pth') makes one file of it"
-                ) from error
             from ckptkit.formats.refused.truncated import what_is_left
 
             found = what_is_left(self.file, self.limits)

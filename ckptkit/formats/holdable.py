@@ -7,13 +7,14 @@ to be left out: training state with ``--weights-only`` or ``--leave-out``, tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import beside_weights
+from ckptkit.normalize.parts import wrapped_text
 from ckptkit.normalize.sections import brief
 from ckptkit.report import glob_of
 
@@ -57,9 +58,17 @@ def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _values(checkpoint: Checkpoint) -> Iterator[str]:
     extra = checkpoint.state_dict.extra
-    if extra:
-        kinds = _listed([f"{name} ({brief(value)})" for name, value in extra.items()])
-        yield f"values that are no plain tensors ({kinds}): {_exclude(list(extra), checkpoint)} leaves them out"
+    wrapped = {name: value for name, value in extra.items() if wrapped_text(value) is not None}
+    others = {name: value for name, value in extra.items() if name not in wrapped}
+    if wrapped:
+        yield f"tensors of other classes ({_kinds(wrapped)}), which the program that made them turns into plain ones"
+    if others:
+        leaves_out = f"{_exclude(list(others), checkpoint)} leaves them out"
+        yield f"values that are no plain tensors ({_kinds(others)}): {leaves_out}"
+
+
+def _kinds(values: Mapping[str, object]) -> str:
+    return _listed([f"{name} ({brief(value)})" for name, value in values.items()])
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:

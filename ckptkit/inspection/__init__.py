@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ckptkit.architectures import identify
@@ -85,6 +86,7 @@ def survey(
         "has_pickle": origin.has_pickle,
         "globals": _globals(checkpoint.globals),
         "modules": list_modules(checkpoint.module),
+        "part": None if checkpoint.part is None else asdict(checkpoint.part),
         "architecture": [architecture.to_dict() for architecture in identify(checkpoint.state_dict)],
         "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint))],
         "error": None,
@@ -112,6 +114,7 @@ def describe_error(path: str, error: CkptkitError) -> dict[str, Any]:
         "has_pickle": None,
         "globals": names,
         "modules": [],
+        "part": None,
         "architecture": [],
         "findings": [],
         "error": {"type": type(error).__name__, "message": message},

@@ -315,11 +315,15 @@ def step(key: object) -> str:
 
 
 def brief(node: object) -> str:
-    """A node in a message: at most 60 characters, and never what is below it."""
+    """A node in a message: some 60 characters, and never what is below it."""
     if isinstance(node, (list, tuple)):
         return f"<{type(node).__name__} of {len(node)}>"
     if isinstance(node, TensorEntry):
         return f"<{node.dtype} tensor {list(node.shape)}>"
     if isinstance(node, Storage):
         return f"<storage {node.key[:40]!r}>"
+    if isinstance(node, Object):
+        from ckptkit.normalize.parts import wrapped_text
+
+        return wrapped_text(node) or f"{node!r:.60}"
     return f"{node[:60] if isinstance(node, (str, bytes, bytearray)) else node!r:.60}"

@@ -21,17 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.derived import ByteSource
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
 from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
-from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items
+from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, is_global, mapping_items
 from ckptkit.pickling.machine import Constructor
 
-__all__ = ["StorageTable", "is_tensor_like", "lower_storage", "lower_tensor"]
+__all__ = ["StorageTable", "Wrapped", "is_tensor_like", "lower_storage", "lower_tensor", "shape_of", "wrapped_tensor"]
 
 _UNTYPED = {("torch.storage", "UntypedStorage"), ("torch.storage", "_UntypedStorage"), ("torch", "UntypedStorage")}
 """Where torch has kept the untyped storage class: 2.0 and later, 1.12, 1.13."""
@@ -151,7 +151,7 @@ class StorageTable:
         self, args: tuple[object, ...], dtype: str | None = None, requires_grad: object = False, metadata: object = None
     ) -> object:
         """An entry from ``(storage, offset, size, stride, ...)``."""
-        storage, offset, shape, stride = args[0], args[1], _size(args[2]), _size(args[3])
+        storage, offset, shape, stride = args[0], args[1], shape_of(args[2]), shape_of(args[3])
         bits = _metadata_bits(metadata)
         if not isinstance(storage, Storage) or not isinstance(requires_grad, bool) or bits is None:
             return NotImplemented
@@ -229,6 +229,39 @@ def is_tensor_like(node: object) -> bool:
     )  # fmt: skip
 
 
+class Wrapped(NamedTuple):
+    """A tensor of a class that has no bytes of its own and wraps what does: DTensor, ShardedTensor, torchao's.
+
+    Attributes:
+        cls: the class.
+        dtype: torch name.
+        shape: of the whole, whatever of it is in the file.
+        state: inert node of what the class keeps.
+    """
+
+    cls: Global
+    dtype: str
+    shape: tuple[int, ...]
+    state: object
+
+
+def wrapped_tensor(node: object) -> Wrapped | None:
+    """The tensor that ``_rebuild_from_type_v2(_rebuild_wrapper_subclass, ...)`` makes; ``None``: it is something else.
+
+    The call's third argument is ``(cls, dtype, size, stride, offset, layout, device, requires_grad)``
+    (``torch/_tensor.py`` ``_reduce_ex_internal``).
+    """
+    if not isinstance(node, Object) or node.class_name != "torch._tensor._rebuild_from_type_v2" or len(node.args) != 4:
+        return None
+    function, cls, inner, state = node.args
+    if not is_global(function, "torch._utils", "_rebuild_wrapper_subclass") or not isinstance(cls, Global):
+        return None
+    if not isinstance(inner, tuple) or len(inner) < 3 or not isinstance(inner[1], Global):
+        return None
+    shape = shape_of(inner[2])
+    return None if shape is None else Wrapped(cls, inner[1].name, shape, state)
+
+
 def lower_storage(storage: Storage, key: str) -> PersistentId:
     """The persistent id of a storage that is written under ``key``."""
     if storage.dtype is None:
@@ -304,8 +337,8 @@ def _is_count(node: object) -> TypeGuard[int]:
     return isinstance(node, int) and not isinstance(node, bool) and 0 <= node < _HUGE
 
 
-def _size(node: object) -> tuple[int, ...] | None:
-    """A shape or stride: a tuple of ints, or a ``torch.Size`` call holding one."""
+def shape_of(node: object) -> tuple[int, ...] | None:
+    """A shape or stride: a tuple of ints, or a ``torch.Size`` call holding one; ``None``: it is neither."""
     if isinstance(node, Object) and node.class_name == "torch.Size" and len(node.args) == 1:
         node = node.args[0]
     if not isinstance(node, (tuple, list)):

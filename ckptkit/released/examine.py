@@ -21,6 +21,7 @@ from ckptkit.digests import Line, content_digest, kind_of, unwrapped_names
 from ckptkit.errors import CkptkitError
 from ckptkit.inspection.listing import list_tensors, storage_names
 from ckptkit.inspection.training import training_document
+from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.wrappers import unwrapped
@@ -91,6 +92,7 @@ class Examined:
         prefixes: of wrappers that names carry, such as ``"module."``, sorted.
         locations: device tags of all its storages, sorted.
         findings: what is remarkable about it, gravest first.
+        part: the warning that it is a part of a checkpoint; ``None``: it is whole.
         architecture: the known model it is of, where every name and shape is that model's.
         shards: of a sharded checkpoint, in the order of the index.
         beside: what else in the file has values that may be NaN, named by section and place: tensors of other
@@ -115,6 +117,7 @@ class Examined:
     prefixes: tuple[str, ...]
     locations: tuple[str, ...]
     findings: tuple[Finding, ...]
+    part: Finding | None
     architecture: Architecture | None
     shards: tuple[ShardFact, ...] = ()
     beside: tuple[TensorFact, ...] = ()
@@ -130,6 +133,7 @@ def examine(
     values: bool,
     checksums: bool = True,
     ignore_checksums: bool = False,
+    allow_part: bool = True,
     threads: int = 2,
 ) -> Examined:
     """Look at a file, and read it once for all that is asked for.
@@ -141,15 +145,18 @@ def examine(
         values: whether to count NaN and Inf in them.
         checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
         ignore_checksums: whether to forget them.
+        allow_part: whether it may be a part of a checkpoint.
         threads: how many may hash side by side.
 
     Raises:
+        PartError: it is a part, and may not be.
         FileAccessError: it cannot be opened or read.
         FormatError: it is no checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
         DTypeError: values that would have to be computed are of a type that numpy does not know.
     """
     checkpoint, file = formats.read(path, ignore_checksums=ignore_checksums)
     try:
+        require_whole(checkpoint, allow_part=allow_part)
         storages = _storages(checkpoint)
         held = [storage for storage in storages if checksums and storage.crc32 is not None]
         weights = _weights(checkpoint)
@@ -195,6 +202,7 @@ def examine_all(
     values: bool,
     checksums: bool = True,
     ignore_checksums: bool = False,
+    allow_part: bool = True,
 ) -> Iterator[tuple[str, Examined | CkptkitError]]:
     """Look at several files, side by side over the processors; in the order given.
 
@@ -212,6 +220,7 @@ def examine_all(
                 values=values,
                 checksums=checksums,
                 ignore_checksums=ignore_checksums,
+                allow_part=allow_part,
                 threads=threads,
             )
         except CkptkitError as error:
@@ -356,6 +365,7 @@ def _examined(
         prefixes=tuple(sorted(set(_prefixes(weights.names)))),
         locations=tuple(sorted({storage.location for storage in storages})),
         findings=diagnose(checkpoint),
+        part=next(part_findings(checkpoint), None),
         architecture=next(exact, None),
         shards=tuple(
             ShardFact(

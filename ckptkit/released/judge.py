@@ -15,7 +15,8 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
-from ckptkit.errors import CkptkitError, MissingFileError
+from ckptkit.errors import CkptkitError, MissingFileError, PartError
+from ckptkit.normalize.parts import CODE
 from ckptkit.released.config import Config
 from ckptkit.released.examine import Examined, examine, over_the_cores, size_of
 from ckptkit.released.manifests.records import FileRecord, Manifest, paths_of
@@ -201,7 +202,7 @@ def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[
             findings.append(_damaged(task.path, damage))
         findings += violations(examined, task.policy)
     except CkptkitError as error:
-        findings.append(_unreadable(task.path, error))
+        findings.append(_unreadable(task.path, error, task.policy))
     result = FileResult(
         path=task.path,
         size=None if examined is None else examined.size,
@@ -224,7 +225,8 @@ def _with_model(
     rules = [name for name, wanted in (("fits", task.policy.fits), ("forward", task.policy.forward)) if wanted]
     facts: dict[str, Any] = {"rules": (*result.rules, *rules)}
     begun = time.perf_counter()
-    if examined is not None and not any(finding.rule == "readable" for finding in result.findings):
+    unfit = any(finding.rule == "readable" or finding.code == CODE for finding in result.findings)
+    if examined is not None and (not unfit or task.policy.allow_part):
         golden = None
         if task.record is not None and task.record.golden is not None and manifest is not None:
             golden = os.path.join(manifest.folder, *task.record.golden.path.split("/"))
@@ -233,9 +235,19 @@ def _with_model(
     return replace(result, **facts)
 
 
-def _unreadable(path: str, error: CkptkitError) -> CheckFinding:
+def _unreadable(path: str, error: CkptkitError, policy: Policy) -> CheckFinding:
     message = str(error).removeprefix(f"{path}: ")
     found = "no such file" if isinstance(error, MissingFileError) else type(error).__name__
+    if isinstance(error, PartError) and not policy.allow_part:
+        return CheckFinding(
+            code=CODE,
+            severity="error",
+            path=path,
+            rule="whole",
+            expected="a whole checkpoint",
+            found="a part of one",
+            message=message.removeprefix(f"{CODE}: "),
+        )
     return CheckFinding(
         code="file-unreadable",
         severity="error",

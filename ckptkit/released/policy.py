@@ -37,6 +37,7 @@ class Policy:
         no_optimizer: whether an optimizer's state may not be in the file.
         no_prefix: whether names may not carry a wrapper's prefix.
         location: the device tags that storages may have; empty: all.
+        allow_part: whether a file may be a part of a checkpoint that lies in several.
         require_format: the containers that files may be, a sharded set of them included; empty: all.
         fits: the reference model that the weights must load into; see `ckptkit.verify`.
         forward: whether to run the verifier's forward pass; of the model of ``fits``, of the manifest's golden or
@@ -56,6 +57,7 @@ class Policy:
     no_optimizer: bool = False
     no_prefix: bool = False
     location: Sequence[str] = ()
+    allow_part: bool = False
     require_format: Sequence[str] = ()
     fits: str | None = None
     forward: bool = False
@@ -102,7 +104,7 @@ class Policy:
 POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy))
 """The policies as they are typed, in the order in which they are checked."""
 
-_FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "forward", "ignore_checksums")
+_FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "allow_part", "forward", "ignore_checksums")
 _LISTS = ("allow_dtype", "location", "require_format")
 
 TRUST_ORDER: dict[str, int] = {trust: i for i, trust in enumerate(get_args(Trust))}

@@ -20,7 +20,7 @@ class CheckFinding(Finding):
 
     Attributes:
         path: the file, or what was to be one.
-        rule: the policy (``"no-pickle"``), ``"manifest"``, ``"readable"`` or ``"selection"``.
+        rule: the policy (``"no-pickle"``), ``"manifest"``, ``"readable"``, ``"whole"`` or ``"selection"``.
         expected: what the rule wants; text, a number, or a list of these.
         found: what is there.
     """

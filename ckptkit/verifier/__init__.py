@@ -20,6 +20,7 @@ from ckptkit.architectures import identify
 from ckptkit.arguments import several, shapes, tolerance
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import SectionError, VerifyError
+from ckptkit.normalize.parts import part_findings
 from ckptkit.report import Finding, Report, worst
 from ckptkit.verifier.against import check_against, check_devices, unwrapped, wrapper_told
 from ckptkit.verifier.behaviour import check_behaviour
@@ -149,7 +150,7 @@ def verify(
         seconds = time.perf_counter() - started
         context.seconds["build"] = seconds
         context.steps.append({"name": "build", "seconds": round(seconds, 6), "peak_memory_nbytes": peak_memory()})
-        findings: list[Finding] = []
+        findings = [*part_findings(checkpoint), *(() if against is None else part_findings(against))]
         if model is None and recorded is None and not unsafe_load:
             findings.append(_identified(reference))
         if unsafe_load:

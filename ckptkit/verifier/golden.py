@@ -31,6 +31,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, VerifyError
 from ckptkit.formats.strict_json import parse
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.parts import require_whole
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.inputs import Input, Inputs, drawn_inputs
 from ckptkit.verifier.outputs import Tolerance, dtype_name
@@ -129,6 +130,7 @@ def read_golden(path: str) -> Golden:
     """
     checkpoint, file = formats.read(path)
     try:
+        require_whole(checkpoint)
         text = checkpoint.metadata.get(KEY)
         if text is None or checkpoint.origin.format != "safetensors":
             raise CorruptError(f"is no golden: expected safetensors with metadata {KEY!r} (--write-golden)", path=path)

@@ -19,6 +19,7 @@ import torch
 from ckptkit import formats
 from ckptkit.checkpoint import StateDict, TensorEntry
 from ckptkit.errors import VerifyError
+from ckptkit.normalize.parts import require_whole
 from ckptkit.torch_bridge import tensors
 
 __all__ = ["Batch", "Input", "Inputs", "drawn_inputs", "read_inputs", "wanted_inputs"]
@@ -214,6 +215,7 @@ def read_inputs(path: str, known: Sequence[Input]) -> Inputs:
     """
     checkpoint, file = formats.read(path)
     try:
+        require_whole(checkpoint)
         entries: Mapping[str, TensorEntry] = checkpoint.state_dict
         rest = checkpoint.rest
         if isinstance(rest, TensorEntry):

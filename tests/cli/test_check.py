@@ -38,7 +38,7 @@ def check(*arguments: str, code: int = 0) -> str:
 
 def test_a_line_a_file_and_the_verdict_last() -> None:
     lines = check("a.pth", "b.safetensors").splitlines()
-    assert lines[0].startswith("a.pth: ok (") and lines[0].endswith("; readable, max-trust)")
+    assert lines[0].startswith("a.pth: ok (") and lines[0].endswith("; readable, max-trust, whole)")
     assert lines[1].startswith("b.safetensors: ok (")
     assert lines[2:] == ["2 files passed"]
 

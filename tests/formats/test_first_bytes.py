@@ -146,7 +146,7 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "joblib": (JOBLIB, "a joblib file, not one torch.save wrote; joblib.load reads it; .*_pickle.NumpyArrayWrapper"),
     "a dangerous pickle": (b"\x80\x02cposix\nsystem\nq\x00X\x02\x00\x00\x00lsq\x01\x85q\x02Rq\x03.",
                            "a Python pickle of posix.system, .* posix.system .dangerous."),
-    "dcp metadata": (pickled("torch.distributed.checkpoint.metadata", "Metadata"), "dcp_to_torch_save"),
+    "dcp metadata": (pickled("torch.distributed.checkpoint.metadata", "Metadata"), "what lies in the .distcp files"),
     "noise": (bytes(range(144, 156)) + b"\x01", "no known checkpoint container; it begins with the bytes 90 91 92"),
 }  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_a_download_that_is_not_finished(ending: str, tmp_path: Path) -> None:
         ([], "is a folder, not a file"),
         (
             [".metadata", "__0_0.distcp", "__1_0.distcp"],
-            "torch.distributed.checkpoint .2 .distcp files.*dcp_to_torch_save",
+            "torch.distributed.checkpoint .2 .distcp files.*belong together.*does not merge",
         ),
         (
             ["model.safetensors.index.json", "x.safetensors"],
@@ -204,7 +204,38 @@ def test_a_download_that_is_not_finished(ending: str, tmp_path: Path) -> None:
         ),
         (["saved_model.pb"], "is a TensorFlow SavedModel"),
         (["manifest.ocdbt"], "is an orbax checkpoint"),
-        (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "Megatron or DeepSpeed"),
+        (
+            ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+            "is a DeepSpeed checkpoint; give the weights in it: .*mp_rank_00_model_states.pt",
+        ),
+        (
+            ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt"],
+            r"is a DeepSpeed ZeRO checkpoint .2 parts: .*belong together",
+        ),
+        (
+            ["layer_00-model_states.pt", "layer_01-model_states.pt", "mp_rank_00_model_states.pt"],
+            r"is a DeepSpeed pipeline checkpoint .3 parts: .*belong together",
+        ),
+        (
+            ["trainer_state.json", "optimizer.pt", "model.safetensors"],
+            "is a checkpoint folder of a trainer; give the weights in it: .*model.safetensors",
+        ),
+        (
+            ["trainer_state.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+            "is a checkpoint folder of a trainer; give the index of its shards: .*model.safetensors.index.json",
+        ),
+        (
+            ["params.json", "consolidated.00.pth", "consolidated.01.pth"],
+            r"is a Llama checkpoint .* .2 parts: .*together",
+        ),
+        (["params.json", "consolidated.00.pth"], "in one part that is the whole; give .*consolidated.00.pth"),
+        (
+            ["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"],
+            r"is an FSDP checkpoint .* .2 parts: .*together",
+        ),
+        (["shard-00001-model-00001-of-00001.safetensors"], r"is a torch.distributed.checkpoint .*belong together"),
+        (["__0_0.distcp"], ".metadata is missing, so the save never finished"),
+        (["a.pth", "notes.txt"], "give one of the 1 files in it, such as .*a.pth"),
     ],
 )
 def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
@@ -215,10 +246,33 @@ def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
     assert isinstance(caught.value, CkptkitError)
 
 
-def test_a_part_of_a_distributed_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "__0_0.distcp"
-    path.write_bytes(saved(WEIGHTS) + saved(WEIGHTS))
-    with pytest.raises(UnknownFormatError, match=r"a part of a folder that torch.distributed.checkpoint wrote"):
-        formats.read(path)
-    path.write_bytes(saved(WEIGHTS))
-    assert list(formats.read(path)[0].state_dict) == ["w"]
+@pytest.mark.parametrize(
+    ("name", "words"), [("posix.system", "is HOSTILE: .* would run posix.system"), ("", "names nothing")]
+)
+def test_the_metadata_of_a_distributed_checkpoint_is_judged_first(name: str, words: str, tmp_path: Path) -> None:
+    module, _, attribute = (name or "torch.distributed.checkpoint.metadata.Metadata").rpartition(".")
+    (tmp_path / ".metadata").write_bytes(pickled(module, attribute))
+    (tmp_path / "__0_0.distcp").write_bytes(saved(WEIGHTS))
+    with pytest.raises(FileAccessError, match=rf"does not merge them yet; .metadata .*{words}") as caught:
+        formats.read(tmp_path)
+    assert "dcp_to_torch_save" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", ["latest", "latest_checkpointed_iteration.txt"])
+def test_a_folder_that_names_its_last_checkpoint(tag: str, tmp_path: Path) -> None:
+    last = tmp_path / ("iter_0000010" if tag.startswith("latest_") else "global_step10")
+    (tmp_path / tag).write_text("10\n" if tag.startswith("latest_") else last.name)
+    for rank in ("mp_rank_00", "mp_rank_01"):
+        (last / rank).mkdir(parents=True)
+    with pytest.raises(
+        FileAccessError, match=f"a training folder; its last checkpoint, {last}, is a Megatron .*2 parts"
+    ):
+        formats.read(tmp_path)
+    (last / "mp_rank_01").rmdir()
+    (last / "mp_rank_00" / "model_optim_rng.pt").write_bytes(saved(WEIGHTS))
+    with pytest.raises(FileAccessError, match=r"in one part that is the whole; give .*mp_rank_00/model_optim_rng.pt"):
+        formats.read(tmp_path)
+    for content in ("..", "no such folder", "../x", "\0"):  # whatever it says, nothing outside is looked at
+        (tmp_path / tag).write_text(content)
+        with pytest.raises(FileAccessError, match="is a folder, not a file"):
+            formats.read(tmp_path)

@@ -98,7 +98,7 @@ def test_the_facts(tmp_path: Path) -> None:
         keys = [entry.storage.key for entry in file.state_dict.values()]
         assert keys[0] == "model-00001-of-00003.safetensors:layers.0.weight"
         assert len(set(keys)) == len(state)
-        assert not {"shard-extra-keys", "shard-total-size", "one-shard"} & {f.code for f in file.findings}
+        assert not {"shard-extra-keys", "shard-total-size", "part-of-a-checkpoint"} & {f.code for f in file.findings}
 
 
 def test_names_come_in_the_order_of_the_weight_map(tmp_path: Path) -> None:
@@ -214,17 +214,17 @@ def test_one_shard_alone(tmp_path: Path) -> None:
     index = shard(model(), tmp_path, 2)
     first = tmp_path / "model-00001-of-00002.safetensors"
     with ckptkit.open(first) as file:
-        (finding,) = [finding for finding in file.findings if finding.code == "one-shard"]
-        assert finding.message.startswith("one of 2 shards of a checkpoint")
+        (finding,) = [finding for finding in file.findings if finding.code == "part-of-a-checkpoint"]
+        assert finding.message.startswith("shard 1 of 2 of a sharded checkpoint")
         assert finding.fix == f"ckptkit inspect {index}"
     first.rename(tmp_path / "a.safetensors")
-    changed(index, lambda d: d.update(weight_map={"x": "a.safetensors"}))
-    assert "one of several shards" in codes(tmp_path / "a.safetensors")["one-shard"]
+    changed(index, lambda d: d.update(weight_map={"x": "a.safetensors", "y": "b.safetensors"}))
+    assert "one of 2 shards" in codes(tmp_path / "a.safetensors")["part-of-a-checkpoint"]
     index.unlink()
-    assert "one-shard" not in codes(tmp_path / "a.safetensors")
+    assert "part-of-a-checkpoint" not in codes(tmp_path / "a.safetensors")
     assert (
-        "the index that names them all is not beside it"
-        in codes(tmp_path / "model-00002-of-00002.safetensors")["one-shard"]
+        "no index beside it names them all"
+        in codes(tmp_path / "model-00002-of-00002.safetensors")["part-of-a-checkpoint"]
     )
 
 

@@ -63,8 +63,8 @@ def test_what_was_released_passes(folder: Path) -> None:
     report = check()
     assert report.exit_code == 0
     assert [(result.path, result.rules) for result in report.results] == [
-        ("w/a.pth", ("readable", "manifest", "max-trust")),
-        ("w/sub/b.safetensors", ("readable", "manifest", "max-trust")),
+        ("w/a.pth", ("readable", "manifest", "max-trust", "whole")),
+        ("w/sub/b.safetensors", ("readable", "manifest", "max-trust", "whole")),
     ]
     document = report.to_dict()
     assert {key: document[key] for key in ("schema_version", "ok", "checked", "findings")} == {

@@ -75,8 +75,8 @@ def test_a_sound_file_keeps_every_rule(safe: Path) -> None:
 
 
 def test_the_rules_are_the_fields_of_a_policy() -> None:
-    others = {"fits", "forward", "model_args", "input_shapes", "ignore_checksums"}
-    assert {name.replace("-", "_") for name, _, _ in RULES} | others == set(Policy.__dataclass_fields__)
+    others = {"allow_part", "fits", "forward", "model_args", "input_shapes", "ignore_checksums"}
+    assert {name.replace("-", "_") for name, _, _ in RULES} - {"whole"} | others == set(Policy.__dataclass_fields__)
 
 
 def test_no_pickle(save) -> None:
@@ -397,7 +397,7 @@ def test_forward_with_the_architecture_that_is_identified(save) -> None:
     torchvision = pytest.importorskip("torchvision")
     path = save(torchvision.models.squeezenet1_1(num_classes=7).state_dict())
     report = ckptkit.check(path, forward=True, input_shapes=[[1, 3, 64, 64]])
-    assert report.exit_code == 0 and report.results[0].rules == ("readable", "max-trust", "forward")
+    assert report.exit_code == 0 and report.results[0].rules == ("readable", "max-trust", "whole", "forward")
 
 
 def test_unreadable(tmp_path: Path, safe: Path) -> None:

@@ -19,7 +19,7 @@ from ckptkit.formats.refused.first_text import describe_text
 from ckptkit.formats.refused.other_zips import describe_zip
 from ckptkit.formats.refused.truncated import unfinished
 
-__all__ = ["describe_folder", "unknown"]
+__all__ = ["unknown"]
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x1f\x8b", "gzip-compressed; decompress it first (gunzip, or tar -xzf for a .tar.gz)"),
@@ -199,33 +199,3 @@ def _msgpack(head: bytes) -> str | None:
     if not key.isascii() or not key.decode("ascii").isprintable():
         return None
     return f"a msgpack document with the key {key.decode('ascii')!r} (flax weights?), no torch checkpoint"
-
-
-# Folders.
-
-
-def describe_folder(path: str) -> str:
-    """What a folder is that was given in place of a file, and what to give instead."""
-    try:
-        with os.scandir(path) as listing:
-            names = sorted(entry.name for _, entry in zip(range(10_000), listing, strict=False))
-    except OSError:
-        return "is a folder, not a file"
-    shards = [name for name in names if name.endswith(".distcp")]
-    if ".metadata" in names and shards:
-        return (
-            f"is a folder of torch.distributed.checkpoint ({len(shards)} .distcp files); in Python, "
-            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(FOLDER, 'model.pth') makes one file of it"
-        )
-    if indexes := [name for name in names if name.endswith(".index.json")]:
-        return f"is a folder, not a file; give the index of its shards: {os.path.join(path, indexes[0])}"
-    if "saved_model.pb" in names:
-        return "is a TensorFlow SavedModel, no torch checkpoint"
-    if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
-        return "is an orbax checkpoint (JAX), no torch checkpoint"
-    if any(re.fullmatch(r"mp_rank_\d\d.*", name) for name in names):
-        return (
-            "is a checkpoint that Megatron or DeepSpeed split over several processes; give one of its files, or "
-            "merge it first (zero_to_fp32.py, which DeepSpeed puts beside it)"
-        )
-    return "is a folder, not a file"

@@ -24,13 +24,12 @@ _TEXT_PICKLE = re.compile(
 
 _WRITERS = (
     ("sklearn.", "pickle, of a scikit-learn model"),
-    ("torch.distributed.checkpoint.", "torch.distributed.checkpoint; give its folder's weights as one file "
-     "(torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"),
+    ("torch.distributed.checkpoint.", "torch.distributed.checkpoint: the list of what lies in the .distcp files beside "
+     "it, which ckptkit does not merge yet"),
     ("pandas.", "pickle, of a pandas table"),
     ("xgboost.", "pickle, of an XGBoost model"),
     ("lightgbm.", "pickle, of a LightGBM model"),
-    ("torch.", "pickle.dump, of torch tensors; if you trust it, torch.save(pickle.load(file), path) makes a checkpoint "
-     "of it"),
+    ("torch.", "pickle.dump, of torch tensors; whoever made it can write it with torch.save"),
     ("numpy.", "pickle, of numpy arrays"),
 )  # fmt: skip
 

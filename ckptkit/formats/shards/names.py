@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import time
 
-from ckptkit.bytesource import SourceFile
-from ckptkit.errors import FileAccessError, FormatError
-from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.report import Finding
-
-__all__ = ["INDEX_SUFFIXES", "is_shard_name", "lone_shard"]
+__all__ = ["INDEX_SUFFIXES", "indexes_in", "is_shard_name", "may_tell_a_part"]
 
 INDEX_SUFFIXES = tuple(f".{ending}.index.json" for ending in ("safetensors", "bin", "pth", "pt", "ckpt", "pkl"))
 """Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
 
-_CUSTOMARY = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.[A-Za-z]+)\Z")
 _ODD_PATH = re.compile(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
 
 
@@ -24,43 +19,36 @@ def is_shard_name(name: str) -> bool:
     return bool(name) and not _ODD_PATH.search(name)
 
 
-def lone_shard(file: SourceFile) -> Finding | None:
-    """The finding for a file that is one of several shards, by its name or by an index beside it."""
-    folder, name = os.path.split(file.path)
-    customary = _CUSTOMARY.match(name)
-    ending = os.path.splitext(name)[1]
-    if customary is not None:
-        candidates = [f"{customary[1]}{ending}.index.json"]
-    elif ending in (".safetensors", ".bin"):
-        candidates = [f"{stem}{ending}.index.json" for stem in ("model", "pytorch_model", "diffusion_pytorch_model")]
-    else:
-        return None
-    index = next((path for path in (os.path.join(folder, c) for c in candidates) if _names(path, name)), None)
-    if index is None and (customary is None or int(customary[3]) < 2):
-        return None
-    import shlex
-
-    what = f"one of {int(customary[3])} shards" if customary is not None else "one of several shards"
-    beside = "the index beside it opens them all" if index else "the index that names them all is not beside it"
-    return Finding(
-        code="one-shard",
-        severity="info",
-        message=f"{what} of a checkpoint: the other tensors lie in the other files; {beside}",
-        fix=f"ckptkit inspect {shlex.quote(index)}" if index else None,
-    )
+_WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "common.pt", "meta.pt")
+"""What stands in names that `ckptkit.formats.shards.parts` knows."""
 
 
-def _names(path: str, shard: str) -> bool:
-    """Whether a file beside a shard holds the shard's name in quotes: an index is not parsed for a remark."""
+def may_tell_a_part(path: str) -> bool:
+    """Whether a file's name, or an index beside it, is worth a look: most files are whole, and opened at once."""
+    folder, name = os.path.split(path)
+    if any(word in name for word in _WORDS) or "_rank_" in folder or "zero" in folder or name == "fp32.pt":
+        return True
+    return bool(indexes_in(folder))
+
+
+_listed: dict[str, tuple[int, tuple[str, ...]]] = {}
+
+_SETTLED_NS = 2_000_000_000
+"""Nanoseconds after which a change of a folder shows in its time of change, however coarse the file system's clock."""
+
+
+def indexes_in(folder: str) -> tuple[str, ...]:
+    """The names in a folder that end as those of indexes do; it is listed once for all its files while nothing changes.
+
+    Args:
+        folder: its path; ``""`` is the working directory.
+    """
+    where = os.path.abspath(folder)
     try:
-        index = SourceFile(path)
-    except FileAccessError:
-        return False
-    import json
-
-    try:
-        return index.size <= DEFAULT_LIMITS.index_nbytes and json.dumps(shard).encode() in index.read(0, index.size)
-    except (FormatError, FileAccessError):
-        return False
-    finally:
-        index.close()
+        changed = os.stat(where).st_mtime_ns
+        if where not in _listed or _listed[where][0] != changed:
+            names = tuple(sorted(name for name in os.listdir(where) if name.endswith(".json") and ".index." in name))
+            _listed[where] = (changed if time.time_ns() - changed > _SETTLED_NS else -1), names
+        return _listed[where][1]
+    except OSError:
+        return ()

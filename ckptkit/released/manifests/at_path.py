@@ -22,6 +22,7 @@ def make_at(
     *,
     digests: Digests | None,
     golden: Golden,
+    allow_part: bool,
     update: bool,
     force: bool,
     ignore_checksums: bool = False,
@@ -46,6 +47,7 @@ def make_at(
         folders=[_claimed(name_of(path, folder)) for path in paths if os.path.isdir(path)],
         digests=digests,
         golden=_goldens(golden, selected, folder),
+        allow_part=allow_part,
         previous=previous,
         ignore_checksums=ignore_checksums,
     )

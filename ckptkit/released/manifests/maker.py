@@ -33,6 +33,7 @@ def make(
     folders: Sequence[str] = (),
     digests: Digests | None = None,
     golden: Mapping[str, str] | None = None,
+    allow_part: bool = False,
     previous: Manifest | None = None,
     ignore_checksums: bool = False,
 ) -> Manifest:
@@ -44,6 +45,7 @@ def make(
         folders: in which no other checkpoint may lie; named relative to it.  The previous manifest's stay.
         digests: whether each tensor is listed; ``None``: as the previous manifest has it, and if it has none, yes.
         golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
+        allow_part: whether a file may be a part of a checkpoint.
         previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
             that are not selected do too, as long as they exist.
         ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
@@ -64,12 +66,18 @@ def make(
     for name in golden:
         if name not in wanted:
             raise FileAccessError(f"{name}: a golden file is named for it, but it is not among the checkpoints")
-    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests)
+    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part)
     renewed: dict[str, FileRecord] = {}
     errors: list[CkptkitError] = []
     names = [name for name in wanted if name not in kept]
-    paths = [wanted[name] for name in names]
-    found = examine_all(paths, hash_file=True, digest=True, values=False, ignore_checksums=ignore_checksums)
+    found = examine_all(
+        [wanted[name] for name in names],
+        hash_file=True,
+        digest=True,
+        values=False,
+        ignore_checksums=ignore_checksums,
+        allow_part=allow_part,
+    )
     for name, (_, result) in zip(names, found, strict=True):
         if isinstance(result, CkptkitError):
             errors.append(result)
@@ -112,13 +120,13 @@ def _require_below(name: str, folder: str) -> None:
 
 
 def _unchanged(
-    wanted: Mapping[str, str], old: Mapping[str, FileRecord], digests: Digests | None
+    wanted: Mapping[str, str], old: Mapping[str, FileRecord], digests: Digests | None, allow_part: bool
 ) -> dict[str, FileRecord]:
     """The records of files that are what they were, by their sizes and hashes."""
     kept: dict[str, FileRecord] = {}
     sized = [name for name, path in wanted.items() if _may_be_unchanged(name, path, old[name])]
     paths = [wanted[name] for name in sized]
-    found = examine_all(paths, hash_file=True, digest=False, values=False, checksums=False)
+    found = examine_all(paths, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part)
     for name, (_, result) in zip(sized, found, strict=True):
         before = old[name]
         if isinstance(result, CkptkitError) or (digests == "tensor" and before.tensors is None):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckptkit.errors import CkptkitError, MissingDependencyError
+from ckptkit.normalize.parts import CODE
 from ckptkit.released.examine import Examined
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import CheckFinding
@@ -29,7 +30,11 @@ def model_findings(
         MissingDependencyError: torch, or the package of the reference, is not installed.
     """
     path, rule = examined.path, "fits" if policy.fits is not None else "forward"
-    options: dict[str, Any] = {"model": policy.fits, "model_args": dict(policy.model_args)}
+    options: dict[str, Any] = {
+        "model": policy.fits,
+        "model_args": dict(policy.model_args),
+        "allow_part": policy.allow_part,
+    }
     if policy.forward and golden is not None:
         options["golden"] = golden  # with the model and the inputs, where they are not given
     elif policy.fits is None and examined.architecture is not None and not examined.architecture.prefix:
@@ -62,7 +67,7 @@ def _told(report: Report, path: str, policy: Policy, reference: str) -> Iterator
     names = [check["name"] for check in report.details["checks"] for _ in check["codes"]]
     names = [""] * (len(findings) - len(names)) + names  # those before the first check are not any check's
     for name, finding in zip(names, findings, strict=True):
-        if finding.severity == "info":
+        if finding.severity == "info" or finding.code == CODE:  # which its own rule has told
             continue
         fits = policy.fits is not None and (not policy.forward or name in ("", *_FIT_CHECKS))
         yield CheckFinding(

@@ -239,9 +239,23 @@ def _location(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
         )
 
 
+def _whole(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
+    if examined.part is not None:
+        yield _found(
+            examined,
+            code=examined.part.code,
+            severity="warning" if policy.allow_part else "error",
+            rule="whole",
+            expected="a whole checkpoint",
+            found="a part of one",
+            message=examined.part.message,
+            fix=examined.part.fix,
+        )
+
+
 def _convert(examined: Examined, *options: str) -> str | None:
-    """The command that writes the weights alone; ``None``: the file has none."""
-    if examined.kind not in ("state_dict", "whole_model", "resume"):
+    """The command that writes the weights alone; ``None``: the file has none, or not all."""
+    if examined.part is not None or examined.kind not in ("state_dict", "whole_model", "resume"):
         return None
     return convert_command(examined.path, *options, *(["--weights-only"] if examined.kind != "state_dict" else []))
 
@@ -264,5 +278,6 @@ RULES: tuple[tuple[str, Callable[[Policy], object], Rule], ...] = (
     ("no-optimizer", lambda policy: policy.no_optimizer, _no_optimizer),
     ("no-prefix", lambda policy: policy.no_prefix, _no_prefix),
     ("location", lambda policy: policy.location, _location),
+    ("whole", lambda policy: True, _whole),
 )
-"""Every rule that a file alone decides: its name, whether a policy has it, what it forbids."""
+"""Every rule that a file alone decides: its name (``whole`` is for ``allow_part``), whether a policy has it, and it."""
