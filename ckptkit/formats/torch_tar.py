@@ -40,7 +40,7 @@ from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.reader import PickleResult
 from ckptkit.pickling.trust import merge_uses
 
-__all__ = ["read"]
+__all__ = ["holds_one", "read"]
 
 _NAME = "torch-tar"
 _PROTOCOL = 1000
@@ -53,6 +53,16 @@ _OBJECT_NBYTES = 1 << 20
 """The first window for the object."""
 
 _DIMENSIONS = Struct("<i4x")
+
+
+def holds_one(probe: Probe) -> bool:
+    """Whether a tar archive has the members of a checkpoint, or the first of them: it may have been cut off."""
+    names: list[str] = []
+    try:
+        names.extend(member.name for member in read_members(probe.file, probe.limits, _MAX_MEMBERS))
+    except FormatError:
+        pass  # those that were met count
+    return names[:1] != [] and (names[0] in _MEMBERS or {"pickle", "tensors", "storages"} <= set(names))
 
 
 def read(probe: Probe) -> RawCheckpoint:

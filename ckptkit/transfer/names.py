@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from dataclasses import dataclass
 
 from ckptkit.errors import DestinationExistsError, FileAccessError
@@ -19,7 +20,7 @@ from ckptkit.transfer.copier import UNAVAILABLE
 from ckptkit.transfer.positioned import write_at
 from ckptkit.transfer.workers import uninterrupted
 
-__all__ = ["Output", "created", "exists", "overwrite", "publish"]
+__all__ = ["Output", "created", "exists", "is_temporary_name", "overwrite", "publish"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -80,6 +81,14 @@ def _beside(path: str) -> str:
     # by it an index that names shards so for a moment is still read as what it is.
     stem, ending = os.path.splitext(name)
     return os.path.join(folder, f".{stem[:50]}.{os.urandom(4).hex()}.tmp{ending[:20]}")
+
+
+_TEMPORARY = re.compile(r"\..{1,50}\.[0-9a-f]{8}\.tmp(?:\.[^.]{0,19})?", re.DOTALL)
+
+
+def is_temporary_name(name: str) -> bool:
+    """Whether a file is named as ckptkit names outputs that it has not completed."""
+    return name.startswith(".") and _TEMPORARY.fullmatch(name) is not None
 
 
 def overwrite(fd: int, data: bytes) -> None:

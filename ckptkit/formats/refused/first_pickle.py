@@ -12,7 +12,7 @@ from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.pickling.reader import read_names, read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
 
-__all__ = ["describe_pickle", "is_pickle"]
+__all__ = ["describe_pickle", "is_pickle", "scanned_names"]
 
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """LONG1 0x1950a86a20f9469cfc6c and STOP: the first pickle of a file before torch 1.6."""
@@ -56,7 +56,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     try:
         pickle = read_pickle(data, limits=probe.limits)
     except FormatError as error:
-        names = merge_uses(error.globals, _scanned(data[:_SCANNED_NBYTES]))
+        names = merge_uses(error.globals, scanned_names(data))
         what = f"a Python pickle that cannot be read to its end ({error.message})"
     else:
         names = merge_uses(global_uses(pickle.globals), read_names(data[pickle.end :], "", limits=probe.limits))
@@ -81,8 +81,9 @@ def _kind(root: object) -> str:
     return f"a {type(root).__name__}"
 
 
-def _scanned(data: bytes) -> tuple[GlobalUse, ...]:
-    found = Counter(pair for pattern in (_GLOBAL, _STACK_GLOBAL) for pair in pattern.findall(data))
+def scanned_names(data: bytes) -> tuple[GlobalUse, ...]:
+    """The verdicts on what looks like a name in bytes that cannot be read as a pickle."""
+    found = Counter(pair for pattern in (_GLOBAL, _STACK_GLOBAL) for pair in pattern.findall(data[:_SCANNED_NBYTES]))
     names = []
     for (module, name), count in found.items():
         made = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))

@@ -1,0 +1,356 @@
+"""What lies in folders: each file is a checkpoint, or is passed over and counted by kind, or cannot be read.
+
+A checkpoint is known by its first bytes (`ckptkit.formats.containers`), whatever its name.  A name decides in one case
+alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like is a checkpoint that cannot be read
+(a git-lfs pointer, an error page, an interrupted download), not a file of another kind.  ``.bin``, ``.pkl`` and ``.jit``
+are what other kinds of files are called, too: one that is known to be something else is passed over.
+
+- An index stands for its shards, and the ``.metadata`` of torch.distributed.checkpoint for the ``.distcp`` beside it.
+- Only regular files are opened.  Links are followed, those to folders after the folders themselves, and each file and
+  each folder is met once, by device and inode: in a cache of the hub the blob and its name are one file.
+- ``.git`` is not entered.  AppleDouble files (``._name``, RFC 1740) and outputs that ckptkit did not complete are none.
+- What may hold pickles that are not torch's is listed: whoever allows none looks into these
+  (`ckptkit.formats.refused.inside`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ckptkit.bytesource import SourceFile
+from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
+from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
+from ckptkit.formats.format import Probe
+from ckptkit.formats.shards.names import INDEX_SUFFIXES
+from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.report import count_of
+
+__all__ = ["Found", "Survey", "Surveyor", "index_beside", "says_checkpoint", "survey", "told"]
+
+UNFINISHED = "unfinished ckptkit output"
+
+_PLAIN_SUFFIXES = (*sorted(SUFFIXES - SHARED_SUFFIXES), ".distcp", *INDEX_SUFFIXES)
+_TARRED_SUFFIXES = tuple(f"{suffix}.tar" for suffix in sorted(SUFFIXES - SHARED_SUFFIXES))
+
+_UNREADABLE_KINDS = frozenset(("empty file", "zero-filled file", "git-lfs pointer", "HTML page", "unknown file"))
+"""What under an ending of both is more likely a checkpoint that did not arrive than a file of another kind."""
+
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+
+_DCP = re.compile(rb"torch\.distributed\.(?:_shard\.)?checkpoint\.")
+"""In the first bytes of a ``.metadata`` of torch.distributed.checkpoint, a plain pickle."""
+
+_DEEPEST = 64
+"""Folders above one that are told from others."""
+
+_DIRECTORY_NBYTES = 1 << 20
+"""Bytes at the end of a zip archive that cannot be read in which a record of torch's is looked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A checkpoint.
+
+    Attributes:
+        path: the file; of several names of one file the one that says best what it is.
+        others: its other names.
+    """
+
+    path: str
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What was found.
+
+    Attributes:
+        checkpoints: files to open, in the order of the walk; some of them may be unreadable.
+        passed_over: how many files (and folders) of each kind were passed over.
+        others: those among them that may hold pickles, with their kinds.
+        unreadable: files and folders of which nothing is known, and why.
+    """
+
+    checkpoints: tuple[Found, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    unreadable: tuple[tuple[str, CkptkitError], ...] = ()
+
+
+def told(passed_over: Mapping[str, int]) -> str:
+    """What was passed over, in a line: ``"passed over: 3 files (2 text files, 1 PNG image)"``."""
+    kinds = sorted((kind for kind, count in passed_over.items() if count), key=lambda kind: (-passed_over[kind], kind))
+    each = ", ".join(count_of(passed_over[kind], kind) for kind in kinds)
+    return f"passed over: {count_of(sum(passed_over.values()), 'file')} ({each})"
+
+
+def survey(folder: str, *, is_unfinished: Callable[[str], bool] = lambda name: False) -> Survey:
+    """Account for every file in a folder and in those below it.
+
+    Args:
+        folder: the folder.
+        is_unfinished: whether a name is that of an output of ckptkit's own that was not completed.
+    """
+    surveyor = Surveyor(is_unfinished=is_unfinished)
+    surveyor.folder(folder)
+    return surveyor.result()
+
+
+def says_checkpoint(name: str) -> bool:
+    """Whether a file's name says plainly that it is a checkpoint."""
+    name = name.lower()
+    return name.endswith(_PLAIN_SUFFIXES) or name.endswith(_TARRED_SUFFIXES)
+
+
+def index_beside(path: str) -> str | None:
+    """The index in a file's own folder that names it as a shard; ``None``: there is none."""
+    from ckptkit.formats.sharded import shard_names
+
+    folder, name = os.path.split(path)
+    try:
+        names = sorted(other for other in os.listdir(folder or ".") if other.endswith(".index.json"))
+    except OSError:
+        return None
+    indexes = (os.path.join(folder, other) for other in names)
+    return next((index for index in indexes if name in shard_names(index)), None)
+
+
+@dataclass(slots=True)
+class _File:
+    """A checkpoint while the walk goes on."""
+
+    paths: list[str]
+    is_index: bool
+
+
+class Surveyor:
+    """Meets files and folders, each once.
+
+    Args:
+        is_unfinished: as in `survey`.
+        limits: bounds on what a file may ask for.
+    """
+
+    def __init__(
+        self, *, is_unfinished: Callable[[str], bool] = lambda name: False, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self._is_unfinished = is_unfinished
+        self._limits = limits
+        self._found: dict[object, _File] = {}
+        self._passed: dict[object, str] = {}
+        self._count: Counter[str] = Counter()
+        self._others: dict[str, str] = {}
+        self._unreadable: dict[str, CkptkitError] = {}
+
+    def result(self) -> Survey:
+        """What was met, shards left to their indexes."""
+        from ckptkit.formats.sharded import shard_names
+
+        parts: set[object] = set()
+        ranked = {key: sorted(file.paths, key=_rank) for key, file in self._found.items()}
+        whole = {os.path.dirname(paths[0]) for paths in ranked.values() if paths[0].endswith(".metadata")}
+        for key, paths in ranked.items():
+            folder = os.path.dirname(paths[0])
+            if self._found[key].is_index or paths[0].endswith(INDEX_SUFFIXES):
+                for shard in shard_names(paths[0]):
+                    part = _identity(os.path.join(folder, *shard.split("/")))
+                    parts.update({part} - {key})
+            if folder in whole and paths[0].endswith(".distcp"):
+                parts.add(key)
+        return Survey(
+            checkpoints=tuple(
+                Found(path=paths[0], others=tuple(paths[1:])) for key, paths in ranked.items() if key not in parts
+            ),
+            passed_over=dict(self._count),
+            others=dict(self._others),
+            unreadable=tuple(self._unreadable.items()),
+        )
+
+    def named(self, path: str) -> None:
+        """A file that is a checkpoint, or is to be opened as one, whether it is there or not."""
+        key = _identity(path) or path
+        if key in self._found:
+            self._found[key].paths.insert(0, path)
+        else:
+            self._found[key] = _File([path], False)
+
+    def folder(self, folder: str) -> bool:
+        """Everything in a folder and in those below it.
+
+        Returns:
+            Whether there is a checkpoint, or what could be one.
+        """
+        before = len(self._unreadable)
+        met = False
+        # A link to a folder that holds this one leads out of it, and back in.
+        above = {_identity(folder + os.sep + os.sep.join([os.pardir] * level)) for level in range(1, _DEEPEST)}
+        seen: set[tuple[int, int] | None] = set()
+        below, linked = [folder], list[str]()
+        while below or linked:
+            path = below.pop() if below else linked.pop(0)
+            try:
+                key = _identity(path)
+                if key in seen:
+                    continue
+                seen.add(key)
+                with os.scandir(path) as listing:
+                    entries = sorted(listing, key=lambda entry: entry.name)
+            except OSError as error:
+                self._unreadable[path] = FileAccessError(f"{path}: the folder cannot be read: {error.strerror}")
+                continue
+            folders = []
+            for entry in entries:
+                if _is(entry.is_file):
+                    met |= self.file(entry.path)
+                elif not _is(entry.is_dir):
+                    met |= self._not_a_file(entry.path)
+                elif entry.name == ".git":
+                    self._count[".git folder"] += 1
+                elif not entry.is_symlink():
+                    folders.append(entry.path)
+                elif _identity(entry.path) in above:
+                    self._count["link to a folder above"] += 1
+                else:
+                    linked.append(entry.path)
+            below += reversed(folders)
+        return met or len(self._unreadable) > before
+
+    def file(self, path: str) -> bool:
+        """A file, or what else has a name and is no folder.
+
+        Returns:
+            Whether it is a checkpoint, is called one, or cannot be read.
+        """
+        name = os.path.basename(path)
+        try:
+            file = SourceFile(path)
+        except FileAccessError as error:
+            if not (isinstance(error, MissingFileError) and self._is_unfinished(name)):  # it has its own name by now
+                self._unreadable[path] = error
+            return True
+        key = file.identity[:2]
+        try:
+            known = self._found.get(key)
+            if known is not None:
+                known.paths += [path] * (path not in known.paths)
+                return True
+            before = self._passed.get(key)
+            if before is not None and not says_checkpoint(name):
+                return False
+            kind = UNFINISHED if self._is_unfinished(name) else self._kind(file, path, name)
+        except FileAccessError as error:
+            self._unreadable[path] = error
+            return True
+        finally:
+            file.close()
+        if before is not None:  # by a name that says less
+            self._count[before] -= 1
+        if kind is not None:
+            self._passed[key] = kind
+            self._count[kind] += 1
+        return kind is None
+
+    def _kind(self, file: SourceFile, path: str, name: str) -> str | None:
+        """What a file is; ``None``: a checkpoint, which is then among those found."""
+        probe = Probe(file, self._limits)
+        claims: list[str] = []
+        kind: str | None = None
+        if name.startswith("._") and probe.head.startswith(_APPLE_DOUBLE):
+            kind = "AppleDouble file"
+        elif not says_checkpoint(name):
+            try:
+                claims = [container.name for container in FORMATS if container.claims(probe)]
+                if not claims:
+                    kind = self._other_kind(probe, path, name)
+                elif claims == ["torch-tar"] and not _is_torchs_tar(probe):
+                    kind = self._others[path] = "tar archive"
+            except FormatError:  # a zip archive that is damaged, or that readers disagree about
+                if not _may_be_torchs(probe, name):
+                    kind = self._others[path] = "zip archive"
+        if kind is None:
+            self._found[file.identity[:2]] = _File([path], any(claim.endswith("-sharded") for claim in claims))
+        return kind
+
+    def _other_kind(self, probe: Probe, path: str, name: str) -> str | None:
+        """The kind of a file that no container claims; ``None``: it is a checkpoint that cannot be read."""
+        from ckptkit.formats.refused.first_bytes import kind_of
+        from ckptkit.formats.refused.inside import guess_pickle, opaque
+
+        guess = guess_pickle(probe.head, probe.file.size)
+        kind = "pickle" if guess == "pickle" else kind_of(probe)
+        if kind in _UNREADABLE_KINDS and os.path.splitext(name)[1].lower() in SHARED_SUFFIXES:
+            return None
+        if guess and _DCP.search(probe.head):
+            return None
+        if probe.records is not None and any(f"/{record}".endswith("/data.pkl") for record in probe.records):
+            return None
+        if guess or kind == "numpy array" or probe.records is not None or opaque(probe.head) is not None:
+            self._others[path] = kind
+        return kind
+
+    def _not_a_file(self, path: str) -> bool:
+        """A link that leads nowhere, or what is not opened: a pipe, a socket, a device."""
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if not os.path.islink(path):
+                self._unreadable[path] = FileAccessError(f"{path}: cannot be opened: {error.strerror}")
+                return True
+            if says_checkpoint(path):
+                self._unreadable[path] = MissingFileError(f"{path}: a link that leads to no file: {error.strerror}")
+                return True
+            self._count["broken link"] += 1
+            return False
+        self._count[_SPECIAL.get(stat.S_IFMT(mode), "special file")] += 1
+        return False
+
+
+_SPECIAL = {
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+"""What is no regular file and is never opened for its content."""
+
+
+def _is(asked: Callable[[], bool]) -> bool:
+    """Whether an entry of a folder is what is asked, behind its links."""
+    try:
+        return asked()
+    except OSError:  # links that lead to one another
+        return False
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _rank(path: str) -> int:
+    """How well a name says what the file is, from 0; an order of equals stays."""
+    return 0 if says_checkpoint(path) else 1 if os.path.splitext(path)[1].lower() in SUFFIXES else 2
+
+
+def _is_torchs_tar(probe: Probe) -> bool:
+    from ckptkit.formats.torch_tar import holds_one
+
+    return holds_one(probe)
+
+
+def _may_be_torchs(probe: Probe, name: str) -> bool:
+    """Whether a zip archive that cannot be read is a checkpoint, by its name or by those of its records."""
+    if os.path.splitext(name)[1].lower() in SUFFIXES:
+        return True
+    size = probe.file.size
+    nbytes = min(size, _DIRECTORY_NBYTES)
+    tail = probe.file.read(size - nbytes, nbytes)
+    return any(mark in probe.head or mark in tail for mark in (b"data.pkl", b"/.data/", b"/.format_version"))
