@@ -285,7 +285,7 @@ def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
 
 
 def manifest(
-    paths: Sequence[PathLike] = (),
+    paths: PathLike | Sequence[PathLike] = (),
     destination: PathLike | None = None,
     *,
     digests: Literal["total", "tensor"] | None = None,
@@ -296,7 +296,7 @@ def manifest(
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
     Args:
-        paths: files, and folders that are searched for checkpoints; with ``update`` none means what
+        paths: files, and folders that are searched for checkpoints, one or several; with ``update`` none means what
             the manifest was made of.  In the folders `check` lets no other checkpoint lie.
         destination: the manifest to write; paths in it are relative to its folder.  ``None``: nothing is written,
             and they are relative to the working directory, or where files lie elsewhere to the folder above them.
@@ -318,7 +318,7 @@ def manifest(
     from ckptkit.released.manifests.at_path import make_at
 
     return make_at(
-        [os.fsdecode(path) for path in paths],
+        _paths(paths),
         None if destination is None else os.fsdecode(destination),
         digests=digests,
         golden=golden,
@@ -450,14 +450,16 @@ def check(
     forward: bool | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shapes: Sequence[Sequence[int]] | None = None,
+    skip_others: bool = False,
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
 
     Whatever is asked for, each file must be readable and may not be hostile.
 
     Args:
-        paths: files and folders; none: those that the configuration names, or all of the manifest's and whatever else
-            lies in the folders it was made of.
+        paths: files and folders, one or several; none: those that the configuration names, or all of the manifest's
+            and whatever else lies in the folders it was made of.  An index stands for its shards, and a shard for
+            all of them where its index lies beside it.
         manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
         config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here goes before it.
         no_pickle: whether a file may hold no pickle at all.
@@ -474,9 +476,12 @@ def check(
             or of the architecture that was identified.  Needs torch.
         model_args: keyword arguments of the reference's factory.
         input_shapes: of the forward pass; default from the reference where it is known.
+        skip_others: whether files that are named and no checkpoint are passed over, as those in folders are; that
+            none is left is well.
 
     Returns:
-        A report whose findings name path, rule, expected and found.  What could not be read or checked is in it
+        A report whose findings name path, rule, expected and found, and whose ``passed_over`` counts by kind the
+        files that are no checkpoint.  What could not be read or checked is in it
         too: ``exit_code`` is that of ``ckptkit check``.
 
     Raises:
@@ -502,9 +507,15 @@ def check(
         "input_shapes": input_shapes,
     }
     return run(
-        [os.fsdecode(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)],
+        _paths(paths),
+        skip_others=skip_others,
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
         typed={name: value for name, value in given.items() if value is not None},
         verify=verify,
     )
+
+
+def _paths(given: PathLike | Sequence[PathLike]) -> list[str]:
+    """One path, or several."""
+    return [os.fsdecode(path) for path in ([given] if isinstance(given, (str, os.PathLike)) else given)]

@@ -34,6 +34,7 @@ __all__ = [
     "Trust",
     "contiguous_stride",
     "shared_storages",
+    "trust_of",
 ]
 
 Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]
@@ -345,6 +346,14 @@ class GlobalUse:
     reason: str = ""
 
 
+def trust_of(uses: Iterable[GlobalUse]) -> Trust:
+    """What a loader that executes pickles with these names would have to be trusted with: the worst counts."""
+    verdicts = {use.verdict for use in uses}
+    if "dangerous" in verdicts:
+        return "hostile"
+    return "needs_trust" if "unknown" in verdicts else "safe"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """Where a checkpoint came from.
@@ -406,10 +415,7 @@ class Checkpoint:
     @property
     def trust(self) -> Trust:
         """What a loader that executes pickles would have to be trusted with; see `Trust`."""
-        verdicts = {use.verdict for use in self.globals}
-        if "dangerous" in verdicts:
-            return "hostile"
-        return "needs_trust" if "unknown" in verdicts else "safe"
+        return trust_of(self.globals)
 
     def rewrite(self, *rewriters: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
         """The checkpoint with each rewriter applied in turn; this one stays as it is."""

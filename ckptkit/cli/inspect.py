@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -23,7 +25,6 @@ from ckptkit.cli.options import (
     with_examples,
 )
 from ckptkit.errors import CkptkitError
-from ckptkit.formats import files_below
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.report import SCHEMA_VERSION, at_least
 
@@ -71,7 +72,8 @@ def command(
     """Show what is in checkpoints: container, kind, sections, tensors, findings.
 
     Nothing in a file is executed, and no tensor is read but a few single numbers, such as step counts
-    (all are with --stats). A folder stands for the checkpoint files below it.
+    (all are with --stats). A folder stands for the checkpoints below it, whatever their names; what else lies there is
+    counted.
     """
     if flat:
         render = inspect_text.flat
@@ -83,13 +85,14 @@ def command(
         render = functools.partial(
             inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
         )
+    passed_over: Counter[str] = Counter()
     documents = (
         _survey(found, section, filters, sort, stats) if error is None else describe_error(found, error)
         for path in paths
-        for found, error in _expanded(path)
+        for found, error in _expanded(path, passed_over)
     )
     if as_json or output == "json":
-        return _exit_code(list(map(_told, _echo_documents(documents))), fail_on)
+        return _exit_code(list(map(_told, _echo_documents(documents, passed_over))), fail_on)
     seen: list[dict[str, Any]] = []
     for document in documents:
         if document["error"] is None:
@@ -98,6 +101,14 @@ def command(
             for line in render(document):
                 echo(line)
         seen.append(_told(document))
+    if passed_over and not quiet:
+        from ckptkit.formats.folder import told
+
+        if flat:
+            click.echo(told(passed_over), err=True)
+        else:
+            echo()
+            echo(told(passed_over))
     return _exit_code(seen, fail_on)
 
 
@@ -109,20 +120,30 @@ def _survey(path: str, section: str | None, filters: tuple[str, ...], sort: str,
         return describe_error(path, error)
 
 
-def _expanded(path: str) -> Iterator[tuple[str, CkptkitError | None]]:
-    """The files a path stands for; or the path, and why it stands for none."""
-    try:
-        for found in _expand(path):
-            yield found, None
-    except CkptkitError as error:
-        yield path, error
+def _expanded(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
+    """The path itself, or the checkpoints below a folder; and what cannot be read, with the reason."""
+    if not os.path.isdir(path):
+        yield path, None
+        return
+    from ckptkit.formats.folder import Surveyor
+    from ckptkit.transfer.names import is_temporary_name
+
+    surveyor = Surveyor(is_unfinished=is_temporary_name)
+    nothing = surveyor.folder(path)
+    found = surveyor.result()
+    passed_over.update(found.passed_over)
+    yield from ((each.path, None) for each in found.checkpoints)
+    yield from found.unreadable
+    if nothing is not None:
+        yield path, nothing
 
 
-def _echo_documents(documents: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _echo_documents(documents: Iterator[dict[str, Any]], passed_over: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     """Write the JSON document while its files are read: what is written of one need not be kept for the next."""
     if sys.stdout.isatty():
         files = list(documents)
-        echo_json({"schema_version": SCHEMA_VERSION, "files": [plain_document(document) for document in files]})
+        plain = [plain_document(document) for document in files]
+        echo_json({"schema_version": SCHEMA_VERSION, "files": plain, "passed_over": dict(passed_over)})
         yield from files
         return
     write = sys.stdout.write
@@ -132,7 +153,7 @@ def _echo_documents(documents: Iterator[dict[str, Any]]) -> Iterator[dict[str, A
         for chunk in json_chunks(document):
             write(chunk)
         yield document
-    write("]}\n")
+    write(f'], "passed_over": {json.dumps(passed_over)}}}\n')
 
 
 def _told(document: dict[str, Any]) -> dict[str, Any]:
@@ -143,18 +164,6 @@ def _told(document: dict[str, Any]) -> dict[str, Any]:
         sys.stdout.flush()
         click.echo(f"ckptkit: error: {printable(place + message)}", err=True)
     return {"error": document["error"], "severities": [finding["severity"] for finding in document["findings"]]}
-
-
-def _expand(path: str) -> Iterator[str]:
-    """The path itself, or the checkpoint files below a folder, in order: an index in place of the shards it names.
-
-    Raises:
-        FileAccessError: a folder without any.
-    """
-    if not os.path.isdir(path):
-        yield path
-        return
-    yield from files_below(path)
 
 
 def _exit_code(files: list[dict[str, Any]], fail_on: str) -> int:

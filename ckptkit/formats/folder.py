@@ -2,8 +2,8 @@
 
 A checkpoint is known by its first bytes (`ckptkit.formats.containers`), whatever its name.  A name decides in one case
 alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like is a checkpoint that cannot be read
-(a git-lfs pointer, an error page, an interrupted download), not a file of another kind.  ``.bin``, ``.pkl`` and ``.jit``
-are what other kinds of files are called, too: one that is known to be something else is passed over.
+(a git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Others are called
+``.bin``, ``.pkl`` and ``.jit``, too: one that is known to be something else is passed over.
 
 - An index stands for its shards, and the ``.metadata`` of torch.distributed.checkpoint for the ``.distcp`` beside it.
 - Only regular files are opened.  Links are followed, those to folders after the folders themselves, and each file and
@@ -30,7 +30,7 @@ from ckptkit.formats.shards.names import INDEX_SUFFIXES
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
-__all__ = ["Found", "Survey", "Surveyor", "index_beside", "says_checkpoint", "survey", "told"]
+__all__ = ["Found", "Survey", "Surveyor", "index_beside", "nothing_in", "says_checkpoint", "told"]
 
 UNFINISHED = "unfinished ckptkit output"
 
@@ -89,18 +89,6 @@ def told(passed_over: Mapping[str, int]) -> str:
     return f"passed over: {count_of(sum(passed_over.values()), 'file')} ({each})"
 
 
-def survey(folder: str, *, is_unfinished: Callable[[str], bool] = lambda name: False) -> Survey:
-    """Account for every file in a folder and in those below it.
-
-    Args:
-        folder: the folder.
-        is_unfinished: whether a name is that of an output of ckptkit's own that was not completed.
-    """
-    surveyor = Surveyor(is_unfinished=is_unfinished)
-    surveyor.folder(folder)
-    return surveyor.result()
-
-
 def says_checkpoint(name: str) -> bool:
     """Whether a file's name says plainly that it is a checkpoint."""
     name = name.lower()
@@ -120,19 +108,30 @@ def index_beside(path: str) -> str | None:
     return next((index for index in indexes if name in shard_names(index)), None)
 
 
+def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
+    """The error for a folder without a checkpoint: what it is instead, or what is in it."""
+    from ckptkit.formats.refused.first_bytes import describe_folder
+
+    what = describe_folder(folder)
+    if what == "is a folder, not a file":
+        what = "a folder without checkpoint files" + (f"; {told(passed_over)}" if any(passed_over.values()) else "")
+    return FileAccessError(f"{folder}: {what}")
+
+
 @dataclass(slots=True)
 class _File:
     """A checkpoint while the walk goes on."""
 
     paths: list[str]
-    is_index: bool
+    is_index: bool = False
+    is_named: bool = False
 
 
 class Surveyor:
     """Meets files and folders, each once.
 
     Args:
-        is_unfinished: as in `survey`.
+        is_unfinished: whether a name is that of an output of ckptkit's own that was not completed.
         limits: bounds on what a file may ask for.
     """
 
@@ -152,11 +151,13 @@ class Surveyor:
         from ckptkit.formats.sharded import shard_names
 
         parts: set[object] = set()
-        ranked = {key: sorted(file.paths, key=_rank) for key, file in self._found.items()}
+        ranked = {
+            key: file.paths if file.is_named else sorted(file.paths, key=_rank) for key, file in self._found.items()
+        }
         whole = {os.path.dirname(paths[0]) for paths in ranked.values() if paths[0].endswith(".metadata")}
         for key, paths in ranked.items():
             folder = os.path.dirname(paths[0])
-            if self._found[key].is_index or paths[0].endswith(INDEX_SUFFIXES):
+            if self._found[key].is_index or paths[0].endswith(".index.json"):
                 for shard in shard_names(paths[0]):
                     part = _identity(os.path.join(folder, *shard.split("/")))
                     parts.update({part} - {key})
@@ -172,20 +173,30 @@ class Surveyor:
         )
 
     def named(self, path: str) -> None:
-        """A file that is a checkpoint, or is to be opened as one, whether it is there or not."""
-        key = _identity(path) or path
-        if key in self._found:
-            self._found[key].paths.insert(0, path)
-        else:
-            self._found[key] = _File([path], False)
+        """A file that is to be opened as a checkpoint, whether it is there and one, or not; its name stays."""
+        key: object = _identity(path) or path
+        known = self._found.get(key)
+        if known is None or (known.is_named and path not in known.paths):
+            self._found[path if known else key] = _File([path], is_named=True)
+        elif not known.is_named:
+            known.paths, known.is_named = [path, *(other for other in known.paths if other != path)], True
 
-    def folder(self, folder: str) -> bool:
+    def candidate(self, path: str) -> bool:
+        """A file that is a checkpoint or is passed over.
+
+        Returns:
+            Whether it is a checkpoint, is called one, or cannot be read.
+        """
+        is_file = os.path.isfile(path) or not os.path.lexists(path)
+        return self._file(path) if is_file else self._not_a_file(path)
+
+    def folder(self, folder: str) -> FileAccessError | None:
         """Everything in a folder and in those below it.
 
         Returns:
-            Whether there is a checkpoint, or what could be one.
+            What is to be said where there is no checkpoint, and nothing that could be one.
         """
-        before = len(self._unreadable)
+        before, passed = len(self._unreadable), Counter(self._count)
         met = False
         # A link to a folder that holds this one leads out of it, and back in.
         above = {_identity(folder + os.sep + os.sep.join([os.pardir] * level)) for level in range(1, _DEEPEST)}
@@ -206,7 +217,7 @@ class Surveyor:
             folders = []
             for entry in entries:
                 if _is(entry.is_file):
-                    met |= self.file(entry.path)
+                    met |= self._file(entry.path)
                 elif not _is(entry.is_dir):
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
@@ -218,14 +229,9 @@ class Surveyor:
                 else:
                     linked.append(entry.path)
             below += reversed(folders)
-        return met or len(self._unreadable) > before
+        return None if met or len(self._unreadable) > before else nothing_in(folder, self._count - passed)
 
-    def file(self, path: str) -> bool:
-        """A file, or what else has a name and is no folder.
-
-        Returns:
-            Whether it is a checkpoint, is called one, or cannot be read.
-        """
+    def _file(self, path: str) -> bool:
         name = os.path.basename(path)
         try:
             file = SourceFile(path)
@@ -273,7 +279,8 @@ class Surveyor:
                 if not _may_be_torchs(probe, name):
                     kind = self._others[path] = "zip archive"
         if kind is None:
-            self._found[file.identity[:2]] = _File([path], any(claim.endswith("-sharded") for claim in claims))
+            is_index = any(claim.endswith("-sharded") for claim in claims)
+            self._found[file.identity[:2]] = _File([path], is_index)
         return kind
 
     def _other_kind(self, probe: Probe, path: str, name: str) -> str | None:

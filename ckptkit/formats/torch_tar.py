@@ -23,6 +23,7 @@ into a folder to read them; here they are read where they lie.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from struct import Struct
 from typing import TypeGuard
@@ -58,10 +59,9 @@ _DIMENSIONS = Struct("<i4x")
 def holds_one(probe: Probe) -> bool:
     """Whether a tar archive has the members of a checkpoint, or the first of them: it may have been cut off."""
     names: list[str] = []
-    try:
-        names.extend(member.name for member in read_members(probe.file, probe.limits, _MAX_MEMBERS))
-    except FormatError:
-        pass  # those that were met count
+    with contextlib.suppress(FormatError):  # the members that were met count
+        for member in read_members(probe.file, probe.limits, _MAX_MEMBERS):
+            names.append(member.name)
     return names[:1] != [] and (names[0] in _MEMBERS or {"pickle", "tensors", "storages"} <= set(names))
 
 

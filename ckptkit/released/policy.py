@@ -28,7 +28,8 @@ class Policy:
 
     Attributes:
         no_pickle: whether a file may hold no pickle at all.
-        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
+        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy, and
+            ``None`` asks for no more than that.
         no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
         max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
         allow_dtype: the dtypes that tensors may have; empty: all.
@@ -47,7 +48,7 @@ class Policy:
     """
 
     no_pickle: bool = False
-    max_trust: str = "needs_trust"
+    max_trust: str | None = None
     no_nan: bool = False
     max_size: int | str | None = None
     allow_dtype: Sequence[str] = ()
@@ -66,7 +67,7 @@ class Policy:
                 raise _refused(name, getattr(self, name), "true or false")
         for name in _LISTS:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
-        _among("max_trust", self.max_trust, ("safe", "needs_trust"))
+        _among("max_trust", self.most_trust, ("safe", "needs_trust"))
         for given in self.allow_dtype:
             _among("allow_dtype", given, DTYPES)
         for given in self.require_format:
@@ -79,6 +80,16 @@ class Policy:
             raise _refused("model_args", model_args, "names and values")
         object.__setattr__(self, "max_size", _nbytes(self.max_size))
         object.__setattr__(self, "input_shapes", _shapes(self.input_shapes))
+
+    @property
+    def most_trust(self) -> str:
+        """The most a loader may have to be trusted with."""
+        return "needs_trust" if self.max_trust is None else self.max_trust
+
+    @property
+    def every_pickle(self) -> bool:
+        """Whether it says something of pickles, so that those count, too, which no torch wrote."""
+        return self.no_pickle or self.max_trust is not None
 
     @property
     def needs_model(self) -> bool:

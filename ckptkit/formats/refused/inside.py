@@ -43,21 +43,24 @@ _FIRST = re.compile(
 )
 """How a pickle can begin that declares no protocol: opcodes that take nothing from the stack, which is empty."""
 
-_CALL = re.compile(rb"c[A-Za-z_\x80-\xff][^\n\0 ]*\n[A-Za-z_\x80-\xff][^\n\0 ]*\n(?:p\d+\n|q.|r....|\x94)?[()\]}N]", re.DOTALL)
+_CALL = re.compile(
+    rb"c[A-Za-z_\x80-\xff][^\n\0 ]*\n[A-Za-z_\x80-\xff][^\n\0 ]*\n(?:p\d+\n|q.|r....|\x94)?[()\]}N]", re.DOTALL
+)
 """A name as text and the beginning of what it is called with; a list of words has no bracket there."""
 
 _ARRAY = b"\x93NUMPY"
 _OF_OBJECTS = re.compile(rb"['\"]\|?O\d?['\"]")
 
-_OPAQUE: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"\x1f\x8b", "a gzip stream"), (0, b"\x1f\x9d", "a compressed stream"), (0, b"BZh", "a bzip2 stream"),
-    (0, b"\xfd7zXZ\x00", "an xz stream"), (0, b"\x5d\x00\x00", "an lzma stream"),
-    (0, b"\x28\xb5\x2f\xfd", "a zstd stream"), (0, b"\x04\x22\x4d\x18", "an lz4 stream"),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"), (0, b"Rar!\x1a\x07", "a RAR archive"),
-    (0, b"PK\x07\x08", "a zip archive in several volumes"), (0, b"!<arch>\n", "an ar archive"),
-    (0, b"MSCF\x00", "a cabinet archive"), (0, b"070701", "a cpio archive"), (0, b"hsqs", "a SquashFS image"),
-)  # fmt: skip
+_OPAQUE: dict[bytes, str] = {
+    b"\x1f\x8b": "a gzip stream", b"\x1f\x9d": "a compressed stream", b"BZh": "a bzip2 stream",
+    b"\xfd7zXZ\x00": "an xz stream", b"\x5d\x00\x00": "an lzma stream", b"\x28\xb5\x2f\xfd": "a zstd stream",
+    b"\x04\x22\x4d\x18": "an lz4 stream", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a RAR archive",
+    b"PK\x07\x08": "a zip archive in several volumes", b"!<arch>\n": "an ar archive", b"MSCF\x00": "a cabinet archive",
+    b"070701": "a cpio archive", b"hsqs": "a SquashFS image",
+}  # fmt: skip
 """What may hold pickles and is not read here, by its first bytes."""
+
+_IS_OPAQUE = re.compile(b"|".join(map(re.escape, _OPAQUE)))
 
 _MARKS = ("/data.pkl", "/.data/extern_modules", "/archive_format")
 """Ends of the names of records by which torch's archives are known; see `ckptkit.formats.torch_archive`."""
@@ -122,9 +125,9 @@ def _is_called(data: bytes, error: FormatError) -> bool:
 
 def opaque(head: bytes) -> str | None:
     """What a file is that may hold pickles and cannot be looked into; ``None``: it can, or is no container."""
-    for offset, signature, what in _OPAQUE:
-        if head.startswith(signature, offset):
-            return what
+    found = _IS_OPAQUE.match(head)
+    if found is not None:
+        return _OPAQUE[found[0]]
     if head[:1] == b"\x78" and len(head) > 1 and int.from_bytes(head[:2], "big") % 31 == 0:  # RFC 1950
         try:
             zlib.decompressobj().decompress(head, 1)
@@ -203,7 +206,7 @@ class Looker:
         """Pickles one behind the other."""
         data = source.read(0, min(source.nbytes, self._limits.pickle_nbytes, self._left))
         self._left -= len(data)
-        start, uses, broken, is_legacy = 0, [], None, False
+        start, uses, broken, is_legacy = 0, list[GlobalUse](), None, False
         for count in range(len(data)):
             if start == len(data) or (is_legacy and count == _LEGACY_PICKLES):
                 break

@@ -5,16 +5,18 @@ Adding one is a field of `Policy`, a function here and a line in `RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ckptkit.checkpoint import GlobalUse, Trust, trust_of
 from ckptkit.dtypes import DTYPES
+from ckptkit.formats.refused.inside import Inside
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
 from ckptkit.report import Severity, convert_command, count_of, human_size
 
-__all__ = ["RULES", "Rule", "listed", "rules_of", "violations"]
+__all__ = ["RULES", "Rule", "listed", "pickle_violations", "rules_of", "violations"]
 
 Rule = Callable[[Examined, Policy], Iterator[CheckFinding]]
 """Yields what of the file the policy forbids."""
@@ -63,20 +65,72 @@ def _no_pickle(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 
 
 def _max_trust(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    if TRUST_ORDER[examined.trust] <= TRUST_ORDER[policy.max_trust]:
-        return
-    bad = [use.name for use in examined.globals if use.verdict in ("unknown", "dangerous")]
-    dangerous = [use.name for use in examined.globals if use.verdict == "dangerous"]
+    if TRUST_ORDER[examined.trust] > TRUST_ORDER[policy.most_trust]:
+        yield _too_much_trust(
+            examined.path,
+            examined.trust,
+            examined.globals,
+            policy,
+            None if examined.trust == "hostile" else _convert(examined),
+        )
+
+
+def _too_much_trust(
+    path: str, trust: Trust, uses: Sequence[GlobalUse], policy: Policy, fix: str | None = None
+) -> CheckFinding:
+    bad = [use.name for use in uses if use.verdict in ("unknown", "dangerous")]
+    dangerous = [use.name for use in uses if use.verdict == "dangerous"]
     names = f": its pickle names {listed(dangerous or bad)}" if bad else ""
-    yield _found(
-        examined,
+    return CheckFinding(
         code="trust-not-allowed",
+        severity="error",
+        path=path,
         rule="max-trust",
-        expected=policy.max_trust,
-        found=examined.trust,
-        message=f"the file is {examined.trust}, and at most {policy.max_trust} is allowed{names}",
-        fix=None if examined.trust == "hostile" else _convert(examined),
+        expected=policy.most_trust,
+        found=trust,
+        message=f"the file is {trust}, and at most {policy.most_trust} is allowed{names}",
+        fix=fix,
     )
+
+
+def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[CheckFinding]:
+    """What a policy forbids of a file that is no checkpoint, or none that can be read: its pickles.
+
+    A file that is known to break a rule needs no more; where none is known to, what was not looked into counts.
+    """
+    is_kept = True
+    if policy.no_pickle and inside.pickles:
+        is_kept = False
+        members = [name for name in inside.pickles if name]
+        yield CheckFinding(
+            code="pickle-not-allowed",
+            severity="error",
+            path=path,
+            rule="no-pickle",
+            expected="no pickle",
+            found=members[:_MOST_LISTED] or "a pickle",
+            message=(
+                f"the archive holds {count_of(len(members), 'pickle')} ({listed(members)})"
+                if members
+                else "the file is a pickle"
+            )
+            + ", and loading a pickle runs what it names",
+        )
+    trust = trust_of(inside.globals)
+    if TRUST_ORDER[trust] > TRUST_ORDER[policy.most_trust]:
+        is_kept = False
+        yield _too_much_trust(path, trust, inside.globals, policy)
+    if is_kept and inside.beyond and policy.every_pickle:
+        parts = [f"{name}: {why}" if name else why for name, why in inside.beyond]
+        yield CheckFinding(
+            code="not-looked-into",
+            severity="error",
+            path=path,
+            rule="no-pickle" if policy.no_pickle else "max-trust",
+            expected="no pickle" if policy.no_pickle else policy.most_trust,
+            found=parts[:_MOST_LISTED],
+            message=f"there may be pickles in what was not looked into: {listed(parts)}",
+        )
 
 
 def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
