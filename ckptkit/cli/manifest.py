@@ -64,7 +64,8 @@ def command(
     if as_json:
         changes = manifest.changes
         told = {name: list(getattr(changes, name)) for name in ("added", "changed", "removed", "kept")}
-        echo_json({**manifest.to_dict(), "changes": told, "passed_over": dict(manifest.passed_over)})
+        passed_over = {"passed_over": dict(manifest.passed_over)} if manifest.passed_over else {}
+        echo_json({**manifest.to_dict(), "changes": told, **passed_over})
         return 0
     if destination is None:
         sys.stdout.write(manifest.to_json())

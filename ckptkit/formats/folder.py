@@ -30,7 +30,7 @@ from ckptkit.formats.shards.names import INDEX_SUFFIXES
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
-__all__ = ["Found", "Survey", "Surveyor", "index_beside", "nothing_in", "says_checkpoint", "told"]
+__all__ = ["Found", "Survey", "Surveyor", "indexes_in", "nothing_in", "says_checkpoint", "told"]
 
 UNFINISHED = "unfinished ckptkit output"
 
@@ -95,17 +95,16 @@ def says_checkpoint(name: str) -> bool:
     return name.endswith(_PLAIN_SUFFIXES) or name.endswith(_TARRED_SUFFIXES)
 
 
-def index_beside(path: str) -> str | None:
-    """The index in a file's own folder that names it as a shard; ``None``: there is none."""
+def indexes_in(folder: str) -> dict[str, str]:
+    """The indexes of a folder, by the names of those of their shards that lie in it."""
     from ckptkit.formats.sharded import shard_names
 
-    folder, name = os.path.split(path)
     try:
-        names = sorted(other for other in os.listdir(folder or ".") if other.endswith(".index.json"))
+        names = [name for name in os.listdir(folder or os.curdir) if name.endswith(".index.json")]
     except OSError:
-        return None
-    indexes = (os.path.join(folder, other) for other in names)
-    return next((index for index in indexes if name in shard_names(index)), None)
+        return {}
+    indexes = [os.path.join(folder, name) for name in sorted(names, reverse=True)]
+    return {shard: index for index in indexes for shard in shard_names(index) if "/" not in shard}
 
 
 def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
@@ -167,7 +166,7 @@ class Surveyor:
             checkpoints=tuple(
                 Found(path=paths[0], others=tuple(paths[1:])) for key, paths in ranked.items() if key not in parts
             ),
-            passed_over=dict(self._count),
+            passed_over=dict(+self._count),
             others=dict(self._others),
             unreadable=tuple(self._unreadable.items()),
         )
@@ -180,6 +179,10 @@ class Surveyor:
             self._found[path if known else key] = _File([path], is_named=True)
         elif not known.is_named:
             known.paths, known.is_named = [path, *(other for other in known.paths if other != path)], True
+
+    def know(self, path: str) -> None:
+        """A file that is neither a checkpoint nor passed over: the manifest."""
+        self._passed[_identity(path)] = "manifest"
 
     def candidate(self, path: str) -> bool:
         """A file that is a checkpoint or is passed over.
@@ -254,7 +257,7 @@ class Surveyor:
             return True
         finally:
             file.close()
-        if before is not None:  # by a name that says less
+        if before is not None and before in self._count:  # by a name that says less
             self._count[before] -= 1
         if kind is not None:
             self._passed[key] = kind

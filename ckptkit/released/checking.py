@@ -53,5 +53,12 @@ def check(
         released = replace(read_manifest(manifest), folder=os.path.dirname(manifest))
     if configured.needs_model:
         require_torch()
-    report = judge(paths, manifest=released, config=configured, skip_others=skip_others, verify=verify)
+    report = judge(
+        paths,
+        manifest=released,
+        config=configured,
+        manifest_path=manifest,
+        skip_others=skip_others,
+        verify=verify,
+    )
     return replace(report, details={**report.details, "manifest": manifest, "config": configured.path})

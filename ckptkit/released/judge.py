@@ -49,6 +49,7 @@ def judge(
     *,
     manifest: Manifest | None,
     config: Config,
+    manifest_path: str | None = None,
     skip_others: bool = False,
     verify: Callable[..., Report],
 ) -> CheckReport:
@@ -58,6 +59,7 @@ def judge(
         paths: files and folders; none: all of the manifest's, and what else lies in the folders it was made of.
         manifest: what they must be.
         config: the policies.
+        manifest_path: where the manifest lies.
         skip_others: whether files that are named and no checkpoint are passed over.
         verify: what holds a file against a model; `ckptkit.verify`.
 
@@ -77,6 +79,7 @@ def judge(
             skip_others=skip_others,
             whole=True,
             known=known,
+            manifest=manifest_path,
             every_pickle=config.every_pickle,
         )
     tasks = _tasks(selection, paths, manifest, config)

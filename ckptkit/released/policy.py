@@ -28,8 +28,8 @@ class Policy:
 
     Attributes:
         no_pickle: whether a file may hold no pickle at all.
-        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy, and
-            ``None`` asks for no more than that.
+        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.  ``None``,
+            which becomes ``"needs_trust"``, asks for no more than that.
         no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
         max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
         allow_dtype: the dtypes that tensors may have; empty: all.
@@ -42,6 +42,7 @@ class Policy:
             of the architecture that was identified.
         model_args: keyword arguments of the reference's factory.
         input_shapes: of the forward pass; empty: what the reference implies.
+        asks_trust: whether ``max_trust`` was given.
 
     Raises:
         VerifyError: a value is none that the policy can have.
@@ -60,6 +61,7 @@ class Policy:
     forward: bool = False
     model_args: Mapping[str, Any] = field(default_factory=dict)
     input_shapes: Sequence[Sequence[int]] = ()
+    asks_trust: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         for name in _FLAGS:
@@ -67,7 +69,9 @@ class Policy:
                 raise _refused(name, getattr(self, name), "true or false")
         for name in _LISTS:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
-        _among("max_trust", self.most_trust, ("safe", "needs_trust"))
+        object.__setattr__(self, "asks_trust", self.max_trust is not None)
+        object.__setattr__(self, "max_trust", "needs_trust" if self.max_trust is None else self.max_trust)
+        _among("max_trust", self.max_trust, ("safe", "needs_trust"))
         for given in self.allow_dtype:
             _among("allow_dtype", given, DTYPES)
         for given in self.require_format:
@@ -82,14 +86,9 @@ class Policy:
         object.__setattr__(self, "input_shapes", _shapes(self.input_shapes))
 
     @property
-    def most_trust(self) -> str:
-        """The most a loader may have to be trusted with."""
-        return "needs_trust" if self.max_trust is None else self.max_trust
-
-    @property
     def every_pickle(self) -> bool:
-        """Whether it says something of pickles, so that those count, too, which no torch wrote."""
-        return self.no_pickle or self.max_trust is not None
+        """Whether it says something of pickles, so that those count too which torch did not write."""
+        return self.no_pickle or self.asks_trust
 
     @property
     def needs_model(self) -> bool:
@@ -102,10 +101,10 @@ class Policy:
         Raises:
             VerifyError: a value is none that the policy can have.
         """
-        return replace(self, **settings)
+        return replace(self, **{"max_trust": self.max_trust if self.asks_trust else None, **settings})
 
 
-POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy))
+POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy) if each.init)
 """The policies as they are typed, in the order in which they are checked."""
 
 _FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "forward")

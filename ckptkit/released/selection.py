@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.errors import CkptkitError, FileAccessError
-from ckptkit.formats.folder import Surveyor, index_beside
+from ckptkit.formats.folder import Surveyor, indexes_in
 from ckptkit.transfer.names import is_temporary_name
 
 __all__ = ["Selected", "Selection", "name_of", "select"]
@@ -68,6 +68,7 @@ def select(
     skip_others: bool = False,
     whole: bool = False,
     known: Container[str] = (),
+    manifest: str | None = None,
     every_pickle: bool = False,
 ) -> Selection:
     """The checkpoints that paths stand for.
@@ -81,6 +82,7 @@ def select(
         skip_others: whether files that are named and no checkpoint are passed over, as those of folders are.
         whole: whether a shard that is named stands for all, where its index lies beside it.
         known: names of files that stand for themselves.
+        manifest: the file that says what they must be, which is none of them.
         every_pickle: whether outputs that ckptkit did not complete are taken for what is in them.
 
     Raises:
@@ -89,15 +91,23 @@ def select(
     surveyor = Surveyor(is_unfinished=(lambda _: False) if every_pickle else is_temporary_name)
     empty: list[tuple[str, CkptkitError]] = []
     shards: dict[str, list[str]] = {}
+    indexes: dict[str, dict[str, str]] = {}
     given = [os.fsdecode(path) for path in paths]
     if not given:
         raise FileAccessError("no files: name files or folders")
+    if manifest is not None:
+        surveyor.know(manifest)
     for path in given:
         if os.path.isdir(path):
             if (error := surveyor.folder(path)) is not None:
                 empty.append((path, error))
             continue
-        index = index_beside(path) if whole and name_of(path, relative_to) not in known else None
+        index = None
+        if whole and name_of(path, relative_to) not in known:
+            folder, name = os.path.split(path)
+            if folder not in indexes:
+                indexes[folder] = indexes_in(folder)
+            index = indexes[folder].get(name)
         if index is not None:
             shards.setdefault(index, []).append(path)
             surveyor.named(index)

@@ -39,7 +39,7 @@ def make_at(
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
     paths = paths or (_paths_of(previous, folder) if update else ())
-    selection = select(paths, relative_to=folder)
+    selection = select(paths, relative_to=folder, manifest=destination)
     selection.require_all()
     selected = selection.checkpoints
     manifest = make(

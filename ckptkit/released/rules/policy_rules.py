@@ -65,7 +65,7 @@ def _no_pickle(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 
 
 def _max_trust(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    if TRUST_ORDER[examined.trust] > TRUST_ORDER[policy.most_trust]:
+    if TRUST_ORDER[examined.trust] > TRUST_ORDER[policy.max_trust or ""]:
         yield _too_much_trust(
             examined.path,
             examined.trust,
@@ -86,9 +86,9 @@ def _too_much_trust(
         severity="error",
         path=path,
         rule="max-trust",
-        expected=policy.most_trust,
+        expected=policy.max_trust,
         found=trust,
-        message=f"the file is {trust}, and at most {policy.most_trust} is allowed{names}",
+        message=f"the file is {trust}, and at most {policy.max_trust} is allowed{names}",
         fix=fix,
     )
 
@@ -117,7 +117,7 @@ def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[Che
             + ", and loading a pickle runs what it names",
         )
     trust = trust_of(inside.globals)
-    if TRUST_ORDER[trust] > TRUST_ORDER[policy.most_trust]:
+    if TRUST_ORDER[trust] > TRUST_ORDER[policy.max_trust or ""]:
         is_kept = False
         yield _too_much_trust(path, trust, inside.globals, policy)
     if is_kept and inside.beyond and policy.every_pickle:
@@ -127,7 +127,7 @@ def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[Che
             severity="error",
             path=path,
             rule="no-pickle" if policy.no_pickle else "max-trust",
-            expected="no pickle" if policy.no_pickle else policy.most_trust,
+            expected="no pickle" if policy.no_pickle else policy.max_trust,
             found=parts[:_MOST_LISTED],
             message=f"there may be pickles in what was not looked into: {listed(parts)}",
         )
