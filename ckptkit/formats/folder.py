@@ -15,6 +15,7 @@ alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -142,6 +143,7 @@ class Surveyor:
         self._found: dict[object, _File] = {}
         self._passed: dict[object, str] = {}
         self._count: Counter[str] = Counter()
+        self._dcp: set[str] = set()
         self._others: dict[str, str] = {}
         self._unreadable: dict[str, CkptkitError] = {}
 
@@ -153,14 +155,13 @@ class Surveyor:
         ranked = {
             key: file.paths if file.is_named else sorted(file.paths, key=_rank) for key, file in self._found.items()
         }
-        whole = {os.path.dirname(paths[0]) for paths in ranked.values() if paths[0].endswith(".metadata")}
         for key, paths in ranked.items():
             folder = os.path.dirname(paths[0])
             if self._found[key].is_index or paths[0].endswith(".index.json"):
                 for shard in shard_names(paths[0]):
                     part = _identity(os.path.join(folder, *shard.split("/")))
                     parts.update({part} - {key})
-            if folder in whole and paths[0].endswith(".distcp"):
+            if folder in self._dcp and paths[0].endswith(".distcp"):
                 parts.add(key)
         return Survey(
             checkpoints=tuple(
@@ -202,14 +203,17 @@ class Surveyor:
         before, passed = len(self._unreadable), Counter(self._count)
         met = False
         # A link to a folder that holds this one leads out of it, and back in.
-        above = {_identity(folder + os.sep + os.sep.join([os.pardir] * level)) for level in range(1, _DEEPEST)}
+        above: set[object] = {
+            _identity(folder + os.sep + os.sep.join([os.pardir] * level)) for level in range(1, _DEEPEST)
+        }
+        above.discard(None)
         seen: set[tuple[int, int] | None] = set()
         below, linked = [folder], list[str]()
         while below or linked:
             path = below.pop() if below else linked.pop(0)
             try:
                 key = _identity(path)
-                if key in seen:
+                if key is not None and key in seen:
                     continue
                 seen.add(key)
                 with os.scandir(path) as listing:
@@ -296,6 +300,7 @@ class Surveyor:
         if kind in _UNREADABLE_KINDS and os.path.splitext(name)[1].lower() in SHARED_SUFFIXES:
             return None
         if guess and _DCP.search(probe.head):
+            self._dcp.add(os.path.dirname(path))
             return None
         if probe.records is not None and any(f"/{record}".endswith("/data.pkl") for record in probe.records):
             return None
@@ -308,7 +313,7 @@ class Surveyor:
         try:
             mode = os.stat(path).st_mode
         except OSError as error:
-            if not os.path.islink(path):
+            if error.errno not in _LEADS_NOWHERE or not os.path.islink(path):
                 self._unreadable[path] = FileAccessError(f"{path}: cannot be opened: {error.strerror}")
                 return True
             if says_checkpoint(path):
@@ -319,6 +324,8 @@ class Surveyor:
         self._count[_SPECIAL.get(stat.S_IFMT(mode), "special file")] += 1
         return False
 
+
+_LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
 _SPECIAL = {
     stat.S_IFIFO: "named pipe",

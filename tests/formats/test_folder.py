@@ -313,6 +313,8 @@ def test_a_folder_of_torch_distributed_checkpoint_is_not_silently_passed_over(tm
     assert "torch.distributed.checkpoint" in str(_error(tmp_path / "step" / ".metadata"))
     (tmp_path / "step" / ".metadata").unlink()  # the save was never finished
     assert found(tmp_path) == ["step/__0_0.distcp"]
+    (tmp_path / "step" / ".metadata").write_bytes(saved())
+    assert found(tmp_path) == ["step/.metadata", "step/__0_0.distcp"], "no name hides another file"
 
 
 def _error(path: Path) -> Exception:
@@ -328,12 +330,18 @@ def test_what_cannot_be_read_is_told_and_the_others_are_found(
     (open_folder / "shut" / "evil.pth").write_bytes(saved())
     (open_folder / "a").write_bytes(saved())
     (open_folder / "notes.txt").write_bytes(b"nobody may read this")
+    (open_folder / "to_evil").symlink_to("shut/evil.pth")
+    (open_folder / "listed").mkdir()
+    for name in ("one", "two"):
+        (open_folder / "listed" / name).mkdir()
+    (open_folder / "listed").chmod(0o444)
     (open_folder / "shut").chmod(0)
     (open_folder / "notes.txt").chmod(0)
     result = unprivileged(survey, open_folder)
     assert [each.path for each in result.checkpoints] == [str(open_folder / "a")]
     told_of = {os.path.basename(path): str(error) for path, error in result.unreadable}
-    assert set(told_of) == {"shut", "notes.txt"}
+    assert set(told_of) == {"shut", "notes.txt", "to_evil", "one", "two"}
+    assert result.passed_over == {}
     assert all("Permission denied" in message for message in told_of.values())
 
 

@@ -48,7 +48,7 @@ def sha256(path: Path) -> str:
 
 
 @pytest.mark.parametrize("as_given", [Path, str, lambda path: [path], lambda path: (str(path),)])
-def test_one_path_or_several(folder: Path, as_given: Any) -> None:
+def test_one_path_or_several(folder: Path, as_given: Callable[[Path], object]) -> None:
     made = ckptkit.manifest(as_given(folder / "one.pth"))
     assert [record.path for record in made.files] == ["one.pth"]
     assert [result.path for result in ckptkit.check(as_given(folder / "one.pth")).results] == [str(folder / "one.pth")]
