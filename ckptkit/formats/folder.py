@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
 from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
+from ckptkit.formats.detection import ends_like_a_zip
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards.names import INDEX_SUFFIXES
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -40,6 +41,8 @@ _TARRED_SUFFIXES = tuple(f"{suffix}.tar" for suffix in sorted(SUFFIXES - SHARED_
 
 _UNREADABLE_KINDS = frozenset(("empty file", "zero-filled file", "git-lfs pointer", "HTML page", "unknown file"))
 """What under an ending of both is more likely a checkpoint that did not arrive than a file of another kind."""
+
+_TEXTS = frozenset(("text file", "JSON file", "HTML page", "git-lfs pointer", "empty file"))
 
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
@@ -304,7 +307,13 @@ class Surveyor:
             return None
         if probe.records is not None and any(f"/{record}".endswith("/data.pkl") for record in probe.records):
             return None
-        if guess or kind == "numpy array" or probe.records is not None or opaque(probe.head) is not None:
+        if (
+            guess
+            or kind == "numpy array"
+            or probe.records is not None
+            or opaque(probe.head) is not None
+            or (kind not in _TEXTS and ends_like_a_zip(probe))
+        ):
             self._others[path] = kind
         return kind
 

@@ -55,6 +55,8 @@ KINDS: dict[str, Callable[[object], bytes]] = {
     "breaks-off": lambda value: pickle.dumps(value, 0)[:-1] + b"\xff and so on",
     "behind-a-long-text": lambda value: pickle.dumps(["x" * 5000, value], 0),
     "array-of-objects": array,
+    "with-odd-numbers": lambda value: b"I\r1\n0F\t1\n0" + pickle.dumps(value, 0),
+    "with-the-stack-moved": lambda value: b"I1\n20" + pickle.dumps(value, 0),
 }
 
 
@@ -188,6 +190,8 @@ BEYOND: dict[str, Callable[[bytes], bytes]] = {
     "7z": lambda data: b"7z\xbc\xaf\x27\x1c" + data,
     "rar": lambda data: b"Rar!\x1a\x07\x01\x00" + data,
     "encrypted": encrypted,
+    "behind a program": lambda data: b"\x7fELF" + bytes(99) + zipped(zipfile.ZIP_STORED)(data),
+    "behind an image": lambda data: b"\xff\xd8\xff\xe0" + bytes(99) + zipped(zipfile.ZIP_STORED)(data),
     "cut off": lambda data: zipped(zipfile.ZIP_STORED)(data)[:-9],
 }
 
@@ -215,6 +219,15 @@ def test_a_file_that_is_known_to_break_a_rule_needs_no_more(folder: Path) -> Non
     (folder / "both.zip").unlink()
     assert ckptkit.check(folder, no_pickle=True).exit_code == 1
     assert codes(ckptkit.check(folder, max_trust="needs_trust")) == {"own.pkl": {"not-looked-into"}}
+
+
+def test_a_pickle_that_is_a_tar_too(folder: Path) -> None:
+    member = tarfile.TarInfo("name").tobuf(tarfile.USTAR_FORMAT)
+    header = bytearray(pickle.dumps(Runs(), 0).ljust(100, b"\0") + member[100:148] + b" " * 8 + member[156:])
+    header[148:156] = b"%06o\0 " % sum(header)
+    (folder / "x").write_bytes(bytes(header) + bytes(10240))
+    report = ckptkit.check(folder, no_pickle=True, max_trust="needs_trust")
+    assert (report.exit_code, codes(report)) == (1, {"x": {"pickle-not-allowed", "trust-not-allowed"}})
 
 
 def test_the_bounds(tmp_path: Path) -> None:

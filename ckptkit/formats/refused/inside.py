@@ -15,7 +15,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
 from ckptkit.checkpoint import GlobalUse
@@ -23,7 +23,8 @@ from ckptkit.errors import CorruptError, FormatError
 from ckptkit.formats.archives.tar_archive import read_members
 from ckptkit.formats.archives.tar_header import is_header
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory
-from ckptkit.formats.format import HEAD_NBYTES
+from ckptkit.formats.detection import ends_like_a_zip
+from ckptkit.formats.format import HEAD_NBYTES, Probe
 from ckptkit.formats.refused.first_pickle import scanned_names
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import read_pickle
@@ -38,7 +39,7 @@ _DECLARED = re.compile(rb"\x80[\x00-\x05]")
 """PROTO, with which pickles begin since protocol 2."""
 
 _FIRST = re.compile(
-    rb"[(\]})NKMJGTUXBC\x88-\x8f\x95\x96]|c[A-Za-z_\x80-\xff][^\n\0 ]*\n[A-Za-z_\x80-\xff]|[IL][ \t\d+-]|F[ \t\d+.\-in]"
+    rb"[(\]})NKMJGTUXBC\x88-\x8f\x95\x96]|c[A-Za-z_\x80-\xff][^\n\0 ]*\n[A-Za-z_\x80-\xff]|[IL][\s\d+-]|F[\s\d+.\-inIN]"
     rb"|S['\"]|V"
 )
 """How a pickle can begin that declares no protocol: opcodes that take nothing from the stack, which is empty."""
@@ -117,9 +118,14 @@ def guess_pickle(head: bytes, size: int) -> PickleGuess:
 
 
 def _is_called(data: bytes, error: FormatError) -> bool:
-    """Whether a pickle that breaks off has called a name before: by then the call is made."""
+    """Whether a pickle that breaks off has called a name before: by then the call is made.
+
+    What is refused without being damaged, other readers may take, and what follows it too.
+    """
     if any(use.verdict == "dangerous" for use in error.globals):
         return True
+    if type(error) is not CorruptError:
+        return _CALL.search(data, error.offset or 0) is not None
     return bool(error.globals) and _CALL.search(data[: (error.offset or 0) + 1]) is not None
 
 
@@ -151,9 +157,13 @@ def look_inside(path: str, limits: Limits = DEFAULT_LIMITS) -> Inside:
     looker = Looker(limits)
     try:
         looker.look(ByteRange(file, 0, file.size), "")
+        found = looker.found()
+        probe = Probe(file, limits)
+        if not probe.head.startswith(LOCAL_SIGNATURE) and ends_like_a_zip(probe):
+            found = replace(found, beyond=(*found.beyond, ("", "a zip archive behind something else")))
     finally:
         file.close()
-    return looker.found()
+    return found
 
 
 class Looker:
@@ -194,6 +204,8 @@ class Looker:
             elif head.startswith(LOCAL_SIGNATURE):
                 self._look_into_zip(source, name, depth)
             elif is_header(head):
+                if guess_pickle(head, source.nbytes) is not None:  # by the name of the first member
+                    self._look_at_pickles(source, name)
                 self._look_into_tar(source, name, depth)
             elif (what := opaque(head)) is not None:
                 self._beyond.append((name, what))
