@@ -86,10 +86,10 @@ def command(
             inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
         )
     passed_over: Counter[str] = Counter()
+    files = [each for path in paths for each in _expanded(path, passed_over)]
     documents = (
-        _survey(found, section, filters, sort, stats) if error is None else describe_error(found, error)
-        for path in paths
-        for found, error in _expanded(path, passed_over)
+        _survey(path, section, filters, sort, stats) if error is None else describe_error(path, error)
+        for path, error in files
     )
     if as_json or output == "json":
         return _exit_code(list(map(_told, _echo_documents(documents, passed_over))), fail_on)
@@ -143,17 +143,17 @@ def _echo_documents(documents: Iterator[dict[str, Any]], passed_over: Mapping[st
     if sys.stdout.isatty():
         files = list(documents)
         plain = [plain_document(document) for document in files]
-        echo_json({"schema_version": SCHEMA_VERSION, "files": plain, "passed_over": dict(passed_over)})
+        echo_json({"schema_version": SCHEMA_VERSION, "passed_over": dict(passed_over), "files": plain})
         yield from files
         return
     write = sys.stdout.write
-    write(f'{{"schema_version": {SCHEMA_VERSION}, "files": [')
+    write(f'{{"schema_version": {SCHEMA_VERSION}, "passed_over": {json.dumps(passed_over)}, "files": [')
     for number, document in enumerate(documents):
         write(", " * (number > 0))
         for chunk in json_chunks(document):
             write(chunk)
         yield document
-    write(f'], "passed_over": {json.dumps(passed_over)}}}\n')
+    write("]}\n")
 
 
 def _told(document: dict[str, Any]) -> dict[str, Any]:

@@ -22,14 +22,22 @@ CONTAINERS: tuple[str, ...] = tuple(container.name for container in FORMATS)
 """The containers, by the names that `inspect` gives them."""
 
 
+class _Unasked(str):
+    """A value that nobody asked for."""
+
+    __slots__ = ()
+
+
+_UNASKED = _Unasked("needs_trust")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """What every file is held to.
 
     Attributes:
         no_pickle: whether a file may hold no pickle at all.
-        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.  ``None``,
-            which becomes ``"needs_trust"``, asks for no more than that.
+        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
         no_nan: whether parameters may hold neither NaN nor Inf; reads the data.
         max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
         allow_dtype: the dtypes that tensors may have; empty: all.
@@ -42,14 +50,13 @@ class Policy:
             of the architecture that was identified.
         model_args: keyword arguments of the reference's factory.
         input_shapes: of the forward pass; empty: what the reference implies.
-        asks_trust: whether ``max_trust`` was given.
 
     Raises:
         VerifyError: a value is none that the policy can have.
     """
 
     no_pickle: bool = False
-    max_trust: str | None = None
+    max_trust: str = _UNASKED
     no_nan: bool = False
     max_size: int | str | None = None
     allow_dtype: Sequence[str] = ()
@@ -61,7 +68,6 @@ class Policy:
     forward: bool = False
     model_args: Mapping[str, Any] = field(default_factory=dict)
     input_shapes: Sequence[Sequence[int]] = ()
-    asks_trust: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         for name in _FLAGS:
@@ -69,8 +75,6 @@ class Policy:
                 raise _refused(name, getattr(self, name), "true or false")
         for name in _LISTS:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
-        object.__setattr__(self, "asks_trust", self.max_trust is not None)
-        object.__setattr__(self, "max_trust", "needs_trust" if self.max_trust is None else self.max_trust)
         _among("max_trust", self.max_trust, ("safe", "needs_trust"))
         for given in self.allow_dtype:
             _among("allow_dtype", given, DTYPES)
@@ -88,7 +92,7 @@ class Policy:
     @property
     def every_pickle(self) -> bool:
         """Whether it says something of pickles, so that those count too which torch did not write."""
-        return self.no_pickle or self.asks_trust
+        return self.no_pickle or not isinstance(self.max_trust, _Unasked)
 
     @property
     def needs_model(self) -> bool:
@@ -101,10 +105,10 @@ class Policy:
         Raises:
             VerifyError: a value is none that the policy can have.
         """
-        return replace(self, **{"max_trust": self.max_trust if self.asks_trust else None, **settings})
+        return replace(self, **settings)
 
 
-POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy) if each.init)
+POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy))
 """The policies as they are typed, in the order in which they are checked."""
 
 _FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "forward")

@@ -65,7 +65,7 @@ def _no_pickle(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 
 
 def _max_trust(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    if TRUST_ORDER[examined.trust] > TRUST_ORDER[policy.max_trust or ""]:
+    if TRUST_ORDER[examined.trust] > TRUST_ORDER[policy.max_trust]:
         yield _too_much_trust(
             examined.path,
             examined.trust,
@@ -117,7 +117,7 @@ def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[Che
             + ", and loading a pickle runs what it names",
         )
     trust = trust_of(inside.globals)
-    if TRUST_ORDER[trust] > TRUST_ORDER[policy.max_trust or ""]:
+    if TRUST_ORDER[trust] > TRUST_ORDER[policy.max_trust]:
         is_kept = False
         yield _too_much_trust(path, trust, inside.globals, policy)
     if is_kept and inside.beyond and policy.every_pickle:
