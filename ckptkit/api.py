@@ -330,7 +330,7 @@ def manifest(
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
     Args:
-        paths: files, and folders that are searched for checkpoints; with ``update`` none means what
+        paths: files, and folders that are searched for checkpoints, one or several; with ``update`` none means what
             the manifest was made of.  In the folders `check` lets no other checkpoint lie.
         destination: the manifest to write; paths in it are relative to its folder.  ``None``: nothing is written,
             and they are relative to the working directory, or where files lie elsewhere to the folder above them.
@@ -498,6 +498,7 @@ def check(
     forward: bool | None = None,
     model_args: Mapping[str, Any] | None = None,
     input_shapes: Sequence[Sequence[int]] | None = None,
+    skip_others: bool = False,
     ignore_checksums: bool | None = None,
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
@@ -505,8 +506,9 @@ def check(
     Whatever is asked for, each file must be readable and may not be hostile, nor a part of a checkpoint.
 
     Args:
-        paths: files and folders; none: those that the configuration names, or all of the manifest's and whatever else
-            lies in the folders it was made of.
+        paths: files and folders, one or several; none: those that the configuration names, or all of the manifest's
+            and whatever else lies in the folders it was made of.  An index stands for its shards, and a shard for
+            all of them where its index lies beside it.
         manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
         config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here goes before it.
         no_pickle: whether a file may hold no pickle at all.
@@ -524,10 +526,13 @@ def check(
             or of the architecture that was identified.  Needs torch.
         model_args: keyword arguments of the reference's factory.
         input_shapes: of the forward pass; default from the reference where it is known.
+        skip_others: whether files that are named and no checkpoint are passed over, as those in folders are; that
+            none is left is well.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
-        A report whose findings name path, rule, expected and found.  What could not be read or checked is in it
+        A report whose findings name path, rule, expected and found, and whose ``passed_over`` counts by kind the
+        files that are no checkpoint.  What could not be read or checked is in it
         too: ``exit_code`` is that of ``ckptkit check``.
 
     Raises:
@@ -556,6 +561,7 @@ def check(
     }
     return run(
         [os.fsdecode(path) for path in several(paths)],
+        skip_others=skip_others,
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
         typed={name: value for name, value in given.items() if value is not None},

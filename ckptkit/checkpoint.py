@@ -35,6 +35,7 @@ __all__ = [
     "Trust",
     "contiguous_stride",
     "shared_storages",
+    "trust_of",
 ]
 
 Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]

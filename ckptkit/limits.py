@@ -74,6 +74,12 @@ class Limits:
     shards: int = 10_000
     """Shards of one checkpoint.  The largest models known have under 1,000."""
 
+    members: int = 50_000
+    """Members of an archive that is no checkpoint that are looked at for pickles.  Each takes some 50 microseconds."""
+
+    looked_nbytes: int = 1 << 30
+    """Bytes of its members that are inflated, or read as pickles, for that: some seconds, and room on the disk."""
+
     expanded_nbytes: int = 64 << 30
     """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real
     expanded views come to megabytes; a stride of 0 lets four bytes claim terabytes of disk."""

@@ -54,6 +54,11 @@ class Finding:
     message: str
     fix: str | None = None
 
+    @property
+    def line(self) -> str:
+        """The finding in a line of text."""
+        return f"{self.code}: {self.message}" + (f" (fix: {self.fix})" if self.fix else "")
+
     def to_dict(self) -> dict[str, str | None]:
         """The finding as it stands in JSON documents."""
         return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
@@ -93,9 +98,7 @@ class Report:
             FailedReportError: its message lists every finding of severity ``"error"``, with its fix.
         """
         if not self.ok:
-            lines = [f"{f.code}: {f.message}" + (f" (fix: {f.fix})" if f.fix else "")
-                     for f in self.findings if f.severity == "error"]  # fmt: skip
-            raise FailedReportError("\n".join(lines))
+            raise FailedReportError("\n".join(f.line for f in self.findings if f.severity == "error"))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as one JSON-ready document."""

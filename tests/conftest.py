@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,3 +86,30 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def ddp_resume() -> Path:
     """The committed multi-GPU training checkpoint."""
     return FIXTURES / "ddp_resume.pth"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter, as pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def unprivileged() -> Callable[..., Any]:
+    """``unprivileged(function, *arguments)``: its value, without root's power to read everything."""
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        function(*arguments)  # imports what it needs, which root alone may be able to read
+        if os.geteuid():
+            return function(*arguments)
+        os.setegid(65534)
+        os.seteuid(65534)
+        try:
+            return function(*arguments)
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+
+    return call

@@ -39,6 +39,7 @@ __all__ = ["command"]
         "ckptkit check model.pth --max-trust safe --allow-dtype float32 --allow-dtype int64 --location cpu",
         "ckptkit check model.safetensors --fits torchvision:resnet18 --forward",
         "ckptkit check weights/ --manifest weights/weights.lock.json --format junit > check.xml",
+        "git diff --name-only -z HEAD~1 | xargs -0 ckptkit check --no-pickle --skip-others",
     ),
 )
 @path_argument("paths", nargs=-1)
@@ -91,6 +92,9 @@ __all__ = ["command"]
     "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the factory; repeatable."
 )
 @click.option("--input-shape", "shapes", multiple=True, metavar="N,C,H,W", help="Shape of an input; repeatable.")
+@click.option(
+    "--skip-others", is_flag=True, help="Pass over named files that are no checkpoint; it is well if none is left."
+)
 @click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
 @click.option(
     "--format",
@@ -110,6 +114,7 @@ def command(
     require_format: tuple[str, ...],
     model_args: tuple[str, ...],
     shapes: tuple[str, ...],
+    skip_others: bool,
     as_json: bool,
     quiet: bool,
     color: str,
@@ -117,9 +122,10 @@ def command(
 ) -> int:
     """Hold checkpoints against a manifest and a policy, without running or loading them.
 
-    A folder stands for the checkpoint files below it. Without PATHS, all that the manifest names is checked,
-    and nothing else may lie in the folders it was made of. Whatever is asked for, a file must be readable and may
-    not be hostile.
+    A folder stands for the checkpoints below it, found by their content; what else lies there is counted, and under
+    --no-pickle and --max-trust its pickles count too. An index stands for its shards, and so does each of them.
+    Without PATHS, all that the manifest names is checked, and nothing else may lie in the folders it was made of.
+    Whatever is asked for, a file must be readable and may not be hostile.
 
     The same is configured under [tool.ckptkit] in pyproject.toml, or in ckptkit.toml, with other values for some
     files under [[tool.ckptkit.overrides]], or [[overrides]]; what is typed goes before.
@@ -139,6 +145,7 @@ def command(
             config=config if config is not None else find_config(os.curdir),
             model_args=key_values("--model-arg", model_args) or None,
             input_shapes=[input_shape(shape) for shape in shapes] or None,
+            skip_others=skip_others,
             **policy,
         )
     code = ending.verdict(report.exit_code)

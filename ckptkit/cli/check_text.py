@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptkit.cli.options import COLORS, Style
+from ckptkit.formats.folder import told
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 from ckptkit.report import human_size, printable
 
@@ -23,6 +24,8 @@ def text(report: CheckReport, style: Style, *, quiet: bool = False) -> Iterator[
         for finding in result.findings:
             yield from _finding(finding, style)
     if not quiet:
+        if report.passed_over:
+            yield told(report.passed_over)
         color = "green" if report.exit_code == 0 else "red"
         yield style(report.verdict, fg=color, bold=True)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import click
 
@@ -23,13 +25,10 @@ from ckptkit.cli.options import (
     with_examples,
 )
 from ckptkit.errors import CkptkitError
-from ckptkit.formats import files_below
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.report import SCHEMA_VERSION, at_least
 
 __all__ = ["command"]
-
-T = TypeVar("T")
 
 
 @click.command(
@@ -75,7 +74,8 @@ def command(
     """Show what is in checkpoints: container, kind, sections, tensors, findings.
 
     Nothing in a file is executed, and no tensor is read but a few single numbers, such as step counts
-    (all are with --stats). A folder stands for the checkpoint files below it.
+    (all are with --stats). A folder stands for the checkpoints below it, whatever their names; what else lies there is
+    counted.
     """
     if flat:
         render = inspect_text.flat
@@ -88,19 +88,21 @@ def command(
             inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
         )
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
+    passed_over: Counter[str] = Counter()
+    files = [each for path in paths for each in _expanded(path, passed_over)]
     seen: list[dict[str, Any]] = []
 
     def documents() -> Iterator[dict[str, Any]]:
         """Each file's document; before the last is shown, the verdict is known."""
-        for (found, error), is_last in _with_last(each for path in paths for each in _expanded(path)):
+        for found, error in files:
             document = _survey(found, opening, filters, sort, stats) if error is None else describe_error(found, error)
             seen.append(_told(document))
-            if is_last:
+            if len(seen) == len(files):
                 ending.verdict(_exit_code(seen, fail_on))
             yield document
 
     if as_json or output == "json":
-        _echo_documents(documents())
+        _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
     for document in documents():
         if document["error"] is None:
@@ -108,6 +110,14 @@ def command(
                 echo()
             for line in render(document):
                 echo(line)
+    if passed_over and not quiet:
+        from ckptkit.formats.folder import told
+
+        if flat:
+            ending.say(told(passed_over))
+        else:
+            echo()
+            echo(told(passed_over))
     return _exit_code(seen, fail_on)
 
 
@@ -119,32 +129,32 @@ def _survey(path: str, opening: dict[str, Any], filters: tuple[str, ...], sort: 
         return describe_error(path, error)
 
 
-def _expanded(path: str) -> Iterator[tuple[str, CkptkitError | None]]:
-    """The files a path stands for; or the path, and why it stands for none."""
-    try:
-        for found in _expand(path):
-            yield found, None
-    except CkptkitError as error:
-        yield path, error
+def _expanded(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
+    """The path itself, or the checkpoints below a folder; and what cannot be read, with the reason."""
+    if not os.path.isdir(path):
+        yield path, None
+        return
+    from ckptkit.formats.folder import Surveyor
+    from ckptkit.transfer.names import is_temporary_name
+
+    surveyor = Surveyor(is_unfinished=is_temporary_name)
+    nothing = surveyor.folder(path)
+    found = surveyor.result()
+    passed_over.update(found.passed_over)
+    yield from ((each.path, None) for each in found.checkpoints)
+    yield from found.unreadable
+    if nothing is not None:
+        yield path, nothing
 
 
-def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """The items, and whether each is the last."""
-    iterator = iter(items)
-    for item in iterator:
-        for following in iterator:
-            yield item, False
-            item = following
-        yield item, True
-
-
-def _echo_documents(documents: Iterator[dict[str, Any]]) -> None:
+def _echo_documents(documents: Iterator[dict[str, Any]], passed_over: Mapping[str, int]) -> None:
     """Write the JSON document while its files are read: what is written of one need not be kept for the next."""
     if ending.stdout().isatty():
-        echo_json({"schema_version": SCHEMA_VERSION, "files": [plain_document(document) for document in documents]})
+        plain = [plain_document(document) for document in documents]
+        echo_json({"schema_version": SCHEMA_VERSION, "passed_over": dict(passed_over), "files": plain})
         return
     write = ending.stdout().write
-    write(f'{{"schema_version": {SCHEMA_VERSION}, "files": [')
+    write(f'{{"schema_version": {SCHEMA_VERSION}, "passed_over": {json.dumps(passed_over)}, "files": [')
     for number, document in enumerate(documents):
         write(", " * (number > 0))
         for chunk in json_chunks(document):
@@ -160,18 +170,6 @@ def _told(document: dict[str, Any]) -> dict[str, Any]:
         ending.write()  # what comes before it
         ending.say(f"ckptkit: error: {printable(place + message)}")
     return {"error": document["error"], "severities": [finding["severity"] for finding in document["findings"]]}
-
-
-def _expand(path: str) -> Iterator[str]:
-    """The path itself, or the checkpoint files below a folder, in order: an index in place of the shards it names.
-
-    Raises:
-        FileAccessError: a folder without any.
-    """
-    if not os.path.isdir(path):
-        yield path
-        return
-    yield from files_below(path)
 
 
 def _exit_code(files: list[dict[str, Any]], fail_on: str) -> int:

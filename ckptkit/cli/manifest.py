@@ -87,7 +87,8 @@ def command(
     if as_json:
         changes = manifest.changes
         told = {name: list(getattr(changes, name)) for name in ("added", "changed", "removed", "kept")}
-        echo_json({**manifest.to_dict(), "changes": told})
+        passed_over = {"passed_over": dict(manifest.passed_over)} if manifest.passed_over else {}
+        echo_json({**manifest.to_dict(), "changes": told, **passed_over})
         return code
     if destination is None:
         ending.write(manifest.to_json())

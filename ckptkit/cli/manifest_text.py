@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptkit.cli.options import Style, printable
+from ckptkit.formats.folder import told as passed_over
 from ckptkit.released.manifests.records import FileRecord, Manifest
 from ckptkit.report import count_of, human_size
 
@@ -30,6 +31,8 @@ def summary(manifest: Manifest, destination: str, style: Style) -> Iterator[str]
             told.append(f"{len(paths):,} {name}")
     if manifest.changes.kept:
         told.append(f"{len(manifest.changes.kept):,} unchanged")
+    if manifest.passed_over:
+        yield passed_over(manifest.passed_over)
     yield f"{printable(destination)}: {count_of(len(records), 'file')} ({', '.join(told)})"
 
 

@@ -118,7 +118,7 @@ def with_examples(*examples: str) -> str:
 
 def path_argument(name: str, **options: Any) -> Callable[[F], F]:
     """A file name that is left to the command to open, so that every refusal reads alike."""
-    return click.argument(name, type=click.Path(path_type=str), **options)
+    return click.argument(name, type=click.Path(path_type=str, readable=False), **options)
 
 
 def styler(color: str) -> Style:

@@ -15,7 +15,7 @@ from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES
 from ckptkit.formats.detection import identify
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.shards.names import INDEX_SUFFIXES, may_tell_a_part
+from ckptkit.formats.shards.names import may_tell_a_part
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.normalize.parts import part_in
@@ -24,7 +24,7 @@ from ckptkit.pickling.inert import TreeMap
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "files_below", "format_for", "plan", "read", "shards_of", "target"]
+__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "shards_of", "target"]
 
 _INDEX = ".index.json"
 
@@ -45,34 +45,6 @@ def detect(probe: Probe) -> Format:
 def shards_of(name: str | None) -> str | None:
     """The container that the shards of a checkpoint are written in; ``None``: it has none."""
     return next((container.shards for container in FORMATS if container.name == name), None)
-
-
-def files_below(folder: str) -> Iterator[str]:
-    """The checkpoint files in a folder and those below it, in order: an index in place of the shards it names.
-
-    They are found by their endings; what they are is for `read` to say.
-
-    Raises:
-        FileAccessError: there are none.
-    """
-    from ckptkit.formats.sharded import shard_names
-
-    found = 0
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        indexes = [name for name in names if name.endswith(INDEX_SUFFIXES)]
-        shards = {shard for index in indexes for shard in shard_names(os.path.join(parent, index))}
-        for name in sorted(names):
-            if name in indexes or (os.path.splitext(name)[1].lower() in SUFFIXES and name not in shards):
-                found += 1
-                yield os.path.join(parent, name)
-    if not found:
-        from ckptkit.formats.refused.folders import describe_folder
-
-        what = describe_folder(folder)
-        if what == "is a folder, not a file":
-            what = f"a folder without checkpoint files ({', '.join(sorted(SUFFIXES))})"
-        raise FileAccessError(f"{folder}: {what}")
 
 
 def read(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ckptkit.formats.archives.tar_header import BLOCK_NBYTES, is_header
 from ckptkit.formats.format import Format, Probe
 
-__all__ = ["CONTAINERS", "FORMATS", "SUFFIXES", "index_of"]
+__all__ = ["CONTAINERS", "FORMATS", "SHARED_SUFFIXES", "SUFFIXES", "index_of"]
 
 
 def _archive(kind: str) -> Callable[[Probe], bool]:
@@ -105,4 +105,7 @@ FORMATS: tuple[Format, ...] = (
 """Every container: these, and the indexes that make one checkpoint of several of them."""
 
 SUFFIXES = frozenset(suffix for container in FORMATS for suffix in container.suffixes)
-"""Endings of checkpoint files; used to find files in folders, never to decide what a file is."""
+"""Endings of checkpoint files; they never decide what a file is."""
+
+SHARED_SUFFIXES = frozenset((".bin", ".jit", ".pkl"))
+"""Those that files of other kinds have as well; by any other a file says that it is a checkpoint."""

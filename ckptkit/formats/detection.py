@@ -9,7 +9,7 @@ from ckptkit.formats.archives.zip_archive import CENTRAL_SIGNATURE, LOCAL_SIGNAT
 from ckptkit.formats.archives.zip_end import END, LOCATOR, MAX16
 from ckptkit.formats.format import Format, Probe
 
-__all__ = ["identify"]
+__all__ = ["ends_like_a_zip", "identify"]
 
 
 def identify(probe: Probe, containers: Sequence[Format]) -> Format:
@@ -25,14 +25,14 @@ def identify(probe: Probe, containers: Sequence[Format]) -> Format:
 
         raise unknown(probe)
     names = [container.name for container in claims]
-    if not probe.head.startswith(LOCAL_SIGNATURE) and _ends_like_a_zip(probe):
+    if not probe.head.startswith(LOCAL_SIGNATURE) and ends_like_a_zip(probe):
         names.append("a zip archive by its end")
     if len(names) > 1:
         raise AmbiguousError(f"the file is {' and '.join(names)} at once; readers would disagree about it")
     return claims[0]
 
 
-def _ends_like_a_zip(probe: Probe) -> bool:
+def ends_like_a_zip(probe: Probe) -> bool:
     """Whether the last bytes are a zip archive's end record with a directory or a locator before it."""
     size = probe.file.size
     start = max(0, size - END.size - MAX16)

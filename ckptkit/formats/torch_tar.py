@@ -23,6 +23,7 @@ into a folder to read them; here they are read where they lie.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from struct import Struct
 from typing import TypeGuard
@@ -40,7 +41,7 @@ from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.reader import PickleResult
 from ckptkit.pickling.trust import merge_uses
 
-__all__ = ["read"]
+__all__ = ["holds_one", "read"]
 
 _NAME = "torch-tar"
 _PROTOCOL = 1000
@@ -53,6 +54,15 @@ _OBJECT_NBYTES = 1 << 20
 """The first window for the object."""
 
 _DIMENSIONS = Struct("<i4x")
+
+
+def holds_one(probe: Probe) -> bool:
+    """Whether a tar archive has the members of a checkpoint, or the first of them: it may have been cut off."""
+    names: list[str] = []
+    with contextlib.suppress(FormatError):  # the members that were met count
+        for member in read_members(probe.file, probe.limits, _MAX_MEMBERS):
+            names.append(member.name)
+    return names[:1] != [] and (names[0] in _MEMBERS or {"pickle", "tensors", "storages"} <= set(names))
 
 
 def read(probe: Probe) -> RawCheckpoint:

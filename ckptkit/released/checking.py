@@ -24,6 +24,7 @@ def check(
     *,
     manifest: str | None,
     config: str | None,
+    skip_others: bool,
     typed: Mapping[str, Any],
     verify: Callable[..., Report],
 ) -> CheckReport:
@@ -33,6 +34,7 @@ def check(
         paths: files and folders; none: those of the configuration, or all that the manifest names.
         manifest: its path; ``None``: that of the configuration.
         config: path of the configuration; ``None``: there is none.
+        skip_others: whether files that are named and no checkpoint are passed over.
         typed: fields of a `Policy` that go before the configured ones.
         verify: `ckptkit.verify`.
 
@@ -51,5 +53,12 @@ def check(
         released = replace(read_manifest(manifest), folder=os.path.dirname(manifest))
     if configured.needs_model:
         require_torch()
-    report = judge(paths, manifest=released, config=configured, verify=verify)
+    report = judge(
+        paths,
+        manifest=released,
+        config=configured,
+        manifest_path=manifest,
+        skip_others=skip_others,
+        verify=verify,
+    )
     return replace(report, details={**report.details, "manifest": manifest, "config": configured.path})

@@ -82,8 +82,16 @@ class Config:
     @property
     def needs_model(self) -> bool:
         """Whether some file may be held against a model."""
-        every = [self.settings, self.typed, *(override.settings for override in self.overrides)]
-        return any(settings.get("fits") is not None or settings.get("forward") for settings in every)
+        return any(settings.get("fits") is not None or settings.get("forward") for settings in self._every)
+
+    @property
+    def every_pickle(self) -> bool:
+        """Whether every pickle of some file counts; see `Policy.every_pickle`."""
+        return any(settings.get("no_pickle") or settings.get("max_trust") is not None for settings in self._every)
+
+    @property
+    def _every(self) -> list[Mapping[str, Any]]:
+        return [self.settings, self.typed, *(override.settings for override in self.overrides)]
 
     def policy_for(self, path: str) -> Policy:
         """The policy that a file is held to.

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
-from ckptkit.errors import CkptkitError, MissingFileError, PartError
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.errors import CkptkitError, FormatError, MissingFileError, PartError
 from ckptkit.normalize.parts import CODE
+from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.config import Config
 from ckptkit.released.examine import Examined, examine, over_the_cores, size_of
 from ckptkit.released.manifests.records import FileRecord, Manifest, paths_of
@@ -24,8 +27,8 @@ from ckptkit.released.policy import Policy
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 from ckptkit.released.rules.manifest_rules import compare, golden_findings, is_same_file
 from ckptkit.released.rules.model_rules import model_findings
-from ckptkit.released.rules.policy_rules import rules_of, violations
-from ckptkit.released.selection import Selected, name_of, select
+from ckptkit.released.rules.policy_rules import listed, pickle_violations, rules_of, violations
+from ckptkit.released.selection import Selected, Selection, name_of, select
 from ckptkit.report import Report
 
 __all__ = ["judge"]
@@ -33,16 +36,24 @@ __all__ = ["judge"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """One file, and what it is held against."""
+    """One file, and what it is held against; ``other``: the kind of one that is no checkpoint, for its pickles."""
 
     path: str
     policy: Policy
-    record: FileRecord | None
-    is_extra: bool
+    record: FileRecord | None = None
+    is_extra: bool = False
+    other: str | None = None
+    shards: tuple[str, ...] = ()
 
 
 def judge(
-    paths: Sequence[str], *, manifest: Manifest | None, config: Config, verify: Callable[..., Report]
+    paths: Sequence[str],
+    *,
+    manifest: Manifest | None,
+    config: Config,
+    manifest_path: str | None = None,
+    skip_others: bool = False,
+    verify: Callable[..., Report],
 ) -> CheckReport:
     """Check files.
 
@@ -50,6 +61,8 @@ def judge(
         paths: files and folders; none: all of the manifest's, and what else lies in the folders it was made of.
         manifest: what they must be.
         config: the policies.
+        manifest_path: where the manifest lies.
+        skip_others: whether files that are named and no checkpoint are passed over.
         verify: what holds a file against a model; `ckptkit.verify`.
 
     Raises:
@@ -57,84 +70,93 @@ def judge(
         MissingDependencyError: a policy needs torch, or the package of a reference, and it is not installed.
     """
     started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-    results, tasks = _tasks(paths, manifest, config)
-    results += _carried_out(tasks, manifest, verify)
-    results.sort(key=lambda result: result.path)
-    if not results:
-        results = [_nothing_selected("" if manifest is None else manifest.folder, "no file to check was found")]
-    return CheckReport.of(tuple(results), started=started)
-
-
-def _tasks(paths: Sequence[str], manifest: Manifest | None, config: Config) -> tuple[list[FileResult], list[_Task]]:
-    """What is not there to be checked, and what is."""
+    folder = "" if manifest is None else manifest.folder or "."
+    known = set() if manifest is None else paths_of(manifest.files)
+    given = paths or ([] if manifest is None else [os.path.join(folder, name) for name in manifest.folders])
+    selection = Selection(checkpoints=())
+    if given:
+        selection = select(
+            given,
+            relative_to=folder,
+            skip_others=skip_others,
+            whole=True,
+            known=known,
+            manifest=manifest_path,
+            every_pickle=config.every_pickle,
+        )
+    tasks = _tasks(selection, paths, manifest, config)
+    told = {task.path for task in tasks}
+    unreadable = [(_tidy(path), error) for path, error in selection.unreadable]
+    results = [_not_read(path, error) for path, error in unreadable if path not in told]
     if manifest is not None:
-        return _tasks_of(manifest, paths, config)
-    selected, results = _selected(paths, "")
-    return results, [_task(each, config) for each in selected]
+        if not manifest.files:
+            results.append(_nothing_selected(folder, "the manifest names no file"))
+        results += [_missing(task.path) for task in tasks if not os.path.lexists(task.path) and task.record is not None]
+        tasks = [task for task in tasks if os.path.lexists(task.path) or task.record is None]
+    passed_over, pickles = Counter(selection.passed_over), list[str]()
+    for task, result in zip(tasks, _carried_out(tasks, manifest, verify), strict=True):
+        if task.other is None:
+            results.append(result)
+        elif result.findings:
+            results.append(result)
+            pickles.append(result.path)
+            passed_over[task.other] -= 1
+    for path, error in selection.empty if paths else ():  # of the manifest's own folders it is told what is missing
+        if all(name_of(pickle, path).startswith("../") for pickle in pickles):
+            results.append(_nothing_selected(path, str(error)))
+    if not results and not skip_others:
+        results = [_nothing_selected("" if manifest is None else manifest.folder, "no file to check was found")]
+    results.sort(key=lambda result: result.path)
+    return CheckReport.of(
+        tuple(results), started=started, passed_over=+passed_over, may_be_empty=skip_others and not selection.empty
+    )
 
 
-def _tasks_of(manifest: Manifest, paths: Sequence[str], config: Config) -> tuple[list[FileResult], list[_Task]]:
+def _tasks(selection: Selection, paths: Sequence[str], manifest: Manifest | None, config: Config) -> list[_Task]:
+    """What is to be looked at."""
+    others = [
+        _Task(path=_tidy(path), policy=policy, other=kind)
+        for path, kind in selection.others.items()
+        if (policy := config.policy_for(path)).every_pickle or kind == "pickle"
+    ]
+    if manifest is None:
+        return [*(_task(each, config, selection) for each in selection.checkpoints), *others]
     folder = manifest.folder or "."
-    selected, results = _selected(paths, folder) if paths else (_everything_in(manifest.folders, folder), [])
-    if not manifest.files:
-        results.append(_nothing_selected(folder, "the manifest names no file"))
+    records = {record.path: record for record in manifest.files}
     owners = {shard: record for record in manifest.files for shard in _shards(record)}
     goldens = {record.golden.path for record in manifest.files if record.golden is not None}
-    known = paths_of(manifest.files)
-    wanted = {record.path: record for record in manifest.files if not paths or _is_meant(record, paths, folder)}
-    wanted.update({owners[each.name].path: owners[each.name] for each in selected if each.name in owners})
+    wanted = {name: record for name, record in records.items() if not paths or _is_meant(record, paths, folder)}
     tasks = []
-    for record in wanted.values():
-        task = _recorded_task(record, manifest, config)
-        if os.path.lexists(task.path):
-            tasks.append(task)
-        else:
-            results.append(_missing(task.path))
-    for each in selected:
-        if each.name not in known:
-            tasks.append(_task(each, config, is_extra=os.path.lexists(each.path)))
-        elif paths and each.name in goldens and each.name not in wanted:  # named, and a checkpoint like any other
-            tasks.append(_task(each, config))
-    return results, tasks
+    for each in selection.checkpoints:
+        named = next((name for name in each.names if name in records or name in owners), None)
+        if named is not None:
+            record = records.get(named) or owners[named]
+            wanted[record.path] = record
+        elif not any(name in goldens for name in each.names):
+            tasks.append(_task(each, config, selection, is_extra=os.path.lexists(each.path)))
+        elif paths and each.name not in wanted:  # named, and a checkpoint like any other
+            tasks.append(_task(each, config, selection))
+    recorded = [_recorded_task(record, manifest, config, selection) for record in wanted.values()]
+    return [*recorded, *tasks, *others]
 
 
-def _task(selected: Selected, config: Config, *, is_extra: bool = False) -> _Task:
+def _task(selected: Selected, config: Config, selection: Selection, *, is_extra: bool = False) -> _Task:
     path = _tidy(selected.path)
-    return _Task(path=path, policy=config.policy_for(path), record=None, is_extra=is_extra)
+    return _Task(
+        path=path, policy=config.policy_for(path), is_extra=is_extra, shards=selection.shards.get(selected.path, ())
+    )
 
 
-def _recorded_task(record: FileRecord, manifest: Manifest, config: Config) -> _Task:
+def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selection: Selection) -> _Task:
     path = os.path.join(manifest.folder, *record.path.split("/"))
-    return _Task(path=path, policy=config.policy_for(path), record=record, is_extra=False)
+    shards = next((named for index, named in selection.shards.items() if _tidy(index) == path), ())
+    return _Task(path=path, policy=config.policy_for(path), record=record, shards=shards)
 
 
 def _tidy(path: str) -> str:
     """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link."""
     steps = path.split(os.sep)
     return os.sep.join(step for step in steps if step != "." or len(steps) == 1)
-
-
-def _selected(paths: Sequence[str], folder: str) -> tuple[tuple[Selected, ...], list[FileResult]]:
-    """The checkpoints that paths stand for; and those paths that stand for none."""
-    sound, failed = [], []
-    for path in paths:
-        try:
-            select([path], relative_to=folder)
-        except CkptkitError as error:
-            failed.append(_nothing_selected(path, str(error)))
-        else:
-            sound.append(path)
-    return (select(sound, relative_to=folder) if sound else ()), failed
-
-
-def _everything_in(folders: Sequence[str], folder: str) -> tuple[Selected, ...]:
-    found: dict[str, Selected] = {}
-    for name in folders:
-        try:
-            found.update({each.name: each for each in select([os.path.join(folder, name)], relative_to=folder)})
-        except CkptkitError:  # nothing at all: what the manifest names is missing, which is told
-            continue
-    return tuple(found.values())
 
 
 def _shards(record: FileRecord) -> Iterator[str]:
@@ -179,10 +201,13 @@ def _nbytes(task: _Task) -> int:
 
 def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[FileResult, Examined | None]:
     begun = time.perf_counter()
+    if task.other is not None:
+        return _other_result(task), None
     record = task.record
     recorded = ("manifest",) if manifest is not None and (record is not None or task.is_extra) else ()
     rules = ("readable", *recorded, *rules_of(task.policy))
     findings: list[CheckFinding] = [_extra(task.path)] if task.is_extra else []
+    findings += [_whole(task.path, task.shards)] if task.shards else []
     examined = None
     try:
         digest = record is not None and not record.shards and _nbytes(task) != record.size
@@ -203,6 +228,8 @@ def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[
         findings += violations(examined, task.policy)
     except CkptkitError as error:
         findings.append(_unreadable(task.path, error, task.policy))
+        if task.policy.every_pickle and isinstance(error, FormatError):
+            findings += _pickles(task, error.globals)
     result = FileResult(
         path=task.path,
         size=None if examined is None else examined.size,
@@ -212,6 +239,32 @@ def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[
         seconds=time.perf_counter() - begun,
     )
     return result, examined
+
+
+def _other_result(task: _Task) -> FileResult:
+    """A file that is no checkpoint, held against what is said of pickles."""
+    begun = time.perf_counter()
+    findings = tuple(_pickles(task))
+    return FileResult(
+        path=task.path,
+        size=size_of(task.path),
+        rules=(*(("no-pickle",) if task.policy.no_pickle else ()), "max-trust"),
+        findings=findings,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _pickles(task: _Task, uses: Sequence[GlobalUse] = ()) -> Iterator[CheckFinding]:
+    """What the policy forbids of the pickles in a file that cannot be opened as a checkpoint."""
+    from ckptkit.formats.refused.inside import look_inside
+
+    try:
+        inside = look_inside(task.path)
+    except CkptkitError as error:
+        yield _unreadable(task.path, error, task.policy)
+    else:
+        found = replace(inside, globals=merge_uses(uses, inside.globals))
+        yield from pickle_violations(task.path, found, task.policy)
 
 
 def _with_model(
@@ -268,6 +321,22 @@ def _damaged(path: str, damage: str) -> CheckFinding:
         expected="the bytes that checksums were recorded for",
         found="other bytes",
         message=damage,
+    )
+
+
+def _not_read(path: str, error: CkptkitError) -> FileResult:
+    return FileResult(path=path, rules=("readable",), findings=(_unreadable(path, error, Policy()),))
+
+
+def _whole(path: str, shards: Sequence[str]) -> CheckFinding:
+    return CheckFinding(
+        code="whole-checked",
+        severity="info",
+        path=path,
+        rule="selection",
+        expected="the whole checkpoint",
+        found=list(shards),
+        message=f"checked in place of {listed(shards)}: the index beside a shard stands for all of them",
     )
 
 

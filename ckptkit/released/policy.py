@@ -23,6 +23,15 @@ CONTAINERS: tuple[str, ...] = tuple(container.name for container in FORMATS)
 """The containers, by the names that `inspect` gives them."""
 
 
+class _Unasked(str):
+    """A value that nobody asked for."""
+
+    __slots__ = ()
+
+
+_UNASKED = _Unasked("needs_trust")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """What every file is held to.
@@ -50,7 +59,7 @@ class Policy:
     """
 
     no_pickle: bool = False
-    max_trust: str = "needs_trust"
+    max_trust: str = _UNASKED
     no_nan: bool = False
     max_size: int | str | None = None
     allow_dtype: Sequence[str] = ()
@@ -86,6 +95,11 @@ class Policy:
         object.__setattr__(self, "input_shapes", shapes("policy input-shapes", self.input_shapes))
         for problem in filter(None, map(device_problem, self.location)):
             raise VerifyError(f"policy location: {problem}")
+
+    @property
+    def every_pickle(self) -> bool:
+        """Whether it says something of pickles, so that those count too which torch did not write."""
+        return self.no_pickle or not isinstance(self.max_trust, _Unasked)
 
     @property
     def needs_model(self) -> bool:

@@ -10,7 +10,7 @@ from ckptkit.report import Finding, Report
 
 __all__ = ["NOT_CHECKED", "CheckFinding", "CheckReport", "FileResult"]
 
-NOT_CHECKED = frozenset(("file-unreadable", "nothing-selected", "check-not-run"))
+NOT_CHECKED = frozenset(("file-unreadable", "nothing-selected", "check-not-run", "not-looked-into"))
 """Codes of what could not be held against anything: neither a pass nor a mismatch."""
 
 
@@ -34,6 +34,11 @@ class CheckFinding(Finding):
     def is_unchecked(self) -> bool:
         """Whether the rule could not be applied at all."""
         return self.code in NOT_CHECKED
+
+    @property
+    def line(self) -> str:
+        """The finding in a line of text, after the file it is about."""
+        return f"{self.path}: {super(CheckFinding, self).line}"
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as it stands in JSON documents."""
@@ -98,17 +103,21 @@ class CheckReport(Report):
     Attributes:
         results: the files.
         started: when, in UTC, as ISO 8601 without a zone.
+        passed_over: how many files of each kind were met that are no checkpoint.
+        may_be_empty: whether it is well that there is no checkpoint among the files.
     """
 
     findings: tuple[CheckFinding, ...] = ()
     results: tuple[FileResult, ...] = ()
     started: str = "1970-01-01T00:00:00"
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    may_be_empty: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
         """Whether everything that was to be checked could be."""
-        return bool(self.results) and not any(finding.is_unchecked for finding in self.findings)
+        return bool(self.results or self.may_be_empty) and not any(finding.is_unchecked for finding in self.findings)
 
     @property
     def exit_code(self) -> int:
@@ -122,21 +131,37 @@ class CheckReport(Report):
         """The outcome in a sentence."""
         count = len(self.results)
         files = f"{count:,} file" + "s" * (count != 1)
-        if not self.is_complete:
-            unread = sum(not result.is_checked for result in self.results)
-            return f"not everything could be checked: {unread:,} of {files}" if count else "nothing was checked"
-        failed = sum(not result.ok for result in self.results)
-        return f"{failed:,} of {files} failed" if failed else f"{files} passed"
+        if not count:
+            return "no checkpoint is among the files" if self.may_be_empty else "nothing was checked"
+        errors = [{f.is_unchecked for f in result.findings if f.severity == "error"} for result in self.results]
+        failed, unchecked = sum(False in kinds for kinds in errors), sum(kinds == {True} for kinds in errors)
+        passed = count - failed - unchecked
+        if not failed and not unchecked:
+            return f"{files} passed"
+        counts = [(failed, "failed"), (unchecked, "could not be checked"), (passed * bool(unchecked), "passed")]
+        (first, what), *others = [(number, what) for number, what in counts if number]
+        return ", ".join([f"{first:,} of {files} {what}", *(f"{number:,} {what}" for number, what in others)])
 
     @classmethod
-    def of(cls, results: tuple[FileResult, ...], *, started: str, **details: Any) -> CheckReport:
+    def of(
+        cls,
+        results: tuple[FileResult, ...],
+        *,
+        started: str,
+        passed_over: Mapping[str, int] | None = None,
+        may_be_empty: bool = False,
+        **details: Any,
+    ) -> CheckReport:
         """The report on these files."""
         return cls(
             findings=tuple(finding for result in results for finding in result.findings),
             results=results,
             started=started,
+            passed_over=passed_over or {},
+            may_be_empty=may_be_empty,
             details={
                 "checked": sum(result.is_checked for result in results),
+                "passed_over": dict(passed_over or {}),
                 **details,
                 "files": [result.to_dict() for result in results],
             },

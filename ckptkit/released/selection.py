@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from ckptkit.errors import FileAccessError
-from ckptkit.formats import files_below
-from ckptkit.formats.sharded import shard_names
-from ckptkit.formats.shards.names import INDEX_SUFFIXES
+from ckptkit.errors import CkptkitError, FileAccessError
+from ckptkit.formats.folder import Surveyor, indexes_in
+from ckptkit.transfer.names import is_temporary_name
 
-__all__ = ["Selected", "name_of", "select"]
+__all__ = ["Selected", "Selection", "name_of", "select"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,16 +20,58 @@ class Selected:
     Attributes:
         path: as it is to be opened.
         name: relative to the folder in question, with ``/``; begins with ``../`` where it is not below it.
-        shards: of an index, the names of the files that belong to it; they are no checkpoints of their own.
+        names: that, and its other names: links to the same file.
     """
 
     path: str
     name: str
-    shards: tuple[str, ...] = ()
+    names: tuple[str, ...]
 
 
-def select(paths: Iterable[str | os.PathLike[str]], *, relative_to: str) -> tuple[Selected, ...]:
-    """The checkpoints that paths stand for, each once, sorted by name.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What paths stand for.
+
+    Attributes:
+        checkpoints: each once, sorted by name.
+        passed_over: how many files of each kind were met that are no checkpoint.
+        others: those among them that may hold pickles, with their kinds.
+        unreadable: files and folders of which nothing is known, and why.
+        empty: folders without a checkpoint, and what is to be said of each.
+        shards: shards that were named, by the path of the index that stands for them.
+    """
+
+    checkpoints: tuple[Selected, ...]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    unreadable: tuple[tuple[str, CkptkitError], ...] = ()
+    empty: tuple[tuple[str, CkptkitError], ...] = ()
+    shards: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def require_all(self) -> None:
+        """Raise where not everything that was meant is known.
+
+        Raises:
+            CkptkitError: a folder holds no checkpoint, or something cannot be read; all of it is told.
+        """
+        errors = [error for _, error in (*self.empty, *self.unreadable)]
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise FileAccessError("\n  ".join([f"{len(errors)} paths cannot be read:", *map(str, errors)]))
+
+
+def select(
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    relative_to: str,
+    skip_others: bool = False,
+    whole: bool = False,
+    known: Container[str] = (),
+    manifest: str | None = None,
+    every_pickle: bool = False,
+) -> Selection:
+    """The checkpoints that paths stand for.
 
     A file stands for itself, whether it exists or not: that is for whoever opens it to say.  A folder stands for the
     checkpoint files in it and below it, as for ``ckptkit inspect``.  A shard is left out where its index is there.
@@ -38,20 +79,55 @@ def select(paths: Iterable[str | os.PathLike[str]], *, relative_to: str) -> tupl
     Args:
         paths: files and folders.
         relative_to: the folder that names are relative to.
+        skip_others: whether files that are named and no checkpoint are passed over, as those of folders are.
+        whole: whether a shard that is named stands for all, where its index lies beside it.
+        known: names of files that stand for themselves.
+        manifest: the file that says what they must be, which is none of them.
+        every_pickle: whether outputs that ckptkit did not complete are taken for what is in them.
 
     Raises:
-        FileAccessError: a folder holds no checkpoint files, or there are no paths: nothing checked is never well.
+        FileAccessError: there are no paths: nothing checked is never well.
     """
-    found: dict[str, Selected] = {}
-    for given in paths:
-        path = os.fsdecode(given)
-        for each in files_below(path) if os.path.isdir(path) else (path,):
-            name = name_of(each, relative_to)
-            found.setdefault(name, Selected(path=each, name=name, shards=_shards(each, name)))
-    if not found:
+    surveyor = Surveyor(is_unfinished=(lambda _: False) if every_pickle else is_temporary_name)
+    empty: list[tuple[str, CkptkitError]] = []
+    shards: dict[str, list[str]] = {}
+    indexes: dict[str, dict[str, str]] = {}
+    given = [os.fsdecode(path) for path in paths]
+    if not given:
         raise FileAccessError("no files: name files or folders")
-    shards = {shard for selected in found.values() for shard in selected.shards}
-    return tuple(found[name] for name in sorted(found) if name not in shards)
+    if manifest is not None:
+        surveyor.know(manifest)
+    for path in given:
+        if os.path.isdir(path):
+            if (error := surveyor.folder(path)) is not None:
+                empty.append((path, error))
+            continue
+        index = None
+        if whole and name_of(path, relative_to) not in known:
+            folder, name = os.path.split(path)
+            if folder not in indexes:
+                indexes[folder] = indexes_in(folder)
+            index = indexes[folder].get(name)
+        if index is not None:
+            shards.setdefault(index, []).append(path)
+            surveyor.named(index)
+        elif skip_others:
+            surveyor.candidate(path)
+        else:
+            surveyor.named(path)
+    found = surveyor.result()
+    checkpoints: dict[str, Selected] = {}
+    for each in found.checkpoints:
+        names = [name_of(path, relative_to) for path in (each.path, *each.others)]
+        checkpoints.setdefault(names[0], Selected(path=each.path, name=names[0], names=tuple(names)))
+    return Selection(
+        checkpoints=tuple(checkpoints[name] for name in sorted(checkpoints)),
+        passed_over=found.passed_over,
+        others=found.others,
+        unreadable=found.unreadable,
+        empty=tuple(empty),
+        shards={index: tuple(dict.fromkeys(named)) for index, named in shards.items()},
+    )
 
 
 def name_of(path: str, folder: str) -> str:
@@ -61,11 +137,3 @@ def name_of(path: str, folder: str) -> str:
         return os.path.relpath(absolute, folder or ".").replace(os.sep, "/")
     except ValueError:  # another drive
         return absolute.replace(os.sep, "/")
-
-
-def _shards(path: str, name: str) -> tuple[str, ...]:
-    """The names of an index's shards, relative to the same folder as its own."""
-    if not path.endswith(INDEX_SUFFIXES):
-        return ()
-    folder = name.rpartition("/")[0]
-    return tuple(sorted(f"{folder}/{shard}" if folder else shard for shard in shard_names(path)))

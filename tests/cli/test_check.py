@@ -68,8 +68,86 @@ def test_colour() -> None:
 def test_what_cannot_be_read_is_2() -> None:
     Path("c.pth").write_bytes(b"not a checkpoint")
     lines = check(".", code=2).splitlines()
-    assert "c.pth: NOT CHECKED" in lines and lines[-1] == "not everything could be checked: 1 of 3 files"
+    assert "c.pth: NOT CHECKED" in lines and lines[-1] == "1 of 3 files could not be checked, 2 passed"
     check("nope.pth", code=2)
+
+
+def test_the_verdict_counts_each_outcome() -> None:
+    for number in range(5):
+        torch.save(WEIGHTS, f"p{number}.pth")
+    save_file(WEIGHTS, "c.safetensors")
+    for name in ("u.ckpt", "v.safetensors"):
+        Path(name).write_bytes(b"")
+    last = check(".", "--no-pickle", code=2).splitlines()[-1]
+    assert last == "6 of 10 files failed, 2 could not be checked, 2 passed"
+
+
+def test_what_is_passed_over_is_counted() -> None:
+    Path("README.md").write_text("# weights")
+    Path("notes").write_text("words")
+    Path("a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(9))
+    lines = check(".").splitlines()
+    assert lines[-2:] == ["passed over: 3 files (2 text files, 1 PNG image)", "2 files passed"]
+    assert check(".", "-q") == ""
+    assert json.loads(check(".", "--json"))["passed_over"] == {"text file": 2, "PNG image": 1}
+    for output in ("github", "markdown"):
+        assert "assed over: 3 files (2 text files, 1 PNG image)" in check(".", "--format", output)
+
+
+def test_others_are_skipped_where_that_is_asked_for() -> None:
+    for name, content in {"b.txt": b"words", "c.py": b"import os\n", "d.bin": b"words"}.items():
+        Path(name).write_bytes(content)
+    Path("e").write_bytes(Path("a.pth").read_bytes())
+    named = ("b.txt", "c.py", "d.bin")
+    check(*named, code=2)
+    assert check(*named, "--skip-others").splitlines() == [
+        "passed over: 3 files (3 text files)",
+        "no checkpoint is among the files",
+    ]
+    assert json.loads(check(*named, "--skip-others", "--json"))["ok"] is True
+    lines = check(*named, "a.pth", "e", "--skip-others").splitlines()
+    assert lines[-1] == "2 files passed" and [line[:4] for line in lines[:2]] == ["a.pt", "e: o"]
+    check(*named, "e", "--skip-others", "--no-pickle", code=1)
+    check(*named, "nope.txt", "--skip-others", code=2)
+    Path("f.pth").write_bytes(b"words")
+    check("f.pth", "--skip-others", code=2)
+    Path("empty").mkdir()
+    check("b.txt", "empty", "--skip-others", code=2)
+
+
+def test_a_shard_or_a_file_named_twice_is_one_result() -> None:
+    ckptkit.convert("a.pth", "s.safetensors.index.json", max_shard_size=20)
+    shard, other = sorted(str(path) for path in Path().glob("s-*"))
+    lines = check(shard, code=0).splitlines()
+    assert lines[0].startswith("s.safetensors.index.json: ok")
+    assert f"checked in place of {shard}" in lines[1] and "[whole-checked]" in lines[1]
+    assert lines[-1] == "1 file passed"
+    for named in ([shard, other], [shard, "s.safetensors.index.json"], [".//" + shard, shard, "."]):
+        document = json.loads(check(*named, "--json"))
+        assert [file["path"] for file in document["files"]].count("s.safetensors.index.json") == 1
+        assert not any(file["path"].endswith(shard) for file in document["files"])
+    check("a.pth", "./a.pth", "--json")
+    assert json.loads(check("a.pth", "./a.pth", "--json"))["checked"] == 1
+    ckptkit.manifest(".", "lock.json")
+    assert check(shard, "--manifest", "lock.json").splitlines()[-1] == "1 file passed"
+
+
+def test_one_argument_that_cannot_be_read_does_not_hide_the_others(open_folder: Path, unprivileged) -> None:
+    for name in ("shut.pth", "good.pth"):
+        torch.save(WEIGHTS, open_folder / name)
+    (open_folder / "shut.pth").chmod(0)
+    (open_folder / "below").mkdir()
+    (open_folder / "below").chmod(0)
+    paths = [str(open_folder / name) for name in ("good.pth", "shut.pth", "below")]
+
+    def run() -> str:
+        done = CliRunner().invoke(command, paths, standalone_mode=False)
+        return f"{done.return_value} {done.exception} {done.stdout}"
+
+    shown = unprivileged(run)
+    assert shown.startswith("2 None ")
+    assert f"{paths[0]}: ok" in shown and f"{paths[1]}: NOT CHECKED" in shown and f"{paths[2]}: NOT CHECKED" in shown
+    assert shown.splitlines()[-1] == "2 of 3 files could not be checked, 1 passed"
 
 
 def test_nothing_to_check_is_an_error() -> None:

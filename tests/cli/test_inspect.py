@@ -153,10 +153,26 @@ def test_a_folder_stands_for_its_checkpoints(run, save, tmp_path: Path) -> None:
     (tmp_path / "runs" / "notes.txt").write_text("not looked at")
     files = inspect_json(run, tmp_path / "runs")
     assert [Path(f["path"]).name for f in files] == ["b.pth", "c.pt"]
+    assert json.loads(run("inspect", "--json", tmp_path / "runs").stdout)["passed_over"] == {"text file": 1}
     (tmp_path / "bare").mkdir()
     none = run("inspect", tmp_path / "bare")
     assert none.returncode == 2
     assert "a folder without checkpoint files" in none.stderr
+
+
+def test_what_a_folder_holds_beside_checkpoints_is_counted(run, save, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    save({"w": torch.ones(1)}, "runs/best.pth.tar")
+    (tmp_path / "runs" / "notes.txt").write_text("words")
+    (tmp_path / "runs" / "w.pth").write_bytes(b"")
+    told = "passed over: 1 file (1 text file)"
+    done = run("inspect", tmp_path / "runs")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (2, told)
+    assert "runs/w.pth: the file is empty" in done.stderr
+    assert run("inspect", "--format", "markdown", tmp_path / "runs").stdout.splitlines()[-1] == told
+    flat = run("inspect", "--flat", tmp_path / "runs")
+    assert told in flat.stderr and told not in flat.stdout
+    assert told not in run("inspect", "-q", tmp_path / "runs").stdout
 
 
 @pytest.mark.parametrize(("fail_on", "code"), [("error", 0), ("warning", 1), ("never", 0)])

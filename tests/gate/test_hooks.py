@@ -6,7 +6,7 @@ repository of their own, but for the language: ``system``, with this interpreter
 
 from __future__ import annotations
 
-import re
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-
-from ckptkit.formats import SUFFIXES
-from ckptkit.formats.shards.names import INDEX_SUFFIXES
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFEST = ROOT / ".pre-commit-hooks.yaml"
@@ -30,13 +27,9 @@ def test_the_manifest_is_one() -> None:
     assert all(hook["language"] == "python" for hook in HOOKS.values())
 
 
-@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
-def test_the_files_are_those_that_inspect_looks_for(hook: dict[str, str]) -> None:
-    for suffix in (*SUFFIXES, *INDEX_SUFFIXES):
-        assert re.search(hook["files"], f"weights/model{suffix}"), suffix
-        assert re.search(hook["files"], f"weights/MODEL{suffix.upper()}"), suffix
-    for other in ("README.md", "pth", "model.pth.txt", "config.json", "model.index.json", "script.py", "a.bina"):
-        assert not re.search(hook["files"], other), other
+def test_every_file_is_handed_over() -> None:
+    assert all(hook["types"] == ["file"] and "files" not in hook for hook in HOOKS.values())
+    assert all("--skip-others" in hook["entry"].split() for hook in HOOKS.values())
 
 
 SAFE = ROOT / "fixtures" / "state_dict.safetensors"
@@ -50,8 +43,23 @@ def test_good_checkpoints_pass_both(commit) -> None:
 
 
 def test_a_commit_without_checkpoints_is_let_by(commit) -> None:
-    done = commit("ckptkit-check", {"README.md": b"hello"})
-    assert (done.returncode, "Skipped" in done.stdout) == (0, True)
+    for hook in HOOKS:
+        done = commit(hook, {"README.md": b"hello", "a.py": b"import os\n", "empty": b""})
+        assert (done.returncode, "Passed" in done.stdout) == (0, True), done.stdout
+
+
+@pytest.mark.parametrize("name", ["best.pth.tar", "m.sav", "weights", "notes.txt"])
+def test_a_checkpoint_is_known_whatever_its_name(commit, name: str) -> None:
+    done = commit("ckptkit-no-pickle", {name: {"w": torch.ones(3)}})
+    assert done.returncode == 1
+    assert f"{name}: FAILED" in done.stdout
+
+
+def test_a_pickle_that_torch_did_not_write_is_refused_too(commit) -> None:
+    done = commit("ckptkit-no-pickle", {"vocabulary.pkl": pickle.dumps({"a": 1}), "old": pickle.dumps([1], protocol=0)})
+    assert done.returncode == 1
+    assert "vocabulary.pkl: FAILED" in done.stdout and "old: FAILED" in done.stdout
+    assert commit("ckptkit-check", {"vocabulary.pkl": pickle.dumps({"a": 1})}).returncode == 0
 
 
 def test_a_pickle_is_refused_by_its_hook(commit) -> None:
@@ -72,6 +80,15 @@ def test_shards_and_their_index_pass(commit) -> None:
     assert len(SHARDS) == 3
     done = commit("ckptkit-no-pickle", dict(SHARDS))
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_shard_that_changed_checks_its_whole(commit) -> None:
+    changed = dict(SHARDS)
+    changed[sorted(SHARDS)[0]] = SAFE
+    done = commit("ckptkit-check", changed)
+    assert done.returncode == 1
+    assert "model.safetensors.index.json: NOT CHECKED" in done.stdout
+    assert "1 of 1 file could not be checked" in done.stdout
 
 
 def test_arguments_are_policy(commit) -> None:

@@ -305,5 +305,30 @@ def test_files_are_reported_in_the_same_order_always(folder: Path) -> None:
 
 def test_a_failed_report_says_what_failed(folder: Path) -> None:
     (folder / "a.pth").unlink()
-    with pytest.raises(ckptkit.CkptkitError, match="file-missing: the manifest names this file"):
+    (folder / "x.pth").write_bytes(b"")
+    with pytest.raises(ckptkit.CkptkitError) as raised:
         check().raise_if_failed()
+    lines = str(raised.value).splitlines()
+    assert lines[0].startswith("w/a.pth: file-missing: the manifest names this file")
+    assert [line.split(": ")[:2] for line in lines[1:]] == [
+        ["w/x.pth", "file-extra"],
+        ["w/x.pth", "file-unreadable"],
+    ]
+
+
+def test_a_manifest_names_which_name_of_a_file_counts(folder: Path) -> None:
+    (folder / "0").hardlink_to(folder / "a.pth")
+    (folder / "0.pth").symlink_to("a.pth")
+    assert check().exit_code == 0 and check("w").exit_code == 0
+    assert len(check("w").results) == 2
+
+
+def test_links_into_a_cache_are_what_they_lead_to(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (folder / "a.pth").rename(tmp_path / "blobs" / "0123")
+    (folder / "a.pth").symlink_to(tmp_path / "blobs" / "0123")
+    (folder / "sub").rename(tmp_path / "elsewhere")
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    assert check("w").exit_code == 0 and len(check("w").results) == 2
+    torch.save(weights(2), tmp_path / "elsewhere" / "extra")
+    only(check("w"), "w/sub/extra", "file-extra")

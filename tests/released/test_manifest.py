@@ -47,6 +47,13 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("as_given", [Path, str, lambda path: [path], lambda path: (str(path),)])
+def test_one_path_or_several(folder: Path, as_given: Callable[[Path], object]) -> None:
+    made = ckptkit.manifest(as_given(folder / "one.pth"))
+    assert [record.path for record in made.files] == ["one.pth"]
+    assert [result.path for result in ckptkit.check(as_given(folder / "one.pth")).results] == [str(folder / "one.pth")]
+
+
 def test_what_is_recorded(folder: Path) -> None:
     made = ckptkit.manifest([folder], folder / "weights.lock.json")
     assert [record.path for record in made.files] == [

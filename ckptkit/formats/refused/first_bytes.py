@@ -7,11 +7,13 @@ which have none, the first fields of their protobuf messages (``onnx.proto`` ``M
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterator
 
 from ckptkit.errors import UnknownFormatError
+from ckptkit.formats.archives.tar_header import is_header
 from ckptkit.formats.archives.zip_end import END, END64, LOCATOR
 from ckptkit.formats.format import Probe
 from ckptkit.formats.refused.first_pickle import describe_pickle, is_pickle
@@ -19,7 +21,7 @@ from ckptkit.formats.refused.first_text import describe_text
 from ckptkit.formats.refused.other_zips import describe_zip
 from ckptkit.formats.refused.truncated import unfinished
 
-__all__ = ["unknown"]
+__all__ = ["kind_of", "unknown"]
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x1f\x8b", "gzip-compressed; decompress it first (gunzip, or tar -xzf for a .tar.gz)"),
@@ -86,6 +88,57 @@ def _describe(probe: Probe) -> str:
         return f"a GGUF file, version {version} (llama.cpp), which ckptkit does not read; get what it was made of"
     words = describe_text(probe) or _protobuf(probe) or _msgpack(head) or _cut_front(probe) or _safetensors(probe)
     return words or f"no known checkpoint container; it begins with the bytes {head[:8].hex(' ')}"
+
+
+_CONTROLS = bytes(byte for byte in range(0x20) if byte not in b"\t\n\r\f") + b"\x7f"
+"""Bytes that no text has."""
+
+_PAGE = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<script|<!--)", re.IGNORECASE)
+
+
+def kind_of(probe: Probe) -> str:
+    """What a file is that no container claims, in a word or two, by its first bytes alone: for counting many.
+
+    Among the words are ``"empty file"``, ``"zero-filled file"``, ``"git-lfs pointer"``, ``"HTML page"`` and
+    ``"unknown file"``; pickles are told apart before.
+    """
+    head = probe.head
+    if not head:
+        return "empty file"
+    if len(head.translate(None, _CONTROLS)) == len(head):
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(head)
+        except UnicodeDecodeError:
+            pass
+        else:
+            return _kind_of_text(head)
+    if not any(head):
+        return "zero-filled file"
+    if head.startswith(b"\x00\x05\x16\x07"):
+        return "AppleDouble file"
+    if probe.records is not None:
+        return _first_words(describe_zip(probe.records))
+    if is_header(head):
+        return "tar archive"
+    words = next((what for offset, signature, what in _SIGNATURES if head.startswith(signature, offset)), None)
+    if words is None and head.startswith(b"GGUF"):
+        words = "a GGUF file"
+    words = words or _protobuf(probe) or _msgpack(head)
+    return "unknown file" if words is None else _first_words(words)
+
+
+def _kind_of_text(head: bytes) -> str:
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return "git-lfs pointer"
+    if _PAGE.match(head):
+        return "HTML page"
+    return "JSON file" if head.lstrip(b" \t\r\n\xef\xbb\xbf")[:1] == b"{" else "text file"
+
+
+def _first_words(sentence: str) -> str:
+    """The thing that a sentence begins with, in the singular: ``"a PNG image, no checkpoint"`` is a PNG image."""
+    words = re.sub(r"^(?:an?|the) ", "", re.split(r"[,;:(]| for | with(?:out)? ", sentence, maxsplit=1)[0]).strip()
+    return f"{words} file" if words.endswith("compressed") else words
 
 
 def _zeros(probe: Probe) -> str:

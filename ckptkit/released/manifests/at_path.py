@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.released.manifests.maker import make, write
@@ -40,7 +41,9 @@ def make_at(
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
     paths = paths or (_paths_of(previous, folder) if update else ())
-    selected = select(paths, relative_to=folder)
+    selection = select(paths, relative_to=folder, manifest=destination)
+    selection.require_all()
+    selected = selection.checkpoints
     manifest = make(
         selected,
         folder=folder,
@@ -55,7 +58,7 @@ def make_at(
         previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
     ):
         write(manifest, destination, force=there)
-    return manifest
+    return replace(manifest, passed_over=selection.passed_over)
 
 
 def _paths_of(previous: Manifest | None, folder: str) -> list[str]:

@@ -119,12 +119,14 @@ class Manifest:
         folder: the folder that paths are relative to.
         folders: those it was made of, relative to it: in them no other checkpoint may lie; ``"."`` is itself.
         changes: what `make` did; of a manifest that was read, nothing.
+        passed_over: how many files of each kind its folders hold that are no checkpoint; it is not written.
     """
 
     files: tuple[FileRecord, ...]
     folder: str
     folders: tuple[str, ...] = ()
     changes: Changes = Changes()
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as one JSON-ready document."""

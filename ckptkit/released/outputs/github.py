@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from ckptkit.formats.folder import told
 from ckptkit.released.results import CheckFinding, CheckReport
 from ckptkit.report import printable
 
@@ -19,7 +20,9 @@ _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
 
 def render(report: CheckReport) -> str:
     """The lines to print; the last is the verdict, for whoever reads the log."""
-    return "".join(f"{line}\n" for line in (*map(_annotation, report.findings), f"ckptkit check: {report.verdict}"))
+    passed_over = [told(report.passed_over)] if report.passed_over else []
+    lines = (*map(_annotation, report.findings), *passed_over, f"ckptkit check: {report.verdict}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _annotation(finding: CheckFinding) -> str:

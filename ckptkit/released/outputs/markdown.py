@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ckptkit.formats.folder import told
 from ckptkit.released.results import CheckFinding, CheckReport
 from ckptkit.report import human_size, printable
 
@@ -27,6 +28,8 @@ def _lines(report: CheckReport) -> Iterator[str]:
     yield f"## ckptkit check: {mark}"
     yield ""
     yield f"{report.verdict[0].upper()}{report.verdict[1:]}."
+    if report.passed_over:
+        yield f"\nP{told(report.passed_over)[1:]}."
     if report.findings:
         yield ""
         yield "| file | rule | expected | found | |"

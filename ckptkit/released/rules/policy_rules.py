@@ -5,17 +5,19 @@ Adding one is a field of `Policy`, a function here and a line in `RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ckptkit.checkpoint import GlobalUse, Trust, trust_of
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats import shards_of
+from ckptkit.formats.refused.inside import Inside
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
 from ckptkit.report import Severity, convert_command, count_of, human_size
 
-__all__ = ["RULES", "Rule", "listed", "rules_of", "violations"]
+__all__ = ["RULES", "Rule", "listed", "pickle_violations", "rules_of", "violations"]
 
 Rule = Callable[[Examined, Policy], Iterator[CheckFinding]]
 """Yields what of the file the policy forbids."""
@@ -64,24 +66,70 @@ def _no_pickle(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 
 
 def _max_trust(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    if TRUST_ORDER[examined.trust] <= TRUST_ORDER[policy.max_trust]:
-        return
-    bad = [use.name for use in examined.globals if use.verdict in ("unknown", "dangerous")]
-    dangerous = [use.name for use in examined.globals if use.verdict == "dangerous"]
-    parts = [f"{use.name} ({listed(use.where)})" for use in examined.unvouched]
-    names = "".join(
-        [f": its pickle names {listed(dangerous or bad)}"] * bool(bad)
-        + [f"; it holds {listed(parts)}" if bad else f": it holds {listed(parts)}"] * bool(parts)
-    )
-    yield _found(
-        examined,
+    if TRUST_ORDER[examined.trust] > TRUST_ORDER[policy.max_trust]:
+        uses = (*examined.globals, *examined.unvouched)
+        fix = None if examined.trust == "hostile" else _convert(examined)
+        yield _too_much_trust(examined.path, examined.trust, uses, policy, fix)
+
+
+def _too_much_trust(
+    path: str, trust: Trust, uses: Sequence[GlobalUse], policy: Policy, fix: str | None = None
+) -> CheckFinding:
+    bad = [use.name for use in uses if use.kind == "name" and use.verdict in ("unknown", "dangerous")]
+    dangerous = [use.name for use in uses if use.verdict == "dangerous"]
+    parts = [f"{use.name} ({listed(use.where)})" for use in uses if use.kind != "name"]
+    told = [f"its pickle names {listed(dangerous or bad)}"] * bool(bad) + [f"it holds {listed(parts)}"] * bool(parts)
+    names = f": {'; '.join(told)}" if told else ""
+    return CheckFinding(
         code="trust-not-allowed",
+        severity="error",
+        path=path,
         rule="max-trust",
         expected=policy.max_trust,
-        found=examined.trust,
-        message=f"the file is {examined.trust}, and at most {policy.max_trust} is allowed{names}",
-        fix=None if examined.trust == "hostile" else _convert(examined),
+        found=trust,
+        message=f"the file is {trust}, and at most {policy.max_trust} is allowed{names}",
+        fix=fix,
     )
+
+
+def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[CheckFinding]:
+    """What a policy forbids of a file that is no checkpoint, or none that can be read: its pickles.
+
+    A file that is known to break a rule needs no more; where none is known to, what was not looked into counts.
+    """
+    is_kept = True
+    if policy.no_pickle and inside.pickles:
+        is_kept = False
+        members = [name for name in inside.pickles if name]
+        yield CheckFinding(
+            code="pickle-not-allowed",
+            severity="error",
+            path=path,
+            rule="no-pickle",
+            expected="no pickle",
+            found=members[:_MOST_LISTED] or "a pickle",
+            message=(
+                f"the archive holds {count_of(len(members), 'pickle')} ({listed(members)})"
+                if members
+                else "the file is a pickle"
+            )
+            + ", and loading a pickle runs what it names",
+        )
+    trust = trust_of(inside.globals)
+    if TRUST_ORDER[trust] > TRUST_ORDER[policy.max_trust]:
+        is_kept = False
+        yield _too_much_trust(path, trust, inside.globals, policy)
+    if is_kept and inside.beyond and policy.every_pickle:
+        parts = [f"{name}: {why}" if name else why for name, why in inside.beyond]
+        yield CheckFinding(
+            code="not-looked-into",
+            severity="error",
+            path=path,
+            rule="no-pickle" if policy.no_pickle else "max-trust",
+            expected="no pickle" if policy.no_pickle else policy.max_trust,
+            found=parts[:_MOST_LISTED],
+            message=f"there may be pickles in what was not looked into: {listed(parts)}",
+        )
 
 
 def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:

@@ -1,0 +1,382 @@
+"""What lies in folders: each file is a checkpoint, or is passed over and counted by kind, or cannot be read.
+
+A checkpoint is known by its first bytes (`ckptkit.formats.containers`), whatever its name.  A name decides in one case
+alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like is a checkpoint that cannot be read
+(a git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Others are called
+``.bin``, ``.pkl`` and ``.jit``, too: one that is known to be something else is passed over.
+
+- An index stands for its shards, and the ``.metadata`` of torch.distributed.checkpoint for the ``.distcp`` beside it.
+- Only regular files are opened.  Links are followed, those to folders after the folders themselves, and each file and
+  each folder is met once, by device and inode: in a cache of the hub the blob and its name are one file.
+- ``.git`` is not entered.  AppleDouble files (``._name``, RFC 1740) and outputs that ckptkit did not complete are none.
+- What may hold pickles that are not torch's is listed: whoever allows none looks into these
+  (`ckptkit.formats.refused.inside`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ckptkit.bytesource import SourceFile
+from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
+from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
+from ckptkit.formats.detection import ends_like_a_zip
+from ckptkit.formats.format import Probe
+from ckptkit.formats.shards.names import INDEX_SUFFIXES
+from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.report import count_of
+
+__all__ = ["Found", "Survey", "Surveyor", "indexes_in", "nothing_in", "says_checkpoint", "told"]
+
+UNFINISHED = "unfinished ckptkit output"
+
+_PLAIN_SUFFIXES = (*sorted(SUFFIXES - SHARED_SUFFIXES), ".distcp", *INDEX_SUFFIXES)
+_TARRED_SUFFIXES = tuple(f"{suffix}.tar" for suffix in sorted(SUFFIXES - SHARED_SUFFIXES))
+
+_UNREADABLE_KINDS = frozenset(("empty file", "zero-filled file", "git-lfs pointer", "HTML page", "unknown file"))
+"""What under an ending of both is more likely a checkpoint that did not arrive than a file of another kind."""
+
+_TEXTS = frozenset(("text file", "JSON file", "HTML page", "git-lfs pointer", "empty file"))
+
+_APPLE_DOUBLE = b"\x00\x05\x16\x07"
+
+_DCP = re.compile(rb"torch\.distributed\.(?:_shard\.)?checkpoint\.")
+"""In the first bytes of a ``.metadata`` of torch.distributed.checkpoint, a plain pickle."""
+
+_DEEPEST = 64
+"""Folders above one that are told from others."""
+
+_DIRECTORY_NBYTES = 1 << 20
+"""Bytes at the end of a zip archive that cannot be read in which a record of torch's is looked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A checkpoint.
+
+    Attributes:
+        path: the file; of several names of one file the one that says best what it is.
+        others: its other names.
+    """
+
+    path: str
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What was found.
+
+    Attributes:
+        checkpoints: files to open, in the order of the walk; some of them may be unreadable.
+        passed_over: how many files (and folders) of each kind were passed over.
+        others: those among them that may hold pickles, with their kinds.
+        unreadable: files and folders of which nothing is known, and why.
+    """
+
+    checkpoints: tuple[Found, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+    unreadable: tuple[tuple[str, CkptkitError], ...] = ()
+
+
+def told(passed_over: Mapping[str, int]) -> str:
+    """What was passed over, in a line: ``"passed over: 3 files (2 text files, 1 PNG image)"``."""
+    kinds = sorted((kind for kind, count in passed_over.items() if count), key=lambda kind: (-passed_over[kind], kind))
+    each = ", ".join(count_of(passed_over[kind], kind) for kind in kinds)
+    return f"passed over: {count_of(sum(passed_over.values()), 'file')} ({each})"
+
+
+def says_checkpoint(name: str) -> bool:
+    """Whether a file's name says plainly that it is a checkpoint."""
+    name = name.lower()
+    return name.endswith(_PLAIN_SUFFIXES) or name.endswith(_TARRED_SUFFIXES)
+
+
+def indexes_in(folder: str) -> dict[str, str]:
+    """The indexes of a folder, by the names of those of their shards that lie in it."""
+    from ckptkit.formats.sharded import shard_names
+
+    try:
+        names = [name for name in os.listdir(folder or os.curdir) if name.endswith(".index.json")]
+    except OSError:
+        return {}
+    indexes = [os.path.join(folder, name) for name in sorted(names, reverse=True)]
+    return {shard: index for index in indexes for shard in shard_names(index) if "/" not in shard}
+
+
+def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
+    """The error for a folder without a checkpoint: what it is instead, or what is in it."""
+    from ckptkit.formats.refused.folders import describe_folder
+
+    what = describe_folder(folder)
+    if what == "is a folder, not a file":
+        what = "a folder without checkpoint files" + (f"; {told(passed_over)}" if any(passed_over.values()) else "")
+    return FileAccessError(f"{folder}: {what}")
+
+
+@dataclass(slots=True)
+class _File:
+    """A checkpoint while the walk goes on."""
+
+    paths: list[str]
+    is_index: bool = False
+    is_named: bool = False
+
+
+class Surveyor:
+    """Meets files and folders, each once.
+
+    Args:
+        is_unfinished: whether a name is that of an output of ckptkit's own that was not completed.
+        limits: bounds on what a file may ask for.
+    """
+
+    def __init__(
+        self, *, is_unfinished: Callable[[str], bool] = lambda name: False, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self._is_unfinished = is_unfinished
+        self._limits = limits
+        self._found: dict[object, _File] = {}
+        self._passed: dict[object, str] = {}
+        self._count: Counter[str] = Counter()
+        self._dcp: set[str] = set()
+        self._others: dict[str, str] = {}
+        self._unreadable: dict[str, CkptkitError] = {}
+
+    def result(self) -> Survey:
+        """What was met, shards left to their indexes."""
+        from ckptkit.formats.sharded import shard_names
+
+        parts: set[object] = set()
+        ranked = {
+            key: file.paths if file.is_named else sorted(file.paths, key=_rank) for key, file in self._found.items()
+        }
+        for key, paths in ranked.items():
+            folder = os.path.dirname(paths[0])
+            if self._found[key].is_index or paths[0].endswith(".index.json"):
+                for shard in shard_names(paths[0]):
+                    part = _identity(os.path.join(folder, *shard.split("/")))
+                    parts.update({part} - {key})
+            if folder in self._dcp and paths[0].endswith(".distcp"):
+                parts.add(key)
+        return Survey(
+            checkpoints=tuple(
+                Found(path=paths[0], others=tuple(paths[1:])) for key, paths in ranked.items() if key not in parts
+            ),
+            passed_over=dict(+self._count),
+            others=dict(self._others),
+            unreadable=tuple(self._unreadable.items()),
+        )
+
+    def named(self, path: str) -> None:
+        """A file that is to be opened as a checkpoint, whether it is there and one, or not; its name stays."""
+        key: object = _identity(path) or path
+        known = self._found.get(key)
+        if known is None or (known.is_named and path not in known.paths):
+            self._found[path if known else key] = _File([path], is_named=True)
+        elif not known.is_named:
+            known.paths, known.is_named = [path, *(other for other in known.paths if other != path)], True
+
+    def know(self, path: str) -> None:
+        """A file that is neither a checkpoint nor passed over: the manifest."""
+        self._passed[_identity(path)] = "manifest"
+
+    def candidate(self, path: str) -> bool:
+        """A file that is a checkpoint or is passed over.
+
+        Returns:
+            Whether it is a checkpoint, is called one, or cannot be read.
+        """
+        is_file = os.path.isfile(path) or not os.path.lexists(path)
+        return self._file(path) if is_file else self._not_a_file(path)
+
+    def folder(self, folder: str) -> FileAccessError | None:
+        """Everything in a folder and in those below it.
+
+        Returns:
+            What is to be said where there is no checkpoint, and nothing that could be one.
+        """
+        before, passed = len(self._unreadable), Counter(self._count)
+        met = False
+        # A link to a folder that holds this one leads out of it, and back in.
+        above: set[object] = {
+            _identity(folder + os.sep + os.sep.join([os.pardir] * level)) for level in range(1, _DEEPEST)
+        }
+        above.discard(None)
+        seen: set[tuple[int, int] | None] = set()
+        below, linked = [folder], list[str]()
+        while below or linked:
+            path = below.pop() if below else linked.pop(0)
+            try:
+                key = _identity(path)
+                if key is not None and key in seen:
+                    continue
+                seen.add(key)
+                with os.scandir(path) as listing:
+                    entries = sorted(listing, key=lambda entry: entry.name)
+            except OSError as error:
+                self._unreadable[path] = FileAccessError(f"{path}: the folder cannot be read: {error.strerror}")
+                continue
+            folders = []
+            for entry in entries:
+                if _is(entry.is_file):
+                    met |= self._file(entry.path)
+                elif not _is(entry.is_dir):
+                    met |= self._not_a_file(entry.path)
+                elif entry.name == ".git":
+                    self._count[".git folder"] += 1
+                elif not entry.is_symlink():
+                    folders.append(entry.path)
+                elif _identity(entry.path) in above:
+                    self._count["link to a folder above"] += 1
+                else:
+                    linked.append(entry.path)
+            below += reversed(folders)
+        return None if met or len(self._unreadable) > before else nothing_in(folder, self._count - passed)
+
+    def _file(self, path: str) -> bool:
+        name = os.path.basename(path)
+        try:
+            file = SourceFile(path)
+        except FileAccessError as error:
+            if not (isinstance(error, MissingFileError) and self._is_unfinished(name)):  # it has its own name by now
+                self._unreadable[path] = error
+            return True
+        key = file.identity[:2]
+        try:
+            known = self._found.get(key)
+            if known is not None:
+                known.paths += [path] * (path not in known.paths)
+                return True
+            before = self._passed.get(key)
+            if before is not None and not says_checkpoint(name):
+                return False
+            kind = UNFINISHED if self._is_unfinished(name) else self._kind(file, path, name)
+        except FileAccessError as error:
+            self._unreadable[path] = error
+            return True
+        finally:
+            file.close()
+        if before is not None and before in self._count:  # by a name that says less
+            self._count[before] -= 1
+        if kind is not None:
+            self._passed[key] = kind
+            self._count[kind] += 1
+        return kind is None
+
+    def _kind(self, file: SourceFile, path: str, name: str) -> str | None:
+        """What a file is; ``None``: a checkpoint, which is then among those found."""
+        probe = Probe(file, self._limits)
+        claims: list[str] = []
+        kind: str | None = None
+        if name.startswith("._") and probe.head.startswith(_APPLE_DOUBLE):
+            kind = "AppleDouble file"
+        elif not says_checkpoint(name):
+            try:
+                claims = [container.name for container in FORMATS if container.claims(probe)]
+                if not claims:
+                    kind = self._other_kind(probe, path, name)
+                elif claims == ["torch-tar"] and not _is_torchs_tar(probe):
+                    kind = self._others[path] = "tar archive"
+            except FormatError:  # a zip archive that is damaged, or that readers disagree about
+                if not _may_be_torchs(probe, name):
+                    kind = self._others[path] = "zip archive"
+        if kind is None:
+            is_index = any(claim.endswith("-sharded") for claim in claims)
+            self._found[file.identity[:2]] = _File([path], is_index)
+        return kind
+
+    def _other_kind(self, probe: Probe, path: str, name: str) -> str | None:
+        """The kind of a file that no container claims; ``None``: it is a checkpoint that cannot be read."""
+        from ckptkit.formats.refused.first_bytes import kind_of
+        from ckptkit.formats.refused.inside import guess_pickle, opaque
+
+        guess = guess_pickle(probe.head, probe.file.size)
+        kind = "pickle" if guess == "pickle" else kind_of(probe)
+        if kind in _UNREADABLE_KINDS and os.path.splitext(name)[1].lower() in SHARED_SUFFIXES:
+            return None
+        if guess and _DCP.search(probe.head):
+            self._dcp.add(os.path.dirname(path))
+            return None
+        if probe.records is not None and any(f"/{record}".endswith("/data.pkl") for record in probe.records):
+            return None
+        if (
+            guess
+            or kind == "numpy array"
+            or probe.records is not None
+            or opaque(probe.head) is not None
+            or (kind not in _TEXTS and ends_like_a_zip(probe))
+        ):
+            self._others[path] = kind
+        return kind
+
+    def _not_a_file(self, path: str) -> bool:
+        """A link that leads nowhere, or what is not opened: a pipe, a socket, a device."""
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if error.errno not in _LEADS_NOWHERE or not os.path.islink(path):
+                self._unreadable[path] = FileAccessError(f"{path}: cannot be opened: {error.strerror}")
+                return True
+            if says_checkpoint(path):
+                self._unreadable[path] = MissingFileError(f"{path}: a link that leads to no file: {error.strerror}")
+                return True
+            self._count["broken link"] += 1
+            return False
+        self._count[_SPECIAL.get(stat.S_IFMT(mode), "special file")] += 1
+        return False
+
+
+_LEADS_NOWHERE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
+
+_SPECIAL = {
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+"""What is no regular file and is never opened for its content."""
+
+
+def _is(asked: Callable[[], bool]) -> bool:
+    """Whether an entry of a folder is what is asked, behind its links."""
+    try:
+        return asked()
+    except OSError:  # links that lead to one another
+        return False
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _rank(path: str) -> int:
+    """How well a name says what the file is, from 0; an order of equals stays."""
+    return 0 if says_checkpoint(path) else 1 if os.path.splitext(path)[1].lower() in SUFFIXES else 2
+
+
+def _is_torchs_tar(probe: Probe) -> bool:
+    from ckptkit.formats.torch_tar import holds_one
+
+    return holds_one(probe)
+
+
+def _may_be_torchs(probe: Probe, name: str) -> bool:
+    """Whether a zip archive that cannot be read is a checkpoint, by its name or by those of its records."""
+    if os.path.splitext(name)[1].lower() in SUFFIXES:
+        return True
+    size = probe.file.size
+    nbytes = min(size, _DIRECTORY_NBYTES)
+    tail = probe.file.read(size - nbytes, nbytes)
+    return any(mark in probe.head or mark in tail for mark in (b"data.pkl", b"/.data/", b"/.format_version"))

@@ -1,0 +1,356 @@
+"""What is found in folders: every file is a checkpoint, is counted by kind, or cannot be read."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import socket
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save
+
+import ckptkit
+from ckptkit.errors import MissingFileError
+from ckptkit.formats.folder import Survey, Surveyor, says_checkpoint, told
+from ckptkit.transfer import names
+from ckptkit.transfer.names import is_temporary_name
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3)}
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+
+
+def saved(*, zipped: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(WEIGHTS, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def archive(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    return buffer.getvalue()
+
+
+def array(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, value)
+    return buffer.getvalue()
+
+
+def survey(folder: Path) -> Survey:
+    surveyor = Surveyor(is_unfinished=is_temporary_name)
+    surveyor.folder(str(folder))
+    return surveyor.result()
+
+
+def found(folder: Path) -> list[str]:
+    return [os.path.relpath(each.path, folder) for each in survey(folder).checkpoints]
+
+
+ENDINGS = (
+    ".pth.tar",
+    ".th",
+    ".t7",
+    ".sav",
+    ".model",
+    ".dat",
+    ".nemo",
+    ".state",
+    ".pyth",
+    ".sft",
+    ".txt",
+    ".PTH",
+    ".bin",
+    "",
+)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "content",
+    [saved(), saved(zipped=False), (FIXTURES / "scripted.pt").read_bytes(), save(WEIGHTS)],
+    ids=("zip", "legacy", "script", "st"),
+)
+def test_a_checkpoint_is_found_whatever_its_name(tmp_path: Path, ending: str, content: bytes) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / f"best{ending}").write_bytes(content)
+    assert found(tmp_path) == [f"deep/er/best{ending}"]
+    assert survey(tmp_path).passed_over == {}
+
+
+PLAIN = (".safetensors", ".pth", ".pt", ".ckpt", ".ptl", ".pt2", ".torchscript", ".pth.tar", ".Pth", ".distcp")
+
+
+@pytest.mark.parametrize("ending", PLAIN)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        POINTER,
+        PAGE,
+        saved()[:900],
+        saved(zipped=False)[:40],
+        PNG,
+        b"text\n",
+        bytes(999),
+        pickle.dumps(1),
+        array(np.ones(3)),
+    ],
+    ids=("empty", "pointer", "page", "cut", "cut-legacy", "png", "text", "zeros", "pickle", "npy"),
+)
+def test_a_name_that_says_checkpoint_is_never_passed_over(tmp_path: Path, ending: str, content: bytes) -> None:
+    (tmp_path / f"m{ending}").write_bytes(content)
+    assert says_checkpoint(f"m{ending}")
+    assert found(tmp_path) == [f"m{ending}"]
+
+
+@pytest.mark.parametrize("ending", [".bin", ".pkl", ".jit"])
+def test_endings_of_other_kinds_too(tmp_path: Path, ending: str) -> None:
+    lost = {
+        "a": b"",
+        "b": POINTER,
+        "c": PAGE,
+        "d": saved()[:900],
+        "e": saved(zipped=False)[:60],
+        "f": bytes(600),
+        "g": b"\xfe\1\2" * 9,
+    }
+    for name, content in lost.items():
+        (tmp_path / f"{name}{ending}").write_bytes(content)
+    others = {
+        "t": b"words\n",
+        "u": PNG,
+        "v": pickle.dumps({"a": 1}),
+        "w": array(np.ones(2)),
+        "x": b"GGUF\3\0\0\0" + bytes(40),
+    }
+    for name, content in others.items():
+        (tmp_path / f"{name}{ending}").write_bytes(content)
+    assert found(tmp_path) == [f"{name}{ending}" for name in lost]
+    assert survey(tmp_path).passed_over == {
+        "text file": 1,
+        "PNG image": 1,
+        "pickle": 1,
+        "numpy array": 1,
+        "GGUF file": 1,
+    }
+
+
+def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
+    contents = {
+        "README.md": b"# weights\n",
+        ".gitattributes": b"*.bin filter=lfs\n",
+        "config.json": b'{"a": 1}',
+        "a.png": PNG,
+        "b.jpg": b"\xff\xd8\xff\xe0" + bytes(9),
+        "empty.txt": b"",
+        "pointer.dat": POINTER,
+        "data.zip": archive(a=b"1", b=b"2"),
+        "arrays.npz": archive(**{"a.npy": array(np.ones(2))}),
+        "data.tar": tar(a=b"1"),
+        "log.gz": b"\x1f\x8b\x08\0" + bytes(9),
+        "numbers": b"\xfe\xfd\xfc" * 20,
+        "p": pickle.dumps([1]),
+        "text": pickle.dumps({"a": [1]}, protocol=0),
+        "._x.pth": b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    result = survey(tmp_path)
+    assert (result.checkpoints, result.unreadable) == ((), ())
+    assert result.passed_over == {
+        "text file": 2, "JSON file": 1, "PNG image": 1, "JPEG image": 1, "empty file": 1, "git-lfs pointer": 1,
+        "zip archive": 1, "numpy archive": 1, "tar archive": 1, "gzip-compressed file": 1, "unknown file": 1,
+        "pickle": 2, "AppleDouble file": 1,
+    }  # fmt: skip
+    assert {os.path.basename(path) for path in result.others} == {
+        "data.zip",
+        "arrays.npz",
+        "data.tar",
+        "log.gz",
+        "p",
+        "text",
+    }
+    line = told(result.passed_over)
+    assert line.startswith("passed over: 15 files (2 pickles, 2 text files, 1 ") and line.endswith(")")
+
+
+def tar(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as file:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_archives_that_were_or_are_torchs(tmp_path: Path) -> None:
+    whole = saved()
+    (tmp_path / "cut").write_bytes(whole[:-30])
+    (tmp_path / "twice").write_bytes(whole + whole)
+    (tmp_path / "old.tar").write_bytes(tar(sys_info=b"1", pickle=b"2", tensors=b"3", storages=b"4"))
+    (tmp_path / "old_cut").write_bytes(tar(sys_info=b"1", pickle=b"2" * 2000)[:1400])
+    (tmp_path / "repacked").write_bytes(archive(**{"out/model/data.pkl": b"1", "out/model/version": b"3"}))
+    (tmp_path / "data.zip").write_bytes(archive(a=b"1")[:-3])
+    assert found(tmp_path) == ["cut", "old.tar", "old_cut", "repacked", "twice"]
+    assert survey(tmp_path).passed_over == {"zip archive": 1}
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device.pt").symlink_to(os.devnull)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(os.path.relpath(tmp_path / "s.ckpt"))
+        (tmp_path / "link").symlink_to("pipe")
+        (tmp_path / "m").write_bytes(saved())
+        result = survey(tmp_path)
+    assert result.passed_over == {"named pipe": 3, "socket": 1, "device": 1}
+    assert [each.path for each in result.checkpoints] == [str(tmp_path / "m")]
+
+
+def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    (inside / "deep").mkdir(parents=True)
+    outside.mkdir()
+    (tmp_path / "beside.pth").write_bytes(saved())
+    (outside / "far").write_bytes(saved())
+    (inside / "deep" / "m.pth").write_bytes(saved())
+    (inside / "a_link").symlink_to("deep/m.pth")
+    (inside / "again").symlink_to("deep")
+    (inside / "deep" / "self").symlink_to(".")
+    (inside / "deep" / "up").symlink_to("..")
+    (inside / "deep" / "out").symlink_to("../..")
+    (inside / "elsewhere").symlink_to(outside)
+    (outside / "back").symlink_to(inside)
+    for first, second in (("x", "y"), ("y", "x"), ("z", "z")):
+        (inside / first).symlink_to(second)
+    (inside / "lost").symlink_to("nowhere")
+    result = survey(inside)
+    assert [os.path.relpath(each.path, inside) for each in result.checkpoints] == ["deep/m.pth", "elsewhere/far"]
+    assert result.checkpoints[0].others == (str(inside / "a_link"),)
+    assert result.passed_over == {"broken link": 4, "link to a folder above": 1}
+    (inside / "lost.pth").symlink_to("nowhere")
+    ((path, error),) = survey(inside).unreadable
+    assert path == str(inside / "lost.pth") and isinstance(error, MissingFileError)
+
+
+def test_each_file_once_under_the_name_that_says_most(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(saved())
+    os.link(tmp_path / "a", tmp_path / "b.bin")
+    os.link(tmp_path / "a", tmp_path / "c.pth")
+    os.link(tmp_path / "a", tmp_path / "d.pth")
+    (tmp_path / "n").write_bytes(b"notes")
+    os.link(tmp_path / "n", tmp_path / "o")
+    result = survey(tmp_path)
+    (each,) = result.checkpoints
+    assert each.path == str(tmp_path / "c.pth") and len(each.others) == 3
+    assert result.passed_over == {"text file": 1}
+    (tmp_path / "p").write_bytes(POINTER)
+    os.link(tmp_path / "p", tmp_path / "q.pth")
+    assert found(tmp_path) == ["c.pth", "q.pth"], "the name of one file decides that it was to be a checkpoint"
+    assert survey(tmp_path).passed_over == {"text file": 1}
+
+
+def test_a_cache_of_the_hub(tmp_path: Path) -> None:
+    ckptkit.convert(_written(tmp_path / "m.pth"), tmp_path / "model.safetensors.index.json", max_shard_size=30)
+    model = tmp_path / "models--a--b"
+    snapshot = model / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    for number, path in enumerate(sorted(tmp_path.glob("model*safetensors*"))):
+        path.rename(model / "blobs" / f"{number:064}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064}")
+    assert found(model) == ["snapshots/main/model.safetensors.index.json"]
+
+
+def _written(path: Path) -> Path:
+    torch.save({"a": torch.ones(6), "b": torch.ones(7)}, path)
+    return path
+
+
+def test_an_index_stands_for_its_shards_whatever_they_are_called(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(save({"a": torch.ones(2)}))
+    (tmp_path / "y.part").write_bytes(save({"b": torch.ones(2)}))
+    (tmp_path / "list").write_text('{"weight_map": {"a": "x", "b": "y.part", "c": "z.safetensors"}}')
+    (tmp_path / "other.json").write_text('{"weight": 1}')
+    assert found(tmp_path) == ["list"]
+    assert survey(tmp_path).passed_over == {"JSON file": 1}
+
+
+def test_unfinished_outputs_and_folders_of_git(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "weights", "x" * 300 + ".pth", "w.lock.json"):
+        made = os.path.basename(names._beside(str(tmp_path / name)))
+        assert is_temporary_name(made)
+        (tmp_path / made).write_bytes(saved()[:500])
+    for name in (".model.tmp.pth", "model.0123abcd.tmp.pth", ".m.0123ABCD.tmp", ".m.0123abcd.tmp.tar.gz"):
+        assert not is_temporary_name(name)
+    (tmp_path / ".git" / "objects").mkdir(parents=True)
+    (tmp_path / ".git" / "objects" / "m.pth").write_bytes(saved())
+    assert found(tmp_path) == []
+    assert survey(tmp_path).passed_over == {"unfinished ckptkit output": 4, ".git folder": 1}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_of_torch_distributed_checkpoint_is_not_silently_passed_over(tmp_path: Path) -> None:
+    dcp.save({"model": WEIGHTS}, checkpoint_id=tmp_path / "step")
+    assert found(tmp_path) == ["step/.metadata"]
+    assert "torch.distributed.checkpoint" in str(_error(tmp_path / "step" / ".metadata"))
+    (tmp_path / "step" / ".metadata").unlink()  # the save was never finished
+    assert found(tmp_path) == ["step/__0_0.distcp"]
+    (tmp_path / "step" / ".metadata").write_bytes(saved())
+    assert found(tmp_path) == ["step/.metadata", "step/__0_0.distcp"], "no name hides another file"
+
+
+def _error(path: Path) -> Exception:
+    with pytest.raises(ckptkit.CkptkitError) as raised:
+        ckptkit.open(path)
+    return raised.value
+
+
+def test_what_cannot_be_read_is_told_and_the_others_are_found(
+    open_folder: Path, unprivileged: Callable[..., Any]
+) -> None:
+    (open_folder / "shut").mkdir()
+    (open_folder / "shut" / "evil.pth").write_bytes(saved())
+    (open_folder / "a").write_bytes(saved())
+    (open_folder / "notes.txt").write_bytes(b"nobody may read this")
+    (open_folder / "to_evil").symlink_to("shut/evil.pth")
+    (open_folder / "listed").mkdir()
+    for name in ("one", "two"):
+        (open_folder / "listed" / name).mkdir()
+    (open_folder / "listed").chmod(0o444)
+    (open_folder / "shut").chmod(0)
+    (open_folder / "notes.txt").chmod(0)
+    result = unprivileged(survey, open_folder)
+    assert [each.path for each in result.checkpoints] == [str(open_folder / "a")]
+    told_of = {os.path.basename(path): str(error) for path, error in result.unreadable}
+    assert set(told_of) == {"shut", "notes.txt", "to_evil", "one", "two"}
+    assert result.passed_over == {}
+    assert all("Permission denied" in message for message in told_of.values())
+
+
+def test_ten_thousand_small_files(tmp_path: Path) -> None:
+    for number in range(10_000):
+        content = (b"words %d\n" % number, PNG, b'{"n": %d}' % number, b"\xfe\xff\0\1")[number % 4]
+        (tmp_path / f"{number:05}.{('txt', 'png', 'json', 'dat')[number % 4]}").write_bytes(content)
+    (tmp_path / "05000_best").write_bytes(saved())
+    result = survey(tmp_path)
+    assert [os.path.basename(each.path) for each in result.checkpoints] == ["05000_best"]
+    assert sum(result.passed_over.values()) == 10_000
+    assert result.passed_over["text file"] == result.passed_over["PNG image"] == 2500

@@ -1,0 +1,298 @@
+"""Every pickle counts where a policy speaks of pickles: whoever wrote it, and wherever it lies."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import pickle
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckptkit
+from ckptkit.formats.refused.inside import guess_pickle, look_inside
+from ckptkit.limits import Limits
+from ckptkit.released.results import CheckReport
+
+
+class Runs:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("true",)
+
+
+class Own:
+    """A class that nobody has heard of."""
+
+
+def torchs(value: object, *, zipped: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"w": torch.ones(2), "x": value}, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+def array(value: object) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([value, None], dtype=object))
+    return buffer.getvalue()
+
+
+KINDS: dict[str, Callable[[object], bytes]] = {
+    **{f"protocol-{number}": lambda value, number=number: pickle.dumps([1, value], number) for number in range(6)},
+    "behind-a-value": lambda value: b"I1\n0" + pickle.dumps(value, 0),
+    "second-in-a-row": lambda value: pickle.dumps([1], 0) + pickle.dumps(value, 0),
+    "breaks-off": lambda value: pickle.dumps(value, 0)[:-1] + b"\xff and so on",
+    "behind-a-long-text": lambda value: pickle.dumps(["x" * 5000, value], 0),
+    "array-of-objects": array,
+    "with-odd-numbers": lambda value: b"I\r1\n0F\t1\n0" + pickle.dumps(value, 0),
+    "with-the-stack-moved": lambda value: b"I1\n20" + pickle.dumps(value, 0),
+}
+
+
+def zipped(method: int) -> Callable[[bytes], bytes]:
+    def pack(data: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", method) as file:
+            file.writestr("README.md", "words " * 100)
+            file.writestr("some/where", data)
+        return buffer.getvalue()
+
+    return pack
+
+
+def tarred(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for name, content in (("words", b"words"), ("some/where", data)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+PLACES: dict[str, Callable[[bytes], bytes]] = {
+    "a file": lambda data: data,
+    "a zip": zipped(zipfile.ZIP_STORED),
+    "a deflated zip": zipped(zipfile.ZIP_DEFLATED),
+    "a tar": tarred,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """One safe checkpoint and a text."""
+    save_file({"w": torch.ones(2)}, tmp_path / "net.safetensors")
+    (tmp_path / "README.md").write_text("# weights\n")
+    return tmp_path
+
+
+def codes(report: CheckReport) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for finding in report.findings:
+        found.setdefault(Path(finding.path).name, set()).add(finding.code)
+    return found
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickle_counts_whoever_wrote_it_and_wherever_it_lies(folder: Path, kind: str, place: str) -> None:
+    hostile, foreign = (PLACES[place](KINDS[kind](value)) for value in (Runs(), Own()))
+    for name in ("notes.txt", "data.bin", ".m.0123abcd.tmp"):
+        path = folder / name
+        path.write_bytes(hostile)
+        report = ckptkit.check(folder, no_pickle=True, max_trust="safe")
+        assert report.exit_code == 1
+        assert codes(report) == {name: {"pickle-not-allowed", "trust-not-allowed"}}
+        assert any("system" in finding.message for finding in report.findings)
+        assert ckptkit.check(folder, max_trust="needs_trust").exit_code == 1
+        path.write_bytes(foreign)
+        assert codes(ckptkit.check(folder, no_pickle=True)) == {name: {"pickle-not-allowed"}}
+        assert codes(ckptkit.check(folder, max_trust="safe")) == {name: {"trust-not-allowed"}}
+        assert ckptkit.check(folder).exit_code == 0
+        path.unlink()
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "a file"])
+def test_a_checkpoint_in_an_archive_counts(folder: Path, place: str, is_zip: bool) -> None:
+    (folder / "release.zip").write_bytes(PLACES[place](torchs(Runs(), zipped=is_zip)))
+    report = ckptkit.check(folder, no_pickle=True, max_trust="safe")
+    assert report.exit_code == 1
+    assert codes(report) == {"release.zip": {"pickle-not-allowed", "trust-not-allowed"}}
+    assert next(f for f in report.findings if f.rule == "no-pickle").found == ["some/where"]
+    (folder / "release.zip").write_bytes(PLACES[place](torchs(1, zipped=is_zip)))
+    assert ckptkit.check(folder, no_pickle=True).exit_code == 1
+    assert ckptkit.check(folder, max_trust="safe").exit_code == 0, "torch's own names need no trust"
+
+
+def test_without_such_a_policy_hostile_pickles_fail_and_others_are_counted(folder: Path) -> None:
+    (folder / "a").write_bytes(pickle.dumps(Own()))
+    (folder / "b.npz").write_bytes(zipped(zipfile.ZIP_STORED)(array(Own())))
+    report = ckptkit.check(folder)
+    assert (report.exit_code, report.passed_over) == (0, {"text file": 1, "pickle": 1, "zip archive": 1})
+    (folder / "c").write_bytes(pickle.dumps(Runs(), 0))
+    report = ckptkit.check(folder)
+    assert (report.exit_code, codes(report)) == (1, {"c": {"trust-not-allowed"}})
+    assert report.passed_over == {"text file": 1, "pickle": 1, "zip archive": 1}, "what has a result is not passed over"
+
+
+HARMLESS = [
+    b"cat\ndog\nbird\n", b"cpu\ncuda\n", b"Copyright (c) 2026 somebody", b"N.B. this is a text\n", b"I am a text\n",
+    b"If so\n", b"MIT License\n\nPermission\n", b"(c) 2026\n", b"[1, 2]\n", b"]\n", b"Version 3 of it\n", b"Some\n",
+    b"False\n", b"The weights\n", b"}\n", b"Keras\n", b"Go\n", b"Usage: x\n", b"Xi\n", b"Bob\n", b"Load it\n", b"(dp\n",
+    b"class Net:\n    def f(self):\n        pass\n", b"import os\nos.system\n", b"\x89PNG\r\n\x1a\n" + bytes(40),
+    b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }" + b" " * 59 + b"\ncos\nsys\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HARMLESS)
+def test_what_only_begins_like_one_is_none(folder: Path, content: bytes) -> None:
+    for number, (name, pack) in enumerate(PLACES.items()):
+        (folder / f"{number} {name}").write_bytes(pack(content))
+    report = ckptkit.check(folder, no_pickle=True, max_trust="safe")
+    assert report.exit_code == 0, report.findings
+    assert sum(report.passed_over.values()) == 1 + len(PLACES)
+
+
+def encrypted(data: bytes) -> bytes:
+    """A zip archive whose second record says that it is encrypted."""
+    packed = bytearray(zipped(zipfile.ZIP_STORED)(data))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        packed[packed.rindex(signature) + offset] |= 1
+    return bytes(packed)
+
+
+BEYOND: dict[str, Callable[[bytes], bytes]] = {
+    "zip in zip": lambda data: zipped(zipfile.ZIP_STORED)(zipped(zipfile.ZIP_STORED)(data)),
+    "zip in deflated zip": lambda data: zipped(zipfile.ZIP_DEFLATED)(zipped(zipfile.ZIP_DEFLATED)(data)),
+    "tar in zip": lambda data: zipped(zipfile.ZIP_STORED)(tarred(data)),
+    "zip in tar": lambda data: tarred(zipped(zipfile.ZIP_STORED)(data)),
+    "tar in tar": lambda data: tarred(tarred(data)),
+    "gz": gzip.compress,
+    "gz in zip": lambda data: zipped(zipfile.ZIP_STORED)(gzip.compress(data)),
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "zlib": zlib.compress,
+    "zlib, best": lambda data: zlib.compress(data, 9),
+    "zst": lambda data: b"\x28\xb5\x2f\xfd\x04\x00" + data,
+    "7z": lambda data: b"7z\xbc\xaf\x27\x1c" + data,
+    "rar": lambda data: b"Rar!\x1a\x07\x01\x00" + data,
+    "encrypted": encrypted,
+    "behind a program": lambda data: b"\x7fELF" + bytes(99) + zipped(zipfile.ZIP_STORED)(data),
+    "behind an image": lambda data: b"\xff\xd8\xff\xe0" + bytes(99) + zipped(zipfile.ZIP_STORED)(data),
+    "cut off": lambda data: zipped(zipfile.ZIP_STORED)(data)[:-9],
+}
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_what_cannot_be_looked_into_is_neither_passed_nor_failed(folder: Path, kind: str) -> None:
+    (folder / "data").write_bytes(BEYOND[kind](pickle.dumps([1, Runs()])))
+    for policy in ({"no_pickle": True}, {"max_trust": "safe"}, {"max_trust": "needs_trust"}):
+        report = ckptkit.check(folder, **policy)
+        assert (report.exit_code, codes(report)) == (2, {"data": {"not-looked-into"}})
+        assert report.verdict == "1 of 2 files could not be checked, 1 passed"
+    report = ckptkit.check(folder)
+    assert (report.exit_code, sum(report.passed_over.values())) == (0, 2)
+
+
+def test_a_file_that_is_known_to_break_a_rule_needs_no_more(folder: Path) -> None:
+    both = io.BytesIO()
+    with zipfile.ZipFile(both, "w") as file:
+        file.writestr("a", pickle.dumps(Runs()))
+        file.writestr("b.gz", gzip.compress(b""))
+    (folder / "both.zip").write_bytes(both.getvalue())
+    assert ckptkit.check(folder, no_pickle=True).exit_code == 1
+    assert ckptkit.check(folder, max_trust="needs_trust").exit_code == 1
+    (folder / "own.pkl").write_bytes(pickle.dumps(Own()) + b"\xff\xff more")
+    (folder / "both.zip").unlink()
+    assert ckptkit.check(folder, no_pickle=True).exit_code == 1
+    assert codes(ckptkit.check(folder, max_trust="needs_trust")) == {"own.pkl": {"not-looked-into"}}
+
+
+def test_a_pickle_that_is_a_tar_too(folder: Path) -> None:
+    member = tarfile.TarInfo("name").tobuf(tarfile.USTAR_FORMAT)
+    header = bytearray(pickle.dumps(Runs(), 0).ljust(100, b"\0") + member[100:148] + b" " * 8 + member[156:])
+    header[148:156] = b"%06o\0 " % sum(header)
+    (folder / "x").write_bytes(bytes(header) + bytes(10240))
+    report = ckptkit.check(folder, no_pickle=True, max_trust="needs_trust")
+    assert (report.exit_code, codes(report)) == (1, {"x": {"pickle-not-allowed", "trust-not-allowed"}})
+
+
+def test_the_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(zipped(zipfile.ZIP_DEFLATED)(pickle.dumps([Runs(), "x" * 9000])))
+    assert look_inside(str(path)).pickles == ("some/where",)
+    assert look_inside(str(path), Limits(members=1)).beyond == (("", "more than 1 members"),)
+    ((name, why),) = look_inside(str(path), Limits(looked_nbytes=5000)).beyond
+    assert name == "some/where" and "more than are looked at" in why
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        for number in range(3):
+            file.writestr(str(number), b"\x80\x04" + bytes(1 << 20))
+    path.write_bytes(bomb.getvalue())
+    assert {name for name, _ in look_inside(str(path), Limits(looked_nbytes=3 << 20)).beyond} == {"0", "1", "2"}
+
+
+def test_first_bytes_that_do_not_tell() -> None:
+    text = b"S'" + b"x" * 3000 + b"'\n0" + pickle.dumps(Runs(), 0)
+    assert guess_pickle(text[:512], len(text)) == "maybe"
+    assert guess_pickle(b"", 0) is None
+    assert guess_pickle(pickle.dumps(3, 0), 4) == "pickle"
+
+
+@pytest.mark.parametrize("name", ["data.zip", "model.pth", "x"])
+def test_a_file_that_is_named_cannot_be_read_and_its_pickle_is_named(tmp_path: Path, name: str) -> None:
+    for content in (zipped(zipfile.ZIP_STORED)(pickle.dumps(Runs())), pickle.dumps(Runs()), pickle.dumps(Runs(), 0)):
+        (tmp_path / name).write_bytes(content)
+        report = ckptkit.check(tmp_path / name, no_pickle=True, max_trust="safe")
+        assert report.exit_code == 2
+        assert codes(report) == {name: {"file-unreadable", "pickle-not-allowed", "trust-not-allowed"}}
+        assert codes(ckptkit.check(tmp_path / name)) == {name: {"file-unreadable"}}
+
+
+def test_policies_for_some_files_alone(folder: Path) -> None:
+    (folder / "cache.joblib").write_bytes(pickle.dumps(Own()))
+    (folder / "ckptkit.toml").write_text('no-pickle = true\n[[overrides]]\nfiles = ["*.joblib"]\nno-pickle = false\n')
+    assert ckptkit.check(folder, config=folder / "ckptkit.toml").exit_code == 0
+    (folder / "other").write_bytes(pickle.dumps(Own()))
+    assert codes(ckptkit.check(folder, config=folder / "ckptkit.toml")) == {"other": {"pickle-not-allowed"}}
+
+
+def test_a_manifest_counts_the_pickles_beside_its_files(folder: Path) -> None:
+    made = ckptkit.manifest(folder, folder / "w.lock.json")
+    assert made.passed_over == {"text file": 1}
+    (folder / "x").write_bytes(pickle.dumps(Own()))
+    assert ckptkit.check(manifest=folder / "w.lock.json").passed_over == {"text file": 1, "pickle": 1}
+    report = ckptkit.check(manifest=folder / "w.lock.json", no_pickle=True)
+    assert (report.exit_code, codes(report)) == (1, {"x": {"pickle-not-allowed"}})
+    assert json.loads(report.to_json())["passed_over"] == {"text file": 1}
+
+
+def test_a_folder_with_pickles_alone_fails_and_one_with_texts_is_nothing_checked(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(pickle.dumps(Own()))
+    assert ckptkit.check(tmp_path, no_pickle=True).exit_code == 1
+    report = ckptkit.check(tmp_path)
+    assert (report.exit_code, codes(report)) == (2, {tmp_path.name: {"nothing-selected"}})
+    assert "passed over: 1 file (1 pickle)" in report.findings[0].message
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_metadata_of_a_sharded_checkpoint_is_a_pickle_too(folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"w": torch.ones(4)}, checkpoint_id=folder / "step")
+    report = ckptkit.check(folder, no_pickle=True)
+    assert (report.exit_code, codes(report)) == (2, {".metadata": {"file-unreadable", "pickle-not-allowed"}})
+    assert ckptkit.check(folder).exit_code == 2
