@@ -39,6 +39,10 @@ COMMANDS = {
 _COMPLETION = "_CKPTKIT_COMPLETE"
 """The variable by which a shell asks; click derives it from the program's name."""
 
+_NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
+    filter(None, (getattr(click.exceptions, "NoArgsIsHelpError", None),))  # since click 8.2
+)
+
 _GARBAGE_THRESHOLD = 100_000
 """New objects after which Python looks for garbage; by default some hundreds."""
 
@@ -108,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with _termination_heard():
             code = cli.main(args=arguments, prog_name="ckptkit", standalone_mode=False)
         sys.stdout.flush()
-    except click.exceptions.NoArgsIsHelpError as error:
+    except _NO_ARGUMENTS as error:
         click.echo(error.format_message())
         code = 2
     except click.ClickException as error:
