@@ -69,7 +69,7 @@ def by_hand(
     for renamer in renamers:
         _renamed(tree, state, renamer)
     if map_location is not None:
-        mapping = map_location if isinstance(map_location, Mapping) else dict.fromkeys(loaded.tags, map_location)
+        mapping = map_location if isinstance(map_location, Mapping) else dict.fromkeys(loaded.of.values(), map_location)
         hand.of = {storage: mapping.get(tag, tag) for storage, tag in hand.of.items()}
     if tied != "alias":
         hand.untie(state, refuse=tied == "error")
