@@ -23,6 +23,9 @@ hypothesis.settings.load_profile("repeatable")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
+PYTHON = os.environ.get("CKPTKIT_PYTHON", sys.executable)
+"""What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch."""
+
 SaveAs = Callable[..., Path]
 
 
@@ -69,7 +72,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "ckptkit", *map(str, arguments)],
+            [PYTHON, "-m", "ckptkit", *map(str, arguments)],
             capture_output=True,
             text=True,
             encoding="utf-8",

@@ -39,10 +39,6 @@ COMMANDS = {
 _COMPLETION = "_CKPTKIT_COMPLETE"
 """The variable by which a shell asks; click derives it from the program's name."""
 
-_NO_ARGUMENTS: tuple[type[click.UsageError], ...] = tuple(
-    filter(None, (getattr(click.exceptions, "NoArgsIsHelpError", None),))  # since click 8.2
-)
-
 _GARBAGE_THRESHOLD = 100_000
 """New objects after which Python looks for garbage; by default some hundreds."""
 
@@ -64,6 +60,20 @@ class _Commands(click.Group):
             return None
         command = import_module(f"ckptkit.cli.{cmd_name}").command
         return command if isinstance(command, click.Command) else None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:  # click 8.1 ends with 0, later ones raise what 8.1 does not have
+            click.echo(ctx.get_help())
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # click 8.1 takes what begins with a slash for an option, and shows the help.
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}.")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -112,9 +122,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with _termination_heard():
             code = cli.main(args=arguments, prog_name="ckptkit", standalone_mode=False)
         sys.stdout.flush()
-    except _NO_ARGUMENTS as error:
-        click.echo(error.format_message())
-        code = 2
     except click.ClickException as error:
         error.show()
         code = 2
