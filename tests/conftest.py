@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,6 +48,23 @@ def save(tmp_path: Path) -> SaveAs:
         return path
 
     return write
+
+
+@pytest.fixture
+def without_checksums() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which torch.save leaves checksums out."""
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch always records checksums: leaving them out is an option of later ones")
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(True)
+
+    return context
 
 
 @pytest.fixture

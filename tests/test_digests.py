@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from generated_tensors import STORABLE
 from safetensors.torch import save_file
 
 import ckptkit
@@ -159,9 +160,7 @@ def test_values_that_have_to_be_computed(save: Save) -> None:
     assert digested(save(state)).content_digest == specified(state)
 
 
-@pytest.mark.parametrize(
-    "dtype", [name for name in DTYPES if hasattr(torch, name) and DTYPES[name].kind != "quantized"]
-)
+@pytest.mark.parametrize("dtype", STORABLE)
 def test_every_dtype(dtype: str, save: Save) -> None:
     if dtype == "bcomplex32":
         state = {"w": torch.zeros(4, dtype=torch.uint8)}  # torch saves none

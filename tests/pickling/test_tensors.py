@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from generated_tensors import STORABLE
 
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
@@ -44,9 +45,6 @@ def rewritten(path: Path) -> Path:
     return target
 
 
-PLAIN = [name for name, row in DTYPES.items() if row.kind != "quantized" and hasattr(torch, name)]
-
-
 def of_dtype(name: str, *shape: int) -> torch.Tensor:
     dtype = getattr(torch, name)
     count = DTYPES[name].itemsize
@@ -57,7 +55,7 @@ def of_dtype(name: str, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*support is experimental:UserWarning")
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", STORABLE)
 def test_every_dtype_is_read_and_written_bit_for_bit(name: str, save: Save, same_bits: SameBits) -> None:
     whole = of_dtype(name, 4, 6)
     path = save({"whole": whole, "part": whole[1:, 2:5], "empty": of_dtype(name, 0, 3), "scalar": of_dtype(name)})
@@ -82,7 +80,7 @@ def test_the_table_has_every_dtype_of_torch_that_fills_bytes() -> None:
     assert known - fractions <= set(DTYPES)
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if DTYPES[name].numpy is not None])
+@pytest.mark.parametrize("name", [name for name in STORABLE if DTYPES[name].numpy is not None])
 def test_item_sizes_are_torchs(name: str) -> None:
     assert DTYPES[name].itemsize == getattr(torch, name).itemsize
     assert DTYPES[name].is_floating == getattr(torch, name).is_floating_point

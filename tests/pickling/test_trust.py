@@ -96,7 +96,7 @@ HONEST = {
     "bytes io": io.BytesIO(b"x"),
     "deque": collections.deque([1]),
     "module": torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.ReLU()),
-    "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 1),
+    "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1), 1),
 }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch_oracle import Loaded
 
+from ckptkit.dtypes import DTYPES
+
 __all__ = ["Refused", "by_hand"]
 
 
@@ -82,8 +84,7 @@ def _state_dict(tree: Any) -> dict[str, torch.Tensor]:
 
 def _counts(tensor: torch.Tensor) -> bool:
     """Whether it is of a dtype that no parameter has."""
-    whole = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64)
-    return tensor.dtype in (*whole, torch.bool)
+    return DTYPES[str(tensor.dtype).removeprefix("torch.")].kind in ("int", "bool")
 
 
 # Names.

@@ -136,7 +136,7 @@ EMPTY = torch.empty(0)
     [
         {"packed": BYTES, "weight": BYTES.view(torch.float8_e4m3fn)},
         {"weight": BYTES.view(torch.float8_e4m3fn), "packed": BYTES},
-        {"weight": BYTES.view(torch.uint16), "scale": BYTES.view(torch.float8_e5m2)[3:]},
+        {"weight": BYTES.view(torch.int16), "scale": BYTES.view(torch.float8_e5m2)[3:]},
         {"empty": EMPTY, "as integers": EMPTY.view(torch.int32)},
         {"state_dict": {"packed": BYTES}, "bytes": BYTES.untyped_storage()},
         {"state_dict": {"packed": BYTES[:13]}, "bytes": [torch.UntypedStorage(0), torch.UntypedStorage(3)]},
