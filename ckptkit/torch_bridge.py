@@ -48,6 +48,13 @@ _ALIGNMENT = 64
 """Bytes: as torch allocates.  Kernels choose by alignment how they sum up, so that the last bits of a product may
 differ between a tensor in a file and its copy in memory; aligned, they were the same wherever it was measured."""
 
+_SINCE = {
+    **dict.fromkeys(("uint16", "uint32", "uint64"), "2.3"),
+    "float8_e8m0fnu": "2.7",
+    "float4_e2m1fn_x2": "2.8",
+}
+"""The first torch of the dtypes that the oldest supported one lacks."""
+
 _SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """A type of each width to swap bytes as: only the width matters, and not every torch can swap every type."""
 
@@ -60,7 +67,8 @@ def dtype_of(name: str) -> torch.dtype:
     """
     found = getattr(torch, dtype(name).name, None)
     if not isinstance(found, torch.dtype):
-        raise DTypeError(f"torch {torch.__version__} has no dtype {name}; a newer torch may")
+        newer = f"torch {_SINCE[name]} or later has it" if name in _SINCE else "a newer torch may have it"
+        raise DTypeError(f"torch {torch.__version__} has no dtype {name}; {newer}")
     return found
 
 

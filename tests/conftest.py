@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +23,9 @@ hypothesis.settings.register_profile("searching", derandomize=False)
 hypothesis.settings.load_profile("repeatable")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+PYTHON = os.environ.get("CKPTKIT_PYTHON", sys.executable)
+"""What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch."""
 
 SaveAs = Callable[..., Path]
 
@@ -49,6 +52,23 @@ def save(tmp_path: Path) -> SaveAs:
 
 
 @pytest.fixture
+def without_checksums() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which torch.save leaves checksums out."""
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        pytest.skip("this torch always records checksums: leaving them out is an option of later ones")
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(True)
+
+    return context
+
+
+@pytest.fixture
 def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
     """Whether two tensors agree in dtype, shape and every bit (NaN payloads and signs of zero too)."""
 
@@ -70,7 +90,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "ckptkit", *map(str, arguments)],
+            [PYTHON, "-m", "ckptkit", *map(str, arguments)],
             capture_output=True,
             text=True,
             encoding="utf-8",

@@ -13,10 +13,14 @@ import torch
 
 from ckptkit import DTypeError, casting
 from ckptkit.casting import CAST_SOURCES, CAST_TARGETS, Losses, caster
+from ckptkit.dtypes import DTYPES
 
-PAIRS = [(before, after) for before in CAST_SOURCES for after in CAST_TARGETS if before != after]
+HERE = [name for name in CAST_TARGETS if hasattr(torch, name)]
+"""What this torch, the judge, can cast to."""
+
+PAIRS = [(before, after) for before in CAST_SOURCES for after in HERE if before != after and hasattr(torch, before)]
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SMALL = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+SMALL = [name for name in CAST_SOURCES if DTYPES[name].itemsize < 4 and hasattr(torch, name)]
 UNSIGNED_NAN = ("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 
@@ -116,7 +120,7 @@ def test_a_cast_is_torchs_and_its_losses_are_counted(before: str, after: str) ->
     assert cast.losses(data, result) == counted_slowly(values, got)
 
 
-@pytest.mark.parametrize("name", CAST_TARGETS)
+@pytest.mark.parametrize("name", HERE)
 def test_a_cast_to_the_same_dtype_changes_nothing(name: str) -> None:
     data = to_bytes(values_of(name))
     assert caster(name, name)(data) == data
@@ -166,9 +170,9 @@ def test_losses_add_up() -> None:
 
 @pytest.mark.parametrize(("before", "after"), PAIRS)
 def test_a_value_is_cast_the_same_wherever_it_stands(before: str, after: str) -> None:
-    values = torch.cat([values_of(before)[:3001], torch.full((10,), float("nan")).to(torch_dtype(before))])
-    cast, width = caster(before, after), values.element_size()
-    data = to_bytes(values)
+    nan = torch.full((10,), float("nan")).to(torch_dtype(before))
+    cast, width = caster(before, after), nan.element_size()
+    data = to_bytes(values_of(before)[:3001]) + to_bytes(nan)
     pieces = b"".join(cast(data[start : start + 7 * width]) for start in range(0, len(data), 7 * width))
     assert cast(data) == pieces
 

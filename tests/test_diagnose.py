@@ -6,8 +6,8 @@ import argparse
 import builtins
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,6 @@ class Naming:
 
     def __reduce__(self) -> Any:
         return self.function, self.args
-
-
-@contextmanager
-def without_checksums() -> Iterator[None]:
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(True)
 
 
 def findings(path: Path) -> dict[str, Finding]:
@@ -118,7 +109,7 @@ def test_a_device_anywhere_in_the_file(save: Save) -> None:
         assert "cuda:0 (1)" in found["device-location"].message
 
 
-def test_crc_not_recorded(save: Save) -> None:
+def test_crc_not_recorded(save: Save, without_checksums: Callable[[], AbstractContextManager[None]]) -> None:
     with without_checksums():
         path = save(WEIGHTS)
     assert "crc-not-recorded" in findings(path)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from generated_tensors import STORABLE
 from safetensors.torch import load_file
 
 import ckptkit
@@ -209,6 +210,8 @@ def test_whole_model_is_read_without_its_class(make: ModuleType, same_bits: Same
 
 @pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")
 def test_tied_equals_what_torch_loads(make: ModuleType, same_bits: SameBits) -> None:
+    if lacking := [name for name in make.PLAIN_DTYPES if name not in STORABLE]:
+        pytest.skip(f"this torch cannot load the file: it has no {', '.join(lacking)}")
     expected = torch.load(FIXTURES / "tied.pth", weights_only=True)
     with opened("tied.pth") as checkpoint:
         state_dict = checkpoint.state_dict

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from generated_tensors import STORABLE
 
 from ckptkit import formats
 from ckptkit.checkpoint import TensorEntry
@@ -70,12 +71,8 @@ def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
             assert math.isclose(found[key], wanted[key], rel_tol=1e-12, abs_tol=1e-300), key
 
 
-WITH_VALUES = [row.name for row in DTYPES.values() if row.numpy and row.kind != "complex"]
-WITHOUT = [
-    row.name
-    for row in DTYPES.values()
-    if (not row.numpy or row.kind == "complex") and row.kind != "quantized" and hasattr(torch, row.name)
-]
+WITH_VALUES = [name for name in STORABLE if DTYPES[name].numpy and DTYPES[name].kind != "complex"]
+WITHOUT = [name for name in STORABLE if name not in WITH_VALUES]
 
 
 @pytest.mark.parametrize("dtype", WITH_VALUES)

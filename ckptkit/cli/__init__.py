@@ -52,7 +52,7 @@ class _Commands(click.Group):
     """The commands, imported when asked for, so that starting one costs only itself."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args and not ctx.resilient_parsing:  # what click does here differs between its versions
+        if not args and not ctx.resilient_parsing:  # click 8.1 ends with 0, later ones raise what 8.1 lacks
             code = ending.verdict(2)
             click.echo(ctx.get_help())
             ctx.exit(code)
@@ -66,6 +66,14 @@ class _Commands(click.Group):
             return None
         command = import_module(f"ckptkit.cli.{cmd_name}").command
         return command if isinstance(command, click.Command) else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # click 8.1 takes what begins with a slash for an option, and shows the help.
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}.")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -73,7 +73,9 @@ def test_outputs_before_and_after_are_equal(run, save, tmp_path: Path) -> None:
 
 
 def test_safetensors_to_pth(run, tmp_path: Path) -> None:
-    state = {"w": torch.rand(3, 4), "h": torch.rand(2).bfloat16(), "u": torch.tensor([1, 2], dtype=torch.uint16)}
+    state = {"w": torch.rand(3, 4), "h": torch.rand(2).bfloat16(), "u": torch.tensor([1, 2], dtype=torch.uint8)}
+    if hasattr(torch, "uint16"):
+        state["v"] = torch.tensor([1, 2], dtype=torch.uint16)
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
     assert run("convert", "a.safetensors", "b.pth").returncode == 0
     loaded = torch.load(tmp_path / "b.pth")  # weights_only

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ckptkit.cli import COMMANDS as ALL
+
 COMMANDS = ("convert", "explain", "inspect", "verify")
 
 
@@ -34,11 +36,28 @@ def test_version(run) -> None:
     assert run("--version").stdout == f"ckptkit {ckptkit.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["inspect"], ["convert", "a.pth"], ["inspect", "--nope"]])
-def test_bad_usage_is_2(run, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "Commands:"),
+        (["--debug"], "Missing command"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["/some/file.pth"], "No such command '/some/file.pth'"),
+        (["--nope"], "No such option"),
+        *(([command, "--nope"], "No such option") for command in sorted(ALL)),
+        (["inspect"], "Usage: ckptkit inspect"),
+        (["convert", "a.pth"], "Missing argument"),
+        (["diff", "a", "b", "c"], "unexpected extra argument"),
+        (["inspect", "a.pth", "--depth", "deep"], "Invalid value for '--depth'"),
+        (["inspect", "a.pth", "--sort", "colour"], "Invalid value for '--sort'"),
+    ],
+)
+def test_bad_usage_is_2_and_no_crash(run, arguments: list[str], said: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
+    assert said in done.stderr + done.stdout
     assert "Traceback" not in done.stderr + done.stdout
+    assert "internal error" not in done.stderr
 
 
 def refusals(folder: Path) -> dict[str, Path]:

@@ -140,7 +140,8 @@ def test_rules_of_options_and_files_in_the_order_given(save, converted, agree, t
 
 def test_param_names_of_an_optimizer_follow(save, convert, model: Inner) -> None:
     wrapped = nn.DataParallel(model)
-    optimizer = torch.optim.SGD(wrapped.named_parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    optimizer.param_groups[0]["param_names"] = [name for name, _ in wrapped.named_parameters()]  # as torch 2.6 does
     path = save({"model": wrapped.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 2})
     assert convert(path, "out.pth", "--strip-module", "--rename", "^head=>top").code == 0
     written = torch.load("out.pth", weights_only=True)

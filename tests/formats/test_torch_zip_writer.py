@@ -70,7 +70,7 @@ def test_the_written_file(save: Save, same_bits: SameBits, tmp_path: Path) -> No
 def test_mmap_loads_what_is_written(save: Save, same_bits: SameBits, tmp_path: Path) -> None:
     state = model()
     write(read(save(state)), tmp_path / "again.pth")
-    again = torch.load(tmp_path / "again.pth", mmap=True)
+    again = torch.load(str(tmp_path / "again.pth"), mmap=True)
     assert all(same_bits(again[name].clone(), value) for name, value in state.items())
 
 
@@ -152,7 +152,7 @@ def test_storages_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
     found = read(path).state_dict
     assert found["big"].storage.source.offset == reader.get_record_offset("data/0")
     assert found["small"].storage.source.offset == reader.get_record_offset("data/1") > big
-    loaded = torch.load(path, mmap=True)
+    loaded = torch.load(str(path), mmap=True)
     assert (loaded["big"].shape, loaded["small"].shape) == ((big,), (small,))
     assert loaded["big"][-1] == 0
 

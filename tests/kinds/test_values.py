@@ -51,7 +51,7 @@ def test_values_that_are_no_plain_tensors_are_kept_and_named(save: Save, opened:
         assert finding.message.startswith("3 values")
         assert all(name in finding.message for name in ("layer._extra_state", "q (", "s ("))
     ckptkit.convert(path, tmp_path / "out.pth")
-    written = torch.load(tmp_path / "out.pth", weights_only=True)
+    written = torch.load(tmp_path / "out.pth", weights_only=hasattr(torch.serialization, "add_safe_globals"))
     assert list(written) == list(saved)
     assert torch.equal(written["q"].int_repr(), saved["q"].int_repr())
     assert torch.equal(written["s"].to_dense(), saved["s"].to_dense())
@@ -178,16 +178,17 @@ def test_tensors_of_every_layout_keep_their_name_and_place(save: Save, opened: O
         subclass=torch.ones(3).as_subclass(Marked),
         sparse=torch.eye(2).to_sparse(),
         csr=torch.eye(2).to_sparse_csr(),
-        nested=torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
         quantized=torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
         meta=torch.empty(2, device="meta"),
         conj=torch.ones(2, dtype=torch.complex64).conj(),
     )
+    if hasattr(torch._utils, "_rebuild_nested_tensor"):  # else torch saves none
+        saved["nested"] = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
     path = save(saved)
     with opened(path) as checkpoint:
         assert checkpoint.origin.kind == "state_dict"
         assert list(checkpoint.state_dict.everything) == list(saved)
-        assert set(checkpoint.state_dict.extra) == {"sparse", "csr", "nested", "quantized", "meta"}
+        assert set(checkpoint.state_dict.extra) == {"sparse", "csr", "quantized", "meta", "nested"} & set(saved)
         assert checkpoint.state_dict["conj"].is_conj
         assert checkpoint.state_dict["subclass"].subclass is not None
     ckptkit.convert(path, tmp_path / "out.pth")

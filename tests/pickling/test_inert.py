@@ -263,7 +263,8 @@ def test_tensors_in_attributes_of_tensors_end_somewhere() -> None:
 class WithBuffers(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.scale = torch.nn.Buffer(torch.ones(2))
+        self.register_buffer("scale", torch.ones(2))
+        self.scale.note = "noted"
 
 
 def test_a_model_with_many_tensors_that_carry_attributes_is_copied(save: Callable[..., Path]) -> None:

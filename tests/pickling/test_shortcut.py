@@ -23,6 +23,9 @@ from ckptkit.pickling.tensors import StorageTable
 
 Save = Callable[..., Path]
 
+UNTYPED = getattr(torch, "uint16", torch.uint8)
+"""A dtype that torch saves as untyped bytes, where it has one."""
+
 
 class Counting(TensorShortcut):
     """Counts what it understood."""
@@ -114,7 +117,7 @@ OBJECTS: dict[str, Any] = {
     ),
     "views": many(base=BASE, part=BASE[1:, ::2], same=BASE, turned=BASE.t(), row=BASE[3]),
     "dtypes": many(long=torch.zeros(3, dtype=torch.int64), bool=torch.zeros(3, dtype=torch.bool),
-                   half=torch.zeros(3, dtype=torch.bfloat16), short=torch.zeros(3, dtype=torch.uint16)),
+                   half=torch.zeros(3, dtype=torch.bfloat16), short=torch.zeros(3, dtype=UNTYPED)),
     "grad": many(w=torch.zeros(2, requires_grad=True), conj=torch.zeros(2, dtype=torch.complex64).conj()),
     "whole model": nn.Sequential(*(nn.Linear(2, 2) for _ in range(40))),
     "nested": {"model": many(), "list": [torch.zeros(1)] * 3, "hooks": torch.nn.Parameter(torch.zeros(2))},

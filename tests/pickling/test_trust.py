@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from generated_tensors import STORABLE
 
 from ckptkit import formats
 from ckptkit.checkpoint import GRAVITY, GlobalUse, trust_of
@@ -112,7 +113,7 @@ HONEST: dict[str, Any] = {
     "bytes io": io.BytesIO(b"x"),
     "deque": collections.deque([1]),
     "module": torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.ReLU()),
-    "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 1),
+    "scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1), 1),
 }  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def test_every_name_that_torchs_weights_only_loader_accepts_is_safe_here() -> No
     from torch._weights_only_unpickler import _get_allowed_globals
 
     names = [qualified.rpartition(".") for qualified in _get_allowed_globals()]
-    assert len(names) > 100
+    assert len(names) > 80
     assert [name for module, _, name in names if verdict(module, name) not in ("torch", "allowed")] == []
 
 
@@ -183,7 +184,9 @@ def test_what_torchs_weights_only_loader_accepts_is_safe_here(save: Save) -> Non
     value = {"w": torch.ones(2), "p": torch.nn.Parameter(torch.ones(1)), "s": {1, 2}, "b": b"x",
              "size": torch.Size([1]), "dtype": torch.float16, "device": torch.device("cpu"),
              "c": collections.Counter("ab"),
-             "f8": torch.ones(2).to(torch.float8_e5m2), "sparse": torch.eye(2).to_sparse()}  # fmt: skip
+             "sparse": torch.eye(2).to_sparse()}  # fmt: skip
+    if "float8_e5m2" in STORABLE:
+        value["f8"] = torch.ones(2).to(torch.float8_e5m2)
     path = save(value)
     torch.load(path, weights_only=True)
     checkpoint, file = formats.read(path)

@@ -27,6 +27,9 @@ from ckptkit.pickling.writer import write_pickle
 
 PROTOCOLS = range(6)
 
+UNTYPED = getattr(torch, "uint16", torch.uint8)
+"""A dtype that torch saves as untyped bytes, where it has one."""
+
 
 def itself(node: object) -> object:
     return node
@@ -256,7 +259,7 @@ TORCH_VALUES = {
     "resume": lambda: {"model": torch.nn.Linear(2, 2).state_dict(), "epoch": 3, "lr": 1e-3, "best": None,
                        "optimizer": torch.optim.Adam(torch.nn.Linear(2, 2).parameters()).state_dict()},
     "tensor": lambda: torch.zeros(3),
-    "list": lambda: [torch.zeros(1, dtype=dtype) for dtype in (torch.float16, torch.int8, torch.uint16)],
+    "list": lambda: [torch.zeros(1, dtype=dtype) for dtype in (torch.float16, torch.int8, UNTYPED)],
     "plain": lambda: {"a": [1, 2.5, "x", b"bytes", None, (1, 2)]},
 }  # fmt: skip
 

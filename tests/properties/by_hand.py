@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch_oracle import Loaded
 
+from ckptkit.dtypes import DTYPES
+
 __all__ = ["Refused", "by_hand"]
 
 
@@ -69,7 +71,7 @@ def by_hand(
     for renamer in renamers:
         _renamed(tree, state, renamer)
     if map_location is not None:
-        mapping = map_location if isinstance(map_location, Mapping) else dict.fromkeys(loaded.tags, map_location)
+        mapping = map_location if isinstance(map_location, Mapping) else dict.fromkeys(loaded.of.values(), map_location)
         hand.of = {storage: mapping.get(tag, tag) for storage, tag in hand.of.items()}
     if tied != "alias":
         hand.untie(state, refuse=tied == "error")
@@ -82,8 +84,7 @@ def _state_dict(tree: Any) -> dict[str, torch.Tensor]:
 
 def _counts(tensor: torch.Tensor) -> bool:
     """Whether it is of a dtype that no parameter has."""
-    whole = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64)
-    return tensor.dtype in (*whole, torch.bool)
+    return DTYPES[str(tensor.dtype).removeprefix("torch.")].kind in ("int", "bool")
 
 
 # Names.

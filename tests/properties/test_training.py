@@ -144,7 +144,7 @@ def test_cast_weights_keep_the_optimizer(folder: Path, seed: int, dtype: str) ->
     assert not any(fresh.load_state_dict(found["model"]))
     Same()(dict(cast.state_dict()), dict(fresh.state_dict()))
     Same()(resume["optimizer"]["state"], found["optimizer"]["state"])
-    torch.optim.AdamW(fresh.named_parameters()).load_state_dict(found["optimizer"])
+    torch.optim.AdamW(fresh.parameters()).load_state_dict(found["optimizer"])
 
 
 @FEW

@@ -76,7 +76,8 @@ class Loaded:
 
     Attributes:
         tree: it.
-        tags: of its storages, in the order they are met.
+        tags: of its storages that hold bytes, in the order they are met.  Of an empty one torch makes another each
+            time it is named: from a zip file it asks for a place for each, from a legacy file for the first alone.
         of: the tag of each storage by its address, ``_cdata``.
         kept: the storages, so that no address is taken again.
     """
@@ -86,9 +87,16 @@ class Loaded:
     of: dict[int, str] = field(default_factory=dict)
     kept: list[torch.UntypedStorage] = field(default_factory=list)
 
-    def tag(self, tensor: torch.Tensor) -> str:
-        """The device tag of the tensor's storage."""
-        return self.of[tensor.untyped_storage()._cdata]
+    def tag(self, tensor: torch.Tensor) -> str | None:
+        """The device tag of the tensor's storage; ``None`` where torch did not ask for its place: see ``tags``."""
+        storage = tensor.untyped_storage()
+        return self.of.get(storage._cdata) if not storage.nbytes() else self.of[storage._cdata]
+
+
+def check_tags(old: Loaded, new: Loaded, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Every storage keeps its device tag."""
+    known = [pair for pair in pairs if old.tag(pair[0]) is not None]
+    assert [new.tag(after) for _, after in known] == [old.tag(before) for before, _ in known]
 
 
 def load(path: Path) -> Loaded:
@@ -97,7 +105,8 @@ def load(path: Path) -> Loaded:
 
     def cpu(storage: Any, tag: str) -> Any:
         untyped = storage if isinstance(storage, torch.UntypedStorage) else storage._untyped_storage
-        loaded.tags.append(tag)
+        if untyped.nbytes():
+            loaded.tags.append(tag)
         loaded.of[untyped._cdata] = tag
         loaded.kept.append(untyped)
         return storage

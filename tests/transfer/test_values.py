@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from generated_tensors import STORABLE
 from plans import bits
 
 from ckptkit.bytesource import ByteRange, SourceFile
@@ -63,11 +64,7 @@ def test_every_layout(entry: Entry, monkeypatch: pytest.MonkeyPatch, layout: str
         assert all(len(chunk) <= chunk_nbytes for chunk in stream(source))
 
 
-def saveable(dtype: str) -> bool:
-    return DTYPES[dtype].kind != "quantized" and hasattr(torch, dtype)
-
-
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if saveable(dtype)])
+@pytest.mark.parametrize("dtype", STORABLE)
 def test_every_dtype(entry: Entry, dtype: str) -> None:
     width = DTYPES[dtype].itemsize
     # All byte values: NaN with payloads, denormals, bools that are neither 0 nor 1.

@@ -41,6 +41,24 @@ def module(build_parts: Callable[[nn.Module], object]) -> Callable[[], nn.Module
     return Built
 
 
+class Sorted(nn.Module):
+    """Keeps an order that it finds in the values; without values it fails as if it could not be inverted."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight[self.order]
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        order = sorted(range(len(weight)), key=weight.flatten().tolist().__getitem__)
+        self.register_buffer("order", torch.tensor(order))
+        return weight
+
+
+def parametrized(parametrization: nn.Module) -> nn.Module:
+    layer = nn.Linear(1, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", parametrization, unsafe=True)
+    return layer
+
+
 def parts(**given: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
     """A factory of a module with these attributes, each made from the module as it is by then."""
 
@@ -163,6 +181,7 @@ class Named(nn.Parameter):
         ),
         lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)),
         lambda: nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)),
+        lambda: parametrized(Sorted()),
         nn.Linear(2, 2),
     ],
 )

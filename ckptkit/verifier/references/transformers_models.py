@@ -119,7 +119,8 @@ def _renaming(model: nn.Module) -> nn.Module:
                 state[new] = state.pop(name)
 
     if renamings:
-        model.register_load_state_dict_pre_hook(rename)  # type: ignore[no-untyped-call]
+        # Of torch's own use, and public only since 2.5.
+        model._register_load_state_dict_pre_hook(rename, with_module=True)  # type: ignore[no-untyped-call]
     return model
 
 

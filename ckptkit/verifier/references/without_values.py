@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from ckptkit.errors import VerifyError
 from ckptkit.verifier.foreign import foreign
@@ -115,7 +117,7 @@ class _Shells:
             all(type(p) is nn.Parameter and p.is_meta for p in owned.values())
             and not any(isinstance(module, torch.jit.ScriptModule) for module in modules)
             and not any(buffer.is_meta for buffer in model.buffers())
-            and not any(_has_derived(module, owned) for module in modules)
+            and not any(_has_derived(module, owned) or _may_lack_parts(module) for module in modules)
             and not _overlap(owned)
             and not self._left_over(owned)
             and not _held_elsewhere(modules, owned)
@@ -156,6 +158,17 @@ def _has_derived(module: nn.Module, owned: dict[int, nn.Parameter]) -> bool:
             seen.add(id(value))
             pending.extend(value.values() if isinstance(value, dict) else value)
     return False
+
+
+def _may_lack_parts(module: nn.Module) -> bool:
+    """Whether a parametrization may be without what it computes from the first weight.
+
+    Where it needs values it can fail with NotImplementedError (up to torch 2.2 each read of a value does), which
+    ``register_parametrization`` takes for "has no right inverse".
+    """
+    return isinstance(module, parametrize.ParametrizationList) and any(
+        hasattr(each, "right_inverse") and type(each) is not _WeightNorm for each in module
+    )
 
 
 def _overlap(owned: dict[int, nn.Parameter]) -> bool:
