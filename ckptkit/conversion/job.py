@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
@@ -63,7 +64,7 @@ class Job:
         Raises:
             RewriteError: the container cannot hold the checkpoint.
         """
-        size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+        size: Any = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
         if size is not None and (not isinstance(size, int) or size < 1):
             raise RewriteError(f"files of at most {size:,} bytes are none; give a size such as 5GB")
         tokens = Tokens()
