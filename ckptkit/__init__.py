@@ -13,7 +13,7 @@ Some rooms are more than the first sketch had: `plan`, because writers make plan
 executes them and neither should know the other; `compare`, because the proof that an output
 is right must go through the readers, which the mover of bytes must not know; `inspection` (the
 document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).  `architectures`
-knows which models have a checkpoint's names and shapes.  `conversion`
+knows which models have a checkpoint's names and shapes, `arguments` what can be asked for at all.  `conversion`
 turns options into rewriters, plans and carries out one output, and tells what came of it; `checkpoint_file` is what
 `open` gives.
 `differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check` holds

@@ -27,7 +27,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of what was read into memory instead."""
     seen: list[int] = []
     into = torch_bridge._read_into
-    monkeypatch.setattr(torch_bridge, "_read_into", lambda m, source: seen.append(source.nbytes) or into(m, source))
+    monkeypatch.setattr(
+        torch_bridge, "_read_into", lambda m, source, sums: seen.append(source.nbytes) or into(m, source, sums)
+    )
     return seen
 
 

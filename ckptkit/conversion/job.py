@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
@@ -64,9 +65,9 @@ class Job:
         Raises:
             RewriteError: the container cannot hold the checkpoint.
         """
-        size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-        if size is not None and size < 1:
-            raise RewriteError(f"{size:,} bytes is not a valid size of a file; give one such as 5GB")
+        size: Any = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise RewriteError(f"{size!r} is not a valid size of a file; give one such as 5GB")
         tokens = Tokens()
         if receipt:
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)

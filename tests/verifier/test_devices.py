@@ -128,8 +128,8 @@ def test_absent_devices_are_told_before_any_work(save: Any, monkeypatch: pytest.
     for device, message in (
         ("cpu,cuda", "'cuda' is not here"),
         ("cpu,cpu", "names a device twice"),
-        ("cpu,", "'' is no device"),
-        ("cpu,tpu", "'tpu' is no device"),
+        ("cpu,", "'' is not a device"),
+        ("cpu,tpu", "'tpu' is not a device"),
     ):
         with pytest.raises(ckptkit.VerifyError, match=message):
             ckptkit.verify(path, model=lambda: built.append(1), device=device, input_shapes=[(1, 3)])
