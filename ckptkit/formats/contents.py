@@ -131,7 +131,7 @@ class Contents:
 
     def unread(self, name: str, why: str) -> None:
         """Say that a record was not looked into."""
-        what = "not looked into"
+        what = "what was not looked into"
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=why, kind="unread"))
 
     def _look(self, name: str, held: Record | ByteRange, is_program: bool) -> None:

@@ -86,6 +86,25 @@ SAMPLES: Any = {
     "in a sibling record, second in a row": (
         HOSTILE, lambda m: m.zip(m.state_dict(), {"archive/evil.pkl": pickle.dumps(1, 2) + b"\x80\x02" + m.payload + b"."})
     ),
+    "in a sibling record, protocol 0": (HOSTILE, lambda m: m.zip(m.state_dict(), {"archive/notes.txt": m.payload + b"."})),
+    "in a sibling record, by INST": (
+        HOSTILE, lambda m: m.zip(m.state_dict(), {"archive/x": b"(" + m.text(f"touch {m.canary}") + b"ios\nsystem\n."})
+    ),
+    "in a sibling record, behind an opcode that is refused": (
+        HOSTILE, lambda m: m.zip(m.state_dict(), {"archive/x": b"\x80\x02N20" + m.payload + b"."})
+    ),
+    "in an archive in a record": (HOSTILE, lambda m: m.zip(m.state_dict(), {"archive/extra/x.npz": m.zip(b"\x80\x02" + m.payload + b".")})),
+    "in the record of the serialization id": (
+        HOSTILE, lambda m: m.zip(m.state_dict(), {"archive/.data/serialization_id": b"\x80\x02" + m.payload + b"."})
+    ),
+    "behind an opcode that is refused": (HOSTILE, lambda m: m.zip(b"\x80\x02N20" + m.payload + b".")),
+    "left on the stack": (HOSTILE, lambda m: m.zip(b"\x80\x02" + m.payload + m.state_dict()[2:])),
+    "kept as code, and called": (
+        HOSTILE,
+        lambda m: m.zip(m.beside(b"ctypes\nFunctionType\n(ctypes\nCodeType\n" + m.text("x") + b"\x85R}tR)R")),
+    ),
+    "kept as code": (READ, lambda m: m.zip(m.beside(b"ctypes\nFunctionType\n(ctypes\nCodeType\n" + m.text("x") + b"\x85R}tR"))),
+    "reduced by or": (READ, lambda m: m.zip(m.beside(b"cfunctools\nreduce\n(coperator\nor_\n(cbuiltins\nint\nNttR"))),
     "in the record of the version": (REFUSED, lambda m: m.zip(m.state_dict(), {"archive/version": b"\x80\x02" + m.payload + b"."})),
     # Structure on which readers disagree.
     "a frame that is straddled": (HOSTILE, lambda m: m.zip(b"\x80\x04" + FRAME + b"NJ\x00\x00\x00\x000.")),

@@ -51,8 +51,8 @@ def test_any_sequence_will_do(source: Path, tmp_path: Path) -> None:
     [
         ({"metadata": {"epoch": 3}}, "metadata 'epoch': 3 is no text; metadata maps strings to strings"),
         ({"metadata": {3: "x"}}, "metadata 3: 'x' is no text"),
-        ({"max_shard_size": 0}, "files of at most 0 bytes are none"),
-        ({"max_shard_size": -5}, "files of at most -5 bytes are none"),
+        ({"max_shard_size": 0}, "0 is not a valid size of a file"),
+        ({"max_shard_size": -5}, "-5 is not a valid size of a file"),
         ({"map_location": 5}, "'5' is not a device location"),
         ({"tied": "both"}, "no policy 'both' for tied tensors"),
         ({"dtype": torch.int8}, "values cannot be cast to 'int8'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -230,3 +231,61 @@ def test_in_python(resume: Path, tmp_path: Path, agree) -> None:
     assert {"dropped", "left-out"} <= {finding.code for finding in report.findings}
     ckptkit.convert(resume, tmp_path / "w.pth", weights_only=True)
     agree(torch.load(tmp_path / "w.pth"), state)
+
+
+# What is hostile, and goes along.
+
+
+class Runs:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, ("1",)
+
+
+class Reaches:
+    """Hostile by what it is given: no name in the tree is."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (torch.nn.Module, "__init__")
+
+
+def hostile(report: ckptkit.Report) -> list[ckptkit.Finding]:
+    return [finding for finding in report.findings if finding.code == "hostile-output"]
+
+
+@pytest.mark.parametrize("thing", [Runs(), Reaches(), functools.partial(eval, "1"), [{"a": (Runs(),)}]], ids=range(4))
+def test_a_pth_that_keeps_hostile_names_says_so(thing: object, save, tmp_path: Path) -> None:
+    source, target = save({"model": model().state_dict(), "extra": thing}), tmp_path / "out.pth"
+    report = ckptkit.convert(source, target)
+    (finding,) = hostile(report)
+    assert report.ok and finding.severity == "warning" and finding.fix == "--weights-only"
+    assert (
+        "torch.nn.modules.module.Module.__init__" if isinstance(thing, Reaches) else "__builtin__.eval"
+    ) in finding.message
+    assert ckptkit.inspect(target)["trust"] == "hostile", "what is written is as hostile"
+    for options in ({"weights_only": True}, {"leave_out": ["extra"]}):
+        clean = tmp_path / "clean.pth"
+        assert hostile(ckptkit.convert(source, clean, force=True, **options)) == []
+        assert ckptkit.inspect(clean)["trust"] == "safe"
+    assert hostile(ckptkit.convert(source, tmp_path / "out.safetensors", weights_only=True)) == []
+
+
+def test_a_hostile_value_among_the_weights_is_excluded_by_name(save, tmp_path: Path) -> None:
+    source = save({**model().state_dict(), "bad[0]": Runs()})
+    (finding,) = hostile(ckptkit.convert(source, tmp_path / "out.pth"))
+    assert finding.fix == "--exclude 'bad[[]0]'"
+    report = ckptkit.convert(source, tmp_path / "clean.pth", exclude="bad[[]0]")
+    assert hostile(report) == [] and ckptkit.inspect(tmp_path / "clean.pth")["trust"] == "safe"
+
+
+def test_shards_that_keep_hostile_names_say_so(save, tmp_path: Path) -> None:
+    source = save({**model().state_dict(), "bad": Runs()})
+    report = ckptkit.convert(source, tmp_path / "out.bin.index.json", max_shard_size=64)
+    assert len(report.details["plan"]["shards"]) > 1
+    assert [finding.fix for finding in hostile(report)] == ["--exclude bad"]
+
+
+def test_a_plan_says_it_too_and_an_honest_source_says_nothing(save, tmp_path: Path) -> None:
+    source = save({"model": model().state_dict(), "extra": Runs()}, "bad.pth")
+    assert hostile(ckptkit.convert(source, tmp_path / "out.pth", dry_run=True))
+    honest = save({"model": model().state_dict(), "args": argparse.Namespace(a=1)}, "good.pth")
+    assert hostile(ckptkit.convert(honest, tmp_path / "out.pth")) == []

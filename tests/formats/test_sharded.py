@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import os
 import resource
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +162,72 @@ def test_names_of_all_pickles_are_reported(tmp_path: Path) -> None:
         (use,) = [use for use in file.checkpoint.globals if use.verdict == "dangerous"]
         assert use.count == 2
         assert {place.split(":")[0] for place in use.where} <= {f"model-0000{n}-of-00002.bin" for n in (1, 2)}
+
+
+class Graph:
+    """Pickled as an FX graph is: by a function's text, and what it imports."""
+
+    def __init__(self, imports: str) -> None:
+        self.imports = imports
+
+    def __reduce__(self) -> tuple[object, ...]:
+        from torch.fx.graph_module import reduce_graph_module
+
+        return reduce_graph_module, ({"_code": "\n\n\ndef forward(self, x):\n    return x\n"}, self.imports)
+
+
+@pytest.mark.parametrize("hostile", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("value", "payload", "honest"),
+    [
+        (Graph("import torch"), Graph("import os"), "needs_trust"),
+        (int | None, functools.partial(functools.reduce, operator.add), "needs_trust"),
+        ("plain", os.path.join, "safe"),
+    ],
+    ids=["graph", "reduce", "path"],
+)
+def test_the_worst_shard_decides(hostile: int, value: Any, payload: Any, honest: str, tmp_path: Path) -> None:
+    index = shard(model(), tmp_path, 3, ending="bin")
+    shards = [tmp_path / f"model-0000{number}-of-00003.bin" for number in (1, 2, 3)]
+    parts = [torch.load(path) for path in shards]
+    for number, (path, part) in enumerate(zip(shards, parts, strict=True), 1):
+        torch.save({**part, f"extra{number}": value}, path)
+    assert judged(index) == {honest}
+    torch.save({**parts[hostile - 1], f"extra{hostile}": payload}, shards[hostile - 1])
+    assert judged(index) == {"hostile"}
+    with ckptkit.open(index) as file:
+        bad = [use for use in file.checkpoint.globals if use.verdict == "dangerous"]
+        assert bad and all(use.where[0].startswith(shards[hostile - 1].name) for use in bad)
+    assert not ckptkit.check([index]).ok
+
+
+def judged(index: Path) -> set[str]:
+    """The trust of a checkpoint, in every document that tells it."""
+    with ckptkit.open(index) as file:
+        opened = file.trust
+    (record,) = ckptkit.manifest([index]).files
+    return {opened, record.trust, ckptkit.inspect(index)["trust"]}
+
+
+def test_compiled_code_in_a_shard_needs_trust(tmp_path: Path) -> None:
+    index = shard(model(), tmp_path, 2, ending="bin")
+    with zipfile.ZipFile(tmp_path / "model-00002-of-00002.bin", "a") as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{root}/kernel.so", b"\x7fELF")
+    assert judged(index) == {"needs_trust"}
+    with ckptkit.open(index) as file:
+        (part,) = file.checkpoint.unvouched
+        assert part.where == ("model-00002-of-00002.bin: kernel.so",)
+
+
+def test_a_whole_that_is_refused_tells_what_its_shards_name(tmp_path: Path) -> None:
+    index = shard(model(), tmp_path, 3, ending="bin")
+    first = tmp_path / "model-00001-of-00003.bin"
+    torch.save({**torch.load(first), "extra": os.path.join}, first)
+    (tmp_path / "model-00003-of-00003.bin").unlink()
+    with pytest.raises(CorruptError, match="1 shard missing") as caught:
+        ckptkit.open(index)
+    assert "posixpath.join" in [use.name for use in caught.value.globals if use.verdict == "dangerous"]
 
 
 def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,22 @@ def test_max_trust(save) -> None:
     assert (finding.expected, finding.found) == ("safe", "needs_trust")
     assert "Own" in finding.message
     assert findings(save(WEIGHTS, "plain.pth"), max_trust="safe") == []
+
+
+@pytest.mark.parametrize(
+    ("record", "data", "words"),
+    [
+        ("kernel.so", b"\x7fELF", r"it holds compiled code \(kernel.so\)"),
+        ("notes.gz", b"\x1f\x8b\x08\x00", r"it holds what was not looked into \(notes.gz\)"),
+    ],
+)
+def test_max_trust_is_of_all_that_is_in_the_file(save, record: str, data: bytes, words: str) -> None:
+    path = save(WEIGHTS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"model/{record}", data)
+    finding = only(path, "trust-not-allowed", "max-trust", max_trust="safe")
+    assert finding.found == "needs_trust" and re.search(words, finding.message) and "pickle" not in finding.message
+    assert findings(path) == []
 
 
 @pytest.mark.parametrize("policy", [{}, {"max_trust": "safe"}, {"max_trust": "needs_trust"}])
