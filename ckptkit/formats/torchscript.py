@@ -89,8 +89,8 @@ def read(probe: Probe) -> RawCheckpoint:
     archive = TorchArchive(probe.records or {}, probe.limits)
     if "model.json" in archive.records:
         raise UnsupportedError(
-            "a TorchScript archive of torch 1.0 to 1.3 (model.json), which is not read; torch.jit.load of torch 2 "
-            "still does, and runs its code: whoever made it can write it anew with torch.jit.save"
+            "a TorchScript archive of torch 1.0 to 1.3 (model.json), which is not read; "
+            "in Python, torch.jit.save(torch.jit.load(FILE), NEW) rewrites it"
         )
     version, byteorder = archive.version(), archive.byteorder()
     tables = [

@@ -235,7 +235,8 @@ def test_a_download_that_is_not_finished(ending: str, tmp_path: Path) -> None:
         ),
         (["shard-00001-model-00001-of-00001.safetensors"], r"is a torch.distributed.checkpoint .*belong together"),
         (["__0_0.distcp"], ".metadata is missing, so the save never finished"),
-        (["a.pth", "notes.txt"], "give one of the 1 files in it, such as .*a.pth"),
+        (["a.pth", "notes.txt"], "not a file; give the file in it: .*a.pth"),
+        (["a.pth", "b.bin"], "not a file; give one of the 2 files in it, such as .*a.pth"),
     ],
 )
 def test_folders(names: list[str], words: str, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ _WRITERS = (
     ("pandas.", "pickle, of a pandas table"),
     ("xgboost.", "pickle, of an XGBoost model"),
     ("lightgbm.", "pickle, of a LightGBM model"),
-    ("torch.", "pickle.dump, of torch tensors; whoever made it can write it with torch.save"),
+    ("torch.", "pickle.dump, of torch tensors; get it as torch.save or safetensors writes it"),
     ("numpy.", "pickle, of numpy arrays"),
 )  # fmt: skip
 

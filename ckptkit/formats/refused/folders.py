@@ -15,14 +15,11 @@ from ckptkit.errors import CkptkitError
 from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.format import Probe
 from ckptkit.formats.refused.first_pickle import describe_pickle
-from ckptkit.formats.shards.parts import known_as
+from ckptkit.formats.shards.parts import known_as, names_in
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import count_of
 
 __all__ = ["describe_folder"]
-
-_MOST_NAMES = 10_000
-"""Names in a folder that are looked at."""
 
 _TAGS = ("latest", "latest_universal", "latest_checkpointed_iteration.txt")
 """Files that say in which folder beside them the last checkpoint is: DeepSpeed's two, Megatron's."""
@@ -38,7 +35,7 @@ _UNMERGED = "they belong together, and ckptkit does not merge them yet"
 
 def describe_folder(path: str) -> str:
     """What a folder is that was given in place of a file, and what to give instead."""
-    names = _names(path)
+    names = names_in(path)
     said = _whole(path, names) or _distributed(path, names) or _pointing(path, names)
     if said is not None:
         return said
@@ -47,8 +44,8 @@ def describe_folder(path: str) -> str:
     if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
         return "is an orbax checkpoint (JAX), no torch checkpoint"
     files = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
-    give = f"; give one of the {len(files):,} files in it, such as {os.path.join(path, files[0])}" if files else ""
-    return f"is a folder, not a file{give}"
+    which = f"; give one of the {len(files):,} files in it, such as" if len(files) > 1 else "; give the file in it:"
+    return f"is a folder, not a file{which} {os.path.join(path, files[0])}" if files else "is a folder, not a file"
 
 
 def _whole(path: str, names: Sequence[str]) -> str | None:
@@ -90,7 +87,7 @@ def _pointing(path: str, names: Sequence[str]) -> str | None:
 
 def _file_in(path: str) -> str:
     """The one file of a rank, in the rank's folder where it has one."""
-    files = [name for name in _names(path) if name.endswith((".pt", ".ckpt")) and name != "distrib_optim.pt"]
+    files = [name for name in names_in(path) if name.endswith((".pt", ".ckpt")) and name != "distrib_optim.pt"]
     return os.path.join(path, files[0]) if files else path
 
 
@@ -126,11 +123,3 @@ def _index(path: str, names: Sequence[str]) -> str:
     if bad:
         return f"{told}; .metadata is HOSTILE: a loader that executes it would run {', '.join(bad[:3])}"
     return f"{told}; .metadata is a pickle that names nothing dangerous"
-
-
-def _names(path: str) -> list[str]:
-    try:
-        with os.scandir(path) as listing:
-            return sorted(entry.name for _, entry in zip(range(_MOST_NAMES), listing, strict=False))
-    except OSError:
-        return []

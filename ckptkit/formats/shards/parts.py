@@ -24,7 +24,7 @@ from ckptkit.checkpoint import Part
 from ckptkit.errors import PartError
 from ckptkit.formats.shards.names import indexes_in
 
-__all__ = ["known_as", "part_error", "part_of"]
+__all__ = ["known_as", "names_in", "part_error", "part_of"]
 
 
 class _Rule(NamedTuple):
@@ -203,7 +203,7 @@ def _placed(part: Part, path: str) -> Part:
         found = folder or os.curdir
     elif len(_folders_alike(path)) > 1 or os.path.basename(above) == "zero":
         found = above or os.curdir
-    elif name.endswith("_states.pt") and sum(each.endswith("_states.pt") for each in _names(folder)) > 1:
+    elif name.endswith("_states.pt") and sum(each.endswith("_states.pt") for each in names_in(folder)) > 1:
         found = folder or os.curdir
     return replace(part, instead=found)
 
@@ -212,7 +212,7 @@ def _alike(path: str) -> list[str]:
     """Names in a file's folder that differ from its own in a rank's (shard's, layer's) number alone, and its own."""
     folder, name = os.path.split(path)
     pattern = re.escape(re.sub(_NUMBERED, "\\1\0", name)).replace("\0", "[0-9]+")
-    return [each for each in _names(folder) if re.fullmatch(pattern, each)]
+    return [each for each in names_in(folder) if re.fullmatch(pattern, each)]
 
 
 def _ranks_beside(folder: str, found: re.Match[str]) -> int:
@@ -220,7 +220,7 @@ def _ranks_beside(folder: str, found: re.Match[str]) -> int:
     if found["n"] is None:
         return 1
     before, after = re.escape(found.string[: found.start("n")]), re.escape(found.string[found.end("n") :])
-    return sum(re.fullmatch(f"{before}[0-9]+{after}", each) is not None for each in _names(folder))
+    return sum(re.fullmatch(f"{before}[0-9]+{after}", each) is not None for each in names_in(folder))
 
 
 def _folders_alike(path: str) -> list[str]:
@@ -229,13 +229,14 @@ def _folders_alike(path: str) -> list[str]:
     above, own = os.path.split(folder)
     if re.fullmatch(_MEGATRON, own, re.ASCII) is None:
         return []
-    names = [each for each in _names(above) if re.fullmatch(_MEGATRON, each, re.ASCII)]
+    names = [each for each in names_in(above) if re.fullmatch(_MEGATRON, each, re.ASCII)]
     return [each for each in names if os.path.exists(os.path.join(above, each, name))]
 
 
-def _names(folder: str) -> list[str]:
+def names_in(folder: str) -> list[str]:
+    """The names in a folder, sorted, or as many as are looked at; none where it cannot be listed."""
     try:
         with os.scandir(folder or os.curdir) as listing:
-            return [entry.name for entry, _ in zip(listing, range(_MOST_LISTED), strict=False)]
+            return sorted(entry.name for entry, _ in zip(listing, range(_MOST_LISTED), strict=False))
     except OSError:
         return []
