@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ __all__ = [
     "count_of",
     "glob_of",
     "human_size",
+    "listed",
     "parse_size",
     "printable",
     "worst",
@@ -144,8 +145,24 @@ def printable(text: str) -> str:
 
 
 def count_of(count: int, thing: str) -> str:
-    """How many of a thing: ``"1 storage"``, ``"1,200 storages"``."""
-    return f"{count:,} {thing}" + "s" * (count != 1)
+    """How many of a thing: ``"1 storage"``, ``"1,200 storages"``, ``"2 classes"``, ``"2 copies"``."""
+    ending = "es" if thing.endswith(("s", "x", "sh", "ch")) else "s"
+    if thing.endswith("y") and thing[-2] not in "aeiou":
+        thing, ending = (thing[:-1], "ies") if count != 1 else (thing, "")
+    return f"{count:,} {thing}" + ending * (count != 1)
+
+
+def listed(things: Sequence[str], most: int = 8, *, total: int | None = None, between: str = ", ") -> str:
+    """The first of several things as a message names them, and how many more there are.
+
+    Args:
+        things: what to name, or as many of them as are to be named.
+        most: how many of them are named.
+        total: how many there are where ``things`` are not all.
+        between: what stands between them.
+    """
+    more = (len(things) if total is None else total) - len(things[:most])
+    return between.join(things[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def human_size(nbytes: int) -> str:

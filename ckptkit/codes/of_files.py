@@ -115,6 +115,20 @@ CODES: dict[str, Explanation] = {
         "tool; a second pickle beside the first is never read by torch.load, but by whoever is told to.",
         "Converting writes only what the checkpoint uses.",
     ),
+    "repacked-archive": Explanation(
+        "an archive that was unpacked and packed again",
+        "torch writes all records of an archive into one folder and refuses an archive with anything beside it: what "
+        "macOS adds (__MACOSX), a README, a folder around the folder. Exactly one folder in it is torch's, so there is "
+        "no doubt about what is meant. What lies outside counts for the trust all the same.",
+        "ckptkit convert FILE NEW.pth writes an archive that torch loads. A program (TorchScript, torch.package, .pt2) "
+        "is to be packed again: unpack it, and python -m zipfile -c NEW.pth FOLDER, with the folder of data.pkl.",
+    ),
+    "text-persistent-ids": Explanation(
+        "pickled with protocol 0, which torch does not load",
+        "torch.save(..., pickle_protocol=0) writes files that no torch.load takes: protocol 0 has text where other "
+        "protocols have the references to the tensors' bytes. The text holds all that is needed.",
+        "ckptkit convert FILE NEW.pth writes it in protocol 2, which torch loads.",
+    ),
     # Programs.
     "torchscript-program": Explanation(
         "a TorchScript program, not a plain checkpoint",

@@ -36,9 +36,10 @@ from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import Global, InertDict, walk
 from ckptkit.pickling.legacy import LegacyTable, era
-from ckptkit.pickling.reader import read_pickle
+from ckptkit.pickling.reader import PickleResult, read_pickle
+from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import Finding
+from ckptkit.report import Finding, convert_command, count_of, listed
 
 __all__ = ["begins_one", "legacy_findings", "read"]
 
@@ -99,12 +100,19 @@ def _read_row(row: PickleRow, probe: Probe) -> RawCheckpoint:
         writer=era(pickle.globals),
         metadata={},
         globals=merge_uses(row.uses),
-        findings=tuple(legacy_findings(table)),
+        findings=(*legacy_findings(table), *_text_ids(pickle, probe)),
     )
     _settle(row, _keys(row, table, raw), table, raw)
     if row.left:
         raise _followed(row)
     return raw
+
+
+def _text_ids(pickle: PickleResult, probe: Probe) -> list[Finding]:
+    fix = convert_command(probe.file.path, suffix=".pth")
+    return [
+        Finding(code="text-persistent-ids", severity="warning", message=TEXT_IDS_MESSAGE, fix=fix)
+    ] * pickle.text_ids
 
 
 def _keys(row: PickleRow, table: LegacyTable, raw: RawCheckpoint) -> list[str]:
@@ -210,18 +218,17 @@ def legacy_findings(table: LegacyTable) -> list[Finding]:
             Finding(
                 code="no-checksums",
                 severity="info",
-                message=f"the container has no checksums: damage to the bytes of its {len(table.storages)} storages "
-                "cannot be seen",
+                message=f"the container has no checksums: damage to the bytes of its "
+                f"{count_of(len(table.storages), 'storage')} cannot be seen",
             )
         )
     if table.sources:
         names = [cls.qualified[:80] if isinstance(cls, Global) else "?" for cls, _, _ in table.sources]
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         findings.append(
             Finding(
                 code="embedded-source",
                 severity="info",
-                message=f"the file carries the source text of {len(names)} classes: {shown}",
+                message=f"the file carries the source text of {count_of(len(names), 'class')}: {listed(names, 4)}",
             )
         )
     return findings

@@ -89,8 +89,9 @@ def read(probe: Probe) -> RawCheckpoint:
     archive = TorchArchive(probe.records or {}, probe.limits)
     if "model.json" in archive.records:
         raise UnsupportedError(
-            "a TorchScript archive of torch 1.0 to 1.3 (model.json), which is not read; "
-            "in Python, torch.jit.save(torch.jit.load(FILE), NEW) rewrites it"
+            "a TorchScript archive of torch 1.0 to 1.3 (model.json), which neither ckptkit nor torch 1.11 and later "
+            "reads; torch 1.4 to 1.9 does. There torch.jit.save(torch.jit.load(FILE), NEW) rewrites it, which loads "
+            "the program: only for a file you trust"
         )
     version, byteorder = archive.version(), archive.byteorder()
     tables = [

@@ -31,10 +31,16 @@ from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items
 from ckptkit.pickling.machine import Constructor
 
-__all__ = ["StorageTable", "is_tensor_like", "lower_storage", "lower_tensor"]
+__all__ = ["TEXT_IDS_MESSAGE", "StorageTable", "is_tensor_like", "lower_storage", "lower_tensor"]
 
 _UNTYPED = {("torch.storage", "UntypedStorage"), ("torch.storage", "_UntypedStorage"), ("torch", "UntypedStorage")}
 """Where torch has kept the untyped storage class: 2.0 and later, 1.12, 1.13."""
+
+TEXT_IDS_MESSAGE = (
+    "pickled with protocol 0, which makes text of what names the storages: torch.load refuses it; what convert writes "
+    "has protocol 2"
+)
+"""Of a file whose persistent ids are text."""
 
 _UNTYPED_DTYPE = "uint8"
 """What torch takes an untyped storage's elements for (``torch/serialization.py`` ``persistent_load``)."""

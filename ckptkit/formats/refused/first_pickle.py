@@ -37,8 +37,7 @@ _WRITERS = (
     ("pandas.", "pickle, of a pandas table"),
     ("xgboost.", "pickle, of an XGBoost model"),
     ("lightgbm.", "pickle, of a LightGBM model"),
-    ("torch.", "pickle.dump, of torch tensors; if you trust it, torch.save(pickle.load(file), path) makes a checkpoint "
-     "of it"),
+    ("torch.", "pickle.dump, of torch tensors; get it as torch.save or safetensors writes it"),
     ("numpy.", "pickle, of numpy arrays"),
 )  # fmt: skip
 
