@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 
 if TYPE_CHECKING:
     from ckptkit.conversion.job import Job
@@ -158,7 +158,7 @@ class CheckpointFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{self.format} {self.kind} {self.path!r}, {len(self.state_dict)} tensors>"
+        return f"<{self.format} {self.kind} {self.path!r}, {count_of(len(self.state_dict), 'tensor')}>"
 
 
 def open(path: PathLike, *, section: str | None = None) -> CheckpointFile:  # noqa: A001 - the name users expect

@@ -83,11 +83,13 @@ def command(
         render = functools.partial(
             inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
         )
-    documents = (
+    documents: Iterator[dict[str, Any]] = (
         _survey(found, section, filters, sort, stats) if error is None else describe_error(found, error)
         for path in paths
         for found, error in _expanded(path)
     )
+    if filters and not quiet:
+        documents = map(_noted, documents)
     if as_json or output == "json":
         return _exit_code(list(map(_told, _echo_documents(documents))), fail_on)
     seen: list[dict[str, Any]] = []
@@ -133,6 +135,13 @@ def _echo_documents(documents: Iterator[dict[str, Any]]) -> Iterator[dict[str, A
             write(chunk)
         yield document
     write("]}\n")
+
+
+def _noted(document: dict[str, Any]) -> dict[str, Any]:
+    """The document; that --filter left nothing of it is told on stderr."""
+    if document["error"] is None and not document["tensors"]:
+        click.echo(f"ckptkit: {printable(document['path'])}: no tensor matches --filter", err=True)
+    return document
 
 
 def _told(document: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.changes import (
     diagnose_casts,
     diagnose_layout,
+    diagnose_locations,
     diagnose_losses,
     diagnose_renames,
     diagnose_selection,
@@ -156,6 +157,8 @@ class Conversion:
         ruled = self._changed_by(rewrite.Rename) if self._options.rename else None
         yield from diagnose_renames(self._kept, self.renames, stripped=stripped, ruled=ruled)
         yield from diagnose_selection(self.dropped, self._unmatched)
+        if isinstance(self._options.map_location, Mapping):
+            yield from diagnose_locations(self.source, self._options.map_location)
         yield from diagnose_losses(self.source, self.result)
         yield from diagnose_layout(self.result, plan, self._dead)
 

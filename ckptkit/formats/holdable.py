@@ -15,7 +15,7 @@ from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import brief
-from ckptkit.report import glob_of
+from ckptkit.report import glob_of, listed
 
 __all__ = ["require_holdable", "require_writable_size"]
 
@@ -59,7 +59,7 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
     extra = checkpoint.state_dict.extra
     if extra:
         kinds = _listed([f"{name} ({brief(value)})" for name, value in extra.items()])
-        yield f"values that are no plain tensors ({kinds}): {_exclude(list(extra), checkpoint)} leaves them out"
+        yield f"values that are not plain tensors ({kinds}): {_exclude(list(extra), checkpoint)} leaves them out"
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
@@ -86,8 +86,7 @@ def _exclude(names: list[str], checkpoint: Checkpoint) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(f"{name:.100}" for name in names[:_LISTED])
-    return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    return listed([f"{name:.100}" for name in names], _LISTED)
 
 
 def require_writable_size(checkpoint: Checkpoint) -> None:

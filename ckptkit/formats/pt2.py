@@ -42,7 +42,7 @@ from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.trust import global_uses, merge_uses
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 
 __all__ = ["read"]
 
@@ -216,7 +216,8 @@ class _Reader:
             self._unlisted.append(name)  # sparse, or exported from a fake tensor
             return None
         if len(shape) > self._archive.limits.dimensions:
-            raise CorruptError(f"{shown(name)}: {len(shape)} dimensions; torch knows {self._archive.limits.dimensions}")
+            most = self._archive.limits.dimensions
+            raise CorruptError(f"{shown(name)}: {count_of(len(shape), 'dimension')}; torch knows {most}")
         return TensorEntry(
             storage=storage,
             storage_offset=_size(_field(meta, "storage_offset", dict), name),
@@ -248,8 +249,8 @@ class _Reader:
             yield Finding(
                 code="not-a-plain-tensor",
                 severity="warning",
-                message=f"{len(self._unlisted)} values of the program are not listed: objects, or tensors that are "
-                f"sparse or have no bytes in the file: {names}",
+                message=f"{count_of(len(self._unlisted), 'value')} of the program not listed: objects, or tensors "
+                f"that are sparse or have no bytes in the file: {names}",
             )
         compiled = [name for name in self._archive.records if name.startswith(_COMPILED)]
         if compiled:
@@ -257,7 +258,8 @@ class _Reader:
             yield Finding(
                 code="foreign-program",
                 severity="warning",
-                message=f"{len(compiled)} files of a program compiled for one machine, which are not read: {names}",
+                message=f"{count_of(len(compiled), 'file')} of a program compiled for one machine, which are not "
+                f"read: {names}",
             )
 
 

@@ -131,13 +131,15 @@ def _keys(row: PickleRow, table: LegacyTable, raw: RawCheckpoint) -> list[str]:
     keys: list[str] = [key for key in listed if isinstance(key, str)]
     unnamed = [key for key in keys if key not in table.storages]
     if unnamed:
-        raise CorruptError(f"{len(unnamed)} storages that the object does not name: {_shown(unnamed)}", where=where)
+        count = count_of(len(unnamed), "storage")
+        raise CorruptError(f"{count} that the object does not name: {_shown(unnamed)}", where=where)
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise AmbiguousError(f"storages are listed twice: {_shown(twice)}", where=where)
     missing = table.storages.keys() - set(keys)
     if missing:
-        raise CorruptError(f"{len(missing)} storages of the object are not listed: {_shown(missing)}", where=where)
+        count = count_of(len(missing), "storage")
+        raise CorruptError(f"{count} of the object not listed: {_shown(missing)}", where=where)
     return keys
 
 
@@ -184,11 +186,11 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
             names = {}
         named = [names[id(entry)] for entry in cut if id(entry) in names]
         first = f", the first incomplete one is {named[0]!r:.200}" if named else ""
-    whole = f"{len(entries) - len(cut)} of {len(entries)} tensors are whole{first}"
+    whole = f"{len(entries) - len(cut)} of {count_of(len(entries), 'tensor')} are whole{first}"
     return (
         f"truncated: the file has {file.nbytes:,} bytes, at least {end:,} are expected ({end - file.nbytes:,} "
-        f"missing); {total - len(missing)} of {total} storages are complete, {whole}. "
-        f"Get the file again.{unfinished(file.file.path)}"
+        f"missing); {total - len(missing)} of {count_of(total, 'storage')} are complete, {whole}. Get the file "
+        f"again.{unfinished(file.file.path)}"
     )
 
 
@@ -206,8 +208,7 @@ def _followed(row: PickleRow) -> FormatError:
 
 
 def _shown(keys: Iterable[str]) -> str:
-    some = sorted(keys)
-    return ", ".join(repr(key[:40]) for key in some[:3]) + (", ..." if len(some) > 3 else "")
+    return listed([repr(key[:40]) for key in sorted(keys)], 3)
 
 
 def legacy_findings(table: LegacyTable) -> list[Finding]:

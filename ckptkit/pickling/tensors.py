@@ -30,6 +30,7 @@ from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items
 from ckptkit.pickling.machine import Constructor
+from ckptkit.report import count_of
 
 __all__ = ["TEXT_IDS_MESSAGE", "StorageTable", "is_tensor_like", "lower_storage", "lower_tensor"]
 
@@ -167,7 +168,9 @@ class StorageTable:
         if shape is None or stride is None or not _is_int(offset) or abs(offset) >= _HUGE:
             raise CorruptError("a tensor whose offset, size or stride are not whole numbers of 62 bits")
         if len(shape) > self._limits.dimensions:
-            raise CorruptError(f"a tensor of {len(shape)} dimensions; torch knows {self._limits.dimensions}")
+            raise CorruptError(
+                f"a tensor of {count_of(len(shape), 'dimension')}; torch knows {self._limits.dimensions}"
+            )
         return TensorEntry(
             storage=storage,
             storage_offset=offset,

@@ -82,7 +82,7 @@ class Examined:
         trust: what a loader that executes pickles would have to be trusted with.
         content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
         tensors: those of the weights, sorted by name; of a file without selected weights, all.
-        others: names of the weights' values that are no plain tensors, sorted.
+        others: names of the weights' values that are not plain tensors, sorted.
         globals: every Python name in its pickles.
         has_pickle: whether its container has any.
         has_optimizer: whether it holds the state of one.

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 from dataclasses import dataclass
 
-from ckptkit.errors import DestinationExistsError, FileAccessError
+from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileError
 from ckptkit.plan import Plan
 from ckptkit.transfer.copier import UNAVAILABLE
 from ckptkit.transfer.positioned import write_at
@@ -68,6 +69,12 @@ def created(plan: Plan, path: str, shown: str) -> Output:
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         fd = os.open(temporary, flags, 0o666)  # less the umask, as any program's output
+    except FileNotFoundError as error:
+        folder = os.path.dirname(shown) or "."
+        raise MissingFileError(
+            f"{shown}: cannot be written: the folder {folder} does not exist; create it first: mkdir -p "
+            f"{shlex.quote(folder)}"
+        ) from error
     except OSError as error:
         raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
     return Output(plan=plan, path=path, shown=shown, temporary=temporary, fd=fd)

@@ -1,4 +1,4 @@
-"""What is advised where a checkpoint does not fit: the cause, and the command that mends it."""
+"""What is advised where a checkpoint does not fit: the cause, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_prefix_too_few(run: Run) -> None:
     assert finding(run(Net().state_dict(), model=wrapped), "wrapper-prefix").fix.endswith("--add-prefix net.")
 
 
-def test_the_command_that_is_told_really_mends_it(save: Any) -> None:
+def test_the_command_that_is_told_really_fixes_it(save: Any) -> None:
     path = save({"module." + name: value for name, value in Net().state_dict().items()})
     fix = finding(check_file(path, model=Net), "wrapper-prefix").fix
     carry_out(fix)

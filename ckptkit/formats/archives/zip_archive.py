@@ -153,7 +153,7 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
     pos, nbytes = 0, len(directory)
     for _ in range(count):
         if pos + CENTRAL.size > nbytes:
-            raise CorruptError(f"the zip directory ends after {len(listed)} of {count} records")
+            raise CorruptError(f"the zip directory ends after {len(listed)} of {count_of(count, 'record')}")
         (
             signature, _, _, flags, method, _, _, crc, packed, size,
             name_nbytes, extra_nbytes, comment_nbytes, disk, _, _, at,

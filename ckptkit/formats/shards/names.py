@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import FileAccessError, FormatError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import Finding
 
-__all__ = ["INDEX_SUFFIXES", "is_shard_name", "lone_shard"]
+__all__ = ["INDEX_SUFFIXES", "is_shard_name", "lone_shard", "unnamed_shards"]
 
 INDEX_SUFFIXES = tuple(f".{ending}.index.json" for ending in ("safetensors", "bin", "pth", "pt", "ckpt", "pkl"))
 """Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
@@ -48,6 +49,18 @@ def lone_shard(file: SourceFile) -> Finding | None:
         message=f"{what} of a checkpoint: the other tensors lie in the other files; {beside}",
         fix=f"ckptkit inspect {shlex.quote(index)}" if index else None,
     )
+
+
+def unnamed_shards(names: Iterable[str]) -> list[str]:
+    """The shards that by the names of the others are part of the checkpoint, and that an index does not name."""
+    found = {(match[1], match[3], match[4]) for match in map(_CUSTOMARY.match, names) if match}
+    known = set(names)
+    every = [
+        f"{stem}-{number:05}-of-{count}{ending}"
+        for stem, count, ending in sorted(found)
+        for number in range(1, min(int(count), DEFAULT_LIMITS.shards) + 1)
+    ]
+    return [name for name in every if name not in known]
 
 
 def _names(path: str, shard: str) -> bool:

@@ -5,22 +5,20 @@ Adding one is a field of `Policy`, a function here and a line in `RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckptkit.dtypes import DTYPES
+from ckptkit.normalize.beside import PROGRAMS
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
-from ckptkit.report import Severity, convert_command, count_of, human_size
+from ckptkit.report import Severity, convert_command, count_of, human_size, listed
 
-__all__ = ["RULES", "Rule", "listed", "rules_of", "violations"]
+__all__ = ["RULES", "Rule", "rules_of", "violations"]
 
 Rule = Callable[[Examined, Policy], Iterator[CheckFinding]]
 """Yields what of the file the policy forbids."""
-
-_MOST_NAMES = 5
-"""Names told in a message; there may be 100,000."""
 
 _MOST_LISTED = 100
 """Values of ``expected`` and ``found``."""
@@ -28,13 +26,6 @@ _MOST_LISTED = 100
 
 _WITHOUT_NAN = frozenset(("float4_e2m1fn_x2",))
 """Floating point types that have neither: all 16 codes of E2M1 are numbers (OCP Microscaling Formats 1.0, 5.3.3)."""
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first of some names, and how many there are besides."""
-    every = list(names)
-    more = f" and {len(every) - _MOST_NAMES:,} more" if len(every) > _MOST_NAMES else ""
-    return ", ".join(every[:_MOST_NAMES]) + more
 
 
 def rules_of(policy: Policy) -> tuple[str, ...]:
@@ -58,7 +49,7 @@ def _no_pickle(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             expected="no pickle",
             found=examined.format,
             message=f"a {examined.format} file holds a pickle, which runs what it names when it is loaded",
-            fix=_convert(examined),
+            fix=_convert(examined, pickled=False),
         )
 
 
@@ -91,7 +82,7 @@ def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding
         expected=list(policy.require_format),
         found=examined.format,
         message=f"the container is {examined.format}; allowed: {', '.join(policy.require_format)}",
-        fix=_convert(examined) if can_be_made else None,
+        fix=_convert(examined, pickled=False) if can_be_made else None,
     )
 
 
@@ -161,7 +152,7 @@ def _no_nan(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             rule="no-nan",
             expected="plain tensors",
             found=list(examined.others[:_MOST_LISTED]),
-            message=f"values that are no plain tensors were not looked at: {listed(examined.others)}",
+            message=f"values that are not plain tensors were not looked at: {listed(examined.others)}",
         )
 
 
@@ -213,15 +204,21 @@ def _location(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             expected=list(policy.location),
             found=wrong[:_MOST_LISTED],
             message=f"storages are tagged {listed(wrong)}; allowed: {', '.join(policy.location)}",
-            fix=convert_command(examined.path, "--map-location", policy.location[0], suffix=".pth"),
+            fix=None
+            if examined.format in PROGRAMS
+            else convert_command(examined.path, "--map-location", policy.location[0], suffix=".pth"),
         )
 
 
-def _convert(examined: Examined, *options: str) -> str | None:
-    """The command that writes the weights alone; ``None``: the file has none."""
-    if examined.kind not in ("state_dict", "whole_model", "resume"):
+def _convert(examined: Examined, *options: str, pickled: bool = True) -> str | None:
+    """The command that writes the weights alone; ``None``: the file has none.
+
+    Values that safetensors cannot hold go into a ``.pth``, or nowhere where a pickle is not ``pickled``.
+    """
+    if examined.kind not in ("state_dict", "whole_model", "resume") or (examined.others and not pickled):
         return None
-    return convert_command(examined.path, *options, *(["--weights-only"] if examined.kind != "state_dict" else []))
+    alone = ["--weights-only"] if examined.kind != "state_dict" else []
+    return convert_command(examined.path, *options, *alone, suffix=".pth" if examined.others else ".safetensors")
 
 
 def _tensors(tensors: list[TensorFact]) -> str:
