@@ -277,9 +277,9 @@ def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
     if checkpoint.origin.state_path is not None:
         return
     from ckptkit.normalize.beside import held_instead
-    from ckptkit.normalize.selection import listed
+    from ckptkit.normalize.selection import paths_listed
 
-    path, weights = checkpoint.origin.path, listed(checkpoint.sections)
+    path, weights = checkpoint.origin.path, paths_listed(checkpoint.sections)
     if weights:
         raise SectionError(f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section")
     kind = f"its kind is {checkpoint.origin.kind!r}"

@@ -294,7 +294,7 @@ def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         yield Finding(
             code="shared-storage",
             severity="info",
-            message=f"{count_of(shared, 'tensor')} of different views share storages",
+            message=f"{shared} tensors are different views of storages they share",
         )
 
 

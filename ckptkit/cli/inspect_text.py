@@ -226,7 +226,7 @@ def storage_line(document: dict[str, Any]) -> str:
     if storage["tied"]:
         parts.append(f"{count_of(storage['tied'], 'tensor')} tied to another name")
     if storage["shared"]:
-        parts.append(f"{count_of(storage['shared'], 'tensor', 'is a view', 'are views')} of a storage with others")
+        parts.append(f"{storage['shared']:,} are views of storages they share")
     if storage["unused_nbytes"]:
         parts.append(f"{human_size(storage['unused_nbytes'])} that no tensor uses")
     if not parts:

@@ -14,7 +14,6 @@ _SOUND = {
 """What a check that found nothing has to say, where it leaves no note."""
 
 _GAP = "  "
-_LABEL = len("not loaded")
 
 
 def echo_report(report: Report, style: Style) -> None:
@@ -22,9 +21,10 @@ def echo_report(report: Report, style: Style) -> None:
     checks = report.details["checks"]
     width = max((len(check["name"]) for check in checks if check["run"]), default=0)
     findings = list(report.findings)
+    labels = len("not loaded") if any(finding.code == "not-loaded" for finding in findings) else len("warning")
 
     def line(name: str, severity: Severity | None, text: str, label: str = "ok") -> None:
-        label = (label if severity in (None, "info") else str(severity)).ljust(_LABEL)
+        label = (label if severity in (None, "info") else str(severity)).ljust(labels)
         color = {"ok": "green", "failed": "red"}.get(label.strip(), COLORS.get(str(severity)))
         echo(f"{name.ljust(width)}{_GAP}{style(label, fg=color, bold=severity == 'error')}{_GAP}{printable(text)}")
 
@@ -34,7 +34,7 @@ def echo_report(report: Report, style: Style) -> None:
             said = "not loaded" if finding.code == "not-loaded" else label
             line("" if i else name, finding.severity, f"{finding.message} [{finding.code}]", said if not i else "ok")
             if finding.fix:
-                echo(" " * (width + len(_GAP) + _LABEL) + _GAP + _GAP + printable(finding.fix))
+                echo(" " * (width + len(_GAP) + labels) + _GAP + _GAP + printable(finding.fix))
 
     # Findings stand in the order of the checks; those before the first are not any check's.
     position = len(findings) - sum(len(check["codes"]) for check in checks)

@@ -29,7 +29,7 @@ from ckptkit.differences.trees import same_tree
 from ckptkit.differences.work import Work
 from ckptkit.errors import SectionError
 from ckptkit.normalize.sections import brief
-from ckptkit.normalize.selection import listed as weights_listed
+from ckptkit.normalize.selection import paths_listed
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.report import Finding, count_of, listed
 
@@ -93,7 +93,7 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[Mapping[str, object], Mapping
     has_weights = [checkpoint.origin.state_path is not None for checkpoint in (a, b)]
     if any(has_weights) and not all(has_weights):
         lacking, option = (b, "--section-b") if has_weights[0] else (a, "--section-a")
-        if several := weights_listed(lacking.sections):
+        if several := paths_listed(lacking.sections):
             raise SectionError(
                 f"{lacking.origin.path}: several sections hold weights ({several}); name the one to compare with "
                 f"{option}"

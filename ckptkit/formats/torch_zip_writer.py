@@ -11,7 +11,7 @@ from ckptkit.formats.archives.zip_writer import ZipWriter
 from ckptkit.formats.torch_archive import METADATA
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.beside import PROGRAMS, held_instead
-from ckptkit.normalize.selection import listed
+from ckptkit.normalize.selection import paths_listed
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Plan
@@ -31,7 +31,7 @@ def written_tree(checkpoint: Checkpoint) -> object:
         return checkpoint.rest
     only = f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, and"
     if checkpoint.origin.state_path is None:
-        weights = listed(checkpoint.sections)
+        weights = paths_listed(checkpoint.sections)
         if weights:
             raise RewriteError(f"{only} none are selected; name the section with --section: {weights}")
         raise RewriteError(f"{only} {held_instead(checkpoint)}")

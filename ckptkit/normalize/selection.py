@@ -24,7 +24,7 @@ from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
 from ckptkit.report import count_of, human_size
 from ckptkit.report import listed as enumerated
 
-__all__ = ["choose", "listed", "require_section"]
+__all__ = ["choose", "listed", "paths_listed", "require_section"]
 
 _ENVELOPES = frozenset({"checkpoint", "ckpt", "trainer", "learner", "engine", "training_state", "train_state"})
 """Keys around the customary ones."""
@@ -116,6 +116,11 @@ def require_section(sections: Sequence[Section], path: str) -> None:
     what = f"no section {path[:200]!r} holds weights" if asked is None else f"section {path[:200]!r} holds no weights"
     kind = "" if asked is None else f" (it is of kind {asked.kind!r})"
     raise SectionError(f"{what}{kind}; sections that do: {listed(sections) or 'none'}")
+
+
+def paths_listed(sections: Sequence[Section]) -> str:
+    """The paths of the sections that hold weights; empty where there are none."""
+    return enumerated((repr(section.path[:200]) for section in sections if section.is_weights), _MAX_LISTED)
 
 
 def listed(sections: Sequence[Section]) -> str:

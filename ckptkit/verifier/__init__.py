@@ -19,8 +19,7 @@ from torch import nn
 from ckptkit.architectures import identify
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import SectionError, VerifyError
-from ckptkit.normalize.selection import listed
-from ckptkit.report import Finding, Report, worst
+from ckptkit.report import Finding, Report, listed, worst
 from ckptkit.verifier.against import check_against, check_devices, unwrapped, wrapper_told
 from ckptkit.verifier.behaviour import check_behaviour
 from ckptkit.verifier.context import Check, Context, floating_dtype, peak_memory, pick_devices
@@ -193,8 +192,8 @@ def _require_weights(checkpoint: Checkpoint) -> None:
     if len(checkpoint.state_dict):
         return
     path = checkpoint.origin.path
-    if weights := listed(checkpoint.sections):
-        raise SectionError(f"{path}: several sections hold weights; choose one with --section: {weights}")
+    if weights := [section.path for section in checkpoint.sections if section.is_weights]:
+        raise SectionError(f"{path}: several sections hold weights; choose one with --section: {listed(weights, 20)}")
     raise SectionError(f"{path}: holds no state_dict to verify (it is of kind {checkpoint.origin.kind!r})")
 
 

@@ -113,7 +113,7 @@ def _section(
     return Finding(
         code="another-section",
         severity="error",
-        message=f"section {path!r} has {matched} of the reference's {fit.of} tensors, the selected "
+        message=f"section {path!r} has {matched} of the reference's {count_of(fit.of, 'tensor')}, the selected "
         f"{checkpoint.origin.state_path!r} {already}",
         fix=context.command(checkpoint.origin.path, "--section", path, *["--strip-module"] * stripped),
     )
@@ -148,7 +148,7 @@ def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: C
         yield Finding(
             code="missing-keys",
             severity="error",
-            message=f"{len(fit.missing)} of the reference's {fit.of} tensors are not in the checkpoint: "
+            message=f"{len(fit.missing)} of the reference's {count_of(fit.of, 'tensor')} are not in the checkpoint: "
             f"{shortened(folded(fit.missing, expected))}",
             fix=fix,
         )

@@ -52,7 +52,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         yield Finding(
             code="left-on-meta",
             severity="error",
-            message=f"{count_of(len(left), 'parameter')} or buffers got no value when the checkpoint was loaded: "
+            message=f"{count_of(len(left), 'parameter or buffer')} got no value when the checkpoint was loaded: "
             f"{shortened(left)}; the reference's own loading code passed over them, or its factory left them on the "
             "meta device",
         )

@@ -117,6 +117,16 @@ def test_filter_sort_and_depth(run, save) -> None:
     assert "layer10" in run("inspect", "--depth", "2", path).stdout
 
 
+@pytest.mark.parametrize("options", [[], ["--flat"], ["--json"], ["--format", "markdown"], ["--stats"]])
+def test_a_filter_that_matches_nothing_is_told(run, save, options: list[str]) -> None:
+    path = save({"a.w": torch.ones(1)})
+    done = run("inspect", path, "--filter", "zzz", *options)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [f"ckptkit: {path}: no tensor matches --filter"]
+    assert run("inspect", path, "--filter", "a.*", *options).stderr == ""
+    assert run("inspect", path, "--filter", "zzz", "-q", *options).stderr == ""
+
+
 def test_stats_read_the_data(run, save) -> None:
     path = save({"w": torch.tensor([1.0, -2.0, 0.0, float("nan"), float("inf")])})
     (file,) = inspect_json(run, path, "--stats")

@@ -140,7 +140,7 @@ def test_a_detector_with_another_head(run: Run) -> None:
 def test_other_shapes(run: Run) -> None:
     report = run(state(body__0__weight=torch.ones(5, 4)), model=Net)
     found = finding(report, "shape-mismatch")
-    assert "1 tensors have another shape" in found.message
+    assert "1 tensor has another shape" in found.message
     assert "body.0.weight [5, 4] against [5, 3]" in found.message
     assert found.fix is None
 

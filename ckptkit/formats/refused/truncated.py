@@ -106,7 +106,8 @@ class _Remains:
         try:
             end = self._directory(pos)
         except _CutError:
-            whole = f"all {self._count()} tensors are whole" if self._pickle else "all records are there"
+            count = count_of(self._count(), "tensor", "is", "are") if self._pickle else ""
+            whole = f"all {count} whole" if count else "all records are there"
             return (
                 f"truncated: {whole}, but the zip directory behind them is cut off: the file has {self._file.size:,} "
                 "bytes. Get the file again"
