@@ -123,7 +123,7 @@ CODES: dict[str, Explanation] = {
         "macOS adds (__MACOSX), a README, a folder around the folder. Exactly one folder in it is torch's, so there is "
         "no doubt about what is meant. What lies outside counts for the trust all the same.",
         "ckptkit convert FILE NEW.pth writes an archive that torch loads. A program (TorchScript, torch.package, .pt2) "
-        "is to be packed again: unpack it, and python -m zipfile -c NEW.pth FOLDER, with the folder of data.pkl.",
+        "is to be packed again: unpack it, and zip -0 -r NEW.pt FOLDER, with the folder that has its records.",
     ),
     "text-persistent-ids": Explanation(
         "pickled with protocol 0, which torch does not load",

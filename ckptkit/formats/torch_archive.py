@@ -12,6 +12,10 @@ which means nothing.  Which of them a file is follows from records that only tha
 - ``.data/extern_modules``: torch.package (since 1.8)
 - ``data.pkl`` and none of these: torch-zip
 
+torch refuses an archive with anything outside its root folder, and one whose root lies inside another
+folder, as unpacking and packing again makes them.  Here the root is the one folder that has the records of
+torch's; what lies outside is told, and goes through for its names.  Two such folders are refused.
+
 Records beside the data tell who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
 and 1.5, 3 since 1.6.  Since 2.1 there are ``byteorder`` and ``.data/serialization_id``, since 2.7
 ``.format_version`` and ``.storage_alignment`` (``docs/source/notes/serialization.rst``, pytorch pull
@@ -54,7 +58,7 @@ _OWN_NAMES = frozenset(
 """Records that say something about the archive itself."""
 
 
-_MARKS = ("data.pkl", "model.json", "archive_format", ".data/extern_modules")
+_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
 """Records by which a root folder is known."""
 
 _OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
@@ -94,7 +98,8 @@ def _root(records: dict[str, Record]) -> str | None:
         return root + slash
     # The first record decides for torch, but whoever looks for the pickle finds it anywhere; what was packed again
     # may have it further down.
-    folders = dict.fromkeys(name.removesuffix(mark) for name in records for mark in _MARKS if name.endswith(f"/{mark}"))
+    marked = [name for name in records if name.endswith(_MARKS)]
+    folders = dict.fromkeys(name[: 1 - len(mark)] for name in marked for mark in _MARKS if name.endswith(mark))
     versioned = [folder for folder in folders if _has_version(records, folder)]
     above = [folder for folder in folders if folder.count("/") == 1]
     found = min(versioned, key=lambda folder: folder.count("/"), default=above[0] if above else None)

@@ -270,7 +270,7 @@ def _is_saved(name: str, value: object, source: ScriptClass | None, *, parameter
 def _findings(
     root: object, classes: ScriptClasses, attributes: dict[object, object], held: list[tuple[object, object]]
 ) -> Iterator[Finding]:
-    own = [node for node in walk(root) if classes.is_module(node) and isinstance(node, Object) and _is_own(node.state)]
+    own = [node for node in walk(root) if isinstance(node, Object) and _keeps_own_state(node, classes)]
     name = root.state.get("_script_class") if isinstance(root, Object) and isinstance(root.state, InertDict) else None
     name = name or (root.class_name if root in own and isinstance(root, Object) else None)
     if isinstance(name, str):
@@ -315,9 +315,11 @@ def _findings(
         )
 
 
-def _is_own(state: object) -> bool:
+def _keeps_own_state(node: Object, classes: ScriptClasses) -> bool:
     """Whether a module's state is what its ``__getstate__`` gave, and not a dict of its attributes."""
-    return state is not ABSENT and not isinstance(state, InertDict)
+    if node.state is ABSENT or isinstance(node.state, InertDict) or not isinstance(node.cls, Global):
+        return False
+    return node.cls.module.startswith("__torch__") and classes.of(node.cls) is not None
 
 
 def _is_packed(value: object) -> bool:

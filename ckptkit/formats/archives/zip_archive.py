@@ -50,7 +50,7 @@ _ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
 _METHODS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES"}
 """Compression methods that others than torch use (APPNOTE 4.4.5)."""
 
-REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again: python -m zipfile -c NEW.pth OUT/FOLDER"
+REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
 """What helps where an archive holds a checkpoint in a way that is not read."""
 
 _ZIP64, _UNICODE_PATH = 1, b"\x75\x70"  # tags of extra fields

@@ -1,7 +1,7 @@
 """What a file is that is no checkpoint, by its first bytes, and what to do about it.
 
-Sources: the magic numbers of each format's own specification; for ONNX, TensorFlow and Core ML,
-which have none, the first fields of their protobuf messages (``onnx.proto`` ``ModelProto``,
+Sources beside those named below: the magic numbers of each format's own specification; for ONNX, TensorFlow
+and Core ML, which have none, the first fields of their protobuf messages (``onnx.proto`` ``ModelProto``,
 ``saved_model.proto``, ``graph.proto``, ``Model.proto``).
 """
 
@@ -311,9 +311,10 @@ def _unpacked(folder: str, names: list[str]) -> str | None:
     records = set(names)
     if not records & {"version", "byteorder", "data"} or not records & {"data.pkl", ".data", "archive_format"}:
         return None
-    folder = os.path.abspath(folder)
-    command = shlex.join(["python", "-m", "zipfile", "-c", f"{folder}.pth", folder])
-    return f"an archive of torch that was unpacked; pack it again: {command}"
+    above, name = os.path.split(os.path.abspath(folder))
+    # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
+    command = f"cd {shlex.quote(above)} && zip -0 -r {shlex.quote(f'{name}.pth')} {shlex.quote(name)}"
+    return f"an archive of torch that was unpacked; pack it again, stored: {command}"
 
 
 def describe_folder(path: str) -> str:
