@@ -26,7 +26,6 @@ from ckptkit.dtypes import BY_SAFETENSORS, DType
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.strict_json import check_ignored, shown
 from ckptkit.limits import Limits
-from ckptkit.report import count_of
 
 __all__ = ["METADATA", "NAME", "Layout", "check_extents", "compact", "layout", "strings"]
 
@@ -172,7 +171,7 @@ def check_extents(layouts: Mapping[str, Layout], nbytes: int) -> None:
         cut = [name for _, end, name in extents if end > nbytes]
         raise CorruptError(
             f"truncated: {nbytes:,} of {position:,} bytes of data are there ({position - nbytes:,} missing); "
-            f"{len(extents) - len(cut)} of {count_of(len(extents), 'tensor')} are whole, the first incomplete one is "
+            f"{len(extents) - len(cut)} of {len(extents)} tensors are whole, the first incomplete one is "
             f"{shown(cut[0])}. Get the file again",
             where="data",
         )
