@@ -223,7 +223,7 @@ def convert(
             receipt=receipt,
             hashed=check and not dry_run,
         )
-        findings = tuple(conversion.findings(job.plan))
+        findings = (*job.findings(), *conversion.findings(job.plan))
         if not dry_run:
             tally = job.carry_out(force=force, check=check, progress=progress)
             findings = (*findings, *conversion.losses(tally))
@@ -308,12 +308,14 @@ def diff(
 def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
     if checkpoint.origin.state_path is not None:
         return
-    weights = [section.path for section in checkpoint.sections if section.kind in ("state_dict", "whole_model")]
-    path = checkpoint.origin.path
+    from ckptkit.normalize.beside import held_instead
+    from ckptkit.normalize.selection import paths_listed
+
+    path, weights = checkpoint.origin.path, paths_listed(checkpoint.sections)
     if weights:
-        names = ", ".join(repr(name) for name in weights)
-        raise SectionError(f"{path}: several sections hold weights ({names}); name the one {purpose} with --section")
-    raise SectionError(f"{path}: the file holds no state_dict {purpose} (its kind is {checkpoint.origin.kind!r})")
+        raise SectionError(f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section")
+    kind = f"its kind is {checkpoint.origin.kind!r}"
+    raise SectionError(f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}")
 
 
 def manifest(
@@ -459,6 +461,7 @@ def verify(
             rtol=rtol,
             force=force,
             unsafe_load=unsafe_load,
+            strip_module=strip_module,
         )
 
 

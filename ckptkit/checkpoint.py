@@ -19,7 +19,7 @@ from typing import Final, Literal
 from ckptkit.derived import ByteSource, DeflatedRange, Inflation
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, KeyCollisionError
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 
 __all__ = [
     "STATE_DICT",
@@ -275,7 +275,7 @@ class StateDict(Mapping[str, TensorEntry]):
         return self._tensors.values()
 
     def __repr__(self) -> str:
-        return f"StateDict({len(self)} tensors)"
+        return f"StateDict({count_of(len(self), 'tensor')})"
 
     @property
     def extra(self) -> dict[str, object]:
@@ -455,7 +455,7 @@ class Checkpoint:
     operations: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<Checkpoint of {self.origin.path!r}: {self.origin.kind}, {len(self.state_dict)} tensors>"
+        return f"<Checkpoint of {self.origin.path!r}: {self.origin.kind}, {count_of(len(self.state_dict), 'tensor')}>"
 
     @property
     def trust(self) -> Trust:

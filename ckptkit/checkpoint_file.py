@@ -10,7 +10,7 @@ from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
 from ckptkit.normalize.parts import require_whole
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 
 if TYPE_CHECKING:
     from ckptkit.conversion.job import Job
@@ -163,7 +163,7 @@ class CheckpointFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{self.format} {self.kind} {self.path!r}, {len(self.state_dict)} tensors>"
+        return f"<{self.format} {self.kind} {self.path!r}, {count_of(len(self.state_dict), 'tensor')}>"
 
 
 def open(  # noqa: A001 - the name users expect

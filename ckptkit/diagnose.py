@@ -1,22 +1,24 @@
-"""What is remarkable about a checkpoint: findings, each with the command that mends it.
+"""What is remarkable about a checkpoint: findings, each with the command that fixes it.
 
 Computed from the common representation alone: no tensor byte is read, nothing is loaded.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
-from ckptkit.normalize.beside import beside_weights
+from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import is_plain, step
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
-from ckptkit.report import Finding, convert_command, human_size
+from ckptkit.report import Finding, convert_command, count_of, human_size, listed
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
 
@@ -37,6 +39,28 @@ class Contents:
 
 
 Diagnosis = Callable[[Checkpoint, Contents], Iterator[Finding]]
+
+_SAMPLED = 32
+"""Names by which a state_dict is told from what else has names and tensors."""
+
+_ADAPTER = re.compile(
+    r"(?:^|[._])(?:lora_(?:A|B|up|down|mid|embedding_[AB]|magnitude_vector)|lora\.(?:up|down)|hada_[wt][12](?:_[ab])?|"
+    r"lokr_[wt][12](?:_[ab])?|ia3_l|(?:linear|processor)[\w.]*_lora)(?:[._]|$)"
+)
+"""Names in adapters: of peft, diffusers, loralib, kohya's scripts and LyCORIS."""
+
+_PIPELINES = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", "lora_transformer_")
+"""How names in adapters of diffusion pipelines begin."""
+
+_EMBEDDING = re.compile(r"<[^<>]+>|emb_params|clip_[lg]")
+
+_DATA = frozenset({
+    "attention_mask", "batch", "data", "edge_attr", "edge_index", "features", "image", "images", "input", "input_ids",
+    "inputs", "label", "labels", "mask", "masks", "output", "outputs", "pos", "sample", "samples", "target", "targets",
+    "test", "test_mask", "token_type_ids", "train", "train_mask", "val", "val_mask", "x", "x_test", "x_train", "y",
+    "y_test", "y_train",
+})  # fmt: skip
+"""Names of the tensors in data sets; no module would have all of its parameters called so."""
 
 _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
@@ -71,13 +95,12 @@ def _foreign(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if not names or checkpoint.module is not None:
         return
     places = _places(checkpoint.rest)
-    shown = ", ".join(name + (f" in {places[name]!r}" if places.get(name) else "") for name in names[:4])
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    shown = listed([name + (f" in {places[name]!r}" if places.get(name) else "") for name in names], 4)
     yield Finding(
         code="foreign-objects",
         severity="warning",
-        message=f"objects that torch.load refuses by default: {shown}{more}; never executed here",
-        fix=convert_command(checkpoint.origin.path, "--weights-only") if checkpoint.state_dict else None,
+        message=f"objects that torch.load refuses by default: {shown}; never executed here",
+        fix=_weights(checkpoint, "--weights-only"),
     )
 
 
@@ -112,10 +135,18 @@ def _whole_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding
     )
 
 
-def _extract(checkpoint: Checkpoint, *options: str) -> str:
+def _weights(checkpoint: Checkpoint, *options: str) -> str | None:
+    """The command that writes the weights into what can hold them; ``None``: there are none."""
+    state_dict = checkpoint.state_dict
+    if not state_dict.everything:
+        return None
+    return convert_command(checkpoint.origin.path, *options, suffix=holding_suffix(state_dict))
+
+
+def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
     """The command that writes the weights alone, and says so where there is more."""
     alone = ("--weights-only",) if beside_weights(checkpoint) or "--section" in options else ()
-    return convert_command(checkpoint.origin.path, *options, *alone)
+    return _weights(checkpoint, *options, *alone)
 
 
 def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -128,7 +159,8 @@ def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     yield Finding(
         code="module-prefix",
         severity="warning",
-        message=f"{carrying} of {len(names)} names carry a wrapper's prefix (`{prefix}`) that the bare model lacks",
+        message=f"{carrying} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{prefix}`) that the bare "
+        "model lacks",
         fix=_extract(checkpoint, "--strip-module"),
     )
 
@@ -147,14 +179,33 @@ def _stale_versions(checkpoint: Checkpoint, contents: Contents) -> Iterator[Find
 
 
 def _not_a_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
-    if checkpoint.origin.kind != "state_dict" or checkpoint.module is not None or checkpoint.part is not None:
+    is_embedding = checkpoint.origin.state_path == EMBEDDINGS
+    is_state_dict = checkpoint.origin.kind == "state_dict" or is_embedding
+    if not is_state_dict or checkpoint.module is not None or checkpoint.part is not None:
         return
-    yield Finding(
-        code="not-a-model",
-        severity="info",
-        message="names and tensors, no model: build the model, then give it these",
-        fix=f"model.load_state_dict(ckptkit.load_state_dict({checkpoint.origin.path!r}))",
-    )
+    if checkpoint.origin.is_program:
+        return  # which are run, and have findings of their own
+    path, names = checkpoint.origin.path, list(islice(checkpoint.state_dict.everything, _SAMPLED))
+    what = "build the model, then give it these"
+    fix = f"model.load_state_dict(ckptkit.load_state_dict({path!r}))"
+    if 2 * sum(_ADAPTER.search(name) is not None for name in names) >= len(names) > 0:
+        what = "an adapter (LoRA or a relative of it), which is added to the model it was trained for"
+        fix = _adapted(path, names)
+    elif is_embedding or (0 < len(names) <= 2 and all(map(_EMBEDDING.fullmatch, names))):
+        what = "a textual inversion, the embedding of a new word for a text encoder"
+        fix = f"pipeline.load_textual_inversion({path!r})  # of diffusers"
+    elif names and all(name.lower() in _DATA for name in names):
+        what, fix = "by their names a data set, not weights", f"data = ckptkit.load_state_dict({path!r})"
+    yield Finding(code="not-a-model", severity="info", message=f"names and tensors, no model: {what}", fix=fix)
+
+
+def _adapted(path: str, names: Sequence[str]) -> str:
+    """What adds an adapter to its model, by the customs that its names follow."""
+    if all(name.startswith("base_model.") for name in names):
+        return f"peft.PeftModel.from_pretrained(base_model, {os.path.dirname(path) or '.'!r})"
+    if all(name.startswith(_PIPELINES) for name in names):
+        return f"pipeline.load_lora_weights({path!r})  # of diffusers"
+    return f"model.load_state_dict(ckptkit.load_state_dict({path!r}), strict=False)  # in a model that has its adapters"
 
 
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
@@ -194,7 +245,7 @@ def _elsewhere(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             code="other-system",
             severity="info",
             message=f"objects that load only on the system or with the versions they come from: {'; '.join(found)}",
-            fix=convert_command(checkpoint.origin.path, "--weights-only") if checkpoint.state_dict else None,
+            fix=_weights(checkpoint, "--weights-only"),
         )
 
 
@@ -204,22 +255,29 @@ def _order(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         yield Finding(
             code="not-contiguous",
             severity="info",
-            message=f"{len(moved)} of {len(checkpoint.state_dict)} tensors are not contiguous but transposed, sliced "
-            f"or expanded views, such as {moved[0]!r:.80}",
+            message=f"{len(moved)} of {count_of(len(checkpoint.state_dict), 'tensor')} are not contiguous but "
+            f"transposed, sliced or expanded views, such as {moved[0]!r:.80}",
         )
 
 
 def _devices(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     places = Counter(storage.location for storage in contents.storages.values())
     places.pop("cpu", None)
-    if places:
-        shown = ", ".join(f"{location} ({count})" for location, count in sorted(places.items()))
-        yield Finding(
-            code="device-location",
-            severity="warning",
-            message=f"storages tagged {shown}: a plain torch.load fails on a machine without these devices",
-            fix=convert_command(checkpoint.origin.path, "--map-location", "cpu", suffix=".pth"),
-        )
+    if not places:
+        return
+    path, format_ = checkpoint.origin.path, checkpoint.origin.format
+    told = "a plain torch.load fails on a machine without these devices"
+    fix: str | None = convert_command(path, "--map-location", "cpu", suffix=".pth")
+    if checkpoint.origin.is_program:
+        told, fix = "the program is loaded onto these devices, and fails on a machine without them", None
+    if format_ == "torchscript":
+        fix = f"torch.jit.load({path!r}, map_location='cpu')"
+    yield Finding(
+        code="device-location",
+        severity="warning",
+        message=f"storages tagged {listed([f'{place} ({count})' for place, count in sorted(places.items())])}: {told}",
+        fix=fix,
+    )
 
 
 def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -233,11 +291,11 @@ def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             names.append(name)
     groups = [names for names in tied.values() if len(names) > 1]
     if groups:
-        shown = "; ".join(" = ".join(names[:3]) for names in groups[:3])
+        shown = listed([listed(names, 3, between=" = ") for names in groups], 3, between="; ")
         yield Finding(
             code="tied-tensors",
             severity="info",
-            message=f"{len(groups)} tensors stand under several names: {shown}" + ("; ..." if len(groups) > 3 else ""),
+            message=f"{count_of(len(groups), 'tensor', 'stands', 'stand')} under several names: {shown}",
         )
     shared = sum(count for count in views.values() if count > 1)
     if shared:
@@ -268,7 +326,7 @@ def _unused(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             code="unused-bytes",
             severity="info",
             message=f"{human_size(unused)} of the file belong to storages but to no tensor: views of larger tensors",
-            fix=_extract(checkpoint) if checkpoint.state_dict else None,
+            fix=_extract(checkpoint),
         )
 
 
@@ -283,7 +341,7 @@ def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             code="training-state",
             severity="info",
             message=f"{human_size(beside)} ({beside / max(checkpoint.origin.size, 1):.0%} of the file) are not weights",
-            fix=convert_command(checkpoint.origin.path, "--weights-only"),
+            fix=_weights(checkpoint, "--weights-only"),
         )
 
 

@@ -51,8 +51,8 @@ class Line:
 
     Attributes:
         name: without wrappers.
-        kind: the dtype, or what the value is that is no plain tensor.
-        shape: the tensor's sizes; ``None``: it is no plain tensor.
+        kind: the dtype, or what the value is that is not a plain tensor.
+        shape: the tensor's sizes; ``None``: it is not a plain tensor.
         digest: the tensor's; ``None``: it is none.
         parts: dtype, shape and digest of each tensor in a value that is none itself.
     """
@@ -98,7 +98,7 @@ def content_digest(lines: Iterable[Line]) -> str | None:
 
 
 def kind_of(value: object) -> str:
-    """What a value is that is no plain tensor: a class, or a function that makes it."""
+    """What a value is that is not a plain tensor: a class, or a function that makes it."""
     if isinstance(value, Object):
         return value.class_name
     if isinstance(value, Global):

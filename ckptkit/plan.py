@@ -16,6 +16,7 @@ from typing import Any
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.derived import ByteSource, ConvertedRange
+from ckptkit.report import count_of
 
 __all__ = ["Cast", "Checksum", "Copy", "Digest", "Gather", "Index", "Literal", "Plan", "Step", "moved"]
 
@@ -147,6 +148,10 @@ class Plan:
     aliases: Mapping[str, str]
     shards: Mapping[str, Plan] = field(default_factory=dict)
     index: Index | None = None
+
+    def __repr__(self) -> str:
+        shards = f" in {count_of(len(self.shards), 'shard')}" if self.shards else ""
+        return f"<Plan of {self.format}: {count_of(self.tensors, 'tensor')}, {self.total_nbytes:,} bytes{shards}>"
 
     @property
     def total_nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Findings and reports: what was seen, how grave it is, and the command that mends it.
+"""Findings and reports: what was seen, how grave it is, and the command that fixes it.
 
 A `Finding` has a stable code (`ckptkit.codes` explains each).  All findings are collected first
 and reported together; the worst severity decides.
@@ -25,6 +25,7 @@ __all__ = [
     "count_of",
     "glob_of",
     "human_size",
+    "listed",
     "parse_size",
     "printable",
     "worst",
@@ -46,7 +47,7 @@ class Finding:
         code: stable, kebab-case; ``ckptkit explain CODE`` says more.
         severity: ``"error"`` fails a report, ``"warning"`` and ``"info"`` do not.
         message: what, where, expected, found.
-        fix: the command or option that mends it, or ``None``.
+        fix: the command or option that fixes it, or ``None``.
     """
 
     code: str
@@ -114,6 +115,27 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
 
+_ENDINGS = frozenset(
+    {
+        ".pth",
+        ".pt",
+        ".pkl",
+        ".ckpt",
+        ".bin",
+        ".safetensors",
+        ".tar",
+        ".zip",
+        ".gz",
+        ".xz",
+        ".bz2",
+        ".zst",
+        ".pt2",
+        ".th",
+    }
+)
+"""Endings of checkpoints and of what they are packed in."""
+
+
 def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
@@ -121,10 +143,15 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> s
     """
     import shlex
 
-    stem, ending = os.path.splitext(path)
-    if stem.endswith(".index"):  # of shards: model.safetensors.index.json stands for model.safetensors
-        stem = os.path.splitext(stem.removesuffix(".index"))[0]
-    destination = stem + (suffix if suffix != ending else f".clean{suffix}")
+    folder, name = os.path.split(path.rstrip("/"))
+    stem, ending = os.path.splitext(name.removesuffix(".index.json"))  # of model.safetensors.index.json: the whole
+    if ending[1:].isdigit():  # a version: model_v1.5
+        stem, ending = stem + ending, ""
+    endings = {ending} if stem + ending == name else set()
+    while os.path.splitext(stem)[1].lower() in _ENDINGS:  # of best.pth.tar
+        stem, ending = os.path.splitext(stem)
+        endings.add(ending)
+    destination = os.path.join(folder, stem + (f".clean{suffix}" if suffix in endings else suffix))
     return shlex.join(["ckptkit", "convert", path, destination, *options])
 
 
@@ -146,9 +173,33 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def count_of(count: int, thing: str) -> str:
-    """How many of a thing: ``"1 storage"``, ``"1,200 storages"``."""
-    return f"{count:,} {thing}" + "s" * (count != 1)
+def count_of(count: int, thing: str, *verb: str) -> str:
+    """How many of a thing: ``"1 storage"``, ``"1,200 storages"``, ``"2 classes"``, ``"2 entries"``.
+
+    Args:
+        count: how many.
+        thing: one of them.
+        verb: what follows, of one and of several: ``"is", "are"``.
+    """
+    if count != 1:
+        is_y = thing.endswith("y") and thing[-2:-1] not in ("a", "e", "o", "u")
+        ending = "es" if thing.endswith(("s", "x", "sh", "ch")) else "s"
+        thing = thing[:-1] + "ies" if is_y else thing + ending
+    return " ".join((f"{count:,} {thing}", *verb[count != 1 :][:1]))
+
+
+def listed(things: Iterable[str], most: int = 5, *, total: int | None = None, between: str = ", ") -> str:
+    """The first of several things as a message names them, and how many more there are.
+
+    Args:
+        things: what to name, or as many of them as are to be named.
+        most: how many of them are named.
+        total: how many there are where ``things`` are not all.
+        between: what stands between them.
+    """
+    every = list(things)
+    more = (len(every) if total is None else total) - len(every[:most])
+    return between.join(every[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def human_size(nbytes: int) -> str:
@@ -169,7 +220,7 @@ def parse_size(text: str) -> int:
     """The bytes that people mean: ``"5GB"`` in powers of 1000, ``"5GiB"`` of 1024, ``"5000000"`` bytes.
 
     Raises:
-        RewriteError: it is no size, is under one byte, or more than 63 bits count.
+        RewriteError: it is not a size, is under one byte, or more than 63 bits count.
     """
     from fractions import Fraction
 
@@ -179,4 +230,6 @@ def parse_size(text: str) -> int:
         nbytes = int(Fraction(found[1] + (found[2] or "")) * (1024 if found[4] else 1000) ** power)
         if 1 <= nbytes <= _LARGEST:
             return nbytes
-    raise RewriteError(f"{text[:40]!r} is no size; write it like 5GB, 500MB or 1.5GB, 2GiB, or 1000000 for bytes")
+    raise RewriteError(
+        f"{text[:40]!r} is not a valid size; write it like 5GB, 500MB or 1.5GB, 2GiB, or 1000000 for bytes"
+    )

@@ -77,7 +77,7 @@ def tensors(
 ) -> dict[str, torch.Tensor]:
     """The state_dict's plain tensors, read from their file.
 
-    Values that are no plain tensors (`StateDict.extra`) are not among them.
+    Values that are not plain tensors (`StateDict.extra`) are not among them.
 
     Args:
         state_dict: the names and entries; the file they lie in must still be open.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import builtins
 import os
+import shlex
 import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -180,7 +182,7 @@ def test_ties_and_shared_storages(save: Save) -> None:
     base = torch.arange(10.0)
     saved = {"a": base, "b": base, "c": base[1:], "d": base.view(2, 5), "e": torch.ones(1), "f": torch.ones(0)}
     found = findings(save(saved))
-    assert found["tied-tensors"].message == "1 tensors stand under several names: a = b"
+    assert found["tied-tensors"].message == "1 tensor stands under several names: a = b"
     assert found["shared-storage"].message == "3 tensors are different views of storages they share"
 
 
@@ -266,3 +268,156 @@ def test_shared_and_deep_trees_are_walked_once() -> None:
 )  # fmt: skip
 def test_human_size(nbytes: int, text: str) -> None:
     assert human_size(nbytes) == text
+
+
+# What is advised is done by what is advised.
+
+
+def peft(names: str = "base_model.model.{}.q_proj.lora_{}.weight") -> dict[str, torch.Tensor]:
+    return {names.format(layer, side): torch.ones(2, 2) for layer in range(3) for side in "AB"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "what", "loads"),
+    [
+        (peft(), "an adapter", "peft.PeftModel.from_pretrained(base_model, "),
+        (peft("unet.mid.{}.to_q.lora.up.{}"), "an adapter", "pipeline.load_lora_weights("),
+        (peft("lora_unet_mid_{}.lora_down.{}"), "an adapter", "pipeline.load_lora_weights("),
+        (peft("layers.{}.lora_{}"), "an adapter", "strict=False)"),
+        (peft("blocks.{}.hada_w1_a.{}"), "an adapter", "strict=False)"),
+        ({"<cat-toy>": torch.ones(768)}, "a textual inversion", "pipeline.load_textual_inversion("),
+        ({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, "a textual inversion", "textual_inversion("),
+        ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(8, 768)}, "name": "cat", "step": 5},
+         "a textual inversion", "pipeline.load_textual_inversion("),
+        ({"x": torch.ones(9, 3), "y": torch.ones(9)}, "a data set", "data = ckptkit.load_state_dict("),
+        ({"input_ids": torch.ones(9, 3), "attention_mask": torch.ones(9, 3)}, "a data set", "data = "),
+        ({"Images": torch.ones(9, 3), "labels": torch.ones(9)}, "a data set", "data = "),
+        (WEIGHTS, "build the model, then give it these", "model.load_state_dict("),
+        ({"floral.weight": torch.ones(2), "x": torch.ones(2)}, "build the model", "model.load_state_dict("),
+    ],
+)  # fmt: skip
+def test_what_has_names_and_tensors_is_told_with_what_loads_it(save: Save, saved: Any, what: str, loads: str) -> None:
+    finding = findings(save(saved))["not-a-model"]
+    assert what in finding.message
+    assert loads in (finding.fix or "")
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), dtype=torch.qint8)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        quantized(),
+        nn.DataParallel(quantized()),
+        quantized().state_dict,
+        {"model": {"module.w": torch.ones(1), "_extra_state": {"v": 1}}, "args": argparse.Namespace(lr=1)},
+        {"module.c": torch.ones(2, dtype=torch.complex128), "module.w": torch.ones(5000)[:2]},
+    ],
+    ids=["whole", "wrapped", "method", "extra state", "complex"],
+)
+def test_no_fix_is_advised_that_is_refused(save: Save, run: Any, saved: Any) -> None:
+    path = save(saved)
+    commands = [f.fix for f in findings(path).values() if f.fix and f.fix.startswith("ckptkit convert")]
+    assert commands
+    for command in commands:
+        done = run(*shlex.split(command)[1:], "--dry-run")
+        assert done.returncode == 0, done.stderr
+
+
+def scripted(module: nn.Module, path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(module).save(str(path))
+    return path
+
+
+class OwnState(nn.Module):
+    """Saves a tuple in place of its attributes; TorchScript reads the types of the comments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    @torch.jit.export
+    def __getstate__(self):
+        # type: () -> Tuple[Tensor, bool]
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state):
+        # type: (Tuple[Tensor, bool]) -> None
+        self.weight = state[0]
+        self.training = state[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight
+
+
+def test_a_program_that_keeps_a_state_of_its_own(run: Any, tmp_path: Path) -> None:
+    path = scripted(OwnState(), tmp_path / "own.pt")
+    found = findings(path)
+    assert "1 module saves a state of its own making (__getstate__), with 1 tensor" in found["own-script-state"].message
+    assert "OwnState" in found["torchscript-program"].message
+    for output in ("o.pth", "o.safetensors"):
+        done = run("convert", path, output)
+        assert done.returncode == 2
+        assert "holds 1 tensor without names of a model's: its modules save a state of their own" in done.stderr
+        assert "--section" not in done.stderr
+    assert "a TorchScript program" in run("inspect", path).stdout
+
+
+def test_a_frozen_program_is_called_frozen_and_no_other(run: Any, tmp_path: Path) -> None:
+    bare = scripted(nn.ReLU(), tmp_path / "bare.pt")
+    told = run("convert", bare, "o.pth").stderr
+    assert "it holds no tensors under names" in told and "were frozen" not in told
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2)).eval())).save(str(tmp_path / "frozen.pt"))
+    shown = run("inspect", tmp_path / "frozen.pt").stdout
+    assert "unknown class" not in shown
+    assert "a TorchScript program of class __torch__.torch.nn.modules.container." in shown
+    assert "frozen-program" in shown and "training state" not in shown
+
+
+def test_a_program_on_a_device_is_loaded_with_torch_jit(tmp_path: Path) -> None:
+    path = scripted(nn.Linear(2, 2), tmp_path / "cpu.pt")
+    target = tmp_path / "cuda.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        for name in source.namelist():
+            tagged = source.read(name).replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0")
+            out.writestr(name, tagged if name.endswith("data.pkl") else source.read(name))
+    finding = findings(target)["device-location"]
+    assert "cuda:0" in finding.message and "torch.load" not in finding.message
+    assert finding.fix == f"torch.jit.load({str(target)!r}, map_location='cpu')"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = torch.jit.load(target, map_location="cpu")
+    assert loaded.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("saved", "is_training"),
+    [
+        ({"state_dict": WEIGHTS, "name": "net", "params": {"hidden": 2, "epochs": 9}}, False),
+        ({"model": WEIGHTS, "config": {"lr": 0.1}, "classes": ["a", "b"]}, False),
+        ({"state_dict": WEIGHTS, "epoch": 3}, True),
+        ({"state_dict": WEIGHTS, "global_step": 3}, True),
+        ({"model": WEIGHTS, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}}, True),
+    ],
+)
+def test_weights_with_settings_are_no_training_checkpoint(save: Save, run: Any, saved: Any, is_training: bool) -> None:
+    shown = run("inspect", save(saved)).stdout
+    assert ("a training checkpoint" in shown, "\ntraining state\n" in shown) == (is_training, is_training)
+    assert ("weights, and beside them settings" in shown) != is_training
+
+
+def test_thousands_of_sections_are_told_in_a_few_words(save: Save, run: Any) -> None:
+    path = save([{"w": torch.ones(1), "i": i} for i in range(2000)])
+    for arguments in (["inspect"], ["convert"], ["diff"]):
+        done = run(*arguments, path, *([] if arguments == ["inspect"] else ["o.safetensors"]))
+        assert max(map(len, (done.stdout + done.stderr).splitlines())) < 1000
+    assert "and 1,980 more" in run("convert", path, "o.safetensors").stderr

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from ckptkit.errors import RewriteError
-from ckptkit.report import human_size, parse_size
+from ckptkit.report import convert_command, count_of, human_size, listed, parse_size
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def test_sizes(text: str, nbytes: int) -> None:
 )  # fmt: skip
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(
-        RewriteError, match=r"is no size; write it like 5GB, 500MB or 1.5GB, 2GiB, or 1000000"
+        RewriteError, match=r"is not a valid size; write it like 5GB, 500MB or 1.5GB, 2GiB, or 1000000"
     ) as caught:
         parse_size(text)
     assert len(str(caught.value)) < 250
@@ -43,3 +45,40 @@ def test_what_is_no_size(text: str) -> None:
 @pytest.mark.parametrize("nbytes", [1, 999, 1000, 12_300, 4_560_000, 7_890_000_000, 1_230_000_000_000])
 def test_sizes_that_were_shown_are_understood(nbytes: int) -> None:
     assert parse_size(human_size(nbytes)) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("path", "suffix", "destination"),
+    [
+        ("x.pth", ".safetensors", "x.safetensors"), ("x.pth.tar", ".safetensors", "x.safetensors"),
+        ("best.pth.tar", ".pth", "best.clean.pth"), ("best.pth", ".pth", "best.clean.pth"),
+        ("a/b.pt.gz", ".pth", "a/b.pth"),
+        ("x.safetensors", ".safetensors", "x.clean.safetensors"), ("x.ckpt.bak", ".safetensors", "x.safetensors"),
+        ("model.safetensors.index.json", ".safetensors", "model.safetensors"),
+        ("pytorch_model.bin.index.json", ".safetensors", "pytorch_model.safetensors"),
+        ("model_v1.5", ".safetensors", "model_v1.5.safetensors"), ("noending", ".pth", "noending.pth"),
+        ("runs/ckpt/", ".safetensors", "runs/ckpt.safetensors"), ("epoch=3.5.ckpt", ".pth", "epoch=3.5.pth"),
+    ],
+)  # fmt: skip
+def test_the_name_of_what_is_to_be_written(path: str, suffix: str, destination: str) -> None:
+    assert shlex.split(convert_command(path, "--x", suffix=suffix)) == ["ckptkit", "convert", path, destination, "--x"]
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "text"),
+    [
+        (1, ["tensor"], "1 tensor"), (0, ["tensor"], "0 tensors"), (1200, ["tensor"], "1,200 tensors"),
+        (2, ["class"], "2 classes"), (1, ["class"], "1 class"), (3, ["entry"], "3 entries"), (2, ["key"], "2 keys"),
+        (1, ["name", "is", "are"], "1 name is"), (2, ["name", "is", "are"], "2 names are"),
+    ],
+)  # fmt: skip
+def test_counts(count: int, words: list[str], text: str) -> None:
+    assert count_of(count, *words) == text
+
+
+def test_lists_are_cut() -> None:
+    names = [f"n{n}" for n in range(2000)]
+    assert listed(names, 3) == "n0, n1, n2 and 1,997 more"
+    assert listed(names[:3], 3) == "n0, n1, n2"
+    assert listed(iter(names[:2]), 1, total=9, between="; ") == "n0 and 8 more"
+    assert listed([]) == ""

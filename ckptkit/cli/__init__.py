@@ -28,7 +28,7 @@ COMMANDS = {
     "check": "Hold files against a manifest and a policy.",
     "convert": "Rewrite a checkpoint: container, prefixes, devices.",
     "diff": "What changed between two checkpoints.",
-    "explain": "What a finding code means and how to mend it.",
+    "explain": "What a finding code means and how to fix it.",
     "inspect": "What is in a file, without running or loading it.",
     "manifest": "Record what released weights must be.",
     "verify": "Load into a reference model and run a forward check.",

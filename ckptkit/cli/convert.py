@@ -25,7 +25,7 @@ from ckptkit.cli.options import (
 )
 from ckptkit.cli.plan_text import show_plan
 from ckptkit.cli.progress import progress_line
-from ckptkit.report import human_size
+from ckptkit.report import count_of, human_size
 
 __all__ = ["command"]
 
@@ -162,9 +162,9 @@ def command(
     elif not quiet:
         plan = details["plan"]
         checked = "compared byte for byte" if details["checked"] else "not checked"
-        shards = f" in {len(plan['shards'])} shards" if plan["shards"] else ""
+        shards = f" in {count_of(len(plan['shards']), 'shard')}" if plan["shards"] else ""
         echo(
-            f"{printable(details['destination'])}: {plan['format']}, {plan['tensors']:,} tensors, "
+            f"{printable(details['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
             f"{human_size(plan['nbytes'])}{shards}, {checked}"
         )
     if not quiet:

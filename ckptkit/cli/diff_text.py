@@ -129,7 +129,7 @@ def tables(document: Mapping[str, Any], top: int) -> Iterator[Table]:
     ]  # fmt: skip
     yield from table(_title(recast, "recast"), recast, "tensor,from,to,max |b-a|,", "lllrl", 0)
     others = [[row["name"], row["a"], row["b"]] for row in document["values"]]
-    yield from table("values that are no plain tensors and differ", others, "name,A,B", "lll", 0, 1, 2)
+    yield from table("values that are not plain tensors and differ", others, "name,A,B", "lll", 0, 1, 2)
     lost = [[row["name"], row["reason"]] for row in document["not_compared"]]
     yield from table("not compared", lost, "name,why", "ll", 0)
     sections = [

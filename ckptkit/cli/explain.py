@@ -1,4 +1,4 @@
-"""``ckptkit explain CODE``: what a finding code means and how to mend it."""
+"""``ckptkit explain CODE``: what a finding code means and how to fix it."""
 
 from __future__ import annotations
 

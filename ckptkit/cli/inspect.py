@@ -97,6 +97,8 @@ def command(
         for found, error in files:
             document = _survey(found, opening, filters, sort, stats) if error is None else describe_error(found, error)
             seen.append(_told(document))
+            if filters and not quiet and document["error"] is None and not document["tensors"]:
+                ending.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
             if len(seen) == len(files):
                 ending.verdict(_exit_code(seen, fail_on))
             yield document

@@ -11,7 +11,7 @@ from tabulate import tabulate  # a fifth of the start-up time: this module is im
 from ckptkit.cli import inspect_text as as_text
 from ckptkit.cli.options import printable
 from ckptkit.inspection.module_list import printed_model
-from ckptkit.report import human_size
+from ckptkit.report import count_of, human_size
 
 __all__ = ["markdown"]
 
@@ -87,7 +87,7 @@ def _details(document: dict[str, Any]) -> Iterator[str]:
         names = [*(_code(printable(row.section)) for _ in several), _code(as_text.full_name(row, document))]
         facts = [row.dtype, as_text.shape(row), human_size(row.nbytes), _escaped(printable(row.location))]
         cells.append([*names, *facts, *(as_text.figure((row.stats or {})[key]) for key in extra)])
-    yield f"\n<details><summary>{len(document['tensors']):,} tensors</summary>\n"
+    yield f"\n<details><summary>{count_of(len(document['tensors']), 'tensor')}</summary>\n"
     headers = [*several, "tensor", "dtype", "shape", "bytes", "device", *extra]
     yield from _table(cells, headers, "l" * len(several) + "lllrl" + "r" * len(extra))
     if len(document["tensors"]) > _MAX_TENSORS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
 from ckptkit.cli.receipt_text import receipt_line
 from ckptkit.inspection.listing import TensorRow
 from ckptkit.inspection.outline import Line, Outline
+from ckptkit.normalize.beside import EMBEDDINGS
 from ckptkit.normalize.receipts import KEY
-from ckptkit.report import human_size
+from ckptkit.report import count_of, human_size, listed
 
 __all__ = [
     "STATS", "fact_lines", "facts", "figure", "flat", "full_name", "outline_of", "section_table", "shape", "text",
@@ -39,8 +41,17 @@ _MAX_VALUE = 80
 _TREE_LINES = 40
 """Lines of the module tree where no depth is asked for."""
 
+_PROGRAMS = {
+    "torchscript": "a TorchScript program{}, its code included: torch.jit.load runs it",
+    "pt2": "an exported program{}, its graph included: torch.export.load reads it",
+    "torch-package": "a torch.package archive{}, its code included: torch.package.PackageImporter runs it",
+}
+_WORD = re.compile(r"[a-z]+")
+_PROGRESS = frozenset({"epoch", "step", "iter", "iteration", "updates"})
+"""Words in the names of values that say how far training had come; ``epochs`` and ``steps`` are settings."""
+
 _KINDS = {
-    "state_dict": "a state_dict: the names and tensors of a model, without the model",
+    "state_dict": "a state_dict: names and tensors, without a model around them",
     "resume": "a training checkpoint: weights, and beside them what training needs to go on",
     "collection": "tensors, but no state_dict of a model",
     "other": "no tensor: plain values or objects alone",
@@ -129,18 +140,39 @@ def what_it_is(document: dict[str, Any]) -> str:
     kind, rows, part = document["kind"], document["tensors"], document["part"]
     if part is not None:
         return f"{printable(part['piece']) or 'a part'} of {part['layout']}, not the whole"
+    if document["format"] in _PROGRAMS:
+        cls = next((node["class"] for node in document["modules"]), None) or _script_class(document)
+        return _PROGRAMS[document["format"]].format(f" of class {printable(cls)}" if cls else "")
     if kind == "whole_model":
         cls = printable(document["modules"][0]["class"]) if document["modules"] else "unknown class"
-        if document["format"] == "torchscript":
-            return f"a TorchScript program of class {cls}, its code included: torch.jit.load runs it"
         return f"a pickled model of class {cls}: torch.load needs its code, ckptkit does not"
     if kind == "tensor":
         return f"one tensor, {rows[0].dtype} {shape(rows[0])}, without a name" if len(rows) == 1 else "one storage"
     said: str = _KINDS.get(kind, kind)
     path = (document["state_dict"] or {}).get("path")
     if kind == "resume" and path:
+        said = said if _is_training(document) else "weights, and beside them settings or what describes them"
         return f"{said}; the weights are under {printable(path)!r}"
     return said
+
+
+def _script_class(document: dict[str, Any]) -> str | None:
+    """The class of a program whose modules are not what is shown."""
+    return next((value for key, value in document["metadata"].items() if _is_script_class(key)), None)
+
+
+def _is_script_class(key: str) -> bool:
+    return key.rpartition(".")[2] == "_script_class"
+
+
+def _is_training(document: dict[str, Any]) -> bool:
+    """Whether anything is there that training needs to go on."""
+    training, sections = document["training"], document["sections"]
+    if (document["state_dict"] or {}).get("path") == EMBEDDINGS:
+        return False
+    words = {word for key in training["scalars"] for word in _WORD.findall(str(key).lower())}
+    optimized = any(section["kind"] == "optimizer" for section in sections)
+    return bool(optimized or training["optimizers"] or training["schedulers"] or words & _PROGRESS)
 
 
 def section_table(document: dict[str, Any]) -> tuple[list[list[str]], list[str], str]:
@@ -182,7 +214,7 @@ def weights_line(document: dict[str, Any]) -> str:
         return ""
     inferred = any(row.role_inferred and row.section == summary["path"] for row in document["tensors"])
     return (
-        f"{counted(summary['tensors'], 'tensor')}, {summary['parameters']:,} parameters, "
+        f"{count_of(summary['tensors'], 'tensor')}, {count_of(summary['parameters'], 'parameter')}, "
         f"{summary['buffers']:,} in buffers{' (told apart by name and dtype)' if inferred else ''}, "
         f"{human_size(summary['nbytes'])}"
     )
@@ -193,14 +225,14 @@ def storage_line(document: dict[str, Any]) -> str:
     storage = document["storage"]
     parts = []
     if storage["tied"]:
-        parts.append(f"{counted(storage['tied'], 'tensor')} tied to another name")
+        parts.append(f"{count_of(storage['tied'], 'tensor')} tied to another name")
     if storage["shared"]:
         parts.append(f"{storage['shared']:,} are views of storages they share")
     if storage["unused_nbytes"]:
         parts.append(f"{human_size(storage['unused_nbytes'])} that no tensor uses")
     if not parts:
         return ""
-    return f"{counted(storage['storages'], 'storage')} of {human_size(storage['nbytes'])}; {', '.join(parts)}"
+    return f"{count_of(storage['storages'], 'storage')} of {human_size(storage['nbytes'])}; {', '.join(parts)}"
 
 
 def names_line(document: dict[str, Any]) -> str:
@@ -216,8 +248,8 @@ def names_line(document: dict[str, Any]) -> str:
         times = f", {use['count']:,} {TIMES}" if use["count"] > 1 else ""
         danger = "DANGEROUS " if use["verdict"] == "dangerous" else ""
         shown.append(f"{danger}{printable(use['name'])}" + (f" ({where.strip()}{times})" if where or times else ""))
-    more = f" and {len(uses) - _MAX_NAMES_SHOWN:,} more" if len(uses) > _MAX_NAMES_SHOWN else ""
-    return f"{', '.join(shown).replace(' (, ', ' (')}{more}; none is imported here"
+    told = listed([text.replace(" (, ", " (") for text in shown], _MAX_NAMES_SHOWN, total=len(uses))
+    return f"{told}; none is imported here"
 
 
 def outline_of(
@@ -263,11 +295,13 @@ def training_lines(document: dict[str, Any], style: Style) -> Iterator[str]:
     merged = {**document["metadata"], **training["scalars"]}
     merged.pop(KEY, None)  # which has a line of its own
     scalars = [(key, value) for key, value in merged.items() if value is not None and not key.startswith(told)]
+    scalars = [(key, value) for key, value in scalars if not _is_script_class(key)]
     scalars.sort(key=lambda item: ("." in item[0], item[0].rpartition(".")[2] not in _TELLING))
     if not scalars and not training["optimizers"] and not training["schedulers"]:
         return
     yield ""
-    yield style("training state" if any(training.values()) else "metadata", bold=True)
+    title = "training state" if _is_training(document) else "settings" if any(training.values()) else "metadata"
+    yield style(title, bold=True)
     for optimizer in training["optimizers"]:
         yield f"  {_path(optimizer)}  optimizer, {_looks(optimizer)}{_optimizer(optimizer)}"
     for scheduler in training["schedulers"]:
@@ -292,8 +326,8 @@ def _looks(item: dict[str, Any]) -> str:
 
 def _optimizer(item: dict[str, Any]) -> str:
     groups = f", {item['groups']:,} parameter groups" if item["groups"] != 1 else ""
-    steps = "" if item["steps"] is None else f", after {counted(int(item['steps']), 'step')}"
-    size = f", {counted(item['tensors'], 'tensor')}, {human_size(item['nbytes'])}" if item["tensors"] else ""
+    steps = "" if item["steps"] is None else f", after {count_of(int(item['steps']), 'step')}"
+    size = f", {count_of(item['tensors'], 'tensor')}, {human_size(item['nbytes'])}" if item["tensors"] else ""
     return f"{groups}{_rates(item['lr'])}{steps}{size}"
 
 
@@ -325,11 +359,6 @@ def full_name(row: TensorRow, document: dict[str, Any]) -> str:
 def shape(row: TensorRow) -> str:
     """``"[64, 3, 7, 7]"``."""
     return str([*row.shape])
-
-
-def counted(number: int, what: str) -> str:
-    """``"1 tensor"``, ``"1,200 tensors"``."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def figure(value: float | int | None) -> str:

@@ -20,7 +20,8 @@ def show_plan(details: Mapping[str, Any]) -> None:
     """Print what would be done."""
     plan = details["plan"]
     echo(
-        f"{printable(details['destination'])}: {plan['format']}, {plan['tensors']:,} tensors, {plan['nbytes']:,} bytes"
+        f"{printable(details['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
+        f"{plan['nbytes']:,} bytes"
     )
     rows = [[way, f"{plan[way]['count']:,}", f"{plan[way]['nbytes']:,}"] for way in _WAYS]
     for line in columns(rows, ["moved as", "steps", "bytes"], "lrr"):
@@ -33,7 +34,9 @@ def show_plan(details: Mapping[str, Any]) -> None:
 def _changes(details: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]:
     name = printable
     yield from _some(
-        "shard", plan["shards"], lambda s: f"{name(s['name'])}  {s['tensors']:,} tensors, {s['nbytes']:,} bytes"
+        "shard",
+        plan["shards"],
+        lambda s: f"{name(s['name'])}  {count_of(s['tensors'], 'tensor')}, {s['nbytes']:,} bytes",
     )
     yield from _some("tied", list(plan["aliases"].items()), lambda pair: f"{name(pair[0])} = {name(pair[1])}")
     yield from _some("rename", details["renames"], lambda r: f"{name(r['from'])} -> {name(r['to'])}")

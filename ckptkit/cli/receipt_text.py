@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptkit.cli.options import printable
 from ckptkit.normalize.receipts import KEY, earlier
+from ckptkit.report import count_of
 
 __all__ = ["receipt_line"]
 
@@ -26,7 +27,7 @@ def receipt_line(metadata: Mapping[str, Any]) -> str:
     text = f"ckptkit {_shown(last.get('ckptkit'))} from {_shown(last.get('format'))}"
     digest = last.get("sha256")
     if isinstance(digest, dict):
-        text += f" of {len(digest):,} files"
+        text += f" of {count_of(len(digest), 'file')}"
     elif isinstance(digest, str):
         text += f", sha256 {_shown(digest[:_SHOWN_DIGITS])}…"
     operations = last.get("operations")

@@ -1,4 +1,4 @@
-"""Every finding code: what it means and how to mend it.  ``ckptkit explain CODE`` prints it.
+"""Every finding code: what it means and how to fix it.  ``ckptkit explain CODE`` prints it.
 
 Codes are stable: scripts match on them.  They stand by the command that tells them.
 """

@@ -69,6 +69,11 @@ CODES: dict[str, Explanation] = {
         "what tensors view of them; values, strides and sharing stay.",
         "-",
     ),
+    "not-sharded": Explanation(
+        "one file, where an index of shards was asked for",
+        "All of the output fits into one file of the size that a shard may have, and a single file needs no index.",
+        "Use the file; --max-shard-size makes shards of less.",
+    ),
     "cast-overflow": Explanation(
         "values too large for the new dtype",
         "A cast made them infinity; in the float8 types without one, NaN or the largest value. One infinite weight can "

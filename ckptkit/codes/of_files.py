@@ -43,7 +43,7 @@ CODES: dict[str, Explanation] = {
         "ckptkit convert FILE OUT --weights-only writes the weights alone.",
     ),
     "not-a-plain-tensor": Explanation(
-        "values of the state_dict that are no plain tensors",
+        "values of the state_dict that are not plain tensors",
         "Quantized, sparse, nested, distributed and subclass tensors, and what modules keep as `_extra_state`, cannot "
         "be described by dtype, shape and stride. They are kept as they are in .pth; safetensors cannot hold them.",
         "Convert to .pth, which holds them all. A DTensor or ShardedTensor is made whole by gathering it where it was "
@@ -52,8 +52,10 @@ CODES: dict[str, Explanation] = {
     "not-a-model": Explanation(
         "a state_dict, not a model",
         "The file maps names to tensors. What torch.load returns has no eval() and cannot be called (\"'OrderedDict' "
-        'object has no attribute ...").',
-        "Build the model from its code, then model.load_state_dict(ckptkit.load_state_dict(FILE)).",
+        'object has no attribute ..."). Adapters (LoRA), textual inversions and data sets are kept so, too, and are '
+        "told by their names.",
+        "Of weights: build the model from its code, then model.load_state_dict(ckptkit.load_state_dict(FILE)). What "
+        "takes an adapter or an embedding is said with the finding.",
     ),
     "averaged-weights": Explanation(
         "averaged weights beside raw ones",
@@ -116,6 +118,20 @@ CODES: dict[str, Explanation] = {
         "tool; a second pickle beside the first is never read by torch.load, but by whoever is told to.",
         "Converting writes only what the checkpoint uses.",
     ),
+    "repacked-archive": Explanation(
+        "an archive that was unpacked and packed again",
+        "torch writes all records of an archive into one folder and refuses an archive with anything beside it: what "
+        "macOS adds (__MACOSX), a README, a folder around the folder. Exactly one folder in it is torch's, so there is "
+        "no doubt about what is meant. What lies outside counts for the trust all the same.",
+        "ckptkit convert FILE NEW.pth writes an archive that torch loads. A program (TorchScript, torch.package, .pt2) "
+        "is to be packed again: unpack it, and zip -0 -r NEW.pt FOLDER, with the folder that has its records.",
+    ),
+    "text-persistent-ids": Explanation(
+        "pickled with protocol 0, which torch does not load",
+        "torch.save(..., pickle_protocol=0) writes files that no torch.load takes: protocol 0 has text where other "
+        "protocols have the references to the tensors' bytes. The text holds all that is needed.",
+        "ckptkit convert FILE NEW.pth writes it in protocol 2, which torch loads.",
+    ),
     # Programs.
     "not-looked-into": Explanation(
         "a record that could not be looked into",
@@ -134,6 +150,13 @@ CODES: dict[str, Explanation] = {
         "What tells parameters from buffers is each class's source, which is missing. Tensors that require a gradient "
         "are taken for parameters, the others for buffers, plain attributes among them.",
         "-",
+    ),
+    "own-script-state": Explanation(
+        "modules of a program that save a state of their own making",
+        "A script module may have __getstate__ and __setstate__ methods: the file then holds what these give, a tuple "
+        "of tensors for example, and nothing says which parameter each is. Only the program's code knows.",
+        "torch.jit.load(FILE) and its state_dict(), which runs the program: only with a file you trust. ckptkit "
+        "inspect lists the tensors.",
     ),
     "frozen-program": Explanation(
         "a frozen program: weights without names",
@@ -204,6 +227,19 @@ CODES: dict[str, Explanation] = {
         "Loaders that go by the index leave them out, loaders that read whole shards take them. ckptkit takes them, "
         "after the listed ones.",
         "Writing one file settles it: ckptkit convert INDEX OUT.safetensors",
+    ),
+    "shard-not-named": Explanation(
+        "a shard that the index does not name",
+        "Shards are called NAME-00001-of-00003: by that there are three. The index puts no tensor into one of them, "
+        "which is not read then: it is empty, or its names were lost from the index.",
+        "Look at it: ckptkit inspect NAME-00002-of-00003.safetensors. If it holds tensors, get the index again.",
+    ),
+    "shard-metadata": Explanation(
+        "shards whose metadata differ",
+        "What one file says of the whole in its header, another leaves out or says otherwise. A key that one shard "
+        "alone has is taken for the whole; of two values the first is, and the other is kept with the shard's name "
+        "before it.",
+        "Converting the index writes them as they are shown; --metadata KEY=VALUE sets one.",
     ),
     "shard-total-size": Explanation(
         "the index states another total size than the shards have",

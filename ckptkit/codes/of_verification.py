@@ -79,7 +79,7 @@ CODES: dict[str, Explanation] = {
         "--dtype checks in the file's own precision.",
     ),
     "unloadable-value": Explanation(
-        "a value is no plain tensor",
+        "a value is not a plain tensor",
         "The reference expects a tensor where the file holds a quantized, sparse or foreign object, which is "
         "not made from a file.",
         "Save that value as a dense tensor.",
@@ -119,19 +119,19 @@ CODES: dict[str, Explanation] = {
     "not-loaded": Explanation(
         "nothing was loaded or run",
         "The fit has errors, and a partial load never happens.",
-        "Mend what the errors say first.",
+        "Fix what the errors say first.",
     ),
     "load-failed": Explanation(
         "load_state_dict refused the weights",
         "The model's own loading code raised, or passed names over. The message holds its reason.",
-        "Mend the file, or the loading code.",
+        "Fix the file, or the loading code.",
     ),
     "left-on-meta": Explanation(
         "a parameter or buffer got no value",
         "After loading, something in the model is still what the factory made, or has no value at all: its own "
         "loading code takes a name off the list without storing the tensor, or the factory builds a buffer on the "
         "meta device that no checkpoint holds. Such a model computes with noise, or not at all.",
-        "Mend the model's loading code; let the factory build on the CPU.",
+        "Fix the model's loading code; let the factory build on the CPU.",
     ),
     "load-differs": Explanation(
         "the loaded model is not what the file holds",
@@ -227,7 +227,7 @@ CODES: dict[str, Explanation] = {
     "against-not-loaded": Explanation(
         "the other checkpoint does not go into the model",
         "Its names, shapes or values do not fit the reference that the first one fits.",
-        "Mend what the message says; ckptkit verify OTHER says more.",
+        "Fix what the message says; ckptkit verify OTHER says more.",
     ),
     "against-unwrapped": Explanation(
         "a wrapper's prefix was taken off to compare",
@@ -279,7 +279,7 @@ CODES: dict[str, Explanation] = {
     "golden-not-written": Explanation(
         "no golden was written",
         "A model that does not pass is nothing to hold others against.",
-        "Mend what the errors say first.",
+        "Fix what the errors say first.",
     ),
     "unsafe-load": Explanation(
         "the pickled model's own code was run",

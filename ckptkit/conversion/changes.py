@@ -14,7 +14,7 @@ from ckptkit.pickling.inert import Global, mapping_items, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
 from ckptkit.plan import Gather, Literal, Plan
-from ckptkit.report import Finding, count_of, glob_of, human_size
+from ckptkit.report import Finding, count_of, glob_of, human_size, listed
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
@@ -50,22 +50,27 @@ def diagnose_renames(
         yield Finding(
             code="renamed",
             severity="info",
-            message=f"{len(renames)} of {len(names)} names changed, as {old!r} to {new!r}",
+            message=f"{len(renames)} of {count_of(len(names), 'name')} changed, as {old!r} to {new!r}",
         )
     if ruled is not None and not ruled:
         yield Finding(
-            code="nothing-renamed", severity="warning", message=f"the rules change none of {len(names)} names"
+            code="nothing-renamed",
+            severity="warning",
+            message=f"the rules change none of {count_of(len(names), 'name')}",
         )
     if stripped is not None and not stripped:
         yield Finding(
-            code="nothing-to-strip", severity="info", message=f"none of {len(names)} names carries the prefix"
+            code="nothing-to-strip",
+            severity="info",
+            message=f"none of {count_of(len(names), 'name')} carries the prefix",
         )
     elif stripped is not None and len(stripped) < len(names):
         kept = next(name for name in names if name not in stripped)
         yield Finding(
             code="mixed-prefix",
             severity="warning",
-            message=f"{len(names) - len(stripped)} of {len(names)} names did not carry the prefix, such as {kept!r}",
+            message=f"{len(names) - len(stripped)} of {count_of(len(names), 'name')} did not carry the prefix, "
+            f"such as {kept!r}",
         )
 
 
@@ -80,7 +85,7 @@ def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iter
         yield Finding(
             code="dropped",
             severity="info",
-            message=f"{len(dropped)} tensors left out: {_listed(dropped)}",
+            message=f"{count_of(len(dropped), 'tensor')} left out: {_listed(dropped)}",
         )
     for glob in unmatched:
         yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
@@ -186,8 +191,11 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
         yield Finding(
             code="written-out",
             severity="info",
-            message=f"{gathered} tensors were not contiguous and {overlapping} shared a storage; "
-            "each has its own bytes in the output",
+            message=" and ".join(
+                [f"{count_of(gathered, 'tensor', 'was', 'were')} not contiguous"] * bool(gathered)
+                + [f"{count_of(overlapping, 'tensor')} shared a storage"] * bool(overlapping)
+            )
+            + "; each has its own bytes in the output",
         )
 
 
@@ -224,5 +232,4 @@ def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[Conversion, Losses]
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(f"{name:.100}" for name in names[:8]) + more
+    return listed([f"{name:.100}" for name in names], 8)

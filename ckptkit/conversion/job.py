@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.receipt import Tokens, with_digests, with_receipt
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.plan import Plan
-from ckptkit.report import parse_size
+from ckptkit.report import Finding, parse_size
 from ckptkit.transfer import Tally, write_atomically
 from ckptkit.transfer.names import is_temporary_name
 from ckptkit.transfer.workers import Progress
@@ -94,6 +94,15 @@ class Job:
             replaces=self._stale() if self.plan.index is not None else (),
             progress=progress,
         )
+
+    def findings(self) -> Iterator[Finding]:
+        """What the output is that was not asked for: one file, where shards and an index were."""
+        if self.plan.index is None and self.asked != self.path:
+            yield Finding(
+                code="not-sharded",
+                severity="info",
+                message=f"all of it fits into one file: {self.path}, and no index is written",
+            )
 
     def _stale(self) -> tuple[str, ...]:
         """What an earlier output left beside this one: the shards of its index, the one file if it was asked for."""

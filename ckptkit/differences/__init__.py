@@ -2,7 +2,7 @@
 
 The weights are compared name by name; what has another name is looked for by content and by shape (`matching`).
 Bits decide (`bits`, `work`); figures are computed of what differs alone (`figures`, `measuring`).  What stands
-beside the weights is compared too (`beside`), values that are no plain tensors as the trees they are (`trees`).
+beside the weights is compared too (`beside`), values that are not plain tensors as the trees they are (`trees`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from ckptkit.errors import SectionError
 from ckptkit.inspection.listing import storage_names
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.sections import brief
+from ckptkit.normalize.selection import paths_listed
 from ckptkit.normalize.wrappers import unwrapped
-from ckptkit.report import Finding, count_of
+from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["Difference", "Tolerance", "differ"]
 
@@ -101,12 +102,10 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[Mapping[str, object], Mapping
     has_weights = [checkpoint.origin.state_path is not None for checkpoint in (a, b)]
     if any(has_weights) and not all(has_weights):
         lacking, option = (b, "--section-b") if has_weights[0] else (a, "--section-a")
-        several = [section.path for section in lacking.sections if section.is_weights]
-        if several:
-            names = ", ".join(repr(name) for name in several)
-            path = lacking.origin.path
+        if several := paths_listed(lacking.sections):
             raise SectionError(
-                f"{path}: several sections hold weights ({names}); name the one to compare with {option}"
+                f"{lacking.origin.path}: several sections hold weights ({several}); name the one to compare with "
+                f"{option}"
             )
     found = [
         checkpoint.state_dict.everything if has else named_tensors(checkpoint)
@@ -234,7 +233,7 @@ class _Comparison:
         return "changed"
 
     def _compare_others(self) -> None:
-        """What is no plain tensor in one of them."""
+        """What is not a plain tensor in one of them."""
         for name in self._others:
             a, b = self._ours[name], self._theirs[name]
             same = same_tree(a, b, self.work.same_now)
@@ -271,8 +270,7 @@ def _by_change(row: Mapping[str, Any]) -> tuple[bool, float]:
 
 
 def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(map(repr, names[:_MOST_NAMED])) + more
+    return listed([*map(repr, names)], _MOST_NAMED)
 
 
 def _prefixes(

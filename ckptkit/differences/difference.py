@@ -50,7 +50,7 @@ class Difference:
         recast: ``name``, ``from``, ``to``, ``equal_after_cast`` (``None``: no values that could be told), figures.
         changed: ``name``, ``dtype``, ``shape`` and figures (`ckptkit.differences.figures`), the largest change first.
         within_tolerance: the same of what is no difference because of the tolerance that was asked for.
-        values: ``name``, ``a``, ``b`` of what is no plain tensor (quantized, extra state) and differs.
+        values: ``name``, ``a``, ``b`` of what is not a plain tensor (quantized, extra state) and differs.
         not_compared: ``name``, ``reason``.
         same_order: whether what both have stands in the same order.
         metadata, training: ``key``, ``a``, ``b`` of what differs; ``None`` where one has none.

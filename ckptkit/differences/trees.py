@@ -1,4 +1,4 @@
-"""Whether two values that are no plain tensors are the same: quantized and sparse tensors, extra state, objects.
+"""Whether two values that are not plain tensors are the same: quantized and sparse tensors, extra state, objects.
 
 They are compared as what the files say they are: every node, and the values of every tensor and the bytes of every
 storage in them.  Nothing is made of them, so what is equal in another form counts as different.

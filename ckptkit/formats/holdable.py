@@ -16,7 +16,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.parts import wrapped_text
 from ckptkit.normalize.sections import brief
-from ckptkit.report import glob_of
+from ckptkit.report import glob_of, listed
 
 __all__ = ["require_holdable", "require_writable_size"]
 
@@ -64,7 +64,7 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"tensors of other classes ({_kinds(wrapped)}), which the program that made them turns into plain ones"
     if others:
         leaves_out = f"{_exclude(list(others), checkpoint)} leaves them out"
-        yield f"values that are no plain tensors ({_kinds(others)}): {leaves_out}"
+        yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}"
 
 
 def _kinds(values: Mapping[str, object]) -> str:
@@ -95,8 +95,7 @@ def _exclude(names: list[str], checkpoint: Checkpoint) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(f"{name:.100}" for name in names[:_LISTED])
-    return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    return listed([f"{name:.100}" for name in names], _LISTED)
 
 
 def require_writable_size(checkpoint: Checkpoint) -> None:

@@ -40,7 +40,7 @@ from ckptkit.formats.torchscript import vouched
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.tensors import StorageTable
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 
 __all__ = ["read"]
 
@@ -215,7 +215,8 @@ class _Reader:
             self._unlisted.append(name)  # sparse, or exported from a fake tensor
             return None
         if len(shape) > self._archive.limits.dimensions:
-            raise CorruptError(f"{shown(name)}: {len(shape)} dimensions; torch knows {self._archive.limits.dimensions}")
+            most = self._archive.limits.dimensions
+            raise CorruptError(f"{shown(name)}: {count_of(len(shape), 'dimension')}; torch knows {most}")
         return TensorEntry(
             storage=storage,
             storage_offset=_size(_field(meta, "storage_offset", dict), name),
@@ -245,8 +246,8 @@ class _Reader:
             yield Finding(
                 code="not-a-plain-tensor",
                 severity="warning",
-                message=f"{len(self._unlisted)} values of the program are not listed: objects, or tensors that are "
-                f"sparse or have no bytes in the file: {names}",
+                message=f"{count_of(len(self._unlisted), 'value')} of the program not listed: objects, or tensors "
+                f"that are sparse or have no bytes in the file: {names}",
             )
 
 

@@ -39,7 +39,7 @@ from ckptkit.formats.strict_json import parse, shown
 from ckptkit.formats.tied_order import ORDER, in_order
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.report import Finding, convert_command
+from ckptkit.report import Finding, convert_command, count_of
 
 __all__ = ["read"]
 
@@ -114,7 +114,7 @@ def _alignment(layouts: Mapping[str, Layout], start: int, path: str) -> Iterator
         yield Finding(
             code="unaligned-data",
             severity="info",
-            message=f"{len(odd)} of {len(layouts)} tensors, such as {shown(odd[0])}, begin at no multiple of their "
-            "elements' width",
+            message=f"{len(odd)} of {count_of(len(layouts), 'tensor')}, such as {shown(odd[0])}, begin at no "
+            "multiple of their elements' width",
             fix=convert_command(path),
         )

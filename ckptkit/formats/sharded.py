@@ -45,6 +45,7 @@ from ckptkit.formats.shards.facts import (
     merged_findings,
     merged_globals,
     merged_metadata,
+    odd_shards,
     total_size,
 )
 from ckptkit.formats.shards.file import ShardFile
@@ -54,6 +55,7 @@ from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import TreeMap, attributes, mapping_items
 from ckptkit.pickling.trust import merge_uses
+from ckptkit.report import listed
 
 __all__ = ["read", "shard_names"]
 
@@ -88,7 +90,12 @@ def read(probe: Probe) -> RawCheckpoint:
         writer=next((raw.writer for raw in raws if len({raw.writer for raw in raws}) == 1), None),
         metadata=merged_metadata(metadata, shards),
         globals=merged_globals(shards),
-        findings=(*merged_findings(shards), *extra_keys(everything, weight_map), *total_size(metadata, everything)),
+        findings=(
+            *merged_findings(shards),
+            *odd_shards(shards),
+            *extra_keys(everything, weight_map),
+            *total_size(metadata, everything),
+        ),
     )
 
 
@@ -165,10 +172,7 @@ class _Problems:
         """
         parts = []
         for kind, names in self._kinds.items():
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            parts.append(
-                kind.format(count=len(names), s="s" * (len(names) > 1), names=", ".join(names[:LISTED]) + more)
-            )
+            parts.append(kind.format(count=len(names), s="s" * (len(names) > 1), names=listed(names, LISTED)))
         if parts:
             error = CorruptError("; ".join(parts))
             error.globals = merge_uses(seen, self._globals)

@@ -12,6 +12,10 @@ which means nothing.  Which of them a file is follows from records that only tha
 - ``.data/extern_modules``: torch.package (since 1.8)
 - ``data.pkl`` and none of these: torch-zip
 
+torch refuses an archive with anything outside its root folder, and one whose root lies inside another
+folder, as unpacking and packing again makes them.  Here the root is the one folder that has the records of
+torch's; what lies outside is told, and goes through for its names.  Two such folders are refused.
+
 Records beside the data tell who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
 and 1.5, 3 since 1.6.  Since 2.1 there are ``byteorder`` and ``.data/serialization_id``, since 2.7
 ``.format_version`` and ``.storage_alignment`` (``docs/source/notes/serialization.rst``, pytorch pull
@@ -20,6 +24,7 @@ requests 94503, 100994, 143879 and 147788).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
@@ -34,9 +39,9 @@ from ckptkit.formats.format import Probe
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
-from ckptkit.pickling.tensors import StorageTable
+from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE, StorageTable
 from ckptkit.pickling.trust import global_uses, merge_uses
-from ckptkit.report import Finding, count_of, human_size
+from ckptkit.report import Finding, convert_command, count_of, human_size, listed
 
 __all__ = ["METADATA", "ArchiveKind", "TorchArchive", "archive_kind"]
 
@@ -55,6 +60,13 @@ _OWN_NAMES = frozenset(
 """Records that say something about the archive itself."""
 
 
+_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
+"""Records by which a root folder is known."""
+
+_OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
+"""A record of which an archive has one, and what stands above it."""
+
+
 def archive_kind(probe: Probe) -> ArchiveKind | None:
     """Which of torch's archives a file is; ``None``: none of them."""
     records = probe.records
@@ -63,6 +75,8 @@ def archive_kind(probe: Probe) -> ArchiveKind | None:
     root = _root(records)
     if root is None:
         return None
+    if not _has_version(records, root) and not all(name.startswith(root) for name in records):
+        return None  # files of which one is called like a record of torch's
     if f"{root}archive_format" in records or f"{root}serialized_exported_program.json" in records:
         return "pt2"
     if not root:
@@ -81,12 +95,24 @@ def _root(records: dict[str, Record]) -> str | None:
     if "serialized_exported_program.json" in records:
         return ""
     root, slash, _ = next(iter(records)).partition("/")
-    if slash and (f"{root}/data.pkl" in records or f"{root}/.data/extern_modules" in records):
+    is_torchs = slash and (f"{root}/data.pkl" in records or f"{root}/.data/extern_modules" in records)
+    if is_torchs and _has_version(records, root + slash):
         return root + slash
-    # The first record decides for torch, but whoever looks for the pickle finds it anywhere.
-    marks = ("data.pkl", "model.json", "archive_format")
-    holders = [name for name in records if name.count("/") == 1 and name.partition("/")[2] in marks]
-    return holders[0].partition("/")[0] + "/" if holders else None
+    # The first record decides for torch, but whoever looks for the pickle finds it anywhere; what was packed again
+    # may have it further down.
+    marked = [name for name in records if name.endswith(_MARKS)]
+    folders = dict.fromkeys(name[: 1 - len(mark)] for name in marked for mark in _MARKS if name.endswith(mark))
+    versioned = [folder for folder in folders if _has_version(records, folder)]
+    above = [folder for folder in folders if folder.count("/") == 1]
+    found = min(versioned, key=lambda folder: folder.count("/"), default=above[0] if above else None)
+    if found is not None and found.count("/") > 1 and not all(folder.startswith(found) for folder in versioned):
+        return None  # several checkpoints, unpacked and packed
+    return found
+
+
+def _has_version(records: dict[str, Record], root: str) -> bool:
+    """Whether there is what every writer of torch's leaves beside the data."""
+    return any(f"{root}{name}" in records for name in ("version", ".data/version", "archive_version"))
 
 
 class TorchArchive:
@@ -102,7 +128,7 @@ class TorchArchive:
         programs: folders in which all is a program for one machine.
 
     Raises:
-        AmbiguousError: the archive has more than one root folder.
+        AmbiguousError: more than one folder in the archive is torch's.
     """
 
     def __init__(self, records: dict[str, Record], limits: Limits, levels: int = 1) -> None:
@@ -110,8 +136,14 @@ class TorchArchive:
         self.limits = limits
         self.programs: tuple[str, ...] = ()
         self.records = {name[len(root) :]: record for name, record in records.items() if name.startswith(root)}
-        if len(self.records) != len(records):
-            roots = sorted({name.partition("/")[0] for name in records})
+        self._root = root
+        self._outside = {
+            name: record
+            for name, record in records.items()
+            if not name.startswith(root) and not (name.endswith("/") and root.startswith(name))
+        }
+        if any(map(_OWN_ROOT.match, self._outside)):
+            roots = sorted({root[:-1], *(found[1] for found in map(_OWN_ROOT.match, self._outside) if found)})
             raise AmbiguousError(
                 f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch takes the first for all"
             )
@@ -121,6 +153,7 @@ class TorchArchive:
         self._unrecorded = 0
         self._uses: list[GlobalUse] = []
         self._pickled = 0
+        self._text_ids = False
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The bytes of a record that is there.
@@ -249,6 +282,7 @@ class TorchArchive:
         self._uses.extend(global_uses(pickle.globals, name))
         self._known.add(name)
         self._contents.pickles += 1
+        self._text_ids |= pickle.text_ids
         return pickle
 
     def uses(self) -> tuple[GlobalUse, ...]:
@@ -260,6 +294,10 @@ class TorchArchive:
             if name not in self._known and not name.endswith("/"):
                 self._contents.look(name, record, is_program=name.startswith(self.programs))
                 self._known.add(name)
+        for name, record in self._outside.items():
+            if f"/{name}" not in self._known and not name.endswith("/"):  # no name below the root begins so
+                self._contents.look(name, record)
+                self._known.add(f"/{name}")
         return merge_uses(self._uses, self._contents.uses())
 
     @property
@@ -281,7 +319,7 @@ class TorchArchive:
         return [
             (name, record)
             for name, record in self.records.items()
-            if name not in self._used and name not in _OWN_NAMES and not name.endswith("/")
+            if name not in self._used and name not in _OWN_NAMES and name and not name.endswith("/")
         ]
 
     def nested(self, name: str) -> TorchArchive | None:
@@ -298,6 +336,8 @@ class TorchArchive:
             return None
         try:
             nested = TorchArchive(read_directory(record.data, self.limits), self.limits, levels=0)
+            if nested.is_repacked:
+                raise AmbiguousError("an archive inside the archive that torch did not pack")
         except FormatError as error:
             raise error.at(where=name) from error.__cause__
         if "data.pkl" not in nested.records:
@@ -305,29 +345,51 @@ class TorchArchive:
         self._known.add(name)
         return nested
 
+    @property
+    def is_repacked(self) -> bool:
+        """Whether something stands outside the root folder, or that inside another: torch writes and reads neither."""
+        return bool(self._outside) or self._root.count("/") > 1
+
     def findings(self) -> list[Finding]:
         """What is remarkable about the records, once everything was read that is going to be."""
         findings = []
+        path = next((record.data.file.path for record in self.records.values()), "")
+        clean = convert_command(path, suffix=".pth") if self._is_plain() else None
+        if self.is_repacked:
+            inside = f"the records of torch lie below {self._root[:200]!r}"
+            beside = f", beside them {listed([name[:80] for name in self._outside], 4)}" if self._outside else ""
+            findings.append(
+                Finding(
+                    code="repacked-archive",
+                    severity="warning",
+                    message=f"packed again with another program: {inside}{beside}; torch refuses such an archive",
+                    fix=clean,
+                )
+            )
+        if self._text_ids:
+            findings.append(
+                Finding(code="text-persistent-ids", severity="warning", message=TEXT_IDS_MESSAGE, fix=clean)
+            )
         if self._unrecorded:
             findings.append(
                 Finding(
                     code="crc-not-recorded",
                     severity="info",
-                    message=f"{self._unrecorded} storages carry no checksum: damage to them cannot be seen",
+                    message=f"{count_of(self._unrecorded, 'storage')} without a checksum: damage there cannot be seen",
                 )
             )
         findings.extend(_unvouched(self.uses()))
         others = self._others()
         dead = sum(record.nbytes for _, record in others)
         if others:
-            shown = ", ".join(f"{name[:80]}" for name, _ in others[:4])
+            shown = listed([name[:80] for name, _ in others], 4)
             pickles = any(name.endswith((".pkl", ".pickle")) for name, _ in others)
             findings.append(
                 Finding(
                     code="unreferenced-records",
                     severity="warning" if pickles else "info",
-                    message=f"{len(others)} records of {human_size(dead)} that nothing in the file refers to: {shown}"
-                    + (", ..." if len(others) > 4 else ""),
+                    message=f"{count_of(len(others), 'record')} of {human_size(dead)} that nothing in the file refers "
+                    f"to: {shown}",
                 )
             )
         return findings

@@ -36,9 +36,10 @@ from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import Global, InertDict, walk
 from ckptkit.pickling.legacy import LegacyTable, era
-from ckptkit.pickling.reader import LEGACY_MAGIC, read_pickle
+from ckptkit.pickling.reader import LEGACY_MAGIC, PickleResult, read_pickle
+from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import Finding
+from ckptkit.report import Finding, convert_command, count_of, listed
 
 __all__ = ["begins_one", "legacy_findings", "read"]
 
@@ -98,12 +99,19 @@ def _read_row(row: PickleRow, probe: Probe) -> RawCheckpoint:
         writer=era(pickle.globals),
         metadata={},
         globals=merge_uses(row.uses),
-        findings=tuple(legacy_findings(table)),
+        findings=(*legacy_findings(table), *_text_ids(pickle, probe)),
     )
     _settle(row, _keys(row, table, raw), table, raw)
     if row.left:
         raise _followed(row)
     return raw
+
+
+def _text_ids(pickle: PickleResult, probe: Probe) -> list[Finding]:
+    fix = convert_command(probe.file.path, suffix=".pth")
+    return [
+        Finding(code="text-persistent-ids", severity="warning", message=TEXT_IDS_MESSAGE, fix=fix)
+    ] * pickle.text_ids
 
 
 def _keys(row: PickleRow, table: LegacyTable, raw: RawCheckpoint) -> list[str]:
@@ -122,13 +130,15 @@ def _keys(row: PickleRow, table: LegacyTable, raw: RawCheckpoint) -> list[str]:
     keys: list[str] = [key for key in listed if isinstance(key, str)]
     unnamed = [key for key in keys if key not in table.storages]
     if unnamed:
-        raise CorruptError(f"{len(unnamed)} storages that the object does not name: {_shown(unnamed)}", where=where)
+        count = count_of(len(unnamed), "storage")
+        raise CorruptError(f"{count} that the object does not name: {_shown(unnamed)}", where=where)
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise AmbiguousError(f"storages are listed twice: {_shown(twice)}", where=where)
     missing = table.storages.keys() - set(keys)
     if missing:
-        raise CorruptError(f"{len(missing)} storages of the object are not listed: {_shown(missing)}", where=where)
+        count = count_of(len(missing), "storage")
+        raise CorruptError(f"{count} of the object not listed: {_shown(missing)}", where=where)
     return keys
 
 
@@ -175,11 +185,11 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
             names = {}
         named = [names[id(entry)] for entry in cut if id(entry) in names]
         first = f", the first incomplete one is {named[0]!r:.200}" if named else ""
-    whole = f"{len(entries) - len(cut)} of {len(entries)} tensors are whole{first}"
+    whole = f"{len(entries) - len(cut)} of {count_of(len(entries), 'tensor')} are whole{first}"
     return (
         f"truncated: the file has {file.nbytes:,} bytes, at least {end:,} are expected ({end - file.nbytes:,} "
-        f"missing); {total - len(missing)} of {total} storages are complete, {whole}. "
-        f"Get the file again.{unfinished(file.file.path)}"
+        f"missing); {total - len(missing)} of {count_of(total, 'storage')} are complete, {whole}. Get the file "
+        f"again.{unfinished(file.file.path)}"
     )
 
 
@@ -197,8 +207,7 @@ def _followed(row: PickleRow) -> FormatError:
 
 
 def _shown(keys: Iterable[str]) -> str:
-    some = sorted(keys)
-    return ", ".join(repr(key[:40]) for key in some[:3]) + (", ..." if len(some) > 3 else "")
+    return listed([repr(key[:40]) for key in sorted(keys)], 3)
 
 
 def legacy_findings(table: LegacyTable) -> list[Finding]:
@@ -209,18 +218,17 @@ def legacy_findings(table: LegacyTable) -> list[Finding]:
             Finding(
                 code="no-checksums",
                 severity="info",
-                message=f"the container has no checksums: damage to the bytes of its {len(table.storages)} storages "
-                "cannot be seen",
+                message=f"the container has no checksums: damage to the bytes of its "
+                f"{count_of(len(table.storages), 'storage')} cannot be seen",
             )
         )
     if table.sources:
         names = [cls.qualified[:80] if isinstance(cls, Global) else "?" for cls, _, _ in table.sources]
-        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         findings.append(
             Finding(
                 code="embedded-source",
                 severity="info",
-                message=f"the file carries the source text of {len(names)} classes: {shown}",
+                message=f"the file carries the source text of {count_of(len(names), 'class')}: {listed(names, 4)}",
             )
         )
     return findings

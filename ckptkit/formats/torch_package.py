@@ -35,7 +35,7 @@ from ckptkit.normalize.sections import Survey
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.pickling.reach import Reach
 from ckptkit.pickling.tensors import StorageTable
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["read"]
 
@@ -182,15 +182,15 @@ def _findings(archive: TorchArchive, pickles: list[str], scripts: list[str]) -> 
     sources = _sources(archive)
     externs = archive.read(".data/extern_modules").decode("utf-8", "replace").split()
     python = archive.small(".data/python_version")
-    has = [f"{len(pickles)} pickled objects", f"{len(scripts)} TorchScript modules"][: 2 if scripts else 1]
+    has = [count_of(len(pickles), "pickled object"), count_of(len(scripts), "TorchScript module")][
+        : 2 if scripts else 1
+    ]
     message = f"a torch.package archive with {' and '.join(has)}"
     if sources:
-        shown = ", ".join(name[:80] for name in sources[:4]) + (", ..." if len(sources) > 4 else "")
-        message += f", and {len(sources)} Python sources that its importer runs ({shown})"
+        shown = listed([name[:80] for name in sources], 4)
+        message += f", and {count_of(len(sources), 'Python source')} that its importer runs ({shown})"
     if externs:
-        message += f"; it imports {', '.join(name[:40] for name in externs[:4])}" + (
-            ", ..." if len(externs) > 4 else ""
-        )
+        message += f"; it imports {listed([name[:40] for name in externs], 4)}"
     if python:
         message += f"; written with Python {python[:20]}"
     yield Finding(code="package-code", severity="warning" if sources else "info", message=message)

@@ -40,6 +40,7 @@ from ckptkit.pickling.inert import Global, InertDict
 from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.reader import PickleResult
 from ckptkit.pickling.trust import merge_uses
+from ckptkit.report import count_of
 
 __all__ = ["holds_one", "read"]
 
@@ -301,8 +302,9 @@ class _Reader:
         whole = [record for record in records if record.storage_key is None or record.storage_key in self._objects]
         return (
             f"truncated: the file has {self._file.size:,} bytes, at least {needed:,} are expected "
-            f"({needed - self._file.size:,} missing); {done} of {total} storages are complete, {len(whole)} of "
-            f"{len(records)} tensors are whole. Get the file again.{unfinished(self._file.path)}"
+            f"({needed - self._file.size:,} missing); {done} of {count_of(total, 'storage')} are complete, "
+            f"{len(whole)} of {count_of(len(records), 'tensor', 'is', 'are')} whole. Get the file "
+            f"again.{unfinished(self._file.path)}"
         )
 
 

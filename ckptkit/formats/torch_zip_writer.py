@@ -10,6 +10,8 @@ from ckptkit.errors import DTypeError, RewriteError, UnsupportedError
 from ckptkit.formats.archives.zip_writer import ZipWriter
 from ckptkit.formats.torch_archive import METADATA
 from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.beside import held_instead
+from ckptkit.normalize.selection import paths_listed
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Plan
@@ -27,16 +29,16 @@ def written_tree(checkpoint: Checkpoint) -> object:
     """
     if not checkpoint.origin.is_program:
         return checkpoint.rest
+    only = f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, and"
     if checkpoint.origin.state_path is None:
-        raise RewriteError(
-            f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, "
-            "and none are selected; name the section with --section"
-        )
+        weights = paths_listed(checkpoint.sections)
+        if weights:
+            raise RewriteError(f"{only} none are selected; name the section with --section: {weights}")
+        raise RewriteError(f"{only} {held_instead(checkpoint)}")
     if not checkpoint.state_dict.everything:
-        raise RewriteError(
-            f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, and it "
-            "has none under names, as programs have that were frozen"
-        )
+        frozen = any(finding.code == "frozen-program" for finding in checkpoint.findings)
+        why = "has none under names, as programs have that were frozen" if frozen else "holds no tensors under names"
+        raise RewriteError(f"{only} it {why}")
     return STATE_DICT
 
 

@@ -44,10 +44,10 @@ from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript_code import ScriptClass, ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import above_tensors, join
-from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, mapping_items, walk
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, PersistentId, mapping_items, walk
 from ckptkit.pickling.reader import Constructor
 from ckptkit.pickling.tensors import StorageTable, is_tensor_like
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["JIT_CONSTRUCTORS", "as_modules", "read", "vouched"]
 
@@ -89,8 +89,9 @@ def read(probe: Probe) -> RawCheckpoint:
     archive = TorchArchive(probe.records or {}, probe.limits)
     if "model.json" in archive.records:
         raise UnsupportedError(
-            "a TorchScript archive of torch 1.0 to 1.3 (model.json), which is not read; "
-            "in Python, torch.jit.save(torch.jit.load(FILE), NEW) rewrites it"
+            "a TorchScript archive of torch 1.0 to 1.3 (model.json), which neither ckptkit nor torch 1.11 and later "
+            "reads; torch 1.4 to 1.9 does. There torch.jit.save(torch.jit.load(FILE), NEW) rewrites it, which loads "
+            "the program: only for a file you trust"
         )
     version, byteorder = archive.version(), archive.byteorder()
     tables = [
@@ -269,38 +270,56 @@ def _is_saved(name: str, value: object, source: ScriptClass | None, *, parameter
 def _findings(
     root: object, classes: ScriptClasses, attributes: dict[object, object], held: list[tuple[object, object]]
 ) -> Iterator[Finding]:
+    own = [node for node in walk(root) if isinstance(node, Object) and _keeps_own_state(node, classes)]
     name = root.state.get("_script_class") if isinstance(root, Object) and isinstance(root.state, InertDict) else None
+    name = name or (root.class_name if root in own and isinstance(root, Object) else None)
     if isinstance(name, str):
         yield Finding(
             code="torchscript-program",
             severity="info",
             message=f"a TorchScript program of class {name[:200]}: torch.jit.load opens it, torch.load does not",
         )
+    if own:
+        inside = {id(value) for node in own for value in walk(node.state) if isinstance(value, TensorEntry)}
+        yield Finding(
+            code="own-script-state",
+            severity="warning",
+            message=f"{count_of(len(own), 'module', 'saves', 'save')} a state of its own making (__getstate__), with "
+            f"{count_of(len(inside), 'tensor')} that have no names; only the program knows what they are",
+        )
     packed = [
         *(str(name) for name, value in attributes.items() if _is_packed(value)),
         *(f"constants.{number}" for number, value in held if _is_packed(value)),
     ]
     if packed:
-        shown = ", ".join(path[:100] for path in packed[:4]) + (", ..." if len(packed) > 4 else "")
+        shown = listed([path[:100] for path in packed], 4)
         yield Finding(
             code="not-a-plain-tensor",
             severity="warning",
-            message=f"{len(packed)} values of the program are quantized or packed: {shown}; their parts are listed",
+            message=f"{count_of(len(packed), 'quantized or packed value')} in the program: {shown}; their parts are "
+            "listed",
         )
     if classes.missing:
         yield Finding(
             code="torchscript-without-code",
             severity="info",
-            message=f"{classes.missing} modules have no source in the file: tensors that require a gradient are "
-            "taken for parameters, the others for buffers",
+            message=f"{count_of(classes.missing, 'module', 'has', 'have')} no source in the file: tensors that require "
+            "a gradient are taken for parameters, the others for buffers",
         )
     if held and not attributes and not any(_has_saved(node) for node in walk(root)):
         yield Finding(
             code="frozen-program",
             severity="warning",
-            message=f"the modules hold no tensors: the program was frozen, and its weights are {len(held)} constants "
-            "without names",
+            message="the modules hold no tensors: the program was frozen, and its weights are "
+            f"{count_of(len(held), 'constant')} without names",
         )
+
+
+def _keeps_own_state(node: Object, classes: ScriptClasses) -> bool:
+    """Whether a module's state is what its ``__getstate__`` gave, and not a dict of its attributes."""
+    if node.state is ABSENT or isinstance(node.state, InertDict) or not isinstance(node.cls, Global):
+        return False
+    return node.cls.module.startswith("__torch__") and classes.of(node.cls) is not None
 
 
 def _is_packed(value: object) -> bool:

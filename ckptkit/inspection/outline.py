@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ckptkit.inspection.listing import TensorRow, natural_key
+from ckptkit.report import count_of
 
 __all__ = ["Line", "Outline"]
 
@@ -302,7 +303,7 @@ def _note(branch: _Branch, names_tensors: bool) -> str:
     if branch.note:
         return branch.note if branch.is_module else branch.note.removesuffix("()")
     dtypes = sorted(branch.dtypes)
-    shown = ", ".join(dtypes) if len(dtypes) < 4 else f"{len(dtypes)} dtypes"
+    shown = ", ".join(dtypes) if len(dtypes) < 4 else f"{count_of(len(dtypes), 'dtype')}"
     if not names_tensors or not branch.is_module:
         return shown
     named = [f"{child.label} {list(child.row.shape)}" for child in branch.children if child.row is not None]

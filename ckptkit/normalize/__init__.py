@@ -15,16 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
+from ckptkit.normalize.beside import holding_suffix
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, Survey, brief, is_plain
 from ckptkit.normalize.selection import choose, listed, require_section
 from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items
 from ckptkit.pickling.trust import with_places
-from ckptkit.report import Finding, convert_command
+from ckptkit.report import Finding, convert_command, count_of
+from ckptkit.report import listed as enumerated
 
 __all__ = ["RawCheckpoint", "lower_state_dict", "normalize"]
 
@@ -134,21 +137,21 @@ def _kind(root: object, found: list[Candidate]) -> Kind:
 def _state_dict(candidate: Candidate, findings: list[Finding], path: str) -> tuple[StateDict, object]:
     """The state_dict, and the module it was walked from (``None`` for a saved state_dict)."""
     if candidate.kind == "whole_model":
-        _note_method(candidate.node, findings, path)
-        _note_wrapper(candidate.module, findings, path)
         versions = known_versions(candidate.module) or None
         state_dict, module = StateDict(dict(candidate.values()), versions=versions), candidate.module
+        _note_method(candidate.node, findings, path, holding_suffix(state_dict))
+        _note_wrapper(candidate.module, findings, path, holding_suffix(state_dict))
     else:
         versions = _versions(candidate.node)
         state_dict, module = StateDict(dict(candidate.values()), versions=versions, container=candidate.node), None
     if state_dict.extra:
-        names = ", ".join(f"{name} ({brief(value)})" for name, value in list(state_dict.extra.items())[:5])
-        more = f" and {len(state_dict.extra) - 5} more" if len(state_dict.extra) > 5 else ""
+        names = [f"{name:.100} ({brief(value)})" for name, value in islice(state_dict.extra.items(), 5)]
         findings.append(
             Finding(
                 code="not-a-plain-tensor",
                 severity="warning",
-                message=f"{len(state_dict.extra)} values of the state_dict are no plain tensors: {names}{more}",
+                message=f"{count_of(len(state_dict.extra), 'value')} of the state_dict, not plain tensors: "
+                + enumerated(names, 5, total=len(state_dict.extra)),
             )
         )
     return state_dict, module
@@ -163,7 +166,7 @@ def _versions(container: object) -> dict[str, object] | None:
     return {key: value for key, value in pairs if isinstance(key, str)}
 
 
-def _note_method(node: object, findings: list[Finding], path: str) -> None:
+def _note_method(node: object, findings: list[Finding], path: str, suffix: str) -> None:
     bound = bound_method(node)
     if bound is not None:
         findings.append(
@@ -171,12 +174,12 @@ def _note_method(node: object, findings: list[Finding], path: str) -> None:
                 code="bound-method",
                 severity="warning",
                 message=f"the method model.{bound[1][:60]} was saved, not its result: the file holds the whole model",
-                fix=convert_command(path, "--weights-only"),
+                fix=convert_command(path, "--weights-only", suffix=suffix),
             )
         )
 
 
-def _note_wrapper(module: object, findings: list[Finding], path: str) -> None:
+def _note_wrapper(module: object, findings: list[Finding], path: str, suffix: str) -> None:
     wrappers = wrapper_prefixes(module)
     if wrappers:
         names = " inside ".join(name for name, _ in reversed(wrappers))
@@ -186,7 +189,7 @@ def _note_wrapper(module: object, findings: list[Finding], path: str) -> None:
                 code="wrapped-model",
                 severity="info",
                 message=f"the model was saved inside {names}; every name carries its prefix `{prefix}`",
-                fix=convert_command(path, "--strip-module", "--weights-only"),
+                fix=convert_command(path, "--strip-module", "--weights-only", suffix=suffix),
             )
         )
 

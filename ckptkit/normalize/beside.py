@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
+from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import mapping_items
+from ckptkit.report import count_of
 
-__all__ = ["beside_weights"]
+__all__ = ["EMBEDDINGS", "beside_weights", "held_instead", "holding_suffix"]
+
+EMBEDDINGS = "string_to_param"
+"""The key under which textual inversions have their embedding, beside a name and a step (AUTOMATIC1111's web UI)."""
 
 _OTHER = "other objects"
 
@@ -19,3 +24,19 @@ def beside_weights(checkpoint: Checkpoint) -> list[str]:
     if pairs is None:
         return [_OTHER]
     return [step(key) for key, value in pairs if value is not STATE_DICT]
+
+
+def holding_suffix(state_dict: StateDict) -> str:
+    """The ending of a file that can hold these weights: ``.safetensors``, or ``.pth`` where that cannot."""
+    plain = len(state_dict) == len(state_dict.everything)
+    return ".safetensors" if plain and all(DTYPES[e.dtype].safetensors for e in state_dict.values()) else ".pth"
+
+
+def held_instead(checkpoint: Checkpoint) -> str:
+    """What a file holds whose weights have no names."""
+    tensors = sum(section.tensors for section in checkpoint.sections)
+    if not tensors:
+        return "it holds no tensor under a name"
+    own = any(finding.code == "own-script-state" for finding in checkpoint.findings)
+    why = ": its modules save a state of their own making" if own else ""
+    return f"it holds {count_of(tensors, 'tensor')} without names of a model's{why}"

@@ -14,16 +14,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ckptkit.checkpoint import Section, TensorEntry
 from ckptkit.errors import SectionError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.sections import Candidate
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
-from ckptkit.report import human_size
+from ckptkit.report import count_of, human_size
+from ckptkit.report import listed as enumerated
 
-__all__ = ["choose", "listed", "require_section"]
+__all__ = ["choose", "listed", "paths_listed", "require_section"]
 
 _ENVELOPES = frozenset({"checkpoint", "ckpt", "trainer", "learner", "engine", "training_state", "train_state"})
 """Keys around the customary ones."""
@@ -117,15 +118,16 @@ def require_section(sections: Sequence[Section], path: str) -> None:
     raise SectionError(f"{what}{kind}; sections that do: {listed(sections) or 'none'}")
 
 
+def paths_listed(sections: Sequence[Section]) -> str:
+    """The paths of the sections that hold weights; empty where there are none."""
+    return enumerated((repr(section.path[:200]) for section in sections if section.is_weights), _MAX_LISTED)
+
+
 def listed(sections: Sequence[Section]) -> str:
     """The sections that hold weights, as a message names them: path, number of tensors, size."""
-    return ", ".join(_listed(sections))
-
-
-def _listed(sections: Sequence[Section]) -> Iterator[str]:
     weights = [section for section in sections if section.is_weights]
-    for section in weights[:_MAX_LISTED]:
-        tensors = "1 tensor" if section.tensors == 1 else f"{section.tensors:,} tensors"
-        yield f"{section.path[:200]!r} ({tensors}, {human_size(section.nbytes)})"
-    if len(weights) > _MAX_LISTED:
-        yield f"and {len(weights) - _MAX_LISTED:,} more"
+    told = [
+        f"{section.path[:200]!r} ({count_of(section.tensors, 'tensor')}, {human_size(section.nbytes)})"
+        for section in weights[:_MAX_LISTED]
+    ]
+    return enumerated(told, _MAX_LISTED, total=len(weights))

@@ -40,6 +40,15 @@ _FLOAT = re.compile(rb"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
 _ESCAPED = re.compile(rb"[^\\]*(?:\\(?:[\\'\"nrt]|x[0-9a-f]{2})[^\\]*)*\Z")
 """What Python 2's ``repr`` of a ``str`` holds between its quotes."""
 
+_ESCAPE = r"\\(?:[\\'nrt]|x[0-9a-f]{2}|u[0-9a-f]{4})"
+_ID_ITEM = (
+    r"<class '[A-Za-z_][\w.]*\.[A-Za-z_]\w*'>|None|0|[1-9][0-9]{0,18}|"
+    rf"""'(?:[^'\\]|{_ESCAPE})*'|"(?:[^"\\]|{_ESCAPE})*\""""
+)
+_ID_ITEMS = re.compile(_ID_ITEM, re.ASCII)
+_TEXT_ID = re.compile(rf"\((?:{_ID_ITEM})(?:, (?:{_ID_ITEM}))+\)", re.ASCII)
+"""A tuple of names, numbers and strings as ``str`` gives it, which is what protocol 0 makes of a persistent id."""
+
 NO_FRAME = 1 << 62
 """Where a frame that is not there ends: no position reaches it."""
 
@@ -81,6 +90,7 @@ class Machine:
         self.cut = False  # whether the bytes end inside an opcode's argument
         self.shortcut: Shortcut | None = None
         self.skipped = False  # whether the shortcut left memo entries out
+        self.text_ids = False  # whether a persistent id was a tuple's text
 
     # What the opcodes share.
 
@@ -385,10 +395,29 @@ class Machine:
         self.stack.append(self.memo[self.memo_text()])
 
     def persistent_text(self) -> None:
+        """PERSID: ``str`` of the persistent id, where others have the id itself."""
         try:
-            self.stack.append(self.persistent_load(str(self.line(self.limits.name_nbytes), "ascii")))
+            text = str(self.line(len(self.data)), "ascii")  # torch's may hold the source of a class
         except UnicodeDecodeError:
             raise CorruptError("a persistent id that is not ASCII") from None
+        self.stack.append(self.persistent_load(self._id_of(text)))
+
+    def _id_of(self, text: str) -> object:
+        """The tuple that a persistent id's text was made of; the text itself where it is not one's exactly."""
+        if not _TEXT_ID.fullmatch(text):
+            return text
+        items: list[object] = []
+        for item in _ID_ITEMS.findall(text):
+            if item.startswith("<"):
+                items.append(self.name(*item[len("<class '") : -len("'>")].rsplit(".", 1)))
+            elif item[0] in "'\"":
+                items.append(item[1:-1].encode("ascii").decode("unicode-escape"))
+                if repr(items[-1]) != item:
+                    return text
+            else:
+                items.append(None if item == "None" else int(item))
+        self.text_ids = True
+        return self.made(tuple(items))
 
 
 def _shown(node: object) -> str:

@@ -47,12 +47,14 @@ class PickleResult:
         end: position after STOP, in bytes.
         protocol: as declared by PROTO, 0 where there is none.
         globals: every name in it, in order of appearance.
+        text_ids: whether persistent ids are text, as protocol 0 has them.
     """
 
     root: object
     end: int
     protocol: int
     globals: tuple[Global, ...]
+    text_ids: bool = False
 
 
 def read_pickle(
@@ -115,7 +117,13 @@ def read_pickle(
             message = f"memo entry {error} is read before it is written"
         corrupt = CorruptError(f"{message}: damaged, truncated, or no pickle", offset=machine.op_at)
         raise corrupt.at(seen=global_uses(machine.globals.values())) from None
-    return PickleResult(root=root, end=machine.pos, protocol=machine.protocol, globals=tuple(machine.globals.values()))
+    return PickleResult(
+        root=root,
+        end=machine.pos,
+        protocol=machine.protocol,
+        globals=tuple(machine.globals.values()),
+        text_ids=machine.text_ids,
+    )
 
 
 def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global], bool]:

@@ -30,11 +30,27 @@ from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, is_global, mapping_items
 from ckptkit.pickling.machine import Constructor
+from ckptkit.report import count_of
 
-__all__ = ["StorageTable", "Wrapped", "is_tensor_like", "lower_storage", "lower_tensor", "shape_of", "wrapped_tensor"]
+__all__ = [
+    "TEXT_IDS_MESSAGE",
+    "StorageTable",
+    "Wrapped",
+    "is_tensor_like",
+    "lower_storage",
+    "lower_tensor",
+    "shape_of",
+    "wrapped_tensor",
+]
 
 _UNTYPED = {("torch.storage", "UntypedStorage"), ("torch.storage", "_UntypedStorage"), ("torch", "UntypedStorage")}
 """Where torch has kept the untyped storage class: 2.0 and later, 1.12, 1.13."""
+
+TEXT_IDS_MESSAGE = (
+    "pickled with protocol 0, which makes text of what names the storages: torch.load refuses it; what convert writes "
+    "has protocol 2"
+)
+"""Of a file whose persistent ids are text."""
 
 _UNTYPED_DTYPE = "uint8"
 """What torch takes an untyped storage's elements for (``torch/serialization.py`` ``persistent_load``)."""
@@ -161,7 +177,9 @@ class StorageTable:
         if shape is None or stride is None or not _is_int(offset) or abs(offset) >= _HUGE:
             raise CorruptError("a tensor whose offset, size or stride are not whole numbers of 62 bits")
         if len(shape) > self._limits.dimensions:
-            raise CorruptError(f"a tensor of {len(shape)} dimensions; torch knows {self._limits.dimensions}")
+            raise CorruptError(
+                f"a tensor of {count_of(len(shape), 'dimension')}; torch knows {self._limits.dimensions}"
+            )
         return TensorEntry(
             storage=storage,
             storage_offset=offset,

@@ -84,10 +84,11 @@ class Examined:
         trust: what a loader that executes pickles would have to be trusted with.
         content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
         tensors: those of the weights, sorted by name; of a file without selected weights, all.
-        others: names of the weights' values that are no plain tensors, sorted.
+        others: names of the weights' values that are not plain tensors, sorted.
         globals: every Python name in its pickles.
         unvouched: its parts that are code, or could not be looked into.
         has_pickle: whether it has any.
+        is_program: whether it holds a program, of which only the weights can be written.
         has_optimizer: whether it holds the state of one.
         prefixes: of wrappers that names carry, such as ``"module."``, sorted.
         locations: device tags of all its storages, sorted.
@@ -113,6 +114,7 @@ class Examined:
     globals: tuple[GlobalUse, ...]
     unvouched: tuple[GlobalUse, ...]
     has_pickle: bool
+    is_program: bool
     has_optimizer: bool
     prefixes: tuple[str, ...]
     locations: tuple[str, ...]
@@ -361,6 +363,7 @@ def _examined(
         globals=checkpoint.globals,
         unvouched=checkpoint.unvouched,
         has_pickle=origin.has_pickle,
+        is_program=origin.is_program,
         has_optimizer=_has_optimizer(checkpoint),
         prefixes=tuple(sorted(set(_prefixes(weights.names)))),
         locations=tuple(sorted({storage.location for storage in storages})),

@@ -27,9 +27,9 @@ from ckptkit.released.policy import Policy
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 from ckptkit.released.rules.manifest_rules import compare, golden_findings, is_same_file
 from ckptkit.released.rules.model_rules import model_findings
-from ckptkit.released.rules.policy_rules import listed, pickle_violations, rules_of, violations
+from ckptkit.released.rules.policy_rules import pickle_violations, rules_of, violations
 from ckptkit.released.selection import Selected, Selection, name_of, select
-from ckptkit.report import Report
+from ckptkit.report import Report, listed
 
 __all__ = ["judge"]
 

@@ -32,7 +32,7 @@ class CastDtype:
 
     Optimizer moments, averaged weights and all else in the file keep their dtype, except where they
     are views of a storage that is cast: one storage has one dtype, and what is tied stays tied.  Integer,
-    bool, complex and quantized tensors stay, and so do values that are no plain tensors (`StateDict.extra`).
+    bool, complex and quantized tensors stay, and so do values that are not plain tensors (`StateDict.extra`).
     What has the dtype already stays the very same object.
 
     Args:

@@ -12,6 +12,7 @@ from ckptkit.errors import RewriteError
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.normalize.shapes import parts
 from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
+from ckptkit.report import listed
 from ckptkit.rewrite.leaves import with_leaves
 
 __all__ = ["LeaveOut"]
@@ -112,8 +113,7 @@ def _listed(checkpoint: Checkpoint) -> str:
     top = (join("", key) for key, value in parts(checkpoint.rest) if value is not STATE_DICT)
     sections = (section.path for section in checkpoint.sections if not section.selected and section.path)
     paths = list(dict.fromkeys([*top, *sections]))
-    more = f" and {len(paths) - _MAX_LISTED:,} more" if len(paths) > _MAX_LISTED else ""
-    return ", ".join(repr(path[:_MAX_PATH]) for path in paths[:_MAX_LISTED]) + more or "nothing beside the weights"
+    return listed([repr(path[:_MAX_PATH]) for path in paths], _MAX_LISTED) or "nothing beside the weights"
 
 
 def _places(node: object, above: str, path: str, depth: int, seen: set[tuple[int, str]]) -> Iterator[_Place]:

@@ -17,6 +17,7 @@ from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join
 from ckptkit.normalize.shapes import is_optimizer, parts
 from ckptkit.pickling.tensors import is_tensor_like
+from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
 
 __all__ = ["Select", "WeightsOnly"]
@@ -72,7 +73,7 @@ class Select:
         if len(everything) == len(names):
             return checkpoint
         if not everything:
-            raise RewriteError(f"none of {len(names):,} names is left; {_suggestions('', names)}")
+            raise RewriteError(f"none of {count_of(len(names), 'name')} is left; {_suggestions('', names)}")
         _check_optimizer(checkpoint, everything)
         versions = state_dict.versions
         if versions is not None:
@@ -110,8 +111,7 @@ def _suggestions(pattern: str, names: list[str]) -> str:
 
 def _listed(names: list[str], count: int) -> str:
     """The first of the names, and how many of ``count`` are left."""
-    shown = ", ".join(repr(name[:_MAX_NAME]) for name in names[:_MAX_LISTED]) or "none"
-    return f"{shown} and {count - _MAX_LISTED:,} more" if count > _MAX_LISTED else shown
+    return listed([repr(name[:_MAX_NAME]) for name in names], _MAX_LISTED, total=count) or "none"
 
 
 def _check_optimizer(checkpoint: Checkpoint, kept: dict[str, object]) -> None:

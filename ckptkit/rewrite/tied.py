@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, shared_storages
 from ckptkit.errors import RewriteError
+from ckptkit.report import count_of, listed
 
 __all__ = ["Tied", "TiedPolicy", "tied_groups"]
 
@@ -55,11 +56,10 @@ class Tied:
         if not groups:
             return checkpoint
         if self.policy == "error":
-            more = f", and {len(groups) - _MAX_LISTED:,} more" if len(groups) > _MAX_LISTED else ""
-            listed = "; ".join(map(_listed, groups[:_MAX_LISTED]))
+            names = listed(list(map(_listed, groups)), _MAX_LISTED, between="; ")
             raise RewriteError(
-                f"{len(groups):,} tensors have several names: {listed}{more}; write them as one ('alias') or as copies "
-                "('duplicate')"
+                f"{count_of(len(groups), 'tensor', 'has', 'have')} several names: {names}; write them as one ('alias') "
+                "or as copies ('duplicate')"
             )
         again = {name for names in groups for name in names[1:]}
         state_dict = checkpoint.state_dict
@@ -70,8 +70,7 @@ class Tied:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED:,} more" if len(names) > _MAX_LISTED else ""
-    return " = ".join(f"{name!r:.100}" for name in names[:_MAX_LISTED]) + more
+    return listed([f"{name!r:.100}" for name in names], _MAX_LISTED, between=" = ")
 
 
 def _copied(value: object) -> object:

@@ -79,13 +79,13 @@ def assert_same_weights(
                 ("expected", f"the same names, shapes and dtypes, {how}"),
                 ("found", difference.summary),
             ],
-            [*finding_lines(map(_mended_here, difference.findings)), *difference_lines(difference)],
+            [*finding_lines(map(_fixed_here, difference.findings)), *difference_lines(difference)],
         )
     )
 
 
-def _mended_here(finding: Finding) -> Finding:
-    """The finding with what mends it in an assertion; a command would name files that may be gone."""
+def _fixed_here(finding: Finding) -> Finding:
+    """The finding with what fixes it in an assertion; a command would name files that may be gone."""
     return replace(finding, fix="strip_module=True" if finding.code == "prefix-differs" else None)
 
 
@@ -109,7 +109,7 @@ def assert_fits(
         allow_unexpected: glob patterns of names that the model may lack.
 
     Raises:
-        AssertionError: they do not fit; the message says why, and what mends it.
+        AssertionError: they do not fit; the message says why, and what fixes it.
         CkptkitError: it could not be checked.
     """
     __tracebackhide__ = True

@@ -19,13 +19,14 @@ import functools
 import itertools
 import os
 import re
+import shlex
 import stat
 import zlib
 from dataclasses import dataclass
 from types import ModuleType
 
 from ckptkit.bytesource import SourceFile, write_at
-from ckptkit.errors import DestinationExistsError, FileAccessError
+from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
 from ckptkit.transfer.copier import UNAVAILABLE
@@ -113,6 +114,12 @@ def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None =
         temporary = _beside(path, host)
         try:
             fd = os.open(temporary, flags, mode)
+        except FileNotFoundError as error:
+            folder = os.path.dirname(shown) or "."
+            raise MissingFileError(
+                f"{shown}: cannot be written: the folder {folder} does not exist; create it first: mkdir -p "
+                f"{shlex.quote(folder)}"
+            ) from error
         except OSError as error:
             raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
         output = Output(plan=plan, path=path, shown=shown, temporary=temporary, fd=fd, host=host, replaced=replaced)

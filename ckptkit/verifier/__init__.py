@@ -21,10 +21,11 @@ from ckptkit.arguments import several, shapes, tolerance
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.normalize.parts import part_findings
-from ckptkit.report import Finding, Report, worst
+from ckptkit.report import Finding, Report, listed, worst
 from ckptkit.verifier.against import check_against, check_devices, unwrapped, wrapper_told
 from ckptkit.verifier.behaviour import check_behaviour
 from ckptkit.verifier.context import Check, Context, floating_dtype, peak_memory, pick_devices
+from ckptkit.verifier.elsewhere import other_weights
 from ckptkit.verifier.fit import check_fit
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.forward import check_forward, model_dtype
@@ -72,6 +73,7 @@ def verify(
     rtol: float | None = None,
     force: bool = False,
     unsafe_load: bool = False,
+    strip_module: bool = False,
 ) -> Report:
     """Load a checkpoint's weights into a reference model and examine what it computes.
 
@@ -97,6 +99,7 @@ def verify(
         rtol: the same, as a share of their largest magnitude.
         force: whether ``write_golden`` may replace a file.
         unsafe_load: whether to run the pickled model itself, which imports and runs what the file names.
+        strip_module: whether wrappers' prefixes were taken off, as the commands that are told must, too.
 
     Returns:
         The report; its details are the JSON document's figures.
@@ -146,6 +149,7 @@ def verify(
             golden=recorded,
             write_golden=write_golden,
             force=force,
+            given=_given(checkpoint, strip_module),
         )
         seconds = time.perf_counter() - started
         context.seconds["build"] = seconds
@@ -193,10 +197,16 @@ def _require_weights(checkpoint: Checkpoint) -> None:
     if len(checkpoint.state_dict):
         return
     path = checkpoint.origin.path
-    weights = [section.path for section in checkpoint.sections if section.kind in ("state_dict", "whole_model")]
-    if len(weights) > 1:
-        raise SectionError(f"{path}: several sections hold weights; choose one with --section: {', '.join(weights)}")
+    if weights := [section.path for section in checkpoint.sections if section.is_weights]:
+        raise SectionError(f"{path}: several sections hold weights; choose one with --section: {listed(weights, 20)}")
     raise SectionError(f"{path}: holds no state_dict to verify (it is of kind {checkpoint.origin.kind!r})")
+
+
+def _given(checkpoint: Checkpoint, strip_module: bool) -> tuple[str, ...]:
+    """The options by which these weights are taken from the file, as far as it holds others."""
+    path = checkpoint.origin.state_path
+    section = ("--section", path) if path and other_weights(checkpoint) else ()
+    return (*section, *["--strip-module"] * strip_module)
 
 
 def _identified(reference: Reference) -> Finding:

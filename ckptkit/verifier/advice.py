@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.errors import RewriteError
+from ckptkit.report import count_of
 from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
 from ckptkit.rewrite.rename import Rename as RenameByRule
 from ckptkit.verifier.measure import ShapeMismatch
@@ -132,11 +133,11 @@ def _prefix(cause: str, rewriter: Rewriter, *options: str) -> Rename:
 
 
 def _count(carrying: int, names: Sequence[str]) -> str:
-    return f"{carrying} of {len(names)} keys"
+    return f"{carrying} of {count_of(len(names), 'key')}"
 
 
 def _none(names: Sequence[str]) -> str:
-    return f"none of the {len(names)} keys does"
+    return f"none of the {count_of(len(names), 'key')} does"
 
 
 def _prefixes(longer: Collection[str], shorter: Collection[str]) -> list[str]:

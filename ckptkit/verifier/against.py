@@ -55,7 +55,7 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         other = stripped
         yield wrapper_told(path)
     theirs = dataclasses.replace(
-        context, fit=None, loaded=False, failed=False, notes={}, figures={}, seconds={}, steps=[]
+        context, given=(), fit=None, loaded=False, failed=False, notes={}, figures={}, seconds={}, steps=[]
     )
     grave = [finding for finding in check_fit(other, model, theirs) if finding.severity == "error"]
     if not grave:

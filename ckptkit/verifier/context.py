@@ -16,7 +16,7 @@ from torch import nn
 from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
-from ckptkit.report import Finding
+from ckptkit.report import Finding, listed
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
@@ -43,6 +43,7 @@ class Context:
         golden: outputs recorded earlier, to compare with.
         write_golden: where to record these.
         force: whether what is there may be replaced.
+        given: options of ``verify`` and ``convert`` by which these weights were taken from the file.
         failed: whether a check has found an error.
         fit: set by the fit check.
         loaded: set by the load check once every weight is in the model.
@@ -70,6 +71,7 @@ class Context:
     golden: Any = None
     write_golden: str | None = None
     force: bool = False
+    given: tuple[str, ...] = ()
     failed: bool = False
     fit: Fit | None = None
     loaded: bool = False
@@ -108,8 +110,14 @@ class Context:
         """This verification with more options, ready to be pasted; ``None`` for a reference that has no name."""
         if self.reference.spec is None:
             return None
-        given = [part for name, value in self.reference.args.items() for part in ("--model-arg", f"{name}={value}")]
-        return shlex.join(["ckptkit", "verify", path, "--model", self.reference.spec, *given, *options])
+        args = [part for name, value in self.reference.args.items() for part in ("--model-arg", f"{name}={value}")]
+        return shlex.join(["ckptkit", "verify", path, "--model", self.reference.spec, *args, *self.taken(options)])
+
+    def taken(self, options: Sequence[str]) -> tuple[str, ...]:
+        """Options with those before them by which these weights were taken, where they are not among them."""
+        section, strip = self.given[:2] if "--section" in self.given else (), "--strip-module"
+        kept = section if "--section" not in options else ()
+        return (*kept, *[strip] * (strip in self.given and strip not in options), *options)
 
 
 Check = Callable[[Checkpoint, nn.Module, Context], Iterator[Finding]]
@@ -185,5 +193,4 @@ def floating_dtype(name: str) -> torch.dtype:
 
 def shortened(names: Sequence[str], limit: int = 5) -> str:
     """The first names, and how many more there are."""
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return listed(names, limit)

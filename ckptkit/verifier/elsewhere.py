@@ -12,6 +12,7 @@ from ckptkit.formats import read
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.rewrite.prefix import StripModule
 from ckptkit.verifier.advice import matching
+from ckptkit.verifier.context import Context
 
 __all__ = ["architecture_that_fits", "command_for", "other_weights", "section_that_fits"]
 
@@ -65,14 +66,10 @@ def architecture_that_fits(checkpoint: Checkpoint, spec: str | None) -> Architec
     return next((found for found in exact if found.reference == spec), exact[0] if exact else None)
 
 
-def command_for(checkpoint: Checkpoint, architecture: Architecture) -> str:
+def command_for(checkpoint: Checkpoint, architecture: Architecture, context: Context) -> str:
     """The verification of the file against an architecture, ready to be pasted."""
-    origin = checkpoint.origin
     options = ["--model", architecture.reference]
     for name, value in architecture.args.items():
         options += ["--model-arg", f"{name}={value}"]
-    if origin.state_path and other_weights(checkpoint):
-        options += ["--section", origin.state_path]
-    if any(unwrapped(name) != name for name in checkpoint.state_dict):
-        options.append("--strip-module")
-    return shlex.join(["ckptkit", "verify", origin.path, *options])
+    stripped = ["--strip-module"] * any(unwrapped(name) != name for name in checkpoint.state_dict)
+    return shlex.join(["ckptkit", "verify", checkpoint.origin.path, *options, *context.taken(stripped)])

@@ -10,7 +10,7 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.beside import beside_weights
-from ckptkit.report import Finding, convert_command
+from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.verifier.advice import head_classes, matching, rename_that_fits
 from ckptkit.verifier.context import Context, shortened
 from ckptkit.verifier.elsewhere import architecture_that_fits, command_for, other_weights, section_that_fits
@@ -98,7 +98,7 @@ def _old_names(
         code=rename.code,
         severity="error",
         message=f"{rename.cause}; once renamed, {fitting} tensors of the reference fit{here}",
-        fix=_convert(checkpoint, *rename.options),
+        fix=_convert(checkpoint, *context.taken(rename.options)),
     )
 
 
@@ -113,7 +113,7 @@ def _section(
     return Finding(
         code="another-section",
         severity="error",
-        message=f"section {path!r} has {matched} of the reference's {fit.of} tensors, the selected "
+        message=f"section {path!r} has {matched} of the reference's {count_of(fit.of, 'tensor')}, the selected "
         f"{checkpoint.origin.state_path!r} {already}",
         fix=context.command(checkpoint.origin.path, "--section", path, *["--strip-module"] * stripped),
     )
@@ -131,27 +131,24 @@ def _architecture(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding
         code="another-architecture",
         severity="error",
         message=f"the checkpoint has the names and shapes of {known.label}, not those of {context.reference.label}",
-        fix=command_for(checkpoint, known),
+        fix=command_for(checkpoint, known, context),
     )
 
 
 def _convert(checkpoint: Checkpoint, *options: str) -> str:
-    """The convert command, with the section where the file holds several."""
-    origin = checkpoint.origin
-    weights = [section for section in checkpoint.sections if section.kind in ("state_dict", "whole_model")]
-    section = ("--section", origin.state_path) if len(weights) > 1 and origin.state_path else ()
+    """The convert command, which writes the weights alone."""
     alone = ("--weights-only",) if beside_weights(checkpoint) else ()
-    return convert_command(origin.path, *section, *options, *alone)
+    return convert_command(checkpoint.origin.path, *options, *alone)
 
 
 def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: Context) -> Iterator[Finding]:
     known = architecture_that_fits(checkpoint, context.reference.spec)
-    fix = command_for(checkpoint, known) if known is not None and (fit.missing or fit.unexpected) else None
+    fix = command_for(checkpoint, known, context) if known is not None and (fit.missing or fit.unexpected) else None
     if fit.missing:
         yield Finding(
             code="missing-keys",
             severity="error",
-            message=f"{len(fit.missing)} of the reference's {fit.of} tensors are not in the checkpoint: "
+            message=f"{len(fit.missing)} of the reference's {count_of(fit.of, 'tensor')} are not in the checkpoint: "
             f"{shortened(folded(fit.missing, expected))}",
             fix=fix,
         )
@@ -159,8 +156,9 @@ def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: C
         yield Finding(
             code="unexpected-keys",
             severity="error",
-            message=f"{len(fit.unexpected)} of the checkpoint's {len(checkpoint.state_dict.everything)} names are not "
-            f"in the reference: {shortened(folded(fit.unexpected, checkpoint.state_dict.everything))}",
+            message=f"{len(fit.unexpected)} of the checkpoint's "
+            f"{count_of(len(checkpoint.state_dict.everything), 'name', 'is', 'are')} not in the reference: "
+            f"{shortened(folded(fit.unexpected, checkpoint.state_dict.everything))}",
             fix=fix,
         )
 
@@ -173,8 +171,8 @@ def _shapes(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding:
         return Finding(
             code="shape-mismatch",
             severity="error",
-            message=f"{len(fit.mismatches)} tensors have another shape in the checkpoint than in the reference: "
-            + shown,
+            message=f"{count_of(len(fit.mismatches), 'tensor', 'has', 'have')} another shape in the checkpoint than "
+            "in the reference: " + shown,
         )
     ours, theirs = classes
     fix = None
@@ -206,15 +204,15 @@ def _dtypes(fit: Fit, path: str, context: Context) -> Iterator[Finding]:
         yield Finding(
             code="dtype-mismatch",
             severity="error",
-            message=f"{len(across)} tensors are of another kind than the reference's: {shortened(across)}; loading "
-            "would change their values",
+            message=f"{count_of(len(across), 'tensor', 'is', 'are')} of another kind than the reference's: "
+            f"{shortened(across)}; loading would change their values",
         )
     for (ours, theirs), names in within.items():
         yield Finding(
             code="dtype-mismatch",
             severity="warning",
-            message=f"{len(names)} tensors are {ours} in the checkpoint and {theirs} in the reference "
-            f"({shortened(names, 3)}); they are cast to {theirs} as torch does when it loads",
+            message=f"{count_of(len(names), 'tensor', 'is', 'are')} {ours} in the checkpoint and {theirs} in the "
+            f"reference ({shortened(names, 3)}); they are cast to {theirs} as torch does when it loads",
             fix=context.command(path, "--dtype", ours) if DTYPES[ours].is_floating else None,
         )
 
@@ -225,22 +223,22 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
         yield Finding(
             code="unloadable-value",
             severity="error",
-            message=f"{len(fit.unloadable)} values are no plain tensors in the checkpoint (quantized, sparse, foreign "
-            f"objects) and cannot be loaded: {shortened(fit.unloadable)}",
+            message=f"{count_of(len(fit.unloadable), 'value', 'is not a plain tensor', 'are not plain tensors')} in "
+            f"the checkpoint (quantized, sparse, foreign objects) and cannot be loaded: {shortened(fit.unloadable)}",
         )
     if fit.opaque:
         yield Finding(
             code="extra-state",
             severity="warning",
-            message=f"{len(fit.opaque)} values are Python objects, which are never made from a file "
-            f"({shortened(fit.opaque)}); the model keeps the ones it was built with",
+            message=f"{count_of(len(fit.opaque), 'value', 'is', 'are')} Python objects, which are never made from a "
+            f"file ({shortened(fit.opaque)}); the model keeps the ones it was built with",
         )
     if fit.tied:
         pairs = [f"{name} = {twin}" for name, twin in fit.tied.items()]
         yield Finding(
             code="tied-restored",
             severity="info",
-            message=f"{len(pairs)} names not in the checkpoint are tied in the reference to one that is: "
+            message=f"{count_of(len(pairs), 'name')} not in the checkpoint are tied in the reference to one that is: "
             f"{shortened(pairs)}",
         )
     if fit.counters:
@@ -255,19 +253,20 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
         yield Finding(
             code="upgraded-keys",
             severity="info",
-            message=f"{len(renamed)} tensors are brought to their present names or form by the reference's own loading "
-            f"code: {shortened(renamed)}",
+            message=f"{count_of(len(renamed), 'tensor', 'is', 'are')} brought to their present names or form by the "
+            f"reference's own loading code: {shortened(renamed)}",
         )
     if fit.allowed_missing:
         yield Finding(
             code="allowed-missing",
             severity="info",
-            message=f"{len(fit.allowed_missing)} names are missing, which is allowed: {shortened(fit.allowed_missing)}",
+            message=f"{count_of(len(fit.allowed_missing), 'name', 'is', 'are')} missing, which is allowed: "
+            f"{shortened(fit.allowed_missing)}",
         )
     if fit.allowed_unexpected:
         left = fit.allowed_unexpected
         yield Finding(
             code="allowed-unexpected",
             severity="info",
-            message=f"{len(left)} names are unexpected, which is allowed: {shortened(left)}",
+            message=f"{count_of(len(left), 'name', 'is', 'are')} unexpected, which is allowed: {shortened(left)}",
         )

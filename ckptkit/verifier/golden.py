@@ -105,9 +105,7 @@ class Golden:
             VerifyError: it is another one, or has other arguments.
         """
         if spec is not None and self.spec is not None and spec != self.spec:
-            raise VerifyError(
-                f"{self.path}: is the golden of {self.spec}, not of {spec}; leave --model out, or mend it"
-            )
+            raise VerifyError(f"{self.path}: is the golden of {self.spec}, not of {spec}; leave --model out, or fix it")
         if dict(args) != dict(self.args):
             raise VerifyError(
                 f"{self.path}: was recorded with the arguments {told_args(self.args)}, not {told_args(args)}; "

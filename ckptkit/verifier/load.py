@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.fill import become, fill, has_no_values, has_own_loading, without_value
@@ -53,7 +53,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         yield Finding(
             code="left-on-meta",
             severity="error",
-            message=f"{len(left)} parameters or buffers got no value when the checkpoint was loaded: "
+            message=f"{count_of(len(left), 'parameter or buffer')} got no value when the checkpoint was loaded: "
             f"{shortened(left)}; the reference's own loading code passed over them, or its factory left them on the "
             "meta device",
         )
@@ -102,8 +102,9 @@ def _compared(model: nn.Module, pairs: Iterable[tuple[str, torch.Tensor]]) -> It
         yield Finding(
             code="load-differs",
             severity="error",
-            message=f"{len(different)} tensors in the model are not what the checkpoint holds: {shortened(different)}; "
-            "names that are tied in the reference have different values in the file, or its loading code changes them",
+            message=f"{count_of(len(different), 'tensor')} in the model are not what the checkpoint holds: "
+            f"{shortened(different)}; names that are tied in the reference have different values in the file, or its "
+            "loading code changes them",
         )
 
 

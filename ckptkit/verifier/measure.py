@@ -42,7 +42,7 @@ class Fit:
         counters: names of BatchNorm's ``num_batches_tracked`` that one side lacks, in layers both have.
         allowed_missing, allowed_unexpected: names the caller allows to be so.
         opaque: names whose value in the file is a Python object, and is not made.
-        unloadable: names of tensors whose value in the file is no plain tensor.
+        unloadable: names of tensors whose value in the file is not a plain tensor.
         tensors, of: how many of the model's tensors get a value from the file.
         parameters_share: share of the parameters' elements among them, 0 to 1.
     """

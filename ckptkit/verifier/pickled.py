@@ -20,7 +20,7 @@ from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import VerifyError
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.context import shortened
 from ckptkit.verifier.foreign import foreign, told
@@ -112,8 +112,8 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
     yield Finding(
         code="unsafe-load",
         severity="warning",
-        message=f"the pickled model itself is run, as --unsafe-load asks; loading it imported {len(names)} names: "
-        f"{shortened(names, 8)}",
+        message="the pickled model itself is run, as --unsafe-load asks; loading it imported "
+        f"{count_of(len(names), 'name')}: {shortened(names, 8)}",
     )
     theirs = named_values(module)
     ours = tensors(checkpoint.state_dict, map_location="cpu")
@@ -123,7 +123,7 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
         yield Finding(
             code="pickled-differs",
             severity="error",
-            message=f"{len(apart)} tensors of the loaded module are not what the file was read to hold: "
+            message=f"{count_of(len(apart), 'tensor')} of the loaded module are not what the file was read to hold: "
             f"{shortened(apart)}; its code changes them while it loads",
         )
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 from ckptkit.verifier.context import Context, shortened
 from ckptkit.verifier.measure import named_values
 
@@ -45,13 +45,14 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="weights-not-finite",
             severity="error",
-            message=f"{len(broken)} tensors hold values that are no numbers: {shortened(broken)}",
+            message=f"{count_of(len(broken), 'tensor', 'holds', 'hold')} values that are no numbers: "
+            f"{shortened(broken)}",
         )
     if masks:
         yield Finding(
             code="infinite-buffer",
             severity="info",
-            message=f"{len(masks)} buffers hold infinities, as masks do: {shortened(masks)}",
+            message=f"{count_of(len(masks), 'buffer', 'holds', 'hold')} infinities, as masks do: {shortened(masks)}",
         )
     if zero:
         yield _zeroed(zero, matrices)
@@ -69,7 +70,7 @@ def _zeroed(zero: list[str], matrices: list[str]) -> Finding:
     return Finding(
         code="zero-weights",
         severity="warning",
-        message=f"{len(zero)} of {len(matrices)} parameters of two or more dimensions are zero throughout: "
+        message=f"{len(zero)} of {count_of(len(matrices), 'parameter')} of two or more dimensions are zero throughout: "
         f"{shortened(zero)}",
     )
 
@@ -90,14 +91,15 @@ def _variances(values: dict[str, object]) -> Iterator[Finding]:
         yield Finding(
             code="negative-variance",
             severity="error",
-            message=f"{len(negative)} layers have negative running variances: {shortened(negative)}",
+            message=f"{count_of(len(negative), 'layer', 'has', 'have')} negative running variances: "
+            f"{shortened(negative)}",
         )
     if zero:
         yield Finding(
             code="zero-variance",
             severity="warning",
-            message=f"{len(zero)} layers have running variances of zero: {shortened(zero)}; the channel never changed "
-            "in training, and is now scaled by 1/sqrt(eps)",
+            message=f"{count_of(len(zero), 'layer', 'has', 'have')} running variances of zero: {shortened(zero)}; "
+            "the channel never changed in training, and is now scaled by 1/sqrt(eps)",
         )
 
 

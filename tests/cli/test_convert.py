@@ -133,6 +133,34 @@ def test_map_location_refused(run, save, tmp_path: Path, given: list[str]) -> No
     assert not (tmp_path / "b.pth").exists()
 
 
+def test_a_device_that_nothing_is_on_is_told(run, save) -> None:
+    path = save({"a": torch.ones(1)}, device="cuda:0")
+    done = run("convert", path, "b.pth", "--map-location", "cuda:1=cpu", "--map-location", "cuda:0=cpu")
+    assert done.returncode == 0
+    assert "warning: no storage is tagged 'cuda:1'; there is 'cuda:0' [nothing-moved]" in done.stderr
+    assert "'cuda:0';" not in done.stderr.replace("tagged 'cuda:1'", "")
+
+
+def test_one_file_where_an_index_was_asked_for_is_told(run, save, tmp_path: Path) -> None:
+    path = save({"a": torch.ones(1)})
+    done = run("convert", path, "x.safetensors.index.json")
+    assert "fits into one file: x.safetensors, and no index is written [not-sharded]" in done.stderr
+    assert (tmp_path / "x.safetensors").exists() and not (tmp_path / "x.safetensors.index.json").exists()
+    assert "not-sharded" not in run("convert", path, "y.safetensors").stderr
+    two = save({"a": torch.ones(9), "b": torch.ones(9)})
+    assert "not-sharded" not in run("convert", two, "z.safetensors.index.json", "--max-shard-size", "40B").stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--max-shard-size", "40B"]])
+def test_a_folder_that_is_not_there_is_told_with_what_makes_it(run, save, tmp_path: Path, options: list[str]) -> None:
+    path = save({"a": torch.ones(9), "b": torch.ones(9)})
+    done = run("convert", path, "no such/folder/x.safetensors", *options)
+    assert done.returncode == 2
+    assert "the folder no such/folder does not exist; create it first: mkdir -p 'no such/folder'" in done.stderr
+    (tmp_path / "no such" / "folder").mkdir(parents=True)
+    assert run("convert", path, "no such/folder/x.safetensors", *options).returncode == 0
+
+
 def test_unknown_objects_survive_unexecuted(run, save, tmp_path: Path) -> None:
     from datetime import timedelta
 
@@ -184,7 +212,7 @@ def test_what_safetensors_cannot_hold_is_refused_by_name(run, save, tmp_path: Pa
     done = run("convert", save({"w": torch.ones(1), "s": torch.eye(2).to_sparse()}), "b.safetensors")
     assert done.returncode == 2
     assert (
-        "values that are no plain tensors (s (<torch._utils._rebuild_sparse_tensor object>)): --exclude s"
+        "values that are not plain tensors (s (<torch._utils._rebuild_sparse_tensor object>)): --exclude s"
         in done.stderr
     )
     assert not (tmp_path / "b.safetensors").exists()

@@ -51,7 +51,7 @@ def test_the_multi_gpu_checkpoint(run, ddp_resume: Path) -> None:
     assert "--map-location cpu" in fixes["device-location"]
 
 
-def test_the_commands_that_mend_do_mend(run, save, tmp_path: Path) -> None:
+def test_the_commands_that_fix_do_fix(run, save, tmp_path: Path) -> None:
     path = save({"state_dict": {"module.w": torch.ones(3)}, "epoch": 1}, device="cuda:1")
     (file,) = inspect_json(run, path)
     for finding in file["findings"]:
@@ -62,8 +62,8 @@ def test_the_commands_that_mend_do_mend(run, save, tmp_path: Path) -> None:
             assert program == "ckptkit"
             done = run(*arguments)
             assert done.returncode == 0, done.stderr
-            (mended,) = inspect_json(run, arguments[2])
-            assert finding["code"] not in {f["code"] for f in mended["findings"]}
+            (fixed,) = inspect_json(run, arguments[2])
+            assert finding["code"] not in {f["code"] for f in fixed["findings"]}
 
 
 def test_parameters_and_buffers_are_counted_apart(run, save) -> None:
@@ -115,6 +115,16 @@ def test_filter_sort_and_depth(run, save) -> None:
     assert [t["name"] for t in by_size] == ["b.layer10.w", "b.layer2.w"]
     assert "layer10" not in run("inspect", "--depth", "1", path).stdout
     assert "layer10" in run("inspect", "--depth", "2", path).stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--flat"], ["--json"], ["--format", "markdown"], ["--stats"]])
+def test_a_filter_that_matches_nothing_is_told(run, save, options: list[str]) -> None:
+    path = save({"a.w": torch.ones(1)})
+    done = run("inspect", path, "--filter", "zzz", *options)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [f"ckptkit: {path}: no tensor matches --filter"]
+    assert run("inspect", path, "--filter", "a.*", *options).stderr == ""
+    assert run("inspect", path, "--filter", "zzz", "-q", *options).stderr == ""
 
 
 def test_stats_read_the_data(run, save) -> None:

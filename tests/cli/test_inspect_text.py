@@ -258,7 +258,7 @@ def test_a_receipt_is_one_short_line(save, tmp_path: Path) -> None:
         ('[{"operations": "many"}]', ["made by: ckptkit ? from ?"]),
         (
             '[{"ckptkit": "9", "format": 3, "sha256": {"a": "b"}, "operations": [1]}]',
-            ["made by: ckptkit 9 from ? of 1 files: 1"],
+            ["made by: ckptkit 9 from ? of 1 file: 1"],
         ),
         ('[{"ckptkit": "\\u001b[31m", "operations": ["\\n"]}]', ["made by: ckptkit \\x1b[31m from ?: \\n"]),
     ],

@@ -90,6 +90,41 @@ def test_the_document(folder: Path) -> None:
     assert document["outputs"][0]["mean"] is not None
 
 
+def test_a_check_that_failed_is_not_called_ok(folder: Path) -> None:
+    lines = verify(folder, "ddp.safetensors", code=1).splitlines()
+    assert lines[0].split()[:2] == ["fit", "failed"]
+    (load,) = [line for line in lines if line.startswith("load")]
+    assert load.split()[1:3] == ["not", "loaded"]
+    assert "ok" not in {word for line in lines[:-1] for word in line.split()[:2]}
+
+
+def test_what_is_advised_keeps_how_the_weights_were_taken(folder: Path) -> None:
+    weights = torch.load(folder / "net.pth")
+    wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
+    wide = {f"module.old.{name}": tensor for name, tensor in weights.items()}
+    torch.save({"a": wide, "b": {name: torch.zeros(1) for name in "xy"}, "epoch": 1}, folder / "two.pth")
+    taken = ["--section", "a", "--strip-module", "--no-forward"]
+    text = (
+        CliRunner()
+        .invoke(
+            command, [str(folder / "two.pth"), "--model", f"{folder / 'net.py'}:build", *taken], standalone_mode=False
+        )
+        .stdout
+    )
+    (fix,) = [line.split() for line in text.splitlines() if "ckptkit convert" in line]
+    assert fix[4:] == ["--section", "a", "--strip-module", "--strip-prefix", "old.", "--weights-only"]
+    torch.save({"a": wrapped, "b": {**weights, "0.bias": weights["0.bias"] + 1}}, folder / "both.pth")
+    text = (
+        CliRunner()
+        .invoke(
+            command, [str(folder / "both.pth"), "--model", f"{folder / 'net.py'}:build", *taken], standalone_mode=False
+        )
+        .stdout
+    )
+    (fix,) = [line.split() for line in text.splitlines() if "ckptkit verify" in line]
+    assert fix[-3:] == ["--strip-module", "--section", "b"]
+
+
 def test_against_another(folder: Path) -> None:
     text = verify(folder, "net.pth", "--against", folder / "other.pth", code=1)
     assert "against    error    outputs of" in text and "they part at `2` [against-differs]" in text

@@ -167,7 +167,10 @@ def test_the_container(save, convert, agree, name: str, to: str | None, is_zip: 
         (["out"], "the ending '' chooses no container"),
         (["out.pth", "--to", "onnx"], "no container 'onnx'; one of: torch-zip, safetensors"),
         (["folder.pth"], "folder.pth: "),
-        (["nowhere/out.pth"], "nowhere/out.pth: cannot be written: No such file or directory"),
+        (
+            ["nowhere/out.pth"],
+            "nowhere/out.pth: cannot be written: the folder nowhere does not exist; create it first: mkdir -p nowhere",
+        ),
         (["out.pth", "--bogus"], "No such option"),
         ([], "Missing argument 'DST'"),
     ],
@@ -249,3 +252,12 @@ def test_in_python(source: Path, tmp_path: Path) -> None:
         ckptkit.convert(source, source)
     ckptkit.convert(source, target, to="safetensors", weights_only=True)
     assert "module.tied" in load_file(target)
+
+
+def test_a_plan_is_shown_in_a_line(save, tmp_path: Path) -> None:
+    path = save({f"layer.{n}.weight": torch.ones(4) for n in range(500)})
+    with ckptkit.open(path) as file:
+        assert repr(file.save(tmp_path / "a.pth")).startswith("<Plan of torch-zip: 500 tensors, ")
+        sharded = file.plan(tmp_path / "b.safetensors", max_shard_size="20kB")
+    assert repr(sharded).endswith(f" in {len(sharded.shards)} shards>")
+    assert len(repr(sharded)) < 100

@@ -132,11 +132,11 @@ def test_overwriting_leaves_no_old_shard(save, convert, refused, agree, state: d
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--max-shard-size", "0"], "'0' is no size; write it like 5GB"),
-        (["--max-shard-size", "-5GB"], "'-5GB' is no size"),
-        (["--max-shard-size", "lots"], "'lots' is no size"),
-        (["--max-shard-size", "5XB"], "'5XB' is no size"),
-        (["--max-shard-size", ""], "'' is no size"),
+        (["--max-shard-size", "0"], "'0' is not a valid size; write it like 5GB"),
+        (["--max-shard-size", "-5GB"], "'-5GB' is not a valid size"),
+        (["--max-shard-size", "lots"], "'lots' is not a valid size"),
+        (["--max-shard-size", "5XB"], "'5XB' is not a valid size"),
+        (["--max-shard-size", ""], "'' is not a valid size"),
     ],
 )
 def test_bad_sizes(save, refused, state: dict[str, torch.Tensor], options: list[str], words: str) -> None:

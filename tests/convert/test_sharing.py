@@ -149,7 +149,7 @@ def test_what_is_told_of_views(save, convert) -> None:
     assert document["gathered"] == ["t"]
     (finding,) = document["findings"]
     assert finding["code"] == "written-out"
-    assert finding["message"].startswith("1 tensors were not contiguous and 2 shared a storage")
+    assert finding["message"].startswith("1 tensor was not contiguous and 2 tensors shared a storage; each")
 
 
 def test_a_small_view_of_a_large_storage(save, convert, converted, agree) -> None:

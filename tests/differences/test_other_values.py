@@ -1,4 +1,4 @@
-"""`ckptkit.diff`: values that are no plain tensors, files that are no weights, and how files are read."""
+"""`ckptkit.diff`: values that are not plain tensors, files that are no weights, and how files are read."""
 
 from __future__ import annotations
 

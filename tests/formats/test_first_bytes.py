@@ -71,6 +71,36 @@ JOBLIB = (
     b"\x80\x03cjoblib.numpy_pickle\nNumpyArrayWrapper\nq\x00)\x81q\x01}q\x02X\x05\x00\x00\x00dtypeq\x03sb\x93\xfa\xfb"
 )
 
+
+def leb128(value: int) -> bytes:
+    return (bytes([value & 0x7F | 0x80]) + leb128(value >> 7)) if value > 0x7F else bytes([value])
+
+
+def torchsharp(state: dict[str, torch.Tensor]) -> bytes:
+    """As TorchSharp's ``exportsd.save_state_dict`` writes it."""
+    kinds = {torch.float32: 6, torch.float64: 7, torch.int64: 4, torch.float16: 5}
+    parts = [leb128(len(state))]
+    for name, tensor in state.items():
+        parts += [leb128(len(name)), name.encode(), leb128(kinds[tensor.dtype]), leb128(tensor.dim())]
+        parts += [*map(leb128, tensor.shape), tensor.numpy().tobytes()]
+    return b"".join(parts)
+
+
+def ctranslate(spec: str, version: int = 6) -> bytes:
+    """The first fields of CTranslate2's ``model.bin``."""
+    text = spec.encode() + b"\0"
+    return struct.pack("<IH", version, len(text)) + text + struct.pack("<II", 7, 1000) + bytes(40)
+
+
+def torch7(*numbers_and_text: int | bytes, lines: bool = False) -> bytes:
+    """What Torch7 writes in Lua: numbers, and text with its length."""
+    if lines:
+        return b"".join(b"%d\n" % n if isinstance(n, int) else b"%d\n%s\n" % (len(n), n) for n in numbers_and_text)
+    return b"".join(
+        struct.pack("<i", n) if isinstance(n, int) else struct.pack("<i", len(n)) + n for n in numbers_and_text
+    )
+
+
 NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "the file is empty .0 bytes.: an interrupted download"),
     "zeros": (bytes(1_000_000), "1,000,000 bytes of zeros: the room for a file was made and its content never arrived"),
@@ -114,6 +144,14 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "executorch": (b"\x1c\0\0\0ET12" + bytes(20), "an ExecuTorch program .*convert the checkpoint it was exp"),
     "gguf": (b"GGUF" + struct.pack("<I", 3), "a GGUF file, version 3 .llama.cpp., which ckptkit does not read"),
     "ggml": (struct.pack("<I", 0x67676A74), "a GGML file"),
+    "lua": (torch7(4, 1, b"V 1", b"nn.Sequential", 3, 2), "Torch7 for Lua .* with a nn.Sequential, .*torchfile"),
+    "lua, ascii": (torch7(4, 1, b"V 1", b"torch.FloatTensor", 2, lines=True), "with a torch.FloatTensor, no PyTorch"),
+    "lua table": (torch7(3, 1, 5, 2, b"model", 4, 2), "Torch7 for Lua .* with a table, no PyTorch checkpoint"),
+    "lua table, ascii": (torch7(3, 1, 5, 2, b"model", 4, 2, lines=True), "with a table, no PyTorch checkpoint"),
+    "ctranslate2": (ctranslate("TransformerSpec"), "a CTranslate2 model .TransformerSpec., .*faster-whisper"),
+    "ctranslate2, older": (ctranslate("WhisperSpec", 4), "a CTranslate2 model .WhisperSpec."),
+    "torchsharp": (torchsharp({"a.weight": torch.ones(300, 2), "a.b": torch.ones(3)}), "of 2 tensors, .*'a.weight'"),
+    "torchsharp, one": (torchsharp({"w": torch.tensor(1.0).double()}), "a TorchSharp state_dict .* of 1 tensor, "),
     "npy": (numpy_file(numpy.save), "a numpy array .* numpy.load reads it"),
     "msgpack": (b"\x81\xa6params\x81\xa6kernel\x90", "a msgpack document with the key 'params' .flax weights"),
     "tar": (tarred(), "a tar archive"),
@@ -161,6 +199,27 @@ def test_what_is_no_checkpoint_is_named(name: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: ")
     assert len(str(caught.value)) < 700
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:Lite Interp:FutureWarning", "ignore::DeprecationWarning"
+)
+def test_a_flatbuffer_that_torch_writes(tmp_path: Path) -> None:
+    path = tmp_path / "m.ptl"
+    torch.jit.script(torch.nn.Linear(2, 3))._save_for_lite_interpreter(str(path), _use_flatbuffer=True)
+    with pytest.raises(
+        UnknownFormatError, match=r"for mobile as a flatbuffer \(.ptl, .ff\).*torch.jit.load does.*trust"
+    ):
+        formats.read(path)
+    assert isinstance(torch.jit.load(path), torch.jit.ScriptModule)
+
+
+@pytest.mark.parametrize("cut", [1, -1])
+def test_what_only_resembles_a_torchsharp_file_is_none(cut: int, tmp_path: Path) -> None:
+    data = torchsharp({"w": torch.ones(3)})
+    (tmp_path / "w.dat").write_bytes(data + b"x" if cut > 0 else data[:cut])
+    with pytest.raises(UnknownFormatError, match="no known checkpoint container"):
+        formats.read(tmp_path / "w.dat")
 
 
 def test_the_names_of_a_pickle_are_reported_with_their_verdicts(tmp_path: Path) -> None:

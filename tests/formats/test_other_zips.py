@@ -30,7 +30,7 @@ from ckptkit.errors import UnknownFormatError
             ["a/model.safetensors", "b.ckpt", "README"],
             "with 2 checkpoints in it",
         ),
-        ([f"f{n}.txt" for n in range(6)], r"it holds 6 files: 'f0.txt', 'f1.txt', 'f2.txt', 'f3.txt', \.\.\."),
+        ([f"f{n}.txt" for n in range(6)], r"it holds 6 files: 'f0.txt', 'f1.txt', 'f2.txt', 'f3.txt' and 2 more"),
         (["folder/"], "without a file in it"),
         (["x" * 300 + ".txt"], "x{80}…"),
     ],

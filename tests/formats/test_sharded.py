@@ -264,9 +264,27 @@ def test_a_shard_that_is_exchanged_while_it_is_open(tmp_path: Path) -> None:
 # What is noticed.
 
 
+def test_a_shard_that_the_index_does_not_name(tmp_path: Path) -> None:
+    index = shard(model(), tmp_path)
+    assert not {"shard-not-named", "shard-metadata"} & codes(index).keys()
+    names = json.loads(index.read_text())["weight_map"]
+    lost = [name for name, file in names.items() if file.startswith("model-00002")]
+    changed(index, lambda d: [d["weight_map"].pop(name) for name in lost])
+    assert "puts no tensor into model-00002-of-00003.safetensors, which" in codes(index)["shard-not-named"]
+
+
+@pytest.mark.parametrize("metadata", [{"format": "pt", "run": "7"}, {"format": "np"}, {}])
+def test_metadata_that_one_shard_alone_has(metadata: dict[str, str], tmp_path: Path) -> None:
+    index = shard(model(), tmp_path)
+    second = tmp_path / "model-00002-of-00003.safetensors"
+    save_file(load_file(second), second, metadata=metadata)
+    key = "'run'" if "run" in metadata else "'format'"
+    assert f"do not all have the same metadata: {key}" in codes(index)["shard-metadata"]
+
+
 def test_names_beyond_the_index(tmp_path: Path) -> None:
     index = changed(shard(model(), tmp_path), lambda d: d["weight_map"].pop("layers.2.weight"))
-    assert "1 names in shards that the index does not list: 'layers.2.weight'" in codes(index)["shard-extra-keys"]
+    assert "1 name in shards that the index does not list: 'layers.2.weight'" in codes(index)["shard-extra-keys"]
     with ckptkit.open(index) as file:
         assert list(file.state_dict)[-1] == "layers.2.weight"
 

@@ -10,7 +10,10 @@ import lzma
 import os
 import pickle
 import random
+import re
+import shutil
 import struct
+import subprocess
 import tarfile
 import tempfile
 import zipfile
@@ -30,7 +33,15 @@ from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.derived import DeflatedRange
-from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, FormatError
+from ckptkit.errors import (
+    AmbiguousError,
+    CkptkitError,
+    CorruptError,
+    FileAccessError,
+    FormatError,
+    UnknownFormatError,
+    UnsupportedError,
+)
 from ckptkit.formats.archives.zip_archive import read_directory
 from ckptkit.formats.archives.zip_record import record_source
 from ckptkit.formats.contents import Contents
@@ -137,7 +148,8 @@ def test_a_pickle_beside_the_pickle(save: Save) -> None:
 def test_many_are_counted_and_few_named(save: Save) -> None:
     checkpoint = read(repacked(save(state()), more=[(f"model/x{n}", b"") for n in range(9)]))
     assert "9 records of 0 B" in checkpoint.findings[0].message
-    assert "x3, ..." in checkpoint.findings[0].message
+    assert checkpoint.findings[0].message.endswith("x0, x1, x2, x3 and 5 more")
+    assert "9 records" in checkpoint.findings[0].message
 
 
 # What is in them.
@@ -319,7 +331,7 @@ def test_of_an_honest_file_nothing_more_is_read(plain: Path, monkeypatch: pytest
 
 def test_a_second_root_before_the_first(save: Save, tmp_path: Path) -> None:
     with zipfile.ZipFile(save(state())) as source, zipfile.ZipFile(tmp_path / "two.pth", "w") as out:
-        out.writestr("other/readme", b"hi")
+        out.writestr("other/data.pkl", b"N.")
         for name in source.namelist():
             out.writestr(name, source.read(name))
     with pytest.raises(AmbiguousError, match=r"2 root folders \(model, other\); torch takes the first for all"):
@@ -431,4 +443,152 @@ def test_a_size_no_deflated_bytes_could_have(save: Save) -> None:
         with pytest.raises(CorruptError, match="declares 1,073,741,824 bytes"):
             record_source(record)
     with pytest.raises(FormatError, match="declared as 16 bytes, its record holds 1,073,741,824"):
+        formats.read(path)
+
+
+# What was unpacked and packed again.
+
+MAC = [("__MACOSX/m/._data.pkl", b"\x00\x05\x16\x07\x00"), ("__MACOSX/._m", b"\x00\x05\x16\x07")]
+README = [("README.md", b"# weights")]
+
+
+def packed(path: Path, before: Any = (), after: Any = (), *, under: str = "") -> Path:
+    """The archive with records before and after its own, all of these in a folder."""
+    target = path.with_name("packed.pth")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        own = [(under + name, source.read(name)) for name in source.namelist()]
+        for name, data in [*before, *own, *after]:
+            out.writestr(name, data)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"after": MAC}, "below 'model/', beside them __MACOSX/m/._data.pkl, __MACOSX/._m;"),
+        ({"before": MAC}, "__MACOSX"),
+        ({"after": README}, "beside them README.md;"),
+        ({"before": [*README, ("docs/", b""), ("docs/a/b.txt", b"b")]}, "README.md, docs/, docs/a/b.txt;"),
+        ({"under": "out/"}, "below 'out/model/';"),
+        ({"under": "a/b c/", "before": [("a/", b""), ("a/b c/", b"")], "after": README}, "'a/b c/model/', beside"),
+        ({"after": [(f"x/{n}.txt", b"") for n in range(9)]}, "x/3.txt and 5 more;"),
+    ],
+)  # fmt: skip
+def test_what_was_packed_again_opens_where_one_folder_is_torchs(
+    options: dict[str, Any], words: str, save: Save, tmp_path: Path
+) -> None:
+    path = packed(save(state()), **options)
+    with pytest.raises(RuntimeError, match=r"not in a subdirectory|hasRecord"):
+        torch.load(path)
+    checkpoint = read(path)
+    finding = next(finding for finding in checkpoint.findings if finding.code == "repacked-archive")
+    assert finding.severity == "warning"
+    assert words in finding.message
+    assert (finding.fix or "").startswith("ckptkit convert")
+    assert checkpoint.trust == "safe"
+    ckptkit.convert(path, tmp_path / "clean.pth")
+    for name, tensor in torch.load(tmp_path / "clean.pth").items():
+        assert torch.equal(tensor, state()[name]) or name == "t"
+    assert not [f for f in read(tmp_path / "clean.pth").findings if f.code == "repacked-archive"]
+
+
+def test_directory_records_are_nothing_to_tell(save: Save) -> None:
+    checkpoint = read(packed(save(state()), before=[("model/", b""), ("model/data/", b"")]))
+    assert not {"repacked-archive", "unreferenced-records"} & {finding.code for finding in checkpoint.findings}
+
+
+@pytest.mark.parametrize("name", ["evil.pkl", "data.pkl", "docs/x.bin"])
+def test_what_lies_outside_counts_for_the_trust(name: str, save: Save) -> None:
+    evil = b"\x80\x02cposix\nsystem\nX\x02\x00\x00\x00ls\x85R."
+    checkpoint = read(packed(save(state()), after=[(name, evil)]))
+    assert checkpoint.trust == "hostile"
+    assert [use.where for use in checkpoint.globals if use.name == "posix.system"] == [(name,)]
+
+
+def test_two_checkpoints_in_folders_are_no_one(save: Save) -> None:
+    path = save(state())
+    with zipfile.ZipFile(path) as source:
+        again = [(f"out/b/{name.partition('/')[2]}", source.read(name)) for name in source.namelist()]
+    with pytest.raises(UnknownFormatError, match="with 2 checkpoints in it"):
+        formats.read(packed(path, after=again, under="out/"))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_a_program_is_to_be_packed_again(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "m.pt")
+    checkpoint = read(packed(tmp_path / "m.pt", after=README))
+    finding = next(finding for finding in checkpoint.findings if finding.code == "repacked-archive")
+    assert checkpoint.origin.format == "torchscript"
+    assert finding.fix is None  # convert would drop the program
+
+
+def unpacked(path: Path, folder: Path) -> None:
+    """As unzip does it, which gives files the dates of torch's records: they are before 1980."""
+    shutil.unpack_archive(path, folder, "zip")
+    for name in folder.rglob("*"):
+        os.utime(name, (312_768_000, 312_768_000))
+
+
+def as_told(message: str, folder: Path, **names: str) -> None:
+    """Run the command that a message ends with; names in it that stand for others are replaced."""
+    command = message.partition("again, stored: ")[2]
+    for name, real in names.items():
+        command = command.replace(name, real)
+    told = re.fullmatch(r"cd (\S.*) && zip -0 -r (\S+\.pth) (\w+)", command)
+    assert told is not None
+    if shutil.which("zip") is None:  # packed as zip does it
+        above = folder / told[1].strip("'")
+        with zipfile.ZipFile(above / told[2], "w", strict_timestamps=False) as out:
+            for path in sorted((above / told[3]).rglob("*")):
+                out.write(path, path.relative_to(above))
+        return
+    assert subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("given", ["folder", "data.pkl", "constants.pkl"])
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_an_unpacked_archive_is_packed_again_by_what_is_told(given: str, save: Save, tmp_path: Path) -> None:
+    folder = tmp_path / "my weights"
+    if given == "constants.pkl":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "model.pt")
+    unpacked(tmp_path / "model.pt" if given == "constants.pkl" else save(state()), folder)
+    path = folder / "model" if given == "folder" else folder / "model" / given
+    with pytest.raises(CkptkitError, match="an archive of torch that was unpacked; pack it again") as caught:
+        formats.read(path)
+    assert "pickle.load" not in str(caught.value)
+    as_told(str(caught.value), tmp_path)
+    packed = folder / "model.pth"
+    loaded = torch.jit.load(packed).state_dict() if given == "constants.pkl" else torch.load(packed)
+    assert loaded.keys() == read(packed).state_dict.keys()
+    assert not [record for record in zipfile.ZipFile(packed).infolist() if record.compress_type]
+
+
+@pytest.mark.parametrize(
+    ("method", "called"), [(zipfile.ZIP_BZIP2, r"12 \(bzip2\)"), (zipfile.ZIP_LZMA, r"14 \(LZMA\)")]
+)
+def test_what_is_told_of_records_that_are_packed_otherwise_helps(
+    method: int, called: str, save: Save, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.pth"
+    with zipfile.ZipFile(save(state())) as source, zipfile.ZipFile(other, "w", method) as out:
+        for name in source.namelist():
+            out.writestr(name, source.read(name))
+    with pytest.raises(UnsupportedError, match=f"'model/data.pkl' uses compression method {called}") as caught:
+        formats.read(other)
+    unpacked(other, tmp_path / "OUT")
+    as_told(str(caught.value), tmp_path, FOLDER="model")
+    assert (
+        torch.load(tmp_path / "OUT" / "NEW.pth").keys()
+        == read(tmp_path / "OUT" / "NEW.pth").state_dict.keys()
+        == state().keys()
+    )
+    with pytest.raises(RuntimeError):
+        torch.load(other)
+
+
+def test_names_with_backslashes_are_refused_with_a_way_out(save: Save) -> None:
+    path = repacked(save(state()), lambda name, data: (name.replace("/", "\\"), data))
+    with pytest.raises(
+        AmbiguousError, match=r"'model\\\\data.pkl', with backslashes.*; unpack it .* and pack its folder"
+    ):
         formats.read(path)

@@ -112,6 +112,34 @@ class TestConformance(Conformance):
 # What torch writes.
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_protocol_0_which_torch_cannot_load(legacy: bool, tmp_path: Path, same_bits: SameBits) -> None:
+    state: dict[str, torch.Tensor] = {**model(), "u16": torch.ones(3).to(torch.uint16), "b": torch.ones(2).bool()}
+    path = tmp_path / "0.pth"
+    torch.save(state, path, pickle_protocol=0, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(AssertionError, match="saved_id must be a tuple"):
+        torch.load(path, weights_only=False)
+    checkpoint = read(path)
+    (finding,) = [finding for finding in checkpoint.findings if finding.code == "text-persistent-ids"]
+    assert finding.fix == f"ckptkit convert {path} {tmp_path / '0.clean.pth'}"
+    assert checkpoint.trust == "safe"
+    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+    ckptkit.convert(path, tmp_path / "0.clean.pth")
+    again = torch.load(tmp_path / "0.clean.pth")
+    assert all(same_bits(again[name], value) for name, value in state.items())
+    assert "text-persistent-ids" not in {finding.code for finding in read(tmp_path / "0.clean.pth").findings}
+
+
+def test_a_whole_model_in_protocol_0_with_its_source(tmp_path: Path, same_bits: SameBits) -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    torch.save(layers, tmp_path / "0.pth", pickle_protocol=0, _use_new_zipfile_serialization=False)
+    checkpoint = read(tmp_path / "0.pth")
+    assert all(same_bits(tensor(checkpoint.state_dict[n]), v) for n, v in layers.state_dict().items())
+    assert "torch.nn.modules.linear.Linear" in {use.name for use in checkpoint.globals}
+    source = next(finding for finding in checkpoint.findings if finding.code == "embedded-source")
+    assert "torch.nn.modules.container.Sequential" in source.message
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_every_pickle_protocol(protocol: int, tmp_path: Path, same_bits: SameBits) -> None:
     state = model()

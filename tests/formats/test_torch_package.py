@@ -102,7 +102,7 @@ def test_a_model_with_its_code(net: nn.Module, path: Path) -> None:
     checkpoint = read(path)
     assert checkpoint.trust == "needs_trust"
     assert (
-        "1 pickled objects, and 1 Python sources that its importer runs (packaged_net.py)"
+        "1 pickled object, and 1 Python source that its importer runs (packaged_net.py)"
         in (messages(checkpoint)["package-code"])
     )
     assert f"Python {sys.version_info.major}." in messages(checkpoint)["package-code"]
@@ -135,7 +135,7 @@ def test_torchscript_inside(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     oracle = PackageImporter(str(path)).load_pickle("held", "both.pkl")["a"].state_dict()
     checkpoint = read(path)
     assert checkpoint.trust == "safe"
-    assert "and 1 TorchScript modules" in messages(checkpoint)["package-code"]
+    assert "and 1 TorchScript module" in messages(checkpoint)["package-code"]
     assert [section.path for section in checkpoint.sections] == ["held/both.pkl.a", "held/both.pkl.b"]
     with ckptkit.open(path, section="held/both.pkl.a") as file:
         ours = tensors(file.state_dict)

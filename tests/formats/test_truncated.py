@@ -120,7 +120,7 @@ def test_bytes_behind_the_archive(tail: bytes, words: str, save: Save) -> None:
     path.write_bytes(data + tail)
     message = said(path)
     assert message.startswith(words.format(end=len(data)))
-    assert message.endswith(f"keep what is before them: head -c {len(data)} FILE > MENDED")
+    assert message.endswith(f"keep what is before them: head -c {len(data)} FILE > FIXED")
 
 
 def test_two_archives_are_no_appended_bytes(save: Save) -> None:

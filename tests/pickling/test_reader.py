@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ckptkit.errors import AmbiguousError, FormatError, UnsupportedError
-from ckptkit.pickling.inert import InertDict, Object, walk
+from ckptkit.pickling.inert import Global, InertDict, Object, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.writer import write_pickle
 
@@ -260,3 +260,35 @@ def test_random_programs_give_a_result_or_an_error_of_ours() -> None:
         except UnsupportedError:
             continue
         read_pickle(written)
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("('storage', <class 'torch.HalfStorage'>, '0', 'xla', 6)", ["storage", "torch.HalfStorage", "0", "xla", 6]),
+        ("('storage', <class 'a.b.C'>, '94', 'cpu', 6, None)", ["storage", "a.b.C", "94", "cpu", 6, None]),
+        ('''('module', <class 'm.Net'>, 'n.py', "it's\\n\\x00 \\\\")''', ["module", "m.Net", "n.py", "it's\n\0 \\"]),
+        ("('a', 'b\"c')", ["a", 'b"c']),
+    ],
+)  # fmt: skip
+def test_a_tuple_that_protocol_0_made_text_of(text: str, items: list[object]) -> None:
+    seen: list[Any] = []
+    result = read_pickle(b"P" + text.encode() + b"\n.", persistent_load=seen.append)
+    assert result.text_ids
+    assert [item.qualified if isinstance(item, Global) else item for item in seen[0]] == items
+    assert [name.qualified for name in result.globals] == items[1:2] * ("<class" in text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0", "('a',)", "('a', 01)", "('a', -1)", "('a', 1.0)", "('a', b)", "('a',  'b')", "('a', 'b') ", "['a', 'b']",
+        "('a', \"b\")", "('a', '\\q')", "('a', '\\N{DIGIT ONE}')", "('a', '\\x41')", "('a', <class 'C'>)", "('a', f())",
+        "('a', <class 'a.b'>.c)", "('a', 'b' 'c')", "('a', ('b', 'c'))", "('a', '\\uD800')",
+    ],
+)  # fmt: skip
+def test_any_other_text_stays_text(text: str) -> None:
+    seen: list[object] = []
+    result = read_pickle(b"P" + text.encode() + b"\n.", persistent_load=seen.append)
+    assert seen == [text]
+    assert not result.text_ids

@@ -136,7 +136,7 @@ def test_a_model_that_only_an_override_needs_is_known_of(write: Write) -> None:
         ),
         ("no-pickle = 1", r"the file: policy no-pickle: 1 "),
         ("no-pickle = true\nno_pickle = true", "twice"),
-        ("max-size = 'big'", "'big' is no size"),
+        ("max-size = 'big'", "'big' is not a valid size"),
         ("paths = 3", r"the file: paths = 3; expected a list of texts"),
         ("manifest = []", r"the file: manifest = \[\]; expected the path"),
         ("overrides = 1", r"overrides = 1; expected tables \[\[overrides\]\]"),

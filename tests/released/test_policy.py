@@ -36,7 +36,7 @@ def test_sizes(given: Any, nbytes: int | None) -> None:
         ({"forward": 1}, r"forward: 1 .* true or false"),
         ({"max_trust": "hostile"}, r"max-trust: 'hostile' .* safe, needs_trust"),
         ({"max_trust": ["safe"]}, r"max-trust: \['safe'\]"),
-        ({"max_size": "big"}, r"max-size: 'big' is no size"),
+        ({"max_size": "big"}, r"max-size: 'big' is not a valid size"),
         ({"max_size": 0}, r"max-size: 0 "),
         ({"max_size": True}, r"max-size: True "),
         ({"max_size": 1.5}, r"max-size: 1.5 "),

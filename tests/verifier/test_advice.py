@@ -1,4 +1,4 @@
-"""What is advised where a checkpoint does not fit: the cause, and the command that mends it."""
+"""What is advised where a checkpoint does not fit: the cause, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_prefix_too_few(run: Run) -> None:
     assert finding(run(Net().state_dict(), model=wrapped), "wrapper-prefix").fix.endswith("--add-prefix net.")
 
 
-def test_the_command_that_is_told_really_mends_it(save: Any) -> None:
+def test_the_command_that_is_told_really_fixes_it(save: Any) -> None:
     path = save({"module." + name: value for name, value in Net().state_dict().items()})
     fix = finding(check_file(path, model=Net), "wrapper-prefix").fix
     carry_out(fix)
@@ -140,7 +140,7 @@ def test_a_detector_with_another_head(run: Run) -> None:
 def test_other_shapes(run: Run) -> None:
     report = run(state(body__0__weight=torch.ones(5, 4)), model=Net)
     found = finding(report, "shape-mismatch")
-    assert "1 tensors have another shape" in found.message
+    assert "1 tensor has another shape" in found.message
     assert "body.0.weight [5, 4] against [5, 3]" in found.message
     assert found.fix is None
 

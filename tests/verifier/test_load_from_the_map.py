@@ -153,7 +153,7 @@ def test_loading_code_that_copies_in_place(loaded: Any) -> None:
 def test_a_parameter_that_got_no_value(run: Run) -> None:
     report = run(nn.Linear(3, 2).state_dict(), model=lambda: Forgets(3, 2))
     assert ("error", "left-on-meta") in codes(report)
-    assert "1 parameters or buffers got no value" in finding(report, "left-on-meta").message
+    assert "1 parameter or buffer got no value" in finding(report, "left-on-meta").message
     assert ": bias;" in finding(report, "left-on-meta").message
     assert not report.details["loaded"]
 

@@ -27,6 +27,7 @@ from ckptkit.errors import AmbiguousError, CorruptError, LimitError, Unsupported
 from ckptkit.formats.archives.zip_end import MAX16, MAX32, find_directory
 from ckptkit.formats.archives.zip_record import Record, read_record
 from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.report import count_of
 
 __all__ = ["LOCAL_SIGNATURE", "Record", "read_directory", "read_record"]
 
@@ -46,6 +47,12 @@ _HAS_DESCRIPTOR = 0x8
 _REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
 _ANY_REFUSED_FLAG = sum(_REFUSED_FLAGS)
 _ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
+_METHODS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES"}
+"""Compression methods that others than torch use (APPNOTE 4.4.5)."""
+
+REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
+"""What helps where an archive holds a checkpoint in a way that is not read."""
+
 _ZIP64, _UNICODE_PATH = 1, b"\x75\x70"  # tags of extra fields
 
 _WINDOW_NBYTES = 4096
@@ -101,9 +108,14 @@ def read_directory(file: SourceFile | ByteRange, limits: Limits = DEFAULT_LIMITS
 def _check_names(names: list[str]) -> None:
     """Names that leave their folder, or that some file system takes for one another, are refused."""
     everything = "\n".join(("", *names))
-    if "\0" in everything or "\\" in everything or ".." in everything or "\n/" in everything or "\n\n" in everything:
+    if everything.endswith("\n") or any(mark in everything for mark in ("\0", "\\", "..", "\n/", "\n\n")):
         for name in names:
             if _ODD_NAME.search(name):
+                if "\\" in name and not _ODD_NAME.search(name.replace("\\", "/") or "/"):
+                    raise AmbiguousError(
+                        f"a record named {name[:80]!r}, with backslashes, which readers take for a part of the name or "
+                        f"for slashes; {REPACK}"
+                    )
                 raise AmbiguousError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
     if len({name.casefold() for name in names}) == len(names):
         return
@@ -141,7 +153,7 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
     pos, nbytes = 0, len(directory)
     for _ in range(count):
         if pos + CENTRAL.size > nbytes:
-            raise CorruptError(f"the zip directory ends after {len(listed)} of {count} records")
+            raise CorruptError(f"the zip directory ends after {len(listed)} of {count_of(count, 'record')}")
         (
             signature, _, _, flags, method, _, _, crc, packed, size,
             name_nbytes, extra_nbytes, comment_nbytes, disk, _, _, at,
@@ -159,9 +171,13 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
         name = _name(raw, flags, limits)
         if flags & _ANY_REFUSED_FLAG:
             what = next(what for flag, what in _REFUSED_FLAGS.items() if flags & flag)
-            raise UnsupportedError(f"record {name!r} is {what}")
+            password = " -pPASSWORD" * (what != "patched")
+            raise UnsupportedError(f"record {name!r:.200} is {what}; {REPACK.replace(' -o', f'{password} -o')}")
         if method not in (STORED, DEFLATED):
-            raise UnsupportedError(f"record {name!r} uses compression method {method}; 0 and 8 are known")
+            called = f" ({_METHODS[method]})" if method in _METHODS else ""
+            raise UnsupportedError(
+                f"record {name!r:.200} uses compression method {method}{called}; torch stores or deflates. {REPACK}"
+            )
         if disk not in (0, MAX16):
             raise UnsupportedError("an archive in several volumes")
         if extra_nbytes or MAX32 in (size, packed, at):
@@ -171,7 +187,9 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
         listed.append(_Central(at, raw, name, flags, method, crc, packed, size))
         pos = end
     if pos != nbytes:
-        raise AmbiguousError(f"the zip directory holds {nbytes - pos:,} bytes more than its {count} records")
+        raise AmbiguousError(
+            f"the zip directory holds {nbytes - pos:,} bytes more than its {count_of(count, 'record')}"
+        )
     return listed
 
 
@@ -181,7 +199,9 @@ def _name(raw: bytes, flags: int, limits: Limits) -> str:
     try:
         return raw.decode("utf-8" if flags & UTF8 or raw.isascii() else "cp437")
     except UnicodeDecodeError:
-        raise CorruptError(f"a record's name is not UTF-8: {raw[:80]!r}") from None
+        raise CorruptError(
+            f"a record's name is said to be UTF-8 and is not: {raw[:80]!r}; {REPACK}, renamed where need be"
+        ) from None
 
 
 def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict[str, Record]:

@@ -1,13 +1,14 @@
 """What a file is that is no checkpoint, by its first bytes, and what to do about it.
 
-Sources: the magic numbers of each format's own specification; for ONNX, TensorFlow and Core ML,
-which have none, the first fields of their protobuf messages (``onnx.proto`` ``ModelProto``,
+Sources beside those named below: the magic numbers of each format's own specification; for ONNX, TensorFlow
+and Core ML, which have none, the first fields of their protobuf messages (``onnx.proto`` ``ModelProto``,
 ``saved_model.proto``, ``graph.proto``, ``Model.proto``).
 """
 
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -18,8 +19,10 @@ from ckptkit.formats.archives.zip_end import END, END64, LOCATOR
 from ckptkit.formats.format import Probe
 from ckptkit.formats.refused.first_pickle import describe_pickle, is_pickle
 from ckptkit.formats.refused.first_text import describe_text
+from ckptkit.formats.refused.folders import unpacked
 from ckptkit.formats.refused.other_zips import describe_zip
 from ckptkit.formats.refused.truncated import unfinished
+from ckptkit.report import count_of
 
 __all__ = ["kind_of", "unknown"]
 
@@ -37,6 +40,12 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras weights, .h5), no torch checkpoint; h5py reads it"),
     (4, b"TFL3", "a TensorFlow Lite model (.tflite), no torch checkpoint"),
     (4, b"ET12", "an ExecuTorch program (.pte): compiled for a device; convert the checkpoint it was exported from"),
+    (
+        4,
+        b"PTMF",
+        "a TorchScript program for mobile as a flatbuffer (.ptl, .ff), which ckptkit does not read; torch.jit.load "
+        "does, which loads the program: convert the checkpoint it was made of, or only a file you trust",
+    ),
     (0, b"\x93NUMPY", "a numpy array (.npy), no torch checkpoint; numpy.load reads it"),
     (0, b"lmgg", "a GGML file (llama.cpp before GGUF), no torch checkpoint"),
     (0, b"fmgg", "a GGML file (llama.cpp before GGUF), no torch checkpoint"),
@@ -54,6 +63,16 @@ _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"ARROW1", "an Arrow table, no checkpoint"),
 )
 
+_LUA_CLASS = re.compile(
+    rb"\x04\0{3}[\x01-\xff]\0{3}\x03\0{3}V \d[\x01-\x50]\0{3}([A-Za-z_][\w.]*)|"
+    rb"4\n\d+\n3\nV \d\n\d+\n([A-Za-z_][\w.]*)\n"
+)
+_LUA_TABLE = re.compile(rb"\x03\0{3}\x01\0{3}.{2}\0{2}[\x01\x02]\0{3}|3\n1\n\d+\n[12]\n", re.DOTALL)
+_CTRANSLATE = re.compile(rb"[\x02-\x20]\0{3}([\x02-\x60]\0)([A-Z]\w*)\0", re.ASCII)
+
+_TORCHSHARP_NBYTES = {0: 1, 1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 8, 11: 1, 15: 2}
+"""Element sizes by TorchSharp's numbers of dtypes, which are ``c10::ScalarType``'s."""
+
 _WIDE_NBYTES = END64.size + LOCATOR.size
 
 _SAMPLES = 64
@@ -62,12 +81,18 @@ _SAMPLES = 64
 _SAMPLE_NBYTES = 64 << 10
 
 
+_RECORDS = frozenset({"data.pkl", "constants.pkl", "bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl"})
+"""Pickles among the records of torch's archives."""
+
+
 def unknown(probe: Probe) -> UnknownFormatError:
     """The error for a file that no container claims: what it is, and the remedy where there is one."""
     error = UnknownFormatError(_describe(probe) + unfinished(probe.file.path))
     if is_pickle(probe):
         message, error.globals = describe_pickle(probe)
-        error.message = message + unfinished(probe.file.path)
+        folder, name = os.path.split(probe.file.path)
+        packing = unpacked(folder) if name in _RECORDS else None
+        error.message = f"a record of {packing}" if packing else message + unfinished(probe.file.path)
         error.args = (error.message,)
     return error
 
@@ -86,7 +111,8 @@ def _describe(probe: Probe) -> str:
     if head.startswith(b"GGUF"):
         version = int.from_bytes(head[4:8], "little")
         return f"a GGUF file, version {version} (llama.cpp), which ckptkit does not read; get what it was made of"
-    words = describe_text(probe) or _protobuf(probe) or _msgpack(head) or _cut_front(probe) or _safetensors(probe)
+    words = _lua(head) or _ctranslate(head) or describe_text(probe) or _torchsharp(probe) or _protobuf(probe)
+    words = words or _msgpack(head) or _cut_front(probe) or _safetensors(probe)
     return words or f"no known checkpoint container; it begins with the bytes {head[:8].hex(' ')}"
 
 
@@ -188,29 +214,34 @@ def _safetensors(probe: Probe) -> str | None:
 # Formats without a magic number.
 
 
+def _varint(data: bytes, pos: int) -> tuple[int, int]:
+    """The number that begins at a position, seven bits a byte (LEB128), and the position after it.
+
+    Raises:
+        IndexError: the bytes end in it, or it has more than 64 bits.
+    """
+    value = shift = 0
+    while shift < 64:
+        byte = data[pos]
+        value, shift, pos = value | (byte & 0x7F) << shift, shift + 7, pos + 1
+        if byte < 0x80:
+            return value, pos
+    raise IndexError
+
+
 def _fields(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
     """The fields of a protobuf message as far as the bytes reach: number, wire type, varint or length, content.
 
     The encoding is described in protobuf's "Encoding" guide.
     """
-
-    def varint(pos: int) -> tuple[int, int]:
-        value = shift = 0
-        while shift < 64:
-            byte = data[pos]
-            value, shift, pos = value | (byte & 0x7F) << shift, shift + 7, pos + 1
-            if byte < 0x80:
-                return value, pos
-        raise IndexError
-
     pos = 0
     try:
         while pos < len(data):
-            tag, pos = varint(pos)
+            tag, pos = _varint(data, pos)
             kind = tag & 7
             if kind not in (0, 2) or tag >> 3 == 0:
                 return
-            value, pos = varint(pos)
+            value, pos = _varint(data, pos)
             content = data[pos : pos + value] if kind == 2 else b""
             yield tag >> 3, kind, value, content
             pos += len(content) if kind == 2 else 0
@@ -252,3 +283,66 @@ def _msgpack(head: bytes) -> str | None:
     if not key.isascii() or not key.decode("ascii").isprintable():
         return None
     return f"a msgpack document with the key {key.decode('ascii')!r} (flax weights?), no torch checkpoint"
+
+
+def _lua(head: bytes) -> str | None:
+    """What Torch7 writes in Lua (``torch7/File.lua`` ``writeObject``).
+
+    A type, an index; of classes the version ``V 1`` and the name.  Numbers have 4 bytes, in ASCII mode a line.
+    """
+    found = _LUA_CLASS.match(head)
+    if found is None and not _LUA_TABLE.match(head):
+        return None
+    name = (found[1] or found[2])[:80].decode("ascii") if found else "table"
+    return (
+        f"a file of Torch7 for Lua (.t7) with a {name}, no PyTorch checkpoint; in Python, the package torchfile reads "
+        "it, and so does torch.utils.serialization.load_lua of torch 0.2 to 0.4"
+    )
+
+
+def _ctranslate(head: bytes) -> str | None:
+    """A model of CTranslate2 (``python/ctranslate2/specs/model_spec.py`` ``_serialize``).
+
+    A version (4 bytes), the name of its specification (2 bytes of length, text, a NUL), a revision.
+    """
+    found = _CTRANSLATE.match(head)
+    if found is None or int.from_bytes(found[1], "little") != len(found[2]) + 1:
+        return None
+    return (
+        f"a CTranslate2 model ({found[2].decode('ascii')}), no torch checkpoint; ctranslate2 and faster-whisper read "
+        "its folder. Get the model it was converted from"
+    )
+
+
+def _torchsharp(probe: Probe) -> str | None:
+    """A state_dict as TorchSharp keeps it (``src/Python/exportsd.py`` ``save_state_dict``); all of it must fit.
+
+    How many tensors, then of each its name with its length, its type, how many dimensions, these, and the bytes.
+    """
+    head, size = probe.head, probe.file.size
+    try:
+        count, pos = _varint(head, 0)
+        nbytes, pos = _varint(head, pos)
+        name, pos = head[pos : pos + nbytes], pos + nbytes
+        kind, pos = _varint(head, pos)
+        rank, pos = _varint(head, pos)
+        shape = []
+        for _ in range(rank if rank < 9 else 0):
+            length, pos = _varint(head, pos)
+            shape.append(length)
+    except IndexError:
+        return None
+    itemsize = _TORCHSHARP_NBYTES.get(kind, 0)
+    end = pos + itemsize * math.prod(shape)
+    if not (0 < count <= size and rank < 9 and itemsize and re.fullmatch(rb"[A-Za-z_][\w.]*", name)):
+        return None
+    if end != size if count == 1 else end + 4 * (count - 1) > size:
+        return None
+    if count > 1:  # the next one's name
+        behind = probe.file.read(end, min(256, size - end))
+        if not behind or not re.fullmatch(rb"[A-Za-z_][\w.]*", behind[1 : 1 + min(behind[0], 127)]):
+            return None
+    return (
+        f"a TorchSharp state_dict (.dat) of {count_of(count, 'tensor')}, the first {name[:80].decode('ascii')!r}, no "
+        "torch checkpoint; importsd.load_state_dict of TorchSharp's src/Python reads it"
+    )

@@ -11,6 +11,7 @@ from ckptkit.formats.format import Probe
 from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.pickling.reader import read_names, read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
+from ckptkit.report import listed
 
 __all__ = ["describe_pickle", "is_pickle"]
 
@@ -79,5 +80,5 @@ def _listed(names: tuple[GlobalUse, ...]) -> str:
         return "it names no class or function"
     order = {"dangerous": 0, "unknown": 1, "allowed": 2, "torch": 3}
     shown = sorted(names, key=lambda use: order[use.verdict])
-    listed = ", ".join(f"{use.name:.80}" + (" (dangerous)" if use.verdict == "dangerous" else "") for use in shown[:5])
-    return f"names in it, never imported here: {listed}" + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+    told = [f"{use.name:.80}" + (" (dangerous)" if use.verdict == "dangerous" else "") for use in shown]
+    return f"names in it, never imported here: {listed(told, 5)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 
 from ckptkit.bytesource import SourceFile
@@ -19,7 +20,7 @@ from ckptkit.formats.shards.parts import known_as, names_in
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import count_of
 
-__all__ = ["describe_folder"]
+__all__ = ["describe_folder", "unpacked"]
 
 _TAGS = ("latest", "latest_universal", "latest_checkpointed_iteration.txt")
 """Files that say in which folder beside them the last checkpoint is: DeepSpeed's two, Megatron's."""
@@ -36,6 +37,8 @@ _UNMERGED = "they belong together, and ckptkit does not merge them yet"
 def describe_folder(path: str) -> str:
     """What a folder is that was given in place of a file, and what to give instead."""
     names = names_in(path)
+    if packing := unpacked(path):
+        return f"is {packing}"
     said = _whole(path, names) or _distributed(path, names) or _pointing(path, names)
     if said is not None:
         return said
@@ -46,6 +49,17 @@ def describe_folder(path: str) -> str:
     files = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
     which = f"; give one of the {len(files):,} files in it, such as" if len(files) > 1 else "; give the file in it:"
     return f"is a folder, not a file{which} {os.path.join(path, files[0])}" if files else "is a folder, not a file"
+
+
+def unpacked(folder: str) -> str | None:
+    """What a folder is that holds the records of one of torch's archives; ``None``: it does not."""
+    records = set(names_in(folder))
+    if not records & {"version", "byteorder", "data"} or not records & {"data.pkl", ".data", "archive_format"}:
+        return None
+    above, name = os.path.split(os.path.abspath(folder))
+    # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
+    command = f"cd {shlex.quote(above)} && zip -0 -r {shlex.quote(f'{name}.pth')} {shlex.quote(name)}"
+    return f"an archive of torch that was unpacked; pack it again, stored: {command}"
 
 
 def _whole(path: str, names: Sequence[str]) -> str | None:

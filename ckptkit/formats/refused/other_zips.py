@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ckptkit.formats.archives.zip_archive import Record
+from ckptkit.report import count_of, listed
 
 __all__ = ["describe_zip"]
 
@@ -30,7 +31,7 @@ def describe_zip(records: dict[str, Record]) -> str:
     if not names:
         return "a zip archive without a file in it"
     if all(name.endswith(".npy") for name in names):
-        return f"a numpy archive (.npz) of {_counted(names, 'array')}: {_some(names)}; numpy.load reads it"
+        return f"a numpy archive (.npz) of {count_of(len(names), 'array')}: {_some(names)}; numpy.load reads it"
     if "model.weights.h5" in records or ("config.json" in records and "metadata.json" in records):
         return "a Keras model (.keras), no torch checkpoint; keras.saving.load_model reads it"
     if "MAR-INF/MANIFEST.json" in records:
@@ -52,18 +53,12 @@ def describe_zip(records: dict[str, Record]) -> str:
         )
     if inside:
         return (
-            f"a zip archive, no checkpoint itself, with {_counted(inside, 'checkpoint')} in it: {_some(inside)}; "
+            f"a zip archive, no checkpoint itself, with {count_of(len(inside), 'checkpoint')} in it: {_some(inside)}; "
             "unpack it first (unzip)"
         )
-    return f"a zip archive without a torch checkpoint; it holds {_counted(names, 'file')}: {_some(names)}"
-
-
-def _counted(names: list[str], what: str) -> str:
-    return f"{len(names):,} {what}{'s' if len(names) > 1 else ''}"
+    return f"a zip archive without a torch checkpoint; it holds {count_of(len(names), 'file')}: {_some(names)}"
 
 
 def _some(names: Iterable[str]) -> str:
     """The first names, each cut short."""
-    listed = list(names)
-    shown = ", ".join(repr(name if len(name) <= 80 else name[:80] + "…") for name in listed[:4])
-    return shown + (", ..." if len(listed) > 4 else "")
+    return listed([repr(name if len(name) <= 80 else name[:80] + "…") for name in names], 4)

@@ -28,6 +28,7 @@ from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import walk
 from ckptkit.pickling.reader import PickleResult, read_pickle
 from ckptkit.pickling.tensors import StorageTable
+from ckptkit.report import count_of
 
 __all__ = ["unfinished", "what_is_left"]
 
@@ -105,7 +106,8 @@ class _Remains:
         try:
             end = self._directory(pos)
         except _CutError:
-            whole = f"all {self._count()} tensors are whole" if self._pickle else "all records are there"
+            count = count_of(self._count(), "tensor", "is", "are") if self._pickle else ""
+            whole = f"all {count} whole" if count else "all records are there"
             return (
                 f"truncated: {whole}, but the zip directory behind them is cut off: the file has {self._file.size:,} "
                 "bytes. Get the file again"
@@ -255,7 +257,7 @@ class _Remains:
         entries = [node for node in walk(self._pickle.root) if isinstance(node, TensorEntry)]
         lost = [entry for entry in entries if entry.storage.key in missing]
         first = f"; the first incomplete one is {self._name(lost[0])}" if lost else ""
-        whole = f"{len(entries) - len(lost)} of {len(entries)} tensors are whole{first}. Get the file again"
+        whole = f"{len(entries) - len(lost)} of {count_of(len(entries), 'tensor')} are whole{first}. Get the file again"
         if cut.filled is not None:
             return f"truncated: all {size - cut.filled:,} bytes from byte {cut.filled:,} on are zeros; {whole}"
         # What is still to come, headers and directory entries included.
@@ -287,7 +289,7 @@ class _Remains:
         )
         return (
             f"{rest:,} bytes were appended to an archive that ends at byte {end:,} ({what}). Get the file again, or "
-            f"keep what is before them: head -c {end} FILE > MENDED"
+            f"keep what is before them: head -c {end} FILE > FIXED"
         )
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptkit.checkpoint import GlobalUse, TensorEntry
+from ckptkit.formats.shards.parts import unnamed_shards
 from ckptkit.formats.strict_json import shown
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of, listed
 
 __all__ = [
     "LISTED",
@@ -19,6 +20,7 @@ __all__ = [
     "merged_findings",
     "merged_globals",
     "merged_metadata",
+    "odd_shards",
     "total_size",
 ]
 
@@ -74,7 +76,7 @@ def merged_findings(shards: Mapping[str, Shard]) -> Iterator[Finding]:
         for finding in shard.raw.findings:
             found.setdefault((finding.code, finding.severity), []).append((shard.name, finding))
     for (name, first), *others in found.values():
-        more = f" (and likewise in {len(others)} other shards)" if others else ""
+        more = f" (and likewise in {count_of(len(others), 'other shard')})" if others else ""
         yield replace(first, message=f"{name}: {first.message}{more}")
 
 
@@ -82,11 +84,32 @@ def extra_keys(everything: Mapping[str, object], weight_map: Mapping[str, str]) 
     """Whether the shards hold names beyond the index."""
     extra = [shown(name) for name in everything if name not in weight_map]
     if extra:
-        more = f" and {len(extra) - LISTED} more" if len(extra) > LISTED else ""
         yield Finding(
             code="shard-extra-keys",
             severity="warning",
-            message=f"{len(extra)} names in shards that the index does not list: {', '.join(extra[:LISTED])}{more}",
+            message=f"{count_of(len(extra), 'name')} in shards that the index does not list: {listed(extra, LISTED)}",
+        )
+
+
+def odd_shards(shards: Mapping[str, Shard]) -> Iterator[Finding]:
+    """Whether all shards are named, by what they are called, and say the same of the whole."""
+    if unnamed := unnamed_shards(shards):
+        yield Finding(
+            code="shard-not-named",
+            severity="warning",
+            message=f"the index puts no tensor into {listed(unnamed, LISTED)}, "
+            "which the names of the other shards speak of",
+        )
+    texts: dict[str, list[str]] = {}
+    for shard in shards.values():
+        for key, text in shard.raw.metadata.items():
+            texts.setdefault(key, []).append(text)
+    partial = [shown(key) for key, values in texts.items() if len(values) < len(shards) or len(set(values)) > 1]
+    if partial:
+        yield Finding(
+            code="shard-metadata",
+            severity="info",
+            message=f"the shards do not all have the same metadata: {listed(partial, LISTED)}",
         )
 
 

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from ckptkit.checkpoint import Part
 from ckptkit.errors import PartError
 from ckptkit.formats.shards.names import indexes_in
+from ckptkit.limits import DEFAULT_LIMITS
 
-__all__ = ["known_as", "names_in", "part_error", "part_of"]
+__all__ = ["known_as", "names_in", "part_error", "part_of", "unnamed_shards"]
 
 
 class _Rule(NamedTuple):
@@ -231,6 +233,18 @@ def _folders_alike(path: str) -> list[str]:
         return []
     names = [each for each in names_in(above) if re.fullmatch(_MEGATRON, each, re.ASCII)]
     return [each for each in names if os.path.exists(os.path.join(above, each, name))]
+
+
+def unnamed_shards(names: Iterable[str]) -> list[str]:
+    """The shards that by the names of the others are part of the checkpoint, and that an index does not name."""
+    found = {(match[1], match[3], match[4]) for match in (re.fullmatch(_CUSTOMARY, name) for name in names) if match}
+    known = set(names)
+    every = [
+        f"{stem}-{number:05}-of-{count}{ending}"
+        for stem, count, ending in sorted(found)
+        for number in range(1, min(int(count), DEFAULT_LIMITS.shards) + 1)
+    ]
+    return [name for name in every if name not in known]
 
 
 def names_in(folder: str) -> list[str]:

@@ -35,6 +35,7 @@ from ckptkit.formats.shards.names import is_shard_name
 from ckptkit.formats.shards.units import SafetensorsUnits, TorchUnits
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Index, Literal, Plan
+from ckptkit.report import count_of
 
 __all__ = ["index_name", "plan_shards"]
 
@@ -76,7 +77,7 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
         while len(units.shared_out(enough)) > DEFAULT_LIMITS.shards:
             enough *= 2
         raise RewriteError(
-            f"files of at most {most:,} bytes would be {len(parts):,} shards, and readers take at most "
+            f"files of at most {most:,} bytes would be {count_of(len(parts), 'shard')}, and readers take at most "
             f"{DEFAULT_LIMITS.shards:,}; {enough:,} bytes a file are enough"
         )
     del whole
@@ -103,8 +104,8 @@ def _index_plan(
         raise RewriteError("a name that is not valid Unicode cannot stand in an index of shards") from None
     if len(data) > DEFAULT_LIMITS.index_nbytes:
         raise RewriteError(
-            f"the index of {len(weight_map):,} names would have {len(data):,} bytes, and readers take at most "
-            f"{DEFAULT_LIMITS.index_nbytes:,}; write one file"
+            f"the index of {count_of(len(weight_map), 'name')} would have {len(data):,} bytes, and readers take at "
+            f"most {DEFAULT_LIMITS.index_nbytes:,}; write one file"
         )
     return Plan(
         format="safetensors-sharded" if container.name == NAME else "torch-sharded",

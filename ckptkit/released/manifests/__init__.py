@@ -16,7 +16,7 @@ was made of (``"."`` is its own, which is meant where the key is missing): all t
 checkpoint there that is not among ``files`` is one too many.  ``size`` is in bytes, of a sharded
 checkpoint with its shards; ``sha256`` is of the file itself, and of an index the index alone.  Digests, and the names
 of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they are folded into the content digest.
-``shards`` (named relative to the index) and ``others`` (values that are no plain tensors) are left out where there are
+``shards`` (named relative to the index) and ``others`` (values that are not plain tensors) are left out where there are
 none.  A reader ignores keys it does not know, and refuses another version.
 
 `records` holds its parts, `reader` reads it, `maker` makes and updates it, `at_path` from paths to a file.

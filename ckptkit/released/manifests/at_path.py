@@ -11,6 +11,7 @@ from ckptkit.released.manifests.maker import make, write
 from ckptkit.released.manifests.reader import read_manifest
 from ckptkit.released.manifests.records import Digests, Manifest
 from ckptkit.released.selection import Selected, name_of, select
+from ckptkit.report import count_of
 
 __all__ = ["make_at"]
 
@@ -96,6 +97,7 @@ def _goldens(golden: Golden, selected: Sequence[Selected], folder: str) -> dict[
     checkpoints = [each.name for each in selected if each.name != name]
     if len(checkpoints) != 1:
         raise FileAccessError(
-            f"{os.fsdecode(golden)}: belongs to one of {len(checkpoints)} checkpoints; say to which: FILE=GOLDEN"
+            f"{os.fsdecode(golden)}: belongs to one of {count_of(len(checkpoints), 'checkpoint')}; say to which: "
+            "FILE=GOLDEN"
         )
     return {checkpoints[0]: name}

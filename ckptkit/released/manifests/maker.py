@@ -21,6 +21,7 @@ from ckptkit.released.manifests.records import (
 )
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.selection import Selected
+from ckptkit.report import count_of
 from ckptkit.transfer import write_atomically
 
 __all__ = ["make", "write"]
@@ -90,7 +91,7 @@ def make(
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise FileAccessError("\n  ".join([f"{len(errors)} files cannot be recorded:", *map(str, errors)]))
+        raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'file')} cannot be recorded:", *map(str, errors)]))
     records = {**_unselected(old, wanted, folder), **kept, **renewed}
     for name, record in records.items():
         before = old[name].golden if name in old else None

@@ -40,7 +40,7 @@ def _lines(report: CheckReport) -> Iterator[str]:
             yield f"\nand {len(report.findings) - _MAX_ROWS:,} more"
     fixes = list(dict.fromkeys(finding.fix for finding in report.findings[:_MAX_ROWS] if finding.fix))
     if fixes:
-        yield "\n### To mend it\n"
+        yield "\n### To fix it\n"
         for fix in fixes:
             yield f"- {_code(fix)}"
     yield f"\n<details><summary>Files ({len(report.results):,})</summary>\n"

@@ -12,8 +12,7 @@ from ckptkit.released.manifests.records import FileRecord, TensorRecord
 from ckptkit.released.policy import TRUST_ORDER
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.results import CheckFinding
-from ckptkit.released.rules.policy_rules import listed
-from ckptkit.report import count_of
+from ckptkit.report import count_of, listed
 
 __all__ = ["compare", "golden_findings", "is_same_file"]
 
@@ -100,7 +99,7 @@ def _which(digested: Examined, record: FileRecord) -> str:
     if told:
         return f"of {count_of(len(record.tensors), 'tensor')} {'; '.join(told)}"
     if digested.others != record.others:
-        return "the tensors are, but not the values that are no plain tensors: " + listed(
+        return "the tensors are, but not the values that are not plain tensors: " + listed(
             sorted(set(digested.others) ^ set(record.others))
         )
     return "each plain tensor is, but not the values that are none: " + listed(digested.others or ("their order",))

@@ -5,7 +5,7 @@ Adding one is a field of `Policy`, a function here and a line in `RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ckptkit.checkpoint import GlobalUse, Trust, trust_of
@@ -15,15 +15,12 @@ from ckptkit.formats.refused.inside import Inside
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
-from ckptkit.report import Severity, convert_command, count_of, human_size
+from ckptkit.report import Severity, convert_command, count_of, human_size, listed
 
-__all__ = ["RULES", "Rule", "listed", "pickle_violations", "rules_of", "violations"]
+__all__ = ["RULES", "Rule", "pickle_violations", "rules_of", "violations"]
 
 Rule = Callable[[Examined, Policy], Iterator[CheckFinding]]
 """Yields what of the file the policy forbids."""
-
-_MOST_NAMES = 5
-"""Names told in a message; there may be 100,000."""
 
 _MOST_LISTED = 100
 """Values of ``expected`` and ``found``."""
@@ -31,13 +28,6 @@ _MOST_LISTED = 100
 
 _WITHOUT_NAN = frozenset(("float4_e2m1fn_x2",))
 """Floating point types that have neither: all 16 codes of E2M1 are numbers (OCP Microscaling Formats 1.0, 5.3.3)."""
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first of some names, and how many there are besides."""
-    every = list(names)
-    more = f" and {len(every) - _MOST_NAMES:,} more" if len(every) > _MOST_NAMES else ""
-    return ", ".join(every[:_MOST_NAMES]) + more
 
 
 def rules_of(policy: Policy) -> tuple[str, ...]:
@@ -61,7 +51,7 @@ def _no_pickle(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             expected="no pickle",
             found=examined.format,
             message=f"a {examined.format} file holds a pickle, which runs what it names when it is loaded",
-            fix=_convert(examined),
+            fix=_convert(examined, pickled=False),
         )
 
 
@@ -144,7 +134,7 @@ def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding
         expected=list(policy.require_format),
         found=examined.format,
         message=f"the container is {examined.format}; allowed: {', '.join(policy.require_format)}",
-        fix=_convert(examined) if can_be_made else None,
+        fix=_convert(examined, pickled=False) if can_be_made else None,
     )
 
 
@@ -283,7 +273,9 @@ def _location(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             expected=list(policy.location),
             found=wrong[:_MOST_LISTED],
             message=f"storages are tagged {listed(wrong)}; allowed: {', '.join(policy.location)}",
-            fix=convert_command(examined.path, "--map-location", policy.location[0], suffix=".pth"),
+            fix=None
+            if examined.is_program
+            else convert_command(examined.path, "--map-location", policy.location[0], suffix=".pth"),
         )
 
 
@@ -301,11 +293,17 @@ def _whole(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
         )
 
 
-def _convert(examined: Examined, *options: str) -> str | None:
-    """The command that writes the weights alone; ``None``: the file has none, or not all."""
+def _convert(examined: Examined, *options: str, pickled: bool = True) -> str | None:
+    """The command that writes the weights alone; ``None``: the file has none, or not all.
+
+    Values that safetensors cannot hold go into a ``.pth``, or nowhere where a pickle is not ``pickled``.
+    """
     if examined.part is not None or examined.kind not in ("state_dict", "whole_model", "resume"):
         return None
-    return convert_command(examined.path, *options, *(["--weights-only"] if examined.kind != "state_dict" else []))
+    if examined.others and not pickled:
+        return None
+    alone = ["--weights-only"] if examined.kind != "state_dict" else []
+    return convert_command(examined.path, *options, *alone, suffix=".pth" if examined.others else ".safetensors")
 
 
 def _tensors(tensors: list[TensorFact]) -> str:
