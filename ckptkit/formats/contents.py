@@ -66,7 +66,7 @@ _COMPILED_NAME = re.compile(
     re.IGNORECASE,
 )
 
-_TEXT_PICKLE = re.compile(rb"[cSVILFNKMJGTUXBC()\]}iPd\x88\x89\x8a\x8c\x8e\x96]")
+_TEXT_PICKLE = re.compile(rb"[(\]})NKMJGTUXBCcILFSVP\x82-\x84\x88-\x8f\x95-\x97]")
 """First bytes of pickles that declare no protocol: what pushes something."""
 
 _NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
@@ -147,7 +147,7 @@ class Contents:
                 row = self._row(held)
                 row.raw(_array_at(head), name)
                 self._pickles(name, row, declared=True)
-        elif head[0] == 0x80 or name.endswith((".pkl", ".pickle")):
+        elif head[0] == 0x80 or (name.endswith((".pkl", ".pickle")) and _TEXT_PICKLE.match(head)):
             self._pickles(name, self._row(held), declared=True)
         elif COMPILED.match(head) or _COMPILED_NAME.fullmatch(name):
             if not is_program:

@@ -17,9 +17,8 @@ from ckptkit.errors import UnknownFormatError
 from ckptkit.formats.archives.tar_header import is_header
 from ckptkit.formats.archives.zip_end import END, END64, LOCATOR
 from ckptkit.formats.format import Probe
-from ckptkit.formats.refused.first_pickle import describe_pickle, is_pickle
+from ckptkit.formats.refused.first_pickle import describe_pickle, is_pickle, unpacked
 from ckptkit.formats.refused.first_text import describe_text
-from ckptkit.formats.refused.folders import unpacked
 from ckptkit.formats.refused.other_zips import describe_zip
 from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.report import count_of

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Sequence
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.format import Probe
-from ckptkit.formats.refused.first_pickle import describe_pickle
+from ckptkit.formats.refused.first_pickle import describe_pickle, unpacked
 from ckptkit.formats.shards.parts import known_as, names_in
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import count_of
 
-__all__ = ["describe_folder", "unpacked"]
+__all__ = ["describe_folder"]
 
 _TAGS = ("latest", "latest_universal", "latest_checkpointed_iteration.txt")
 """Files that say in which folder beside them the last checkpoint is: DeepSpeed's two, Megatron's."""
@@ -49,17 +48,6 @@ def describe_folder(path: str) -> str:
     files = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
     which = f"; give one of the {len(files):,} files in it, such as" if len(files) > 1 else "; give the file in it:"
     return f"is a folder, not a file{which} {os.path.join(path, files[0])}" if files else "is a folder, not a file"
-
-
-def unpacked(folder: str) -> str | None:
-    """What a folder is that holds the records of one of torch's archives; ``None``: it does not."""
-    records = set(names_in(folder))
-    if not records & {"version", "byteorder", "data"} or not records & {"data.pkl", ".data", "archive_format"}:
-        return None
-    above, name = os.path.split(os.path.abspath(folder))
-    # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
-    command = f"cd {shlex.quote(above)} && zip -0 -r {shlex.quote(f'{name}.pth')} {shlex.quote(name)}"
-    return f"an archive of torch that was unpacked; pack it again, stored: {command}"
 
 
 def _whole(path: str, names: Sequence[str]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptkit.checkpoint import GlobalUse, TensorEntry
-from ckptkit.formats.shards.parts import unnamed_shards
+from ckptkit.formats.shards.names import unnamed_shards
 from ckptkit.formats.strict_json import shown
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.trust import merge_uses

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Iterable
 
-__all__ = ["INDEX_SUFFIXES", "indexes_in", "is_shard_name", "may_tell_a_part"]
+from ckptkit.limits import DEFAULT_LIMITS
+
+__all__ = ["CUSTOMARY", "INDEX_SUFFIXES", "indexes_in", "is_shard_name", "may_tell_a_part", "unnamed_shards"]
 
 INDEX_SUFFIXES = tuple(f".{ending}.index.json" for ending in ("safetensors", "bin", "pth", "pt", "ckpt", "pkl"))
 """Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
+
+CUSTOMARY = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[A-Za-z]+)", re.ASCII)
+"""What shards are called: the stem, the number of one, how many there are, and the ending."""
 
 _ODD_PATH = re.compile(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
 
@@ -52,3 +58,15 @@ def indexes_in(folder: str) -> tuple[str, ...]:
         return _listed[where][1]
     except OSError:
         return ()
+
+
+def unnamed_shards(names: Iterable[str]) -> list[str]:
+    """The shards that by the names of the others are part of the checkpoint, and that an index does not name."""
+    found = {(match[1], match[3], match[4]) for match in map(CUSTOMARY.fullmatch, names) if match}
+    known = set(names)
+    every = [
+        f"{stem}-{number:05}-of-{count}{ending}"
+        for stem, count, ending in sorted(found)
+        for number in range(1, min(int(count), DEFAULT_LIMITS.shards) + 1)
+    ]
+    return [name for name in every if name not in known]

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from ckptkit.checkpoint import Part
 from ckptkit.errors import PartError
-from ckptkit.formats.shards.names import indexes_in
-from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.formats.shards.names import CUSTOMARY, indexes_in
 
-__all__ = ["known_as", "names_in", "part_error", "part_of", "unnamed_shards"]
+__all__ = ["known_as", "names_in", "part_error", "part_of"]
 
 
 class _Rule(NamedTuple):
@@ -83,7 +81,6 @@ _RULES = (
 
 _MEGATRON = r"(?:mp|tp)_rank_(\d+)(?:_(?:pp_rank_)?(\d+))?(?:_(\d+))?"
 _UNIVERSAL = r"(?:fp32|exp_avg|exp_avg_sq|step)\.pt"
-_CUSTOMARY = r"(.+)-(\d{5})-of-(\d{5})(\.[A-Za-z]+)"
 _NUMBERED = r"((?:rank|shard|part|layer|expert|consolidated)[._-]?|__)[0-9]+"
 """Words before numbers that tell the files of one checkpoint apart."""
 
@@ -127,7 +124,7 @@ def part_error(path: str) -> PartError:
 def _shard(path: str) -> Part | None:
     """As one of the shards of an index, or by a shard's customary name."""
     folder, name = os.path.split(path)
-    customary = re.fullmatch(_CUSTOMARY, name)
+    customary = re.fullmatch(CUSTOMARY, name)
     count = int(customary[3]) if customary is not None else 0
     layout, lacks = "a sharded checkpoint", "the other tensors lie in the other shards"
     for index in indexes_in(folder):
@@ -233,18 +230,6 @@ def _folders_alike(path: str) -> list[str]:
         return []
     names = [each for each in names_in(above) if re.fullmatch(_MEGATRON, each, re.ASCII)]
     return [each for each in names if os.path.exists(os.path.join(above, each, name))]
-
-
-def unnamed_shards(names: Iterable[str]) -> list[str]:
-    """The shards that by the names of the others are part of the checkpoint, and that an index does not name."""
-    found = {(match[1], match[3], match[4]) for match in (re.fullmatch(_CUSTOMARY, name) for name in names) if match}
-    known = set(names)
-    every = [
-        f"{stem}-{number:05}-of-{count}{ending}"
-        for stem, count, ending in sorted(found)
-        for number in range(1, min(int(count), DEFAULT_LIMITS.shards) + 1)
-    ]
-    return [name for name in every if name not in known]
 
 
 def names_in(folder: str) -> list[str]:
