@@ -192,7 +192,7 @@ class Contents:
                 if declared:  # others may pass over what is refused here
                     named += scanned(row.source.read(start, min(row.left, _SCANNED_NBYTES)), error.globals)
                     self.unread(name, f"a pickle that cannot be read to its end: {error.message}")
-                self._uses.extend(replace(use, where=(name,)) for use in named)
+                self._uses.extend(replace(use, where=(name,) if name else ()) for use in named)
                 self.pickles += bool(named) or (declared and not count)
                 break
             self._take(row.pos - start)

@@ -34,7 +34,6 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.containers import CONTAINERS, index_of
-from ckptkit.formats.contents import names_left
 from ckptkit.formats.detection import identify
 from ckptkit.formats.format import Probe
 from ckptkit.formats.module_versions import state_dict_node
@@ -204,6 +203,8 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
             return None
         container = identify(part, CONTAINERS)
         if container.name not in allowed:
+            from ckptkit.formats.contents import names_left  # nobody waits for it where all is well
+
             what = f"{name} (it is {container.name}, where the index promises safetensors)"
             problems.add(_UNREADABLE, what, names_left(part))
             return None

@@ -27,14 +27,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.derived import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.formats.archives.zip_record import Record, read_record, record_source
-from ckptkit.formats.contents import Contents
 from ckptkit.formats.format import Probe
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
@@ -42,6 +42,9 @@ from ckptkit.pickling.shortcut import TensorShortcut
 from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE, StorageTable
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import Finding, convert_command, count_of, human_size, listed
+
+if TYPE_CHECKING:
+    from ckptkit.formats.contents import Contents
 
 __all__ = ["METADATA", "ArchiveKind", "TorchArchive", "archive_kind"]
 
@@ -58,6 +61,9 @@ _OWN_NAMES = frozenset(
      ".data/version", ".data/serialization_id", ".data/python_version", ".data/extern_modules"}
 )  # fmt: skip
 """Records that say something about the archive itself."""
+
+_OWN_NBYTES = 64
+"""Bytes that they have at most."""
 
 
 _MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
@@ -149,7 +155,8 @@ class TorchArchive:
             )
         self._used: set[str] = set()  # what something refers to
         self._known: set[str] = set()  # what is known to be no more than it is read as
-        self._contents = Contents(limits, levels)
+        self._levels = levels
+        self._pickles = 0
         self._unrecorded = 0
         self._uses: list[GlobalUse] = []
         self._pickled = 0
@@ -281,7 +288,7 @@ class TorchArchive:
             raise error.at(where=name, seen=tuple(self._uses)) from error.__cause__
         self._uses.extend(global_uses(pickle.globals, name))
         self._known.add(name)
-        self._contents.pickles += 1
+        self._pickles += 1
         self._text_ids |= pickle.text_ids
         return pickle
 
@@ -291,6 +298,9 @@ class TorchArchive:
         On the names in the pickles that were read, and on what was not read (`ckptkit.formats.contents`).
         """
         for name, record in self.records.items():
+            is_own = name in _OWN_NAMES and not record.deflated and record.nbytes <= _OWN_NBYTES
+            if is_own and record.data.read().strip().isdigit():
+                continue  # as torch writes them
             if name not in self._known and not name.endswith("/"):
                 self._contents.look(name, record, is_program=name.startswith(self.programs))
                 self._known.add(name)
@@ -298,12 +308,19 @@ class TorchArchive:
             if f"/{name}" not in self._known and not name.endswith("/"):  # no name below the root begins so
                 self._contents.look(name, record)
                 self._known.add(f"/{name}")
-        return merge_uses(self._uses, self._contents.uses())
+        return merge_uses(self._uses, self._contents.uses() if "_contents" in vars(self) else ())
+
+    @cached_property
+    def _contents(self) -> Contents:
+        """What looks at records that nothing reads; honest files have none, and open faster without."""
+        from ckptkit.formats.contents import Contents
+
+        return Contents(self.limits, self._levels)
 
     @property
     def has_pickle(self) -> bool:
         """Whether there is any, once `uses` looked at all that was not read."""
-        return self._contents.pickles > 0
+        return self._pickles > 0 or ("_contents" in vars(self) and self._contents.pickles > 0)
 
     def code(self, name: str, what: str, reason: str) -> None:
         """Say that a record is code, which is not read."""
@@ -312,7 +329,7 @@ class TorchArchive:
     def include(self, name: str, nested: TorchArchive) -> None:
         """Take in what is in the archive that a record holds, once it was read."""
         self._uses.extend(replace(use, where=tuple(f"{name}, {place}" for place in use.where)) for use in nested.uses())
-        self._contents.pickles += nested._contents.pickles
+        self._pickles += nested.has_pickle
 
     def _others(self) -> list[tuple[str, Record]]:
         """The records that nothing in the file refers to, as far as it was read."""

@@ -18,15 +18,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from struct import Struct
 
-from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references, is_global
 from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
 from ckptkit.pickling.shortcut import REBUILD
-from ckptkit.pickling.trust import global_uses, merge_uses
+from ckptkit.pickling.trust import global_uses
 
-__all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "read_names", "read_pickle"]
+__all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "read_pickle"]
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 5
@@ -152,30 +151,6 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
         if not is_one:
             return names, False
     return names, True
-
-
-def read_names(data: bytes, record: str, *, limits: Limits = DEFAULT_LIMITS) -> tuple[GlobalUse, ...]:
-    """The names in the pickles of a record that nothing refers to.
-
-    Nothing is said of a record that is no pickle by its name or its first byte: any text has letters
-    that are opcodes.
-
-    Args:
-        data: the record; several pickles may follow each other in it.
-        record: its name.
-        limits: bounds for each pickle, and on names for all.
-    """
-    found: list[GlobalUse] = []
-    start = 0 if data.startswith(b"\x80") or record.endswith((".pkl", ".pickle")) else len(data)
-    while start < len(data) and len(found) < limits.names:
-        try:
-            pickle = read_pickle(data, start=start, limits=limits)
-        except FormatError as error:
-            found.extend(replace(use, where=(record,)) for use in error.globals)
-            break
-        found.extend(global_uses(pickle.globals, record))
-        start = pickle.end
-    return merge_uses(found)
 
 
 _BYTE_ARGUMENT = b"hqK\x8c"

@@ -7,17 +7,20 @@ import io
 import pickle
 import struct
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 
 from ckptkit import formats
-from ckptkit.bytesource import ByteRange
+from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.contents import Contents
 from ckptkit.inspection import describe_error
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import PersistentId
-from ckptkit.pickling.reader import read_names, read_pickle
+from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.trust import global_uses
 from ckptkit.pickling.writer import write_pickle
@@ -204,7 +207,7 @@ def test_what_follows_stop_is_refused_where_the_pickle_must_be_all() -> None:
 def test_an_error_keeps_the_names_of_the_pickles_before_it() -> None:
     with pytest.raises(CorruptError) as caught:
         read_pickle(b"ca\nb\n\xff")
-    earlier = read_names(b"cos\nsystem\n.", "first.pkl")
+    earlier = global_uses(read_pickle(b"cos\nsystem\n.").globals, "first.pkl")
     error = caught.value.at(path="file.pth", where="second", seen=earlier)
     assert [use.name for use in error.globals] == ["os.system", "a.b"]
     assert str(error) == "file.pth: second, byte 5: unknown opcode 0xff: damaged, or no pickle"
@@ -220,8 +223,12 @@ def test_an_error_keeps_the_names_of_the_pickles_before_it() -> None:
         (b"", []),
     ],
 )
-def test_the_names_in_a_record_that_nothing_refers_to(data: bytes, expected: list[str]) -> None:
-    uses = read_names(data, "archive/evil.pkl")
+def test_the_names_in_a_record_that_nothing_refers_to(data: bytes, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(data)
+    contents = Contents(DEFAULT_LIMITS)
+    with closing(SourceFile(tmp_path / "x")) as file:
+        contents.look("archive/evil.pkl", ByteRange(file, 0, file.size))
+    uses = [use for use in contents.uses() if use.kind == "name"]
     assert [use.name for use in uses] == expected
     assert all(use.where == ("archive/evil.pkl",) for use in uses)
 

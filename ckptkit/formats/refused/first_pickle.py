@@ -6,12 +6,13 @@ import os
 import re
 import shlex
 
+from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import FormatError
-from ckptkit.formats.contents import scanned
+from ckptkit.formats.contents import Contents, scanned
 from ckptkit.formats.format import Probe
 from ckptkit.pickling.inert import Global, InertDict, Object
-from ckptkit.pickling.reader import read_names, read_pickle
+from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import listed
 
@@ -53,7 +54,9 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
         names = merge_uses(error.globals, scanned(data, error.globals))
         what = f"a Python pickle that cannot be read to its end ({error.message})"
     else:
-        names = merge_uses(global_uses(pickle.globals), read_names(data[pickle.end :], "", limits=probe.limits))
+        behind = Contents(probe.limits)
+        behind.look("", ByteRange(probe.file, pickle.end, probe.file.size - pickle.end))
+        names = merge_uses(global_uses(pickle.globals), (use for use in behind.uses() if use.kind == "name"))
         what = f"a Python pickle of {_kind(pickle.root)}"
         if pickle.end < probe.file.size:
             what += f", with {probe.file.size - pickle.end:,} bytes behind it"
