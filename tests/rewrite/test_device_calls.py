@@ -66,6 +66,13 @@ def wrapped_on(device: str) -> Iterator[None]:
         yield
 
 
+maps_xla = pytest.mark.skipif(
+    not hasattr(torch._utils, "_rebuild_device_tensor_from_cpu_tensor"),
+    reason="this torch does not map the tensors of an XLA device",
+)
+
+
+@maps_xla
 @pytest.mark.parametrize("form", TO_CPU)
 def test_tensors_without_a_storage_on_their_device(save: Save, form: str, tmp_path: Path) -> None:
     path = save({"state_dict": {"w": torch.ones(1)}, "more": as_xla()}, device="cuda:1")
@@ -127,6 +134,7 @@ def test_another_device(save: Save) -> None:
             assert calls
 
 
+@maps_xla
 def test_a_function_has_nothing_to_be_asked_about(save: Save) -> None:
     path = save({"w": torch.ones(1), "more": as_xla()})
     with pytest.raises(RuntimeError, match="Callable map_location not supported"):
