@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,6 +18,9 @@ import hypothesis
 import pytest
 import torch
 
+import ckptkit
+from ckptkit.dtypes import DTYPES
+
 # The same examples in every run, so that a change is what a new failure comes from; others are drawn with
 # `--hypothesis-profile=searching`.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -23,6 +28,8 @@ hypothesis.settings.register_profile("searching", derandomize=False)
 hypothesis.settings.load_profile("repeatable")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+PACKAGE = Path(ckptkit.__file__).parent
 
 PYTHON = os.environ.get("CKPTKIT_PYTHON", sys.executable)
 """What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch."""
@@ -36,6 +43,20 @@ def saved_from(device: str | Callable[[Any], str]) -> Iterator[None]:
     tag = device if callable(device) else lambda storage: device
     with mock.patch("torch.serialization.location_tag", tag):
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """A test that makes tensors of a dtype that this torch does not have, or does not save, cannot run with it."""
+    try:
+        return (yield)
+    except (AttributeError, KeyError) as error:
+        said = re.search(r"module 'torch' has no attribute '(\w+)'|dtype torch\.(\w+) is not recognized", str(error))
+        name = said and (said[1] or said[2])
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        if name not in DTYPES or any(PACKAGE in Path(file).parents for file in files):
+            raise
+        pytest.skip(f"torch {torch.__version__} has no {name}, or does not save it")
 
 
 @pytest.fixture

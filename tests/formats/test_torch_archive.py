@@ -109,7 +109,12 @@ def test_the_records_tell_which_torch_wrote_them(
         short = name.removeprefix("model/")
         return None if short in dropped else (name, version if short == "version" else data)
 
-    assert read(repacked(save(state()), change)).origin.writer == writer
+    path = save(state())
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if writer == "torch 2.7 or later" and "model/.storage_alignment" not in names:
+        pytest.skip("this torch is older")
+    assert read(repacked(path, change)).origin.writer == writer
 
 
 def test_what_ckptkit_writes_is_not_taken_for_torchs(save: Save, tmp_path: Path) -> None:

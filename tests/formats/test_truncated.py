@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -101,9 +102,11 @@ def test_names_inside_a_training_file(save: Save) -> None:
     path = save({"epoch": 3, "model": state(), "optimizer": {"state": {0: {"exp_avg": torch.ones(50, 20)}}}})
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 3])
-    assert "3 of 11 tensors are whole; the first incomplete one is 'layer3.weight'" in said(path)
+    # The records lie in the order of their numbers, or in older releases of torch in that of their names: 0, 1, 10, 2.
+    assert re.search(r"[34] of 11 tensors are whole; the first incomplete one is 'layer3.weight'", said(path))
     path.write_bytes(data[: data.index(b"PK\x01\x02") - 4000])
-    assert "10 of 11 tensors are whole; the first incomplete one is that of storage '10'" in said(path)
+    last = r"10 of 11 tensors are whole; the first incomplete one is (that of storage '10'|'layer9.weight')"
+    assert re.search(last, said(path))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "RMSprop": (optim.RMSprop, {}),
     "Rprop": (optim.Rprop, {}),
     "ASGD": (optim.ASGD, {}),
-    "Adafactor": (optim.Adafactor, {}),
+    **({"Adafactor": (optim.Adafactor, {})} if hasattr(optim, "Adafactor") else {}),
 }
 
 
@@ -57,7 +57,9 @@ def test_an_optimizers_kind_is_told_by_its_options(save: Save, kind: str) -> Non
     cls, options = KINDS[kind]
     optimizer = stepped(cls, lr=0.01, **options)
     (found,) = training(save({"w": torch.ones(1), "optimizer": optimizer.state_dict()}))["optimizers"]
-    assert (found["path"], found["kind"], found["inferred"]) == ("optimizer", kind, True)
+    told = "decoupled_weight_decay" in optim.Adam([torch.ones(1)]).defaults  # else Adam's options are AdamW's
+    kinds = {kind} if told or kind not in ("Adam", "AdamW", "RAdam") else {"Adam or AdamW", "Adam or a relative of it"}
+    assert found["path"] == "optimizer" and found["kind"] in kinds and found["inferred"]
     assert (found["groups"], found["lr"]) == (1, [0.01])
     state = optimizer.state_dict()["state"][0]
     assert found["steps"] == (float(state["step"]) if "step" in state else None)
@@ -66,7 +68,7 @@ def test_an_optimizers_kind_is_told_by_its_options(save: Save, kind: str) -> Non
 
 def test_adam_of_older_torch_may_be_either(save: Save) -> None:
     state = stepped(optim.Adam).state_dict()
-    del state["param_groups"][0]["decoupled_weight_decay"]
+    state["param_groups"][0].pop("decoupled_weight_decay", None)
     state["state"][0]["step"] = 7  # a number before torch 1.12
     (found,) = training(save({"optimizer": state}))["optimizers"]
     assert (found["kind"], found["steps"]) == ("Adam or AdamW", 7)

@@ -101,6 +101,10 @@ class Traced(torch.nn.Module):
 
 def test_an_honest_graph_needs_trust_and_says_why(save: Callable[..., Path]) -> None:
     graph = torch.fx.symbolic_trace(Traced())
+    try:
+        graph.__reduce__()
+    except AttributeError:
+        pytest.skip("this torch cannot save a graph that calls a wrapped function")
     assert {"import torch", "from math import inf"} <= set(graph.__reduce__()[1][1].split("\n"))
     document = ckptkit.inspect(save(graph, "graph.pth"))
     assert document["trust"] == "needs_trust"

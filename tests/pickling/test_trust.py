@@ -179,6 +179,14 @@ def test_every_name_that_torchs_weights_only_loader_accepts_is_safe_here() -> No
     assert [name for module, _, name in names if verdict(module, name) not in ("torch", "allowed")] == []
 
 
+def loads_weights_only(path: Path) -> bool:
+    try:
+        torch.load(path, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")
 def test_what_torchs_weights_only_loader_accepts_is_safe_here(save: Save) -> None:
     value = {"w": torch.ones(2), "p": torch.nn.Parameter(torch.ones(1)), "s": {1, 2}, "b": b"x",
@@ -187,8 +195,9 @@ def test_what_torchs_weights_only_loader_accepts_is_safe_here(save: Save) -> Non
              "sparse": torch.eye(2).to_sparse()}  # fmt: skip
     if "float8_e5m2" in STORABLE:
         value["f8"] = torch.ones(2).to(torch.float8_e5m2)
-    path = save(value)
-    torch.load(path, weights_only=True)
+    accepted = {name: each for name, each in value.items() if loads_weights_only(save(each))}
+    assert accepted == value or not hasattr(torch.serialization, "add_safe_globals")  # older ones know fewer names
+    path = save(accepted)
     checkpoint, file = formats.read(path)
     file.close()
     assert {use.name for use in checkpoint.globals if use.verdict not in ("torch", "allowed")} == set()

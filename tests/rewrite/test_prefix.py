@@ -221,8 +221,11 @@ def test_the_input_keeps_its_versions(save: Save) -> None:
 
 def test_an_optimizers_parameter_names_are_renamed_along(save: Save, tmp_path: Path) -> None:
     wrapped = nn.DataParallel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
-    names = [[(n, p) for n, p in wrapped.named_parameters() if n.startswith(f"module.{i}.")] for i in range(2)]
-    optimizer = torch.optim.SGD([{"params": names[0]}, {"params": names[1], "lr": 0.2}], lr=0.1)
+    named = [dict(wrapped.module[i].named_parameters(f"module.{i}")) for i in range(2)]
+    first, second = (list(each.values()) for each in named)
+    optimizer = torch.optim.SGD([{"params": first}, {"params": second, "lr": 0.2}], lr=0.1)
+    for group, names in zip(optimizer.param_groups, named, strict=True):
+        group["param_names"] = list(names)  # as torch 2.6 does
     other = {"param_groups": [{"params": [0], "param_names": ["module.elsewhere"]}], "state": {}}
     saved = {"state_dict": wrapped.state_dict(), "optimizer": optimizer.state_dict(), "other": other}
     assert saved["optimizer"]["param_groups"][0]["param_names"] == ["module.0.weight", "module.0.bias"]
