@@ -19,7 +19,6 @@ What files are called is for `ckptkit.formats.shards.names`, which asks here fir
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple, TypeGuard
@@ -323,7 +322,7 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The warning about a checkpoint that is a part, with what to give instead."""
     part = checkpoint.part
     if part is not None:
-        fix = way_out(part, checkpoint.origin.path)
+        fix = way_out(part)
         if part.opens and part.instead is not None:
             import shlex
 
@@ -340,14 +339,14 @@ def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
     part, path = checkpoint.part, checkpoint.origin.path
     if part is not None and not allow_part:
         raise PartError(
-            f"{CODE}: {told(part)}; {way_out(part, path)}; --allow-part insists on this part alone", path=path
+            f"{CODE}: {told(part)}; {way_out(part)}; --allow-part insists on this part alone", path=path
         )
 
 
-def way_out(part: Part, path: str) -> str:
-    """What to give in place of a part, which is the file at ``path``."""
+def way_out(part: Part) -> str:
+    """What to give in place of a part."""
     if part.instead is None:
-        return f"the files that belong to it are not in {os.path.dirname(path) or os.curdir}"
+        return "get the files that belong to it: none of them lies beside it"
     if part.opens:
         return f"give {part.instead}"
     return f"the files in {part.instead} belong together, and ckptkit does not merge them yet"

@@ -118,7 +118,7 @@ def part_error(path: str) -> PartError:
     from ckptkit.normalize.parts import CODE, told, way_out
 
     part = _placed(_by_name(path) or Part(layout=_DCP, lacks="it is one of several files"), path)
-    return PartError(f"{CODE}: {told(part)}; {way_out(part, path)}", path=path)
+    return PartError(f"{CODE}: {told(part)}; {way_out(part)}", path=path)
 
 
 def _shard(path: str) -> Part | None:
