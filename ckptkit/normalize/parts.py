@@ -338,9 +338,7 @@ def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
     """
     part, path = checkpoint.part, checkpoint.origin.path
     if part is not None and not allow_part:
-        raise PartError(
-            f"{CODE}: {told(part)}; {way_out(part)}; --allow-part insists on this part alone", path=path
-        )
+        raise PartError(f"{CODE}: {told(part)}; {way_out(part)}; --allow-part insists on this part alone", path=path)
 
 
 def way_out(part: Part) -> str:

@@ -124,9 +124,9 @@ def _json(text: str, probe: Probe) -> str | None:
         )
         if words is not None:
             return f"an error message in place of the file ({_clean(words)!r}): {_advice(words, 'check the address')}"
-    what = next((f", it seems {name}," for key, name in _DOCUMENTS if key in keys), "")
+    what = next((f", it seems {name}" for key, name in _DOCUMENTS if key in keys), "")
     return (
-        f"a JSON file{what} not a checkpoint; give the weights (.safetensors, .bin, .pth) or the index of their shards"
+        f"a JSON file{what}, not a checkpoint; give the weights (.safetensors, .bin, .pth) or the index of their shards"
     )
 
 
