@@ -7,14 +7,17 @@ Imports none.  Whoever is about to import a layer that does (`ckptkit.torch_brid
 from __future__ import annotations
 
 import importlib
+import re
 
 from ckptkit.errors import MissingDependencyError
 
-__all__ = ["INSTALL_TORCH", "require", "require_torch"]
+__all__ = ["INSTALL_TORCH", "OLDEST_TORCH", "require", "require_torch"]
 
 INSTALL_TORCH = "pip install '.[torch]'"
 """Installs both, when run in a clone of ckptkit (a package named ckptkit on PyPI is another project)."""
 
+OLDEST_TORCH = (2, 1)
+"""The first with ``Module.load_state_dict(assign=True)``; pyproject.toml asks for it too."""
 
 _INSTALL = {package: f"pip install '.[{package}]'" for package in ("timm", "transformers")}
 """Installs what is an extra of its own."""
@@ -45,12 +48,20 @@ def require(package: str) -> None:
 
 
 def require_torch() -> None:
-    """`require` torch.
+    """`require` torch, in a version that has all that is used of it.
 
     Raises:
-        MissingDependencyError: see `require`.
+        MissingDependencyError: see `require`; or it is older than `OLDEST_TORCH`.
     """
     require("torch")
+    version = str(importlib.import_module("torch").__version__)
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
+        raise MissingDependencyError(
+            f"torch {version} is installed, but this needs torch {'.'.join(map(str, OLDEST_TORCH))} or later; "
+            f"in the clone of ckptkit run: {INSTALL_TORCH}",
+            name="torch",
+        )
 
 
 def _broken(package: str, error: Exception) -> MissingDependencyError:

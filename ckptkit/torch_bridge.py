@@ -49,6 +49,7 @@ _ALIGNMENT = 64
 differ between a tensor in a file and its copy in memory; aligned, they were the same wherever it was measured."""
 
 _SINCE = {
+    **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz"), "2.2"),
     **dict.fromkeys(("uint16", "uint32", "uint64"), "2.3"),
     "float8_e8m0fnu": "2.7",
     "float4_e2m1fn_x2": "2.8",

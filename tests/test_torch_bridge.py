@@ -31,7 +31,7 @@ from ckptkit.errors import (
     RewriteError,
     UnsupportedError,
 )
-from ckptkit.extras import INSTALL_TORCH, require
+from ckptkit.extras import INSTALL_TORCH, OLDEST_TORCH, require, require_torch
 from ckptkit.formats import read
 from ckptkit.torch_bridge import dtype_of, tensors
 
@@ -343,6 +343,23 @@ def test_without_torch_the_command_that_installs_it_is_told(tmp_path: Path) -> N
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith(INSTALL_TORCH)
     assert "torch, which is not installed" in done.stdout
+
+
+@pytest.mark.parametrize("version", ["2.0.1+cu118", "1.13.0", "2.1.0a0+git"])
+def test_a_torch_that_is_too_old_says_so(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    if version.startswith("2.1"):
+        require_torch()
+        return
+    with pytest.raises(
+        MissingDependencyError, match=rf"torch {re.escape(version)} is installed, .* torch 2\.1 or later"
+    ):
+        require_torch()
+
+
+def test_the_oldest_torch_is_the_one_that_is_declared() -> None:
+    declared = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"' in declared
 
 
 def test_an_optional_package_that_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_training_goes_on(folder: Path, kind: str, seed: int, named: bool, apart
 @FEW
 @given(seed=st.integers(0, 1000), dtype=st.sampled_from(["float16", "bfloat16", "float64"]))
 def test_cast_weights_keep_the_optimizer(folder: Path, seed: int, dtype: str) -> None:
-    model, optimizer = began("AdamW", seed, True, False)
+    model, optimizer = began("AdamW", seed, TAKES_NAMES, False)
     resume = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     source = save(resume, folder / "source.pth")
     found = load(convert(source, folder / "result.pth", dtype=dtype, strip_module=True)).tree
