@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,11 @@ from ckptkit.dtypes import DTYPES
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.register_profile("searching", derandomize=False)
 hypothesis.settings.load_profile("repeatable")
+
+# A run in the background (nohup, `&`) ignores these, and all that it starts would; tests send them.
+for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_ignored) == signal.SIG_IGN:
+        signal.signal(_ignored, _default)
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

@@ -88,13 +88,6 @@ CODES: dict[str, Explanation] = {
         "A folder holds no checkpoint files, or the manifest names none. Nothing checked is never a success.",
         "Correct the path.",
     ),
-    "not-looked-into": Explanation(
-        "a file may hold pickles, and was not looked into as far as that takes",
-        "Under --no-pickle and --max-trust every pickle counts, whoever wrote it and wherever it lies. Archives are "
-        "looked into one level and within bounds; an archive in an archive, a compressed stream, what is encrypted or "
-        "damaged may hold one. Neither passed nor failed: the exit code is 2.",
-        "Unpack it and check what is in it, or take it out of what is released.",
-    ),
     "whole-checked": Explanation(
         "a shard was named, and the checkpoint that it is a part of was checked",
         "A shard holds some of the tensors. Where the index that names it lies beside it, rules and manifest are held "

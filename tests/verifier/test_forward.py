@@ -242,7 +242,7 @@ def test_no_forward_with_weights_that_do_not_fit(run: Run) -> None:
     [
         ({}, "takes as input is not known; give --input-shape 1,3,224,224 .* or --no-forward"),
         ({"input_shapes": [(1, 0)]}, "expected sizes of at least 1"),
-        ({"input_shapes": [()]}, "expected sizes of at least 1"),
+        ({"input_shapes": [()]}, r"\(\) is not a shape"),
         ({"device": "cuda:64"}, "'cuda:64' is not here: torch sees 0 CUDA devices; use --device cpu"),
         ({"device": "cuda"}, "is not here"),
         ({"device": "mps"}, "is not here"),
