@@ -86,11 +86,13 @@ def test_every_command_has_cases() -> None:
 def test_no_command_loses_its_verdict(folder: Path, name: str, code: int) -> None:
     arguments = [name, *CASES[name][code]]
     assert shell(folder, arguments).returncode == code
+    gone = shell(folder, arguments, "| true; exit ${PIPESTATUS[0]}")
+    assert (gone.returncode, gone.stderr) == (code, "")
+    if (name, code) == ("verify", 0):
+        return  # importing torch takes seconds; a verdict of 1 shows the rest
     assert shell(folder, arguments, "<&-").returncode == code
     assert shell(folder, arguments, "2>&-").returncode == code
     assert shell(folder, arguments, "2>/dev/full").returncode == code
-    gone = shell(folder, arguments, "| true; exit ${PIPESTATUS[0]}")
-    assert (gone.returncode, gone.stderr) == (code, "")
     written = "; out.safetensors was written" if name == "convert" else ""
     for redirected, state in ((">/dev/full", "full"), (">&-", "closed")):
         lost = shell(folder, arguments, redirected)
