@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 import ckptkit
-from ckptkit.formats.refused.inside import guess_pickle, look_inside
+from ckptkit.formats.contents import look_inside
+from ckptkit.formats.magic import guess_pickle
 from ckptkit.limits import Limits
 from ckptkit.released.results import CheckReport
 

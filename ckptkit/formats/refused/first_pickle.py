@@ -9,8 +9,9 @@ import shlex
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import FormatError
-from ckptkit.formats.contents import Contents, scanned
+from ckptkit.formats.contents import Contents
 from ckptkit.formats.format import Probe
+from ckptkit.formats.magic import scanned
 from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
