@@ -36,12 +36,13 @@ from ckptkit.formats.magic import (
     FIRST,
     SCANNED_NBYTES,
     calls,
+    guess_pickle,
     is_compiled,
     opaque,
     passes_over,
     runs,
     scanned,
-)
+)  # fmt: skip
 from ckptkit.formats.pickle_row import PickleRow
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
@@ -60,6 +61,9 @@ _SMALL_NBYTES = 8 << 20
 
 _LEAST_NBYTES = 2048
 """Bytes that reading a pickle counts for at least: so many small ones take some seconds, too."""
+
+_SCAN_NBYTES = 256 << 10
+"""And what looking for names in one that cannot be read counts for beside its bytes."""
 
 _ARRAY = b"\x93NUMPY"
 _OF_OBJECTS = re.compile(rb"['\"]\|?O\d?['\"]")
@@ -135,25 +139,32 @@ class Contents:
 
     def _look(self, name: str, held: Record | ByteRange, is_program: bool) -> None:
         head = _head(held)
-        if head.startswith(LOCAL_SIGNATURE):
-            self._zip(name, self._plain(held))
+        if not head:
             return
+        is_zip = head.startswith(LOCAL_SIGNATURE)
         is_tar = len(head) == BLOCK_NBYTES and is_header(head)
+        declared = DECLARED.match(head) or (name.endswith((".pkl", ".pickle")) and FIRST.match(head))
         is_pickle = False
-        if FIRST.match(head):  # which a tar archive can be, too, and what begins like code
-            declared = DECLARED.match(head) is not None or name.endswith((".pkl", ".pickle"))
-            is_pickle = self._pickles(name, self._plain(held), declared=declared and not is_tar)
+        if is_zip or is_tar or declared or guess_pickle(head, held.nbytes):
+            held = self._plain(held)
+            # A tar archive begins with the name of a member, which can be a pickle, too.
+            is_pickle = not is_zip and self._pickles(name, held, declared=bool(declared) and not is_tar)
+            if is_zip:
+                records = read_directory(held, self._limits)
+                self._archive(name, records.items(), any(inner.endswith(TORCH_MARKS) for inner in records))
+            elif is_tar:
+                self._archive(name, self._members(name, held))
+        if is_zip or is_tar:
+            return
         what = opaque(head)
-        if is_tar:
-            self._tar(name, self._plain(held))
-        elif head.startswith(_ARRAY):
+        if head.startswith(_ARRAY):
             self._array(name, head, held)
         elif not is_pickle and is_compiled(head, name):
             if not is_program:
                 self.code(name)
-            if what is not None:
+            if what is not None:  # which may hold more than code
                 self.beyond.append((name, what))
-        elif not is_pickle and what is not None:
+        elif what is not None:
             self.unread(name, what)
 
     def _plain(self, held: Record | ByteRange) -> ByteRange:
@@ -198,7 +209,10 @@ class Contents:
         Returns:
             Whether it is one.
         """
-        limits = replace(self._limits, pickle_nbytes=max(0, self._pickled_left))
+        if self._pickled_left <= 0:
+            self.pickles.extend([name] * declared)
+            raise LimitError("bytes of pickles", limit=self._limits.pickle_nbytes, actual=area.nbytes)
+        limits = replace(self._limits, pickle_nbytes=self._pickled_left)
         row = PickleRow(area, limits)
         if declared and _is_data(row):
             self.pickles.append(name)
@@ -225,10 +239,13 @@ class Contents:
             self._pickled_left -= max(read - start, _LEAST_NBYTES)
         rest = row.source.read(row.pos, min(row.left, SCANNED_NBYTES)) if count != most else b""
         if error is not None:
-            goes_on = passes_over(error, rest, row.pos)
-            found = [*error.globals, *(scanned(rest, error.globals) if is_one or goes_on else ())]
-            is_one = is_one or error.called or any(map(runs, found)) or (goes_on and calls(rest))
-            uses += found
+            uses += error.globals
+            is_one = is_one or error.called or any(map(runs, error.globals))
+            if is_one or passes_over(error, rest, row.pos):
+                self._pickled_left -= len(rest) + _SCAN_NBYTES
+                left = scanned(rest, error.globals)
+                is_one = is_one or any(map(runs, left)) or calls(rest)
+                uses += left
         is_whole = not rest.strip(b"\0 \t\r\n")
         if not is_one and not (is_whole and count):
             if isinstance(error, LimitError) and row.left > limits.pickle_nbytes:
@@ -241,13 +258,6 @@ class Contents:
             self.unread(name, what if error is None else f"{what}: {error.message}")
         return True
 
-    def _zip(self, name: str, area: ByteRange) -> None:
-        records = read_directory(area, self._limits)
-        self._archive(name, records.items(), is_torchs=any(inner.endswith(TORCH_MARKS) for inner in records))
-
-    def _tar(self, name: str, area: ByteRange) -> None:
-        self._archive(name, self._members(name, area), is_torchs=False)
-
     def _members(self, name: str, area: ByteRange) -> Iterator[tuple[str, ByteRange]]:
         for member in read_members(area, self._limits, self._limits.members):
             if member.kind == "S":
@@ -255,7 +265,7 @@ class Contents:
             elif member.kind not in _LINKS:
                 yield member.name, member.data(area)
 
-    def _archive(self, name: str, records: Iterable[tuple[str, Record | ByteRange]], *, is_torchs: bool) -> None:
+    def _archive(self, name: str, records: Iterable[tuple[str, Record | ByteRange]], is_torchs: bool = False) -> None:
         if self._levels < (0 if is_torchs else 1):
             self.unread(name, "an archive inside an archive")
             return

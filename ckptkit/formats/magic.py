@@ -12,25 +12,19 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
+from dataclasses import replace
 
 from ckptkit.checkpoint import GlobalUse
-from ckptkit.errors import CorruptError, FormatError
+from ckptkit.errors import CorruptError, FormatError, LimitError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses
 
 __all__ = [
-    "DECLARED",
-    "FIRST",
-    "OPAQUE",
-    "PickleGuess",
-    "calls",
-    "guess_pickle",
-    "is_compiled",
-    "opaque",
-    "passes_over",
-]
+    "DECLARED", "FIRST", "OPAQUE", "SCANNED_NBYTES", "PickleGuess", "calls", "guess_pickle", "is_compiled", "opaque",
+    "passes_over", "runs", "scanned",
+]  # fmt: skip
 
 PickleGuess = str | None
 """``"pickle"``; ``"maybe"``: the first bytes do not tell; ``None``: it is none."""
@@ -39,8 +33,8 @@ _WORD = rb"[A-Za-z_\x80-\xff][^\n\0 ]*"
 _SPACE = rb"[ \t\r\v\f]*"
 
 FIRST = re.compile(
-    rb"[(\]})NKMJGTUXBCVP\x82-\x84\x88-\x8f\x95-\x97]|\x80[\x00-\x05]|S['\"]|I\n"
-    rb"|[ci]" + _WORD + rb"(?:\Z|\n(?:\Z|[A-Za-z_\x80-\xff]))"
+    rb"[(\]})NKMJGTUXBCV\x82-\x84\x88-\x8f\x95-\x97]|\x80[\x00-\x05]|S['\"]|I\n|P(?!K\x03\x04)"
+    rb"|c" + _WORD + rb"(?:\Z|\n(?:\Z|[A-Za-z_\x80-\xff]))"
     rb"|[IL]" + _SPACE + rb"[+-]?[0-9]\w*" + _SPACE + rb"(?:\n|\Z)"
     rb"|F" + _SPACE + rb"[+-]?(?:[0-9.][0-9.eE_+-]*|(?i:inf(?:inity)?|nan))" + _SPACE + rb"(?:\n|\Z)"
 )  # fmt: skip
@@ -66,9 +60,9 @@ _ANYWHERE = re.compile(rb"(?=" + _GLOBAL.pattern + rb")")
 SCANNED_NBYTES = 8 << 20
 """Bytes in which names are looked for where the pickle cannot be read."""
 
-_MAX_CALLS = 10_000
-_CALL_NBYTES = 64 << 10
-"""Places in bytes that cannot be read where a call is looked for, and bytes from each of them on."""
+_MAX_CALLS = 1000
+_CALL_OPCODES = 1000
+"""Places in bytes that cannot be read where a call is looked for, and opcodes from each of them on."""
 
 OPAQUE: dict[bytes, str] = {
     b"\x1f\x8b": "gzip-compressed; decompress it first (gunzip, or tar -xzf for a .tar.gz)",
@@ -174,12 +168,19 @@ def passes_over(error: FormatError, data: bytes, start: int = 0) -> bool:
 
 
 def calls(data: bytes) -> bool:
-    """Whether a name that stands somewhere in the data is called there."""
-    for found in islice(_CALLED.finditer(data), _MAX_CALLS):
+    """Whether a name that stands somewhere in the data is called there.
+
+    Raises:
+        LimitError: too much in it looks like a name.
+    """
+    limits = replace(DEFAULT_LIMITS, opcodes=_CALL_OPCODES)
+    for count, found in enumerate(_CALLED.finditer(data)):
+        if count == _MAX_CALLS:
+            raise LimitError("names in a pickle that cannot be read", limit=_MAX_CALLS, actual=count + 1)
         try:
-            pickle = read_pickle(data[found.start() : found.start() + _CALL_NBYTES])
+            pickle = read_pickle(data, start=found.start(), limits=limits)
         except FormatError as error:
-            if error.called:
+            if error.called or isinstance(error, LimitError):
                 return True
         else:
             if any(name.calls for name in pickle.globals):
