@@ -120,6 +120,11 @@ class SourceFile:
             raise FileAccessError(f"{self.path}: the checkpoint was closed; open it again")
         return self._fd
 
+    @property
+    def whole(self) -> ByteRange:
+        """All of its bytes."""
+        return ByteRange(self, 0, self.size)
+
     def read(self, offset: int, nbytes: int) -> bytes:
         """Exactly ``nbytes`` bytes from position ``offset``.
 

@@ -78,6 +78,7 @@ class FormatError(CkptkitError, ValueError):
         offset: position in bytes inside that part.
         globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave
             before the error: what is refused is still reported.
+        called: whether the pickle that has the error calls one of them before it.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class FormatError(CkptkitError, ValueError):
         self.where = where
         self.offset = offset
         self.globals: tuple[Any, ...] = ()
+        self.called = False
 
     def at(self, *, path: str | None = None, where: str | None = None, seen: tuple[Any, ...] = ()) -> FormatError:
         """Fill in what the raising layer did not know; what is known stays.

@@ -1,12 +1,14 @@
 """What stands in bytes that no container's reader understands: pickles, archives, compiled code.
 
-A record that nothing refers to, a resource of a package, a file of the user's in a program, a member of an archive:
-whoever is told to will load it, whatever its name.  So each is known by its first bytes:
+A record that nothing refers to, a resource of a package, a file of the user's in a program, a member of an archive, a
+file that is no checkpoint: whoever is told to will load it, whatever its name.  So each is known by its first bytes
+(`ckptkit.formats.magic`):
 
-- a pickle of any protocol (of 0 and 1, which begin like text, one that can be read to its end, or names what runs
-  before it goes wrong), torch's row of pickles before 1.6, a numpy array of objects: the names in it are judged
-- a zip or tar archive: its records are looked at in the same way, one level deep
-- code compiled for a machine, by its magic number or the ending of its name
+- a pickle of any protocol, or several one behind the other, torch's row of pickles before 1.6, a numpy array of objects
+  (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
+- a zip or tar archive: its records are looked at in the same way, one level deep, and where one of them is an archive
+  of torch's, those of that too
+- code compiled for a machine
 - anything else is data
 
 What is compressed, encrypted or damaged, lies deeper, or is larger than `ckptkit.limits.Limits` has room for is not
@@ -16,24 +18,37 @@ looked into, and that is said: nobody vouches for it.
 from __future__ import annotations
 
 import re
+import threading
 import zlib
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import GlobalUse
-from ckptkit.errors import CkptkitError, FormatError, LimitError
+from ckptkit.errors import CkptkitError, FileAccessError, FormatError, LimitError
+from ckptkit.formats.archives.tar_archive import read_members
 from ckptkit.formats.archives.tar_header import BLOCK_NBYTES, is_header
-from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory, read_record
-from ckptkit.formats.format import Probe
+from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, ends_like_a_zip, read_directory, read_record
+from ckptkit.formats.archives.zip_record import record_source
+from ckptkit.formats.format import TORCH_MARKS, Probe
+from ckptkit.formats.magic import (
+    DECLARED,
+    FIRST,
+    SCANNED_NBYTES,
+    calls,
+    guess_pickle,
+    is_compiled,
+    opaque,
+    passes_over,
+    runs,
+    scanned,
+)  # fmt: skip
 from ckptkit.formats.pickle_row import PickleRow
-from ckptkit.limits import Limits
-from ckptkit.pickling.inert import Global
+from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
 from ckptkit.pickling.trust import global_uses, merge_uses
 
-__all__ = ["COMPILED", "Contents", "names_left", "scanned"]
+__all__ = ["Contents", "Inside", "look_inside", "names_left"]
 
 _HEAD_NBYTES = BLOCK_NBYTES
 """First bytes that tell what a record is: as many as a tar archive's header has."""
@@ -41,40 +56,25 @@ _HEAD_NBYTES = BLOCK_NBYTES
 _DEFLATED_NBYTES = 4096
 """Packed bytes that are inflated for them at first."""
 
-_MAX_RECORDS = 10_000
-"""Records of one archive that are looked at."""
+_SMALL_NBYTES = 8 << 20
+"""Bytes that are inflated in memory; more go into a temporary file."""
 
-_COMPRESSED = re.compile(
-    rb"\x1f\x8b\x08[\x00-\x1f]|BZh[1-9]|\xfd7zXZ\0|\x5d\0\0[\x00-\xff]{2}[\0\xff]|\x28\xb5\x2f\xfd|\x04\x22\x4d\x18"
-    rb"|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07|PK\x07\x08|\x00\x01BLOSC|LZIP"
-)
-"""gzip, bzip2, xz, lzma, zstd, lz4, 7z, RAR, zip in several volumes, blosc, lzip."""
+_LEAST_NBYTES = 2048
+"""Bytes that reading a pickle counts for at least: so many small ones take some seconds, too."""
 
-_ZLIB = re.compile(rb"\x78[\x01\x5e\x9c\xda]")
+_SCAN_NBYTES = 256 << 10
+"""And what looking for names in one that cannot be read counts for beside its bytes."""
 
-COMPILED = re.compile(
-    rb"\x7fELF|MZ\x90\0|\xfe\xed\xfa[\xce\xcf]|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|\xbe\xba\xfe\xca|!<arch>\n"
-    rb"|\0asm|BC\xc0\xde|\xde\xc0\x17\x0b|\x50\xed\x55\xba|\x03\x02\x23\x07|\x07\x23\x02\x03|MTLB|dex\n"
-    rb"|__CLANG_OFFLOAD_BUNDLE__|.{4}ET1[0-9]|.{2}\r\n\0\0\0\0|(?:\s|//[^\n]*\n)*\.version\s+[0-9]+\.[0-9]+\s*\.target\s",
-    re.DOTALL,
-)
-"""ELF (with ``.cubin`` and ``.hsaco``), PE, Mach-O and Java, a static library, WebAssembly, LLVM's bitcode, CUDA's fat
-binaries, SPIR-V, Metal, Android, offload bundles, ExecuTorch, Python's bytecode, PTX."""
+_ARRAY = b"\x93NUMPY"
+_OF_OBJECTS = re.compile(rb"['\"]\|?O\d?['\"]")
+_MAY_BE_OBJECTS = re.compile(rb"(?<!f)[Oo\\]")
+"""In the header of an array, which Python evaluates: ``'|O'``, ``'object'``, ``'i4,O'`` and so on."""
 
-_COMPILED_NAME = re.compile(
-    r".*\.(?:so(?:\.[0-9]+)*|dylib|dll|pyd|exe|cubin|fatbin|hsaco|ptx|metallib|spv|wasm|pte|pyc)",
-    re.IGNORECASE,
-)
+_LINKS = frozenset("123456")
+"""Types of a tar archive's members that have no data of their own."""
 
-_TEXT_PICKLE = re.compile(rb"[(\]})NKMJGTUXBCcILFSVP\x82-\x84\x88-\x8f\x95-\x97]")
-"""First bytes of pickles that declare no protocol: what pushes something."""
-
-_NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
-
-_GLOBAL = re.compile(rb"[ci]([A-Za-z_][\w.]{0,100})\n([A-Za-z_][\w.]{0,100})\n")
-_TEXT = rb"(?:\x8c[\x01-\x64]|X[\x01-\x64]\0\0\0)([A-Za-z_][\w.]{0,99})(?:\x94|q.|r....|p[0-9]+\n)?"
-_STACK_GLOBAL = re.compile(_TEXT + _TEXT + rb"\x93", re.DOTALL)
-"""Names as they stand in a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
+_LIST = re.compile(rb"c[^\n]*\n[^\n]*\n\.[^\n]")
+"""A list of words, the third of which begins with a dot (``.gitignore``), is a pickle of a name, too."""
 
 _DATA = re.compile(
     rb"(?:K.|M..|J....|q.|h.|r....|j....|[N()t\]}aelsud0R\x85-\x89\x94]|ctorch\.jit\._pickle\nbuild_[a-z]+\n){0,1000}",
@@ -82,26 +82,28 @@ _DATA = re.compile(
 )
 """Opcodes of numbers and containers, and what TorchScript's own unpickler makes lists of."""
 
-_SCANNED_NBYTES = 8 << 20
-"""Bytes in which names are looked for where the pickle cannot be read."""
-
 
 class Contents:
     """Looks at one record after the other; what all of them hold stays within the bounds of one file.
 
     Args:
-        limits: bounds on what the file may ask for.
-        levels: archives that are opened inside one another.
+        limits: bounds on what the file may ask for: `Limits.members`, `Limits.looked_nbytes` and `Limits.pickle_nbytes`
+            are for all that is looked at.
+        levels: archives that are opened inside one another; one of torch's is opened one level deeper.
 
     Attributes:
-        pickles: how many were found.
+        pickles: where they were found: names of records, a name as often as a pickle begins there.
+        beyond: what was not looked into, or not to its end, and why.
     """
 
     def __init__(self, limits: Limits, levels: int = 1) -> None:
-        self.pickles = 0
+        self.pickles: list[str] = []
+        self.beyond: list[tuple[str, str]] = []
         self._limits = limits
         self._levels = levels
-        self._left = limits.pickle_nbytes
+        self._members_left = limits.members
+        self._inflated_left = limits.looked_nbytes
+        self._pickled_left = limits.pickle_nbytes
         self._uses: list[GlobalUse] = []
 
     def uses(self) -> tuple[GlobalUse, ...]:
@@ -112,7 +114,7 @@ class Contents:
         """Look at a record, or at a file as a whole.
 
         Args:
-            name: that it has in what is told of it.
+            name: that it has in what is told of it; ``""``: it is the file.
             held: its bytes.
             is_program: whether it is code, or a part of it, whatever it looks like.
         """
@@ -120,8 +122,8 @@ class Contents:
             self.code(name)
         try:
             self._look(name, held, is_program)
-        except LimitError:
-            self.unread(name, "larger than there is room for")
+        except LimitError as error:
+            self.unread(name, f"more than are looked at ({error.message})")
         except FormatError as error:
             self.unread(name, f"damaged, encrypted or ambiguous: {error.message}")
 
@@ -132,96 +134,150 @@ class Contents:
     def unread(self, name: str, why: str) -> None:
         """Say that a record was not looked into."""
         what = "what was not looked into"
+        self.beyond.append((name, why))
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=why, kind="unread"))
 
     def _look(self, name: str, held: Record | ByteRange, is_program: bool) -> None:
         head = _head(held)
         if not head:
             return
-        if head.startswith(LOCAL_SIGNATURE) or (len(head) == BLOCK_NBYTES and is_header(head)):
-            self._archive(name, held, is_zip=head.startswith(LOCAL_SIGNATURE))
-        elif _COMPRESSED.match(head) or _is_zlib(head):
-            self.unread(name, "compressed")
-        elif head.startswith(b"\x93NUMPY"):
-            if re.search(rb"'\|?O", head):
-                row = self._row(held)
-                row.raw(_array_at(head), name)
-                self._pickles(name, row, declared=True)
-        elif head[0] == 0x80 or (name.endswith((".pkl", ".pickle")) and _TEXT_PICKLE.match(head)):
-            self._pickles(name, self._row(held), declared=True)
-        elif COMPILED.match(head) or _COMPILED_NAME.fullmatch(name):
+        is_zip = head.startswith(LOCAL_SIGNATURE)
+        is_tar = len(head) == BLOCK_NBYTES and is_header(head)
+        declared = DECLARED.match(head) or (name.endswith((".pkl", ".pickle")) and FIRST.match(head))
+        is_pickle = False
+        if is_zip or is_tar or declared or guess_pickle(head, held.nbytes):
+            held = self._plain(held)
+            # A tar archive begins with the name of a member, which can be a pickle, too.
+            is_pickle = not is_zip and self._pickles(name, held, declared=bool(declared) and not is_tar)
+            if is_zip:
+                records = read_directory(held, self._limits)
+                self._archive(name, records.items(), any(inner.endswith(TORCH_MARKS) for inner in records))
+            elif is_tar:
+                self._archive(name, self._members(name, held))
+        if is_zip or is_tar:
+            return
+        what = opaque(head)
+        if head.startswith(_ARRAY):
+            self._array(name, head, held)
+        elif not is_pickle and is_compiled(head, name):
             if not is_program:
                 self.code(name)
-        elif _TEXT_PICKLE.match(head):
-            self._pickles(name, self._row(held), declared=False)
+            if what is not None:  # which may hold more than code
+                self.beyond.append((name, what))
+        elif what is not None:
+            self.unread(name, what)
 
-    def _row(self, held: Record | ByteRange) -> PickleRow:
-        """What reads pickles from a record's bytes."""
+    def _plain(self, held: Record | ByteRange) -> ByteRange:
+        """The bytes of a record, inflated."""
         if not isinstance(held, Record):
-            return PickleRow(held, self._limits)
-        if held.deflated:
-            self._take(held.nbytes)
-            return PickleRow(_in_memory(held), self._limits)
-        return PickleRow(held.data, self._limits)
+            return held
+        if not held.deflated:
+            return held.data
+        if held.nbytes > self._inflated_left:
+            raise LimitError("bytes once inflated", limit=self._limits.looked_nbytes, actual=held.nbytes)
+        self._inflated_left -= held.nbytes
+        if max(held.nbytes, held.data.nbytes) <= _SMALL_NBYTES:
+            return _Held(read_record(held, _SMALL_NBYTES), held.data.file.path).whole
+        try:
+            return record_source(held).plain()
+        except FileAccessError as error:  # no room in the temporary folder
+            raise FormatError(str(error)) from error
 
-    def _take(self, nbytes: int) -> None:
-        self._left -= nbytes
-        if self._left < 0:
-            limit = self._limits.pickle_nbytes
-            raise LimitError("bytes of what nothing refers to", limit=limit, actual=limit - self._left)
+    def _array(self, name: str, head: bytes, held: Record | ByteRange) -> None:
+        """An array file of numpy's: its pickle, where its values are objects."""
+        width = 2 if head[6:7] == b"\x01" else 4
+        start = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
+        area = None
+        if start > len(head):
+            area = self._plain(held)
+            head = area.read(0, min(start, area.nbytes, self._limits.record_nbytes))
+        header = head[8 + width : start]
+        if start <= len(head) and not _MAY_BE_OBJECTS.search(header.replace(b"fortran_order", b"")):
+            return
+        area = area or self._plain(held)
+        values = area.part(min(start, area.nbytes), max(0, area.nbytes - start))
+        self._pickles(name, values, declared=_OF_OBJECTS.search(header) is not None)
 
-    def _pickles(self, name: str, row: PickleRow, *, declared: bool) -> None:
-        """Judge the names in the pickles that follow one another; what is no pickle ends them.
+    def _pickles(self, name: str, area: ByteRange, *, declared: bool) -> bool:
+        """Judge the names in the pickles that follow one another.
 
         Args:
             name: of the record.
-            row: its bytes.
+            area: its bytes.
             declared: whether the record says that it is a pickle; any text has letters that are opcodes.
+
+        Returns:
+            Whether it is one.
         """
+        if self._pickled_left <= 0:
+            self.pickles.extend([name] * declared)
+            raise LimitError("bytes of pickles", limit=self._limits.pickle_nbytes, actual=area.nbytes)
+        limits = replace(self._limits, pickle_nbytes=self._pickled_left)
+        row = PickleRow(area, limits)
         if declared and _is_data(row):
-            self.pickles += 1
-            return
-        most = None
-        count = 0
-        while row.left and count != most:
+            self.pickles.append(name)
+            return True
+        is_list = not declared and _LIST.match(row.source.read(0, min(row.left, _HEAD_NBYTES))) is not None
+        is_one, count, most = declared, 0, None
+        uses: list[GlobalUse] = []
+        error: FormatError | None = None
+        while row.left and count != most and error is None:
             start = row.pos
+            if self._pickled_left <= 0:
+                error = LimitError("bytes of pickles", limit=limits.pickle_nbytes, actual=area.nbytes)
+                break
             try:
                 pickle = row.pickle(name)
-            except FormatError as error:
-                named = [use for use in error.globals if declared or _runs(use)]
-                if declared:  # others may pass over what is refused here
-                    named += scanned(row.source.read(start, min(row.left, _SCANNED_NBYTES)), error.globals)
-                    self.unread(name, f"a pickle that cannot be read to its end: {error.message}")
-                self._uses.extend(replace(use, where=(name,) if name else ()) for use in named)
-                self.pickles += bool(named) or (declared and not count)
-                break
-            self._take(row.pos - start)
-            self._uses.extend(global_uses(pickle.globals, name))
-            self.pickles += declared or bool(pickle.globals)
-            most = LEGACY_PICKLES if not count and pickle.root == LEGACY_MAGIC else most
-            count += 1
-            declared = declared and bool(row.left) and row.source.read(row.pos, 1) == b"\x80"
+            except FormatError as caught:
+                error = caught
+            else:
+                uses += global_uses(pickle.globals)
+                is_one = is_one or (bool(uses) and not is_list) or any(map(runs, uses))
+                most = LEGACY_PICKLES if not count and pickle.root == LEGACY_MAGIC else most
+                count += 1
+            read = row.pos if error is None else (error.offset or row.pos)
+            self._pickled_left -= max(read - start, _LEAST_NBYTES)
+        rest = row.source.read(row.pos, min(row.left, SCANNED_NBYTES)) if count != most else b""
+        if error is not None:
+            uses += error.globals
+            is_one = is_one or error.called or any(map(runs, error.globals))
+            if is_one or passes_over(error, rest, row.pos):
+                self._pickled_left -= len(rest) + _SCAN_NBYTES
+                left = scanned(rest, error.globals)
+                is_one = is_one or any(map(runs, left)) or calls(rest)
+                uses += left
+        is_whole = not rest.strip(b"\0 \t\r\n")
+        if not is_one and not (is_whole and count):
+            if isinstance(error, LimitError) and row.left > limits.pickle_nbytes:
+                raise error
+            return False
+        self.pickles.append(name)
+        self._uses.extend(replace(use, where=(name,) if name else ()) for use in uses)
+        if not is_whole:
+            what = f"{row.left:,} bytes behind a pickle" if count else "a pickle that cannot be read to its end"
+            self.unread(name, what if error is None else f"{what}: {error.message}")
+        return True
 
-    def _archive(self, name: str, held: Record | ByteRange, *, is_zip: bool) -> None:
-        if not self._levels:
+    def _members(self, name: str, area: ByteRange) -> Iterator[tuple[str, ByteRange]]:
+        for member in read_members(area, self._limits, self._limits.members):
+            if member.kind == "S":
+                self.unread(f"{name}/{member.name}".lstrip("/"), "a sparse member")
+            elif member.kind not in _LINKS:
+                yield member.name, member.data(area)
+
+    def _archive(self, name: str, records: Iterable[tuple[str, Record | ByteRange]], is_torchs: bool = False) -> None:
+        if self._levels < (0 if is_torchs else 1):
             self.unread(name, "an archive inside an archive")
             return
-        if isinstance(held, Record):
-            if held.deflated:
-                self._take(held.nbytes)
-            area = _in_memory(held) if held.deflated else held.data
-        else:
-            area = held
-        records: Iterable[tuple[str, Record | ByteRange]] = (
-            read_directory(area, self._limits).items() if is_zip else _members(area, self._limits)
-        )
         self._levels -= 1
         try:
-            for number, (inner, record) in enumerate(records):
-                if number == _MAX_RECORDS:
-                    self.unread(name, f"of its records the first {_MAX_RECORDS:,} were")
-                    break
-                self.look(f"{name}/{inner}", record)
+            for inner, record in records:
+                self._members_left -= 1
+                if self._members_left < 0:
+                    self.unread(name, f"more than {self._limits.members:,} members")
+                    return
+                # Of one of torch's in another archive it is told which.
+                self.look((name if self._levels < 0 else f"{name}/{inner}") if name else inner, record)
         finally:
             self._levels += 1
 
@@ -231,25 +287,12 @@ def _head(held: Record | ByteRange) -> bytes:
     if not isinstance(held, Record):
         return held.read(0, min(_HEAD_NBYTES, held.nbytes))
     if not held.deflated:
-        return held.data.read(0, min(_HEAD_NBYTES, held.nbytes))
+        return held.data.read(0, min(_HEAD_NBYTES, held.data.nbytes))
     packed = held.data.read(0, min(_DEFLATED_NBYTES, held.data.nbytes))
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, _HEAD_NBYTES)
     except zlib.error as error:
         raise FormatError(f"it cannot be inflated: {error}") from None
-
-
-def _is_zlib(head: bytes) -> bool:
-    try:
-        return bool(_ZLIB.match(head)) and bool(zlib.decompressobj().decompress(head, 1))
-    except zlib.error:
-        return False
-
-
-def _array_at(head: bytes) -> int:
-    """Where the data of a numpy array begins (``numpy/lib/_format_impl.py``)."""
-    width = 2 if head[6:7] == b"\x01" else 4
-    return 8 + width + int.from_bytes(head[8 : 8 + width], "little")
 
 
 class _Held(SourceFile):
@@ -258,43 +301,12 @@ class _Held(SourceFile):
     __slots__ = ("_data",)
 
     def __init__(self, data: bytes, path: str) -> None:
-        self._fd, self._companions = -1, []
+        self._fd, self._companions, self._spool, self._lock = -1, [], None, threading.Lock()
         self._data, self.size, self.path = data, len(data), path
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """As `SourceFile.read`; a `ByteRange` asks for nothing that is not there."""
         return self._data[offset : offset + nbytes]
-
-
-def _in_memory(record: Record) -> ByteRange:
-    """A record's bytes, inflated."""
-    data = read_record(record, max(record.nbytes, record.data.nbytes))
-    return ByteRange(_Held(data, record.data.file.path), 0, len(data))
-
-
-def _members(area: ByteRange, limits: Limits) -> Iterable[tuple[str, ByteRange]]:
-    from ckptkit.formats.archives.tar_archive import read_members
-
-    file = area.file
-    if area.offset or area.nbytes != file.size:  # where a tar archive lies in another
-        file = _Part(area)
-    for member in read_members(file, limits, _MAX_RECORDS):
-        if member.kind == "0":
-            yield member.name, member.data(file)
-
-
-class _Part(SourceFile):
-    """A range of a file that is read like a file."""
-
-    __slots__ = ("_area",)
-
-    def __init__(self, area: ByteRange) -> None:
-        self._fd, self._companions = -1, []
-        self._area, self.size, self.path = area, area.nbytes, area.file.path
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """As `SourceFile.read`."""
-        return self._area.read(offset, nbytes)
 
 
 def _is_data(row: PickleRow) -> bool:
@@ -303,7 +315,7 @@ def _is_data(row: PickleRow) -> bool:
     As those are that TorchScript keeps for debugging, by the thousand: to go from text to text takes a tenth of the
     time that reading them does.
     """
-    if row.left > _SCANNED_NBYTES or row.source.read(0, min(2, row.left)) != b"\x80\x02":
+    if row.left > SCANNED_NBYTES or row.source.read(0, min(2, row.left)) != b"\x80\x02":
         return False
     data = row.source.read()
     at, before = 2, 0
@@ -316,31 +328,7 @@ def _is_data(row: PickleRow) -> bool:
     return at == len(data) - 1 and data.endswith(b".")
 
 
-def _runs(use: GlobalUse) -> bool:
-    """Whether what was read of a text as a pickle is a name that runs something."""
-    return use.verdict == "dangerous" and _NAME.fullmatch(use.name) is not None
-
-
 # Of files that were refused.
-
-
-def scanned(data: bytes, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ...]:
-    """The names that stand in the bytes of a pickle, found without reading it.
-
-    Args:
-        data: the bytes.
-        known: names that were found by reading it as far as that goes; they are judged by what they are given.
-    """
-    found: Counter[tuple[bytes, bytes]] = Counter()
-    for pattern in (_GLOBAL, _STACK_GLOBAL):
-        found.update(pattern.findall(data[:_SCANNED_NBYTES]))
-    names = []
-    for (module, name), count in found.items():
-        made = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))
-        made.calls = count
-        names.append(made)
-    judged = {use.name for use in known}
-    return tuple(use for use in global_uses(names) if use.name not in judged)
 
 
 def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ...]:
@@ -357,19 +345,61 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
     contents = Contents(probe.limits)
     # A directory that was refused is not read again.
     records: dict[str, Record] | None = vars(probe).get("records")
-    whole = ByteRange(probe.file, 0, probe.file.size)
+    whole = probe.file.whole
     try:
         if records:
-            for name, record in list(records.items())[:_MAX_RECORDS]:
+            for name, record in list(records.items())[: probe.limits.members]:
                 contents.look(name.partition("/")[2] or name, record)
                 if name.endswith("data.pkl") and not record.deflated:  # the others were scanned where that helps
-                    data = record.data.read(0, min(_SCANNED_NBYTES, record.data.nbytes))
+                    data = record.data.read(0, min(SCANNED_NBYTES, record.data.nbytes))
                     found.extend(scanned(data, (*known, *contents.uses())))
-        elif probe.head[:1] in (b"\x80", LOCAL_SIGNATURE[:1]):
-            contents.look("", whole) if probe.head[:1] == b"\x80" else None
-            found.extend(scanned(whole.read(0, min(_SCANNED_NBYTES, whole.nbytes)), (*known, *contents.uses())))
-        elif is_header(probe.head):
+        else:
             contents.look("", whole)
+            if probe.head[:1] in (b"\x80", LOCAL_SIGNATURE[:1]):
+                found.extend(scanned(whole.read(0, min(SCANNED_NBYTES, whole.nbytes)), (*known, *contents.uses())))
     except CkptkitError:
         pass  # what is wrong with it was said
     return tuple(use for use in merge_uses(contents.uses(), found) if use.kind == "name")
+
+
+# Of files that are no checkpoint.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inside:
+    """What pickles a file holds, as far as it was looked into.
+
+    Attributes:
+        pickles: where they are: names of members; ``""`` is the file itself.
+        globals: the verdict on every name in them, each once.
+        beyond: what was not looked into, or not to its end (a member's name, ``""`` for the file), and why.
+    """
+
+    pickles: tuple[str, ...] = ()
+    globals: tuple[GlobalUse, ...] = ()
+    beyond: tuple[tuple[str, str], ...] = ()
+
+
+def look_inside(path: str, limits: Limits = DEFAULT_LIMITS) -> Inside:
+    """The pickles in a file that is no checkpoint.
+
+    Args:
+        path: the file.
+        limits: bounds; what is past them stands in `Inside.beyond`.
+
+    Raises:
+        FileAccessError: it cannot be opened or read.
+    """
+    file = SourceFile(path)
+    contents = Contents(limits)
+    try:
+        contents.look("", file.whole)
+        if not _head(file.whole).startswith(LOCAL_SIGNATURE) and ends_like_a_zip(file.whole):
+            contents.unread("", "a zip archive behind something else")
+    finally:
+        file.close()
+    return Inside(
+        pickles=tuple(dict.fromkeys(contents.pickles)),
+        globals=tuple(use for use in contents.uses() if use.kind == "name"),
+        beyond=tuple(dict.fromkeys(contents.beyond)),
+    )

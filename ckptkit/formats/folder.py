@@ -10,7 +10,7 @@ alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like
   each folder is met once, by device and inode: in a cache of the hub the blob and its name are one file.
 - ``.git`` is not entered.  AppleDouble files (``._name``, RFC 1740) and outputs that ckptkit did not complete are none.
 - What may hold pickles that are not torch's is listed: whoever allows none looks into these
-  (`ckptkit.formats.refused.inside`).
+  (`ckptkit.formats.contents`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
+from ckptkit.formats.archives.zip_archive import ends_like_a_zip
 from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
-from ckptkit.formats.detection import ends_like_a_zip
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards.names import INDEX_SUFFIXES
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -295,8 +295,8 @@ class Surveyor:
 
     def _other_kind(self, probe: Probe, path: str, name: str) -> str | None:
         """The kind of a file that no container claims; ``None``: it is a checkpoint that cannot be read."""
+        from ckptkit.formats.magic import guess_pickle, opaque
         from ckptkit.formats.refused.first_bytes import kind_of
-        from ckptkit.formats.refused.inside import guess_pickle, opaque
 
         guess = guess_pickle(probe.head, probe.file.size)
         kind = "pickle" if guess == "pickle" else kind_of(probe)
@@ -312,7 +312,7 @@ class Surveyor:
             or kind == "numpy array"
             or probe.records is not None
             or opaque(probe.head) is not None
-            or (kind not in _TEXTS and ends_like_a_zip(probe))
+            or (kind not in _TEXTS and ends_like_a_zip(probe.file.whole))
         ):
             self._others[path] = kind
         return kind

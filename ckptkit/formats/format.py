@@ -18,10 +18,13 @@ from ckptkit.normalize import RawCheckpoint
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["HEAD_NBYTES", "Format", "Probe"]
+__all__ = ["HEAD_NBYTES", "TORCH_MARKS", "Format", "Probe"]
 
 HEAD_NBYTES = 512
 """First bytes of a file that sniffing looks at."""
+
+TORCH_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
+"""Records by which the root folder of one of torch's archives is known."""
 
 
 class Probe:

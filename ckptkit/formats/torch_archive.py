@@ -35,7 +35,7 @@ from ckptkit.derived import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.formats.archives.zip_record import Record, read_record, record_source
-from ckptkit.formats.format import Probe
+from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
@@ -65,9 +65,6 @@ _OWN_NAMES = frozenset(
 _OWN_NBYTES = 64
 """Bytes that they have at most."""
 
-
-_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
-"""Records by which a root folder is known."""
 
 _OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
 """A record of which an archive has one, and what stands above it."""
@@ -106,8 +103,8 @@ def _root(records: dict[str, Record]) -> str | None:
         return root + slash
     # The first record decides for torch, but whoever looks for the pickle finds it anywhere; what was packed again
     # may have it further down.
-    marked = [name for name in records if name.endswith(_MARKS)]
-    folders = dict.fromkeys(name[: 1 - len(mark)] for name in marked for mark in _MARKS if name.endswith(mark))
+    marked = [name for name in records if name.endswith(TORCH_MARKS)]
+    folders = dict.fromkeys(name[: 1 - len(mark)] for name in marked for mark in TORCH_MARKS if name.endswith(mark))
     versioned = [folder for folder in folders if _has_version(records, folder)]
     above = [folder for folder in folders if folder.count("/") == 1]
     found = min(versioned, key=lambda folder: folder.count("/"), default=above[0] if above else None)
@@ -320,7 +317,7 @@ class TorchArchive:
     @property
     def has_pickle(self) -> bool:
         """Whether there is any, once `uses` looked at all that was not read."""
-        return self._pickles > 0 or ("_contents" in vars(self) and self._contents.pickles > 0)
+        return self._pickles > 0 or ("_contents" in vars(self) and bool(self._contents.pickles))
 
     def code(self, name: str, what: str, reason: str) -> None:
         """Say that a record is code, which is not read."""

@@ -68,7 +68,7 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: the file is damaged or refused.
     """
-    row = PickleRow(ByteRange(probe.file, 0, probe.file.size), probe.limits)
+    row = PickleRow(probe.file.whole, probe.limits)
     try:
         return _read_row(row, probe)
     except FormatError as error:

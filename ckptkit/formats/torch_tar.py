@@ -61,7 +61,7 @@ def holds_one(probe: Probe) -> bool:
     """Whether a tar archive has the members of a checkpoint, or the first of them: it may have been cut off."""
     names: list[str] = []
     with contextlib.suppress(FormatError):  # the members that were met count
-        for member in read_members(probe.file, probe.limits, _MAX_MEMBERS):
+        for member in read_members(probe.file.whole, probe.limits, _MAX_MEMBERS):
             names.append(member.name)
     return names[:1] != [] and (names[0] in _MEMBERS or {"pickle", "tensors", "storages"} <= set(names))
 
@@ -133,7 +133,7 @@ class _Reader:
         found: list[Member] = []
         cut: CorruptError | LimitError | None = None
         try:
-            for member in read_members(self._file, self._limits, _MAX_MEMBERS):
+            for member in read_members(self._file.whole, self._limits, _MAX_MEMBERS):
                 found.append(member)
         except (CorruptError, LimitError) as error:
             if not found or isinstance(error, AmbiguousError):
@@ -159,7 +159,7 @@ class _Reader:
         return {member.name: member for member in found}, needed
 
     def _row(self, member: Member) -> PickleRow:
-        row = PickleRow(member.data(self._file), self._limits)
+        row = PickleRow(member.data(self._file.whole), self._limits)
         row.uses = self._uses
         return row
 

@@ -102,7 +102,7 @@ def read_pickle(
             check_references(root)
     except FormatError as error:
         error.offset = machine.op_at if error.offset is None else error.offset
-        raise error.at(seen=global_uses(machine.globals.values())) from error.__cause__
+        raise _stopped(error, machine) from error.__cause__
     except (IndexError, KeyError, struct.error) as error:
         if isinstance(error, KeyError) and machine.skipped:
             return read_pickle(
@@ -115,7 +115,7 @@ def read_pickle(
         if isinstance(error, KeyError):
             message = f"memo entry {error} is read before it is written"
         corrupt = CorruptError(f"{message}: damaged, truncated, or no pickle", offset=machine.op_at)
-        raise corrupt.at(seen=global_uses(machine.globals.values())) from None
+        raise _stopped(corrupt, machine) from None
     return PickleResult(
         root=root,
         end=machine.pos,
@@ -123,6 +123,13 @@ def read_pickle(
         globals=tuple(machine.globals.values()),
         text_ids=machine.text_ids,
     )
+
+
+def _stopped(error: FormatError, machine: Machine) -> FormatError:
+    """The error with what the pickle names before it."""
+    names = machine.globals.values()
+    error.called = any(name.calls for name in names)
+    return error.at(seen=global_uses(names))
 
 
 def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global], bool]:

@@ -256,7 +256,7 @@ def _other_result(task: _Task) -> FileResult:
 
 def _pickles(task: _Task, uses: Sequence[GlobalUse] = ()) -> Iterator[CheckFinding]:
     """What the policy forbids of the pickles in a file that cannot be opened as a checkpoint."""
-    from ckptkit.formats.refused.inside import look_inside
+    from ckptkit.formats.contents import look_inside
 
     try:
         inside = look_inside(task.path)

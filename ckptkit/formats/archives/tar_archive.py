@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError
 from ckptkit.formats.archives.tar_header import BLOCK_NBYTES, checksums
 from ckptkit.limits import Limits
@@ -49,16 +49,16 @@ class Member:
     start: int
     nbytes: int
 
-    def data(self, file: SourceFile) -> ByteRange:
-        """Its bytes, or those of them that the file has."""
-        return ByteRange(file, self.start, max(0, min(self.nbytes, file.size - self.start)))
+    def data(self, area: ByteRange) -> ByteRange:
+        """Its bytes, or those of them that are there, where the archive lies."""
+        return area.part(min(self.start, area.nbytes), max(0, min(self.nbytes, area.nbytes - self.start)))
 
 
-def read_members(file: SourceFile, limits: Limits, most: int) -> Iterator[Member]:
+def read_members(area: ByteRange, limits: Limits, most: int) -> Iterator[Member]:
     """The members in order; a caller that has seen enough of them stops.
 
     Args:
-        file: the archive.
+        area: where the archive lies.
         limits: bounds on what it may ask for.
         most: members there may be.
 
@@ -69,22 +69,22 @@ def read_members(file: SourceFile, limits: Limits, most: int) -> Iterator[Member
     """
     pos, size, as_stated = 0, None, True
     for _ in range(2 * most + 1):
-        block = file.read(pos, max(0, min(BLOCK_NBYTES, file.size - pos)))
+        block = area.read(pos, max(0, min(BLOCK_NBYTES, area.nbytes - pos)))
         if block == bytes(BLOCK_NBYTES):
-            _check_end(file, pos)
+            _check_end(area, pos)
             return
         if len(block) < BLOCK_NBYTES:
             raise CorruptError("truncated: the archive's end is missing. Get the file again", offset=pos)
         member = _member(block, pos, size)
         following = member.start + -(-member.nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
         if member.kind == "x":
-            size, as_stated = _pax(member, file, limits)
+            size, as_stated = _pax(member, area, limits)
         else:
             yield member if as_stated else replace(member, kind="x")
             size, as_stated = None, True
-        if following > file.size:
+        if following > area.nbytes:
             raise CorruptError(
-                f"truncated: the file has {file.size:,} bytes, {following:,} are expected up to the end of member "
+                f"truncated: the file has {area.nbytes:,} bytes, {following:,} are expected up to the end of member "
                 f"{member.name!r}. Get the file again",
                 offset=pos,
             )
@@ -109,11 +109,11 @@ def _member(block: bytes, pos: int, size: int | None) -> Member:
     )
 
 
-def _pax(member: Member, file: SourceFile, limits: Limits) -> tuple[int | None, bool]:
+def _pax(member: Member, area: ByteRange, limits: Limits) -> tuple[int | None, bool]:
     """The size that a pax header gives the next member, and whether all else stays as its own header states it."""
     if member.nbytes > limits.record_nbytes:
         raise LimitError("bytes of a pax header", limit=limits.record_nbytes, actual=member.nbytes)
-    data = file.read(member.start, min(member.nbytes, max(0, file.size - member.start)))
+    data = member.data(area).read()
     pos, size, as_stated = 0, None, True
     while pos < len(data):
         record = _RECORD.match(data, pos)
@@ -130,11 +130,11 @@ def _pax(member: Member, file: SourceFile, limits: Limits) -> tuple[int | None, 
     return size, as_stated
 
 
-def _check_end(file: SourceFile, pos: int) -> None:
-    left = file.size - pos
+def _check_end(area: ByteRange, pos: int) -> None:
+    left = area.nbytes - pos
     if left < 2 * BLOCK_NBYTES:
         raise CorruptError("truncated: the archive's end is cut off. Get the file again", offset=pos)
-    if left > _MAX_PADDING_NBYTES or any(file.read(pos, left)):
+    if left > _MAX_PADDING_NBYTES or any(area.read(pos, left)):
         raise AmbiguousError(
             f"{left:,} bytes follow the archive's last member that are no padding: some readers would go on there",
             offset=pos,

@@ -24,12 +24,12 @@ from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
-from ckptkit.formats.archives.zip_end import MAX16, MAX32, find_directory
+from ckptkit.formats.archives.zip_end import END, LOCATOR, MAX16, MAX32, find_directory
 from ckptkit.formats.archives.zip_record import Record, read_record
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
-__all__ = ["LOCAL_SIGNATURE", "Record", "read_directory", "read_record"]
+__all__ = ["LOCAL_SIGNATURE", "Record", "ends_like_a_zip", "read_directory", "read_record"]
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 """First bytes of a record, and so of an archive."""
@@ -93,7 +93,7 @@ def read_directory(file: SourceFile | ByteRange, limits: Limits = DEFAULT_LIMITS
         UnsupportedError: encryption, patches or a compression method other than deflate.
         LimitError: too many records, or too large a directory.
     """
-    area = ByteRange(file, 0, file.size) if isinstance(file, SourceFile) else file
+    area = file.whole if isinstance(file, SourceFile) else file
     offset, nbytes, count = find_directory(area)
     if count > limits.entries:
         raise LimitError("records in an archive", limit=limits.entries, actual=count)
@@ -103,6 +103,23 @@ def read_directory(file: SourceFile | ByteRange, limits: Limits = DEFAULT_LIMITS
     _check_names([record.name for record in listed])
     found = _located(area, sorted(listed), offset)
     return {record.name: found[record.name] for record in listed}
+
+
+def ends_like_a_zip(area: ByteRange) -> bool:
+    """Whether the last bytes are a zip archive's end record with a directory or a locator before it."""
+    size = area.nbytes
+    start = max(0, size - END.size - MAX16)
+    tail = area.read(start, size - start)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + END.size > len(tail):
+        return False
+    _, _, _, _, count, nbytes, _, comment_nbytes = END.unpack_from(tail, at)
+    if not count or at + END.size + comment_nbytes != len(tail):
+        return False
+    if tail[max(0, at - LOCATOR.size) :].startswith(b"PK\x06\x07"):
+        return True
+    directory = start + at - nbytes
+    return directory >= 0 and area.read(directory, 4) == CENTRAL_SIGNATURE
 
 
 def _check_names(names: list[str]) -> None:

@@ -17,6 +17,7 @@ from ckptkit.errors import UnknownFormatError
 from ckptkit.formats.archives.tar_header import is_header
 from ckptkit.formats.archives.zip_end import END, END64, LOCATOR
 from ckptkit.formats.format import Probe
+from ckptkit.formats.magic import OPAQUE
 from ckptkit.formats.refused.first_pickle import describe_pickle, is_pickle, unpacked
 from ckptkit.formats.refused.first_text import describe_text
 from ckptkit.formats.refused.other_zips import describe_zip
@@ -26,16 +27,8 @@ from ckptkit.report import count_of
 __all__ = ["kind_of", "unknown"]
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"\x1f\x8b", "gzip-compressed; decompress it first (gunzip, or tar -xzf for a .tar.gz)"),
-    (0, b"\xfd7zXZ\x00", "xz-compressed; decompress it first (unxz)"),
-    (0, b"\x5d\x00\x00", "lzma-compressed, it seems; decompress it first (unlzma)"),
-    (0, b"\x28\xb5\x2f\xfd", "zstd-compressed; decompress it first (unzstd)"),
-    (0, b"\x04\x22\x4d\x18", "lz4-compressed; decompress it first (unlz4)"),
-    (0, b"BZh", "bzip2-compressed; decompress it first (bunzip2)"),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
-    (0, b"Rar!\x1a\x07", "a RAR archive; unpack it first"),
+    *((0, signature, what) for signature, what in OPAQUE.items()),
     (0, b"PK\x05\x06", "an empty zip archive"),
-    (0, b"PK\x07\x08", "a part of a zip archive in several volumes; join them first"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras weights, .h5), no torch checkpoint; h5py reads it"),
     (4, b"TFL3", "a TensorFlow Lite model (.tflite), no torch checkpoint"),
     (4, b"ET12", "an ExecuTorch program (.pte): compiled for a device; convert the checkpoint it was exported from"),

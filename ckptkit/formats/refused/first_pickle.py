@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 
-from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import FormatError
-from ckptkit.formats.contents import Contents, scanned
+from ckptkit.formats.contents import Contents
 from ckptkit.formats.format import Probe
+from ckptkit.formats.magic import guess_pickle, scanned
 from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
@@ -20,11 +19,6 @@ __all__ = ["describe_pickle", "is_pickle", "unpacked"]
 
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """LONG1 0x1950a86a20f9469cfc6c and STOP: the first pickle of a file before torch 1.6."""
-
-_TEXT_PICKLE = re.compile(
-    rb"(?:\(?(?:dp|lp|tp)[0-9]+\n|\(?c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n|\(i[A-Za-z_][\w.]*\n|[\]}]q[\x00-\xff])"
-)
-"""How pickles of protocol 0 and 1 begin, which declare no protocol: a container or a name."""
 
 _WRITERS = (
     ("sklearn.", "pickle, of a scikit-learn model"),
@@ -39,8 +33,13 @@ _WRITERS = (
 
 
 def is_pickle(probe: Probe) -> bool:
-    """Whether the file begins like a pickle."""
-    return re.match(rb"\x80[\x01-\x05]", probe.head) is not None or _TEXT_PICKLE.match(probe.head) is not None
+    """Whether the file is a pickle, or several."""
+    guess = guess_pickle(probe.head, probe.file.size)
+    if guess != "maybe":
+        return guess is not None
+    contents = Contents(probe.limits)
+    contents.look("", probe.file.whole)
+    return bool(contents.pickles)
 
 
 def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
@@ -55,7 +54,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
         what = f"a Python pickle that cannot be read to its end ({error.message})"
     else:
         behind = Contents(probe.limits)
-        behind.look("", ByteRange(probe.file, pickle.end, probe.file.size - pickle.end))
+        behind.look("", probe.file.whole.part(pickle.end, probe.file.size - pickle.end))
         names = merge_uses(global_uses(pickle.globals), (use for use in behind.uses() if use.kind == "name"))
         what = f"a Python pickle of {_kind(pickle.root)}"
         if pickle.end < probe.file.size:

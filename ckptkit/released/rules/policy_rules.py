@@ -6,16 +6,18 @@ Adding one is a field of `Policy`, a function here and a line in `RULES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.checkpoint import GlobalUse, Trust, trust_of
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats import shards_of
-from ckptkit.formats.refused.inside import Inside
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
 from ckptkit.report import Severity, convert_command, count_of, human_size, listed
+
+if TYPE_CHECKING:
+    from ckptkit.formats.contents import Inside
 
 __all__ = ["RULES", "Rule", "pickle_violations", "rules_of", "violations"]
 

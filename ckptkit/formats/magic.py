@@ -1,0 +1,213 @@
+"""What bytes are, by the first of them: a pickle, compressed, an archive that is not read, code for a machine.
+
+A pickle need not declare itself.  CPython's unpicklers (``Lib/pickle.py``, ``Modules/_pickle.c``) take any opcode that
+needs nothing on the stack as the first one, and whoever means harm chooses it.  Many of these opcodes are letters, so a
+text can begin like a pickle: it is one where it comes to an end, or to a call, before the first byte that no unpickler
+takes.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.errors import CorruptError, FormatError, LimitError
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.pickling.inert import Global
+from ckptkit.pickling.reader import read_pickle
+from ckptkit.pickling.trust import global_uses
+
+__all__ = [
+    "DECLARED", "FIRST", "OPAQUE", "SCANNED_NBYTES", "PickleGuess", "calls", "guess_pickle", "is_compiled", "opaque",
+    "passes_over", "runs", "scanned",
+]  # fmt: skip
+
+PickleGuess = str | None
+"""``"pickle"``; ``"maybe"``: the first bytes do not tell; ``None``: it is none."""
+
+_WORD = rb"[A-Za-z_\x80-\xff][^\n\0 ]*"
+_SPACE = rb"[ \t\r\v\f]*"
+
+FIRST = re.compile(
+    rb"[(\]})NKMJGTUXBCV\x82-\x84\x88-\x8f\x95-\x97]|\x80[\x00-\x05]|S['\"]|I\n|P(?!K\x03\x04)"
+    rb"|c" + _WORD + rb"(?:\Z|\n(?:\Z|[A-Za-z_\x80-\xff]))"
+    rb"|[IL]" + _SPACE + rb"[+-]?[0-9]\w*" + _SPACE + rb"(?:\n|\Z)"
+    rb"|F" + _SPACE + rb"[+-]?(?:[0-9.][0-9.eE_+-]*|(?i:inf(?:inity)?|nan))" + _SPACE + rb"(?:\n|\Z)"
+)  # fmt: skip
+"""How a pickle can begin: opcodes that take nothing from the stack, with an argument that some unpickler takes."""
+
+DECLARED = re.compile(rb"\x80[\x00-\x05](?:\Z|" + FIRST.pattern + rb")")
+"""A pickle that says so: PROTO, with which they begin since protocol 2, and an opcode that may follow it."""
+
+_CALLED = re.compile(
+    rb"(?=[ci][\w.\x80-\xff]{1,255}\n[\w.\x80-\xff]{1,255}\n|(?:\x8c[\x01-\x64]|X[\x01-\x64]\0\0\0)[\w\x80-\xff])"
+)
+
+_NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
+
+_GLOBAL = re.compile(rb"[ci]([A-Za-z_][\w.]{0,100})\n([A-Za-z_][\w.]{0,100})\n")
+_TEXT = rb"(?:\x8c[\x01-\x64]|X[\x01-\x64]\0\0\0)([A-Za-z_][\w.]{0,99})(?:\x94|q.|r....|p[0-9]+\n)?"
+_STACK_GLOBAL = re.compile(_TEXT + _TEXT + rb"\x93", re.DOTALL)
+"""Names as they stand in a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
+
+_ANYWHERE = re.compile(rb"(?=" + _GLOBAL.pattern + rb")")
+"""Those of protocol 0 to 3 again, where the byte before one is taken for its beginning."""
+
+SCANNED_NBYTES = 8 << 20
+"""Bytes in which names are looked for where the pickle cannot be read."""
+
+_MAX_CALLS = 1000
+_CALL_OPCODES = 1000
+"""Places in bytes that cannot be read where a call is looked for, and opcodes from each of them on."""
+
+OPAQUE: dict[bytes, str] = {
+    b"\x1f\x8b": "gzip-compressed; decompress it first (gunzip, or tar -xzf for a .tar.gz)",
+    b"\xfd7zXZ\x00": "xz-compressed; decompress it first (unxz)",
+    b"\x5d\x00\x00": "lzma-compressed, it seems; decompress it first (unlzma)",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed; decompress it first (unzstd)",
+    b"\x04\x22\x4d\x18": "lz4-compressed; decompress it first (unlz4)",
+    b"BZh": "bzip2-compressed; decompress it first (bunzip2)",
+    b"LZIP": "lzip-compressed; decompress it first (lzip -d)",
+    b"\x1f\x9d": "LZW-compressed; decompress it first (uncompress)",
+    b"\x00\x01BLOSC": "blosc-compressed; decompress it first",
+    b"\xff\x06\x00\x00sNaPpY": "snappy-compressed; decompress it first",
+    b"ZF0x": "zlib-compressed by an old joblib; joblib.load reads it, and runs what it names",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
+    b"Rar!\x1a\x07": "a RAR archive; unpack it first",
+    b"PK\x07\x08": "a part of a zip archive in several volumes; join them first",
+    b"!<arch>\n": "an ar archive (a static library, a Debian package); unpack it first (ar x)",
+    b"MSCF\x00": "a cabinet archive; unpack it first",
+    b"070701": "a cpio archive; unpack it first",
+    b"hsqs": "a SquashFS image; unpack it first",
+}
+"""What may hold pickles and is not read, by its first bytes: what it is, and what to do."""
+
+_IS_OPAQUE = re.compile(b"|".join(map(re.escape, OPAQUE)))
+
+_COMPILED = re.compile(
+    rb"\x7fELF|MZ\x90\0|\xfe\xed\xfa[\xce\xcf]|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|\xbe\xba\xfe\xca|!<arch>\n"
+    rb"|\0asm|BC\xc0\xde|\xde\xc0\x17\x0b|\x50\xed\x55\xba|\x03\x02\x23\x07|\x07\x23\x02\x03|MTLB|dex\n"
+    rb"|__CLANG_OFFLOAD_BUNDLE__|.{4}ET1[0-9]|.{2}\r\n\0\0\0\0|(?:\s|//[^\n]*\n)*\.version\s+[0-9]+\.[0-9]+\s*\.target\s",
+    re.DOTALL,
+)
+"""ELF (with ``.cubin`` and ``.hsaco``), PE, Mach-O and Java, a static library, WebAssembly, LLVM's bitcode, CUDA's fat
+binaries, SPIR-V, Metal, Android, offload bundles, ExecuTorch, Python's bytecode, PTX."""
+
+_COMPILED_NAME = re.compile(
+    r".*\.(?:so(?:\.[0-9]+)*|dylib|dll|pyd|exe|cubin|fatbin|hsaco|ptx|metallib|spv|wasm|pte|pyc)",
+    re.IGNORECASE,
+)
+
+
+def opaque(head: bytes) -> str | None:
+    """What it is that may hold pickles and cannot be looked into; ``None``: it can, or is no container."""
+    found = _IS_OPAQUE.match(head)
+    if found is not None:
+        return OPAQUE[found[0]].partition(";")[0]
+    if head[:1] == b"\x78" and len(head) > 1 and int.from_bytes(head[:2], "big") % 31 == 0:  # RFC 1950
+        try:
+            zlib.decompressobj().decompress(head, 1)
+        except zlib.error:
+            return None
+        return "zlib-compressed"
+    return None
+
+
+def is_compiled(head: bytes, name: str) -> bool:
+    """Whether it is code compiled for a machine, by its magic number or by its name."""
+    return _COMPILED.match(head) is not None or _COMPILED_NAME.fullmatch(name) is not None
+
+
+def guess_pickle(head: bytes, size: int) -> PickleGuess:
+    """Whether a file is a pickle, by its first bytes.
+
+    Args:
+        head: the first `ckptkit.formats.format.HEAD_NBYTES`, or all there are.
+        size: of the file, in bytes.
+    """
+    if DECLARED.match(head):
+        return "pickle"
+    if FIRST.match(head) is None:
+        return None
+    wanted = False
+
+    def more(nbytes: int) -> bytes:
+        nonlocal wanted
+        wanted = nbytes < size
+        return b""
+
+    try:
+        pickle = read_pickle(head, more=more)
+    except FormatError as error:
+        if wanted or passes_over(error, head):
+            return "maybe"
+        return "pickle" if error.called or any(map(runs, error.globals)) else None
+    if pickle.end == size:
+        return "pickle"
+    is_open = pickle.globals or FIRST.match(head, pickle.end) or not head[pickle.end :].strip()
+    return "maybe" if is_open else None
+
+
+def passes_over(error: FormatError, data: bytes, start: int = 0) -> bool:
+    """Whether some unpickler may go on where a pickle could not be read further.
+
+    What is refused without being damaged is told by the error's type.  Beside that CPython takes lines of any length,
+    its unpickler in Python a frame that is cut off, and after a STOP whoever reads one pickle may read another.
+
+    Args:
+        error: of `read_pickle`.
+        data: the bytes, from ``start`` on.
+        start: the position that the error's offset counts from.
+    """
+    at = (error.offset or 0) - start
+    return type(error) is not CorruptError or data[at : at + 1] in (b".", b"\x95", b"c", b"I", b"L", b"F", b"p", b"g")
+
+
+def calls(data: bytes) -> bool:
+    """Whether a name that stands somewhere in the data is called there.
+
+    Raises:
+        LimitError: too much in it looks like a name.
+    """
+    limits = replace(DEFAULT_LIMITS, opcodes=_CALL_OPCODES)
+    for count, found in enumerate(_CALLED.finditer(data)):
+        if count == _MAX_CALLS:
+            raise LimitError("names in a pickle that cannot be read", limit=_MAX_CALLS, actual=count + 1)
+        try:
+            pickle = read_pickle(data, start=found.start(), limits=limits)
+        except FormatError as error:
+            if error.called or isinstance(error, LimitError):
+                return True
+        else:
+            if any(name.calls for name in pickle.globals):
+                return True
+    return False
+
+
+def scanned(data: bytes, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ...]:
+    """The names that stand in the bytes of a pickle, found without reading it.
+
+    Args:
+        data: the bytes.
+        known: names that were found by reading it as far as that goes; they are judged by what they are given.
+    """
+    data = data[:SCANNED_NBYTES]
+    found = Counter(_GLOBAL.findall(data) + _STACK_GLOBAL.findall(data))
+    hidden = Counter(_ANYWHERE.findall(data)) - found
+    names = []
+    for (module, name), count in (found + hidden).items():
+        made = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))
+        made.calls = count
+        names.append(made)
+    judged = {use.name for use in known}
+    likely = global_uses(names[: len(found)]) + tuple(filter(runs, global_uses(names[len(found) :])))
+    return tuple(use for use in likely if use.name not in judged)
+
+
+def runs(use: GlobalUse) -> bool:
+    """Whether what was read of a text as a pickle is a name that runs something."""
+    return use.verdict == "dangerous" and _NAME.fullmatch(use.name) is not None
