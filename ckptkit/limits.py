@@ -16,8 +16,8 @@ class Limits:
     """Bounds for one read of one file."""
 
     pickle_nbytes: int = 128 << 20
-    """Bytes of one pickle.  100,000 tensors take about 15 MiB; arrays pickled inline take more.  Text
-    takes up to four times its bytes in memory."""
+    """Bytes of one pickle, and of all together that nothing refers to.  100,000 tensors take about 15 MiB; arrays
+    pickled inline take more.  Text takes up to four times its bytes in memory."""
 
     opcodes: int = 10_000_000
     """Pickle instructions in one pickle.  A tensor takes about 35; this is some 280,000 tensors."""
@@ -75,10 +75,10 @@ class Limits:
     """Shards of one checkpoint.  The largest models known have under 1,000."""
 
     members: int = 50_000
-    """Members of an archive that is no checkpoint that are looked at for pickles.  Each takes some 50 microseconds."""
+    """Members of archives that are looked at for pickles alone.  Each takes some 50 microseconds."""
 
     looked_nbytes: int = 1 << 30
-    """Bytes of its members that are inflated, or read as pickles, for that: some seconds, and room on the disk."""
+    """Bytes that are inflated for that: some seconds, and room on the disk."""
 
     expanded_nbytes: int = 64 << 30
     """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real

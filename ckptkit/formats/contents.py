@@ -34,6 +34,7 @@ from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.magic import (
     DECLARED,
     FIRST,
+    PADDING,
     SCANNED_NBYTES,
     calls,
     guess_pickle,
@@ -42,7 +43,7 @@ from ckptkit.formats.magic import (
     passes_over,
     runs,
     scanned,
-)  # fmt: skip
+)
 from ckptkit.formats.pickle_row import PickleRow
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
@@ -67,7 +68,7 @@ _SCAN_NBYTES = 256 << 10
 
 _ARRAY = b"\x93NUMPY"
 _OF_OBJECTS = re.compile(rb"['\"]\|?O\d?['\"]")
-_MAY_BE_OBJECTS = re.compile(rb"(?<!f)[Oo\\]")
+_MAY_BE_OBJECTS = re.compile(rb"[Oo\\]")
 """In the header of an array, which Python evaluates: ``'|O'``, ``'object'``, ``'i4,O'`` and so on."""
 
 _LINKS = frozenset("123456")
@@ -92,7 +93,7 @@ class Contents:
         levels: archives that are opened inside one another; one of torch's is opened one level deeper.
 
     Attributes:
-        pickles: where they were found: names of records, a name as often as a pickle begins there.
+        pickles: where they were found: names of records, ``""`` for the file itself.
         beyond: what was not looked into, or not to its end, and why.
     """
 
@@ -246,7 +247,7 @@ class Contents:
                 left = scanned(rest, error.globals)
                 is_one = is_one or any(map(runs, left)) or calls(rest)
                 uses += left
-        is_whole = not rest.strip(b"\0 \t\r\n")
+        is_whole = not rest.strip(PADDING)
         if not is_one and not (is_whole and count):
             if isinstance(error, LimitError) and row.left > limits.pickle_nbytes:
                 raise error

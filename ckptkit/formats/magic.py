@@ -22,8 +22,8 @@ from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses
 
 __all__ = [
-    "DECLARED", "FIRST", "OPAQUE", "SCANNED_NBYTES", "PickleGuess", "calls", "guess_pickle", "is_compiled", "opaque",
-    "passes_over", "runs", "scanned",
+    "DECLARED", "FIRST", "OPAQUE", "PADDING", "SCANNED_NBYTES", "PickleGuess", "calls", "guess_pickle", "is_compiled",
+    "opaque", "passes_over", "runs", "scanned",
 ]  # fmt: skip
 
 PickleGuess = str | None
@@ -63,6 +63,9 @@ SCANNED_NBYTES = 8 << 20
 _MAX_CALLS = 1000
 _CALL_OPCODES = 1000
 """Places in bytes that cannot be read where a call is looked for, and opcodes from each of them on."""
+
+PADDING = b"\0 \t\r\n"
+"""Bytes that may follow a pickle and are none."""
 
 OPAQUE: dict[bytes, str] = {
     b"\x1f\x8b": "gzip-compressed; decompress it first (gunzip, or tar -xzf for a .tar.gz)",
@@ -148,7 +151,7 @@ def guess_pickle(head: bytes, size: int) -> PickleGuess:
         return "pickle" if error.called or any(map(runs, error.globals)) else None
     if pickle.end == size:
         return "pickle"
-    is_open = pickle.globals or FIRST.match(head, pickle.end) or not head[pickle.end :].strip()
+    is_open = pickle.globals or FIRST.match(head, pickle.end) or not head[pickle.end :].strip(PADDING)
     return "maybe" if is_open else None
 
 

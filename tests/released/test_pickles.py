@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 import pickle
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -22,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckptkit
+from ckptkit.checkpoint import trust_of
 from ckptkit.formats.contents import look_inside
 from ckptkit.formats.magic import guess_pickle
 from ckptkit.limits import Limits
@@ -124,6 +126,109 @@ def test_a_pickle_counts_whoever_wrote_it_and_wherever_it_lies(folder: Path, kin
         path.unlink()
 
 
+def bare(value: object, protocol: int) -> bytes:
+    """A pickle that does not declare its protocol."""
+    return pickle.dumps(value, protocol)[2:]
+
+
+def framed(value: object, nbytes: int = 0) -> bytes:
+    """One that begins with a frame, and may say that it has other bytes than there are."""
+    body = bare([value, "x" * 300], 4)
+    assert body[:1] == b"\x95"
+    return b"\x95" + struct.pack("<Q", nbytes) + body[9:] if nbytes else body
+
+
+def array_file(header: str, values: bytes) -> bytes:
+    data = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(data)) + data + values
+
+
+def npz(value: object) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, numbers=np.ones(9), objects=np.array([value, None], dtype=object))
+    return buffer.getvalue()
+
+
+ARRAY = "{'descr': %s, 'fortran_order': False, 'shape': (1,), }"
+
+HIDDEN: dict[str, Callable[[object], bytes]] = {
+    # What whoever writes it begins with.
+    "FRAME": framed,
+    "FRAME of bytes that are not there": lambda value: framed(value, 1 << 20),
+    "no PROTO, protocol 2": lambda value: bare(value, 2),
+    "no PROTO, protocol 3": lambda value: bare(value, 3),
+    "NONE": lambda value: b"N0" + bare(value, 2),
+    "NEWTRUE": lambda value: b"\x880" + bare(value, 3),
+    "EMPTY_SET": lambda value: b"\x8f0" + bare(value, 2),
+    "LONG1": lambda value: b"\x8a\x01\x010" + bare(value, 2),
+    "LONG4": lambda value: b"\x8b\x01\0\0\0\x010" + bare(value, 2),
+    "a large LONG4": lambda value: b"\x8b\0\x08\0\0" + bytes(2048) + b"0" + bare(value, 2),
+    "BINUNICODE8": lambda value: b"\x8d\x02" + bytes(7) + b"ab0" + bare(value, 2),
+    "BYTEARRAY8": lambda value: b"\x96\x02" + bytes(7) + b"ab0" + bare(value, 2),
+    "EXT1": lambda value: b"\x82\x010" + bare(value, 2),
+    "NEXT_BUFFER": lambda value: b"\x970" + bare(value, 2),
+    "PERSID": lambda value: b"Pid\n0" + pickle.dumps(value, 0),
+    "two PROTO": lambda value: b"\x80\x04" + pickle.dumps(value, 4),
+    "a long text": lambda value: b"X" + struct.pack("<I", 1 << 20) + bytes(1 << 20) + b"0" + bare(value, 2),
+    # Other readers go on where ours stops.
+    "a long number": lambda value: b"F0." + b"0" * 5000 + b"\n0" + pickle.dumps(value, 0),
+    "a number with zeros before it": lambda value: b"Np" + b"0" * 40 + b"1\n0" + pickle.dumps(value, 0),
+    "a number in base 16": lambda value: b"I 0x1\n0" + pickle.dumps(value, 0),
+    "a number of other letters": lambda value: b"F Infinity \n0" + pickle.dumps(value, 0),
+    "no number": lambda value: b"I\n0" + pickle.dumps(value, 0),
+    "several values": lambda value: b"NNN." + pickle.dumps(value, 4),
+    "arguments before DUP": lambda value: b"(S'x'\ntp1\n0N200" + pickle.dumps(value, 0),
+    "the letter of another name before it": lambda value: b"N2Kc00" + pickle.dumps(value, 0),
+    "breaks off, protocol 4": lambda value: bare([value], 4)[:-1] + b"\xff\xff",
+    # What it looks like.
+    "a program of ExecuTorch": lambda value: b"S'abET12'\n0" + pickle.dumps(value, 0),
+    "Python's bytecode": lambda value: b"C\x10\r\n" + bytes(14) + b"0" + bare(value, 3),
+    "a value, then a pickle": lambda value: b"N." + pickle.dumps(value, 4),
+    # Arrays, whose headers numpy evaluates.
+    "objects by another name": lambda value: array_file(ARRAY % "'object'", pickle.dumps(value, 2)),
+    "objects among others": lambda value: array_file(ARRAY % "'i4,O'", pickle.dumps(value, 0)),
+    "objects, escaped": lambda value: array_file(ARRAY % r"'\x4f'", pickle.dumps(value)),
+    "objects, far behind": lambda value: array_file(ARRAY % (" " * 900 + "'|O'"), pickle.dumps(value)),
+    "objects in records": lambda value: array_file(ARRAY % "[('a', '<f4'), ('b', '|O')]", pickle.dumps(value)),
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_a_pickle_is_found_however_it_begins_and_whatever_it_looks_like(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "notes.txt"
+    for place, pack in PLACES.items():
+        for value in (Runs(), Own()):
+            path.write_bytes(pack(HIDDEN[kind](value)))
+            inside = look_inside(str(path))
+            assert inside.pickles == (("" if place == "a file" else "some/where"),), place
+            worst = trust_of(inside.globals)
+            assert worst == "hostile" if isinstance(value, Runs) else (worst == "needs_trust" or inside.beyond), place
+            assert place != "a file" or kind.startswith("objects") or guess_pickle(path.read_bytes()[:512], 1 << 22)
+
+
+def test_archives_of_arrays_and_of_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    for content, pickles, trust in (
+        (npz(Runs()), ("objects.npy",), "hostile"),
+        (npz(Own()), ("objects.npy",), "needs_trust"),
+        (zipped(zipfile.ZIP_DEFLATED)(torchs(Runs())), ("some/where",), "hostile"),
+        (tarred(torchs(Own())), ("some/where",), "needs_trust"),
+    ):
+        path.write_bytes(content)
+        inside = look_inside(str(path))
+        assert (inside.pickles, inside.beyond) == (pickles, ())
+        assert trust_of(inside.globals) == trust
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_a_text_pickle_without_names_is_one(folder: Path, protocol: int) -> None:
+    for place, pack in PLACES.items():
+        for behind in (b"", b"\n", bytes(12)):
+            (folder / "x").write_bytes(pack(pickle.dumps({"a": 1}, protocol) + behind))
+            assert codes(ckptkit.check(folder, no_pickle=True)) == {"x": {"pickle-not-allowed"}}, place
+            assert ckptkit.check(folder, max_trust="safe").exit_code == 0
+
+
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "a file"])
 def test_a_checkpoint_in_an_archive_counts(folder: Path, place: str, is_zip: bool) -> None:
@@ -152,6 +257,10 @@ HARMLESS = [
     b"cat\ndog\nbird\n", b"cpu\ncuda\n", b"Copyright (c) 2026 somebody", b"N.B. this is a text\n", b"I am a text\n",
     b"If so\n", b"MIT License\n\nPermission\n", b"(c) 2026\n", b"[1, 2]\n", b"]\n", b"Version 3 of it\n", b"Some\n",
     b"False\n", b"The weights\n", b"}\n", b"Keras\n", b"Go\n", b"Usage: x\n", b"Xi\n", b"Bob\n", b"Load it\n", b"(dp\n",
+    b"cache\nbuild\n.venv\n", b"Mar. 2026\n", b"cat\ndog\n(three)\n", b"Notes\nmacos\nsystem\n",
+    b"Fix it\n", b"F1 score\n",
+    b"K-2 Black Spider\nmusic\nbooks\nNothing\n", b"I dance\nalone\nNever\n", b"Python\nnumpy\n", b"L01\nL02\n" * 900,
+    b"\x93NUMPY\x01\0v\0" + (ARRAY % "[('old', '<f4')]").encode().ljust(117) + b"\nN...", b"\x80\x02\x00\x3f" * 9,
     b"class Net:\n    def f(self):\n        pass\n", b"import os\nos.system\n", b"\x89PNG\r\n\x1a\n" + bytes(40),
     b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }" + b" " * 59 + b"\ncos\nsys\n",
 ]  # fmt: skip
@@ -188,6 +297,10 @@ BEYOND: dict[str, Callable[[bytes], bytes]] = {
     "zlib": zlib.compress,
     "zlib, best": lambda data: zlib.compress(data, 9),
     "zst": lambda data: b"\x28\xb5\x2f\xfd\x04\x00" + data,
+    "lz4": lambda data: b"\x04\x22\x4d\x18" + data,
+    "joblib": lambda data: zlib.compress(data, 3),
+    "an old joblib": lambda data: b"ZF0x19              " + zlib.compress(data),
+    "a Debian package": lambda data: b"!<arch>\n" + data,
     "7z": lambda data: b"7z\xbc\xaf\x27\x1c" + data,
     "rar": lambda data: b"Rar!\x1a\x07\x01\x00" + data,
     "encrypted": encrypted,
