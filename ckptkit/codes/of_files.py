@@ -135,9 +135,9 @@ CODES: dict[str, Explanation] = {
     # Programs.
     "not-looked-into": Explanation(
         "what may hold a pickle or a program, and could not be looked into",
-        "Archives are looked into one level and within bounds. What is compressed, encrypted, too large, or an "
-        "archive inside an archive, or damaged, may hold anything, so nobody vouches for the file. In `check`, with "
-        "--no-pickle or --max-trust, a file that is no checkpoint has then neither passed nor failed: the exit code is 2.",
+        "Archives are looked into one level and within bounds. What is compressed, encrypted, damaged, too large or "
+        "an archive inside an archive may hold anything, so nobody vouches for the file. In `check`, with --no-pickle "
+        "or --max-trust, a file that is no checkpoint has then neither passed nor failed: the exit code is 2.",
         "Unpack it and check what is in it, or take it out of what is released. Converting a checkpoint writes only "
         "what it uses: ckptkit convert FILE OUT.safetensors",
     ),
