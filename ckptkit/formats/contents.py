@@ -240,14 +240,14 @@ class Contents:
             is_one = is_one or error.called or any(map(runs, error.globals))
             if is_one:
                 uses += scanned(rest, error.globals)
-            elif passes_over(error, rest, row.pos):
+            elif passes_over(error, rest, row.left, row.pos):
                 left = self._behind(row.source.part(row.pos, row.left), error)
                 is_one = left is not None
                 uses += left or ()
+                if not is_one and isinstance(error, LimitError):
+                    raise error
         is_whole = not rest.strip(PADDING)
         if not is_one and not (is_whole and count):
-            if isinstance(error, LimitError):
-                raise error
             return False
         self.pickles.append(name)
         self._uses.extend(replace(use, where=(name,) if name else ()) for use in uses)

@@ -148,7 +148,7 @@ def guess_pickle(head: bytes, size: int) -> PickleGuess:
     try:
         pickle = read_pickle(head, more=more)
     except FormatError as error:
-        if wanted or passes_over(error, head):
+        if wanted or passes_over(error, head, size):
             return "maybe"
         return "pickle" if error.called or any(map(runs, error.globals)) else None
     if pickle.end == size:
@@ -173,7 +173,7 @@ def is_plain(data: bytes) -> bool:
     return at == len(data) - 1 and data.endswith(b".")
 
 
-def passes_over(error: FormatError, data: bytes, start: int = 0) -> bool:
+def passes_over(error: FormatError, data: bytes, size: int, start: int = 0) -> bool:
     """Whether some unpickler may go on where a pickle could not be read further.
 
     What is refused without being damaged is told by the error's type.  Beside that CPython takes lines of any length,
@@ -181,10 +181,13 @@ def passes_over(error: FormatError, data: bytes, start: int = 0) -> bool:
 
     Args:
         error: of `read_pickle`.
-        data: the bytes, from ``start`` on.
+        data: the first bytes, from ``start`` on.
+        size: how many there are.
         start: the position that the error's offset counts from.
     """
-    at = (error.offset or 0) - start
+    at = max(0, (error.offset or 0) - start)
+    if data[at : at + 1] == b"\x8b":  # LONG4, whose bytes must be there
+        return 0 <= int.from_bytes(data[at + 1 : at + 5], "little", signed=True) <= size - at
     return type(error) is not CorruptError or data[at : at + 1] in (b".", b"\x95", b"c", b"I", b"L", b"F", b"p", b"g")
 
 
