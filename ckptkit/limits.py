@@ -78,7 +78,7 @@ class Limits:
     """Members of archives that are looked at for pickles alone.  Each takes some 50 microseconds."""
 
     looked_nbytes: int = 1 << 30
-    """Bytes that are inflated for that: some seconds, and room on the disk."""
+    """Bytes that are inflated for that, or searched for names: some seconds, and room on the disk."""
 
     expanded_nbytes: int = 64 << 30
     """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real

@@ -36,9 +36,10 @@ from ckptkit.formats.magic import (
     FIRST,
     PADDING,
     SCANNED_NBYTES,
-    calls,
+    attempts,
     guess_pickle,
     is_compiled,
+    is_plain,
     opaque,
     passes_over,
     runs,
@@ -63,8 +64,8 @@ _SMALL_NBYTES = 8 << 20
 _LEAST_NBYTES = 2048
 """Bytes that reading a pickle counts for at least: so many small ones take some seconds, too."""
 
-_SCAN_NBYTES = 256 << 10
-"""And what looking for names in one that cannot be read counts for beside its bytes."""
+_ATTEMPTS = 20_000
+"""Names in what cannot be read of which it is asked whether they are called."""
 
 _ARRAY = b"\x93NUMPY"
 _OF_OBJECTS = re.compile(rb"['\"]\|?O\d?['\"]")
@@ -76,12 +77,6 @@ _LINKS = frozenset("123456")
 
 _LIST = re.compile(rb"c[^\n]*\n[^\n]*\n\.[^\n]")
 """A list of words, the third of which begins with a dot (``.gitignore``), is a pickle of a name, too."""
-
-_DATA = re.compile(
-    rb"(?:K.|M..|J....|q.|h.|r....|j....|[N()t\]}aelsud0R\x85-\x89\x94]|ctorch\.jit\._pickle\nbuild_[a-z]+\n){0,1000}",
-    re.DOTALL,
-)
-"""Opcodes of numbers and containers, and what TorchScript's own unpickler makes lists of."""
 
 
 class Contents:
@@ -103,8 +98,9 @@ class Contents:
         self._limits = limits
         self._levels = levels
         self._members_left = limits.members
-        self._inflated_left = limits.looked_nbytes
+        self._looked_left = limits.looked_nbytes
         self._pickled_left = limits.pickle_nbytes
+        self._attempts_left = _ATTEMPTS
         self._uses: list[GlobalUse] = []
 
     def uses(self) -> tuple[GlobalUse, ...]:
@@ -174,9 +170,9 @@ class Contents:
             return held
         if not held.deflated:
             return held.data
-        if held.nbytes > self._inflated_left:
+        if held.nbytes > self._looked_left:
             raise LimitError("bytes once inflated", limit=self._limits.looked_nbytes, actual=held.nbytes)
-        self._inflated_left -= held.nbytes
+        self._looked_left -= held.nbytes
         if max(held.nbytes, held.data.nbytes) <= _SMALL_NBYTES:
             return _Held(read_record(held, _SMALL_NBYTES), held.data.file.path).whole
         try:
@@ -215,7 +211,7 @@ class Contents:
             raise LimitError("bytes of pickles", limit=self._limits.pickle_nbytes, actual=area.nbytes)
         limits = replace(self._limits, pickle_nbytes=self._pickled_left)
         row = PickleRow(area, limits)
-        if declared and _is_data(row):
+        if declared and 2 < area.nbytes <= SCANNED_NBYTES and area.read(0, 2) == b"\x80\x02" and is_plain(area.read()):
             self.pickles.append(name)
             return True
         is_list = not declared and _LIST.match(row.source.read(0, min(row.left, _HEAD_NBYTES))) is not None
@@ -242,15 +238,16 @@ class Contents:
         if error is not None:
             uses += error.globals
             is_one = is_one or error.called or any(map(runs, error.globals))
-            if is_one or passes_over(error, rest, row.pos):
-                self._pickled_left -= len(rest) + _SCAN_NBYTES
-                left = scanned(rest, error.globals)
-                is_one = is_one or any(map(runs, left)) or calls(rest)
-                uses += left
+            if is_one:
+                uses += scanned(rest, error.globals)
+            elif passes_over(error, rest, row.left, row.pos):
+                left = self._behind(row.source.part(row.pos, row.left), error)
+                is_one = left is not None
+                uses += left or ()
+                if not is_one and isinstance(error, LimitError):
+                    raise error
         is_whole = not rest.strip(PADDING)
         if not is_one and not (is_whole and count):
-            if isinstance(error, LimitError) and row.left > limits.pickle_nbytes:
-                raise error
             return False
         self.pickles.append(name)
         self._uses.extend(replace(use, where=(name,) if name else ()) for use in uses)
@@ -258,6 +255,23 @@ class Contents:
             what = f"{row.left:,} bytes behind a pickle" if count else "a pickle that cannot be read to its end"
             self.unread(name, what if error is None else f"{what}: {error.message}")
         return True
+
+    def _behind(self, area: ByteRange, error: FormatError) -> tuple[GlobalUse, ...] | None:
+        """The names in what some unpickler may go on reading; ``None``: none of them runs something or is called."""
+        self._looked_left -= area.nbytes
+        if self._looked_left < 0 or area.nbytes > self._limits.pickle_nbytes:
+            raise LimitError("bytes behind what is refused", limit=self._limits.pickle_nbytes, actual=area.nbytes)
+        data = area.read()
+        names = scanned(data, error.globals)
+        if any(map(runs, names)):
+            return names
+        for is_called in attempts(data):
+            self._attempts_left -= 1
+            if self._attempts_left < 0:
+                raise LimitError("names behind what is refused", limit=_ATTEMPTS, actual=_ATTEMPTS + 1)
+            if is_called:
+                return names
+        return None
 
     def _members(self, name: str, area: ByteRange) -> Iterator[tuple[str, ByteRange]]:
         for member in read_members(area, self._limits, self._limits.members):
@@ -308,25 +322,6 @@ class _Held(SourceFile):
     def read(self, offset: int, nbytes: int) -> bytes:
         """As `SourceFile.read`; a `ByteRange` asks for nothing that is not there."""
         return self._data[offset : offset + nbytes]
-
-
-def _is_data(row: PickleRow) -> bool:
-    """Whether a record is one pickle of numbers, texts and containers.
-
-    As those are that TorchScript keeps for debugging, by the thousand: to go from text to text takes a tenth of the
-    time that reading them does.
-    """
-    if row.left > SCANNED_NBYTES or row.source.read(0, min(2, row.left)) != b"\x80\x02":
-        return False
-    data = row.source.read()
-    at, before = 2, 0
-    while at > before:
-        before = at
-        found = _DATA.match(data, at)
-        at = found.end() if found is not None else at
-        if data[at : at + 1] == b"X":
-            at += 5 + int.from_bytes(data[at + 1 : at + 5], "little")
-    return at == len(data) - 1 and data.endswith(b".")
 
 
 # Of files that were refused.

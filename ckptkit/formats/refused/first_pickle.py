@@ -9,7 +9,7 @@ from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import FormatError
 from ckptkit.formats.contents import Contents
 from ckptkit.formats.format import Probe
-from ckptkit.formats.magic import guess_pickle, scanned
+from ckptkit.formats.magic import SCANNED_NBYTES, guess_pickle, scanned
 from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
@@ -50,7 +50,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     try:
         pickle = read_pickle(data, limits=probe.limits)
     except FormatError as error:
-        names = merge_uses(error.globals, scanned(data, error.globals))
+        names = merge_uses(error.globals, scanned(data[:SCANNED_NBYTES], error.globals))
         what = f"a Python pickle that cannot be read to its end ({error.message})"
     else:
         behind = Contents(probe.limits)
