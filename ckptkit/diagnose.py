@@ -70,7 +70,7 @@ def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
     """The reader's findings and every diagnosis, gravest first."""
     contents = _contents(checkpoint)
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
-    if checkpoint.part is not None:  # what would mend the whole is refused for a part
+    if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
     order = {"error": 0, "warning": 1, "info": 2}
     return tuple(sorted(found, key=lambda finding: order[finding.severity]))

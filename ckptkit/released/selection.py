@@ -81,7 +81,7 @@ def select(
         relative_to: the folder that names are relative to.
         skip_others: whether files that are named and no checkpoint are passed over, as those of folders are.
         whole: whether a shard that is named stands for all, where its index lies beside it.
-        known: names of files that stand for themselves.
+        known: names of files that no index stands for, since they are known by their own.
         manifest: the file that says what they must be, which is none of them.
         every_pickle: whether outputs that ckptkit did not complete are taken for what is in them.
 
