@@ -431,7 +431,7 @@ def damaged(path: Path, record: str, at: int, mask: int) -> None:
 
 
 def test_damage_shows_when_the_bytes_are_asked_for(save: Save) -> None:
-    path = repacked(save({"w": torch.randint(0, 9, (500,))}), deflate=True)
+    path = repacked(save({"w": torch.arange(500) * 7919 % 9}), deflate=True)
     noise = random.Random(0)
     refused = 0
     for _ in range(40):
