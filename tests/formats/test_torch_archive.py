@@ -431,17 +431,23 @@ def damaged(path: Path, record: str, at: int, mask: int) -> None:
 
 
 def test_damage_shows_when_the_bytes_are_asked_for(save: Save) -> None:
-    path = repacked(save({"w": torch.arange(500) * 7919 % 9}), deflate=True)
+    values = torch.arange(500) * 7919 % 9
+    path = repacked(save({"w": values}), deflate=True)
     noise = random.Random(0)
     refused = 0
     for _ in range(40):
         at, mask = noise.randrange(100), 1 << noise.randrange(8)
         damaged(path, "model/data/0", at, mask)
-        with ckptkit.open(path) as file, pytest.raises(CorruptError, match="record 'model/data/0'"):
-            tensors(file.state_dict)
-        refused += 1
+        with ckptkit.open(path) as file:
+            try:
+                found = tensors(file.state_dict)["w"]
+            except CorruptError as error:
+                assert "record 'model/data/0'" in str(error)
+                refused += 1
+            else:  # a bit that inflating takes no notice of: of the code of a byte that does not occur
+                assert torch.equal(found, values)
         damaged(path, "model/data/0", at, mask)
-    assert refused == 40
+    assert refused > 30
 
 
 def test_a_size_no_deflated_bytes_could_have(save: Save) -> None:
