@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Any
 
 from ckptkit.errors import VerifyError
@@ -41,6 +40,8 @@ def device_problem(given: str) -> str | None:
     kind = found[1] if found else given.partition(":")[0].strip().lower()
     types = (*DEVICE_TYPES, *_ELSEWHERE)
     if kind not in types:
+        from difflib import get_close_matches  # every command starts faster without
+
         near = _MEANT.get(kind) or next(iter(get_close_matches(kind, DEVICE_TYPES, n=1)), None)
         meant = f"did you mean {near!r}?" if near else "expected 'cpu', 'cuda:0', 'mps' or the like"
         return f"{given!r:.80} is not a device location; {meant}"
