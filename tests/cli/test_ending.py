@@ -177,8 +177,9 @@ def at_work(folder: Path, **more: Any) -> subprocess.Popen[bytes]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGHUP, 1)]
+)
 def test_a_signal_is_128_and_its_number(folder: Path, number: signal.Signals, times: int) -> None:
     with at_work(folder) as process:
         for _ in range(times):
