@@ -234,6 +234,8 @@ class Contents:
                 count += 1
             read = row.pos if error is None else (error.offset or row.pos)
             self._pickled_left -= max(read - start, _LEAST_NBYTES)
+            if isinstance(error, LimitError):  # one pickle took what a whole file may
+                self._pickled_left = 0
         rest = row.source.read(row.pos, min(row.left, SCANNED_NBYTES)) if count != most else b""
         if error is not None:
             uses += error.globals

@@ -27,6 +27,7 @@ from ckptkit.checkpoint import trust_of
 from ckptkit.formats.contents import look_inside
 from ckptkit.formats.magic import guess_pickle
 from ckptkit.limits import Limits
+from ckptkit.pickling import reader
 from ckptkit.released.results import CheckReport
 
 
@@ -410,3 +411,15 @@ def test_the_metadata_of_a_sharded_checkpoint_is_a_pickle_too(folder: Path) -> N
     report = ckptkit.check(folder, no_pickle=True)
     assert (report.exit_code, codes(report)) == (2, {".metadata": {"file-unreadable", "pickle-not-allowed"}})
     assert ckptkit.check(folder).exit_code == 2
+
+
+def test_pickles_without_end_are_left_after_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "many.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(5):
+            archive.writestr(str(number), b"N0" * 5000)
+    runs: list[int] = []
+    real = reader._run
+    monkeypatch.setattr(reader, "_run", lambda machine: runs.append(1) or real(machine))
+    found = look_inside(str(tmp_path / "many.zip"), Limits(opcodes=1000))
+    assert [name for name, _ in found.beyond] == ["0", "1", "2", "3", "4"]
+    assert len(runs) < 10  # the first, and the first bytes of each
