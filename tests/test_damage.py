@@ -231,7 +231,9 @@ def test_a_file_that_was_edited_in_place(save: SaveAs) -> None:
         source = file.state_dict["w"].storage.source
     start = record_at(path, "data/0")[0]
     assert (source.offset, source.nbytes) == (start, 4000)
-    mapped = torch.load(path, mmap=True)  # a private mapping: torch's own shared one needs set_default_mmap_options
+    mapped = torch.load(
+        str(path), mmap=True
+    )  # a private mapping: torch's own shared one needs set_default_mmap_options
     assert torch.equal(mapped["w"], torch.zeros(1000))
     with path.open("r+b") as opened:
         opened.seek(start)
@@ -287,6 +289,8 @@ def test_big_endian_and_unrecorded(save: SaveAs, tmp_path: Path) -> None:
     flipped(tmp_path / "big.pth", 0)
     with pytest.raises(CorruptError, match="tensor 'w'"):
         ckptkit.load_state_dict(tmp_path / "big.pth")
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        return  # this torch records every checksum
     torch.serialization.set_crc32_options(False)
     try:
         bare = flipped(save({"w": torch.ones(10)}, "bare.pth"), 0)

@@ -306,6 +306,7 @@ def test_unfinished_outputs_and_folders_of_git(tmp_path: Path) -> None:
     assert survey(tmp_path).passed_over == {"unfinished ckptkit output": 4, ".git folder": 1}
 
 
+@pytest.mark.skipif(not hasattr(dcp, "save"), reason="this torch has no torch.distributed.checkpoint.save (2.2)")
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_of_torch_distributed_checkpoint_is_not_silently_passed_over(tmp_path: Path) -> None:
     dcp.save({"model": WEIGHTS}, checkpoint_id=tmp_path / "step")

@@ -41,8 +41,12 @@ def spread() -> Iterator[Spread]:
         from torch.distributed._shard.sharded_tensor import ShardedTensor
         from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
         from torch.distributed._shard.sharding_spec import ShardMetadata
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+        try:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+        except ImportError:
+            pytest.skip(f"torch {torch.__version__} has DTensor elsewhere; its public place is of 2.5")
 
         dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         try:
