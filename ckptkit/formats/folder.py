@@ -28,11 +28,11 @@ from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFi
 from ckptkit.formats.archives.zip_archive import ends_like_a_zip
 from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.format import Probe
-from ckptkit.formats.shards.names import INDEX_SUFFIXES
+from ckptkit.formats.shards.names import INDEX_SUFFIXES, indexes_in
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
-__all__ = ["Found", "Survey", "Surveyor", "indexes_in", "nothing_in", "says_checkpoint", "told"]
+__all__ = ["Found", "Survey", "Surveyor", "indexes_by_shard", "nothing_in", "says_checkpoint", "told"]
 
 UNFINISHED = "unfinished ckptkit output"
 
@@ -99,15 +99,11 @@ def says_checkpoint(name: str) -> bool:
     return name.endswith(_PLAIN_SUFFIXES) or name.endswith(_TARRED_SUFFIXES)
 
 
-def indexes_in(folder: str) -> dict[str, str]:
-    """The indexes of a folder, by the names of those of their shards that lie in it."""
+def indexes_by_shard(folder: str) -> dict[str, str]:
+    """The paths of a folder's indexes, by the names of those of their shards that lie in it."""
     from ckptkit.formats.sharded import shard_names
 
-    try:
-        names = [name for name in os.listdir(folder or os.curdir) if name.endswith(".index.json")]
-    except OSError:
-        return {}
-    indexes = [os.path.join(folder, name) for name in sorted(names, reverse=True)]
+    indexes = [os.path.join(folder, name) for name in reversed(indexes_in(folder))]
     return {shard: index for index in indexes for shard in shard_names(index) if "/" not in shard}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.errors import CkptkitError, FileAccessError
-from ckptkit.formats.folder import Surveyor, indexes_in
+from ckptkit.formats.folder import Surveyor, indexes_by_shard
 from ckptkit.transfer.names import is_temporary_name
 
 __all__ = ["Selected", "Selection", "name_of", "select"]
@@ -106,7 +106,7 @@ def select(
         if whole and name_of(path, relative_to) not in known:
             folder, name = os.path.split(path)
             if folder not in indexes:
-                indexes[folder] = indexes_in(folder)
+                indexes[folder] = indexes_by_shard(folder)
             index = indexes[folder].get(name)
         if index is not None:
             shards.setdefault(index, []).append(path)

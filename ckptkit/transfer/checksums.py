@@ -51,7 +51,7 @@ class Damage(NamedTuple):
 
 
 def damage_of(storage: Storage, crc: int) -> Damage | None:
-    """The damage of a storage whose bytes have this CRC-32; ``None``: there is none, or nothing was recorded."""
+    """The damage of a storage whose bytes have this CRC-32; ``None`` where it is sound, or has no recorded checksum."""
     if storage.crc32 is None or crc == storage.crc32:
         return None
     return Damage(storage, f"the bytes have CRC-32 {crc:08x}, recorded is {storage.crc32:08x}: the file is damaged")
