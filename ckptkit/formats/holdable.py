@@ -14,7 +14,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import beside_weights
-from ckptkit.normalize.parts import wrapped_text
+from ckptkit.normalize.not_plain import describe_value
 from ckptkit.normalize.sections import brief
 from ckptkit.report import glob_of, listed
 
@@ -58,7 +58,8 @@ def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _values(checkpoint: Checkpoint) -> Iterator[str]:
     extra = checkpoint.state_dict.extra
-    wrapped = {name: value for name, value in extra.items() if wrapped_text(value) is not None}
+    kinds = {name: described.kind for name, value in extra.items() if (described := describe_value(value)) is not None}
+    wrapped = {name: value for name, value in extra.items() if kinds.get(name) == "wrapper"}
     others = {name: value for name, value in extra.items() if name not in wrapped}
     if wrapped:
         yield f"tensors of other classes ({_kinds(wrapped)}), which the program that made them turns into plain ones"

@@ -31,7 +31,7 @@ from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import Finding, count_of
 
-__all__ = ["CODE", "WHOLE", "part_findings", "part_in", "require_whole", "told", "way_out", "wrapped_text"]
+__all__ = ["CODE", "WHOLE", "part_findings", "part_in", "require_whole", "spread_text", "told", "way_out"]
 
 CODE = "part-of-a-checkpoint"
 
@@ -300,19 +300,10 @@ def _sharded(state: object) -> _Spread:
     return _Spread(not is_whole, f"{len(tensors)} of {count_of(count, 'shard')}", rank, count)
 
 
-def wrapped_text(node: object) -> str | None:
-    """A tensor of a class that wraps others, in a few words; ``None``: it is none.
-
-    ``"DTensor [11, 6] float32, Shard(0) of 2"``, ``"Int8Tensor [64, 32] bfloat16"``.
-    """
-    if isinstance(node, Object) and node.class_name.startswith("torch._utils._rebuild_parameter") and node.args:
-        node = node.args[0]
-    wrapped = wrapped_tensor(node)
-    if wrapped is None:
-        return None
+def spread_text(node: object) -> str:
+    """How a tensor is spread over processes: ``"Shard(0) of 2"``, ``"1 of 4 shards"``; empty where it is not."""
     spread = _spread(node)
-    how = f", {spread.how}" if spread is not None and spread.how else ""
-    return f"{wrapped.cls.name.rpartition('.')[2]:.40} {list(wrapped.shape)!s:.60} {wrapped.dtype}{how:.60}"
+    return "" if spread is None else spread.how
 
 
 # What is told, and the gate.

@@ -40,7 +40,7 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import Object, attributes, children, mapping_items, walk
+from ckptkit.pickling.inert import Global, Object, attributes, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "above_tensors", "brief", "is_plain", "join", "step"]
@@ -316,14 +316,19 @@ def step(key: object) -> str:
 
 def brief(node: object) -> str:
     """A node in a message: some 60 characters, and never what is below it."""
+    if isinstance(node, tuple) and 0 < len(node) < 4 and any(map(is_tensor_like, node)):  # packed: weight and bias
+        return f"({', '.join(brief(part) if is_tensor_like(part) else '...' for part in node)})"
     if isinstance(node, (list, tuple)):
         return f"<{type(node).__name__} of {len(node)}>"
     if isinstance(node, TensorEntry):
         return f"<{node.dtype} tensor {list(node.shape)}>"
     if isinstance(node, Storage):
         return f"<storage {node.key[:40]!r}>"
+    if isinstance(node, Global):
+        return f"{node.qualified:.60}"
     if isinstance(node, Object):
-        from ckptkit.normalize.parts import wrapped_text
+        from ckptkit.normalize.not_plain import describe_value
 
-        return wrapped_text(node) or f"{node!r:.60}"
+        value = describe_value(node)
+        return f"{node!r:.60}" if value is None else value.text
     return f"{node[:60] if isinstance(node, (str, bytes, bytearray)) else node!r:.60}"
