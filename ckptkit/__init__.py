@@ -21,7 +21,7 @@ files against; `digests` says when two files hold the same tensors.
 Bytes that have to be made before they can be moved are `derived`, and `casting` is
 what one way of making them computes.  Inside `formats` stand the containers, one module each; `archives`
 are zip and tar as such, `folder` says what lies in a folder, `contents` what pickles and programs stand in bytes that
-no reader reads, and `refused` is what is said of files that are no checkpoint.
+no reader reads, and `refused` is what is said of files that are not checkpoints.
 No room has the name of a public function: importing it would put the module in the function's
 place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 """

@@ -351,7 +351,7 @@ def manifest(
     Raises:
         DestinationExistsError: it exists, and neither ``update`` nor ``force`` is given.
         FileAccessError: a file cannot be read, is not below the manifest's folder, or there is none.
-        FormatError: a file is no checkpoint, or the manifest to update is none.
+        FormatError: a file is not a checkpoint, or the manifest to update is none.
     """
     from ckptkit.released.manifests.at_path import make_at
 
@@ -513,7 +513,7 @@ def check(
             and whatever else lies in the folders it was made of.  An index stands for its shards, and a shard for
             all of them where its index lies beside it.
         manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
-        config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here goes before it.
+        config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here wins over it.
         no_pickle: whether a file may hold no pickle at all.
         max_trust: the most a loader may have to be trusted with: ``"safe"`` or ``"needs_trust"``.
         require_format: the containers that files may be.
@@ -535,7 +535,7 @@ def check(
 
     Returns:
         A report whose findings name path, rule, expected and found, and whose ``passed_over`` counts by kind the
-        files that are no checkpoint.  What could not be read or checked is in it
+        files that are not checkpoints.  What could not be read or checked is in it
         too: ``exit_code`` is that of ``ckptkit check``.
 
     Raises:

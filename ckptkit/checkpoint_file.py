@@ -179,7 +179,7 @@ def open(  # noqa: A001 - the name users expect
 
     Raises:
         FileAccessError: the file cannot be opened.
-        FormatError: it is no checkpoint, or damaged.
+        FormatError: it is not a checkpoint, or damaged.
         SectionError: there is no such section.
     """
     return CheckpointFile(*formats.read(path, section=section, ignore_checksums=ignore_checksums))

@@ -16,9 +16,10 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import is_plain, step
+from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
-from ckptkit.report import Finding, convert_command, count_of, human_size, listed
+from ckptkit.report import Finding, convert_command, count_of, human_size, listed, share_of
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
 
@@ -53,14 +54,6 @@ _PIPELINES = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", 
 """How names in adapters of diffusion pipelines begin."""
 
 _EMBEDDING = re.compile(r"<[^<>]+>|emb_params|clip_[lg]")
-
-_DATA = frozenset({
-    "attention_mask", "batch", "data", "edge_attr", "edge_index", "features", "image", "images", "input", "input_ids",
-    "inputs", "label", "labels", "mask", "masks", "output", "outputs", "pos", "sample", "samples", "target", "targets",
-    "test", "test_mask", "token_type_ids", "train", "train_mask", "val", "val_mask", "x", "x_test", "x_train", "y",
-    "y_test", "y_train",
-})  # fmt: skip
-"""Names of the tensors in data sets; no module would have all of its parameters called so."""
 
 _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
@@ -159,8 +152,8 @@ def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     yield Finding(
         code="module-prefix",
         severity="warning",
-        message=f"{carrying} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{prefix}`) that the bare "
-        "model lacks",
+        message=f"{share_of(carrying, len(names), 'name', 'carries', 'carry')} a wrapper's prefix (`{prefix}`) that "
+        "the bare model lacks",
         fix=_extract(checkpoint, "--strip-module"),
     )
 
@@ -194,7 +187,7 @@ def _not_a_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding
     elif is_embedding or (0 < len(names) <= 2 and all(map(_EMBEDDING.fullmatch, names))):
         what = "a textual inversion, the embedding of a new word for a text encoder"
         fix = f"pipeline.load_textual_inversion({path!r})  # of diffusers"
-    elif names and all(name.lower() in _DATA for name in names):
+    elif are_data(names):
         what, fix = "by their names a data set, not weights", f"data = ckptkit.load_state_dict({path!r})"
     yield Finding(code="not-a-model", severity="info", message=f"names and tensors, no model: {what}", fix=fix)
 
@@ -255,8 +248,8 @@ def _order(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         yield Finding(
             code="not-contiguous",
             severity="info",
-            message=f"{len(moved)} of {count_of(len(checkpoint.state_dict), 'tensor')} are not contiguous but "
-            f"transposed, sliced or expanded views, such as {moved[0]!r:.80}",
+            message=f"{share_of(len(moved), len(checkpoint.state_dict), 'tensor', 'is', 'are')} not contiguous: "
+            f"transposed, sliced or expanded, such as {moved[0]!r:.80}",
         )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "listed",
     "parse_size",
     "printable",
+    "share_of",
     "worst",
 ]
 
@@ -91,6 +92,11 @@ class Report:
     def ok(self) -> bool:
         """Whether no finding has severity ``"error"``."""
         return worst(self.findings) != "error"
+
+    def __repr__(self) -> str:
+        codes = listed(dict.fromkeys(f.code for f in self.findings if f.severity == "error"), 3)
+        state = f"failed: {codes}" if codes else f"ok, {count_of(len(self.findings), 'finding')}"
+        return f"<{type(self).__name__}: {state}>"
 
     def raise_if_failed(self) -> None:
         """Raise when the report is not ok.
@@ -186,6 +192,18 @@ def count_of(count: int, thing: str, *verb: str) -> str:
         ending = "es" if thing.endswith(("s", "x", "sh", "ch")) else "s"
         thing = thing[:-1] + "ies" if is_y else thing + ending
     return " ".join((f"{count:,} {thing}", *verb[count != 1 :][:1]))
+
+
+def share_of(part: int, count: int, thing: str, *verb: str) -> str:
+    """How many of all: ``"1 of 5 tensors is"``, ``"2 of 5 tensors are"``; the verb is the part's.
+
+    Args:
+        part: how many.
+        count: of how many.
+        thing: one of them.
+        verb: what follows, of one and of several: ``"is", "are"``.
+    """
+    return " ".join((f"{part:,} of {count_of(count, thing)}", *verb[part != 1 :][:1]))
 
 
 def listed(things: Iterable[str], most: int = 5, *, total: int | None = None, between: str = ", ") -> str:

@@ -340,5 +340,5 @@ def _registered(storage: Storage, memory: torch.UntypedStorage, location: str) -
             f'{location!r} on this machine ({device_problem(location) or reason}); give map_location="cpu"'
         ) from error
     if not isinstance(restored, torch.UntypedStorage):
-        raise RewriteError(f"torch restored {location!r} as {type(restored).__name__}, which is no UntypedStorage")
+        raise RewriteError(f"torch restored {location!r} as {type(restored).__name__}, which is not an UntypedStorage")
     return restored

@@ -93,7 +93,7 @@ __all__ = ["command"]
 )
 @click.option("--input-shape", "shapes", multiple=True, metavar="N,C,H,W", help="Shape of an input; repeatable.")
 @click.option(
-    "--skip-others", is_flag=True, help="Pass over named files that are no checkpoint; it is well if none is left."
+    "--skip-others", is_flag=True, help="Pass over named files that are not checkpoints; it is fine if none is left."
 )
 @click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
 @click.option(
@@ -128,7 +128,7 @@ def command(
     Whatever is asked for, a file must be readable and may not be hostile.
 
     The same is configured under [tool.ckptkit] in pyproject.toml, or in ckptkit.toml, with other values for some
-    files under [[tool.ckptkit.overrides]], or [[overrides]]; what is typed goes before.
+    files under [[tool.ckptkit.overrides]], or [[overrides]]; command-line options win.
 
     Exit code 0: all is as it must be; 1: something is not; 2: something could not be checked.
     """

@@ -205,7 +205,7 @@ def _count(number: int | None) -> str:
 def _section(row: Mapping[str, Any]) -> str:
     if row["equal"] is None:
         return "only in A" if row["b"] is None else "only in B"
-    return "the same" if row["equal"] else f"{row['differing']:,} differ"
+    return "the same" if row["equal"] else f"{row['differing']:,} {'differs' if row['differing'] == 1 else 'differ'}"
 
 
 def _shown(value: object) -> str:

@@ -153,6 +153,9 @@ def what_it_is(document: dict[str, Any]) -> str:
     if kind == "resume" and path:
         said = said if _is_training(document) else "weights, and beside them settings or what describes them"
         return f"{said}; the weights are under {printable(path)!r}"
+    if kind == "resume":
+        weights = sum(section["parameters"] is not None for section in document["sections"])
+        return f"{count_of(weights, 'set')} of weights, none of which is taken for the model's"
     return said
 
 
@@ -212,6 +215,8 @@ def weights_line(document: dict[str, Any]) -> str:
     summary = document["state_dict"]
     if summary is None:
         return ""
+    if not summary["tensors"]:
+        return "none: it holds no plain tensors under names"
     inferred = any(row.role_inferred and row.section == summary["path"] for row in document["tensors"])
     return (
         f"{count_of(summary['tensors'], 'tensor')}, {count_of(summary['parameters'], 'parameter')}, "

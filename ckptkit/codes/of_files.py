@@ -137,7 +137,7 @@ CODES: dict[str, Explanation] = {
         "what may hold a pickle or a program, and could not be looked into",
         "Archives are looked into one level and within bounds. What is compressed, encrypted, damaged, too large or "
         "an archive inside an archive may hold anything, so nobody vouches for the file. In `check`, with --no-pickle "
-        "or --max-trust, a file that is no checkpoint has then neither passed nor failed: the exit code is 2.",
+        "or --max-trust, a file that is not a checkpoint has then neither passed nor failed: the exit code is 2.",
         "Unpack it and check what is in it, or take it out of what is released. Converting a checkpoint writes only "
         "what it uses: ckptkit convert FILE OUT.safetensors",
     ),
@@ -250,7 +250,7 @@ CODES: dict[str, Explanation] = {
     ),
     "unaligned-data": Explanation(
         "tensor data is not aligned",
-        "Elements begin at addresses that are no multiple of their width, as older writers left them. Every reader "
+        "Elements begin at addresses that are not multiples of their width, as older writers left them. Every reader "
         "takes that; some copy each tensor, or run slower, for it.",
         "ckptkit convert FILE OUT.safetensors writes it aligned.",
     ),

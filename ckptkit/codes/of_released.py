@@ -79,8 +79,8 @@ CODES: dict[str, Explanation] = {
     # Files and manifest.
     "file-unreadable": Explanation(
         "the file cannot be read",
-        "It is not there, is no checkpoint, is damaged, or is refused because readers of it disagree. Nothing is known "
-        "of it, so the exit code is 2.",
+        "It is not there, is not a checkpoint, is damaged, or is refused because readers of it disagree. Nothing is "
+        "known of it, so the exit code is 2.",
         "The message says what the file is and what helps; ckptkit inspect FILE says the same.",
     ),
     "nothing-selected": Explanation(

@@ -146,7 +146,7 @@ CODES: dict[str, Explanation] = {
     ),
     "infinite-buffer": Explanation(
         "a buffer holds infinities",
-        "Usual for masks; outside parameters it is no error.",
+        "Usual for masks; outside parameters it is not an error.",
         "-",
     ),
     "weights-all-zero": Explanation(
@@ -194,7 +194,7 @@ CODES: dict[str, Explanation] = {
     "batch-dependent": Explanation(
         "a row's result depends on the batch it is in",
         "The same row gave different outputs alone and beside another one: something is computed over the batch, or "
-        "the input's first dimension is no batch. A warning where the reference does not document its inputs.",
+        "the input's first dimension is not a batch. A warning where the reference does not document its inputs.",
         "Look for BatchNorm without running statistics; give inputs with the batch first.",
     ),
     "fixed-batch": Explanation(

@@ -14,7 +14,7 @@ from ckptkit.pickling.inert import Global, mapping_items, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
 from ckptkit.plan import Gather, Literal, Plan
-from ckptkit.report import Finding, count_of, glob_of, human_size, listed
+from ckptkit.report import Finding, count_of, glob_of, human_size, listed, share_of
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
@@ -217,8 +217,8 @@ def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[Conversion, Losses]
         yield Finding(
             code="cast-overflow",
             severity="warning",
-            message=f"{sum(n for _, n in overflowed):,} of {values:,} values are too large for the new dtype: "
-            f"{_listed([f'{name} ({n:,})' for name, n in overflowed])}",
+            message=f"{share_of(sum(n for _, n in overflowed), values, 'value', 'is', 'are')} too large for the new "
+            f"dtype: {_listed([f'{name} ({n:,})' for name, n in overflowed])}",
             fix=f"--keep-dtype {glob_of(overflowed[0][0])}",
         )
     rounded, vanished = sum(losses.rounded for _, losses in lost), sum(losses.underflowed for _, losses in lost)
@@ -226,7 +226,7 @@ def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[Conversion, Losses]
         yield Finding(
             code="cast-rounded",
             severity="info",
-            message=f"{rounded:,} of {values:,} values were rounded to the new dtype"
+            message=f"{share_of(rounded, values, 'value', 'was', 'were')} rounded to the new dtype"
             + (f", {vanished:,} of them to zero" if vanished else ""),
         )
 

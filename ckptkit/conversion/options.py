@@ -61,7 +61,7 @@ class Options:
         for key, value in metadata.items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise RewriteError(
-                    f"metadata {key!r:.100}: {value!r:.100} is no text; metadata maps strings to strings"
+                    f"metadata {key!r:.100}: {value!r:.100} is not text; metadata maps strings to strings"
                 )
         if self.keep_dtype and self.dtype is None:
             raise RewriteError("--keep-dtype exempts from --dtype, which is not given")

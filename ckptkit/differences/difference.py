@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.errors import FailedReportError
-from ckptkit.report import SCHEMA_VERSION, Finding, count_of
+from ckptkit.report import SCHEMA_VERSION, Finding, count_of, share_of
 
 __all__ = ["Difference"]
 
@@ -83,6 +83,9 @@ class Difference:
     findings: tuple[Finding, ...] = ()
     strict: bool = False
 
+    def __repr__(self) -> str:
+        return f"<Difference: {self.summary}>"
+
     @property
     def equal(self) -> bool:
         """Whether both hold the same tensors: names, shapes, dtypes, values; in every part that both have."""
@@ -113,8 +116,9 @@ class Difference:
     @property
     def summary(self) -> str:
         """The verdict: ``"only fc changed; 120 of 122 tensors are bit-identical"``."""
-        share = f"{self.unchanged:,} of {count_of(self.tensors, 'tensor')} {'is' if self.tensors == 1 else 'are'}"
-        everything = f"all {count_of(self.unchanged, 'tensor')} are bit-identical"
+        share = share_of(self.unchanged, self.tensors, "tensor", "is", "are")
+        every = "the only tensor is" if self.unchanged == 1 else f"all {count_of(self.unchanged, 'tensor')} are"
+        everything = f"{every} bit-identical"
         if self.equal:
             within = f"{share} bit-identical, the others are within tolerance"
             told = within if self.within_tolerance else everything

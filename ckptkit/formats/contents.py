@@ -1,7 +1,7 @@
 """What stands in bytes that no container's reader understands: pickles, archives, compiled code.
 
 A record that nothing refers to, a resource of a package, a file of the user's in a program, a member of an archive, a
-file that is no checkpoint: whoever is told to will load it, whatever its name.  So each is known by its first bytes
+file that is not a checkpoint: whoever is told to will load it, whatever its name.  So each is known by its first bytes
 (`ckptkit.formats.magic`):
 
 - a pickle of any protocol, or several one behind the other, torch's row of pickles before 1.6, a numpy array of objects
@@ -49,6 +49,7 @@ from ckptkit.formats.pickle_row import PickleRow
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
 from ckptkit.pickling.trust import global_uses, merge_uses
+from ckptkit.report import count_of
 
 __all__ = ["Contents", "Inside", "look_inside", "names_left"]
 
@@ -254,7 +255,9 @@ class Contents:
         self.pickles.append(name)
         self._uses.extend(replace(use, where=(name,) if name else ()) for use in uses)
         if not is_whole:
-            what = f"{row.left:,} bytes behind a pickle" if count else "a pickle that cannot be read to its end"
+            what = (
+                f"{count_of(row.left, 'byte')} behind a pickle" if count else "a pickle that cannot be read to its end"
+            )
             self.unread(name, what if error is None else f"{what}: {error.message}")
         return True
 
@@ -360,7 +363,7 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
     return tuple(use for use in merge_uses(contents.uses(), found) if use.kind == "name")
 
 
-# Of files that are no checkpoint.
+# Of files that are not checkpoints.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,7 +382,7 @@ class Inside:
 
 
 def look_inside(path: str, limits: Limits = DEFAULT_LIMITS) -> Inside:
-    """The pickles in a file that is no checkpoint.
+    """The pickles in a file that is not a checkpoint.
 
     Args:
         path: the file.

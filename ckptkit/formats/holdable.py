@@ -40,7 +40,9 @@ def require_holdable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
         RewriteError: it cannot hold something; the message lists everything and says how to leave it out.
     """
     if not checkpoint.state_dict.everything:
-        raise RewriteError(f"there is no state_dict to write; {what} holds named tensors only")
+        raise RewriteError(
+            f"there is no state_dict to write: it holds no tensors under names, and {what} holds nothing else"
+        )
     problems = list(_training_state(checkpoint))
     dtypes = list(_dtypes(checkpoint)) if plain else []
     if plain:

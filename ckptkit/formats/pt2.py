@@ -272,7 +272,7 @@ def _field(node: object, name: str, kind: type[_T]) -> _T:
 def _size(node: object, name: str) -> int:
     value = node.get("as_int") if isinstance(node, dict) else None
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
-        raise CorruptError(f"{shown(name)}: a size, stride or offset that is no whole number")
+        raise CorruptError(f"{shown(name)}: a size, stride or offset that is not a whole number")
     return value
 
 

@@ -39,7 +39,7 @@ from ckptkit.formats.strict_json import parse, shown
 from ckptkit.formats.tied_order import ORDER, in_order
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.report import Finding, convert_command, count_of
+from ckptkit.report import Finding, convert_command, share_of
 
 __all__ = ["read"]
 
@@ -72,7 +72,7 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
         )
     header = parse(file.read(8, header_nbytes), limits, "the header", compact)
     if not isinstance(header, dict):
-        raise CorruptError("the header is no JSON object of tensors by name")
+        raise CorruptError("the header is not a JSON object of tensors by name")
     if len(header) > limits.entries:
         raise LimitError("tensors in one file", limit=limits.entries, actual=len(header))
     metadata = strings(header.pop(METADATA, None))
@@ -114,7 +114,7 @@ def _alignment(layouts: Mapping[str, Layout], start: int, path: str) -> Iterator
         yield Finding(
             code="unaligned-data",
             severity="info",
-            message=f"{len(odd)} of {count_of(len(layouts), 'tensor')}, such as {shown(odd[0])}, begin at no "
-            "multiple of their elements' width",
+            message=f"{share_of(len(odd), len(layouts), 'tensor')}, such as {shown(odd[0])}, "
+            f"{'begins' if len(odd) == 1 else 'begin'} at no multiple of their elements' width",
             fix=convert_command(path),
         )

@@ -26,6 +26,7 @@ from ckptkit.dtypes import BY_SAFETENSORS, DType
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.strict_json import check_ignored, shown
 from ckptkit.limits import Limits
+from ckptkit.report import count_of, share_of
 
 __all__ = ["METADATA", "NAME", "Layout", "check_extents", "compact", "layout", "strings"]
 
@@ -162,16 +163,22 @@ def check_extents(layouts: Mapping[str, Layout], nbytes: int) -> None:
     position = 0
     for begin, end, name in extents:
         if begin != position:
-            what = "overlaps another tensor" if begin < position else f"leaves a hole of {begin - position:,} bytes"
+            what = (
+                "overlaps another tensor"
+                if begin < position
+                else f"leaves a hole of {count_of(begin - position, 'byte')}"
+            )
             raise CorruptError(f"tensor {shown(name)}: data at {begin:,} {what}")
         position = end
     if position < nbytes:
-        raise CorruptError(f"{nbytes - position:,} bytes follow the last tensor", where="data", offset=position)
+        raise CorruptError(
+            f"{count_of(nbytes - position, 'byte', 'follows', 'follow')} the last tensor", where="data", offset=position
+        )
     if position > nbytes:
         cut = [name for _, end, name in extents if end > nbytes]
         raise CorruptError(
             f"truncated: {nbytes:,} of {position:,} bytes of data are there ({position - nbytes:,} missing); "
-            f"{len(extents) - len(cut)} of {len(extents)} tensors are whole, the first incomplete one is "
-            f"{shown(cut[0])}. Get the file again",
+            f"{share_of(len(extents) - len(cut), len(extents), 'tensor', 'is', 'are')} whole, the first incomplete one "
+            f"is {shown(cut[0])}. Get the file again",
             where="data",
         )

@@ -111,7 +111,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
     document = parse(raw, limits, "the index")
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(document, dict) or not isinstance(weight_map, dict):
-        raise CorruptError("the weight_map of an index must map tensors' names to file names, and is no object")
+        raise CorruptError("the weight_map of an index must map tensors' names to file names, and is not an object")
     metadata = document.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise CorruptError("the metadata of an index must be an object")

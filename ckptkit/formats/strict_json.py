@@ -74,23 +74,23 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
         if may_be_half:
             for part in (*fields, *fields.values()):
                 if isinstance(part, str) and _SURROGATE.search(part):
-                    raise CorruptError(f"half a surrogate pair in {what} is no Unicode text")
+                    raise CorruptError(f"half a surrogate pair in {what} is not Unicode text")
         return fields if hook is None else hook(fields)
 
     def constant(name: str) -> NoReturn:
-        raise CorruptError(f"{what} is no valid JSON: {name} is no number there")
+        raise CorruptError(f"{what} is not valid JSON: {name} is not a number in JSON")
 
     try:
         return json.loads(text, object_pairs_hook=made, parse_constant=constant, parse_int=parse_int)
     except json.JSONDecodeError as error:
         at = len(text[: error.pos].encode("utf-8"))
-        raise CorruptError(f"{what} is no valid JSON: {error.msg}", offset=at) from None
+        raise CorruptError(f"{what} is not valid JSON: {error.msg}", offset=at) from None
     except RecursionError:
-        raise CorruptError(f"{what} is no valid JSON: nested too deeply") from None
+        raise CorruptError(f"{what} is not valid JSON: nested too deeply") from None
     except ValueError as error:
         if isinstance(error, CorruptError):
             raise
-        raise CorruptError(f"{what} is no valid JSON: a number of too many digits") from None
+        raise CorruptError(f"{what} is not valid JSON: a number of too many digits") from None
 
 
 def _integer(digits: str) -> int | float:
@@ -108,7 +108,7 @@ def check_ignored(value: object, what: str) -> None:
         below: list[object] = []
         for node in level:
             if isinstance(node, str) and _SURROGATE.search(node):
-                raise CorruptError(f"{what}: half a surrogate pair is no Unicode text")
+                raise CorruptError(f"{what}: half a surrogate pair is not Unicode text")
             if isinstance(node, float) and node in (float("inf"), float("-inf")):
                 raise CorruptError(f"{what}: a number too large for any reader")
             if isinstance(node, (list, tuple)):

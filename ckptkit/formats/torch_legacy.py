@@ -39,7 +39,7 @@ from ckptkit.pickling.legacy import LegacyTable, era
 from ckptkit.pickling.reader import LEGACY_MAGIC, PickleResult, read_pickle
 from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import Finding, convert_command, count_of, listed
+from ckptkit.report import Finding, convert_command, count_of, listed, share_of
 
 __all__ = ["begins_one", "legacy_findings", "read"]
 
@@ -185,10 +185,10 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
             names = {}
         named = [names[id(entry)] for entry in cut if id(entry) in names]
         first = f", the first incomplete one is {named[0]!r:.200}" if named else ""
-    whole = f"{len(entries) - len(cut)} of {count_of(len(entries), 'tensor')} are whole{first}"
+    whole = f"{share_of(len(entries) - len(cut), len(entries), 'tensor', 'is', 'are')} whole{first}"
     return (
         f"truncated: the file has {file.nbytes:,} bytes, at least {end:,} are expected ({end - file.nbytes:,} "
-        f"missing); {total - len(missing)} of {count_of(total, 'storage')} are complete, {whole}. Get the file "
+        f"missing); {share_of(total - len(missing), total, 'storage', 'is', 'are')} complete, {whole}. Get the file "
         f"again.{unfinished(file.file.path)}"
     )
 
@@ -196,7 +196,7 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
 def _followed(row: PickleRow) -> FormatError:
     """The error for a file that goes on after the last storage."""
     start = row.source.read(row.pos, min(row.left, _MAGIC_NBYTES))
-    what = f"{row.left:,} bytes follow the last storage"
+    what = f"{count_of(row.left, 'byte', 'follows', 'follow')} the last storage"
     if begins_one(start):
         return AmbiguousError(
             f"{what}: another checkpoint, saved into the same file. In Python, torch.load on the open file gives one "

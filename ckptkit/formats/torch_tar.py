@@ -40,7 +40,7 @@ from ckptkit.pickling.inert import Global, InertDict
 from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.reader import PickleResult
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import count_of
+from ckptkit.report import count_of, share_of
 
 __all__ = ["holds_one", "read"]
 
@@ -146,8 +146,8 @@ class _Reader:
                 raise cut
             shown = ", ".join(f"{name!r:.80}" for name in names[:4]) or "nothing"
             raise UnknownFormatError(
-                f"a tar archive that is no checkpoint: torch's has the members {', '.join(_MEMBERS)}, this one begins "
-                f"with {shown}. Unpack it first (tar -xf)"
+                f"a tar archive that is not a checkpoint: torch's has the members {', '.join(_MEMBERS)}, this one "
+                f"begins with {shown}. Unpack it first (tar -xf)"
             )
         if sorted(names) != sorted(_MEMBERS) or any(member.kind != "0" for member in found):
             shown = ", ".join(f"{member.name!r:.80} (type {member.kind!r})" for member in found)
@@ -166,7 +166,9 @@ class _Reader:
     @staticmethod
     def _finish(row: PickleRow, where: str) -> None:
         if row.left:
-            raise CorruptError(f"{row.left:,} bytes follow what the member holds", where=where, offset=row.pos)
+            raise CorruptError(
+                f"{count_of(row.left, 'byte', 'follows', 'follow')} what the member holds", where=where, offset=row.pos
+            )
 
     @staticmethod
     def _check_info(info: object) -> None:
@@ -249,7 +251,7 @@ class _Reader:
             storage = self._storage_of(record.storage_key, where)
         entry = self._table.tensor(storage, record.offset, record.shape, record.stride)
         if not isinstance(entry, TensorEntry):
-            raise UnsupportedError(f"tensor {record.key} has elements that are no plain numbers", where=where)
+            raise UnsupportedError(f"tensor {record.key} has elements that are not plain numbers", where=where)
         return entry
 
     def _object(self, row: PickleRow) -> PickleResult:
@@ -302,8 +304,8 @@ class _Reader:
         whole = [record for record in records if record.storage_key is None or record.storage_key in self._objects]
         return (
             f"truncated: the file has {self._file.size:,} bytes, at least {needed:,} are expected "
-            f"({needed - self._file.size:,} missing); {done} of {count_of(total, 'storage')} are complete, "
-            f"{len(whole)} of {count_of(len(records), 'tensor', 'is', 'are')} whole. Get the file "
+            f"({needed - self._file.size:,} missing); {share_of(done, total, 'storage', 'is', 'are')} complete, "
+            f"{share_of(len(whole), len(records), 'tensor', 'is', 'are')} whole. Get the file "
             f"again.{unfinished(self._file.path)}"
         )
 

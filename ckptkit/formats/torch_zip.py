@@ -64,7 +64,7 @@ def _metadata(archive: TorchArchive) -> dict[str, str]:
     """The string metadata.
 
     Raises:
-        CorruptError: the record is no JSON object of strings.
+        CorruptError: the record is not a JSON object of strings.
     """
     if METADATA not in archive.records:
         return {}

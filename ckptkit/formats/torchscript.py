@@ -237,7 +237,7 @@ def _as_module(node: Object, classes: ScriptClasses, holding: set[int]) -> list[
     beside: list[tuple[str, object]] = []
     for name, value in state.pairs:
         if not isinstance(name, str):
-            raise CorruptError(f"a module of class {cls.qualified[:80]} has an attribute whose name is no string")
+            raise CorruptError(f"a module of class {cls.qualified[:80]} has an attribute whose name is not a string")
         if classes.is_module(value):
             modules.pairs.append((name, value))
             beside.append((name, value))
@@ -285,7 +285,7 @@ def _findings(
             code="own-script-state",
             severity="warning",
             message=f"{count_of(len(own), 'module', 'saves', 'save')} a state of its own making (__getstate__), with "
-            f"{count_of(len(inside), 'tensor')} that have no names; only the program knows what they are",
+            f"{count_of(len(inside), 'tensor')} without names; only the program knows what they are",
         )
     packed = [
         *(str(name) for name, value in attributes.items() if _is_packed(value)),

@@ -146,11 +146,12 @@ def _state_dict(candidate: Candidate, findings: list[Finding], path: str) -> tup
         state_dict, module = StateDict(dict(candidate.values()), versions=versions, container=candidate.node), None
     if state_dict.extra:
         names = [f"{name:.100} ({brief(value)})" for name, value in islice(state_dict.extra.items(), 5)]
+        are_not = "is not a plain tensor" if len(state_dict.extra) == 1 else "are not plain tensors"
         findings.append(
             Finding(
                 code="not-a-plain-tensor",
                 severity="warning",
-                message=f"{count_of(len(state_dict.extra), 'value')} of the state_dict, not plain tensors: "
+                message=f"{count_of(len(state_dict.extra), 'value')} of the state_dict {are_not}: "
                 + enumerated(names, 5, total=len(state_dict.extra)),
             )
         )

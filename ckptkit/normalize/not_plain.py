@@ -5,8 +5,9 @@ What torch pickles for them (``torch/_utils.py``, ``torch/_tensor.py`` ``_reduce
 - *quantized*: ``_rebuild_qtensor(storage, offset, size, stride, (qscheme, scale, zero_point) or
   (qscheme, scales, zero_points, axis), requires_grad, hooks)``
 - *sparse*: ``_rebuild_sparse_tensor(layout, data)``; data of COO is ``(indices, values, size[, is_coalesced])``, of the
-  compressed layouts ``(compressed indices, plain indices, values, size)``.  TorchScript (``torch/csrc/jit/serialization/
-  pickler.cpp``) gives the same name ``layout, size, requires_grad, indices..., values, {}``, the layout as a number
+  compressed layouts ``(compressed indices, plain indices, values, size)``.  TorchScript
+  (``torch/csrc/jit/serialization/pickler.cpp``) gives the same name ``layout, size, requires_grad, indices...,
+  values, {}``, the layout as a number
 - *nested*: ``_rebuild_nested_tensor(buffer, sizes, strides, offsets)``, jagged ones ``_rebuild_njt({"values": ...})``
 - *meta*: ``_rebuild_meta_tensor_no_storage(dtype, size, stride, requires_grad)``, which has no bytes
 - *device*: ``_rebuild_device_tensor_from_numpy(array, dtype, device, requires_grad)`` and ``..._from_cpu_tensor``
@@ -83,7 +84,7 @@ class _Facts(NamedTuple):
 
 
 def describe_value(node: object) -> Value | None:
-    """What a node is that torch or numpy makes a tensor or array of; ``None``: it is something else, or a plain tensor."""
+    """What a node is that torch or numpy makes a tensor or array of; ``None``: a plain tensor, or something else."""
     cls = ""
     for _ in range(_LAYERS):
         if isinstance(node, TensorEntry) and cls:
@@ -126,7 +127,7 @@ def _value(facts: _Facts, cls: str) -> Value:
 
 
 def _leaves(state: object) -> tuple[tuple[str, object], ...]:
-    """The tensors in a class's ``__dict__``, with the names they have there; of any other state those that are there."""
+    """The tensors in a class's ``__dict__``, with the names they have there; in any other state, numbered."""
     for part in state if isinstance(state, tuple) else (state,):
         pairs = (mapping_items(part) or [])[:_MOST]
         found = [(key, value) for key, value in pairs if isinstance(key, str) and any(True for _ in _tensors(value))]
@@ -203,7 +204,9 @@ def _jagged(args: tuple[object, ...]) -> _Facts | None:
         return None
     many = max(offsets.shape[0] - 1, 0) if isinstance(offsets, TensorEntry) and offsets.shape else 0
     parts = tuple((name, state.get(name)) for name in ("values", "offsets", "lengths") if state.get(name) is not None)
-    return _Facts("nested", "nested", values.dtype, None, f"{count_of(many, 'tensor')} of different sizes, jagged", parts)
+    return _Facts(
+        "nested", "nested", values.dtype, None, f"{count_of(many, 'tensor')} of different sizes, jagged", parts
+    )
 
 
 def _meta(args: tuple[object, ...]) -> _Facts | None:

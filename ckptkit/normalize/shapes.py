@@ -6,6 +6,9 @@ read as named values, and what is an optimizer's.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.modules import bound_method, module_state
@@ -15,6 +18,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 __all__ = [
     "CUSTOMARY_KEYS",
     "MOMENTS",
+    "are_data",
     "are_moments",
     "is_optimizer",
     "is_substantial",
@@ -51,6 +55,13 @@ _TELLING = frozenset({
 })  # fmt: skip
 MOMENTS = _TELLING | {"max_exp_avg_sq", "neg_grad_or_diff", "sum", "step_size", "prev", "eta", "mu", "ax"}
 """Keys of one parameter's optimizer state (torch.optim, fastai, Adafactor, Adan); some of them tell it apart."""
+
+_DATA_WORDS = frozenset(
+    ("attention attr batch data edge feature features id ids image images index input inputs label labels mask masks "
+     "node nodes num output outputs pixel pos position positions ptr sample samples target targets test text token "
+     "tokens train type val valid validation values x y z").split()
+)  # fmt: skip
+_WORD = re.compile(r"[a-z]+")
 
 _SCALARS = (str, int, float, bytes, type(None))
 
@@ -114,6 +125,19 @@ def are_moments(pairs: list[tuple[object, object]]) -> bool:
         return False
     keys = {key for key, value in pairs if is_tensor_like(value)}
     return keys <= MOMENTS and not keys.isdisjoint(_TELLING)
+
+
+def are_data(names: Iterable[str]) -> bool:
+    """Whether tensors are called as those of data sets are (``x``, ``edge_index``, ``train_labels``).
+
+    No module would have all of its parameters called so.
+    """
+    count = 0
+    for count, name in enumerate(names, 1):  # noqa: B007 - it is asked for below
+        words = _WORD.findall(name.lower())
+        if not words or not _DATA_WORDS.issuperset(words):
+            return False
+    return count > 0
 
 
 def is_substantial(value: object) -> bool:

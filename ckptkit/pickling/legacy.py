@@ -89,11 +89,11 @@ class LegacyTable(StorageTable):
         """The class of ``(class, file, source)``.
 
         Raises:
-            CorruptError: file and source are no text.
+            CorruptError: file and source are not text.
         """
         cls, file, source = described
         if not all(text is None or isinstance(text, (str, bytes)) for text in (file, source)):
-            raise CorruptError("a class's persistent id whose file or source is no text")
+            raise CorruptError("a class's persistent id whose file or source is not text")
         if source:
             self.sources.append((cls, file, source))
         return cls

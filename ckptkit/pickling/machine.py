@@ -309,7 +309,7 @@ class Machine:
         kwargs = self.stack.pop()
         args = self.stack.pop()
         if not isinstance(kwargs, InertDict):
-            raise UnsupportedError("keyword arguments that are no dict")
+            raise UnsupportedError("keyword arguments that are not a dict")
         self.stack[-1] = self.call("newobj_ex", self.stack[-1], args, kwargs)
 
     def inst(self) -> None:

@@ -24,6 +24,7 @@ from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_refere
 from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
 from ckptkit.pickling.shortcut import REBUILD
 from ckptkit.pickling.trust import global_uses
+from ckptkit.report import count_of
 
 __all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "read_pickle"]
 
@@ -82,7 +83,7 @@ def read_pickle(
             to one no longer where there is none.
 
     Raises:
-        CorruptError: the bytes end early or are no pickle.
+        CorruptError: the bytes end early or are not a pickle.
         AmbiguousError: readers disagree about them; bytes after STOP where ``whole`` is set.
         UnsupportedError: an opcode that no pickler produces.
         LimitError: a limit was passed.
@@ -97,7 +98,10 @@ def read_pickle(
     try:
         root = _run_on(machine, more)
         if whole and machine.pos != len(data):
-            raise AmbiguousError(f"{len(data) - machine.pos:,} bytes follow the pickle's STOP", offset=machine.pos)
+            raise AmbiguousError(
+                f"{count_of(len(data) - machine.pos, 'byte', 'follows', 'follow')} the pickle's STOP",
+                offset=machine.pos,
+            )
         if machine.pos - start > limits.tree_nodes:  # each takes an opcode, and so a byte
             check_references(root)
     except FormatError as error:

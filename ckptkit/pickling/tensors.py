@@ -93,7 +93,7 @@ class StorageTable:
             UnsupportedError: a storage class that is not torch's.
         """
         if not (isinstance(pid, tuple) and len(pid) in (5, 6) and isinstance(pid[0], str) and pid[0] == "storage"):
-            raise UnsupportedError("a persistent id that is no torch storage")
+            raise UnsupportedError("a persistent id that is not a torch storage")
         _, cls, key, location, numel, *_ = pid
         if not isinstance(key, str) or not isinstance(location, str) or not _is_count(numel):
             raise CorruptError("a storage's persistent id without key, location or size")

@@ -61,7 +61,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """What is configured, and what was typed, which goes before.
+    """What is configured, and what was typed, which wins.
 
     Attributes:
         path: the file; ``None``: there is none.
@@ -121,7 +121,7 @@ def find_config(folder: str) -> str | None:
     """The configuration that holds in a folder: the nearest from there upward, named as seen from it.
 
     Raises:
-        FormatError: a ``pyproject.toml`` on the way is no TOML.
+        FormatError: a ``pyproject.toml`` on the way is not valid TOML.
         FileAccessError: it cannot be read.
     """
     start = folder = os.path.abspath(folder)
@@ -145,7 +145,7 @@ def read_config(path: str) -> Config:
 
     Raises:
         MissingFileError, FileAccessError: it cannot be read.
-        FormatError: it is no TOML, or a key or value is none that there is.
+        FormatError: it is not valid TOML, or a key or value is none that there is.
     """
     table, name = _parsed(path), ""
     if os.path.basename(path) == PROJECT_NAME:
@@ -260,5 +260,5 @@ def _parsed(path: str) -> dict[str, Any]:
     try:
         parsed = tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise FormatError(f"is no TOML: {error}", path=path) from None
+        raise FormatError(f"is not valid TOML: {error}", path=path) from None
     return dict(parsed)

@@ -153,7 +153,7 @@ def examine(
     Raises:
         PartError: it is a part, and may not be.
         FileAccessError: it cannot be opened or read.
-        FormatError: it is no checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
+        FormatError: it is not a checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
         DTypeError: values that would have to be computed are of a type that numpy does not know.
     """
     checkpoint, file = formats.read(path, ignore_checksums=ignore_checksums)

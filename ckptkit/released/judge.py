@@ -36,7 +36,7 @@ __all__ = ["judge"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """One file, and what it is held against; ``other``: the kind of one that is no checkpoint, for its pickles."""
+    """One file, and what it is held against; ``other``: the kind of one that is not a checkpoint, for its pickles."""
 
     path: str
     policy: Policy
@@ -242,7 +242,7 @@ def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[
 
 
 def _other_result(task: _Task) -> FileResult:
-    """A file that is no checkpoint, held against what is said of pickles."""
+    """A file that is not a checkpoint, held against what is said of pickles."""
     begun = time.perf_counter()
     findings = tuple(_pickles(task))
     return FileResult(

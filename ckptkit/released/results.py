@@ -103,7 +103,7 @@ class CheckReport(Report):
     Attributes:
         results: the files.
         started: when, in UTC, as ISO 8601 without a zone.
-        passed_over: how many files of each kind were met that are no checkpoint.
+        passed_over: how many files of each kind were met that are not checkpoints.
         may_be_empty: whether it is well that there is no checkpoint among the files.
     """
 
@@ -113,6 +113,9 @@ class CheckReport(Report):
     passed_over: Mapping[str, int] = field(default_factory=dict)
     may_be_empty: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<CheckReport: {self.verdict}>"
 
     @property
     def is_complete(self) -> bool:

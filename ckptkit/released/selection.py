@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.formats.folder import Surveyor, indexes_by_shard
+from ckptkit.report import count_of
 from ckptkit.transfer.names import is_temporary_name
 
 __all__ = ["Selected", "Selection", "name_of", "select"]
@@ -34,7 +35,7 @@ class Selection:
 
     Attributes:
         checkpoints: each once, sorted by name.
-        passed_over: how many files of each kind were met that are no checkpoint.
+        passed_over: how many files of each kind were met that are not checkpoints.
         others: those among them that may hold pickles, with their kinds.
         unreadable: files and folders of which nothing is known, and why.
         empty: folders without a checkpoint, and what is to be said of each.
@@ -58,7 +59,7 @@ class Selection:
         if len(errors) == 1:
             raise errors[0]
         if errors:
-            raise FileAccessError("\n  ".join([f"{len(errors)} paths cannot be read:", *map(str, errors)]))
+            raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'path')} cannot be read:", *map(str, errors)]))
 
 
 def select(

@@ -103,7 +103,7 @@ class CastDtype:
             )
         if storage.nbytes % before.itemsize:
             raise DTypeError(
-                f"tensor {name!r}: its storage {storage.key!r} of {storage.nbytes:,} bytes is no whole number of "
+                f"tensor {name!r}: its storage {storage.key!r} of {storage.nbytes:,} bytes is not a whole number of "
                 f"{before.name} values and cannot be cast; {_remedy(name)}"
             )
         try:

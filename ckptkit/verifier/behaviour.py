@@ -183,7 +183,7 @@ def _not_compared(inputs: Inputs) -> str:
         )
     if inputs.rows is None:
         return (
-            "the inputs' first dimensions differ, so they are no batch; outputs were compared with a second run alone"
+            "the inputs' first dimensions differ, so they are not a batch; outputs were only compared with a second run"
         )
     return "no output has a row for each of the input's; outputs were compared with a second run alone"
 

@@ -10,7 +10,7 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.beside import beside_weights
-from ckptkit.report import Finding, convert_command, count_of
+from ckptkit.report import Finding, convert_command, count_of, share_of
 from ckptkit.verifier.advice import head_classes, matching, rename_that_fits
 from ckptkit.verifier.context import Context, shortened
 from ckptkit.verifier.elsewhere import architecture_that_fits, command_for, other_weights, section_that_fits
@@ -59,7 +59,8 @@ def _coverage(fit: Fit, context: Context) -> Finding:
     return Finding(
         code="fit-coverage",
         severity="info",
-        message=f"{fit.tensors:,} of {fit.of:,} tensors, {percent:.1f} % of parameters, of {context.reference.label}",
+        message=f"{share_of(fit.tensors, fit.of, 'tensor')}, {percent:.1f} % of parameters, of "
+        f"{context.reference.label}",
     )
 
 

@@ -95,7 +95,7 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="output-not-finite",
             severity="error",
-            message=f"the forward pass {place} gave values that are no numbers: {shortened(broken)}",
+            message=f"the forward pass {place} gave values that are not numbers: {shortened(broken)}",
         )
         return
     context.first = made.outputs

@@ -122,7 +122,7 @@ def read_golden(path: str) -> Golden:
     """A golden file, with everything in it checked.
 
     Raises:
-        CorruptError: it is no golden, or damaged.
+        CorruptError: it is not a golden file, or damaged.
         VerifyError: its recipe gives other inputs with this torch.
         FormatError, FileAccessError: it cannot be read.
     """
@@ -131,7 +131,9 @@ def read_golden(path: str) -> Golden:
         require_whole(checkpoint)
         text = checkpoint.metadata.get(KEY)
         if text is None or checkpoint.origin.format != "safetensors":
-            raise CorruptError(f"is no golden: expected safetensors with metadata {KEY!r} (--write-golden)", path=path)
+            raise CorruptError(
+                f"is not a golden file: expected safetensors with metadata {KEY!r} (--write-golden)", path=path
+            )
         values = {n: v.detach().clone() for n, v in tensors(checkpoint.state_dict, map_location="cpu").items()}
     finally:
         file.close()

@@ -15,7 +15,7 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
 from ckptkit.plan import Literal, Plan
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 from ckptkit.transfer import write_atomically
 from ckptkit.verifier.context import Context, shortened
 from ckptkit.verifier.forward import model_dtype
@@ -145,7 +145,7 @@ def _written(
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         kept = None
     if kept != dict(reference.args):
-        raise VerifyError(f"{path}: the arguments {told_args(reference.args)} are no literals and cannot be recorded")
+        raise VerifyError(f"{path}: the arguments {told_args(reference.args)} are not literals and cannot be recorded")
     is_recipe = inputs.seed is not None
     stored: dict[str, torch.Tensor] = {}
     if not is_recipe:
@@ -187,6 +187,6 @@ def _written(
     return Finding(
         code="golden-written",
         severity="info",
-        message=f"{path}: {len(outputs)} outputs{of}, {len(data):,} bytes; "
+        message=f"{path}: {count_of(len(outputs), 'output')}{of}, {len(data):,} bytes; "
         + (f"inputs are made from seed {inputs.seed}" if is_recipe else "inputs are kept in it"),
     )

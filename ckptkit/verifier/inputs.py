@@ -82,7 +82,7 @@ class Inputs:
 
     @property
     def rows(self) -> int | None:
-        """Rows of the batch; ``None``: the inputs' first dimensions differ, so they are no batch."""
+        """Rows of the batch; ``None``: the inputs' first dimensions differ, so they are not a batch."""
         if self.is_list:
             return len(self._images(self.values))
         sizes = {value.shape[0] if value.dim() else None for value in self.values}

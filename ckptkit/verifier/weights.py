@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.report import Finding, count_of
+from ckptkit.report import Finding, count_of, share_of
 from ckptkit.verifier.context import Context, shortened
 from ckptkit.verifier.measure import named_values
 
@@ -45,7 +45,7 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="weights-not-finite",
             severity="error",
-            message=f"{count_of(len(broken), 'tensor', 'holds', 'hold')} values that are no numbers: "
+            message=f"{count_of(len(broken), 'tensor', 'holds', 'hold')} values that are not numbers: "
             f"{shortened(broken)}",
         )
     if masks:
@@ -70,7 +70,8 @@ def _zeroed(zero: list[str], matrices: list[str]) -> Finding:
     return Finding(
         code="zero-weights",
         severity="warning",
-        message=f"{len(zero)} of {count_of(len(matrices), 'parameter')} of two or more dimensions are zero throughout: "
+        message=f"{share_of(len(zero), len(matrices), 'parameter')} of two or more dimensions "
+        f"{'is' if len(zero) == 1 else 'are'} zero throughout: "
         f"{shortened(zero)}",
     )
 

@@ -64,7 +64,7 @@ def test_markdown(run, files: Path) -> None:
     torch.save({"a|b`c": torch.zeros(2), "<b>": torch.ones(3)}, files / "other.pth")
     done = run("diff", "odd.pth", "other.pth", "--format", "markdown")
     assert done.returncode == 1
-    assert done.stdout.startswith("## Different: only a\\|b\\`c changed; 1 of 2 tensors are bit-identical\n")
+    assert done.stdout.startswith("## Different: only a\\|b\\`c changed; 1 of 2 tensors is bit-identical\n")
     assert "| `a\\|b'c` | float32 | \\[2\\] | 1 | 1 | 1 | - | 0.0% |  |" in done.stdout
     done = run("diff", "a.pth", "ddp.pth", "--format", "markdown", "--top", "2")
     assert "<details><summary>renamed: 4 tensors</summary>" in done.stdout

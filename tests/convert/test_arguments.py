@@ -49,7 +49,7 @@ def test_any_sequence_will_do(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"metadata": {"epoch": 3}}, "metadata 'epoch': 3 is no text; metadata maps strings to strings"),
+        ({"metadata": {"epoch": 3}}, "metadata 'epoch': 3 is not text; metadata maps strings to strings"),
         ({"metadata": {3: "x"}}, "metadata 3: 'x' is no text"),
         ({"max_shard_size": 0}, "0 is not a valid size of a file"),
         ({"max_shard_size": -5}, "-5 is not a valid size of a file"),

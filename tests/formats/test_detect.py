@@ -1,4 +1,4 @@
-"""What a file is, by its content, and what is said of files that are no checkpoint."""
+"""What a file is, by its content, and what is said of files that are not checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of files that are no checkpoint: what each is, and what to do about it."""
+"""What is said of files that are not checkpoints: what each is, and what to do about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ZIP archives that are no checkpoint: each is named, with what to do."""
+"""ZIP archives that are not checkpoints: each is named, with what to do."""
 
 from __future__ import annotations
 

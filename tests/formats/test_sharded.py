@@ -400,12 +400,12 @@ def test_a_shard_without_names(value: object, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"weight_map": []}', "weight_map of an index must map tensors' names to file names, and is no object"),
+        ('{"weight_map": []}', "weight_map of an index must map tensors' names to file names, and is not an object"),
         ('{"weight_map": {"a": ["b"]}}', "the weight_map gives 'a' no file name, but a list"),
         ('{"weight_map": {}, "metadata": []}', "the metadata of an index must be an object"),
         ('{"weight_map": {"a": "x", "a": "y"}}', "the name 'a' stands twice in the index"),
-        ('{"weight_map": {"a": "x"}', "the index is no valid JSON"),
-        ('{"weight_map": {"a": NaN}}', "the index is no valid JSON: NaN"),
+        ('{"weight_map": {"a": "x"}', "the index is not valid JSON"),
+        ('{"weight_map": {"a": NaN}}', "the index is not valid JSON: NaN"),
         ('{"weight_map": ' + "[" * 100_000, "nested too deeply"),
     ],
 )

@@ -268,7 +268,7 @@ ITEMS = list(members().items())
     ("data", "error", "words"),
     [
         (archive({"model/": b"", "model/weights.bin": b"x"}), UnknownFormatError, "begins with 'model/', 'model/w"),
-        (archive(ITEMS[:2] + ITEMS[3:]), UnknownFormatError, "a tar archive that is no checkpoint.*'sys_info'"),
+        (archive(ITEMS[:2] + ITEMS[3:]), UnknownFormatError, "a tar archive that is not a checkpoint.*'sys_info'"),
         (archive([(f"./{name}", data) for name, data in ITEMS]), UnknownFormatError, "begins with './sys_info'"),
         (archive([("x" * 300, b""), *ITEMS]), AmbiguousError, "each once, as files; found 'xxx.*.type 'x'."),
         (archive([*ITEMS, ("extra", b"")]), AmbiguousError, "each once, as files; found .*'extra' .type '0'"),
@@ -277,13 +277,13 @@ ITEMS = list(members().items())
         (linked(), AmbiguousError, "'storages' .type '2'"),
         (renamed_by_pax(), AmbiguousError, "each once, as files; found 'sys_info' .type 'x'."),
         (changed()[:1600], CorruptError, "truncated: the file has 1,600 bytes"),
-        (changed() + b"\x01", AmbiguousError, "follow the archive's last member that are no padding"),
-        (changed() + archive({"a": b""}), AmbiguousError, "follow the archive's last member that are no padding"),
-        (changed() + bytes(2 << 20), AmbiguousError, "follow the archive's last member that are no padding"),
+        (changed() + b"\x01", AmbiguousError, "follow the archive's last member, and not as padding"),
+        (changed() + archive({"a": b""}), AmbiguousError, "follow the archive's last member, and not as padding"),
+        (changed() + bytes(2 << 20), AmbiguousError, "follow the archive's last member, and not as padding"),
         (archive(members(info=[])), UnsupportedError, "sys_info: 1000 is the protocol version"),
         (archive(members(info={"protocol_version": 1001})), UnsupportedError, "1000 is the protocol version"),
         (changed(sys_info=dumped(print)), CorruptError, "not the names __builtin__.print"),
-        (changed(sys_info=dumped({}) + b"."), CorruptError, "sys_info, byte 6: 1 bytes follow"),
+        (changed(sys_info=dumped({}) + b"."), CorruptError, "sys_info, byte 6: 1 byte follows"),
         (changed(tensors=dumped("3")), CorruptError, "tensors: a number of records is expected"),
         (changed(tensors=dumped(2)), CorruptError, "tensors, record 0"),
         (changed(tensors=dumped(10**9)), LimitError, "tensors: records: 1,000,000,000 is over"),
@@ -319,7 +319,7 @@ ITEMS = list(members().items())
         (with_pickle(Pid("4")), CorruptError, "pickle, byte .*names a tensor or storage 4 that is not there"),
         (with_pickle(Pid("x")), UnsupportedError, "neither a key nor a class"),
         (with_pickle(Pid("1" * 30)), UnsupportedError, "neither a key nor a class"),
-        (with_pickle(Pid((print, 1, 2))), CorruptError, "whose file or source is no text"),
+        (with_pickle(Pid((print, 1, 2))), CorruptError, "whose file or source is not text"),
         (changed(pickle=dumped([], [])), CorruptError, "pickle, byte 6: 6 bytes follow"),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_truncated_archive_is_told_what_is_whole(tmp_path: Path) -> None:
     tensors = [record(1, 11, (6,), (1,)), record(2, 12, (6,), (1,)), record(3, 11, (1,), (1,))]
     data = archive(members(None, tensors, [storage(11, NUMBERS), storage(12, NUMBERS)]))
     end = data.rindex(NUMBERS.numpy().tobytes())
-    with pytest.raises(CorruptError, match=r"missing.; 1 of 2 storages are complete, 2 of 3 tensors are whole"):
+    with pytest.raises(CorruptError, match=r"missing.; 1 of 2 storages is complete, 2 of 3 tensors are whole"):
         opened(data[: end + 3], tmp_path)
     with pytest.raises(CorruptError, match="truncated: the archive's end is missing"):
         opened(data[: (end // 512 + 1) * 512], tmp_path)

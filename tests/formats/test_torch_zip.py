@@ -244,7 +244,7 @@ def test_duplicate_names(save: Save) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda data: data + b"\n", CorruptError, "bytes were appended"),
+        (lambda data: data + b"\n", CorruptError, "1 byte was appended"),
         (lambda data: b"junk" + data, UnknownFormatError, "something else before it"),
         (lambda data: data + data, CorruptError, "two archives laid end to end"),
         (lambda data: data[:-30], CorruptError, "truncated"),

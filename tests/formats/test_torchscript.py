@@ -322,7 +322,7 @@ def test_an_attribute_whose_name_is_no_string(path: Path) -> None:
         out.writestr("m/data.pkl", b"\x80\x02c__torch__\nM\n)\x81}K\x01Nsb.")
         out.writestr("m/constants.pkl", b"\x80\x02).")
         out.writestr("m/code/__torch__.py", "class M(Module):\n  __parameters__ = []\n")
-    with pytest.raises(CorruptError, match="whose name is no string"):
+    with pytest.raises(CorruptError, match="whose name is not a string"):
         formats.read(path)
 
 

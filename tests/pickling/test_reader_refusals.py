@@ -144,7 +144,7 @@ FRAME = b"\x95" + struct.pack("<Q", 4)
         (b"cos\nsystem\n)R\x8c\x01a\x93.", AmbiguousError, "a name computed at run time"),
         (b"\x8c\x01aU\x01\xff\x93.", AmbiguousError, "a name computed at run time"),
         (b"ca\nb\n]R.", UnsupportedError, "whose arguments are list"),
-        (b"ca\nb\n)N\x92.", UnsupportedError, "keyword arguments that are no dict"),
+        (b"ca\nb\n)N\x92.", UnsupportedError, "keyword arguments that are not a dict"),
         (b"ca\nb\n)R}b}b.", AmbiguousError, "state applied twice to <a.b object>"),
         (b"}Nb.", UnsupportedError, "state applied to a InertDict"),
         (b"ca\nb\nNb.", UnsupportedError, "state applied to <global a.b>"),

@@ -149,9 +149,9 @@ def test_a_model_that_only_an_override_needs_is_known_of(write: Write) -> None:
         ("[[overrides]]\nfiles = [1]", "files = "),
         ("[[overrides]]\nfiles = ['a']\nmanifest = 'b'", "unknown key 'manifest'"),
         ("check = 3", "check is int; expected a table"),
-        ("[check", "is no TOML"),
-        (b"fits = '\xff'", "is no TOML"),
-        ("fits = " + "[" * 50_000, "is no TOML"),
+        ("[check", "is not valid TOML"),
+        (b"fits = '\xff'", "is not valid TOML"),
+        ("fits = " + "[" * 50_000, "is not valid TOML"),
     ],
 )
 def test_what_is_wrong_is_told_with_the_file(write: Write, text: str | bytes, told: str) -> None:
@@ -192,7 +192,7 @@ def test_the_nearest_upward_is_found(write: Write, tmp_path: Path) -> None:
 
 def test_a_damaged_project_on_the_way_is_told(write: Write, tmp_path: Path) -> None:
     write("[tool", "pyproject.toml")
-    with pytest.raises(FormatError, match="is no TOML"):
+    with pytest.raises(FormatError, match="is not valid TOML"):
         find_config(str(tmp_path))
 
 

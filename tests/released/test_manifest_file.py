@@ -54,8 +54,8 @@ def tensor(key: str, value: object) -> Spoil:
 
 
 SPOILED: list[tuple[Spoil, str]] = [
-    (lambda document: document.pop("files"), "is no manifest"),
-    (lambda document: document.pop("schema_version"), "is no manifest"),
+    (lambda document: document.pop("files"), "is not a manifest"),
+    (lambda document: document.pop("schema_version"), "is not a manifest"),
     (lambda document: document.update(files=[]), "at least one file"),
     (lambda document: document.update(files={}), "at least one file"),
     (lambda document: document["files"].append(None), r"files\[7\]: is None; expected an object"),
@@ -114,7 +114,7 @@ def test_another_version(version: object, read) -> None:
     [
         (b"", "no valid JSON"),
         (b"\xff", "not UTF-8"),
-        (b"[]", "is no manifest"),
+        (b"[]", "is not a manifest"),
         (b'{"schema_version": 1, "schema_version": 1, "files": []}', "stands twice"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"schema_version": 1, "files": [{"path": "\\ud800"}]}', "no Unicode text"),

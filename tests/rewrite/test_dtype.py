@@ -316,7 +316,7 @@ def test_a_storage_of_a_part_of_a_value(save: Save) -> None:
         entry = checkpoint.state_dict["weight"]
         storage = replace(entry.storage, nbytes=7, dtype=None, source=entry.storage.source.part(0, 7))
         changed = StateDict({"weight": replace(entry, storage=storage, shape=(1,))})
-        with pytest.raises(DTypeError, match="7 bytes is no whole number of float32 values"):
+        with pytest.raises(DTypeError, match="7 bytes is not a whole number of float32 values"):
             CastDtype("float16")(checkpoint.replace(state_dict=changed))
 
 

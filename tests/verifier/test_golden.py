@@ -206,7 +206,7 @@ def test_nothing_is_written_of_a_model_that_fails(save: Any, weights: dict[str, 
 
 def test_arguments_that_are_no_literals(save: Any, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     options = {**OPTIONS, "model": lambda activation: Net(), "model_args": {"activation": nn.ReLU}}
-    with pytest.raises(ckptkit.VerifyError, match="are no literals and cannot be recorded"):
+    with pytest.raises(ckptkit.VerifyError, match="are not literals and cannot be recorded"):
         ckptkit.verify(save(weights), write_golden=tmp_path / "g.safetensors", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
 
@@ -256,10 +256,10 @@ def test_damaged_goldens(save: Any, weights: dict[str, torch.Tensor], golden: Pa
 
 
 def test_what_is_no_golden(save: Any, weights: dict[str, torch.Tensor], golden: Path, tmp_path: Path) -> None:
-    with pytest.raises(ckptkit.CorruptError, match="is no golden"):
+    with pytest.raises(ckptkit.CorruptError, match="is not a golden file"):
         held(save, weights, save(weights, "weights.pth"))
     save_file(weights, tmp_path / "plain.safetensors")
-    with pytest.raises(ckptkit.CorruptError, match="is no golden"):
+    with pytest.raises(ckptkit.CorruptError, match="is not a golden file"):
         held(save, weights, tmp_path / "plain.safetensors")
     save_file(weights, tmp_path / "bad.safetensors", metadata={KEY: "{"})
     with pytest.raises(ckptkit.FormatError):

@@ -161,9 +161,9 @@ def test_torchvision_families_and_their_inputs(
 @pytest.mark.parametrize(
     ("spec", "args", "message"),
     [
-        ("resnet18", {}, "'resnet18' is no reference; expected torchvision:NAME, timm:NAME, .*:factory or path"),
-        ("torchvision:", {}, "is no reference"),
-        (":make", {}, "is no reference"),
+        ("resnet18", {}, "'resnet18' is not a reference; expected torchvision:NAME, timm:NAME, .*:factory or path"),
+        ("torchvision:", {}, "is not a reference"),
+        (":make", {}, "is not a reference"),
         ("torchvision:resnet81", {}, "torchvision has no model 'resnet81'; did you mean resnet18"),
         ("torchvision:resnet18", {"num_clases": "3"}, "torchvision:resnet18: .*unexpected keyword argument 'num_clas"),
         ("torchvision:resnet18", {"weights": "DEFAULT"}, "without pretrained weights; leave weights out"),
@@ -177,7 +177,7 @@ def test_torchvision_families_and_their_inputs(
         ("pack/worse.py:make", {}, "running pack/worse.py failed: ZeroDivisionError: division by zero"),
         ("pack/nets.txt:make", {}, "no file 'pack/nets.txt'"),
         ("note.txt/../my_models.py:make", {}, "no file"),
-        ("./README:make", {}, "is no Python file; its name must end in .py"),
+        ("./README:make", {}, "is not a Python file; its name must end in .py"),
         ("my_models.py", {}, "my_models.py: name the factory in it: my_models.py:NAME"),
         ("C:/x/my_models.py", {}, "name the factory in it: C:/x/my_models.py:NAME"),
         ("my_models:number", {}, "is of type int; expected a function, a class or a module"),

@@ -19,6 +19,7 @@ from ckptkit.bytesource import ByteRange
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError
 from ckptkit.formats.archives.tar_header import BLOCK_NBYTES, checksums
 from ckptkit.limits import Limits
+from ckptkit.report import count_of
 
 __all__ = ["Member", "read_members"]
 
@@ -98,7 +99,7 @@ def _member(block: bytes, pos: int, size: int | None) -> Member:
     if stated is None or int(stated[1], 8) not in checksums(block):
         raise CorruptError("a member's header does not have the checksum it states: damaged", offset=pos)
     if nbytes is None:
-        raise CorruptError("a member's size is no octal number", offset=pos)
+        raise CorruptError("a member's size is not an octal number", offset=pos)
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
     return Member(
@@ -119,12 +120,14 @@ def _pax(member: Member, area: ByteRange, limits: Limits) -> tuple[int | None, b
         record = _RECORD.match(data, pos)
         end = pos + int(record[1]) if record else 0
         if record is None or end > len(data) or end <= record.end() or data[end - 1 : end] != b"\n":
-            raise CorruptError("a pax header that is no list of records: damaged", offset=member.start + pos)
+            raise CorruptError("a pax header that is not a list of records: damaged", offset=member.start + pos)
         key, value = record[2].decode("ascii"), data[record.end() : end - 1]
         as_stated = as_stated and key in _PAX_KEYS
         if key == "size":
             if size is not None or not re.fullmatch(rb"[0-9]{1,19}", value):
-                raise CorruptError("a pax header whose size is no number, or stated twice", offset=member.start + pos)
+                raise CorruptError(
+                    "a pax header whose size is not a number, or stated twice", offset=member.start + pos
+                )
             size = int(value)
         pos = end
     return size, as_stated
@@ -136,6 +139,7 @@ def _check_end(area: ByteRange, pos: int) -> None:
         raise CorruptError("truncated: the archive's end is cut off. Get the file again", offset=pos)
     if left > _MAX_PADDING_NBYTES or any(area.read(pos, left)):
         raise AmbiguousError(
-            f"{left:,} bytes follow the archive's last member that are no padding: some readers would go on there",
+            f"{count_of(left, 'byte', 'follows', 'follow')} the archive's last member, and not as padding: some "
+            "readers would go on there",
             offset=pos,
         )

@@ -321,7 +321,8 @@ def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -
         ):
             return
     raise AmbiguousError(
-        f"{nbytes:,} bytes behind record {before.name!r} belong to no record; readers may find others there"
+        f"{count_of(nbytes, 'byte')} behind record {before.name!r} {'belongs' if nbytes == 1 else 'belong'} to no "
+        "record; readers may find others there"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a file is that is no checkpoint, by its first bytes, and what to do about it.
+"""What a file is that is not a checkpoint, by its first bytes, and what to do about it.
 
 Sources beside those named below: the magic numbers of each format's own specification; for ONNX, TensorFlow
 and Core ML, which have none, the first fields of their protobuf messages (``onnx.proto`` ``ModelProto``,

@@ -13,7 +13,7 @@ from ckptkit.formats.magic import SCANNED_NBYTES, guess_pickle, scanned
 from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
-from ckptkit.report import listed
+from ckptkit.report import count_of, listed
 
 __all__ = ["describe_pickle", "is_pickle", "unpacked"]
 
@@ -58,7 +58,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
         names = merge_uses(global_uses(pickle.globals), (use for use in behind.uses() if use.kind == "name"))
         what = f"a Python pickle of {_kind(pickle.root)}"
         if pickle.end < probe.file.size:
-            what += f", with {probe.file.size - pickle.end:,} bytes behind it"
+            what += f", with {count_of(probe.file.size - pickle.end, 'byte')} behind it"
     if any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names):
         return f"a joblib file, not one torch.save wrote; joblib.load reads it; {_listed(names)}", names
     writer = next((how for prefix, how in _WRITERS if any(use.name.startswith(prefix) for use in names)), None)

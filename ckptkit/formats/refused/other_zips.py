@@ -1,4 +1,4 @@
-"""ZIP archives that are no checkpoint of torch's: what they are by their records' names, and what to do.
+"""ZIP archives that are not checkpoints of torch's: what they are by their records' names, and what to do.
 
 - ``.npz``: arrays as ``.npy`` records (``numpy/lib/_npyio_impl.py``)
 - ``.keras``: ``config.json``, ``metadata.json`` and ``model.weights.h5`` (``keras/src/saving/saving_lib.py``)

@@ -28,7 +28,7 @@ from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import walk
 from ckptkit.pickling.reader import PickleResult, read_pickle
 from ckptkit.pickling.tensors import StorageTable
-from ckptkit.report import count_of
+from ckptkit.report import count_of, share_of
 
 __all__ = ["unfinished", "what_is_left"]
 
@@ -257,7 +257,8 @@ class _Remains:
         entries = [node for node in walk(self._pickle.root) if isinstance(node, TensorEntry)]
         lost = [entry for entry in entries if entry.storage.key in missing]
         first = f"; the first incomplete one is {self._name(lost[0])}" if lost else ""
-        whole = f"{len(entries) - len(lost)} of {count_of(len(entries), 'tensor')} are whole{first}. Get the file again"
+        whole = share_of(len(entries) - len(lost), len(entries), "tensor", "is", "are")
+        whole += f" whole{first}. Get the file again"
         if cut.filled is not None:
             return f"truncated: all {size - cut.filled:,} bytes from byte {cut.filled:,} on are zeros; {whole}"
         # What is still to come, headers and directory entries included.
@@ -288,8 +289,8 @@ class _Remains:
             "zeros" if not any(start) else "an HTML page" if b"<html" in start.lower() else f"they begin {start[:16]!r}"
         )
         return (
-            f"{rest:,} bytes were appended to an archive that ends at byte {end:,} ({what}). Get the file again, or "
-            f"keep what is before them: head -c {end} FILE > FIXED"
+            f"{count_of(rest, 'byte', 'was', 'were')} appended to an archive that ends at byte {end:,} ({what}). Get "
+            f"the file again, or keep what is before them: head -c {end} FILE > FIXED"
         )
 
 

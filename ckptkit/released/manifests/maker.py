@@ -117,7 +117,7 @@ def _require_below(name: str, folder: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise FileAccessError(f"{name!r}: the file's name is no Unicode text; rename the file") from None
+        raise FileAccessError(f"{name!r}: the file's name is not Unicode text; rename the file") from None
 
 
 def _unchanged(
@@ -181,7 +181,7 @@ def _record(name: str, found: Examined, listed: bool) -> FileRecord:
             text.encode()
         except UnicodeEncodeError:
             raise UnsupportedError(
-                f"the name {text!r:.80} is no Unicode text, and cannot be listed; record it with --digests total",
+                f"the name {text!r:.80} is not Unicode text, and cannot be listed; record it with --digests total",
                 path=found.path,
             ) from None
     return FileRecord(

@@ -33,7 +33,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
     Raises:
         MissingFileError, FileAccessError: it cannot be opened.
-        CorruptError: it is no manifest, damaged, or names no files.
+        CorruptError: it is not a manifest, damaged, or names no files.
         UnsupportedError: it is of another version.
         LimitError: it is larger than manifests are.
     """
@@ -56,7 +56,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def _records(document: object) -> Iterator[FileRecord]:
     if not isinstance(document, dict) or "files" not in document or "schema_version" not in document:
         raise CorruptError(
-            "is no manifest: expected a JSON object with 'schema_version' and 'files', as ckptkit manifest writes it"
+            "is not a manifest: expected a JSON object with 'schema_version' and 'files', as ckptkit manifest writes it"
         )
     version = document["schema_version"]
     if type(version) is not int or version != SCHEMA_VERSION:

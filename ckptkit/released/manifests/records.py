@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ckptkit.report import SCHEMA_VERSION
+from ckptkit.report import SCHEMA_VERSION, count_of
 
 __all__ = [
     "Changes",
@@ -119,7 +119,7 @@ class Manifest:
         folder: the folder that paths are relative to.
         folders: those it was made of, relative to it: in them no other checkpoint may lie; ``"."`` is itself.
         changes: what `make` did; of a manifest that was read, nothing.
-        passed_over: how many files of each kind its folders hold that are no checkpoint; it is not written.
+        passed_over: how many files of each kind its folders hold that are not checkpoints; it is not written.
     """
 
     files: tuple[FileRecord, ...]
@@ -127,6 +127,9 @@ class Manifest:
     folders: tuple[str, ...] = ()
     changes: Changes = Changes()
     passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<Manifest of {count_of(len(self.files), 'file')} in {self.folder!r:.80}>"
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as one JSON-ready document."""

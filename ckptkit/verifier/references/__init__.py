@@ -65,7 +65,7 @@ def _reference(model: ModelLike, args: Mapping[str, object]) -> Reference:
     if name.endswith(".py"):
         raise VerifyError(f"{model}: name the factory in it: {model}:NAME")
     if not colon or not source or not name:
-        raise VerifyError(f"{model!r} is no reference; expected {FORMS}")
+        raise VerifyError(f"{model!r} is not a reference; expected {FORMS}")
     return user_code.reference(model, source, name, args)
 
 

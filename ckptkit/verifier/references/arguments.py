@@ -155,7 +155,7 @@ def _number(text: str, wanted: type) -> object:
         return wanted(value)
     try:
         if wanted is float:
-            return float(text)  # also inf and nan, which are no literals
+            return float(text)  # also inf and nan, which are not literals
     except ValueError:
         pass
     raise _UnfitError

@@ -81,7 +81,7 @@ def _file(path: str, spec: str) -> Any:
     name = "_ckptkit_reference_" + os.path.splitext(os.path.basename(path))[0]
     found = importlib.util.spec_from_file_location(name, os.path.abspath(path))
     if found is None or found.loader is None:
-        raise VerifyError(f"{spec}: {path!r} is no Python file; its name must end in .py")
+        raise VerifyError(f"{spec}: {path!r} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickle look classes up there
     try:
