@@ -56,9 +56,12 @@ _TELLING = frozenset({
 MOMENTS = _TELLING | {"max_exp_avg_sq", "neg_grad_or_diff", "sum", "step_size", "prev", "eta", "mu", "ax"}
 """Keys of one parameter's optimizer state (torch.optim, fastai, Adafactor, Adan); some of them tell it apart."""
 
-_DATA_WORDS = frozenset(
-    ["attention", "attr", "batch", "data", "edge", "feature", "features", "id", "ids", "image", "images", "index", "input", "inputs", "label", "labels", "mask", "masks", "node", "nodes", "num", "output", "outputs", "pixel", "pos", "position", "positions", "ptr", "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid", "validation", "values", "x", "y", "z"]
-)  # fmt: skip
+_DATA_WORDS = frozenset({
+    "attention", "attr", "batch", "data", "edge", "feature", "features", "id", "ids", "image", "images", "index", "input",
+    "inputs", "label", "labels", "mask", "masks", "node", "nodes", "num", "output", "outputs", "pixel", "pos", "ptr",
+    "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
+    "validation", "values", "x", "y", "z",
+})  # fmt: skip
 _WORD = re.compile(r"[a-z]+")
 
 _SCALARS = (str, int, float, bytes, type(None))
