@@ -84,7 +84,7 @@ def _details(document: dict[str, Any]) -> Iterator[str]:
     several = ["section"] if document["state_dict"] is not None and len(document["sections"]) > 1 else []
     cells = []
     for row in rows:
-        names = [*(_code(printable(row.section)) for _ in several), _code(as_text.full_name(row, document))]
+        names = [*(_code(printable(row.section or "")) for _ in several), _code(as_text.full_name(row, document))]
         facts = [row.dtype, as_text.shape(row), human_size(row.nbytes), _escaped(printable(row.location))]
         cells.append([*names, *facts, *(as_text.figure((row.stats or {})[key]) for key in extra)])
     yield f"\n<details><summary>{count_of(len(document['tensors']), 'tensor')}</summary>\n"

@@ -18,7 +18,7 @@ from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.accounting import Totals, section_documents, storage_document, totals
-from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, storage_names, wanted
+from ckptkit.inspection.listing import TensorRow, ValueRow, list_tensors, natural_key, ordered, storage_names, wanted
 from ckptkit.inspection.module_list import list_modules
 from ckptkit.inspection.training import training_document, training_state
 from ckptkit.normalize.roles import tensor_role
@@ -63,8 +63,8 @@ def survey(
     """As `describe`, with the tensors as rows."""
     listing = list_tensors(checkpoint)
     sums = totals(listing.rows, listing.several)
-    shown = listing.rows if not filters else [row for row in listing.rows if wanted(row.name, filters)]
-    rows = ordered(shown, sort)
+    every = listing.with_values()
+    rows = ordered(every if not filters else [row for row in every if wanted(row.name, filters)], sort)
     origin = checkpoint.origin
     training = training_document(checkpoint.rest, checkpoint.sections)
     damages: list[Finding] = []
@@ -142,7 +142,7 @@ def plain_document(document: dict[str, Any]) -> dict[str, Any]:
 
 def json_chunks(document: dict[str, Any]) -> Iterator[str]:
     """The JSON text of what `survey` made, on one line, a piece at a time; non-ASCII is escaped."""
-    rows: list[TensorRow] = document["tensors"]
+    rows: _Rows = document["tensors"]
     head, tail = json.dumps({**document, "tensors": []}).split('"tensors": []', 1)
     yield f'{head}"tensors": ['
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
@@ -150,16 +150,22 @@ def json_chunks(document: dict[str, Any]) -> Iterator[str]:
     yield f"]{tail}"
 
 
-def _with_stats(checkpoint: Checkpoint, rows: list[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
+_Rows = list[TensorRow | ValueRow]
+
+
+def _with_stats(checkpoint: Checkpoint, rows: _Rows) -> tuple[_Rows, list[Finding]]:
     """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
     from ckptkit.stats import NO_STATS, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
 
     checksums = Checksums()
-    checksums.want(row.entry.storage for row in rows)
+    checksums.want(row.entry.storage for row in rows if isinstance(row, TensorRow))
     known: dict[tuple[object, ...], dict[str, Any]] = {}
-    result = []
+    result: _Rows = []
     for row in rows:
+        if isinstance(row, ValueRow):
+            result.append(row._replace(stats=dict(NO_STATS)))
+            continue
         view = row.entry.view
         if view not in known:
             try:

@@ -17,12 +17,14 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.not_plain import describe_value
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import join
 from ckptkit.normalize.tensors import Found, every_tensor
+from ckptkit.pickling.arrays import is_array, is_scalar
 from ckptkit.pickling.inert import Object, walk
 
-__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "storage_names", "wanted"]
+__all__ = ["Listing", "TensorRow", "ValueRow", "list_tensors", "natural_key", "ordered", "storage_names", "wanted"]
 
 
 class TensorRow(NamedTuple):
@@ -54,22 +56,7 @@ class TensorRow(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """The row as an element of the document's ``tensors``."""
-        document: dict[str, Any] = {
-            "section": self.section,
-            "name": self.name,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "stride": list(self.stride),
-            "nbytes": self.nbytes,
-            "location": self.location,
-            "storage": self.storage,
-            "role": self.role,
-            "role_inferred": self.role_inferred,
-            "tied_to": self.tied_to,
-        }
-        if self.stats is not None:
-            document["stats"] = self.stats
-        return document
+        return _document(self)
 
     def to_json(self) -> str:
         """The JSON text of `to_dict`, several times faster than through it."""
@@ -87,6 +74,62 @@ class TensorRow(NamedTuple):
         return f'{text}, "stats": {json.dumps(stats)}}}'
 
 
+class ValueRow(NamedTuple):
+    """A value that is no plain tensor, under one name: quantized, sparse, nested, of another class, numpy's.
+
+    The fields are those of the inspect document; ``value`` tells it in words.  What it is made of has rows of its own,
+    whose names begin with this one's.
+    """
+
+    section: str | None
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    location: str
+    value: str
+    stats: dict[str, Any] | None = None
+    stride: tuple[int, ...] = ()
+    storage: str = ""
+    role: Role = "unknown"
+    role_inferred: bool = False
+    tied_to: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 0 where it is not told."""
+        return max(math.prod(self.shape), 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as an element of the document's ``tensors``."""
+        return {**_document(self), "value": self.value}
+
+    def to_json(self) -> str:
+        """The JSON text of `to_dict`."""
+        import json
+
+        return json.dumps(self.to_dict())
+
+
+def _document(row: TensorRow | ValueRow) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "section": row.section,
+        "name": row.name,
+        "dtype": row.dtype,
+        "shape": list(row.shape),
+        "stride": list(row.stride),
+        "nbytes": row.nbytes,
+        "location": row.location,
+        "storage": row.storage,
+        "role": row.role,
+        "role_inferred": row.role_inferred,
+        "tied_to": row.tied_to,
+    }
+    if row.stats is not None:
+        document["stats"] = row.stats
+    return document
+
+
 def _nullable(text: str | None) -> str:
     return "null" if text is None else quoted(text)
 
@@ -97,12 +140,21 @@ class Listing(NamedTuple):
     Attributes:
         rows: the tensors, in file order.
         others: storages that stand in the file by themselves, and numpy's arrays.
+        values: what is no plain tensor, numpy's arrays too, each with the number of rows before it.
         several: storages that several of the tensors view, by ``id``.
     """
 
     rows: list[TensorRow]
     others: list[Found]
+    values: list[tuple[int, ValueRow]]
     several: set[int]
+
+    def with_values(self) -> list[TensorRow | ValueRow]:
+        """The rows, and in their places the values that are no plain tensors."""
+        every: list[TensorRow | ValueRow] = list(self.rows)
+        for at, row in reversed(self.values):
+            every.insert(at, row)
+        return every
 
     @property
     def bare(self) -> list[Storage]:
@@ -121,12 +173,22 @@ def list_tensors(checkpoint: Checkpoint) -> Listing:
     Raises:
         LimitError: the names are more, or all together longer, than those of any checkpoint.
     """
+    every = list(islice(every_tensor(checkpoint, values=True), DEFAULT_LIMITS.entries + 1))
+    if len(every) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
+        raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(every))
     named: list[_Named] = []
     others: list[Found] = []
-    for found in islice(every_tensor(checkpoint), DEFAULT_LIMITS.entries + 1):
-        (named if isinstance(found.node, TensorEntry) else others).append(found)  # type: ignore[arg-type]
-    if len(named) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
-        raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named) + len(others))
+    values: dict[tuple[str | None, str], tuple[int, ValueRow]] = {}  # a parameter and what is in it have one name
+    for found in every:
+        if isinstance(found.node, TensorEntry):
+            named.append(found)  # type: ignore[arg-type]
+            continue
+        if isinstance(found.node, Storage) or is_array(found.node):
+            others.append(found)
+        value = describe_value(found.node)
+        if value is not None and not is_scalar(found.node):
+            row = ValueRow(*found[:2], value.dtype, value.shape, value.nbytes, value.location, value.text)
+            values.setdefault(found[:2], (len(named), row))
     characters = sum(len(section or "") + len(name) for section, name, _, _ in named)
     if characters > DEFAULT_LIMITS.name_characters:  # one long key may stand above thousands of tensors
         raise LimitError("characters of names", limit=DEFAULT_LIMITS.name_characters, actual=characters)
@@ -154,7 +216,7 @@ def list_tensors(checkpoint: Checkpoint) -> Listing:
                  storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None)
             )
         )  # fmt: skip
-    return Listing(rows, others, several)
+    return Listing(rows, others, list(values.values()), several)
 
 
 def storage_names(checkpoint: Checkpoint) -> dict[int, str]:
@@ -198,7 +260,7 @@ def wanted(name: str, filters: Sequence[str]) -> bool:
     return not filters or any(fnmatchcase(name, pattern) for pattern in filters)
 
 
-def ordered(rows: list[TensorRow], sort: str) -> list[TensorRow]:
+def ordered(rows: list[TensorRow | ValueRow], sort: str) -> list[TensorRow | ValueRow]:
     """The rows in file order (``"file"``), natural order of names (``"name"``) or largest first (``"size"``)."""
     if sort == "name":
         return sorted(rows, key=lambda row: (row.section or "", natural_key(row.name)))

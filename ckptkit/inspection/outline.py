@@ -10,11 +10,10 @@ a gap, and have the same structure (the same names, shapes, dtypes and classes b
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ckptkit.inspection.listing import TensorRow, natural_key
+from ckptkit.inspection.listing import TensorRow, ValueRow, natural_key
 from ckptkit.report import count_of
 
 __all__ = ["Line", "Outline"]
@@ -65,7 +64,7 @@ class _Branch:
         "tensors",
     )  # fmt: skip
 
-    def __init__(self, label: str, row: TensorRow | None = None) -> None:
+    def __init__(self, label: str, row: TensorRow | ValueRow | None = None) -> None:
         self.label = label
         self.row = row
         self.children: list[_Branch] = []
@@ -90,7 +89,7 @@ class Outline:
     """The tree of some tensors.
 
     Args:
-        rows: the tensors.
+        rows: the tensors; what a value that is no plain tensor is made of is not shown.
         modules: of a whole model, as the inspect document lists them.
         sectioned: whether names begin with their section.
         sort: ``"file"``, ``"name"`` or ``"size"``; numbered siblings are in the order of their numbers but in the last.
@@ -98,7 +97,7 @@ class Outline:
 
     def __init__(
         self,
-        rows: Sequence[TensorRow],
+        rows: Sequence[TensorRow | ValueRow],
         modules: Sequence[dict[str, Any]] = (),
         *,
         sectioned: bool = False,
@@ -110,7 +109,7 @@ class Outline:
         made: dict[str, _Branch] = {"": self._root}
         for module in modules:
             _branch(module["path"], made).note = module["text"].replace("\n", " ")
-        for row in rows:
+        for row in _without_parts(rows):
             name = f"{row.section}.{row.name}" if sectioned and row.section else row.name
             above, _, last = name.rpartition(".")
             if not above:
@@ -200,6 +199,17 @@ class Outline:
         )
 
 
+def _without_parts(rows: Sequence[TensorRow | ValueRow]) -> Iterator[TensorRow | ValueRow]:
+    """The rows without those of what a value is made of, which follow it."""
+    values = {(row.section, row.name) for row in rows if isinstance(row, ValueRow)}
+    for row in rows:
+        above = row.name
+        while values and (above := above.rpartition(".")[0]) and (row.section, above) not in values:
+            pass
+        if not values or not above:
+            yield row
+
+
 def _branch(path: str, made: dict[str, _Branch]) -> _Branch:
     """The branch of a path, made with all above it where it is not there yet."""
     branch = made.get(path)
@@ -235,7 +245,7 @@ def _measure(made: dict[str, _Branch], sort: str) -> None:
                 dtype = row.dtype
                 child.tensors = 1
                 if row.tied_to is None:
-                    numel = math.prod(row.shape)
+                    numel = row.numel
                     child.nbytes = row.nbytes
                     if row.role == "parameter":
                         child.parameters = numel
@@ -297,6 +307,8 @@ def _group_label(group: _Group) -> str:
 
 def _note(branch: _Branch, names_tensors: bool) -> str:
     """What stands at the end of a branch's line; of a module without a class, perhaps the tensors it holds."""
+    if isinstance(branch.row, ValueRow):
+        return branch.row.value
     if branch.row is not None:
         note = f"{branch.row.dtype} {list(branch.row.shape)}"
         return f"{note} = {branch.row.tied_to}" if branch.row.tied_to else note

@@ -25,6 +25,7 @@ from typing import Final, NamedTuple
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.parts import spread_text
 from ckptkit.pickling.arrays import is_array, is_scalar
 from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items, walk
@@ -48,7 +49,7 @@ class Value(NamedTuple):
             strided tensor that is odd in some other way, ``"tensor"``.
         what: the kind, or a class, as a message names it.
         dtype: torch name of its elements; of arrays numpy's.
-        shape: of the whole; ``None``: it has none, or one that differs from part to part.
+        shape: of the whole; -1 where a nested tensor's parts differ.
         nbytes: bytes in the file of all that it is made of.
         detail: what else tells it from others of its dtype and shape; may be empty.
         parts: the tensors, storages and arrays that it is made of, under torch's names for them.
@@ -58,7 +59,7 @@ class Value(NamedTuple):
     kind: str
     what: str
     dtype: str
-    shape: tuple[int, ...] | None
+    shape: tuple[int, ...]
     nbytes: int
     detail: str
     parts: tuple[tuple[str, object], ...]
@@ -67,8 +68,8 @@ class Value(NamedTuple):
     @property
     def text(self) -> str:
         """It in a few words: ``"quantized [3, 4] qint8, scale 0.1, zero point 3"``, ``"meta [5, 6] float32"``."""
-        shape = "" if self.shape is None else f" {list(self.shape)!s:.60}"
-        return f"{self.what:.40}{shape} {self.dtype:.40}{', ' * bool(self.detail)}{self.detail:.60}"
+        shape = ", ".join("?" if size == -1 else str(size) for size in self.shape)
+        return f"{self.what:.40} [{shape:.60}] {self.dtype:.40}{', ' * bool(self.detail)}{self.detail:.60}"
 
 
 class _Facts(NamedTuple):
@@ -91,15 +92,15 @@ def describe_value(node: object) -> Value | None:
             return _value(_Facts("tensor", cls, node.dtype, node.shape, "", (("data", node),), node.location), cls)
         if not isinstance(node, Object) or not isinstance(node.cls, Global):
             return None
-        if node.cls.name.startswith("_rebuild_parameter") and node.args:
+        module, name = node.cls.module, node.cls.name
+        if name.startswith("_rebuild_parameter") and node.args:
             node = node.args[0]
             continue
         wrapped = wrapped_tensor(node)
         if wrapped is not None:
-            name = wrapped.cls.name.rpartition(".")[2]
-            return _value(
-                _Facts("wrapper", name, wrapped.dtype, wrapped.shape, spread_text(node), _leaves(wrapped.state)), cls
-            )
+            what = wrapped.cls.name.rpartition(".")[2]
+            leaves = _leaves(wrapped.state)
+            return _value(_Facts("wrapper", what, wrapped.dtype, wrapped.shape, spread_text(node), leaves), cls)
         if node.class_name == "torch._tensor._rebuild_from_type_v2" and len(node.args) == 4:
             function, outer, args, _ = node.args
             if not isinstance(function, Global) or not isinstance(outer, Global) or not isinstance(args, tuple):
@@ -108,8 +109,8 @@ def describe_value(node: object) -> Value | None:
             node = Object("reduce", function, args)
             continue
         facts = _array(node) if is_array(node) else None
-        maker = _MAKERS.get(node.cls.name)
-        if maker is not None and node.cls.module.partition(".")[0] == "torch":
+        maker = _MAKERS.get(name)
+        if maker is not None and module.partition(".")[0] == "torch":
             facts = maker(node.args)
         return None if facts is None else _value(facts, cls)
     return None
@@ -122,7 +123,14 @@ def _value(facts: _Facts, cls: str) -> Value:
     location = facts.location or next((node.location for node in tensors.values()), "")
     what = facts.what if cls in ("", "NestedTensor", facts.what) else f"{cls}, {facts.what}"
     return Value(
-        facts.kind, what, facts.dtype, facts.shape, sum(nbytes.values()) + inside, facts.detail, facts.parts, location
+        facts.kind,
+        what,
+        facts.dtype,
+        facts.shape or (),
+        sum(nbytes.values()) + inside,
+        facts.detail,
+        facts.parts,
+        location,
     )
 
 
@@ -193,8 +201,9 @@ def _nested(args: tuple[object, ...]) -> _Facts | None:
     if len(args) < 2 or not isinstance(args[0], TensorEntry):
         return None
     parts = tuple(zip(("buffer", "sizes", "strides", "offsets"), args, strict=False))
-    many = args[1].shape[0] if isinstance(args[1], TensorEntry) and args[1].shape else 0
-    return _Facts("nested", "nested", args[0].dtype, None, f"{count_of(many, 'tensor')} of different sizes", parts)
+    sizes = args[1].shape if isinstance(args[1], TensorEntry) and len(args[1].shape) == 2 else (0, 0)
+    shape = (sizes[0], *[-1] * min(sizes[1], DEFAULT_LIMITS.dimensions))
+    return _Facts("nested", "nested", args[0].dtype, shape, "", parts)
 
 
 def _jagged(args: tuple[object, ...]) -> _Facts | None:
@@ -204,9 +213,7 @@ def _jagged(args: tuple[object, ...]) -> _Facts | None:
         return None
     many = max(offsets.shape[0] - 1, 0) if isinstance(offsets, TensorEntry) and offsets.shape else 0
     parts = tuple((name, state.get(name)) for name in ("values", "offsets", "lengths") if state.get(name) is not None)
-    return _Facts(
-        "nested", "nested", values.dtype, None, f"{count_of(many, 'tensor')} of different sizes, jagged", parts
-    )
+    return _Facts("nested", "nested", values.dtype, (many, -1, *values.shape[1:]), "jagged", parts)
 
 
 def _meta(args: tuple[object, ...]) -> _Facts | None:

@@ -57,9 +57,9 @@ MOMENTS = _TELLING | {"max_exp_avg_sq", "neg_grad_or_diff", "sum", "step_size", 
 """Keys of one parameter's optimizer state (torch.optim, fastai, Adafactor, Adan); some of them tell it apart."""
 
 _DATA_WORDS = frozenset({
-    "attention", "attr", "batch", "data", "edge", "feature", "features", "id", "ids", "image", "images", "index", "input",
-    "inputs", "label", "labels", "mask", "masks", "node", "nodes", "num", "output", "outputs", "pixel", "pos", "ptr",
-    "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
+    "attention", "attr", "batch", "data", "edge", "feature", "features", "id", "ids", "image", "images", "index",
+    "input", "inputs", "label", "labels", "mask", "masks", "node", "nodes", "num", "output", "outputs", "pixel", "pos",
+    "ptr", "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
     "validation", "values", "x", "y", "z",
 })  # fmt: skip
 _WORD = re.compile(r"[a-z]+")
@@ -133,12 +133,12 @@ def are_data(names: Iterable[str]) -> bool:
 
     No module would have all of its parameters called so.
     """
-    count = 0
-    for count, name in enumerate(names, 1):  # noqa: B007 - it is asked for below
+    words: list[str] = []
+    for name in names:
         words = _WORD.findall(name.lower())
         if not words or not _DATA_WORDS.issuperset(words):
             return False
-    return count > 0
+    return bool(words)
 
 
 def is_substantial(value: object) -> bool:

@@ -8,8 +8,9 @@ What shows, compares, digests, checks or counts the tensors of a file goes throu
   file: attributes of modules and of tensors, buffers that a module does not save, what hangs on a mapping's class,
   keys of dicts and members of sets
 
-Beside tensors it yields storages that stand by themselves and numpy's arrays (`ckptkit.pickling.arrays`).  A tensor
-is yielded under every name it has, but not again below the module or mapping whose own value it is.
+Beside tensors it yields storages that stand by themselves and numpy's arrays (`ckptkit.pickling.arrays`); where it is
+asked for, also the values that are made of tensors (`ckptkit.normalize.not_plain`), before their parts.  A tensor is
+yielded under every name it has, but not again below the module or mapping whose own value it is.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any, Final, NamedTuple
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE_MARKS, module_state
+from ckptkit.normalize.not_plain import describe_value
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, state_values, step
 from ckptkit.pickling.arrays import is_array
-from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell
+from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell, walk
+from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = ["Found", "every_tensor"]
 
@@ -41,12 +44,12 @@ _SCALARS = (str, int, float, bytes, bytearray, type(None))
 
 
 class Found(NamedTuple):
-    """A tensor, a storage or an array, under one name.
+    """A tensor, a storage, an array or another value that is no plain tensor, under one name.
 
     Attributes:
         section: path of the section it stands in; ``None``: in none.
         name: in its section; of what stands in none its path from the top of the file.
-        node: the tensor; a storage that stands by itself; or numpy's array.
+        node: the tensor; a storage that stands by itself; numpy's array; or what makes the value.
         is_own: whether it is one of the section's own values, not somewhere below one.
     """
 
@@ -61,16 +64,17 @@ class Found(NamedTuple):
         return join(self.section, self.name) if self.section and self.name != self.section else self.name
 
 
-def every_tensor(checkpoint: Checkpoint, *, plain: bool = True) -> Iterator[Found]:
+def every_tensor(checkpoint: Checkpoint, *, plain: bool = True, values: bool = False) -> Iterator[Found]:
     """Every tensor, bare storage and array of a checkpoint: the state_dict's first, then in file order.
 
     Args:
         checkpoint: as it was read, or rewritten.
         plain: whether the plain tensors of the state_dict are among them.
+        values: whether values that are made of tensors are, such as quantized and sparse ones.
     """
     state_dict, selected = checkpoint.state_dict, checkpoint.origin.state_path or ""
     kinds = {section.path: section.kind for section in checkpoint.sections if not section.selected}
-    found = _Walk(kinds)
+    found = _Walk(kinds, values)
     others: list[tuple[str, object]] = []
     for name, value in state_dict.everything.items():
         if not is_plain(value):
@@ -87,14 +91,23 @@ def every_tensor(checkpoint: Checkpoint, *, plain: bool = True) -> Iterator[Foun
 
 
 class _Own:
-    """The tensors that a section has as its own values."""
+    """The tensors that a section has as its own values, or that these are made of."""
 
-    def __init__(self, values: Iterable[object]) -> None:
+    def __init__(self, values: Iterable[object], also: _Own | None = None) -> None:
         self._values = values
+        self._also = also
 
     @cached_property
     def _ids(self) -> dict[int, TensorEntry]:
-        return {id(value): value for value in self._values if isinstance(value, TensorEntry)}
+        own: dict[int, TensorEntry] = {}
+        others = []
+        for value in self._values:
+            if isinstance(value, TensorEntry):
+                own[id(value)] = value
+            else:
+                others.append(value)
+        own.update((id(node), node) for node in walk(others) if isinstance(node, TensorEntry))
+        return own
 
     @cached_property
     def _views(self) -> set[tuple[object, ...]]:
@@ -102,7 +115,8 @@ class _Own:
 
     def __contains__(self, entry: TensorEntry) -> bool:
         """Whether a tensor is one of them: a parameter and what stands for it in its module are two objects."""
-        return id(entry) in self._ids or entry.view in self._views
+        known = id(entry) in self._ids or entry.view in self._views
+        return known or (self._also is not None and entry in self._also)
 
 
 _Steps = tuple[Any, str, int] | None
@@ -144,8 +158,9 @@ def _further(steps: _Steps, last: str) -> _Steps:
 class _Walk:
     """One way through everything: what is above tensors is entered once."""
 
-    def __init__(self, kinds: Mapping[str, str]) -> None:
+    def __init__(self, kinds: Mapping[str, str], values: bool) -> None:
         self._kinds = kinds
+        self._values = values
         self._seen: set[int] = set()
 
     def values(self, section: str, values: list[tuple[str, object]], own: _Own) -> Iterator[Found]:
@@ -174,6 +189,13 @@ class _Walk:
             self._seen.add(id(node))
             if isinstance(node, Storage) or is_array(node):
                 yield Found(place.section, place.name(), node, False)
+            elif isinstance(node, Object) and is_tensor_like(node) and (made := describe_value(node)) is not None:
+                if self._values:
+                    yield Found(place.section, place.name(), node, False)
+                rest = place._replace(own=_Own([part for _, part in made.parts], place.own))
+                stack.extend((rest, child) for child in reversed(children(node)))
+                stack.extend((place.below(name, name, self._kinds), part) for name, part in reversed(made.parts))
+                continue
             kind = self._kinds.get(place.path) if place.steps is None and place.path is not None else None
             if kind in ("state_dict", "whole_model") and place.section is not None:
                 values = list(state_values(kind, node))

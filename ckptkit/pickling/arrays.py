@@ -45,9 +45,9 @@ def is_array(node: object) -> TypeGuard[Object]:
     return node.cls.module.partition(".")[0] == "numpy"
 
 
-def is_scalar(node: Object) -> bool:
+def is_scalar(node: object) -> bool:
     """Whether an array is but a number."""
-    return node.class_name.endswith(".scalar")
+    return is_array(node) and node.class_name.endswith(".scalar")
 
 
 def array_of(node: Object) -> Array:
