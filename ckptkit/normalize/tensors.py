@@ -190,7 +190,7 @@ class _Walk:
             if isinstance(node, Storage) or is_array(node):
                 yield Found(place.section, place.name(), node, False)
             elif isinstance(node, Object) and is_tensor_like(node) and (made := describe_value(node)) is not None:
-                if self._values:
+                if self._values and not self._is_told(place, [part for _, part in made.parts]):
                     yield Found(place.section, place.name(), node, False)
                 rest = place._replace(own=_Own([part for _, part in made.parts], place.own))
                 stack.extend((rest, child) for child in reversed(children(node)))
@@ -211,6 +211,13 @@ class _Walk:
                 for label, key, child in reversed(_steps(node))
                 if not isinstance(child, _SCALARS)
             )
+
+    def _is_told(self, place: _Place, parts: list[object]) -> bool:
+        """Whether a value is made of a section's own tensors: one that a module keeps in another form than it saves."""
+        own = place.own
+        return own is not None and bool(parts) and all(
+            part in own if isinstance(part, TensorEntry) else id(part) in self._seen for part in parts
+        )  # fmt: skip
 
 
 def _steps(node: object) -> list[tuple[object, object, object]]:
