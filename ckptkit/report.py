@@ -195,7 +195,7 @@ def count_of(count: int, thing: str, *verb: str) -> str:
 
 
 def share_of(part: int, count: int, thing: str, *verb: str) -> str:
-    """How many of all: ``"1 of 5 tensors is"``, ``"2 of 5 tensors are"``; the verb is the part's.
+    """How many of all: ``"1 of 5 tensors is"``, ``"2 of 5 tensors are"``, ``"0 of 1 tensor is"``.
 
     Args:
         part: how many.
@@ -203,7 +203,8 @@ def share_of(part: int, count: int, thing: str, *verb: str) -> str:
         thing: one of them.
         verb: what follows, of one and of several: ``"is", "are"``.
     """
-    return " ".join((f"{part:,} of {count_of(count, thing)}", *verb[part != 1 :][:1]))
+    is_one = part == 1 or count == 1
+    return " ".join((f"{part:,} of {count_of(count, thing)}", *verb[not is_one :][:1]))
 
 
 def listed(things: Iterable[str], most: int = 5, *, total: int | None = None, between: str = ", ") -> str:

@@ -64,7 +64,11 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
     wrapped = {name: value for name, value in extra.items() if kinds.get(name) == "wrapper"}
     others = {name: value for name, value in extra.items() if name not in wrapped}
     if wrapped:
-        yield f"tensors of other classes ({_kinds(wrapped)}), which the program that made them turns into plain ones"
+        gathers = any(".DTensor" in use.name for use in checkpoint.globals)
+        yield (
+            f"tensors of other classes ({_kinds(wrapped)}), which the program that made them turns into plain ones"
+            f"{' (tensor.full_tensor(), before it saves them)' if gathers else ''}"
+        )
     if others:
         leaves_out = f"{_exclude(list(others), checkpoint)} leaves them out"
         yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}"

@@ -8,11 +8,10 @@ Decided by shape, never by a file's name:
   half are tensors.  What other values hold tensors must be no weights of their own: else it is a
   file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
-  parameter (losses, metrics, random states) or all are called as data sets call theirs is none, unless a
-  customary key says so.
+  parameter (losses, metrics, random states) is none, unless a customary key says so; nor is a graph with its edges.
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
   whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
-- what else holds tensors is a *tensor* or a *collection*
+- what else holds tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
 
 Parts are looked for in dicts, lists, tuples, and the attributes, items and arguments of objects
 (a Namespace, a Trainer, a named tuple), at most `MAX_SECTION_DEPTH` keys down; never inside a part.
@@ -33,9 +32,10 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import bound_method, module_state, walk_module
 from ckptkit.normalize.shapes import (
     CUSTOMARY_KEYS,
-    are_data,
     are_moments,
+    is_graph,
     is_optimizer,
+    is_sliced,
     is_substantial,
     named_values,
     parts,
@@ -198,9 +198,11 @@ class Survey:
             return "tensor"
         if module_state(node) is not None or bound_method(node) is not None:
             return "whole_model"
+        if is_sliced(node):
+            return "collection"
         pairs = named_values(node)
         if pairs is not None and self._is_state_dict(pairs) and not self._holds_more(node):
-            if not any(is_substantial(value) for _, value in pairs) or are_data(str(key) for key, _ in pairs):
+            if not any(is_substantial(value) for _, value in pairs) or is_graph(pairs):
                 self._slight.add(id(node))
             return "state_dict"
         if not self._has_tensor(node):

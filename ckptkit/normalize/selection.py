@@ -34,7 +34,7 @@ _RANK = {key: rank for rank, key in enumerate(CUSTOMARY_KEYS)}
 _WRAPPERS = frozenset({"module", "_orig_mod", "model", "ema_model", "ema", "shadow"})
 """First segments of names that copies of a model differ by."""
 
-_MAX_LISTED = 8
+_MAX_LISTED = 20
 """Sections named in a message."""
 
 

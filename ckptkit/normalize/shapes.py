@@ -7,7 +7,7 @@ read as named values, and what is an optimizer's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
@@ -57,11 +57,12 @@ MOMENTS = _TELLING | {"max_exp_avg_sq", "neg_grad_or_diff", "sum", "step_size", 
 """Keys of one parameter's optimizer state (torch.optim, fastai, Adafactor, Adan); some of them tell it apart."""
 
 _DATA_WORDS = frozenset({
-    "attention", "attr", "batch", "data", "edge", "feature", "features", "id", "ids", "image", "images", "index",
+    "adj", "attention", "attr", "batch", "data", "edge", "feature", "features", "id", "ids", "image", "images", "index",
     "input", "inputs", "label", "labels", "mask", "masks", "node", "nodes", "num", "output", "outputs", "pixel", "pos",
     "ptr", "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
     "validation", "values", "x", "y", "z",
 })  # fmt: skip
+_EDGES = frozenset({"adj", "adj_t", "edge_attr", "edge_index", "edge_weight"})
 _WORD = re.compile(r"[a-z]+")
 
 _SCALARS = (str, int, float, bytes, type(None))
@@ -139,6 +140,32 @@ def are_data(names: Iterable[str]) -> bool:
         if not words or not _DATA_WORDS.issuperset(words):
             return False
     return bool(words)
+
+
+def is_graph(pairs: Sequence[tuple[object, object]]) -> bool:
+    """Whether the values are a graph's: called as those of data sets are, and its edges among them."""
+    names = [key for key, _ in pairs if isinstance(key, str)]
+    told = not _EDGES.isdisjoint(names) and len(names) == len(pairs)
+    return told and all(name in _EDGES or are_data([name]) for name in names)
+
+
+def is_sliced(node: object) -> bool:
+    """Whether it is a data set as PyTorch Geometric saves it: ``(data, slices[, class])``.
+
+    The second says for each of the first's values where each sample begins (``InMemoryDataset.save`` in
+    ``torch_geometric/data/in_memory_dataset.py``).
+    """
+    if not isinstance(node, tuple) or len(node) not in (2, 3):
+        return False
+    slices, data = mapping_items(node[1]), mapping_items(node[0])
+    if not slices or module_state(node[0]) is not None or not isinstance(node[0], (InertDict, Object)):
+        return False
+    bounds = [value for _, value in slices if isinstance(value, TensorEntry)]
+    if len(bounds) < len(slices) or any(len(bound.shape) != 1 or bound.dtype != "int64" for bound in bounds):
+        return False
+    return data is None or {key for key, _ in slices if isinstance(key, str)} <= {
+        key for key, value in data if isinstance(key, str) and is_tensor_like(value)
+    }
 
 
 def is_substantial(value: object) -> bool:

@@ -122,7 +122,7 @@ def test_data_that_is_not_aligned(tmp_path: Path, same_bits: SameBits) -> None:
     assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
     (finding,) = checkpoint.findings
     assert finding.code == "unaligned-data"
-    assert finding.message.startswith("1 of 3 tensors, such as 'd', begin at no multiple")
+    assert finding.message.startswith("1 of 3 tensors, such as 'd', begins at no multiple")
 
 
 def test_names_are_in_the_order_of_the_header(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_cut_between_tensors_and_inside_them(kept: int, save: Save) -> None:
         expected = int(message.split("at least ")[1].split(" are")[0].replace(",", ""))
         assert at < expected <= len(data)
         assert len(data) - expected < 3000, "only padding and small records are not counted"
-        assert f"({expected - at:,} missing); {kept} of 10 tensors are whole" in message
+        assert f"({expected - at:,} missing); {kept} of 10 tensors {'is' if kept == 1 else 'are'} whole" in message
         assert message.endswith(f"the first incomplete one is 'layer{kept}.weight'. Get the file again")
 
 

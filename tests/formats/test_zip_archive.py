@@ -140,7 +140,7 @@ STORED_SIZE = len(b"first")
         (ONE[:-1], CorruptError, "does not end the file"),
         (archive(comment=END + b" in a comment, where zipfile looks first"), AmbiguousError, "inside the comment"),
         (ONE[: ONE.index(END)], CorruptError, "no end record in its last"),
-        (ONE + b"x", CorruptError, "1 byte was appended"),
+        (ONE + b"x", CorruptError, "bytes were appended"),
         (ONE + bytes(70_000), CorruptError, "no end record in its last"),
         (b"x" * 10 + ONE, CorruptError, "two archives laid end to end, or bytes cut out"),
         (ONE + ONE, CorruptError, "two archives laid end to end, or bytes cut out"),
