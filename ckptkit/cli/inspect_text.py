@@ -11,7 +11,7 @@ from typing import Any
 from ckptkit.cli.architecture_text import architecture_line
 from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
 from ckptkit.cli.receipt_text import receipt_line
-from ckptkit.inspection.listing import TensorRow, ValueRow
+from ckptkit.inspection.listing import TensorRow
 from ckptkit.inspection.outline import Line, Outline
 from ckptkit.normalize.beside import EMBEDDINGS
 from ckptkit.normalize.receipts import KEY
@@ -362,13 +362,13 @@ def _table(rows: list[list[str]], headers: list[str], align: str, style: Style, 
     yield from lines[1:]
 
 
-def full_name(row: TensorRow | ValueRow, document: dict[str, Any]) -> str:
+def full_name(row: TensorRow, document: dict[str, Any]) -> str:
     """The name in the state_dict; with its section where none was selected."""
     name = printable(row.name)
     return name if document["state_dict"] is not None or not row.section else f"{printable(row.section)}.{name}"
 
 
-def shape(row: TensorRow | ValueRow) -> str:
+def shape(row: TensorRow) -> str:
     """``"[64, 3, 7, 7]"``."""
     return str([*row.shape])
 

@@ -84,7 +84,7 @@ def named_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     names = _Names()
     for row in listing.rows:
         is_whole = not row.section or row.name == row.section
-        names.add(row.name if is_whole else f"{row.section}.{row.name}", row.entry)
+        names.add(row.name if is_whole else f"{row.section}.{row.name}", row.tensor)
     for number, storage in enumerate(listing.bare):
         names.add(f"(storage {number})", as_tensor(storage))
     return names.found
@@ -111,7 +111,7 @@ def other_sections(checkpoint: Checkpoint) -> dict[str | None, dict[str, TensorE
     sections: dict[str | None, _Names] = {}
     for row in list_tensors(checkpoint).rows:
         if row.section is None or row.section != selected:
-            sections.setdefault(row.section, _Names()).add(row.name, row.entry)
+            sections.setdefault(row.section, _Names()).add(row.name, row.tensor)
     return {path: names.found for path, names in sections.items()}
 
 

@@ -18,7 +18,7 @@ from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.accounting import Totals, section_documents, storage_document, totals
-from ckptkit.inspection.listing import TensorRow, ValueRow, list_tensors, natural_key, ordered, storage_names, wanted
+from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, other_rows, storage_names, wanted
 from ckptkit.inspection.module_list import list_modules
 from ckptkit.inspection.training import training_document, training_state
 from ckptkit.normalize.roles import tensor_role
@@ -63,8 +63,10 @@ def survey(
     """As `describe`, with the tensors as rows."""
     listing = list_tensors(checkpoint)
     sums = totals(listing.rows, listing.several)
-    every = listing.with_values()
-    rows = ordered(every if not filters else [row for row in every if wanted(row.name, filters)], sort)
+    shown = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
+    if filters:
+        shown = [row for row in shown if wanted(row.name, filters)]
+    rows = ordered(shown, sort)
     origin = checkpoint.origin
     training = training_document(checkpoint.rest, checkpoint.sections)
     damages: list[Finding] = []
@@ -142,7 +144,7 @@ def plain_document(document: dict[str, Any]) -> dict[str, Any]:
 
 def json_chunks(document: dict[str, Any]) -> Iterator[str]:
     """The JSON text of what `survey` made, on one line, a piece at a time; non-ASCII is escaped."""
-    rows: _Rows = document["tensors"]
+    rows: list[TensorRow] = document["tensors"]
     head, tail = json.dumps({**document, "tensors": []}).split('"tensors": []', 1)
     yield f'{head}"tensors": ['
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
@@ -150,20 +152,17 @@ def json_chunks(document: dict[str, Any]) -> Iterator[str]:
     yield f"]{tail}"
 
 
-_Rows = list[TensorRow | ValueRow]
-
-
-def _with_stats(checkpoint: Checkpoint, rows: _Rows) -> tuple[_Rows, list[Finding]]:
+def _with_stats(checkpoint: Checkpoint, rows: list[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
     """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
     from ckptkit.stats import NO_STATS, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
 
     checksums = Checksums()
-    checksums.want(row.entry.storage for row in rows if isinstance(row, TensorRow))
+    checksums.want(row.entry.storage for row in rows if row.entry is not None)
     known: dict[tuple[object, ...], dict[str, Any]] = {}
-    result: _Rows = []
+    result = []
     for row in rows:
-        if isinstance(row, ValueRow):
+        if row.entry is None:
             result.append(row._replace(stats=dict(NO_STATS)))
             continue
         view = row.entry.view

@@ -8,12 +8,12 @@ rows have in common they share.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, NamedTuple
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, contiguous_stride, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
@@ -21,14 +21,21 @@ from ckptkit.normalize.not_plain import describe_value
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import join
 from ckptkit.normalize.tensors import Found, every_tensor
-from ckptkit.pickling.arrays import is_array, is_scalar
-from ckptkit.pickling.inert import Object, walk
+from ckptkit.pickling.arrays import is_array, layout_of
+from ckptkit.pickling.inert import Object
 
-__all__ = ["Listing", "TensorRow", "ValueRow", "list_tensors", "natural_key", "ordered", "storage_names", "wanted"]
+__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "storage_names", "wanted"]
 
 
 class TensorRow(NamedTuple):
-    """One tensor, under one name; the fields are those of the inspect document."""
+    """One tensor, under one name; the fields are those of the inspect document.
+
+    Attributes:
+        entry: the tensor; ``None``: it is an array of numpy's, or another value that is no plain tensor.
+        form: ``"storage"``, ``"numpy"`` or a kind of `ckptkit.normalize.not_plain`: it stands in the file as that;
+            ``None``: as a tensor.
+        value: what such a value is, in words; what it is made of has rows of its own, whose names begin with its name.
+    """
 
     section: str | None
     name: str
@@ -41,8 +48,15 @@ class TensorRow(NamedTuple):
     role: Role
     role_inferred: bool
     tied_to: str | None
-    entry: TensorEntry
+    entry: TensorEntry | None
+    form: str | None = None
+    value: str | None = None
     stats: dict[str, Any] | None = None
+
+    @property
+    def tensor(self) -> TensorEntry:
+        """The tensor of a row of `Listing.rows`."""
+        return self.entry  # type: ignore[return-value]  # arrays are not among these
 
     @property
     def path(self) -> str:
@@ -52,82 +66,65 @@ class TensorRow(NamedTuple):
     @property
     def numel(self) -> int:
         """Number of elements."""
-        return math.prod(self.shape)
+        return max(math.prod(self.shape), 0)  # sizes that differ are -1
 
     def to_dict(self) -> dict[str, Any]:
         """The row as an element of the document's ``tensors``."""
-        return _document(self)
+        document: dict[str, Any] = {
+            "section": self.section,
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "stride": list(self.stride),
+            "nbytes": self.nbytes,
+            "location": self.location,
+            "storage": self.storage,
+            "role": self.role,
+            "role_inferred": self.role_inferred,
+            "tied_to": self.tied_to,
+        }
+        if self.form is not None:
+            document["form"] = self.form
+        if self.value is not None:
+            document["value"] = self.value
+        if self.stats is not None:
+            document["stats"] = self.stats
+        return document
 
     def to_json(self) -> str:
         """The JSON text of `to_dict`, several times faster than through it."""
-        (section, name, dtype, shape, stride, nbytes, location, storage, role, inferred, tied_to, _, stats) = self
+        (
+            section,
+            name,
+            dtype,
+            shape,
+            stride,
+            nbytes,
+            location,
+            storage,
+            role,
+            inferred,
+            tied_to,
+            _,
+            form,
+            value,
+            stats,
+        ) = self
         text = (
             f'{{"section": {_nullable(section)}, "name": {quoted(name)}, "dtype": "{dtype}", "shape": {[*shape]}, '
             f'"stride": {[*stride]}, "nbytes": {nbytes}, "location": {quoted(location)}, "storage": {quoted(storage)}, '
             f'"role": "{role}", "role_inferred": {"true" if inferred else "false"}, '
             f'"tied_to": {_nullable(tied_to)}'
         )
+        if form is not None:
+            text += f', "form": "{form}"'
+        if value is not None:
+            text += f', "value": {quoted(value)}'
         if stats is None:
             return text + "}"
         import json
 
         return f'{text}, "stats": {json.dumps(stats)}}}'
-
-
-class ValueRow(NamedTuple):
-    """A value that is no plain tensor, under one name: quantized, sparse, nested, of another class, numpy's.
-
-    The fields are those of the inspect document; ``value`` tells it in words.  What it is made of has rows of its own,
-    whose names begin with this one's.
-    """
-
-    section: str | None
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    location: str
-    value: str
-    stats: dict[str, Any] | None = None
-    stride: tuple[int, ...] = ()
-    storage: str = ""
-    role: Role = "unknown"
-    role_inferred: bool = False
-    tied_to: str | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of elements; 0 where it is not told."""
-        return max(math.prod(self.shape), 0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row as an element of the document's ``tensors``."""
-        return {**_document(self), "value": self.value}
-
-    def to_json(self) -> str:
-        """The JSON text of `to_dict`."""
-        import json
-
-        return json.dumps(self.to_dict())
-
-
-def _document(row: TensorRow | ValueRow) -> dict[str, Any]:
-    document: dict[str, Any] = {
-        "section": row.section,
-        "name": row.name,
-        "dtype": row.dtype,
-        "shape": list(row.shape),
-        "stride": list(row.stride),
-        "nbytes": row.nbytes,
-        "location": row.location,
-        "storage": row.storage,
-        "role": row.role,
-        "role_inferred": row.role_inferred,
-        "tied_to": row.tied_to,
-    }
-    if row.stats is not None:
-        document["stats"] = row.stats
-    return document
 
 
 def _nullable(text: str | None) -> str:
@@ -139,22 +136,13 @@ class Listing(NamedTuple):
 
     Attributes:
         rows: the tensors, in file order.
-        others: storages that stand in the file by themselves, and numpy's arrays.
-        values: what is no plain tensor, numpy's arrays too, each with the number of rows before it.
+        others: storages that stand in the file by themselves, numpy's arrays, and what is made of tensors.
         several: storages that several of the tensors view, by ``id``.
     """
 
     rows: list[TensorRow]
     others: list[Found]
-    values: list[tuple[int, ValueRow]]
     several: set[int]
-
-    def with_values(self) -> list[TensorRow | ValueRow]:
-        """The rows, and in their places the values that are no plain tensors."""
-        every: list[TensorRow | ValueRow] = list(self.rows)
-        for at, row in reversed(self.values):
-            every.insert(at, row)
-        return every
 
     @property
     def bare(self) -> list[Storage]:
@@ -164,7 +152,7 @@ class Listing(NamedTuple):
     @property
     def arrays(self) -> list[tuple[Found, Object]]:
         """Numpy's arrays; see `ckptkit.pickling.arrays`."""
-        return [(found, found.node) for found in self.others if isinstance(found.node, Object)]
+        return [(found, found.node) for found in self.others if is_array(found.node)]
 
 
 def list_tensors(checkpoint: Checkpoint) -> Listing:
@@ -173,22 +161,12 @@ def list_tensors(checkpoint: Checkpoint) -> Listing:
     Raises:
         LimitError: the names are more, or all together longer, than those of any checkpoint.
     """
-    every = list(islice(every_tensor(checkpoint, values=True), DEFAULT_LIMITS.entries + 1))
-    if len(every) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
-        raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(every))
     named: list[_Named] = []
     others: list[Found] = []
-    values: dict[tuple[str | None, str], tuple[int, ValueRow]] = {}  # a parameter and what is in it have one name
-    for found in every:
-        if isinstance(found.node, TensorEntry):
-            named.append(found)  # type: ignore[arg-type]
-            continue
-        if isinstance(found.node, Storage) or is_array(found.node):
-            others.append(found)
-        value = describe_value(found.node)
-        if value is not None and not is_scalar(found.node):
-            row = ValueRow(*found[:2], value.dtype, value.shape, value.nbytes, value.location, value.text)
-            values.setdefault(found[:2], (len(named), row))
+    for found in islice(every_tensor(checkpoint, values=True), DEFAULT_LIMITS.entries + 1):
+        (named if isinstance(found.node, TensorEntry) else others).append(found)  # type: ignore[arg-type]
+    if len(named) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
+        raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named) + len(others))
     characters = sum(len(section or "") + len(name) for section, name, _, _ in named)
     if characters > DEFAULT_LIMITS.name_characters:  # one long key may stand above thousands of tensors
         raise LimitError("characters of names", limit=DEFAULT_LIMITS.name_characters, actual=characters)
@@ -213,23 +191,52 @@ def list_tensors(checkpoint: Checkpoint) -> Listing:
         rows.append(
             make(
                 (section, name, dtype, shape, entry.stride, math.prod(shape) * sized[dtype], storage.location,
-                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None)
+                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None, None)
             )
         )  # fmt: skip
-    return Listing(rows, others, list(values.values()), several)
+    return Listing(rows, others, several)
+
+
+def other_rows(listing: Listing) -> Iterator[TensorRow]:
+    """The rows of storages that stand by themselves, of values made of tensors, and of numpy's arrays.
+
+    An array that is but a number has none.
+    """
+    told: set[tuple[str | None, str]] = set()  # a parameter and the value in it have one name
+    for section, name, node, _ in listing.others:
+        if isinstance(node, Storage):
+            dtype = node.dtype or "uint8"
+            size = node.nbytes // DTYPES[dtype].itemsize
+            entry = TensorEntry(storage=node, storage_offset=0, shape=(size,), stride=(1,), dtype=dtype)
+            yield TensorRow(
+                section, name, dtype, entry.shape, entry.stride, node.nbytes, node.location, node.key, "unknown", False,
+                None, entry, "storage",
+            )  # fmt: skip
+        elif not is_array(node):
+            value = describe_value(node)
+            if value is not None and (section, name) not in told:
+                told.add((section, name))
+                yield TensorRow(
+                    section, name, value.dtype, value.shape, (), value.nbytes, value.location, "", "unknown", False,
+                    None, None, value.kind, value.text,
+                )  # fmt: skip
+        elif (layout := layout_of(node)) is not None:
+            stride = contiguous_stride(layout.shape[:: -1 if layout.is_fortran else 1])
+            nbytes = math.prod(layout.shape) * DTYPES[layout.dtype].itemsize
+            yield TensorRow(
+                section, name, layout.dtype, layout.shape, stride[:: -1 if layout.is_fortran else 1], nbytes, "cpu", "",
+                "unknown", False, None, None, "numpy",
+            )  # fmt: skip
 
 
 def storage_names(checkpoint: Checkpoint) -> dict[int, str]:
     """What the storages of a checkpoint are called in a message, by ``id``: after the first tensor that views each."""
     names: dict[int, str] = {}
-    for row in list_tensors(checkpoint).rows:
-        storage = row.entry.storage
-        place = f" of {row.section!r:.200}" if row.section else ""
-        names.setdefault(id(storage.original or storage), f"tensor {row.name!r:.200}{place}")
-    for name, value in checkpoint.state_dict.extra.items():  # a quantized tensor is made of its storage
-        for node in walk(value):
-            if isinstance(node, Storage):
-                names.setdefault(id(node.original or node), f"tensor {name!r:.200}")
+    for section, name, node, _ in every_tensor(checkpoint):
+        storage = node.storage if isinstance(node, TensorEntry) else node
+        if isinstance(storage, Storage):  # of a quantized tensor, say
+            place = f" of {section!r:.200}" if section else ""
+            names.setdefault(id(storage.original or storage), f"tensor {name!r:.200}{place}")
     return names
 
 
@@ -260,7 +267,7 @@ def wanted(name: str, filters: Sequence[str]) -> bool:
     return not filters or any(fnmatchcase(name, pattern) for pattern in filters)
 
 
-def ordered(rows: list[TensorRow | ValueRow], sort: str) -> list[TensorRow | ValueRow]:
+def ordered(rows: list[TensorRow], sort: str) -> list[TensorRow]:
     """The rows in file order (``"file"``), natural order of names (``"name"``) or largest first (``"size"``)."""
     if sort == "name":
         return sorted(rows, key=lambda row: (row.section or "", natural_key(row.name)))

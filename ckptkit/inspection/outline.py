@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ckptkit.inspection.listing import TensorRow, ValueRow, natural_key
+from ckptkit.inspection.listing import TensorRow, natural_key
 from ckptkit.report import count_of
 
 __all__ = ["Line", "Outline"]
@@ -64,7 +64,7 @@ class _Branch:
         "tensors",
     )  # fmt: skip
 
-    def __init__(self, label: str, row: TensorRow | ValueRow | None = None) -> None:
+    def __init__(self, label: str, row: TensorRow | None = None) -> None:
         self.label = label
         self.row = row
         self.children: list[_Branch] = []
@@ -97,7 +97,7 @@ class Outline:
 
     def __init__(
         self,
-        rows: Sequence[TensorRow | ValueRow],
+        rows: Sequence[TensorRow],
         modules: Sequence[dict[str, Any]] = (),
         *,
         sectioned: bool = False,
@@ -199,14 +199,14 @@ class Outline:
         )
 
 
-def _without_parts(rows: Sequence[TensorRow | ValueRow]) -> Iterator[TensorRow | ValueRow]:
-    """The rows without those of what a value is made of, which follow it."""
-    values = {(row.section, row.name) for row in rows if isinstance(row, ValueRow)}
+def _without_parts(rows: Sequence[TensorRow]) -> Iterator[TensorRow]:
+    """The rows without those of what a value is made of."""
+    values = {(row.section, row.name) for row in rows if row.value is not None}
     for row in rows:
-        above = row.name
-        while values and (above := above.rpartition(".")[0]) and (row.section, above) not in values:
+        above = row.name if values else ""
+        while above and (row.section, above := above.rpartition(".")[0]) not in values:
             pass
-        if not values or not above:
+        if not above:
             yield row
 
 
@@ -307,7 +307,7 @@ def _group_label(group: _Group) -> str:
 
 def _note(branch: _Branch, names_tensors: bool) -> str:
     """What stands at the end of a branch's line; of a module without a class, perhaps the tensors it holds."""
-    if isinstance(branch.row, ValueRow):
+    if branch.row is not None and branch.row.value is not None:
         return branch.row.value
     if branch.row is not None:
         note = f"{branch.row.dtype} {list(branch.row.shape)}"

@@ -386,5 +386,5 @@ def test_extra_values_are_listed_under_their_names(save: Save) -> None:
     sparse = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.tensor([1.0, 2.0]), (3,), check_invariants=True)
     saved = {"w": torch.ones(1), "s": sparse, "m._extra_state": {"scale": torch.ones(1)}}
     document = inspect(save(saved))
-    assert names(document) == ["w", "s", "s.indices", "s.values", "m._extra_state.scale"]
+    assert names(document) == ["w", "s.indices", "s.values", "m._extra_state.scale", "s"]
     assert document["state_dict"]["tensors"] == 1
