@@ -340,7 +340,7 @@ def step(key: object) -> str:
 def brief(node: object) -> str:
     """A node in a message: some 60 characters, and never what is below it."""
     if isinstance(node, tuple) and 0 < len(node) < 4 and any(map(is_tensor_like, node)):  # packed: weight and bias
-        return f"({', '.join(brief(part) if is_tensor_like(part) else '...' for part in node)})"
+        return " and ".join(brief(part) if is_tensor_like(part) else "..." for part in node)
     if isinstance(node, (list, tuple)):
         return f"<{type(node).__name__} of {len(node)}>"
     if isinstance(node, TensorEntry):

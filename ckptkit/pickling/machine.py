@@ -111,7 +111,8 @@ class Machine:
             return said
         shown = ", ".join(f"{name.qualified:.80}" for name in called[:5])
         more = f" and {len(called) - 5} more" if len(called) > 5 else ""
-        does = "has imported and called them" if any(name.calls for name in called) else "has imported them"
+        what = "it" if len(called) == 1 else "them"
+        does = f"has imported {'and called ' if any(name.calls for name in called) else ''}{what}"
         return f"{said}; it names {shown}{more}: CPython takes the last value, and {does} by then"
 
     def take(self, nbytes: int) -> bytes:

@@ -72,7 +72,7 @@ def assert_contract(document: dict[str, Any]) -> None:
     for key, spec in ELEMENTS.items():
         found = document[key]
         for node in found if isinstance(found, list) else [found] * (found is not None):
-            check(node, {k: v for k, v in spec.items() if (key, k) != ("sections", "kind")}, {"stats", "kind", "value"})
+            check(node, {k: v for k, v in spec.items() if (key, k) != ("sections", "kind")}, {"stats", "kind", "form", "value"})
     for tensor in document["tensors"]:
         assert all(type(n) is int for n in tensor["shape"] + tensor["stride"])
     for value in document["metadata"].values():

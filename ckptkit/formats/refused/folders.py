@@ -27,6 +27,9 @@ _TAGS = ("latest", "latest_universal", "latest_checkpointed_iteration.txt")
 _MOST_TAG = 100
 """Characters of a folder's name in such a file."""
 
+_MOST_FOLDERS = 8
+"""Names in a folder that are looked at as folders themselves."""
+
 _WEIGHTS = r"(?:model|pytorch_model|adapter_model|diffusion_pytorch_model|consolidated)\.(?:safetensors|bin|pth|pt)"
 """What trainers call the weights in their folders."""
 
@@ -38,6 +41,9 @@ def describe_folder(path: str) -> str:
     names = names_in(path)
     if packing := unpacked(path):
         return f"is {packing}"
+    for name in names[:_MOST_FOLDERS]:  # unzip makes a folder around it
+        if packing := unpacked(os.path.join(path, name)):
+            return f"holds {name}, {packing}"
     said = _whole(path, names) or _distributed(path, names) or _pointing(path, names)
     if said is not None:
         return said
