@@ -328,7 +328,8 @@ def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         return
     weights = {id(entry.storage): entry.storage.nbytes for entry in checkpoint.state_dict.values()}
     everything = sum(storage.nbytes for storage in contents.storages.values())
-    beside = everything - sum(weights.values())
+    others = sum(section.nbytes for section in checkpoint.sections if section.is_weights and not section.selected)
+    beside = everything - sum(weights.values()) - others
     if beside > 0:
         yield Finding(
             code="training-state",

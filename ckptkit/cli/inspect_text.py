@@ -159,7 +159,9 @@ def what_it_is(document: dict[str, Any]) -> str:
     path = (document["state_dict"] or {}).get("path")
     if kind == "resume" and path:
         said = said if _is_training(document) else "weights, and beside them settings or what describes them"
-        return f"{said}; the weights are under {printable(path)!r}"
+        others = [s["path"] for s in document["sections"] if s["parameters"] is not None and not s["selected"]]
+        more = f", others under {listed([repr(printable(other)) for other in others], 3)}" if others else ""
+        return f"{said}; the weights are under {printable(path)!r}{more}"
     if kind == "resume":
         weights = sum(section["parameters"] is not None for section in document["sections"])
         return f"{count_of(weights, 'set')} of weights, none of which is taken for the model's"
