@@ -7,7 +7,7 @@ read as named values, and what is an optimizer's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
@@ -62,7 +62,6 @@ _DATA_WORDS = frozenset({
     "ptr", "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
     "validation", "values", "x", "y", "z",
 })  # fmt: skip
-_EDGES = frozenset({"adj", "adj_t", "edge_attr", "edge_index", "edge_weight"})
 _WORD = re.compile(r"[a-z]+")
 
 _SCALARS = (str, int, float, bytes, type(None))
@@ -129,24 +128,17 @@ def are_moments(pairs: list[tuple[object, object]]) -> bool:
     return keys <= MOMENTS and not keys.isdisjoint(_TELLING)
 
 
-def are_data(names: Iterable[str]) -> bool:
+def are_data(names: Iterable[object]) -> bool:
     """Whether tensors are called as those of data sets are (``x``, ``edge_index``, ``train_labels``).
 
     No module would have all of its parameters called so.
     """
     words: list[str] = []
     for name in names:
-        words = _WORD.findall(name.lower())
+        words = _WORD.findall(name.lower()) if isinstance(name, str) else []
         if not words or not _DATA_WORDS.issuperset(words):
             return False
     return bool(words)
-
-
-def is_graph(pairs: Sequence[tuple[object, object]]) -> bool:
-    """Whether the values are a graph's: called as those of data sets are, and its edges among them."""
-    names = [key for key, _ in pairs if isinstance(key, str)]
-    told = not _EDGES.isdisjoint(names) and len(names) == len(pairs)
-    return told and all(name in _EDGES or are_data([name]) for name in names)
 
 
 def is_sliced(node: object) -> bool:
