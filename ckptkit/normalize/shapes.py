@@ -7,7 +7,7 @@ read as named values, and what is an optimizer's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
@@ -20,7 +20,9 @@ __all__ = [
     "MOMENTS",
     "are_data",
     "are_moments",
+    "is_graph",
     "is_optimizer",
+    "is_sliced",
     "is_substantial",
     "named_values",
     "parts",
@@ -62,6 +64,7 @@ _DATA_WORDS = frozenset({
     "ptr", "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
     "validation", "values", "x", "y", "z",
 })  # fmt: skip
+_EDGES = frozenset({"adj", "edge_attr", "edge_index"})
 _WORD = re.compile(r"[a-z]+")
 
 _SCALARS = (str, int, float, bytes, type(None))
@@ -139,6 +142,12 @@ def are_data(names: Iterable[object]) -> bool:
         if not words or not _DATA_WORDS.issuperset(words):
             return False
     return bool(words)
+
+
+def is_graph(pairs: Sequence[tuple[object, object]]) -> bool:
+    """Whether values are a graph's: called as those of data sets are, and its edges among them."""
+    names = [key for key, _ in pairs]
+    return not _EDGES.isdisjoint(key for key in names if isinstance(key, str)) and are_data(names)
 
 
 def is_sliced(node: object) -> bool:
