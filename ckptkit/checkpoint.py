@@ -211,7 +211,7 @@ class TensorEntry:
         if end > self.storage.nbytes and self.numel:
             raise CorruptError(
                 f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset} of {self.dtype} "
-                f"reach to byte {end:,} of a storage of {self.storage.nbytes:,} bytes"
+                f"reach to byte {end:,} of a storage of {count_of(self.storage.nbytes, 'byte')}"
             )
         return self
 

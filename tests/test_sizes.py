@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from ckptkit.errors import RewriteError
-from ckptkit.report import convert_command, count_of, human_size, listed, parse_size
+from ckptkit.report import convert_command, count_of, human_size, listed, parse_size, share_of
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,17 @@ def test_the_name_of_what_is_to_be_written(path: str, suffix: str, destination: 
 )  # fmt: skip
 def test_counts(count: int, words: list[str], text: str) -> None:
     assert count_of(count, *words) == text
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "text"),
+    [
+        (1, 5, "1 of 5 tensors is"), (2, 5, "2 of 5 tensors are"), (0, 5, "0 of 5 tensors are"),
+        (1, 1, "1 of 1 tensor is"), (0, 1, "0 of 1 tensor is"), (1200, 3400, "1,200 of 3,400 tensors are"),
+    ],
+)  # fmt: skip
+def test_shares(part: int, count: int, text: str) -> None:
+    assert share_of(part, count, "tensor", "is", "are") == text
 
 
 def test_lists_are_cut() -> None:

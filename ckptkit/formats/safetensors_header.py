@@ -149,7 +149,8 @@ def _refuse_size(name: str, row: DType, shape: tuple[int, ...], begin: int, end:
     nbytes = math.prod(shape) * row.itemsize
     stated = f"{nbytes:,}" if nbytes < _HUGE else "over 2^62"  # such numbers are slow to print
     raise CorruptError(
-        f"{what}: shape {_brief(shape)} of {row.safetensors} is {stated} bytes, its data_offsets hold {end - begin:,}"
+        f"{what}: shape {_brief(shape)} of {row.safetensors} is {stated} {'byte' if stated == '1' else 'bytes'}, its "
+        f"data_offsets hold {end - begin:,}"
     )
 
 

@@ -242,7 +242,7 @@ class TorchArchive:
                 raise CorruptError(f"storage {key!r} has no record {name[:200]}: damaged, or not written by torch")
             if record.nbytes != nbytes:
                 raise CorruptError(
-                    f"storage {key!r} is declared as {nbytes:,} bytes, its record holds {record.nbytes:,}"
+                    f"storage {key!r} is declared as {count_of(nbytes, 'byte')}, its record holds {record.nbytes:,}"
                 )
             self.mark((name,), known=True)
             self._unrecorded += record.crc32 is None

@@ -169,7 +169,9 @@ def _wrong_count(row: PickleRow, key: str, expected: int) -> FormatError:
         )
     count = int.from_bytes(data, "little", signed=True)
     return CorruptError(
-        f"{count:,} elements lie here, the object says {expected:,}: damaged", where=where, offset=row.pos
+        f"{count_of(count, 'element', 'lies', 'lie')} here, the object says {expected:,}: damaged",
+        where=where,
+        offset=row.pos,
     )
 
 

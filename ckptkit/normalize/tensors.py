@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE_MARKS, module_state
-from ckptkit.normalize.not_plain import describe_value
+from ckptkit.normalize.not_plain import Value, describe_value
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, state_values, step
 from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
@@ -184,6 +184,8 @@ class _Walk:
         self._kinds = kinds
         self._values = values
         self._seen: set[int] = set()
+        self._known: dict[int, Value | None] = {}
+        self._kept: list[object] = []
 
     def values(self, section: str, values: list[tuple[str, object]], own: _Own) -> Iterator[Found]:
         """What a section's own values are made of, those that are no plain tensors."""
@@ -206,14 +208,15 @@ class _Walk:
                 continue
             if isinstance(node, TensorEntry) and (place.own is None or node not in place.own):
                 yield Found(place.section, place.name(), node, False)
+            made = self._made(node)
+            if made is not None and self._values and not self._is_told(place, node, made):
+                yield Found(place.section, place.name(), node, False)  # type: ignore[arg-type]  # an `Object`
             if id(node) in self._seen:
                 continue
             self._seen.add(id(node))
             if isinstance(node, Storage) or is_array(node):
                 yield Found(place.section, place.name(), node, False)
-            elif isinstance(node, Object) and is_tensor_like(node) and (made := describe_value(node)) is not None:
-                if self._values and not self._is_told(place, [part for _, part in made.parts]):
-                    yield Found(place.section, place.name(), node, False)
+            elif made is not None:
                 rest = place._replace(own=_Own([part for _, part in made.parts], place.own))
                 stack.extend((rest, child) for child in reversed(children(node)))
                 stack.extend((place.below(name, name, self._kinds), part) for name, part in reversed(made.parts))
@@ -221,6 +224,7 @@ class _Walk:
             kind = self._kinds.get(place.path) if place.steps is None and place.path is not None else None
             if kind in ("state_dict", "whole_model") and place.section is not None:
                 values = list(state_values(kind, node))
+                self._kept.append(values)  # some are made for it, and are known by their ids
                 own = _Own([value for _, value in values])
                 for name, value in values:
                     if is_plain(value):
@@ -234,12 +238,23 @@ class _Walk:
                 if not isinstance(child, _SCALARS)
             )
 
-    def _is_told(self, place: _Place, parts: list[object]) -> bool:
-        """Whether a value is made of a section's own tensors: one that a module keeps in another form than it saves."""
+    def _made(self, node: object) -> Value | None:
+        """The value that a node makes of tensors; ``None``: it is something else."""
+        if not isinstance(node, Object) or not is_tensor_like(node):
+            return None
+        if id(node) not in self._known:
+            self._known[id(node)] = describe_value(node)
+        return self._known[id(node)]
+
+    def _is_told(self, place: _Place, node: object, made: Value) -> bool:
+        """Whether a value is a section's own, or made of its own tensors: a module may keep it in another form."""
         own = place.own
-        return own is not None and bool(parts) and all(
+        if own is None or id(node) in self._seen:
+            return own is not None
+        parts = [part for _, part in made.parts]
+        return bool(parts) and all(
             part in own if isinstance(part, TensorEntry) else id(part) in self._seen for part in parts
-        )  # fmt: skip
+        )
 
 
 def _steps(node: object) -> list[tuple[object, object, object]]:

@@ -123,8 +123,8 @@ class StorageTable:
             return replace(known, dtype=dtype)  # nothing is shared, and torch does not compare the types
         elif (known.nbytes, known.location) != (numel * itemsize, location) or not _agree(known.dtype, dtype):
             raise CorruptError(
-                f"storage {key!r} is named as {known.nbytes:,} bytes of {known.dtype or 'bytes'} on {known.location!r} "
-                f"and as {numel * itemsize:,} bytes of {dtype or 'bytes'} on {location!r}"
+                f"storage {key!r} is named as {count_of(known.nbytes, 'byte')} of {known.dtype or 'bytes'} on "
+                f"{known.location!r} and as {count_of(numel * itemsize, 'byte')} of {dtype or 'bytes'} on {location!r}"
             )
         return known
 

@@ -63,7 +63,7 @@ def damage_text(damages: Sequence[Damage], names: Mapping[int, str]) -> str:
     place = names.get(id(storage), "bytes of no tensor")
     others = len(damages) - 1
     more = f"; {count_of(others, 'other storage')} {'is' if others == 1 else 'are'} damaged too" if others else ""
-    return f"{place}: {what} (storage {storage.key!r:.200}, {storage.nbytes:,} bytes){more}; {_REMEDY}"
+    return f"{place}: {what} (storage {storage.key!r:.200}, {count_of(storage.nbytes, 'byte')}){more}; {_REMEDY}"
 
 
 def damage_error(damages: Sequence[Damage], names: Mapping[int, str]) -> CorruptError:

@@ -261,7 +261,7 @@ def _model(
             names = len(checkpoint.globals)
             raise VerifyError(
                 f"{path}: holds a pickled model; give --model REF to verify its weights in a reference model, or "
-                f"--unsafe-load to run the pickled model itself, which imports the {names} names it holds"
+                f"--unsafe-load to run the pickled model itself, which imports the names it holds ({names})"
             )
         closest = f" (closest: {', '.join(found.label for found in likely)})" if likely else ""
         raise VerifyError(

@@ -183,9 +183,11 @@ def _cut_front(probe: Probe) -> str | None:
         return None
     shift = size - END.size - nbytes - offset - (_WIDE_NBYTES if tail.startswith(b"PK\x06\x06") else 0)
     if shift > 0:
-        return f"a zip archive with {shift:,} bytes of something else before it; get the file again"
+        return f"a zip archive with {count_of(shift, 'byte')} of something else before it; get the file again"
     if shift < 0:
-        return f"the end of a zip archive: its first {-shift:,} bytes are missing; get the file again"
+        return (
+            f"the end of a zip archive: its first {count_of(-shift, 'byte', 'is', 'are')} missing; get the file again"
+        )
     return "a zip archive whose first bytes are damaged; get the file again"
 
 
@@ -195,7 +197,8 @@ def _safetensors(probe: Probe) -> str | None:
     if os.path.splitext(probe.file.path)[1].lower() != ".safetensors":
         return None
     if size < 8:
-        return f"named .safetensors, but {size} bytes are too few for the length of its header; get it again"
+        few = count_of(size, "byte", "is", "are")
+        return f"named .safetensors, but {few} too few for the length of its header; get it again"
     nbytes = int.from_bytes(head[:8], "little")
     return (
         f"named .safetensors, but it is none: its first 8 bytes say that {nbytes:,} bytes of header follow (the file "
