@@ -43,7 +43,7 @@ CODES: dict[str, Explanation] = {
         "ckptkit convert FILE OUT --weights-only writes the weights alone.",
     ),
     "other-weights": Explanation(
-        "weights beside the selected ones that are no copy of them",
+        "weights beside the selected ones that are not copies of them",
         "A model may be saved in parts, a network and its generator, likelihood or queue, or a file may hold two "
         "models. Each is a section of its own; one is selected.",
         "--section NAME selects another; a .pth without --weights-only keeps them all.",
