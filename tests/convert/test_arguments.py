@@ -50,7 +50,7 @@ def test_any_sequence_will_do(source: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"metadata": {"epoch": 3}}, "metadata 'epoch': 3 is not text; metadata maps strings to strings"),
-        ({"metadata": {3: "x"}}, "metadata 3: 'x' is no text"),
+        ({"metadata": {3: "x"}}, "metadata 3: 'x' is not text"),
         ({"max_shard_size": 0}, "0 is not a valid size of a file"),
         ({"max_shard_size": -5}, "-5 is not a valid size of a file"),
         ({"map_location": 5}, "'5' is not a device location"),

@@ -92,7 +92,7 @@ def test_one_key_is_one_view(table: LegacyTable) -> None:
         ([pid(view=("2", 3, 2)), pid("2")], AmbiguousError, "storage '2' is also named as a view"),
         ([pid("2"), pid(view=("2", 3, 2))], AmbiguousError, "also named as something else"),
         ([pid(), pid(cls=INTS)], CorruptError, "as 40 bytes of float32 .* and as 40 bytes of int32"),
-        ([("module", 1, 2)], UnsupportedError, "no torch storage"),
+        ([("module", 1, 2)], UnsupportedError, "not a torch storage"),
         ([("module", FLOATS, 1, "x")], CorruptError, "whose file or source is not text"),
         ([("module", FLOATS, "x", [])], CorruptError, "whose file or source is not text"),
     ],

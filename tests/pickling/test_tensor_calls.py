@@ -169,10 +169,10 @@ def test_lying_geometry_is_refused(args: tuple[object, ...], words: str) -> None
 @pytest.mark.parametrize(
     ("node", "error", "words"),
     [
-        (PersistentId("0"), UnsupportedError, "no torch storage"),
-        (PersistentId(("module", "cls", "file", "source")), UnsupportedError, "no torch storage"),
-        (PersistentId(("module", "a", "b", "c", "d")), UnsupportedError, "no torch storage"),
-        (PersistentId((b"storage", FLOATS, "0", "cpu", 10)), UnsupportedError, "no torch storage"),
+        (PersistentId("0"), UnsupportedError, "not a torch storage"),
+        (PersistentId(("module", "cls", "file", "source")), UnsupportedError, "not a torch storage"),
+        (PersistentId(("module", "a", "b", "c", "d")), UnsupportedError, "not a torch storage"),
+        (PersistentId((b"storage", FLOATS, "0", "cpu", 10)), UnsupportedError, "not a torch storage"),
         (pid(key=0), CorruptError, "without key, location or size"),
         (pid(location=None), CorruptError, "without key, location or size"),
         (pid(numel=-1), CorruptError, "without key, location or size"),

@@ -241,7 +241,7 @@ def test_an_existing_manifest_is_not_replaced_unasked(folder: Path) -> None:
     lock.write_text("mine")
     with pytest.raises(DestinationExistsError, match="--update renews"):
         ckptkit.manifest([folder], lock)
-    with pytest.raises(CorruptError, match="no valid JSON"):
+    with pytest.raises(CorruptError, match="not valid JSON"):
         ckptkit.manifest([folder], lock, update=True)
     assert lock.read_text() == "mine"
     lock.chmod(0o640)
@@ -270,7 +270,7 @@ def test_files_outside_its_folder(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(folder / "sub")
     assert ckptkit.manifest([folder / "one.pth"]).files[0].path == "one.pth"
     os.rename(folder / "one.pth", os.fsencode(folder) + b"/\xff.pth")
-    with pytest.raises(FileAccessError, match="no Unicode text"):
+    with pytest.raises(FileAccessError, match="not Unicode text"):
         ckptkit.manifest([folder], folder / "m.json")
 
 

@@ -112,12 +112,12 @@ def test_another_version(version: object, read) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "no valid JSON"),
+        (b"", "not valid JSON"),
         (b"\xff", "not UTF-8"),
         (b"[]", "is not a manifest"),
         (b'{"schema_version": 1, "schema_version": 1, "files": []}', "stands twice"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"schema_version": 1, "files": [{"path": "\\ud800"}]}', "no Unicode text"),
+        (b'{"schema_version": 1, "files": [{"path": "\\ud800"}]}', "not Unicode text"),
         (b'{"schema_version": NaN}', "NaN"),
     ],
 )
@@ -135,7 +135,7 @@ def test_one_cut_short_anywhere(read) -> None:
 
 def test_a_conflict_of_git(read) -> None:
     text = (FIXTURES / "weights.lock.json").read_text()
-    with pytest.raises(CkptkitError, match="no valid JSON"):
+    with pytest.raises(CkptkitError, match="not valid JSON"):
         read(text.replace('      "size"', '<<<<<<< HEAD\n      "size"', 1).encode())
 
 
