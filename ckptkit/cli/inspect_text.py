@@ -164,7 +164,8 @@ def what_it_is(document: dict[str, Any]) -> str:
         return f"{said}; the weights are under {printable(path)!r}{more}"
     if kind == "resume":
         weights = sum(section["parameters"] is not None for section in document["sections"])
-        return f"{count_of(weights, 'set')} of weights, none of which is taken for the model's"
+        more = "; beside them what training needs to go on" if _is_training(document) else ""
+        return f"{count_of(weights, 'set')} of weights, none of which is taken for the model's{more}"
     return said
 
 

@@ -17,7 +17,6 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, contiguous_stri
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.not_plain import Value, describe_value
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import join
 from ckptkit.normalize.tensors import Found, every_tensor
@@ -203,6 +202,8 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
     An array that is but a number has none.
     """
     told: set[tuple[str | None, str]] = set()  # a parameter and the value in it have one name
+    from ckptkit.normalize.not_plain import Value, describe_value
+
     known: dict[int, Value | None] = {}
     for section, name, node, _ in listing.others:
         if isinstance(node, Storage):

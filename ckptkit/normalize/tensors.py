@@ -18,17 +18,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE_MARKS, module_state
-from ckptkit.normalize.not_plain import Value, describe_value
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, state_values, step
 from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
 from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell, walk
 from ckptkit.pickling.tensors import is_tensor_like
+
+if TYPE_CHECKING:
+    from ckptkit.normalize.not_plain import Value
 
 __all__ = ["Found", "every_tensor", "other_weights"]
 
@@ -243,6 +245,8 @@ class _Walk:
         if not isinstance(node, Object) or not is_tensor_like(node):
             return None
         if id(node) not in self._known:
+            from ckptkit.normalize.not_plain import describe_value
+
             self._known[id(node)] = describe_value(node)
         return self._known[id(node)]
 
