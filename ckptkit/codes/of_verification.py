@@ -96,9 +96,9 @@ CODES: dict[str, Explanation] = {
         "-",
     ),
     "batch-counters": Explanation(
-        "BatchNorm counters on one side alone",
-        "`num_batches_tracked` is missing or extra in a layer both have. Evaluation does not use it, and a "
-        "missing one counts as 0.",
+        "BatchNorm counters that torch sets to 0",
+        "`num_batches_tracked` is not in the file, and neither is a version of the layer that has it: torch's strict "
+        "load then sets it to 0. Evaluation does not use it.",
         "-",
     ),
     "upgraded-keys": Explanation(

@@ -93,7 +93,23 @@ def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) 
         expected: its ``state_dict(keep_vars=True)``.
         state_dict: the weights.
     """
-    values = tensors(state_dict, map_location="meta")
+    asked = _asked(model, expected, state_dict, tensors(state_dict, map_location="meta"))
+    if asked is None:  # its own code may look at values
+        asked = _asked(model, expected, state_dict, tensors(state_dict, map_location="cpu", mapped=True))
+    if asked is not None:
+        return asked
+    # The model's own code gave up before the end both times: compare names alone.
+    return Probe(
+        sources={n: n for n, v in state_dict.items() if getattr(expected.get(n), "shape", None) == v.shape},
+        missing=tuple(n for n in expected if n not in state_dict.everything),
+        unexpected=tuple(n for n in state_dict.everything if n not in expected),
+    )
+
+
+def _asked(
+    model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict, values: Mapping[str, torch.Tensor]
+) -> Probe | None:
+    """What torch says of these values; ``None``: the model's code does not get to the end."""
     # A module may do anything with its extra state, so it is shown its own.
     shown = {name: value for name, value in values.items() if not (name in expected and is_extra_state(name))}
     lists: list[tuple[list[str], list[str]]] = []
@@ -111,10 +127,8 @@ def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) 
         pass
     finally:
         hook.remove()
-    if not lists:  # the model's own code gave up before the end: compare names alone
-        shared = {n: n for n, v in values.items() if getattr(expected.get(n), "shape", None) == v.shape}
-        missing = tuple(n for n in expected if n not in state_dict.everything)
-        return Probe(sources=shared, missing=missing, unexpected=tuple(n for n in values if n not in expected))
+    if not lists:
+        return None
     missing_keys, unexpected_keys = lists[-1]
     return Probe(
         sources=_sources(noting.copies, expected, values),
