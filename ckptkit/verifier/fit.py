@@ -300,7 +300,7 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
             message=f"{count_of(len(pairs), 'name')} not in the checkpoint {'is' if len(pairs) == 1 else 'are'} tied in "
             f"the reference to one that is, and filled from it: {shortened(pairs)}",
         )
-    if fit.counters:
+    if fit.counters and not fit.missing:
         yield Finding(
             code="batch-counters",
             severity="info",

@@ -56,12 +56,21 @@ def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping
         elif is_extra_state(name) or not isinstance(expected[name], torch.Tensor):
             state[name] = expected[name]
     if state_dict.versions is not None:
-        versions: dict[str, dict[str, object]] = {}
-        for path, node in state_dict.versions.items():
-            pairs = mapping_items(node) or []
-            versions[path] = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, (int, str, float))}
-        state._metadata = versions  # type: ignore[attr-defined]
+        state._metadata = {  # type: ignore[attr-defined]
+            path: _plain(node) or {} for path, node in state_dict.versions.items()
+        }
     return state
+
+
+def _plain(node: object) -> Any:
+    """A module's versions, which hooks put dicts of their own into (``spectral_norm``); ``None``: it is neither."""
+    if isinstance(node, (int, str, float)):
+        return node
+    pairs = mapping_items(node)
+    if pairs is None:
+        return None
+    plain = {key: _plain(value) for key, value in pairs if isinstance(key, str)}
+    return {key: value for key, value in plain.items() if value is not None}
 
 
 def is_extra_state(name: str) -> bool:
