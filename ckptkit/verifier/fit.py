@@ -297,8 +297,8 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
         yield Finding(
             code="tied-restored",
             severity="info",
-            message=f"{count_of(len(pairs), 'name')} not in the checkpoint {'is' if len(pairs) == 1 else 'are'} tied in "
-            f"the reference to one that is, and filled from it: {shortened(pairs)}",
+            message=f"{count_of(len(pairs), 'name')} not in the checkpoint {'is' if len(pairs) == 1 else 'are'} tied "
+            f"in the reference to one that is, and filled from it: {shortened(pairs)}",
         )
     if fit.counters and not fit.missing:
         yield Finding(

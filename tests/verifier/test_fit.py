@@ -32,9 +32,8 @@ def test_missing_keys(run: Run) -> None:
     report = run(without("head.bias", "body.0.bias"), model=Net)
     assert codes(report) == [("info", "fit-coverage"), ("error", "missing-keys"), NOT_LOADED]
     assert report.details["missing_keys"] == ["body.0.bias", "head.bias"]
-    assert finding(report, "missing-keys").message == (
-        'Missing key(s) in state_dict: "body.0.bias", "head.bias"; 2 of the reference\'s 9 names are not in the checkpoint'
-    )
+    message = finding(report, "missing-keys").message
+    assert message.startswith('Missing key(s) in state_dict: "body.0.bias", "head.bias"; 2 of the reference\'s 9 names')
     share = (54 - 9) / 54
     assert report.details["coverage"] == {"tensors": 7, "of": 9, "parameters_share": pytest.approx(share)}
     assert "7 of 9 tensors, 83.3 % of parameters" in finding(report, "fit-coverage").message

@@ -1,4 +1,4 @@
-"""verify accepts what torch's strict load accepts and names what it refuses: torch is asked, for every key of a table."""
+"""verify accepts what torch's strict load accepts, and names what that refuses: torch is asked, key by key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from fitting import check_file, codes, finding
+from fitting import check_file, codes
 from torch import nn
 from torch.nn.utils import parametrizations
 
