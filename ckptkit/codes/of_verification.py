@@ -266,6 +266,12 @@ CODES: dict[str, Explanation] = {
         "model.",
         "Find out which is right; --write-golden --force records new ones.",
     ),
+    "golden-weights": Explanation(
+        "the weights are not the golden's",
+        "Digests of these tensors, or their dtypes, are not those that were recorded; the outputs decide whether that "
+        "matters. A warning, but for a mere cast to another dtype.",
+        "ckptkit diff with the original tells how far they are apart; --write-golden --force records new ones.",
+    ),
     "golden-versions": Explanation(
         "the golden was recorded under other circumstances",
         "Another version of torch, device or dtype computed it; results may differ within the tolerance.",

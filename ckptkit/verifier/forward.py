@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,10 +17,10 @@ from ckptkit.report import Finding
 from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.foreign import foreign, told
 from ckptkit.verifier.inputs import Batch
-from ckptkit.verifier.outputs import broken_values, described, is_finite, output_tensors, shown
+from ckptkit.verifier.outputs import Tolerance, broken_values, compared, described, is_finite, output_tensors, shown
 from ckptkit.verifier.trace import Trace
 
-__all__ = ["Pass", "check_forward", "model_dtype", "run"]
+__all__ = ["Pass", "check_forward", "measured_noise", "model_dtype", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +39,12 @@ class Pass:
 
 
 def model_dtype(model: nn.Module) -> str:
-    """Name of the model's floating point type: its first parameter's or buffer's that has one."""
+    """Name of the type the model computes in: its first parameter's or buffer's of floating point.
+
+    Types of 8 bits and less store weights; no layer takes inputs of them.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.element_size() > 1:
             return str(tensor.dtype).removeprefix("torch.")
     return "float32"
 
@@ -149,6 +154,57 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined, unused-ignore]
+
+
+def measured_noise(
+    model: nn.Module, context: Context, device: torch.device, outputs: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """How far each output moves where nothing changes but rounding: the largest absolute difference.
+
+    The first inputs are run again on another number of threads and with other kernels, which add up in another
+    order; what row 0 in a batch of another size gave counts as well.  A run that fails says nothing.
+
+    Args:
+        model: as it gave the outputs, on the device.
+        context: with the inputs.
+        device: where to run.
+        outputs: of the first run.
+    """
+    rows = context.figures.get("behaviour", {}).get("batch", [])
+    noise = {row["path"]: row["max_abs"] for row in rows if row["close"] and row["max_abs"] is not None}
+    for way in _ways_to_round(device) if context.inputs is not None else ():
+        try:
+            with way:
+                made = run(model, context.inputs.batch(device, floating_dtype(model_dtype(model))), device)
+        except Exception:  # noqa: S112 - kernels that another way lacks
+            continue
+        for path, tensor in outputs.items():
+            if path in made.outputs and made.outputs[path].shape == tensor.shape:
+                moved = compared(path, tensor, made.outputs[path], Tolerance(atol=0.0, rtol=0.0)).max_abs
+                noise[path] = max(noise.get(path, 0.0), moved if math.isfinite(moved) else 0.0)
+    return noise
+
+
+def _ways_to_round(device: torch.device) -> list[AbstractContextManager[None]]:
+    library = torch._C
+    if device.type == "cpu":
+        count = 1 if torch.get_num_threads() > 1 else 2
+        return [
+            _switched(torch.get_num_threads, torch.set_num_threads, count),
+            _switched(library._get_mkldnn_enabled, library._set_mkldnn_enabled, False),
+        ]
+    cudnn = _switched(library._get_cudnn_enabled, library._set_cudnn_enabled, False)
+    return [nullcontext(), *([cudnn] if device.type == "cuda" else [])]
+
+
+@contextmanager
+def _switched(get: Callable[[], Any], put: Callable[[Any], object], value: object) -> Iterator[None]:
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 def _synchronize(device: torch.device) -> None:

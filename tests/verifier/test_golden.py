@@ -100,22 +100,26 @@ def test_the_same_weights_agree(save: Any, weights: dict[str, torch.Tensor], gol
 def test_other_weights_do_not(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
     weights["linear.bias"][1] += 0.25
     report = held(save, weights, golden)
-    assert not report.ok and codes(report) == ["golden-differs"]
+    assert not report.ok and codes(report) == ["golden-weights", "golden-differs"]
+    told = found(report, "golden-weights")
+    assert told.severity == "warning" and "1 of 2 tensors differs: linear.bias" in told.message
     [check] = [c for c in report.details["checks"] if c["name"] == "golden"]
     assert check["figures"]["outputs"][0]["max_abs"] == pytest.approx(0.25, rel=1e-4)
-    assert codes(held(save, weights, golden, rtol=1.0)) == ["golden-close"]
+    assert codes(held(save, weights, golden, rtol=1.0)) == ["golden-weights", "golden-close"]
 
 
 def test_a_little_off_is_close(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
     weights["linear.bias"][1] += 1e-6
     report = held(save, weights, golden)
-    assert report.ok and codes(report) == ["golden-close"]
-    assert codes(held(save, weights, golden, atol=0.0, rtol=0.0)) == ["golden-differs"]
+    assert report.ok and codes(report) == ["golden-weights", "golden-close"]
+    assert codes(held(save, weights, golden, atol=0.0, rtol=0.0)) == ["golden-weights", "golden-differs"]
 
 
 def test_another_dtype_is_held_to_its_own_tolerance(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
     report = held(save, {name: value.bfloat16() for name, value in weights.items()}, golden, dtype="bfloat16")
-    assert report.ok and "golden-close" in codes(report)
+    assert report.ok and codes(report) == ["golden-weights", "golden-versions", "golden-close"]
+    told = found(report, "golden-weights")
+    assert told.severity == "info" and "2 of 2 tensors differ (float32 then, bfloat16 now)" in told.message
     assert "dtype float32 then, bfloat16 now" in found(report, "golden-versions").message
 
 
