@@ -98,7 +98,7 @@ def command(
     Outputs agree when no element differs by more than atol + rtol times the largest magnitude in the output.
     Default rtol, by the least precise dtype of weights and outputs: float64 1.5e-8, float32 3.5e-4, float16 3.2e-2,
     bfloat16 8.9e-2. Default atol: four times the output's own noise, which is measured by computing it again on
-    another number of threads, with other kernels and in another batch; a golden keeps that of when it was written.
+    another number of threads, in another batch and with other rounding; a golden keeps that of when it was written.
     """
     ending.keep_stdout()
     with json_errors(as_json):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.foreign import foreign, told
 from ckptkit.verifier.inputs import Batch
 from ckptkit.verifier.outputs import Tolerance, broken_values, compared, described, is_finite, output_tensors, shown
-from ckptkit.verifier.trace import Trace
+from ckptkit.verifier.trace import Trace, leaves
 
 __all__ = ["Pass", "check_forward", "measured_noise", "model_dtype", "run"]
 
@@ -161,8 +160,9 @@ def measured_noise(
 ) -> dict[str, float]:
     """How far each output moves where nothing changes but rounding: the largest absolute difference.
 
-    The first inputs are run again on another number of threads and with other kernels, which add up in another
-    order; what row 0 in a batch of another size gave counts as well.  A run that fails says nothing.
+    The first inputs are run again, on another number of threads, and once with each number that goes into a layer
+    moved to a neighbour of it; what row 0 in a batch of another size gave counts as well.  A run that fails says
+    nothing.
 
     Args:
         model: as it gave the outputs, on the device.
@@ -172,11 +172,11 @@ def measured_noise(
     """
     rows = context.figures.get("behaviour", {}).get("batch", [])
     noise = {row["path"]: row["max_abs"] for row in rows if row["close"] and row["max_abs"] is not None}
-    for way in _ways_to_round(device) if context.inputs is not None else ():
+    for way in (_other_threads(), _moved(model)) if context.inputs is not None else ():
         try:
             with way:
                 made = run(model, context.inputs.batch(device, floating_dtype(model_dtype(model))), device)
-        except Exception:  # noqa: S112 - kernels that another way lacks
+        except Exception:  # noqa: S112 - its own hooks may mind
             continue
         for path, tensor in outputs.items():
             if path in made.outputs and made.outputs[path].shape == tensor.shape:
@@ -185,26 +185,37 @@ def measured_noise(
     return noise
 
 
-def _ways_to_round(device: torch.device) -> list[AbstractContextManager[None]]:
-    library = torch._C
-    if device.type == "cpu":
-        count = 1 if torch.get_num_threads() > 1 else 2
-        return [
-            _switched(torch.get_num_threads, torch.set_num_threads, count),
-            _switched(library._get_mkldnn_enabled, library._set_mkldnn_enabled, False),
-        ]
-    cudnn = _switched(library._get_cudnn_enabled, library._set_cudnn_enabled, False)
-    return [nullcontext(), *([cudnn] if device.type == "cuda" else [])]
-
-
 @contextmanager
-def _switched(get: Callable[[], Any], put: Callable[[Any], object], value: object) -> Iterator[None]:
-    before = get()
-    put(value)
+def _other_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if before > 1 else 2)
     try:
         yield
     finally:
-        put(before)
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _moved(model: nn.Module) -> Iterator[None]:
+    """Move every floating point number that goes into a leaf module up or down by one in its last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: object) -> object:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.element_size() == 1:
+            return value
+        up = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.bool).to(value.device)
+        eps = torch.finfo(value.dtype).eps
+        return torch.where(up, value * (1 + eps), value * (1 - eps))
+
+    handles = [
+        leaf.register_forward_pre_hook(lambda _module, given: tuple(moved(value) for value in given))
+        for _, leaf in leaves(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -28,9 +28,7 @@ def loaded(save: Any) -> Any:
         checkpoint, file = read(save(state))
         model, reference = build(factory, {})
         context = Context(reference=reference, devices=(torch.device("cpu"),), **options)
-        context.fit = measure(
-            model, checkpoint.state_dict, allow_missing=context.allow_missing, ties_once=ties_once
-        )
+        context.fit = measure(model, checkpoint.state_dict, allow_missing=context.allow_missing, ties_once=ties_once)
         assert [f.code for f in check_load(checkpoint, model, context)] == []
         assert context.loaded
         file.close()
