@@ -30,14 +30,7 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
 
     What is missing, unexpected or of another shape begins with torch's own words for it.
     """
-    fit = measure(
-        model,
-        checkpoint.state_dict,
-        allow_missing=context.allow_missing,
-        allow_unexpected=context.allow_unexpected,
-        ties_once=ties_once(checkpoint.origin.format),
-    )
-    context.fit = fit
+    context.fit = fit = _measured(model, checkpoint, context)
     yield _coverage(fit, context)
     cause = _one_cause(fit, checkpoint, model, context)
     if cause is not None:
@@ -60,6 +53,16 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
             f"{shortened(others)}",
             fix=context.command(checkpoint.origin.path, "--section", others[0]),
         )
+
+
+def _measured(model: nn.Module, checkpoint: Checkpoint, context: Context) -> Fit:
+    return measure(
+        model,
+        checkpoint.state_dict,
+        allow_missing=context.allow_missing,
+        allow_unexpected=context.allow_unexpected,
+        ties_once=ties_once(checkpoint.origin.format),
+    )
 
 
 def _coverage(fit: Fit, context: Context) -> Finding:
@@ -131,7 +134,7 @@ def _section(
 def _architecture(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding | None:
     """Another model than the reference, of which an index knows the name; another head is not another model."""
     is_head = not (fit.missing or fit.unexpected) and (not fit.mismatches or head_classes(fit.mismatches) is not None)
-    if is_head:
+    if is_head or _lacks_no_weights(fit):
         return None
     known = architecture_that_fits(checkpoint, context.reference.spec)
     if known is None or known.reference == context.reference.spec:
@@ -144,6 +147,11 @@ def _architecture(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding
     )
 
 
+def _lacks_no_weights(fit: Fit) -> bool:
+    """Whether nothing but counts and second names of tied tensors keeps it from fitting."""
+    return not fit.mismatches and all(n in fit.twins or is_counter(n) for n in (*fit.missing, *fit.unexpected))
+
+
 def _convert(checkpoint: Checkpoint, *options: str) -> str:
     """The convert command, which writes the weights alone."""
     alone = ("--weights-only",) if beside_weights(checkpoint) else ()
@@ -151,7 +159,7 @@ def _convert(checkpoint: Checkpoint, *options: str) -> str:
 
 
 def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: Context) -> Iterator[Finding]:
-    known = architecture_that_fits(checkpoint, context.reference.spec)
+    known = None if _lacks_no_weights(fit) else architecture_that_fits(checkpoint, context.reference.spec)
     fix = command_for(checkpoint, known, context) if known is not None and (fit.missing or fit.unexpected) else None
     everything = list(checkpoint.state_dict.everything)
     if fit.missing:
@@ -238,7 +246,7 @@ def _num_classes(outputs: tuple[int, int], checkpoint: Checkpoint, context: Cont
         number = outputs[0] // each
         try:
             other, _ = build(spec, {**context.reference.args, "num_classes": number})
-            fit = measure(other, checkpoint.state_dict)
+            fit = _measured(other, checkpoint, context)
         except CkptkitError:
             continue  # it takes no such number
         if not (fit.missing or fit.unexpected or fit.mismatches):

@@ -160,9 +160,9 @@ def measured_noise(
 ) -> dict[str, float]:
     """How far each output moves where nothing changes but rounding: the largest absolute difference.
 
-    The first inputs are run again, on another number of threads, and once with each number that goes into a layer
-    moved to a neighbour of it; what row 0 in a batch of another size gave counts as well.  A run that fails says
-    nothing.
+    The first inputs are run again on another number of threads, and once with each number that goes into a layer
+    moved by about one in its last place; what row 0 in a batch of another size gave counts as well.  A run that
+    fails says nothing.
 
     Args:
         model: as it gave the outputs, on the device.
@@ -172,10 +172,13 @@ def measured_noise(
     """
     rows = context.figures.get("behaviour", {}).get("batch", [])
     noise = {row["path"]: row["max_abs"] for row in rows if row["close"] and row["max_abs"] is not None}
-    for way in (_other_threads(), _moved(model)) if context.inputs is not None else ():
+    inputs = context.inputs
+    if inputs is None:
+        return noise
+    for way in (_other_threads(), _moved(model)):
         try:
             with way:
-                made = run(model, context.inputs.batch(device, floating_dtype(model_dtype(model))), device)
+                made = run(model, inputs.batch(device, floating_dtype(model_dtype(model))), device)
         except Exception:  # noqa: S112 - its own hooks may mind
             continue
         for path, tensor in outputs.items():
@@ -197,7 +200,7 @@ def _other_threads() -> Iterator[None]:
 
 @contextmanager
 def _moved(model: nn.Module) -> Iterator[None]:
-    """Move every floating point number that goes into a leaf module up or down by one in its last place."""
+    """Move every floating point number that goes into a leaf module up or down by its type's relative spacing."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(value: object) -> object:

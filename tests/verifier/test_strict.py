@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from click.testing import CliRunner
 from fitting import check_file, codes
 from torch import nn
@@ -251,6 +252,17 @@ def states() -> dict[str, tuple[Any, str, str]]:
         "two sides": (counted(tied.state_dict(), "1.weight", **{"0.num_batches_tracked": torch.tensor(1)}), "tied",
                       "Missing"),
     }  # fmt: skip
+
+
+def test_what_only_loading_minds_is_not_another_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it for a model that an index knows under another name than the reference's."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text("import torchvision\n\ndef build():\n    return torchvision.models.resnet18()\n")
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(counted(state, "bn1.num_batches_tracked"), "x.pth")
+    report = check_file(Path("x.pth"), model="net.py:build")
+    assert [code for _, code in codes(report)] == ["fit-coverage", "missing-keys", "not-loaded"]
+    assert "--allow-missing '*num_batches_tracked'" in str(report.findings[1].fix)
 
 
 @pytest.mark.parametrize("kind", states())
