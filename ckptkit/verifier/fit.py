@@ -163,8 +163,9 @@ def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: C
     fix = command_for(checkpoint, known, context) if known is not None and (fit.missing or fit.unexpected) else None
     everything = list(checkpoint.state_dict.everything)
     if fit.missing:
-        lacked = sum(name in expected for name in fit.missing)  # torch asks for older names of a module as well
-        among = [name for name in expected if name not in fit.counters]
+        lacked = len({*fit.missing} & {*expected})  # torch asks for older names of a module as well
+        made = set(fit.counters)
+        among = [name for name in expected if name not in made]
         told, remedy = _why_missing(fit, checkpoint, context)
         yield Finding(
             code="missing-keys",
@@ -205,7 +206,8 @@ def _why_missing(fit: Fit, checkpoint: Checkpoint, context: Context) -> tuple[st
         told = f": the reference ties them to names that are ({pairs}), but only safetensors may leave tied names out"
         return told, _convert(checkpoint, *context.taken(()))
     return (
-        ": its module versions are of layers that have these counts; evaluation does not use them",
+        ": its module versions are of layers that have these counts; evaluation does not use them, and torch's "
+        "load_state_dict(strict=False) leaves them at 0",
         context.command(checkpoint.origin.path, "--allow-missing", "*num_batches_tracked"),
     )
 

@@ -135,7 +135,7 @@ def measure(
     unexpected_left = _Sieve(probed.unexpected, lambda name: False)
     allowed_unexpected = unexpected_left.take(_matcher(allow_unexpected))
     wanted = [n for n, v in expected.items() if isinstance(v, torch.Tensor) and not is_extra_state(n)]
-    filled = {n for n in wanted if n in tied or (n in sources and n not in counters)}
+    filled = {n for n in wanted if n in tied or n in sources} - {*counters}
     return Fit(
         sources=sources,
         missing=tuple(missing_left.names),
