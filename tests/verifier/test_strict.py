@@ -215,6 +215,18 @@ def test_safetensors_are_held_to_its_own_load_model(kind: str, tmp_path: Path) -
         assert report.ok == accepted, f"{what}: {[f.line for f in report.findings]}"
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards_follow_the_rule_of_their_container(ending: str, tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in Tied().state_dict().items() if name != "b.weight"}
+    shard = tmp_path / f"model-00001-of-00001.{ending}"
+    safetensors.torch.save_file(state, shard) if ending == "safetensors" else torch.save(state, shard)
+    index = tmp_path / f"model.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, shard.name)}))
+    report = check_file(index, model=Tied)
+    code = ("info", "tied-restored") if ending == "safetensors" else ("error", "missing-keys")
+    assert codes(report)[1] == code and report.ok == (ending == "safetensors")
+
+
 def write_factories(folder: Path) -> None:
     (folder / "ref.py").write_text(
         "from torch import nn\n"
