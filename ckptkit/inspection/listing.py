@@ -154,15 +154,20 @@ class Listing(NamedTuple):
         return [(found, found.node) for found in self.others if is_array(found.node)]
 
 
-def list_tensors(checkpoint: Checkpoint) -> Listing:
+def list_tensors(checkpoint: Checkpoint, beside: Sequence[Found] | None = None) -> Listing:
     """Every tensor of a checkpoint, and every bare storage.
+
+    Args:
+        checkpoint: as it was read.
+        beside: what `every_tensor` finds but for the plain tensors of the state_dict, where it is known.
 
     Raises:
         LimitError: the names are more, or all together longer, than those of any checkpoint.
     """
     named: list[_Named] = []
     others: list[Found] = []
-    for found in islice(every_tensor(checkpoint, values=True), DEFAULT_LIMITS.entries + 1):
+    everything = every_tensor(checkpoint, beside=beside)
+    for found in islice(everything, DEFAULT_LIMITS.entries + 1):
         (named if isinstance(found.node, TensorEntry) else others).append(found)  # type: ignore[arg-type]
     if len(named) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
         raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named) + len(others))
@@ -201,12 +206,14 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
 
     An array that is but a number has none.
     """
-    told: set[tuple[str | None, str]] = set()  # a parameter and the value in it have one name
+    told: set[tuple[str | None, str]] = set()  # a parameter, the value in it and its storage have one name
     from ckptkit.normalize.not_plain import Value, describe_value
 
     known: dict[int, Value | None] = {}
     for section, name, node, _ in listing.others:
         if isinstance(node, Storage):
+            if (section, name) in told:  # the value's own
+                continue
             dtype = node.dtype or "uint8"
             size = node.nbytes // DTYPES[dtype].itemsize
             entry = TensorEntry(storage=node, storage_offset=0, shape=(size,), stride=(1,), dtype=dtype)
@@ -218,9 +225,10 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
             value = known[id(node)] = known.get(id(node)) or describe_value(node)
             if value is not None and (section, name) not in told:
                 told.add((section, name))
+                storage = next((part.key for _, part in value.parts if isinstance(part, Storage)), "")
                 yield TensorRow(
-                    section, name, value.dtype, value.shape, (), value.nbytes, value.location, "", "unknown", False,
-                    None, None, value.kind, value.text,
+                    section, name, value.dtype, value.shape, (), value.nbytes, value.location, storage, "unknown",
+                    False, None, None, value.kind, value.text,
                 )  # fmt: skip
         elif (layout := layout_of(node)) is not None:
             stride = contiguous_stride(layout.shape[:: -1 if layout.is_fortran else 1])

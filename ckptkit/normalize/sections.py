@@ -8,8 +8,8 @@ Decided by shape, never by a file's name:
   half are tensors.  What other values hold tensors must be no weights of their own: else it is a
   file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
-  parameter (losses, metrics, random states), or that is a graph with its edges (PyG's), is none, unless a customary
-  key says so.
+  parameter (losses, metrics, random states), or that has the names of a graph (of PyG), is none, unless a
+  customary key says so.
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
   whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - what else holds tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
@@ -208,6 +208,8 @@ class Survey:
             return "state_dict"
         if not self._has_tensor(node):
             return None
+        if isinstance(node, Object) and node.class_name.startswith("torch_geometric.data."):
+            return "collection"
         if is_optimizer(node):
             return "optimizer"
         return "parts" if parts(node) else "collection"

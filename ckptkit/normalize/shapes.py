@@ -7,7 +7,7 @@ read as named values, and what is an optimizer's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
@@ -64,7 +64,6 @@ _DATA_WORDS = frozenset({
     "ptr", "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
     "validation", "values", "x", "y", "z",
 })  # fmt: skip
-_EDGES = frozenset({"adj", "edge_attr", "edge_index"})
 _WORD = re.compile(r"[a-z]+")
 
 _SCALARS = (str, int, float, bytes, type(None))
@@ -144,10 +143,10 @@ def are_data(names: Iterable[object]) -> bool:
     return bool(words)
 
 
-def is_graph(pairs: Sequence[tuple[object, object]]) -> bool:
-    """Whether values are a graph's: called as those of data sets are, and its edges among them."""
-    names = [key for key, _ in pairs]
-    return not _EDGES.isdisjoint(key for key in names if isinstance(key, str)) and are_data(names)
+def is_graph(pairs: list[tuple[object, object]]) -> bool:
+    """Whether the names are those of a graph, as data sets of PyG hold them."""
+    names = {key for key, _ in pairs if isinstance(key, str)}
+    return not names.isdisjoint(("edge_index", "adj_t")) and not any("." in name for name in names)
 
 
 def is_sliced(node: object) -> bool:

@@ -15,7 +15,7 @@ yielded under every name it has, but not again below the module or mapping whose
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -32,7 +32,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 if TYPE_CHECKING:
     from ckptkit.normalize.not_plain import Value
 
-__all__ = ["Found", "every_tensor", "other_weights"]
+__all__ = ["Found", "every_tensor", "other_weights", "tensors_beside"]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -62,18 +62,26 @@ class Found(NamedTuple):
     is_own: bool
 
     @property
+    def is_value(self) -> bool:
+        """Whether it is a value that is made of tensors, which are found too."""
+        return isinstance(self.node, Object) and not is_array(self.node)
+
+    @property
     def path(self) -> str:
         """Section and name."""
         return join(self.section, self.name) if self.section and self.name != self.section else self.name
 
 
-def every_tensor(checkpoint: Checkpoint, *, plain: bool = True, values: bool = False) -> Iterator[Found]:
+def every_tensor(
+    checkpoint: Checkpoint, *, plain: bool = True, values: bool = False, beside: Sequence[Found] | None = None
+) -> Iterator[Found]:
     """Every tensor, bare storage and array of a checkpoint: the state_dict's first, then in file order.
 
     Args:
         checkpoint: as it was read, or rewritten.
         plain: whether the plain tensors of the state_dict are among them.
         values: whether values that are made of tensors are, such as quantized and sparse ones.
+        beside: all the others, where they are known.
     """
     state_dict, selected = checkpoint.state_dict, checkpoint.origin.state_path or ""
     kinds = {section.path: section.kind for section in checkpoint.sections if not section.selected}
@@ -84,6 +92,9 @@ def every_tensor(checkpoint: Checkpoint, *, plain: bool = True, values: bool = F
             others.append((name, value))
         elif plain:
             yield Found(selected, name, value, True)  # type: ignore[arg-type]  # `is_plain` says so
+    if beside is not None:
+        yield from beside
+        return
     own = _Own(state_dict.everything.values())
     yield from found.values(selected, others, own)
     outside = _Place(None, (None, selected, 1) if selected else None, 0, None, own)
@@ -94,6 +105,11 @@ def every_tensor(checkpoint: Checkpoint, *, plain: bool = True, values: bool = F
         if not checkpoint.operations:  # else it is not written, and its tensors are those before
             yield from found.below(outside, checkpoint.module)
     yield from found.below(_Place("" if "" in kinds else None, None, 0, "", None), checkpoint.rest)
+
+
+def tensors_beside(checkpoint: Checkpoint, *, values: bool = False) -> list[Found]:
+    """What `every_tensor` finds but for the plain tensors of the state_dict; no more than one above the limit."""
+    return list(islice(every_tensor(checkpoint, plain=False, values=values), DEFAULT_LIMITS.entries + 1))
 
 
 def other_weights(checkpoint: Checkpoint, found: Iterable[Found]) -> dict[str, list[Found]]:
@@ -221,7 +237,9 @@ class _Walk:
             elif made is not None:
                 rest = place._replace(own=_Own([part for _, part in made.parts], place.own))
                 stack.extend((rest, child) for child in reversed(children(node)))
-                stack.extend((place.below(name, name, self._kinds), part) for name, part in reversed(made.parts))
+                for name, part in reversed(made.parts):  # a quantized value has the name of its storage
+                    at = place if isinstance(part, Storage) else place.below(name, name, self._kinds)
+                    stack.append((at, part))
                 continue
             kind = self._kinds.get(place.path) if place.steps is None and place.path is not None else None
             if kind in ("state_dict", "whole_model") and place.section is not None:

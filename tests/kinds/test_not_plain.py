@@ -141,8 +141,10 @@ def test_inspect_lists_it_with_dtype_shape_and_bytes(kind: str, save: Save) -> N
     if "nested" not in text:
         assert row["shape"] == list(original.shape)
     if parts and kind != "numpy":
-        assert row["nbytes"] == sum(each["nbytes"] for name, each in rows.items() if name.startswith("v."))
-    assert all(f"v.{part}" in rows for part in parts if part != "data")
+        own = original.numel() if original.is_quantized else 0  # its storage has a byte for each element
+        assert row["nbytes"] == own + sum(each["nbytes"] for name, each in rows.items() if name.startswith("v."))
+        assert bool(row["storage"]) == original.is_quantized
+    assert all(f"v.{part}" in rows for part in parts if part not in ("data", "storage"))
     assert len(rows) == len(document["tensors"])
     if kind != "numpy":
         assert row["value"] == text
