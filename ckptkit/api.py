@@ -223,7 +223,7 @@ def convert(
             receipt=receipt,
             hashed=check and not dry_run,
         )
-        findings = (*job.findings(), *conversion.findings(job.plan))
+        findings = (*job.findings(), *conversion.findings(job.plan, None if dry_run else job.path))
         if not dry_run:
             tally = job.carry_out(force=force, check=check, progress=progress)
             findings = (*findings, *conversion.losses(tally))

@@ -16,7 +16,7 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import is_plain, step
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
 from ckptkit.report import Finding, convert_command, count_of, human_size, listed
 
@@ -151,18 +151,26 @@ def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
 
 def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     names = list(checkpoint.state_dict.everything)
-    carrying = sum(unwrapped(name) != name for name in names)
+    carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
-    wrapper = next(name for name in names if unwrapped(name) != name)
-    prefix = "module." if wrapper.startswith("module.") else "_orig_mod."
     yield Finding(
         code="module-prefix",
         severity="warning",
-        message=f"{carrying} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{prefix}`) that the bare "
-        "model lacks",
+        message=f"{len(carrying)} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{carrying[0]}`) that "
+        "the bare model lacks",
         fix=_extract(checkpoint, "--strip-module"),
     )
+
+
+def _inner_module(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    names = list(checkpoint.state_dict.everything)
+    stripped = ["--strip-module"] * any(map(wrapper_of, names))
+    told = inner_module_told(list(map(unwrapped, names)))
+    if told is not None:
+        message, rules = told
+        fix = _extract(checkpoint, *stripped, *rules) if rules else None
+        yield Finding(code="inner-module", severity="info", message=message, fix=fix)
 
 
 def _stale_versions(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -361,6 +369,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _foreign,
     _whole_model,
     _prefix,
+    _inner_module,
     _stale_versions,
     _devices,
     _nothing,

@@ -10,11 +10,12 @@ from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.errors import FormatError
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import step
+from ckptkit.normalize.wrappers import inner_module_told, wrapper_of
 from ckptkit.pickling.inert import Global, mapping_items, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
 from ckptkit.plan import Gather, Literal, Plan
-from ckptkit.report import Finding, count_of, glob_of, human_size, listed
+from ckptkit.report import Finding, convert_command, count_of, glob_of, human_size, listed
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
@@ -27,6 +28,7 @@ __all__ = [
     "diagnose_renames",
     "diagnose_selection",
     "diagnose_trust",
+    "diagnose_wrappers",
 ]
 
 
@@ -72,6 +74,32 @@ def diagnose_renames(
             message=f"{len(names) - len(stripped)} of {count_of(len(names), 'name')} did not carry the prefix, "
             f"such as {kept!r}",
         )
+
+
+def diagnose_wrappers(
+    result: Checkpoint, changed: Collection[str], written: str | None, *, stripped: bool
+) -> Iterator[Finding]:
+    """What wrappers have left in names that were stripped.
+
+    Args:
+        result: as it is written.
+        changed: the names that are not those of the source.
+        written: where; ``None``: nowhere.
+        stripped: whether wrappers were taken off, or another prefix alone, which may have hidden some.
+    """
+    names = list(result.state_dict.everything)
+    code, told = "inner-module", inner_module_told(names) if stripped else None
+    carrying = [prefix for prefix in map(wrapper_of, changed) if prefix]
+    if carrying and not stripped:
+        what = f"{len(carrying)} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{carrying[0]}`)"
+        code, told = "module-prefix", (f"{what}; --strip-module takes it off too", ["--strip-module"])
+    if told is not None:
+        message, options = told
+        if sum(section.is_weights for section in result.sections) > 1 and result.rest is not STATE_DICT:
+            options = ["--section", result.origin.state_path or "", *options]
+        suffix = ".safetensors" if written is not None and ".safetensors" in written else ".pth"
+        fix = convert_command(written, *options, suffix=suffix) if written is not None and told[1] else None
+        yield Finding(code=code, severity="warning", message=message, fix=fix)
 
 
 def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iterator[Finding]:

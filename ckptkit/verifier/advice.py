@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.wrappers import wrapper_of
 from ckptkit.report import count_of
 from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
 from ckptkit.rewrite.rename import Rename as RenameByRule
@@ -102,10 +103,10 @@ def matching(state_dict: StateDict, expected: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _candidates(names: Sequence[str], expected: Collection[str]) -> Iterator[Rename]:
-    wrapped = [name for name in names if name.startswith(("module.", "_orig_mod.")) or "._orig_mod." in name]
+    wrapped = [name for name in names if wrapper_of(name)]
     if wrapped:
-        wrapper = "module." if any(name.startswith("module.") for name in wrapped) else "_orig_mod."
-        yield _prefix(f"{_count(len(wrapped), names)} carry `{wrapper}`", StripModule(), "--strip-module")
+        cause = f"{_count(len(wrapped), names)} carry `{wrapper_of(wrapped[0])}`"
+        yield _prefix(cause, StripModule(), "--strip-module")
     if any(name.startswith("module.") for name in expected):
         yield _prefix(f"the reference's names carry `module.`, {_none(names)}", AddModule(), "--add-module")
     for prefix in _prefixes(names, expected):
