@@ -57,6 +57,13 @@ CODES: dict[str, Explanation] = {
         "Of weights: build the model from its code, then model.load_state_dict(ckptkit.load_state_dict(FILE)). What "
         "takes an adapter or an embedding is said with the finding.",
     ),
+    "nested-names": Explanation(
+        "the weights are dicts inside dicts",
+        'Megatron and flax save {"encoder": {"layer": {"weight": tensor}}}, which no module loads. ckptkit reads it '
+        "under dotted names, encoder.layer.weight. A .pth written from it keeps the dicts as long as every name "
+        "stays; with --weights-only, new names or names left out it becomes one flat dict.",
+        "ckptkit convert FILE OUT --weights-only writes the flat dict.",
+    ),
     "averaged-weights": Explanation(
         "averaged weights beside raw ones",
         "Training kept an exponential moving average (EMA) of the weights. Both have the same names and shapes; "

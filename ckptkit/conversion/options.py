@@ -21,6 +21,7 @@ from ckptkit.conversion.changes import (
 )
 from ckptkit.derived import ConvertedRange
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.nested import Nested
 from ckptkit.normalize.parts import part_findings
 from ckptkit.normalize.wrappers import unwrapped_path
 from ckptkit.plan import Gather, Plan
@@ -177,6 +178,12 @@ class Conversion:
         yield from diagnose_selection(self.dropped, self._unmatched)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
+        container = self.result.state_dict.container
+        if isinstance(container, Nested) and container.filled(self.result.state_dict.everything) is None:
+            told = (
+                "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
+            )
+            yield Finding(code="nested-names", severity="info", message=told)
         yield from diagnose_losses(self.source, self.result)
         yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)

@@ -18,6 +18,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import module_state, walk_module
+from ckptkit.normalize.nested import nested_values
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, step
 from ckptkit.normalize.shapes import named_values
@@ -264,7 +265,10 @@ def _weights(node: object) -> list[tuple[str, object]]:
     """Names and values of the state_dict that a section is, or whose module it is."""
     if module_state(node) is not None:
         return list(walk_module(node))
-    return [(key, value) for key, value in named_values(node) or [] if isinstance(key, str)]
+    pairs = [(key, value) for key, value in named_values(node) or [] if isinstance(key, str)]
+    if any(isinstance(value, TensorEntry) for _, value in pairs):
+        return pairs
+    return list((nested_values(node) or dict(pairs)).items())
 
 
 _SCALARS = (str, int, float, bytes, type(None))

@@ -8,7 +8,8 @@ Decided by shape, never by a file's name:
   half are tensors.  What other values hold tensors must be no weights of their own: else it is a
   file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
-  parameter (losses, metrics, random states) is none, unless a customary key says so.
+  parameter (losses, metrics, random states) is none, unless a customary key says so.  Modules may be
+  dicts inside dicts (`ckptkit.normalize.nested`).
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
   whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - what else holds tensors is a *tensor* or a *collection*
@@ -76,12 +77,14 @@ class Candidate:
         kind: what it is.
         node: it.
         keys: the keys that lead to it, as they are.
+        nested: whether its modules are dicts inside dicts, so that names are put together.
     """
 
     path: str
     kind: _SectionKind
     node: object
     keys: tuple[object, ...] = ()
+    nested: bool = False
 
     @property
     def is_weights(self) -> bool:
@@ -98,6 +101,10 @@ class Candidate:
         """The names and values its state_dict would have."""
         if self.kind == "whole_model":
             return walk_module(self.module)
+        if self.nested:
+            from ckptkit.normalize.nested import nested_values
+
+            return iter((nested_values(self.node) or {}).items())
         return ((key, value) for key, value in named_values(self.node) or [] if isinstance(key, str))
 
 
@@ -118,6 +125,8 @@ class Survey:
         self._entered: set[int] = set()
         self._holding: set[int] | None = None
         self._near: dict[tuple[int, int], int] = {}
+        self._nested: dict[tuple[int, object], bool] = {}
+        self._nested_left = DEFAULT_LIMITS.entries
 
     def sections(self) -> list[Candidate]:
         """The parts that hold tensors, in file order, no two under one path; parts of a part are not listed."""
@@ -139,7 +148,7 @@ class Survey:
         if kind is None:
             return
         if kind != "parts":
-            yield Candidate(path, kind, node, keys)
+            yield Candidate(path, kind, node, keys, nested=self._kinds[id(node)] == "parts")
             return
         inside = parts(node)
         # The keys of a file's own dict are its sections, whatever they hold.
@@ -173,7 +182,22 @@ class Survey:
         kind = self._kinds[id(node)]
         if kind == "state_dict" and id(node) in self._slight and key is not _ROOT:
             return kind if isinstance(key, str) and key in CUSTOMARY_KEYS else "collection"
+        if kind == "parts" and mapping_items(node) is not None and self._is_nested(node, key):
+            return "state_dict"
         return kind
+
+    def _is_nested(self, node: object, key: object) -> bool:
+        """Whether its modules are dicts inside dicts; where the tree is too large to tell, it is not."""
+        known = key if isinstance(key, str) else None
+        if (id(node), known) not in self._nested:
+            from ckptkit.normalize.nested import is_nested
+
+            self._nested[id(node), known] = is_nested(node, key, self._may_look)
+        return self._nested[id(node), known]
+
+    def _may_look(self, count: int) -> bool:
+        self._nested_left -= count
+        return self._nested_left >= 0
 
     def _judge(self, node: object) -> _NodeKind | None:
         if is_tensor_like(node) or isinstance(node, Storage):

@@ -13,6 +13,7 @@ from itertools import islice
 from ckptkit.arguments import several
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.nested import Nested
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join
 from ckptkit.normalize.shapes import is_optimizer, parts
@@ -170,4 +171,8 @@ class WeightsOnly:
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not checkpoint.state_dict.everything:
             raise RewriteError("there is no state_dict to keep")
-        return checkpoint.replace(rest=STATE_DICT)
+        state_dict = checkpoint.state_dict
+        if isinstance(state_dict.container, Nested):
+            container = state_dict.container.flat(state_dict.versions)
+            state_dict = StateDict(state_dict.everything, versions=state_dict.versions, container=container)
+        return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT)
