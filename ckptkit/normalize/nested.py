@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, MOMENTS, are_moments, is_optimizer, is_substantial
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, mapping_items
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = ["Nested", "is_nested", "nested_values", "nested_versions"]
@@ -82,9 +82,11 @@ class _Tree:
         levels: dicts from the top to the deepest tensor.
         is_bare: whether some dict below the top holds tensors, and no dotted name.
         is_parameters: whether the names in such a dict are those of parameters.
+        dicts: the ``id`` of each.
     """
 
     values: dict[str, object]
+    dicts: set[int]
     holders: int = 0
     levels: int = 0
     is_bare: bool = False
@@ -102,12 +104,13 @@ def nested_values(node: object, visit: Callable[[int], bool] = lambda _: True) -
     return None if tree is None else tree.values
 
 
-def is_nested(node: object, key: object, visit: Callable[[int], bool]) -> bool:
+def is_nested(node: object, key: object, root: object, visit: Callable[[int], bool]) -> bool:
     """Whether a dict is a nested state_dict.
 
     Args:
         node: the outermost dict.
         key: what it lies under; anything but a string for the file's own dict.
+        root: the tree it lies in, which has no other use for the dicts in it.
         visit: as of `nested_values`.
     """
     keys = [inner for inner, _ in mapping_items(node) or [] if isinstance(inner, str)]
@@ -119,9 +122,14 @@ def is_nested(node: object, key: object, visit: Callable[[int], bool]) -> bool:
     tree = _tree(node, visit)
     if tree is None or not tree.is_bare or not any(map(is_substantial, tree.values.values())):
         return False
-    if is_customary:
-        return tree.holders > 1 or tree.levels >= _MODULES_DEEP
-    return tree.is_parameters and tree.levels >= _MODULES_DEEP
+    is_deep = tree.levels >= _MODULES_DEEP
+    if not (tree.holders > 1 or is_deep if is_customary else tree.is_parameters and is_deep):
+        return False
+    inside = tree.dicts - {id(node)}
+    for other in walk(root):
+        if not visit(1) or (id(other) not in tree.dicts and any(id(child) in inside for child in children(other))):
+            return False
+    return True
 
 
 def nested_versions(
@@ -162,14 +170,13 @@ def _plain_pairs(node: object) -> list[tuple[str, object]] | None:
 
 
 def _tree(node: object, visit: Callable[[int], bool]) -> _Tree | None:
-    found = _Tree({})
-    seen: set[int] = set()
+    found = _Tree({}, set())
 
     def look(node: object, prefix: str, level: int) -> bool:
         pairs = _plain_pairs(node)
-        if pairs is None or level > _MAX_LEVELS or id(node) in seen or not visit(len(pairs)):
+        if pairs is None or level > _MAX_LEVELS or id(node) in found.dicts or not visit(len(pairs)):
             return False
-        seen.add(id(node))
+        found.dicts.add(id(node))
         tensors: list[str] = []
         for key, value in pairs:
             if is_tensor_like(value):

@@ -126,7 +126,7 @@ class Survey:
         self._holding: set[int] | None = None
         self._near: dict[tuple[int, int], int] = {}
         self._nested: dict[tuple[int, object], bool] = {}
-        self._nested_left = DEFAULT_LIMITS.entries
+        self._nested_left = DEFAULT_LIMITS.entries + DEFAULT_LIMITS.tree_nodes
 
     def sections(self) -> list[Candidate]:
         """The parts that hold tensors, in file order, no two under one path; parts of a part are not listed."""
@@ -192,7 +192,7 @@ class Survey:
         if (id(node), known) not in self._nested:
             from ckptkit.normalize.nested import is_nested
 
-            self._nested[id(node), known] = is_nested(node, key, self._may_look)
+            self._nested[id(node), known] = is_nested(node, key, self._root, self._may_look)
         return self._nested[id(node), known]
 
     def _may_look(self, count: int) -> bool:
