@@ -165,9 +165,9 @@ def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
 
 def _inner_module(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     names = list(checkpoint.state_dict.everything)
-    stripped = ["--strip-module"] * any(map(wrapper_of, names))
     told = inner_module_told(list(map(unwrapped, names)))
     if told is not None:
+        stripped = ["--strip-module"] * any(map(wrapper_of, names))
         message, rules = told
         fix = _extract(checkpoint, *stripped, *rules) if rules else None
         yield Finding(code="inner-module", severity="info", message=message, fix=fix)

@@ -18,7 +18,6 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import module_state, walk_module
-from ckptkit.normalize.nested import nested_values
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, step
 from ckptkit.normalize.shapes import named_values
@@ -268,6 +267,8 @@ def _weights(node: object) -> list[tuple[str, object]]:
     pairs = [(key, value) for key, value in named_values(node) or [] if isinstance(key, str)]
     if any(isinstance(value, TensorEntry) for _, value in pairs):
         return pairs
+    from ckptkit.normalize.nested import nested_values
+
     return list((nested_values(node) or dict(pairs)).items())
 
 

@@ -8,7 +8,6 @@ somebody's own attribute (``mlp_module.module.weight``), and only who knows the 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Collection, Sequence
 from itertools import takewhile
 
@@ -36,6 +35,8 @@ _ANYWHERE = frozenset({_COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_m
 _LEADING = frozenset({MODULE, "_forward_module"})
 """Lightning keeps a wrapped LightningModule under the second."""
 
+_WRAPPERS = _ANYWHERE | _LEADING
+
 _INNER_MODULE = re.compile(rf"\.{MODULE}(?=\.)")
 
 _FEW = 3
@@ -48,9 +49,12 @@ def unwrapped(name: str) -> str:
     Segments of wrappers go in any order and nesting: leading ones, and those of torch's own wrappers anywhere
     (``model._orig_mod.layer``).  The last segment is never taken away.
     """
-    if not name.startswith(("module.", "_forward_module.")) and "_orig_mod." not in name and "_module." not in name:
-        return name
-    return _without(name, _ANYWHERE, _LEADING)
+    return _without(name, _ANYWHERE, _LEADING) if _may_be_wrapped(name) else name
+
+
+def _may_be_wrapped(name: str) -> bool:
+    """Whether a closer look is worth its time: most names of most models are bare."""
+    return name.startswith(("module.", "_forward_module.")) or "_orig_mod." in name or "_wrapped_module." in name
 
 
 def unwrapped_in_digests(name: str) -> str:
@@ -75,8 +79,8 @@ def unwrapped_path(path: str) -> str:
 
 def wrapper_of(name: str) -> str:
     """What wrappers put into a name: the prefix, else one that stands further in; ``""``: nothing."""
-    parents = name.split(".")[:-1]
-    leading = list(takewhile((_ANYWHERE | _LEADING).__contains__, parents))
+    parents = name.split(".")[:-1] if _may_be_wrapped(name) else []
+    leading = list(takewhile(_WRAPPERS.__contains__, parents))
     return "".join(f"{part}." for part in leading or [part for part in parents if part in _ANYWHERE][:1])
 
 
@@ -102,6 +106,8 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
     carrying = [name for name in names if _INNER_MODULE.search(name)]
     if not carrying:
         return None
+    import shlex  # what finds nothing starts faster without
+
     told = (
         f"{len(carrying)} of {count_of(len(names), 'name')} carry `{MODULE}.` further in, such as "
         f"{carrying[0]!r:.200}: DataParallel around a part of the model, or an attribute of the model's own"

@@ -53,35 +53,41 @@ def _renamed_rest(rest: object, changed: Mapping[str, str]) -> object:
         members = {key: value for key, value in found if isinstance(key, str)}
         if "params" in members:
             for names in (members["params"], members.get("param_names")):
-                if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
-                    sequences.append((names, type(names)(_changed(names, changed.get))))
-        state = members.get("state") if "param_groups" in members else None
-        if isinstance(state, (InertDict, Object)) and mapping_items(state) is not None:
-            keys.append((state, _changed([key for key, _ in state.pairs], changed.get)))
-        elif isinstance(node, (InertDict, Object)) and any(key.startswith("param_groups.") for key in members):
-            keys.append((node, _changed([key for key, _ in node.pairs], partial(_flattened, changed))))
+                if isinstance(names, (list, tuple)) and (new := _changed(names, changed.get)):
+                    sequences.append((names, type(names)(new)))
+        keyed: object = members.get("state") if "param_groups" in members else None
+        target: Callable[[str], str | None] = changed.get
+        if any(key.startswith("param_groups.") for key in members):
+            keyed, target = node, partial(_flattened, changed)
+        if not isinstance(keyed, (InertDict, Object)) or mapping_items(keyed) is None:
+            continue
+        if new := _changed([key for key, _ in keyed.pairs], target):
+            keys.append((keyed, new))
     if not sequences and not keys:
         return rest
     mapped = TreeMap(lambda leaf: leaf, sequences)
     rest = mapped(rest)
     for old, names in keys:
-        new = mapped(old)
-        if isinstance(new, (InertDict, Object)):
-            new.pairs = [(name, value) for name, (_, value) in zip(names, new.pairs, strict=True)]
+        copy = mapped(old)
+        if isinstance(copy, (InertDict, Object)):
+            copy.pairs = [(name, value) for name, (_, value) in zip(names, copy.pairs, strict=True)]
     return rest
 
 
-def _changed(names: Sequence[object], new: Callable[[str], str | None]) -> list[object]:
-    """The names, those that become others changed.
+def _changed(names: Sequence[object], new: Callable[[str], str | None]) -> list[object] | None:
+    """The names, those that become others changed; ``None``: none does.
 
     Raises:
         KeyCollisionError: two would become one.
     """
-    changed = [new(name) or name if isinstance(name, str) else name for name in names]
-    came_from: dict[str, object] = {}
+    found = [new(name) if isinstance(name, str) else None for name in names]
+    if all(target is None for target in found):
+        return None
+    changed = [name if target is None else target for name, target in zip(names, found, strict=True)]
+    came_from: dict[str, str] = {}
     for name, target in zip(names, changed, strict=True):
-        if isinstance(target, str) and came_from.setdefault(target, name) != name:
-            raise KeyCollisionError(f"{came_from[target]}", f"{name}", target)
+        if isinstance(name, str) and isinstance(target, str) and came_from.setdefault(target, name) != name:
+            raise KeyCollisionError(came_from[target], name, target)
     return changed
 
 
