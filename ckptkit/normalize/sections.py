@@ -41,7 +41,7 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import Object, attributes, children, mapping_items, walk
+from ckptkit.pickling.inert import InertDict, Object, attributes, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "above_tensors", "brief", "is_plain", "join", "step"]
@@ -190,9 +190,17 @@ class Survey:
         """Whether its modules are dicts inside dicts; where the tree is too large to tell, it is not."""
         known = key if isinstance(key, str) else None
         if (id(node), known) not in self._nested:
-            from ckptkit.normalize.nested import is_nested
+            # Most files' own dicts hold a number or a text, and need no closer look.
+            may_be = all(
+                isinstance(value, (InertDict, Object, TensorEntry))
+                or (isinstance(inner, str) and inner.endswith("_extra_state"))
+                for inner, value in mapping_items(node) or ()
+            )
+            if may_be:
+                from ckptkit.normalize.nested import is_nested
 
-            self._nested[id(node), known] = is_nested(node, key, self._root, self._may_look)
+                may_be = is_nested(node, key, self._root, self._may_look)
+            self._nested[id(node), known] = may_be
         return self._nested[id(node), known]
 
     def _may_look(self, count: int) -> bool:

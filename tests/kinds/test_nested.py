@@ -224,11 +224,13 @@ def test_without_end(normalized: Normalized, entry: TensorEntry) -> None:
 def test_an_empty_module_and_attributes(normalized: Normalized, entry: TensorEntry) -> None:
     """A dict without tensors stays in its place; one that carries more than versions is something else."""
     inner = InertDict([("a", InertDict([("weight", entry)])), ("none", InertDict()), ("b", InertDict([("w", entry)]))])
+    inner.pairs.append(("_extra_state", None))
     checkpoint = normalized(InertDict([("model", inner), ("n", 1)]))
     assert list(checkpoint.state_dict) == ["a.weight", "b.w"]
+    assert checkpoint.state_dict.extra == {"_extra_state": None}
     lowered = lower_state_dict(checkpoint.state_dict)
     assert isinstance(lowered, InertDict)
-    assert [key for key, _ in lowered.pairs] == ["a", "none", "b"]
+    assert [key for key, _ in lowered.pairs] == ["a", "none", "b", "_extra_state"]
     odd = Object("reduce", Global("collections", "OrderedDict"), ())
     odd.pairs, odd.state = [("weight", entry)], InertDict([("scale", entry)])
     inner.pairs.append(("odd", odd))
