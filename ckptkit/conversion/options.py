@@ -184,7 +184,7 @@ class Conversion:
                 "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
             )
             yield Finding(code="nested-names", severity="info", message=told)
-        yield from diagnose_losses(self.source, self.result)
+        yield from diagnose_losses(self.source, self.result, plan, leave_out=self._options.leave_out)
         yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)
 

@@ -16,6 +16,7 @@ __all__ = [
     "CUSTOMARY_KEYS",
     "MOMENTS",
     "are_moments",
+    "is_graph",
     "is_optimizer",
     "is_substantial",
     "named_values",
@@ -114,6 +115,12 @@ def are_moments(pairs: list[tuple[object, object]]) -> bool:
         return False
     keys = {key for key, value in pairs if is_tensor_like(value)}
     return keys <= MOMENTS and not keys.isdisjoint(_TELLING)
+
+
+def is_graph(pairs: list[tuple[object, object]]) -> bool:
+    """Whether the names are those of a graph, as data sets of PyG hold them."""
+    names = {key for key, _ in pairs if isinstance(key, str)}
+    return not names.isdisjoint(("edge_index", "adj_t")) and not any("." in name for name in names)
 
 
 def is_substantial(value: object) -> bool:

@@ -80,7 +80,7 @@ class Select:
         if versions is not None:
             kept = {"", *(path for name in everything for path in module_paths(name))}
             versions = {path: entry for path, entry in versions.items() if path in kept}
-        return checkpoint.replace(state_dict=StateDict(everything, versions=versions, container=state_dict.container))
+        return checkpoint.replace(state_dict=state_dict.holding(everything, versions))
 
     def unmatched(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The patterns of ``exclude`` that match no name."""
@@ -172,7 +172,9 @@ class WeightsOnly:
         if not checkpoint.state_dict.everything:
             raise RewriteError("there is no state_dict to keep")
         state_dict = checkpoint.state_dict
-        if isinstance(state_dict.container, Nested):
+        if state_dict.is_module:
+            state_dict = state_dict.holding(state_dict.everything, state_dict.versions)
+        elif isinstance(state_dict.container, Nested):
             container = state_dict.container.flat(state_dict.versions)
             state_dict = StateDict(state_dict.everything, versions=state_dict.versions, container=container)
         return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT)
