@@ -504,6 +504,7 @@ def verify(
             force=force,
             unsafe_load=unsafe_load,
             strip_module=strip_module,
+            reading=[*["--allow-part"] * allow_part, *["--ignore-checksums"] * ignore_checksums],
         )
 
 

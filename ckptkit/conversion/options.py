@@ -28,7 +28,7 @@ from ckptkit.rewrite.compact import dead_bytes
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.device import LocationMap
-    from ckptkit.rewrite.like import Fitting, Like
+    from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.tied import TiedPolicy
     from ckptkit.transfer import Tally
 

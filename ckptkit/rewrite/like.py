@@ -181,8 +181,9 @@ class Like:
         """Why a fitting is not complete."""
         problems = []
         if fitting.missing:
-            count = count_of(len(self.expected), "tensor", "is", "are")
-            problems.append(f"{len(fitting.missing)} of its {count} not there: {listed(fitting.missing)}")
+            verb = "is" if len(fitting.missing) == 1 else "are"
+            of = f"of its {count_of(len(self.expected), 'tensor')} {verb} not there"
+            problems.append(f"{len(fitting.missing)} {of}: {listed(fitting.missing)}")
         if fitting.differing:
             count = count_of(len(fitting.differing), "tensor", "has", "have")
             shapes = [f"{name} {told}" for name, told in fitting.differing.items()]
@@ -269,14 +270,13 @@ def _renamed(names: Collection[str], steps: Sequence[_Step]) -> list[str]:
 
 def _changes(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[_Step, ...]]:
     """No change, and every other that may bring the names together; steps in the order in which ``convert`` does."""
-    for off in _unwrappings(names, expected):
-        bare = _renamed(names, off)
-        for old in ((), *_old(bare)):
-            now = _renamed(bare, old)
-            yield (*off, *old)
-            # Rules go last, so what comes after one is a rule itself.
-            for prefix in _prefixes_off_and_on(now, expected, as_rule=len(off) > 0 and "--rename" in off[-1].options):
-                yield (*off, prefix, *old)
+    starts = [(off, old) for off in _unwrappings(names, expected) for old in ((), *_old(_renamed(names, off)))]
+    yield from ((*off, *old) for off, old in starts)
+    for off, old in starts:
+        now = _renamed(names, (*off, *old))
+        # Rules go last, so what comes after one is a rule itself.
+        for prefix in _prefixes_off_and_on(now, expected, as_rule=bool(off) and "--rename" in off[-1].options):
+            yield (*off, prefix, *old)
 
 
 def _unwrappings(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[_Step, ...]]:
