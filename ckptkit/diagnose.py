@@ -18,7 +18,7 @@ from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import is_plain, step
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, children, mapping_items, walk
-from ckptkit.report import Finding, convert_command, count_of, human_size, listed
+from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
 
@@ -73,7 +73,7 @@ def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
     order = {"error": 0, "warning": 1, "info": 2}
-    return tuple(sorted(found, key=lambda finding: order[finding.severity]))
+    return tuple(apart(sorted(found, key=lambda finding: order[finding.severity])))
 
 
 def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
