@@ -73,7 +73,7 @@ def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
     order = {"error": 0, "warning": 1, "info": 2}
-    return tuple(apart(sorted(found, key=lambda finding: order[finding.severity])))
+    return tuple(apart(sorted(found, key=lambda finding: order[finding.severity]), checkpoint.origin.options))
 
 
 def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -156,12 +156,15 @@ def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         return
     wrapper = next(name for name in names if unwrapped(name) != name)
     prefix = "module." if wrapper.startswith("module.") else "_orig_mod."
+    bare = Counter(map(unwrapped, names))
+    twice = next((name for name in names if bare[unwrapped(name)] > 1), None)
+    told = "" if twice is None else f"; it cannot come off, for {unwrapped(twice)!r:.60} would be the name of two"
     yield Finding(
         code="module-prefix",
         severity="warning",
         message=f"{carrying} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{prefix}`) that the bare "
-        "model lacks",
-        fix=_extract(checkpoint, "--strip-module"),
+        f"model lacks{told}",
+        fix=_extract(checkpoint, "--strip-module") if twice is None else None,
     )
 
 

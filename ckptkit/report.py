@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -159,8 +159,13 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors", take
     return shlex.join(["ckptkit", "convert", path, destination, *options])
 
 
-def apart(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """The findings, with no two different conversions that write one file: each can be run after the others."""
+def apart(findings: Iterable[Finding], given: Sequence[str] = ()) -> Iterator[Finding]:
+    """The findings, with no two different conversions that write one file: each can be run after the others.
+
+    Args:
+        findings: of one file.
+        given: options by which the file was read, which conversions keep.
+    """
     import shlex
 
     fixes: dict[str, str] = {}
@@ -170,8 +175,9 @@ def apart(findings: Iterable[Finding]) -> Iterator[Finding]:
         if fix is not None and fix.startswith("ckptkit convert "):
             if fix not in fixes:
                 _, _, path, destination, *options = shlex.split(fix)
+                kept = given[2:] if "--section" in given and "--section" in options else given
                 suffix = os.path.splitext(destination)[1]
-                fixes[fix] = convert_command(path, *options, suffix=suffix, taken=taken)
+                fixes[fix] = convert_command(path, *kept, *options, suffix=suffix, taken=taken)
                 taken.add(shlex.split(fixes[fix])[3])
             finding = replace(finding, fix=fixes[fix])
         yield finding

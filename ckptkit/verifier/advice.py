@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckptkit.checkpoint import StateDict
-from ckptkit.rewrite.like import Fitting, Like
+from ckptkit.rewrite.like import Fitting
 from ckptkit.verifier.measure import ShapeMismatch
 
 __all__ = ["head_classes", "renamings_that_fit"]
 
 
-def renamings_that_fit(state_dict: StateDict, like: Like, already: int = 0) -> list[Fitting]:
-    """The changes of names that make most of the model's tensors fit, of different tensors but equally many.
+def renamings_that_fit(fittings: Sequence[Fitting], expected: int) -> list[Fitting]:
+    """The changes of names that bring most of the model's together, of different tensors but equally many.
 
     Args:
-        state_dict: the weights.
-        like: the model.
-        already: how many fit as they are; a change has to bring more, and more than half.
+        fittings: of the weights, the one without a change first.
+        expected: how many names the model has; a change has to bring together more than half, and more than none does.
     """
-    changes = [fitting for fitting in like.fittings(state_dict) if fitting.options]
+
+    def together(fitting: Fitting) -> int:
+        return len(fitting.sources) + len(fitting.differing)
+
+    enough = max(expected // 2, together(fittings[0]))
+    changes = [fitting for fitting in fittings[1:] if together(fitting) > enough]
     most = max((len(fitting.sources) for fitting in changes), default=0)
-    if most <= max(len(like.expected) // 2, already):
-        return []
     return [fitting for fitting in changes if len(fitting.sources) == most]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.like import other_weights
 from ckptkit.dtypes import DTYPES
 from ckptkit.report import Finding, count_of, listed
-from ckptkit.rewrite.like import Like
+from ckptkit.rewrite.like import Fitting, Like
 from ckptkit.verifier.advice import head_classes, renamings_that_fit
 from ckptkit.verifier.context import Context, shortened
 from ckptkit.verifier.elsewhere import architecture_that_fits, command_for, sections_that_fit
@@ -68,9 +68,9 @@ def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Cont
     expected = named_values(model)
     if expected and (fit.missing or fit.unexpected or fit.mismatches):
         like = like_model(expected, context.reference.label)
-        already = len(like.fittings(checkpoint.state_dict)[0].sources)
-        cause = _old_names(fit, checkpoint, like, already, context)
-        cause = cause or _section(fit, checkpoint, like, already, context)
+        fittings = like.fittings(checkpoint.state_dict)
+        cause = _old_names(fit, checkpoint, fittings, context) if fit.missing and fit.unexpected else None
+        cause = cause or _section(fit, checkpoint, like, len(fittings[0].sources), context)
         if cause is not None:
             return cause
     if not fit.tensors and not fit.mismatches:
@@ -83,9 +83,9 @@ def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Cont
     return None
 
 
-def _old_names(fit: Fit, checkpoint: Checkpoint, like: Like, already: int, context: Context) -> Finding | None:
+def _old_names(fit: Fit, checkpoint: Checkpoint, fittings: Sequence[Fitting], context: Context) -> Finding | None:
     """Another prefix, or names of another release."""
-    found = renamings_that_fit(checkpoint.state_dict, like, already) if fit.missing and fit.unexpected else []
+    found = renamings_that_fit(fittings, fit.of)
     if not found:
         return None
     best = found[0]
