@@ -279,7 +279,11 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
         raise RewriteError(f"--like {path}: is a checkpoint, and takes no --model-arg")
     with open(path) as file:
         require_whole(file.checkpoint, allow_part=False)
-        _require_state_dict(file.checkpoint, "to go by")
+        if file.checkpoint.origin.state_path is None:
+            from ckptkit.normalize.selection import paths_listed
+
+            weights = paths_listed(file.sections) or "no section holds any"
+            raise SectionError(f"{path}: has no one set of weights to be like ({weights})")
         return Like(file.state_dict, label=path)
 
 
