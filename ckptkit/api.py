@@ -267,14 +267,13 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
     if isinstance(like, Like):
         return like
     path = os.fsdecode(like) if isinstance(like, (str, bytes, os.PathLike)) else None
-    is_reference = path is None or (not os.path.lexists(path) and ":" in path and "://" not in path)
-    if is_reference:
+    if path is None or (not os.path.lexists(path) and ":" in path and "://" not in path):
         from ckptkit.extras import require_torch
 
         require_torch()
         from ckptkit.verifier.measure import like_reference
 
-        return like_reference(like, args)
+        return like_reference(path or like, args)
     if args:
         raise RewriteError(f"--like {path}: is a checkpoint, and takes no --model-arg")
     with open(path) as file:

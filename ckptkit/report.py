@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ckptkit.errors import FailedReportError, RewriteError
 
@@ -64,6 +64,9 @@ class Finding:
     def to_dict(self) -> dict[str, str | None]:
         """The finding as it stands in JSON documents."""
         return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
+
+
+_Finding = TypeVar("_Finding", bound=Finding)
 
 
 def at_least(severity: Severity, bound: Severity) -> bool:
@@ -159,7 +162,7 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors", take
     return shlex.join(["ckptkit", "convert", path, destination, *options])
 
 
-def apart(findings: Iterable[Finding], given: Sequence[str] = ()) -> Iterator[Finding]:
+def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_Finding]:
     """The findings, with no two different conversions that write one file: each can be run after the others.
 
     Args:

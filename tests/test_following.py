@@ -104,7 +104,7 @@ def run(arguments: list[str]) -> tuple[int, dict[str, Any]]:
 
 def looked_at(command: list[str], source: str, output: str) -> list[str]:
     """The command for the output of a conversion of a file."""
-    if command[0] != "verify":
+    if command[0] == "inspect":
         return ["inspect", output]
     kept: list[str] = []
     words = iter(command)
@@ -134,7 +134,7 @@ class Way:
             self.ends.add(("inspect", "not read"))
             return
         assert code in (0, 1), (command, document)
-        findings = document["findings"] if command[0] == "verify" else document["files"][0]["findings"]
+        findings = document["files"][0]["findings"] if command[0] == "inspect" else document["findings"]
         fixes = [finding for finding in findings if (finding["fix"] or "").startswith("ckptkit ")]
         if not fixes:
             worst = next(
@@ -218,6 +218,7 @@ def test_every_fix_of_a_kind_leads_on(name: str, neighbours: bool, folder: Path)
             if stem + ending != name:
                 (folder / (stem + ending)).write_bytes(b"another's")
     Way().follow(["inspect", name])
+    Way().follow(["check", name, "--no-pickle", "--no-prefix", "--no-optimizer", "--location", "cpu"])
     for section in [part["path"] for part in run(["inspect", name])[1]["files"][0]["sections"] if part["path"]]:
         if run(["inspect", name, "--section", section])[0] != 2:  # an optimizer's
             way = Way()
