@@ -169,14 +169,14 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
         findings: of one file.
         given: options by which the file was read, which conversions keep.
     """
-    import shlex
-
     fixes: dict[str, str] = {}
     taken: set[str] = set()
     for finding in findings:
         fix = finding.fix
         if fix is not None and fix.startswith("ckptkit convert "):
             if fix not in fixes:
+                import shlex  # inspecting starts faster without
+
                 _, _, path, destination, *options = shlex.split(fix)
                 kept = given[2:] if "--section" in given and "--section" in options else given
                 suffix = os.path.splitext(destination)[1]

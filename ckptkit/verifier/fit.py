@@ -43,13 +43,16 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
         yield _shapes(fit, checkpoint, context)
     yield from _dtypes(fit, checkpoint.origin.path, context)
     yield from _remarks(fit)
-    others = other_weights(checkpoint)
+    others, chosen = other_weights(checkpoint), checkpoint.origin.state_path
     if others:
+        # Whoever goes through them all comes to an end.
+        following = [section.path for section in checkpoint.sections if section.is_weights]
+        following = following[following.index(chosen) + 1 :] if chosen in following else []
         yield Finding(
             code="other-weights",
             severity="info",
-            message=f"the weights of section {checkpoint.origin.state_path!r} are verified; the file also holds "
-            f"{shortened(others)}",
+            message=f"the weights of section {chosen!r} are verified; the file also holds {shortened(others)}",
+            fix=context.command(checkpoint.origin.path, "--section", following[0]) if following else None,
         )
 
 
