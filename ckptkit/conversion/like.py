@@ -13,20 +13,20 @@ from ckptkit.formats import read
 from ckptkit.report import listed
 from ckptkit.rewrite.like import Fitting
 
-__all__ = ["other_weights", "read_others", "section_like"]
+__all__ = ["read_others", "section_like", "unselected_weights"]
 
 _MAX_SECTIONS = 16
 """Sections that are tried; each is read as if it had been chosen."""
 
 
-def other_weights(checkpoint: Checkpoint) -> list[str]:
+def unselected_weights(checkpoint: Checkpoint) -> list[str]:
     """The sections of the file that hold weights and are not the one selected."""
     return [s.path for s in checkpoint.sections if s.is_weights and not s.selected]
 
 
 def read_others(checkpoint: Checkpoint, *, ignore_checksums: bool = False) -> Iterator[tuple[str, Checkpoint]]:
     """The checkpoint with each other section selected, as far as it can be; each is closed before the next."""
-    for path in other_weights(checkpoint)[:_MAX_SECTIONS]:
+    for path in unselected_weights(checkpoint)[:_MAX_SECTIONS]:
         try:
             other, file = read(checkpoint.origin.path, section=path, ignore_checksums=ignore_checksums)
         except CkptkitError:
@@ -44,7 +44,7 @@ def section_like(checkpoint: Checkpoint, options: Options, *, ignore_checksums: 
         RewriteError: several are, of different tensors; or none is, and none is selected.
     """
     like, selected = options.like, checkpoint.origin.state_path
-    if like is None or not other_weights(checkpoint):
+    if like is None or not unselected_weights(checkpoint):
         return selected
     found: dict[object, str] = {}
     labels: list[str] = []

@@ -150,8 +150,8 @@ class Like:
             kept = {"", *(path for source in targets for path in module_paths(source))}
             versions = {path: entry for path, entry in versions.items() if path in kept}
             versions = moved_versions(versions, targets, lambda path: path)
-        fitted = StateDict(everything, versions=versions, container=state_dict.container)
-        return checkpoint.replace(state_dict=fitted, rest=STATE_DICT)
+        # What hangs on the mapping is no tensor of the model either.
+        return checkpoint.replace(state_dict=StateDict(everything, versions=versions), rest=STATE_DICT)
 
     def fitting(self, checkpoint: Checkpoint) -> Fitting:
         """The one fitting in which every tensor of the model is there; one without a change of names goes first.

@@ -19,7 +19,7 @@ from torch import nn
 from ckptkit.architectures import identify
 from ckptkit.arguments import several, shapes, tolerance
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.conversion.like import other_weights
+from ckptkit.conversion.like import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.normalize.parts import part_findings
 from ckptkit.report import Finding, Report, listed, worst
@@ -225,7 +225,7 @@ def _require_weights(checkpoint: Checkpoint) -> None:
 def _given(checkpoint: Checkpoint, strip_module: bool) -> tuple[str, ...]:
     """The options by which these weights are taken from the file, as far as it holds others."""
     path = checkpoint.origin.state_path
-    section = ("--section", path) if path and other_weights(checkpoint) else ()
+    section = ("--section", path) if path and unselected_weights(checkpoint) else ()
     return (*section, *["--strip-module"] * strip_module)
 
 

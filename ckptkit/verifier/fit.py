@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.conversion.like import other_weights
+from ckptkit.conversion.like import unselected_weights
 from ckptkit.dtypes import DTYPES
 from ckptkit.report import Finding, count_of, listed
 from ckptkit.rewrite.like import Fitting, Like
@@ -43,7 +43,7 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
         yield _shapes(fit, checkpoint, context)
     yield from _dtypes(fit, checkpoint.origin.path, context)
     yield from _remarks(fit)
-    others, chosen = other_weights(checkpoint), checkpoint.origin.state_path
+    others, chosen = unselected_weights(checkpoint), checkpoint.origin.state_path
     if others:
         # Whoever goes through them all comes to an end.
         following = [section.path for section in checkpoint.sections if section.is_weights]
