@@ -223,9 +223,10 @@ def _require_weights(checkpoint: Checkpoint) -> None:
 
 
 def _given(checkpoint: Checkpoint, strip_module: bool) -> tuple[str, ...]:
-    """The options by which these weights are taken from the file, as far as it holds others."""
+    """The options by which these weights are taken from the file, given or needed: it may hold others."""
     path = checkpoint.origin.state_path
-    section = ("--section", path) if path and unselected_weights(checkpoint) else ()
+    is_named = "--section" in checkpoint.origin.options or bool(unselected_weights(checkpoint))
+    section = ("--section", path) if path and is_named else ()
     return (*section, *["--strip-module"] * strip_module)
 
 

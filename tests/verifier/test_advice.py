@@ -109,7 +109,7 @@ def test_a_prefix_and_another_head(run: Run) -> None:
 
 def test_a_prefix_in_one_of_several_sections(run: Run) -> None:
     wrapped = {"module." + name: value for name, value in Net().state_dict().items()}
-    report = run({"model": wrapped, "other": {"x": torch.ones(1)}}, model=Net)
+    report = run({"model": wrapped, "other": {"other.weight": torch.ones(1)}}, model=Net)
     assert "--section model --strip-module" in finding(report, "wrapper-prefix").fix
 
 
