@@ -176,6 +176,10 @@ def test_every_fix_of_a_file_leads_on(path: Path, folder: Path) -> None:
     for each in path.parent.glob("model*") if path.name.startswith("model") else [path]:
         shutil.copy(each, folder)
     Way().follow(["inspect", path.name])
+    for known in run(["inspect", path.name])[1]["files"][0].get("architecture") or []:
+        args = [part for name, value in known["args"].items() for part in ("--model-arg", f"{name}={value}")]
+        options = ["--no-forward", "--device", "cpu", *args]
+        Way().follow(["verify", path.name, "--model", known["reference"], *options])
 
 
 def quantized() -> nn.Module:

@@ -55,6 +55,9 @@ _OLD_NAMES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 _SAMPLED = 8
 """Names looked at to guess a prefix, of the longest and once more of all: a wrapper is the same on all."""
 
+_INNER = re.compile(r"(?:^|\.)([^.]+)\.module(?=\.)")
+"""An inner ``module``, and the segment before it."""
+
 _MAX_PREFIXES = 8
 """Prefixes that are tried: each costs a walk over all names."""
 
@@ -203,6 +206,8 @@ class Like:
                 continue  # two names would become one
             fitting = self._measured(state_dict, dict(zip(names, state_dict.everything, strict=True)), steps)
             found.setdefault(_tensors(state_dict, fitting), fitting)
+            if not steps and fitting.is_complete:
+                break  # what else would fit counts less
         return list(found.values())
 
     def _measured(self, state_dict: StateDict, names: Mapping[str, str], steps: Sequence[_Step]) -> Fitting:
@@ -301,10 +306,10 @@ def _unwrappings(names: Sequence[str], expected: Collection[str]) -> Iterator[tu
 
 def _inner_rules(inner: Sequence[str], expected: Collection[str]) -> list[tuple[str, str]]:
     """The rules that take inner ``module`` segments off, but for those that the model has itself."""
-    own = {found[0] for name in expected for found in re.finditer(r"[^.]+\.module\.", name)}
+    own = {found[1] for name in expected for found in _INNER.finditer(name)}
     if not own:
         return [(r"(\.module)+\.", ".")]
-    parents = {found[1] for name in inner for found in re.finditer(r"([^.]+)\.module\.", name) if found[0] not in own}
+    parents = {found[1] for name in inner for found in _INNER.finditer(name)} - own
     return [(rf"(^|\.){re.escape(parent)}\.module\.", rf"\g<1>{_literal(parent)}.") for parent in sorted(parents)]
 
 
