@@ -179,7 +179,7 @@ def _names(fit: Fit, checkpoint: Checkpoint, values: Mapping[str, Any], context:
             severity="error",
             message=f"Missing key(s) in state_dict: {_quoted(fit.missing, among)}; {lacked} of the reference's "
             f"{count_of(len(expected), 'name')} {'is' if lacked == 1 else 'are'} not in the checkpoint{told}",
-            fix=fix or remedy or exactly,
+            fix=fix or exactly or remedy,
         )
     if fit.unexpected:
         extra = [name for name in fit.unexpected if is_counter(name)]
