@@ -171,7 +171,7 @@ class Like:
         return checkpoint.replace(state_dict=StateDict(everything, versions=versions), rest=STATE_DICT)
 
     def fitting(self, checkpoint: Checkpoint) -> Fitting:
-        """The one fitting in which every tensor of the model is there; one without a change of names goes first.
+        """The one fitting in which every tensor of the model is there; where the names fit, wrappers aside, it is that.
 
         Raises:
             RewriteError: there is none, or there are several, of different tensors.
@@ -190,9 +190,9 @@ class Like:
 
     @staticmethod
     def complete(fittings: Sequence[Fitting]) -> list[Fitting]:
-        """Those in which every tensor of the model is there; where the names need no change, that one alone."""
+        """Those in which every tensor of the model is there; where the names fit, wrappers aside, that one alone."""
         found = [fitting for fitting in fittings if fitting.is_complete]
-        return found[:1] if found and not found[0].options else found
+        return found[:1] if found and found[0].options in ((), ("--strip-module",)) else found
 
     def misfit(self, fitting: Fitting) -> str:
         """Why a fitting is not complete."""

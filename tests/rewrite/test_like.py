@@ -150,6 +150,8 @@ def test_two_sets_that_fit_equally_are_named(through: Through) -> None:
         through(both, Like(state))
     chosen = through(both, ckptkit.StripPrefix("encoder_k"), Like(state))  # names that fit as they are go first
     assert all(torch.equal(chosen[name], state[name]) for name in state)
+    copied = {f"module.{copy}{name}": value.clone() for copy in ("", "target.") for name, value in state.items()}
+    assert list(through({**copied, "module.queue": ONE}, Like(state))) == list(state)  # wrappers aside they do, too
     again = {name.replace("_k.", "_q2."): value for name, value in both.items()}
     tied = {name: again[name.replace("_q2.", "_q.")] for name in again}  # one set under two names
     assert list(through(tied, Like(state))) == list(state)
