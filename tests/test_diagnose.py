@@ -89,7 +89,7 @@ PROVOKED: dict[str, tuple[Any, Any]] = {
     "stale-versions": (stale(""), stale("module.")),
     "averaged-weights": ({"params": WEIGHTS, "params_ema": WEIGHTS}, {"schema": WEIGHTS, "emai": WEIGHTS}),
     "other-system": ({"model": WEIGHTS, "where": Path("a")}, {"model": WEIGHTS, "where": "a"}),
-    "other-weights": (
+    "other-parts": (
         {"model": WEIGHTS, "generator": {"up.weight": torch.ones(2, 2)}},
         {"model": WEIGHTS, "best": {"fc.weight": torch.zeros(2, 3)}},
     ),

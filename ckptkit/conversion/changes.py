@@ -23,9 +23,11 @@ from ckptkit.report import Finding, convert_command, count_of, glob_of, human_si
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
+    from ckptkit.rewrite.like import Fitting
 
 __all__ = [
     "diagnose_casts",
+    "diagnose_fitting",
     "diagnose_layout",
     "diagnose_losses",
     "diagnose_moves",
@@ -121,6 +123,26 @@ def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iter
         )
     for glob in unmatched:
         yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
+
+
+def diagnose_fitting(fitting: Fitting, label: str, source: Checkpoint) -> Iterator[Finding]:
+    """Where the tensors of a model were found.
+
+    Args:
+        fitting: of the weights as the options left them.
+        label: the model.
+        source: the checkpoint as it was read.
+    """
+    count = len(fitting.sources) + len(fitting.aliases) + len(fitting.counters)
+    section = f" in section {source.origin.state_path!r}" if source.origin.state_path else ""
+    changed = f", {'; '.join(fitting.causes)}" if fitting.causes else ""
+    message = f"all {count_of(count, 'tensor')} of {label} are there{section}{changed}"
+    if fitting.aliases:
+        pairs = [f"{name} = {twin}" for name, twin in fitting.aliases.items()]
+        message += f"; tied to one that is there: {_listed(pairs)}"
+    if fitting.counters:
+        message += f"; counted by torch itself when it loads: {_listed(fitting.counters)}"
+    yield Finding(code="like-reference", severity="info", message=message)
 
 
 def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Finding]:
