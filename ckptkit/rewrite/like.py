@@ -235,7 +235,7 @@ class Like:
                 if shape in (None, here):
                     sources[name] = names[name]
                 else:
-                    differing[name] = f"{'is no plain tensor' if here is None else list(here)} against {list(shape)}"
+                    differing[name] = f"{'is not a plain tensor' if here is None else list(here)} against {list(shape)}"
         absent = [name for name in self.expected if name not in names]
         twins = {name: twin for group in self.tied for twin in group if twin in sources for name in group}
         aliases = {name: twins[name] for name in absent if name in twins}
