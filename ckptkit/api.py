@@ -28,7 +28,7 @@ from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
-    import torch
+    from collections import OrderedDict
 
     from ckptkit.differences import Difference
     from ckptkit.released.manifests.records import Manifest
@@ -87,8 +87,12 @@ def load_state_dict(
     section: str | None = None,
     allow_part: bool = False,
     ignore_checksums: bool = False,
-) -> dict[str, torch.Tensor]:
-    """The weights as tensors, from any container, without executing the file.
+) -> OrderedDict[str, Any]:
+    """The weights, from any container, without executing the file: every value of the state_dict.
+
+    Tensors of every layout (quantized, sparse, nested, on meta), arrays of numpy's and plain values are what
+    ``torch.load`` gives; of a tensor of a class with bytes of its own the plain tensor is given.  Their indices,
+    offsets, axes and sizes are checked first, which torch does not do.
 
     Args:
         path: the file.
@@ -98,26 +102,34 @@ def load_state_dict(
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
-        Name to tensor, in file order.  Tied tensors share memory.  From a whole model they are plain
+        Name to value, in file order, with the module versions that the file has as ``_metadata``, as
+        ``Module.load_state_dict`` looks for them.  Tied tensors share memory.  From a whole model they are plain
         tensors, as ``Module.state_dict()`` gives them.
 
     Raises:
         MissingDependencyError: torch is not installed.
         SectionError: the file holds no state_dict, or several.
-        CorruptError: a tensor's bytes are not those its checksum was recorded for.
+        UnsupportedError: values that only the code they come from can make (objects, DTensor and other wrappers);
+            the message names each.
+        DTypeError: the installed torch lacks a dtype.
+        CorruptError: a tensor's bytes are not those its checksum was recorded for, or what it consists of does not
+            fit together.
         PartError: it is a part of a checkpoint.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
 
     require_torch()
-    from ckptkit.torch_bridge import tensors
+    from ckptkit.torch_bridge import state_dict_of
 
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to load")
-        state = tensors(file.state_dict, map_location=map_location, checksums=True)
-        return state if file.checkpoint.module is None else {name: value.detach() for name, value in state.items()}
+        state = state_dict_of(file.state_dict, file.path, map_location=map_location, checksums=True)
+        if file.checkpoint.module is not None:
+            for name, value in state.items():
+                state[name] = value.detach() if hasattr(value, "detach") else value
+        return state
 
 
 def convert(
