@@ -108,7 +108,7 @@ def described(node: Object) -> Described | None:
 
 
 def _parts(node: Object) -> tuple[object, object, object, object]:
-    """The dtype, bytes and shape of an array as the pickle gives them, and whether, or how, it is in Fortran's order."""
+    """The dtype, bytes, shape and order of an array, as the pickle gives them."""
     shape: object = None
     order: object = False
     if is_scalar(node):

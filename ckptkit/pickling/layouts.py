@@ -13,8 +13,8 @@ sparse tensor's index or a nested tensor's offset may lie anywhere, and whoever 
 - ``_rebuild_device_tensor_from_cpu_tensor`` and ``..._from_numpy(data, dtype, device, requires_grad)``, before called
   ``_rebuild_xla_tensor``
 
-``_rebuild_parameter`` may wrap each, and so may ``_rebuild_from_type_v2(function, class, args, state)``.  What stands in
-the bytes of indices and offsets is for `ckptkit.transfer.other_values` to hold against it.
+``_rebuild_parameter`` may wrap each, and so may ``_rebuild_from_type_v2(function, class, args, state)``.  What stands
+in the bytes of indices and offsets is for `ckptkit.transfer.other_values` to hold against it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from ckptkit.pickling.inert import Global, Object, mapping_items
 from ckptkit.pickling.tensors import shape_of
 
 __all__ = [
-    "Jagged", "Layout", "Meta", "Nested", "OnDevice", "Quantized", "Rebuilt", "Sparse", "compressed_counts", "device_of",
-    "layout_of", "rebuilt",
+    "Jagged", "Layout", "Meta", "Nested", "OnDevice", "Quantized", "Rebuilt", "Sparse", "compressed_counts",
+    "device_of", "layout_of", "rebuilt",
 ]  # fmt: skip
 
 _PACKED = {"quint4x2": 2, "quint2x4": 4}
@@ -173,7 +173,7 @@ def _made(function: Global, args: tuple[object, ...]) -> Layout | None:
     try:
         return maker(args)
     except CorruptError as error:
-        raise error.at(where=function.name)
+        raise error.at(where=function.name) from None
 
 
 def layout_of(node: object) -> str | None:
@@ -252,7 +252,9 @@ def _sparse(args: tuple[object, ...]) -> Layout:
             )
         return Sparse(layout, (indices,), values, size, is_coalesced)
     if layout not in _COMPRESSED or len(parts) != 4:
-        raise CorruptError(f"a sparse tensor of layout {layout!r:.60} with {len(parts)} parts, which torch does not save")
+        raise CorruptError(
+            f"a sparse tensor of layout {layout!r:.60} with {len(parts)} parts, which torch does not save"
+        )
     compressed = _tensor(parts[0], "compressed indices", dtypes=("int32", "int64"))
     plain = _tensor(parts[1], "plain indices", dtypes=(compressed.dtype,))
     values, size = _tensor(parts[2], "values"), _counts(parts[3], "size")

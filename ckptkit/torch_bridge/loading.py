@@ -115,7 +115,7 @@ def tensors(
 
 
 def storage_names(state_dict: StateDict) -> dict[int, str]:
-    """What the storages of a state_dict are called in a message, by ``id``: after the first value with a part of each."""
+    """What the storages of a state_dict are called in a message, by ``id``: after the first value that needs each."""
     names: dict[int, str] = {}
     for name, value in state_dict.everything.items():
         for node in (value,) if isinstance(value, TensorEntry) else walk(value):

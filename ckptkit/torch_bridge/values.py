@@ -1,4 +1,4 @@
-"""All values of a state_dict: what ``torch.load`` gives, as far as no code but torch's, numpy's and Python's own makes it.
+"""All values of a state_dict: what ``torch.load`` gives, as far as torch's, numpy's and Python's own code makes it.
 
 Tensors of every layout are made by the constructors that torch's ``_rebuild_*`` functions call, once
 `ckptkit.pickling.layouts` and `ckptkit.transfer.other_values` have held what the file says against itself; arrays and
@@ -19,7 +19,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, DTypeError, RewriteError, UnsupportedError
 from ckptkit.normalize.sections import brief
 from ckptkit.pickling.arrays import described, is_array
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, attributes, mapping_items
+from ckptkit.pickling.inert import ABSENT, Global, InertSet, Object, attributes, mapping_items
 from ckptkit.pickling.layouts import (
     Jagged,
     Layout,
@@ -51,28 +51,40 @@ _BUILTIN = ("builtins", "__builtin__")
 _FACTORIES = {"list": list, "int": int, "dict": dict, "float": float, "str": str, "set": set, "bool": bool}
 """What a ``defaultdict`` may call."""
 
-_MADE: dict[str, Callable[..., object]] = {
-    "set": set, "frozenset": frozenset, "complex": complex, "range": range, "slice": slice, "bytearray": bytearray,
-    "list": list, "tuple": tuple,
-}  # fmt: skip
-"""Python's own types that are made of plain arguments."""
+_MADE: dict[str, tuple[Callable[..., object], tuple[type, ...]]] = {
+    **dict.fromkeys(("range", "xrange"), (range, (int,))),
+    "slice": (slice, (int, type(None))),
+    "complex": (complex, (int, float)),
+    "bytes": (bytes, ()),
+    "bytearray": (bytearray, (bytes, str)),
+    **{kind.__name__: (kind, (list, tuple)) for kind in (set, frozenset, list, tuple)},
+}
+"""Python's own types that are made by a call, and the types of its arguments: with a number for its size,
+``bytearray`` would take any memory."""
 
 _LAZY = ("torch.nn.parameter.UninitializedParameter", "torch.nn.parameter.UninitializedBuffer")
 
 
-class _Foreign(Exception):
+class _ForeignError(Exception):
     """A value that only code from elsewhere, or another torch, can make; the text says what it is."""
 
 
 def state_dict_of(
-    state_dict: StateDict, path: str, *, map_location: TorchLocation = None, mapped: bool = False, checksums: bool = False
+    state_dict: StateDict,
+    path: str,
+    *,
+    map_location: TorchLocation = None,
+    mapped: bool = False,
+    checksums: bool = False,
 ) -> OrderedDict[str, Any]:
     """Every value of a state_dict, in its order, with its module versions as ``_metadata`` where the file has them.
 
     Args:
         state_dict: the names and values; the file they lie in must still be open.
         path: the file, for messages.
-        map_location, mapped, checksums: as `tensors` takes them.
+        map_location: as `tensors` takes it.
+        mapped: the same.
+        checksums: the same.
 
     Raises:
         UnsupportedError: values that cannot be made; the message names each.
@@ -89,7 +101,7 @@ def state_dict_of(
         for name, value in state_dict.extra.items():  # before the others are read: one that cannot be made ends it
             try:
                 others[name] = builder(value)
-            except _Foreign as error:
+            except _ForeignError as error:
                 foreign[name] = str(error)
             except CorruptError as error:
                 error.at(path=path)
@@ -103,7 +115,7 @@ def state_dict_of(
         if state_dict.versions is not None:
             try:
                 versions = OrderedDict((key, builder(value)) for key, value in state_dict.versions.items())
-            except _Foreign as error:
+            except _ForeignError as error:
                 raise UnsupportedError(f"the module versions (_metadata) hold {error}", path=path) from None
             made._metadata = versions  # type: ignore[attr-defined]
         loader.finish()
@@ -127,8 +139,8 @@ def _refusal(foreign: Mapping[str, str], count: int) -> str:
     shown = listed([f"{name:.100} ({what:.200})" for name, what in foreign.items()], _LISTED)
     options = " ".join(f"--exclude {glob_of(name)}" for name in list(foreign)[:_LISTED] if len(name) < 200)
     return (
-        f"{len(foreign)} of {count_of(count, 'value')} of the state_dict can only be made by running the code that they "
-        f"come from, which is never done: {shown}; ckptkit convert leaves them out with {options}"
+        f"{len(foreign)} of {count_of(count, 'value')} of the state_dict cannot be built, because no code is run but "
+        f"torch's own: {shown}; ckptkit convert leaves them out with {options}"
     )
 
 
@@ -145,7 +157,7 @@ class _Builder:
         """What a node stands for.
 
         Raises:
-            _Foreign: only code from elsewhere can make it.
+            _ForeignError: only code from elsewhere can make it.
             CorruptError: it is a tensor that does not fit its parts.
         """
         if node is None or isinstance(node, (str, int, float, bytes, bytearray)):
@@ -156,7 +168,7 @@ class _Builder:
             return self._made[id(node)][1]
         self._depth += 1
         if self._depth > _MOST_DEPTH:
-            raise _Foreign(f"nested more than {_MOST_DEPTH} deep")
+            raise _ForeignError(f"nested more than {_MOST_DEPTH} deep")
         try:
             return self._keep(node, self._make(node))
         finally:
@@ -189,7 +201,7 @@ class _Builder:
             return array_from(array)
         if isinstance(node, Object):
             return self._object(node)
-        raise _Foreign(brief(node))
+        raise _ForeignError(brief(node))
 
     def _mapping(self, node: object, pairs: list[tuple[object, object]]) -> object:
         made: Any = {}
@@ -198,7 +210,7 @@ class _Builder:
             factory = node.args[0] if kind == "defaultdict" and node.args else None
             name = factory.name if isinstance(factory, Global) and factory.module in _BUILTIN else None
             if factory is not None and name not in _FACTORIES:
-                raise _Foreign(f"a defaultdict of {factory!r:.80}")
+                raise _ForeignError(f"a defaultdict of {factory!r:.80}")
             empty = {"OrderedDict": OrderedDict, "Counter": Counter, "dict": dict}.get(kind)
             made = defaultdict(_FACTORIES.get(name or "")) if empty is None else empty()
         self._keep(node, made)
@@ -215,7 +227,7 @@ class _Builder:
         try:
             hash(value)
         except TypeError:
-            raise _Foreign(f"a key of type {type(value).__name__}") from None
+            raise _ForeignError(f"a key of type {type(value).__name__}") from None
         return value
 
     def _object(self, node: Object) -> object:
@@ -230,16 +242,18 @@ class _Builder:
             return torch.Size(shape)
         if name in _LAZY and plain and len(node.args) <= 1 and all(isinstance(arg, bool) for arg in node.args):
             return getattr(torch.nn.parameter, short)(*node.args)
-        if name == "_io.BytesIO" or name == "io.BytesIO":
+        if name in ("_io.BytesIO", "io.BytesIO"):
             data = node.state[0] if isinstance(node.state, tuple) and node.state else (*node.args, b"")[0]
             if isinstance(data, (bytes, bytearray)):
                 return io.BytesIO(data)
         if module in _BUILTIN and short in _MADE and plain and node.state is ABSENT:
-            try:
-                return _MADE[short](*map(self, node.args))
-            except (TypeError, ValueError, OverflowError, MemoryError):
-                pass
-        raise _Foreign(brief(node))
+            make, types = _MADE[short]
+            if all(isinstance(arg, types) for arg in node.args):
+                try:
+                    return make(*map(self, node.args))
+                except (TypeError, ValueError):
+                    pass
+        raise _ForeignError(brief(node))
 
     def _storage(self, storage: Storage) -> object:
         """A bare storage, of the type that the file declares."""
@@ -264,24 +278,19 @@ class _Builder:
         tensor = self._loader.tensor(entry).detach()
         return values_of(entry) if tensor.is_meta else tensor.cpu().numpy()
 
-    def _laid_out(self, layout: Layout) -> torch.Tensor:
+    def _laid_out(self, layout: Layout) -> Any:
         part = self._loader.tensor
         if isinstance(layout, Quantized):
             return self._quantized(layout)
         if isinstance(layout, Sparse):
-            indices, values = [part(entry) for entry in layout.indices], part(layout.values)
-            if layout.layout == "sparse_coo":
-                coalesced = {} if layout.is_coalesced is None else {"is_coalesced": layout.is_coalesced}
-                return _by_torch(
-                    lambda: torch.sparse_coo_tensor(
-                        indices[0], values, layout.size, check_invariants=False, **coalesced
-                    )
-                )
-            return _by_torch(
-                lambda: torch.sparse_compressed_tensor(
-                    *indices, values, layout.size, layout=getattr(torch, layout.layout), check_invariants=False
-                )
-            )
+            parts: list[Any] = [*map(part, layout.indices), part(layout.values), layout.size]
+            options: dict[str, Any] = {"check_invariants": False}
+            if layout.layout != "sparse_coo":
+                options["layout"] = getattr(torch, layout.layout)
+                return _by_torch(lambda: torch.sparse_compressed_tensor(*parts, **options))
+            if layout.is_coalesced is not None:
+                options["is_coalesced"] = layout.is_coalesced
+            return _by_torch(lambda: torch.sparse_coo_tensor(*parts, **options))
         if isinstance(layout, Nested):
             rows = [part(entry).cpu() for entry in (layout.sizes, layout.strides, layout.offsets)]
             buffer = part(layout.buffer)
@@ -297,11 +306,11 @@ class _Builder:
             )
         return self._on_device(layout)
 
-    def _quantized(self, layout: Quantized) -> torch.Tensor:
+    def _quantized(self, layout: Quantized) -> Any:
         """A quantizer, made with a tensor without elements, over the file's numbers."""
         numbers, axis = layout.numbers, layout.axis
         memory, dtype = self._loader.storage(numbers), dtype_of(numbers.dtype)
-        parts = [
+        parts: list[Any] = [
             self._loader.tensor(found) if isinstance(found, TensorEntry) else found
             for found in (layout.scales, layout.zero_points)
         ]
@@ -327,7 +336,7 @@ class _Builder:
 
         return _by_torch(make)
 
-    def _jagged(self, layout: Jagged) -> torch.Tensor:
+    def _jagged(self, layout: Jagged) -> Any:
         part = self._loader.tensor
         given: dict[str, Any] = {
             "values": part(layout.values),
@@ -344,7 +353,7 @@ class _Builder:
 
         return _by_torch(make)
 
-    def _on_device(self, layout: OnDevice) -> torch.Tensor:
+    def _on_device(self, layout: OnDevice) -> Any:
         where = self._map_location
         if isinstance(where, Mapping):
             where = where.get(layout.device, layout.device)
@@ -375,7 +384,7 @@ def _by_torch(make: Callable[[], Any]) -> Any:
         return make()
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, ImportError) as error:
         reason = str(error).partition("\n")[0]
-        raise _Foreign(f"torch {torch.__version__} does not make it: {reason:.150}") from error
+        raise _ForeignError(f"torch {torch.__version__} does not make it: {reason:.150}") from error
 
 
 def _typed(memory: torch.UntypedStorage, dtype: str) -> Any:
@@ -386,9 +395,9 @@ def _torch_constant(node: Global) -> object:
     """A dtype, layout, quantization scheme or memory format of torch's.
 
     Raises:
-        _Foreign: the name is another.
+        _ForeignError: the name is another.
     """
     found = vars(torch).get(node.name) if node.module == "torch" else None
     if not isinstance(found, (torch.dtype, torch.layout, torch.qscheme, torch.memory_format)):
-        raise _Foreign(f"{node!r:.120}")
+        raise _ForeignError(f"{node!r:.120}")
     return found
