@@ -212,11 +212,19 @@ def test_packed_weights_reach_the_model(run: Run) -> None:
     source: Any = model()
     weight = torch.arange(6.0).reshape(2, 3)
     source[1].set_weight_bias(torch.quantize_per_tensor(weight, 0.5, 0, torch.qint8), torch.ones(2))
-    assert run(source.state_dict(), model=model, input_shapes=[(1, 3)], forward=True).ok
-    assert torch.equal(kept[-1][1].weight().dequantize(), weight)
-    report = run(source, model=model)  # pickled whole, what is packed is an object of C++
+    for saved in (source.state_dict(), source):
+        assert run(saved, model=model, input_shapes=[(1, 3)], forward=True).ok
+        assert torch.equal(kept[-1][1].weight().dequantize(), weight)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_packed_weights_that_only_torchs_program_unpacks_are_an_error(run: Run) -> None:
+    def model() -> nn.Module:
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 4)), {nn.LSTM})
+
+    report = run(model(), model=model)  # pickled whole, what is packed is an object of C++
     assert not report.ok
-    assert "1._packed_params._packed_params" in finding(report, "unloadable-value").message
+    assert "_packed_params" in finding(report, "unloadable-value").message
 
 
 def test_weights_that_are_no_numbers(run: Run) -> None:
