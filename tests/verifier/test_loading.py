@@ -224,7 +224,7 @@ def test_packed_weights_that_only_torchs_program_unpacks_are_an_error(run: Run) 
 
     report = run(model(), model=model)  # pickled whole, what is packed is an object of C++
     assert not report.ok
-    assert "_packed_params" in finding(report, "unloadable-value").message
+    assert "1._all_weight_values.0.param" in finding(report, "unloadable-value").message
 
 
 def test_weights_that_are_no_numbers(run: Run) -> None:
