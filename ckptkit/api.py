@@ -149,6 +149,7 @@ def convert(
     map_location: LocationMap | None = None,
     dtype: str | None = None,
     keep_dtype: str | Sequence[str] = (),
+    cast_scaled: bool = False,
     tied: Literal["alias", "duplicate", "error"] = "alias",
     to: str | None = None,
     max_shard_size: int | str | None = None,
@@ -182,6 +183,7 @@ def convert(
         map_location: new device tags; see `ckptkit.MapLocation`.
         dtype: cast the floating-point weights to it; see `ckptkit.CastDtype`.
         keep_dtype: globs of the names that are not cast, in the source or in the output.
+        cast_scaled: whether to cast weights that have scales beside them, and such scales, each by itself.
         tied: what becomes of tensors with several names; see `ckptkit.Tied`.
         to: container name that overrides the ending.
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
@@ -216,6 +218,7 @@ def convert(
         map_location=map_location,
         dtype=dtype,
         keep_dtype=keep_dtype,
+        cast_scaled=cast_scaled,
         tied=tied,
         metadata=metadata or {},
     )

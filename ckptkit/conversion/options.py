@@ -15,6 +15,7 @@ from ckptkit.conversion.changes import (
     diagnose_losses,
     diagnose_moves,
     diagnose_renames,
+    diagnose_scaled,
     diagnose_selection,
     diagnose_trust,
 )
@@ -24,6 +25,7 @@ from ckptkit.normalize.parts import part_findings
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
 from ckptkit.rewrite.compact import dead_bytes
+from ckptkit.rewrite.scaled import scaled_pairs
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.device import LocationMap
@@ -51,6 +53,7 @@ class Options:
     map_location: LocationMap | None = None
     dtype: str | None = None
     keep_dtype: str | Sequence[str] = ()
+    cast_scaled: bool = False
     tied: TiedPolicy = "alias"
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -65,6 +68,8 @@ class Options:
                 )
         if self.keep_dtype and self.dtype is None:
             raise RewriteError("--keep-dtype exempts from --dtype, which is not given")
+        if self.cast_scaled and self.dtype is None:
+            raise RewriteError("--cast-scaled is about --dtype, which is not given")
 
     @property
     def renamers(self) -> tuple[Renamer, ...]:
@@ -130,10 +135,18 @@ class Conversion:
         kept = result.state_dict.everything
         self._kept = list(kept)
         self.dropped = [name for name in source.state_dict.everything if name not in kept]
+        self._scaled: dict[str, str] = {}
         if options.dtype is not None:
-            cast = rewrite.CastDtype(options.dtype, tuple(options.keep_dtype), rename=rename)
+            cast = rewrite.CastDtype(
+                options.dtype,
+                tuple(options.keep_dtype),
+                rename=rename,
+                cast_scaled=options.cast_scaled,
+                scaled=scaled_pairs(source.state_dict),  # scales that are left out were scales all the same
+            )
             if unmatched := cast.unmatched(result):
                 raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
+            self._scaled = cast.scaled_in(result) if options.cast_scaled else {}
             result = result.rewrite(cast)
         result = result.rewrite(*renamers)
         renamed = zip(self._kept, result.state_dict.everything, strict=True)
@@ -159,6 +172,7 @@ class Conversion:
         ruled = self._changed_by(rewrite.Rename) if self._options.rename else None
         yield from diagnose_renames(self._kept, self.renames, stripped=stripped, ruled=ruled)
         yield from diagnose_selection(self.dropped, self._unmatched)
+        yield from diagnose_scaled(self._scaled)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
         yield from diagnose_losses(self.source, self.result)
