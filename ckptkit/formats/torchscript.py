@@ -46,7 +46,8 @@ from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import above_tensors, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, PersistentId, mapping_items, walk
 from ckptkit.pickling.reader import Constructor
-from ckptkit.pickling.tensors import StorageTable, is_tensor_like
+from ckptkit.pickling.script import ScriptStorageTable
+from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["JIT_CONSTRUCTORS", "as_modules", "read", "vouched"]
@@ -95,7 +96,7 @@ def read(probe: Probe) -> RawCheckpoint:
         )
     version, byteorder = archive.version(), archive.byteorder()
     tables = [
-        StorageTable(archive.locator(folder), byteorder=byteorder, limits=probe.limits)
+        ScriptStorageTable(archive.locator(folder), byteorder=byteorder, limits=probe.limits)
         for folder in ("data/", "constants/")
     ]
     data = archive.pickle("data.pkl", tables[0], constructors=JIT_CONSTRUCTORS)

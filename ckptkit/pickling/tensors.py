@@ -34,6 +34,7 @@ from ckptkit.report import count_of
 
 __all__ = [
     "TEXT_IDS_MESSAGE",
+    "Locate",
     "StorageTable",
     "Wrapped",
     "is_tensor_like",
