@@ -184,9 +184,9 @@ def _refusal(scaled: Mapping[str, str]) -> str:
     few = len(scaled) <= _LISTED
     globs = dict.fromkeys(glob_of(name) if few else glob_of(name.rpartition(".")[2], before="*") for name in scaled)
     return (
-        f"{count_of(len(scaled), 'tensor', 'has', 'have')} a meaning only together with another, as a weight and its "
-        f"scales: {listed([f'{name:.100} (with {other:.100})' for name, other in scaled.items()], 4)}; casting one alone "
-        "makes garbage. Dequantize with the library that made them, leave them as they are with "
+        f"{count_of(len(scaled), 'tensor', 'has', 'have')} a meaning only together with another, as a weight and "
+        f"its scales: {listed([f'{name:.100} (with {other:.100})' for name, other in scaled.items()], 4)}; casting "
+        "one alone makes garbage. Dequantize with the library that made them, leave them as they are with "
         f"{' '.join(f'--keep-dtype {glob}' for glob in list(globs)[:_LISTED])}, or insist with --cast-scaled"
     )
 
