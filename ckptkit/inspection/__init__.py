@@ -18,10 +18,11 @@ from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.accounting import Totals, section_documents, storage_document, totals
-from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, storage_names, wanted
+from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, other_rows, storage_names, wanted
 from ckptkit.inspection.module_list import list_modules
 from ckptkit.inspection.training import training_document, training_state
 from ckptkit.normalize.roles import tensor_role
+from ckptkit.normalize.tensors import tensors_beside
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 
@@ -61,9 +62,12 @@ def survey(
     checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False
 ) -> dict[str, Any]:
     """As `describe`, with the tensors as rows."""
-    listing = list_tensors(checkpoint)
+    beside = tensors_beside(checkpoint)
+    listing = list_tensors(checkpoint, beside)
     sums = totals(listing.rows, listing.several)
-    shown = listing.rows if not filters else [row for row in listing.rows if wanted(row.name, filters)]
+    shown = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
+    if filters:
+        shown = [row for row in shown if wanted(row.name, filters)]
     rows = ordered(shown, sort)
     origin = checkpoint.origin
     training = training_document(checkpoint.rest, checkpoint.sections)
@@ -88,7 +92,7 @@ def survey(
         "modules": list_modules(checkpoint.module),
         "part": None if checkpoint.part is None else asdict(checkpoint.part),
         "architecture": [architecture.to_dict() for architecture in identify(checkpoint.state_dict)],
-        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint))],
+        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside))],
         "error": None,
     }
 
@@ -156,10 +160,13 @@ def _with_stats(checkpoint: Checkpoint, rows: list[TensorRow]) -> tuple[list[Ten
     from ckptkit.transfer.checksums import Checksums, damage_text
 
     checksums = Checksums()
-    checksums.want(row.entry.storage for row in rows)
+    checksums.want(row.entry.storage for row in rows if row.entry is not None)
     known: dict[tuple[object, ...], dict[str, Any]] = {}
     result = []
     for row in rows:
+        if row.entry is None:
+            result.append(row._replace(stats=dict(NO_STATS)))
+            continue
         view = row.entry.view
         if view not in known:
             try:

@@ -16,10 +16,16 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
-__all__ = ["Array", "Described", "array_of", "described", "is_array", "is_scalar"]
+__all__ = ["Array", "Described", "Layout", "array_of", "described", "is_array", "is_scalar", "layout_of"]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
+
+_OTHERS = {
+    "b1": "bool", "u1": "uint8", "u2": "uint16", "u4": "uint32", "u8": "uint64",
+    "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64",
+}  # fmt: skip
+"""The other types of numpy that torch has."""
 
 _WITHOUT_NAN = "biuSUMmO"
 """First letters of the codes of types without NaN: bool, whole numbers, text, times, objects (they are in the tree)."""
@@ -47,6 +53,20 @@ class Array(NamedTuple):
     data: bytes
 
 
+class Layout(NamedTuple):
+    """What an array is, without its values.
+
+    Attributes:
+        dtype: torch name of the type of its elements.
+        shape: in elements.
+        is_fortran: whether the first dimension is the one whose elements lie next to each other.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    is_fortran: bool
+
+
 def is_array(node: object) -> TypeGuard[Object]:
     """Whether a node makes an array of numpy's, or a scalar."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in _MAKERS:
@@ -57,6 +77,18 @@ def is_array(node: object) -> TypeGuard[Object]:
 def is_scalar(node: Object) -> bool:
     """Whether an array is but a number."""
     return node.class_name.endswith(".scalar")
+
+
+def layout_of(node: Object) -> Layout | None:
+    """Type and shape of what `is_array`; ``None``: it is but a number, or no tensor could hold it."""
+    dtype, _, shape, order = _parts(node)
+    code, _ = _code_of(dtype)
+    name = code if code in DTYPES else _FLOATS.get(code) or _OTHERS.get(code)
+    if is_scalar(node) or name is None:
+        return None
+    if not isinstance(shape, tuple) or not all(isinstance(size, int) and 0 <= size < 1 << 62 for size in shape):
+        return None
+    return Layout(name, shape, order in (True, "F"))
 
 
 def array_of(node: Object) -> Array:

@@ -32,7 +32,7 @@ from ckptkit.pickling.tensors import shape_of
 
 __all__ = [
     "Jagged", "Layout", "Meta", "Nested", "OnDevice", "Quantized", "Rebuilt", "Sparse", "compressed_counts",
-    "device_of", "layout_of", "rebuilt",
+    "device_of", "layout_name", "rebuilt",
 ]  # fmt: skip
 
 _PACKED = {"quint4x2": 2, "quint2x4": 4}
@@ -176,7 +176,7 @@ def _made(function: Global, args: tuple[object, ...]) -> Layout | None:
         raise error.at(where=function.name) from None
 
 
-def layout_of(node: object) -> str | None:
+def layout_name(node: object) -> str | None:
     """The name of a ``torch.layout``; ``None``: it is none."""
     if isinstance(node, Object) and node.class_name == "torch.serialization._get_layout" and len(node.args) == 1:
         name = node.args[0]
@@ -237,7 +237,7 @@ def _per_channel(node: object, count: int, what: str) -> tuple[float, ...] | Ten
 
 
 def _sparse(args: tuple[object, ...]) -> Layout:
-    layout, data = layout_of(args[0]) if args else None, args[1] if len(args) == 2 else None
+    layout, data = layout_name(args[0]) if args else None, args[1] if len(args) == 2 else None
     parts = data if isinstance(data, tuple) else ()
     if layout == "sparse_coo" and len(parts) in (3, 4):
         indices = _tensor(parts[0], "indices", dims=2, dtypes=("int64",))

@@ -30,7 +30,7 @@ from ckptkit.pickling.layouts import (
     Rebuilt,
     Sparse,
     device_of,
-    layout_of,
+    layout_name,
     rebuilt,
 )
 from ckptkit.pickling.tensors import shape_of
@@ -234,8 +234,8 @@ class _Builder:
         name = node.class_name
         module, _, short = name.rpartition(".")
         plain = not (node.items or node.pairs or node.kwargs)
-        if layout_of(node) is not None:
-            return _torch_constant(Global("torch", layout_of(node) or ""))
+        if layout_name(node) is not None:
+            return _torch_constant(Global("torch", layout_name(node) or ""))
         if name == "torch.device" and (tag := device_of(node)) is not None:
             return _by_torch(lambda: torch.device(tag))
         if name == "torch.Size" and (shape := shape_of(node)) is not None:
