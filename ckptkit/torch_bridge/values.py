@@ -77,7 +77,7 @@ def state_dict_of(
     mapped: bool = False,
     checksums: bool = False,
 ) -> OrderedDict[str, Any]:
-    """Every value of a state_dict, in its order, with its module versions as ``_metadata`` where the file has them.
+    """Every value of a state_dict, in its order, with the module versions that the file has as ``_metadata``.
 
     Args:
         state_dict: the names and values; the file they lie in must still be open.
@@ -112,12 +112,11 @@ def state_dict_of(
         made: OrderedDict[str, Any] = OrderedDict()
         for name, value in state_dict.everything.items():
             made[name] = loader.tensor(value) if isinstance(value, TensorEntry) else others[name]
-        if state_dict.versions is not None:
-            try:
-                versions = OrderedDict((key, builder(value)) for key, value in state_dict.versions.items())
-            except _ForeignError as error:
-                raise UnsupportedError(f"the module versions (_metadata) hold {error}", path=path) from None
-            made._metadata = versions  # type: ignore[attr-defined]
+        versions = state_dict.versions or {}
+        try:
+            made._metadata = OrderedDict((key, builder(value)) for key, value in versions.items())  # type: ignore[attr-defined]
+        except _ForeignError as error:
+            raise UnsupportedError(f"the module versions (_metadata) hold {error}", path=path) from None
         loader.finish()
     return made
 
