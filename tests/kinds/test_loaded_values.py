@@ -23,6 +23,11 @@ Save = Callable[..., Path]
 
 pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
+try:
+    from torch.nested._internal.nested_tensor import _rebuild_njt as rebuild_jagged
+except ImportError:  # before torch 2.3
+    rebuild_jagged = None
+
 NESTED = hasattr(torch._utils, "_rebuild_nested_tensor")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -86,7 +91,7 @@ VALUES: dict[str, Callable[[], Any]] = {
 if NESTED:
     VALUES["nested"] = lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.zeros(1, 3)])
     VALUES["nested, a view"] = lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]).transpose(1, 2)
-if hasattr(torch, "jagged"):
+if rebuild_jagged is not None:
     VALUES["jagged"] = lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
 
 
@@ -272,13 +277,12 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
         False), "of a meta tensor do not fit"),
     "too few arguments": (lambda: Call(torch._utils._rebuild_qtensor, 1), "1 arguments, where torch saves 7"),
 }  # fmt: skip
-if hasattr(torch, "jagged"):
-    from torch.nested._internal.nested_tensor import _rebuild_njt
+if rebuild_jagged is not None:
 
     def jagged(offsets: list[int], **more: Any) -> Call:
         given = {"values": torch.ones(3, 2), "offsets": torch.tensor(offsets), "lengths": None, "_ragged_idx": 1}
         function = torch._tensor._rebuild_from_type_v2
-        return Call(function, _rebuild_njt, torch.nested._internal.nested_tensor.NestedTensor, (given | more,), {})
+        return Call(function, rebuild_jagged, torch.nested._internal.nested_tensor.NestedTensor, (given | more,), {})
 
     BROKEN |= {
         "jagged past its values": (lambda: jagged([0, 9]), "do not rise from 0 to 3"),
