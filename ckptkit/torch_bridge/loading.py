@@ -25,6 +25,7 @@ from ckptkit.dtypes import DTYPES, dtype
 from ckptkit.errors import CorruptError, DTypeError, FileAccessError, RewriteError, UnsupportedError
 from ckptkit.extras import require_torch
 from ckptkit.pickling.inert import walk
+from ckptkit.report import listed
 from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums, Passing
 from ckptkit.transfer.workers import in_parallel
 
@@ -32,7 +33,7 @@ require_torch()
 
 import torch  # noqa: E402 - behind the check, so that its absence is explained
 
-__all__ = ["Loader", "TorchLocation", "dtype_of", "restore", "storage_names", "tensors"]
+__all__ = ["Loader", "TorchLocation", "dtype_of", "require_dtypes", "restore", "storage_names", "tensors"]
 
 TorchLocation = (
     str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], "torch.UntypedStorage | None"] | None
@@ -76,6 +77,23 @@ def dtype_of(name: str) -> torch.dtype:
     return found
 
 
+def require_dtypes(state_dict: StateDict) -> None:
+    """See that this torch has the dtypes of a state_dict's tensors.
+
+    Raises:
+        DTypeError: it lacks one; the message names the tensors.
+    """
+    lacking: dict[str, list[str]] = {}
+    for name, entry in state_dict.items():
+        if entry.dtype in lacking or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
+            lacking.setdefault(entry.dtype, []).append(repr(name[:200]))
+    for wanted, names in lacking.items():
+        try:
+            dtype_of(wanted)
+        except DTypeError as error:
+            raise DTypeError(f"{listed(names)}: {error}") from None
+
+
 def tensors(
     state_dict: StateDict, *, map_location: TorchLocation = None, mapped: bool = False, checksums: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -106,6 +124,7 @@ def tensors(
         CorruptError: the file was changed, became shorter, or is damaged; the message names the tensor.
         FileAccessError: it could not be read, or was closed.
     """
+    require_dtypes(state_dict)
     sums = Checksums()
     loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
     with sums.held(lambda: storage_names(state_dict)):

@@ -16,7 +16,7 @@ import torch
 
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
-from ckptkit.errors import CorruptError, DTypeError, RewriteError, UnsupportedError
+from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
 from ckptkit.normalize.sections import brief
 from ckptkit.pickling.arrays import described, is_array
 from ckptkit.pickling.inert import ABSENT, Global, InertSet, Object, attributes, mapping_items
@@ -35,7 +35,7 @@ from ckptkit.pickling.layouts import (
 )
 from ckptkit.pickling.tensors import shape_of
 from ckptkit.report import count_of, glob_of, listed
-from ckptkit.torch_bridge.loading import Loader, TorchLocation, dtype_of, restore, storage_names
+from ckptkit.torch_bridge.loading import Loader, TorchLocation, dtype_of, require_dtypes, restore, storage_names
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.other_values import array_from, check_indices, values_of
 
@@ -91,7 +91,7 @@ def state_dict_of(
         CorruptError: a tensor's indices, offsets, axes or sizes lie outside what it consists of; else as `tensors`.
         RewriteError, DTypeError, FileAccessError: as `tensors`.
     """
-    _require_dtypes(state_dict, path)
+    require_dtypes(state_dict)
     sums = Checksums()
     loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
     builder = _Builder(loader, map_location)
@@ -119,19 +119,6 @@ def state_dict_of(
             raise UnsupportedError(f"the module versions (_metadata) hold {error}", path=path) from None
         loader.finish()
     return made
-
-
-def _require_dtypes(state_dict: StateDict, path: str) -> None:
-    """Raise for tensors whose dtype this torch lacks, and name them."""
-    lacking: dict[str, list[str]] = {}
-    for name, entry in state_dict.items():
-        if entry.dtype in lacking or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
-            lacking.setdefault(entry.dtype, []).append(repr(name[:200]))
-    for dtype, names in lacking.items():
-        try:
-            dtype_of(dtype)
-        except DTypeError as error:
-            raise DTypeError(f"{path}: {listed(names)}: {error}") from None
 
 
 def _refusal(foreign: Mapping[str, str], count: int) -> str:
