@@ -15,7 +15,8 @@ Layout, one of torch's archives (`ckptkit.formats.torch_archive`; ``torch/csrc/j
 - ``extra/…``: files of the user's
 
 Of the pickle's own functions ``torch.jit._pickle.build_intlist`` and its kin give their list, and
-``restore_type_tag`` its value (``torch/jit/_pickle.py``).
+``restore_type_tag`` its value (``torch/jit/_pickle.py``).  What it calls storages and sparse tensors is told in
+`ckptkit.pickling.script`.
 
 The reader turns each script module into the inert node of an ``nn.Module``: its state gets
 ``_parameters``, ``_buffers`` and ``_modules`` by what the class's source says.  Nothing of the source
