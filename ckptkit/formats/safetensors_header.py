@@ -166,8 +166,8 @@ def _refuse_size(name: str, row: DType, shape: tuple[int, ...], begin: int, end:
     stated = f"{bits // 8:,}" if bits < 8 * _HUGE else "over 2^62"  # such numbers are slow to print
     stated = f"{bits} bits, not a whole number of" if bits % 8 else stated
     raise CorruptError(
-        f"{what}: shape {_brief(header_shape(row, shape))} of {row.safetensors} is {stated} {'byte' if stated == '1' else 'bytes'}, "
-        f"its data_offsets hold {end - begin:,}"
+        f"{what}: shape {_brief(header_shape(row, shape))} of {row.safetensors} is {stated} "
+        f"{'byte' if stated == '1' else 'bytes'}, its data_offsets hold {end - begin:,}"
     )
 
 
