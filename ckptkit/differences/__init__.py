@@ -2,7 +2,7 @@
 
 The weights are compared name by name; what has another name is looked for by content and by shape (`matching`).
 Bits decide (`bits`, `work`); figures are computed of what differs alone (`figures`, `measuring`).  What stands
-beside the weights is compared too (`beside`), values that are not plain tensors as the trees they are (`trees`).
+beside the weights is compared too: sections and scalars (`beside`), and everything in both files' trees (`trees`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from ckptkit.differences.figures import Sums, Tolerance
 from ckptkit.differences.matching import find_renamed
 from ckptkit.differences.measuring import NO_FIGURES, all_sums
 from ckptkit.differences.modules import UNCHANGED, rolled_up
-from ckptkit.differences.trees import same_tree
+from ckptkit.differences.trees import TreeComparison, ValueComparison
 from ckptkit.differences.work import Work
 from ckptkit.errors import SectionError
 from ckptkit.inspection.listing import storage_names
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.sections import brief
 from ckptkit.normalize.selection import paths_listed
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.report import Finding, count_of, listed
@@ -76,10 +75,17 @@ def differ(
     with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
         comparison = _Comparison(ours, theirs, work, tolerance)
         sections: tuple[dict[str, Any], ...] = ()
-        if beside and selected:
-            parts = other_sections(a), other_sections(b)
-            if any(parts):
-                sections = section_rows(a, b, *parts, work)
+        parts = (other_sections(a), other_sections(b)) if beside and selected else ({}, {})
+        trees = TreeComparison(
+            a,
+            b,
+            comparison.paired(),
+            beside=beside,
+            sections=[entry for side in parts for names in side.values() for entry in names.values()],
+            work=work,
+        )
+        if any(parts):
+            sections = section_rows(a, b, *parts, work)
         ties = tuple(_ties(comparison.pairs, ours, theirs))
         return comparison.difference(
             a=header(a),
@@ -87,6 +93,7 @@ def differ(
             metadata=metadata_rows(a, b),
             training=training_rows(a, b) if beside else (),
             sections=sections,
+            trees=trees,
             ties=ties,
             findings=(*part_findings(a), *part_findings(b), *_prefixes(a, b, ours, theirs), *_ties_told(ties)),
             strict=strict,
@@ -135,18 +142,27 @@ class _Comparison:
         self._renamed = find_renamed(_tensors(ours, self._removed), _tensors(theirs, self._added), work.checksums)
         self.pairs = [(name, name) for name in common if _both_tensors(ours[name], theirs[name])]
         self.pairs += [(each.old, each.new) for each in self._renamed]
-        self._others = [name for name in common if not _both_tensors(ours[name], theirs[name])]
+        others = [name for name in common if not _both_tensors(ours[name], theirs[name])]
+        self._others = others
+        self._values = ValueComparison(ours, theirs, others, work)
         self._same_order = common == [name for name in theirs if name in ours]
         self._kinds: dict[str, str] = {}
         self._lists: dict[str, list[dict[str, Any]]] = {
             name: [] for name in ("reshaped", "recast", "changed", "within_tolerance", "values", "not_compared")
         }
 
-    def difference(self, *, findings: Sequence[Finding], **facts: Any) -> Difference:
+    def paired(self) -> Iterator[tuple[str, TensorEntry, TensorEntry]]:
+        """Each tensor that both have, under its name in the second."""
+        for old, new in self.pairs:
+            yield (new, *self._pair(old, new))
+
+    def difference(self, *, trees: TreeComparison, findings: Sequence[Finding], **facts: Any) -> Difference:
         """Compare, and tell everything."""
         known = {each.new: each for each in self._renamed}
         self._compare({each.new for each in self._renamed if each.by == "content"})
         self._compare_others()
+        tree, in_trees, lost = trees.told(self._tolerance)
+        self._lists["not_compared"] += [{"name": place, "reason": _OVERLAPPING} for place in lost]
         for name in {*self._added} - set(known):
             self._kinds[name] = "added"
         for name in {*self._removed} - {each.old for each in self._renamed}:
@@ -168,6 +184,8 @@ class _Comparison:
             renamed=tuple(each.to_dict() for each in self._renamed),
             same_order=self._same_order,
             modules=rolled_up(self._ordered(), largest),
+            tree=tree,
+            tree_differences=in_trees,
             findings=(*self._told(rows), *findings),
             **rows,
             **facts,
@@ -236,11 +254,11 @@ class _Comparison:
         """What is not a plain tensor in one of them."""
         for name in self._others:
             a, b = self._ours[name], self._theirs[name]
-            same = same_tree(a, b, self.work.same_now)
+            same = self._values.same(name)
             if same is None:
-                self._lists["not_compared"].append({"name": name, "reason": "it could not be gone through to its end"})
+                self._lists["not_compared"].append({"name": name, "reason": _OVERLAPPING})
             elif not same:
-                self._lists["values"].append({"name": name, "a": brief(a), "b": brief(b)})
+                self._lists["values"].append(self._values.row(name, a, b))
             self._kinds[name] = UNCHANGED if same else "not compared" if same is None else "changed"
 
     def _told(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Finding]:
