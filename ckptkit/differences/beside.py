@@ -105,20 +105,21 @@ class _Names:
         self.found[unique] = entry
 
 
-def other_sections(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:
+def other_sections(checkpoint: Checkpoint) -> dict[str | None, dict[str, TensorEntry]]:
     """The tensors beside the weights, by section and name."""
-    beside = checkpoint.replace(state_dict=StateDict())
-    sections: dict[str, _Names] = {}
-    for row in list_tensors(beside).rows:
-        sections.setdefault(row.section, _Names()).add(row.name, row.entry)
+    selected = checkpoint.origin.state_path
+    sections: dict[str | None, _Names] = {}
+    for row in list_tensors(checkpoint).rows:
+        if row.section is None or row.section != selected:
+            sections.setdefault(row.section, _Names()).add(row.name, row.entry)
     return {path: names.found for path, names in sections.items()}
 
 
 def section_rows(
     a: Checkpoint,
     b: Checkpoint,
-    ours: Mapping[str, Mapping[str, TensorEntry]],
-    theirs: Mapping[str, Mapping[str, TensorEntry]],
+    ours: Mapping[str | None, Mapping[str, TensorEntry]],
+    theirs: Mapping[str | None, Mapping[str, TensorEntry]],
     work: Work,
 ) -> tuple[dict[str, Any], ...]:
     """One row for each part beside the weights.
@@ -149,7 +150,7 @@ def section_rows(
         rows.append(
             {
                 "path": path,
-                "kind": kinds.get(path, "collection"),
+                "kind": kinds.get(path, "collection") if path is not None else "collection",
                 "a": None if left is None else len(left),
                 "b": None if right is None else len(right),
                 "differing": differing,

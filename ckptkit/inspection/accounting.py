@@ -33,10 +33,10 @@ def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
         rows: every tensor of a file.
         several: the storages that several of them view, by ``id``.
     """
-    counted: set[tuple[str, tuple[object, ...]]] = set()
+    counted: set[tuple[str | None, tuple[object, ...]]] = set()
     sums: dict[str, Totals] = {}
     for row in rows:
-        if row.role == "unknown":
+        if row.role == "unknown" or row.section is None:
             continue
         total = sums.get(row.section)
         if total is None:

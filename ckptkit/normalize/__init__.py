@@ -24,7 +24,7 @@ from ckptkit.normalize.beside import holding_suffix
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, Survey, brief, is_plain
 from ckptkit.normalize.selection import choose, listed, require_section
-from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items
+from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.report import listed as enumerated
@@ -215,14 +215,7 @@ def lower_state_dict(state_dict: StateDict) -> object:
     if isinstance(container, (list, tuple)):
         pair_type = type(container[0])
         return type(container)(pair_type(pair) for pair in pairs)
-    if isinstance(container, Object):
-        # The initial pairs some picklers pass as an argument are among `pairs` already.
-        args = tuple(arg for arg in container.args if not isinstance(arg, (list, InertDict)))
-        node = Object(container.how, container.cls, args, container.kwargs)
-        node.items = list(container.items)
-        node.state = container.state
-    else:
-        node = Object("reduce", Global("collections", "OrderedDict"), ())
+    node = mapping_shell(container) or Object("reduce", Global("collections", "OrderedDict"), ())
     node.pairs = pairs
     if state_dict.versions is not None:
         old = attributes(node)

@@ -40,10 +40,20 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import Object, attributes, children, mapping_items, walk
+from ckptkit.pickling.inert import Object, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
-__all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "above_tensors", "brief", "is_plain", "join", "step"]
+__all__ = [
+    "MAX_SECTION_DEPTH",
+    "Candidate",
+    "Survey",
+    "above_tensors",
+    "brief",
+    "is_plain",
+    "join",
+    "state_values",
+    "step",
+]
 
 MAX_SECTION_DEPTH = 4
 """Keys from the root to a section.  Lightning and fairseq need two."""
@@ -96,9 +106,15 @@ class Candidate:
 
     def values(self) -> Iterator[tuple[str, object]]:
         """The names and values its state_dict would have."""
-        if self.kind == "whole_model":
-            return walk_module(self.module)
-        return ((key, value) for key, value in named_values(self.node) or [] if isinstance(key, str))
+        return state_values(self.kind, self.node)
+
+
+def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
+    """The names and values of the state_dict that a section of weights is, or whose module it is."""
+    if kind == "whole_model":
+        bound = bound_method(node)
+        return walk_module(node if bound is None else bound[0])
+    return ((key, value) for key, value in named_values(node) or [] if isinstance(key, str))
 
 
 class Survey:
@@ -267,12 +283,15 @@ class Survey:
 
 
 def _leaves(candidate: Candidate) -> Iterator[object]:
-    """Every node at or below a candidate; the plain tensors of a state_dict without going through `walk`."""
-    if candidate.kind != "state_dict":
+    """What of a candidate has bytes: of weights their own values and what these are made of, else all at or below it.
+
+    What hangs on a module, a mapping or a tensor of weights as an attribute belongs to no section.
+    """
+    if not candidate.is_weights:
         return walk(candidate.node)
-    values = [value for _, value in named_values(candidate.node) or []]
-    others = [value for value in values if not is_plain(value)]
-    return chain(values if not others else filter(is_plain, values), walk([attributes(candidate.node), *others]))
+    values = [value for _, value in candidate.values()]
+    others = [value for value in values if not isinstance(value, TensorEntry)]
+    return chain(values, walk(others)) if others else iter(values)
 
 
 def is_plain(node: object) -> bool:

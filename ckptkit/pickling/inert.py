@@ -34,6 +34,7 @@ __all__ = [
     "children",
     "is_global",
     "mapping_items",
+    "mapping_shell",
     "walk",
 ]
 
@@ -227,6 +228,17 @@ def attributes(node: object) -> InertDict | None:
     if isinstance(state, tuple) and len(state) == 2:
         state = state[0]
     return state if isinstance(state, InertDict) else None
+
+
+def mapping_shell(node: object) -> Object | None:
+    """The class and attributes of an object that is a mapping, without its pairs; ``None``: nothing hangs there."""
+    if not isinstance(node, Object):
+        return None
+    # The initial pairs some picklers pass as an argument are among the pairs.
+    args = tuple(arg for arg in node.args if not isinstance(arg, (list, InertDict)))
+    shell = Object(node.how, node.cls, args, node.kwargs)
+    shell.items, shell.state = list(node.items), node.state
+    return shell
 
 
 def children(node: object) -> list[object]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.normalize.sections import is_plain
-from ckptkit.pickling.inert import InertDict, Object, TreeMap, walk
+from ckptkit.pickling.inert import Object, TreeMap, mapping_shell, walk
 
 __all__ = ["nodes", "with_leaves"]
 
@@ -28,7 +28,7 @@ def with_leaves(
     """
     mapped = TreeMap(leaf)
     state_dict = checkpoint.state_dict.with_values(mapped)
-    shell, rest = mapped(_shell(state_dict)), mapped(checkpoint.rest)
+    shell, rest = mapped(mapping_shell(state_dict.container)), mapped(checkpoint.rest)
     made = mapped(checkpoint.module) if module else checkpoint.module
     if change is not None:
         others = [value for value in state_dict.everything.values() if not is_plain(value)]
@@ -45,16 +45,9 @@ def nodes(checkpoint: Checkpoint) -> Iterator[object]:
     values = checkpoint.state_dict.everything.values()
     yield from filter(is_plain, values)
     yield from walk(
-        [[value for value in values if not is_plain(value)], _shell(checkpoint.state_dict), checkpoint.rest]
+        [
+            [value for value in values if not is_plain(value)],
+            mapping_shell(checkpoint.state_dict.container),
+            checkpoint.rest,
+        ]
     )
-
-
-def _shell(state_dict: StateDict) -> Object | None:
-    """The class and attributes of the state_dict's mapping, without its values; ``None``: nothing hangs there."""
-    container = state_dict.container
-    if not isinstance(container, Object):
-        return None
-    args = tuple(arg for arg in container.args if not isinstance(arg, (list, InertDict)))
-    shell = Object(container.how, container.cls, args, container.kwargs)
-    shell.items, shell.state = container.items, container.state
-    return shell

@@ -41,8 +41,8 @@ ELEMENTS: dict[str, dict[str, Any]] = {
         "storages": int, "nbytes": int, "unique_tensor_nbytes": int, "tied": int, "shared": int, "unused_nbytes": int,
     },
     "tensors": {
-        "section": str, "name": str, "dtype": str, "shape": list, "stride": list, "nbytes": int, "location": str,
-        "storage": str, "role": str, "role_inferred": bool, "tied_to": (str, type(None)),
+        "section": (str, type(None)), "name": str, "dtype": str, "shape": list, "stride": list, "nbytes": int,
+        "location": str, "storage": str, "role": str, "role_inferred": bool, "tied_to": (str, type(None)),
     },
     "globals": {"name": str, "verdict": str, "count": int, "where": list, "reason": str},
     "modules": {"path": str, "class": str, "text": str, "settings": dict, "children": list},
@@ -329,7 +329,8 @@ def test_sections_that_are_whole_models_have_their_names(save: Save) -> None:
     state = list(Net().state_dict())
     document = inspect(path)
     assert placed(document) == [
-        (section, name) for section in ("model", "ema") for name in (*state, "_buffers.cache")
+        *(("model", name) for name in state), (None, "model.cache"),
+        *(("ema", name) for name in state), (None, "ema.cache"),
     ]  # fmt: skip
     chosen = inspect(path, section="ema")
     assert placed(chosen)[: len(state)] == [("ema", name) for name in state]
