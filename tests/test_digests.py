@@ -188,8 +188,11 @@ def test_values_that_are_no_plain_tensors_count(save: Save) -> None:
 
     first = saved(0.5, {"x": 1})
     assert first.others == ("m._extra_state", "q")
-    assert first.content_digest == saved(0.5, {"x": 2}).content_digest  # what is in it is not looked at
-    assert first.content_digest != saved(0.25, {"x": 1}).content_digest  # but tensors are
+    assert first.content_digest == saved(0.5, {"x": 1}).content_digest
+    assert first.content_digest != saved(0.5, {"x": 2}).content_digest
+    assert first.former_digest == saved(0.5, {"x": 2}).former_digest  # version 1 did not look at what is in it
+    assert first.former_digest != saved(0.25, {"x": 1}).former_digest  # but at tensors
+    assert first.content_digest != saved(0.25, {"x": 1}).content_digest
     assert first.content_digest != saved(0.5, [1]).content_digest
     without = digested(save({"w": torch.ones(2), "v": torch.ones(2), "m._extra_state": {"x": 1}}))
     assert first.content_digest != without.content_digest

@@ -105,12 +105,12 @@ class _Names:
         self.found[unique] = entry
 
 
-def other_sections(checkpoint: Checkpoint) -> dict[str | None, dict[str, TensorEntry]]:
-    """The tensors beside the weights, by section and name."""
+def other_sections(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:
+    """The tensors of other sections, by section and name; those of none are told where they are."""
     selected = checkpoint.origin.state_path
-    sections: dict[str | None, _Names] = {}
+    sections: dict[str, _Names] = {}
     for row in list_tensors(checkpoint).rows:
-        if row.section is None or row.section != selected:
+        if row.section is not None and row.section != selected:
             sections.setdefault(row.section, _Names()).add(row.name, row.entry)
     return {path: names.found for path, names in sections.items()}
 
@@ -118,8 +118,8 @@ def other_sections(checkpoint: Checkpoint) -> dict[str | None, dict[str, TensorE
 def section_rows(
     a: Checkpoint,
     b: Checkpoint,
-    ours: Mapping[str | None, Mapping[str, TensorEntry]],
-    theirs: Mapping[str | None, Mapping[str, TensorEntry]],
+    ours: Mapping[str, Mapping[str, TensorEntry]],
+    theirs: Mapping[str, Mapping[str, TensorEntry]],
     work: Work,
 ) -> tuple[dict[str, Any], ...]:
     """One row for each part beside the weights.
@@ -150,7 +150,7 @@ def section_rows(
         rows.append(
             {
                 "path": path,
-                "kind": kinds.get(path, "collection") if path is not None else "collection",
+                "kind": kinds.get(path, "collection"),
                 "a": None if left is None else len(left),
                 "b": None if right is None else len(right),
                 "differing": differing,

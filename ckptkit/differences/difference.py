@@ -50,16 +50,18 @@ class Difference:
         recast: ``name``, ``from``, ``to``, ``equal_after_cast`` (``None``: no values that could be told), figures.
         changed: ``name``, ``dtype``, ``shape`` and figures (`ckptkit.differences.figures`), the largest change first.
         within_tolerance: the same of what is no difference because of the tolerance that was asked for.
-        values: ``name``, ``a``, ``b``, ``at`` (where in it they begin to differ) of what is not a plain tensor (quantized, extra state) and differs.
+        values: ``name``, ``a``, ``b`` of what is not a plain tensor (quantized, extra state) and differs; ``at``: where
+            in it the first difference is.
         not_compared: ``name``, ``reason``.
         same_order: whether what both have stands in the same order.
         metadata, training: ``key``, ``a``, ``b`` of what differs; ``None`` where one has none.
         sections: the other parts that hold tensors: ``path``, ``kind``, tensors in ``a`` and in ``b`` (``None``: it
             has no such part), how many are ``differing``, ``equal`` (``None``: only one has it).
-        tree: ``path``, ``what`` (``"tensor"``, ``"value"``, ``"order"``: of keys), ``a``, ``b`` (shortened; ``None``: it
-            has nothing there), ``max_abs`` of what differs in the files' trees: beside the weights, in attributes of
-            modules and of tensors, in classes and settings.  Tensors first, then in the order of the file; no more than
-            1,000 are listed, ``tree_differences`` is how many there are.
+        tree: ``path``, ``what``, ``a``, ``b``, ``max_abs`` of all that differs in the files' trees: beside the weights,
+            in attributes of modules and of tensors, in classes and settings.  ``what`` is ``"tensor"``, ``"value"`` or
+            ``"order"`` (of keys); ``a`` and ``b`` are shortened (``None``: it has nothing there).  Tensors come first,
+            then the order is the file's; at most 1,000 are listed.
+        tree_differences: how many there are.
         ties: ``names``, ``tied_in`` of tensors that are one tensor in only one of the files.
         modules: the differences rolled up; see `ckptkit.differences.modules`.
         findings: what is remarkable about it.

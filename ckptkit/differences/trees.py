@@ -71,7 +71,7 @@ class TreeComparison:
                 continue
             key = self._work.add(*_tensors(met)) if met.how == "bytes" else None
             self._count += key is None
-            if key is not None or met.is_tensor or self._count <= _MOST_ROWS:
+            if key is not None or met.is_tensor or met.how == "kinds" or self._count <= _MOST_ROWS:
                 self._found.append((met, key))
 
     def told(self, tolerance: Tolerance | None) -> tuple[tuple[dict[str, Any], ...], int, list[str]]:
@@ -82,7 +82,8 @@ class TreeComparison:
         wanted = measured if tolerance is not None else measured[:_MOST_MEASURED]
         sums = all_sums((_tensors(met) for met, _ in wanted), tolerance or Tolerance(), self._work) if wanted else {}
         rows, within = [], 0
-        for met, key in sorted(differing, key=lambda pair: (not pair[0].is_tensor, self._is_in_section(pair[0]))):
+        tensors = {id(met) for met in _of_tensors(met for met, _ in differing)}
+        for met, key in sorted(differing, key=lambda pair: (id(pair[0]) not in tensors, self._is_in_section(pair[0]))):
             found = sums.get(key) if key is not None else None
             if found is not None and tolerance is not None and not found.outside:
                 within += 1
@@ -91,13 +92,27 @@ class TreeComparison:
             if met.how == "order":
                 b = f"{b}, the same keys in another order"
             figure = None if found is None else found.to_dict()["max_abs"]
-            what = "tensor" if met.is_tensor else met.how if met.how == "order" else "value"
+            what = "tensor" if id(met) in tensors else "order" if met.how == "order" else "value"
             rows.append({"path": str(met.place), "what": what, "a": a, "b": b, "max_abs": figure})
-        tensors = sum(key is not None for _, key in differing)
-        return tuple(rows[:_MOST_ROWS]), self._count + tensors - within, lost
+        bits = sum(key is not None for _, key in differing)
+        return tuple(rows[:_MOST_ROWS]), self._count + bits - within, lost
 
     def _is_in_section(self, met: Met) -> bool:
         return id(met.a) in self._in_sections and id(met.b) in self._in_sections
+
+
+def _of_tensors(found: Iterable[Met]) -> Iterator[Met]:
+    """The differences that are about tensors both have, or may be: in what cannot be compared part for part."""
+    looked_into = 0
+    for met in found:
+        is_tensor = met.is_tensor
+        if not is_tensor and met.how == "kinds":
+            looked_into += 1
+            is_tensor = looked_into > _MOST_ROWS or any(
+                isinstance(node, (TensorEntry, Storage)) for node in walk([met.a, met.b])
+            )
+        if is_tensor:
+            yield met
 
 
 def _may_differ(a: TensorEntry, b: TensorEntry, *, flags: bool) -> bool:
@@ -116,6 +131,7 @@ def _whole(a: Checkpoint, b: Checkpoint, rule: SameContent, *, is_alone: bool) -
         one_module = (a.module is None) is not (b.module is None)
         around = [(c.module or STATE_DICT) if one_module or c.module is not None else _shell(c) for c in (a, b)]
         yield from side_by_side([(Place(), a.rest, b.rest)], rule, (around[0], around[1]))
+        yield from side_by_side([(Place().below("(discarded)"), _discarded(a), _discarded(b))], rule)
     else:
         if (a.module is None) is not (b.module is None):
             yield Met(Place(), a.module or STATE_DICT, b.module or STATE_DICT)
@@ -133,6 +149,11 @@ def _shell(checkpoint: Checkpoint) -> object:
     """The weights' mapping without its values: its class, what hangs on it, the versions of modules."""
     state = checkpoint.state_dict
     return lower_state_dict(StateDict(versions=state.versions, container=state.container))
+
+
+def _discarded(checkpoint: Checkpoint) -> tuple[object, ...]:
+    """What the pickle makes, and nothing keeps."""
+    return tuple(getattr(checkpoint, "discarded", ()))
 
 
 def _beside(node: object, place: Place) -> Iterator[tuple[Place, object]]:

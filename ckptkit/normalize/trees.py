@@ -26,7 +26,19 @@ from ckptkit.checkpoint import STATE_DICT, Storage, TensorEntry
 from ckptkit.normalize.sections import brief, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId, mapping_items
 
-__all__ = ["FLAGS", "PLAIN", "Identical", "Met", "Place", "SameContent", "content_of", "plain_bytes", "shown", "side_by_side"]
+__all__ = [
+    "FLAGS",
+    "PLAIN",
+    "Identical",
+    "Met",
+    "Place",
+    "SameContent",
+    "content_of",
+    "effects_of",
+    "plain_bytes",
+    "shown",
+    "side_by_side",
+]
 
 _MAX_STEPS = 64
 _MAX_PLACE = 400
@@ -71,8 +83,9 @@ class Met(NamedTuple):
 
     Attributes:
         place: where; ``a``, ``b``: what is there, `ABSENT` where nothing is.
-        how: ``"differs"``; ``"order"``: the keys alone stand in another order; ``"parted"``: what was one object is
-            two, or the other way round; ``"bytes"``: what is known of the two agrees, and their bytes are left.
+        how: ``"differs"``; ``"kinds"``: so much that their parts cannot be compared; ``"order"``: the keys alone stand
+            in another order; ``"parted"``: what was one object is two, or the other way round; ``"bytes"``: what is
+            known of the two agrees, and their bytes are left.
     """
 
     place: Place
@@ -182,7 +195,7 @@ class Identical:
         if isinstance(a, Storage) and isinstance(b, Storage):
             same = (a.dtype, a.nbytes, a.location) == (b.dtype, b.nbytes, b.location)
             return [Met(place, a, b, "bytes" if same else "differs")], []
-        parts, others = _exact_parts(a), _exact_parts(b)
+        parts, others = ([*_exact_parts(node), *((_HERE, call) for call in effects_of(node))] for node in (a, b))
         if type(a) is not type(b) or len(parts) != len(others):
             return [Met(place, a, b)], []
         return [], [(place.below(at), x, y) for (at, x), (_, y) in zip(parts, others, strict=True)]
@@ -251,6 +264,7 @@ class SameContent:
         if isinstance(a, TensorEntry) and isinstance(b, TensorEntry):
             same = (a.dtype, a.shape) == (b.dtype, b.shape)
             below = [(place, a.subclass, b.subclass), (place, a.attributes, b.attributes)]
+            below.append((place, effects_of(a), effects_of(b)))
             if self._flags:
                 below += [(place.below(name), getattr(a, name), getattr(b, name)) for name in FLAGS]
             return [Met(place, a, b, "bytes" if same else "differs")], below
@@ -265,7 +279,7 @@ class SameContent:
         ours, theirs = _form(a), _form(b)
         found = [] if ours.kind == theirs.kind else [Met(place, a, b)]
         if found and not ours.may_be(theirs):
-            return found, []
+            return [Met(place, a, b, "kinds")], []
         if len(ours.parts) != len(theirs.parts):
             found = [Met(place, a, b)]
         below = [(place.below(at), x, y) for (at, x), (_, y) in zip(ours.parts, theirs.parts, strict=False)]
@@ -318,7 +332,17 @@ class _Form(NamedTuple):
         return bool(self.pairs and other.pairs) or (bool(labels) and labels == [label for label, _ in other.parts])
 
 
+def effects_of(node: object) -> tuple[object, ...]:
+    """The calls made for their effect on a node."""
+    return tuple(getattr(node, "effects", ()))
+
+
 def _form(node: object) -> _Form:
+    form, effects = _own_form(node), effects_of(node)
+    return form._replace(parts=[*form.parts, *((_HERE, call) for call in effects)]) if effects else form
+
+
+def _own_form(node: object) -> _Form:
     if isinstance(node, (list, tuple)):
         return _Form(type(node).__name__, list(enumerate(node)))
     if isinstance(node, InertDict):

@@ -17,7 +17,8 @@ from ckptkit.architectures import Architecture, identify
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust
 from ckptkit.diagnose import diagnose
-from ckptkit.digests import Line, content_digest, kind_of, unwrapped_names
+from ckptkit.differences.bits import as_tensor
+from ckptkit.digests import Line, content_digest, kind_of, tree_digest, unwrapped_names, whole_digest
 from ckptkit.errors import CkptkitError
 from ckptkit.inspection.listing import list_tensors, storage_names
 from ckptkit.inspection.training import training_document
@@ -26,7 +27,7 @@ from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.arrays import Array
-from ckptkit.pickling.inert import walk
+from ckptkit.pickling.inert import mapping_shell, walk
 from ckptkit.released.reading import Reading, read_through
 from ckptkit.released.values import Beside, is_opaque, values_beside
 from ckptkit.report import Finding
@@ -83,6 +84,8 @@ class Examined:
         kind: what it holds.
         trust: what a loader that executes pickles would have to be trusted with.
         content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
+        former_digest: the same in version 1.
+        whole_digest: of everything in the file; ``None``: not asked for, or it has none.
         tensors: those of the weights, sorted by name; of a file without selected weights, all.
         others: names of the weights' values that are not plain tensors, sorted.
         globals: every Python name in its pickles.
@@ -125,6 +128,8 @@ class Examined:
     beside: tuple[TensorFact, ...] = ()
     unseen: tuple[str, ...] = ()
     damage: str | None = None
+    former_digest: str | None = None
+    whole_digest: str | None = None
 
 
 def examine(
@@ -136,6 +141,7 @@ def examine(
     checksums: bool = True,
     ignore_checksums: bool = False,
     allow_part: bool = True,
+    whole: bool = False,
     threads: int = 2,
 ) -> Examined:
     """Look at a file, and read it once for all that is asked for.
@@ -148,6 +154,7 @@ def examine(
         checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
         ignore_checksums: whether to forget them.
         allow_part: whether it may be a part of a checkpoint.
+        whole: whether to digest everything else in the file too.
         threads: how many may hash side by side.
 
     Raises:
@@ -164,7 +171,9 @@ def examine(
         weights = _weights(checkpoint)
         inner = {name: _tensors_in(value) for name, value in weights.others}
         entries = [entry for _, entry, _ in weights.tensors]
-        every = [*entries, *(entry for part in inner.values() for entry in part)]
+        every = [*entries, *(_as_entry(node) for part in inner.values() for node in part)]
+        if whole:
+            every += [_as_entry(node) for node in _tensors_in(_everything(checkpoint))]
         plain = {id(entry) for entry in entries}
         beside = list(values_beside(checkpoint, plain, weights.others)) if values else []
         reading = (
@@ -181,15 +190,24 @@ def examine(
             else Reading()
         )
         facts = [_fact(name, entry, is_parameter, reading) for name, entry, is_parameter in weights.tensors]
-        lines = [
-            *(Line(name=fact.name, kind=fact.dtype, shape=fact.shape, digest=fact.digest) for fact in facts),
-            *(
-                Line(name=name, kind=kind_of(value), parts=tuple(_part(entry, reading) for entry in inner[name]))
+        found = _examined(checkpoint, file, path, reading, facts, weights, storages)
+        if digest:
+            lines = [Line(name=fact.name, kind=fact.dtype, shape=fact.shape, digest=fact.digest) for fact in facts]
+            former = [
+                Line(name=name, kind=kind_of(value), parts=tuple(_parts(inner[name], reading)))
                 for name, value in weights.others
-            ),
-        ]
-        total = content_digest(lines) if digest else None
-        found = _examined(checkpoint, file, path, reading, facts, total, weights, storages)
+            ]
+            tell = partial(_digest_of, reading=reading)
+            now = [
+                replace(line, tree=tree_digest(value, tell, flags=False))
+                for line, (_, value) in zip(former, weights.others, strict=True)
+            ]
+            found = replace(
+                found,
+                content_digest=content_digest([*lines, *now]),
+                former_digest=content_digest([*lines, *former]),
+                whole_digest=whole_digest(checkpoint, tell) if whole else None,
+            )
         unseen = tuple(name for name, value in weights.others if values and is_opaque(value))
         return replace(found, beside=tuple(_beside_fact(each, reading) for each in beside), unseen=unseen)
     finally:
@@ -205,6 +223,7 @@ def examine_all(
     checksums: bool = True,
     ignore_checksums: bool = False,
     allow_part: bool = True,
+    whole: bool = False,
 ) -> Iterator[tuple[str, Examined | CkptkitError]]:
     """Look at several files, side by side over the processors; in the order given.
 
@@ -223,6 +242,7 @@ def examine_all(
                 checksums=checksums,
                 ignore_checksums=ignore_checksums,
                 allow_part=allow_part,
+                whole=whole,
                 threads=threads,
             )
         except CkptkitError as error:
@@ -294,8 +314,25 @@ def _all_tensors(checkpoint: Checkpoint) -> _Weights:
     return _Weights(sorted(tensors, key=lambda item: item[0]), [], [row.name for row in rows])
 
 
-def _tensors_in(value: object) -> list[TensorEntry]:
-    return [node for node in walk(value) if isinstance(node, TensorEntry)]
+def _tensors_in(value: object) -> list[TensorEntry | Storage]:
+    return [node for node in walk(value) if isinstance(node, (TensorEntry, Storage))]
+
+
+def _as_entry(node: TensorEntry | Storage) -> TensorEntry:
+    return as_tensor(node) if isinstance(node, Storage) else node
+
+
+def _digest_of(node: TensorEntry | Storage, reading: Reading) -> str:
+    values = reading.of(_as_entry(node))
+    return (values.digest if values is not None else None) or ""
+
+
+def _everything(checkpoint: Checkpoint) -> list[object]:
+    """The trees that make up a file, without the plain tensors of the state_dict."""
+    values = [value for value in checkpoint.state_dict.everything.values() if not is_plain(value)]
+    around = mapping_shell(checkpoint.state_dict.container)
+    discarded = getattr(checkpoint, "discarded", ())
+    return [*values, around, checkpoint.rest, checkpoint.module, *discarded]
 
 
 def _beside_fact(each: Beside, reading: Reading) -> TensorFact:
@@ -332,9 +369,10 @@ def _fact(name: str, entry: TensorEntry, is_parameter: bool | None, reading: Rea
     )
 
 
-def _part(entry: TensorEntry, reading: Reading) -> tuple[str, tuple[int, ...], str]:
-    values = reading.of(entry)
-    return entry.dtype, entry.shape, (values.digest if values is not None else None) or ""
+def _parts(nodes: list[TensorEntry | Storage], reading: Reading) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    for entry in nodes:
+        if isinstance(entry, TensorEntry):
+            yield entry.dtype, entry.shape, _digest_of(entry, reading)
 
 
 def _examined(
@@ -343,7 +381,6 @@ def _examined(
     path: str,
     reading: Reading,
     facts: list[TensorFact],
-    digest: str | None,
     weights: _Weights,
     storages: list[Storage],
 ) -> Examined:
@@ -357,7 +394,7 @@ def _examined(
         format=origin.format,
         kind=origin.kind,
         trust=checkpoint.trust,
-        content_digest=digest,
+        content_digest=None,
         tensors=tuple(facts),
         others=tuple(name for name, _ in weights.others),
         globals=checkpoint.globals,
@@ -398,10 +435,8 @@ def _prefixes(names: Sequence[str]) -> Iterator[str]:
 
 def _storages(checkpoint: Checkpoint) -> list[Storage]:
     """Every storage of the file, once."""
-    values = checkpoint.state_dict.everything.values()
     found = {id(entry.storage): entry.storage for entry in checkpoint.state_dict.values()}
-    for node in walk([*(value for value in values if not is_plain(value)), checkpoint.rest, checkpoint.module]):
-        if isinstance(node, (TensorEntry, Storage)):
-            storage = node.storage if isinstance(node, TensorEntry) else node
-            found[id(storage)] = storage
+    for node in _tensors_in(_everything(checkpoint)):
+        storage = node.storage if isinstance(node, TensorEntry) else node
+        found[id(storage)] = storage
     return list(found.values())
