@@ -104,6 +104,8 @@ _Pairs = list[tuple[Place, object, object]]
 
 
 class _Rule(Protocol):
+    by_meaning: bool
+
     def met(self, a: object, b: object) -> bool | None:
         """Whether two nodes, met before, may stand in one place; ``None``: they were not met."""
 
@@ -125,6 +127,8 @@ def side_by_side(
     while stack:
         place, a, b = stack.pop()
         a, b = weights[0] if a is STATE_DICT else a, weights[1] if b is STATE_DICT else b
+        if rule.by_meaning:
+            a, b = _meant(a), _meant(b)
         if isinstance(a, PLAIN) or isinstance(b, PLAIN):
             if not _same_scalar(a, b):
                 yield Met(place, a, b)
@@ -171,6 +175,8 @@ def _shown(node: object, first: int) -> str | None:
 
 class Identical:
     """Two trees node for node; sharing and ties are part of them."""
+
+    by_meaning = False
 
     def __init__(self) -> None:
         self._paired: dict[int, object] = {}
@@ -238,6 +244,8 @@ class SameContent:
     Args:
         flags: whether it matters which tensors are parameters and need gradients.
     """
+
+    by_meaning = True
 
     def __init__(self, *, flags: bool = True) -> None:
         self._flags = flags
@@ -387,6 +395,17 @@ def _object(node: Object) -> _Form:
     return _Form(f"{how} {name}", parts, node.pairs if pairs is None else pairs)
 
 
+def _meant(node: object) -> object:
+    """The bytes that a call makes, before there were opcodes for them; any other node as it is."""
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in ("bytes", "bytearray"):
+        return node
+    made = {"builtins.bytes": bytes, "builtins.bytearray": bytearray}.get(_name(node.cls))
+    text = node.args[0] if node.args else b""
+    if isinstance(text, str) and node.args[1:] == ("latin-1",) and max(text, default="") <= "\xff":
+        text = text.encode("latin-1")
+    return made(text) if made is not None and isinstance(text, bytes) and node.state is ABSENT else node
+
+
 def _name(node: Global) -> str:
     """A name as Python 3 and numpy 2 call it."""
     module, name = NAME_MAPPING.get((node.module, node.name)) or (node.module, node.name)
@@ -425,6 +444,7 @@ def _array(node: Object, name: str) -> _Form | None:
 
 def _token(node: object, depth: int = 4) -> bytes | None:
     """What tells keys and members of sets apart; ``None``: they are more than plain values and names."""
+    node = _meant(node)
     if isinstance(node, PLAIN):
         return plain_bytes(node)
     if isinstance(node, Global):
@@ -475,4 +495,4 @@ def content_of(node: object) -> tuple[str, list[object], list[tuple[object, obje
         pairs = list(last.values())
         if not _is_ordered(pairs):
             pairs = [last[token] for token in sorted(last, key=lambda token: token or b"")]
-    return form.kind, [part for _, part in form.parts], pairs
+    return form.kind, [_meant(part) for _, part in form.parts], [(_meant(key), _meant(value)) for key, value in pairs]
