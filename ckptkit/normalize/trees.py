@@ -156,9 +156,9 @@ def _same_scalar(a: object, b: object) -> bool:
 def shown(a: object, b: object) -> tuple[str | None, str | None]:
     """Two values that differ, some 60 characters of each, from where long texts differ; ``None``: there is none."""
     first = 0
-    if isinstance(a, (str, bytes, bytearray)) and type(a) is type(b) and max(len(a), len(b)) > _SHOWN:  # type: ignore[arg-type]
-        pairs = enumerate(zip(a, b, strict=False))  # type: ignore[call-overload]
-        first = max(next((i for i, (x, y) in pairs if x != y), min(len(a), len(b))) - 10, 0)  # type: ignore[arg-type]
+    if isinstance(a, (str, bytes, bytearray)) and type(a) is type(b) and max(len(a), len(b)) > _SHOWN:
+        pairs = enumerate(zip(a, b, strict=False))
+        first = max(next((i for i, (x, y) in pairs if x != y), min(len(a), len(b))) - 10, 0)
     return _shown(a, first), _shown(b, first)
 
 
@@ -281,9 +281,9 @@ class SameContent:
             return [Met(place, a, b, "bytes" if same else "differs")], []
         if isinstance(a, (list, tuple)) and type(a) is type(b):
             # Of ten million equal numbers no pair is made.
-            pairs = enumerate(zip(a, b, strict=False))  # type: ignore[call-overload]
+            pairs = enumerate(zip(a, b, strict=False))
             below = [(place.below(at), x, y) for at, (x, y) in pairs if not _is_same_scalar(x, y)]
-            return [Met(place, a, b)] * (len(a) != len(b)), below  # type: ignore[arg-type]
+            return [Met(place, a, b)] * (len(a) != len(b)), below
         ours, theirs = _form(a), _form(b)
         found = [] if ours.kind == theirs.kind else [Met(place, a, b)]
         if found and not ours.may_be(theirs):
@@ -472,7 +472,7 @@ def plain_bytes(node: object) -> bytes:
         return b"i%x" % node
     if isinstance(node, float):
         return b"f" + struct.pack(">d", node)
-    return (b"b" if isinstance(node, bytes) else b"a") + bytes(node)  # type: ignore[call-overload,no-any-return]
+    return (b"b" if isinstance(node, bytes) else b"a") + bytes(node)
 
 
 def _is_ordered(pairs: list[tuple[object, object]]) -> bool:
