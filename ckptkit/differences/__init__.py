@@ -70,7 +70,7 @@ def differ(
     """
     for checkpoint in (a, b):
         require_whole(checkpoint, allow_part=allow_part)
-    ours, theirs, selected = _values(a, b)
+    ours, theirs, selected = _values(a, b, strict=strict)
     work = Work(progress)
     with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
         comparison = _Comparison(ours, theirs, work, tolerance)
@@ -100,11 +100,11 @@ def differ(
         )
 
 
-def _values(a: Checkpoint, b: Checkpoint) -> tuple[Mapping[str, object], Mapping[str, object], bool]:
+def _values(a: Checkpoint, b: Checkpoint, *, strict: bool) -> tuple[Mapping[str, object], Mapping[str, object], bool]:
     """What is compared of each, by name, and whether it is the weights of both.
 
     Raises:
-        SectionError: one of them has several; or neither has a tensor.
+        SectionError: one of them has several; or neither has a tensor, and nothing else counts.
     """
     has_weights = [checkpoint.origin.state_path is not None for checkpoint in (a, b)]
     if any(has_weights) and not all(has_weights):
@@ -118,8 +118,10 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[Mapping[str, object], Mapping
         checkpoint.state_dict.everything if has else named_tensors(checkpoint)
         for checkpoint, has in zip((a, b), has_weights, strict=True)
     ]
-    if not any(found):
-        raise SectionError(f"{a.origin.path} and {b.origin.path}: neither holds a tensor: there is nothing to compare")
+    if not any(found) and not strict:
+        raise SectionError(
+            f"{a.origin.path} and {b.origin.path}: neither holds a tensor: there is nothing to compare without --strict"
+        )
     return found[0], found[1], all(has_weights)
 
 

@@ -124,6 +124,8 @@ class Difference:
         """The verdict: ``"only fc changed; 120 of 122 tensors are bit-identical"``."""
         share = f"{self.unchanged:,} of {count_of(self.tensors, 'tensor')} {'is' if self.tensors == 1 else 'are'}"
         everything = f"all {count_of(self.unchanged, 'tensor')} are bit-identical"
+        if not self.tensors:
+            everything = "neither holds a tensor"
         if self.equal:
             within = f"{share} bit-identical, the others are within tolerance"
             told = within if self.within_tolerance else everything

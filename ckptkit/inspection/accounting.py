@@ -42,7 +42,7 @@ def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
         if total is None:
             total = sums[row.section] = Totals()
         total.tensors += 1
-        entry = row.entry
+        entry = row.tensor
         if id(entry.storage) in several and row.nbytes:
             key = (row.section, entry.view)
             if key in counted:
@@ -90,7 +90,7 @@ def storage_document(listing: Listing) -> dict[str, int]:
     views: dict[int, set[tuple[object, ...]]] = {}
     unique = tied = 0
     for row in listing.rows:
-        entry = row.entry
+        entry = row.tensor
         key = id(entry.storage)
         storages[key] = entry.storage
         if row.tied_to is not None:

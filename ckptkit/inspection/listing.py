@@ -8,25 +8,31 @@ rows have in common they share.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, NamedTuple
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, contiguous_stride, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import join
 from ckptkit.normalize.tensors import Found, every_tensor
-from ckptkit.pickling.inert import Object, walk
+from ckptkit.pickling.arrays import layout_of
+from ckptkit.pickling.inert import Object
 
-__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "storage_names", "wanted"]
+__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "storage_names", "wanted"]
 
 
 class TensorRow(NamedTuple):
-    """One tensor, under one name; the fields are those of the inspect document."""
+    """One tensor, under one name; the fields are those of the inspect document.
+
+    Attributes:
+        entry: the tensor; ``None``: it is an array of numpy's.
+        form: ``"storage"`` or ``"numpy"``: it stands in the file as that; ``None``: as a tensor.
+    """
 
     section: str | None
     name: str
@@ -39,8 +45,14 @@ class TensorRow(NamedTuple):
     role: Role
     role_inferred: bool
     tied_to: str | None
-    entry: TensorEntry
+    entry: TensorEntry | None
+    form: str | None = None
     stats: dict[str, Any] | None = None
+
+    @property
+    def tensor(self) -> TensorEntry:
+        """The tensor of a row of `Listing.rows`."""
+        return self.entry  # type: ignore[return-value]  # arrays are not among these
 
     @property
     def path(self) -> str:
@@ -67,19 +79,23 @@ class TensorRow(NamedTuple):
             "role_inferred": self.role_inferred,
             "tied_to": self.tied_to,
         }
+        if self.form is not None:
+            document["form"] = self.form
         if self.stats is not None:
             document["stats"] = self.stats
         return document
 
     def to_json(self) -> str:
         """The JSON text of `to_dict`, several times faster than through it."""
-        (section, name, dtype, shape, stride, nbytes, location, storage, role, inferred, tied_to, _, stats) = self
+        (section, name, dtype, shape, stride, nbytes, location, storage, role, inferred, tied_to, _, form, stats) = self
         text = (
             f'{{"section": {_nullable(section)}, "name": {quoted(name)}, "dtype": "{dtype}", "shape": {[*shape]}, '
             f'"stride": {[*stride]}, "nbytes": {nbytes}, "location": {quoted(location)}, "storage": {quoted(storage)}, '
             f'"role": "{role}", "role_inferred": {"true" if inferred else "false"}, '
             f'"tied_to": {_nullable(tied_to)}'
         )
+        if form is not None:
+            text += f', "form": "{form}"'
         if stats is None:
             return text + "}"
         import json
@@ -151,23 +167,40 @@ def list_tensors(checkpoint: Checkpoint) -> Listing:
         rows.append(
             make(
                 (section, name, dtype, shape, entry.stride, math.prod(shape) * sized[dtype], storage.location,
-                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None)
+                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None)
             )
         )  # fmt: skip
     return Listing(rows, others, several)
 
 
+def other_rows(listing: Listing) -> Iterator[TensorRow]:
+    """The rows of storages that stand by themselves, and of numpy's arrays that are more than a number."""
+    for section, name, node, _ in listing.others:
+        if isinstance(node, Storage):
+            dtype = node.dtype or "uint8"
+            size = node.nbytes // DTYPES[dtype].itemsize
+            entry = TensorEntry(storage=node, storage_offset=0, shape=(size,), stride=(1,), dtype=dtype)
+            yield TensorRow(
+                section, name, dtype, entry.shape, entry.stride, node.nbytes, node.location, node.key, "unknown", False,
+                None, entry, "storage",
+            )  # fmt: skip
+        elif isinstance(node, Object) and (layout := layout_of(node)) is not None:
+            stride = contiguous_stride(layout.shape[:: -1 if layout.is_fortran else 1])
+            nbytes = math.prod(layout.shape) * DTYPES[layout.dtype].itemsize
+            yield TensorRow(
+                section, name, layout.dtype, layout.shape, stride[:: -1 if layout.is_fortran else 1], nbytes, "cpu", "",
+                "unknown", False, None, None, "numpy",
+            )  # fmt: skip
+
+
 def storage_names(checkpoint: Checkpoint) -> dict[int, str]:
     """What the storages of a checkpoint are called in a message, by ``id``: after the first tensor that views each."""
     names: dict[int, str] = {}
-    for row in list_tensors(checkpoint).rows:
-        storage = row.entry.storage
-        place = f" of {row.section!r:.200}" if row.section else ""
-        names.setdefault(id(storage.original or storage), f"tensor {row.name!r:.200}{place}")
-    for name, value in checkpoint.state_dict.extra.items():  # a quantized tensor is made of its storage
-        for node in walk(value):
-            if isinstance(node, Storage):
-                names.setdefault(id(node.original or node), f"tensor {name!r:.200}")
+    for section, name, node, _ in every_tensor(checkpoint):
+        storage = node.storage if isinstance(node, TensorEntry) else node
+        if isinstance(storage, Storage):  # of a quantized tensor, say
+            place = f" of {section!r:.200}" if section else ""
+            names.setdefault(id(storage.original or storage), f"tensor {name!r:.200}{place}")
     return names
 
 

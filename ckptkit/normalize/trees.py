@@ -472,7 +472,7 @@ def plain_bytes(node: object) -> bytes:
         return b"i%x" % node
     if isinstance(node, float):
         return b"f" + struct.pack(">d", node)
-    return (b"b" if isinstance(node, bytes) else b"a") + bytes(node)
+    return (b"b" if isinstance(node, bytes) else b"a") + node  # type: ignore[operator]
 
 
 def _is_ordered(pairs: list[tuple[object, object]]) -> bool:

@@ -58,12 +58,12 @@ def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tupl
     listing = list_tensors(checkpoint)
     selected = checkpoint.origin.state_path
     for row in listing.rows:
-        if id(row.entry) not in known:
-            known.add(id(row.entry))
-            is_parameter = own.get(id(row.entry), row.role == "parameter")
+        if id(row.tensor) not in known:
+            known.add(id(row.tensor))
+            is_parameter = own.get(id(row.tensor), row.role == "parameter")
             yield Beside(
                 name=row.path,
-                entry=row.entry,
+                entry=row.tensor,
                 is_parameter=is_parameter,
             )
     for found, array in listing.arrays:
