@@ -56,9 +56,10 @@ class TreeComparison:
         weights = list(pairs)
         compared = {(id(x), id(y)) for _, x, y in weights}
         is_alone = not (a.origin.has_pickle and b.origin.has_pickle)
-        rule = SameContent(flags=not is_alone)
+        flags = not is_alone and (a.module is None) is (b.module is None)
+        rule = SameContent(flags=flags)
         place = Place().below(b.origin.state_path) if b.origin.state_path else Place()
-        hanging = [(place.below(name), x, y) for name, x, y in weights if _may_differ(x, y, flags=not is_alone)]
+        hanging = [(place.below(name), x, y) for name, x, y in weights if _may_differ(x, y, flags=flags)]
         self._found: list[tuple[Met, Pair | None]] = []
         self._count = 0
         self._take(side_by_side(hanging, rule), compared)
@@ -125,19 +126,20 @@ def _may_differ(a: TensorEntry, b: TensorEntry, *, flags: bool) -> bool:
 def _whole(a: Checkpoint, b: Checkpoint, rule: SameContent, *, is_alone: bool) -> Iterator[Met]:
     """Everything beside the weights, and around them."""
     has_weights = a.origin.state_path is not None and b.origin.state_path is not None
+    one_module = (a.module is None) is not (b.module is None)
     if not has_weights:
         yield from side_by_side([(Place(), a.rest, b.rest)], rule, (_lowered(a), _lowered(b)))
-    elif not is_alone:
-        one_module = (a.module is None) is not (b.module is None)
+    elif not is_alone and (a.rest is STATE_DICT) is (b.rest is STATE_DICT):
         around = [(c.module or STATE_DICT) if one_module or c.module is not None else _shell(c) for c in (a, b)]
         yield from side_by_side([(Place(), a.rest, b.rest)], rule, (around[0], around[1]))
         yield from side_by_side([(Place().below("(discarded)"), _discarded(a), _discarded(b))], rule)
     else:
-        if (a.module is None) is not (b.module is None):
-            yield Met(Place(), a.module or STATE_DICT, b.module or STATE_DICT)
-        for place, node in _beside(a.rest, Place()):
+        # One is no more than weights: what the other is, and has beside them.
+        if one_module or not is_alone:
+            yield Met(Place(), *(c.module or c.rest for c in (a, b)))
+        for place, node in () if a.origin.is_program else _beside(a.rest, Place()):
             yield Met(place, node, ABSENT)
-        for place, node in _beside(b.rest, Place()):
+        for place, node in () if b.origin.is_program else _beside(b.rest, Place()):
             yield Met(place, ABSENT, node)
 
 

@@ -133,6 +133,9 @@ def side_by_side(
             if not _same_scalar(a, b):
                 yield Met(place, a, b)
             continue
+        if (a is STATE_DICT) is not (b is STATE_DICT):
+            yield Met(place, a, b)
+            continue
         known = rule.met(a, b)
         if known is not None:
             if not known:
