@@ -8,7 +8,8 @@ Decided by shape, never by a file's name:
   half are tensors.  What other values hold tensors must be no weights of their own: else it is a
   file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
-  parameter (losses, metrics, random states) is none, unless a customary key says so.
+  parameter (losses, metrics, random states), or that has the names of a data set (a graph of PyG), is none, unless a
+  customary key says so.
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
   whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - what else holds tensors is a *tensor* or a *collection*
@@ -32,6 +33,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import bound_method, module_state, walk_module
 from ckptkit.normalize.shapes import (
     CUSTOMARY_KEYS,
+    DATA_NAMES,
     are_moments,
     is_optimizer,
     is_substantial,
@@ -198,7 +200,8 @@ class Survey:
             return "whole_model"
         pairs = named_values(node)
         if pairs is not None and self._is_state_dict(pairs) and not self._holds_more(node):
-            if not any(is_substantial(value) for _, value in pairs):
+            data = all(isinstance(key, str) and key.lower() in DATA_NAMES for key, _ in pairs)
+            if data or not any(is_substantial(value) for _, value in pairs):
                 self._slight.add(id(node))
             return "state_dict"
         if not self._has_tensor(node):

@@ -23,10 +23,11 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE_MARKS, module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, state_values, step
+from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
 from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell
 
-__all__ = ["Found", "every_tensor"]
+__all__ = ["Found", "every_tensor", "other_weights"]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -80,10 +81,31 @@ def every_tensor(checkpoint: Checkpoint, *, plain: bool = True) -> Iterator[Foun
     own = _Own(state_dict.everything.values())
     yield from found.values(selected, others, own)
     outside = _Place(None, (None, selected, 1) if selected else None, 0, None, own)
-    yield from found.below(outside, mapping_shell(state_dict.container))
-    if not checkpoint.operations:  # else its tensors are those before
-        yield from found.below(outside, checkpoint.module)
+    if state_dict.is_module:
+        yield from found.below(outside, state_dict.container)
+    else:
+        yield from found.below(outside, mapping_shell(state_dict.container))
+        if not checkpoint.operations:  # else it is not written, and its tensors are those before
+            yield from found.below(outside, checkpoint.module)
     yield from found.below(_Place("" if "" in kinds else None, None, 0, "", None), checkpoint.rest)
+
+
+def other_weights(checkpoint: Checkpoint, found: Iterable[Found]) -> dict[str, list[Found]]:
+    """The sections of weights beside the selected ones that are no copies of them, with their own tensors.
+
+    A model may be in two parts: a network and its ``generator``, ``likelihood`` or queue.
+
+    Args:
+        checkpoint: the file.
+        found: what `every_tensor` finds in it, but for the plain tensors of the state_dict, which make no difference.
+    """
+    weights = {section.path for section in checkpoint.sections if section.is_weights and not section.selected}
+    names: dict[str, list[Found]] = {}
+    for each in found if weights and checkpoint.state_dict.everything else ():
+        if each.is_own and each.section is not None and each.section in weights:
+            names.setdefault(each.section, []).append(each)
+    own = checkpoint.state_dict.everything
+    return {path: inside for path, inside in names.items() if not is_copy((each.name for each in inside), own)}
 
 
 class _Own:

@@ -28,7 +28,7 @@ def with_leaves(
     """
     mapped = TreeMap(leaf)
     state_dict = checkpoint.state_dict.with_values(mapped)
-    shell, rest = mapped(mapping_shell(state_dict.container)), mapped(checkpoint.rest)
+    shell, rest = mapped(_hanging(state_dict)), mapped(checkpoint.rest)
     made = mapped(checkpoint.module) if module else checkpoint.module
     if change is not None:
         others = [value for value in state_dict.everything.values() if not is_plain(value)]
@@ -36,7 +36,9 @@ def with_leaves(
             if isinstance(node, Object):
                 change(node)
     if shell is not None:
-        state_dict = StateDict(state_dict.everything, versions=state_dict.versions, container=shell)
+        state_dict = StateDict(
+            state_dict.everything, versions=state_dict.versions, container=shell, is_module=state_dict.is_module
+        )
     return checkpoint.replace(state_dict=state_dict, rest=rest, module=made)
 
 
@@ -47,7 +49,12 @@ def nodes(checkpoint: Checkpoint) -> Iterator[object]:
     yield from walk(
         [
             [value for value in values if not is_plain(value)],
-            mapping_shell(checkpoint.state_dict.container),
+            _hanging(checkpoint.state_dict),
             checkpoint.rest,
         ]
     )
+
+
+def _hanging(state_dict: StateDict) -> object:
+    """What is written around the values: the module they are of, or what hangs on their mapping."""
+    return state_dict.container if state_dict.is_module else mapping_shell(state_dict.container)
