@@ -172,21 +172,29 @@ def tree_digest(root: object, values: Values, weights: object = STATE_DICT, *, f
     waiting: list[object] = []
     stack: list[tuple[object, Iterator[object]]] = []
 
-    def enter(node: object) -> None:
+    def enter(node: object) -> bool:
+        """Whether there is something below the node; else it is digested."""
+        row = _row(weights if node is STATE_DICT else node, values, flags)
+        below = [part for part in row if not isinstance(part, bytes)]
+        if not below:
+            _digest_group(node, {id(node)}, {id(node): row}, done)
+            return False
         order[id(node)] = lowest[id(node)] = len(order)
-        row = rows[id(node)] = _row(weights if node is STATE_DICT else node, values, flags)
+        rows[id(node)] = row
         waiting.append(node)
-        stack.append((node, (part for part in row if not isinstance(part, bytes))))
+        stack.append((node, iter(below)))
+        return True
 
-    enter([root])
+    enter(([root],))
     while True:  # Tarjan's search for nodes that lead to each other
         node, rest = stack[-1]
         for part in rest:
             if id(part) in done:
                 continue
             if id(part) not in order:
-                enter(part)
-                break
+                if enter(part):
+                    break
+                continue
             lowest[id(node)] = min(lowest[id(node)], order[id(part)])
         else:
             stack.pop()
@@ -230,8 +238,10 @@ def _row(node: object, values: Values, flags: bool) -> list[object]:
     pairs: list[tuple[object, object]] = []
     if isinstance(node, TensorEntry):
         told_flags = [getattr(node, name) for name in FLAGS] if flags else []
-        kind = f"tensor {node.dtype} {[*node.shape]} {told_flags} {values(node)}"
-        parts = [node.subclass, node.attributes, *effects_of(node)]
+        hanging = (node.subclass, node.attributes)
+        there = [part is not None for part in hanging]
+        kind = f"tensor {node.dtype} {[*node.shape]} {told_flags} {values(node)} {there}"
+        parts = [*(part for part in hanging if part is not None), *effects_of(node)]
     elif isinstance(node, Storage):
         kind, parts = f"storage {node.dtype} {node.nbytes} {node.byteorder} {values(node)}", []
     else:

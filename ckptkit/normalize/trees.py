@@ -204,38 +204,45 @@ class Identical:
         if isinstance(a, Storage) and isinstance(b, Storage):
             same = (a.dtype, a.nbytes, a.location) == (b.dtype, b.nbytes, b.location)
             return [Met(place, a, b, "bytes" if same else "differs")], []
-        parts, others = ([*_exact_parts(node), *((_HERE, call) for call in effects_of(node))] for node in (a, b))
+        parts, others = _exact_parts(a), _exact_parts(b)
         if type(a) is not type(b) or len(parts) != len(others):
             return [Met(place, a, b)], []
-        return [], [(place.below(at), x, y) for (at, x), (_, y) in zip(parts, others, strict=True)]
+        if isinstance(a, TensorEntry) and isinstance(b, TensorEntry) and _geometry(a) != _geometry(b):
+            return [Met(place, a, b)], []
+        pairs = zip(parts, others, strict=True)
+        return [], [(place.below(at), x, y) for (at, x), (_, y) in pairs if type(x) is not str or x != y]
+
+
+def _geometry(entry: TensorEntry) -> tuple[object, ...]:
+    flags = entry.requires_grad, entry.is_parameter, entry.is_conj, entry.is_neg
+    return entry.dtype, entry.storage_offset, entry.shape, entry.stride, flags
 
 
 def _exact_parts(node: object) -> list[tuple[object, object]]:
     """Everything that makes up a node, one level deep, each part with its label."""
-
-    def of_pairs(pairs: list[tuple[object, object]]) -> list[tuple[object, object]]:
-        return [(key, part) for key, value in pairs for part in (key, value)]
-
+    parts: list[tuple[object, object]] = []
+    pairs: list[tuple[object, object]] = []
     if isinstance(node, TensorEntry):
-        scalars = (
-            node.storage_offset, node.dtype, node.requires_grad, node.is_parameter, node.is_conj, node.is_neg
-        )  # fmt: skip
-        inner = (*scalars, node.shape, node.stride, node.subclass, node.attributes, node.storage)
-        return [(_HERE, part) for part in inner]
-    if isinstance(node, (list, tuple)):
+        parts = [(_HERE, node.storage)]
+        if node.subclass is not None or node.attributes is not None:
+            parts += [(_HERE, node.subclass), (_HERE, node.attributes)]
+    elif isinstance(node, (list, tuple)):
         return list(enumerate(node))
-    if isinstance(node, InertDict):
-        return of_pairs(node.pairs)
-    if isinstance(node, Object):
-        filled = [(_HERE, part) for part in (node.how, node.cls, node.args, node.kwargs, node.state)]
-        return [*filled, *enumerate(node.items), *of_pairs(node.pairs)]
-    if isinstance(node, InertSet):
-        return [(_HERE, part) for part in (node.frozen, *node.members)]
-    if isinstance(node, Global):
-        return [(_HERE, node.module), (_HERE, node.name)]
-    if isinstance(node, PersistentId):
-        return [(_HERE, node.pid)]
-    return []
+    elif isinstance(node, InertDict):
+        pairs = node.pairs
+    elif isinstance(node, Object):
+        parts = [(_HERE, part) for part in (node.how, node.cls, node.args, node.kwargs, node.state)]
+        parts += enumerate(node.items)
+        pairs = node.pairs
+    elif isinstance(node, InertSet):
+        parts = [(_HERE, part) for part in (node.frozen, *node.members)]
+    elif isinstance(node, Global):
+        parts = [(_HERE, node.module), (_HERE, node.name)]
+    elif isinstance(node, PersistentId):
+        parts = [(_HERE, node.pid)]
+    parts += [(key, part) for key, value in pairs for part in (key, value)]
+    parts += [(_HERE, call) for call in effects_of(node)]
+    return parts
 
 
 class SameContent:

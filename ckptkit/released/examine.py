@@ -202,10 +202,11 @@ def examine(
                 replace(line, tree=tree_digest(value, tell, flags=False))
                 for line, (_, value) in zip(former, weights.others, strict=True)
             ]
+            content = content_digest([*lines, *now])
             found = replace(
                 found,
-                content_digest=content_digest([*lines, *now]),
-                former_digest=content_digest([*lines, *former]),
+                content_digest=content,
+                former_digest=content_digest([*lines, *former]) if former else content,
                 whole_digest=whole_digest(checkpoint, tell) if whole else None,
             )
         unseen = tuple(name for name, value in weights.others if values and is_opaque(value))
