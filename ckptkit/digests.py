@@ -18,8 +18,9 @@ Version 1, exactly, so that anybody can compute it with a SHA-256 and a JSON wri
   too, at its place in the order, with its kind in place of a dtype and the tensors it consists of in place of
   sizes: ``[name,kind,[[dtype,[sizes],digest],…],tree]``.  The kind is the qualified name of its class, or of the
   function that makes it, or Python's name of a plain type; the tree is the digest of all that the value is made of,
-  as in a whole digest: scales, zero points, axes, sizes, numbers and text.  Where there is such a value the first line
-  is ``ckptkit-content-2``.  Version 1 had ``null`` for each tree; lock files that have it still hold.
+  as in a whole digest: scales, zero points, axes, sizes, numbers and text.  A tensor of a class of its own that has
+  attributes has their tree as a fifth value in its line.  Where there is a tree the first line is
+  ``ckptkit-content-2``.  Version 1 had ``null`` for each tree, and no fifth value; lock files that have it still hold.
 
 Order, wrappers, container, devices, strides, ties, requires_grad, module versions, metadata and everything beside the
 weights have no part in it.  A file without any tensor has no content digest.
@@ -79,7 +80,8 @@ class Line:
         shape: the tensor's sizes; ``None``: it is not a plain tensor.
         digest: the tensor's; ``None``: it is none.
         parts: dtype, shape and digest of each tensor in a value that is none itself.
-        tree: the digest of all that such a value is made of; ``None``: as in version 1.
+        tree: the digest of all that such a value is made of, or of what hangs on a tensor of a class of its own;
+            ``None``: it is plain, or the line is one of version 1.
     """
 
     name: str
@@ -119,7 +121,8 @@ def content_digest(lines: Iterable[Line]) -> str | None:
     digest = hashlib.sha256(_WITH_TREES if any(line.tree is not None for line in ordered) else _FIRST)
     for line in ordered:
         middle = line.parts if line.shape is None else line.shape
-        digest.update(_json([line.name, line.kind, middle, line.digest or line.tree]))
+        told_digests = [line.tree] if line.digest is None else [line.digest, line.tree][: 1 + (line.tree is not None)]
+        digest.update(_json([line.name, line.kind, middle, *told_digests]))
     return told(digest.digest())
 
 

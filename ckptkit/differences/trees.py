@@ -136,7 +136,7 @@ def _whole(a: Checkpoint, b: Checkpoint, rule: SameContent, *, is_alone: bool) -
     else:
         # One is no more than weights: what the other is, and has beside them.
         if one_module or not is_alone:
-            yield Met(Place(), *(c.module or c.rest for c in (a, b)))
+            yield Met(Place(), a.module or a.rest, b.module or b.rest)
         for place, node in () if a.origin.is_program else _beside(a.rest, Place()):
             yield Met(place, node, ABSENT)
         for place, node in () if b.origin.is_program else _beside(b.rest, Place()):

@@ -25,6 +25,7 @@ from typing import Final, NamedTuple, Protocol
 from ckptkit.checkpoint import STATE_DICT, Storage, TensorEntry
 from ckptkit.normalize.sections import brief, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId, mapping_items
+from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
     "FLAGS",
@@ -60,10 +61,14 @@ class Place(NamedTuple):
     above: Place | None = None
     label: object = _HERE
     steps: int = 0
+    in_tensor: bool = False
+    """Whether it is in what a tensor is made of that is not a plain one."""
 
     def below(self, label: object) -> Place:
         """The place of a part."""
-        return self if label is _HERE or self.steps >= _MAX_STEPS else Place(self, label, self.steps + 1)
+        if label is _HERE or self.steps >= _MAX_STEPS:
+            return self
+        return Place(self, label, self.steps + 1, self.in_tensor)
 
     def __str__(self) -> str:
         labels = []
@@ -97,7 +102,12 @@ class Met(NamedTuple):
     def is_tensor(self) -> bool:
         """Whether values of tensors differ, or may: not where one file has nothing."""
         tensors = [isinstance(node, (TensorEntry, Storage)) for node in (self.a, self.b)]
-        return any(tensors) and self.a is not ABSENT and self.b is not ABSENT and self.how != "order"
+        return (
+            (any(tensors) or self.place.in_tensor)
+            and self.a is not ABSENT
+            and self.b is not ABSENT
+            and self.how != "order"
+        )
 
 
 _Pairs = list[tuple[Place, object, object]]
@@ -294,6 +304,8 @@ class SameContent:
             pairs = enumerate(zip(a, b, strict=False))
             below = [(place.below(at), x, y) for at, (x, y) in pairs if not _is_same_scalar(x, y)]
             return [Met(place, a, b)] * (len(a) != len(b)), below
+        if not place.in_tensor and is_tensor_like(a) and is_tensor_like(b):
+            place = place._replace(in_tensor=True)
         ours, theirs = _form(a), _form(b)
         found = [] if ours.kind == theirs.kind else [Met(place, a, b)]
         if found and not ours.may_be(theirs):

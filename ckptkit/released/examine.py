@@ -27,7 +27,8 @@ from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.arrays import Array
-from ckptkit.pickling.inert import mapping_shell, walk
+from ckptkit.pickling.inert import InertDict, Object, mapping_shell, walk
+from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.released.reading import Reading, read_through
 from ckptkit.released.values import Beside, is_opaque, values_beside
 from ckptkit.report import Finding
@@ -36,6 +37,9 @@ from ckptkit.transfer.checksums import damage_text
 from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["Examined", "ShardFact", "TensorFact", "examine", "examine_all", "over_the_cores", "size_of"]
+
+_NOT_PLAIN = "(not plain tensors)"
+"""Name of all values that are not plain tensors, in a file without selected weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +91,7 @@ class Examined:
         former_digest: the same in version 1.
         whole_digest: of everything in the file; ``None``: not asked for, or it has none.
         tensors: those of the weights, sorted by name; of a file without selected weights, all.
-        others: names of the weights' values that are not plain tensors, sorted.
+        others: names of the weights' values that are not plain tensors, or have attributes of their own, sorted.
         globals: every Python name in its pickles.
         unvouched: its parts that are code, or could not be looked into.
         has_pickle: whether it has any.
@@ -172,6 +176,7 @@ def examine(
         inner = {name: _tensors_in(value) for name, value in weights.others}
         entries = [entry for _, entry, _ in weights.tensors]
         every = [*entries, *(_as_entry(node) for part in inner.values() for node in part)]
+        every += [_as_entry(node) for node in _tensors_in(list(weights.hanging.values()))]
         if whole:
             every += [_as_entry(node) for node in _tensors_in(_everything(checkpoint))]
         plain = {id(entry) for entry in entries}
@@ -192,21 +197,21 @@ def examine(
         facts = [_fact(name, entry, is_parameter, reading) for name, entry, is_parameter in weights.tensors]
         found = _examined(checkpoint, file, path, reading, facts, weights, storages)
         if digest:
+            tell = partial(_digest_of, reading=reading)
+            trees = {name: tree_digest(value, tell, flags=False) for name, value in weights.others}
+            trees |= {name: tree_digest(hanging, tell, flags=False) for name, hanging in weights.hanging.items()}
             lines = [Line(name=fact.name, kind=fact.dtype, shape=fact.shape, digest=fact.digest) for fact in facts]
-            former = [
+            lines += [
                 Line(name=name, kind=kind_of(value), parts=tuple(_parts(inner[name], reading)))
                 for name, value in weights.others
             ]
-            tell = partial(_digest_of, reading=reading)
-            now = [
-                replace(line, tree=tree_digest(value, tell, flags=False))
-                for line, (_, value) in zip(former, weights.others, strict=True)
-            ]
-            content = content_digest([*lines, *now])
+            content = content_digest(
+                replace(line, tree=trees[line.name]) if line.name in trees else line for line in lines
+            )
             found = replace(
                 found,
                 content_digest=content,
-                former_digest=content_digest([*lines, *former]) if former else content,
+                former_digest=content_digest(line for line in lines if line.name != _NOT_PLAIN) if trees else content,
                 whole_digest=whole_digest(checkpoint, tell) if whole else None,
             )
         unseen = tuple(name for name, value in weights.others if values and is_opaque(value))
@@ -283,6 +288,16 @@ class _Weights:
     others: list[tuple[str, object]]
     names: list[str]
 
+    @property
+    def hanging(self) -> dict[str, object]:
+        """Class and attributes of the tensors of classes of their own that have any, by name."""
+        classes = ((name, entry) for name, entry, _ in self.tensors if entry.subclass is not None)
+        return {name: (entry.subclass, entry.attributes) for name, entry in classes if not _is_empty(entry.attributes)}
+
+
+def _is_empty(node: object) -> bool:
+    return node is None or (isinstance(node, (InertDict, tuple)) and len(node) == 0)
+
 
 def _weights(checkpoint: Checkpoint) -> _Weights:
     state = checkpoint.state_dict
@@ -312,7 +327,9 @@ def _all_tensors(checkpoint: Checkpoint) -> _Weights:
         times[name] += 1
         unique = name if times[name] == 1 else f"{name}#{times[name]}"
         tensors.append((unique, row.tensor, None if row.role == "unknown" else row.role == "parameter"))
-    return _Weights(sorted(tensors, key=lambda item: item[0]), [], [row.name for row in rows])
+    values = [node for node in walk(checkpoint.rest) if isinstance(node, Object) and is_tensor_like(node)]
+    others: list[tuple[str, object]] = [(_NOT_PLAIN, values)] if values else []
+    return _Weights(sorted(tensors, key=lambda item: item[0]), others, [row.name for row in rows])
 
 
 def _tensors_in(value: object) -> list[TensorEntry | Storage]:
@@ -397,7 +414,7 @@ def _examined(
         trust=checkpoint.trust,
         content_digest=None,
         tensors=tuple(facts),
-        others=tuple(name for name, _ in weights.others),
+        others=tuple(sorted([*(name for name, _ in weights.others), *weights.hanging])),
         globals=checkpoint.globals,
         unvouched=checkpoint.unvouched,
         has_pickle=origin.has_pickle,

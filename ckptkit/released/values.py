@@ -53,8 +53,8 @@ def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tupl
         floats = [part for node in walk([value]) for part in children(node) if isinstance(part, float)]
         if floats:  # scales of quantized tensors, extra state
             is_parameter = isinstance(value, Object) and is_global(value.cls, "torch._utils", "_rebuild_qtensor")
-            array = Array("float64", struct.pack(f"<{len(floats)}d", *floats))
-            yield Beside(name=name, array=array, is_parameter=is_parameter)
+            numbers = Array("float64", struct.pack(f"<{len(floats)}d", *floats))
+            yield Beside(name=name, array=numbers, is_parameter=is_parameter)
     listing = list_tensors(checkpoint)
     selected = checkpoint.origin.state_path
     for row in listing.rows:

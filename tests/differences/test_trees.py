@@ -318,6 +318,9 @@ def test_without_strict_tensors_count_and_nothing_else(diff: Callable[..., ckptk
     assert [tuple(row.values()) for row in moved.tree] == [("v.note", "tensor", "float32 [2]", "float32 [2]", 0.5)]
     assert moved.summary == "all 3 tensors are bit-identical; beside them v.note differs"
     assert diff(weights(on_tensor(torch.ones(2))), weights(on_tensor(torch.ones(2) * 1.5)), atol=0.6, strict=True).ok
+    for case in ("scale", "sparse size", "meta shape"):
+        a, b = (saved["v"] for saved in CASES[case][:2])  # type: ignore[index]
+        assert not diff(resumed(Thing(a=a)), resumed(Thing(a=b))).ok, case
     apart = diff(resumed(Thing(a=[torch.ones(2)])), resumed(Thing(a={"k": torch.ones(2)})))
     assert not apart.equal  # they stand in what cannot be compared
     assert diff(resumed(Thing(a=torch.ones(2))), resumed(Thing())).equal  # only one has it
