@@ -17,7 +17,7 @@ from ckptkit.differences.measuring import all_sums
 from ckptkit.differences.work import Pair, Work
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief
-from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side
+from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, effects_of, shown, side_by_side
 from ckptkit.pickling.inert import ABSENT, mapping_items, walk
 
 __all__ = ["TreeComparison", "ValueComparison"]
@@ -118,7 +118,7 @@ def _of_tensors(found: Iterable[Met]) -> Iterator[Met]:
 
 def _may_differ(a: TensorEntry, b: TensorEntry, *, flags: bool) -> bool:
     """Whether there is more to two tensors than their values."""
-    if a.subclass is not None or b.subclass is not None or a.attributes is not None or b.attributes is not None:
+    if any(entry.subclass is not None or entry.attributes is not None or effects_of(entry) for entry in (a, b)):
         return True
     return flags and any(getattr(a, name) is not getattr(b, name) for name in FLAGS)
 
@@ -137,9 +137,9 @@ def _whole(a: Checkpoint, b: Checkpoint, rule: SameContent, *, is_alone: bool) -
         # One is no more than weights: what the other is, and has beside them.
         if one_module or not is_alone:
             yield Met(Place(), a.module or a.rest, b.module or b.rest)
-        for place, node in () if a.origin.is_program else _beside(a.rest, Place()):
+        for place, node in () if a.origin.is_program else _beside(a.rest):
             yield Met(place, node, ABSENT)
-        for place, node in () if b.origin.is_program else _beside(b.rest, Place()):
+        for place, node in () if b.origin.is_program else _beside(b.rest):
             yield Met(place, ABSENT, node)
 
 
@@ -158,16 +158,18 @@ def _discarded(checkpoint: Checkpoint) -> tuple[object, ...]:
     return tuple(getattr(checkpoint, "discarded", ()))
 
 
-def _beside(node: object, place: Place) -> Iterator[tuple[Place, object]]:
+def _beside(root: object) -> Iterator[tuple[Place, object]]:
     """What stands in a tree beside the way to the weights."""
-    if node is STATE_DICT:
-        return
-    pairs = mapping_items(node)
-    if pairs is None or not any(part is STATE_DICT for part in walk(node)):
-        yield place, node
-        return
-    for key, value in pairs:
-        yield from _beside(value, place.below(key))
+    seen: set[int] = set()
+    stack = [(Place(), root)]
+    while stack:
+        place, node = stack.pop()
+        pairs = mapping_items(node)
+        if pairs is None or id(node) in seen or not any(part is STATE_DICT for part in walk(node)):
+            yield from [(place, node)] * (node is not STATE_DICT and id(node) not in seen)
+            continue
+        seen.add(id(node))
+        stack.extend((place.below(key), value) for key, value in reversed(pairs))
 
 
 def _tensors(met: Met) -> tuple[TensorEntry, TensorEntry]:

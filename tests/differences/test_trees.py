@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -302,6 +303,9 @@ def test_containers_of_weights_alone(tmp_path: Path) -> None:
     assert against({"ckpt": {"state_dict": weights}}) == (True, set())
     assert against({"ckpt": {"state_dict": weights, "epoch": 3}, "args": Thing(a=1)}) == (False, {"ckpt.epoch", "args"})
     assert against(model, "m.safetensors") == (False, {""})
+    itself: dict[str, object] = {"model": weights, "epoch": 3}
+    itself["again"] = itself
+    assert against(itself) == (False, {"epoch"})
     for value in (1, 2):
         safetensors.torch.save_file(weights, tmp_path / f"{value}.safetensors", metadata={"k": str(value)})
     assert whole(tmp_path / "1.safetensors") != whole(tmp_path / "2.safetensors")
@@ -402,6 +406,36 @@ def test_keys_that_cannot_be_compared() -> None:
     assert is_same(InertDict([("a", 1), ("a", 2)]), InertDict([("a", 2)]))  # the last counts, as in Python
     assert is_same(InertSet([1, "a"]), InertSet(["a", 1]))
     assert not is_same(InertSet([1]), InertSet([True]))
+
+
+def grown(random: Random, changed: int) -> list[object]:
+    """A tree with shared nodes and cycles; one number in it is another where `changed` is its place."""
+    nodes: list[Any] = [[]]
+    for number in range(30):
+        leaf = number % 3 if number != changed else 9
+        kind = random.randrange(5)
+        inner = [random.choice(nodes) for _ in range(random.randrange(3))]
+        keys = random.sample("abcde", 2)
+        made: Any = [leaf, *inner]
+        if kind == 1:
+            made = tuple(made)
+        elif kind == 2:
+            made = InertDict([(keys[0], leaf), (keys[1], inner)])
+        elif kind == 3:
+            made = Object("newobj", Global("m", "C"), tuple(inner))
+            made.state = InertDict([("a", leaf)])
+        nodes.append(made)
+        if kind == 0 and random.random() < 0.2:
+            made.append(nodes[0])
+        if isinstance(nodes[0], list):
+            nodes[0].append(made)
+    return nodes[0]
+
+
+def test_trees_at_random() -> None:
+    for seed in range(60):
+        assert is_same(grown(Random(seed), -1), grown(Random(seed), -1))
+        assert not is_same(grown(Random(seed), -1), grown(Random(seed), seed % 30))
 
 
 def test_texts_that_run_into_each_other() -> None:
