@@ -307,11 +307,9 @@ class SameContent:
         if not place.in_tensor and is_tensor_like(a) and is_tensor_like(b):
             place = place._replace(in_tensor=True)
         ours, theirs = _form(a), _form(b)
-        found = [] if ours.kind == theirs.kind else [Met(place, a, b)]
-        if found and not ours.may_be(theirs):
+        found = [] if ours.kind == theirs.kind and len(ours.parts) == len(theirs.parts) else [Met(place, a, b)]
+        if ours.kind != theirs.kind and not ours.may_be(theirs):
             return [Met(place, a, b, "kinds")], []
-        if len(ours.parts) != len(theirs.parts):
-            found = [Met(place, a, b)]
         below = [(place.below(at), x, y) for (at, x), (_, y) in zip(ours.parts, theirs.parts, strict=False)]
         self._mappings(place, (a, b), ours.pairs, theirs.pairs, found, below)
         return found, below
@@ -369,7 +367,10 @@ def effects_of(node: object) -> tuple[object, ...]:
 
 def _form(node: object) -> _Form:
     form, effects = _own_form(node), effects_of(node)
-    return form._replace(parts=[*form.parts, *((_HERE, call) for call in effects)]) if effects else form
+    if not effects:
+        return form
+    parts = [*form.parts, *((_HERE, call) for call in effects)]
+    return form._replace(kind=f"{form.kind} with {len(effects)}", parts=parts)
 
 
 def _own_form(node: object) -> _Form:
@@ -380,7 +381,7 @@ def _own_form(node: object) -> _Form:
     if isinstance(node, InertSet):
         return _set(node.frozen, node.members)
     if isinstance(node, Global):
-        return _Form(f"name {_name(node)}")
+        return _Form(f"name {_name(node, ':')}")
     if isinstance(node, PersistentId):
         return _Form("persistent id", [(_HERE, node.pid)])
     return _object(node) if isinstance(node, Object) else _Form(repr(node))
@@ -397,24 +398,35 @@ def _set(frozen: bool, members: Sequence[object]) -> _Form:
 def _object(node: Object) -> _Form:
     how, cls, args = node.how, node.cls, node.args
     name = _name(cls) if isinstance(cls, Global) else ""
-    if name == "copyreg._reconstructor" and len(args) == 3 and args[2] is None:  # protocols 0 and 1
-        how, cls, args = "newobj", args[0], ()
+    is_call = _is_call(node)
+    if name == "copyreg._reconstructor" and len(args) == 3 and _is_object(args[1]) and args[2] is None:
+        how, cls, args = "newobj", args[0], ()  # of protocols 0 and 1
     elif name == "copyreg.__newobj__" and args:
         how, cls, args = "newobj", args[0], args[1:]
-    elif name in ("builtins.set", "builtins.frozenset") and len(args) == 1 and isinstance(args[0], list):
+    elif is_call and name in ("builtins.set", "builtins.frozenset") and len(args) == 1 and isinstance(args[0], list):
         return _set(name.endswith("frozenset"), args[0])  # before protocol 4
-    elif name == "builtins.getattr" and (attribute := _attribute(node)):
+    elif is_call and name == "builtins.getattr" and (attribute := _attribute(node)):
         return _Form(f"name {attribute}")
-    elif (array := _array(node, name)) is not None:
+    elif (array := _array(node, name, is_call=is_call)) is not None:
         return array
-    name = _name(cls) if isinstance(cls, Global) else ""
     pairs = mapping_items(node)
-    if pairs is not None:
-        args = tuple(arg for arg in args if not isinstance(arg, (list, InertDict)))
+    if pairs is not None and args and isinstance(args[-1], (list, InertDict)):
+        args = args[:-1]  # it is among the pairs
     state = node.state if isinstance(node.state, tuple) and len(node.state) == 2 else (node.state,)
-    inner = (*(() if name else (cls,)), *args, node.kwargs, *state)
-    parts = [*((_HERE, part) for part in inner), *enumerate(node.items)]
-    return _Form(f"{how} {name}", parts, node.pairs if pairs is None else pairs)
+    inner = ([] if isinstance(cls, Global) else [cls], args, (node.kwargs,), state)
+    parts = [(_HERE, part) for each in inner for part in each]
+    name = _name(cls, ":") if isinstance(cls, Global) else "?"
+    kind = f"{how} {name} {[len(each) for each in inner]} {len(node.items)}"
+    return _Form(kind, [*parts, *enumerate(node.items)], node.pairs if pairs is None else pairs)
+
+
+def _is_call(node: Object) -> bool:
+    """Whether a node is what a call gives, and nothing was added to it."""
+    return node.state is ABSENT and not (node.items or node.pairs or node.kwargs or effects_of(node))
+
+
+def _is_object(node: object) -> bool:
+    return isinstance(node, Global) and _name(node) == "builtins.object"
 
 
 def _meant(node: object) -> object:
@@ -422,42 +434,44 @@ def _meant(node: object) -> object:
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in ("bytes", "bytearray"):
         return node
     made = {"builtins.bytes": bytes, "builtins.bytearray": bytearray}.get(_name(node.cls))
-    text = node.args[0] if node.args else b""
-    if isinstance(text, str) and node.args[1:] == ("latin-1",) and max(text, default="") <= "\xff":
-        text = text.encode("latin-1")
-    return made(text) if made is not None and isinstance(text, bytes) and node.state is ABSENT else node
+    text, *encoding = node.args or (b"",)
+    if isinstance(text, str) and encoding == ["latin-1"] and max(text, default="") <= "\xff":
+        text, encoding = text.encode("latin-1"), []
+    is_plain = made is not None and isinstance(text, bytes) and not encoding and _is_call(node)
+    return made(text) if is_plain else node  # type: ignore[misc]
 
 
-def _name(node: Global) -> str:
+def _name(node: Global, dot: str = ".") -> str:
     """A name as Python 3 and numpy 2 call it."""
     module, name = NAME_MAPPING.get((node.module, node.name)) or (node.module, node.name)
     module = IMPORT_MAPPING.get(module, module)
     if module.startswith("numpy.core."):
         module = f"numpy._core.{module[11:]}"
-    return f"{module}.{name}"
+    return f"{module}{dot}{name}"
 
 
 def _attribute(node: object) -> str:
     """The name that a nested class or bound method has since protocol 4; ``""``: it is something else."""
     names: list[str] = []
     while isinstance(node, Object) and len(node.args) == 2 and isinstance(node.args[1], str) and len(names) < 8:
-        if not isinstance(node.cls, Global) or _name(node.cls) != "builtins.getattr":
+        if not isinstance(node.cls, Global) or _name(node.cls) != "builtins.getattr" or not _is_call(node):
             return ""
         names.append(node.args[1])
         node = node.args[0]
-    return ".".join((_name(node), *reversed(names))) if isinstance(node, Global) else ""
+    return ".".join((_name(node, ":"), *reversed(names))) if isinstance(node, Global) else ""
 
 
-def _array(node: Object, name: str) -> _Form | None:
+def _array(node: Object, name: str, *, is_call: bool) -> _Form | None:
     """An array of numpy's: its type, shape, order and bytes, however its protocol says them."""
-    if name == "numpy._core.numeric._frombuffer" and len(node.args) == 4:
+    if name == "numpy._core.numeric._frombuffer" and len(node.args) == 4 and is_call:
         data, dtype, shape, order = node.args
     elif name == "numpy._core.multiarray._reconstruct" and isinstance(node.state, tuple) and len(node.state) == 5:
-        cls = node.args[0] if node.args else None
-        if not isinstance(cls, Global) or cls.qualified != "numpy.ndarray":
+        cls, *rest = node.args or (None,)
+        version, shape, dtype, is_fortran, data = node.state
+        is_plain = isinstance(cls, Global) and cls.qualified == "numpy.ndarray" and rest == [(0,), b"b"]
+        if not is_plain or version != 1 or node.items or node.pairs or node.kwargs:
             return None
-        _, shape, dtype, is_fortran, data = node.state
-        order = "F" if is_fortran else "C"
+        order = "F" if is_fortran is True else "C" if is_fortran is False else is_fortran
     else:
         return None
     data = bytes(data) if isinstance(data, bytearray) else data
@@ -470,11 +484,11 @@ def _token(node: object, depth: int = 4) -> bytes | None:
     if isinstance(node, PLAIN):
         return plain_bytes(node)
     if isinstance(node, Global):
-        return b"g" + _name(node).encode("utf-8", "surrogatepass")
+        return b"g" + _name(node, ":").encode("utf-8", "surrogatepass")
     inner: Sequence[object] = ()
     if isinstance(node, tuple):
         tag, inner = b"(", node
-    elif isinstance(node, Object) and node.state is ABSENT and not (node.items or node.pairs or node.kwargs):
+    elif isinstance(node, Object) and _is_call(node):
         tag, inner = b"o", (node.cls, *node.args)  # a member of an enumeration, a path
     else:
         return None
@@ -512,7 +526,7 @@ def content_of(node: object) -> tuple[str, list[object], list[tuple[object, obje
     form = _form(node)
     pairs = form.pairs
     tokens = [_token(key) for key, _ in pairs]
-    if None not in tokens:
+    if pairs and None not in tokens:
         last = dict(zip(tokens, pairs, strict=True))
         pairs = list(last.values())
         if not _is_ordered(pairs):
