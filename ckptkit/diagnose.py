@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
-from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.shapes import DATA_NAMES
-from ckptkit.normalize.tensors import Found, every_tensor, other_weights
+from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, Object, children, mapping_items
 from ckptkit.report import Finding, convert_command, count_of, human_size, listed
@@ -64,9 +63,14 @@ _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
 
 
-def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
-    """The reader's findings and every diagnosis, gravest first."""
-    contents = _contents(checkpoint)
+def diagnose(checkpoint: Checkpoint, beside: list[Found] | None = None) -> tuple[Finding, ...]:
+    """The reader's findings and every diagnosis, gravest first.
+
+    Args:
+        checkpoint: as it was read.
+        beside: what `tensors_beside` finds in it, where it is known.
+    """
+    contents = _contents(checkpoint, tensors_beside(checkpoint) if beside is None else beside)
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
@@ -403,8 +407,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
 """Every diagnosis."""
 
 
-def _contents(checkpoint: Checkpoint) -> Contents:
-    beside = list(islice(every_tensor(checkpoint, plain=False), DEFAULT_LIMITS.entries))
+def _contents(checkpoint: Checkpoint, beside: list[Found]) -> Contents:
     entries = {id(value): value for value in checkpoint.state_dict.values()}
     entries.update({id(found.node): found.node for found in beside if isinstance(found.node, TensorEntry)})
     bare = {id(found.node): found.node for found in beside if isinstance(found.node, Storage)}

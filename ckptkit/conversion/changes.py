@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.errors import FormatError
-from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.tensors import Found, every_tensor, other_weights
+from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
@@ -160,7 +159,7 @@ def diagnose_losses(
 
 def _lost(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[Found]:
     """The tensors, beside the plain ones of the state_dict, and the arrays that the output does not hold."""
-    beside = list(islice(every_tensor(source, plain=False), DEFAULT_LIMITS.entries))
+    beside = tensors_beside(source)
     if not beside:
         return []
     entries = result.state_dict.values()

@@ -7,7 +7,7 @@ Old names, beside the prefixes of wrappers; the form is that of ``convert --rena
 - ``gamma`` and ``beta`` of LayerNorm, from the TensorFlow releases of BERT, which transformers renames in
   ``PreTrainedModel`` when it loads
 - ``weight_g`` and ``weight_v`` of the old ``weight_norm``, and the other way round: torch's own hook renames
-  the old ones for the new alone (``torch/nn/utils/parametrizations.py``)
+  the old ones for the new alone (``torch/nn/utils/parametrizations.py``); it does neither for ``spectral_norm``
 """
 
 from __future__ import annotations
@@ -37,6 +37,20 @@ _OLD_NAMES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         (
             (r"(^|\.)parametrizations\.([^.]+)\.original0$", r"\1\2_g"),
             (r"(^|\.)parametrizations\.([^.]+)\.original1$", r"\1\2_v"),
+        ),
+    ),
+    (
+        "names of torch.nn.utils.parametrizations.spectral_norm, where the reference has the older spectral_norm",
+        (
+            (r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2_orig"),
+            (r"(^|\.)parametrizations\.([^.]+)\.0\.(_[uv])$", r"\1\2\3"),
+        ),
+    ),
+    (
+        "names of the older spectral_norm, where the reference has torch.nn.utils.parametrizations.spectral_norm",
+        (
+            (r"(^|\.)([^.]+)_orig$", r"\1parametrizations.\2.original"),
+            (r"(^|\.)([^.]+)(_[uv])$", r"\1parametrizations.\2.0.\3"),
         ),
     ),
 )
