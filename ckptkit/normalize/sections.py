@@ -200,7 +200,7 @@ class Survey:
             return "whole_model"
         pairs = named_values(node)
         if pairs is not None and self._is_state_dict(pairs) and not self._holds_more(node):
-            data = all(isinstance(key, str) and key.lower() in DATA_NAMES for key, _ in pairs)
+            data = len(pairs) > 1 and all(isinstance(key, str) and key.lower() in DATA_NAMES for key, _ in pairs)
             if data or not any(is_substantial(value) for _, value in pairs):
                 self._slight.add(id(node))
             return "state_dict"
