@@ -16,7 +16,6 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.shapes import DATA_NAMES
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, Object, children, mapping_items
@@ -58,6 +57,14 @@ _PIPELINES = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", 
 """How names in adapters of diffusion pipelines begin."""
 
 _EMBEDDING = re.compile(r"<[^<>]+>|emb_params|clip_[lg]")
+
+_DATA = frozenset({
+    "attention_mask", "batch", "data", "edge_attr", "edge_index", "features", "image", "images", "input", "input_ids",
+    "inputs", "label", "labels", "mask", "masks", "output", "outputs", "pos", "sample", "samples", "target", "targets",
+    "test", "test_mask", "token_type_ids", "train", "train_mask", "val", "val_mask", "x", "x_test", "x_train", "y",
+    "y_test", "y_train",
+})  # fmt: skip
+"""Names of the tensors in data sets; no module would have all of its parameters called so."""
 
 _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
@@ -196,7 +203,7 @@ def _not_a_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding
     elif is_embedding or (0 < len(names) <= 2 and all(map(_EMBEDDING.fullmatch, names))):
         what = "a textual inversion, the embedding of a new word for a text encoder"
         fix = f"pipeline.load_textual_inversion({path!r})  # of diffusers"
-    elif names and all(name.lower() in DATA_NAMES for name in names):
+    elif names and all(name.lower() in _DATA for name in names):
         what, fix = "by their names a data set, not weights", f"data = ckptkit.load_state_dict({path!r})"
     yield Finding(code="not-a-model", severity="info", message=f"names and tensors, no model: {what}", fix=fix)
 

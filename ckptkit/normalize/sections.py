@@ -8,7 +8,7 @@ Decided by shape, never by a file's name:
   half are tensors.  What other values hold tensors must be no weights of their own: else it is a
   file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
-  parameter (losses, metrics, random states), or that has the names of a data set (a graph of PyG), is none, unless a
+  parameter (losses, metrics, random states), or that has the names of a graph (of PyG), is none, unless a
   customary key says so.
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
   whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
@@ -33,8 +33,8 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import bound_method, module_state, walk_module
 from ckptkit.normalize.shapes import (
     CUSTOMARY_KEYS,
-    DATA_NAMES,
     are_moments,
+    is_graph,
     is_optimizer,
     is_substantial,
     named_values,
@@ -200,12 +200,13 @@ class Survey:
             return "whole_model"
         pairs = named_values(node)
         if pairs is not None and self._is_state_dict(pairs) and not self._holds_more(node):
-            data = len(pairs) > 1 and all(isinstance(key, str) and key.lower() in DATA_NAMES for key, _ in pairs)
-            if data or not any(is_substantial(value) for _, value in pairs):
+            if is_graph(pairs) or not any(is_substantial(value) for _, value in pairs):
                 self._slight.add(id(node))
             return "state_dict"
         if not self._has_tensor(node):
             return None
+        if isinstance(node, Object) and node.class_name.startswith("torch_geometric.data."):
+            return "collection"
         if is_optimizer(node):
             return "optimizer"
         return "parts" if parts(node) else "collection"
