@@ -502,7 +502,7 @@ def plain_bytes(node: object) -> bytes:
     """A plain value with its type: no two have the same."""
     if isinstance(node, str):
         return b"s" + node.encode("utf-8", "surrogatepass")
-    if isinstance(node, bool) or node is None or node is ABSENT:
+    if isinstance(node, (bool, type(None), type(ABSENT))):
         return repr(node).encode()
     if isinstance(node, int):
         return b"i%x" % node
