@@ -109,11 +109,13 @@ def _of_tensors(found: Iterable[Met]) -> Iterator[Met]:
         is_tensor = met.is_tensor
         if not is_tensor and met.how == "kinds":
             looked_into += 1
-            is_tensor = looked_into > _MOST_ROWS or any(
-                isinstance(node, (TensorEntry, Storage)) for node in walk([met.a, met.b])
-            )
+            is_tensor = looked_into > _MOST_ROWS or (_has_tensor(met.a) and _has_tensor(met.b))
         if is_tensor:
             yield met
+
+
+def _has_tensor(root: object) -> bool:
+    return any(isinstance(node, (TensorEntry, Storage)) for node in walk(root))
 
 
 def _may_differ(a: TensorEntry, b: TensorEntry, *, flags: bool) -> bool:

@@ -100,14 +100,10 @@ class Met(NamedTuple):
 
     @property
     def is_tensor(self) -> bool:
-        """Whether values of tensors differ, or may: not where one file has nothing."""
-        tensors = [isinstance(node, (TensorEntry, Storage)) for node in (self.a, self.b)]
-        return (
-            (any(tensors) or self.place.in_tensor)
-            and self.a is not ABSENT
-            and self.b is not ABSENT
-            and self.how != "order"
-        )
+        """Whether both are tensors, or parts of tensors: one that only one file has is another matter."""
+        if self.a is ABSENT or self.b is ABSENT or self.how == "order":
+            return False
+        return self.place.in_tensor or all(isinstance(x, Storage) or is_tensor_like(x) for x in (self.a, self.b))
 
 
 _Pairs = list[tuple[Place, object, object]]

@@ -317,6 +317,7 @@ def test_without_strict_tensors_count_and_nothing_else(diff: Callable[..., ckptk
         "tensor in an object": False, "shape in an object": False, "tensor on a tensor": False, "storage": False,
         "attribute tensor": False, "scale": False, "sparse size": False, "array as a weight": False,
         "setting": True, "list": True, "betas": True, "class": True, "tensor's note": True, "order of keys": True,
+        "tensor for a number": True, "layout": False,
     }.items():  # fmt: skip
         assert diff(*CASES[case][:2]).ok is is_equal, case
     moved = diff(weights(on_tensor(torch.ones(2))), weights(on_tensor(torch.ones(2) * 1.5)))
