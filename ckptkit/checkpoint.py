@@ -33,6 +33,7 @@ __all__ = [
     "Storage",
     "TensorEntry",
     "Trust",
+    "as_tensor",
     "contiguous_stride",
     "shared_storages",
     "trust_of",
@@ -488,6 +489,11 @@ def _called(rewriter: object) -> str:
     """A rewriter as it would be written, without what differs from run to run."""
     name = getattr(rewriter, "__qualname__", None)
     return f"{name}()" if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(rewriter))
+
+
+def as_tensor(storage: Storage) -> TensorEntry:
+    """A bare storage as the tensor of its bytes."""
+    return TensorEntry(storage=storage, storage_offset=0, shape=(storage.nbytes,), stride=(1,), dtype="uint8")
 
 
 def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:

@@ -43,7 +43,8 @@ from dataclasses import dataclass
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.trees import FLAGS, PLAIN, content_of, effects_of, plain_bytes
+from ckptkit.normalize.content import PLAIN, content_of, effects_of, plain_bytes
+from ckptkit.normalize.trees import FLAGS
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object
 from ckptkit.transfer.checksums import Checksums

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
-from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
-from ckptkit.differences.bits import as_tensor
+from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, as_tensor
 from ckptkit.differences.work import Work
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.training import training_document

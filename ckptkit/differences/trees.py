@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry
-from ckptkit.differences.bits import as_tensor
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.differences.figures import Tolerance
 from ckptkit.differences.measuring import all_sums
 from ckptkit.differences.work import Pair, Work
 from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.content import effects_of
 from ckptkit.normalize.sections import brief
-from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, effects_of, shown, side_by_side
+from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side
 from ckptkit.pickling.inert import ABSENT, mapping_items, walk
 
 __all__ = ["TreeComparison", "ValueComparison"]

@@ -15,9 +15,8 @@ from functools import partial
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust
+from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose
-from ckptkit.differences.bits import as_tensor
 from ckptkit.digests import Line, content_digest, kind_of, tree_digest, unwrapped_names, whole_digest
 from ckptkit.errors import CkptkitError
 from ckptkit.inspection.listing import list_tensors, storage_names
