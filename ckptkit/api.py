@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ckptkit.differences import Difference
     from ckptkit.released.manifests.records import Manifest
     from ckptkit.released.results import CheckReport
+    from ckptkit.rewrite import Like
     from ckptkit.rewrite.device import LocationMap
     from ckptkit.transfer.workers import Progress
 
@@ -138,6 +139,8 @@ def convert(
     dtype: str | None = None,
     keep_dtype: str | Sequence[str] = (),
     tied: Literal["alias", "duplicate", "error"] = "alias",
+    like: Any = None,
+    model_args: Mapping[str, Any] | None = None,
     to: str | None = None,
     max_shard_size: int | str | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -171,6 +174,10 @@ def convert(
         dtype: cast the floating-point weights to it; see `ckptkit.CastDtype`.
         keep_dtype: globs of the names that are not cast, in the source or in the output.
         tied: what becomes of tensors with several names; see `ckptkit.Tied`.
+        like: the model whose tensors alone are kept, under its names: another checkpoint, or a reference as the
+            ``model`` of `verify` (which needs torch).  Section and prefix are found; it goes after all that is
+            named to be selected or renamed.  See `ckptkit.Like`.
+        model_args: keyword arguments of the reference's factory; strings are read as Python literals.
         to: container name that overrides the ending.
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
         metadata: strings to set in the output's metadata.
@@ -186,7 +193,8 @@ def convert(
         A report whose ``details`` hold the plan and what was changed.
 
     Raises:
-        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError.
+        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
+        RewriteError where the weights are not those of ``like``; VerifyError where that is no reference.
     """
     from ckptkit.conversion.job import Job
     from ckptkit.conversion.options import Conversion, Options  # reading alone starts faster without the writing half
@@ -205,10 +213,21 @@ def convert(
         dtype=dtype,
         keep_dtype=keep_dtype,
         tied=tied,
+        like=None if like is None else _like(like, model_args or {}),
         metadata=metadata or {},
     )
-    with open(source, section=section, ignore_checksums=ignore_checksums) as file:
+    if model_args and like is None:
+        raise RewriteError("--model-arg is for the model of --like, which is not given")
+    with contextlib.ExitStack() as stack:
+        reading = partial(open, source, ignore_checksums=ignore_checksums)
+        file = stack.enter_context(reading(section=section))
         require_whole(file.checkpoint, allow_part=allow_part)
+        if options.like is not None and section is None:
+            from ckptkit.conversion.like import section_like
+
+            found = section_like(file.checkpoint, options, ignore_checksums=ignore_checksums)
+            if found != file.checkpoint.origin.state_path:
+                file = stack.enter_context(reading(section=found))
         _, container, most = formats.target(os.fsdecode(destination), to)
         weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
         if weights_alone or options.needs_weights:
@@ -223,7 +242,7 @@ def convert(
             receipt=receipt,
             hashed=check and not dry_run,
         )
-        findings = (*job.findings(), *conversion.findings(job.plan))
+        findings = (*job.findings(), *conversion.findings(job.plan, None if dry_run else job.path))
         if not dry_run:
             tally = job.carry_out(force=force, check=check, progress=progress)
             findings = (*findings, *conversion.losses(tally))
@@ -239,6 +258,32 @@ def convert(
                 **conversion.details(job.plan),
             },
         )
+
+
+def _like(like: Any, args: Mapping[str, Any]) -> Like:
+    """The model that a conversion is to be like."""
+    from ckptkit.rewrite import Like
+
+    if isinstance(like, Like):
+        return like
+    path = os.fsdecode(like) if isinstance(like, (str, bytes, os.PathLike)) else None
+    if path is None or (not os.path.lexists(path) and ":" in path and "://" not in path):
+        from ckptkit.extras import require_torch
+
+        require_torch()
+        from ckptkit.verifier.measure import like_reference
+
+        return like_reference(path or like, args)
+    if args:
+        raise RewriteError(f"--like {path}: is a checkpoint, and takes no --model-arg")
+    with open(path) as file:
+        require_whole(file.checkpoint, allow_part=False)
+        if file.checkpoint.origin.state_path is None:
+            from ckptkit.normalize.selection import paths_listed
+
+            weights = paths_listed(file.sections) or "no section holds any"
+            raise SectionError(f"{path}: has no one set of weights to be like ({weights})")
+        return Like(file.state_dict, label=path)
 
 
 def diff(
@@ -462,6 +507,7 @@ def verify(
             force=force,
             unsafe_load=unsafe_load,
             strip_module=strip_module,
+            reading=[*["--allow-part"] * allow_part, *["--ignore-checksums"] * ignore_checksums],
         )
 
 

@@ -399,6 +399,7 @@ class Origin:
         writer: which torch wrote it, as far as the file tells: ``"torch 2.1 or later"``.
         has_pickle: whether there is a pickle in the file.
         is_program: whether it holds a program, of which only the weights can be written.
+        options: those of the command line by which it was read so: ``("--section", "model")``.
     """
 
     path: str
@@ -412,6 +413,7 @@ class Origin:
     writer: str | None = None
     has_pickle: bool = True
     is_program: bool = False
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,9 @@ from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, Object, children, mapping_items
-from ckptkit.report import Finding, convert_command, count_of, human_size, listed
+from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
 
@@ -82,7 +82,7 @@ def diagnose(checkpoint: Checkpoint, beside: list[Found] | None = None) -> tuple
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
     order = {"error": 0, "warning": 1, "info": 2}
-    return tuple(sorted(found, key=lambda finding: order[finding.severity]))
+    return tuple(apart(sorted(found, key=lambda finding: order[finding.severity]), checkpoint.origin.options))
 
 
 def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -160,18 +160,29 @@ def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
 
 def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     names = list(checkpoint.state_dict.everything)
-    carrying = sum(unwrapped(name) != name for name in names)
+    carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
-    wrapper = next(name for name in names if unwrapped(name) != name)
-    prefix = "module." if wrapper.startswith("module.") else "_orig_mod."
+    bare = Counter(map(unwrapped, names))
+    twice = next((name for name in names if bare[unwrapped(name)] > 1), None)
+    told = "" if twice is None else f"; it cannot come off, for {unwrapped(twice)!r:.60} would be the name of two"
     yield Finding(
         code="module-prefix",
         severity="warning",
-        message=f"{carrying} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{prefix}`) that the bare "
-        "model lacks",
-        fix=_extract(checkpoint, "--strip-module"),
+        message=f"{len(carrying)} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{carrying[0]}`) that "
+        f"the bare model lacks{told}",
+        fix=_extract(checkpoint, "--strip-module") if twice is None else None,
     )
+
+
+def _inner_module(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    names = list(checkpoint.state_dict.everything)
+    told = inner_module_told(list(map(unwrapped, names)))
+    if told is not None:
+        stripped = ["--strip-module"] * any(map(wrapper_of, names))
+        message, rules = told
+        fix = _extract(checkpoint, *stripped, *rules) if rules else None
+        yield Finding(code="inner-module", severity="info", message=message, fix=fix)
 
 
 def _stale_versions(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -364,7 +375,7 @@ def _other_weights(checkpoint: Checkpoint, contents: Contents) -> Iterator[Findi
     if others:
         shown = listed([f"{path!r:.200} ({count_of(len(found), 'tensor')})" for path, found in others.items()], 4)
         yield Finding(
-            code="other-weights",
+            code="other-parts",
             severity="info",
             message=f"weights under other names than those selected: {shown}; parts of the model, or another one",
         )
@@ -397,6 +408,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _foreign,
     _whole_model,
     _prefix,
+    _inner_module,
     _stale_versions,
     _devices,
     _nothing,

@@ -45,7 +45,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, sha
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.content import PLAIN, content_of, effects_of, plain_bytes
 from ckptkit.normalize.trees import FLAGS
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.wrappers import unwrapped_in_digests
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
@@ -277,5 +277,5 @@ def kind_of(value: object) -> str:
 
 def unwrapped_names(names: Sequence[str]) -> list[str]:
     """The names without wrappers, in the same order; as they are, where two would become one."""
-    bare = [unwrapped(name) for name in names]
+    bare = [unwrapped_in_digests(name) for name in names]
     return bare if len(set(bare)) == len(bare) else list(names)

@@ -55,6 +55,12 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     return rules
 
 
+def _complete_reference(*given: Any) -> Any:
+    from ckptkit.cli.completion import complete_reference  # converting starts faster without
+
+    return complete_reference(*given)
+
+
 @click.command(
     "convert",
     cls=_InOrder,
@@ -65,11 +71,14 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
         "ckptkit convert big.pth out/model.safetensors --max-shard-size 5GB",
         "ckptkit convert old.pth new.pth --rename '^features\\.=>backbone.' --exclude 'head.*' --leave-out optimizer",
         "ckptkit convert model.pth model2.pth --map-location cuda:1=cuda:0 --dry-run",
+        "ckptkit convert moco.pth backbone.safetensors --like torchvision:resnet50",
     ),
 )
 @path_argument("source", metavar="SRC")
 @path_argument("destination", metavar="DST")
-@click.option("--strip-module", is_flag=True, help="Take off every wrapper prefix: module., _orig_mod., nested.")
+@click.option(
+    "--strip-module", is_flag=True, help="Take off every wrapper prefix, nested ones too: module., _orig_mod. ..."
+)
 @click.option("--add-module", is_flag=True, help="Put one module. before every name.")
 @click.option("--strip-prefix", metavar="P", help="Strip one leading prefix of whole segments.")
 @click.option("--add-prefix", metavar="P", help="Put a prefix before every name.")
@@ -107,6 +116,15 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     default="alias",
     help="Tensors with several names: keep them tied, write copies, or refuse.",
 )
+@click.option(
+    "--like",
+    metavar="REF",
+    shell_complete=_complete_reference,
+    help="Keep exactly the tensors of this model, under its names: a checkpoint, or a REF as in verify.",
+)
+@click.option(
+    "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of --like's factory; repeatable."
+)
 @click.option("--to", metavar="FORMAT", help="torch-zip, safetensors, or either -sharded; overrides DST's ending.")
 @click.option("--max-shard-size", metavar="SIZE", help="Split what is larger into files and an index: 5GB, 500MB.")
 @click.option("--metadata", "metadata", multiple=True, metavar="KEY=VALUE", help="Set in the output's metadata.")
@@ -124,6 +142,7 @@ def command(
     rules: tuple[tuple[str, str], ...],
     locations: tuple[str, ...],
     metadata: tuple[str, ...],
+    model_args: tuple[str, ...],
     no_receipt: bool,
     no_check: bool,
     progress: bool | None,
@@ -146,6 +165,7 @@ def command(
             rename=_rename_rules(rules),
             map_location=_map_location(locations),
             metadata=key_values("--metadata", metadata),
+            model_args=key_values("--model-arg", model_args),
             receipt=not no_receipt,
             check=not no_check,
             progress=moved,

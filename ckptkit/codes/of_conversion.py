@@ -70,6 +70,12 @@ CODES: dict[str, Explanation] = {
         "They match --exclude, or no --include. A model that has them does not load from the output with strict=True.",
         "Check the result against the model: ckptkit verify OUT --model REF --allow-missing GLOB",
     ),
+    "like-reference": Explanation(
+        "the output holds exactly the tensors of the reference",
+        "--like REF found every tensor of the model, by name and shape, in one section and under one change of names. "
+        "What else the file holds (heads, queues, averages, training state) is left out and listed.",
+        "ckptkit verify OUT --model REF also loads the weights and runs the model.",
+    ),
     "nothing-excluded": Explanation(
         "a pattern of --exclude matches no name",
         "Nothing was dropped for it. Patterns are globs over whole names: `head` matches that one name alone, `head.*` "

@@ -64,8 +64,8 @@ CODES: dict[str, Explanation] = {
     "unexpected-keys": Explanation(
         "the checkpoint has tensors the reference lacks",
         "A load with strict=False would drop them silently.",
-        "Correct the reference or its arguments (aux_loss=True, say), or use --allow-unexpected GLOB where "
-        "this is meant.",
+        "ckptkit convert FILE OUT --like REF leaves them out. Or correct the reference or its arguments "
+        "(aux_loss=True, say), or use --allow-unexpected GLOB where this is meant.",
     ),
     "shape-mismatch": Explanation(
         "same names, other shapes",

@@ -14,23 +14,27 @@ from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
+from ckptkit.normalize.wrappers import inner_module_told, wrapper_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
 from ckptkit.plan import Gather, Literal, Plan
-from ckptkit.report import Finding, count_of, glob_of, human_size, listed
+from ckptkit.report import Finding, convert_command, count_of, glob_of, human_size, listed
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
+    from ckptkit.rewrite.like import Fitting
 
 __all__ = [
     "diagnose_casts",
+    "diagnose_fitting",
     "diagnose_layout",
     "diagnose_losses",
     "diagnose_moves",
     "diagnose_renames",
     "diagnose_selection",
     "diagnose_trust",
+    "diagnose_wrappers",
 ]
 
 
@@ -78,6 +82,32 @@ def diagnose_renames(
         )
 
 
+def diagnose_wrappers(
+    result: Checkpoint, changed: Collection[str], written: str | None, *, stripped: bool
+) -> Iterator[Finding]:
+    """What wrappers have left in names that were stripped.
+
+    Args:
+        result: as it is written.
+        changed: the names that are not those of the source.
+        written: where; ``None``: nowhere.
+        stripped: whether wrappers were taken off, or another prefix alone, which may have hidden some.
+    """
+    names = list(result.state_dict.everything)
+    code, told = "inner-module", inner_module_told(names) if stripped else None
+    carrying = [prefix for prefix in map(wrapper_of, changed) if prefix]
+    if carrying and not stripped:
+        what = f"{len(carrying)} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{carrying[0]}`)"
+        code, told = "module-prefix", (f"{what}; --strip-module takes it off too", ["--strip-module"])
+    if told is not None:
+        message, options = told
+        if sum(section.is_weights for section in result.sections) > 1 and result.rest is not STATE_DICT:
+            options = ["--section", result.origin.state_path or "", *options]
+        suffix = ".safetensors" if written is not None and ".safetensors" in written else ".pth"
+        fix = convert_command(written, *options, suffix=suffix) if written is not None and told[1] else None
+        yield Finding(code=code, severity="warning", message=message, fix=fix)
+
+
 def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iterator[Finding]:
     """Which tensors were left out.
 
@@ -93,6 +123,26 @@ def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iter
         )
     for glob in unmatched:
         yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
+
+
+def diagnose_fitting(fitting: Fitting, label: str, source: Checkpoint) -> Iterator[Finding]:
+    """Where the tensors of a model were found.
+
+    Args:
+        fitting: of the weights as the options left them.
+        label: the model.
+        source: the checkpoint as it was read.
+    """
+    count = len(fitting.sources) + len(fitting.aliases) + len(fitting.counters)
+    section = f" in section {source.origin.state_path!r}" if source.origin.state_path else ""
+    changed = f", {'; '.join(fitting.causes)}" if fitting.causes else ""
+    message = f"all {count_of(count, 'tensor')} of {label} are there{section}{changed}"
+    if fitting.aliases:
+        pairs = [f"{name} = {twin}" for name, twin in fitting.aliases.items()]
+        message += f"; tied to one that is there: {_listed(pairs)}"
+    if fitting.counters:
+        message += f"; counted by torch itself when it loads: {_listed(fitting.counters)}"
+    yield Finding(code="like-reference", severity="info", message=message)
 
 
 def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Finding]:

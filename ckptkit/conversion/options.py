@@ -11,22 +11,27 @@ from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.changes import (
     diagnose_casts,
+    diagnose_fitting,
     diagnose_layout,
     diagnose_losses,
     diagnose_moves,
     diagnose_renames,
     diagnose_selection,
     diagnose_trust,
+    diagnose_wrappers,
 )
 from ckptkit.derived import ConvertedRange
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.nested import Nested
 from ckptkit.normalize.parts import part_findings
+from ckptkit.normalize.wrappers import unwrapped_path
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
 from ckptkit.rewrite.compact import dead_bytes
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.device import LocationMap
+    from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.tied import TiedPolicy
     from ckptkit.transfer import Tally
 
@@ -52,6 +57,7 @@ class Options:
     dtype: str | None = None
     keep_dtype: str | Sequence[str] = ()
     tied: TiedPolicy = "alias"
+    like: Like | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,6 +69,8 @@ class Options:
                 raise RewriteError(
                     f"metadata {key!r:.100}: {value!r:.100} is no text; metadata maps strings to strings"
                 )
+        if self.like is not None:
+            object.__setattr__(self, "weights_only", True)
         if self.keep_dtype and self.dtype is None:
             raise RewriteError("--keep-dtype exempts from --dtype, which is not given")
 
@@ -75,7 +83,13 @@ class Options:
         if self.add_module:
             found.append(rewrite.AddModule())
         if self.strip_prefix is not None:
-            found.append(rewrite.StripPrefix(self.strip_prefix))
+            # A prefix may hide wrappers (`model._orig_mod.module.x`), and be given with them or without.
+            uncovers = self.strip_module and not self.add_module and bool(self.strip_prefix.strip("."))
+            prefix = unwrapped_path(self.strip_prefix.rstrip(".")) if uncovers else self.strip_prefix
+            if prefix or not uncovers:
+                found.append(rewrite.StripPrefix(prefix))
+            if uncovers:
+                found.append(rewrite.StripModule())
         if self.add_prefix is not None:
             found.append(rewrite.AddPrefix(self.add_prefix))
         if self.rename:
@@ -85,7 +99,29 @@ class Options:
     @property
     def needs_weights(self) -> bool:
         """Whether they make no sense without a state_dict."""
-        return bool(self.renamers or self.include or self.exclude or self.weights_only or self.dtype)
+        others = self.include or self.exclude or self.weights_only or self.dtype
+        return bool(self.renamers or others or self.like is not None)
+
+    def as_named(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The weights that are asked for, under the names that are asked for.
+
+        Raises:
+            RewriteError: options do not apply to it.
+        """
+        renamers = self.renamers
+        select = rewrite.Select(tuple(self.include), tuple(self.exclude), rename=_in_turn(renamers))
+        return checkpoint.rewrite(rewrite.WeightsOnly(), select, *renamers)
+
+
+def _in_turn(renamers: Sequence[Renamer]) -> Callable[[str], str]:
+    """From a name to what rewriters of names make of it."""
+
+    def renamed(name: str) -> str:
+        for renamer in renamers:
+            name = renamer.rename(name)
+        return name
+
+    return renamed
 
 
 class Conversion:
@@ -100,6 +136,7 @@ class Conversion:
         result: what is to be written.
         renames: each name that changed, and its new one.
         dropped: the names that were left out.
+        fitting: how the weights fit the model they are to be like; ``None``: they are to be like none.
 
     Raises:
         RewriteError: an option cannot be applied.
@@ -109,13 +146,14 @@ class Conversion:
         self.source = source
         self._options = options
         renamers = options.renamers
+        rename = _in_turn(renamers)
+        self.fitting = None if options.like is None else options.like.fitting(options.as_named(source))
+        fitted = {} if self.fitting is None else {old: new for new, old in self.fitting.sources.items()}
 
         def final(name: str) -> str:
-            for renamer in renamers:
-                name = renamer.rename(name)
-            return name
+            renamed = rename(name)
+            return fitted.get(renamed, renamed)
 
-        rename: Callable[[str], str] | None = final if renamers else None
         result = source
         # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
         if options.leave_out:
@@ -127,17 +165,16 @@ class Conversion:
             select = rewrite.Select(tuple(options.include), tuple(options.exclude), rename=rename)
             self._unmatched = select.unmatched(source)
             result = result.rewrite(select)
-        kept = result.state_dict.everything
+        kept = {name: None for name in result.state_dict.everything if not fitted or rename(name) in fitted}
         self._kept = list(kept)
         self.dropped = [name for name in source.state_dict.everything if name not in kept]
         if options.dtype is not None:
-            cast = rewrite.CastDtype(options.dtype, tuple(options.keep_dtype), rename=rename)
+            cast = rewrite.CastDtype(options.dtype, tuple(options.keep_dtype), rename=final)
             if unmatched := cast.unmatched(result):
                 raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
             result = result.rewrite(cast)
-        result = result.rewrite(*renamers)
-        renamed = zip(self._kept, result.state_dict.everything, strict=True)
-        self.renames = {old: new for old, new in renamed if old != new}
+        result = result.rewrite(*renamers, *(() if options.like is None else (options.like,)))
+        self.renames = {name: new for name in kept if (new := final(name)) != name}
         self._moves: rewrite.MapLocation | None = None
         if options.map_location is not None:
             self._moves = rewrite.MapLocation(options.map_location)
@@ -151,16 +188,32 @@ class Conversion:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
 
-    def findings(self, plan: Plan) -> Iterator[Finding]:
-        """What can be told before anything is written."""
+    def findings(self, plan: Plan, written: str | None = None) -> Iterator[Finding]:
+        """What can be told before anything is written.
+
+        Args:
+            plan: of the output.
+            written: where that will be; ``None``: it is not going to be written.
+        """
         yield from part_findings(self.source)
         strips = self._options.strip_module or self._options.strip_prefix is not None
         stripped = self._changed_by(rewrite.StripModule, rewrite.StripPrefix) if strips else None
         ruled = self._changed_by(rewrite.Rename) if self._options.rename else None
         yield from diagnose_renames(self._kept, self.renames, stripped=stripped, ruled=ruled)
+        if strips and not self._options.add_module:
+            changed = self.renames.values()
+            yield from diagnose_wrappers(self.result, changed, written, stripped=self._options.strip_module)
+        if self.fitting is not None and self._options.like is not None:
+            yield from diagnose_fitting(self.fitting, self._options.like.label, self.source)
         yield from diagnose_selection(self.dropped, self._unmatched)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
+        container = self.result.state_dict.container
+        if isinstance(container, Nested) and container.filled(self.result.state_dict.everything) is None:
+            told = (
+                "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
+            )
+            yield Finding(code="nested-names", severity="info", message=told)
         yield from diagnose_losses(self.source, self.result, plan, leave_out=self._options.leave_out)
         yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)
@@ -183,7 +236,7 @@ class Conversion:
 
     def details(self, plan: Plan) -> dict[str, Any]:
         """What was changed, as it stands in JSON documents."""
-        entries = self.result.state_dict
+        entries, like = self.result.state_dict, self._options.like
         casts = []
         for name, entry in entries.items():
             source = entry.storage.source
@@ -194,6 +247,7 @@ class Conversion:
         return {
             "renames": [{"from": old, "to": new} for old, new in self.renames.items()],
             "dropped": self.dropped,
+            "like": None if like is None else like.label,
             "casts": casts,
             "gathered": [names[id(entry)] for entry in gathered if id(entry) in names],
             "compacted": {"storages": self._dead[0], "nbytes": self._dead[1]},

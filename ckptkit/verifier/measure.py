@@ -12,10 +12,21 @@ from torch import nn
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import VerifyError
+from ckptkit.rewrite.like import Like
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.probe import is_extra_state, probe
+from ckptkit.verifier.references import ModelLike, build
 
-__all__ = ["Fit", "ShapeMismatch", "identity", "is_counter", "measure", "named_values"]
+__all__ = [
+    "Fit",
+    "ShapeMismatch",
+    "identity",
+    "is_counter",
+    "like_model",
+    "like_reference",
+    "measure",
+    "named_values",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +105,30 @@ def named_values(model: nn.Module) -> dict[str, Any]:
         if torch.nn.parameter.is_lazy(value):
             raise VerifyError(f"the reference's {name!r} is not initialised; run its lazy modules once in the factory")
     return values
+
+
+def like_reference(model: ModelLike, args: Mapping[str, object]) -> Like:
+    """The tensors of a reference, for a checkpoint to be like; see `ckptkit.verifier.references.build`.
+
+    Raises:
+        As `build` and `named_values`; RewriteError: it has none.
+    """
+    with foreign(), torch.random.fork_rng(devices=[]):
+        built, reference = build(model, args)
+        return like_model(named_values(built), reference.label)
+
+
+def like_model(expected: Mapping[str, Any], label: str) -> Like:
+    """The tensors of a model, by `named_values`."""
+    shapes = {
+        name: tuple(value.shape) if isinstance(value, torch.Tensor) and not is_extra_state(name) else None
+        for name, value in expected.items()
+    }
+    tied: dict[object, list[str]] = {}
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            tied.setdefault(identity(value), []).append(name)
+    return Like(shapes, tied=[names for names in tied.values() if len(names) > 1], label=label)
 
 
 def measure(
