@@ -21,7 +21,7 @@ from ckptkit.formats.module_versions import versions_text
 from ckptkit.formats.torch_zip_writer import written_tree
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief, join
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId, effects_of
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums, damage_error, damage_of
 from ckptkit.transfer.workers import buffer, in_parallel
@@ -303,24 +303,26 @@ def _parts(node: object, place: str) -> list[tuple[str, object]]:
         named = ((under(key), key, value) for key, value in pairs)
         return [part for at, key, value in named for part in ((at, key), (at, value))]
 
+    called = [(place, call) for call in effects_of(node)]
     if isinstance(node, TensorEntry):
         scalars = (
             node.storage_offset, node.dtype, node.requires_grad, node.is_parameter, node.is_conj, node.is_neg
         )  # fmt: skip
         return [
-            (place, part) for part in (*scalars, node.shape, node.stride, node.subclass, node.attributes, node.storage)
+            *((place, part) for part in (*scalars, node.shape, node.stride, node.subclass, node.attributes, node.storage)),
+            *called,
         ]
     if isinstance(node, (list, tuple)):
         return [(under(index), item) for index, item in enumerate(node)]
     if isinstance(node, InertDict):
-        return of_pairs(node.pairs)
+        return [*of_pairs(node.pairs), *called]
     if isinstance(node, Object):
         filled = [(place, part) for part in (node.how, node.cls, node.args, node.kwargs, node.state)]
-        return [*filled, *((under(i), item) for i, item in enumerate(node.items)), *of_pairs(node.pairs)]
+        return [*filled, *((under(i), item) for i, item in enumerate(node.items)), *of_pairs(node.pairs), *called]
     if isinstance(node, InertSet):
-        return [(place, node.frozen), *((place, member) for member in node.members)]
+        return [(place, node.frozen), *((place, member) for member in node.members), *called]
     if isinstance(node, Global):
-        return [(place, node.module), (place, node.name)]
+        return [(place, node.module), (place, node.name), *called]
     if isinstance(node, PersistentId):
         return [(place, node.pid)]
     return []

@@ -47,7 +47,7 @@ def same_tree(a: object, b: object, same_tensors: SameTensors) -> bool | None:
             if (x.dtype, x.shape) != (y.dtype, y.shape):
                 return False
             same = same_tensors(x, y)
-            stack += [(x.subclass, y.subclass), (x.attributes, y.attributes)]
+            stack += [(x.subclass, y.subclass), (x.attributes, y.attributes), (x.effects, y.effects)]
         elif isinstance(x, Storage) and isinstance(y, Storage):
             if (x.dtype, x.nbytes) != (y.dtype, y.nbytes):
                 return False
@@ -79,14 +79,14 @@ def _parts(node: object) -> list[object]:
     if isinstance(node, (list, tuple)):
         return list(node)
     if isinstance(node, InertDict):
-        return [part for pair in node.pairs for part in pair]
+        return [*(part for pair in node.pairs for part in pair), node.effects]
     if isinstance(node, Object):
-        filled = [node.cls, node.args, node.kwargs, node.state, len(node.items), len(node.pairs)]
+        filled = [node.cls, node.args, node.kwargs, node.state, len(node.items), len(node.pairs), node.effects]
         return [*filled, *node.items, *(part for pair in node.pairs for part in pair)]
     if isinstance(node, InertSet):
-        return [node.frozen, *node.members]
+        return [node.frozen, node.effects, *node.members]
     if isinstance(node, Global):
-        return [node.module, node.name]
+        return [node.module, node.name, node.effects]
     if isinstance(node, PersistentId):
         return [node.pid]
     return [node]

@@ -156,6 +156,7 @@ class TorchArchive:
         self._pickles = 0
         self._unrecorded = 0
         self._uses: list[GlobalUse] = []
+        self._discarded: list[object] = []
         self._pickled = 0
         self._text_ids = False
 
@@ -287,6 +288,7 @@ class TorchArchive:
         self._known.add(name)
         self._pickles += 1
         self._text_ids |= pickle.text_ids
+        self._discarded.extend(pickle.discarded)
         return pickle
 
     def uses(self) -> tuple[GlobalUse, ...]:
@@ -313,6 +315,11 @@ class TorchArchive:
         from ckptkit.formats.contents import Contents
 
         return Contents(self.limits, self._levels)
+
+    @property
+    def discarded(self) -> tuple[object, ...]:
+        """What its pickles make and drop, and that belongs to nothing they keep."""
+        return tuple(self._discarded)
 
     @property
     def has_pickle(self) -> bool:

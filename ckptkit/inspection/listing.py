@@ -22,7 +22,7 @@ from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, step
 from ckptkit.normalize.shapes import named_values
 from ckptkit.pickling.arrays import is_array
-from ckptkit.pickling.inert import InertDict, Object, children, mapping_items, walk
+from ckptkit.pickling.inert import InertDict, Object, children, effects_of, mapping_items, states, walk
 
 __all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "storage_names", "wanted"]
 
@@ -274,7 +274,7 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
     """A node's children, each with what is shown of the key or index that leads to it, and that key."""
     pairs = mapping_items(node)
     if pairs is not None:
-        return [(key, key, child) for key, child in pairs]
+        return [*((key, key, child) for key, child in pairs), *((_NO_STEP, 0, call) for call in effects_of(node))]
     if isinstance(node, (list, tuple)):
         # A list of ten million numbers is passed over, not copied.
         shown = ((index, index, child) for index, child in enumerate(node) if not isinstance(child, _SCALARS))
@@ -285,7 +285,7 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
     steps.append((_NO_STEP, "?", node.kwargs))
     steps.extend((index, index, item) for index, item in enumerate(node.items))
     steps.extend((key, key, value) for key, value in node.pairs)
-    for index, part in enumerate(node.state if isinstance(node.state, tuple) else (node.state,)):
+    for index, part in enumerate(states(node)):
         if isinstance(part, InertDict):
             steps.extend((key, key, value) for key, value in part.pairs)
         else:

@@ -41,6 +41,7 @@ class RawCheckpoint:
         format, format_version, byteorder, pickle_protocol, writer, metadata: as in `Origin` and `Checkpoint`.
         globals: the verdict on every name in the file, and on what else matters likewise.
         findings: what the reader noticed.
+        discarded: as in `Checkpoint`.
         has_pickle, is_program: as in `Origin`.
         kind: what the file holds, where the container says it; ``None``: the tree tells.
     """
@@ -54,6 +55,7 @@ class RawCheckpoint:
     metadata: Mapping[str, str]
     globals: tuple[GlobalUse, ...] = ()
     findings: tuple[Finding, ...] = ()
+    discarded: tuple[object, ...] = ()
     has_pickle: bool = True
     is_program: bool = False
     kind: Kind | None = None
@@ -105,6 +107,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         globals=with_places(tuple(use for use in raw.globals if use.kind == "name"), raw.root),
         unvouched=tuple(use for use in raw.globals if use.kind != "name"),
         findings=tuple(findings),
+        discarded=raw.discarded,
         sections=sections,
         origin=Origin(
             path=file.path,
@@ -211,7 +214,9 @@ def lower_state_dict(state_dict: StateDict) -> object:
         (name, _detached(value) if container is None else value) for name, value in state_dict.everything.items()
     ]
     if isinstance(container, InertDict):
-        return InertDict(pairs)
+        written = InertDict(pairs)
+        written.effects = container.effects
+        return written
     if isinstance(container, (list, tuple)):
         pair_type = type(container[0])
         return type(container)(pair_type(pair) for pair in pairs)
@@ -220,7 +225,7 @@ def lower_state_dict(state_dict: StateDict) -> object:
         args = tuple(arg for arg in container.args if not isinstance(arg, (list, InertDict)))
         node = Object(container.how, container.cls, args, container.kwargs)
         node.items = list(container.items)
-        node.state = container.state
+        node.state, node.effects = container.state, container.effects
     else:
         node = Object("reduce", Global("collections", "OrderedDict"), ())
     node.pairs = pairs
@@ -237,6 +242,6 @@ def _detached(value: object) -> object:
     """A parameter or buffer as the plain tensor that ``Tensor.detach()`` makes of it."""
     if not isinstance(value, TensorEntry) or value.subclass is not None:
         return value
-    if not value.is_parameter and not value.requires_grad and value.attributes is None:
+    if not value.is_parameter and not value.requires_grad and is_plain(value):
         return value
-    return replace(value, is_parameter=False, requires_grad=False, attributes=None)
+    return replace(value, is_parameter=False, requires_grad=False, attributes=None, effects=())

@@ -40,7 +40,7 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import Object, attributes, children, mapping_items, walk
+from ckptkit.pickling.inert import Object, attributes, children, effects_of, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "above_tensors", "brief", "is_plain", "join", "step"]
@@ -225,7 +225,7 @@ class Survey:
         """Whether an object that is a mapping of a class of its own has tensors beside those it maps to."""
         if not isinstance(node, Object) or mapping_items(node) is not None:
             return False
-        return any(map(self._has_tensor, (node.state, node.kwargs, *node.args, *node.items)))
+        return any(map(self._has_tensor, (node.state, node.kwargs, *node.args, *node.items, *node.effects)))
 
     def _has_tensor(self, node: object) -> bool:
         seen = tensor_at_a_glance(node)
@@ -272,12 +272,12 @@ def _leaves(candidate: Candidate) -> Iterator[object]:
         return walk(candidate.node)
     values = [value for _, value in named_values(candidate.node) or []]
     others = [value for value in values if not is_plain(value)]
-    return chain(values if not others else filter(is_plain, values), walk([attributes(candidate.node), *others]))
+    return chain(values if not others else filter(is_plain, values), walk([attributes(candidate.node), effects_of(candidate.node), *others]))
 
 
 def is_plain(node: object) -> bool:
     """Whether it is a tensor with nothing below it."""
-    return isinstance(node, TensorEntry) and node.attributes is None and node.subclass is None
+    return isinstance(node, TensorEntry) and node.attributes is None and node.subclass is None and not node.effects
 
 
 def above_tensors(root: object) -> set[int]:

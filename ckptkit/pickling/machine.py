@@ -17,6 +17,7 @@ from ckptkit.errors import AmbiguousError, CorruptError, LimitError, Unsupported
 from ckptkit.limits import Limits
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
+from ckptkit.pickling.popped import Popped
 from ckptkit.pickling.reach import Reach
 
 __all__ = ["NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
@@ -85,6 +86,7 @@ class Machine:
         self.memo: dict[int, object] = {}
         self.globals: dict[tuple[str, str], Global] = {}
         self.reach = Reach(self.name, nested)
+        self.popped = Popped()
         self.nodes_left = limits.nodes
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument
@@ -229,10 +231,12 @@ class Machine:
         self.frame_end = self.pos + nbytes
 
     def pop(self) -> None:
-        if self.stack:
-            self.stack.pop()
-        else:
+        if not self.stack:
             self.pop_mark()
+            return
+        value = self.stack.pop()
+        top = self.stack[-1] if self.stack else None
+        self.popped.take(value, top, self.data, self.op_at, self.memo)
 
     def append(self) -> None:
         item = self.stack.pop()
@@ -323,7 +327,8 @@ class Machine:
         self.stack.append(self.call("obj", items[0], tuple(items[1:])))
 
     def pop_to_mark(self) -> None:
-        self.pop_mark()
+        for value in self.pop_mark():
+            self.popped.take(value, None, self.data, self.op_at, self.memo)
 
     def list_(self) -> None:
         items = self.pop_mark()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from struct import pack
 
 from ckptkit.errors import LimitError, UnsupportedError
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, PersistentId
 
 __all__ = ["write_pickle"]
 
@@ -83,7 +83,9 @@ class _Writer:
         elif isinstance(node, float):
             self.out.append(b"G" + pack(">d", node))
         elif isinstance(node, Global):
+            is_first = (node.module, node.name) not in self.names
             self._global(node)
+            return self._effects(node.effects, node) if node.effects and is_first else None
         elif id(node) in self.memo:
             self._get(self.memo[id(node)])
         elif isinstance(node, bytes):
@@ -197,6 +199,7 @@ class _Writer:
         self._memoize(owner)
         self.path.append((id(owner), False))
         yield from self._pairs(node.pairs)
+        yield from self._effects(node.effects, owner)
         self.path.pop()
 
     def _set(self, node: InertSet, owner: object) -> Iterator[object]:
@@ -209,6 +212,7 @@ class _Writer:
                 return
             self.out.append(b"\x91")
             self._memoize(owner)
+            yield from self._effects(node.effects, owner)
             return
         self.out.append(b"\x8f")
         self._memoize(owner)
@@ -217,6 +221,7 @@ class _Writer:
             self.out.append(b"(")
             yield from node.members[start : start + _BATCH]
             self.out.append(b"\x90")
+        yield from self._effects(node.effects, owner)
         self.path.pop()
 
     def _persistent(self, node: PersistentId) -> Iterator[object]:
@@ -246,7 +251,17 @@ class _Writer:
             if node.state is not ABSENT:
                 yield node.state
                 self.out.append(b"b")
+            yield from self._effects(node.effects, owner)
         self.path.pop()
+
+    def _effects(self, calls: Sequence[Object], owner: object) -> Iterator[object]:
+        """Call what is called for its effect, and drop the result, as pickle does with a ``state_setter``."""
+        for call in calls:
+            args = tuple(owner if part is ITSELF else part for part in call.args)
+            self.alive.append(args)
+            yield call.cls
+            yield args
+            self.out.append(b"R0")
 
     def _call(self, node: Object) -> Iterator[object]:
         if node.how == "obj":

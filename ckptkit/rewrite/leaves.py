@@ -49,12 +49,16 @@ def nodes(checkpoint: Checkpoint) -> Iterator[object]:
     )
 
 
-def _shell(state_dict: StateDict) -> Object | None:
+def _shell(state_dict: StateDict) -> Object | InertDict | None:
     """The class and attributes of the state_dict's mapping, without its values; ``None``: nothing hangs there."""
     container = state_dict.container
+    if isinstance(container, InertDict) and container.effects:
+        bare = InertDict()
+        bare.effects = container.effects
+        return bare
     if not isinstance(container, Object):
         return None
     args = tuple(arg for arg in container.args if not isinstance(arg, (list, InertDict)))
     shell = Object(container.how, container.cls, args, container.kwargs)
-    shell.items, shell.state = container.items, container.state
+    shell.items, shell.state, shell.effects = container.items, container.state, container.effects
     return shell

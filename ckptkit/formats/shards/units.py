@@ -154,7 +154,7 @@ class TorchUnits(_Units):
         for name in names:
             value = self._state_dict.everything[name]
             nbytes += _TORCH_NAME + 2 * _utf8_nbytes(name)  # its module's path is a part of it
-            if isinstance(value, TensorEntry) and value.subclass is None and value.attributes is None:
+            if isinstance(value, TensorEntry) and is_plain(value):
                 nbytes += _TORCH_DIMENSION * len(value.shape) + _utf8_nbytes(value.location)
                 storages[id(value.storage)] = value.storage
             else:
@@ -238,7 +238,7 @@ class _Objects:
         self._seen: set[int] = set()
 
     def __call__(self, value: object) -> Iterable[Hashable]:
-        if isinstance(value, TensorEntry) and value.subclass is None and value.attributes is None:
+        if isinstance(value, TensorEntry) and is_plain(value):
             return (id(value.storage),)
         found: list[int] = []
         stack = [value]
