@@ -308,10 +308,8 @@ def _parts(node: object, place: str) -> list[tuple[str, object]]:
         scalars = (
             node.storage_offset, node.dtype, node.requires_grad, node.is_parameter, node.is_conj, node.is_neg
         )  # fmt: skip
-        return [
-            *((place, part) for part in (*scalars, node.shape, node.stride, node.subclass, node.attributes, node.storage)),
-            *called,
-        ]
+        others = (node.shape, node.stride, node.subclass, node.attributes, node.storage)
+        return [*((place, part) for part in (*scalars, *others)), *called]
     if isinstance(node, (list, tuple)):
         return [(under(index), item) for index, item in enumerate(node)]
     if isinstance(node, InertDict):

@@ -24,7 +24,7 @@ from ckptkit.normalize.beside import holding_suffix
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, Survey, brief, is_plain
 from ckptkit.normalize.selection import choose, listed, require_section
-from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.report import listed as enumerated
@@ -230,7 +230,7 @@ def lower_state_dict(state_dict: StateDict) -> object:
         node = Object("reduce", Global("collections", "OrderedDict"), ())
     node.pairs = pairs
     if state_dict.versions is not None:
-        old = attributes(node)
+        old = None if node.state is ABSENT else attributes(node)
         kept = [pair for pair in old.pairs if pair[0] != "_metadata"] if old is not None else []
         versions = Object("reduce", Global("collections", "OrderedDict"), ())
         versions.pairs = list(state_dict.versions.items())

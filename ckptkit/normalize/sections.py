@@ -272,7 +272,10 @@ def _leaves(candidate: Candidate) -> Iterator[object]:
         return walk(candidate.node)
     values = [value for _, value in named_values(candidate.node) or []]
     others = [value for value in values if not is_plain(value)]
-    return chain(values if not others else filter(is_plain, values), walk([attributes(candidate.node), effects_of(candidate.node), *others]))
+    return chain(
+        values if not others else filter(is_plain, values),
+        walk([attributes(candidate.node), effects_of(candidate.node), *others]),
+    )
 
 
 def is_plain(node: object) -> bool:

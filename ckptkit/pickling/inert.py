@@ -99,7 +99,8 @@ class Object:
     Attributes:
         how: the opcode family: ``"reduce"`` calls ``cls(*args)``, ``"newobj"`` calls
             ``cls.__new__(cls, *args)``, ``"newobj_ex"`` likewise with ``kwargs``, ``"obj"`` is
-            an instance of a Python 2 class.
+            an instance of a Python 2 class.  Among effects there is ``"setitems"``: what is set late of the dict that
+            is the ``cls``.
         cls: what is called, a `Global` in honest files.
         args: a tuple; ``kwargs``: an `InertDict` or ``None``.
         items: what APPENDS added; ``pairs``: what SETITEMS set; ``state``: what BUILD applied, or
@@ -111,7 +112,7 @@ class Object:
 
     def __init__(
         self,
-        how: Literal["reduce", "newobj", "newobj_ex", "obj"],
+        how: Literal["reduce", "newobj", "newobj_ex", "obj", "setitems"],
         cls: object,
         args: tuple[object, ...],
         kwargs: object = None,
@@ -150,13 +151,15 @@ class InertDict:
     """A dict as the pickle builds it: pairs in order, nothing hashed but strings.
 
     Reads like a mapping for string keys; of two pairs with one key the later counts, as in Python.
-    Its ``effects`` are as those of an `Object`.
+    Its ``effects`` are as those of an `Object`.  Pairs from ``late_from`` on (``None``: none) refer to what is made of
+    the dict, and the pickle sets them once that is there: among its effects is a ``"setitems"``.
     """
 
-    __slots__ = ("_index", "effects", "pairs")
+    __slots__ = ("_index", "effects", "late_from", "pairs")
 
     def __init__(self, pairs: list[tuple[object, object]] | None = None) -> None:
         self.pairs = [] if pairs is None else pairs
+        self.late_from: int | None = None
         self.effects: tuple[Object, ...] = ()
         self._index: tuple[int, dict[str, object]] | None = None
 
@@ -236,13 +239,16 @@ def mapping_items(node: object) -> list[tuple[object, object]] | None:
 
 
 def attributes(node: object) -> InertDict | None:
-    """The instance attributes BUILD gives an object: its ``__dict__``, or ``None`` where it has none.
+    """The instance attributes BUILD, or a setter of its own, gives an object: its ``__dict__``; ``None``: it has none.
 
     A two-tuple state is ``(__dict__, slots)``, as ``copyreg`` makes it.
     """
     if not isinstance(node, Object):
         return None
     state = node.state
+    if state is ABSENT:
+        given = (call.args[1] for call in node.effects if len(call.args) == 2 and call.args[0] is ITSELF)
+        state = next(given, None)
     if isinstance(state, tuple) and len(state) == 2:
         state = state[0]
     return state if isinstance(state, InertDict) else None
@@ -435,6 +441,7 @@ class TreeMap:
             new.extend(shell(item) for item in node)
         elif isinstance(node, InertDict) and isinstance(new, InertDict):
             new.pairs.extend((shell(key), shell(value)) for key, value in node.pairs)
+            new.late_from = node.late_from
         elif isinstance(node, InertSet) and isinstance(new, InertSet):
             new.members.extend(shell(member) for member in node.members)
         elif isinstance(node, PersistentId) and isinstance(new, PersistentId):

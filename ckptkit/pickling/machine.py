@@ -87,6 +87,11 @@ class Machine:
         self.globals: dict[tuple[str, str], Global] = {}
         self.reach = Reach(self.name, nested)
         self.popped = Popped()
+        self.was_set: tuple[object, int, int] = (
+            None,
+            0,
+            0,
+        )  # what pairs were last set on, how many it had, by which opcode
         self.nodes_left = limits.nodes
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument
@@ -236,7 +241,8 @@ class Machine:
             return
         value = self.stack.pop()
         top = self.stack[-1] if self.stack else None
-        self.popped.take(value, top, self.data, self.op_at, self.memo)
+        before = self.was_set[1] if self.was_set[0] is value and self.was_set[2] == self.op_at - 1 else None
+        self.popped.take(value, top, self.data, self.op_at, self.memo, before)
 
     def append(self) -> None:
         item = self.stack.pop()
@@ -268,6 +274,7 @@ class Machine:
         pairs = zip(flat[::2], flat[1::2], strict=True)
         target = self.made(self.stack[-1], len(flat) // 2)
         if isinstance(target, InertDict) or (isinstance(target, Object) and target.state is ABSENT):
+            self.was_set = target, len(target.pairs), self.op_at
             target.pairs.extend(pairs)
         else:
             raise UnsupportedError(f"keys set on {_shown(target)}")

@@ -5,6 +5,7 @@
   functions and classes so.  The call belongs to the object, which is on top of the stack once its result is popped.
 - dill calls ``setattr`` likewise once the outermost function or class is there, for parts of it: the cells of closures,
   and the names of classes (``dill/_dill.py`` ``_save_with_postproc``).  The call belongs to what is on top then.
+  It sets the globals of a function so, too, once what they name is there: GET, SETITEMS, POP.
 - What contains itself as its own argument is there already when its pickler has written the arguments, and pops
   them: elements of a tuple, or the result of a call that was made before (``save_tuple``, ``save_reduce``).
 - Anything else that is popped is made for nothing that can be known, and is dropped by whoever loads the pickle.
@@ -40,6 +41,7 @@ class _Value(NamedTuple):
     filled: object  # how far the top was
     end: int  # position after the POP
     is_new: bool  # whether it is the result of a call that was made right before, and is kept nowhere
+    before: int | None  # pairs that it had before some were set right before it was popped
 
 
 class Popped:
@@ -49,7 +51,15 @@ class Popped:
         self._values: list[_Value] = []
         self._pairs_left = _MOST_PAIRS
 
-    def take(self, value: object, top: object, data: bytes, at: int, memo: Mapping[int, object]) -> None:
+    def take(
+        self,
+        value: object,
+        top: object,
+        data: bytes,
+        at: int,
+        memo: Mapping[int, object],
+        before: int | None = None,
+    ) -> None:
         """Collect a value.
 
         Args:
@@ -58,12 +68,13 @@ class Popped:
             data: the pickle, at least to the POP.
             at: position of the POP.
             memo: what the pickle can still refer to.
+            before: how many pairs it had before some were set right before the POP; ``None``: none were.
         """
         if isinstance(value, _SCALARS) or value == ():
             return
         # The argument of an opcode that memoizes a value, or gets it, may look like REDUCE.
         is_new = isinstance(value, Object) and data[at - 1] == _REDUCE and memo.get(_REDUCE) is not value
-        self._values.append(_Value(value, top, _filled(top), at + 1, is_new))
+        self._values.append(_Value(value, top, _filled(top), at + 1, is_new, before))
 
     def settle(self, root: object, data: bytes, memo: Mapping[int, object]) -> tuple[object, ...]:
         """Give the calls made for their effect to the nodes they belong to; what is left was made and dropped.
@@ -90,6 +101,7 @@ class Popped:
             waiting, left = left, []
             for popped in waiting:
                 if id(popped.value) in reached:
+                    self._set_late(popped, data, memo)
                     continue
                 if id(popped.top) in reached and _is_kept_by(popped) and _changes_any(popped.value, reached):
                     self._give(popped)
@@ -102,28 +114,29 @@ class Popped:
 
     def _give(self, popped: _Value) -> None:
         call, top = popped.value, popped.top
-        if isinstance(call, Object) and call.args[0] is top:
+        if isinstance(call, Object) and call.args and call.args[0] is top:
             call.args = (ITSELF, *call.args[1:])
         effects = sorted((*effects_of(top), call), key=lambda each: self._order[id(each)])
         object.__setattr__(top, "effects", tuple(effects))  # a tensor's entry is frozen
 
+    def _set_late(self, popped: _Value, data: bytes, memo: Mapping[int, object]) -> None:
+        """Note that a dict got pairs after what is on top was made; not where a tuple that contains itself is left."""
+        target, top = popped.value, popped.top
+        if popped.before is None or not isinstance(target, InertDict) or not isinstance(top, Object):
+            return
+        if target.late_from is not None or _filled(top) != popped.filled:
+            return
+        found = _gotten(data, popped.end, memo)
+        if not isinstance(found, tuple) or not any(part is target for part in found):
+            target.late_from = popped.before
+            call = Object("setitems", target, ())
+            self._order[id(call)] = self._order[id(target)]
+            self._give(popped._replace(value=call))
+
     def _is_made_again(self, popped: _Value, data: bytes, memo: Mapping[int, object]) -> bool:
         """Whether a call's result is popped for that of an equal call, which its arguments led to."""
-        value, end = popped.value, popped.end
-        if not isinstance(value, Object):
-            return False
-        op, argument = data[end], data[end + 1 : end + 5]
-        if op == _BINGET:
-            index = argument[0]
-        elif op == _LONG_BINGET:
-            index = int.from_bytes(argument, "little")
-        elif op == _GET:
-            text = data[end + 1 : end + 21].partition(b"\n")[0]
-            index = int(text) if text.isdigit() else -1
-        else:
-            return False
-        kept = memo.get(index)
-        if not isinstance(kept, Object) or kept.how != value.how:
+        value, kept = popped.value, _gotten(data, popped.end, memo)
+        if not isinstance(value, Object) or not isinstance(kept, Object) or kept.how != value.how:
             return False
         return self._are_alike([(value.cls, kept.cls), (value.args, kept.args), (value.kwargs, kept.kwargs)])
 
@@ -149,6 +162,19 @@ class Popped:
                 return False
             stack.extend(zip(below, others, strict=True))
         return True
+
+
+def _gotten(data: bytes, at: int, memo: Mapping[int, object]) -> object:
+    """What the pickle takes from the memo at a position, after other POPs; ``None``: nothing."""
+    while data[at : at + 1] == b"0":
+        at += 1
+    op, argument = data[at], data[at + 1 : at + 5]
+    if op == _GET:
+        text = data[at + 1 : at + 21].partition(b"\n")[0]
+        return memo.get(int(text)) if text.isdigit() else None
+    if op == _BINGET:
+        return memo.get(argument[0])
+    return memo.get(int.from_bytes(argument, "little")) if op == _LONG_BINGET else None
 
 
 def _filled(node: object) -> object:

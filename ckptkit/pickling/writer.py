@@ -58,6 +58,7 @@ class _Writer:
         self.path: list[tuple[int, bool]] = []  # being written, outermost first: id, and whether it is an object
         self.begun: dict[int, int] = {}  # id of an object whose call is being written -> its place in the path
         self.repeats = 0
+        self.unset: dict[int, InertDict] = {}  # dicts of which what is set late is still to be written
 
     def run(self, root: object) -> None:
         stack: list[Iterator[object]] = [iter((root,))]
@@ -69,6 +70,8 @@ class _Writer:
                     break
             else:
                 stack.pop()
+                if not stack and self.unset:
+                    stack.append(self._set_late(next(iter(self.unset.values()))))
 
     def _save(self, node: object) -> Iterator[object] | None:
         """Write a node without children, or return the generator that writes one with."""
@@ -198,9 +201,17 @@ class _Writer:
         self.out.append(b"}")
         self._memoize(owner)
         self.path.append((id(owner), False))
-        yield from self._pairs(node.pairs)
+        yield from self._pairs(node.pairs[: node.late_from])
+        if node.late_from is not None:
+            self.unset[id(node)] = node
         yield from self._effects(node.effects, owner)
         self.path.pop()
+
+    def _set_late(self, node: InertDict) -> Iterator[object]:
+        yield node
+        if self.unset.pop(id(node), None) is not None:
+            yield from self._pairs(node.pairs[node.late_from :])
+        self.out.append(b"0")
 
     def _set(self, node: InertSet, owner: object) -> Iterator[object]:
         if node.frozen:
@@ -257,6 +268,9 @@ class _Writer:
     def _effects(self, calls: Sequence[Object], owner: object) -> Iterator[object]:
         """Call what is called for its effect, and drop the result, as pickle does with a ``state_setter``."""
         for call in calls:
+            if isinstance(call.cls, InertDict):
+                yield from self._set_late(call.cls)
+                continue
             args = tuple(owner if part is ITSELF else part for part in call.args)
             self.alive.append(args)
             yield call.cls

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages
 from ckptkit.formats.module_versions import VERSIONS, versions_text
 from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.sections import is_plain
 from ckptkit.pickling.inert import Global, InertDict, Object, children
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
