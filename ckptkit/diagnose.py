@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
-from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, holding_suffix
+from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, discarded_text, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import is_plain, step
 from ckptkit.normalize.wrappers import unwrapped
@@ -345,6 +345,18 @@ def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
+def _discarded(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    if checkpoint.discarded:
+        kept = "" if checkpoint.origin.is_program else "; a .pth cannot be written with them"
+        yield Finding(
+            code="discarded-call",
+            severity="warning",
+            message=f"the pickle makes {discarded_text(checkpoint.discarded)} and drops the result: it belongs to "
+            f"nothing in the file, and whoever loads that runs it{kept}",
+            fix=_weights(checkpoint, "--weights-only"),
+        )
+
+
 def _nothing(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if checkpoint.origin.kind == "other":
         yield Finding(code="no-tensors", severity="warning", message="the file holds no tensor at all")
@@ -359,6 +371,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _hostile,
     _part,
     _foreign,
+    _discarded,
     _whole_model,
     _prefix,
     _stale_versions,
@@ -380,7 +393,7 @@ def _contents(checkpoint: Checkpoint) -> Contents:
     values = checkpoint.state_dict.everything.values()
     entries = {id(value): value for value in values if isinstance(value, TensorEntry)}
     bare: dict[int, Storage] = {}
-    for node in walk([*(value for value in values if not is_plain(value)), checkpoint.rest]):
+    for node in walk([*(value for value in values if not is_plain(value)), checkpoint.rest, checkpoint.discarded]):
         if isinstance(node, TensorEntry):
             entries[id(node)] = node
         elif isinstance(node, Storage):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.errors import FormatError
-from ckptkit.normalize.beside import beside_weights
+from ckptkit.normalize.beside import beside_weights, discarded_text
 from ckptkit.normalize.sections import step
 from ckptkit.pickling.inert import Global, mapping_items, walk
 from ckptkit.pickling.reader import read_pickle
@@ -120,6 +120,8 @@ def diagnose_losses(source: Checkpoint, result: Checkpoint) -> Iterator[Finding]
     else:
         kept = set(beside_weights(result))
         left_out = [key for key in beside_weights(source) if key not in kept]
+    if source.discarded:  # what would keep them is refused
+        left_out.append(discarded_text(source.discarded))
     if left_out:
         yield Finding(code="left-out", severity="info", message=f"not in the output: {_listed(left_out)}")
 

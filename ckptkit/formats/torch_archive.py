@@ -334,6 +334,7 @@ class TorchArchive:
         """Take in what is in the archive that a record holds, once it was read."""
         self._uses.extend(replace(use, where=tuple(f"{name}, {place}" for place in use.where)) for use in nested.uses())
         self._pickles += nested.has_pickle
+        self._discarded.extend(nested.discarded)
 
     def _others(self) -> list[tuple[str, Record]]:
         """The records that nothing in the file refers to, as far as it was read."""

@@ -87,11 +87,7 @@ class Machine:
         self.globals: dict[tuple[str, str], Global] = {}
         self.reach = Reach(self.name, nested)
         self.popped = Popped()
-        self.was_set: tuple[object, int, int] = (
-            None,
-            0,
-            0,
-        )  # what pairs were last set on, how many it had, by which opcode
+        self.was_set: tuple[object, int, int] = None, 0, 0  # what got pairs last, how many it had, by which opcode
         self.nodes_left = limits.nodes
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument

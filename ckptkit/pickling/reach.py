@@ -296,7 +296,7 @@ class Reach:
 
 
 def sets_first_argument(call: Object) -> bool:
-    """Whether what is called sets something of its first argument: ``setattr``, or what cloudpickle and dill have for it."""
+    """Whether what is called sets something of its first argument: ``setattr``, or cloudpickle's and dill's own."""
     if isinstance(call.cls, Object):
         return _is_dills_setter(call.cls.args)
     if not isinstance(call.cls, Global):

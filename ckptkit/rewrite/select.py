@@ -170,4 +170,4 @@ class WeightsOnly:
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not checkpoint.state_dict.everything:
             raise RewriteError("there is no state_dict to keep")
-        return checkpoint.replace(rest=STATE_DICT)
+        return checkpoint.replace(rest=STATE_DICT, discarded=())
