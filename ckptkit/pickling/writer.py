@@ -7,11 +7,12 @@ kept through the memo.  Iterative: nesting costs no Python stack.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from struct import pack
 
 from ckptkit.errors import LimitError, UnsupportedError
-from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, PersistentId, children, walk
 
 __all__ = ["write_pickle"]
 
@@ -58,9 +59,12 @@ class _Writer:
         self.path: list[tuple[int, bool]] = []  # being written, outermost first: id, and whether it is an object
         self.begun: dict[int, int] = {}  # id of an object whose call is being written -> its place in the path
         self.repeats = 0
+        self.root: object = None
+        self.references: Counter[int] | None = None
         self.unset: dict[int, InertDict] = {}  # dicts of which what is set late is still to be written
 
     def run(self, root: object) -> None:
+        self.root = root
         stack: list[Iterator[object]] = [iter((root,))]
         while stack:
             for child in stack[-1]:
@@ -312,8 +316,16 @@ class _Writer:
                 for found in unfinished:
                     del self.memo[found]
                 return unfinished
-            unfinished[key] = self.memo[key]
+            if not self._is_shared(key):  # a pickler would not write it anew either
+                unfinished[key] = self.memo[key]
         return {}
+
+    def _is_shared(self, key: int) -> bool:
+        """Whether more than one node of the tree refers to one."""
+        if self.references is None:
+            below = (id(child) for node in walk(self.root) for child in children(node))
+            self.references = Counter(below)
+        return self.references[key] > 1
 
     def _items(self, items: Sequence[object], one: bytes, many: bytes) -> Iterator[object]:
         for start in range(0, len(items), _BATCH):
