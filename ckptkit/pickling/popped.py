@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, children, effects_of, walk
+from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, children, walk
 from ckptkit.pickling.reach import sets_first_argument
 
 __all__ = ["Popped"]
 
 _SCALARS = (str, int, float, bytes, type(None))
 
-_REDUCE, _BINGET, _LONG_BINGET, _GET = b"Rhjg"
+_POP, _REDUCE, _BINGET, _LONG_BINGET, _GET = b"0Rhjg"
 
 _MOST_PASSES = 8
 """How often what is left is looked at again: what changes a part follows what made it."""
@@ -50,15 +50,11 @@ class Popped:
     def __init__(self) -> None:
         self._values: list[_Value] = []
         self._pairs_left = _MOST_PAIRS
+        self._given: dict[int, list[tuple[int, Object]]] = {}  # id of what has effects -> its calls, numbered
+        self._tops: dict[int, object] = {}
 
     def take(
-        self,
-        value: object,
-        top: object,
-        data: bytes,
-        at: int,
-        memo: Mapping[int, object],
-        before: int | None = None,
+        self, value: object, top: object, data: bytes, at: int, memo: Mapping[int, object], before: int | None = None
     ) -> None:
         """Collect a value.
 
@@ -86,40 +82,45 @@ class Popped:
         """
         if not self._values:
             return ()
-        self._order = {id(popped.value): number for number, popped in enumerate(self._values)}
         left = []
-        for popped in self._values:
+        for number, popped in enumerate(self._values):
+            call = popped.value
             if self._is_made_again(popped, data, memo):
                 continue
-            if _is_kept_by(popped) and popped.value.args[0] is popped.top:  # type: ignore[attr-defined]
-                self._give(popped)
+            if isinstance(call, Object) and _is_kept_by(popped) and call.args[0] is popped.top:
+                call.args = (ITSELF, *call.args[1:])
+                self._give(number, popped.top, call)
             else:
-                left.append(popped)
+                left.append((number, popped))
+        self._set_effects()
         reached: set[int] = set()
         _enter(root, reached)
         for _ in range(_MOST_PASSES):
             waiting, left = left, []
-            for popped in waiting:
-                if id(popped.value) in reached:
-                    self._set_late(popped, data, memo)
-                    continue
-                if id(popped.top) in reached and _is_kept_by(popped) and _changes_any(popped.value, reached):
-                    self._give(popped)
-                    _enter(popped.value, reached)
+            for number, popped in waiting:
+                call = popped.value
+                if id(call) in reached:
+                    self._set_late(number, popped, data, memo)
+                elif id(popped.top) in reached and isinstance(call, Object) and _changes_part(popped, call, reached):
+                    self._give(number, popped.top, call)
+                    _enter(call, reached)
                 else:
-                    left.append(popped)
+                    left.append((number, popped))
             if len(left) == len(waiting):
                 break
-        return tuple(popped.value for popped in left)
+        self._set_effects()
+        return tuple({id(popped.value): popped.value for _, popped in left}.values())
 
-    def _give(self, popped: _Value) -> None:
-        call, top = popped.value, popped.top
-        if isinstance(call, Object) and call.args and call.args[0] is top:
-            call.args = (ITSELF, *call.args[1:])
-        effects = sorted((*effects_of(top), call), key=lambda each: self._order[id(each)])
-        object.__setattr__(top, "effects", tuple(effects))  # a tensor's entry is frozen
+    def _give(self, number: int, top: object, call: Object) -> None:
+        self._tops[id(top)] = top
+        self._given.setdefault(id(top), []).append((number, call))
 
-    def _set_late(self, popped: _Value, data: bytes, memo: Mapping[int, object]) -> None:
+    def _set_effects(self) -> None:
+        for place, calls in self._given.items():
+            effects = tuple(call for _, call in sorted(calls, key=lambda numbered: numbered[0]))
+            object.__setattr__(self._tops[place], "effects", effects)  # a tensor's entry is frozen
+
+    def _set_late(self, number: int, popped: _Value, data: bytes, memo: Mapping[int, object]) -> None:
         """Note that a dict got pairs after what is on top was made; not where a tuple that contains itself is left."""
         target, top = popped.value, popped.top
         if popped.before is None or not isinstance(target, InertDict) or not isinstance(top, Object):
@@ -129,9 +130,7 @@ class Popped:
         found = _gotten(data, popped.end, memo)
         if not isinstance(found, tuple) or not any(part is target for part in found):
             target.late_from = popped.before
-            call = Object("setitems", target, ())
-            self._order[id(call)] = self._order[id(target)]
-            self._give(popped._replace(value=call))
+            self._give(number, top, Object("setitems", target, ()))
 
     def _is_made_again(self, popped: _Value, data: bytes, memo: Mapping[int, object]) -> bool:
         """Whether a call's result is popped for that of an equal call, which its arguments led to."""
@@ -148,8 +147,8 @@ class Popped:
             if a is b or (id(a), id(b)) in seen:
                 continue
             seen.add((id(a), id(b)))
-            self._pairs_left -= 1
             below, others = children(a), children(b)
+            self._pairs_left -= 1 + len(below)
             if type(a) is not type(b) or len(below) != len(others) or self._pairs_left < 0:
                 return False
             if isinstance(a, Object) and isinstance(b, Object):
@@ -165,9 +164,8 @@ class Popped:
 
 
 def _gotten(data: bytes, at: int, memo: Mapping[int, object]) -> object:
-    """What the pickle takes from the memo at a position, after other POPs; ``None``: nothing."""
-    while data[at : at + 1] == b"0":
-        at += 1
+    """What the pickle takes from the memo at a position, after two more POPs at most; ``None``: nothing."""
+    at += 2 if data[at : at + 2] == b"00" else data[at] == _POP
     op, argument = data[at], data[at + 1 : at + 5]
     if op == _GET:
         text = data[at + 1 : at + 21].partition(b"\n")[0]
@@ -191,9 +189,9 @@ def _is_kept_by(popped: _Value) -> bool:
     return has_effects and is_call and _filled(popped.top) == popped.filled
 
 
-def _changes_any(call: object, reached: set[int]) -> bool:
-    """Whether a call sets something of an object that the tree holds."""
-    if not isinstance(call, Object) or not sets_first_argument(call):
+def _changes_part(popped: _Value, call: Object, reached: set[int]) -> bool:
+    """Whether a call that can be kept sets something of another object that the tree holds."""
+    if not _is_kept_by(popped) or not sets_first_argument(call):
         return False
     return id(call.args[0]) in reached and isinstance(call.args[0], (Object, InertDict))
 

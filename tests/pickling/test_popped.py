@@ -393,8 +393,8 @@ def test_a_long_row_of_pops_takes_no_time() -> None:
     call = b"cfoo\nf\n)R0"
     assert len(read_pickle(b"\x80\x02" + call * 20_000 + b"N.").discarded) == 20_000
     changes = b"c__builtin__\nsetattr\n(h\x00X\x01\x00\x00\x00aK\x01tR0"
-    root = read_pickle(b"\x80\x02cfoo\nBar\n)Rq\x00" + changes * 3_000 + b".").root
-    assert len(effects_of(root)) == 3_000
+    root = read_pickle(b"\x80\x02cfoo\nBar\n)Rq\x00" + changes * 20_000 + b".").root
+    assert len(effects_of(root)) == 20_000
 
 
 def test_counters_and_other_reductions_are_as_before() -> None:
