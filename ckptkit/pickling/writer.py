@@ -211,10 +211,12 @@ class _Writer:
         yield from self._effects(node.effects, owner)
         self.path.pop()
 
-    def _set_late(self, node: InertDict) -> Iterator[object]:
+    def _set_late(self, node: object) -> Iterator[object]:
+        """Set what is set late of a dict, unless that was done, or another node has taken its place."""
         yield node
-        if self.unset.pop(id(node), None) is not None:
-            yield from self._pairs(node.pairs[node.late_from :])
+        unset = self.unset.pop(id(node), None)
+        if unset is not None:
+            yield from self._pairs(unset.pairs[unset.late_from :])
         self.out.append(b"0")
 
     def _set(self, node: InertSet, owner: object) -> Iterator[object]:
@@ -272,7 +274,7 @@ class _Writer:
     def _effects(self, calls: Sequence[Object], owner: object) -> Iterator[object]:
         """Call what is called for its effect, and drop the result, as pickle does with a ``state_setter``."""
         for call in calls:
-            if isinstance(call.cls, InertDict):
+            if call.how == "setitems":
                 yield from self._set_late(call.cls)
                 continue
             args = tuple(owner if part is ITSELF else part for part in call.args)
