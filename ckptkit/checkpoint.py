@@ -243,9 +243,11 @@ class StateDict(Mapping[str, TensorEntry]):
             or ``None`` where the file has none.
         container: inert node of the mapping's class and other attributes; ``None`` means a plain
             ``OrderedDict`` is to be written.
+        is_module: whether ``container`` is the module that the values were walked from, and is written as it is.
+            Renamed, selected or cast, they are those of no module any more, and a state_dict is written.
     """
 
-    __slots__ = ("_tensors", "container", "everything", "versions")
+    __slots__ = ("_tensors", "container", "everything", "is_module", "versions")
 
     def __init__(
         self,
@@ -253,10 +255,12 @@ class StateDict(Mapping[str, TensorEntry]):
         *,
         versions: Mapping[str, object] | None = None,
         container: object = None,
+        is_module: bool = False,
     ) -> None:
         self.everything = everything
         self.versions = versions
         self.container = container
+        self.is_module = is_module
         self._tensors: Mapping[str, TensorEntry] = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
         if len(self._tensors) == len(everything):
             self._tensors = everything  # type: ignore[assignment]  # one of them is enough
@@ -290,7 +294,12 @@ class StateDict(Mapping[str, TensorEntry]):
             {name: function(value) for name, value in self.everything.items()},
             versions=self.versions,
             container=self.container,
+            is_module=self.is_module,
         )
+
+    def holding(self, everything: Mapping[str, object], versions: Mapping[str, object] | None) -> StateDict:
+        """Other values in its place: a mapping of the same class, or of a module its state_dict."""
+        return StateDict(everything, versions=versions, container=None if self.is_module else self.container)
 
     def renamed(self, rename: Callable[[str], str], versions: Mapping[str, object] | None) -> StateDict:
         """The same values under the names ``rename`` gives them, in the same order.
@@ -310,7 +319,7 @@ class StateDict(Mapping[str, TensorEntry]):
                 raise KeyCollisionError(came_from[target], name, target)
             everything[target] = value
             came_from[target] = name
-        return StateDict(everything, versions=versions, container=self.container)
+        return self.holding(everything, versions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

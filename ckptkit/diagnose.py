@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, discarded_text, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
-from ckptkit.normalize.sections import is_plain, step
+from ckptkit.normalize.sections import brief, step
+from ckptkit.normalize.shapes import DATA_NAMES
+from ckptkit.normalize.tensors import Found, every_tensor, other_weights
 from ckptkit.normalize.wrappers import unwrapped
-from ckptkit.pickling.inert import Global, children, mapping_items, walk
+from ckptkit.pickling.inert import Global, Object, children, mapping_items
 from ckptkit.report import Finding, convert_command, count_of, human_size, listed
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
@@ -28,10 +31,13 @@ class Contents:
     """Everything in a checkpoint that has bytes, found in one walk.
 
     Attributes:
+        beside: everything that `every_tensor` finds but for the plain tensors of the state_dict.
         entries: every tensor, in the state_dict, its extra values and what else there is; by ``id``.
         bare: every storage that stands in the tree by itself, by ``id``.
         storages: these, and those of the tensors, by ``id``.
     """
+
+    beside: list[Found]
 
     entries: dict[int, TensorEntry]
     bare: dict[int, Storage]
@@ -53,14 +59,6 @@ _PIPELINES = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", 
 """How names in adapters of diffusion pipelines begin."""
 
 _EMBEDDING = re.compile(r"<[^<>]+>|emb_params|clip_[lg]")
-
-_DATA = frozenset({
-    "attention_mask", "batch", "data", "edge_attr", "edge_index", "features", "image", "images", "input", "input_ids",
-    "inputs", "label", "labels", "mask", "masks", "output", "outputs", "pos", "sample", "samples", "target", "targets",
-    "test", "test_mask", "token_type_ids", "train", "train_mask", "val", "val_mask", "x", "x_test", "x_train", "y",
-    "y_test", "y_train",
-})  # fmt: skip
-"""Names of the tensors in data sets; no module would have all of its parameters called so."""
 
 _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
@@ -194,7 +192,7 @@ def _not_a_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding
     elif is_embedding or (0 < len(names) <= 2 and all(map(_EMBEDDING.fullmatch, names))):
         what = "a textual inversion, the embedding of a new word for a text encoder"
         fix = f"pipeline.load_textual_inversion({path!r})  # of diffusers"
-    elif names and all(name.lower() in _DATA for name in names):
+    elif names and all(name.lower() in DATA_NAMES for name in names):
         what, fix = "by their names a data set, not weights", f"data = ckptkit.load_state_dict({path!r})"
     yield Finding(code="not-a-model", severity="info", message=f"names and tensors, no model: {what}", fix=fix)
 
@@ -333,7 +331,12 @@ def _unused(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
 def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if checkpoint.origin.kind != "resume" or not checkpoint.state_dict:
         return
-    weights = {id(entry.storage): entry.storage.nbytes for entry in checkpoint.state_dict.values()}
+    storages = [entry.storage for entry in checkpoint.state_dict.values()]
+    weighty = {None, *(section.path for section in checkpoint.sections if section.is_weights)}
+    for section, _, node, _ in contents.beside:
+        if section in weighty and not isinstance(node, Object):
+            storages.append(node.storage if isinstance(node, TensorEntry) else node)
+    weights = {id(storage): storage.nbytes for storage in storages}
     everything = sum(storage.nbytes for storage in contents.storages.values())
     beside = everything - sum(weights.values())
     if beside > 0:
@@ -354,6 +357,28 @@ def _discarded(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             message=f"the pickle makes {discarded_text(checkpoint.discarded)} and drops the result: it belongs to "
             f"nothing in the file, and whoever loads that runs it{kept}",
             fix=_weights(checkpoint, "--weights-only"),
+        )
+
+
+def _other_weights(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    others = other_weights(checkpoint, contents.beside)
+    if others:
+        shown = listed([f"{path!r:.200} ({count_of(len(found), 'tensor')})" for path, found in others.items()], 4)
+        yield Finding(
+            code="other-weights",
+            severity="info",
+            message=f"weights under other names than those selected: {shown}; parts of the model, or another one",
+        )
+
+
+def _outside(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    outside = {id(found.node): found for found in contents.beside if found.section is None}
+    if outside:
+        yield Finding(
+            code="outside-sections",
+            severity="info",
+            message=f"{count_of(len(outside), 'tensor')} in no section but in attributes or objects: "
+            + listed([f"{found.path:.100} ({brief(found.node)})" for found in outside.values()], 5),
         )
 
 
@@ -384,19 +409,17 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _order,
     _unused,
     _training,
+    _other_weights,
+    _outside,
     _byteorder,
 )
 """Every diagnosis."""
 
 
 def _contents(checkpoint: Checkpoint) -> Contents:
-    values = checkpoint.state_dict.everything.values()
-    entries = {id(value): value for value in values if isinstance(value, TensorEntry)}
-    bare: dict[int, Storage] = {}
-    for node in walk([*(value for value in values if not is_plain(value)), checkpoint.rest, checkpoint.discarded]):
-        if isinstance(node, TensorEntry):
-            entries[id(node)] = node
-        elif isinstance(node, Storage):
-            bare[id(node)] = node
+    beside = list(islice(every_tensor(checkpoint, plain=False), DEFAULT_LIMITS.entries))
+    entries = {id(value): value for value in checkpoint.state_dict.values()}
+    entries.update({id(found.node): found.node for found in beside if isinstance(found.node, TensorEntry)})
+    bare = {id(found.node): found.node for found in beside if isinstance(found.node, Storage)}
     storages = {id(entry.storage): entry.storage for entry in entries.values()}
-    return Contents(entries, bare, {**storages, **bare})
+    return Contents(beside, entries, bare, {**storages, **bare})

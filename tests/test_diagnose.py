@@ -68,6 +68,12 @@ def stale(prefix: str) -> dict[str, Any]:
     return renamed
 
 
+def noted(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with another as an attribute."""
+    tensor.mask = torch.ones(3)  # type: ignore[attr-defined]
+    return tensor
+
+
 PROVOKED: dict[str, tuple[Any, Any]] = {
     # code: (one that provokes it, one that just does not)
     "ambiguous-section": (
@@ -94,6 +100,11 @@ PROVOKED: dict[str, tuple[Any, Any]] = {
         {"model": WEIGHTS, "x": Marked(codecs.encode, "x", "latin1")},
         {"model": WEIGHTS, "x": Marked(argparse.Namespace)},
     ),
+    "other-weights": (
+        {"model": WEIGHTS, "generator": {"up.weight": torch.ones(2, 2)}},
+        {"model": WEIGHTS, "best": {"fc.weight": torch.zeros(2, 3)}},
+    ),
+    "outside-sections": ({"w": noted(torch.ones(2))}, {"w": torch.ones(2), "x": torch.ones(1)}),
     "not-a-model": (WEIGHTS, {"model": WEIGHTS, "epoch": 3}),
 }
 
@@ -116,9 +127,11 @@ def test_device_location(save: Save) -> None:
 
 
 def test_a_device_anywhere_in_the_file(save: Save) -> None:
-    noted = torch.ones(2)
-    noted.mask = torch.ones(3)  # type: ignore[attr-defined]
-    for saved in ({"model": WEIGHTS, "x": {"y": {torch.ones(5)}}}, {"w": noted}, [torch.ones(5).untyped_storage()]):
+    for saved in (
+        {"model": WEIGHTS, "x": {"y": {torch.ones(5)}}},
+        {"w": noted(torch.ones(2))},
+        [torch.ones(5).untyped_storage()],
+    ):
         found = findings(save(saved, device=lambda s: "cuda:0" if s.nbytes() in (20, 12) else "cpu"))
         assert "cuda:0 (1)" in found["device-location"].message
 
@@ -140,7 +153,7 @@ def test_every_code_a_diagnosis_gives_is_provoked_here() -> None:
     here = {*PROVOKED, "device-location", "crc-not-recorded", "big-endian"}
     from_conversion = {"left-out", "renamed", "nothing-to-strip", "mixed-prefix", "written-out"}
     given = {const for check in DIAGNOSES for const in check.__code__.co_consts if const in CODES}
-    assert len(DIAGNOSES) == 17
+    assert len(DIAGNOSES) == 19
     assert given <= here
     assert not here & from_conversion
 

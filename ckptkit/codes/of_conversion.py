@@ -13,6 +13,25 @@ CODES: dict[str, Explanation] = {
         "program all but its weights. Training cannot be resumed from the output alone.",
         "Write a .pth without --weights-only and --leave-out to keep them.",
     ),
+    "weights-left-out": Explanation(
+        "weights that the output does not hold",
+        "The source holds weights beside those that were selected, and no copies of them: a generator, a likelihood, "
+        "a second model. The output has the selected ones alone; whoever needs both parts misses one.",
+        "Convert each with --section NAME, or write a .pth without --weights-only, which keeps all.",
+    ),
+    "attributes-left-out": Explanation(
+        "tensors in attributes or objects that the output does not hold",
+        "They stand in no section: attributes of a module or a tensor, buffers that a module does not save, parts of "
+        "objects. A state_dict does not have them, so what is written does not.",
+        "A .pth written from a file that holds the model in a dict keeps the model as it is, without --weights-only, "
+        "--rename, --dtype and --include.",
+    ),
+    "module-left-out": Explanation(
+        "a model is written as its state_dict",
+        "The source holds the model itself, with its class and settings. Names, dtypes and selections are those of a "
+        "state_dict, so that is what is written.",
+        "Without --weights-only, renaming, --dtype, --include and --exclude, a .pth keeps the model as it is.",
+    ),
     "hostile-output": Explanation(
         "the output names what runs, imports or opens",
         "A .pth keeps everything that is in the source, and with it what the source would run when it is loaded with "

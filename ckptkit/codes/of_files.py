@@ -42,6 +42,18 @@ CODES: dict[str, Explanation] = {
         "Optimizer moments and the like are needed to resume training, not to run the model.",
         "ckptkit convert FILE OUT --weights-only writes the weights alone.",
     ),
+    "other-weights": Explanation(
+        "weights beside the selected ones that are no copy of them",
+        "A model may be saved in parts, a network and its generator, likelihood or queue, or a file may hold two "
+        "models. Each is a section of its own; one is selected.",
+        "--section NAME selects another; a .pth without --weights-only keeps them all.",
+    ),
+    "outside-sections": Explanation(
+        "tensors that belong to no section",
+        "They are attributes of a module or of a tensor, buffers that a module does not save, or parts of objects. No "
+        "state_dict has them, so a model that is built anew does not get them from one.",
+        "They are listed with a null section by --json; a .pth keeps them where the object they are in is kept.",
+    ),
     "not-a-plain-tensor": Explanation(
         "values of the state_dict that are not plain tensors",
         "Quantized, sparse, nested, distributed and subclass tensors, and what modules keep as `_extra_state`, cannot "

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.errors import FormatError
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.beside import beside_weights, discarded_text
-from ckptkit.normalize.sections import step
-from ckptkit.pickling.inert import Global, mapping_items, walk
+from ckptkit.normalize.sections import brief, step
+from ckptkit.normalize.tensors import Found, every_tensor, other_weights
+from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
 from ckptkit.plan import Gather, Literal, Plan
@@ -107,12 +112,16 @@ def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Findi
         )
 
 
-def diagnose_losses(source: Checkpoint, result: Checkpoint) -> Iterator[Finding]:
+def diagnose_losses(
+    source: Checkpoint, result: Checkpoint, plan: Plan, *, leave_out: Collection[str] = ()
+) -> Iterator[Finding]:
     """What the output does not hold.
 
     Args:
         source: the checkpoint as it was read.
         result: as it is written.
+        plan: of the output.
+        leave_out: paths of parts that were to be left out.
     """
     if result.origin.is_program:
         pairs = mapping_items(source.rest) or []
@@ -124,6 +133,58 @@ def diagnose_losses(source: Checkpoint, result: Checkpoint) -> Iterator[Finding]
         left_out.append(discarded_text(source.discarded))
     if left_out:
         yield Finding(code="left-out", severity="info", message=f"not in the output: {_listed(left_out)}")
+    if source.state_dict.is_module and not result.state_dict.is_module:
+        cls = getattr(source.module, "class_name", "?")
+        yield Finding(
+            code="module-left-out",
+            severity="info",
+            message=f"the model under {source.origin.state_path!r:.200} is written as its state_dict: its class "
+            f"{cls:.200} and its settings are not in the output",
+        )
+    lost = [] if result.origin.is_program else _lost(source, result, plan)
+    for path, inside in other_weights(source, lost).items():
+        if path not in leave_out:
+            yield Finding(
+                code="weights-left-out",
+                severity="warning",
+                message=f"{path!r:.200} holds weights too, {count_of(len(inside), 'tensor')}, and is not in the output",
+                fix=f"--section {shlex.quote(path)}",
+            )
+    outside = [f"{found.path:.100} ({brief(found.node)})" for found in lost if found.section is None]
+    if outside:
+        yield Finding(
+            code="attributes-left-out",
+            severity="warning",
+            message=f"{count_of(len(outside), 'tensor')} in attributes or objects not in the output: "
+            + listed(outside, 8),
+        )
+
+
+def _lost(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[Found]:
+    """The tensors, beside the plain ones of the state_dict, and the arrays that the output does not hold."""
+    beside = list(islice(every_tensor(source, plain=False), DEFAULT_LIMITS.entries))
+    if not beside:
+        return []
+    entries = result.state_dict.values()
+    kept: Iterable[object] = entries
+    if not plan.format.startswith("safetensors"):
+        kept = chain(entries, walk([lower_state_dict(result.state_dict), result.rest]))
+    # A storage that was moved, cut or cast keeps the key of the one it was.
+    keys = {
+        (storage.original or storage).key
+        for node in kept
+        if isinstance(storage := node.storage if isinstance(node, TensorEntry) else node, Storage)
+    }
+    alone = result.rest is STATE_DICT and not result.state_dict.is_module
+    return [
+        found
+        for found in beside
+        if (
+            alone and found.section != source.origin.state_path
+            if isinstance(found.node, Object)
+            else (found.node.storage if isinstance(found.node, TensorEntry) else found.node).key not in keys
+        )
+    ]
 
 
 def diagnose_trust(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterator[Finding]:

@@ -161,7 +161,7 @@ class Conversion:
         yield from diagnose_selection(self.dropped, self._unmatched)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
-        yield from diagnose_losses(self.source, self.result)
+        yield from diagnose_losses(self.source, self.result, plan, leave_out=self._options.leave_out)
         yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)
 

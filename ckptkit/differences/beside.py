@@ -84,7 +84,7 @@ def named_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
     names = _Names()
     for row in listing.rows:
         is_whole = not row.section or row.name == row.section
-        names.add(row.name if is_whole else f"{row.section}.{row.name}", row.entry)
+        names.add(row.name if is_whole else f"{row.section}.{row.name}", row.tensor)
     for number, storage in enumerate(listing.bare):
         names.add(f"(storage {number})", as_tensor(storage))
     return names.found
@@ -105,20 +105,21 @@ class _Names:
         self.found[unique] = entry
 
 
-def other_sections(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:
+def other_sections(checkpoint: Checkpoint) -> dict[str | None, dict[str, TensorEntry]]:
     """The tensors beside the weights, by section and name."""
-    beside = checkpoint.replace(state_dict=StateDict())
-    sections: dict[str, _Names] = {}
-    for row in list_tensors(beside).rows:
-        sections.setdefault(row.section, _Names()).add(row.name, row.entry)
+    selected = checkpoint.origin.state_path
+    sections: dict[str | None, _Names] = {}
+    for row in list_tensors(checkpoint).rows:
+        if row.section is None or row.section != selected:
+            sections.setdefault(row.section, _Names()).add(row.name, row.tensor)
     return {path: names.found for path, names in sections.items()}
 
 
 def section_rows(
     a: Checkpoint,
     b: Checkpoint,
-    ours: Mapping[str, Mapping[str, TensorEntry]],
-    theirs: Mapping[str, Mapping[str, TensorEntry]],
+    ours: Mapping[str | None, Mapping[str, TensorEntry]],
+    theirs: Mapping[str | None, Mapping[str, TensorEntry]],
     work: Work,
 ) -> tuple[dict[str, Any], ...]:
     """One row for each part beside the weights.
@@ -149,7 +150,7 @@ def section_rows(
         rows.append(
             {
                 "path": path,
-                "kind": kinds.get(path, "collection"),
+                "kind": kinds.get(path, "collection") if path is not None else "collection",
                 "a": None if left is None else len(left),
                 "b": None if right is None else len(right),
                 "differing": differing,

@@ -18,7 +18,7 @@ from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.accounting import Totals, section_documents, storage_document, totals
-from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, storage_names, wanted
+from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ordered, other_rows, storage_names, wanted
 from ckptkit.inspection.module_list import list_modules
 from ckptkit.inspection.training import training_document, training_state
 from ckptkit.normalize.roles import tensor_role
@@ -63,7 +63,9 @@ def survey(
     """As `describe`, with the tensors as rows."""
     listing = list_tensors(checkpoint)
     sums = totals(listing.rows, listing.several)
-    shown = listing.rows if not filters else [row for row in listing.rows if wanted(row.name, filters)]
+    shown = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
+    if filters:
+        shown = [row for row in shown if wanted(row.name, filters)]
     rows = ordered(shown, sort)
     origin = checkpoint.origin
     training = training_document(checkpoint.rest, checkpoint.sections)
@@ -156,10 +158,13 @@ def _with_stats(checkpoint: Checkpoint, rows: list[TensorRow]) -> tuple[list[Ten
     from ckptkit.transfer.checksums import Checksums, damage_text
 
     checksums = Checksums()
-    checksums.want(row.entry.storage for row in rows)
+    checksums.want(row.entry.storage for row in rows if row.entry is not None)
     known: dict[tuple[object, ...], dict[str, Any]] = {}
     result = []
     for row in rows:
+        if row.entry is None:
+            result.append(row._replace(stats=dict(NO_STATS)))
+            continue
         view = row.entry.view
         if view not in known:
             try:

@@ -33,16 +33,16 @@ def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
         rows: every tensor of a file.
         several: the storages that several of them view, by ``id``.
     """
-    counted: set[tuple[str, tuple[object, ...]]] = set()
+    counted: set[tuple[str | None, tuple[object, ...]]] = set()
     sums: dict[str, Totals] = {}
     for row in rows:
-        if row.role == "unknown":
+        if row.role == "unknown" or row.section is None:
             continue
         total = sums.get(row.section)
         if total is None:
             total = sums[row.section] = Totals()
         total.tensors += 1
-        entry = row.entry
+        entry = row.tensor
         if id(entry.storage) in several and row.nbytes:
             key = (row.section, entry.view)
             if key in counted:
@@ -90,7 +90,7 @@ def storage_document(listing: Listing) -> dict[str, int]:
     views: dict[int, set[tuple[object, ...]]] = {}
     unique = tied = 0
     for row in listing.rows:
-        entry = row.entry
+        entry = row.tensor
         key = id(entry.storage)
         storages[key] = entry.storage
         if row.tied_to is not None:

@@ -24,7 +24,7 @@ from ckptkit.normalize.beside import holding_suffix
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, Survey, brief, is_plain
 from ckptkit.normalize.selection import choose, listed, require_section
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.report import listed as enumerated
@@ -85,7 +85,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         require_section(sections, section)
     state_dict, rest, module = StateDict(), root, None
     if chosen is not None:
-        state_dict, module = _state_dict(chosen, findings, file.path)
+        state_dict, module = _state_dict(raw, chosen, findings, file.path)
         # One map for both: what the weights and the rest have in common stays so.
         taken_out = TreeMap(_same, [(chosen.node, STATE_DICT)])
         state_dict = state_dict.with_values(lambda value: value if is_plain(value) else taken_out(value))
@@ -137,11 +137,18 @@ def _kind(root: object, found: list[Candidate]) -> Kind:
 # The state_dict of a candidate.
 
 
-def _state_dict(candidate: Candidate, findings: list[Finding], path: str) -> tuple[StateDict, object]:
+def _state_dict(
+    raw: RawCheckpoint, candidate: Candidate, findings: list[Finding], path: str
+) -> tuple[StateDict, object]:
     """The state_dict, and the module it was walked from (``None`` for a saved state_dict)."""
     if candidate.kind == "whole_model":
         versions = known_versions(candidate.module) or None
-        state_dict, module = StateDict(dict(candidate.values()), versions=versions), candidate.module
+        # A module that is all of the file becomes its state_dict; one among other things stays what it is.
+        container = None if candidate.node is raw.root or raw.is_program else candidate.node
+        state_dict = StateDict(
+            dict(candidate.values()), versions=versions, container=container, is_module=container is not None
+        )
+        module = candidate.module
         _note_method(candidate.node, findings, path, holding_suffix(state_dict))
         _note_wrapper(candidate.module, findings, path, holding_suffix(state_dict))
     else:
@@ -207,9 +214,12 @@ def _same(leaf: object) -> object:
 def lower_state_dict(state_dict: StateDict) -> object:
     """The inert node that a state_dict is written as: its own class and attributes, its present content.
 
-    What was walked from a module is written as ``Module.state_dict()`` gives it: detached.
+    What was walked from a module is written as ``Module.state_dict()`` gives it, detached, or stays the module; see
+    `StateDict.is_module`.
     """
     container = state_dict.container
+    if state_dict.is_module:
+        return container
     pairs: list[tuple[object, object]] = [
         (name, _detached(value) if container is None else value) for name, value in state_dict.everything.items()
     ]
@@ -220,14 +230,8 @@ def lower_state_dict(state_dict: StateDict) -> object:
     if isinstance(container, (list, tuple)):
         pair_type = type(container[0])
         return type(container)(pair_type(pair) for pair in pairs)
-    if isinstance(container, Object):
-        # The initial pairs some picklers pass as an argument are among `pairs` already.
-        args = tuple(arg for arg in container.args if not isinstance(arg, (list, InertDict)))
-        node = Object(container.how, container.cls, args, container.kwargs)
-        node.items = list(container.items)
-        node.state, node.effects = container.state, container.effects
-    else:
-        node = Object("reduce", Global("collections", "OrderedDict"), ())
+    shell = mapping_shell(container)
+    node = shell if isinstance(shell, Object) else Object("reduce", Global("collections", "OrderedDict"), ())
     node.pairs = pairs
     if state_dict.versions is not None:
         old = None if node.state is ABSENT else attributes(node)

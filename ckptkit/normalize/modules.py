@@ -26,12 +26,12 @@ from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, states, walk
 
-__all__ = ["bound_method", "known_versions", "module_state", "walk_module", "wrapper_prefixes"]
+__all__ = ["MODULE_MARKS", "bound_method", "known_versions", "module_state", "walk_module", "wrapper_prefixes"]
 
 _MAX_MODULE_DEPTH = 1000
 """Modules inside modules: Python's own recursion limit stops ``state_dict()`` there."""
 
-_MARKS = ("_parameters", "_buffers", "_modules")
+MODULE_MARKS = ("_parameters", "_buffers", "_modules")
 """What every module's ``__dict__`` has, since torch 0.1."""
 
 _QUANTIZED = (
@@ -73,7 +73,7 @@ def module_state(node: object) -> InertDict | None:
 
 
 def _is_module_dict(state: InertDict) -> bool:
-    return all(mark in state for mark in _MARKS)
+    return all(mark in state for mark in MODULE_MARKS)
 
 
 def _as_module_dict(

@@ -8,7 +8,8 @@ Decided by shape, never by a file's name:
   half are tensors.  What other values hold tensors must be no weights of their own: else it is a
   file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
-  parameter (losses, metrics, random states) is none, unless a customary key says so.
+  parameter (losses, metrics, random states), or that has the names of a data set (a graph of PyG), is none, unless a
+  customary key says so.
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
   whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - what else holds tensors is a *tensor* or a *collection*
@@ -32,6 +33,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import bound_method, module_state, walk_module
 from ckptkit.normalize.shapes import (
     CUSTOMARY_KEYS,
+    DATA_NAMES,
     are_moments,
     is_optimizer,
     is_substantial,
@@ -40,10 +42,20 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import Object, attributes, children, effects_of, mapping_items, walk
+from ckptkit.pickling.inert import Object, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
-__all__ = ["MAX_SECTION_DEPTH", "Candidate", "Survey", "above_tensors", "brief", "is_plain", "join", "step"]
+__all__ = [
+    "MAX_SECTION_DEPTH",
+    "Candidate",
+    "Survey",
+    "above_tensors",
+    "brief",
+    "is_plain",
+    "join",
+    "state_values",
+    "step",
+]
 
 MAX_SECTION_DEPTH = 4
 """Keys from the root to a section.  Lightning and fairseq need two."""
@@ -96,9 +108,15 @@ class Candidate:
 
     def values(self) -> Iterator[tuple[str, object]]:
         """The names and values its state_dict would have."""
-        if self.kind == "whole_model":
-            return walk_module(self.module)
-        return ((key, value) for key, value in named_values(self.node) or [] if isinstance(key, str))
+        return state_values(self.kind, self.node)
+
+
+def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
+    """The names and values of the state_dict that a section of weights is, or whose module it is."""
+    if kind == "whole_model":
+        bound = bound_method(node)
+        return walk_module(node if bound is None else bound[0])
+    return ((key, value) for key, value in named_values(node) or [] if isinstance(key, str))
 
 
 class Survey:
@@ -182,7 +200,8 @@ class Survey:
             return "whole_model"
         pairs = named_values(node)
         if pairs is not None and self._is_state_dict(pairs) and not self._holds_more(node):
-            if not any(is_substantial(value) for _, value in pairs):
+            data = all(isinstance(key, str) and key.lower() in DATA_NAMES for key, _ in pairs)
+            if data or not any(is_substantial(value) for _, value in pairs):
                 self._slight.add(id(node))
             return "state_dict"
         if not self._has_tensor(node):
@@ -267,15 +286,15 @@ class Survey:
 
 
 def _leaves(candidate: Candidate) -> Iterator[object]:
-    """Every node at or below a candidate; the plain tensors of a state_dict without going through `walk`."""
-    if candidate.kind != "state_dict":
+    """What of a candidate has bytes: of weights their own values and what these are made of, else all at or below it.
+
+    What hangs on a module, a mapping or a tensor of weights as an attribute belongs to no section.
+    """
+    if not candidate.is_weights:
         return walk(candidate.node)
-    values = [value for _, value in named_values(candidate.node) or []]
-    others = [value for value in values if not is_plain(value)]
-    return chain(
-        values if not others else filter(is_plain, values),
-        walk([attributes(candidate.node), effects_of(candidate.node), *others]),
-    )
+    values = [value for _, value in candidate.values()]
+    others = [value for value in values if not isinstance(value, TensorEntry)]
+    return chain(values, walk(others)) if others else iter(values)
 
 
 def is_plain(node: object) -> bool:

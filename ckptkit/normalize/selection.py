@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ckptkit.checkpoint import Section, TensorEntry
 from ckptkit.errors import SectionError
@@ -24,7 +24,7 @@ from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
 from ckptkit.report import count_of, human_size
 from ckptkit.report import listed as enumerated
 
-__all__ = ["choose", "listed", "paths_listed", "require_section"]
+__all__ = ["choose", "is_copy", "listed", "paths_listed", "require_section"]
 
 _ENVELOPES = frozenset({"checkpoint", "ckpt", "trainer", "learner", "engine", "training_state", "train_state"})
 """Keys around the customary ones."""
@@ -61,11 +61,16 @@ def choose(weights: Sequence[Candidate]) -> Candidate | None:
     customary = [index for index in left if _rank(distinct[index]) < len(CUSTOMARY_KEYS)]
     if len(customary) != 1:
         return None
-    names = set(map(_bare, left[customary[0]]))
-    for index, values in left.items():
-        if index != customary[0] and 2 * len(names & set(map(_bare, values))) >= len(names):
-            return None
+    names = left[customary[0]]
+    if any(index != customary[0] and is_copy(values, names) for index, values in left.items()):
+        return None
     return distinct[customary[0]]
+
+
+def is_copy(names: Iterable[str], weights: Iterable[str]) -> bool:
+    """Whether names are those of a copy of some weights, an EMA or an earlier epoch's: at least half of them."""
+    bare = set(map(_bare, weights))
+    return 2 * len(bare & set(map(_bare, names))) >= len(bare)
 
 
 def _rank(candidate: Candidate) -> int:

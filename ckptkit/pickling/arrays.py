@@ -14,10 +14,16 @@ from typing import NamedTuple, TypeGuard
 from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object
 
-__all__ = ["Array", "array_of", "is_array", "is_scalar"]
+__all__ = ["Array", "Layout", "array_of", "is_array", "is_scalar", "layout_of"]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
+
+_OTHERS = {
+    "b1": "bool", "u1": "uint8", "u2": "uint16", "u4": "uint32", "u8": "uint64",
+    "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64",
+}  # fmt: skip
+"""The other types of numpy that torch has."""
 
 _WITHOUT_NAN = "biuSUMmO"
 """First letters of the codes of types without NaN: bool, whole numbers, text, times, objects (they are in the tree)."""
@@ -38,6 +44,20 @@ class Array(NamedTuple):
     data: bytes
 
 
+class Layout(NamedTuple):
+    """What an array is, without its values.
+
+    Attributes:
+        dtype: torch name of the type of its elements.
+        shape: in elements.
+        is_fortran: whether the first dimension is the one whose elements lie next to each other.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    is_fortran: bool
+
+
 def is_array(node: object) -> TypeGuard[Object]:
     """Whether a node makes an array of numpy's, or a scalar."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in _MAKERS:
@@ -48,6 +68,23 @@ def is_array(node: object) -> TypeGuard[Object]:
 def is_scalar(node: Object) -> bool:
     """Whether an array is but a number."""
     return node.class_name.endswith(".scalar")
+
+
+def layout_of(node: Object) -> Layout | None:
+    """Type and shape of what `is_array`; ``None``: it is but a number, or no tensor could hold it."""
+    state = node.state if isinstance(node.state, tuple) else ()
+    shape, dtype, is_fortran = (*(state[1:] if len(state) > 4 else state), None, None, None)[:3]
+    if node.class_name.endswith("._frombuffer"):
+        dtype, shape, is_fortran = (*node.args[1:], None, None, None)[:3]
+        is_fortran = is_fortran == "F"
+    code = dtype.args[0] if isinstance(dtype, Object) and dtype.args else None
+    name = _OTHERS.get(code) if isinstance(code, str) else None
+    name = name or _dtype_of(dtype)[0]
+    if is_scalar(node) or name is None or (name == "uint8" and code != "u1"):
+        return None
+    if not isinstance(shape, tuple) or not all(isinstance(size, int) and 0 <= size < 1 << 62 for size in shape):
+        return None
+    return Layout(name, shape, is_fortran is True)
 
 
 def array_of(node: Object) -> Array:

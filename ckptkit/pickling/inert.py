@@ -39,6 +39,7 @@ __all__ = [
     "effects_of",
     "is_global",
     "mapping_items",
+    "mapping_shell",
     "states",
     "walk",
 ]
@@ -264,6 +265,21 @@ def states(node: Object) -> list[object]:
     filled = [] if node.state is ABSENT else [node.state]
     filled += [part for call in node.effects for part in call.args if part is not ITSELF]
     return [part for state in filled for part in (state if isinstance(state, tuple) else (state,))]
+
+
+def mapping_shell(node: object) -> Object | InertDict | None:
+    """The class and attributes of an object that is a mapping, without its pairs; ``None``: nothing hangs there."""
+    if isinstance(node, InertDict) and node.effects:
+        bare = InertDict()
+        bare.effects = node.effects
+        return bare
+    if not isinstance(node, Object):
+        return None
+    # The initial pairs some picklers pass as an argument are among the pairs.
+    args = tuple(arg for arg in node.args if not isinstance(arg, (list, InertDict)))
+    shell = Object(node.how, node.cls, args, node.kwargs)
+    shell.items, shell.state, shell.effects = list(node.items), node.state, node.effects
+    return shell
 
 
 def children(node: object) -> list[object]:

@@ -290,7 +290,7 @@ def _all_tensors(checkpoint: Checkpoint) -> _Weights:
     for name, row in zip(bare, rows, strict=True):
         times[name] += 1
         unique = name if times[name] == 1 else f"{name}#{times[name]}"
-        tensors.append((unique, row.entry, None if row.role == "unknown" else row.role == "parameter"))
+        tensors.append((unique, row.tensor, None if row.role == "unknown" else row.role == "parameter"))
     return _Weights(sorted(tensors, key=lambda item: item[0]), [], [row.name for row in rows])
 
 

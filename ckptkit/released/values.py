@@ -10,7 +10,6 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.normalize.roles import tensor_role
-from ckptkit.normalize.sections import join
 from ckptkit.pickling.arrays import Array, array_of, is_array, is_scalar
 from ckptkit.pickling.inert import Object, is_global, walk
 
@@ -59,28 +58,23 @@ def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tupl
     listing = list_tensors(checkpoint)
     selected = checkpoint.origin.state_path
     for row in listing.rows:
-        if id(row.entry) not in known:
-            known.add(id(row.entry))
-            is_parameter = own.get(id(row.entry), row.role == "parameter")
-            yield Beside(name=_placed(row.section, row.name), entry=row.entry, is_parameter=is_parameter)
-    for section, name, array in listing.arrays:
-        is_own = selected is None or section == selected
+        if id(row.tensor) not in known:
+            known.add(id(row.tensor))
+            is_parameter = own.get(id(row.tensor), row.role == "parameter")
+            yield Beside(
+                name=row.path,
+                entry=row.tensor,
+                is_parameter=is_parameter,
+            )
+    for found, array in listing.arrays:
+        is_own = selected is None or found.section == selected
         if is_own or not is_scalar(array):  # a metric is a number like any other
-            yield Beside(name=_placed(section, name), array=array_of(array), is_parameter=is_own)
+            yield Beside(name=found.path, array=array_of(array), is_parameter=is_own)
     for storage in listing.bare:
         if storage.dtype is not None and DTYPES[storage.dtype].kind in ("float", "complex"):
             count = storage.nbytes // DTYPES[storage.dtype].itemsize
             entry = TensorEntry(storage=storage, storage_offset=0, shape=(count,), stride=(1,), dtype=storage.dtype)
             yield Beside(name=f"storage {storage.key}", entry=entry)
-    for node in walk(checkpoint.module):  # what a module has beside its parameters and buffers
-        if isinstance(node, TensorEntry) and id(node) not in known:
-            yield Beside(name="a tensor in an attribute of the module", entry=node)
-        elif is_array(node):
-            yield Beside(name="an array in an attribute of the module", array=array_of(node))
-
-
-def _placed(section: str, name: str) -> str:
-    return join(section, name) if section else name
 
 
 def is_opaque(value: object) -> bool:

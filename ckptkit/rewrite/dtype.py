@@ -67,7 +67,9 @@ class CastDtype:
                 return node
             return replace(node, storage=cast[id(node.storage)], dtype=self.dtype)
 
-        return with_leaves(checkpoint, leaf, module=True)
+        result = with_leaves(checkpoint, leaf, module=True)
+        state_dict = result.state_dict
+        return result.replace(state_dict=state_dict.holding(state_dict.everything, state_dict.versions))
 
     def unmatched(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The globs of ``keep`` that match no name."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.normalize.sections import is_plain
-from ckptkit.pickling.inert import InertDict, Object, TreeMap, walk
+from ckptkit.pickling.inert import Object, TreeMap, mapping_shell, walk
 
 __all__ = ["nodes", "with_leaves"]
 
@@ -28,7 +28,7 @@ def with_leaves(
     """
     mapped = TreeMap(leaf)
     state_dict = checkpoint.state_dict.with_values(mapped)
-    shell, rest = mapped(_shell(state_dict)), mapped(checkpoint.rest)
+    shell, rest = mapped(_hanging(state_dict)), mapped(checkpoint.rest)
     made = mapped(checkpoint.module) if module else checkpoint.module
     if change is not None:
         others = [value for value in state_dict.everything.values() if not is_plain(value)]
@@ -36,7 +36,9 @@ def with_leaves(
             if isinstance(node, Object):
                 change(node)
     if shell is not None:
-        state_dict = StateDict(state_dict.everything, versions=state_dict.versions, container=shell)
+        state_dict = StateDict(
+            state_dict.everything, versions=state_dict.versions, container=shell, is_module=state_dict.is_module
+        )
     return checkpoint.replace(state_dict=state_dict, rest=rest, module=made)
 
 
@@ -45,20 +47,14 @@ def nodes(checkpoint: Checkpoint) -> Iterator[object]:
     values = checkpoint.state_dict.everything.values()
     yield from filter(is_plain, values)
     yield from walk(
-        [[value for value in values if not is_plain(value)], _shell(checkpoint.state_dict), checkpoint.rest]
+        [
+            [value for value in values if not is_plain(value)],
+            _hanging(checkpoint.state_dict),
+            checkpoint.rest,
+        ]
     )
 
 
-def _shell(state_dict: StateDict) -> Object | InertDict | None:
-    """The class and attributes of the state_dict's mapping, without its values; ``None``: nothing hangs there."""
-    container = state_dict.container
-    if isinstance(container, InertDict) and container.effects:
-        bare = InertDict()
-        bare.effects = container.effects
-        return bare
-    if not isinstance(container, Object):
-        return None
-    args = tuple(arg for arg in container.args if not isinstance(arg, (list, InertDict)))
-    shell = Object(container.how, container.cls, args, container.kwargs)
-    shell.items, shell.state, shell.effects = container.items, container.state, container.effects
-    return shell
+def _hanging(state_dict: StateDict) -> object:
+    """What is written around the values: the module they are of, or what hangs on their mapping."""
+    return state_dict.container if state_dict.is_module else mapping_shell(state_dict.container)

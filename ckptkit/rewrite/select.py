@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from ckptkit.arguments import several
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join
@@ -79,7 +79,7 @@ class Select:
         if versions is not None:
             kept = {"", *(path for name in everything for path in module_paths(name))}
             versions = {path: entry for path, entry in versions.items() if path in kept}
-        return checkpoint.replace(state_dict=StateDict(everything, versions=versions, container=state_dict.container))
+        return checkpoint.replace(state_dict=state_dict.holding(everything, versions))
 
     def unmatched(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The patterns of ``exclude`` that match no name."""
@@ -170,4 +170,7 @@ class WeightsOnly:
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not checkpoint.state_dict.everything:
             raise RewriteError("there is no state_dict to keep")
-        return checkpoint.replace(rest=STATE_DICT, discarded=())
+        state_dict = checkpoint.state_dict
+        if state_dict.is_module:
+            state_dict = state_dict.holding(state_dict.everything, state_dict.versions)
+        return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT, discarded=())

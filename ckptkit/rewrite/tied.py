@@ -64,9 +64,7 @@ class Tied:
         again = {name for names in groups for name in names[1:]}
         state_dict = checkpoint.state_dict
         everything = {name: _copied(value) if name in again else value for name, value in state_dict.everything.items()}
-        return checkpoint.replace(
-            state_dict=StateDict(everything, versions=state_dict.versions, container=state_dict.container)
-        )
+        return checkpoint.replace(state_dict=state_dict.holding(everything, state_dict.versions))
 
 
 def _listed(names: list[str]) -> str:

@@ -41,8 +41,8 @@ ELEMENTS: dict[str, dict[str, Any]] = {
         "storages": int, "nbytes": int, "unique_tensor_nbytes": int, "tied": int, "shared": int, "unused_nbytes": int,
     },
     "tensors": {
-        "section": str, "name": str, "dtype": str, "shape": list, "stride": list, "nbytes": int, "location": str,
-        "storage": str, "role": str, "role_inferred": bool, "tied_to": (str, type(None)),
+        "section": (str, type(None)), "name": str, "dtype": str, "shape": list, "stride": list, "nbytes": int,
+        "location": str, "storage": str, "role": str, "role_inferred": bool, "tied_to": (str, type(None)),
     },
     "globals": {"name": str, "verdict": str, "count": int, "where": list, "reason": str},
     "modules": {"path": str, "class": str, "text": str, "settings": dict, "children": list},
@@ -72,7 +72,7 @@ def assert_contract(document: dict[str, Any]) -> None:
     for key, spec in ELEMENTS.items():
         found = document[key]
         for node in found if isinstance(found, list) else [found] * (found is not None):
-            check(node, {k: v for k, v in spec.items() if (key, k) != ("sections", "kind")}, {"stats", "kind"})
+            check(node, {k: v for k, v in spec.items() if (key, k) != ("sections", "kind")}, {"stats", "kind", "form"})
     for tensor in document["tensors"]:
         assert all(type(n) is int for n in tensor["shape"] + tensor["stride"])
     for value in document["metadata"].values():
@@ -142,7 +142,7 @@ def test_every_kind_of_file(save: Save) -> None:
     ]  # fmt: skip
     assert placed(inspect(save(objects[2]))) == [("", "")]
     assert placed(inspect(save(objects[3]))) == [("", "0"), ("", "1.0")]
-    assert placed(inspect(save(objects[6]))) == []
+    assert placed(inspect(save(objects[6]))) == [("", "")]
 
 
 def test_safetensors_and_errors(save: Save, tmp_path: Path) -> None:
@@ -329,7 +329,8 @@ def test_sections_that_are_whole_models_have_their_names(save: Save) -> None:
     state = list(Net().state_dict())
     document = inspect(path)
     assert placed(document) == [
-        (section, name) for section in ("model", "ema") for name in (*state, "_buffers.cache")
+        *(("model", name) for name in state), (None, "model.cache"),
+        *(("ema", name) for name in state), (None, "ema.cache"),
     ]  # fmt: skip
     chosen = inspect(path, section="ema")
     assert placed(chosen)[: len(state)] == [("ema", name) for name in state]

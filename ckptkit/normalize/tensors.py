@@ -1,0 +1,257 @@
+"""Every tensor of a checkpoint, each with where it stands: the one enumeration.
+
+What shows, compares, digests, checks or counts the tensors of a file goes through `every_tensor`.  It goes to:
+
+- the values of the state_dict, and what they are made of where they are no plain tensors
+- the other sections, each under its path
+- what belongs to no section, whose `Found.section` is ``None`` and whose name is its path from the top of the
+  file: attributes of modules and of tensors, buffers that a module does not save, what hangs on a mapping's class,
+  keys of dicts and members of sets
+
+Beside tensors it yields storages that stand by themselves and numpy's arrays (`ckptkit.pickling.arrays`).  A tensor
+is yielded under every name it has, but not again below the module or mapping whose own value it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import islice
+from typing import Any, Final, NamedTuple
+
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.modules import MODULE_MARKS, module_state
+from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, state_values, step
+from ckptkit.normalize.selection import is_copy
+from ckptkit.pickling.arrays import is_array
+from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell, states
+
+__all__ = ["Found", "every_tensor", "other_weights"]
+
+_MAX_STEPS = 32
+"""Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
+
+_MAX_NAME = 1000
+"""Characters of a name that is made of such steps; names of a state_dict are shown whole."""
+
+_NO_STEP: Final = object()
+"""What leads to a node that has no key or index, or to one that names do not show."""
+
+_SCALARS = (str, int, float, bytes, bytearray, type(None))
+
+
+class Found(NamedTuple):
+    """A tensor, a storage or an array, under one name.
+
+    Attributes:
+        section: path of the section it stands in; ``None``: in none.
+        name: in its section; of what stands in none its path from the top of the file.
+        node: the tensor; a storage that stands by itself; or numpy's array.
+        is_own: whether it is one of the section's own values, not somewhere below one.
+    """
+
+    section: str | None
+    name: str
+    node: TensorEntry | Storage | Object
+    is_own: bool
+
+    @property
+    def path(self) -> str:
+        """Section and name."""
+        return join(self.section, self.name) if self.section and self.name != self.section else self.name
+
+
+def every_tensor(checkpoint: Checkpoint, *, plain: bool = True) -> Iterator[Found]:
+    """Every tensor, bare storage and array of a checkpoint: the state_dict's first, then in file order.
+
+    Args:
+        checkpoint: as it was read, or rewritten.
+        plain: whether the plain tensors of the state_dict are among them.
+    """
+    state_dict, selected = checkpoint.state_dict, checkpoint.origin.state_path or ""
+    kinds = {section.path: section.kind for section in checkpoint.sections if not section.selected}
+    found = _Walk(kinds)
+    others: list[tuple[str, object]] = []
+    for name, value in state_dict.everything.items():
+        if not is_plain(value):
+            others.append((name, value))
+        elif plain:
+            yield Found(selected, name, value, True)  # type: ignore[arg-type]  # `is_plain` says so
+    own = _Own(state_dict.everything.values())
+    yield from found.values(selected, others, own)
+    outside = _Place(None, (None, selected, 1) if selected else None, 0, None, own)
+    if state_dict.is_module:
+        yield from found.below(outside, state_dict.container)
+    else:
+        yield from found.below(outside, mapping_shell(state_dict.container))
+        if not checkpoint.operations:  # else it is not written, and its tensors are those before
+            yield from found.below(outside, checkpoint.module)
+    yield from found.below(_Place("" if "" in kinds else None, None, 0, "", None), checkpoint.rest)
+    yield from found.below(_Place(None, (None, "(dropped)", 1), 0, None, None), list(checkpoint.discarded))
+
+
+def other_weights(checkpoint: Checkpoint, found: Iterable[Found]) -> dict[str, list[Found]]:
+    """The sections of weights beside the selected ones that are no copies of them, with their own tensors.
+
+    A model may be in two parts: a network and its ``generator``, ``likelihood`` or queue.
+
+    Args:
+        checkpoint: the file.
+        found: what `every_tensor` finds in it, but for the plain tensors of the state_dict, which make no difference.
+    """
+    weights = {section.path for section in checkpoint.sections if section.is_weights and not section.selected}
+    names: dict[str, list[Found]] = {}
+    for each in found if weights and checkpoint.state_dict.everything else ():
+        if each.is_own and each.section is not None and each.section in weights:
+            names.setdefault(each.section, []).append(each)
+    own = checkpoint.state_dict.everything
+    return {path: inside for path, inside in names.items() if not is_copy((each.name for each in inside), own)}
+
+
+class _Own:
+    """The tensors that a section has as its own values."""
+
+    def __init__(self, values: Iterable[object]) -> None:
+        self._values = values
+
+    @cached_property
+    def _ids(self) -> dict[int, TensorEntry]:
+        return {id(value): value for value in self._values if isinstance(value, TensorEntry)}
+
+    @cached_property
+    def _views(self) -> set[tuple[object, ...]]:
+        return {value.view for value in self._ids.values()}
+
+    def __contains__(self, entry: TensorEntry) -> bool:
+        """Whether a tensor is one of them: a parameter and what stands for it in its module are two objects."""
+        return id(entry) in self._ids or entry.view in self._views
+
+
+_Steps = tuple[Any, str, int] | None
+"""The steps that lead to a node: those above, the last one, and how many they are.  Sharing what
+is above keeps 100,000 nested lists from taking 100,000 lists of steps."""
+
+
+class _Place(NamedTuple):
+    section: str | None
+    steps: _Steps
+    depth: int
+    path: str | None
+    """Whole path from the root; ``None`` below the depth at which sections begin."""
+    own: _Own | None
+    """What is not told again here."""
+
+    def name(self) -> str:
+        parts: list[str] = []
+        steps = self.steps
+        while steps is not None:
+            parts.append(steps[1])
+            steps = steps[0]
+        return ".".join(reversed(parts))[:_MAX_NAME] or self.section or ""
+
+    def below(self, label: object, key: object, kinds: Mapping[str, str]) -> _Place:
+        path = None if self.path is None or self.depth >= MAX_SECTION_DEPTH else join(self.path, key)
+        if path is not None and path in kinds:
+            return _Place(path, None, self.depth + 1, path, None)
+        if label is _NO_STEP:
+            return self._replace(path=path, depth=self.depth + 1)
+        return _Place(self.section, _further(self.steps, step(label)), self.depth + 1, path, self.own)
+
+
+def _further(steps: _Steps, last: str) -> _Steps:
+    above = 0 if steps is None else steps[2]
+    return (steps, last, above + 1) if above < _MAX_STEPS else steps
+
+
+class _Walk:
+    """One way through everything: what is above tensors is entered once."""
+
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        self._kinds = kinds
+        self._seen: set[int] = set()
+
+    def values(self, section: str, values: list[tuple[str, object]], own: _Own) -> Iterator[Found]:
+        """What a section's own values are made of, those that are no plain tensors."""
+        for name, value in values:
+            steps: _Steps = (None, name, 1)
+            if not isinstance(value, TensorEntry):
+                yield from self.below(_Place(section, steps, 0, None, None), value)
+                continue
+            yield Found(section, name, value, True)
+            outside = _Place(None, _further((None, section, 1), name) if section else steps, 0, None, own)
+            yield from self.below(outside, value.subclass)
+            yield from self.below(outside, value.attributes)
+            yield from self.below(outside, value.effects)
+
+    def below(self, place: _Place, root: object) -> Iterator[Found]:
+        """Every tensor at or below a node."""
+        stack: list[tuple[_Place, object]] = [(place, root)]
+        while stack:
+            place, node = stack.pop()
+            if isinstance(node, _SCALARS):
+                continue
+            if isinstance(node, TensorEntry) and (place.own is None or node not in place.own):
+                yield Found(place.section, place.name(), node, False)
+            if id(node) in self._seen:
+                continue
+            self._seen.add(id(node))
+            if isinstance(node, Storage) or is_array(node):
+                yield Found(place.section, place.name(), node, False)
+            kind = self._kinds.get(place.path) if place.steps is None and place.path is not None else None
+            if kind in ("state_dict", "whole_model") and place.section is not None:
+                values = list(state_values(kind, node))
+                own = _Own([value for _, value in values])
+                for name, value in values:
+                    if is_plain(value):
+                        yield Found(place.section, name, value, True)  # type: ignore[arg-type]
+                yield from self.values(place.section, [pair for pair in values if not is_plain(pair[1])], own)
+                above = _further(None, place.section) if place.section else None
+                place = _Place(None, above, place.depth, place.path, own)
+            stack.extend(
+                (place.below(label, key, self._kinds), child)
+                for label, key, child in reversed(_steps(node))
+                if not isinstance(child, _SCALARS)
+            )
+
+
+def _steps(node: object) -> list[tuple[object, object, object]]:
+    """A node's children, each with what is shown of the key or index that leads to it, and that key."""
+    pairs = mapping_items(node)
+    if isinstance(node, InertDict) and pairs is not None:
+        return [*_of_pairs(pairs), *((_NO_STEP, "?", call) for call in node.effects)]
+    if isinstance(node, (list, tuple)):
+        # A list of ten million numbers is passed over, not copied.
+        shown = ((index, index, child) for index, child in enumerate(node) if not isinstance(child, _SCALARS))
+        return list(islice(shown, DEFAULT_LIMITS.tree_nodes))
+    if not isinstance(node, Object):
+        return [(_NO_STEP, 0, child) for child in children(node)]
+    steps = list(_of_pairs(pairs or []))
+    if pairs is None:
+        steps.extend((_NO_STEP, index, part) for index, part in enumerate(node.args))
+        steps.extend((index, index, item) for index, item in enumerate(node.items))
+        steps.extend(_of_pairs(node.pairs))
+        for index, part in enumerate(states(node)):
+            if isinstance(part, InertDict):
+                steps.extend(_of_pairs(part.pairs, hidden=MODULE_MARKS if module_state(node) is part else ()))
+            else:
+                steps.append((_NO_STEP, index, part))
+    known = {id(node.state)} if pairs is None else set(map(id, node.args))  # initial pairs are among the pairs
+    known.update(id(child) for _, _, child in steps)
+    called: list[object] = []
+    if pairs is None:  # what the calls for its effect are given is among its states
+        known.update(map(id, node.effects))
+        called = [call.cls for call in node.effects]
+    others = (child for child in (*children(node), *called) if not isinstance(child, (*_SCALARS, Global)))
+    steps.extend((_NO_STEP, "?", child) for child in others if id(child) not in known)
+    return steps
+
+
+def _of_pairs(
+    pairs: list[tuple[object, object]], hidden: tuple[str, ...] = ()
+) -> Iterator[tuple[object, object, object]]:
+    """The values of a mapping with their keys, and the keys that are no scalars."""
+    for key, value in pairs:
+        if not isinstance(key, _SCALARS):
+            yield _NO_STEP, "?", key
+        yield (_NO_STEP if key in hidden else key), key, value
