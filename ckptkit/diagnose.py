@@ -350,12 +350,12 @@ def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
 
 def _discarded(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     if checkpoint.discarded:
-        kept = "" if checkpoint.origin.is_program else "; a .pth cannot be written with them"
+        kept = "" if checkpoint.origin.is_program else "; a .pth cannot keep it"
         yield Finding(
             code="discarded-call",
             severity="warning",
-            message=f"the pickle makes {discarded_text(checkpoint.discarded)} and drops the result: it belongs to "
-            f"nothing in the file, and whoever loads that runs it{kept}",
+            message=f"the pickle makes {discarded_text(checkpoint.discarded)} and drops the result, which belongs to "
+            f"nothing in the file{kept}",
             fix=_weights(checkpoint, "--weights-only"),
         )
 

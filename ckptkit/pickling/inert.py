@@ -301,6 +301,8 @@ def children(node: object) -> list[object]:
     if isinstance(node, PersistentId):
         return [node.pid]
     if isinstance(node, TensorEntry):
+        if node.subclass is None and node.attributes is None and not node.effects:  # as nearly all are
+            return []
         return [part for part in (node.subclass, node.attributes, *node.effects) if part is not None]
     return list(node.effects) if isinstance(node, Global) else []
 

@@ -341,7 +341,11 @@ def test_a_pth_of_what_belongs_to_nothing_is_refused(
     with ckptkit.open(source) as opened:
         found = list(walk(opened.checkpoint.discarded))
     assert [node.shape for node in found if isinstance(node, TensorEntry)] == [(4,)] * (_TENSOR in CALLS[kind])
-    findings = [finding for finding in ckptkit.inspect(source)["findings"] if finding["code"] == "discarded-call"]
+    document = ckptkit.inspect(source)
+    assert [tensor["shape"] for tensor in document["tensors"] if tensor["section"] is None] == [
+        list(node.shape) for node in found if isinstance(node, TensorEntry)
+    ]
+    findings = [finding for finding in document["findings"] if finding["code"] == "discarded-call"]
     assert [finding["severity"] for finding in findings] == ["warning"]
     line = refused(source, "out.pth")
     assert "drops the result" in line
