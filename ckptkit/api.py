@@ -223,7 +223,7 @@ def convert(
             receipt=receipt,
             hashed=check and not dry_run,
         )
-        findings = (*job.findings(), *conversion.findings(job.plan))
+        findings = (*job.findings(), *conversion.findings(job.plan, None if dry_run else job.path))
         if not dry_run:
             tally = job.carry_out(force=force, check=check, progress=progress)
             findings = (*findings, *conversion.losses(tally))
@@ -415,7 +415,7 @@ def verify(
             outputs must agree.
         golden: a file of outputs recorded earlier, which these must agree with.
         write_golden: a file to record these in.
-        atol: how far outputs may be apart; default by the least precise type involved.
+        atol: how far outputs may be apart, whatever their size; default: several times the noise that is measured.
         rtol: the same, as a share of their largest magnitude; what it allows is added.
         force: whether ``write_golden`` may replace a file.
         unsafe_load: run the pickled model itself in place of a reference: **runs code of the file**, after

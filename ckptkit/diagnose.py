@@ -13,13 +13,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
-from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, discarded_text, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.shapes import DATA_NAMES
-from ckptkit.normalize.tensors import Found, every_tensor, other_weights
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
+from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, Object, children, mapping_items
 from ckptkit.report import Finding, convert_command, count_of, human_size, listed
 
@@ -60,13 +58,26 @@ _PIPELINES = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", 
 
 _EMBEDDING = re.compile(r"<[^<>]+>|emb_params|clip_[lg]")
 
+_DATA = frozenset({
+    "attention_mask", "batch", "data", "edge_attr", "edge_index", "features", "image", "images", "input", "input_ids",
+    "inputs", "label", "labels", "mask", "masks", "output", "outputs", "pos", "sample", "samples", "target", "targets",
+    "test", "test_mask", "token_type_ids", "train", "train_mask", "val", "val_mask", "x", "x_test", "x_train", "y",
+    "y_test", "y_train",
+})  # fmt: skip
+"""Names of the tensors in data sets; no module would have all of its parameters called so."""
+
 _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
 
 
-def diagnose(checkpoint: Checkpoint) -> tuple[Finding, ...]:
-    """The reader's findings and every diagnosis, gravest first."""
-    contents = _contents(checkpoint)
+def diagnose(checkpoint: Checkpoint, beside: list[Found] | None = None) -> tuple[Finding, ...]:
+    """The reader's findings and every diagnosis, gravest first.
+
+    Args:
+        checkpoint: as it was read.
+        beside: what `tensors_beside` finds in it, where it is known.
+    """
+    contents = _contents(checkpoint, tensors_beside(checkpoint) if beside is None else beside)
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
@@ -149,18 +160,26 @@ def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
 
 def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     names = list(checkpoint.state_dict.everything)
-    carrying = sum(unwrapped(name) != name for name in names)
+    carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
-    wrapper = next(name for name in names if unwrapped(name) != name)
-    prefix = "module." if wrapper.startswith("module.") else "_orig_mod."
     yield Finding(
         code="module-prefix",
         severity="warning",
-        message=f"{carrying} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{prefix}`) that the bare "
-        "model lacks",
+        message=f"{len(carrying)} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{carrying[0]}`) that "
+        "the bare model lacks",
         fix=_extract(checkpoint, "--strip-module"),
     )
+
+
+def _inner_module(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    names = list(checkpoint.state_dict.everything)
+    told = inner_module_told(list(map(unwrapped, names)))
+    if told is not None:
+        stripped = ["--strip-module"] * any(map(wrapper_of, names))
+        message, rules = told
+        fix = _extract(checkpoint, *stripped, *rules) if rules else None
+        yield Finding(code="inner-module", severity="info", message=message, fix=fix)
 
 
 def _stale_versions(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -192,7 +211,7 @@ def _not_a_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding
     elif is_embedding or (0 < len(names) <= 2 and all(map(_EMBEDDING.fullmatch, names))):
         what = "a textual inversion, the embedding of a new word for a text encoder"
         fix = f"pipeline.load_textual_inversion({path!r})  # of diffusers"
-    elif names and all(name.lower() in DATA_NAMES for name in names):
+    elif names and all(name.lower() in _DATA for name in names):
         what, fix = "by their names a data set, not weights", f"data = ckptkit.load_state_dict({path!r})"
     yield Finding(code="not-a-model", severity="info", message=f"names and tensors, no model: {what}", fix=fix)
 
@@ -399,6 +418,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _discarded,
     _whole_model,
     _prefix,
+    _inner_module,
     _stale_versions,
     _devices,
     _nothing,
@@ -416,8 +436,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
 """Every diagnosis."""
 
 
-def _contents(checkpoint: Checkpoint) -> Contents:
-    beside = list(islice(every_tensor(checkpoint, plain=False), DEFAULT_LIMITS.entries))
+def _contents(checkpoint: Checkpoint, beside: list[Found]) -> Contents:
     entries = {id(value): value for value in checkpoint.state_dict.values()}
     entries.update({id(found.node): found.node for found in beside if isinstance(found.node, TensorEntry)})
     bare = {id(found.node): found.node for found in beside if isinstance(found.node, Storage)}

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.wrappers import unwrapped_in_digests
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
@@ -110,5 +110,5 @@ def kind_of(value: object) -> str:
 
 def unwrapped_names(names: Sequence[str]) -> list[str]:
     """The names without wrappers, in the same order; as they are, where two would become one."""
-    bare = [unwrapped(name) for name in names]
+    bare = [unwrapped_in_digests(name) for name in names]
     return bare if len(set(bare)) == len(bare) else list(names)

@@ -87,6 +87,7 @@ PROVOKED: dict[str, tuple[Any, Any]] = {
     "training-state": ({"model": WEIGHTS, "moments": torch.ones(9)}, {"model": WEIGHTS, "epoch": 3}),
     "not-a-plain-tensor": (NOT_TENSOR, {"w": torch.ones(1)}),
     "module-prefix": ({"module.w": torch.ones(1)}, {"my_module.w": torch.ones(1), "a.module.w": torch.ones(2)}),
+    "inner-module": ({"features.module.0.w": torch.ones(1)}, {"module.a.w": torch.ones(1), "b.module": torch.ones(1)}),
     "foreign-objects": ({"model": WEIGHTS, "args": argparse.Namespace()}, {"model": WEIGHTS, "args": {"lr": {1, 2}}}),
     "hostile-name": ({"model": WEIGHTS, "x": Naming(os.system, "true")}, {"model": WEIGHTS, "x": Naming(abs, -1)}),
     "tied-tensors": ({"a": SHARED, "b": SHARED}, {"a": SHARED, "b": SHARED.clone()}),
@@ -153,7 +154,7 @@ def test_every_code_a_diagnosis_gives_is_provoked_here() -> None:
     here = {*PROVOKED, "device-location", "crc-not-recorded", "big-endian"}
     from_conversion = {"left-out", "renamed", "nothing-to-strip", "mixed-prefix", "written-out"}
     given = {const for check in DIAGNOSES for const in check.__code__.co_consts if const in CODES}
-    assert len(DIAGNOSES) == 19
+    assert len(DIAGNOSES) == 20
     assert given <= here
     assert not here & from_conversion
 

@@ -179,6 +179,8 @@ def test_names_that_would_become_one_stay_as_they_are(save: Save) -> None:
     assert digested(save(state)).content_digest == specified(state)
     assert unwrapped_names(["module.a", "_orig_mod.module.b"]) == ["a", "b"]
     assert unwrapped_names(["module.a", "a"]) == ["module.a", "a"]
+    later = ["_fsdp_wrapped_module.a", "_forward_module.b", "c._checkpoint_wrapped_module.d"]
+    assert unwrapped_names(later) == later, "what digests have named so far they go on naming so"
 
 
 def test_values_that_are_no_plain_tensors_count(save: Save) -> None:

@@ -69,7 +69,9 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 )
 @path_argument("source", metavar="SRC")
 @path_argument("destination", metavar="DST")
-@click.option("--strip-module", is_flag=True, help="Take off every wrapper prefix: module., _orig_mod., nested.")
+@click.option(
+    "--strip-module", is_flag=True, help="Take off every wrapper prefix, nested ones too: module., _orig_mod. ..."
+)
 @click.option("--add-module", is_flag=True, help="Put one module. before every name.")
 @click.option("--strip-prefix", metavar="P", help="Strip one leading prefix of whole segments.")
 @click.option("--add-prefix", metavar="P", help="Put a prefix before every name.")

@@ -71,7 +71,7 @@ __all__ = ["command"]
 @click.option("--against", metavar="OTHER", help="Another checkpoint of the same model: outputs must agree.")
 @click.option("--golden", metavar="FILE", help="Outputs recorded earlier: these must agree; names the model too.")
 @click.option("--write-golden", metavar="FILE", help="Record the outputs, for --golden.")
-@tolerance_option("--atol", "Absolute difference allowed; default by dtype.")
+@tolerance_option("--atol", "Absolute difference allowed; default: the noise measured.")
 @tolerance_option("--rtol", "The same as a share of the largest output; default by dtype.")
 @click.option("--force", is_flag=True, help="Let --write-golden replace a file.")
 @click.option("--no-forward", is_flag=True, help="Check names, shapes and loading only.")
@@ -96,8 +96,9 @@ def command(
     Exit code 0: it fits, runs and agrees; 1: it does not; 2: it could not be checked.
 
     Outputs agree when no element differs by more than atol + rtol times the largest magnitude in the output.
-    Defaults, by the least precise dtype of weights and outputs: float64 1.5e-8, float32 3.5e-4, float16 3.2e-2,
-    bfloat16 8.9e-2 (rtol), and the dtype's epsilon (atol).
+    Default rtol, by the least precise dtype of weights and outputs: float64 1.5e-8, float32 3.5e-4, float16 3.2e-2,
+    bfloat16 8.9e-2. Default atol: four times the output's own noise, which is measured by computing it again on
+    another number of threads, in another batch and with other rounding; a golden keeps that of when it was written.
     """
     ending.keep_stdout()
     with json_errors(as_json):

@@ -27,9 +27,9 @@ CODES: dict[str, Explanation] = {
         "ckptkit convert FILE OUT.safetensors writes its state_dict without needing the classes.",
     ),
     "wrapped-model": Explanation(
-        "the model was saved inside DataParallel, DistributedDataParallel or torch.compile",
-        "Every name begins with the wrapper's attribute, `module.` or `_orig_mod.`; the bare model does not know these "
-        "names.",
+        "the model was saved inside DataParallel, DistributedDataParallel, torch.compile or another wrapper",
+        "Every name begins with the wrapper's attribute, `module.`, `_orig_mod.` or the like; the bare model does not "
+        "know these names.",
         "ckptkit convert FILE OUT --strip-module",
     ),
     "no-tensors": Explanation(
@@ -78,6 +78,13 @@ CODES: dict[str, Explanation] = {
         "Of weights: build the model from its code, then model.load_state_dict(ckptkit.load_state_dict(FILE)). What "
         "takes an adapter or an embedding is said with the finding.",
     ),
+    "nested-names": Explanation(
+        "the weights are dicts inside dicts",
+        'Megatron and flax save {"encoder": {"layer": {"weight": tensor}}}, which no module loads. ckptkit reads it '
+        "under dotted names, encoder.layer.weight. A .pth written from it keeps the dicts as long as every name "
+        "stays; with --weights-only, new names or names left out it becomes one flat dict.",
+        "ckptkit convert FILE OUT --weights-only writes the flat dict.",
+    ),
     "averaged-weights": Explanation(
         "averaged weights beside raw ones",
         "Training kept an exponential moving average (EMA) of the weights. Both have the same names and shapes; "
@@ -87,9 +94,19 @@ CODES: dict[str, Explanation] = {
     # Names and devices.
     "module-prefix": Explanation(
         "names carry a wrapper's prefix",
-        "DataParallel and DistributedDataParallel put `module.` before every name, torch.compile `_orig_mod.`. "
-        "load_state_dict then reports every key missing and every key unexpected; with strict=False it loads nothing.",
+        "DataParallel and DistributedDataParallel put `module.` before every name, torch.compile `_orig_mod.`, "
+        "Lightning `_forward_module.`; FSDP and activation checkpointing put `_fsdp_wrapped_module.` and "
+        "`_checkpoint_wrapped_module.` into names. load_state_dict then reports every key missing and every key "
+        "unexpected; with strict=False it loads nothing.",
         "ckptkit convert FILE OUT --strip-module",
+    ),
+    "inner-module": Explanation(
+        "names carry `module.` further in than at their beginning",
+        "That is what DataParallel around a part of a model leaves (`features.module.0.weight`), and also what an "
+        "attribute of the model's own called `module` gives. Names alone do not tell which, so --strip-module leaves "
+        "it.",
+        "If the model you load into has no such attribute: ckptkit convert FILE OUT --rename with the rule that the "
+        "finding gives.",
     ),
     "stale-versions": Explanation(
         "module versions are recorded under other names than the weights",

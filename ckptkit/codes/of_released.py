@@ -61,8 +61,9 @@ CODES: dict[str, Explanation] = {
     ),
     "prefix-not-allowed": Explanation(
         "names carry a wrapper's prefix, and the policy allows none",
-        "`module.` is what DataParallel and DistributedDataParallel put before every name, `_orig_mod.` torch.compile. "
-        "The bare model does not load such names.",
+        "`module.` is what DataParallel and DistributedDataParallel put before every name, `_orig_mod.` torch.compile; "
+        "`_forward_module.`, `_fsdp_wrapped_module.` and `_checkpoint_wrapped_module.` are others. The bare model does "
+        "not load such names.",
         "ckptkit convert FILE OUT --strip-module",
     ),
     "location-not-allowed": Explanation(

@@ -96,9 +96,9 @@ CODES: dict[str, Explanation] = {
         "-",
     ),
     "batch-counters": Explanation(
-        "BatchNorm counters on one side alone",
-        "`num_batches_tracked` is missing or extra in a layer both have. Evaluation does not use it, and a "
-        "missing one counts as 0.",
+        "BatchNorm counters that torch sets to 0",
+        "`num_batches_tracked` is not in the file, and neither is a version of the layer that has it: torch's strict "
+        "load then sets it to 0. Evaluation does not use it.",
         "-",
     ),
     "upgraded-keys": Explanation(
@@ -265,6 +265,12 @@ CODES: dict[str, Explanation] = {
         "The same inputs give outputs beyond the tolerance, or of other shapes: these are other weights, or another "
         "model.",
         "Find out which is right; --write-golden --force records new ones.",
+    ),
+    "golden-weights": Explanation(
+        "the weights are not the golden's",
+        "Digests of these tensors, or their dtypes, are not those that were recorded; the outputs decide whether that "
+        "matters. A warning, but for a mere cast to another dtype.",
+        "ckptkit diff with the original tells how far they are apart; --write-golden --force records new ones.",
     ),
     "golden-versions": Explanation(
         "the golden was recorded under other circumstances",

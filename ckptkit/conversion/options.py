@@ -17,10 +17,13 @@ from ckptkit.conversion.changes import (
     diagnose_renames,
     diagnose_selection,
     diagnose_trust,
+    diagnose_wrappers,
 )
 from ckptkit.derived import ConvertedRange
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.nested import Nested
 from ckptkit.normalize.parts import part_findings
+from ckptkit.normalize.wrappers import unwrapped_path
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
 from ckptkit.rewrite.compact import dead_bytes
@@ -75,7 +78,13 @@ class Options:
         if self.add_module:
             found.append(rewrite.AddModule())
         if self.strip_prefix is not None:
-            found.append(rewrite.StripPrefix(self.strip_prefix))
+            # A prefix may hide wrappers (`model._orig_mod.module.x`), and be given with them or without.
+            uncovers = self.strip_module and not self.add_module and bool(self.strip_prefix.strip("."))
+            prefix = unwrapped_path(self.strip_prefix.rstrip(".")) if uncovers else self.strip_prefix
+            if prefix or not uncovers:
+                found.append(rewrite.StripPrefix(prefix))
+            if uncovers:
+                found.append(rewrite.StripModule())
         if self.add_prefix is not None:
             found.append(rewrite.AddPrefix(self.add_prefix))
         if self.rename:
@@ -151,16 +160,30 @@ class Conversion:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
 
-    def findings(self, plan: Plan) -> Iterator[Finding]:
-        """What can be told before anything is written."""
+    def findings(self, plan: Plan, written: str | None = None) -> Iterator[Finding]:
+        """What can be told before anything is written.
+
+        Args:
+            plan: of the output.
+            written: where that will be; ``None``: it is not going to be written.
+        """
         yield from part_findings(self.source)
         strips = self._options.strip_module or self._options.strip_prefix is not None
         stripped = self._changed_by(rewrite.StripModule, rewrite.StripPrefix) if strips else None
         ruled = self._changed_by(rewrite.Rename) if self._options.rename else None
         yield from diagnose_renames(self._kept, self.renames, stripped=stripped, ruled=ruled)
+        if strips and not self._options.add_module:
+            changed = self.renames.values()
+            yield from diagnose_wrappers(self.result, changed, written, stripped=self._options.strip_module)
         yield from diagnose_selection(self.dropped, self._unmatched)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
+        container = self.result.state_dict.container
+        if isinstance(container, Nested) and container.filled(self.result.state_dict.everything) is None:
+            told = (
+                "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
+            )
+            yield Finding(code="nested-names", severity="info", message=told)
         yield from diagnose_losses(self.source, self.result, plan, leave_out=self._options.leave_out)
         yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)

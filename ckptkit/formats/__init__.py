@@ -24,7 +24,7 @@ from ckptkit.pickling.inert import TreeMap
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "shards_of", "target"]
+__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "shards_of", "target", "ties_once"]
 
 _INDEX = ".index.json"
 
@@ -45,6 +45,11 @@ def detect(probe: Probe) -> Format:
 def shards_of(name: str | None) -> str | None:
     """The container that the shards of a checkpoint are written in; ``None``: it has none."""
     return next((container.shards for container in FORMATS if container.name == name), None)
+
+
+def ties_once(name: str) -> bool:
+    """Whether tied tensors stand under one name alone in this container, as ``safetensors.torch.save_model`` does."""
+    return any(container.ties_once for container in FORMATS if container.name == name)
 
 
 def read(

@@ -87,6 +87,7 @@ CONTAINERS: tuple[Format, ...] = (
         reader="safetensors",
         writer="safetensors_writer",
         has_pickle=False,
+        ties_once=True,
     ),
 )
 """Every container that is one file, in no order that matters: a file two of them claim is refused."""
@@ -99,6 +100,7 @@ FORMATS: tuple[Format, ...] = (
         reader="sharded",
         has_pickle=False,
         shards="safetensors",
+        ties_once=True,
     ),
     Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
 )

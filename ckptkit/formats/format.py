@@ -82,6 +82,7 @@ class Format:
         has_pickle: whether there may be pickles in it.
         is_program: whether it holds a program, of which only the weights can be written.
         shards: of an index, the container that its shards are written in.
+        ties_once: whether tied tensors stand in it under one name alone, and who loads it fills in the others.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Format:
     has_pickle: bool = True
     is_program: bool = False
     shards: str | None = None
+    ties_once: bool = False
 
     def read(self, probe: Probe) -> RawCheckpoint:
         """The tree and the container's facts; reads directory, pickle or header only.

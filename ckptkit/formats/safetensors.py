@@ -16,10 +16,10 @@ The writer pads the header with spaces so that data begins at a multiple of 8, a
 element width, widest first, so that each is aligned; names stand in the header in state_dict order.
 It refuses tensors that repeat their elements beyond all use (`Limits.expanded_nbytes`).
 
-Tied tensors are stored once.  For each other name ``__metadata__`` holds ``name: kept name``, as
-``safetensors.torch.save_model`` records them and ``load_model`` expects; the name kept is the first
-in alphabetical order, as there.  The reader gives such names their tensor back,
-and their places (`ckptkit.formats.tied_order`).
+Tied tensors are stored once, under the first of their names in state_dict order.  For each other name
+``__metadata__`` holds ``name: kept name``, as ``safetensors.torch.save_model`` records them; ``load_model`` takes
+whichever name is there.  The reader gives such names their tensor back, and their places
+(`ckptkit.formats.tied_order`).
 
 The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, stand in
 ``__metadata__`` under `VERSIONS` as JSON, where they are plain values; other readers pass over it.

@@ -73,7 +73,9 @@ def write(checkpoint: Checkpoint) -> Plan:
 def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, str]:
     """For every name that is tied to another one: the name under which the tensor is stored.
 
-    A name that is a key of the metadata already cannot be recorded there again: it is kept.
+    That is the first of them: what fills tied weights in (transformers, vLLM, llama.cpp) looks for the embedding,
+    which stands before the head.  A name that is a key of the metadata already cannot be recorded there again: it is
+    kept.
 
     Raises:
         RewriteError: two such names are tied to each other.
@@ -82,7 +84,7 @@ def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, st
     for name, entry in state_dict.items():
         if entry.nbytes:
             groups.setdefault(entry.view, []).append(name)
-    kept = {min(group, key=lambda n: (n not in metadata, n)): group for group in groups.values() if len(group) > 1}
+    kept = {min(group, key=lambda n: n not in metadata): group for group in groups.values() if len(group) > 1}
     tied = {name: keep for keep, group in kept.items() for name in group if name != keep}
     aliases = {name: tied[name] for name in state_dict if name in tied}  # the order they are read back in
     if taken := aliases.keys() & metadata.keys():

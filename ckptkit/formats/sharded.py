@@ -16,8 +16,10 @@ A shard's name may have folders in it but must not leave the index's folder; a s
 a symbolic link is followed, since Hugging Face's cache consists of such links.
 
 Names stand in the order of the ``weight_map``.  What shards hold beyond it comes after, in the
-shards' order, because loaders that read whole shards take it too; a finding says so.  A storage's
-key is the shard's name, a colon and its key there.  Ties inside a shard stay ties.
+shards' order, because loaders that read whole shards take it too; a finding says so.  Other names of a listed
+tensor, which a safetensors shard has in its metadata alone, are none of it, and stand where
+`ckptkit.formats.tied_order` says.  A storage's key is the shard's name, a colon and its key there.  Ties inside a
+shard stay ties.
 
 Everything that is wrong is reported at once: shards that are missing, git-lfs pointers, damaged or
 hold no state_dict; names in no shard, in another shard than the index says, or in two shards.
@@ -50,6 +52,7 @@ from ckptkit.formats.shards.facts import (
 from ckptkit.formats.shards.file import ShardFile
 from ckptkit.formats.shards.names import is_shard_name
 from ckptkit.formats.strict_json import parse, shown
+from ckptkit.formats.tied_order import ORDER, in_order
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import TreeMap, attributes, mapping_items
@@ -78,6 +81,12 @@ def read(probe: Probe) -> RawCheckpoint:
     if len(everything) > probe.limits.entries:
         raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
     problems.check(merged_globals(shards))
+    tied = _tied(everything, weight_map) if name == "safetensors-sharded" else {}
+    if tied:
+        others = {key: value for key, value in everything.items() if key not in tied}
+        order = metadata.get(ORDER)
+        everything, is_ordered = in_order(others, tied, order if isinstance(order, str) else None)
+        metadata = {key: value for key, value in metadata.items() if key != ORDER or not is_ordered}
     raws = [shard.raw for shard in shards.values()]
     protocols = [raw.pickle_protocol for raw in raws if raw.pickle_protocol is not None]
     return RawCheckpoint(
@@ -93,7 +102,7 @@ def read(probe: Probe) -> RawCheckpoint:
         findings=(
             *merged_findings(shards),
             *odd_shards(shards),
-            *extra_keys(everything, weight_map),
+            *extra_keys([key for key in everything if key not in tied], weight_map),
             *total_size(metadata, everything),
         ),
     )
@@ -262,6 +271,12 @@ def _assembled(weight_map: Mapping[str, str], shards: Mapping[str, Shard], probl
         for name, value in shard.values.items():
             everything.setdefault(name, value)
     return everything
+
+
+def _tied(everything: Mapping[str, object], weight_map: Mapping[str, str]) -> dict[str, object]:
+    """The names beyond the index that are other names of tensors it lists."""
+    stored = {id(value) for key, value in everything.items() if key in weight_map}
+    return {key: value for key, value in everything.items() if key not in weight_map and id(value) in stored}
 
 
 def _root(everything: Mapping[str, object], shards: Mapping[str, Shard]) -> object:

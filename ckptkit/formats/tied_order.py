@@ -3,12 +3,13 @@
 A tensor with several names is stored once; the other names are in ``__metadata__``, apart from the order of
 the header.  Where they do not all come last in the state_dict, their places in it are kept under `ORDER`: a
 JSON list of numbers, one for each alias in the order the aliases stand in.  Other readers pass over it.
+The metadata of an index of shards has such a list too, for the names that it does not list: shard by shard.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 __all__ = ["ORDER", "in_order", "places"]
 
@@ -16,9 +17,10 @@ ORDER = "ckptkit_tied_order"
 """Key of the string metadata."""
 
 
-def places(names: Collection[str], aliases: Mapping[str, str]) -> str | None:
+def places(names: Collection[str], aliases: Iterable[str]) -> str | None:
     """The places of the aliases among all names; ``None``: they come last anyway."""
-    found = [place for place, name in enumerate(names) if name in aliases]
+    place = {name: place for place, name in enumerate(names)}
+    found = [place[name] for name in aliases]
     return None if found == list(range(len(names) - len(found), len(names))) else json.dumps(found)
 
 
@@ -33,7 +35,7 @@ def in_order(
         found = None
     if not isinstance(found, list) or len(found) != len(aliases) or not all(type(place) is int for place in found):
         return {**stored, **aliases}, False
-    if not aliases or found != sorted(set(found)) or not 0 <= found[0] <= found[-1] < count:
+    tied, others = dict(zip(found, aliases.items(), strict=True)), iter(stored.items())
+    if not aliases or len(tied) < len(aliases) or not 0 <= min(tied) <= max(tied) < count:
         return {**stored, **aliases}, False
-    wanted, others, tied = set(found), iter(stored.items()), iter(aliases.items())
-    return dict(next(tied if place in wanted else others) for place in range(count)), True
+    return dict(tied[place] if place in tied else next(others) for place in range(count)), True

@@ -22,6 +22,7 @@ from ckptkit.inspection.listing import TensorRow, list_tensors, natural_key, ord
 from ckptkit.inspection.module_list import list_modules
 from ckptkit.inspection.training import training_document, training_state
 from ckptkit.normalize.roles import tensor_role
+from ckptkit.normalize.tensors import tensors_beside
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 
@@ -61,7 +62,8 @@ def survey(
     checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False
 ) -> dict[str, Any]:
     """As `describe`, with the tensors as rows."""
-    listing = list_tensors(checkpoint)
+    beside = tensors_beside(checkpoint)
+    listing = list_tensors(checkpoint, beside)
     sums = totals(listing.rows, listing.several)
     shown = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
     if filters:
@@ -90,7 +92,7 @@ def survey(
         "modules": list_modules(checkpoint.module),
         "part": None if checkpoint.part is None else asdict(checkpoint.part),
         "architecture": [architecture.to_dict() for architecture in identify(checkpoint.state_dict)],
-        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint))],
+        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside))],
         "error": None,
     }
 

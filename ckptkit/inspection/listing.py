@@ -131,15 +131,20 @@ class Listing(NamedTuple):
         return [(found, found.node) for found in self.others if isinstance(found.node, Object)]
 
 
-def list_tensors(checkpoint: Checkpoint) -> Listing:
+def list_tensors(checkpoint: Checkpoint, beside: Sequence[Found] | None = None) -> Listing:
     """Every tensor of a checkpoint, and every bare storage.
+
+    Args:
+        checkpoint: as it was read.
+        beside: what `every_tensor` finds but for the plain tensors of the state_dict, where it is known.
 
     Raises:
         LimitError: the names are more, or all together longer, than those of any checkpoint.
     """
     named: list[_Named] = []
     others: list[Found] = []
-    for found in islice(every_tensor(checkpoint), DEFAULT_LIMITS.entries + 1):
+    everything = every_tensor(checkpoint, beside=beside)
+    for found in islice(everything, DEFAULT_LIMITS.entries + 1):
         (named if isinstance(found.node, TensorEntry) else others).append(found)  # type: ignore[arg-type]
     if len(named) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
         raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named) + len(others))

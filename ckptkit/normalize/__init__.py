@@ -144,7 +144,7 @@ def _state_dict(
     if candidate.kind == "whole_model":
         versions = known_versions(candidate.module) or None
         # A module that is all of the file becomes its state_dict; one among other things stays what it is.
-        container = None if candidate.node is raw.root or raw.is_program else candidate.node
+        container: object = None if candidate.node is raw.root or raw.is_program else candidate.node
         state_dict = StateDict(
             dict(candidate.values()), versions=versions, container=container, is_module=container is not None
         )
@@ -152,8 +152,22 @@ def _state_dict(
         _note_method(candidate.node, findings, path, holding_suffix(state_dict))
         _note_wrapper(candidate.module, findings, path, holding_suffix(state_dict))
     else:
-        versions = _versions(candidate.node)
-        state_dict, module = StateDict(dict(candidate.values()), versions=versions, container=candidate.node), None
+        container = candidate.node
+        versions = _versions(container)
+        if candidate.nested:
+            from ckptkit.normalize.nested import Nested, nested_versions
+
+            container, versions = Nested(container), nested_versions(container, _versions)
+        state_dict, module = StateDict(dict(candidate.values()), versions=versions, container=container), None
+    if candidate.nested:
+        findings.append(
+            Finding(
+                code="nested-names",
+                severity="info",
+                message="the weights are dicts inside dicts; the keys that lead to one are its name, with dots between",
+                fix=convert_command(path, "--weights-only", suffix=holding_suffix(state_dict)),
+            )
+        )
     if state_dict.extra:
         names = [f"{name:.100} ({brief(value)})" for name, value in islice(state_dict.extra.items(), 5)]
         findings.append(
@@ -220,6 +234,14 @@ def lower_state_dict(state_dict: StateDict) -> object:
     container = state_dict.container
     if state_dict.is_module:
         return container
+    if container is not None and not isinstance(container, (InertDict, Object, list, tuple)):
+        from ckptkit.normalize.nested import Nested
+
+        if isinstance(container, Nested):
+            nested = container.filled(state_dict.everything)
+            if nested is not None:
+                return nested
+            container = container.flat(state_dict.versions)
     pairs: list[tuple[object, object]] = [
         (name, _detached(value) if container is None else value) for name, value in state_dict.everything.items()
     ]

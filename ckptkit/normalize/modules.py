@@ -24,6 +24,7 @@ from dataclasses import replace
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.wrappers import wrapper_of
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, states, walk
 
 __all__ = ["MODULE_MARKS", "bound_method", "known_versions", "module_state", "walk_module", "wrapper_prefixes"]
@@ -151,12 +152,10 @@ def wrapper_prefixes(module: object) -> list[tuple[str, str]]:
         state = module_state(node)
         below = _named(state.get("_modules")) if state is not None else []
         name = node.class_name.rpartition(".")[2]
-        inner = "_orig_mod" if name == "OptimizedModule" else "module"
-        if len(below) != 1 or below[0][0] != inner:
+        prefix = wrapper_of(f"{below[0][0]}.x") if len(below) == 1 else ""
+        if not prefix or (prefix == "module." and "DataParallel" not in name):
             break
-        if inner == "module" and "DataParallel" not in name:
-            break
-        found.append((node.class_name, inner + "."))
+        found.append((node.class_name, prefix))
         node = below[0][1]
     return found
 

@@ -8,8 +8,8 @@ Decided by shape, never by a file's name:
   half are tensors.  What other values hold tensors must be no weights of their own: else it is a
   file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
-  parameter (losses, metrics, random states), or that has the names of a data set (a graph of PyG), is none, unless a
-  customary key says so.
+  parameter (losses, metrics, random states), or that has the names of a graph (of PyG), is none, unless a
+  customary key says so.  Modules may be dicts inside dicts (`ckptkit.normalize.nested`).
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
   whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - what else holds tensors is a *tensor* or a *collection*
@@ -33,8 +33,8 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import bound_method, module_state, walk_module
 from ckptkit.normalize.shapes import (
     CUSTOMARY_KEYS,
-    DATA_NAMES,
     are_moments,
+    is_graph,
     is_optimizer,
     is_substantial,
     named_values,
@@ -42,7 +42,7 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import Object, children, mapping_items, walk
+from ckptkit.pickling.inert import InertDict, Object, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
@@ -88,12 +88,14 @@ class Candidate:
         kind: what it is.
         node: it.
         keys: the keys that lead to it, as they are.
+        nested: whether its modules are dicts inside dicts, so that names are put together.
     """
 
     path: str
     kind: _SectionKind
     node: object
     keys: tuple[object, ...] = ()
+    nested: bool = False
 
     @property
     def is_weights(self) -> bool:
@@ -108,6 +110,10 @@ class Candidate:
 
     def values(self) -> Iterator[tuple[str, object]]:
         """The names and values its state_dict would have."""
+        if self.nested:
+            from ckptkit.normalize.nested import nested_values
+
+            return iter((nested_values(self.node) or {}).items())
         return state_values(self.kind, self.node)
 
 
@@ -116,7 +122,12 @@ def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
     if kind == "whole_model":
         bound = bound_method(node)
         return walk_module(node if bound is None else bound[0])
-    return ((key, value) for key, value in named_values(node) or [] if isinstance(key, str))
+    pairs = [(key, value) for key, value in named_values(node) or [] if isinstance(key, str)]
+    if any(isinstance(value, TensorEntry) for _, value in pairs):
+        return iter(pairs)
+    from ckptkit.normalize.nested import nested_values
+
+    return iter((nested_values(node) or dict(pairs)).items())
 
 
 class Survey:
@@ -136,6 +147,8 @@ class Survey:
         self._entered: set[int] = set()
         self._holding: set[int] | None = None
         self._near: dict[tuple[int, int], int] = {}
+        self._nested: dict[tuple[int, object], bool] = {}
+        self._nested_left = DEFAULT_LIMITS.entries + DEFAULT_LIMITS.tree_nodes
 
     def sections(self) -> list[Candidate]:
         """The parts that hold tensors, in file order, no two under one path; parts of a part are not listed."""
@@ -157,7 +170,7 @@ class Survey:
         if kind is None:
             return
         if kind != "parts":
-            yield Candidate(path, kind, node, keys)
+            yield Candidate(path, kind, node, keys, nested=self._kinds[id(node)] == "parts")
             return
         inside = parts(node)
         # The keys of a file's own dict are its sections, whatever they hold.
@@ -191,7 +204,30 @@ class Survey:
         kind = self._kinds[id(node)]
         if kind == "state_dict" and id(node) in self._slight and key is not _ROOT:
             return kind if isinstance(key, str) and key in CUSTOMARY_KEYS else "collection"
+        if kind == "parts" and mapping_items(node) is not None and self._is_nested(node, key):
+            return "state_dict"
         return kind
+
+    def _is_nested(self, node: object, key: object) -> bool:
+        """Whether its modules are dicts inside dicts; where the tree is too large to tell, it is not."""
+        known = key if isinstance(key, str) else None
+        if (id(node), known) not in self._nested:
+            # Most files' own dicts hold a number or a text, and need no closer look.
+            may_be = all(
+                isinstance(value, (InertDict, Object, TensorEntry))
+                or (isinstance(inner, str) and inner.endswith("_extra_state"))
+                for inner, value in mapping_items(node) or ()
+            )
+            if may_be:
+                from ckptkit.normalize.nested import is_nested
+
+                may_be = is_nested(node, key, self._root, self._may_look)
+            self._nested[id(node), known] = may_be
+        return self._nested[id(node), known]
+
+    def _may_look(self, count: int) -> bool:
+        self._nested_left -= count
+        return self._nested_left >= 0
 
     def _judge(self, node: object) -> _NodeKind | None:
         if is_tensor_like(node) or isinstance(node, Storage):
@@ -200,12 +236,13 @@ class Survey:
             return "whole_model"
         pairs = named_values(node)
         if pairs is not None and self._is_state_dict(pairs) and not self._holds_more(node):
-            data = all(isinstance(key, str) and key.lower() in DATA_NAMES for key, _ in pairs)
-            if data or not any(is_substantial(value) for _, value in pairs):
+            if is_graph(pairs) or not any(is_substantial(value) for _, value in pairs):
                 self._slight.add(id(node))
             return "state_dict"
         if not self._has_tensor(node):
             return None
+        if isinstance(node, Object) and node.class_name.startswith("torch_geometric.data."):
+            return "collection"
         if is_optimizer(node):
             return "optimizer"
         return "parts" if parts(node) else "collection"

@@ -21,6 +21,7 @@ from ckptkit.errors import SectionError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.sections import Candidate
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
+from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.report import count_of, human_size
 from ckptkit.report import listed as enumerated
 
@@ -31,8 +32,8 @@ _ENVELOPES = frozenset({"checkpoint", "ckpt", "trainer", "learner", "engine", "t
 
 _RANK = {key: rank for rank, key in enumerate(CUSTOMARY_KEYS)}
 
-_WRAPPERS = frozenset({"module", "_orig_mod", "model", "ema_model", "ema", "shadow"})
-"""First segments of names that copies of a model differ by."""
+_WRAPPERS = frozenset({"module", "model", "ema_model", "ema", "shadow"})
+"""First segments of names that copies of a model differ by, beside what `unwrapped` takes off."""
 
 _MAX_LISTED = 20
 """Sections named in a message."""
@@ -104,6 +105,7 @@ def _identity(value: object) -> object:
 
 
 def _bare(name: str) -> str:
+    name = unwrapped(name)
     while "." in name and name[: name.index(".")] in _WRAPPERS:
         name = name[name.index(".") + 1 :]
     return name

@@ -14,9 +14,9 @@ from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
     "CUSTOMARY_KEYS",
-    "DATA_NAMES",
     "MOMENTS",
     "are_moments",
+    "is_graph",
     "is_optimizer",
     "is_substantial",
     "named_values",
@@ -50,14 +50,6 @@ _TELLING = frozenset({
     "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_diff", "exp_inf", "momentum_buffer",
     "square_avg", "grad_avg", "sqr_avg", "acc_delta", "step",
 })  # fmt: skip
-DATA_NAMES = frozenset({
-    "attention_mask", "batch", "data", "edge_attr", "edge_index", "features", "image", "images", "input", "input_ids",
-    "inputs", "label", "labels", "mask", "masks", "output", "outputs", "pos", "sample", "samples", "target", "targets",
-    "test", "test_mask", "token_type_ids", "train", "train_mask", "val", "val_mask", "x", "x_test", "x_train", "y",
-    "y_test", "y_train",
-})  # fmt: skip
-"""Names of the tensors in data sets; no module would have all of its parameters called so."""
-
 MOMENTS = _TELLING | {"max_exp_avg_sq", "neg_grad_or_diff", "sum", "step_size", "prev", "eta", "mu", "ax"}
 """Keys of one parameter's optimizer state (torch.optim, fastai, Adafactor, Adan); some of them tell it apart."""
 
@@ -126,6 +118,12 @@ def are_moments(pairs: list[tuple[object, object]]) -> bool:
         return False
     keys = {key for key, value in pairs if is_tensor_like(value)}
     return keys <= MOMENTS and not keys.isdisjoint(_TELLING)
+
+
+def is_graph(pairs: list[tuple[object, object]]) -> bool:
+    """Whether the names are those of a graph, as data sets of PyG hold them."""
+    names = {key for key, _ in pairs if isinstance(key, str)}
+    return not names.isdisjoint(("edge_index", "adj_t")) and not any("." in name for name in names)
 
 
 def is_substantial(value: object) -> bool:

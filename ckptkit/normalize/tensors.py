@@ -14,7 +14,7 @@ is yielded under every name it has, but not again below the module or mapping wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -27,7 +27,7 @@ from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
 from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell, states
 
-__all__ = ["Found", "every_tensor", "other_weights"]
+__all__ = ["Found", "every_tensor", "other_weights", "tensors_beside"]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -62,12 +62,15 @@ class Found(NamedTuple):
         return join(self.section, self.name) if self.section and self.name != self.section else self.name
 
 
-def every_tensor(checkpoint: Checkpoint, *, plain: bool = True) -> Iterator[Found]:
+def every_tensor(
+    checkpoint: Checkpoint, *, plain: bool = True, beside: Sequence[Found] | None = None
+) -> Iterator[Found]:
     """Every tensor, bare storage and array of a checkpoint: the state_dict's first, then in file order.
 
     Args:
         checkpoint: as it was read, or rewritten.
         plain: whether the plain tensors of the state_dict are among them.
+        beside: all the others, where they are known.
     """
     state_dict, selected = checkpoint.state_dict, checkpoint.origin.state_path or ""
     kinds = {section.path: section.kind for section in checkpoint.sections if not section.selected}
@@ -78,6 +81,9 @@ def every_tensor(checkpoint: Checkpoint, *, plain: bool = True) -> Iterator[Foun
             others.append((name, value))
         elif plain:
             yield Found(selected, name, value, True)  # type: ignore[arg-type]  # `is_plain` says so
+    if beside is not None:
+        yield from beside
+        return
     own = _Own(state_dict.everything.values())
     yield from found.values(selected, others, own)
     outside = _Place(None, (None, selected, 1) if selected else None, 0, None, own)
@@ -89,6 +95,11 @@ def every_tensor(checkpoint: Checkpoint, *, plain: bool = True) -> Iterator[Foun
             yield from found.below(outside, checkpoint.module)
     yield from found.below(_Place("" if "" in kinds else None, None, 0, "", None), checkpoint.rest)
     yield from found.below(_Place(None, (None, "(dropped)", 1), 0, None, None), list(checkpoint.discarded))
+
+
+def tensors_beside(checkpoint: Checkpoint) -> list[Found]:
+    """What `every_tensor` finds but for the plain tensors of the state_dict; no more than one above the limit."""
+    return list(islice(every_tensor(checkpoint, plain=False), DEFAULT_LIMITS.entries + 1))
 
 
 def other_weights(checkpoint: Checkpoint, found: Iterable[Found]) -> dict[str, list[Found]]:

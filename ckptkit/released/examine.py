@@ -24,7 +24,7 @@ from ckptkit.inspection.training import training_document
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import walk
 from ckptkit.released.reading import Reading, read_through
@@ -282,7 +282,8 @@ def _weights(checkpoint: Checkpoint) -> _Weights:
 def _all_tensors(checkpoint: Checkpoint) -> _Weights:
     """Of a file in which no weights are selected: every tensor, by its section and its name there."""
     rows = list_tensors(checkpoint).rows
-    bare = [join(row.section, unwrapped(row.name)) if row.section else unwrapped(row.name) for row in rows]
+    names = [unwrapped_in_digests(row.name) for row in rows]
+    bare = [join(row.section, name) if row.section else name for row, name in zip(rows, names, strict=True)]
     if len(set(bare)) != len(bare):
         bare = [join(row.section, row.name) if row.section else row.name for row in rows]
     times: Counter[str] = Counter()
@@ -365,7 +366,7 @@ def _examined(
         has_pickle=origin.has_pickle,
         is_program=origin.is_program,
         has_optimizer=_has_optimizer(checkpoint),
-        prefixes=tuple(sorted(set(_prefixes(weights.names)))),
+        prefixes=tuple(sorted({prefix for prefix in map(wrapper_of, weights.names) if prefix})),
         locations=tuple(sorted({storage.location for storage in storages})),
         findings=diagnose(checkpoint),
         part=next(part_findings(checkpoint), None),
@@ -386,14 +387,6 @@ def _has_optimizer(checkpoint: Checkpoint) -> bool:
     if any(section.kind == "optimizer" for section in checkpoint.sections):
         return True
     return bool(training_document(checkpoint.rest)["optimizers"])
-
-
-def _prefixes(names: Sequence[str]) -> Iterator[str]:
-    """What wrappers put into names: before them, or (``_orig_mod``) somewhere inside."""
-    for name in names:
-        bare = unwrapped(name)
-        if bare != name:
-            yield name.removesuffix(bare) if name.endswith(bare) else "_orig_mod."
 
 
 def _storages(checkpoint: Checkpoint) -> list[Storage]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.pickling.inert import InertDict, TreeMap, walk
+from ckptkit.errors import KeyCollisionError
+from ckptkit.pickling.inert import InertDict, Object, TreeMap, mapping_items, walk
 
 __all__ = ["module_paths", "moved_versions", "renamed", "wrapper_versions"]
 
@@ -14,7 +16,7 @@ _MAX_LEVELS = 64
 
 
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str], versions: Mapping[str, object] | None) -> Checkpoint:
-    """The checkpoint with tensor names, and the names in optimizers' ``param_names``, renamed.
+    """The checkpoint with tensor names, and the names in optimizers' state, renamed.
 
     Args:
         checkpoint: with the old names.
@@ -25,25 +27,75 @@ def renamed(checkpoint: Checkpoint, rename: Callable[[str], str], versions: Mapp
         KeyCollisionError: two names would become one.
     """
     state_dict = checkpoint.state_dict.renamed(rename, versions)
-    return checkpoint.replace(state_dict=state_dict, rest=_renamed_rest(checkpoint, rename))
+    pairs = zip(checkpoint.state_dict.everything, state_dict.everything, strict=True)
+    changed = {old: new for old, new in pairs if old != new}
+    return checkpoint.replace(state_dict=state_dict, rest=_renamed_rest(checkpoint.rest, changed))
 
 
-def _renamed_rest(checkpoint: Checkpoint, rename: Callable[[str], str]) -> object:
-    """The rest, with the names of the state_dict's tensors in the optimizers' ``param_names`` renamed.
+def _renamed_rest(rest: object, changed: Mapping[str, str]) -> object:
+    """The rest, with the state_dict's names changed where an optimizer goes by them.
 
-    They are for people and tools: torch matches an optimizer's state by position, not by name.
+    - ``param_groups[i]["param_names"]``: for people and tools, beside numbers by which torch matches
+    - ``state[NAME]`` and ``param_groups[i]["params"]``: of FSDP and ``torch.distributed.checkpoint``
+    - ``state.NAME.exp_avg`` and ``param_groups.NAME.lr``: the same, flattened
+
+    Names that the state_dict does not have stay: they may be another model's.
+
+    Raises:
+        KeyCollisionError: two of an optimizer's names would become one.
     """
-    replaced: list[tuple[object, object]] = []
-    for node in walk(checkpoint.rest):
-        if not isinstance(node, InertDict) or "params" not in node or "param_names" not in node:
+    sequences: list[tuple[object, object]] = []
+    keys: list[tuple[InertDict | Object, list[object]]] = []
+    for node in walk(rest) if changed else ():
+        found = mapping_items(node)
+        if not found:
             continue
-        names = node["param_names"]
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            known = checkpoint.state_dict.everything
-            changed = [rename(name) if name in known else name for name in names]
-            if changed != names:
-                replaced.append((names, changed))
-    return TreeMap(lambda leaf: leaf, replaced)(checkpoint.rest) if replaced else checkpoint.rest
+        members = {key: value for key, value in found if isinstance(key, str)}
+        if "params" in members:
+            for names in (members["params"], members.get("param_names")):
+                if isinstance(names, (list, tuple)) and (new := _changed(names, changed.get)):
+                    sequences.append((names, type(names)(new)))
+        keyed: object = members.get("state") if "param_groups" in members else None
+        target: Callable[[str], str | None] = changed.get
+        if any(key.startswith("param_groups.") for key in members):
+            keyed, target = node, partial(_flattened, changed)
+        if not isinstance(keyed, (InertDict, Object)) or mapping_items(keyed) is None:
+            continue
+        if new := _changed([key for key, _ in keyed.pairs], target):
+            keys.append((keyed, new))
+    if not sequences and not keys:
+        return rest
+    mapped = TreeMap(lambda leaf: leaf, sequences)
+    rest = mapped(rest)
+    for old, names in keys:
+        copy = mapped(old)
+        if isinstance(copy, (InertDict, Object)):
+            copy.pairs = [(name, value) for name, (_, value) in zip(names, copy.pairs, strict=True)]
+    return rest
+
+
+def _changed(names: Sequence[object], new: Callable[[str], str | None]) -> list[object] | None:
+    """The names, those that become others changed; ``None``: none does.
+
+    Raises:
+        KeyCollisionError: two would become one.
+    """
+    found = [new(name) if isinstance(name, str) else None for name in names]
+    if all(target is None for target in found):
+        return None
+    changed = [name if target is None else target for name, target in zip(names, found, strict=True)]
+    came_from: dict[str, str] = {}
+    for name, target in zip(names, changed, strict=True):
+        if isinstance(name, str) and isinstance(target, str) and came_from.setdefault(target, name) != name:
+            raise KeyCollisionError(came_from[target], name, target)
+    return changed
+
+
+def _flattened(changed: Mapping[str, str], key: str) -> str | None:
+    """What becomes of a key of a flattened optimizer (``flatten_optimizer_state_dict``): ``state.NAME.exp_avg``."""
+    kind, _, rest = key.partition(".")
+    name, _, last = rest.rpartition(".")
+    return f"{kind}.{changed[name]}.{last}" if kind in ("state", "param_groups") and name in changed else None
 
 
 def wrapper_versions(path: str) -> dict[str, object]:

@@ -2,8 +2,8 @@
 
 Names are dotted paths.  A prefix is stripped only where it is a leading run of whole segments:
 ``mlp_module.layer`` does not begin with ``module.``, and a name without the prefix is left alone.
-The module versions (``_metadata``) and the parameter names an optimizer keeps (``param_names``)
-move along with the names they belong to.
+The module versions (``_metadata``) and the names an optimizer keeps its state by, or beside it
+(``param_names``), move along with the names they belong to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
-from ckptkit.normalize.wrappers import MODULE, unwrapped
+from ckptkit.normalize.wrappers import MODULE, unwrapped, unwrapped_path
 from ckptkit.rewrite.names import renamed, wrapper_versions
 
 __all__ = ["AddModule", "AddPrefix", "StripModule", "StripPrefix"]
@@ -21,9 +21,10 @@ __all__ = ["AddModule", "AddPrefix", "StripModule", "StripPrefix"]
 
 @dataclass(frozen=True, slots=True)
 class StripModule:
-    """Take every wrapper off the names: ``module.``, ``_orig_mod.``, nested in any order.
+    """Take every wrapper off the names: ``module.``, ``_orig_mod.`` and others, nested in any order.
 
-    Names that carry none are left as they are, so it is safe to apply twice.
+    What a wrapper's prefix is says `ckptkit.normalize.wrappers`.  Names that carry none are left as they are, so it
+    is safe to apply twice.
 
     Raises (when applied):
         KeyCollisionError: two names would become one.
@@ -34,11 +35,7 @@ class StripModule:
         return unwrapped(name)
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
-        def strip_path(path: str) -> str:
-            # A module path has no tensor name at its end; a stand-in keeps the last segment apart.
-            return unwrapped(path + ".x" if path else "x")[:-2]
-
-        return _renamed(checkpoint, unwrapped, strip_path)
+        return _renamed(checkpoint, unwrapped, unwrapped_path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 from itertools import islice
 
 from ckptkit.arguments import several
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.nested import Nested
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join
 from ckptkit.normalize.shapes import is_optimizer, parts
@@ -173,4 +174,7 @@ class WeightsOnly:
         state_dict = checkpoint.state_dict
         if state_dict.is_module:
             state_dict = state_dict.holding(state_dict.everything, state_dict.versions)
+        elif isinstance(state_dict.container, Nested):
+            container = state_dict.container.flat(state_dict.versions)
+            state_dict = StateDict(state_dict.everything, versions=state_dict.versions, container=container)
         return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT, discarded=())

@@ -95,7 +95,8 @@ def verify(
         against: another checkpoint of the same model, whose outputs must agree; its file must be open.
         golden: file of outputs recorded earlier, which these must agree with.
         write_golden: file to record them in.
-        atol: how far outputs may be apart; see `ckptkit.verifier.outputs.Tolerance`.
+        atol: how far outputs may be apart, whatever their size; default: several times the noise that is measured;
+            see `ckptkit.verifier.outputs.Tolerance`.
         rtol: the same, as a share of their largest magnitude.
         force: whether ``write_golden`` may replace a file.
         unsafe_load: whether to run the pickled model itself, which imports and runs what the file names.

@@ -7,7 +7,7 @@ Old names, beside the prefixes of wrappers; the form is that of ``convert --rena
 - ``gamma`` and ``beta`` of LayerNorm, from the TensorFlow releases of BERT, which transformers renames in
   ``PreTrainedModel`` when it loads
 - ``weight_g`` and ``weight_v`` of the old ``weight_norm``, and the other way round: torch's own hook renames
-  the old ones for the new alone (``torch/nn/utils/parametrizations.py``)
+  the old ones for the new alone (``torch/nn/utils/parametrizations.py``); it does neither for ``spectral_norm``
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.errors import RewriteError
+from ckptkit.normalize.wrappers import wrapper_of
 from ckptkit.report import count_of
 from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
 from ckptkit.rewrite.rename import Rename as RenameByRule
@@ -37,6 +38,20 @@ _OLD_NAMES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         (
             (r"(^|\.)parametrizations\.([^.]+)\.original0$", r"\1\2_g"),
             (r"(^|\.)parametrizations\.([^.]+)\.original1$", r"\1\2_v"),
+        ),
+    ),
+    (
+        "names of torch.nn.utils.parametrizations.spectral_norm, where the reference has the older spectral_norm",
+        (
+            (r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2_orig"),
+            (r"(^|\.)parametrizations\.([^.]+)\.0\.(_[uv])$", r"\1\2\3"),
+        ),
+    ),
+    (
+        "names of the older spectral_norm, where the reference has torch.nn.utils.parametrizations.spectral_norm",
+        (
+            (r"(^|\.)([^.]+)_orig$", r"\1parametrizations.\2.original"),
+            (r"(^|\.)([^.]+)(_[uv])$", r"\1parametrizations.\2.0.\3"),
         ),
     ),
 )
@@ -102,10 +117,10 @@ def matching(state_dict: StateDict, expected: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _candidates(names: Sequence[str], expected: Collection[str]) -> Iterator[Rename]:
-    wrapped = [name for name in names if name.startswith(("module.", "_orig_mod.")) or "._orig_mod." in name]
+    wrapped = [name for name in names if wrapper_of(name)]
     if wrapped:
-        wrapper = "module." if any(name.startswith("module.") for name in wrapped) else "_orig_mod."
-        yield _prefix(f"{_count(len(wrapped), names)} carry `{wrapper}`", StripModule(), "--strip-module")
+        cause = f"{_count(len(wrapped), names)} carry `{wrapper_of(wrapped[0])}`"
+        yield _prefix(cause, StripModule(), "--strip-module")
     if any(name.startswith("module.") for name in expected):
         yield _prefix(f"the reference's names carry `module.`, {_none(names)}", AddModule(), "--add-module")
     for prefix in _prefixes(names, expected):

@@ -7,7 +7,7 @@ where the two part.  The module is the same one, filled twice: there is one mode
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.fill import become
 from ckptkit.verifier.fit import check_fit
 from ckptkit.verifier.foreign import foreign, told
-from ckptkit.verifier.forward import Pass, model_dtype, run
+from ckptkit.verifier.forward import Pass, measured_noise, model_dtype, run
 from ckptkit.verifier.load import check_load
 from ckptkit.verifier.measure import measure
 from ckptkit.verifier.outputs import Difference, Tolerance, compare_outputs
@@ -82,7 +82,7 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         )
         return
     tolerance = context.tolerance((checkpoint, other), context.first, made.outputs)
-    found = compare_outputs(context.first, made.outputs, tolerance)
+    found = compare_outputs(context.first, made.outputs, tolerance, _noise(model, context, context.device, made))
     context.figures["against"] = {"path": path, **_figures(found, tolerance, parting)}
     yield _told("against", f"outputs of {path}", found, tolerance, parting, "error")
 
@@ -123,7 +123,7 @@ def check_devices(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
                 message=f"the forward pass on {device} failed, which did not on {context.device}: {told(error)}",
             )
             continue
-        found = compare_outputs(context.first, made.outputs, tolerance)
+        found = compare_outputs(context.first, made.outputs, tolerance, _noise(model, context, device, made))
         figures = {"device": str(device), "seconds": round(made.seconds, 6), **_figures(found, tolerance, parting)}
         context.figures["devices"].append(figures)
         # Boxes are chosen by rank and threshold: another device's rounding may choose others.
@@ -143,6 +143,13 @@ def _followed(
     with trace.comparing(model, tolerance) as parting:
         made = run(model, batch, device)
     return made, parting()
+
+
+def _noise(
+    model: nn.Module, context: Context, device: torch.device, made: Pass
+) -> Callable[[], Mapping[str, float]] | None:
+    """What measures the outputs' noise; ``None``: an ``atol`` was asked for, which stands in its place."""
+    return None if context.atol is not None else lambda: measured_noise(model, context, device, made.outputs)
 
 
 def _figures(found: Sequence[Difference], tolerance: Tolerance, parting: Parting) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Context:
         first: set by the forward check: the outputs of the first pass, on the CPU.
         trace: filled by the forward check where something will be compared with it.
         outputs: set by the forward check: the outputs' figures, as in the JSON document.
-        passes: forward passes of the checkpoint on the first device.
+        passes: forward passes of the checkpoint on the first device, less those that measure noise.
         notes: by check, what it looked at, for people: what a check that found nothing has to say.
         figures: by check, its figures, for programs.
         seconds: how long each part took.
@@ -91,7 +91,7 @@ class Context:
         return self.devices[0]
 
     def tolerance(self, checkpoints: Sequence[Checkpoint], *outputs: Mapping[str, torch.Tensor]) -> Tolerance:
-        """How far outputs may be apart, by the types of weights and outputs on both sides."""
+        """How far outputs may be apart, by the types of weights and outputs on both sides; noise aside."""
         weights = {entry.dtype for checkpoint in checkpoints for entry in checkpoint.state_dict.values()}
         types = {dtype_name(tensor) for side in outputs for tensor in side.values()}
         return tolerance_of({*weights, *types, *([self.dtype] if self.dtype else [])}, self.atol, self.rtol)

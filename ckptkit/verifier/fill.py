@@ -74,7 +74,7 @@ def fill(
                 _settle(group, taken)
     except Exception as error:
         return told(error)
-    tolerated = {*fit.tied, *fit.counters, *fit.allowed_missing, *fit.allowed_unexpected}
+    tolerated = {*fit.tied, *fit.allowed_missing, *fit.allowed_unexpected}
     left = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if name not in tolerated]
     if left:
         return f"these names were passed over: {shortened(left)}"

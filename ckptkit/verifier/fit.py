@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -9,26 +11,26 @@ from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CkptkitError
+from ckptkit.formats import ties_once
 from ckptkit.normalize.beside import beside_weights
 from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.verifier.advice import head_classes, matching, rename_that_fits
 from ckptkit.verifier.context import Context, shortened
 from ckptkit.verifier.elsewhere import architecture_that_fits, command_for, other_weights, section_that_fits
 from ckptkit.verifier.folding import folded
-from ckptkit.verifier.measure import Fit, ShapeMismatch, measure, named_values
+from ckptkit.verifier.measure import Fit, ShapeMismatch, is_counter, measure, named_values
+from ckptkit.verifier.references import build
 
 __all__ = ["check_fit"]
 
 
 def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
-    """Whether every tensor of the model is in the checkpoint, with its shape, and nothing else is."""
-    fit = measure(
-        model,
-        checkpoint.state_dict,
-        allow_missing=context.allow_missing,
-        allow_unexpected=context.allow_unexpected,
-    )
-    context.fit = fit
+    """Whether torch's strict load takes the checkpoint: every name of the model with its shape, and no other.
+
+    What is missing, unexpected or of another shape begins with torch's own words for it.
+    """
+    context.fit = fit = _measured(model, checkpoint, context)
     yield _coverage(fit, context)
     cause = _one_cause(fit, checkpoint, model, context)
     if cause is not None:
@@ -51,6 +53,16 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
             f"{shortened(others)}",
             fix=context.command(checkpoint.origin.path, "--section", others[0]),
         )
+
+
+def _measured(model: nn.Module, checkpoint: Checkpoint, context: Context) -> Fit:
+    return measure(
+        model,
+        checkpoint.state_dict,
+        allow_missing=context.allow_missing,
+        allow_unexpected=context.allow_unexpected,
+        ties_once=ties_once(checkpoint.origin.format),
+    )
 
 
 def _coverage(fit: Fit, context: Context) -> Finding:
@@ -122,7 +134,7 @@ def _section(
 def _architecture(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding | None:
     """Another model than the reference, of which an index knows the name; another head is not another model."""
     is_head = not (fit.missing or fit.unexpected) and (not fit.mismatches or head_classes(fit.mismatches) is not None)
-    if is_head:
+    if is_head or _lacks_no_weights(fit):
         return None
     known = architecture_that_fits(checkpoint, context.reference.spec)
     if known is None or known.reference == context.reference.spec:
@@ -135,6 +147,11 @@ def _architecture(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding
     )
 
 
+def _lacks_no_weights(fit: Fit) -> bool:
+    """Whether nothing but counts and second names of tied tensors keeps it from fitting."""
+    return not fit.mismatches and all(n in fit.twins or is_counter(n) for n in (*fit.missing, *fit.unexpected))
+
+
 def _convert(checkpoint: Checkpoint, *options: str) -> str:
     """The convert command, which writes the weights alone."""
     alone = ("--weights-only",) if beside_weights(checkpoint) else ()
@@ -142,49 +159,101 @@ def _convert(checkpoint: Checkpoint, *options: str) -> str:
 
 
 def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: Context) -> Iterator[Finding]:
-    known = architecture_that_fits(checkpoint, context.reference.spec)
+    known = None if _lacks_no_weights(fit) else architecture_that_fits(checkpoint, context.reference.spec)
     fix = command_for(checkpoint, known, context) if known is not None and (fit.missing or fit.unexpected) else None
+    everything = list(checkpoint.state_dict.everything)
     if fit.missing:
+        lacked = len({*fit.missing} & {*expected})  # torch asks for older names of a module as well
+        made = set(fit.counters)
+        among = [name for name in expected if name not in made]
+        told, remedy = _why_missing(fit, checkpoint, context)
         yield Finding(
             code="missing-keys",
             severity="error",
-            message=f"{len(fit.missing)} of the reference's {count_of(fit.of, 'tensor')} are not in the checkpoint: "
-            f"{shortened(folded(fit.missing, expected))}",
-            fix=fix,
+            message=f"Missing key(s) in state_dict: {_quoted(fit.missing, among)}; {lacked} of the reference's "
+            f"{count_of(len(expected), 'name')} {'is' if lacked == 1 else 'are'} not in the checkpoint{told}",
+            fix=fix or remedy,
         )
     if fit.unexpected:
+        extra = [name for name in fit.unexpected if is_counter(name)]
+        remedy = None
+        if len(extra) == len(fit.unexpected):
+            every = len(extra) == sum(is_counter(name) for name in everything)
+            options = ["*num_batches_tracked"] if every else [glob.escape(name) for name in extra]
+            remedy = _convert(checkpoint, *context.taken([part for each in options for part in ("--exclude", each)]))
         yield Finding(
             code="unexpected-keys",
             severity="error",
-            message=f"{len(fit.unexpected)} of the checkpoint's "
-            f"{count_of(len(checkpoint.state_dict.everything), 'name', 'is', 'are')} not in the reference: "
-            f"{shortened(folded(fit.unexpected, checkpoint.state_dict.everything))}",
-            fix=fix,
+            message=f"Unexpected key(s) in state_dict: {_quoted(fit.unexpected, everything)}; {len(fit.unexpected)} of "
+            f"the checkpoint's {count_of(len(everything), 'name')} {'is' if len(fit.unexpected) == 1 else 'are'} not "
+            "in the reference",
+            fix=fix or remedy,
         )
+
+
+def _quoted(names: Sequence[str], among: Sequence[str]) -> str:
+    """Names as torch quotes them, but for those that are folded by module."""
+    given = set(names)
+    return shortened([f'"{line}"' if line in given else line for line in folded(names, among)])
+
+
+def _why_missing(fit: Fit, checkpoint: Checkpoint, context: Context) -> tuple[str, str | None]:
+    """What explains missing names that no weights are lost by, and the command that helps; else nothing."""
+    if not all(name in fit.twins or is_counter(name) for name in fit.missing):
+        return "", None
+    if fit.twins:
+        pairs = shortened([f"{name} = {twin}" for name, twin in fit.twins.items()])
+        told = f": the reference ties them to names that are ({pairs}), but only safetensors may leave tied names out"
+        return told, _convert(checkpoint, *context.taken(()))
+    return (
+        ": its module versions are of layers that have these counts; evaluation does not use them, and torch's "
+        "load_state_dict(strict=False) leaves them at 0",
+        context.command(checkpoint.origin.path, "--allow-missing", "*num_batches_tracked"),
+    )
 
 
 def _shapes(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding:
     layers = list(dict.fromkeys(m.name.rpartition(".")[0] for m in fit.mismatches))
-    shown = shortened([_shape(m) for m in fit.mismatches])
+    shown = "size mismatch for " + shortened([_shape(m) for m in fit.mismatches])
     classes = head_classes(fit.mismatches) if not (fit.missing or fit.unexpected) else None
-    if classes is None or len(layers) > 4:
+    number = None if classes is None else _num_classes(classes, checkpoint, context)
+    if classes is None or (len(layers) > 4 and number is None):
         return Finding(
             code="shape-mismatch",
             severity="error",
-            message=f"{count_of(len(fit.mismatches), 'tensor', 'has', 'have')} another shape in the checkpoint than "
-            "in the reference: " + shown,
+            message=f"{shown}; {count_of(len(fit.mismatches), 'tensor', 'has', 'have')} another shape in the "
+            "checkpoint than in the reference",
         )
     ours, theirs = classes
     fix = None
-    if context.reference.is_torchvision:
-        fix = context.command(checkpoint.origin.path, "--model-arg", f"num_classes={ours}")
+    if number is not None:
+        fix = context.command(checkpoint.origin.path, "--model-arg", f"num_classes={number}")
     return Finding(
         code="shape-mismatch",
         severity="error",
-        message=f"another head: {', '.join(f'`{layer}`' for layer in layers)} has {ours} outputs in the checkpoint and "
-        f"{theirs} in the reference; all else fits ({shown})",
+        message=f"another head: {shortened([f'`{layer}`' for layer in layers])} {'has' if len(layers) == 1 else 'have'}"
+        f" {ours} outputs in the checkpoint and {theirs} in the reference; all else fits ({shown})",
         fix=fix,
     )
+
+
+def _num_classes(outputs: tuple[int, int], checkpoint: Checkpoint, context: Context) -> int | None:
+    """The ``num_classes`` with which a library's model fits; a detector's heads have several outputs for a class."""
+    spec = context.reference.spec or ""
+    if not spec.startswith(("torchvision:", "timm:")):
+        return None
+    for each in (1, 2, 3, 4, 6, 9, 12):
+        if math.gcd(*outputs) % each:
+            continue
+        number = outputs[0] // each
+        try:
+            other, _ = build(spec, {**context.reference.args, "num_classes": number})
+            fit = _measured(other, checkpoint, context)
+        except CkptkitError:
+            continue  # it takes no such number
+        if not (fit.missing or fit.unexpected or fit.mismatches):
+            return number
+    return None
 
 
 def _shape(mismatch: ShapeMismatch) -> str:
@@ -238,15 +307,16 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
         yield Finding(
             code="tied-restored",
             severity="info",
-            message=f"{count_of(len(pairs), 'name')} not in the checkpoint are tied in the reference to one that is: "
-            f"{shortened(pairs)}",
+            message=f"{count_of(len(pairs), 'name')} not in the checkpoint {'is' if len(pairs) == 1 else 'are'} tied "
+            f"in the reference to one that is, and filled from it: {shortened(pairs)}",
         )
-    if fit.counters:
+    if fit.counters and not fit.missing:
         yield Finding(
             code="batch-counters",
             severity="info",
-            message=f"{len(fit.counters)} BatchNorm counters are on one side alone ({shortened(fit.counters, 2)}); "
-            "evaluation does not use them, a missing one counts as 0",
+            message=f"{count_of(len(fit.counters), 'BatchNorm counter', 'is', 'are')} not in the checkpoint "
+            f"({shortened(fit.counters, 2)}); torch sets them to 0, as in all weights that record no version of the "
+            "layer",
         )
     renamed = [name for name in fit.renamed if name not in fit.counters]
     if renamed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,10 +16,10 @@ from ckptkit.report import Finding
 from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.foreign import foreign, told
 from ckptkit.verifier.inputs import Batch
-from ckptkit.verifier.outputs import broken_values, described, is_finite, output_tensors, shown
-from ckptkit.verifier.trace import Trace
+from ckptkit.verifier.outputs import Tolerance, broken_values, compared, described, is_finite, output_tensors, shown
+from ckptkit.verifier.trace import Trace, leaves
 
-__all__ = ["Pass", "check_forward", "model_dtype", "run"]
+__all__ = ["Pass", "check_forward", "measured_noise", "model_dtype", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,9 +38,12 @@ class Pass:
 
 
 def model_dtype(model: nn.Module) -> str:
-    """Name of the model's floating point type: its first parameter's or buffer's that has one."""
+    """Name of the type the model computes in: its first parameter's or buffer's of floating point.
+
+    Types of 8 bits and less store weights; no layer takes inputs of them.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.element_size() > 1:
             return str(tensor.dtype).removeprefix("torch.")
     return "float32"
 
@@ -149,6 +153,72 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined, unused-ignore]
+
+
+def measured_noise(
+    model: nn.Module, context: Context, device: torch.device, outputs: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """How far each output moves where nothing changes but rounding: the largest absolute difference.
+
+    The first inputs are run again on another number of threads, and once with each number that goes into a layer
+    moved by about one in its last place; what row 0 in a batch of another size gave counts as well.  A run that
+    fails says nothing.
+
+    Args:
+        model: as it gave the outputs, on the device.
+        context: with the inputs.
+        device: where to run.
+        outputs: of the first run.
+    """
+    rows = context.figures.get("behaviour", {}).get("batch", [])
+    noise = {row["path"]: row["max_abs"] for row in rows if row["close"] and row["max_abs"] is not None}
+    inputs = context.inputs
+    if inputs is None:
+        return noise
+    for way in (_other_threads(), _moved(model)):
+        try:
+            with way:
+                made = run(model, inputs.batch(device, floating_dtype(model_dtype(model))), device)
+        except Exception:  # noqa: S112 - its own hooks may mind
+            continue
+        for path, tensor in outputs.items():
+            if path in made.outputs and made.outputs[path].shape == tensor.shape:
+                moved = compared(path, tensor, made.outputs[path], Tolerance(atol=0.0, rtol=0.0)).max_abs
+                noise[path] = max(noise.get(path, 0.0), moved if math.isfinite(moved) else 0.0)
+    return noise
+
+
+@contextmanager
+def _other_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if before > 1 else 2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _moved(model: nn.Module) -> Iterator[None]:
+    """Move every floating point number that goes into a leaf module up or down by its type's relative spacing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: object) -> object:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.element_size() == 1:
+            return value
+        up = torch.randint(0, 2, value.shape, generator=generator, dtype=torch.bool).to(value.device)
+        eps = torch.finfo(value.dtype).eps
+        return torch.where(up, value * (1 + eps), value * (1 - eps))
+
+    handles = [
+        leaf.register_forward_pre_hook(lambda _module, given: tuple(moved(value) for value in given))
+        for _, leaf in leaves(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -6,8 +6,13 @@ A golden is a safetensors file.  Its metadata ``ckptkit.golden`` is one JSON obj
      "inputs": {"seed": int | null, "sha256": hex,
                 "items": [{"shape": [int], "name": str | null, "below": int | null, "is_list": bool,
                            "tensor": str | null}]},
-     "outputs": [{"path": str, "shape": [int], "dtype": str, "tensor": str, "step": int}],
+     "outputs": [{"path": str, "shape": [int], "dtype": str, "tensor": str, "step": int, "noise": float}],
+     "weights": {"content_digest": "sha256:…" | null, "tensors": {str: "DTYPE [SIZES] sha256:…"}},
      "dtype": str, "device": str, "tolerance": {"atol": float, "rtol": float}, "versions": {str: str}}
+
+``noise`` is the largest difference between runs on the machine that wrote it which differ in rounding alone
+(`ckptkit.verifier.forward.measured_noise`).  ``tensors`` are those of the file, by their names in the model, with
+the digests of `ckptkit.digests`.  Files of the first releases have neither, and an ``atol`` that goes by the dtype.
 
 ``args`` is a Python literal.  Inputs drawn from a seed are a recipe, and the hash says whether it still
 gives the same values; inputs that came from a file are kept as tensors.  Of an output of more than 1 MiB
@@ -44,19 +49,23 @@ KEY = "ckptkit.golden"
 VERSION = 1
 """Of what is said there."""
 
+_ATOL_BY_DTYPE = (2.3e-16, 1.2e-7, 9.8e-4, 7.9e-3)
+"""What the first releases recorded where no ``atol`` was given; it hid any change of outputs as small as that."""
+
 _SOURCES = ("torchvision", "timm", "transformers")
 """Libraries whose models a golden may name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """One recorded output: every ``step``-th of its elements."""
+    """One recorded output: every ``step``-th of its elements, and its noise; ``None``: that was not recorded."""
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     step: int
     sample: torch.Tensor
+    noise: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,6 +81,7 @@ class Golden:
         outputs: what it gave.
         dtype, device: in which type and where it was computed.
         tolerance: recorded along.
+        weights: of each tensor in the model: dtype, sizes and digest of what the file held; empty: not recorded.
         versions: of the packages that computed it.
     """
 
@@ -84,6 +94,7 @@ class Golden:
     dtype: str
     device: str
     tolerance: Tolerance
+    weights: Mapping[str, str]
     versions: Mapping[str, str]
 
     def model(self) -> str:
@@ -158,6 +169,9 @@ class _Fields:
             raise self.wrong(repr(name), value, " or ".join(kind.__name__ for kind in kinds))
         return value
 
+    def has(self, name: str) -> bool:
+        return name in self._value
+
     def inner(self, name: str) -> _Fields:
         return _Fields(self.get(name, dict), self.path, f"{self.place}.{name}")
 
@@ -205,16 +219,21 @@ def _golden(fields: _Fields, values: Mapping[str, torch.Tensor], path: str) -> G
     if dtype not in DTYPES or not DTYPES[dtype].is_floating:
         raise fields.wrong("'dtype'", dtype, "a floating point type")
     tolerance = fields.inner("tolerance")
+    outputs = tuple(_output(each, values) for each in fields.each("outputs"))
+    atol = tolerance.number("atol")
+    if atol in _ATOL_BY_DTYPE and any(each.noise is None for each in outputs):
+        atol = 0.0
     return Golden(
         path=path,
         spec=reference.get("spec", str, type(None)),
         label=reference.get("label", str),
         args=args,
         inputs=_inputs(fields.inner("inputs"), values, path),
-        outputs=tuple(_output(each, values) for each in fields.each("outputs")),
+        outputs=outputs,
         dtype=dtype,
         device=fields.get("device", str),
-        tolerance=Tolerance(atol=tolerance.number("atol"), rtol=tolerance.number("rtol")),
+        tolerance=Tolerance(atol=atol, rtol=tolerance.number("rtol")),
+        weights=fields.inner("weights").texts("tensors") if fields.has("weights") else {},
         versions=fields.texts("versions"),
     )
 
@@ -266,4 +285,5 @@ def _output(fields: _Fields, values: Mapping[str, torch.Tensor]) -> Recorded:
         raise fields.wrong(
             "the tensor", f"{tuple(sample.shape)} {dtype_name(sample)}", f"every {step}th of {numel} of {dtype}"
         )
-    return Recorded(path=fields.get("path", str), shape=shape, dtype=dtype, step=step, sample=sample)
+    noise = fields.number("noise") if fields.has("noise") else None
+    return Recorded(path=fields.get("path", str), shape=shape, dtype=dtype, step=step, sample=sample, noise=noise)

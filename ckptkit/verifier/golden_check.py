@@ -13,13 +13,15 @@ from safetensors.torch import save
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.digests import Line, content_digest, tensor_digest, unwrapped_names
 from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
 from ckptkit.plan import Literal, Plan
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of
 from ckptkit.transfer import write_atomically
 from ckptkit.verifier.context import Context, shortened
-from ckptkit.verifier.forward import model_dtype
+from ckptkit.verifier.forward import measured_noise, model_dtype
 from ckptkit.verifier.golden import KEY, VERSION, Golden, Recorded, read_golden, told_args
+from ckptkit.verifier.load import sources_of
 from ckptkit.verifier.outputs import Difference, Tolerance, compared, dtype_name, tolerance_of
 from ckptkit.version import __version__
 
@@ -43,7 +45,9 @@ def require_writable(path: str, *, force: bool) -> None:
 
 
 def check_golden(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
-    """Whether the outputs are those of a golden file; and writing one, where that is asked for."""
+    """Whether weights and outputs are those of a golden file; and writing one, where that is asked for."""
+    if context.golden is not None and context.golden.weights and context.loaded:
+        yield from _weights(context.golden, checkpoint, context)
     if context.golden is not None and context.first is not None:
         yield from _compared(context.golden, checkpoint, model, context)
     if context.write_golden is None:
@@ -56,6 +60,37 @@ def check_golden(checkpoint: Checkpoint, model: nn.Module, context: Context) -> 
         )
         return
     yield _written(context.write_golden, context.first, checkpoint, model, context)
+
+
+def _weights(golden: Golden, checkpoint: Checkpoint, context: Context) -> Iterator[Finding]:
+    """Tensors that are not the golden's; the outputs decide whether that matters."""
+    then, (_, now) = golden.weights, _digested(checkpoint, context)
+    other = [name for name in dict.fromkeys((*then, *now)) if then.get(name) != now.get(name)]
+    if not other:
+        return
+    dtypes = {tuple(side.get(name, "none").partition(" ")[0] for side in (then, now)) for name in other}
+    is_cast = all(before != after for before, after in dtypes)
+    told = ", ".join(f"{before} then, {after} now" for before, after in sorted(dtypes) if before != after)
+    count = len({**then, **now})
+    yield Finding(
+        code="golden-weights",
+        severity="info" if is_cast and all(name in then and name in now for name in other) else "warning",
+        message=f"the weights are not those of {golden.path}: {len(other)} of {count_of(count, 'tensor')} "
+        f"{'differs' if len(other) == 1 else 'differ'}{f' ({told})' if told else ''}: {shortened(other)}",
+    )
+
+
+def _digested(checkpoint: Checkpoint, context: Context) -> tuple[str | None, dict[str, str]]:
+    """The content digest (``None``: some values are not plain tensors), and what a golden says of the weights."""
+    state_dict = checkpoint.state_dict
+    digests = {name: tensor_digest(entry) for name, entry in state_dict.items()}
+    named = zip(unwrapped_names(list(state_dict)), state_dict.items(), strict=True)
+    lines = [Line(name=bare, kind=e.dtype, shape=e.shape, digest=digests[name]) for bare, (name, e) in named]
+    entries = (
+        {} if context.fit is None else {n: (state_dict[s], digests[s]) for n, s in sources_of(context.fit).items()}
+    )
+    told = {name: f"{entry.dtype} {list(entry.shape)} {digest}" for name, (entry, digest) in entries.items()}
+    return None if state_dict.extra else content_digest(lines), told
 
 
 def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
@@ -76,6 +111,12 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         rtol=context.rtol if context.rtol is not None else max(golden.tolerance.rtol, default.rtol, recorded.rtol),
     )
     found = [_difference(each, first.get(each.path), tolerance) for each in golden.outputs]
+    if context.atol is None and not all(difference.is_close or difference.reason for difference in found):
+        noise = {each.path: each.noise or 0.0 for each in golden.outputs}
+        if any(now[name] != then[name] for name in ("device", "dtype")) or any(o.noise is None for o in golden.outputs):
+            here = measured_noise(model, context, context.device, first)
+            noise = {path: max(value, here.get(path, 0.0)) for path, value in noise.items()}
+        found = [_difference(o, first.get(o.path), tolerance.above(noise[o.path])) for o in golden.outputs]
     paths = {each.path for each in golden.outputs}
     found += [
         Difference(path=path, is_equal=False, is_close=False, reason="it is not in the golden")
@@ -151,12 +192,14 @@ def _written(
     if not is_recipe:
         stored |= {f"input.{i}": value.contiguous() for i, value in enumerate(inputs.values)}
     outputs = []
+    noise = measured_noise(model, context, context.device, first)
+    content, weights = _digested(checkpoint, context)
     for i, (place, tensor) in enumerate(first.items()):
         step = max(1, -(-tensor.nbytes // _WHOLE_NBYTES))
         stored[f"output.{i}"] = tensor.reshape(-1)[::step].clone(memory_format=torch.contiguous_format)
         outputs.append(
             {"path": place, "shape": list(tensor.shape), "dtype": dtype_name(tensor), "tensor": f"output.{i}",
-             "step": step}
+             "step": step, "noise": noise.get(place, 0.0)}
         )  # fmt: skip
     document = {
         "version": VERSION,
@@ -171,6 +214,7 @@ def _written(
             ],
         },
         "outputs": outputs,
+        "weights": {"content_digest": content, "tensors": weights},
         "dtype": model_dtype(model),
         "device": str(context.device),
         "tolerance": context.tolerance((checkpoint,), first).to_dict(),

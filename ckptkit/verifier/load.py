@@ -16,7 +16,7 @@ from ckptkit.verifier.fill import become, fill, has_no_values, has_own_loading, 
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.measure import Fit, named_values
 
-__all__ = ["check_load"]
+__all__ = ["check_load", "sources_of"]
 
 
 def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
@@ -63,11 +63,11 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         values.clear()
         pairs = _read_again(checkpoint.state_dict, fit)
     else:
-        pairs = ((name, values[source]) for name, source in _sources(fit).items())
+        pairs = ((name, values[source]) for name, source in sources_of(fit).items())
     yield from _compared(model, pairs)
 
 
-def _sources(fit: Fit) -> dict[str, str]:
+def sources_of(fit: Fit) -> dict[str, str]:
     """From where in the file each of the model's tensors comes, less those that are computed."""
     sources = {**fit.sources, **{name: fit.sources[twin] for name, twin in fit.tied.items()}}
     return {name: source for name, source in sources.items() if source is not None}
@@ -76,7 +76,7 @@ def _sources(fit: Fit) -> dict[str, str]:
 def _read_again(state_dict: StateDict, fit: Fit) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's names with the file's values, out of memory that nobody has written to; one storage at a time."""
     names_of: dict[str, list[str]] = {}
-    for name, source in _sources(fit).items():
+    for name, source in sources_of(fit).items():
         names_of.setdefault(source, []).append(name)
     groups: dict[int, dict[str, TensorEntry]] = {}
     for source in names_of:

@@ -38,8 +38,11 @@ class Fit:
         unexpected: names of the file that the model lacks, less those in the fields below.
         mismatches: names of both with different shapes.
         recast: names that change dtype: name, the file's dtype, the model's.
-        tied: missing names that are the same tensor in the model as one the file has.
-        counters: names of BatchNorm's ``num_batches_tracked`` that one side lacks, in layers both have.
+        tied: names that the file lacks, whose container stores a tensor once, and the model has as the same tensor
+            as one the file has.
+        twins: missing names that the model has as the same tensor as one the file has: by that one's name.
+        counters: names of BatchNorm's ``num_batches_tracked`` that the file lacks and torch sets itself, as it does
+            where a state_dict records no version of the layer.
         allowed_missing, allowed_unexpected: names the caller allows to be so.
         opaque: names whose value in the file is a Python object, and is not made.
         unloadable: names of tensors whose value in the file is not a plain tensor.
@@ -53,6 +56,7 @@ class Fit:
     mismatches: tuple[ShapeMismatch, ...]
     recast: tuple[tuple[str, str, str], ...]
     tied: Mapping[str, str]
+    twins: Mapping[str, str]
     counters: tuple[str, ...]
     allowed_missing: tuple[str, ...]
     allowed_unexpected: tuple[str, ...]
@@ -70,16 +74,12 @@ class Fit:
     @property
     def is_strict(self) -> bool:
         """Whether ``load_state_dict(strict=True)`` takes the state_dict as it is."""
-        return not (self.tied or self.counters or self.allowed_missing or self.allowed_unexpected)
+        return not (self.tied or self.allowed_missing or self.allowed_unexpected)
 
 
 def is_counter(name: str) -> bool:
     """Whether it is BatchNorm's count of batches, which evaluation does not use."""
     return name.rpartition(".")[2] == "num_batches_tracked"
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def named_values(model: nn.Module) -> dict[str, Any]:
@@ -97,7 +97,12 @@ def named_values(model: nn.Module) -> dict[str, Any]:
 
 
 def measure(
-    model: nn.Module, state_dict: StateDict, *, allow_missing: Iterable[str] = (), allow_unexpected: Iterable[str] = ()
+    model: nn.Module,
+    state_dict: StateDict,
+    *,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    ties_once: bool = False,
 ) -> Fit:
     """How a state_dict fits a model.
 
@@ -106,6 +111,7 @@ def measure(
         state_dict: the weights; nothing of their values is read.
         allow_missing: patterns (``fnmatch``) of names the file may lack.
         allow_unexpected: patterns of names the model may lack.
+        ties_once: whether the file's container stores tied tensors under one name alone.
 
     Raises:
         VerifyError: see `named_values`.
@@ -120,26 +126,16 @@ def measure(
         for n, v in expected.items()
         if n in state_dict and n not in sources and not is_extra_state(n) and _differs(v, state_dict[n].shape)
     )
-    # Where the file's version is old, torch itself makes the counter, even of a layer the file does not know.
-    made = [n for n, source in sources.items() if source is None and is_counter(n) and n not in state_dict]
-    layers = {_layer(n) for n in sources if n not in made}
-
-    def is_benign(name: str) -> bool:
-        return is_counter(name) and _layer(name) in layers
-
-    missing = [n for n in probed.missing if n not in state_dict.everything]
-    missing += [n for n in made if not is_benign(n)]
-    made = [n for n in made if is_benign(n)]
-    sources = {n: source for n, source in sources.items() if n not in missing}
-    tied = _tied(missing, sources, expected)
+    counters = tuple(n for n, source in sources.items() if source is None and n not in state_dict and is_counter(n))
+    missing = [n for n in dict.fromkeys(probed.missing) if n not in state_dict.everything]  # torch may say it twice
+    twins = _tied(missing, sources, expected)
+    tied = twins if ties_once else {}
     missing_left = _Sieve(missing, tied.__contains__)
-    missing_counters = missing_left.take(is_benign)
     allowed_missing = missing_left.take(_matcher(allow_missing))
     unexpected_left = _Sieve(probed.unexpected, lambda name: False)
-    extra_counters = unexpected_left.take(is_benign)
     allowed_unexpected = unexpected_left.take(_matcher(allow_unexpected))
     wanted = [n for n, v in expected.items() if isinstance(v, torch.Tensor) and not is_extra_state(n)]
-    filled = {n for n in wanted if n in tied or (n in sources and n not in made)}
+    filled = {n for n in wanted if n in tied or n in sources} - {*counters}
     return Fit(
         sources=sources,
         missing=tuple(missing_left.names),
@@ -147,7 +143,8 @@ def measure(
         mismatches=mismatches,
         recast=tuple(_recast(sources, expected, state_dict)),
         tied=tied,
-        counters=(*made, *missing_counters, *extra_counters),
+        twins={name: twins[name] for name in missing_left.names if name in twins},
+        counters=counters,
         allowed_missing=allowed_missing,
         allowed_unexpected=allowed_unexpected,
         opaque=opaque,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Tolerance:
 
     They do when no element differs by more than ``atol + rtol * s``, where ``s`` is the largest magnitude in
     either output: an element near zero is as uncertain as the sums it came from, which its own size does
-    not tell.
+    not tell.  Where no ``atol`` is given it is 0, and where that is not enough, what was measured: see `above`.
     """
 
     atol: float
@@ -44,21 +44,30 @@ class Tolerance:
         """The largest difference allowed in outputs of this magnitude."""
         return self.atol + self.rtol * scale
 
+    def above(self, noise: float) -> Tolerance:
+        """With room for noise: what is left where terms cancel is as uncertain as they were, whatever its size.
+
+        Args:
+            noise: the largest difference between runs that differ in rounding alone, on one machine; another may
+                be off by several times as much.
+        """
+        return dataclasses.replace(self, atol=max(self.atol, 4 * noise))
+
     def to_dict(self) -> dict[str, float]:
         """As it stands in JSON documents."""
         return {"atol": self.atol, "rtol": self.rtol}
 
 
 TOLERANCES: dict[str, Tolerance] = {
-    "float64": Tolerance(atol=2.3e-16, rtol=1.5e-8),
-    "float32": Tolerance(atol=1.2e-7, rtol=3.5e-4),
-    "float16": Tolerance(atol=9.8e-4, rtol=3.2e-2),
-    "bfloat16": Tolerance(atol=7.9e-3, rtol=8.9e-2),
+    "float64": Tolerance(atol=0.0, rtol=1.5e-8),
+    "float32": Tolerance(atol=0.0, rtol=3.5e-4),
+    "float16": Tolerance(atol=0.0, rtol=3.2e-2),
+    "bfloat16": Tolerance(atol=0.0, rtol=8.9e-2),
 }
-"""By the least precise type among weights and outputs, from the best to the worst.  ``atol`` is the type's
-spacing at 1 (``torch.finfo(dtype).eps``) and ``rtol`` its root, rounded up: half of the digits it has, which
-leaves room for the order in which a deep network adds up.  ``torch.testing.assert_close`` is stricter (1.3e-6
-for float32), because it is made for a single operation."""
+"""By the least precise type among weights and outputs, from the best to the worst.  ``rtol`` is the root of the
+type's spacing at 1 (``torch.finfo(dtype).eps``), rounded up: half of the digits it has, which leaves room for the
+order in which a deep network adds up.  ``torch.testing.assert_close`` is stricter (1.3e-6 for float32), because it
+is made for a single operation.  There is no ``atol``: outputs may be as small as 1e-10."""
 
 
 def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float | None = None) -> Tolerance:
@@ -88,6 +97,7 @@ class Difference:
         is_close: within the tolerance; whole numbers and truth values only where they are equal.
         max_abs: largest absolute difference; infinite where one side is no number.
         max_rel: the same, as a share of the largest magnitude in either.
+        allowed: the largest absolute difference that is close.
         reason: why they cannot be compared; ``""``: they were.
     """
 
@@ -96,6 +106,7 @@ class Difference:
     is_close: bool
     max_abs: float = 0.0
     max_rel: float = 0.0
+    allowed: float = 0.0
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +117,7 @@ class Difference:
             "close": self.is_close,
             "max_abs": self.max_abs if math.isfinite(self.max_abs) and not self.reason else None,
             "max_rel": self.max_rel if math.isfinite(self.max_rel) and not self.reason else None,
+            "allowed": None if self.is_equal or self.reason else self.allowed,
             "reason": self.reason or None,
         }
 
@@ -125,8 +137,10 @@ def compared(path: str, a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) 
         return Difference(path=path, is_equal=False, is_close=False, reason=reason)
     if a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)):
         return Difference(path=path, is_equal=True, is_close=True)
-    inexact = any(t.is_floating_point() or t.is_complex() for t in (a, b))
+    inexact = _is_inexact(a) or _is_inexact(b)
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    # The largest number there is stands for infinity, in masks.
+    largest_number = min((torch.finfo(t.dtype).max for t in (a, b) if _is_inexact(t)), default=math.inf)
     largest = scale = 0.0
     flat_a, flat_b = a.reshape(-1), b.reshape(-1)
     for start in range(0, flat_a.numel(), _CHUNK):
@@ -135,21 +149,33 @@ def compared(path: str, a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) 
         apart = torch.where(same, 0.0, (ours - theirs).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
         largest = max(largest, float(apart.max()))
         for part in (ours, theirs):
-            finite = part.abs()[torch.isfinite(part)]
+            finite = part.abs()[part.abs() < largest_number]
             scale = max(scale, float(finite.max()) if finite.numel() else 0.0)
+    allowed = tolerance.bound(scale) if inexact else 0.0
     return Difference(
         path=path,
         is_equal=False,
-        is_close=largest <= tolerance.bound(scale) if inexact else largest == 0,
+        is_close=largest <= allowed,
         max_abs=largest,
         max_rel=largest / scale if scale else largest,
+        allowed=allowed,
     )
 
 
 def compare_outputs(
-    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], tolerance: Tolerance
+    ours: Mapping[str, torch.Tensor],
+    theirs: Mapping[str, torch.Tensor],
+    tolerance: Tolerance,
+    noise: Callable[[], Mapping[str, float]] | None = None,
 ) -> list[Difference]:
-    """Every output of either side, compared with the other side's."""
+    """Every output of either side, compared with the other side's.
+
+    Args:
+        ours: outputs by path.
+        theirs: others.
+        tolerance: how far they may be apart.
+        noise: asked for each output's where some are further apart; ``None``: that is final.
+    """
     found = []
     for path in dict.fromkeys((*ours, *theirs)):
         if path in ours and path in theirs:
@@ -157,7 +183,14 @@ def compare_outputs(
         else:
             side = "first" if path in ours else "second"
             found.append(Difference(path=path, is_equal=False, is_close=False, reason=f"only the {side} run has it"))
-    return found
+    if noise is None or all(difference.is_close or difference.reason for difference in found):
+        return found
+    floors = noise()
+    return [
+        d if d.is_close or d.reason
+        else compared(d.path, ours[d.path], theirs[d.path], tolerance.above(floors.get(d.path, 0.0)))
+        for d in found
+    ]  # fmt: skip
 
 
 def output_tensors(value: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -183,9 +216,13 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def _is_inexact(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all are numbers; so are whole ones."""
-    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
+    return not _is_inexact(tensor) or bool(torch.isfinite(tensor).all())
 
 
 def described(path: str, tensor: torch.Tensor) -> dict[str, Any]:

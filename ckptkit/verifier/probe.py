@@ -56,12 +56,21 @@ def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping
         elif is_extra_state(name) or not isinstance(expected[name], torch.Tensor):
             state[name] = expected[name]
     if state_dict.versions is not None:
-        versions: dict[str, dict[str, object]] = {}
-        for path, node in state_dict.versions.items():
-            pairs = mapping_items(node) or []
-            versions[path] = {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, (int, str, float))}
-        state._metadata = versions  # type: ignore[attr-defined]
+        state._metadata = {  # type: ignore[attr-defined]
+            path: _plain(node) or {} for path, node in state_dict.versions.items()
+        }
     return state
+
+
+def _plain(node: object) -> Any:
+    """A module's versions, which hooks put dicts of their own into (``spectral_norm``); ``None``: it is neither."""
+    if isinstance(node, (int, str, float)):
+        return node
+    pairs = mapping_items(node)
+    if pairs is None:
+        return None
+    plain = {key: _plain(value) for key, value in pairs if isinstance(key, str)}
+    return {key: value for key, value in plain.items() if value is not None}
 
 
 def is_extra_state(name: str) -> bool:
@@ -93,7 +102,23 @@ def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) 
         expected: its ``state_dict(keep_vars=True)``.
         state_dict: the weights.
     """
-    values = tensors(state_dict, map_location="meta")
+    asked = _asked(model, expected, state_dict, tensors(state_dict, map_location="meta"))
+    if asked is None:  # its own code may look at values
+        asked = _asked(model, expected, state_dict, tensors(state_dict, map_location="cpu", mapped=True))
+    if asked is not None:
+        return asked
+    # The model's own code gave up before the end both times: compare names alone.
+    return Probe(
+        sources={n: n for n, v in state_dict.items() if getattr(expected.get(n), "shape", None) == v.shape},
+        missing=tuple(n for n in expected if n not in state_dict.everything),
+        unexpected=tuple(n for n in state_dict.everything if n not in expected),
+    )
+
+
+def _asked(
+    model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict, values: Mapping[str, torch.Tensor]
+) -> Probe | None:
+    """What torch says of these values; ``None``: the model's code does not get to the end."""
     # A module may do anything with its extra state, so it is shown its own.
     shown = {name: value for name, value in values.items() if not (name in expected and is_extra_state(name))}
     lists: list[tuple[list[str], list[str]]] = []
@@ -111,10 +136,8 @@ def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) 
         pass
     finally:
         hook.remove()
-    if not lists:  # the model's own code gave up before the end: compare names alone
-        shared = {n: n for n, v in values.items() if getattr(expected.get(n), "shape", None) == v.shape}
-        missing = tuple(n for n in expected if n not in state_dict.everything)
-        return Probe(sources=shared, missing=missing, unexpected=tuple(n for n in values if n not in expected))
+    if not lists:
+        return None
     missing_keys, unexpected_keys = lists[-1]
     return Probe(
         sources=_sources(noting.copies, expected, values),

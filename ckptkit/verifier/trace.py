@@ -12,7 +12,7 @@ from torch import nn
 
 from ckptkit.verifier.outputs import Tolerance, compared, output_tensors
 
-__all__ = ["Parting", "Trace"]
+__all__ = ["Parting", "Trace", "leaves"]
 
 _CALL_NUMEL = 1 << 20
 """Elements kept of one call's output."""
@@ -97,6 +97,13 @@ class Trace:
             )
 
 
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules without children, with their names; compiled ones take no hooks."""
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None and not isinstance(module, torch.jit.ScriptModule):
+            yield name or "(the model)", module
+
+
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU of evenly spaced elements."""
     flat = tensor.detach().reshape(-1)
@@ -118,9 +125,8 @@ def _watched(model: nn.Module, note: Callable[[_Key, torch.Tensor], None]) -> It
         handles.append(module.register_forward_hook(hook))
 
     try:
-        for name, module in model.named_modules():
-            if next(module.children(), None) is None and not isinstance(module, torch.jit.ScriptModule):
-                watch(name or "(the model)", module)
+        for name, module in leaves(model):
+            watch(name, module)
         yield
     finally:
         for handle in handles:

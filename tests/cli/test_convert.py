@@ -191,10 +191,10 @@ def test_ties(run, save, tmp_path: Path) -> None:
     path = save(model.state_dict())
     assert run("convert", path, "b.safetensors", "--no-receipt").returncode == 0
     with safetensors.safe_open(tmp_path / "b.safetensors", "pt") as file:
-        assert list(file.keys()) == ["decoder.weight"]
+        assert list(file.keys()) == ["encoder.weight"]
         metadata = file.metadata()
     assert json.loads(metadata.pop("torch._metadata")) == dict(model.state_dict()._metadata)
-    assert metadata == {"format": "pt", "encoder.weight": "decoder.weight", "ckptkit_tied_order": "[0]"}
+    assert metadata == {"format": "pt", "decoder.weight": "encoder.weight"}
     fresh = Tied()
     missing, unexpected = safetensors.torch.load_model(fresh, tmp_path / "b.safetensors")
     assert (missing, unexpected) == (set(), [])

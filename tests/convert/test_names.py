@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 import ckptkit
@@ -149,6 +152,182 @@ def test_param_names_of_an_optimizer_follow(save, convert, model: Inner) -> None
     assert written["optimizer"]["param_groups"][0]["param_names"] == names
     assert [*written["model"]][-2:] == ["top.weight", "top.bias"]
     assert (written["epoch"], list(written)) == (2, ["model", "optimizer", "epoch"])
+
+
+WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"]
+
+
+@pytest.mark.parametrize("order", [WRAPPERS, WRAPPERS[::-1], [*WRAPPERS[2:], *WRAPPERS]])
+def test_wrappers_in_any_order(save, converted, model: Inner, order: list[str]) -> None:
+    """Before names, inside them, and behind a prefix that is stripped; with the module versions."""
+    state = model.state_dict()
+    inside = "._checkpoint_wrapped_module._orig_mod._fsdp_wrapped_module."
+    before = ".".join(order)
+
+    def wrap(path: str) -> str:
+        return path.replace("features.", f"features{inside}", 1) if path != "features" else "features" + inside[:-1]
+
+    for prefix, options in (("", []), ("model.", ["--strip-prefix", "model"])):
+        saved = type(state)((f"{prefix}{before}.{wrap(name)}", value) for name, value in state.items())
+        saved._metadata = {  # type: ignore[attr-defined]
+            f"{prefix}{before}.{wrap(path)}".rstrip("."): entry
+            for path, entry in state._metadata.items()  # type: ignore[attr-defined]
+        }
+        path = save(saved, f"{len(prefix)}.pth")
+        for number, given in enumerate((["--strip-module", *options], [*options, "--strip-module"])):
+            written = converted(path, f"{len(prefix)}{number}.out.pth", *given)
+            fresh = Inner()
+            fresh.load_state_dict(written)
+            assert list(written) == list(state)
+            assert dict(written._metadata) == dict(state._metadata)  # type: ignore[attr-defined]
+
+
+def test_a_prefix_given_with_wrappers(save, convert, converted) -> None:
+    state = {"model._orig_mod.module.w": torch.ones(1), "model._orig_mod.module.b": torch.zeros(1)}
+    path = save(state)
+    for number, prefix in enumerate(["model", "model.", "model._orig_mod", "model._orig_mod.module."]):
+        assert list(converted(path, f"{number}.pth", "--strip-module", "--strip-prefix", prefix)) == ["w", "b"]
+    bare = save({"module.w": torch.ones(1)}, "bare.pth")
+    assert list(converted(bare, "m.pth", "--strip-module", "--strip-prefix", "module")) == ["w"]
+    alone = convert(path, "alone.pth", "--strip-prefix", "model")  # is taken at its word, and says what is left
+    assert list(torch.load("alone.pth")) == ["_orig_mod.module.w", "_orig_mod.module.b"]
+    assert "(`_orig_mod.module.`)" in alone.err
+    command = shlex.split(next(line for line in alone.err.splitlines() if line.startswith("    ckptkit convert")))
+    assert convert(*command[2:]).code == 0
+    assert list(torch.load(command[3])) == ["w", "b"]
+
+
+class Partly(nn.Module):
+    """A model whose parts may be wrapped, and that has a `module` of its own."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module], many: int = 1) -> None:
+        super().__init__()
+        self.features = wrap(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+        self.blocks = nn.ModuleList(wrap(nn.Linear(2, 2)) for _ in range(many))
+        self.head = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("many", [0, 2, 5])
+@pytest.mark.parametrize("outer", [False, True])
+def test_an_inner_module(save, convert, agree, many: int, outer: bool) -> None:
+    """`--strip-module` leaves it; the commands that inspect and convert print take it off."""
+    wrapped: nn.Module = Partly(nn.DataParallel, many)
+    expected = Partly(lambda module: module, many).state_dict()
+    state = {re.sub(r"\.module\.", ".", name): tensor for name, tensor in wrapped.state_dict().items()}
+    wrapped = nn.DataParallel(wrapped) if outer else wrapped
+    path = save({"state_dict": wrapped.state_dict(), "epoch": 3})
+    with ckptkit.open(path) as file:
+        (seen,) = [finding for finding in file.findings if finding.code == "inner-module"]
+    assert seen.severity == "info"
+    assert ("--strip-module" in (seen.fix or "")) == outer
+    done = convert(path, "left.pth", "--strip-module")
+    assert "features.module.0.weight" in torch.load("left.pth")["state_dict"]
+    (left,) = [line.strip() for line in done.err.splitlines() if line.startswith("    ckptkit convert")]
+    assert "[inner-module]" in done.err
+    for fix in (seen.fix, left):
+        command = shlex.split(fix)
+        assert command[:2] == ["ckptkit", "convert"]
+        assert convert(*command[2:]).code == 0
+        loaded = load_file(command[3]) if command[3].endswith(".safetensors") else torch.load(command[3])["state_dict"]
+        agree(loaded, state, ordered=False)
+        Partly(lambda module: module, many).load_state_dict(loaded)
+        with ckptkit.open(command[3]) as file:
+            assert not {"inner-module", "module-prefix"} & {finding.code for finding in file.findings}
+    assert loaded.keys() == expected.keys()
+
+
+def test_an_inner_module_that_cannot_go(save, convert, converted) -> None:
+    """Rules are exact: names with odd characters, several levels; and none where names would collide."""
+    odd = {"a+b.module.w": torch.ones(1), "c.module.d.module.w": torch.ones(2), "e.module.module.w": torch.ones(3)}
+    told = convert(save(odd), "odd.pth", "--strip-module").err
+    command = shlex.split(next(line for line in told.splitlines() if line.startswith("    ckptkit convert")))
+    assert convert(*command[2:]).code == 0
+    assert list(torch.load(command[3])) == ["a+b.w", "c.d.w", "e.w"]
+    both = convert(save({"a.module.w": torch.ones(1), "a.w": torch.ones(1)}), "both.pth", "--strip-module").err
+    assert "two names would be one [inner-module]" in both
+    assert "--rename" not in both
+    assert convert(save({"a.module.w": torch.ones(1)}), "dry.pth", "--strip-module", "--dry-run").err.count("\n") == 2
+
+
+def flattening(flat: bool) -> Any:
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    if flat and "flatten_optimizer_state_dict" not in dcp.StateDictOptions.__dataclass_fields__:
+        pytest.skip(f"torch {torch.__version__} does not flatten optimizers (2.5)")
+    return dcp.StateDictOptions(flatten_optimizer_state_dict=True) if flat else None
+
+
+def by_names(model: nn.Module, optimizer: torch.optim.Optimizer, prefix: str, flat: bool) -> dict[str, Any]:
+    """The optimizer's state as torch.distributed.checkpoint has it, of a model whose names carry a prefix."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    saved = dcp.get_optimizer_state_dict(model, optimizer, options=flattening(flat))
+    if flat:
+        return {re.sub(r"^(state|param_groups)\.", rf"\1.{prefix}", key): value for key, value in saved.items()}
+    groups = [{**group, "params": [prefix + name for name in group["params"]]} for group in saved["param_groups"]]
+    return {"state": {prefix + name: value for name, value in saved["state"].items()}, "param_groups": groups}
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    torch.manual_seed(steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    ("prefix", "options"),
+    [
+        ("module.", ["--strip-module"]),
+        ("module._orig_mod.", ["--strip-module"]),
+        ("net.", ["--strip-prefix", "net"]),
+        ("net.body.", ["--rename", r"^net\.body\.=>"]),
+    ],
+)
+def test_an_optimizer_that_goes_by_names(save, convert, prefix: str, options: list[str], flat: bool) -> None:
+    """FSDP and torch.distributed.checkpoint key it so: it is renamed along, and training goes on as if never saved."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.1}])
+    trained(model, optimizer, 2)
+    weights = {prefix + name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = [copy.deepcopy(by_names(model, optimizer, prefix, flat)), {"note": "of nobody"}]
+    path = save({"model": weights, "trainer": {"optimizers": states}, "epoch": 2})
+    assert convert(path, "out.pth", *options).code == 0
+    written = torch.load("out.pth", weights_only=True)
+    expected = by_names(model, optimizer, "", flat)
+    found = written["trainer"]["optimizers"][0]
+    assert list(found) == list(expected)
+    if not flat:
+        names = [group["params"] for group in found["param_groups"]]
+        assert names == [["0.weight", "0.bias"], ["2.weight", "2.bias"]]
+    again = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    resumed = torch.optim.AdamW([{"params": again[0].parameters()}, {"params": again[2].parameters(), "lr": 0.1}])
+    again.load_state_dict(written["model"])
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    dcp.set_optimizer_state_dict(again, resumed, found, options=flattening(flat))
+    trained(model, optimizer, 3)
+    trained(again, resumed, 3)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_optimizers_other_names(save, convert, refused) -> None:
+    """Names that the state_dict lacks stay; where two would become one nothing is written."""
+    moments = {"exp_avg": torch.zeros(2), "step": torch.tensor(1.0)}
+    both = {"module.a": moments, "other.b": {"exp_avg": torch.ones(3)}, 7: {"exp_avg": torch.ones(4)}}
+    groups = [{"params": ["module.a", "other.b"], "lr": 0.1}, {"params": [7]}, {"params": ()}]
+    saved = {"model": {"module.a": torch.ones(2)}, "optim": {"state": both, "param_groups": groups}}
+    saved["shared"] = both["module.a"]
+    assert convert(save(saved), "out.pth", "--add-prefix", "net").code == 0
+    written = torch.load("out.pth", weights_only=True)
+    assert list(written["optim"]["state"]) == ["net.module.a", "other.b", 7]
+    assert [group["params"] for group in written["optim"]["param_groups"]] == [["net.module.a", "other.b"], [7], ()]
+    assert written["optim"]["state"]["net.module.a"] is written["shared"], "what is shared stays so"
+    for state, names in (({"module.a": moments, "a": moments}, []), ({}, ["a", "module.a"])):
+        saved["optim"] = {"state": state, "param_groups": [{"params": names}]}
+        assert "would both be named 'a'" in refused(save(saved), "no.pth", "--strip-module")
 
 
 def test_what_is_told(save, convert) -> None:

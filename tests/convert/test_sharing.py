@@ -10,7 +10,7 @@ import pytest
 import torch
 from generated_tensors import STORABLE
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 import ckptkit
@@ -47,13 +47,52 @@ def test_alias_is_the_default(save, converted, agree, tied: dict[str, torch.Tens
         assert groups(written) == groups(tied) != set()
         name = f"{len(options)}.safetensors"
         alone = converted(path, name, *options)
-        assert sorted(alone) == ["decoder.bias", "decoder.weight"]
+        assert sorted(alone) == ["decoder.bias", "encoder.weight"]
         with safe_open(name, "pt") as file:
-            assert file.metadata()["encoder.weight"] == "decoder.weight"
-            assert file.metadata()["third.0.weight"] == "decoder.weight"
+            assert file.metadata()["decoder.weight"] == "encoder.weight"
+            assert file.metadata()["third.0.weight"] == "encoder.weight"
         again = converted(name, f"back{len(options)}.pth")
         agree(again, tied, ordered=False)
         assert groups(again) == groups(tied)
+
+
+class Language(nn.Module):
+    """An embedding that its heads share, which come later in the state_dict and earlier in the alphabet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(40, 8)
+        self.encoder = nn.ModuleDict({"embed_tokens": nn.Embedding(40, 8), "norm": nn.LayerNorm(8)})
+        self.decoder = nn.ModuleDict({"norm": nn.LayerNorm(8), "embed_tokens": nn.Embedding(40, 8)})
+        self.a_head = nn.Linear(8, 40, bias=False)
+        self.encoder["embed_tokens"].weight = self.decoder["embed_tokens"].weight = self.shared.weight
+        self.a_head.weight = self.shared.weight
+
+
+def test_the_first_name_is_kept(save, convert, converted, agree) -> None:
+    """As other readers expect it: the embedding, not the head; one file or shards, whose index lists no other name."""
+    model = Language()
+    path = save(model.state_dict())
+    others = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "a_head.weight"]
+    alone = converted(path, "one.safetensors")
+    assert sorted(alone) == sorted(model.state_dict().keys() - set(others))
+    assert convert(path, "m.safetensors", "--max-shard-size", "2kB").code == 0
+    index = json.loads(Path("m.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == alone.keys()
+    for name, shard in index["weight_map"].items():
+        assert name in load_file(shard)
+    for written in ("one.safetensors", "m.safetensors.index.json"):
+        agree(ckptkit.load_state_dict(written), model.state_dict())
+        back = converted(written, f"{written}.pth")
+        agree(back, model.state_dict())
+        assert len({back[name].data_ptr() for name in ("shared.weight", *others)}) == 1
+    fresh = Language()
+    assert load_model(fresh, "one.safetensors") == (set(), [])
+    agree(fresh.state_dict(), model.state_dict())
+    assert convert(path, "again.safetensors").code == 0
+    assert Path("again.safetensors").read_bytes() == Path("one.safetensors").read_bytes()
+    assert convert("m.safetensors.index.json", "m2.safetensors", "--max-shard-size", "2kB", "--no-receipt").code == 0
+    assert json.loads(Path("m2.safetensors.index.json").read_text())["metadata"].keys() == index["metadata"].keys()
 
 
 def test_duplicate(save, converted, agree, tied: dict[str, torch.Tensor]) -> None:

@@ -229,17 +229,21 @@ class Tied(torch.nn.Module):
 
 
 def test_ties_are_recorded_as_save_model_records_them(save: Save, tmp_path: Path, same_bits: SameBits) -> None:
+    """But under the first name of the state_dict, where the library keeps the first in the alphabet."""
     network = Tied()
     save_model(network, str(tmp_path / "library.safetensors"), {"format": "pt"})
     checkpoint = read(save(network.state_dict()))
     plan = write(checkpoint, tmp_path / "ours.safetensors")
     library, mine = header_of(tmp_path / "library.safetensors"), header_of(tmp_path / "ours.safetensors")
-    assert library.keys() == mine.keys()
+    kept = {"embed.weight": "zebra.weight", "embed.bias": "embed.bias"}
+    assert {kept.get(name, name) for name in library} == mine.keys()
     versions = mine["__metadata__"].pop("torch._metadata")  # which the library does not keep
     mine["__metadata__"].pop("ckptkit_tied_order")  # nor that
     assert json.loads(versions) == dict(network.state_dict()._metadata)
-    assert library["__metadata__"] == mine["__metadata__"]
-    assert plan.aliases == {"zebra.weight": "embed.weight", "head.weight": "embed.weight", "other.bias": "embed.bias"}
+    assert plan.aliases == {"head.weight": "zebra.weight", "embed.weight": "zebra.weight", "other.bias": "embed.bias"}
+    assert mine["__metadata__"] == {"format": "pt", **plan.aliases}
+    theirs = {"zebra.weight": "embed.weight", "head.weight": "embed.weight", "other.bias": "embed.bias"}
+    assert library["__metadata__"] == {"format": "pt", **theirs}
     for name in ("library", "ours"):
         found = read(tmp_path / f"{name}.safetensors")
         assert set(found.state_dict) == set(network.state_dict())
@@ -292,7 +296,7 @@ def test_a_tied_name_that_stands_in_the_metadata_is_the_one_kept(
 def test_a_tie_that_metadata_has_no_room_for_is_refused(save: Save) -> None:
     shared = torch.ones(2)
     checkpoint = checkpoint_of({"note": shared, "format": shared}, save).replace(metadata={"note": "n"})
-    with pytest.raises(RewriteError, match="under their names, where note stands already"):
+    with pytest.raises(RewriteError, match="under their names, where format stands already"):
         safetensors_writer.write(checkpoint)
 
 

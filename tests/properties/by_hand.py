@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from generated_tensors import ANYWHERE, LEADING
 from torch_oracle import Loaded
 
 from ckptkit.dtypes import DTYPES
@@ -102,6 +103,8 @@ def _renamers(
         made.append(lambda name: f"module.{name}")
     if strip_prefix is not None:
         made.append(lambda name: name[len(strip_prefix) + 1 :] if name.startswith(strip_prefix + ".") else name)
+        if strip_module and not add_module:  # what was behind the prefix
+            made.append(_bare)
     if add_prefix is not None:
         made.append(lambda name: f"{add_prefix}.{name}")
     if rename:
@@ -110,10 +113,11 @@ def _renamers(
 
 
 def _bare(name: str) -> str:
-    while re.match(r"(module|_orig_mod)\.", name):
+    while re.match(rf"({'|'.join((*LEADING, *ANYWHERE))})\.", name):
         name = name.split(".", 1)[1]
-    while "._orig_mod." in name:
-        name = name.replace("._orig_mod.", ".")
+    for wrapper in ANYWHERE:
+        while f".{wrapper}." in name:
+            name = name.replace(f".{wrapper}.", ".")
     return name
 
 

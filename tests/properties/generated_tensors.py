@@ -34,7 +34,9 @@ TYPED = [name for name in STORABLE if DTYPES[name].storage_class]
 TAGS = ["cpu", "cuda:0", "cuda:1", "cuda:7", "mps"]
 LOCATIONS = st.sampled_from(TAGS)
 
-WRAPPERS = st.lists(st.sampled_from(["module", "_orig_mod"]), min_size=1, max_size=3)
+ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+LEADING = ("module", "_forward_module")
+WRAPPERS = st.lists(st.sampled_from([*LEADING, *ANYWHERE, "module", "_orig_mod"]), min_size=1, max_size=3)
 SEGMENTS = st.sampled_from(
     [
         "module",

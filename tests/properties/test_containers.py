@@ -62,8 +62,14 @@ def read_shards(written: Path) -> dict[str, torch.Tensor]:
     assert {path.name for path in written.parent.glob(f"{stem}-*.{ending}")} == names
     read = read_safetensors if written.name.endswith(".safetensors.index.json") else lambda path: load(path).tree
     shards = {name: read(written.with_name(name)) for name in names}
-    assert sum(map(len, shards.values())) == len(index["weight_map"])
-    return {name: shards[shard][name] for name, shard in index["weight_map"].items()}
+    together = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
+    assert sum(map(len, shards.values())) == len(together)
+    if written.name.endswith(".safetensors.index.json"):  # which lists the names that tensors are stored under
+        stored = {shard: safetensors.torch.load_file(written.with_name(shard)).keys() for shard in names}
+        assert index["weight_map"] == {name: shard for shard in names for name in stored[shard]}
+    else:
+        assert index["weight_map"] == {name: shard for shard in names for name in shards[shard]}
+    return {name: together[name] for name in (*index["weight_map"], *together)}
 
 
 @SOME

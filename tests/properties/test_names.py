@@ -10,7 +10,7 @@ from unittest import mock
 
 import hypothesis.strategies as st
 import torch
-from generated_tensors import KEYS, MANY, SEGMENTS, SOME, WRAPPERS
+from generated_tensors import ANYWHERE, KEYS, LEADING, MANY, SEGMENTS, SOME, WRAPPERS
 from hypothesis import assume, given, settings
 from torch import nn
 from torch_oracle import Same, convert, load, save
@@ -39,7 +39,7 @@ def checkpoint_of(names: list[str], versions: dict[str, object] | None) -> Check
 def is_bare(name: str) -> bool:
     """Whether a name carries no wrapper."""
     *parents, _ = name.split(".")
-    return "_orig_mod" not in parents and parents[:1] != ["module"]
+    return not {*parents} & {*ANYWHERE} and not {*parents[:1]} & {*LEADING}
 
 
 BARE = st.lists(KEYS.filter(is_bare), unique=True, min_size=1, max_size=6)

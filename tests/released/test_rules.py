@@ -406,6 +406,7 @@ def test_forward_against_the_golden(save, tmp_path: Path, monkeypatch: pytest.Mo
     report = ckptkit.check(manifest="m.json", forward=True, fits="net.py:build")
     assert [(f.rule, f.code) for f in report.findings] == [
         ("manifest", "tensors-differ"),
+        ("forward", "golden-weights"),
         ("forward", "golden-differs"),
     ]
     assert report.exit_code == 1

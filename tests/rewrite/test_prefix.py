@@ -15,7 +15,7 @@ from torch import nn
 import ckptkit
 from ckptkit import AddModule, AddPrefix, KeyCollisionError, RewriteError, StripModule, StripPrefix, rewrite
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.wrappers import unwrapped, wrapper_of
 from ckptkit.pickling.inert import mapping_items
 
 Save = Callable[..., Path]
@@ -44,6 +44,18 @@ STRIPPED = {
     "model._orig_mod.layer": "model.layer",
     "model._orig_mod._orig_mod.layer._orig_mod.w": "model.layer.w",
     "model._orig_mod": "model._orig_mod",
+    "_fsdp_wrapped_module.a._fsdp_wrapped_module.w": "a.w",
+    "_fsdp_wrapped_module.module._checkpoint_wrapped_module._orig_mod.w": "w",
+    "layers.0._checkpoint_wrapped_module.mlp.w": "layers.0.mlp.w",
+    "a._fsdp_wrapped_module._checkpoint_wrapped_module.w": "a.w",
+    "_forward_module.module._forward_module.w": "w",
+    "_orig_mod._forward_module.w": "w",
+    "_fsdp_wrapped_module._forward_module.module.module.w": "w",
+    "a._forward_module.w": "a._forward_module.w",
+    "a._orig_mod.module.w": "a.module.w",
+    "a.my_fsdp_wrapped_module.w": "a.my_fsdp_wrapped_module.w",
+    "_fsdp_wrapped_module": "_fsdp_wrapped_module",
+    "block._module.w": "block._module.w",
     "my_orig_mod.w": "my_orig_mod.w",
     "_orig_mod_.w": "_orig_mod_.w",
     "module": "module",
@@ -67,6 +79,8 @@ STRIPPED = {
 def test_strip_module(save: Save, name: str, expected: str) -> None:
     assert unwrapped(name) == expected
     assert unwrapped(expected) == expected
+    assert bool(wrapper_of(name)) == (name != expected)
+    assert wrapper_of(expected) == ""
     assert renamed(save, [name], StripModule()) == [expected]
     assert renamed(save, [name], StripModule(), StripModule()) == [expected]
 

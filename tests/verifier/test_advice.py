@@ -72,8 +72,7 @@ def test_a_prefix_too_much(run: Run, prefix: str, option: str) -> None:
     report = run({prefix + name: value for name, value in Net().state_dict().items()}, model=Net)
     assert codes(report) == [("info", "fit-coverage"), ("error", "wrapper-prefix"), NOT_LOADED]
     found = finding(report, "wrapper-prefix")
-    shown = prefix.partition("_orig_mod.")[0] or prefix
-    assert f"9 of 9 keys carry `{shown}`; once renamed, all 9 tensors of the reference fit" in found.message
+    assert f"9 of 9 keys carry `{prefix}`; once renamed, all 9 tensors of the reference fit" in found.message
     assert found.fix.startswith("ckptkit convert ") and found.fix.endswith(".safetensors " + option)
     assert len(report.details["unexpected_keys"]) == 9
 
@@ -135,6 +134,14 @@ def test_a_detector_with_another_head(run: Run) -> None:
     ).state_dict()
     found = finding(run(weights, model="torchvision:fasterrcnn_mobilenet_v3_large_320_fpn"), "shape-mismatch")
     assert found.fix.endswith("--model-arg num_classes=3")
+
+
+def test_a_head_in_many_layers(run: Run) -> None:
+    """Each of SSD's six has its own number of outputs for a class."""
+    weights = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=5).state_dict()
+    found = finding(run(weights, model="torchvision:ssd300_vgg16"), "shape-mismatch")
+    assert found.message.startswith("another head: `head.classification_head.module_list.0`, ")
+    assert found.fix.endswith("--model-arg num_classes=5")
 
 
 def test_other_shapes(run: Run) -> None:
@@ -214,6 +221,25 @@ def test_old_names_that_are_no_cause(run: Run) -> None:
     assert [code for _, code in codes(report)] == ["fit-coverage", "unexpected-keys", "not-loaded"]
 
 
+@pytest.mark.parametrize("is_older", [True, False])
+def test_the_other_form_of_spectral_norm(save: Any, is_older: bool) -> None:
+    def older() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return nn.Sequential(*(nn.utils.spectral_norm(nn.Conv2d(3, 3, 3)) for _ in range(2)))
+
+    def newer() -> nn.Module:
+        convs = (nn.Conv2d(3, 3, 3) for _ in range(2))
+        return nn.Sequential(*(nn.utils.parametrizations.spectral_norm(conv) for conv in convs))
+
+    source, reference = (older, newer) if is_older else (newer, older)
+    path = save(source().state_dict())
+    found = finding(check_file(path, model=reference), "old-names")
+    assert "spectral_norm" in found.message and "once renamed, all 8 tensors of the reference fit" in found.message
+    carry_out(found.fix)
+    assert check_file(path.with_suffix(".safetensors"), model=reference).ok
+
+
 # Other weights in the same file.
 
 
@@ -266,7 +292,7 @@ def test_names_are_folded_by_module() -> None:
 def test_missing_and_unexpected_modules_are_folded(run: Run) -> None:
     report = run(without("body.1.weight", "body.1.bias", "body.1.running_mean", "body.1.running_var",
                          "body.1.num_batches_tracked"), model=Net)  # fmt: skip
-    assert "not in the checkpoint: body.1.* (5)" in finding(report, "missing-keys").message
-    assert len(report.details["missing_keys"]) == 5
+    assert "in state_dict: body.1.* (4); 4 of" in finding(report, "missing-keys").message  # torch fills in the counter
+    assert len(report.details["missing_keys"]) == 4
     report = run(state(more__a=torch.ones(1), more__b=torch.ones(1)), model=Net)
-    assert "in the reference: more.* (2)" in finding(report, "unexpected-keys").message
+    assert "in state_dict: more.* (2); 2 of" in finding(report, "unexpected-keys").message

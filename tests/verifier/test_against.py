@@ -172,6 +172,16 @@ def test_an_unreadable_other_is_told_before_any_work(save: Any, tmp_path: Path) 
     assert not built
 
 
+def test_small_outputs_are_held_to_their_own_size(verify: Verify) -> None:
+    ours = {name: value * 1e-4 for name, value in weights().items()}
+    assert verify(ours, ours).ok
+    report = verify(ours, {**ours, "last.bias": ours["last.bias"] * 0.95})
+    assert found(report, "against-differs")
+    logits = figures(report)["outputs"][0]
+    assert 0 < logits["allowed"] < logits["max_abs"] < 1e-5
+    assert verify(ours, {**ours, "last.bias": ours["last.bias"] * (1 + 1e-6)}).ok
+
+
 def test_comparing_tensors() -> None:
     tight = Tolerance(atol=0.0, rtol=1e-3)
     a = torch.tensor([1.0, 100.0])
@@ -179,6 +189,8 @@ def test_comparing_tensors() -> None:
     assert near.is_close and not near.is_equal  # a twentieth of a small element, judged by the largest one
     assert not compared("", a, a + torch.tensor([0.2, 0.0]), tight).is_close
     assert compared("", a, a.double(), tight).is_close and not compared("", a, a.double(), tight).is_equal
+    masked = torch.tensor([1.0, torch.finfo(torch.float32).min])
+    assert not compared("", masked, masked * torch.tensor([1.05, 1.0]), tight).is_close  # no scale for the others
     assert "shape 2 against 1" in str(compared("", a, a[:1], tight))
     nan = torch.tensor([torch.nan, torch.inf])
     assert compared("", nan, nan.clone(), tight).is_equal
@@ -194,11 +206,10 @@ def test_comparing_tensors() -> None:
 def test_tolerances_by_dtype() -> None:
     for name, tolerance in TOLERANCES.items():
         eps = torch.finfo(getattr(torch, name)).eps
-        assert eps <= tolerance.atol < eps * 1.05
-        assert eps**0.5 <= tolerance.rtol < eps**0.5 * 1.05
+        assert tolerance.atol == 0 and eps**0.5 <= tolerance.rtol < eps**0.5 * 1.05
     assert tolerance_of(["float64", "int64"]) == TOLERANCES["float64"]
     assert tolerance_of(["float32", "float16", "float64"]) == TOLERANCES["float16"]
     assert tolerance_of(["float8_e4m3fn", "float32"]) == tolerance_of(["bfloat16"]) == TOLERANCES["bfloat16"]
     assert tolerance_of(["complex64"]) == tolerance_of([]) == TOLERANCES["float32"]
-    assert tolerance_of(["float32"], rtol=0.5) == Tolerance(atol=TOLERANCES["float32"].atol, rtol=0.5)
+    assert tolerance_of(["float32"], rtol=0.5) == Tolerance(atol=0.0, rtol=0.5)
     assert tolerance_of(["float32"], atol=0.0, rtol=0.0).bound(100) == 0

@@ -139,6 +139,17 @@ def test_results_that_depend_on_the_batch(run: Run, monkeypatch: pytest.MonkeyPa
     assert codes(run(normalized, input_shapes=[])) == {"batch-dependent": "error"}
 
 
+def test_small_results_that_depend_on_the_batch(run: Run) -> None:
+    assert codes(run(lambda x, y: (y - y.mean(0) / 2) * 1e-10)) == {"batch-dependent": "warning"}
+
+    def cancelled(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        wide = y.repeat(1, 501) * 100
+        parts = wide.flip(1) if len(x) > 1 else wide
+        return parts.cumsum(1)[:, -1:] - wide.sum(1, keepdim=True)  # rounding alone
+
+    assert codes(run(cancelled)) == {}
+
+
 def test_a_fixed_batch(run: Run) -> None:
     def fixed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return y.reshape(1, 2)

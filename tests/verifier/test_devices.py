@@ -86,6 +86,14 @@ def test_devices_that_differ(two: Any) -> None:
     assert not report.ok
 
 
+def test_small_outputs_that_differ(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Net.forward
+    monkeypatch.setattr(Net, "forward", lambda self, x: forward(self, x) * 1e-10)
+    assert codes(two(1e-6)) == [("info", "device-close")]
+    assert codes(two(0.05)) == [("error", "device-differs")]
+    assert codes(two(0.05, atol=1e-9)) == [("info", "device-close")]
+
+
 def test_three_devices(two: Any) -> None:
     assert codes(two(0.0, "cpu,cuda,mps")) == [("info", "device-equal")] * 2
 

@@ -287,3 +287,24 @@ def test_another_dtype(run: Run) -> None:
 def test_checks_are_one_visible_tuple() -> None:
     names = ["fit", "load", "weights", "forward", "behaviour", "devices", "golden", "against"]
     assert [check.__name__ for check in CHECKS] == [f"check_{name}" for name in names]
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("rest", [torch.bfloat16, torch.float32, None])
+def test_weights_of_eight_bits_take_inputs_of_more(save: Any, dtype: str, rest: torch.dtype | None) -> None:
+    """The type to compute in is that of the first tensor that a layer can compute with."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weight = torch.rand(4, 3).to(getattr(torch, dtype))
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.register_buffer("scale", None if rest is None else torch.tensor(0.5, dtype=rest))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert x.dtype == (rest or torch.float32)
+            return x @ self.weight.to(x.dtype).T * (1 if self.scale is None else self.scale)
+
+    report = ckptkit.verify(save(Scaled().state_dict()), model=Scaled, input_shapes=[(1, 3)], device="cpu")
+    assert report.ok, report.findings
+    assert report.details["dtype"] == str(rest or torch.float32).removeprefix("torch.")

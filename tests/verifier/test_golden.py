@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,22 +101,26 @@ def test_the_same_weights_agree(save: Any, weights: dict[str, torch.Tensor], gol
 def test_other_weights_do_not(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
     weights["linear.bias"][1] += 0.25
     report = held(save, weights, golden)
-    assert not report.ok and codes(report) == ["golden-differs"]
+    assert not report.ok and codes(report) == ["golden-weights", "golden-differs"]
+    told = found(report, "golden-weights")
+    assert told.severity == "warning" and "1 of 2 tensors differs: linear.bias" in told.message
     [check] = [c for c in report.details["checks"] if c["name"] == "golden"]
     assert check["figures"]["outputs"][0]["max_abs"] == pytest.approx(0.25, rel=1e-4)
-    assert codes(held(save, weights, golden, rtol=1.0)) == ["golden-close"]
+    assert codes(held(save, weights, golden, rtol=1.0)) == ["golden-weights", "golden-close"]
 
 
 def test_a_little_off_is_close(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
     weights["linear.bias"][1] += 1e-6
     report = held(save, weights, golden)
-    assert report.ok and codes(report) == ["golden-close"]
-    assert codes(held(save, weights, golden, atol=0.0, rtol=0.0)) == ["golden-differs"]
+    assert report.ok and codes(report) == ["golden-weights", "golden-close"]
+    assert codes(held(save, weights, golden, atol=0.0, rtol=0.0)) == ["golden-weights", "golden-differs"]
 
 
 def test_another_dtype_is_held_to_its_own_tolerance(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
     report = held(save, {name: value.bfloat16() for name, value in weights.items()}, golden, dtype="bfloat16")
-    assert report.ok and "golden-close" in codes(report)
+    assert report.ok and codes(report) == ["golden-weights", "golden-versions", "golden-close"]
+    told = found(report, "golden-weights")
+    assert told.severity == "info" and "2 of 2 tensors differ (float32 then, bfloat16 now)" in told.message
     assert "dtype float32 then, bfloat16 now" in found(report, "golden-versions").message
 
 
@@ -124,6 +129,125 @@ def test_another_version_is_told(save: Any, weights: dict[str, torch.Tensor], go
     report = held(save, weights, path)
     assert report.ok and codes(report) == ["golden-versions", "golden-equal"]
     assert f"torch 1.0 then, {torch.__version__} now" in found(report, "golden-versions").message
+
+
+class Tiny(nn.Module):
+    """Outputs of about 1e-10, as deep models have whose weights were never trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(4)))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=5e-4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Cancelling(nn.Module):
+    """What is left of two large sums is their rounding, here on one side in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)[:, None] * torch.linspace(10, 100, 50)[:, None]
+        step = 64 if torch.get_num_threads() == 1 else 4
+        parts = [y[..., i : i + step].sum(-1) for i in range(0, 256, step)]
+        return torch.stack(parts).sum(0) - y.sum(-1)
+
+
+def recorded(save: Any, target: Path, model: Any, width: int, **options: Any) -> Any:
+    torch.manual_seed(1)
+    state = model().state_dict()
+    given = {"model": model, "input_shapes": [(1, width)], "device": "cpu", **options}
+    report = ckptkit.verify(save(state), write_golden=target, **given)
+    assert "golden-written" in codes(report), report.findings
+    return state
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def as_first_releases_wrote(path: Path) -> Path:
+    """Without noise and weights, and with the ``atol`` that was float32's."""
+
+    def change(document: Any) -> None:
+        del document["weights"]
+        document["tolerance"]["atol"] = 1.2e-7
+        for output in document["outputs"]:
+            del output["noise"]
+
+    return rewritten(path, change)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("place", ["layers.0.weight", "layers.3.weight"])
+def test_a_change_of_small_outputs_is_seen(save: Any, tmp_path: Path, place: str, is_old: bool, threads: Any) -> None:
+    target = tmp_path / "g.safetensors"
+    state = recorded(save, target, Tiny, 32)
+    [output] = description(target)["outputs"]
+    assert 0 < output["noise"] < 1e-14
+    target = as_first_releases_wrote(target) if is_old else target
+    for count in (1, 2, 3):
+        threads(count)
+        assert held(save, state, target, model=Tiny).ok
+    report = held(save, {**state, place: state[place] * 1.05}, target, model=Tiny)
+    assert not report.ok and float(report.details["outputs"][0]["max"]) < 1e-9
+    assert codes(report) == ["golden-differs"] if is_old else ["golden-weights", "golden-differs"]
+    assert held(save, {**state, place: state[place] * 1.05}, target, model=Tiny, atol=1e-9).ok
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_what_cancels_is_as_uncertain_as_its_terms(save: Any, tmp_path: Path, is_old: bool, threads: Any) -> None:
+    threads(2)
+    target = tmp_path / "g.safetensors"
+    state = recorded(save, target, Cancelling, 256)
+    [output] = description(target)["outputs"]
+    assert output["noise"] > 0
+    target = as_first_releases_wrote(target) if is_old else target
+    for count in (1, 2):
+        threads(count)
+        report = held(save, state, target, model=Cancelling)
+        assert report.ok, report.findings
+    threads(1)
+    assert not held(save, state, target, model=Cancelling, atol=0.0).ok  # nothing else lets it pass
+
+
+def test_an_atol_that_was_given_still_counts(save: Any, tmp_path: Path) -> None:
+    target = tmp_path / "g.safetensors"
+    state = recorded(save, target, Tiny, 32, atol=0.5)
+    assert description(target)["tolerance"]["atol"] == 0.5
+    report = held(save, {name: value * 2 for name, value in state.items()}, target, model=Tiny)
+    assert report.ok and codes(report) == ["golden-weights", "golden-close"]
+    assert not held(save, {name: value * 2 for name, value in state.items()}, target, model=Tiny, atol=0.0).ok
+
+
+def test_the_weights_are_recorded(save: Any, weights: dict[str, torch.Tensor], golden: Path, tmp_path: Path) -> None:
+    """With the digests of a manifest, under the names of the model, whatever the container, prefix or order."""
+    recorded = description(golden)["weights"]
+    record = ckptkit.manifest([save(weights)]).files[0]
+    assert recorded["content_digest"] == record.content_digest
+    digest = hashlib.sha256(weights["linear.bias"].numpy().tobytes()).hexdigest()
+    assert recorded["tensors"]["linear.bias"] == f"float32 [4] sha256:{digest}"
+    save_file({"module." + name: value for name, value in reversed(weights.items())}, tmp_path / "x.safetensors")
+    with ckptkit.open(tmp_path / "x.safetensors") as opened:
+        opened.rewrite(ckptkit.StripModule()).save(tmp_path / "y.safetensors")
+    assert codes(ckptkit.verify(tmp_path / "y.safetensors", model=Net, golden=golden, device="cpu")) == ["golden-equal"]
+
+
+def test_other_weights_are_named_where_nothing_runs(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
+    class Failing(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            raise RuntimeError("no")
+
+    weights["linear.weight"] += 1
+    assert codes(held(save, weights, golden, model=Failing)) == ["forward-failed", "golden-weights"]
 
 
 def test_outputs_of_another_shape(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
@@ -245,6 +369,8 @@ def put(*path: Any) -> Callable[[Any], None]:
         (put("outputs", {}), "'outputs' is .*; expected list"),
         (put("dtype", "int8"), "expected a floating point type"),
         (put("tolerance", "rtol", -1), "expected a number of at least 0"),
+        (put("outputs", 0, "noise", -1), "expected a number of at least 0"),
+        (put("weights", "tensors", {"linear.bias": 3}), "expected texts by name"),
         (put("versions", "torch", 2), "expected texts by name"),
     ],
 )

@@ -24,11 +24,11 @@ from ckptkit.verifier.references import build
 def loaded(save: Any) -> Any:
     """``loaded(state, factory)``: the model after loading, which must have found nothing wrong."""
 
-    def load(state: object, factory: Any, **options: Any) -> nn.Module:
+    def load(state: object, factory: Any, *, ties_once: bool = False, **options: Any) -> nn.Module:
         checkpoint, file = read(save(state))
         model, reference = build(factory, {})
         context = Context(reference=reference, devices=(torch.device("cpu"),), **options)
-        context.fit = measure(model, checkpoint.state_dict, allow_missing=context.allow_missing)
+        context.fit = measure(model, checkpoint.state_dict, allow_missing=context.allow_missing, ties_once=ties_once)
         assert [f.code for f in check_load(checkpoint, model, context)] == []
         assert context.loaded
         file.close()
@@ -89,7 +89,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("names", [("embed.weight",), ("out.weight",), ("embed.weight", "out.weight")])
 def test_ties_stay_ties(names: tuple[str, ...], loaded: Any) -> None:
     value = torch.randn(5, 3)
-    model = loaded(dict.fromkeys(names, value), Tied)
+    model = loaded(dict.fromkeys(names, value), Tied, ties_once=True)
     assert model.embed.weight is model.out.weight and torch.equal(model.out.weight, value)
 
 

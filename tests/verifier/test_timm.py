@@ -91,6 +91,10 @@ def test_a_checkpoint_of_one(save: Any) -> None:
         save(Net(num_classes=4).state_dict()), model="timm:tiny", model_args={"num_classes": "4"}, forward=True
     )
     assert report.ok and report.details["outputs"][0]["shape"] == [1, 4]
+    report = check_file(save(Net(num_classes=4).state_dict()), model="timm:tiny")
+    [found] = [f for f in report.findings if f.code == "shape-mismatch"]
+    assert found.message.startswith("another head: `head` has 4 outputs in the checkpoint and 10 in the reference")
+    assert found.fix.endswith("--model timm:tiny --model-arg num_classes=4")
 
 
 def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:

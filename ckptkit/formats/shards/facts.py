@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptkit.checkpoint import GlobalUse, TensorEntry
@@ -80,7 +80,7 @@ def merged_findings(shards: Mapping[str, Shard]) -> Iterator[Finding]:
         yield replace(first, message=f"{name}: {first.message}{more}")
 
 
-def extra_keys(everything: Mapping[str, object], weight_map: Mapping[str, str]) -> Iterator[Finding]:
+def extra_keys(everything: Iterable[str], weight_map: Mapping[str, str]) -> Iterator[Finding]:
     """Whether the shards hold names beyond the index."""
     extra = [shown(name) for name in everything if name not in weight_map]
     if extra:

@@ -10,7 +10,8 @@ Names are taken in state_dict order; a shard is closed when the next tensor woul
 larger than wanted, header, pickle and archive included.  What must lie in one file goes there with
 its first name:
 
-- safetensors: tied tensors, which are stored once.  Views of one storage are written out apart.
+- safetensors: tied tensors, which are stored once.  Views of one storage are written out apart.  The index
+  lists the name that a tensor is stored under, and no other: loaders look for what it lists.
 - torch: all that lies over one storage or shares an object, because sharing ends with a file.
 
 Only where that alone is larger than wanted is a file larger than wanted: it holds no other tensor.
@@ -33,6 +34,7 @@ from ckptkit.formats.holdable import require_holdable
 from ckptkit.formats.safetensors_header import NAME
 from ckptkit.formats.shards.names import is_shard_name
 from ckptkit.formats.shards.units import SafetensorsUnits, TorchUnits
+from ckptkit.formats.tied_order import ORDER, places
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Index, Literal, Plan
 from ckptkit.report import count_of
@@ -95,8 +97,14 @@ def _index_plan(
     checkpoint: Checkpoint, container: Format, shards: Mapping[str, Plan], weight_map: Mapping[str, str]
 ) -> Plan:
     total = sum({entry.view: entry.nbytes for entry in checkpoint.state_dict.values()}.values())
-    metadata = {key: text for key, text in checkpoint.metadata.items() if key != "format"}  # that is the shards'
-    index = Index(weight_map=weight_map, metadata={**metadata, "total_size": total})
+    metadata: dict[str, object] = {**checkpoint.metadata, "total_size": total}
+    metadata.pop("format", None)  # that is the shards'
+    aliases = {alias: kept for plan in shards.values() for alias, kept in plan.aliases.items()}
+    stored = {name: shard for name, shard in weight_map.items() if name not in aliases}
+    found = [alias for shard in dict.fromkeys(stored.values()) for alias in shards[shard].aliases]
+    if ORDER not in metadata and (order := places(weight_map, found)) is not None:
+        metadata[ORDER] = order
+    index = Index(weight_map=stored, metadata=metadata)
     data = index.to_bytes()
     try:
         str(data, "utf-8")
@@ -112,7 +120,7 @@ def _index_plan(
         nbytes=len(data),
         steps=(Literal(0, data),),
         tensors=sum(plan.tensors for plan in shards.values()),
-        aliases={alias: kept for plan in shards.values() for alias, kept in plan.aliases.items()},
+        aliases=aliases,
         shards=shards,
         index=index,
     )

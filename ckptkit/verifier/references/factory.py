@@ -42,11 +42,6 @@ class Reference:
     inputs: tuple[Input, ...] = ()
     outputs: Mapping[str, tuple[int | None, ...]] | None = None
 
-    @property
-    def is_torchvision(self) -> bool:
-        """Whether it is a model of torchvision's by name."""
-        return self.spec is not None and self.spec.startswith("torchvision:")
-
 
 def made(factory: Any, args: Mapping[str, object], spec: str) -> nn.Module:
     """The module a factory returns, in eval mode; a module given as it is is copied, not changed."""

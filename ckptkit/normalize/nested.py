@@ -1,0 +1,205 @@
+"""State_dicts whose modules are dicts inside dicts, as Megatron and flax save them.
+
+``{"language_model": {"embedding": {"word_embeddings": {"weight": tensor}}}}`` holds the weight
+``language_model.embedding.word_embeddings.weight``.  A tree of dicts with string keys is read so where
+
+- all that it holds are tensors (and ``_extra_state``), none of them an optimizer's, and no two get one name
+- some module in it is a dict of its own (its names have no dots): a dict of whole state_dicts, each with dotted
+  names, is several models
+- it lies under a customary key, or the names are those of parameters, three dicts down
+- no key of its own says that it holds several models, or an optimizer
+
+It is written as it was while every name stays; where names are changed or left out, or nothing stands beside it any
+more (``--weights-only``), as one flat dict under the dotted names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ckptkit.normalize.shapes import CUSTOMARY_KEYS, MOMENTS, are_moments, is_optimizer, is_substantial
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, children, effects_of, mapping_items, walk
+from ckptkit.pickling.tensors import is_tensor_like
+
+__all__ = ["Nested", "is_nested", "nested_values", "nested_versions"]
+
+_MAX_LEVELS = 16
+"""Dicts inside dicts; modules are seldom nested deeper than ten."""
+
+_MODULES_DEEP = 3
+"""Dicts from the top to a tensor where nothing else says that they are a model's."""
+
+_PARAMETERS = frozenset({"weight", "bias", "kernel", "scale", "embedding", "w", "b", "gamma", "beta"})
+"""Names of parameters in torch's modules, flax's and haiku's."""
+
+_OTHERS = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?|teacher|student|optim\w*|opt)(?:[._]|\d*$)")
+"""Keys of what is no part of a model: copies of it, and optimizers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """The container of a state_dict that is nested: what `StateDict.container` is for others.
+
+    Attributes:
+        node: the outermost dict.
+    """
+
+    node: object
+
+    def filled(self, everything: Mapping[str, object]) -> object | None:
+        """The dicts as they were, with these values; ``None``: the names are not what they were."""
+        if list(nested_values(self.node) or ()) != list(everything):
+            return None
+
+        def fill(node: object, prefix: str) -> object:
+            pairs: list[tuple[object, object]] = []
+            for key, value in mapping_items(node) or []:
+                name = f"{prefix}{key}"
+                pairs.append((key, everything[name] if _is_value(key, value) else fill(value, f"{name}.")))
+            new: Object | InertDict = InertDict(pairs)
+            if isinstance(node, Object):
+                new = Object(node.how, node.cls, node.args, node.kwargs)
+                new.pairs, new.state = pairs, node.state
+            new.effects = effects_of(node)
+            return new
+
+        return fill(self.node, "")
+
+    @staticmethod
+    def flat(versions: Mapping[str, object] | None) -> object:
+        """The container of the same values under their dotted names."""
+        return InertDict() if versions is None else Object("reduce", Global("collections", "OrderedDict"), ())
+
+
+@dataclass(slots=True)
+class _Tree:
+    """What a look through a tree of dicts found.
+
+    Attributes:
+        values: by dotted name, in order.
+        holders: how many dicts hold tensors.
+        levels: dicts from the top to the deepest tensor.
+        is_bare: whether some dict below the top holds tensors, and no dotted name.
+        is_parameters: whether the names in such a dict are those of parameters.
+        dicts: the ``id`` of each.
+    """
+
+    values: dict[str, object]
+    dicts: set[int]
+    holders: int = 0
+    levels: int = 0
+    is_bare: bool = False
+    is_parameters: bool = False
+
+
+def nested_values(node: object, visit: Callable[[int], bool] = lambda _: True) -> dict[str, object] | None:
+    """The values of a tree of dicts by their dotted names; ``None``: it holds something else, or one name twice.
+
+    Args:
+        node: the outermost dict.
+        visit: told how many values are about to be looked at; whether they may.
+    """
+    tree = _tree(node, visit)
+    return None if tree is None else tree.values
+
+
+def is_nested(node: object, key: object, root: object, visit: Callable[[int], bool]) -> bool:
+    """Whether a dict is a nested state_dict.
+
+    Args:
+        node: the outermost dict.
+        key: what it lies under; anything but a string for the file's own dict.
+        root: the tree it lies in, which has no other use for the dicts in it.
+        visit: as of `nested_values`.
+    """
+    keys = [inner for inner, _ in mapping_items(node) or [] if isinstance(inner, str)]
+    is_customary = isinstance(key, str) and key in CUSTOMARY_KEYS
+    if (not is_customary or len(keys) == 1) and any(inner in CUSTOMARY_KEYS for inner in keys):
+        return False  # what lies there is
+    if any(_OTHERS.search(each.lower()) for each in (key, *keys) if isinstance(each, str)):
+        return False
+    tree = _tree(node, visit)
+    if tree is None or not tree.is_bare or not any(map(is_substantial, tree.values.values())):
+        return False
+    is_deep = tree.levels >= _MODULES_DEEP
+    if not (tree.holders > 1 or is_deep if is_customary else tree.is_parameters and is_deep):
+        return False
+    inside = tree.dicts - {id(node)}
+    for other in walk(root):
+        if not visit(1) or (id(other) not in tree.dicts and any(id(child) in inside for child in children(other))):
+            return False
+    return True
+
+
+def nested_versions(
+    node: object, versions: Callable[[object], Mapping[str, object] | None]
+) -> dict[str, object] | None:
+    """The module versions of all of the dicts, by whole path; ``None``: none has any.
+
+    Args:
+        node: the outermost dict.
+        versions: what one dict has of its own.
+    """
+    found: dict[str, object] = {}
+    stack = [("", node)]
+    while stack:
+        path, node = stack.pop()
+        for module, version in (versions(node) or {}).items():
+            found.setdefault(".".join(filter(None, (path, module))), version)
+        inside = [pair for pair in mapping_items(node) or [] if mapping_items(pair[1]) is not None]
+        stack += [(f"{path}.{key}" if path else f"{key}", value) for key, value in reversed(inside)]
+    return found or None
+
+
+def _is_value(key: object, value: object) -> bool:
+    """Whether it stands under a name, and is no dict of others."""
+    return is_tensor_like(value) or (isinstance(key, str) and key.endswith("_extra_state"))
+
+
+def _plain_pairs(node: object) -> list[tuple[str, object]] | None:
+    """The pairs of a dict that is nothing beside them but the versions of its modules; ``None``: it is more."""
+    pairs = mapping_items(node)
+    if isinstance(node, Object):
+        state = node.state
+        is_plain = state is ABSENT or (isinstance(state, InertDict) and [*state] == ["_metadata"])
+        if pairs is None or len(pairs) > len(node.pairs) or node.items or not is_plain:
+            return None
+    strings = [(key, value) for key, value in pairs or () if isinstance(key, str)]
+    return None if pairs is None or len(strings) < len(pairs) else strings
+
+
+def _tree(node: object, visit: Callable[[int], bool]) -> _Tree | None:
+    found = _Tree({}, set())
+
+    def look(node: object, prefix: str, level: int) -> bool:
+        pairs = _plain_pairs(node)
+        if pairs is None or level > _MAX_LEVELS or id(node) in found.dicts or not visit(len(pairs)):
+            return False
+        found.dicts.add(id(node))
+        tensors: list[str] = []
+        for key, value in pairs:
+            if is_tensor_like(value):
+                tensors.append(key)
+            elif not _is_value(key, value) and (mapping_items(value) is None or not key or key in MOMENTS):
+                return False
+        if are_moments(list(pairs)) or is_optimizer(node):
+            return False
+        if tensors:
+            found.holders += 1
+            found.levels = max(found.levels, level)
+            if level > 1 and not any("." in key for key in tensors):
+                found.is_bare = True
+                found.is_parameters = found.is_parameters or not _PARAMETERS.isdisjoint(tensors)
+        for key, value in pairs:
+            name = f"{prefix}{key}"
+            if _is_value(key, value):
+                if name in found.values:
+                    return False
+                found.values[name] = value
+            elif not look(value, f"{name}.", level + 1):
+                return False
+        return True
+
+    return found if look(node, "", 1) and found.values else None
