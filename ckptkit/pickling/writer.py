@@ -13,12 +13,9 @@ from struct import pack
 
 from ckptkit.errors import LimitError, UnsupportedError
 from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, PersistentId, children, walk
+from ckptkit.pickling.machine import BATCH
 
 __all__ = ["write_pickle"]
-
-_BATCH = 1000
-"""Items in one APPENDS or SETITEMS, as CPython's pickler batches them."""
-
 
 _MAX_REPEATS = 1000
 """Calls written anew because their arguments led back to them.  CPython's own pickler recurses for
@@ -234,9 +231,9 @@ class _Writer:
         self.out.append(b"\x8f")
         self._memoize(owner)
         self.path.append((id(owner), False))
-        for start in range(0, len(node.members), _BATCH):
+        for start in range(0, len(node.members), BATCH):
             self.out.append(b"(")
-            yield from node.members[start : start + _BATCH]
+            yield from node.members[start : start + BATCH]
             self.out.append(b"\x90")
         yield from self._effects(node.effects, owner)
         self.path.pop()
@@ -330,16 +327,16 @@ class _Writer:
         return self.references[key] > 1
 
     def _items(self, items: Sequence[object], one: bytes, many: bytes) -> Iterator[object]:
-        for start in range(0, len(items), _BATCH):
-            batch = items[start : start + _BATCH]
+        for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH]
             if len(batch) > 1:
                 self.out.append(b"(")
             yield from batch
             self.out.append(many if len(batch) > 1 else one)
 
     def _pairs(self, pairs: Sequence[tuple[object, object]]) -> Iterator[object]:
-        for start in range(0, len(pairs), _BATCH):
-            batch = pairs[start : start + _BATCH]
+        for start in range(0, len(pairs), BATCH):
+            batch = pairs[start : start + BATCH]
             if len(batch) > 1:
                 self.out.append(b"(")
             for key, value in batch:

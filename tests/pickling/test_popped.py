@@ -316,6 +316,38 @@ def test_what_contains_itself_pops_honestly(kind: str, protocol: int, pickler: s
         assert shape(pickle.loads(through(result))) == shape(pickle.loads(data))
 
 
+class Counted(Made):
+    """Knows how much there was of what it is made from."""
+
+    def __init__(self, content: dict[object, object]) -> None:
+        super().__init__(content)
+        self.count = len(content)
+
+
+@pytest.mark.parametrize("more", [0, 1, 1500])
+def test_what_is_set_late_of_a_dict_is_set_late_again(more: int) -> None:
+    """As dill fills the globals of a function: they name it, and what is made of it."""
+    pairs = [b"K\x00h\x01", *(b"M" + number.to_bytes(2, "little") + b"N" for number in range(1, more + 1))]
+    batches = [pairs[at : at + 1000] for at in range(0, len(pairs), 1000)]
+    late = b"h\x00" + b"".join(b"(" + b"".join(batch) + b"u" for batch in batches) + b"0"
+    made = b"c%s\nCounted\n}q\x00X\x01\x00\x00\x00nNs\x85Rq\x01" % __name__.encode()
+    data = b"\x80\x02" + made + late + b"h\x00\x86."
+    result = read_pickle(data)
+    assert result.discarded == ()
+    for written in (data, through(result), through(read_pickle(through(result)))):
+        value, content = pickle.loads(written)
+        assert value.content is content
+        assert content[0] is value
+        assert list(content) == ["n", *range(more + 1)]
+        assert value.count == 1
+    assert isinstance(result.root, tuple)
+    # Something else may take the dict's place, as the marker for the weights does.
+    marker = object()
+    taken = TreeMap(lambda leaf: leaf, [(result.root[1], marker)])(result.root[0])
+    other = write_pickle(taken, lower=lambda node: InertDict([("a", 1)]) if node is marker else node)
+    assert pickle.loads(other).content == {"a": 1}
+
+
 @st.composite
 def graphs(draw: st.DrawFn) -> object:
     """Objects that refer to each other in any direction; tuples and what is made of arguments to what can wait."""
