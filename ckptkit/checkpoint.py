@@ -109,6 +109,7 @@ class TensorEntry:
         subclass: inert node naming the tensor's Python class where that is neither ``torch.Tensor``
             nor ``nn.Parameter``.
         attributes: inert node of Python attributes saved along with the tensor.
+        effects: inert nodes of the calls that change the tensor once it is built (`ckptkit.pickling.inert.Object`).
     """
 
     storage: Storage
@@ -122,6 +123,7 @@ class TensorEntry:
     is_neg: bool = False
     subclass: object = None
     attributes: object = None
+    effects: tuple[object, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -450,6 +452,7 @@ class Checkpoint:
         unvouched: parts of the file that are code, or could not be looked into.
         module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
         findings: what the reader noticed.
+        discarded: inert nodes of what its pickles make and drop, and that belongs to nothing they keep.
         part: what it is of a checkpoint that lies in several files; ``None``: it is whole.
         operations: what `rewrite` did to it, in order.
     """
@@ -463,6 +466,7 @@ class Checkpoint:
     unvouched: tuple[GlobalUse, ...] = ()
     module: object = None
     findings: tuple[Finding, ...] = ()
+    discarded: tuple[object, ...] = ()
     part: Part | None = None
     operations: tuple[str, ...] = ()
 

@@ -43,10 +43,10 @@ from dataclasses import dataclass
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.content import PLAIN, content_of, effects_of, plain_bytes
+from ckptkit.normalize.content import PLAIN, content_of, plain_bytes
 from ckptkit.normalize.trees import FLAGS
 from ckptkit.normalize.wrappers import unwrapped_in_digests
-from ckptkit.pickling.inert import Global, InertDict, InertSet, Object
+from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, effects_of
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
 
@@ -137,7 +137,7 @@ def whole_digest(checkpoint: Checkpoint, values: Values) -> str | None:
         return None
     state = checkpoint.state_dict
     weights = lower_state_dict(state) if checkpoint.module is None else checkpoint.module
-    root = (checkpoint.rest, tuple(getattr(checkpoint, "discarded", ())))
+    root = (checkpoint.rest, checkpoint.discarded)
     digest = hashlib.sha256(_WHOLE)
     digest.update(_json(["tree", tree_digest(root, values, weights)]))
     digest.update(_json(["metadata", sorted(checkpoint.metadata.items())]))

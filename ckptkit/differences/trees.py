@@ -15,10 +15,9 @@ from ckptkit.differences.figures import Tolerance
 from ckptkit.differences.measuring import all_sums
 from ckptkit.differences.work import Pair, Work
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.content import effects_of
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side
-from ckptkit.pickling.inert import ABSENT, mapping_items, walk
+from ckptkit.pickling.inert import ABSENT, effects_of, mapping_items, walk
 
 __all__ = ["TreeComparison", "ValueComparison"]
 
@@ -134,7 +133,7 @@ def _whole(a: Checkpoint, b: Checkpoint, rule: SameContent, *, is_alone: bool) -
     elif not is_alone and (a.rest is STATE_DICT) is (b.rest is STATE_DICT):
         around = [(c.module or STATE_DICT) if one_module or c.module is not None else _shell(c) for c in (a, b)]
         yield from side_by_side([(Place(), a.rest, b.rest)], rule, (around[0], around[1]))
-        yield from side_by_side([(Place().below("(discarded)"), _discarded(a), _discarded(b))], rule)
+        yield from side_by_side([(Place().below("(discarded)"), a.discarded, b.discarded)], rule)
     else:
         # One is no more than weights: what the other is, and has beside them.
         if one_module or not is_alone:
@@ -153,11 +152,6 @@ def _shell(checkpoint: Checkpoint) -> object:
     """The weights' mapping without its values: its class, what hangs on it, the versions of modules."""
     state = checkpoint.state_dict
     return lower_state_dict(StateDict(versions=state.versions, container=state.container))
-
-
-def _discarded(checkpoint: Checkpoint) -> tuple[object, ...]:
-    """What the pickle makes, and nothing keeps."""
-    return tuple(getattr(checkpoint, "discarded", ()))
 
 
 def _beside(root: object) -> Iterator[tuple[Place, object]]:

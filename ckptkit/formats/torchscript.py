@@ -122,6 +122,7 @@ def read(probe: Probe) -> RawCheckpoint:
         writer=archive.writer(),
         metadata={},
         globals=vouched(archive.uses()),
+        discarded=archive.discarded,
         findings=(*archive.findings(), *_findings(data.root, classes, attributes, held)),
     )
 

@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId, mapping_items
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId, effects_of, mapping_items
 
 __all__ = [
     "HERE",
     "PLAIN",
     "Form",
     "content_of",
-    "effects_of",
     "form_of",
     "is_ordered",
     "meant",
@@ -50,11 +49,6 @@ class Form(NamedTuple):
         """Whether parts of the two stand for each other though their kinds differ: a list for a tuple."""
         labels = [label for label, _ in self.parts]
         return bool(self.pairs and other.pairs) or (bool(labels) and labels == [label for label, _ in other.parts])
-
-
-def effects_of(node: object) -> tuple[object, ...]:
-    """The calls made for their effect on a node."""
-    return tuple(getattr(node, "effects", ()))
 
 
 def form_of(node: object) -> Form:

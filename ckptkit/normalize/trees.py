@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from ckptkit.checkpoint import STATE_DICT, Storage, TensorEntry
-from ckptkit.normalize.content import HERE, PLAIN, effects_of, form_of, is_ordered, meant, token_of
+from ckptkit.normalize.content import HERE, PLAIN, form_of, is_ordered, meant, token_of
 from ckptkit.normalize.sections import brief, join
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId, effects_of
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = ["FLAGS", "Identical", "Met", "Place", "SameContent", "shown", "side_by_side"]

@@ -349,8 +349,7 @@ def _everything(checkpoint: Checkpoint) -> list[object]:
     """The trees that make up a file, without the plain tensors of the state_dict."""
     values = [value for value in checkpoint.state_dict.everything.values() if not is_plain(value)]
     around = mapping_shell(checkpoint.state_dict.container)
-    discarded = getattr(checkpoint, "discarded", ())
-    return [*values, around, checkpoint.rest, checkpoint.module, *discarded]
+    return [*values, around, checkpoint.rest, checkpoint.module, *checkpoint.discarded]
 
 
 def _beside_fact(each: Beside, reading: Reading) -> TensorFact:

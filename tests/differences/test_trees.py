@@ -479,3 +479,65 @@ def test_what_nearly_does() -> None:
         (InertSet([1]), InertSet([1, 2])),
     ):  # fmt: skip
         assert not is_same(a, b), (a, b)
+
+
+# Calls made for their effect.
+
+
+class Kept(Thing):
+    """Restored by a function that is called for its effect alone (the sixth item, `copyreg` since Python 3.8)."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, (), dict(self.__dict__), None, None, put
+
+
+class KeptDict(dict):  # type: ignore[type-arg]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptDict, (), self.__dict__, None, iter(self.items()), put
+
+
+def put(target: Any, state: dict[str, object]) -> None:
+    target.__dict__.update(state)
+
+
+def kept_dict(note: object) -> KeptDict:
+    made = KeptDict(a=torch.ones(2))
+    made.note = note  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "place", "is_equal"),
+    [
+        (Kept(a=1), Kept(a=2), "x.a", True),
+        (Kept(a=torch.ones(2)), Kept(a=torch.zeros(2)), "x.a", False),
+        (Kept(a=[Kept(b=(1,))]), Kept(a=[Kept(b=(2,))]), "x.a.0.b.0", True),
+        (kept_dict(1), kept_dict(2), "x.note", True),
+        (kept_dict(torch.ones(2)), kept_dict(torch.zeros(2)), "x.note", False),
+    ],
+)
+def test_what_a_call_sets(
+    diff: Callable[..., ckptkit.Difference], tmp_path: Path, a: object, b: object, place: str, is_equal: bool
+) -> None:
+    difference = diff(resumed(a), resumed(b), strict=True)
+    assert (difference.equal, difference.ok) == (is_equal, False)
+    assert places(difference) == {place}
+    assert whole(tmp_path / "a.pth") != whole(tmp_path / "b.pth")
+    torch.save(resumed(a), tmp_path / "b.pth", pickle_protocol=4)
+    assert_same(tmp_path / "a.pth", tmp_path / "b.pth")
+
+
+def test_what_a_pickle_drops(tmp_path: Path) -> None:
+    torch.save(resumed(1), tmp_path / "plain.pth")
+    for name, dropped in {"none": b"", "one": b"cm\nf\n(K\x01tR0", "two": b"cm\nf\n(K\x02tR0"}.items():
+        with zipfile.ZipFile(tmp_path / "plain.pth") as old, zipfile.ZipFile(tmp_path / f"{name}.pth", "w") as new:
+            for record in old.infolist():
+                data = old.read(record)
+                if record.filename.endswith("data.pkl"):
+                    data = data[:2] + dropped + data[2:]
+                new.writestr(record.filename, data)
+    for other in ("none", "two"):
+        difference = ckptkit.diff(tmp_path / "one.pth", tmp_path / f"{other}.pth", strict=True)
+        assert difference.equal and not difference.ok
+        assert all(place.startswith("(discarded)") for place in places(difference))
+        assert whole(tmp_path / "one.pth") != whole(tmp_path / f"{other}.pth")
