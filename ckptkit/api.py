@@ -28,7 +28,7 @@ from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
-    import torch
+    from collections import OrderedDict
 
     from ckptkit.differences import Difference
     from ckptkit.released.manifests.records import Manifest
@@ -88,8 +88,12 @@ def load_state_dict(
     section: str | None = None,
     allow_part: bool = False,
     ignore_checksums: bool = False,
-) -> dict[str, torch.Tensor]:
-    """The weights as tensors, from any container, without executing the file.
+) -> OrderedDict[str, Any]:
+    """The weights, from any container, without executing the file: every value of the state_dict.
+
+    Tensors of every layout (quantized, sparse, nested, on meta), arrays of numpy's and plain values are what
+    ``torch.load`` gives; of a tensor of a class with bytes of its own the plain tensor is given.  Their indices,
+    offsets, axes and sizes are checked first, which torch does not do.
 
     Args:
         path: the file.
@@ -99,26 +103,34 @@ def load_state_dict(
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
-        Name to tensor, in file order.  Tied tensors share memory.  From a whole model they are plain
+        Name to value, in file order, with the module versions that the file has as ``_metadata``, as
+        ``Module.load_state_dict`` looks for them.  Tied tensors share memory.  From a whole model they are plain
         tensors, as ``Module.state_dict()`` gives them.
 
     Raises:
         MissingDependencyError: torch is not installed.
         SectionError: the file holds no state_dict, or several.
-        CorruptError: a tensor's bytes are not those its checksum was recorded for.
+        UnsupportedError: values that only the code they come from can make (objects, DTensor and other wrappers);
+            the message names each.
+        DTypeError: the installed torch lacks a dtype.
+        CorruptError: a tensor's bytes are not those its checksum was recorded for, or what it consists of does not
+            fit together.
         PartError: it is a part of a checkpoint.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
 
     require_torch()
-    from ckptkit.torch_bridge import tensors
+    from ckptkit.torch_bridge import state_dict_of
 
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to load")
-        state = tensors(file.state_dict, map_location=map_location, checksums=True)
-        return state if file.checkpoint.module is None else {name: value.detach() for name, value in state.items()}
+        state = state_dict_of(file.state_dict, file.path, map_location=map_location, checksums=True)
+        if file.checkpoint.module is not None:
+            for name, value in state.items():
+                state[name] = value.detach() if hasattr(value, "detach") else value
+        return state
 
 
 def convert(
@@ -138,6 +150,7 @@ def convert(
     map_location: LocationMap | None = None,
     dtype: str | None = None,
     keep_dtype: str | Sequence[str] = (),
+    cast_scaled: bool = False,
     tied: Literal["alias", "duplicate", "error"] = "alias",
     like: Any = None,
     model_args: Mapping[str, Any] | None = None,
@@ -173,6 +186,7 @@ def convert(
         map_location: new device tags; see `ckptkit.MapLocation`.
         dtype: cast the floating-point weights to it; see `ckptkit.CastDtype`.
         keep_dtype: globs of the names that are not cast, in the source or in the output.
+        cast_scaled: whether to cast weights that have scales beside them, and such scales, each by itself.
         tied: what becomes of tensors with several names; see `ckptkit.Tied`.
         like: the model whose tensors alone are kept, under its names: another checkpoint, or a reference as the
             ``model`` of `verify` (which needs torch).  Section and prefix are found; it goes after all that is
@@ -212,6 +226,7 @@ def convert(
         map_location=map_location,
         dtype=dtype,
         keep_dtype=keep_dtype,
+        cast_scaled=cast_scaled,
         tied=tied,
         like=None if like is None else _like(like, model_args or {}),
         metadata=metadata or {},

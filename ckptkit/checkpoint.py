@@ -138,7 +138,7 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor when written out contiguously."""
-        return self.numel * self.itemsize
+        return DTYPES[self.dtype].nbytes(self.numel)
 
     @property
     def location(self) -> str:
@@ -192,7 +192,7 @@ class TensorEntry:
         if self.numel == 0:
             return start, start
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        return start, start + (last + 1) * self.itemsize
+        return start, start + DTYPES[self.dtype].nbytes(last + 1)
 
     def check(self) -> TensorEntry:
         """This entry, once its geometry is known to lie inside its storage.

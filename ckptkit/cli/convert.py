@@ -110,6 +110,7 @@ def _complete_reference(*given: Any) -> Any:
 )
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point weights: float16, bfloat16, float32, float8_...")
 @click.option("--keep-dtype", multiple=True, metavar="GLOB", help="Names that --dtype leaves as they are.")
+@click.option("--cast-scaled", is_flag=True, help="Let --dtype cast weights whose scales are beside them, and scales.")
 @click.option(
     "--tied",
     type=click.Choice(["alias", "duplicate", "error"]),

@@ -99,6 +99,13 @@ CODES: dict[str, Explanation] = {
         "All of the output fits into one file of the size that a shard may have, and a single file needs no index.",
         "Use the file; --max-shard-size makes shards of less.",
     ),
+    "cast-scaled": Explanation(
+        "weights were cast without their scales",
+        "Weights of a few bits (FP8, int8, 4 bits) are values only together with the scales of their blocks or rows, "
+        "which stand beside them: weight_scale_inv, absmax, scales, SCB. Cast by themselves they are garbage to "
+        "whoever multiplies them, and rounded scales change all values of a block.",
+        "Dequantize with the library that made them, or leave them as they are: --keep-dtype GLOB",
+    ),
     "cast-overflow": Explanation(
         "values too large for the new dtype",
         "A cast made them infinity; in the float8 types without one, NaN or the largest value. One infinite weight can "

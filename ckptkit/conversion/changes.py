@@ -32,6 +32,7 @@ __all__ = [
     "diagnose_losses",
     "diagnose_moves",
     "diagnose_renames",
+    "diagnose_scaled",
     "diagnose_selection",
     "diagnose_trust",
     "diagnose_wrappers",
@@ -158,6 +159,17 @@ def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Findi
             severity="warning",
             message=f"--map-location {location}=…: nothing in the file is on {location!r}; "
             f"there is {_listed(sorted(met)) or 'no storage'}",
+        )
+
+
+def diagnose_scaled(scaled: Mapping[str, str]) -> Iterator[Finding]:
+    """Which weights were cast without the scales they belong to, or which scales, because that was insisted on."""
+    if scaled:
+        yield Finding(
+            code="cast-scaled",
+            severity="warning",
+            message=f"{count_of(len(scaled), 'tensor', 'is', 'are')} cast that {'has' if len(scaled) == 1 else 'have'} "
+            f"a meaning only together with another: {_listed([f'{a} (with {b})' for a, b in scaled.items()])}",
         )
 
 

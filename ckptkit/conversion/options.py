@@ -16,6 +16,7 @@ from ckptkit.conversion.changes import (
     diagnose_losses,
     diagnose_moves,
     diagnose_renames,
+    diagnose_scaled,
     diagnose_selection,
     diagnose_trust,
     diagnose_wrappers,
@@ -28,6 +29,7 @@ from ckptkit.normalize.wrappers import unwrapped_path
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
 from ckptkit.rewrite.compact import dead_bytes
+from ckptkit.rewrite.scaled import scaled_pairs
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.device import LocationMap
@@ -56,6 +58,7 @@ class Options:
     map_location: LocationMap | None = None
     dtype: str | None = None
     keep_dtype: str | Sequence[str] = ()
+    cast_scaled: bool = False
     tied: TiedPolicy = "alias"
     like: Like | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -73,6 +76,8 @@ class Options:
             object.__setattr__(self, "weights_only", True)
         if self.keep_dtype and self.dtype is None:
             raise RewriteError("--keep-dtype exempts from --dtype, which is not given")
+        if self.cast_scaled and self.dtype is None:
+            raise RewriteError("--cast-scaled is about --dtype, which is not given")
 
     @property
     def renamers(self) -> tuple[Renamer, ...]:
@@ -168,10 +173,18 @@ class Conversion:
         kept = {name: None for name in result.state_dict.everything if not fitted or rename(name) in fitted}
         self._kept = list(kept)
         self.dropped = [name for name in source.state_dict.everything if name not in kept]
+        self._scaled: dict[str, str] = {}
         if options.dtype is not None:
-            cast = rewrite.CastDtype(options.dtype, tuple(options.keep_dtype), rename=final)
+            cast = rewrite.CastDtype(
+                options.dtype,
+                tuple(options.keep_dtype),
+                rename=final,
+                cast_scaled=options.cast_scaled,
+                scaled=scaled_pairs(source.state_dict),  # scales that are left out were scales all the same
+            )
             if unmatched := cast.unmatched(result):
                 raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
+            self._scaled = cast.scaled_in(result) if options.cast_scaled else {}
             result = result.rewrite(cast)
         result = result.rewrite(*renamers, *(() if options.like is None else (options.like,)))
         self.renames = {name: new for name in kept if (new := final(name)) != name}
@@ -206,6 +219,7 @@ class Conversion:
         if self.fitting is not None and self._options.like is not None:
             yield from diagnose_fitting(self.fitting, self._options.like.label, self.source)
         yield from diagnose_selection(self.dropped, self._unmatched)
+        yield from diagnose_scaled(self._scaled)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
         container = self.result.state_dict.container

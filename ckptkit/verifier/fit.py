@@ -303,13 +303,6 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
             message=f"{count_of(len(fit.unloadable), 'value', 'is not a plain tensor', 'are not plain tensors')} in "
             f"the checkpoint (quantized, sparse, foreign objects) and cannot be loaded: {shortened(fit.unloadable)}",
         )
-    if fit.opaque:
-        yield Finding(
-            code="extra-state",
-            severity="warning",
-            message=f"{count_of(len(fit.opaque), 'value', 'is', 'are')} Python objects, which are never made from a "
-            f"file ({shortened(fit.opaque)}); the model keeps the ones it was built with",
-        )
     if fit.tied:
         pairs = [f"{name} = {twin}" for name, twin in fit.tied.items()]
         yield Finding(

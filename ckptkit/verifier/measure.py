@@ -12,6 +12,7 @@ from torch import nn
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import VerifyError
+from ckptkit.pickling.layouts import Jagged, Nested, Quantized, Sparse, rebuilt
 from ckptkit.rewrite.like import Like
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.probe import is_extra_state, probe
@@ -55,8 +56,10 @@ class Fit:
         counters: names of BatchNorm's ``num_batches_tracked`` that the file lacks and torch sets itself, as it does
             where a state_dict records no version of the layer.
         allowed_missing, allowed_unexpected: names the caller allows to be so.
-        opaque: names whose value in the file is a Python object, and is not made.
-        unloadable: names of tensors whose value in the file is not a plain tensor.
+        special: names of tensors that are not plain ones in the file (quantized, sparse), and likewise in the model;
+            or a number where it has a tensor of no dimension.
+        opaque: names whose value is no tensor in the model; it is made from the file where no code is needed for it.
+        unloadable: names of plain tensors whose value in the file is not one, or of another layout or shape.
         tensors, of: how many of the model's tensors get a value from the file.
         parameters_share: share of the parameters' elements among them, 0 to 1.
     """
@@ -71,6 +74,7 @@ class Fit:
     counters: tuple[str, ...]
     allowed_missing: tuple[str, ...]
     allowed_unexpected: tuple[str, ...]
+    special: tuple[str, ...]
     opaque: tuple[str, ...]
     unloadable: tuple[str, ...]
     tensors: int
@@ -155,7 +159,9 @@ def measure(
     probed = probe(model, expected, state_dict)
     sources = dict(probed.sources)
     opaque = tuple(n for n in state_dict.extra if n in expected and not isinstance(expected[n], torch.Tensor))
-    unloadable = tuple(n for n in state_dict.extra if isinstance(expected.get(n), torch.Tensor))
+    others = {n: v for n, v in state_dict.extra.items() if isinstance(expected.get(n), torch.Tensor)}
+    special = tuple(n for n, value in others.items() if _is_alike(expected[n], value))
+    unloadable = tuple(n for n in others if n not in special)
     mismatches = tuple(
         ShapeMismatch(name=n, checkpoint=state_dict[n].shape, reference=tuple(v.shape))
         for n, v in expected.items()
@@ -170,7 +176,7 @@ def measure(
     unexpected_left = _Sieve(probed.unexpected, lambda name: False)
     allowed_unexpected = unexpected_left.take(_matcher(allow_unexpected))
     wanted = [n for n, v in expected.items() if isinstance(v, torch.Tensor) and not is_extra_state(n)]
-    filled = {n for n in wanted if n in tied or n in sources} - {*counters}
+    filled = {n for n in wanted if n in tied or n in special or n in sources} - {*counters}
     return Fit(
         sources=sources,
         missing=tuple(missing_left.names),
@@ -182,12 +188,26 @@ def measure(
         counters=counters,
         allowed_missing=allowed_missing,
         allowed_unexpected=allowed_unexpected,
+        special=special,
         opaque=opaque,
         unloadable=unloadable,
         tensors=len(filled),
         of=len(wanted),
         parameters_share=_share(filled, wanted, expected),
     )
+
+
+def _is_alike(ours: torch.Tensor, node: object) -> bool:
+    """Whether a value of a file is of the layout and the shape that a tensor of the model has."""
+    found = rebuilt(node)
+    layout = None if found is None else found.layout
+    if isinstance(layout, Quantized):
+        return ours.is_quantized and tuple(ours.shape) == layout.numbers.shape
+    if isinstance(layout, Sparse):
+        return str(ours.layout) == f"torch.{layout.layout}" and tuple(ours.shape) == layout.size
+    if isinstance(node, (int, float)):  # a quantized module's scale
+        return not ours.dim()
+    return isinstance(layout, (Nested, Jagged)) and ours.is_nested
 
 
 class _Sieve:
