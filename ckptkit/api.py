@@ -327,8 +327,8 @@ def diff(
         strip_module: take off wrapper prefixes of both first.
         atol: how far elements may be apart and count as unchanged; without both, bits decide.
         rtol: the same as a share of the larger magnitude of the two; what it allows is added.
-        strict: whether metadata, training state, ties and parts that one file alone has count for
-            `Difference.ok`.
+        strict: whether metadata, ties, parts that one file alone has, and every value in the files' trees count
+            for `Difference.ok`.
         allow_part: whether either may be a part of a checkpoint that lies in several files.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
         progress: called with the bytes gone through so far, and those to go through in all.

@@ -33,6 +33,7 @@ __all__ = [
     "Storage",
     "TensorEntry",
     "Trust",
+    "as_tensor",
     "contiguous_stride",
     "shared_storages",
     "trust_of",
@@ -108,6 +109,7 @@ class TensorEntry:
         subclass: inert node naming the tensor's Python class where that is neither ``torch.Tensor``
             nor ``nn.Parameter``.
         attributes: inert node of Python attributes saved along with the tensor.
+        effects: inert nodes of the calls that change the tensor once it is built (`ckptkit.pickling.inert.Object`).
     """
 
     storage: Storage
@@ -121,6 +123,7 @@ class TensorEntry:
     is_neg: bool = False
     subclass: object = None
     attributes: object = None
+    effects: tuple[object, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -449,6 +452,7 @@ class Checkpoint:
         unvouched: parts of the file that are code, or could not be looked into.
         module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
         findings: what the reader noticed.
+        discarded: inert nodes of what its pickles make and drop, and that belongs to nothing they keep.
         part: what it is of a checkpoint that lies in several files; ``None``: it is whole.
         operations: what `rewrite` did to it, in order.
     """
@@ -462,6 +466,7 @@ class Checkpoint:
     unvouched: tuple[GlobalUse, ...] = ()
     module: object = None
     findings: tuple[Finding, ...] = ()
+    discarded: tuple[object, ...] = ()
     part: Part | None = None
     operations: tuple[str, ...] = ()
 
@@ -490,6 +495,11 @@ def _called(rewriter: object) -> str:
     """A rewriter as it would be written, without what differs from run to run."""
     name = getattr(rewriter, "__qualname__", None)
     return f"{name}()" if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(rewriter))
+
+
+def as_tensor(storage: Storage) -> TensorEntry:
+    """A bare storage as the tensor of its bytes."""
+    return TensorEntry(storage=storage, storage_offset=0, shape=(storage.nbytes,), stride=(1,), dtype="uint8")
 
 
 def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:

@@ -7,7 +7,6 @@ checksums are checked as its bytes pass by.
 
 from __future__ import annotations
 
-import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,8 +19,8 @@ from ckptkit.formats import read
 from ckptkit.formats.module_versions import versions_text
 from ckptkit.formats.torch_zip_writer import written_tree
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.sections import brief, join
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.normalize.sections import brief
+from ckptkit.normalize.trees import Identical, Place, side_by_side
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums, damage_error, damage_of
 from ckptkit.transfer.workers import buffer, in_parallel
@@ -30,9 +29,6 @@ __all__ = ["check_output", "first_difference", "same_values"]
 
 _COMPARED_NBYTES = 512 << 10
 """Bytes compared at a time: both sides fit into a core's own cache, where checksums are fast."""
-
-_MAX_PLACE = 400
-"""Characters of a place after which it is not made longer: trees may be nested 100,000 deep."""
 
 _SHARDED = ("safetensors-sharded", "torch-sharded")
 
@@ -166,14 +162,14 @@ def _extra_values(source: Checkpoint, output: Checkpoint, comparison: _Compariso
     if set(ours) != set(theirs):
         raise CorruptError("the output does not hold the same values beside its tensors; nothing was written")
     for name, value in ours.items():
-        for pair in _paired_storages([(name, value, theirs[name])]):
+        for pair in _paired_storages([(Place().below(name), value, theirs[name])]):
             comparison.storages(*pair)
 
 
 def _trees(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
     """A container of a whole tree: every node, and every storage byte."""
     lowered = lower_state_dict(source.state_dict), lower_state_dict(output.state_dict)
-    for pair in _paired_storages([("", written_tree(source), output.rest)], lowered):
+    for pair in _paired_storages([(Place(), written_tree(source), output.rest)], lowered):
         comparison.storages(*pair)
 
 
@@ -235,92 +231,21 @@ def same_values(a: TensorEntry, b: TensorEntry) -> bool:
 
 
 def _paired_storages(
-    stack: list[tuple[str, object, object]], lowered: tuple[object, object] = (STATE_DICT, STATE_DICT)
+    roots: list[tuple[Place, object, object]], lowered: tuple[object, object] = (STATE_DICT, STATE_DICT)
 ) -> Iterator[tuple[str, Storage, Storage]]:
     """Go through trees side by side; yields each pair of storages with the place it was met at.
 
     Args:
-        stack: pairs of trees, each with its place.
+        roots: pairs of trees, each with its place.
         lowered: what stands for the marker `STATE_DICT` in either.
 
     Raises:
         CorruptError: the trees differ in anything else.
     """
-    paired: dict[int, object] = {}
-    back: dict[int, object] = {}
-    values: set[tuple[int, int]] = set()
-    while stack:
-        place, a, b = stack.pop()
-        a, b = lowered[0] if a is STATE_DICT else a, lowered[1] if b is STATE_DICT else b
-        if _is_scalar(a):
-            if not _same_scalar(a, b):
-                raise _differs(place, a, b)
-            continue
-        if isinstance(a, (Global, tuple)):
-            # Values without identity: the writer may join equal ones, and a reader part them.
-            if (id(a), id(b)) in values:
-                continue
-            values.add((id(a), id(b)))
-        elif id(a) in paired or id(b) in back:
-            # What was one object must still be one, and only that: sharing and ties are part of the tree.
-            if paired.get(id(a)) is not b or back.get(id(b)) is not a:
-                raise CorruptError(f"{place or 'root'}: no longer the same object in the output; nothing was written")
-            continue
-        else:
-            paired[id(a)], back[id(b)] = b, a
-        if isinstance(a, Storage) and isinstance(b, Storage):
-            if (a.dtype, a.nbytes, a.location) != (b.dtype, b.nbytes, b.location):
-                raise _differs(place, a, b)
-            yield place or "root", a, b
-            continue
-        parts, others = _parts(a, place), _parts(b, place)
-        if type(a) is not type(b) or len(parts) != len(others):
-            raise _differs(place, a, b)
-        stack.extend((at, x, y) for (at, x), (_, y) in zip(reversed(parts), reversed(others), strict=True))
-
-
-def _is_scalar(node: object) -> bool:
-    return node is None or isinstance(node, (bool, int, float, str, bytes, bytearray)) or node is ABSENT
-
-
-def _same_scalar(a: object, b: object) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return struct.pack("<d", a) == struct.pack("<d", b)  # NaN is not equal to itself
-    return type(a) is type(b) and a == b
-
-
-def _differs(place: str, a: object, b: object) -> CorruptError:
-    return CorruptError(f"{place or 'root'}: {brief(a)} became {brief(b)} in the output; nothing was written")
-
-
-def _parts(node: object, place: str) -> list[tuple[str, object]]:
-    """Everything that makes up a node, one level deep, each part with its place."""
-
-    def under(key: object) -> str:
-        return place if len(place) > _MAX_PLACE else join(place, key)
-
-    def of_pairs(pairs: list[tuple[object, object]]) -> list[tuple[str, object]]:
-        named = ((under(key), key, value) for key, value in pairs)
-        return [part for at, key, value in named for part in ((at, key), (at, value))]
-
-    if isinstance(node, TensorEntry):
-        scalars = (
-            node.storage_offset, node.dtype, node.requires_grad, node.is_parameter, node.is_conj, node.is_neg
-        )  # fmt: skip
-        return [
-            (place, part) for part in (*scalars, node.shape, node.stride, node.subclass, node.attributes, node.storage)
-        ]
-    if isinstance(node, (list, tuple)):
-        return [(under(index), item) for index, item in enumerate(node)]
-    if isinstance(node, InertDict):
-        return of_pairs(node.pairs)
-    if isinstance(node, Object):
-        filled = [(place, part) for part in (node.how, node.cls, node.args, node.kwargs, node.state)]
-        return [*filled, *((under(i), item) for i, item in enumerate(node.items)), *of_pairs(node.pairs)]
-    if isinstance(node, InertSet):
-        return [(place, node.frozen), *((place, member) for member in node.members)]
-    if isinstance(node, Global):
-        return [(place, node.module), (place, node.name)]
-    if isinstance(node, PersistentId):
-        return [(place, node.pid)]
-    return []
+    for met in side_by_side(roots, Identical(), lowered):
+        place = str(met.place) or "root"
+        if met.how == "parted":
+            raise CorruptError(f"{place}: no longer the same object in the output; nothing was written")
+        if not isinstance(met.a, Storage) or not isinstance(met.b, Storage) or met.how != "bytes":
+            raise CorruptError(f"{place}: {brief(met.a)} became {brief(met.b)} in the output; nothing was written")
+        yield place, met.a, met.b

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
-from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, holding_suffix
+from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, discarded_text, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.shapes import are_data
@@ -363,6 +363,18 @@ def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
+def _discarded(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+    if checkpoint.discarded:
+        kept = "" if checkpoint.origin.is_program else "; a .pth cannot keep it"
+        yield Finding(
+            code="discarded-call",
+            severity="warning",
+            message=f"the pickle makes {discarded_text(checkpoint.discarded)} and drops the result, which belongs to "
+            f"nothing in the file{kept}",
+            fix=_weights(checkpoint, "--weights-only"),
+        )
+
+
 def _other_weights(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     others = other_weights(checkpoint, contents.beside)
     if others:
@@ -399,6 +411,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _hostile,
     _part,
     _foreign,
+    _discarded,
     _whole_model,
     _prefix,
     _inner_module,

@@ -16,33 +16,59 @@ Version 1, exactly, so that anybody can compute it with a SHA-256 and a JSON wri
 - **Dtypes** are torch's names without ``torch.``.
 - A value of a state_dict that is **no plain tensor** (``_extra_state``, a quantized or sparse tensor) has a line
   too, at its place in the order, with its kind in place of a dtype and the tensors it consists of in place of
-  sizes: ``[name,kind,[[dtype,[sizes],digest],…],null]``.  The kind is the qualified name of its class, or of the
-  function that makes it, or Python's name of a plain type.  That it goes away, or that a tensor in it changes, is
-  thus noticed; numbers and text in it are not looked at.
+  sizes: ``[name,kind,[[dtype,[sizes],digest],…],tree]``.  The kind is the qualified name of its class, or of the
+  function that makes it, or Python's name of a plain type; the tree is the digest of all that the value is made of,
+  as in a whole digest: scales, zero points, axes, sizes, numbers and text.  A tensor of a class of its own that has
+  attributes has their tree as a fifth value in its line.  Where there is a tree the first line is
+  ``ckptkit-content-2``.  Version 1 had ``null`` for each tree, and no fifth value; lock files that have it still hold.
 
 Order, wrappers, container, devices, strides, ties, requires_grad, module versions, metadata and everything beside the
 weights have no part in it.  A file without any tensor has no content digest.
+
+A **whole digest** is of everything in the file: every tensor wherever it lies, every value, key and class, calls that
+are made for their effect, ties, and the container's own metadata.  It is ``sha256:`` and the SHA-256 of
+``ckptkit-whole-1`` and one line for each of ``["tree",digest]``, ``["metadata",[[key,value],…]]`` and
+``["ties",[[name,…],…]]``.  A tree's digest is that of `tree_digest`.  What is saved again is the same: the order and
+names of records, their alignment and times, keys and sharing of storages, strides, byte order, devices, the pickle's
+protocol and memo, and the order of names of tensors do not count.  `ckptkit.differences` finds no difference between
+two files of one whole digest, with ``strict``.  Programs, and files with parts that are not looked into, have none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptkit.checkpoint import TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.content import PLAIN, content_of, plain_bytes
+from ckptkit.normalize.trees import FLAGS
 from ckptkit.normalize.wrappers import unwrapped_in_digests
-from ckptkit.pickling.inert import Global, InertDict, InertSet, Object
+from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, effects_of
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
 
-__all__ = ["PREFIX", "Line", "content_digest", "kind_of", "tensor_digest", "told", "unwrapped_names"]
+__all__ = [
+    "PREFIX",
+    "Line",
+    "content_digest",
+    "kind_of",
+    "tensor_digest",
+    "told",
+    "tree_digest",
+    "unwrapped_names",
+    "whole_digest",
+]
 
 PREFIX = "sha256:"
 """Before the hexadecimal digits."""
 
-_FIRST = b"ckptkit-content-1\n"
+_FIRST, _WITH_TREES, _WHOLE = b"ckptkit-content-1\n", b"ckptkit-content-2\n", b"ckptkit-whole-1\n"
+
+Values = Callable[[TensorEntry | Storage], str]
+"""The digest of the values of a tensor, or of the bytes of a storage that stands by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +81,8 @@ class Line:
         shape: the tensor's sizes; ``None``: it is not a plain tensor.
         digest: the tensor's; ``None``: it is none.
         parts: dtype, shape and digest of each tensor in a value that is none itself.
+        tree: the digest of all that such a value is made of, or of what hangs on a tensor of a class of its own;
+            ``None``: it is plain, or the line is one of version 1.
     """
 
     name: str
@@ -62,6 +90,7 @@ class Line:
     shape: tuple[int, ...] | None = None
     digest: str | None = None
     parts: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    tree: str | None = None
 
 
 def told(digest: bytes) -> str:
@@ -90,11 +119,149 @@ def content_digest(lines: Iterable[Line]) -> str | None:
     ordered = sorted(lines, key=lambda line: line.name)
     if not ordered:
         return None
-    digest = hashlib.sha256(_FIRST)
+    digest = hashlib.sha256(_WITH_TREES if any(line.tree is not None for line in ordered) else _FIRST)
     for line in ordered:
         middle = line.parts if line.shape is None else line.shape
-        digest.update(json.dumps([line.name, line.kind, middle, line.digest], separators=(",", ":")).encode() + b"\n")
+        told_digests = [line.tree] if line.digest is None else [line.digest, line.tree][: 1 + (line.tree is not None)]
+        digest.update(_json([line.name, line.kind, middle, *told_digests]))
     return told(digest.digest())
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def whole_digest(checkpoint: Checkpoint, values: Values) -> str | None:
+    """The digest of everything in a file; ``None``: it holds what is not looked into."""
+    if checkpoint.origin.is_program or checkpoint.unvouched:
+        return None
+    state = checkpoint.state_dict
+    weights = lower_state_dict(state) if checkpoint.module is None else checkpoint.module
+    root = (checkpoint.rest, checkpoint.discarded)
+    digest = hashlib.sha256(_WHOLE)
+    digest.update(_json(["tree", tree_digest(root, values, weights)]))
+    digest.update(_json(["metadata", sorted(checkpoint.metadata.items())]))
+    digest.update(_json(["ties", sorted(_tied(state))]))
+    return told(digest.digest())
+
+
+def _tied(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
+    """The names of each tensor that has several, sorted."""
+    several = shared_storages(entries.values())
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in sorted(entries):
+        entry = entries[name]
+        if id(entry.storage) in several and entry.nbytes:
+            groups.setdefault(entry.view, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def tree_digest(root: object, values: Values, weights: object = STATE_DICT, *, flags: bool = True) -> str:
+    """The digest of a tree: the same where `ckptkit.normalize.trees.SameContent` finds no difference.
+
+    A node's digest is the SHA-256 of its kind and what it is made of, each with its length: plain values as they are,
+    nodes by their digests.  Nodes that lead to each other are numbered in the order in which they are reached, and
+    digested together; how such a cycle is folded counts.
+
+    Args:
+        root: the tree; it may share nodes, contain cycles and be deep.
+        values: what tells tensors apart.
+        weights: what stands for the marker `STATE_DICT`.
+        flags: as for `SameContent`.
+    """
+    done: dict[int, bytes] = {}
+    order: dict[int, int] = {}
+    lowest: dict[int, int] = {}
+    rows: dict[int, list[object]] = {}
+    waiting: list[object] = []
+    stack: list[tuple[object, Iterator[object]]] = []
+
+    def enter(node: object) -> bool:
+        """Whether there is something below the node; else it is digested."""
+        row = _row(weights if node is STATE_DICT else node, values, flags)
+        below = [part for part in row if not isinstance(part, bytes)]
+        if not below:
+            _digest_group(node, {id(node)}, {id(node): row}, done)
+            return False
+        order[id(node)] = lowest[id(node)] = len(order)
+        rows[id(node)] = row
+        waiting.append(node)
+        stack.append((node, iter(below)))
+        return True
+
+    enter(([root],))
+    while True:  # Tarjan's search for nodes that lead to each other
+        node, rest = stack[-1]
+        for part in rest:
+            if id(part) in done:
+                continue
+            if id(part) not in order:
+                if enter(part):
+                    break
+                continue
+            lowest[id(node)] = min(lowest[id(node)], order[id(part)])
+        else:
+            stack.pop()
+            if lowest[id(node)] == order[id(node)]:
+                group = {id(node)}
+                while (member := waiting.pop()) is not node:
+                    group.add(id(member))
+                _digest_group(node, group, rows, done)
+            if not stack:
+                return told(done[id(node)])
+            above = id(stack[-1][0])
+            lowest[above] = min(lowest[above], lowest[id(node)])
+
+
+def _digest_group(first: object, group: set[int], rows: dict[int, list[object]], done: dict[int, bytes]) -> None:
+    """Digest nodes that all lead to each other: most often it is one."""
+    numbers = {id(first): 0}
+    queue = [id(first)]
+    digest = hashlib.sha256()
+    for key in queue:
+        row = rows.pop(key)
+        digest.update(b"%d\n" % len(row))
+        for part in row:
+            if isinstance(part, bytes):
+                text = part
+            elif id(part) in group:
+                if id(part) not in numbers:
+                    numbers[id(part)] = len(numbers)
+                    queue.append(id(part))
+                text = b"number %d" % numbers[id(part)]
+            else:
+                text = b"digest " + done[id(part)]
+            digest.update(b"%d:" % len(text))
+            digest.update(text)
+    for key, number in numbers.items():
+        done[key] = hashlib.sha256(digest.digest() + b"%d" % number).digest() if number else digest.digest()
+
+
+def _row(node: object, values: Values, flags: bool) -> list[object]:
+    """What makes up a node: its kind, plain values in a row as one text, others as they are."""
+    pairs: list[tuple[object, object]] = []
+    if isinstance(node, TensorEntry):
+        told_flags = [getattr(node, name) for name in FLAGS] if flags else []
+        hanging = (node.subclass, node.attributes)
+        there = [part is not None for part in hanging]
+        kind = f"tensor {node.dtype} {[*node.shape]} {told_flags} {values(node)} {there}"
+        parts = [*(part for part in hanging if part is not None), *effects_of(node)]
+    elif isinstance(node, Storage):
+        kind, parts = f"storage {node.dtype} {node.nbytes} {node.byteorder} {values(node)}", []
+    else:
+        kind, parts, pairs = content_of(node)
+    row: list[object] = [f"{kind} {len(parts)} {len(pairs)}".encode("utf-8", "surrogatepass")]
+    plain: list[bytes] = []
+    for part in (*parts, *(part for pair in pairs for part in pair)):
+        if isinstance(part, PLAIN):
+            text = plain_bytes(part)
+            plain.append(b"%d:%b" % (len(text), text))
+            continue
+        if plain:
+            row.append(b"plain " + b"".join(plain))
+            plain.clear()
+        row.append(part)
+    return [*row, b"plain " + b"".join(plain)] if plain else row
 
 
 def kind_of(value: object) -> str:

@@ -190,8 +190,11 @@ def test_values_that_are_no_plain_tensors_count(save: Save) -> None:
 
     first = saved(0.5, {"x": 1})
     assert first.others == ("m._extra_state", "q")
-    assert first.content_digest == saved(0.5, {"x": 2}).content_digest  # what is in it is not looked at
-    assert first.content_digest != saved(0.25, {"x": 1}).content_digest  # but tensors are
+    assert first.content_digest == saved(0.5, {"x": 1}).content_digest
+    assert first.content_digest != saved(0.5, {"x": 2}).content_digest
+    assert first.former_digest == saved(0.5, {"x": 2}).former_digest  # version 1 did not look at what is in it
+    assert first.former_digest != saved(0.25, {"x": 1}).former_digest  # but at tensors
+    assert first.content_digest != saved(0.25, {"x": 1}).content_digest
     assert first.content_digest != saved(0.5, [1]).content_digest
     without = digested(save({"w": torch.ones(2), "v": torch.ones(2), "m._extra_state": {"x": 1}}))
     assert first.content_digest != without.content_digest
@@ -221,3 +224,53 @@ def test_a_tensor_alone_and_the_lines() -> None:
     text = 'ckptkit-content-1\n["x","builtins.object",[["int8",[2],"sha256:0"]],null]\n'
     assert content_digest([line]) == sha256(text.encode())
     assert [kind_of(value) for value in (1, "a", None, [])] == ["int", "str", "NoneType", "list"]
+
+
+class Scaled(torch.Tensor):
+    """A tensor that is kept with a scale."""
+
+
+def scaled(scale: float) -> torch.Tensor:
+    tensor = torch.ones(2).as_subclass(Scaled)
+    tensor.scale = scale
+    return tensor
+
+
+def quantized(scale: float, zero_point: int = 0) -> torch.Tensor:
+    return torch._make_per_tensor_quantized_tensor(torch.ones(4, dtype=torch.int8), scale, zero_point)
+
+
+def per_channel(axis: int, scale: float = 0.2) -> torch.Tensor:
+    scales, zeros = torch.tensor([0.1, scale]), torch.zeros(2, dtype=torch.int64)
+    return torch._make_per_channel_quantized_tensor(torch.ones(2, 2, dtype=torch.int8), scales, zeros, axis)
+
+
+VALUES: dict[str, Callable[[int], object]] = {
+    "scale": lambda i: quantized((0.1, 0.2)[i]),
+    "zero point": lambda i: quantized(0.1, i),
+    "axis": lambda i: per_channel(i),
+    "scale of a channel": lambda i: per_channel(0, (0.2, 0.3)[i]),
+    "sparse size": lambda i: torch.sparse_coo_tensor([[0], [1]], [1.0], (4, 4 + i)),
+    "layout": lambda i: torch.eye(2).to_sparse_csr() if i else torch.eye(2).to_sparse_csc(),
+    "meta shape": lambda i: torch.ones(2 + i, device="meta"),
+    "subclass": lambda i: scaled((0.1, 0.2)[i]),
+    "extra state": lambda i: {"step": i},
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.filterwarnings("ignore:.*quantize.* deprecated", "ignore:.*[Ss]parse")
+def test_what_a_value_is_made_of_counts(save: Save, name: str) -> None:
+    def digests(i: int, *, listed: bool) -> Examined:
+        values = {"w": torch.ones(2), "b": torch.ones(3), "v": VALUES[name](i)}
+        return digested(save(list(values.values()) if listed else values))
+
+    for listed in (False, True) if name != "extra state" else (False,):
+        a, again, b = digests(0, listed=listed), digests(0, listed=listed), digests(1, listed=listed)
+        assert a.content_digest == again.content_digest != b.content_digest
+        assert a.former_digest == again.former_digest != a.content_digest
+
+
+def test_plain_weights_have_the_digest_they_had(save: Save) -> None:
+    found = digested(save(STATE))
+    assert found.content_digest == found.former_digest == specified(STATE)

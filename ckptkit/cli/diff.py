@@ -47,7 +47,7 @@ __all__ = ["command"]
 @tolerance_option("--rtol", "The same as a share of the larger magnitude.")
 @click.option("--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list.")
 @allow_part_option
-@click.option("--strict", is_flag=True, help="What stands beside the tensors counts for the exit code too.")
+@click.option("--strict", is_flag=True, help="Everything in the files counts for the exit code, not the tensors alone.")
 @click.option("--format", "output", type=click.Choice(["text", "json", "markdown"]), default="text", help="Output.")
 @click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
 @ignore_checksums
@@ -66,9 +66,9 @@ def command(
     """Compare the checkpoints A and B: names, shapes, dtypes and every bit of every tensor.
 
     Exit code 0: the tensors are the same; 1: one differs, or could not be compared; 2: it could not be done.
-    Parts beside the weights that both hold (optimizer moments, averaged weights) are compared too. Parts that only
-    one holds, metadata, training state and ties are listed, and decide only with --strict; containers, devices and
-    the order of names never do.
+    Tensors that both hold elsewhere (optimizer moments, averaged weights, attributes of modules) are compared too. All
+    else that differs is listed, and decides only with --strict: parts that only one holds, metadata, ties, and every
+    value, class and key in the files' trees. Containers, devices and the order of tensors' names never do.
 
     With --atol or --rtol an element is unchanged where |b - a| <= atol + rtol * max(|a|, |b|).
     """

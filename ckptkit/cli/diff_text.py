@@ -139,6 +139,12 @@ def tables(document: Mapping[str, Any], top: int) -> Iterator[Table]:
     yield from table("beside the weights", sections, "section,kind,tensors in A,in B,", "llrrl", 0)
     yield from values("metadata", document["metadata"])
     yield from values("training state", document["training"])
+    told = {row["key"] for row in document["training"]}
+    rest = [row for row in document["tree"] if row["what"] == "tensor" or row["path"] not in told]
+    rows = [[row["path"] or "(whole file)", row["a"] or "-", row["b"] or "-", figure(row["max_abs"])] for row in rest]
+    unlisted = document["tree_differences"] - len(document["tree"])
+    for each in table("elsewhere in the files", rows, "place,A,B,max |b-a|", "lllr", 0, 1, 2):
+        yield each._replace(left_out=each.left_out + unlisted)
 
 
 def notes(row: Mapping[str, Any]) -> str:

@@ -61,6 +61,15 @@ CODES: dict[str, Explanation] = {
         "Convert to .pth, which holds them all. A DTensor or ShardedTensor is made whole by gathering it where it was "
         "saved; values that the model can do without are left out with --exclude.",
     ),
+    "discarded-call": Explanation(
+        "the pickle makes something and drops it",
+        "Loading the file makes a call whose result goes nowhere: it belongs to no object in the file, so it is there "
+        "for what it does (it registers, logs, patches), or it is what an attacker added. Its names count for trust, "
+        "and the tensors in it are listed. What a pickle calls to set the state of an object in the file is kept with "
+        "that object, and is not meant here.",
+        "A .pth could not keep it in its place and is refused. Leave it out: ckptkit convert FILE OUT --weights-only, "
+        "or write a .safetensors.",
+    ),
     "not-a-model": Explanation(
         "a state_dict, not a model",
         "The file maps names to tensors. What torch.load returns has no eval() and cannot be called (\"'OrderedDict' "

@@ -108,9 +108,9 @@ CODES: dict[str, Explanation] = {
     "file-rewritten": Explanation(
         "other bytes than released, but the same tensors",
         "The file's hash is not the manifest's, the content digest is: names, dtypes, shapes and values are equal. It "
-        "was converted, saved again, or something beside the weights was changed.",
-        "If that is meant, record it with ckptkit manifest --update; ckptkit diff shows what is different beside the "
-        "weights.",
+        "was converted, saved again, or something else in it was changed; where the manifest has a whole digest, the "
+        "message says which.",
+        "If that is meant, record it with ckptkit manifest --update; ckptkit diff --strict shows all that differs.",
     ),
     "file-changed": Explanation(
         "other bytes than released, in a file without tensors",

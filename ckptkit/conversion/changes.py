@@ -11,7 +11,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, Tenso
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.errors import FormatError
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.beside import beside_weights
+from ckptkit.normalize.beside import beside_weights, discarded_text
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.normalize.wrappers import inner_module_told, wrapper_of
@@ -190,6 +190,8 @@ def diagnose_losses(
     else:
         kept = set(beside_weights(result))
         left_out = [key for key in beside_weights(source) if key not in kept]
+    if source.discarded:  # what would keep them is refused
+        left_out.append(discarded_text(source.discarded))
     if left_out:
         yield Finding(code="left-out", severity="info", message=f"not in the output: {_listed(left_out)}")
     if source.state_dict.is_module and not result.state_dict.is_module:

@@ -2,7 +2,7 @@
 
 The weights are compared name by name; what has another name is looked for by content and by shape (`matching`).
 Bits decide (`bits`, `work`); figures are computed of what differs alone (`figures`, `measuring`).  What stands
-beside the weights is compared too (`beside`), values that are not plain tensors as the trees they are (`trees`).
+beside the weights is compared too: sections and scalars (`beside`), and everything in both files' trees (`trees`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from ckptkit.differences.figures import Sums, Tolerance
 from ckptkit.differences.matching import find_renamed
 from ckptkit.differences.measuring import NO_FIGURES, all_sums
 from ckptkit.differences.modules import UNCHANGED, rolled_up
-from ckptkit.differences.trees import same_tree
+from ckptkit.differences.trees import TreeComparison, ValueComparison
 from ckptkit.differences.work import Work
 from ckptkit.errors import SectionError
 from ckptkit.inspection.listing import storage_names
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.sections import brief
 from ckptkit.normalize.selection import paths_listed
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.report import Finding, count_of, listed
@@ -71,7 +70,7 @@ def differ(
     """
     for checkpoint in (a, b):
         require_whole(checkpoint, allow_part=allow_part)
-    ours, theirs, selected = _values(a, b)
+    ours, theirs, selected = _values(a, b, strict=strict)
     given = [*["--strict"] * strict, *["--allow-part"] * allow_part]
     if tolerance is not None:
         given += ["--atol", f"{tolerance.atol}", "--rtol", f"{tolerance.rtol}"]
@@ -79,10 +78,17 @@ def differ(
     with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
         comparison = _Comparison(ours, theirs, work, tolerance)
         sections: tuple[dict[str, Any], ...] = ()
-        if beside and selected:
-            parts = other_sections(a), other_sections(b)
-            if any(parts):
-                sections = section_rows(a, b, *parts, work)
+        parts = (other_sections(a), other_sections(b)) if beside and selected else ({}, {})
+        trees = TreeComparison(
+            a,
+            b,
+            comparison.paired(),
+            beside=beside,
+            sections=[entry for side in parts for names in side.values() for entry in names.values()],
+            work=work,
+        )
+        if any(parts):
+            sections = section_rows(a, b, *parts, work)
         ties = tuple(_ties(comparison.pairs, ours, theirs))
         return comparison.difference(
             a=header(a),
@@ -90,17 +96,18 @@ def differ(
             metadata=metadata_rows(a, b),
             training=training_rows(a, b) if beside else (),
             sections=sections,
+            trees=trees,
             ties=ties,
             findings=(*part_findings(a), *part_findings(b), *_prefixes(a, b, ours, theirs, given), *_ties_told(ties)),
             strict=strict,
         )
 
 
-def _values(a: Checkpoint, b: Checkpoint) -> tuple[Mapping[str, object], Mapping[str, object], bool]:
+def _values(a: Checkpoint, b: Checkpoint, *, strict: bool) -> tuple[Mapping[str, object], Mapping[str, object], bool]:
     """What is compared of each, by name, and whether it is the weights of both.
 
     Raises:
-        SectionError: one of them has several; or neither has a tensor.
+        SectionError: one of them has several; or neither has a tensor, and nothing else counts.
     """
     has_weights = [checkpoint.origin.state_path is not None for checkpoint in (a, b)]
     if any(has_weights) and not all(has_weights):
@@ -114,8 +121,10 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[Mapping[str, object], Mapping
         checkpoint.state_dict.everything if has else named_tensors(checkpoint)
         for checkpoint, has in zip((a, b), has_weights, strict=True)
     ]
-    if not any(found):
-        raise SectionError(f"{a.origin.path} and {b.origin.path}: neither holds a tensor: there is nothing to compare")
+    if not any(found) and not strict:
+        raise SectionError(
+            f"{a.origin.path} and {b.origin.path}: neither holds a tensor: there is nothing to compare without --strict"
+        )
     return found[0], found[1], all(has_weights)
 
 
@@ -138,18 +147,27 @@ class _Comparison:
         self._renamed = find_renamed(_tensors(ours, self._removed), _tensors(theirs, self._added), work.checksums)
         self.pairs = [(name, name) for name in common if _both_tensors(ours[name], theirs[name])]
         self.pairs += [(each.old, each.new) for each in self._renamed]
-        self._others = [name for name in common if not _both_tensors(ours[name], theirs[name])]
+        others = [name for name in common if not _both_tensors(ours[name], theirs[name])]
+        self._others = others
+        self._values = ValueComparison(ours, theirs, others, work)
         self._same_order = common == [name for name in theirs if name in ours]
         self._kinds: dict[str, str] = {}
         self._lists: dict[str, list[dict[str, Any]]] = {
             name: [] for name in ("reshaped", "recast", "changed", "within_tolerance", "values", "not_compared")
         }
 
-    def difference(self, *, findings: Sequence[Finding], **facts: Any) -> Difference:
+    def paired(self) -> Iterator[tuple[str, TensorEntry, TensorEntry]]:
+        """Each tensor that both have, under its name in the second."""
+        for old, new in self.pairs:
+            yield (new, *self._pair(old, new))
+
+    def difference(self, *, trees: TreeComparison, findings: Sequence[Finding], **facts: Any) -> Difference:
         """Compare, and tell everything."""
         known = {each.new: each for each in self._renamed}
         self._compare({each.new for each in self._renamed if each.by == "content"})
         self._compare_others()
+        tree, in_trees, lost = trees.told(self._tolerance)
+        self._lists["not_compared"] += [{"name": place, "reason": _OVERLAPPING} for place in lost]
         for name in {*self._added} - set(known):
             self._kinds[name] = "added"
         for name in {*self._removed} - {each.old for each in self._renamed}:
@@ -171,6 +189,8 @@ class _Comparison:
             renamed=tuple(each.to_dict() for each in self._renamed),
             same_order=self._same_order,
             modules=rolled_up(self._ordered(), largest),
+            tree=tree,
+            tree_differences=in_trees,
             findings=(*self._told(rows), *findings),
             **rows,
             **facts,
@@ -239,11 +259,11 @@ class _Comparison:
         """What is not a plain tensor in one of them."""
         for name in self._others:
             a, b = self._ours[name], self._theirs[name]
-            same = same_tree(a, b, self.work.same_now)
+            same = self._values.same(name)
             if same is None:
-                self._lists["not_compared"].append({"name": name, "reason": "it could not be gone through to its end"})
+                self._lists["not_compared"].append({"name": name, "reason": _OVERLAPPING})
             elif not same:
-                self._lists["values"].append({"name": name, "a": brief(a), "b": brief(b)})
+                self._lists["values"].append(self._values.row(name, a, b))
             self._kinds[name] = UNCHANGED if same else "not compared" if same is None else "changed"
 
     def _told(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Finding]:

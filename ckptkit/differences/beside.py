@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
-from ckptkit.differences.bits import as_tensor
+from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, as_tensor
 from ckptkit.differences.work import Work
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.training import training_document
 from ckptkit.pickling.inert import mapping_items
 
 __all__ = ["header", "metadata_rows", "named_tensors", "other_sections", "section_rows", "training_rows"]
+
+_Value = TypeVar("_Value")
 
 _MAX_LOCATIONS = 64
 """Device tags that are listed."""
@@ -78,26 +79,28 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def named_tensors(checkpoint: Checkpoint) -> dict[str, TensorEntry]:
-    """Every tensor of a file without weights, and every bare storage, each under a name of its own."""
+def named_tensors(checkpoint: Checkpoint) -> dict[str, object]:
+    """Every tensor of a file without weights, every bare storage and array, each under a name of its own."""
     listing = list_tensors(checkpoint)
-    names = _Names()
+    names = _Names[object]()
     for row in listing.rows:
         is_whole = not row.section or row.name == row.section
         names.add(row.name if is_whole else f"{row.section}.{row.name}", row.tensor)
     for number, storage in enumerate(listing.bare):
         names.add(f"(storage {number})", as_tensor(storage))
+    for found, array in listing.arrays:
+        names.add(found.path, array)
     return names.found
 
 
-class _Names:
-    """Tensors by name, ``#2`` and so on after the names of those whose name is taken."""
+class _Names(Generic[_Value]):
+    """Values by name, ``#2`` and so on after the names of those whose name is taken."""
 
     def __init__(self) -> None:
-        self.found: dict[str, TensorEntry] = {}
+        self.found: dict[str, _Value] = {}
         self._taken: dict[str, int] = {}
 
-    def add(self, name: str, entry: TensorEntry) -> None:
+    def add(self, name: str, entry: _Value) -> None:
         unique = name
         while unique in self.found:
             self._taken[name] = self._taken.get(name, 1) + 1
@@ -105,12 +108,12 @@ class _Names:
         self.found[unique] = entry
 
 
-def other_sections(checkpoint: Checkpoint) -> dict[str | None, dict[str, TensorEntry]]:
-    """The tensors beside the weights, by section and name."""
+def other_sections(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:
+    """The tensors of other sections, by section and name; those of none are told where they are."""
     selected = checkpoint.origin.state_path
-    sections: dict[str | None, _Names] = {}
+    sections: dict[str, _Names[TensorEntry]] = {}
     for row in list_tensors(checkpoint).rows:
-        if row.section is None or row.section != selected:
+        if row.section is not None and row.section != selected:
             sections.setdefault(row.section, _Names()).add(row.name, row.tensor)
     return {path: names.found for path, names in sections.items()}
 
@@ -118,8 +121,8 @@ def other_sections(checkpoint: Checkpoint) -> dict[str | None, dict[str, TensorE
 def section_rows(
     a: Checkpoint,
     b: Checkpoint,
-    ours: Mapping[str | None, Mapping[str, TensorEntry]],
-    theirs: Mapping[str | None, Mapping[str, TensorEntry]],
+    ours: Mapping[str, Mapping[str, TensorEntry]],
+    theirs: Mapping[str, Mapping[str, TensorEntry]],
     work: Work,
 ) -> tuple[dict[str, Any], ...]:
     """One row for each part beside the weights.
@@ -150,7 +153,7 @@ def section_rows(
         rows.append(
             {
                 "path": path,
-                "kind": kinds.get(path, "collection") if path is not None else "collection",
+                "kind": kinds.get(path, "collection"),
                 "a": None if left is None else len(left),
                 "b": None if right is None else len(right),
                 "differing": differing,

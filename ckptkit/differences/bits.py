@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ckptkit.bytesource import ByteRange
-from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums
 
-__all__ = ["PIECE_NBYTES", "as_tensor", "pieces", "same_piece", "side_by_side", "unexpanded"]
+__all__ = ["PIECE_NBYTES", "pieces", "same_piece", "side_by_side", "unexpanded"]
 
 PIECE_NBYTES = 16 << 20
 """Bytes of a tensor that one thread compares before it looks for other work: of few large tensors every core
@@ -33,11 +33,6 @@ _MOST_OVERLAP = 64
 """How many times the bytes of its storage a view may have and still be gone through, as for statistics."""
 
 _kept = threading.local()
-
-
-def as_tensor(storage: Storage) -> TensorEntry:
-    """A bare storage as the tensor of its bytes."""
-    return TensorEntry(storage=storage, storage_offset=0, shape=(storage.nbytes,), stride=(1,), dtype="uint8")
 
 
 def unexpanded(a: TensorEntry, b: TensorEntry) -> tuple[TensorEntry, TensorEntry, int] | None:

@@ -50,12 +50,18 @@ class Difference:
         recast: ``name``, ``from``, ``to``, ``equal_after_cast`` (``None``: no values that could be told), figures.
         changed: ``name``, ``dtype``, ``shape`` and figures (`ckptkit.differences.figures`), the largest change first.
         within_tolerance: the same of what is no difference because of the tolerance that was asked for.
-        values: ``name``, ``a``, ``b`` of what is not a plain tensor (quantized, extra state) and differs.
+        values: ``name``, ``a``, ``b`` of what is not a plain tensor (quantized, extra state) and differs; ``at``: where
+            in it the first difference is.
         not_compared: ``name``, ``reason``.
         same_order: whether what both have stands in the same order.
         metadata, training: ``key``, ``a``, ``b`` of what differs; ``None`` where one has none.
         sections: the other parts that hold tensors: ``path``, ``kind``, tensors in ``a`` and in ``b`` (``None``: it
             has no such part), how many are ``differing``, ``equal`` (``None``: only one has it).
+        tree: ``path``, ``what``, ``a``, ``b``, ``max_abs`` of all that differs in the files' trees: beside the weights,
+            in attributes of modules and of tensors, in classes and settings.  ``what`` is ``"tensor"``, ``"value"`` or
+            ``"order"`` (of keys); ``a`` and ``b`` are shortened (``None``: it has nothing there).  Tensors come first,
+            then the order is the file's; at most 1,000 are listed.
+        tree_differences: how many there are.
         ties: ``names``, ``tied_in`` of tensors that are one tensor in only one of the files.
         modules: the differences rolled up; see `ckptkit.differences.modules`.
         findings: what is remarkable about it.
@@ -78,6 +84,8 @@ class Difference:
     metadata: Rows = ()
     training: Rows = ()
     sections: Rows = ()
+    tree: Rows = ()
+    tree_differences: int = 0
     ties: Rows = ()
     modules: Rows = ()
     findings: tuple[Finding, ...] = ()
@@ -88,18 +96,19 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """Whether both hold the same tensors: names, shapes, dtypes, values; in every part that both have."""
+        """Whether both hold the same tensors: names, shapes, dtypes, values; in every part and place that both have."""
         differs = (
             self.added or self.removed or self.renamed or self.reshaped or self.recast or self.changed
             or self.values or self.not_compared or any(section["equal"] is False for section in self.sections)
+            or any(row["what"] == "tensor" for row in self.tree)
         )  # fmt: skip
         return not differs
 
     @property
     def same_beside(self) -> bool:
-        """Whether metadata, training state, ties and parts are the same too; containers and devices do not count."""
+        """Whether metadata, ties, and the whole trees are the same too; containers and devices do not count."""
         alone = any(section["equal"] is None for section in self.sections)
-        return not (self.metadata or self.training or self.ties or alone)
+        return not (self.metadata or self.training or self.ties or self.tree_differences or alone)
 
     @property
     def ok(self) -> bool:
@@ -118,7 +127,7 @@ class Difference:
         """The verdict: ``"only fc changed; 120 of 122 tensors are bit-identical"``."""
         share = share_of(self.unchanged, self.tensors, "tensor", "is", "are")
         every = "the only tensor is" if self.unchanged == 1 else f"all {count_of(self.unchanged, 'tensor')} are"
-        everything = f"{every} bit-identical"
+        everything = f"{every} bit-identical" if self.tensors else "neither holds a tensor"
         if self.equal:
             within = f"{share} bit-identical, the others are within tolerance"
             told = within if self.within_tolerance else everything
@@ -126,7 +135,7 @@ class Difference:
         if not self.modules:
             apart = [
                 section["path"] or "the rest of the file" for section in self.sections if section["equal"] is False
-            ]
+            ] or [row["path"] or "the rest of the file" for row in self.tree if row["what"] == "tensor"]
             return f"{everything}; beside them {_listed(apart)} {'differs' if len(apart) == 1 else 'differ'}"
         return f"{self._told}; {share} bit-identical{' under the same name' if self.renamed else ''}"
 
@@ -189,6 +198,8 @@ class Difference:
             "metadata": rows(self.metadata),
             "training": rows(self.training),
             "sections": rows(self.sections),
+            "tree": rows(self.tree),
+            "tree_differences": self.tree_differences,
             "ties": rows(self.ties),
             "modules": rows(self.modules),
             "findings": [finding.to_dict() for finding in self.findings],

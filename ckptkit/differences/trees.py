@@ -1,92 +1,210 @@
-"""Whether two values that are not plain tensors are the same: quantized and sparse tensors, extra state, objects.
+"""What differs in the whole trees of two checkpoints: beside the weights, around them, and in what hangs on them.
 
-They are compared as what the files say they are: every node, and the values of every tensor and the bytes of every
-storage in them.  Nothing is made of them, so what is equal in another form counts as different.
+Trees are gone through side by side (`ckptkit.normalize.trees`), by what they mean: values, names of classes, keys and
+their order, and every tensor, in whatever it lies.  Containers and devices do not count.  Of a container that holds
+weights alone it is told what it leaves out.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.differences.bits import as_tensor
-from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
+from ckptkit.differences.figures import Tolerance
+from ckptkit.differences.measuring import all_sums
+from ckptkit.differences.work import Pair, Work
+from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.sections import brief
+from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side
+from ckptkit.pickling.inert import ABSENT, effects_of, mapping_items, walk
 
-__all__ = ["same_tree"]
+__all__ = ["TreeComparison", "ValueComparison"]
 
-SameTensors = Callable[[TensorEntry, TensorEntry], "bool | None"]
+_MOST_ROWS = 1000
+"""Differences that are listed."""
+
+_MOST_MEASURED = 100
+"""Tensors whose largest difference is computed."""
 
 
-def same_tree(a: object, b: object, same_tensors: SameTensors) -> bool | None:
-    """Whether two trees are the same; ``None``: they could not be compared to their end.
+class TreeComparison:
+    """Two trees, gone through when it is made; their tensors are read by the next run of the work.
 
     Args:
-        a: a tree; it may share nodes, contain cycles and be deep.
-        b: the other.
-        same_tensors: whether two tensors of one dtype and shape hold the same bits; ``None``: it cannot be told.
+        a: the first checkpoint.
+        b: the second.
+        pairs: the weights that are compared by name, which this leaves out.
+        beside: whether what stands beside the weights is compared, or only what hangs on them.
+        sections: the tensors of other sections, which are counted there.
+        work: what compares tensors.
     """
-    seen: set[tuple[int, int]] = set()
-    unknown = False
-    stack: list[tuple[object, object]] = [(a, b)]
+
+    def __init__(
+        self,
+        a: Checkpoint,
+        b: Checkpoint,
+        pairs: Iterable[tuple[str, TensorEntry, TensorEntry]],
+        *,
+        beside: bool,
+        sections: Iterable[TensorEntry],
+        work: Work,
+    ) -> None:
+        self._work = work
+        self._in_sections = {id(entry) for entry in sections}
+        weights = list(pairs)
+        compared = {(id(x), id(y)) for _, x, y in weights}
+        is_alone = not (a.origin.has_pickle and b.origin.has_pickle)
+        flags = not is_alone and (a.module is None) is (b.module is None)
+        rule = SameContent(flags=flags)
+        place = Place().below(b.origin.state_path) if b.origin.state_path else Place()
+        hanging = [(place.below(name), x, y) for name, x, y in weights if _may_differ(x, y, flags=flags)]
+        self._found: list[tuple[Met, Pair | None]] = []
+        self._count = 0
+        self._take(side_by_side(hanging, rule), compared)
+        if beside:
+            self._take(_whole(a, b, rule, is_alone=is_alone), compared)
+
+    def _take(self, found: Iterator[Met], compared: set[tuple[int, int]]) -> None:
+        for met in found:
+            if isinstance(met.a, TensorEntry) and isinstance(met.b, TensorEntry) and (id(met.a), id(met.b)) in compared:
+                continue
+            key = self._work.add(*_tensors(met)) if met.how == "bytes" else None
+            self._count += key is None
+            if key is not None or met.is_tensor or met.how == "kinds" or self._count <= _MOST_ROWS:
+                self._found.append((met, key))
+
+    def told(self, tolerance: Tolerance | None) -> tuple[tuple[dict[str, Any], ...], int, list[str]]:
+        """The rows that are listed, those of tensors first; how many there are; and what could not be compared."""
+        differing = [(met, key) for met, key in self._found if key is None or self._work.same(key) is False]
+        lost = [str(met.place) for met, key in self._found if key is not None and self._work.same(key) is None]
+        measured = [(met, key) for met, key in differing if key is not None and not self._is_in_section(met)]
+        wanted = measured if tolerance is not None else measured[:_MOST_MEASURED]
+        sums = all_sums((_tensors(met) for met, _ in wanted), tolerance or Tolerance(), self._work) if wanted else {}
+        rows, within = [], 0
+        tensors = {id(met) for met in _of_tensors(met for met, _ in differing)}
+        for met, key in sorted(differing, key=lambda pair: (id(pair[0]) not in tensors, self._is_in_section(pair[0]))):
+            found = sums.get(key) if key is not None else None
+            if found is not None and tolerance is not None and not found.outside:
+                within += 1
+                continue
+            a, b = shown(met.a, met.b)
+            if met.how == "order":
+                b = f"{b}, the same keys in another order"
+            figure = None if found is None else found.to_dict()["max_abs"]
+            what = "tensor" if id(met) in tensors else "order" if met.how == "order" else "value"
+            rows.append({"path": str(met.place), "what": what, "a": a, "b": b, "max_abs": figure})
+        bits = sum(key is not None for _, key in differing)
+        return tuple(rows[:_MOST_ROWS]), self._count + bits - within, lost
+
+    def _is_in_section(self, met: Met) -> bool:
+        return id(met.a) in self._in_sections and id(met.b) in self._in_sections
+
+
+def _of_tensors(found: Iterable[Met]) -> Iterator[Met]:
+    """The differences that are about tensors both have, or may be: in what cannot be compared part for part."""
+    looked_into = 0
+    for met in found:
+        is_tensor = met.is_tensor
+        if not is_tensor and met.how == "kinds":
+            looked_into += 1
+            is_tensor = looked_into > _MOST_ROWS or (_has_tensor(met.a) and _has_tensor(met.b))
+        if is_tensor:
+            yield met
+
+
+def _has_tensor(root: object) -> bool:
+    return any(isinstance(node, (TensorEntry, Storage)) for node in walk(root))
+
+
+def _may_differ(a: TensorEntry, b: TensorEntry, *, flags: bool) -> bool:
+    """Whether there is more to two tensors than their values."""
+    if any(entry.subclass is not None or entry.attributes is not None or effects_of(entry) for entry in (a, b)):
+        return True
+    return flags and any(getattr(a, name) is not getattr(b, name) for name in FLAGS)
+
+
+def _whole(a: Checkpoint, b: Checkpoint, rule: SameContent, *, is_alone: bool) -> Iterator[Met]:
+    """Everything beside the weights, and around them."""
+    has_weights = a.origin.state_path is not None and b.origin.state_path is not None
+    one_module = (a.module is None) is not (b.module is None)
+    if not has_weights:
+        yield from side_by_side([(Place(), a.rest, b.rest)], rule, (_lowered(a), _lowered(b)))
+    elif not is_alone and (a.rest is STATE_DICT) is (b.rest is STATE_DICT):
+        around = [(c.module or STATE_DICT) if one_module or c.module is not None else _shell(c) for c in (a, b)]
+        yield from side_by_side([(Place(), a.rest, b.rest)], rule, (around[0], around[1]))
+        yield from side_by_side([(Place().below("(discarded)"), a.discarded, b.discarded)], rule)
+    else:
+        # One is no more than weights: what the other is, and has beside them.
+        if one_module or not is_alone:
+            yield Met(Place(), a.module or a.rest, b.module or b.rest)
+        for place, node in () if a.origin.is_program else _beside(a.rest):
+            yield Met(place, node, ABSENT)
+        for place, node in () if b.origin.is_program else _beside(b.rest):
+            yield Met(place, ABSENT, node)
+
+
+def _lowered(checkpoint: Checkpoint) -> object:
+    return lower_state_dict(checkpoint.state_dict) if checkpoint.module is None else checkpoint.module
+
+
+def _shell(checkpoint: Checkpoint) -> object:
+    """The weights' mapping without its values: its class, what hangs on it, the versions of modules."""
+    state = checkpoint.state_dict
+    return lower_state_dict(StateDict(versions=state.versions, container=state.container))
+
+
+def _beside(root: object) -> Iterator[tuple[Place, object]]:
+    """What stands in a tree beside the way to the weights."""
+    seen: set[int] = set()
+    stack = [(Place(), root)]
     while stack:
-        x, y = stack.pop()
-        if _is_scalar(x) or _is_scalar(y):
-            if not _same_scalar(x, y):
-                return False
+        place, node = stack.pop()
+        pairs = mapping_items(node)
+        if pairs is None or id(node) in seen or not any(part is STATE_DICT for part in walk(node)):
+            yield from [(place, node)] * (node is not STATE_DICT and id(node) not in seen)
             continue
-        if (id(x), id(y)) in seen:
-            continue
-        seen.add((id(x), id(y)))
-        if len(seen) > DEFAULT_LIMITS.tree_nodes:
-            return None
-        if type(x) is not type(y):
-            return False
-        if isinstance(x, TensorEntry) and isinstance(y, TensorEntry):
-            if (x.dtype, x.shape) != (y.dtype, y.shape):
-                return False
-            same = same_tensors(x, y)
-            stack += [(x.subclass, y.subclass), (x.attributes, y.attributes)]
-        elif isinstance(x, Storage) and isinstance(y, Storage):
-            if (x.dtype, x.nbytes) != (y.dtype, y.nbytes):
-                return False
-            same = same_tensors(as_tensor(x), as_tensor(y)) if x.byteorder == y.byteorder else None
-        else:
-            parts, others = _parts(x), _parts(y)
-            if len(parts) != len(others):
-                return False
-            stack.extend(zip(parts, others, strict=True))
-            continue
-        if same is False:
-            return False
-        unknown = unknown or same is None
-    return None if unknown else True
+        seen.add(id(node))
+        stack.extend((place.below(key), value) for key, value in reversed(pairs))
 
 
-def _is_scalar(node: object) -> bool:
-    return node is None or node is ABSENT or isinstance(node, (bool, int, float, str, bytes, bytearray))
+def _tensors(met: Met) -> tuple[TensorEntry, TensorEntry]:
+    a, b = (as_tensor(node) if isinstance(node, Storage) else node for node in (met.a, met.b))
+    if not isinstance(a, TensorEntry) or not isinstance(b, TensorEntry):
+        raise TypeError("tensors alone have bytes")
+    return a, b
 
 
-def _same_scalar(a: object, b: object) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return struct.pack("<d", a) == struct.pack("<d", b)  # NaN is not equal to itself
-    return type(a) is type(b) and a == b
+class ValueComparison:
+    """The values of two state_dicts that are not plain tensors, gone through when it is made.
 
+    Args:
+        ours, theirs: the values by name.
+        names: those to compare.
+        work: what compares tensors.
+    """
 
-def _parts(node: object) -> list[object]:
-    """What makes up a node, one level deep; as much of two nodes of one type is in the same place."""
-    if isinstance(node, (list, tuple)):
-        return list(node)
-    if isinstance(node, InertDict):
-        return [part for pair in node.pairs for part in pair]
-    if isinstance(node, Object):
-        filled = [node.cls, node.args, node.kwargs, node.state, len(node.items), len(node.pairs)]
-        return [*filled, *node.items, *(part for pair in node.pairs for part in pair)]
-    if isinstance(node, InertSet):
-        return [node.frozen, *node.members]
-    if isinstance(node, Global):
-        return [node.module, node.name]
-    if isinstance(node, PersistentId):
-        return [node.pid]
-    return [node]
+    def __init__(
+        self, ours: Mapping[str, object], theirs: Mapping[str, object], names: Iterable[str], work: Work
+    ) -> None:
+        self._work = work
+        self._found = {
+            name: [
+                (met, work.add(*_tensors(met)) if met.how == "bytes" else None)
+                for met in side_by_side([(Place().below(name), ours[name], theirs[name])], SameContent(flags=False))
+            ]
+            for name in names
+        }
+
+    def same(self, name: str) -> bool | None:
+        """Whether the two values of a name are the same; ``None``: it cannot be told."""
+        same = [False if key is None else self._work.same(key) for _, key in self._found[name]]
+        return False if False in same else None if None in same else True
+
+    def row(self, name: str, a: object, b: object) -> dict[str, Any]:
+        """What differs in it, as a row of `Difference.values`."""
+        first = next(met for met, key in self._found[name] if key is None or self._work.same(key) is False)
+        told = [brief(a), brief(b)]
+        if told[0] == told[1] and not first.is_tensor:
+            told = [f"{what}: {value}" for what, value in zip(told, shown(first.a, first.b), strict=True)]
+        return {"name": name, "a": told[0], "b": told[1], "at": str(first.place)}

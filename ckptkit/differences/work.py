@@ -82,12 +82,6 @@ class Work:
         """Whether a pair that was compared has the same bits; ``None``: it cannot be told."""
         return self._same[key]
 
-    def same_now(self, a: TensorEntry, b: TensorEntry) -> bool | None:
-        """Whether two tensors of one dtype and as many elements have the same bits, found out at once."""
-        key = self.add(a, b)
-        self.run()
-        return self.same(key)
-
     def expect(self, nbytes: int) -> None:
         """So many bytes more are to be gone through."""
         self._total += nbytes

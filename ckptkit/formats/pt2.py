@@ -83,6 +83,7 @@ def read(probe: Probe) -> RawCheckpoint:
         metadata={},
         globals=vouched(archive.uses()),
         has_pickle=archive.has_pickle,
+        discarded=archive.discarded,
         findings=(*archive.findings(), *reader.findings()),
     )
 

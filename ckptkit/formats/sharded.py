@@ -98,6 +98,7 @@ def read(probe: Probe) -> RawCheckpoint:
         writer=next((raw.writer for raw in raws if len({raw.writer for raw in raws}) == 1), None),
         metadata=merged_metadata(metadata, shards),
         globals=merged_globals(shards),
+        discarded=tuple(value for raw in raws for value in raw.discarded),
         findings=(
             *merged_findings(shards),
             *odd_shards(shards),

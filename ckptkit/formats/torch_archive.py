@@ -156,6 +156,7 @@ class TorchArchive:
         self._pickles = 0
         self._unrecorded = 0
         self._uses: list[GlobalUse] = []
+        self._discarded: list[object] = []
         self._pickled = 0
         self._text_ids = False
 
@@ -287,6 +288,7 @@ class TorchArchive:
         self._known.add(name)
         self._pickles += 1
         self._text_ids |= pickle.text_ids
+        self._discarded.extend(pickle.discarded)
         return pickle
 
     def uses(self) -> tuple[GlobalUse, ...]:
@@ -315,6 +317,11 @@ class TorchArchive:
         return Contents(self.limits, self._levels)
 
     @property
+    def discarded(self) -> tuple[object, ...]:
+        """What its pickles make and drop, and that belongs to nothing they keep."""
+        return tuple(self._discarded)
+
+    @property
     def has_pickle(self) -> bool:
         """Whether there is any, once `uses` looked at all that was not read."""
         return self._pickles > 0 or ("_contents" in vars(self) and bool(self._contents.pickles))
@@ -327,6 +334,7 @@ class TorchArchive:
         """Take in what is in the archive that a record holds, once it was read."""
         self._uses.extend(replace(use, where=tuple(f"{name}, {place}" for place in use.where)) for use in nested.uses())
         self._pickles += nested.has_pickle
+        self._discarded.extend(nested.discarded)
 
     def _others(self) -> list[tuple[str, Record]]:
         """The records that nothing in the file refers to, as far as it was read."""

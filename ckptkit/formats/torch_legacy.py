@@ -99,6 +99,7 @@ def _read_row(row: PickleRow, probe: Probe) -> RawCheckpoint:
         writer=era(pickle.globals),
         metadata={},
         globals=merge_uses(row.uses),
+        discarded=pickle.discarded,
         findings=(*legacy_findings(table), *_text_ids(pickle, probe)),
     )
     _settle(row, _keys(row, table, raw), table, raw)

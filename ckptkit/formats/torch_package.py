@@ -78,6 +78,7 @@ def read(probe: Probe) -> RawCheckpoint:
         metadata={},
         globals=_vouched(vouched(archive.uses())),
         has_pickle=archive.has_pickle,
+        discarded=archive.discarded,
         findings=(*archive.findings(), *_findings(archive, pickles, scripts)),
     )
 

@@ -123,6 +123,7 @@ class _Reader:
             writer="torch 0.1, of early 2017 or before",
             metadata={},
             globals=merge_uses(self._uses),
+            discarded=pickle.discarded,
             findings=tuple(legacy_findings(self._table)),
         )
 

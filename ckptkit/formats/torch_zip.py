@@ -56,6 +56,7 @@ def read(probe: Probe) -> RawCheckpoint:
         writer=archive.writer(),
         metadata=_metadata(archive),
         globals=archive.uses(),
+        discarded=archive.discarded,
         findings=tuple(archive.findings()),
     )
 

@@ -10,7 +10,7 @@ from ckptkit.errors import DTypeError, RewriteError, UnsupportedError
 from ckptkit.formats.archives.zip_writer import ZipWriter
 from ckptkit.formats.torch_archive import METADATA
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.beside import held_instead
+from ckptkit.normalize.beside import discarded_text, held_instead
 from ckptkit.normalize.selection import paths_listed
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
@@ -26,9 +26,15 @@ def written_tree(checkpoint: Checkpoint) -> object:
     """What is written of a checkpoint: its tree, or of a program its state_dict alone.
 
     Raises:
-        RewriteError: it is a program, and none of its sections was selected, or it has no weights.
+        RewriteError: it is a program, and none of its sections was selected, or it has no weights; its pickle makes
+            what belongs to nothing in the tree.
     """
     if not checkpoint.origin.is_program:
+        if checkpoint.discarded:
+            raise RewriteError(
+                f"{checkpoint.origin.path}: its pickle makes {discarded_text(checkpoint.discarded)} and drops the "
+                "result, which a .pth would lose; --weights-only leaves it out, and so does a .safetensors"
+            )
         return checkpoint.rest
     only = f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, and"
     if checkpoint.origin.state_path is None:

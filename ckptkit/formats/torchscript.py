@@ -124,6 +124,7 @@ def read(probe: Probe) -> RawCheckpoint:
         writer=archive.writer(),
         metadata={},
         globals=vouched(archive.uses()),
+        discarded=archive.discarded,
         findings=(*archive.findings(), *_findings(data.root, classes, attributes, held)),
     )
 

@@ -24,7 +24,7 @@ from ckptkit.normalize.beside import holding_suffix
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, Survey, brief, is_plain
 from ckptkit.normalize.selection import choose, listed, require_section
-from ckptkit.pickling.inert import Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.report import listed as enumerated
@@ -41,6 +41,7 @@ class RawCheckpoint:
         format, format_version, byteorder, pickle_protocol, writer, metadata: as in `Origin` and `Checkpoint`.
         globals: the verdict on every name in the file, and on what else matters likewise.
         findings: what the reader noticed.
+        discarded: as in `Checkpoint`.
         has_pickle, is_program: as in `Origin`.
         kind: what the file holds, where the container says it; ``None``: the tree tells.
     """
@@ -54,6 +55,7 @@ class RawCheckpoint:
     metadata: Mapping[str, str]
     globals: tuple[GlobalUse, ...] = ()
     findings: tuple[Finding, ...] = ()
+    discarded: tuple[object, ...] = ()
     has_pickle: bool = True
     is_program: bool = False
     kind: Kind | None = None
@@ -107,6 +109,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         globals=with_places(tuple(use for use in raw.globals if use.kind == "name"), raw.root),
         unvouched=tuple(use for use in raw.globals if use.kind != "name"),
         findings=tuple(findings),
+        discarded=raw.discarded,
         sections=sections,
         origin=Origin(
             path=file.path,
@@ -246,14 +249,17 @@ def lower_state_dict(state_dict: StateDict) -> object:
         (name, _detached(value) if container is None else value) for name, value in state_dict.everything.items()
     ]
     if isinstance(container, InertDict):
-        return InertDict(pairs)
+        written = InertDict(pairs)
+        written.effects = container.effects
+        return written
     if isinstance(container, (list, tuple)):
         pair_type = type(container[0])
         return type(container)(pair_type(pair) for pair in pairs)
-    node = mapping_shell(container) or Object("reduce", Global("collections", "OrderedDict"), ())
+    shell = mapping_shell(container)
+    node = shell if isinstance(shell, Object) else Object("reduce", Global("collections", "OrderedDict"), ())
     node.pairs = pairs
     if state_dict.versions is not None:
-        old = attributes(node)
+        old = None if node.state is ABSENT else attributes(node)
         kept = [pair for pair in old.pairs if pair[0] != "_metadata"] if old is not None else []
         versions = Object("reduce", Global("collections", "OrderedDict"), ())
         versions.pairs = list(state_dict.versions.items())
@@ -265,6 +271,6 @@ def _detached(value: object) -> object:
     """A parameter or buffer as the plain tensor that ``Tensor.detach()`` makes of it."""
     if not isinstance(value, TensorEntry) or value.subclass is not None:
         return value
-    if not value.is_parameter and not value.requires_grad and value.attributes is None:
+    if not value.is_parameter and not value.requires_grad and is_plain(value):
         return value
-    return replace(value, is_parameter=False, requires_grad=False, attributes=None)
+    return replace(value, is_parameter=False, requires_grad=False, attributes=None, effects=())

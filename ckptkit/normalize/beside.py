@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
 from ckptkit.dtypes import DTYPES
-from ckptkit.normalize.sections import step
-from ckptkit.pickling.inert import mapping_items
-from ckptkit.report import count_of
+from ckptkit.normalize.sections import brief, step
+from ckptkit.pickling.inert import Object, mapping_items
+from ckptkit.report import count_of, listed
 
-__all__ = ["EMBEDDINGS", "beside_weights", "held_instead", "holding_suffix"]
+__all__ = ["EMBEDDINGS", "beside_weights", "discarded_text", "held_instead", "holding_suffix"]
 
 EMBEDDINGS = "string_to_param"
 """The key under which textual inversions have their embedding, beside a name and a step (AUTOMATIC1111's web UI)."""
@@ -24,6 +26,12 @@ def beside_weights(checkpoint: Checkpoint) -> list[str]:
     if pairs is None:
         return [_OTHER]
     return [step(key) for key, value in pairs if value is not STATE_DICT]
+
+
+def discarded_text(values: Sequence[object]) -> str:
+    """What a pickle makes and drops (`Checkpoint.discarded`), in a message: ``"a call of logging.info"``."""
+    shown = [f"a call of {node.class_name:.100}" if isinstance(node, Object) else brief(node) for node in values[:5]]
+    return listed(shown, 4, total=len(values))
 
 
 def holding_suffix(state_dict: StateDict) -> str:

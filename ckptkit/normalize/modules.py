@@ -25,7 +25,7 @@ from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.wrappers import wrapper_of
-from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, walk
+from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, states, walk
 
 __all__ = ["MODULE_MARKS", "bound_method", "known_versions", "module_state", "walk_module", "wrapper_prefixes"]
 
@@ -61,7 +61,7 @@ def module_state(node: object) -> InertDict | None:
     state = node.state
     if isinstance(state, InertDict):
         return state if _is_module_dict(state) else None
-    for part in (*(state if isinstance(state, tuple) else ()), *(node.args if node.how == "reduce" else ())):
+    for part in (*states(node), *(node.args if node.how == "reduce" else ())):
         if isinstance(part, InertDict) and _is_module_dict(part):
             return part
     if not isinstance(node.cls, Global):

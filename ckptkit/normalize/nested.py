@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, MOMENTS, are_moments, is_optimizer, is_substantial
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, children, mapping_items, walk
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, children, effects_of, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = ["Nested", "is_nested", "nested_values", "nested_versions"]
@@ -58,11 +58,12 @@ class Nested:
             for key, value in mapping_items(node) or []:
                 name = f"{prefix}{key}"
                 pairs.append((key, everything[name] if _is_value(key, value) else fill(value, f"{name}.")))
+            new: Object | InertDict = InertDict(pairs)
             if isinstance(node, Object):
                 new = Object(node.how, node.cls, node.args, node.kwargs)
                 new.pairs, new.state = pairs, node.state
-                return new
-            return InertDict(pairs)
+            new.effects = effects_of(node)
+            return new
 
         return fill(self.node, "")
 

@@ -284,7 +284,7 @@ class Survey:
         """Whether an object that is a mapping of a class of its own has tensors beside those it maps to."""
         if not isinstance(node, Object) or mapping_items(node) is not None:
             return False
-        return any(map(self._has_tensor, (node.state, node.kwargs, *node.args, *node.items)))
+        return any(map(self._has_tensor, (node.state, node.kwargs, *node.args, *node.items, *node.effects)))
 
     def _has_tensor(self, node: object) -> bool:
         seen = tensor_at_a_glance(node)
@@ -339,7 +339,7 @@ def _leaves(candidate: Candidate) -> Iterator[object]:
 
 def is_plain(node: object) -> bool:
     """Whether it is a tensor with nothing below it."""
-    return isinstance(node, TensorEntry) and node.attributes is None and node.subclass is None
+    return isinstance(node, TensorEntry) and node.attributes is None and node.subclass is None and not node.effects
 
 
 def above_tensors(root: object) -> set[int]:

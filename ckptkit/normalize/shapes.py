@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.modules import bound_method, module_state
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, attributes, mapping_items
+from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, Object, attributes, mapping_items, states
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
@@ -91,7 +91,10 @@ def tensor_at_a_glance(node: object) -> bool | None:
             complete = complete and len(below.pairs) <= _GLANCE
             if isinstance(below, Object):
                 inside += [below.args, below.items, below.kwargs, below.state, below.cls]
-        elif not isinstance(below, (Global, *_SCALARS)) and below is not ABSENT:
+            inside += below.effects
+        elif isinstance(below, Global):
+            inside += below.effects
+        elif not isinstance(below, _SCALARS) and below not in (ABSENT, ITSELF):
             complete = False
         if len(near) < _GLANCE:
             near += [part for part in inside if not isinstance(part, _SCALARS)]
@@ -212,8 +215,7 @@ def parts(node: object) -> list[tuple[object, object]]:
         return [(index, part) for index, part in enumerate(node) if not isinstance(part, _SCALARS)]
     if not isinstance(node, Object) or is_tensor_like(node):
         return []
-    state = node.state if isinstance(node.state, tuple) else () if node.state is ABSENT else (node.state,)
     filled: list[tuple[object, object]] = []
-    for index, part in enumerate(state):
+    for index, part in enumerate(states(node)):
         filled += part.pairs if isinstance(part, InertDict) else [(index, part)]
     return [*enumerate(node.args), *enumerate(node.items), *node.pairs, *filled]

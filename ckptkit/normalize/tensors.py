@@ -26,7 +26,7 @@ from ckptkit.normalize.modules import MODULE_MARKS, module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, state_values, step
 from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
-from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell, walk
+from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell, states, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def every_tensor(
         if not checkpoint.operations:  # else it is not written, and its tensors are those before
             yield from found.below(outside, checkpoint.module)
     yield from found.below(_Place("" if "" in kinds else None, None, 0, "", None), checkpoint.rest)
+    yield from found.below(_Place(None, (None, "(dropped)", 1), 0, None, None), list(checkpoint.discarded))
 
 
 def tensors_beside(checkpoint: Checkpoint, *, values: bool = False) -> list[Found]:
@@ -216,6 +217,7 @@ class _Walk:
             outside = _Place(None, _further((None, section, 1), name) if section else steps, 0, None, own)
             yield from self.below(outside, value.subclass)
             yield from self.below(outside, value.attributes)
+            yield from self.below(outside, value.effects)
 
     def below(self, place: _Place, root: object) -> Iterator[Found]:
         """Every tensor at or below a node."""
@@ -283,7 +285,7 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
     """A node's children, each with what is shown of the key or index that leads to it, and that key."""
     pairs = mapping_items(node)
     if isinstance(node, InertDict) and pairs is not None:
-        return [*_of_pairs(pairs)]
+        return [*_of_pairs(pairs), *((_NO_STEP, "?", call) for call in node.effects)]
     if isinstance(node, (list, tuple)):
         # A list of ten million numbers is passed over, not copied.
         shown = ((index, index, child) for index, child in enumerate(node) if not isinstance(child, _SCALARS))
@@ -295,14 +297,18 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
         steps.extend((_NO_STEP, index, part) for index, part in enumerate(node.args))
         steps.extend((index, index, item) for index, item in enumerate(node.items))
         steps.extend(_of_pairs(node.pairs))
-        for index, part in enumerate(node.state if isinstance(node.state, tuple) else (node.state,)):
+        for index, part in enumerate(states(node)):
             if isinstance(part, InertDict):
                 steps.extend(_of_pairs(part.pairs, hidden=MODULE_MARKS if module_state(node) is part else ()))
             else:
                 steps.append((_NO_STEP, index, part))
     known = {id(node.state)} if pairs is None else set(map(id, node.args))  # initial pairs are among the pairs
     known.update(id(child) for _, _, child in steps)
-    others = (child for child in children(node) if not isinstance(child, (*_SCALARS, Global)))
+    called: list[object] = []
+    if pairs is None:  # what the calls for its effect are given is among its states
+        known.update(map(id, node.effects))
+        called = [call.cls for call in node.effects]
+    others = (child for child in (*children(node), *called) if not isinstance(child, (*_SCALARS, Global)))
     steps.extend((_NO_STEP, "?", child) for child in others if id(child) not in known)
     return steps
 

@@ -7,6 +7,9 @@ An inert tree is what a pickle *says*, built from these alone:
 - `Global`: a name, `Object`: something made by calling one, `PersistentId`
 - `TensorEntry` and `Storage`, where torch's own vocabulary was understood
 
+What a pickle calls for its effect on something that it made (``setter(obj, state)``, whose result is popped) is kept
+as that node's ``effects``; there the marker `ITSELF` stands for the node.
+
 Trees share nodes, contain cycles and may be nested 100,000 deep.  Everything here is iterative
 and goes to each node once; ``repr`` never goes into children.
 """
@@ -23,6 +26,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 
 __all__ = [
     "ABSENT",
+    "ITSELF",
     "Global",
     "InertDict",
     "InertSet",
@@ -32,24 +36,32 @@ __all__ = [
     "attributes",
     "check_references",
     "children",
+    "effects_of",
     "is_global",
     "mapping_items",
     "mapping_shell",
+    "states",
     "walk",
 ]
 
 
-class _Absent:
-    """Type of `ABSENT`."""
+class _Marker:
+    """Type of `ABSENT` and `ITSELF`."""
 
-    __slots__ = ()
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __repr__(self) -> str:
-        return "<absent>"
+        return f"<{self._name}>"
 
 
-ABSENT: Final = _Absent()
+ABSENT: Final = _Marker("absent")
 """Stands for "the pickle does not set this", which is not ``None``."""
+
+ITSELF: Final = _Marker("itself")
+"""Stands, among the arguments of one of a node's ``effects``, for the node: copies of it need no other call."""
 
 
 class Global:
@@ -60,9 +72,10 @@ class Global:
         calls: how often the pickle makes an object by calling it.
         offence: what makes a call of it hostile whatever the name is; ``""``: nothing.
         excused: how many of its calls are harmless by what they are given, where the name alone is not.
+        effects: as those of an `Object`.
     """
 
-    __slots__ = ("calls", "excused", "module", "name", "offence")
+    __slots__ = ("calls", "effects", "excused", "module", "name", "offence")
 
     def __init__(self, module: str, name: str) -> None:
         self.module = module
@@ -70,6 +83,7 @@ class Global:
         self.calls = 0
         self.offence = ""
         self.excused = 0
+        self.effects: tuple[Object, ...] = ()
 
     @property
     def qualified(self) -> str:
@@ -86,18 +100,20 @@ class Object:
     Attributes:
         how: the opcode family: ``"reduce"`` calls ``cls(*args)``, ``"newobj"`` calls
             ``cls.__new__(cls, *args)``, ``"newobj_ex"`` likewise with ``kwargs``, ``"obj"`` is
-            an instance of a Python 2 class.
+            an instance of a Python 2 class.  Among effects there is ``"setitems"``: what is set late of the dict that
+            is the ``cls``.
         cls: what is called, a `Global` in honest files.
         args: a tuple; ``kwargs``: an `InertDict` or ``None``.
         items: what APPENDS added; ``pairs``: what SETITEMS set; ``state``: what BUILD applied, or
-            `ABSENT`.  They are written back in this order, the one every pickler uses.
+            `ABSENT`; ``effects``: what was then called for its effect on the object (the sixth item of
+            ``__reduce__``), or on a part of it.  They are written back in this order, the one every pickler uses.
     """
 
-    __slots__ = ("args", "cls", "how", "items", "kwargs", "pairs", "state")
+    __slots__ = ("args", "cls", "effects", "how", "items", "kwargs", "pairs", "state")
 
     def __init__(
         self,
-        how: Literal["reduce", "newobj", "newobj_ex", "obj"],
+        how: Literal["reduce", "newobj", "newobj_ex", "obj", "setitems"],
         cls: object,
         args: tuple[object, ...],
         kwargs: object = None,
@@ -109,6 +125,7 @@ class Object:
         self.items: list[object] = []
         self.pairs: list[tuple[object, object]] = []
         self.state: object = ABSENT
+        self.effects: tuple[Object, ...] = ()
 
     @property
     def class_name(self) -> str:
@@ -135,12 +152,16 @@ class InertDict:
     """A dict as the pickle builds it: pairs in order, nothing hashed but strings.
 
     Reads like a mapping for string keys; of two pairs with one key the later counts, as in Python.
+    Its ``effects`` are as those of an `Object`.  Pairs from ``late_from`` on (``None``: none) refer to what is made of
+    the dict, and the pickle sets them once that is there: among its effects is a ``"setitems"``.
     """
 
-    __slots__ = ("_index", "pairs")
+    __slots__ = ("_index", "effects", "late_from", "pairs")
 
     def __init__(self, pairs: list[tuple[object, object]] | None = None) -> None:
         self.pairs = [] if pairs is None else pairs
+        self.late_from: int | None = None
+        self.effects: tuple[Object, ...] = ()
         self._index: tuple[int, dict[str, object]] | None = None
 
     def _strings(self) -> dict[str, object]:
@@ -173,12 +194,13 @@ class InertDict:
 
 
 class InertSet:
-    """A set (or frozenset) as the pickle builds it: members in order, none hashed."""
+    """A set (or frozenset) as the pickle builds it: members in order, none hashed; ``effects`` as of an `Object`."""
 
-    __slots__ = ("frozen", "members")
+    __slots__ = ("effects", "frozen", "members")
 
     def __init__(self, members: list[object] | None = None, *, frozen: bool = False) -> None:
         self.members = [] if members is None else members
+        self.effects: tuple[Object, ...] = ()
         self.frozen = frozen
 
     def __repr__(self) -> str:
@@ -218,26 +240,45 @@ def mapping_items(node: object) -> list[tuple[object, object]] | None:
 
 
 def attributes(node: object) -> InertDict | None:
-    """The instance attributes BUILD gives an object: its ``__dict__``, or ``None`` where it has none.
+    """The instance attributes BUILD, or a setter of its own, gives an object: its ``__dict__``; ``None``: it has none.
 
     A two-tuple state is ``(__dict__, slots)``, as ``copyreg`` makes it.
     """
     if not isinstance(node, Object):
         return None
     state = node.state
+    if state is ABSENT:
+        given = (call.args[1] for call in node.effects if len(call.args) == 2 and call.args[0] is ITSELF)
+        state = next(given, None)
     if isinstance(state, tuple) and len(state) == 2:
         state = state[0]
     return state if isinstance(state, InertDict) else None
 
 
-def mapping_shell(node: object) -> Object | None:
+def effects_of(node: object) -> tuple[Object, ...]:
+    """The calls made for their effect on a node, in order; see `Object`."""
+    return node.effects if isinstance(node, (Object, InertDict, InertSet, Global, TensorEntry)) else ()  # type: ignore[return-value]
+
+
+def states(node: Object) -> list[object]:
+    """What an object was filled with: BUILD's state and what its ``effects`` are given; of a tuple its parts."""
+    filled = [] if node.state is ABSENT else [node.state]
+    filled += [part for call in node.effects for part in call.args if part is not ITSELF]
+    return [part for state in filled for part in (state if isinstance(state, tuple) else (state,))]
+
+
+def mapping_shell(node: object) -> Object | InertDict | None:
     """The class and attributes of an object that is a mapping, without its pairs; ``None``: nothing hangs there."""
+    if isinstance(node, InertDict) and node.effects:
+        bare = InertDict()
+        bare.effects = node.effects
+        return bare
     if not isinstance(node, Object):
         return None
     # The initial pairs some picklers pass as an argument are among the pairs.
     args = tuple(arg for arg in node.args if not isinstance(arg, (list, InertDict)))
     shell = Object(node.how, node.cls, args, node.kwargs)
-    shell.items, shell.state = list(node.items), node.state
+    shell.items, shell.state, shell.effects = list(node.items), node.state, node.effects
     return shell
 
 
@@ -246,21 +287,24 @@ def children(node: object) -> list[object]:
     if isinstance(node, (list, tuple)):
         return list(node)
     if isinstance(node, InertDict):
-        return [part for pair in node.pairs for part in pair]
+        return [*(part for pair in node.pairs for part in pair), *node.effects]
     if isinstance(node, Object):
         below = [node.cls, *node.args, *node.items, *(part for pair in node.pairs for part in pair)]
         if node.kwargs is not None:
             below.append(node.kwargs)
         if node.state is not ABSENT:
             below.append(node.state)
+        below.extend(node.effects)
         return below
     if isinstance(node, InertSet):
-        return list(node.members)
+        return [*node.members, *node.effects]
     if isinstance(node, PersistentId):
         return [node.pid]
     if isinstance(node, TensorEntry):
-        return [part for part in (node.subclass, node.attributes) if part is not None]
-    return []
+        if node.subclass is None and node.attributes is None and not node.effects:  # as nearly all are
+            return []
+        return [part for part in (node.subclass, node.attributes, *node.effects) if part is not None]
+    return list(node.effects) if isinstance(node, Global) else []
 
 
 _MAX_ATTRIBUTE_DEPTH = 32
@@ -269,13 +313,17 @@ _MAX_ATTRIBUTE_DEPTH = 32
 _SCALARS = (str, int, float, bytes, type(None))
 
 
-def walk(root: object) -> Iterator[object]:
+def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
     """Every node below and including ``root``, parents first, each object once; scalars are left out.
+
+    Args:
+        root: the tree.
+        seen: ids of nodes that are not gone into, since that was done before; those gone into are added.
 
     Raises:
         LimitError: there are more than any checkpoint has.
     """
-    seen: set[int] = set()
+    seen = set() if seen is None else seen
     most = DEFAULT_LIMITS.tree_nodes + DEFAULT_LIMITS.entries
     stack = [root]
     while stack:
@@ -351,7 +399,10 @@ class TreeMap:
             return self._tuple(node)
         new: object
         if isinstance(node, (TensorEntry, Storage)):
-            return self._remember(node, self._with_attributes(self._leaf(node)))
+            new = self._remember(node, self._with_attributes(self._leaf(node)))
+            if isinstance(new, TensorEntry) and new.effects:
+                new = self._remember(node, replace(new, effects=tuple(map(self._shell, new.effects))))
+            return new
         if isinstance(node, list):
             new = []
         elif isinstance(node, InertDict):
@@ -362,6 +413,9 @@ class TreeMap:
             new = Object(node.how, node.cls, ())
         elif isinstance(node, PersistentId):
             new = PersistentId(None)
+        elif isinstance(node, Global) and node.effects:
+            new = Global(node.module, node.name)
+            new.calls, new.offence, new.excused = node.calls, node.offence, node.excused
         else:
             return node
         self._unfilled.append((node, new))
@@ -405,6 +459,7 @@ class TreeMap:
             new.extend(shell(item) for item in node)
         elif isinstance(node, InertDict) and isinstance(new, InertDict):
             new.pairs.extend((shell(key), shell(value)) for key, value in node.pairs)
+            new.late_from = node.late_from
         elif isinstance(node, InertSet) and isinstance(new, InertSet):
             new.members.extend(shell(member) for member in node.members)
         elif isinstance(node, PersistentId) and isinstance(new, PersistentId):
@@ -417,3 +472,5 @@ class TreeMap:
             new.items.extend(shell(item) for item in node.items)
             new.pairs.extend((shell(key), shell(value)) for key, value in node.pairs)
             new.state = node.state if node.state is ABSENT else shell(node.state)
+        if isinstance(new, (Object, InertDict, InertSet, Global)):
+            new.effects = tuple(map(shell, effects_of(node)))  # type: ignore[arg-type]

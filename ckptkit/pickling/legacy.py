@@ -206,7 +206,7 @@ class LegacyTable(StorageTable):
         state = node.state
         if not isinstance(node.cls, Global) or not _is_tensor_class(node.cls) or node.args:
             return None
-        if not isinstance(state, tuple) or len(state) != 4 or node.items or node.pairs:
+        if not isinstance(state, tuple) or len(state) != 4 or node.items or node.pairs or node.effects:
             return None
         entry = self.tensor(*state)
         return entry if isinstance(entry, TensorEntry) else None
@@ -242,7 +242,7 @@ def _variable(node: Object, found: dict[int, TensorEntry]) -> tuple[TensorEntry,
     data = found.get(id(args[0])) if isinstance(args[0], Object) else args[0]
     if not isinstance(data, TensorEntry) or not isinstance(requires_grad, bool):
         return None
-    if data.is_parameter or data.subclass is not None or data.attributes is not None:
+    if data.is_parameter or data.subclass is not None or data.attributes is not None or data.effects or node.effects:
         return None
     if hooks is not None and mapping_items(hooks) != []:
         return None

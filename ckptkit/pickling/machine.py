@@ -17,9 +17,10 @@ from ckptkit.errors import AmbiguousError, CorruptError, LimitError, Unsupported
 from ckptkit.limits import Limits
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
+from ckptkit.pickling.popped import Popped
 from ckptkit.pickling.reach import Reach
 
-__all__ = ["NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
+__all__ = ["BATCH", "NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
 
 Constructor = Callable[[tuple[object, ...]], object]
 """Understands one call: from its arguments to a leaf, or ``NotImplemented`` to keep an `Object`."""
@@ -48,6 +49,9 @@ _ID_ITEM = (
 _ID_ITEMS = re.compile(_ID_ITEM, re.ASCII)
 _TEXT_ID = re.compile(rf"\((?:{_ID_ITEM})(?:, (?:{_ID_ITEM}))+\)", re.ASCII)
 """A tuple of names, numbers and strings as ``str`` gives it, which is what protocol 0 makes of a persistent id."""
+
+BATCH = 1000
+"""Items in one APPENDS or SETITEMS, as CPython's pickler batches them."""
 
 NO_FRAME = 1 << 62
 """Where a frame that is not there ends: no position reaches it."""
@@ -85,6 +89,9 @@ class Machine:
         self.memo: dict[int, object] = {}
         self.globals: dict[tuple[str, str], Global] = {}
         self.reach = Reach(self.name, nested)
+        self.popped = Popped()
+        self.was_set: tuple[object, int, int] = None, 0, 0  # what got pairs last, how many it had, by which opcode
+        self.in_batches: dict[int, int] = {}  # how many pairs those had that get more than one SETITEMS is given
         self.nodes_left = limits.nodes
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument
@@ -230,10 +237,13 @@ class Machine:
         self.frame_end = self.pos + nbytes
 
     def pop(self) -> None:
-        if self.stack:
-            self.stack.pop()
-        else:
+        if not self.stack:
             self.pop_mark()
+            return
+        value = self.stack.pop()
+        top = self.stack[-1] if self.stack else None
+        before = self.was_set[1] if self.was_set[0] is value and self.was_set[2] == self.op_at - 1 else None
+        self.popped.take(value, top, self.data, self.op_at, self.memo, before)
 
     def append(self) -> None:
         item = self.stack.pop()
@@ -265,6 +275,10 @@ class Machine:
         pairs = zip(flat[::2], flat[1::2], strict=True)
         target = self.made(self.stack[-1], len(flat) // 2)
         if isinstance(target, InertDict) or (isinstance(target, Object) and target.state is ABSENT):
+            before = self.in_batches.pop(id(target), len(target.pairs))
+            if len(flat) == 2 * BATCH:
+                self.in_batches[id(target)] = before
+            self.was_set = target, before, self.op_at
             target.pairs.extend(pairs)
         else:
             raise UnsupportedError(f"keys set on {_shown(target)}")
@@ -324,7 +338,8 @@ class Machine:
         self.stack.append(self.call("obj", items[0], tuple(items[1:])))
 
     def pop_to_mark(self) -> None:
-        self.pop_mark()
+        for value in self.pop_mark():
+            self.popped.take(value, None, self.data, self.op_at, self.memo)
 
     def list_(self) -> None:
         items = self.pop_mark()

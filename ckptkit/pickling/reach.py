@@ -29,7 +29,7 @@ from functools import partial
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
 from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
 
-__all__ = ["Reach"]
+__all__ = ["Reach", "sets_first_argument"]
 
 _MAX_CHAIN = 8
 """Attributes of attributes: nested classes go two or three deep."""
@@ -293,6 +293,17 @@ class Reach:
         if function is None or (isinstance(node.cls, Global) and function.name in ("_builtin_type", "_load_type")):
             return None
         return function if makes_function(function.module, function.name) else None
+
+
+def sets_first_argument(call: Object) -> bool:
+    """Whether what is called sets something of its first argument: ``setattr``, or cloudpickle's and dill's own."""
+    if isinstance(call.cls, Object):
+        return _is_dills_setter(call.cls.args)
+    if not isinstance(call.cls, Global):
+        return False
+    if call.cls.qualified in ("builtins.setattr", "__builtin__.setattr"):
+        return True
+    return is_kept_code(call.cls.module, call.cls.name) and call.cls.name.rpartition(".")[2] in _SETTERS
 
 
 def _is_made_here(node: object) -> bool:

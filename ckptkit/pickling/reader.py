@@ -48,6 +48,7 @@ class PickleResult:
         protocol: as declared by PROTO, 0 where there is none.
         globals: every name in it, in order of appearance.
         text_ids: whether persistent ids are text, as protocol 0 has them.
+        discarded: what it makes and drops, and that belongs to nothing in the tree (`ckptkit.pickling.popped`).
     """
 
     root: object
@@ -55,6 +56,7 @@ class PickleResult:
     protocol: int
     globals: tuple[Global, ...]
     text_ids: bool = False
+    discarded: tuple[object, ...] = ()
 
 
 def read_pickle(
@@ -97,13 +99,14 @@ def read_pickle(
     machine.shortcut = shortcut
     try:
         root = _run_on(machine, more)
+        discarded = machine.popped.settle(root, machine.data, machine.memo)
         if whole and machine.pos != len(data):
             raise AmbiguousError(
                 f"{count_of(len(data) - machine.pos, 'byte', 'follows', 'follow')} the pickle's STOP",
                 offset=machine.pos,
             )
         if machine.pos - start > limits.tree_nodes:  # each takes an opcode, and so a byte
-            check_references(root)
+            check_references([root, *discarded])
     except FormatError as error:
         error.offset = machine.op_at if error.offset is None else error.offset
         raise _stopped(error, machine) from error.__cause__
@@ -126,6 +129,7 @@ def read_pickle(
         protocol=machine.protocol,
         globals=tuple(machine.globals.values()),
         text_ids=machine.text_ids,
+        discarded=discarded,
     )
 
 

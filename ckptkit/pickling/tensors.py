@@ -216,7 +216,7 @@ class StorageTable:
         data, requires_grad = args[0], args[1]
         if not isinstance(data, TensorEntry) or not isinstance(requires_grad, bool):
             return NotImplemented
-        if data.is_parameter or data.subclass is not None or data.attributes is not None:
+        if data.is_parameter or data.subclass is not None or data.attributes is not None or data.effects:
             return NotImplemented  # torch wraps a plain tensor; whatever this is, nothing of it may get lost
         return replace(data, is_parameter=True, requires_grad=requires_grad)
 
@@ -295,6 +295,12 @@ def lower_storage(storage: Storage, key: str) -> PersistentId:
 
 def lower_tensor(entry: TensorEntry) -> Object:
     """The call torch itself would pickle for a tensor; its first argument is the `Storage`."""
+    call = _rebuild_call(entry)
+    call.effects = entry.effects  # type: ignore[assignment]
+    return call
+
+
+def _rebuild_call(entry: TensorEntry) -> Object:
     hooks = Object("reduce", Global("collections", "OrderedDict"), ())
     data: object = entry
     typed = entry.storage.dtype == entry.dtype

@@ -7,17 +7,15 @@ kept through the memo.  Iterative: nesting costs no Python stack.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from struct import pack
 
 from ckptkit.errors import LimitError, UnsupportedError
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
+from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, PersistentId, children, walk
+from ckptkit.pickling.machine import BATCH
 
 __all__ = ["write_pickle"]
-
-_BATCH = 1000
-"""Items in one APPENDS or SETITEMS, as CPython's pickler batches them."""
-
 
 _MAX_REPEATS = 1000
 """Calls written anew because their arguments led back to them.  CPython's own pickler recurses for
@@ -58,8 +56,12 @@ class _Writer:
         self.path: list[tuple[int, bool]] = []  # being written, outermost first: id, and whether it is an object
         self.begun: dict[int, int] = {}  # id of an object whose call is being written -> its place in the path
         self.repeats = 0
+        self.root: object = None
+        self.references: Counter[int] | None = None
+        self.unset: dict[int, InertDict] = {}  # dicts of which what is set late is still to be written
 
     def run(self, root: object) -> None:
+        self.root = root
         stack: list[Iterator[object]] = [iter((root,))]
         while stack:
             for child in stack[-1]:
@@ -69,6 +71,8 @@ class _Writer:
                     break
             else:
                 stack.pop()
+                if not stack and self.unset:
+                    stack.append(self._set_late(next(iter(self.unset.values()))))
 
     def _save(self, node: object) -> Iterator[object] | None:
         """Write a node without children, or return the generator that writes one with."""
@@ -83,7 +87,9 @@ class _Writer:
         elif isinstance(node, float):
             self.out.append(b"G" + pack(">d", node))
         elif isinstance(node, Global):
+            is_first = (node.module, node.name) not in self.names
             self._global(node)
+            return self._effects(node.effects, node) if node.effects and is_first else None
         elif id(node) in self.memo:
             self._get(self.memo[id(node)])
         elif isinstance(node, bytes):
@@ -196,8 +202,19 @@ class _Writer:
         self.out.append(b"}")
         self._memoize(owner)
         self.path.append((id(owner), False))
-        yield from self._pairs(node.pairs)
+        yield from self._pairs(node.pairs[: node.late_from])
+        if node.late_from is not None:
+            self.unset[id(node)] = node
+        yield from self._effects(node.effects, owner)
         self.path.pop()
+
+    def _set_late(self, node: object) -> Iterator[object]:
+        """Set what is set late of a dict, unless that was done, or another node has taken its place."""
+        yield node
+        unset = self.unset.pop(id(node), None)
+        if unset is not None:
+            yield from self._pairs(unset.pairs[unset.late_from :])
+        self.out.append(b"0")
 
     def _set(self, node: InertSet, owner: object) -> Iterator[object]:
         if node.frozen:
@@ -209,14 +226,16 @@ class _Writer:
                 return
             self.out.append(b"\x91")
             self._memoize(owner)
+            yield from self._effects(node.effects, owner)
             return
         self.out.append(b"\x8f")
         self._memoize(owner)
         self.path.append((id(owner), False))
-        for start in range(0, len(node.members), _BATCH):
+        for start in range(0, len(node.members), BATCH):
             self.out.append(b"(")
-            yield from node.members[start : start + _BATCH]
+            yield from node.members[start : start + BATCH]
             self.out.append(b"\x90")
+        yield from self._effects(node.effects, owner)
         self.path.pop()
 
     def _persistent(self, node: PersistentId) -> Iterator[object]:
@@ -246,7 +265,20 @@ class _Writer:
             if node.state is not ABSENT:
                 yield node.state
                 self.out.append(b"b")
+            yield from self._effects(node.effects, owner)
         self.path.pop()
+
+    def _effects(self, calls: Sequence[Object], owner: object) -> Iterator[object]:
+        """Call what is called for its effect, and drop the result, as pickle does with a ``state_setter``."""
+        for call in calls:
+            if call.how == "setitems":
+                yield from self._set_late(call.cls)
+                continue
+            args = tuple(owner if part is ITSELF else part for part in call.args)
+            self.alive.append(args)
+            yield call.cls
+            yield args
+            self.out.append(b"R0")
 
     def _call(self, node: Object) -> Iterator[object]:
         if node.how == "obj":
@@ -283,20 +315,28 @@ class _Writer:
                 for found in unfinished:
                     del self.memo[found]
                 return unfinished
-            unfinished[key] = self.memo[key]
+            if not self._is_shared(key):  # a pickler would not write it anew either
+                unfinished[key] = self.memo[key]
         return {}
 
+    def _is_shared(self, key: int) -> bool:
+        """Whether more than one node of the tree refers to one."""
+        if self.references is None:
+            below = (id(child) for node in walk(self.root) for child in children(node))
+            self.references = Counter(below)
+        return self.references[key] > 1
+
     def _items(self, items: Sequence[object], one: bytes, many: bytes) -> Iterator[object]:
-        for start in range(0, len(items), _BATCH):
-            batch = items[start : start + _BATCH]
+        for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH]
             if len(batch) > 1:
                 self.out.append(b"(")
             yield from batch
             self.out.append(many if len(batch) > 1 else one)
 
     def _pairs(self, pairs: Sequence[tuple[object, object]]) -> Iterator[object]:
-        for start in range(0, len(pairs), _BATCH):
-            batch = pairs[start : start + _BATCH]
+        for start in range(0, len(pairs), BATCH):
+            batch = pairs[start : start + BATCH]
             if len(batch) > 1:
                 self.out.append(b"(")
             for key, value in batch:

@@ -15,9 +15,9 @@ from functools import partial
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
 from ckptkit.bytesource import SourceFile
-from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust
+from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose
-from ckptkit.digests import Line, content_digest, kind_of, unwrapped_names
+from ckptkit.digests import Line, content_digest, kind_of, tree_digest, unwrapped_names, whole_digest
 from ckptkit.errors import CkptkitError
 from ckptkit.inspection.listing import list_tensors, storage_names
 from ckptkit.inspection.training import training_document
@@ -26,7 +26,8 @@ from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
-from ckptkit.pickling.inert import walk
+from ckptkit.pickling.inert import InertDict, Object, mapping_shell, walk
+from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.released.reading import Reading, read_through
 from ckptkit.released.values import Beside, is_opaque, values_beside
 from ckptkit.report import Finding
@@ -35,6 +36,9 @@ from ckptkit.transfer.checksums import damage_text
 from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["Examined", "ShardFact", "TensorFact", "examine", "examine_all", "over_the_cores", "size_of"]
+
+_NOT_PLAIN = "(not plain tensors)"
+"""Name of all values that are not plain tensors, in a file without selected weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +87,10 @@ class Examined:
         kind: what it holds.
         trust: what a loader that executes pickles would have to be trusted with.
         content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
+        former_digest: the same in version 1.
+        whole_digest: of everything in the file; ``None``: not asked for, or it has none.
         tensors: those of the weights, sorted by name; of a file without selected weights, all.
-        others: names of the weights' values that are not plain tensors, sorted.
+        others: names of the weights' values that are not plain tensors, or have attributes of their own, sorted.
         globals: every Python name in its pickles.
         unvouched: its parts that are code, or could not be looked into.
         has_pickle: whether it has any.
@@ -125,6 +131,8 @@ class Examined:
     beside: tuple[TensorFact, ...] = ()
     unseen: tuple[str, ...] = ()
     damage: str | None = None
+    former_digest: str | None = None
+    whole_digest: str | None = None
 
 
 def examine(
@@ -136,6 +144,7 @@ def examine(
     checksums: bool = True,
     ignore_checksums: bool = False,
     allow_part: bool = True,
+    whole: bool = False,
     threads: int = 2,
 ) -> Examined:
     """Look at a file, and read it once for all that is asked for.
@@ -148,6 +157,7 @@ def examine(
         checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
         ignore_checksums: whether to forget them.
         allow_part: whether it may be a part of a checkpoint.
+        whole: whether to digest everything else in the file too.
         threads: how many may hash side by side.
 
     Raises:
@@ -164,7 +174,10 @@ def examine(
         weights = _weights(checkpoint)
         inner = {name: _tensors_in(value) for name, value in weights.others}
         entries = [entry for _, entry, _ in weights.tensors]
-        every = [*entries, *(entry for part in inner.values() for entry in part)]
+        every = [*entries, *(_as_entry(node) for part in inner.values() for node in part)]
+        every += [_as_entry(node) for node in _tensors_in(list(weights.hanging.values()))]
+        if whole:
+            every += [_as_entry(node) for node in _tensors_in(_everything(checkpoint))]
         plain = {id(entry) for entry in entries}
         beside = list(values_beside(checkpoint, plain, weights.others)) if values else []
         reading = (
@@ -181,15 +194,25 @@ def examine(
             else Reading()
         )
         facts = [_fact(name, entry, is_parameter, reading) for name, entry, is_parameter in weights.tensors]
-        lines = [
-            *(Line(name=fact.name, kind=fact.dtype, shape=fact.shape, digest=fact.digest) for fact in facts),
-            *(
-                Line(name=name, kind=kind_of(value), parts=tuple(_part(entry, reading) for entry in inner[name]))
+        found = _examined(checkpoint, file, path, reading, facts, weights, storages)
+        if digest:
+            tell = partial(_digest_of, reading=reading)
+            trees = {name: tree_digest(value, tell, flags=False) for name, value in weights.others}
+            trees |= {name: tree_digest(hanging, tell, flags=False) for name, hanging in weights.hanging.items()}
+            lines = [Line(name=fact.name, kind=fact.dtype, shape=fact.shape, digest=fact.digest) for fact in facts]
+            lines += [
+                Line(name=name, kind=kind_of(value), parts=tuple(_parts(inner[name], reading)))
                 for name, value in weights.others
-            ),
-        ]
-        total = content_digest(lines) if digest else None
-        found = _examined(checkpoint, file, path, reading, facts, total, weights, storages)
+            ]
+            content = content_digest(
+                replace(line, tree=trees[line.name]) if line.name in trees else line for line in lines
+            )
+            found = replace(
+                found,
+                content_digest=content,
+                former_digest=content_digest(line for line in lines if line.name != _NOT_PLAIN) if trees else content,
+                whole_digest=whole_digest(checkpoint, tell) if whole else None,
+            )
         unseen = tuple(name for name, value in weights.others if values and is_opaque(value))
         return replace(found, beside=tuple(_beside_fact(each, reading) for each in beside), unseen=unseen)
     finally:
@@ -205,6 +228,7 @@ def examine_all(
     checksums: bool = True,
     ignore_checksums: bool = False,
     allow_part: bool = True,
+    whole: bool = False,
 ) -> Iterator[tuple[str, Examined | CkptkitError]]:
     """Look at several files, side by side over the processors; in the order given.
 
@@ -223,6 +247,7 @@ def examine_all(
                 checksums=checksums,
                 ignore_checksums=ignore_checksums,
                 allow_part=allow_part,
+                whole=whole,
                 threads=threads,
             )
         except CkptkitError as error:
@@ -262,6 +287,16 @@ class _Weights:
     others: list[tuple[str, object]]
     names: list[str]
 
+    @property
+    def hanging(self) -> dict[str, object]:
+        """Class and attributes of the tensors of classes of their own that have any, by name."""
+        classes = ((name, entry) for name, entry, _ in self.tensors if entry.subclass is not None)
+        return {name: (entry.subclass, entry.attributes) for name, entry in classes if not _is_empty(entry.attributes)}
+
+
+def _is_empty(node: object) -> bool:
+    return node is None or (isinstance(node, (InertDict, tuple)) and len(node) == 0)
+
 
 def _weights(checkpoint: Checkpoint) -> _Weights:
     state = checkpoint.state_dict
@@ -292,11 +327,29 @@ def _all_tensors(checkpoint: Checkpoint) -> _Weights:
         times[name] += 1
         unique = name if times[name] == 1 else f"{name}#{times[name]}"
         tensors.append((unique, row.tensor, None if row.role == "unknown" else row.role == "parameter"))
-    return _Weights(sorted(tensors, key=lambda item: item[0]), [], [row.name for row in rows])
+    values = [node for node in walk(checkpoint.rest) if isinstance(node, Object) and is_tensor_like(node)]
+    others: list[tuple[str, object]] = [(_NOT_PLAIN, values)] if values else []
+    return _Weights(sorted(tensors, key=lambda item: item[0]), others, [row.name for row in rows])
 
 
-def _tensors_in(value: object) -> list[TensorEntry]:
-    return [node for node in walk(value) if isinstance(node, TensorEntry)]
+def _tensors_in(value: object) -> list[TensorEntry | Storage]:
+    return [node for node in walk(value) if isinstance(node, (TensorEntry, Storage))]
+
+
+def _as_entry(node: TensorEntry | Storage) -> TensorEntry:
+    return as_tensor(node) if isinstance(node, Storage) else node
+
+
+def _digest_of(node: TensorEntry | Storage, reading: Reading) -> str:
+    values = reading.of(_as_entry(node))
+    return (values.digest if values is not None else None) or ""
+
+
+def _everything(checkpoint: Checkpoint) -> list[object]:
+    """The trees that make up a file, without the plain tensors of the state_dict."""
+    values = [value for value in checkpoint.state_dict.everything.values() if not is_plain(value)]
+    around = mapping_shell(checkpoint.state_dict.container)
+    return [*values, around, checkpoint.rest, checkpoint.module, *checkpoint.discarded]
 
 
 def _beside_fact(each: Beside, reading: Reading) -> TensorFact:
@@ -333,9 +386,10 @@ def _fact(name: str, entry: TensorEntry, is_parameter: bool | None, reading: Rea
     )
 
 
-def _part(entry: TensorEntry, reading: Reading) -> tuple[str, tuple[int, ...], str]:
-    values = reading.of(entry)
-    return entry.dtype, entry.shape, (values.digest if values is not None else None) or ""
+def _parts(nodes: list[TensorEntry | Storage], reading: Reading) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    for entry in nodes:
+        if isinstance(entry, TensorEntry):
+            yield entry.dtype, entry.shape, _digest_of(entry, reading)
 
 
 def _examined(
@@ -344,7 +398,6 @@ def _examined(
     path: str,
     reading: Reading,
     facts: list[TensorFact],
-    digest: str | None,
     weights: _Weights,
     storages: list[Storage],
 ) -> Examined:
@@ -358,9 +411,9 @@ def _examined(
         format=origin.format,
         kind=origin.kind,
         trust=checkpoint.trust,
-        content_digest=digest,
+        content_digest=None,
         tensors=tuple(facts),
-        others=tuple(name for name, _ in weights.others),
+        others=tuple(sorted([*(name for name, _ in weights.others), *weights.hanging])),
         globals=checkpoint.globals,
         unvouched=checkpoint.unvouched,
         has_pickle=origin.has_pickle,
@@ -391,10 +444,8 @@ def _has_optimizer(checkpoint: Checkpoint) -> bool:
 
 def _storages(checkpoint: Checkpoint) -> list[Storage]:
     """Every storage of the file, once."""
-    values = checkpoint.state_dict.everything.values()
     found = {id(entry.storage): entry.storage for entry in checkpoint.state_dict.values()}
-    for node in walk([*(value for value in values if not is_plain(value)), checkpoint.rest, checkpoint.module]):
-        if isinstance(node, (TensorEntry, Storage)):
-            storage = node.storage if isinstance(node, TensorEntry) else node
-            found[id(storage)] = storage
+    for node in _tensors_in(_everything(checkpoint)):
+        storage = node.storage if isinstance(node, TensorEntry) else node
+        found[id(storage)] = storage
     return list(found.values())

@@ -211,7 +211,13 @@ def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[
     examined = None
     try:
         digest = record is not None and not record.shards and _nbytes(task) != record.size
-        look = partial(examine, task.path, ignore_checksums=task.policy.ignore_checksums, threads=threads)
+        look = partial(
+            examine,
+            task.path,
+            ignore_checksums=task.policy.ignore_checksums,
+            whole=record is not None and record.whole_digest is not None,
+            threads=threads,
+        )
         # Where the manifest's hash is the file's, nothing more is needed.
         held = record is None or digest
         examined = look(hash_file=record is not None, digest=digest, values=task.policy.no_nan, checksums=held)

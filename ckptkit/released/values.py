@@ -11,12 +11,12 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.pickling.arrays import Array, array_of, is_array, is_scalar
-from ckptkit.pickling.inert import Object, is_global, walk
+from ckptkit.pickling.inert import Object, children, is_global, walk
 
 __all__ = ["Beside", "is_opaque", "values_beside"]
 
 _PLAIN_MODULES = ("torch", "collections", "builtins", "__builtin__")
-"""Of classes and functions whose objects hold no values beyond what stands in the tree."""
+"""Of classes and functions whose objects hold no values beyond what stands in the tree, but for bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,22 +50,18 @@ def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tupl
         for node in walk(value):
             if isinstance(node, TensorEntry):
                 own[id(node)] = tensor_role(name, node, known=False)[0] == "parameter"
-            if isinstance(node, Object) and is_global(node.cls, "torch._utils", "_rebuild_qtensor"):
-                scales = [x for arg in node.args if isinstance(arg, tuple) for x in arg if isinstance(x, float)]
-                yield Beside(
-                    name=name, array=Array("float64", struct.pack(f"<{len(scales)}d", *scales)), is_parameter=True
-                )
+        floats = [part for node in walk([value]) for part in children(node) if isinstance(part, float)]
+        if floats:  # scales of quantized tensors, extra state
+            is_parameter = isinstance(value, Object) and is_global(value.cls, "torch._utils", "_rebuild_qtensor")
+            numbers = Array("float64", struct.pack(f"<{len(floats)}d", *floats))
+            yield Beside(name=name, array=numbers, is_parameter=is_parameter)
     listing = list_tensors(checkpoint)
     selected = checkpoint.origin.state_path
     for row in listing.rows:
         if id(row.tensor) not in known:
             known.add(id(row.tensor))
             is_parameter = own.get(id(row.tensor), row.role == "parameter")
-            yield Beside(
-                name=row.path,
-                entry=row.tensor,
-                is_parameter=is_parameter,
-            )
+            yield Beside(name=row.path, entry=row.tensor, is_parameter=is_parameter)
     for found, array in listing.arrays:
         is_own = selected is None or found.section == selected
         if is_own or not is_scalar(array):  # a metric is a number like any other
@@ -81,6 +77,9 @@ def is_opaque(value: object) -> bool:
     """Whether a value of the weights is an object in which nothing is found that could be looked at."""
     if not isinstance(value, Object):
         return False
-    if value.class_name.partition(".")[0] in _PLAIN_MODULES:
+    nodes = list(walk(value))
+    if any(isinstance(node, (TensorEntry, Storage)) or is_array(node) for node in nodes):
         return False
-    return not any(isinstance(node, (TensorEntry, Storage)) or is_array(node) for node in walk(value))
+    if value.class_name.partition(".")[0] not in _PLAIN_MODULES:
+        return True
+    return any(isinstance(part, (bytes, bytearray)) and part for node in nodes for part in children(node))

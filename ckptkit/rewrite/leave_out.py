@@ -11,7 +11,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.normalize.shapes import parts
-from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
+from ckptkit.pickling.inert import InertDict, Object, mapping_items, states, walk
 from ckptkit.report import listed
 from ckptkit.rewrite.leaves import with_leaves
 
@@ -155,8 +155,7 @@ def _pair_lists(node: object) -> Iterator[list[Any]]:
     holders: tuple[object, ...] = (node,)
     if isinstance(node, Object):
         yield node.pairs
-        state = node.state if isinstance(node.state, tuple) else (node.state,)
-        holders = state if mapping_items(node) is None else node.args[-1:]
+        holders = tuple(states(node)) if mapping_items(node) is None else node.args[-1:]
     for holder in holders:
         if isinstance(holder, InertDict):
             yield holder.pairs

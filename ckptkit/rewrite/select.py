@@ -177,4 +177,4 @@ class WeightsOnly:
         elif isinstance(state_dict.container, Nested):
             container = state_dict.container.flat(state_dict.versions)
             state_dict = StateDict(state_dict.everything, versions=state_dict.versions, container=container)
-        return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT)
+        return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT, discarded=())

@@ -97,6 +97,28 @@ def test_strict(run, files: Path) -> None:
     assert run("diff", "resume.pth", "a.pth", "--strict").returncode == 1
 
 
+def test_whole_trees(run, files: Path) -> None:
+    state = torch.load(files / "a.pth")
+    for name, beta in (("one", 0.999), ("two", 0.99)):
+        groups = [{"lr": 0.1, "betas": (0.9, beta)}]
+        torch.save({"model": state, "optim": {"state": {}, "param_groups": groups}, "epoch": 4}, files / f"{name}.pth")
+    done = run("diff", "one.pth", "two.pth")
+    assert done.returncode == 0
+    lines = done.stdout.partition("elsewhere in the files\n")[2].splitlines()
+    assert [line.split() for line in lines] == [
+        ["place", "A", "B", "max", "|b-a|"],
+        ["optim.param_groups.0.betas.1", "0.999", "0.99", "-"],
+    ]
+    done = run("diff", "one.pth", "two.pth", "--strict", "--json")
+    assert done.returncode == 1
+    row = {"path": "optim.param_groups.0.betas.1", "what": "value", "a": "0.999", "b": "0.99", "max_abs": None}
+    assert json.loads(done.stdout)["tree"] == [row]
+    long = {f"k{i}": i for i in range(3000)}
+    torch.save({"model": state, "x": {"y": long}}, files / "long.pth")
+    torch.save({"model": state, "x": {"y": {key: -1 - i for key, i in long.items()}}}, files / "other.pth")
+    assert "and 2,990 more" in run("diff", "long.pth", "other.pth").stdout
+
+
 def test_sections(run, files: Path) -> None:
     first, second = torch.load(files / "a.pth"), torch.load(files / "b.pth")
     torch.save({"g": first, "d": second}, files / "gan.pth")

@@ -12,6 +12,7 @@ import torch
 from ckptkit import compare, formats
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import CorruptError
+from ckptkit.normalize.trees import Place
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object
 
 Save = Callable[..., Path]
@@ -27,13 +28,13 @@ def entry(save: Save) -> Iterator[TensorEntry]:
 
 def assert_differ(a: object, b: object) -> str:
     with pytest.raises(CorruptError, match="nothing was written") as caught:
-        list(compare._paired_storages([("", a, b)]))
+        list(compare._paired_storages([(Place(), a, b)]))
     assert len(caught.value.message) < 1000
     return caught.value.message
 
 
 def assert_agree(a: object, b: object) -> list[tuple[str, Storage, Storage]]:
-    return list(compare._paired_storages([("", a, b)]))
+    return list(compare._paired_storages([(Place(), a, b)]))
 
 
 def nested(depth: int, bottom: object) -> object:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 import ckptkit
 from ckptkit.codes import CODES
 from ckptkit.errors import CorruptError
+from ckptkit.released.examine import examine
 from ckptkit.released.manifests.reader import read_manifest
 from ckptkit.released.results import CheckFinding, CheckReport
 
@@ -153,6 +156,48 @@ def test_another_container_with_the_same_tensors(folder: Path) -> None:
 def test_the_same_container_written_anew(folder: Path) -> None:
     torch.save({"state_dict": weights(), "epoch": 3}, folder / "a.pth")
     assert "beside" in only(check(), "w/a.pth", "file-rewritten").message
+
+
+def zipped_again(path: Path) -> None:
+    """The same records with another time, which nothing in a file depends on."""
+    with zipfile.ZipFile(path) as old:
+        records = [(record.filename, old.read(record)) for record in old.infolist()]
+    with zipfile.ZipFile(path, "w") as new:
+        for name, data in records:
+            new.writestr(zipfile.ZipInfo(name, (2001, 2, 3, 4, 5, 6)), data)
+
+
+def test_the_whole_digest_says_what_was_rewritten(folder: Path) -> None:
+    state = {"state_dict": weights(), "args": argparse.Namespace(betas=(0.9, 0.999))}
+    torch.save(state, folder / "a.pth")
+    ckptkit.manifest(["w"], f"w/{MANIFEST}", update=True)
+    zipped_again(folder / "a.pth")
+    assert "the whole digests agree" in only(check(), "w/a.pth", "file-rewritten").message
+    state["args"].betas = (0.9, 0.99)
+    torch.save(state, folder / "a.pth")
+    assert "the whole digests differ" in only(check(), "w/a.pth", "file-rewritten").message
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize.* deprecated")
+def test_a_manifest_from_before_whole_digests_still_holds(folder: Path) -> None:
+    def saved(scale: float) -> None:
+        ints = torch.ones(4, dtype=torch.int8)
+        torch.save({**weights(), "q": torch._make_per_tensor_quantized_tensor(ints, scale, 0)}, folder / "a.pth")
+
+    saved(0.1)
+    made = ckptkit.manifest(["w"], f"w/{MANIFEST}", update=True)
+    text = (folder / MANIFEST).read_text()
+    record = next(record for record in made.files if record.path == "a.pth")
+    found = examine(str(folder / "a.pth"), hash_file=False, digest=True, values=False)
+    text = text.replace(f'      "whole_digest": "{record.whole_digest}",\n', "")
+    (folder / MANIFEST).write_text(text.replace(str(record.content_digest), str(found.former_digest)))
+    assert check().ok
+    zipped_again(folder / "a.pth")
+    assert "the content digests agree" in only(check(), "w/a.pth", "file-rewritten").message
+    (folder / MANIFEST).write_text(text)
+    assert "the content digests agree" in only(check(), "w/a.pth", "file-rewritten").message
+    saved(0.2)
+    only(check(), "w/a.pth", "tensors-differ")
 
 
 @pytest.mark.parametrize("digests", ["tensor", "total"])

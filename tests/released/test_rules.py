@@ -194,6 +194,17 @@ def test_objects_among_the_weights_are_not_taken_for_sound(save) -> None:
     assert finding.found == ["x._extra_state", "y._extra_state"] and ckptkit.check(path, no_nan=True).exit_code == 2
 
 
+def test_tensors_in_bytes_are_not_taken_for_sound(save) -> None:
+    inner = io.BytesIO()
+    torch.save(NAN, inner, _use_new_zipfile_serialization=False)
+
+    class Kept:
+        def __reduce__(self) -> tuple[object, ...]:
+            return torch.storage._load_from_bytes, (inner.getvalue(),)
+
+    assert only(save({"w": torch.ones(4), "x": Kept()}), "check-not-run", "no-nan", no_nan=True).found == ["x"]
+
+
 NAN, INF = torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.inf])
 
 
@@ -232,6 +243,8 @@ BROKEN = {
     "a module's attribute": with_attribute(NAN),
     "an array in a module": with_attribute(NAN.numpy()),
     "a numpy scalar among weights": {**WEIGHTS, "scale": np.float32("nan")},
+    "an array of objects": {**WEIGHTS, "ragged": np.array([float("nan"), None], object)},
+    "a number in extra state": {**WEIGHTS, "m._extra_state": {"amax": [float("nan")]}},
 }
 
 SOUND = {

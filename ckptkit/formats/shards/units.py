@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages
 from ckptkit.formats.module_versions import VERSIONS, versions_text
 from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.sections import is_plain
 from ckptkit.pickling.inert import Global, InertDict, Object, children
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
@@ -154,7 +155,7 @@ class TorchUnits(_Units):
         for name in names:
             value = self._state_dict.everything[name]
             nbytes += _TORCH_NAME + 2 * _utf8_nbytes(name)  # its module's path is a part of it
-            if isinstance(value, TensorEntry) and value.subclass is None and value.attributes is None:
+            if isinstance(value, TensorEntry) and is_plain(value):
                 nbytes += _TORCH_DIMENSION * len(value.shape) + _utf8_nbytes(value.location)
                 storages[id(value.storage)] = value.storage
             else:
@@ -238,7 +239,7 @@ class _Objects:
         self._seen: set[int] = set()
 
     def __call__(self, value: object) -> Iterable[Hashable]:
-        if isinstance(value, TensorEntry) and value.subclass is None and value.attributes is None:
+        if isinstance(value, TensorEntry) and is_plain(value):
             return (id(value.storage),)
         found: list[int] = []
         stack = [value]

@@ -78,6 +78,7 @@ def make(
         values=False,
         ignore_checksums=ignore_checksums,
         allow_part=allow_part,
+        whole=True,
     )
     for name, (_, result) in zip(names, found, strict=True):
         if isinstance(result, CkptkitError):
@@ -192,6 +193,7 @@ def _record(name: str, found: Examined, listed: bool) -> FileRecord:
         kind=found.kind,
         trust=found.trust,
         content_digest=found.content_digest,
+        whole_digest=found.whole_digest,
         tensors={
             tensor.name: TensorRecord(dtype=tensor.dtype, shape=tensor.shape, digest=tensor.digest or "")
             for tensor in found.tensors

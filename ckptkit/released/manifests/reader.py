@@ -100,9 +100,8 @@ def _record(fields: _Fields) -> FileRecord:
         format=fields.get("format", str),
         kind=fields.get("kind", str),
         trust=trust,
-        content_digest=None
-        if fields.optional("content_digest", str) is None
-        else fields.match("content_digest", _DIGEST, "'sha256:' and 64 hexadecimal digits"),
+        content_digest=fields.digest("content_digest"),
+        whole_digest=fields.digest("whole_digest"),
         architecture=fields.optional("architecture", str),
         golden=None if golden is None else _golden(fields.inner("golden", golden)),
         shards={
@@ -194,6 +193,11 @@ class _Fields:
         if pattern.match(value) is None:
             raise self.wrong(name, value, expected)
         return value
+
+    def digest(self, name: str) -> str | None:
+        if self.optional(name, str) is None:
+            return None
+        return self.match(name, _DIGEST, "'sha256:' and 64 hexadecimal digits")
 
     def size(self, name: str) -> int:
         value: int = self.get(name, int)

@@ -54,6 +54,8 @@ class FileRecord:
     """What one checkpoint must be; the fields are those of the manifest.
 
     Attributes:
+        whole_digest: of everything in the file (`ckptkit.digests`); ``None``: it has none, or was recorded before
+            there was one.
         tensors: by name; ``None``: folded into the content digest.
         architecture: the known model it is, with arguments that are not the library's own:
             ``"torchvision:resnet18(num_classes=10)"``; ``None``: it is none.
@@ -71,6 +73,7 @@ class FileRecord:
     golden: GoldenRecord | None = None
     shards: Mapping[str, ShardRecord] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    whole_digest: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record as it stands in the manifest."""
@@ -82,6 +85,7 @@ class FileRecord:
             "kind": self.kind,
             "trust": self.trust,
             "content_digest": self.content_digest,
+            **({} if self.whole_digest is None else {"whole_digest": self.whole_digest}),
             "architecture": self.architecture,
             "golden": None if self.golden is None else {"path": self.golden.path, "sha256": self.golden.sha256},
         }

@@ -50,10 +50,16 @@ def compare(examined: Examined, digested: Examined, record: FileRecord) -> Itera
 
 
 def _difference(examined: Examined, digested: Examined, record: FileRecord) -> CheckFinding:
-    if digested.content_digest is not None and digested.content_digest == record.content_digest:
+    if record.content_digest is not None and record.content_digest in (digested.content_digest, digested.former_digest):
         how = f"a {record.format} file was recorded, this is a {examined.format} one"
-        if examined.format == record.format:
+        if record.whole_digest is not None and digested.whole_digest == record.whole_digest:
+            how = "everything else is the same too (the whole digests agree); what differs is how the file is laid out"
+        elif examined.format == record.format:
             how = "what differs is how the file is laid out, or stands beside the tensors"
+            if record.whole_digest is not None:
+                how = (
+                    "what stands beside them is not the same (the whole digests differ): ckptkit diff --strict shows it"
+                )
         return _finding(
             examined.path,
             code="file-rewritten",
@@ -124,7 +130,8 @@ def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFin
         ("kind", record.kind, examined.kind),
         ("others", list(record.others[:_MOST_LISTED]), list(examined.others[:_MOST_LISTED])),
     ):
-        if recorded != found:
+        is_older = name == "others" and record.whole_digest is None and {*record.others} <= {*examined.others}
+        if recorded != found and not is_older:
             yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, and it is {found}")
     if record.tensors is None:
         return
