@@ -28,11 +28,12 @@ from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
-    import torch
+    from collections import OrderedDict
 
     from ckptkit.differences import Difference
     from ckptkit.released.manifests.records import Manifest
     from ckptkit.released.results import CheckReport
+    from ckptkit.rewrite import Like
     from ckptkit.rewrite.device import LocationMap
     from ckptkit.transfer.workers import Progress
 
@@ -87,8 +88,12 @@ def load_state_dict(
     section: str | None = None,
     allow_part: bool = False,
     ignore_checksums: bool = False,
-) -> dict[str, torch.Tensor]:
-    """The weights as tensors, from any container, without executing the file.
+) -> OrderedDict[str, Any]:
+    """The weights, from any container, without executing the file: every value of the state_dict.
+
+    Tensors of every layout (quantized, sparse, nested, on meta), arrays of numpy's and plain values are what
+    ``torch.load`` gives; of a tensor of a class with bytes of its own the plain tensor is given.  Their indices,
+    offsets, axes and sizes are checked first, which torch does not do.
 
     Args:
         path: the file.
@@ -98,26 +103,34 @@ def load_state_dict(
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
-        Name to tensor, in file order.  Tied tensors share memory.  From a whole model they are plain
+        Name to value, in file order, with the module versions that the file has as ``_metadata``, as
+        ``Module.load_state_dict`` looks for them.  Tied tensors share memory.  From a whole model they are plain
         tensors, as ``Module.state_dict()`` gives them.
 
     Raises:
         MissingDependencyError: torch is not installed.
         SectionError: the file holds no state_dict, or several.
-        CorruptError: a tensor's bytes are not those its checksum was recorded for.
+        UnsupportedError: values that only the code they come from can make (objects, DTensor and other wrappers);
+            the message names each.
+        DTypeError: the installed torch lacks a dtype.
+        CorruptError: a tensor's bytes are not those its checksum was recorded for, or what it consists of does not
+            fit together.
         PartError: it is a part of a checkpoint.
         FormatError, FileAccessError: as `open`.
     """
     from ckptkit.extras import require_torch
 
     require_torch()
-    from ckptkit.torch_bridge import tensors
+    from ckptkit.torch_bridge import state_dict_of
 
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
         _require_state_dict(file.checkpoint, "to load")
-        state = tensors(file.state_dict, map_location=map_location, checksums=True)
-        return state if file.checkpoint.module is None else {name: value.detach() for name, value in state.items()}
+        state = state_dict_of(file.state_dict, file.path, map_location=map_location, checksums=True)
+        if file.checkpoint.module is not None:
+            for name, value in state.items():
+                state[name] = value.detach() if hasattr(value, "detach") else value
+        return state
 
 
 def convert(
@@ -137,7 +150,10 @@ def convert(
     map_location: LocationMap | None = None,
     dtype: str | None = None,
     keep_dtype: str | Sequence[str] = (),
+    cast_scaled: bool = False,
     tied: Literal["alias", "duplicate", "error"] = "alias",
+    like: Any = None,
+    model_args: Mapping[str, Any] | None = None,
     to: str | None = None,
     max_shard_size: int | str | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -170,7 +186,12 @@ def convert(
         map_location: new device tags; see `ckptkit.MapLocation`.
         dtype: cast the floating-point weights to it; see `ckptkit.CastDtype`.
         keep_dtype: globs of the names that are not cast, in the source or in the output.
+        cast_scaled: whether to cast weights that have scales beside them, and such scales, each by itself.
         tied: what becomes of tensors with several names; see `ckptkit.Tied`.
+        like: the model whose tensors alone are kept, under its names: another checkpoint, or a reference as the
+            ``model`` of `verify` (which needs torch).  Section and prefix are found; it goes after all that is
+            named to be selected or renamed.  See `ckptkit.Like`.
+        model_args: keyword arguments of the reference's factory; strings are read as Python literals.
         to: container name that overrides the ending.
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
         metadata: strings to set in the output's metadata.
@@ -186,7 +207,8 @@ def convert(
         A report whose ``details`` hold the plan and what was changed.
 
     Raises:
-        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError.
+        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
+        RewriteError where the weights are not those of ``like``; VerifyError where that is no reference.
     """
     from ckptkit.conversion.job import Job
     from ckptkit.conversion.options import Conversion, Options  # reading alone starts faster without the writing half
@@ -204,11 +226,23 @@ def convert(
         map_location=map_location,
         dtype=dtype,
         keep_dtype=keep_dtype,
+        cast_scaled=cast_scaled,
         tied=tied,
+        like=None if like is None else _like(like, model_args or {}),
         metadata=metadata or {},
     )
-    with open(source, section=section, ignore_checksums=ignore_checksums) as file:
+    if model_args and like is None:
+        raise RewriteError("--model-arg is for the model of --like, which is not given")
+    with contextlib.ExitStack() as stack:
+        reading = partial(open, source, ignore_checksums=ignore_checksums)
+        file = stack.enter_context(reading(section=section))
         require_whole(file.checkpoint, allow_part=allow_part)
+        if options.like is not None and section is None:
+            from ckptkit.conversion.like import section_like
+
+            found = section_like(file.checkpoint, options, ignore_checksums=ignore_checksums)
+            if found != file.checkpoint.origin.state_path:
+                file = stack.enter_context(reading(section=found))
         _, container, most = formats.target(os.fsdecode(destination), to)
         weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
         if weights_alone or options.needs_weights:
@@ -239,6 +273,32 @@ def convert(
                 **conversion.details(job.plan),
             },
         )
+
+
+def _like(like: Any, args: Mapping[str, Any]) -> Like:
+    """The model that a conversion is to be like."""
+    from ckptkit.rewrite import Like
+
+    if isinstance(like, Like):
+        return like
+    path = os.fsdecode(like) if isinstance(like, (str, bytes, os.PathLike)) else None
+    if path is None or (not os.path.lexists(path) and ":" in path and "://" not in path):
+        from ckptkit.extras import require_torch
+
+        require_torch()
+        from ckptkit.verifier.measure import like_reference
+
+        return like_reference(path or like, args)
+    if args:
+        raise RewriteError(f"--like {path}: is a checkpoint, and takes no --model-arg")
+    with open(path) as file:
+        require_whole(file.checkpoint, allow_part=False)
+        if file.checkpoint.origin.state_path is None:
+            from ckptkit.normalize.selection import paths_listed
+
+            weights = paths_listed(file.sections) or "no section holds any"
+            raise SectionError(f"{path}: has no one set of weights to be like ({weights})")
+        return Like(file.state_dict, label=path)
 
 
 def diff(
@@ -462,6 +522,7 @@ def verify(
             force=force,
             unsafe_load=unsafe_load,
             strip_module=strip_module,
+            reading=[*["--allow-part"] * allow_part, *["--ignore-checksums"] * ignore_checksums],
         )
 
 

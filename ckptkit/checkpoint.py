@@ -137,7 +137,7 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor when written out contiguously."""
-        return self.numel * self.itemsize
+        return DTYPES[self.dtype].nbytes(self.numel)
 
     @property
     def location(self) -> str:
@@ -191,7 +191,7 @@ class TensorEntry:
         if self.numel == 0:
             return start, start
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        return start, start + (last + 1) * self.itemsize
+        return start, start + DTYPES[self.dtype].nbytes(last + 1)
 
     def check(self) -> TensorEntry:
         """This entry, once its geometry is known to lie inside its storage.
@@ -400,6 +400,7 @@ class Origin:
         writer: which torch wrote it, as far as the file tells: ``"torch 2.1 or later"``.
         has_pickle: whether there is a pickle in the file.
         is_program: whether it holds a program, of which only the weights can be written.
+        options: those of the command line by which it was read so: ``("--section", "model")``.
     """
 
     path: str
@@ -413,6 +414,7 @@ class Origin:
     writer: str | None = None
     has_pickle: bool = True
     is_program: bool = False
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, Object, children, mapping_items
-from ckptkit.report import Finding, convert_command, count_of, human_size, listed
+from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
 
@@ -82,7 +82,7 @@ def diagnose(checkpoint: Checkpoint, beside: list[Found] | None = None) -> tuple
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
     order = {"error": 0, "warning": 1, "info": 2}
-    return tuple(sorted(found, key=lambda finding: order[finding.severity]))
+    return tuple(apart(sorted(found, key=lambda finding: order[finding.severity]), checkpoint.origin.options))
 
 
 def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
@@ -163,12 +163,15 @@ def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
+    bare = Counter(map(unwrapped, names))
+    twice = next((name for name in names if bare[unwrapped(name)] > 1), None)
+    told = "" if twice is None else f"; it cannot come off, for {unwrapped(twice)!r:.60} would be the name of two"
     yield Finding(
         code="module-prefix",
         severity="warning",
         message=f"{len(carrying)} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{carrying[0]}`) that "
-        "the bare model lacks",
-        fix=_extract(checkpoint, "--strip-module"),
+        f"the bare model lacks{told}",
+        fix=_extract(checkpoint, "--strip-module") if twice is None else None,
     )
 
 
@@ -384,7 +387,7 @@ def _other_weights(checkpoint: Checkpoint, contents: Contents) -> Iterator[Findi
     if others:
         shown = listed([f"{path!r:.200} ({count_of(len(found), 'tensor')})" for path, found in others.items()], 4)
         yield Finding(
-            code="other-weights",
+            code="other-parts",
             severity="info",
             message=f"weights under other names than those selected: {shown}; parts of the model, or another one",
         )

@@ -22,7 +22,8 @@ class DType(NamedTuple):
     name: str
     """torch's name without ``torch.``."""
     itemsize: int
-    """Bytes of one element as torch counts elements (``float4_e2m1fn_x2`` packs two values in one)."""
+    """Bytes of one element as torch counts elements (``float4_e2m1fn_x2`` packs two values in one); of one of ``bits``
+    that fill no whole byte 1, with which no count of bytes is computed."""
     kind: str
     """``"float"``, ``"complex"``, ``"int"``, ``"bool"``, ``"quantized"`` or ``"bits"``."""
     storage_class: str | None
@@ -31,11 +32,17 @@ class DType(NamedTuple):
     """Name in a safetensors header; ``None``: safetensors cannot hold it."""
     numpy: str | None
     """Name in numpy, or ``ml_dtypes.NAME``; ``None``: values cannot be computed."""
+    bits: int = 0
+    """Bits of one element that fills no whole byte, for which torch has no type; 0: it has ``itemsize`` bytes."""
 
     @property
     def is_floating(self) -> bool:
         """Whether torch calls it a floating point type (complex is not)."""
         return self.kind == "float"
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of that many elements one after another, the last one filled up."""
+        return -(-numel * self.bits // 8) if self.bits else numel * self.itemsize
 
 
 DTYPES: dict[str, DType] = {
@@ -66,7 +73,10 @@ DTYPES: dict[str, DType] = {
         ("float8_e4m3fnuz", 1, "float", None, "F8_E4M3FNUZ", "ml_dtypes.float8_e4m3fnuz"),
         ("float8_e5m2fnuz", 1, "float", None, "F8_E5M2FNUZ", "ml_dtypes.float8_e5m2fnuz"),
         ("float8_e8m0fnu", 1, "float", None, "F8_E8M0", "ml_dtypes.float8_e8m0fnu"),
-        ("float4_e2m1fn_x2", 1, "float", None, None, None),
+        ("float4_e2m1fn", 1, "float", None, "F4", None, 4),  # of an odd last dimension, which torch cannot pack
+        ("float4_e2m1fn_x2", 1, "float", None, "F4", None),
+        ("float6_e2m3fn", 1, "float", None, "F6_E2M3", None, 6),
+        ("float6_e3m2fn", 1, "float", None, "F6_E3M2", None, 6),
         ("complex32", 4, "complex", None, None, None),
         ("bcomplex32", 4, "complex", None, None, None),
         ("bits8", 1, "bits", None, None, None),
@@ -82,7 +92,7 @@ BY_STORAGE_CLASS: dict[str, DType] = {d.storage_class: d for d in DTYPES.values(
 """Every dtype that has a typed storage class, by that class's name."""
 
 BY_SAFETENSORS: dict[str, DType] = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
-"""Every dtype safetensors can hold, by its name there."""
+"""Every dtype safetensors can hold, by its name there; of the two of F4 torch's."""
 
 
 def dtype(name: str) -> DType:

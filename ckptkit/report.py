@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 from ckptkit.errors import FailedReportError, RewriteError
 
@@ -20,6 +20,7 @@ __all__ = [
     "Finding",
     "Report",
     "Severity",
+    "apart",
     "at_least",
     "convert_command",
     "count_of",
@@ -63,6 +64,9 @@ class Finding:
     def to_dict(self) -> dict[str, str | None]:
         """The finding as it stands in JSON documents."""
         return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
+
+
+_Finding = TypeVar("_Finding", bound=Finding)
 
 
 def at_least(severity: Severity, bound: Severity) -> bool:
@@ -136,12 +140,13 @@ _ENDINGS = frozenset(
 """Endings of checkpoints and of what they are packed in."""
 
 
-def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> str:
+def convert_command(path: str, *options: str, suffix: str = ".safetensors", taken: Container[str] = ()) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
-    The destination is named after the source, beside it, and never the source itself.
+    The destination is named after the source, beside it, and is none of ``taken`` and nothing that is there.
     """
     import shlex
+    from itertools import chain, count
 
     folder, name = os.path.split(path.rstrip("/"))
     stem, ending = os.path.splitext(name.removesuffix(".index.json"))  # of model.safetensors.index.json: the whole
@@ -151,8 +156,34 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors") -> s
     while os.path.splitext(stem)[1].lower() in _ENDINGS:  # of best.pth.tar
         stem, ending = os.path.splitext(stem)
         endings.add(ending)
-    destination = os.path.join(folder, stem + (f".clean{suffix}" if suffix in endings else suffix))
+    stem = os.path.join(folder, f"{stem}.clean" if suffix in endings else stem)
+    paths = chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in count(2)))
+    destination = next(each for each in paths if each not in taken and not os.path.lexists(each))
     return shlex.join(["ckptkit", "convert", path, destination, *options])
+
+
+def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_Finding]:
+    """The findings, with no two different conversions that write one file: each can be run after the others.
+
+    Args:
+        findings: of one file.
+        given: options by which the file was read, which conversions keep.
+    """
+    fixes: dict[str, str] = {}
+    taken: set[str] = set()
+    for finding in findings:
+        fix = finding.fix
+        if fix is not None and fix.startswith("ckptkit convert "):
+            if fix not in fixes:
+                import shlex  # inspecting starts faster without
+
+                _, _, path, destination, *options = shlex.split(fix)
+                kept = given[2:] if "--section" in given and "--section" in options else given
+                suffix = os.path.splitext(destination)[1]
+                fixes[fix] = convert_command(path, *kept, *options, suffix=suffix, taken=taken)
+                taken.add(shlex.split(fixes[fix])[3])
+            finding = replace(finding, fix=fixes[fix])
+        yield finding
 
 
 def glob_of(name: str, before: str = "") -> str:

@@ -23,6 +23,9 @@ NO_STATS: Mapping[str, float | int | None] = dict.fromkeys(("min", "max", "mean"
 _MOST_OVERLAP = 64
 """How many times the bytes of its storage a view may have: sliding windows of 64 still count."""
 
+_WITHOUT_NAN = ("F4", "F6_E2M3", "F6_E3M2")
+"""Floating types in which every pattern is a finite number (OCP Microscaling Formats 1.0, 5.3)."""
+
 
 def tensor_stats(entry: TensorEntry, checksums: Checksums | None = None) -> dict[str, float | int | None]:
     """min, max, mean, std (population), and the counts of zeros, NaN and Inf.
@@ -105,7 +108,7 @@ class NonFinite:
 
     def __init__(self, dtype: str) -> None:
         row = DTYPES[dtype]
-        known = row.numpy is not None or row.kind in ("int", "bool")
+        known = row.numpy is not None or row.kind in ("int", "bool") or row.safetensors in _WITHOUT_NAN
         self.nan: int | None = 0 if known else None
         self.inf: int | None = 0 if known else None
         self._dtype: Any = None

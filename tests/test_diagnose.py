@@ -101,7 +101,7 @@ PROVOKED: dict[str, tuple[Any, Any]] = {
         {"model": WEIGHTS, "x": Marked(codecs.encode, "x", "latin1")},
         {"model": WEIGHTS, "x": Marked(argparse.Namespace)},
     ),
-    "other-weights": (
+    "other-parts": (
         {"model": WEIGHTS, "generator": {"up.weight": torch.ones(2, 2)}},
         {"model": WEIGHTS, "best": {"fc.weight": torch.zeros(2, 3)}},
     ),

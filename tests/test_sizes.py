@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 
 from ckptkit.errors import RewriteError
-from ckptkit.report import convert_command, count_of, human_size, listed, parse_size
+from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed, parse_size
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,19 @@ def test_sizes_that_were_shown_are_understood(nbytes: int) -> None:
 )  # fmt: skip
 def test_the_name_of_what_is_to_be_written(path: str, suffix: str, destination: str) -> None:
     assert shlex.split(convert_command(path, "--x", suffix=suffix)) == ["ckptkit", "convert", path, destination, "--x"]
+
+
+def test_a_command_writes_nothing_that_is_there_or_that_another_writes(tmp_path: Path) -> None:
+    path, first = f"{tmp_path}/x.pth", f"{tmp_path}/x.safetensors"
+    assert first in convert_command(path)
+    Path(first).touch()
+    assert f"{tmp_path}/x-2.safetensors" in convert_command(path)
+    fixes = [convert_command(path), convert_command(path, "--a"), convert_command(path, "--section", "s"), "--b", None]
+    told = [Finding(code="c", severity="info", message="m", fix=fix) for fix in [*fixes, fixes[0]]]
+    found = [finding.fix and shlex.split(finding.fix)[3:] for finding in apart(told, ["--section", "t", "--i"])]
+    second, third, fourth = (f"{tmp_path}/x-{number}.safetensors" for number in (2, 3, 4))
+    assert found[:2] == [[second, "--section", "t", "--i"], [third, "--section", "t", "--i", "--a"]]
+    assert found[2:] == [[fourth, "--i", "--section", "s"], [], None, found[0]]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptkit import torch_bridge
 from ckptkit.formats import read
-from ckptkit.torch_bridge import tensors
+from ckptkit.torch_bridge import loading, tensors
 
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
@@ -26,9 +25,9 @@ SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of what was read into memory instead."""
     seen: list[int] = []
-    into = torch_bridge._read_into
+    into = loading._read_into
     monkeypatch.setattr(
-        torch_bridge, "_read_into", lambda m, source, sums: seen.append(source.nbytes) or into(m, source, sums)
+        loading, "_read_into", lambda m, source, sums: seen.append(source.nbytes) or into(m, source, sums)
     )
     return seen
 

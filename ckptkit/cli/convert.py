@@ -55,6 +55,12 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     return rules
 
 
+def _complete_reference(*given: Any) -> Any:
+    from ckptkit.cli.completion import complete_reference  # converting starts faster without
+
+    return complete_reference(*given)
+
+
 @click.command(
     "convert",
     cls=_InOrder,
@@ -65,6 +71,7 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
         "ckptkit convert big.pth out/model.safetensors --max-shard-size 5GB",
         "ckptkit convert old.pth new.pth --rename '^features\\.=>backbone.' --exclude 'head.*' --leave-out optimizer",
         "ckptkit convert model.pth model2.pth --map-location cuda:1=cuda:0 --dry-run",
+        "ckptkit convert moco.pth backbone.safetensors --like torchvision:resnet50",
     ),
 )
 @path_argument("source", metavar="SRC")
@@ -103,11 +110,21 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 )
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point weights: float16, bfloat16, float32, float8_...")
 @click.option("--keep-dtype", multiple=True, metavar="GLOB", help="Names that --dtype leaves as they are.")
+@click.option("--cast-scaled", is_flag=True, help="Let --dtype cast weights whose scales are beside them, and scales.")
 @click.option(
     "--tied",
     type=click.Choice(["alias", "duplicate", "error"]),
     default="alias",
     help="Tensors with several names: keep them tied, write copies, or refuse.",
+)
+@click.option(
+    "--like",
+    metavar="REF",
+    shell_complete=_complete_reference,
+    help="Keep exactly the tensors of this model, under its names: a checkpoint, or a REF as in verify.",
+)
+@click.option(
+    "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of --like's factory; repeatable."
 )
 @click.option("--to", metavar="FORMAT", help="torch-zip, safetensors, or either -sharded; overrides DST's ending.")
 @click.option("--max-shard-size", metavar="SIZE", help="Split what is larger into files and an index: 5GB, 500MB.")
@@ -126,6 +143,7 @@ def command(
     rules: tuple[tuple[str, str], ...],
     locations: tuple[str, ...],
     metadata: tuple[str, ...],
+    model_args: tuple[str, ...],
     no_receipt: bool,
     no_check: bool,
     progress: bool | None,
@@ -148,6 +166,7 @@ def command(
             rename=_rename_rules(rules),
             map_location=_map_location(locations),
             metadata=key_values("--metadata", metadata),
+            model_args=key_values("--model-arg", model_args),
             receipt=not no_receipt,
             check=not no_check,
             progress=moved,

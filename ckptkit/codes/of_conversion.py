@@ -70,6 +70,12 @@ CODES: dict[str, Explanation] = {
         "They match --exclude, or no --include. A model that has them does not load from the output with strict=True.",
         "Check the result against the model: ckptkit verify OUT --model REF --allow-missing GLOB",
     ),
+    "like-reference": Explanation(
+        "the output holds exactly the tensors of the reference",
+        "--like REF found every tensor of the model, by name and shape, in one section and under one change of names. "
+        "What else the file holds (heads, queues, averages, training state) is left out and listed.",
+        "ckptkit verify OUT --model REF also loads the weights and runs the model.",
+    ),
     "nothing-excluded": Explanation(
         "a pattern of --exclude matches no name",
         "Nothing was dropped for it. Patterns are globs over whole names: `head` matches that one name alone, `head.*` "
@@ -92,6 +98,13 @@ CODES: dict[str, Explanation] = {
         "one file, where an index of shards was asked for",
         "All of the output fits into one file of the size that a shard may have, and a single file needs no index.",
         "Use the file; --max-shard-size makes shards of less.",
+    ),
+    "cast-scaled": Explanation(
+        "weights were cast without their scales",
+        "Weights of a few bits (FP8, int8, 4 bits) are values only together with the scales of their blocks or rows, "
+        "which stand beside them: weight_scale_inv, absmax, scales, SCB. Cast by themselves they are garbage to "
+        "whoever multiplies them, and rounded scales change all values of a block.",
+        "Dequantize with the library that made them, or leave them as they are: --keep-dtype GLOB",
     ),
     "cast-overflow": Explanation(
         "values too large for the new dtype",

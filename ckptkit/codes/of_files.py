@@ -42,7 +42,7 @@ CODES: dict[str, Explanation] = {
         "Optimizer moments and the like are needed to resume training, not to run the model.",
         "ckptkit convert FILE OUT --weights-only writes the weights alone.",
     ),
-    "other-weights": Explanation(
+    "other-parts": Explanation(
         "weights beside the selected ones that are no copy of them",
         "A model may be saved in parts, a network and its generator, likelihood or queue, or a file may hold two "
         "models. Each is a section of its own; one is selected.",

@@ -64,8 +64,8 @@ CODES: dict[str, Explanation] = {
     "unexpected-keys": Explanation(
         "the checkpoint has tensors the reference lacks",
         "A load with strict=False would drop them silently.",
-        "Correct the reference or its arguments (aux_loss=True, say), or use --allow-unexpected GLOB where "
-        "this is meant.",
+        "ckptkit convert FILE OUT --like REF leaves them out. Or correct the reference or its arguments "
+        "(aux_loss=True, say), or use --allow-unexpected GLOB where this is meant.",
     ),
     "shape-mismatch": Explanation(
         "same names, other shapes",
@@ -80,14 +80,14 @@ CODES: dict[str, Explanation] = {
     ),
     "unloadable-value": Explanation(
         "a value is not a plain tensor",
-        "The reference expects a tensor where the file holds a quantized, sparse or foreign object, which is "
-        "not made from a file.",
+        "The reference has a plain tensor where the file holds a quantized, sparse or foreign value, or one of another "
+        "layout or shape; or only code from elsewhere can make what the file holds.",
         "Save that value as a dense tensor.",
     ),
     "extra-state": Explanation(
         "a module's extra state was not loaded",
-        "What a module keeps under `_extra_state` is a Python object in the file and is never built; the "
-        "model keeps its own.",
+        "What a module keeps under `_extra_state` is an object of somebody's class in the file and is never built; the "
+        "model keeps its own.  Plain values and tensors there are loaded.",
         "Set it in the factory if outputs depend on it.",
     ),
     "tied-restored": Explanation(

@@ -23,13 +23,16 @@ from ckptkit.report import Finding, convert_command, count_of, glob_of, human_si
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
+    from ckptkit.rewrite.like import Fitting
 
 __all__ = [
     "diagnose_casts",
+    "diagnose_fitting",
     "diagnose_layout",
     "diagnose_losses",
     "diagnose_moves",
     "diagnose_renames",
+    "diagnose_scaled",
     "diagnose_selection",
     "diagnose_trust",
     "diagnose_wrappers",
@@ -123,6 +126,26 @@ def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iter
         yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
 
 
+def diagnose_fitting(fitting: Fitting, label: str, source: Checkpoint) -> Iterator[Finding]:
+    """Where the tensors of a model were found.
+
+    Args:
+        fitting: of the weights as the options left them.
+        label: the model.
+        source: the checkpoint as it was read.
+    """
+    count = len(fitting.sources) + len(fitting.aliases) + len(fitting.counters)
+    section = f" in section {source.origin.state_path!r}" if source.origin.state_path else ""
+    changed = f", {'; '.join(fitting.causes)}" if fitting.causes else ""
+    message = f"all {count_of(count, 'tensor')} of {label} are there{section}{changed}"
+    if fitting.aliases:
+        pairs = [f"{name} = {twin}" for name, twin in fitting.aliases.items()]
+        message += f"; tied to one that is there: {_listed(pairs)}"
+    if fitting.counters:
+        message += f"; counted by torch itself when it loads: {_listed(fitting.counters)}"
+    yield Finding(code="like-reference", severity="info", message=message)
+
+
 def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Finding]:
     """Which locations were to be mapped, and nothing is there.
 
@@ -136,6 +159,17 @@ def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Findi
             severity="warning",
             message=f"--map-location {location}=…: nothing in the file is on {location!r}; "
             f"there is {_listed(sorted(met)) or 'no storage'}",
+        )
+
+
+def diagnose_scaled(scaled: Mapping[str, str]) -> Iterator[Finding]:
+    """Which weights were cast without the scales they belong to, or which scales, because that was insisted on."""
+    if scaled:
+        yield Finding(
+            code="cast-scaled",
+            severity="warning",
+            message=f"{count_of(len(scaled), 'tensor', 'is', 'are')} cast that {'has' if len(scaled) == 1 else 'have'} "
+            f"a meaning only together with another: {_listed([f'{a} (with {b})' for a, b in scaled.items()])}",
         )
 
 

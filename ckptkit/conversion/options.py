@@ -11,10 +11,12 @@ from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.changes import (
     diagnose_casts,
+    diagnose_fitting,
     diagnose_layout,
     diagnose_losses,
     diagnose_moves,
     diagnose_renames,
+    diagnose_scaled,
     diagnose_selection,
     diagnose_trust,
     diagnose_wrappers,
@@ -27,9 +29,11 @@ from ckptkit.normalize.wrappers import unwrapped_path
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding
 from ckptkit.rewrite.compact import dead_bytes
+from ckptkit.rewrite.scaled import scaled_pairs
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.device import LocationMap
+    from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.tied import TiedPolicy
     from ckptkit.transfer import Tally
 
@@ -54,7 +58,9 @@ class Options:
     map_location: LocationMap | None = None
     dtype: str | None = None
     keep_dtype: str | Sequence[str] = ()
+    cast_scaled: bool = False
     tied: TiedPolicy = "alias"
+    like: Like | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,8 +72,12 @@ class Options:
                 raise RewriteError(
                     f"metadata {key!r:.100}: {value!r:.100} is no text; metadata maps strings to strings"
                 )
+        if self.like is not None:
+            object.__setattr__(self, "weights_only", True)
         if self.keep_dtype and self.dtype is None:
             raise RewriteError("--keep-dtype exempts from --dtype, which is not given")
+        if self.cast_scaled and self.dtype is None:
+            raise RewriteError("--cast-scaled is about --dtype, which is not given")
 
     @property
     def renamers(self) -> tuple[Renamer, ...]:
@@ -94,7 +104,29 @@ class Options:
     @property
     def needs_weights(self) -> bool:
         """Whether they make no sense without a state_dict."""
-        return bool(self.renamers or self.include or self.exclude or self.weights_only or self.dtype)
+        others = self.include or self.exclude or self.weights_only or self.dtype
+        return bool(self.renamers or others or self.like is not None)
+
+    def as_named(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The weights that are asked for, under the names that are asked for.
+
+        Raises:
+            RewriteError: options do not apply to it.
+        """
+        renamers = self.renamers
+        select = rewrite.Select(tuple(self.include), tuple(self.exclude), rename=_in_turn(renamers))
+        return checkpoint.rewrite(rewrite.WeightsOnly(), select, *renamers)
+
+
+def _in_turn(renamers: Sequence[Renamer]) -> Callable[[str], str]:
+    """From a name to what rewriters of names make of it."""
+
+    def renamed(name: str) -> str:
+        for renamer in renamers:
+            name = renamer.rename(name)
+        return name
+
+    return renamed
 
 
 class Conversion:
@@ -109,6 +141,7 @@ class Conversion:
         result: what is to be written.
         renames: each name that changed, and its new one.
         dropped: the names that were left out.
+        fitting: how the weights fit the model they are to be like; ``None``: they are to be like none.
 
     Raises:
         RewriteError: an option cannot be applied.
@@ -118,13 +151,14 @@ class Conversion:
         self.source = source
         self._options = options
         renamers = options.renamers
+        rename = _in_turn(renamers)
+        self.fitting = None if options.like is None else options.like.fitting(options.as_named(source))
+        fitted = {} if self.fitting is None else {old: new for new, old in self.fitting.sources.items()}
 
         def final(name: str) -> str:
-            for renamer in renamers:
-                name = renamer.rename(name)
-            return name
+            renamed = rename(name)
+            return fitted.get(renamed, renamed)
 
-        rename: Callable[[str], str] | None = final if renamers else None
         result = source
         # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
         if options.leave_out:
@@ -136,17 +170,24 @@ class Conversion:
             select = rewrite.Select(tuple(options.include), tuple(options.exclude), rename=rename)
             self._unmatched = select.unmatched(source)
             result = result.rewrite(select)
-        kept = result.state_dict.everything
+        kept = {name: None for name in result.state_dict.everything if not fitted or rename(name) in fitted}
         self._kept = list(kept)
         self.dropped = [name for name in source.state_dict.everything if name not in kept]
+        self._scaled: dict[str, str] = {}
         if options.dtype is not None:
-            cast = rewrite.CastDtype(options.dtype, tuple(options.keep_dtype), rename=rename)
+            cast = rewrite.CastDtype(
+                options.dtype,
+                tuple(options.keep_dtype),
+                rename=final,
+                cast_scaled=options.cast_scaled,
+                scaled=scaled_pairs(source.state_dict),  # scales that are left out were scales all the same
+            )
             if unmatched := cast.unmatched(result):
                 raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
+            self._scaled = cast.scaled_in(result) if options.cast_scaled else {}
             result = result.rewrite(cast)
-        result = result.rewrite(*renamers)
-        renamed = zip(self._kept, result.state_dict.everything, strict=True)
-        self.renames = {old: new for old, new in renamed if old != new}
+        result = result.rewrite(*renamers, *(() if options.like is None else (options.like,)))
+        self.renames = {name: new for name in kept if (new := final(name)) != name}
         self._moves: rewrite.MapLocation | None = None
         if options.map_location is not None:
             self._moves = rewrite.MapLocation(options.map_location)
@@ -175,7 +216,10 @@ class Conversion:
         if strips and not self._options.add_module:
             changed = self.renames.values()
             yield from diagnose_wrappers(self.result, changed, written, stripped=self._options.strip_module)
+        if self.fitting is not None and self._options.like is not None:
+            yield from diagnose_fitting(self.fitting, self._options.like.label, self.source)
         yield from diagnose_selection(self.dropped, self._unmatched)
+        yield from diagnose_scaled(self._scaled)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
         container = self.result.state_dict.container
@@ -206,7 +250,7 @@ class Conversion:
 
     def details(self, plan: Plan) -> dict[str, Any]:
         """What was changed, as it stands in JSON documents."""
-        entries = self.result.state_dict
+        entries, like = self.result.state_dict, self._options.like
         casts = []
         for name, entry in entries.items():
             source = entry.storage.source
@@ -217,6 +261,7 @@ class Conversion:
         return {
             "renames": [{"from": old, "to": new} for old, new in self.renames.items()],
             "dropped": self.dropped,
+            "like": None if like is None else like.label,
             "casts": casts,
             "gathered": [names[id(entry)] for entry in gathered if id(entry) in names],
             "compacted": {"storages": self._dead[0], "nbytes": self._dead[1]},

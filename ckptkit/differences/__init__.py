@@ -72,6 +72,9 @@ def differ(
     for checkpoint in (a, b):
         require_whole(checkpoint, allow_part=allow_part)
     ours, theirs, selected = _values(a, b)
+    given = [*["--strict"] * strict, *["--allow-part"] * allow_part]
+    if tolerance is not None:
+        given += ["--atol", f"{tolerance.atol}", "--rtol", f"{tolerance.rtol}"]
     work = Work(progress)
     with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
         comparison = _Comparison(ours, theirs, work, tolerance)
@@ -88,7 +91,7 @@ def differ(
             training=training_rows(a, b) if beside else (),
             sections=sections,
             ties=ties,
-            findings=(*part_findings(a), *part_findings(b), *_prefixes(a, b, ours, theirs), *_ties_told(ties)),
+            findings=(*part_findings(a), *part_findings(b), *_prefixes(a, b, ours, theirs, given), *_ties_told(ties)),
             strict=strict,
         )
 
@@ -274,7 +277,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _prefixes(
-    a: Checkpoint, b: Checkpoint, ours: Mapping[str, object], theirs: Mapping[str, object]
+    a: Checkpoint, b: Checkpoint, ours: Mapping[str, object], theirs: Mapping[str, object], given: Sequence[str]
 ) -> Iterator[Finding]:
     """Whether names would agree that do not, if wrappers were taken off."""
     agreeing = sum(name in theirs for name in ours)
@@ -287,7 +290,12 @@ def _prefixes(
         f"{agreeing:,} names agree; without the prefixes of wrappers (module., _orig_mod.) "
         f"{len(bare[0] & bare[1]):,} of {len(ours):,} and {len(theirs):,} would"
     )
-    fix = shlex.join(["ckptkit", "diff", a.origin.path, b.origin.path, "--strip-module"])
+    options = [
+        f"{word}-{side}" if word == "--section" else word
+        for side, each in (("a", a), ("b", b))
+        for word in each.origin.options
+    ]
+    fix = shlex.join(["ckptkit", "diff", a.origin.path, b.origin.path, *options, *given, "--strip-module"])
     yield Finding(code="prefix-differs", severity="warning", message=message, fix=fix)
 
 

@@ -88,7 +88,9 @@ def read(
             raw = detect(probe).read(probe)
             if ignore_checksums:
                 raw = replace(raw, root=_without_checksums(raw.root))
-            return _placed(normalize(raw, file, section=section), raw, file), file
+            checkpoint = _placed(normalize(raw, file, section=section), raw, file)
+            options = [*(("--section", section) if section else ()), *["--ignore-checksums"] * ignore_checksums]
+            return checkpoint.replace(origin=replace(checkpoint.origin, options=tuple(options))), file
     except FormatError as error:
         seen = raw.globals if raw is not None else ()
         if probe is not None and raw is None:

@@ -72,7 +72,11 @@ def _kinds(values: Mapping[str, object]) -> str:
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
-    odd = {name: entry.dtype for name, entry in checkpoint.state_dict.items() if not DTYPES[entry.dtype].safetensors}
+    odd = {
+        name: entry.dtype
+        for name, entry in checkpoint.state_dict.items()
+        if not DTYPES[entry.dtype].safetensors or (entry.dtype == "float4_e2m1fn_x2" and not entry.shape)
+    }  # a pair of F4 has a dimension there
     if odd:
         kinds = _listed([f"{name} ({dtype})" for name, dtype in odd.items()])
         yield f"these dtypes ({kinds}): {_exclude(list(odd), checkpoint)} leaves them out"

@@ -9,7 +9,6 @@ Compared with the safetensors library (0.8, ``safetensors/src/tensor.rs``) this 
 - names given twice, of which the library takes the last and other parsers the first
 - a tensor described by a list in place of an object, or a dtype by an object, which serde takes too
 - numbers from 2^62 on (as sizes beside a 0): torch counts in 63 bits
-- elements that fill no whole byte (F4, F6), for which torch has no dtype
 - more than `Limits.entries` tensors or `Limits.dimensions` dimensions
 - values of fields nobody knows that are nested more than 100 deep; the library stops at 128
 """
@@ -22,12 +21,12 @@ import operator
 from collections.abc import Mapping
 from typing import NoReturn, TypeGuard
 
-from ckptkit.dtypes import BY_SAFETENSORS, DType
-from ckptkit.errors import CorruptError, LimitError, UnsupportedError
+from ckptkit.dtypes import BY_SAFETENSORS, DTYPES, DType
+from ckptkit.errors import CorruptError, LimitError
 from ckptkit.formats.strict_json import check_ignored, shown
 from ckptkit.limits import Limits
 
-__all__ = ["METADATA", "NAME", "Layout", "check_extents", "compact", "layout", "strings"]
+__all__ = ["METADATA", "NAME", "Layout", "check_extents", "compact", "header_shape", "layout", "strings"]
 
 NAME = "safetensors"
 
@@ -42,11 +41,16 @@ _JSON_TYPES: dict[type, str] = {
     dict: "an object", tuple: "an object", list: "a list", str: "a string", int: "a number", float: "a number",
     bool: "a boolean", type(None): "null",
 }  # fmt: skip
-_UNREAD_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
-"""Names the format knows for elements that fill no whole byte; torch has no such tensors."""
 
 Layout = tuple[DType, tuple[int, ...], int, int]
-"""A tensor as its header describes it: element type, shape, first byte and the byte after the last."""
+"""A tensor as its header describes it: element type, shape, first byte and the byte after the last.
+
+F4 and F6 fill no whole byte.  torch has the first as pairs, of which the last dimension counts one for two
+(``safetensors/bindings/python/src/lib.rs`` does the same); where that is odd there is no such tensor in torch.
+"""
+
+_PACKED = DTYPES["float4_e2m1fn_x2"]
+_UNPACKED = DTYPES["float4_e2m1fn"]
 
 
 def compact(fields: dict[str, object]) -> object:
@@ -55,8 +59,22 @@ def compact(fields: dict[str, object]) -> object:
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         row = BY_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
         if row is not None and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2:
-            return row, tuple(shape), offsets[0], offsets[1]
+            return *_as_torch(row, shape), offsets[0], offsets[1]
     return fields
+
+
+def _as_torch(row: DType, shape: list[int]) -> tuple[DType, tuple[int, ...]]:
+    """A dtype and shape as torch has them."""
+    if row is not _PACKED:
+        return row, tuple(shape)
+    if not shape or shape[-1] % 2:
+        return _UNPACKED, tuple(shape)
+    return row, (*shape[:-1], shape[-1] // 2)
+
+
+def header_shape(row: DType, shape: tuple[int, ...]) -> list[int]:
+    """The shape that a header gives a tensor of torch's."""
+    return [*shape[:-1], 2 * shape[-1]] if row is _PACKED else list(shape)
 
 
 def strings(node: object) -> dict[str, str]:
@@ -82,7 +100,6 @@ def layout(name: str, info: object, limits: Limits) -> Layout:
 
     Raises:
         CorruptError: a field is missing or not what it must be.
-        UnsupportedError: elements that fill no whole byte.
         LimitError: too many dimensions.
     """
     if not isinstance(info, tuple):
@@ -90,9 +107,10 @@ def layout(name: str, info: object, limits: Limits) -> Layout:
     row, shape, begin, end = info
     if len(shape) > limits.dimensions:
         raise LimitError(f"dimensions of tensor {shown(name)}", limit=limits.dimensions, actual=len(shape))
-    if math.prod(shape) * row.itemsize != end - begin:
+    if row.nbytes(numel := math.prod(shape)) != end - begin or numel * row.bits % 8:
         _refuse_size(name, row, shape, begin, end)
-    if 0 in shape and any(size > _MAX_COUNT for size in itertools.accumulate((*shape, row.itemsize * 8), operator.mul)):
+    bits = row.bits or row.itemsize * 8
+    if 0 in shape and any(size > _MAX_COUNT for size in itertools.accumulate((*shape, bits), operator.mul)):
         raise CorruptError(f"tensor {shown(name)}: shape {_brief(shape)} overflows 64 bits before its 0")
     return info
 
@@ -114,8 +132,6 @@ def _explained(name: str, info: object) -> Layout:
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str):
         raise CorruptError(f"{what}: its dtype is {_JSON_TYPES[type(dtype)]}, not a string")
-    if dtype in _UNREAD_DTYPES:
-        raise UnsupportedError(f"{what} is of dtype {dtype}, whose elements fill no whole byte")
     row = BY_SAFETENSORS.get(dtype)
     if row is None:
         raise CorruptError(f"{what}: unknown dtype {shown(dtype)}; known: {', '.join(BY_SAFETENSORS)}")
@@ -125,7 +141,7 @@ def _explained(name: str, info: object) -> Layout:
         raise CorruptError(
             f"{what}: its data_offsets must be two whole numbers, begin and end; it is {_brief(offsets)}"
         )
-    return row, tuple(shape), offsets[0], offsets[1]
+    return *_as_torch(row, shape), offsets[0], offsets[1]
 
 
 def _are_counts(node: object) -> TypeGuard[list[int]]:
@@ -145,10 +161,12 @@ def _refuse_size(name: str, row: DType, shape: tuple[int, ...], begin: int, end:
     what = f"tensor {shown(name)}"
     if end < begin:
         raise CorruptError(f"{what}: its data_offsets end at {end:,}, before they begin at {begin:,}")
-    nbytes = math.prod(shape) * row.itemsize
-    stated = f"{nbytes:,}" if nbytes < _HUGE else "over 2^62"  # such numbers are slow to print
+    bits = math.prod(shape) * (row.bits or row.itemsize * 8)
+    stated = f"{bits // 8:,}" if bits < 8 * _HUGE else "over 2^62"  # such numbers are slow to print
+    stated = f"{bits} bits, not a whole number of" if bits % 8 else stated
     raise CorruptError(
-        f"{what}: shape {_brief(shape)} of {row.safetensors} is {stated} bytes, its data_offsets hold {end - begin:,}"
+        f"{what}: shape {_brief(header_shape(row, shape))} of {row.safetensors} is {stated} bytes, its data_offsets "
+        f"hold {end - begin:,}"
     )
 
 

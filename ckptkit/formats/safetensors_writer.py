@@ -11,7 +11,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import RewriteError
 from ckptkit.formats.holdable import require_holdable, require_writable_size
 from ckptkit.formats.module_versions import VERSIONS, versions_from, versions_text
-from ckptkit.formats.safetensors_header import METADATA, NAME
+from ckptkit.formats.safetensors_header import METADATA, NAME, header_shape
 from ckptkit.formats.tied_order import ORDER, places
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Gather, Literal, Plan, Step, moved
@@ -102,7 +102,7 @@ def _header(state_dict: StateDict, stored: list[str], offsets: Mapping[str, int]
         entry = state_dict[name]
         document[name] = {
             "dtype": DTYPES[entry.dtype].safetensors,
-            "shape": list(entry.shape),
+            "shape": header_shape(DTYPES[entry.dtype], entry.shape),
             "data_offsets": [offsets[name], offsets[name] + entry.nbytes],
         }
     try:

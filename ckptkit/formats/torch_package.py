@@ -34,7 +34,7 @@ from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import Survey
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.pickling.reach import Reach
-from ckptkit.pickling.tensors import StorageTable
+from ckptkit.pickling.script import ScriptStorageTable
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["read"]
@@ -115,7 +115,8 @@ class _Package:
 
     def __init__(self, archive: TorchArchive, byteorder: str) -> None:
         self._archive = archive
-        self._table = StorageTable(archive.locator(".data/", ".storage"), byteorder=byteorder, limits=archive.limits)
+        locate = archive.locator(".data/", ".storage")
+        self._table = ScriptStorageTable(locate, byteorder=byteorder, limits=archive.limits)
         self._classes = ScriptClasses(archive, f"{_SCRIPTS}code/")
         self._reach = Reach(Global)
         self.scripts: dict[str, object] = {}

@@ -15,6 +15,7 @@ from ckptkit.normalize.selection import paths_listed
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Plan
+from ckptkit.report import count_of, glob_of, listed
 
 __all__ = ["write", "written_tree"]
 
@@ -53,9 +54,15 @@ def write(checkpoint: Checkpoint) -> Plan:
 
     Raises:
         RewriteError: as `written_tree`.
-        DTypeError: a tensor that torch could load and not use.
+        DTypeError: a tensor that torch could load and not use, or has no dtype for.
         UnsupportedError: storages of both byte orders.
     """
+    if unknown := [name for name, entry in checkpoint.state_dict.items() if DTYPES[entry.dtype].bits]:
+        raise DTypeError(
+            f"torch has no dtype for {count_of(len(unknown), 'tensor')}: "
+            f"{listed([f'{name:.100} ({checkpoint.state_dict[name].dtype})' for name in unknown], 4)}; write a "
+            f".safetensors, which holds all, or leave them out with --exclude {glob_of(unknown[0])}"
+        )
     keys: dict[int, str] = {}
     used: list[Storage] = []
     tensors = 0

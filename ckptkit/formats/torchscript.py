@@ -15,7 +15,8 @@ Layout, one of torch's archives (`ckptkit.formats.torch_archive`; ``torch/csrc/j
 - ``extra/…``: files of the user's
 
 Of the pickle's own functions ``torch.jit._pickle.build_intlist`` and its kin give their list, and
-``restore_type_tag`` its value (``torch/jit/_pickle.py``).
+``restore_type_tag`` its value (``torch/jit/_pickle.py``).  What it calls storages and sparse tensors is told in
+`ckptkit.pickling.script`.
 
 The reader turns each script module into the inert node of an ``nn.Module``: its state gets
 ``_parameters``, ``_buffers`` and ``_modules`` by what the class's source says.  Nothing of the source
@@ -46,7 +47,8 @@ from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import above_tensors, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, PersistentId, mapping_items, walk
 from ckptkit.pickling.reader import Constructor
-from ckptkit.pickling.tensors import StorageTable, is_tensor_like
+from ckptkit.pickling.script import ScriptStorageTable
+from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["JIT_CONSTRUCTORS", "as_modules", "read", "vouched"]
@@ -95,7 +97,7 @@ def read(probe: Probe) -> RawCheckpoint:
         )
     version, byteorder = archive.version(), archive.byteorder()
     tables = [
-        StorageTable(archive.locator(folder), byteorder=byteorder, limits=probe.limits)
+        ScriptStorageTable(archive.locator(folder), byteorder=byteorder, limits=probe.limits)
         for folder in ("data/", "constants/")
     ]
     data = archive.pickle("data.pkl", tables[0], constructors=JIT_CONSTRUCTORS)

@@ -156,7 +156,7 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[Found] | None = None) 
     kinds: dict[str | None, str] = {section.path: section.kind for section in checkpoint.sections}
     selected = checkpoint.origin.state_path
     rows: list[TensorRow] = []
-    make, sized = TensorRow._make, {name: row.itemsize for name, row in DTYPES.items()}
+    make, bits = TensorRow._make, {name: row.bits or 8 * row.itemsize for name, row in DTYPES.items()}
     roles: dict[str | None, tuple[bool, bool]] = {}
     for section, name, entry, is_own in named:
         role: Role = "unknown"
@@ -171,7 +171,7 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[Found] | None = None) 
         shape, dtype, storage = entry.shape, entry.dtype, entry.storage
         rows.append(
             make(
-                (section, name, dtype, shape, entry.stride, math.prod(shape) * sized[dtype], storage.location,
+                (section, name, dtype, shape, entry.stride, math.prod(shape) * bits[dtype] // 8, storage.location,
                  storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None)
             )
         )  # fmt: skip

@@ -91,12 +91,14 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         state_dict = state_dict.with_values(lambda value: value if is_plain(value) else taken_out(value))
         rest = taken_out(root)
     elif sum(candidate.is_weights for candidate in found) > 1:
+        first = next(candidate for candidate in found if candidate.is_weights)
+        suffix = holding_suffix(StateDict(dict(first.values())))
         findings.append(
             Finding(
                 code="ambiguous-section",
                 severity="warning",
                 message=f"several sections hold weights ({listed(sections)}); none is taken for the model's",
-                fix=convert_command(file.path, "--section", "NAME", "--weights-only"),
+                fix=convert_command(file.path, "--section", first.path, "--weights-only", suffix=suffix),
             )
         )
     return Checkpoint(

@@ -9,12 +9,14 @@ with ``(3, byteorder, subdtype, names, fields, …)``.  The modules were called 
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple, TypeGuard
 
 from ckptkit.dtypes import DTYPES
-from ckptkit.pickling.inert import Global, Object
+from ckptkit.pickling.inert import Global, Object, is_global
+from ckptkit.pickling.tensors import shape_of
 
-__all__ = ["Array", "Layout", "array_of", "is_array", "is_scalar", "layout_of"]
+__all__ = ["Array", "Described", "Layout", "array_of", "described", "is_array", "is_scalar", "layout_of"]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
@@ -27,6 +29,13 @@ _OTHERS = {
 
 _WITHOUT_NAN = "biuSUMmO"
 """First letters of the codes of types without NaN: bool, whole numbers, text, times, objects (they are in the tree)."""
+
+_NDARRAY = ("numpy", "ndarray")
+_MADE = re.compile(r"(?:f[248]|c8|c16|[iu][1248]|b1|[SU][0-9]{1,6})\Z")
+"""Codes of the types that numpy makes of bytes."""
+
+_MOST_DIMENSIONS = 32
+"""Of an array; numpy 2 takes 64."""
 
 _MAKERS = ("_reconstruct", "_mareconstruct", "scalar", "_frombuffer")
 
@@ -72,33 +81,21 @@ def is_scalar(node: Object) -> bool:
 
 def layout_of(node: Object) -> Layout | None:
     """Type and shape of what `is_array`; ``None``: it is but a number, or no tensor could hold it."""
-    state = node.state if isinstance(node.state, tuple) else ()
-    shape, dtype, is_fortran = (*(state[1:] if len(state) > 4 else state), None, None, None)[:3]
-    if node.class_name.endswith("._frombuffer"):
-        dtype, shape, is_fortran = (*node.args[1:], None, None, None)[:3]
-        is_fortran = is_fortran == "F"
-    code = dtype.args[0] if isinstance(dtype, Object) and dtype.args else None
-    name = _OTHERS.get(code) if isinstance(code, str) else None
-    name = name or _dtype_of(dtype)[0]
-    if is_scalar(node) or name is None or (name == "uint8" and code != "u1"):
+    dtype, _, shape, order = _parts(node)
+    code, _ = _code_of(dtype)
+    name = code if code in DTYPES else _FLOATS.get(code) or _OTHERS.get(code)
+    if is_scalar(node) or name is None:
         return None
     if not isinstance(shape, tuple) or not all(isinstance(size, int) and 0 <= size < 1 << 62 for size in shape):
         return None
-    return Layout(name, shape, is_fortran is True)
+    return Layout(name, shape, order in (True, "F"))
 
 
 def array_of(node: Object) -> Array:
     """The bytes of what `is_array`."""
-    if is_scalar(node):
-        dtype, data = (*node.args, None, None)[:2]
-    elif node.class_name.endswith("._frombuffer"):
-        data, dtype = (*node.args, None, None)[:2]
-    else:
-        state = node.state if isinstance(node.state, tuple) else ()
-        if len(state) == 4:  # written before there were versions
-            state = (0, *state)
-        dtype, data = (*state, None, None, None, None, None)[2:5:2]
-    name, swapped = _dtype_of(dtype)
+    dtype, data, _, _ = _parts(node)
+    code, swapped = _code_of(dtype)
+    name = code if code in DTYPES else _FLOATS.get(code) or ("uint8" if code and code[0] in _WITHOUT_NAN else None)
     if name is None:
         return Array(None, b"")
     if DTYPES[name].kind == "int":
@@ -108,20 +105,70 @@ def array_of(node: Object) -> Array:
     return Array(name, _reversed(bytes(data), name) if swapped else bytes(data))
 
 
-def _dtype_of(node: object) -> tuple[str | None, bool]:
-    """The torch name of a dtype, and whether its elements are big-endian; ``None``: it is not understood."""
+class Described(NamedTuple):
+    """An array, or a scalar, as numpy makes it.
+
+    Attributes:
+        code: of its type, as numpy writes it (``"f4"``), or a name of ml_dtypes.
+        swapped: whether its bytes are big-endian.
+        shape: ``None``: it is a scalar.
+        is_fortran: whether its first dimension runs fastest.
+        data: its bytes.
+    """
+
+    code: str
+    swapped: bool
+    shape: tuple[int, ...] | None
+    is_fortran: bool
+    data: bytes
+
+
+def described(node: Object) -> Described | None:
+    """What is to be known to make what `is_array`; ``None``: a subclass, or of a type that is not of plain values."""
+    if node.class_name.endswith("._mareconstruct") or (
+        node.class_name.endswith("._reconstruct") and not is_global(node.args[0] if node.args else None, *_NDARRAY)
+    ):
+        return None
+    dtype, data, shape, is_fortran = _parts(node)
+    code, swapped = _code_of(dtype)
+    sizes = None if is_scalar(node) else shape_of(shape)
+    if not (_MADE.match(code) or code in DTYPES) or not isinstance(data, (bytes, bytearray)):
+        return None
+    if not is_scalar(node) and (sizes is None or min(sizes, default=0) < 0 or len(sizes) > _MOST_DIMENSIONS):
+        return None
+    return Described(code, swapped, sizes, is_fortran in (True, "F"), bytes(data))
+
+
+def _parts(node: Object) -> tuple[object, object, object, object]:
+    """The dtype, bytes, shape and order of an array, as the pickle gives them."""
+    shape: object = None
+    order: object = False
+    if is_scalar(node):
+        dtype, data = (*node.args, None, None)[:2]
+    elif node.class_name.endswith("._frombuffer"):
+        data, dtype, shape, order = (*node.args, None, None, None, None)[:4]
+    else:
+        state = node.state if isinstance(node.state, tuple) else ()
+        if len(state) == 4:  # written before there were versions
+            state = (0, *state)
+        _, shape, dtype, order, data = (*state, None, None, None, None, None)[:5]
+    if isinstance(data, Object) and data.class_name in ("builtins.bytes", "__builtin__.bytes") and not data.args:
+        data = b""  # as protocol 2 has it
+    return dtype, data, shape, order
+
+
+def _code_of(node: object) -> tuple[str, bool]:
+    """The code of a dtype, of ml_dtypes' its name, and whether its elements are big-endian; ``""``: not understood."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.qualified != "numpy.dtype":
-        return None, False
+        return "", False
     code = node.args[0] if node.args else None
     state = node.state if isinstance(node.state, tuple) else ()
     if any(part is not None for part in state[2:5]):  # of several fields, or of arrays
-        return None, False
+        return "", False
     swapped = state[1:2] == (">",)
     if isinstance(code, Global):  # bfloat16 and the like
-        return (code.name if code.module == "ml_dtypes" and code.name in DTYPES else None), swapped
-    if not isinstance(code, str):
-        return None, False
-    return (_FLOATS.get(code) or ("uint8" if code[:1] in _WITHOUT_NAN else None)), swapped
+        return (code.name if code.module == "ml_dtypes" and code.name in DTYPES else ""), swapped
+    return (code if isinstance(code, str) else ""), swapped
 
 
 def _reversed(data: bytes, name: str) -> bytes:

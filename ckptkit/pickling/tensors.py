@@ -34,6 +34,7 @@ from ckptkit.report import count_of
 
 __all__ = [
     "TEXT_IDS_MESSAGE",
+    "Locate",
     "StorageTable",
     "Wrapped",
     "is_tensor_like",
@@ -204,6 +205,8 @@ class StorageTable:
             return NotImplemented
         dtype = args[6]
         if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in DTYPES:
+            return NotImplemented
+        if DTYPES[dtype.name].bits:  # torch has no such dtype
             return NotImplemented
         return self._entry(args, dtype.name, args[4], args[7] if len(args) == 8 else None)
 

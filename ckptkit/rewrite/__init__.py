@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ckptkit.rewrite.device import MapLocation
     from ckptkit.rewrite.dtype import CastDtype
     from ckptkit.rewrite.leave_out import LeaveOut
+    from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
     from ckptkit.rewrite.rename import Rename
     from ckptkit.rewrite.select import Select, WeightsOnly
@@ -26,6 +27,7 @@ __all__ = [
     "CastDtype",
     "Compact",
     "LeaveOut",
+    "Like",
     "MapLocation",
     "Rename",
     "Select",
@@ -43,6 +45,7 @@ REWRITES = {
     "Rename": "rename",
     "Select": "select",
     "LeaveOut": "leave_out",
+    "Like": "like",
     "WeightsOnly": "select",
     "MapLocation": "device",
     "Tied": "tied",

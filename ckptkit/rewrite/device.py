@@ -20,6 +20,7 @@ from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.pickling.inert import Global, Object, is_global
+from ckptkit.pickling.layouts import device_of
 from ckptkit.rewrite.leaves import with_leaves
 
 __all__ = ["LocationMap", "MapLocation"]
@@ -108,7 +109,7 @@ class MapLocation:
         place = _DEVICE_ARGUMENT.get(function.name) if function.module == "torch._utils" else None
         if place is None or place >= len(args):
             return args
-        old = _device_tag(args[place])
+        old = device_of(args[place])
         if old is None:
             return args
         if _is_function(self.location):
@@ -140,16 +141,6 @@ class MapLocation:
         if wanted is None:
             return storage.location
         return "cpu" if wanted is storage else _location(wanted)
-
-
-def _device_tag(node: object) -> str | None:
-    """The tag of a device as a call is given it: text, or a ``torch.device``; ``None``: it is neither."""
-    if isinstance(node, Object) and is_global(node.cls, "torch", "device") and node.how == "reduce":
-        kind, index = (*node.args, None)[:2] if len(node.args) in (1, 2) else (None, None)
-        if not isinstance(kind, str):
-            return None
-        return f"{kind}:{index}" if isinstance(index, int) and 0 <= index < 1 << 16 else kind
-    return node if isinstance(node, str) else None
 
 
 def _is_function(given: object) -> TypeGuard[Callable[[Storage, str], object]]:

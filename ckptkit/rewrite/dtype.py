@@ -7,7 +7,7 @@ What is cast is the storage, with every tensor that is a view of it: ties, views
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from itertools import chain
@@ -19,9 +19,14 @@ from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
 from ckptkit.pickling.inert import walk
+from ckptkit.report import count_of, glob_of, listed
 from ckptkit.rewrite.leaves import nodes, with_leaves
+from ckptkit.rewrite.scaled import scaled_pairs
 
 __all__ = ["CastDtype"]
+
+_LISTED = 8
+"""Options in a message."""
 
 _BESIDE = "a tensor beside the weights"
 
@@ -41,21 +46,30 @@ class CastDtype:
             any of the names over it matches.
         rename: from a name to the one it will have once what follows was applied; a glob may match either.
             It is no part of what this is.
+        cast_scaled: whether to insist on weights that are values only together with scales beside them, and on
+            such scales; see `ckptkit.rewrite.scaled`.
+        scaled: those weights and scales, where some of the names are gone already; ``None``: they are looked for.
 
     Raises:
         DTypeError: nothing can be cast to the dtype.  When applied: a tensor's dtype cannot be cast, or it
-            was cast before; or the bytes of one that would be cast are in the file in another way too, as a
-            tensor of another dtype or a storage by itself, and would mean something else there.
+            was cast before; or it is a weight with scales, or a scale; or the bytes of one that would be cast are in
+            the file in another way too, as a tensor of another dtype or a storage by itself, and would mean something
+            else there.
     """
 
     dtype: str
     keep: str | Sequence[str] = ()
     rename: Callable[[str], str] | None = field(default=None, repr=False, compare=False)
+    cast_scaled: bool = False
+    scaled: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "keep", several(self.keep))
         caster("float32", self.dtype)
+
+    def __repr__(self) -> str:
+        return f"CastDtype(dtype={self.dtype!r}, keep={self.keep!r}{', cast_scaled=True' if self.cast_scaled else ''})"
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         cast = self._cast_storages(checkpoint)
@@ -71,6 +85,13 @@ class CastDtype:
         state_dict = result.state_dict
         return result.replace(state_dict=state_dict.holding(state_dict.everything, state_dict.versions))
 
+    def scaled_in(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """What of it is cast though it is scaled or a scale: each with what it goes with."""
+        pairs = scaled_pairs(checkpoint.state_dict) if self.scaled is None else self.scaled
+        names = [name for name in pairs if name in checkpoint.state_dict] if pairs else []
+        cast = self._first(checkpoint) if names else {}
+        return {name: pairs[name] for name in names if id(checkpoint.state_dict[name].storage) in cast}
+
     def unmatched(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The globs of ``keep`` that match no name."""
         names = list(checkpoint.state_dict.everything)
@@ -81,8 +102,8 @@ class CastDtype:
             return True
         return self.rename is not None and fnmatch.fnmatchcase(self.rename(name), glob)
 
-    def _cast_storages(self, checkpoint: Checkpoint) -> dict[int, Storage]:
-        """What takes the place of each storage that is cast, by the ``id`` of the old one."""
+    def _first(self, checkpoint: Checkpoint) -> dict[int, tuple[str, TensorEntry]]:
+        """The storages that are cast, by ``id``: the first tensor over each."""
         first: dict[int, tuple[str, TensorEntry]] = {}
         kept: set[int] = set()
         for name, entry in checkpoint.state_dict.items():
@@ -90,7 +111,13 @@ class CastDtype:
                 kept.add(id(entry.storage))
             elif DTYPES[entry.dtype].is_floating and entry.dtype != self.dtype:
                 first.setdefault(id(entry.storage), (name, entry))
-        first = {storage: named for storage, named in first.items() if storage not in kept}
+        return {storage: named for storage, named in first.items() if storage not in kept}
+
+    def _cast_storages(self, checkpoint: Checkpoint) -> dict[int, Storage]:
+        """What takes the place of each storage that is cast, by the ``id`` of the old one."""
+        first = self._first(checkpoint)
+        if first and not self.cast_scaled and (scaled := self.scaled_in(checkpoint)):
+            raise DTypeError(_refusal(scaled))
         if first:
             _require_one_meaning(checkpoint, first)
         return {storage: self._cast(name, entry) for storage, (name, entry) in first.items()}
@@ -153,6 +180,17 @@ def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, Tens
             f"tensor {name!r} is {entry.dtype} in storage {storage.key!r}, but {other}; "
             f"a cast would change what that is; {_remedy(name)}"
         )
+
+
+def _refusal(scaled: Mapping[str, str]) -> str:
+    few = len(scaled) <= _LISTED
+    globs = dict.fromkeys(glob_of(name) if few else glob_of(name.rpartition(".")[2], before="*") for name in scaled)
+    return (
+        f"{count_of(len(scaled), 'tensor', 'has', 'have')} a meaning only together with another, as a weight and "
+        f"its scales: {listed([f'{name:.100} (with {other:.100})' for name, other in scaled.items()], 4)}; casting "
+        "one alone makes garbage. Dequantize with the library that made them, leave them as they are with "
+        f"{' '.join(f'--keep-dtype {glob}' for glob in list(globs)[:_LISTED])}, or insist with --cast-scaled"
+    )
 
 
 def _remedy(name: str) -> str:

@@ -19,13 +19,13 @@ from torch import nn
 from ckptkit.architectures import identify
 from ckptkit.arguments import several, shapes, tolerance
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.conversion.like import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.normalize.parts import part_findings
 from ckptkit.report import Finding, Report, listed, worst
 from ckptkit.verifier.against import check_against, check_devices, unwrapped, wrapper_told
 from ckptkit.verifier.behaviour import check_behaviour
 from ckptkit.verifier.context import Check, Context, floating_dtype, peak_memory, pick_devices
-from ckptkit.verifier.elsewhere import other_weights
 from ckptkit.verifier.fit import check_fit
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.forward import check_forward, model_dtype
@@ -74,6 +74,7 @@ def verify(
     force: bool = False,
     unsafe_load: bool = False,
     strip_module: bool = False,
+    reading: Sequence[str] = (),
 ) -> Report:
     """Load a checkpoint's weights into a reference model and examine what it computes.
 
@@ -101,6 +102,7 @@ def verify(
         force: whether ``write_golden`` may replace a file.
         unsafe_load: whether to run the pickled model itself, which imports and runs what the file names.
         strip_module: whether wrappers' prefixes were taken off, as the commands that are told must, too.
+        reading: other options by which the file was read, likewise.
 
     Returns:
         The report; its details are the JSON document's figures.
@@ -123,6 +125,22 @@ def verify(
     input_shapes = shapes("--input-shape", input_shapes)
     if not -(1 << 63) <= seed < 1 << 64:
         raise VerifyError(f"--seed {seed:.6g}: torch takes whole numbers from -2**63 to 2**64 - 1")
+    single = {
+        "--device": None if device == "auto" else device,
+        "--dtype": dtype,
+        "--input": input,
+        "--seed": seed or None,
+        "--against": None if against is None else against.origin.path,
+        "--golden": golden,
+        "--write-golden": write_golden,
+        "--atol": atol,
+        "--rtol": rtol,
+    }
+    asked = [part for name, value in single.items() if value is not None for part in (name, str(value))]
+    asked += [part for shape in input_shapes for part in ("--input-shape", ",".join(map(str, shape)))]
+    asked += [part for glob in several(allow_missing) for part in ("--allow-missing", glob)]
+    asked += [part for glob in several(allow_unexpected) for part in ("--allow-unexpected", glob)]
+    asked += [*["--force"] * force, *["--no-forward"] * (not forward)]
     devices = pick_devices(device)
     cast = None if dtype is None else floating_dtype(dtype)
     recorded = None if golden is None else _golden(golden, input_shapes, input, seed)
@@ -151,6 +169,8 @@ def verify(
             write_golden=write_golden,
             force=force,
             given=_given(checkpoint, strip_module),
+            reading=tuple(reading),
+            asked=tuple(asked),
         )
         seconds = time.perf_counter() - started
         context.seconds["build"] = seconds
@@ -204,9 +224,10 @@ def _require_weights(checkpoint: Checkpoint) -> None:
 
 
 def _given(checkpoint: Checkpoint, strip_module: bool) -> tuple[str, ...]:
-    """The options by which these weights are taken from the file, as far as it holds others."""
+    """The options by which these weights are taken from the file, given or needed: it may hold others."""
     path = checkpoint.origin.state_path
-    section = ("--section", path) if path and other_weights(checkpoint) else ()
+    is_named = "--section" in checkpoint.origin.options or bool(unselected_weights(checkpoint))
+    section = ("--section", path) if path and is_named else ()
     return (*section, *["--strip-module"] * strip_module)
 
 

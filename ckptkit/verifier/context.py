@@ -16,7 +16,8 @@ from torch import nn
 from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
-from ckptkit.report import Finding, listed
+from ckptkit.normalize.beside import beside_weights, holding_suffix
+from ckptkit.report import Finding, convert_command, listed
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
@@ -44,6 +45,8 @@ class Context:
         write_golden: where to record these.
         force: whether what is there may be replaced.
         given: options of ``verify`` and ``convert`` by which these weights were taken from the file.
+        reading: further ones by which the file could be read at all.
+        asked: all other options of this ``verify``.
         failed: whether a check has found an error.
         fit: set by the fit check.
         loaded: set by the load check once every weight is in the model.
@@ -72,6 +75,8 @@ class Context:
     write_golden: str | None = None
     force: bool = False
     given: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
     failed: bool = False
     fit: Fit | None = None
     loaded: bool = False
@@ -106,12 +111,43 @@ class Context:
             seconds = round(time.perf_counter() - started, 6)
             self.steps.append({"name": name, "seconds": seconds, "peak_memory_nbytes": peak_memory()})
 
-    def command(self, path: str, *options: str) -> str | None:
-        """This verification with more options, ready to be pasted; ``None`` for a reference that has no name."""
-        if self.reference.spec is None:
+    def command(self, path: str, *options: str, model: str | None = None, **args: object) -> str | None:
+        """This verification with more options, ready to be pasted.
+
+        Args:
+            path: the file.
+            options: to add.
+            model: the reference to name in place of this one.
+            args: of its factory, to add to this one's.
+
+        Returns:
+            The command; ``None`` for a reference that has no name, and for another model than a golden's.
+        """
+        spec = model or self.reference.spec
+        if spec is None or (self.golden is not None and (model or args)):
             return None
-        args = [part for name, value in self.reference.args.items() for part in ("--model-arg", f"{name}={value}")]
-        return shlex.join(["ckptkit", "verify", path, "--model", self.reference.spec, *args, *self.taken(options)])
+        like = self.model_options("--model", spec, {**(self.reference.args if model is None else {}), **args})
+        return shlex.join(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
+
+    @staticmethod
+    def model_options(option: str, spec: str, args: Mapping[str, object]) -> list[str]:
+        """The options that name a model."""
+        return [option, spec, *(part for name, value in args.items() for part in ("--model-arg", f"{name}={value}"))]
+
+    def conversion(self, checkpoint: Checkpoint, *options: str, like: bool = False) -> str:
+        """The conversion that writes the verified weights alone, ready to be pasted.
+
+        Args:
+            checkpoint: the weights.
+            options: to add to those by which they were taken.
+            like: whether to write exactly the reference's tensors; it has to have a name.
+        """
+        alone = ("--weights-only",) if beside_weights(checkpoint) and not like else ()
+        spec = self.reference.spec
+        model = self.model_options("--like", spec, self.reference.args) if like and spec is not None else ()
+        suffix = holding_suffix(checkpoint.state_dict)
+        path, taken = checkpoint.origin.path, self.taken(options)
+        return convert_command(path, *taken, *model, *self.reading, *alone, suffix=suffix)
 
     def taken(self, options: Sequence[str]) -> tuple[str, ...]:
         """Options with those before them by which these weights were taken, where they are not among them."""

@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
-
 from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import CkptkitError
-from ckptkit.formats import read
+from ckptkit.conversion.like import read_others
 from ckptkit.normalize.wrappers import unwrapped
-from ckptkit.rewrite.prefix import StripModule
-from ckptkit.verifier.advice import matching
+from ckptkit.rewrite.like import Fitting, Like
 from ckptkit.verifier.context import Context
 
-__all__ = ["architecture_that_fits", "command_for", "other_weights", "section_that_fits"]
-
-_MAX_SECTIONS = 16
-"""Sections that are tried; each is read as if it had been chosen."""
+__all__ = ["architecture_that_fits", "command_for", "sections_that_fit"]
 
 
-def other_weights(checkpoint: Checkpoint) -> list[str]:
-    """The sections of the file that hold weights and are not the one selected."""
-    return [s.path for s in checkpoint.sections if s.is_weights and not s.selected]
-
-
-def section_that_fits(
-    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], already: int
-) -> tuple[str, int, bool] | None:
-    """The other section of which most tensors fit: its path, how many, and whether wrappers have to come off.
+def sections_that_fit(checkpoint: Checkpoint, like: Like, already: int) -> list[tuple[str, Fitting]]:
+    """The other sections of which most tensors fit, equally many: their paths, and how.
 
     Args:
         checkpoint: with the section that was selected.
-        expected: the model's names and shapes.
+        like: the model.
         already: how many of the selected section's tensors fit; another has to have more, and more than half.
     """
-    best: tuple[str, int, bool] | None = None
-    most = max(already, len(expected) // 2)
-    for path in other_weights(checkpoint)[:_MAX_SECTIONS]:
-        try:
-            other, file = read(checkpoint.origin.path, section=path)
-        except CkptkitError:
-            continue  # it cannot be chosen, so it cannot be advised
-        try:
-            for stripped in (False, True):
-                subject = StripModule()(other) if stripped else other
-                matched = matching(subject.state_dict, expected)
-                if matched > most:
-                    best, most = (path, matched, stripped), matched
-        except CkptkitError:
-            continue  # two names would become one without the wrapper
-        finally:
-            file.close()
-    return best
+    found = [
+        (path, max(like.fittings(other.state_dict), key=lambda fitting: len(fitting.sources)))
+        for path, other in read_others(checkpoint)
+    ]
+    most = max((len(fitting.sources) for _, fitting in found), default=0)
+    if most <= max(len(like.expected) // 2, already):
+        return []
+    return [(path, fitting) for path, fitting in found if len(fitting.sources) == most]
 
 
 def architecture_that_fits(checkpoint: Checkpoint, spec: str | None) -> Architecture | None:
@@ -66,10 +41,8 @@ def architecture_that_fits(checkpoint: Checkpoint, spec: str | None) -> Architec
     return next((found for found in exact if found.reference == spec), exact[0] if exact else None)
 
 
-def command_for(checkpoint: Checkpoint, architecture: Architecture, context: Context) -> str:
-    """The verification of the file against an architecture, ready to be pasted."""
-    options = ["--model", architecture.reference]
-    for name, value in architecture.args.items():
-        options += ["--model-arg", f"{name}={value}"]
+def command_for(checkpoint: Checkpoint, architecture: Architecture, context: Context) -> str | None:
+    """The verification of the file against an architecture, ready to be pasted; see `Context.command`."""
     stripped = ["--strip-module"] * any(unwrapped(name) != name for name in checkpoint.state_dict)
-    return shlex.join(["ckptkit", "verify", checkpoint.origin.path, *options, *context.taken(stripped)])
+    reference, args = architecture.reference, architecture.args
+    return context.command(checkpoint.origin.path, *stripped, model=reference, **args)

@@ -11,6 +11,7 @@ A model with values is filled by copying into them, so that whoever else holds i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,14 +50,14 @@ def become(model: nn.Module, other: nn.Module) -> None:
 
 
 def fill(
-    model: nn.Module, state_dict: StateDict, values: Mapping[str, torch.Tensor], fit: Fit, *, seeming: list[str]
+    model: nn.Module, state_dict: StateDict, values: Mapping[str, Any], fit: Fit, *, seeming: list[str]
 ) -> str | None:
     """Load; what is wrong, where something is.
 
     Args:
         model: the reference.
         state_dict: the weights.
-        values: their tensors; they become the model's where it has no values.
+        values: theirs; tensors become the model's where it has no values.
         fit: how they fit.
         seeming: gets the names that loading passed over without saying so.
     """
@@ -65,7 +66,8 @@ def fill(
     versions = {name: v._version for name, v in before.items() if isinstance(v, torch.Tensor)}
     slots = list(_slots(model)) if assign else []
     # A Parameter assigned to a buffer would make it a parameter.
-    state = loadable(state_dict, {name: value.detach() for name, value in values.items()}, before)
+    given = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+    state = loadable(state_dict, given, before)
     try:
         with foreign():
             keys = model.load_state_dict(state, strict=fit.is_strict, assign=assign)
@@ -156,6 +158,8 @@ def _in(slot: _Slot) -> torch.Tensor | None:
 
 def _like(tensor: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or a copy in the dtype and the layout of the one before."""
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return tensor
     same = tensor.shape == before.shape
     has_bits = tensor.is_conj() or tensor.is_neg()
     if tensor.dtype == before.dtype and not has_bits and (not same or tensor.stride() == before.stride()):

@@ -5,21 +5,22 @@ from __future__ import annotations
 import glob
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.conversion.like import unselected_weights
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import ties_once
-from ckptkit.normalize.beside import beside_weights
-from ckptkit.report import Finding, convert_command, count_of
-from ckptkit.verifier.advice import head_classes, matching, rename_that_fits
+from ckptkit.report import Finding, count_of, listed
+from ckptkit.rewrite.like import Fitting, Like
+from ckptkit.verifier.advice import head_classes, renamings_that_fit
 from ckptkit.verifier.context import Context, shortened
-from ckptkit.verifier.elsewhere import architecture_that_fits, command_for, other_weights, section_that_fits
+from ckptkit.verifier.elsewhere import architecture_that_fits, command_for, sections_that_fit
 from ckptkit.verifier.folding import folded
-from ckptkit.verifier.measure import Fit, ShapeMismatch, is_counter, measure, named_values
+from ckptkit.verifier.measure import Fit, ShapeMismatch, is_counter, like_model, measure, named_values
 from ckptkit.verifier.references import build
 
 __all__ = ["check_fit"]
@@ -39,19 +40,21 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
     architecture = _architecture(fit, checkpoint, context)
     if architecture is not None:
         yield architecture
-    yield from _names(fit, checkpoint, list(named_values(model)), context)
+    yield from _names(fit, checkpoint, named_values(model), context)
     if fit.mismatches:
         yield _shapes(fit, checkpoint, context)
     yield from _dtypes(fit, checkpoint.origin.path, context)
     yield from _remarks(fit)
-    others = other_weights(checkpoint)
+    others, chosen = unselected_weights(checkpoint), checkpoint.origin.state_path
     if others:
+        # Whoever goes through them all comes to an end.
+        following = [section.path for section in checkpoint.sections if section.is_weights]
+        following = following[following.index(chosen) + 1 :] if chosen in following else []
         yield Finding(
             code="other-weights",
             severity="info",
-            message=f"the weights of section {checkpoint.origin.state_path!r} are verified; the file also holds "
-            f"{shortened(others)}",
-            fix=context.command(checkpoint.origin.path, "--section", others[0]),
+            message=f"the weights of section {chosen!r} are verified; the file also holds {shortened(others)}",
+            fix=context.command(checkpoint.origin.path, "--section", following[0]) if following else None,
         )
 
 
@@ -78,11 +81,11 @@ def _coverage(fit: Fit, context: Context) -> Finding:
 def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Context) -> Finding | None:
     """What explains all that does not fit, and makes a list of names superfluous."""
     expected = named_values(model)
-    if fit.missing or fit.unexpected or fit.mismatches:
-        shapes = {n: tuple(v.shape) for n, v in expected.items() if isinstance(v, torch.Tensor)}
-        already = matching(checkpoint.state_dict, shapes)
-        cause = _old_names(fit, checkpoint, shapes, already, context)
-        cause = cause or _section(fit, checkpoint, shapes, already, context)
+    if expected and (fit.missing or fit.unexpected or fit.mismatches):
+        like = like_model(expected, context.reference.label)
+        fittings = like.fittings(checkpoint.state_dict)
+        cause = _old_names(fit, checkpoint, fittings, context) if fit.missing and fit.unexpected else None
+        cause = cause or _section(fit, checkpoint, like, len(fittings[0].sources), context)
         if cause is not None:
             return cause
     if not fit.tensors and not fit.mismatches:
@@ -95,39 +98,43 @@ def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Cont
     return None
 
 
-def _old_names(
-    fit: Fit, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], already: int, context: Context
-) -> Finding | None:
+def _old_names(fit: Fit, checkpoint: Checkpoint, fittings: Sequence[Fitting], context: Context) -> Finding | None:
     """Another prefix, or names of another release."""
-    rename = rename_that_fits(checkpoint, shapes, already) if fit.missing and fit.unexpected else None
-    if rename is None:
+    found = renamings_that_fit(fittings, fit.of)
+    if not found:
         return None
-    if rename.unexpected and (architecture := _architecture(fit, checkpoint, context)):
+    best = found[0]
+    if best.unexpected and len(found) == 1 and (architecture := _architecture(fit, checkpoint, context)):
         return architecture
-    fitting = f"all {fit.of}" if rename.matched == fit.of else f"{rename.matched} of {fit.of}"
-    here = " (verify --strip-module does so in passing)" if rename.options == ("--strip-module",) else ""
+    fitting = f"all {fit.of}" if best.is_complete and not best.counters else f"{len(best.sources)} of {fit.of}"
+    others = f"; equally many after {listed([other.label for other in found[1:]], between=' or ')}" if found[1:] else ""
+    in_passing = best.options == ("--strip-module",) and not best.unexpected
+    here = " (verify --strip-module does so in passing)" if in_passing else ""
+    # What is left over has to go too; of several that fit, the one that is advised is named.
+    is_like = best.is_complete and bool(best.unexpected) and context.reference.spec is not None
+    options = best.options if found[1:] or not is_like else ()
     return Finding(
-        code=rename.code,
+        code="old-names" if best.is_old else "wrapper-prefix",
         severity="error",
-        message=f"{rename.cause}; once renamed, {fitting} tensors of the reference fit{here}",
-        fix=_convert(checkpoint, *context.taken(rename.options)),
+        message=f"{'; '.join(best.causes)}; once renamed, {fitting} tensors of the reference fit{here}{others}",
+        fix=context.conversion(checkpoint, *options, like=is_like),
     )
 
 
-def _section(
-    fit: Fit, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], already: int, context: Context
-) -> Finding | None:
+def _section(fit: Fit, checkpoint: Checkpoint, like: Like, already: int, context: Context) -> Finding | None:
     """Other weights in the file that fit better."""
-    found = section_that_fits(checkpoint, shapes, already)
-    if found is None:
+    found = sections_that_fit(checkpoint, like, already)
+    if not found:
         return None
-    path, matched, stripped = found
+    path, fitting = found[0]
+    others = f" (and so do {listed([repr(other) for other, _ in found[1:]])})" if found[1:] else ""
+    stripped = ["--strip-module"] * ("--strip-module" in fitting.options)
     return Finding(
         code="another-section",
         severity="error",
-        message=f"section {path!r} has {matched} of the reference's {count_of(fit.of, 'tensor')}, the selected "
-        f"{checkpoint.origin.state_path!r} {already}",
-        fix=context.command(checkpoint.origin.path, "--section", path, *["--strip-module"] * stripped),
+        message=f"section {path!r} has {len(fitting.sources)} of the reference's {count_of(fit.of, 'tensor')}{others}, "
+        f"the selected {checkpoint.origin.state_path!r} {already}",
+        fix=context.command(checkpoint.origin.path, "--section", path, *stripped),
     )
 
 
@@ -152,16 +159,17 @@ def _lacks_no_weights(fit: Fit) -> bool:
     return not fit.mismatches and all(n in fit.twins or is_counter(n) for n in (*fit.missing, *fit.unexpected))
 
 
-def _convert(checkpoint: Checkpoint, *options: str) -> str:
-    """The convert command, which writes the weights alone."""
-    alone = ("--weights-only",) if beside_weights(checkpoint) else ()
-    return convert_command(checkpoint.origin.path, *options, *alone)
-
-
-def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: Context) -> Iterator[Finding]:
+def _names(fit: Fit, checkpoint: Checkpoint, values: Mapping[str, Any], context: Context) -> Iterator[Finding]:
+    if not (fit.missing or fit.unexpected):
+        return
     known = None if _lacks_no_weights(fit) else architecture_that_fits(checkpoint, context.reference.spec)
-    fix = command_for(checkpoint, known, context) if known is not None and (fit.missing or fit.unexpected) else None
-    everything = list(checkpoint.state_dict.everything)
+    fix = command_for(checkpoint, known, context) if known is not None else None
+    exactly = None
+    if fix is None and values and context.reference.spec is not None:
+        like = like_model(values, context.reference.label)
+        if len(like.complete(like.fittings(checkpoint.state_dict))) == 1:
+            exactly = context.conversion(checkpoint, like=True)
+    expected, everything = list(values), list(checkpoint.state_dict.everything)
     if fit.missing:
         lacked = len({*fit.missing} & {*expected})  # torch asks for older names of a module as well
         made = set(fit.counters)
@@ -172,7 +180,7 @@ def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: C
             severity="error",
             message=f"Missing key(s) in state_dict: {_quoted(fit.missing, among)}; {lacked} of the reference's "
             f"{count_of(len(expected), 'name')} {'is' if lacked == 1 else 'are'} not in the checkpoint{told}",
-            fix=fix or remedy,
+            fix=fix or exactly or remedy,
         )
     if fit.unexpected:
         extra = [name for name in fit.unexpected if is_counter(name)]
@@ -180,14 +188,14 @@ def _names(fit: Fit, checkpoint: Checkpoint, expected: Sequence[str], context: C
         if len(extra) == len(fit.unexpected):
             every = len(extra) == sum(is_counter(name) for name in everything)
             options = ["*num_batches_tracked"] if every else [glob.escape(name) for name in extra]
-            remedy = _convert(checkpoint, *context.taken([part for each in options for part in ("--exclude", each)]))
+            remedy = context.conversion(checkpoint, *(part for each in options for part in ("--exclude", each)))
         yield Finding(
             code="unexpected-keys",
             severity="error",
             message=f"Unexpected key(s) in state_dict: {_quoted(fit.unexpected, everything)}; {len(fit.unexpected)} of "
             f"the checkpoint's {count_of(len(everything), 'name')} {'is' if len(fit.unexpected) == 1 else 'are'} not "
             "in the reference",
-            fix=fix or remedy,
+            fix=fix or remedy or exactly,
         )
 
 
@@ -204,7 +212,7 @@ def _why_missing(fit: Fit, checkpoint: Checkpoint, context: Context) -> tuple[st
     if fit.twins:
         pairs = shortened([f"{name} = {twin}" for name, twin in fit.twins.items()])
         told = f": the reference ties them to names that are ({pairs}), but only safetensors may leave tied names out"
-        return told, _convert(checkpoint, *context.taken(()))
+        return told, context.conversion(checkpoint)
     return (
         ": its module versions are of layers that have these counts; evaluation does not use them, and torch's "
         "load_state_dict(strict=False) leaves them at 0",
@@ -227,7 +235,7 @@ def _shapes(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding:
     ours, theirs = classes
     fix = None
     if number is not None:
-        fix = context.command(checkpoint.origin.path, "--model-arg", f"num_classes={number}")
+        fix = context.command(checkpoint.origin.path, num_classes=number)
     return Finding(
         code="shape-mismatch",
         severity="error",
@@ -294,13 +302,6 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
             severity="error",
             message=f"{count_of(len(fit.unloadable), 'value', 'is not a plain tensor', 'are not plain tensors')} in "
             f"the checkpoint (quantized, sparse, foreign objects) and cannot be loaded: {shortened(fit.unloadable)}",
-        )
-    if fit.opaque:
-        yield Finding(
-            code="extra-state",
-            severity="warning",
-            message=f"{count_of(len(fit.opaque), 'value', 'is', 'are')} Python objects, which are never made from a "
-            f"file ({shortened(fit.opaque)}); the model keeps the ones it was built with",
         )
     if fit.tied:
         pairs = [f"{name} = {twin}" for name, twin in fit.tied.items()]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
+from ckptkit.errors import UnsupportedError
 from ckptkit.report import Finding, count_of
-from ckptkit.torch_bridge import tensors
+from ckptkit.torch_bridge import state_dict_of, tensors
 from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.fill import become, fill, has_no_values, has_own_loading, without_value
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.measure import Fit, named_values
+from ckptkit.verifier.probe import is_extra_state
 
 __all__ = ["check_load", "sources_of"]
 
@@ -35,15 +38,20 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         return
     started = time.perf_counter()
     values = tensors(checkpoint.state_dict, map_location="cpu", mapped=True, checksums=True)
+    others, left_out = _other_values(checkpoint, fit)
+    if left_out:
+        yield from _not_made(left_out)
+        if not all(map(is_extra_state, left_out)):
+            return
     passed_over: list[str] = []
     if fit.allowed_missing and has_no_values(model):
         _give_values(model, context)  # what the file lacks is what the reference begins with
     with_own_code = has_own_loading(model)
-    problem = fill(model, checkpoint.state_dict, values, fit, seeming=passed_over)
+    problem = fill(model, checkpoint.state_dict, {**values, **others}, fit, seeming=passed_over)
     if has_no_values(model):  # loading code that copies by itself, or fails without values
         _give_values(model, context)
         passed_over.clear()
-        problem = fill(model, checkpoint.state_dict, values, fit, seeming=passed_over)
+        problem = fill(model, checkpoint.state_dict, {**values, **others}, fit, seeming=passed_over)
     context.seconds["load"] = time.perf_counter() - started
     if problem is not None:
         yield Finding(code="load-failed", severity="error", message=f"load_state_dict refused the weights: {problem}")
@@ -64,7 +72,40 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         pairs = _read_again(checkpoint.state_dict, fit)
     else:
         pairs = ((name, values[source]) for name, source in sources_of(fit).items())
-    yield from _compared(model, pairs)
+    yield from _compared(model, pairs, others)
+
+
+def _other_values(checkpoint: Checkpoint, fit: Fit) -> tuple[dict[str, Any], list[str]]:
+    """What the model has that is no plain tensor, made from the file; and the names of what only foreign code makes."""
+    state_dict, path = checkpoint.state_dict, checkpoint.origin.path
+    made: dict[str, Any] = {}
+    left: list[str] = []
+    for name in (*fit.special, *fit.opaque):
+        alone = StateDict({name: state_dict.everything[name]})
+        try:
+            made.update(state_dict_of(alone, path, map_location="cpu", checksums=True))
+        except UnsupportedError:
+            left.append(name)
+    return made, left
+
+
+def _not_made(names: list[str]) -> Iterator[Finding]:
+    states = [name for name in names if is_extra_state(name)]
+    others = [name for name in names if name not in states]
+    if states:
+        yield Finding(
+            code="extra-state",
+            severity="warning",
+            message=f"{count_of(len(states), 'value', 'is', 'are')} Python objects, which are never made from a "
+            f"file ({shortened(states)}); the model keeps the ones it was built with",
+        )
+    if others:
+        yield Finding(
+            code="unloadable-value",
+            severity="error",
+            message=f"{count_of(len(others), 'value')} of the checkpoint can only be made by code from elsewhere and "
+            f"cannot be loaded: {shortened(others)}",
+        )
 
 
 def sources_of(fit: Fit) -> dict[str, str]:
@@ -95,9 +136,14 @@ def _give_values(model: nn.Module, context: Context) -> None:
     become(model, other)
 
 
-def _compared(model: nn.Module, pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Finding]:
+def _compared(
+    model: nn.Module, pairs: Iterable[tuple[str, torch.Tensor]], others: Mapping[str, Any]
+) -> Iterator[Finding]:
     loaded = named_values(model)
     different = [name for name, value in pairs if not _same(loaded[name], value)]
+    different += [
+        name for name, value in others.items() if not is_extra_state(name) and not _equal(loaded[name], value)
+    ]
     if different:
         yield Finding(
             code="load-differs",
@@ -106,6 +152,22 @@ def _compared(model: nn.Module, pairs: Iterable[tuple[str, torch.Tensor]]) -> It
             f"{shortened(different)}; names that are tied in the reference have different values in the file, or its "
             "loading code changes them",
         )
+
+
+def _equal(loaded: Any, value: Any) -> bool:
+    """Whether the model has a value that is no plain tensor, or several in a tuple."""
+    if isinstance(value, (tuple, list)):
+        return len(loaded) == len(value) and all(map(_equal, loaded, value))
+    if not isinstance(value, torch.Tensor) or not isinstance(loaded, torch.Tensor):
+        return bool(loaded == value)  # a number may be a tensor of no dimension
+    if value.layout is torch.sparse_coo:
+        ours, theirs = loaded.detach().coalesce(), value.detach().coalesce()
+        return torch.equal(ours.indices(), theirs.indices()) and torch.equal(ours.values(), theirs.values())
+    if value.is_nested:
+        return all(map(torch.equal, loaded.unbind(), value.unbind()))
+    if value.layout is not torch.strided:
+        return torch.equal(loaded.values(), value.values())
+    return torch.equal(loaded, value)
 
 
 def _same(loaded: torch.Tensor, value: torch.Tensor) -> bool:

@@ -12,10 +12,22 @@ from torch import nn
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import VerifyError
+from ckptkit.pickling.layouts import Jagged, Nested, Quantized, Sparse, rebuilt
+from ckptkit.rewrite.like import Like
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.probe import is_extra_state, probe
+from ckptkit.verifier.references import ModelLike, build
 
-__all__ = ["Fit", "ShapeMismatch", "identity", "is_counter", "measure", "named_values"]
+__all__ = [
+    "Fit",
+    "ShapeMismatch",
+    "identity",
+    "is_counter",
+    "like_model",
+    "like_reference",
+    "measure",
+    "named_values",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +56,10 @@ class Fit:
         counters: names of BatchNorm's ``num_batches_tracked`` that the file lacks and torch sets itself, as it does
             where a state_dict records no version of the layer.
         allowed_missing, allowed_unexpected: names the caller allows to be so.
-        opaque: names whose value in the file is a Python object, and is not made.
-        unloadable: names of tensors whose value in the file is not a plain tensor.
+        special: names of tensors that are not plain ones in the file (quantized, sparse), and likewise in the model;
+            or a number where it has a tensor of no dimension.
+        opaque: names whose value is no tensor in the model; it is made from the file where no code is needed for it.
+        unloadable: names of plain tensors whose value in the file is not one, or of another layout or shape.
         tensors, of: how many of the model's tensors get a value from the file.
         parameters_share: share of the parameters' elements among them, 0 to 1.
     """
@@ -60,6 +74,7 @@ class Fit:
     counters: tuple[str, ...]
     allowed_missing: tuple[str, ...]
     allowed_unexpected: tuple[str, ...]
+    special: tuple[str, ...]
     opaque: tuple[str, ...]
     unloadable: tuple[str, ...]
     tensors: int
@@ -96,6 +111,30 @@ def named_values(model: nn.Module) -> dict[str, Any]:
     return values
 
 
+def like_reference(model: ModelLike, args: Mapping[str, object]) -> Like:
+    """The tensors of a reference, for a checkpoint to be like; see `ckptkit.verifier.references.build`.
+
+    Raises:
+        As `build` and `named_values`; RewriteError: it has none.
+    """
+    with foreign(), torch.random.fork_rng(devices=[]):
+        built, reference = build(model, args)
+        return like_model(named_values(built), reference.label)
+
+
+def like_model(expected: Mapping[str, Any], label: str) -> Like:
+    """The tensors of a model, by `named_values`."""
+    shapes = {
+        name: tuple(value.shape) if isinstance(value, torch.Tensor) and not is_extra_state(name) else None
+        for name, value in expected.items()
+    }
+    tied: dict[object, list[str]] = {}
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            tied.setdefault(identity(value), []).append(name)
+    return Like(shapes, tied=[names for names in tied.values() if len(names) > 1], label=label)
+
+
 def measure(
     model: nn.Module,
     state_dict: StateDict,
@@ -120,7 +159,9 @@ def measure(
     probed = probe(model, expected, state_dict)
     sources = dict(probed.sources)
     opaque = tuple(n for n in state_dict.extra if n in expected and not isinstance(expected[n], torch.Tensor))
-    unloadable = tuple(n for n in state_dict.extra if isinstance(expected.get(n), torch.Tensor))
+    others = {n: v for n, v in state_dict.extra.items() if isinstance(expected.get(n), torch.Tensor)}
+    special = tuple(n for n, value in others.items() if _is_alike(expected[n], value))
+    unloadable = tuple(n for n in others if n not in special)
     mismatches = tuple(
         ShapeMismatch(name=n, checkpoint=state_dict[n].shape, reference=tuple(v.shape))
         for n, v in expected.items()
@@ -135,7 +176,7 @@ def measure(
     unexpected_left = _Sieve(probed.unexpected, lambda name: False)
     allowed_unexpected = unexpected_left.take(_matcher(allow_unexpected))
     wanted = [n for n, v in expected.items() if isinstance(v, torch.Tensor) and not is_extra_state(n)]
-    filled = {n for n in wanted if n in tied or n in sources} - {*counters}
+    filled = {n for n in wanted if n in tied or n in special or n in sources} - {*counters}
     return Fit(
         sources=sources,
         missing=tuple(missing_left.names),
@@ -147,12 +188,26 @@ def measure(
         counters=counters,
         allowed_missing=allowed_missing,
         allowed_unexpected=allowed_unexpected,
+        special=special,
         opaque=opaque,
         unloadable=unloadable,
         tensors=len(filled),
         of=len(wanted),
         parameters_share=_share(filled, wanted, expected),
     )
+
+
+def _is_alike(ours: torch.Tensor, node: object) -> bool:
+    """Whether a value of a file is of the layout and the shape that a tensor of the model has."""
+    found = rebuilt(node)
+    layout = None if found is None else found.layout
+    if isinstance(layout, Quantized):
+        return ours.is_quantized and tuple(ours.shape) == layout.numbers.shape
+    if isinstance(layout, Sparse):
+        return str(ours.layout) == f"torch.{layout.layout}" and tuple(ours.shape) == layout.size
+    if isinstance(node, (int, float)):  # a quantized module's scale
+        return not ours.dim()
+    return isinstance(layout, (Nested, Jagged)) and ours.is_nested
 
 
 class _Sieve:

@@ -186,3 +186,68 @@ def test_in_python(save, agree, tmp_path: Path, state: dict[str, torch.Tensor]) 
     report = ckptkit.convert(path, tmp_path / "out.pth", dtype="bfloat16", keep_dtype=["hard"])
     agree(torch.load(tmp_path / "out.pth"), {**cast(state, "bfloat16"), "hard": state["hard"]})
     assert report.details["operations"] == ["CastDtype(dtype='bfloat16', keep=('hard',))"]
+
+
+def of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.ones(*shape).to(dtype)
+
+
+FP8, HALF, ONES = torch.float8_e4m3fn, torch.float16, torch.ones(4)
+SCALED: dict[str, tuple[dict[str, torch.Tensor], list[str]]] = {
+    "DeepSeek": ({"l.weight": of(FP8, 4, 4), "l.weight_scale_inv": ONES}, ["l.weight", "l.weight_scale_inv"]),
+    "compressed-tensors": ({"l.weight": of(FP8, 4, 4), "l.weight_scale": ONES, "l.input_scale": torch.ones(1)},
+        ["l.weight", "l.weight_scale", "l.input_scale"]),
+    "packed": ({"l.weight_packed": of(torch.int32, 4), "l.weight_scale": ONES}, ["l.weight_scale"]),
+    "NVFP4": ({"l.weight": of(torch.uint8, 4), "l.weight_scale": of(FP8, 4), "l.weight_scale_2": ONES},
+        ["l.weight_scale", "l.weight_scale_2"]),
+    "ComfyUI": ({"l.weight": of(FP8, 4), "l.scale_weight": ONES}, ["l.weight", "l.scale_weight"]),
+    "experts": ({"e.w1": of(FP8, 2, 4), "e.w1_scale": ONES}, ["e.w1", "e.w1_scale"]),
+    "bitsandbytes, 4 bits": ({"l.weight": of(torch.uint8, 8, 1), "l.weight.absmax": ONES, "l.weight.quant_map": ONES,
+        "l.weight.quant_state.bitsandbytes__nf4": of(torch.uint8, 9)}, ["l.weight.absmax", "l.weight.quant_map"]),
+    "bitsandbytes, nested": ({"l.weight": of(torch.uint8, 8), "l.weight.absmax": of(torch.uint8, 2),
+        "l.weight.nested_absmax": ONES}, ["l.weight.nested_absmax"]),
+    "bitsandbytes, 8 bits": ({"l.weight": of(torch.int8, 4, 4), "l.SCB": ONES}, ["l.SCB"]),
+    "GPTQ": ({"l.qweight": of(torch.int32, 4), "l.qzeros": of(torch.int32, 1), "l.scales": ONES}, ["l.scales"]),
+    "HQQ": ({"l.W_q": of(torch.uint8, 4), "l.scale": ONES, "l.zero": ONES}, ["l.scale", "l.zero"]),
+    "quanto": ({"l.weight._data": of(torch.int8, 4), "l.weight._scale": ONES}, ["l.weight._scale"]),
+    "without a module": ({"weight": of(FP8, 4), "weight_scale_inv": ONES}, ["weight", "weight_scale_inv"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_weights_and_their_scales_are_not_cast_apart(save, refused, convert, name: str, tmp_path: Path) -> None:
+    state, named = SCALED[name]
+    state = {"norm.weight": torch.ones(3), **state}
+    error = refused(save(state), "out.pth", "--dtype", "bfloat16")
+    assert f"{len(named)} tensor" in error and "--cast-scaled" in error
+    assert all(f"{each} (with " in error and f"--keep-dtype {each}" in error for each in named)
+    options = [part for each in named for part in ("--keep-dtype", each)]
+    assert convert(save(state), "kept.pth", "--dtype", "bfloat16", *options).code == 0
+    report = ckptkit.convert(tmp_path / "model.pth", tmp_path / "cast.pth", dtype="bfloat16", cast_scaled=True)
+    assert f"{len(named)} tensor" in next(f.message for f in report.findings if f.code == "cast-scaled")
+    written = torch.load(tmp_path / "cast.pth", weights_only=True)
+    assert {written[each].dtype for each in [*named, "norm.weight"]} == {torch.bfloat16}
+
+
+def test_scales_that_are_left_out_were_scales(save, refused) -> None:
+    state = {"l.weight": of(FP8, 4, 4), "l.weight_scale_inv": ONES, "n.weight": ONES}
+    assert "l.weight (with l.weight_scale_inv)" in refused(
+        save(state), "out.pth", "--dtype", "float16", "--exclude", "*_inv"
+    )
+
+
+@pytest.mark.parametrize("state", [
+    {"l.weight": of(FP8, 4, 4), "l.bias": ONES, "logit_scale": torch.ones(()), "text_projection": of(FP8, 2)},
+    {"l.weight": torch.ones(4, 4), "l.scale": ONES, "l.num_batches_tracked": torch.tensor(1)},
+    {"a.mask": of(torch.uint8, 4, 4), "a.scale": ONES},
+    {"a.relative_position_index": torch.zeros(4, 4, dtype=torch.int64), "a.logit_scale": ONES},
+    {"l.weight": of(FP8, 4), "l.weight_scale": of(FP8, 4)},
+])  # fmt: skip
+def test_what_is_but_called_a_scale_is_cast(save, converted, state: dict[str, torch.Tensor]) -> None:
+    again = converted(save(state), "out.pth", "--dtype", "bfloat16")
+    assert {again[name].dtype for name, value in state.items() if value.is_floating_point()} == {torch.bfloat16}
+
+
+def test_scales_that_have_the_dtype_stay(save, converted) -> None:
+    state = {"l.qweight": of(torch.int32, 4), "l.scales": ONES.half(), "n.weight": ONES}
+    assert converted(save(state), "out.pth", "--dtype", "float16")["l.scales"].dtype is HALF

@@ -146,7 +146,7 @@ def test_a_second_part_is_missed(save: Save) -> None:
     assert "weights-left-out" not in converted(path, "kept.pth")[1]
     assert "weights-left-out" not in converted(path, "asked.pth", weights_only=True, leave_out="generator")[1]
     codes = {finding["code"] for finding in ckptkit.inspect(path)["findings"]}
-    assert "other-weights" in codes and "training-state" not in codes
+    assert "other-parts" in codes and "training-state" not in codes
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Annotations are evaluated here: torch.jit.script reads them.
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import nn
 
 import ckptkit
 from ckptkit import formats
+from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.errors import CorruptError, FormatError, LimitError, RewriteError, UnsupportedError
 from ckptkit.formats import torch_zip_writer, torchscript_code
-from ckptkit.pickling.inert import InertDict, Object
+from ckptkit.pickling.inert import Global, InertDict, Object
+from ckptkit.pickling.script import ScriptStorageTable
 from ckptkit.torch_bridge import tensors
 
 pytestmark = [
@@ -377,3 +380,73 @@ def test_every_flipped_bit_of_the_pickle_gives_a_result_or_an_error_of_ours(path
         except FormatError:
             refused += 1
     assert refused > 20
+
+
+# Buffers that C++ pickles in words of its own.
+
+
+class Bearer(nn.Module):
+    """Bears one buffer."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("value", value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def bits_of(name: str) -> Callable[[], torch.Tensor]:
+    return lambda: torch.arange(16, dtype=torch.uint8).view(getattr(torch, name))
+
+
+BUFFERS: dict[str, Callable[[], torch.Tensor]] = {
+    **{name: bits_of(name) for name in (
+        "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
+        "uint16", "uint32", "uint64", "complex32", "bits8", "bits16",
+    )},
+    "meta": lambda: torch.empty(3, 4, device="meta").t(),
+    "meta of uint16": lambda: torch.empty(3, device="meta", dtype=torch.uint16),
+    "coo": lambda: torch.eye(3).to_sparse(),
+    "coo of places twice": lambda: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (4, 4)),
+    "coo with a dense dimension": lambda: torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 3), (4, 3)),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "per tensor": lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 3, torch.qint8),
+    "per channel": lambda: torch.quantize_per_channel(torch.ones(4, 3), torch.ones(3), torch.ones(3), 1, torch.qint8),
+}  # fmt: skip
+
+
+def comparable(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_meta:
+        return torch.empty(0)
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return tensor.to_dense() if tensor.layout != torch.strided else tensor.clone().view(torch.uint8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_of_every_kind(path: Path, name: str, tmp_path: Path) -> None:
+    script = torch.jit.script(Bearer(BUFFERS[name]()))
+    torch.jit.save(script, path)
+    expected = dict(torch.jit.load(path).named_buffers())["value"]
+    ckptkit.convert(path, tmp_path / "out.pth")
+    for state in (ckptkit.load_state_dict(path), torch.load(tmp_path / "out.pth", weights_only=False)):
+        assert list(state) == ["weight", "value"]
+        value = state["value"]
+        for fact in ("dtype", "layout", "device", "shape", "is_quantized"):
+            assert getattr(value, fact) == getattr(expected, fact)
+        assert torch.equal(comparable(value), comparable(expected))
+        assert value.layout != torch.strided or value.stride() == expected.stride()
+    assert ckptkit.inspect(path)["error"] is None
+    assert ckptkit.diff(path, tmp_path / "out.pth").equal
+
+
+def test_a_storage_named_with_two_types(path: Path) -> None:
+    path.write_bytes(bytes(8))
+    with closing(SourceFile(path)) as file:
+        table = ScriptStorageTable(lambda key, nbytes: (ByteRange(file, 0, nbytes), None))
+        table.persistent_load(("storage", Global("torch", "UInt16Storage"), "0", "cpu", 4))
+        with pytest.raises(CorruptError, match="'0' is named with two types of elements"):
+            table.persistent_load(("storage", Global("torch", "Bits16Storage"), "0", "cpu", 4))

@@ -241,7 +241,7 @@ def test_what_is_a_choice(save: Save, opened: Opened, case: str) -> None:
         assert finding.code == "ambiguous-section"
         assert all(f"{path!r} (" in finding.message for path in paths)
         assert " tensor" in finding.message
-        assert "--section NAME" in (finding.fix or "")
+        assert f"--section {paths[0]}" in (finding.fix or "")
         sizes = {section.path: section.tensors for section in checkpoint.sections}
     for path in paths:
         with opened(file, section=path) as checkpoint:

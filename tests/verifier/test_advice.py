@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import torchvision
 from fitting import NOT_LOADED, Net, Run, check_file, codes, finding, state, without
 from torch import nn
 
+import ckptkit
+from ckptkit.cli import cli
 from ckptkit.verifier.folding import folded
 
 
@@ -108,7 +111,7 @@ def test_a_prefix_and_another_head(run: Run) -> None:
 
 def test_a_prefix_in_one_of_several_sections(run: Run) -> None:
     wrapped = {"module." + name: value for name, value in Net().state_dict().items()}
-    report = run({"model": wrapped, "other": {"x": torch.ones(1)}}, model=Net)
+    report = run({"model": wrapped, "other": {"other.weight": torch.ones(1)}}, model=Net)
     assert "--section model --strip-module" in finding(report, "wrapper-prefix").fix
 
 
@@ -275,6 +278,38 @@ def test_other_weights_are_told(run: Run) -> None:
 def test_no_section_is_advised_that_fits_no_better(run: Run) -> None:
     report = run({"model": without("head.bias"), "ema": without("head.bias")}, section="model", model=Net)
     assert [code for _, code in codes(report)] == ["fit-coverage", "missing-keys", "other-weights", "not-loaded"]
+
+
+def test_what_fits_equally_is_named(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prefixes, and two sections."""
+    (tmp_path / "net.py").write_text("from fitting import Net")
+    monkeypatch.chdir(tmp_path)
+    both = {f"{side}.{name}": value.clone() for side in ("q", "k") for name, value in state().items()}
+    found = finding(check_file(save(both), model="net.py:Net"), "wrapper-prefix")
+    assert "9 of 18 keys carry `q.`" in found.message
+    assert found.message.endswith("all 9 tensors of the reference fit; equally many after --strip-prefix k.")
+    assert found.fix.endswith("model.safetensors --strip-prefix q. --like net.py:Net")
+    path = save({"a": without("head.bias"), "b": state(), "c": state()})
+    found = finding(check_file(path, section="a", model="net.py:Net"), "another-section")
+    assert "section 'b' has 9 of the reference's 9 tensors (and so do 'c'), the selected 'a' 8" in found.message
+
+
+def test_commands_keep_the_options_that_were_given(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.py").write_text("from fitting import Net")
+    monkeypatch.chdir(tmp_path)
+    path = save({"a": {"module." + name: value for name, value in without("head.bias").items()}, "b": state()})
+    given = {"section": "a", "strip_module": True, "allow_unexpected": "x*", "seed": 3, "ignore_checksums": True}
+    report = ckptkit.verify(path, model="net.py:Net", model_args={"classes": "4"}, input_shapes=[(2, 3)], **given)
+    words = shlex.split(finding(report, "another-section").fix)
+    assert words[:2] == ["ckptkit", "verify"]
+    for option in ("--seed 3", "--input-shape 2,3", "--model-arg classes=4", "--allow-unexpected x*", "--strip-module"):
+        assert f" {option} " in f"{' '.join(words)} "
+    assert "--ignore-checksums" in words and words[-2:] == ["--section", "b"]
+    assert cli.main(words[1:], standalone_mode=False) == 0
+    path = save({"a": {"module." + name: value for name, value in state(x=torch.ones(1)).items()}, "b": {"w": state()}})
+    report = ckptkit.verify(path, model="net.py:Net", section="a", ignore_checksums=True, forward=False)
+    expected = "model.safetensors --section a --like net.py:Net --ignore-checksums"
+    assert finding(report, "wrapper-prefix").fix.endswith(expected)
 
 
 # Folding.

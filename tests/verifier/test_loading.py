@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from fitting import Net, Run, check_file, codes, finding, state, without
@@ -113,14 +114,33 @@ class Extra(Net):
         self.extra = state
 
 
-def test_extra_state_is_never_made_from_the_file(run: Run) -> None:
-    report = run(Extra().state_dict(), model=Extra)
+class Somebodys:
+    """A class of which no object is made."""
+
+
+def test_extra_state_of_foreign_classes_is_never_made_from_the_file(run: Run) -> None:
+    report = run(Extra().state_dict() | {"_extra_state": {"built": Somebodys()}}, model=Extra)
     assert report.ok
     assert codes(report) == [("info", "fit-coverage"), ("warning", "extra-state")]
     assert "_extra_state" in finding(report, "extra-state").message
     assert report.details["coverage"] == {"tensors": 9, "of": 9, "parameters_share": 1.0}
     assert run(Net().state_dict(), model=Extra).details["missing_keys"] == ["_extra_state"]
     assert run(Extra().state_dict(), model=Net).details["unexpected_keys"] == ["_extra_state"]
+
+
+def test_extra_state_of_plain_values_is_loaded(run: Run) -> None:
+    kept: list[Extra] = []
+
+    def make() -> Extra:
+        kept.append(Extra())
+        return kept[-1]
+
+    source = Extra()
+    source.extra = {"scale": 2, "amax": [torch.ones(2), None]}
+    report = run(source.state_dict(), model=make)
+    assert report.ok and codes(report) == [("info", "fit-coverage")]
+    extra: Any = kept[-1].extra
+    assert extra["scale"] == 2 and extra["amax"][0].tolist() == [1, 1]
 
 
 def test_extra_state_that_is_a_tensor_is_loaded(run: Run) -> None:
@@ -142,6 +162,69 @@ def test_values_that_are_no_plain_tensors(run: Run) -> None:
     assert ("error", "unloadable-value") in codes(report)
     assert "head.weight" in finding(report, "unloadable-value").message
     assert report.details["loaded"] is False
+
+
+class Odd(nn.Module):
+    """A buffer of a layout of its own, by which it multiplies."""
+
+    def __init__(self, made: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("odd", made)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        odd: Any = self.odd
+        return x @ (odd.dequantize() if odd.is_quantized else odd.to_dense()) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["coo", "csr", "quantized"])
+def test_values_of_other_layouts_reach_the_model(name: str, run: Run) -> None:
+    make: Any = {
+        "coo": lambda matrix: matrix.to_sparse(),
+        "csr": lambda matrix: matrix.to_sparse_csr(),
+        "quantized": lambda matrix: torch.quantize_per_tensor(matrix, 0.5, 0, torch.qint8),
+    }[name]
+    kept: list[Odd] = []
+
+    def model() -> Odd:
+        kept.append(Odd(make(torch.eye(3))))
+        return kept[-1]
+
+    report = run(Odd(make(2 * torch.eye(3))).state_dict(), model=model, input_shapes=((1, 3),), forward=True)
+    assert report.ok, report.findings
+    assert kept[-1](torch.ones(1, 3)).tolist() == [[2, 2, 2]]
+    assert report.details["coverage"] == {"tensors": 2, "of": 2, "parameters_share": 1.0}
+    report = run(Odd(make(torch.eye(4))).state_dict(), model=model)  # of another shape
+    assert ("error", "unloadable-value") in codes(report)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_packed_weights_reach_the_model(run: Run) -> None:
+    backend = torch.backends.quantized
+    backend.engine = next(name for name in ("fbgemm", "x86", "qnnpack") if name in backend.supported_engines)
+    kept: list[Any] = []
+
+    def model() -> nn.Module:
+        kept.append(nn.Sequential(nn.Linear(3, 3), torch.ao.nn.quantized.dynamic.Linear(3, 2)))
+        return kept[-1]
+
+    source: Any = model()
+    weight = torch.arange(6.0).reshape(2, 3)
+    source[1].set_weight_bias(torch.quantize_per_tensor(weight, 0.5, 0, torch.qint8), torch.ones(2))
+    for saved in (source.state_dict(), source):
+        assert run(saved, model=model, input_shapes=[(1, 3)], forward=True).ok
+        assert torch.equal(kept[-1][1].weight().dequantize(), weight)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_packed_weights_that_only_torchs_program_unpacks_are_an_error(run: Run) -> None:
+    def model() -> nn.Module:
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 4)), {nn.LSTM})
+
+    report = run(model(), model=model)  # pickled whole, what is packed is an object of C++
+    assert not report.ok
+    assert "1._all_weight_values.0.param" in finding(report, "unloadable-value").message
 
 
 def test_weights_that_are_no_numbers(run: Run) -> None:

@@ -5,6 +5,7 @@ Adding one is a field of `Policy`, a function here and a line in `RULES`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from ckptkit.formats import shards_of
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
-from ckptkit.report import Severity, convert_command, count_of, human_size, listed
+from ckptkit.report import Severity, apart, convert_command, count_of, human_size, listed
 
 if TYPE_CHECKING:
     from ckptkit.formats.contents import Inside
@@ -39,9 +40,8 @@ def rules_of(policy: Policy) -> tuple[str, ...]:
 
 def violations(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
     """What of a file its policy forbids, in the order of the rules."""
-    for _, wanted, rule in RULES:
-        if wanted(policy):
-            yield from rule(examined, policy)
+    found = (finding for _, wanted, rule in RULES if wanted(policy) for finding in rule(examined, policy))
+    return apart(found, ["--ignore-checksums"] * policy.ignore_checksums)
 
 
 def _no_pickle(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
@@ -254,6 +254,7 @@ def _no_optimizer(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 def _no_prefix(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
     if examined.prefixes:
         prefixes = ", ".join(f"`{prefix}`" for prefix in examined.prefixes)
+        can_come_off = all(finding.fix for finding in examined.findings if finding.code == "module-prefix")
         yield _found(
             examined,
             code="prefix-not-allowed",
@@ -261,7 +262,7 @@ def _no_prefix(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             expected="no wrapper prefix",
             found=list(examined.prefixes[:_MOST_LISTED]),
             message=f"names carry a wrapper's prefix: {prefixes}",
-            fix=_convert(examined, "--strip-module"),
+            fix=_convert(examined, "--strip-module") if can_come_off else None,
         )
 
 
@@ -298,14 +299,17 @@ def _whole(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 def _convert(examined: Examined, *options: str, pickled: bool = True) -> str | None:
     """The command that writes the weights alone; ``None``: the file has none, or not all.
 
-    Values that safetensors cannot hold go into a ``.pth``, or nowhere where a pickle is not ``pickled``.
+    Of several sections it takes the one that inspect advises.  What safetensors cannot hold goes into a ``.pth``, or
+    nowhere where a pickle is not ``pickled``.
     """
     if examined.part is not None or examined.kind not in ("state_dict", "whole_model", "resume"):
         return None
-    if examined.others and not pickled:
-        return None
+    several = next((finding.fix for finding in examined.findings if finding.code == "ambiguous-section"), None)
+    is_held = not examined.others and all(DTYPES[tensor.dtype].safetensors for tensor in examined.tensors)
     alone = ["--weights-only"] if examined.kind != "state_dict" else []
-    return convert_command(examined.path, *options, *alone, suffix=".pth" if examined.others else ".safetensors")
+    suffix = ".safetensors" if is_held else ".pth"
+    command = several or convert_command(examined.path, *options, *alone, suffix=suffix)
+    return command if pickled or shlex.split(command)[3].endswith(".safetensors") else None
 
 
 def _tensors(tensors: list[TensorFact]) -> str:

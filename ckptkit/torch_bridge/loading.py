@@ -24,6 +24,8 @@ from ckptkit.checkpoint import StateDict, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES, dtype
 from ckptkit.errors import CorruptError, DTypeError, FileAccessError, RewriteError, UnsupportedError
 from ckptkit.extras import require_torch
+from ckptkit.pickling.inert import walk
+from ckptkit.report import listed
 from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums, Passing
 from ckptkit.transfer.workers import in_parallel
 
@@ -31,7 +33,7 @@ require_torch()
 
 import torch  # noqa: E402 - behind the check, so that its absence is explained
 
-__all__ = ["TorchLocation", "dtype_of", "tensors"]
+__all__ = ["Loader", "TorchLocation", "dtype_of", "require_dtypes", "restore", "storage_names", "tensors"]
 
 TorchLocation = (
     str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], "torch.UntypedStorage | None"] | None
@@ -67,10 +69,29 @@ def dtype_of(name: str) -> torch.dtype:
         DTypeError: the name is unknown, or the installed torch has no such dtype.
     """
     found = getattr(torch, dtype(name).name, None)
+    if DTYPES[name].bits:
+        raise DTypeError(f"torch has no dtype {name}, whose elements fill no whole byte")
     if not isinstance(found, torch.dtype):
         newer = f"torch {_SINCE[name]} or later has it" if name in _SINCE else "a newer torch may have it"
         raise DTypeError(f"torch {torch.__version__} has no dtype {name}; {newer}")
     return found
+
+
+def require_dtypes(state_dict: StateDict) -> None:
+    """See that this torch has the dtypes of a state_dict's tensors.
+
+    Raises:
+        DTypeError: it lacks one; the message names the tensors.
+    """
+    lacking: dict[str, list[str]] = {}
+    for name, entry in state_dict.items():
+        if entry.dtype in lacking or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
+            lacking.setdefault(entry.dtype, []).append(repr(name[:200]))
+    for wanted, names in lacking.items():
+        try:
+            dtype_of(wanted)
+        except DTypeError as error:
+            raise DTypeError(f"{listed(names)}: {error}") from None
 
 
 def tensors(
@@ -103,22 +124,27 @@ def tensors(
         CorruptError: the file was changed, became shorter, or is damaged; the message names the tensor.
         FileAccessError: it could not be read, or was closed.
     """
+    require_dtypes(state_dict)
     sums = Checksums()
-    loader = _Loader(_restore(map_location), mapped=mapped, checksums=sums if checksums else None)
-    with sums.held(lambda: _storage_names(state_dict)):
+    loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
+    with sums.held(lambda: storage_names(state_dict)):
         loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
         loader.finish()
     return loaded
 
 
-def _storage_names(state_dict: StateDict) -> dict[int, str]:
+def storage_names(state_dict: StateDict) -> dict[int, str]:
+    """What the storages of a state_dict are called in a message, by ``id``: after the first value that needs each."""
     names: dict[int, str] = {}
-    for name, entry in state_dict.items():
-        names.setdefault(id(entry.storage.original or entry.storage), f"tensor {name!r:.200}")
+    for name, value in state_dict.everything.items():
+        for node in (value,) if isinstance(value, TensorEntry) else walk(value):
+            storage = node.storage if isinstance(node, TensorEntry) else node
+            if isinstance(storage, Storage):
+                names.setdefault(id(storage.original or storage), f"tensor {name!r:.200}")
     return names
 
 
-class _Loader:
+class Loader:
     """Makes each storage and each tensor once."""
 
     def __init__(
@@ -147,7 +173,7 @@ class _Loader:
 
     def _view(self, entry: TensorEntry) -> torch.Tensor:
         element = dtype_of(entry.dtype)
-        storage = self._storage(entry)
+        storage = self.storage(entry)
         # Not empty() of the dtype itself, which warns of complex32.
         view = torch.empty((0,), dtype=torch.uint8, device=storage.device).view(element)
         view = view.set_(storage, entry.storage_offset, entry.shape, entry.stride)
@@ -163,7 +189,8 @@ class _Loader:
             return torch.nn.Parameter(view, requires_grad=entry.requires_grad)
         return view.requires_grad_(entry.requires_grad)
 
-    def _storage(self, entry: TensorEntry) -> torch.UntypedStorage:
+    def storage(self, entry: TensorEntry) -> torch.UntypedStorage:
+        """The storage that an entry views, in this machine's byte order."""
         storage = entry.storage
         width = _swap_width(entry)
         if self._widths.setdefault(id(storage), width) != width:
@@ -281,7 +308,7 @@ def _fill(view: memoryview, source: ByteRange, step: int, passing: Passing | Non
 # Where a storage goes: torch.serialization's ``_get_restore_location``, with errors that say what to do.
 
 
-def _restore(
+def restore(
     map_location: TorchLocation,
 ) -> Callable[[Storage, Callable[[], torch.UntypedStorage]], torch.UntypedStorage]:
     """From a storage and the function that reads it to the torch storage at its place."""

@@ -1,0 +1,428 @@
+"""Every value of a state_dict is what torch.load gives, or an error that names it; torch is the oracle."""
+
+from __future__ import annotations
+
+import collections
+import io
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import ckptkit
+from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
+
+Save = Callable[..., Path]
+
+pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+try:
+    from torch.nested._internal.nested_tensor import _rebuild_njt as rebuild_jagged
+except ImportError:  # before torch 2.3
+    rebuild_jagged = None
+
+NESTED = hasattr(torch._utils, "_rebuild_nested_tensor")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    PER_TENSOR = torch.quantize_per_tensor(torch.arange(16.0).reshape(4, 4), 0.1, 3, torch.quint8)
+FLOAT_SCALES = torch.arange(4.0) + 0.5
+
+
+def per_channel(dtype: torch.dtype, zero_points: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_channel(torch.arange(24.0).reshape(4, 6), FLOAT_SCALES, zero_points, 0, dtype)
+
+
+def with_note(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.note = "kept beside it"  # type: ignore[attr-defined]
+    return tensor
+
+
+VALUES: dict[str, Callable[[], Any]] = {
+    "per tensor": lambda: PER_TENSOR,
+    "32 bits": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, -2, torch.qint32),
+    "a view of a quantized one": lambda: PER_TENSOR.t()[1:3],
+    "per channel": lambda: torch.quantize_per_channel(torch.ones(4, 3), torch.ones(3), torch.zeros(3), 1, torch.qint8),
+    "float qparams": lambda: per_channel(torch.quint8, torch.rand(4)),
+    "two in a byte": lambda: per_channel(torch.quint4x2, torch.rand(4)),
+    "a quantized parameter": lambda: nn.Parameter(PER_TENSOR, requires_grad=False),
+    "coo": lambda: torch.eye(3).to_sparse(),
+    "coo of places twice": lambda: torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (4, 4)),
+    "coo with a dense dimension": lambda: torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 3), (4, 3)),
+    "coo of nothing": lambda: torch.sparse_coo_tensor(torch.empty(2, 0, dtype=torch.int64), torch.empty(0), (4, 4)),
+    "a sparse parameter": lambda: nn.Parameter(torch.eye(3).to_sparse()),
+    "sparse with an attribute": lambda: with_note(torch.eye(3).to_sparse()),
+    "csr": lambda: torch.tensor([[0.0, 1], [2, 3]]).to_sparse_csr(),
+    "csr of 32 bits": lambda: torch.sparse_csr_tensor(
+        torch.tensor([0, 0, 2], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32), torch.ones(2), (2, 4)
+    ),
+    "csr in batches": lambda: torch.ones(3, 2, 2).to_sparse_csr(),
+    "csc": lambda: torch.tensor([[0.0, 1], [2, 3]]).to_sparse_csc(),
+    "bsr": lambda: torch.eye(4).to_sparse_bsr((2, 1)),
+    "bsc": lambda: torch.eye(4).to_sparse_bsc((1, 2)),
+    "csr of nothing": lambda: torch.zeros(2, 2).to_sparse_csr(),
+    "meta": lambda: torch.empty(3, 4, device="meta").t(),
+    "a dtype": lambda: torch.qint8,
+    "a layout": lambda: torch.sparse_coo,
+    "a scheme": lambda: torch.per_channel_affine,
+    "a device": lambda: torch.device("cuda", 1),
+    "a size": lambda: torch.Size([3, 4]),
+    "packed parameters": lambda: (PER_TENSOR, torch.ones(4), None),
+    "extra state": lambda: {"a": 1, 3: [torch.ones(2), (None, b"x", 2.5)], "s": {4, 5}, "f": frozenset([1])},
+    "dicts": lambda: [OrderedDict(a=1), collections.Counter("aab"), collections.defaultdict(list, {"a": [1]})],
+    "numbers": lambda: [3 + 4j, 1 << 70, True, slice(1, 3), range(4), bytearray(b"x"), set(), b""],
+    "bytes in memory": lambda: io.BytesIO(b"abc"),
+    "array": lambda: numpy.arange(6.0).reshape(2, 3),
+    "array in Fortran's order": lambda: numpy.asfortranarray(numpy.arange(6).reshape(2, 3)),
+    "big-endian array": lambda: numpy.array([1, 2], ">i4").astype(">i4"),
+    "array of nothing": lambda: numpy.zeros((0, 3), "f2"),
+    "array of text": lambda: numpy.array(["ab", "c"]),
+    "array of one number": lambda: numpy.array(3),
+    "numpy's number": lambda: numpy.float32(3),
+    "numpy's bool": lambda: numpy.bool_(True),
+    "lazy": lambda: nn.parameter.UninitializedParameter(),
+}
+if NESTED:
+    VALUES["nested"] = lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.zeros(1, 3)])
+    VALUES["nested, a view"] = lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]).transpose(1, 2)
+if rebuild_jagged is not None:
+    VALUES["jagged"] = lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two values are one, in everything that torch decides about them."""
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(theirs, dict):
+        return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(theirs, io.BytesIO):
+        return ours.getvalue() == theirs.getvalue()
+    if isinstance(theirs, numpy.ndarray):
+        flags = [(a.flags.f_contiguous, a.flags.c_contiguous, a.flags.writeable) for a in (ours, theirs)]
+        return ours.dtype == theirs.dtype and numpy.array_equal(ours, theirs) and flags[0] == flags[1]
+    if not isinstance(theirs, torch.Tensor):
+        return bool(ours == theirs)
+    if nn.parameter.is_lazy(theirs):
+        return True
+    facts = [(t.dtype, t.layout, t.device, t.requires_grad, t.is_nested, t.is_quantized) for t in (ours, theirs)]
+    if facts[0] != facts[1]:
+        return False
+    if theirs.is_nested:
+        return all(map(torch.equal, ours.unbind(), theirs.unbind()))
+    if ours.shape != theirs.shape:
+        return False
+    if theirs.is_sparse:
+        return ours.is_coalesced() == theirs.is_coalesced() and torch.equal(ours.to_dense(), theirs.to_dense())
+    if theirs.layout != torch.strided:
+        return torch.equal(ours.to_dense(), theirs.to_dense())
+    if (ours.stride(), ours.storage_offset()) != (theirs.stride(), theirs.storage_offset()):
+        return False
+    if theirs.is_quantized:
+        return ours.qscheme() == theirs.qscheme() and torch.equal(ours.dequantize(), theirs.dequantize())
+    return theirs.is_meta or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("name", VALUES)
+def test_what_torch_loads(tmp_path: Path, name: str, protocol: int) -> None:
+    state = OrderedDict({"l.weight": torch.ones(2), "l._extra_state": VALUES[name](), "l.bias": torch.zeros(2)})
+    path = tmp_path / "model.pth"
+    torch.save(state, path, pickle_protocol=protocol)
+    ours, theirs = ckptkit.load_state_dict(path), torch.load(path, weights_only=False)
+    if name == "big-endian array":  # numpy keeps the order in protocol 5 alone, and torch takes no such array
+        theirs["l._extra_state"] = theirs["l._extra_state"].astype("i4")
+    assert same(ours, theirs)
+
+
+def test_of_the_old_container_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.save({"q": PER_TENSOR, "w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert same(dict(ckptkit.load_state_dict(path)), torch.load(path, weights_only=False))
+
+
+def test_the_kinds_beside_each_other(save: Save) -> None:
+    """One of each in one file; what is one object stays one, and what shares memory shares it."""
+    base = torch.arange(6.0)
+    sparse = torch.sparse_coo_tensor([[0, 1]], base[:2], (3,))
+    state = {"conv.weight": PER_TENSOR, "conv.bias": base, "emb": sparse, "tied": PER_TENSOR, "half": base[3:]}
+    path = save(state)
+    ours = ckptkit.load_state_dict(path)
+    assert same(dict(ours), torch.load(path, weights_only=False))
+    assert ours["conv.weight"] is ours["tied"]
+    assert ours["half"].untyped_storage().data_ptr() == ours["conv.bias"].untyped_storage().data_ptr()
+    assert ours["emb"]._values().data_ptr() == ours["conv.bias"].data_ptr()
+
+
+@pytest.mark.parametrize("location", ["cpu", torch.device("cpu"), {"cuda:7": "cpu"}, lambda storage, tag: storage])
+def test_everything_is_put_where_it_is_asked_for(save: Save, location: Any, tmp_path: Path) -> None:
+    state = {"q": PER_TENSOR, "c": per_channel(torch.qint8, torch.zeros(4)), "s": torch.eye(3).to_sparse()}
+    ckptkit.convert(save(state), tmp_path / "gpu.pth", map_location="cuda:7")
+    ours = ckptkit.load_state_dict(tmp_path / "gpu.pth", map_location=location)
+    assert same(dict(ours), state)
+    with pytest.raises(RewriteError, match="cannot be put on 'cuda:7'"):
+        ckptkit.load_state_dict(tmp_path / "gpu.pth")
+    with pytest.raises(UnsupportedError, match=r"2 of 3 values .*q .torch .* does not make it"):
+        ckptkit.load_state_dict(tmp_path / "gpu.pth", map_location="meta")  # torch has no quantized ones there
+    ckptkit.convert(tmp_path / "gpu.pth", tmp_path / "s.pth", include="s")
+    assert ckptkit.load_state_dict(tmp_path / "s.pth", map_location="meta")["s"].is_meta
+
+
+class Call:
+    """Pickles as a call of a function, which is not called here."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def test_tensors_of_devices_without_storages(save: Save) -> None:
+    from_numpy = Call(torch._utils._rebuild_device_tensor_from_numpy, numpy.ones(3), torch.bfloat16, "xla:0", False)
+    calls = {"n": from_numpy, "w": torch.ones(1)}
+    if hasattr(torch._utils, "_rebuild_device_tensor_from_cpu_tensor"):
+        calls["c"] = Call(
+            torch._utils._rebuild_device_tensor_from_cpu_tensor, torch.ones(2), torch.float16, "maia:0", True
+        )
+    path = save(calls)
+    assert same(dict(ckptkit.load_state_dict(path, map_location="cpu")), torch.load(path, "cpu", weights_only=False))
+    with pytest.raises(RewriteError, match=r"saved on 'xla:0' cannot be put .* give map_location=\"cpu\""):
+        ckptkit.load_state_dict(path)
+    with pytest.raises(RewriteError, match="a function has nothing"):
+        ckptkit.load_state_dict(path, map_location=lambda storage, tag: storage)
+
+
+# What a file must not make torch do.
+
+
+def coo(indices: Any, values: Any, size: Any, *more: Any) -> Call:
+    return Call(torch._utils._rebuild_sparse_tensor, torch.sparse_coo, (indices, values, size, *more))
+
+
+def compressed(layout: torch.layout, steps: list[int], plain: list[int], values: Any, size: Any) -> Call:
+    parts = torch.tensor(steps), torch.tensor(plain, dtype=torch.int64), values, torch.Size(size)
+    return Call(torch._utils._rebuild_sparse_tensor, layout, parts)
+
+
+def quantized(size: Any, stride: Any, how: Any, *, offset: int = 0, data: torch.Tensor = PER_TENSOR) -> Call:
+    memory = torch.storage.TypedStorage(wrap_storage=data.untyped_storage(), dtype=data.dtype, _internal=True)
+    return Call(torch._utils._rebuild_qtensor, memory, offset, size, stride, how, False, OrderedDict())
+
+
+def channels(scales: Any, zero_points: Any, axis: Any) -> Call:
+    return quantized((4, 4), (4, 1), (torch.per_channel_affine, scales, zero_points, axis))
+
+
+def nested(sizes: Any, strides: Any, offsets: Any) -> Call:
+    rows = [torch.tensor(part) for part in (sizes, strides, offsets)]
+    return Call(torch._utils._rebuild_nested_tensor, torch.arange(9.0), *rows)
+
+
+ONE, FOURS = torch.ones(1), (torch.ones(4), torch.zeros(4, dtype=torch.int64))
+AFFINE = torch.per_tensor_affine, 0.1, 3
+CSR, BSR = torch.sparse_csr, torch.sparse_bsr
+
+BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
+    "an index far outside": (lambda: coo(torch.tensor([[10**9], [0]]), ONE, (4, 4), False),
+        "index 1000000000 of a sparse tensor in dimension 0, whose size is 4"),
+    "a negative index": (lambda: coo(torch.tensor([[0], [-1]]), ONE, (4, 4)), "index -1 .* in dimension 1"),
+    "a negative size": (lambda: coo(torch.tensor([[0], [0]]), ONE, (4, -4)), "size is not whole numbers"),
+    "fewer values than indices": (lambda: coo(torch.tensor([[0, 1]]), ONE, (4,)), r"indices \[1, 2\] and values \[1\]"),
+    "more dimensions of indices": (lambda: coo(torch.zeros(3, 1, dtype=torch.int64), ONE, (4,)), "do not make"),
+    "indices of floats": (lambda: coo(torch.zeros(1, 1), ONE, (4,)), "which they cannot be"),
+    "coalesced that is not": (lambda: coo(torch.tensor([[1, 0]]), torch.ones(2), (4,), True), "said to be coalesced"),
+    "coalesced with a place twice": (
+        lambda: coo(torch.tensor([[0, 1, 1], [3, 2, 2]]), torch.ones(3), (4, 4), True), "said to be coalesced"),
+    "a whole too large": (lambda: coo(torch.tensor([[0], [0]]), ONE, (1 << 40, 1 << 40)), "beyond what torch counts"),
+    "a layout of no kind": (lambda: Call(torch._utils._rebuild_sparse_tensor, torch.strided, (ONE, ONE, (1,))),
+        "a sparse tensor of layout 'strided'"),
+    "steps that fall": (lambda: compressed(CSR, [0, 2, 1], [0], ONE, (2, 2)), "compressed indices"),
+    "steps past the end": (lambda: compressed(CSR, [0, 9, 1], [0], ONE, (2, 2)), "do not go from 0 to 1"),
+    "steps that do not begin at 0": (lambda: compressed(CSR, [1, 1, 1], [0], ONE, (2, 2)), "do not go from 0"),
+    "steps of a huge negative": (lambda: compressed(CSR, [0, -(1 << 63), 1], [0], ONE, (2, 2)), "do not go from 0"),
+    "too few steps": (lambda: compressed(CSR, [0, 1], [0], ONE, (2, 2)), "do not make a sparse_csr tensor of .2, 2."),
+    "a column outside": (lambda: compressed(CSR, [0, 1, 1], [10**9], ONE, (2, 2)), "index 1000000000 .* its plain"),
+    "a column twice": (lambda: compressed(CSR, [0, 2, 2], [1, 1], torch.ones(2), (2, 2)), "twice there"),
+    "columns out of order": (lambda: compressed(CSR, [0, 2, 2], [1, 0], torch.ones(2), (2, 2)), "not in order"),
+    "blocks that do not divide": (lambda: compressed(BSR, [0, 1], [0], torch.ones(1, 2, 2), (3, 2)), "do not make"),
+    "a block outside": (lambda: compressed(BSR, [0, 1], [1], torch.ones(1, 2, 2), (2, 2)), "index 1 .* size is 1"),
+    "blocks of nothing": (lambda: compressed(BSR, [0, 1], [0], torch.ones(1, 0, 2), (2, 2)), "do not make"),
+    "an axis outside": (lambda: channels(*FOURS, 2), "the axis of a quantized tensor of 2 dimensions is 2"),
+    "a negative axis": (lambda: channels(*FOURS, -1), "is -1"),
+    "few scales": (lambda: channels(torch.ones(1), FOURS[1], 0), "1 scales for 4 channels"),
+    "few zero points": (lambda: channels(FOURS[0], FOURS[1][:2], 0), "2 zero points for 4 channels"),
+    "scales of two dimensions": (lambda: channels(torch.ones(4, 1), FOURS[1], 0), "its scales are a tensor .4, 1."),
+    "a scheme unknown": (lambda: quantized((4, 4), (4, 1), (torch.per_channel_symmetric, 1.0, 0)), "scheme"),
+    "past the storage": (lambda: quantized((4, 5), (5, 1), AFFINE), "reach to byte 20 of a storage of 16 bytes"),
+    "an offset past it": (lambda: quantized((4, 4), (4, 1), AFFINE, offset=1), "reach to byte 17"),
+    "packed past it": (lambda: quantized((4, 7), (7, 1), (torch.per_channel_affine, *FOURS, 0),
+        data=per_channel(torch.quint4x2, torch.rand(4))), "reach to byte 14 of a storage of 12"),
+    "a scale that is text": (lambda: quantized((4, 4), (4, 1), (torch.per_tensor_affine, "1", 0)), "are not numbers"),
+    "a nested one outside": (lambda: nested([[3, 3], [1, 3]], [[3, 1], [3, 1]], [0, 9]), "outside its buffer of 9"),
+    "a nested negative size": (lambda: nested([[3, 3], [-1, 3]], [[3, 1], [3, 1]], [0, 3]), "outside its buffer"),
+    "a nested negative stride": (lambda: nested([[2, 3]], [[-3, 1]], [3]), "outside its buffer"),
+    "a nested huge stride": (lambda: nested([[2, 3]], [[10**9, 1]], [0]), "outside its buffer"),
+    "nested of other counts": (lambda: nested([[3, 3]], [[3, 1]], [0, 1]), "of a nested tensor do not fit"),
+    "meta of a negative size": (lambda: Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (-1,), (1,),
+        False), "size is not whole numbers"),
+    "meta of other lengths": (lambda: Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (2,), (1, 1),
+        False), "of a meta tensor do not fit"),
+    "too few arguments": (lambda: Call(torch._utils._rebuild_qtensor, 1), "1 arguments, where torch saves 7"),
+}  # fmt: skip
+if rebuild_jagged is not None:
+
+    def jagged(offsets: list[int], **more: Any) -> Call:
+        given = {"values": torch.ones(3, 2), "offsets": torch.tensor(offsets), "lengths": None, "_ragged_idx": 1}
+        function = torch._tensor._rebuild_from_type_v2
+        return Call(function, rebuild_jagged, torch.nested._internal.nested_tensor.NestedTensor, (given | more,), {})
+
+    BROKEN |= {
+        "jagged past its values": (lambda: jagged([0, 9]), "do not rise from 0 to 3"),
+        "jagged that falls": (lambda: jagged([0, 3, 1]), "do not rise"),
+        "jagged of long parts": (lambda: jagged([0, 1, 3], lengths=torch.tensor([2, 2])), "lengths of a nested tensor"),
+        "jagged along no dimension": (lambda: jagged([0, 3], _ragged_idx=4), "ragged dimension"),
+    }
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_does_not_fit_together_is_an_error(save: Save, name: str) -> None:
+    make, words = BROKEN[name]
+    path = save({"l.weight": torch.ones(2), "l.odd": make(), "l.bias": torch.ones(1)})
+    with pytest.raises(CorruptError, match=words) as caught:
+        ckptkit.load_state_dict(path)
+    assert caught.value.path == str(path)
+    assert "l.odd" in str(caught.value)
+    with pytest.raises(CorruptError, match=words):
+        ckptkit.load_state_dict(path, map_location="meta")
+
+
+def test_an_array_whose_bytes_are_not_its_shape(save: Save) -> None:
+    class Odd:
+        def __reduce__(self) -> Any:
+            function, args, state = numpy.ones(3).__reduce__()[:3]
+            return function, args, (*state[:1], (4,), *state[2:])
+
+    with pytest.raises(CorruptError, match=r"l.odd: an array .* of shape \[4\] .* has 24 bytes, not 32"):
+        ckptkit.load_state_dict(save({"l.weight": torch.ones(1), "l.odd": Odd()}))
+
+
+def test_a_damaged_quantized_tensor_is_named(save: Save) -> None:
+    path = save({"l.weight": torch.ones(2), "l.q": PER_TENSOR})
+    with zipfile.ZipFile(path) as archive:
+        info = max((i for i in archive.infolist() if "/data/" in i.filename), key=lambda i: i.file_size)
+        data = bytearray(path.read_bytes())
+        at = data.index(archive.read(info))
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match=r"tensor 'l\.q'"):
+        ckptkit.load_state_dict(path)
+
+
+# What is not made.
+
+
+class Thing:
+    """Somebody's class."""
+
+    def __init__(self) -> None:
+        self.ran = True
+
+
+class Wrapping(torch.Tensor):
+    """A subclass that wraps a tensor, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapping:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined,no-any-return]
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
+    "an object": (Thing, "test_loaded_values.Thing"),
+    "one in a dict": (lambda: {"a": [Thing()]}, "test_loaded_values.Thing"),
+    "a function": (lambda: same, "test_loaded_values.same"),
+    "a name of torch's": (lambda: torch.load, "torch.serialization.load"),
+    "a class": (lambda: nn.Linear, "Linear"),
+    "a wrapper": (lambda: Wrapping(torch.ones(2, 3)), r"Wrapping \[2, 3\] float32"),
+    "a parameter of a wrapper": (
+        lambda: Call(torch._utils._rebuild_parameter, Wrapping(torch.ones(2, 3)), True, OrderedDict()),
+        r"Wrapping \[2, 3\] float32",
+    ),
+    "an array of objects": (lambda: numpy.array([Thing()], object), "_reconstruct"),
+    "a masked array": (lambda: numpy.ma.masked_array([1.0], [True]), "_mareconstruct"),
+    "a matrix": (lambda: numpy.matrix([[1.0]]), "_reconstruct"),
+    "a defaultdict of something": (lambda: collections.defaultdict(Thing), "defaultdict of .*Thing"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_only_foreign_code_makes_is_named(save: Save, name: str, tmp_path: Path) -> None:
+    make, words = FOREIGN[name]
+    path = save({"l.weight": torch.ones(2), "l._extra_state": make(), "m._extra_state": Thing(), "n": 3})
+    with pytest.raises(UnsupportedError, match=f"2 of 4 values .*l._extra_state .*{words}.*m._extra_state") as caught:
+        ckptkit.load_state_dict(path)
+    assert "--exclude l._extra_state --exclude m._extra_state" in str(caught.value)
+    ckptkit.convert(path, tmp_path / "out.pth", exclude=["l._extra_state", "m._extra_state"])
+    assert same(dict(ckptkit.load_state_dict(tmp_path / "out.pth")), {"l.weight": torch.ones(2), "n": 3})
+
+
+def test_a_value_without_end(save: Save) -> None:
+    deep: Any = []
+    for _ in range(150):
+        deep = [deep]
+    endless: list[Any] = [1]
+    endless.append(endless)
+    ours = ckptkit.load_state_dict(save({"w": torch.ones(1), "l._extra_state": endless}))["l._extra_state"]
+    assert ours[1] is ours
+    with pytest.raises(UnsupportedError, match="nested more than 100 deep"):
+        ckptkit.load_state_dict(save({"w": torch.ones(1), "l._extra_state": deep}))
+
+
+# Loading it.
+
+
+def test_module_versions_decide_as_in_torch(save: Save, tmp_path: Path) -> None:
+    """BatchNorm's counter may be missing where the versions are old, and must be there where they are 2."""
+    saved = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).state_dict()
+    whole = save(saved)
+    state = ckptkit.load_state_dict(whole)
+    assert type(state) is OrderedDict
+    assert state._metadata == saved._metadata == torch.load(whole, weights_only=False)._metadata  # type: ignore[attr-defined]
+    del saved["1.num_batches_tracked"]
+    for path, is_old in ((save(saved), False), (save(dict(saved), "old.pth"), True)):
+        ckptkit.convert(path, tmp_path / "same.safetensors", force=True)
+        for found in (path, tmp_path / "same.safetensors"):
+            model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+            if is_old:
+                model.load_state_dict(ckptkit.load_state_dict(found), strict=True)
+            else:
+                with pytest.raises(RuntimeError, match="num_batches_tracked"):
+                    model.load_state_dict(ckptkit.load_state_dict(found), strict=True)
+    assert ckptkit.load_state_dict(save(dict(saved)))._metadata == {}  # type: ignore[attr-defined]
+
+
+def test_a_quantized_model_loads(save: Save) -> None:
+    backend = torch.backends.quantized
+    backend.engine = next(name for name in ("fbgemm", "x86", "qnnpack") if name in backend.supported_engines)
+    from torch.ao.nn import quantized as q
+
+    model, fresh = (nn.Sequential(q.Linear(3, 2), q.Conv2d(1, 2, 1), q.Embedding(4, 8)) for _ in range(2))
+    for path in (save(model.state_dict()), save(model)):
+        fresh.load_state_dict(ckptkit.load_state_dict(path), strict=True)
+        assert torch.equal(fresh[0].weight().dequantize(), model[0].weight().dequantize())
+        assert torch.equal(fresh[1].weight().dequantize(), model[1].weight().dequantize())
