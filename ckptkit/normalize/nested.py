@@ -38,8 +38,8 @@ _OTHERS = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?|teacher|student|optim\w
 """Keys of what is no part of a model: copies of it, and optimizers."""
 
 
-_STATE = re.compile(r"(?:^|\.)\w*(?:state_dict|_state)\.")
-"""In a name: a key of a file's own dict, under which weights lie, and no module's."""
+_STATE = ("state_dict", "_state")
+"""How keys of a file's own dict end under which weights lie, and no module's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +120,12 @@ def is_nested(node: object, key: object, root: object, visit: Callable[[int], bo
     """
     keys = [inner for inner, _ in mapping_items(node) or [] if isinstance(inner, str)]
     is_customary = isinstance(key, str) and key in CUSTOMARY_KEYS
-    if (not is_customary or len(keys) == 1) and _leads_to_weights(node):
+    if (not is_customary or len(keys) == 1) and _leads_to_weights(node, visit):
         return False  # what lies there is
     if any(_OTHERS.search(each.lower()) for each in (key, *keys) if isinstance(each, str)):
         return False
     tree = _tree(node, visit)
     if tree is None or not tree.is_bare or not any(map(is_substantial, tree.values.values())):
-        return False
-    if any(map(_STATE.search, tree.values)):
         return False
     is_deep = tree.levels >= _MODULES_DEEP
     if not (tree.holders > 1 or is_deep if is_customary else tree.is_parameters and is_deep):
@@ -139,16 +137,16 @@ def is_nested(node: object, key: object, root: object, visit: Callable[[int], bo
     return True
 
 
-def _leads_to_weights(node: object) -> bool:
+def _leads_to_weights(node: object, visit: Callable[[int], bool]) -> bool:
     """Whether a key of a dict, of one in it, or down the only way there is, is a customary one for weights."""
     level = [node]
     for depth in range(_MAX_LEVELS):
         pairs = [(key, value) for each in level for key, value in mapping_items(each) or [] if isinstance(key, str)]
         if any(key in CUSTOMARY_KEYS for key, _ in pairs):
             return True
-        if depth and len(pairs) != 1:
+        if (depth and len(pairs) != 1) or not visit(len(pairs)):
             return False
-        level = [value for _, value in pairs]
+        level = list({id(value): value for _, value in pairs}.values())
     return False
 
 
@@ -217,7 +215,7 @@ def _tree(node: object, visit: Callable[[int], bool]) -> _Tree | None:
                 if name in found.values:
                     return False
                 found.values[name] = value
-            elif not look(value, f"{name}.", level + 1):
+            elif key.endswith(_STATE) or not look(value, f"{name}.", level + 1):
                 return False
         return True
 
