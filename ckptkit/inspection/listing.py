@@ -230,13 +230,16 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
                     section, name, value.dtype, value.shape, (), value.nbytes, value.location, storage, "unknown",
                     False, None, None, value.kind, value.text,
                 )  # fmt: skip
-        elif (layout := layout_of(node)) is not None:
-            stride = contiguous_stride(layout.shape[:: -1 if layout.is_fortran else 1])
-            nbytes = math.prod(layout.shape) * DTYPES[layout.dtype].itemsize
-            yield TensorRow(
-                section, name, layout.dtype, layout.shape, stride[:: -1 if layout.is_fortran else 1], nbytes, "cpu", "",
-                "unknown", False, None, None, "numpy",
-            )  # fmt: skip
+        else:
+            array = layout_of(node)
+            if array.dtype is not None and array.shape is not None:
+                way = -1 if array.is_fortran else 1
+                stride = contiguous_stride(array.shape[::way])[::way]
+                nbytes = math.prod(array.shape) * DTYPES[array.dtype].itemsize
+                yield TensorRow(
+                    section, name, array.dtype, array.shape, stride, nbytes, "cpu", "", "unknown", False, None, None,
+                    "numpy",
+                )  # fmt: skip
 
 
 def storage_names(checkpoint: Checkpoint) -> dict[int, str]:

@@ -18,7 +18,7 @@ from ckptkit.checkpoint import StateDict, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
 from ckptkit.normalize.sections import brief
-from ckptkit.pickling.arrays import described, is_array
+from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import ABSENT, Global, InertSet, Object, attributes, mapping_items
 from ckptkit.pickling.layouts import (
     Jagged,
@@ -183,7 +183,7 @@ class _Builder:
         tensor = rebuilt(node)
         if tensor is not None:
             return self._tensor(tensor)
-        if is_array(node) and (array := described(node)) is not None:
+        if is_array(node) and (array := layout_of(node)).is_plain:
             return array_from(array)
         if isinstance(node, Object):
             return self._object(node)
