@@ -17,7 +17,7 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
 
-__all__ = ["class_name", "is_printed", "module_text", "plain_value"]
+__all__ = ["class_name", "is_printed", "is_scalar", "module_text", "plain_value"]
 
 _MAX_TEXT = 200
 """Characters of a string setting that are shown."""
@@ -264,10 +264,11 @@ def _pairs(state: InertDict, key: str) -> list[tuple[str, object]]:
 
 def is_printed(node: object) -> bool:
     """Whether a value is a setting: a scalar, or a tuple of scalars."""
-    return _is_scalar(node) or (isinstance(node, tuple) and len(node) <= _MAX_ITEMS and all(map(_is_scalar, node)))
+    return is_scalar(node) or (isinstance(node, tuple) and len(node) <= _MAX_ITEMS and all(map(is_scalar, node)))
 
 
-def _is_scalar(node: object) -> bool:
+def is_scalar(node: object) -> bool:
+    """Whether a value is a number, a text or nothing."""
     return node is None or isinstance(node, (bool, int, float, str))
 
 
@@ -275,7 +276,7 @@ def plain_value(node: object, nesting: int = 0) -> object:
     """An inert node as the Python value it prints like; ``None`` for what is no setting."""
     if isinstance(node, str):
         return node[:_MAX_TEXT]
-    if _is_scalar(node):
+    if is_scalar(node):
         return node
     if isinstance(node, (tuple, list)) and len(node) <= _MAX_ITEMS and nesting < _MAX_NESTING:
         return type(node)([plain_value(item, nesting + 1) for item in node])

@@ -21,11 +21,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.wrappers import wrapper_of
-from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, states, walk
+from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, states, tensors_in
 
 __all__ = ["MODULE_MARKS", "bound_method", "known_versions", "module_state", "walk_module", "wrapper_prefixes"]
 
@@ -111,7 +111,7 @@ def walk_module(module: object) -> Iterator[tuple[str, object]]:
     """
     for prefix, node, state in _modules(module):
         if state is None:
-            if any(isinstance(below, (TensorEntry, Storage)) for below in walk(node)):
+            if any(tensors_in(node)):
                 yield prefix[:-1], node
             continue
         for name, value in _saved_values(node, state):

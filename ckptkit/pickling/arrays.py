@@ -16,7 +16,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
-__all__ = ["Array", "Layout", "array_of", "is_array", "is_scalar", "layout_of"]
+__all__ = ["Array", "Layout", "array_of", "is_array", "is_scalar", "layout_of", "parts_of"]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
@@ -94,7 +94,7 @@ def is_scalar(node: object) -> bool:
 
 def layout_of(node: Object) -> Layout:
     """What is to be known of what `is_array`."""
-    dtype, data, sizes, order = _parts(node)
+    dtype, data, sizes, order = parts_of(node)
     code, swapped = _code_of(dtype)
     shape = None if is_scalar(node) else shape_of(sizes)
     if min(shape or (), default=0) < 0:
@@ -122,7 +122,7 @@ def array_of(node: Object) -> Array:
     return Array(name, _reversed(data, name) if layout.swapped else data)
 
 
-def _parts(node: Object) -> tuple[object, object, object, object]:
+def parts_of(node: Object) -> tuple[object, object, object, object]:
     """The dtype, bytes, shape and order of an array, as the pickle gives them."""
     shape: object = None
     order: object = False

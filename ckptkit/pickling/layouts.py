@@ -30,7 +30,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global, Object, mapping_items
-from ckptkit.pickling.tensors import shape_of, wrapped_tensor
+from ckptkit.pickling.tensors import is_int, no_hooks, shape_of, wrapped_tensor
 
 __all__ = [
     "Call", "Jagged", "Layout", "Meta", "Nested", "OnDevice", "Quantized", "Rebuilt", "Sparse", "call_of",
@@ -233,9 +233,9 @@ def _quantized(args: tuple[object, ...]) -> Layout:
     dtype = storage.dtype if isinstance(storage, Storage) else None
     if not isinstance(storage, Storage) or dtype is None or DTYPES[dtype].kind != "quantized":
         raise CorruptError("a quantized tensor without a storage of a quantized type")
-    if hooks is not None and mapping_items(hooks) != []:
+    if not no_hooks(hooks):
         raise CorruptError("a quantized tensor with backward hooks")
-    if len(size) != len(stride) or not _is_int(offset) or not 0 <= offset < _HUGE:
+    if len(size) != len(stride) or not is_int(offset) or not 0 <= offset < _HUGE:
         raise CorruptError(f"size {size}, stride {stride} and offset {offset!r:.40} of a quantized tensor do not fit")
     reach = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
     nbytes = -(-(offset + reach) // _PACKED.get(dtype, 1)) * DTYPES[dtype].itemsize
@@ -249,13 +249,13 @@ def _quantized(args: tuple[object, ...]) -> Layout:
     name = scheme.name if isinstance(scheme, Global) and scheme.module == "torch" else None
     how = how if isinstance(how, tuple) else ()
     if name == "per_tensor_affine" and len(how) == 3:
-        if not _is_number(how[1]) or not _is_int(how[2]) or abs(how[2]) >= 1 << 31:
+        if not _is_number(how[1]) or not is_int(how[2]) or abs(how[2]) >= 1 << 31:
             raise CorruptError("a quantized tensor whose scale and zero point are not numbers")
         return Quantized(numbers, name, float(how[1]), how[2], None, _flag(requires_grad))
     if name not in _PER_CHANNEL or len(how) != 4:
         raise CorruptError(f"a quantized tensor of scheme {name or '?'!s:.60}, which torch does not save")
     axis = how[3]
-    if not _is_int(axis) or not 0 <= axis < len(size):
+    if not is_int(axis) or not 0 <= axis < len(size):
         raise CorruptError(f"the axis of a quantized tensor of {len(size)} dimensions is {axis!r:.40}")
     scales, zeros = (_per_channel(how[n], size[axis], what) for n, what in ((1, "scales"), (2, "zero points")))
     return Quantized(numbers, name, scales, zeros, axis, _flag(requires_grad))
@@ -349,7 +349,7 @@ def _jagged(args: tuple[object, ...]) -> Layout:
     if given.get("lengths") is not None:
         lengths = _tensor(given["lengths"], "lengths", dims=1, dtypes=(offsets.dtype,))
     axis = given.get("_ragged_idx", 1)
-    if not _is_int(axis) or not 1 <= axis <= len(values.shape) or not offsets.shape[0]:
+    if not is_int(axis) or not 1 <= axis <= len(values.shape) or not offsets.shape[0]:
         raise CorruptError(f"the ragged dimension of a nested tensor is {axis!r:.40}, without a place in its values")
     if lengths is not None and lengths.shape[0] != offsets.shape[0] - 1:
         raise CorruptError(f"{lengths.shape[0]} lengths and {offsets.shape[0]} offsets of a nested tensor")
@@ -394,10 +394,6 @@ def _of(args: tuple[object, ...], count: int) -> Sequence[object]:
     if len(args) != count:
         raise CorruptError(f"{len(args)} arguments, where torch saves {count}")
     return args
-
-
-def _is_int(node: object) -> TypeGuard[int]:
-    return node.__class__ is int
 
 
 def _is_number(node: object) -> TypeGuard[float]:

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from ckptkit.checkpoint import StateDict, Storage, TensorEntry
-from ckptkit.dtypes import DTYPES
+from ckptkit.checkpoint import StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
 from ckptkit.normalize.sections import brief
 from ckptkit.pickling.arrays import is_array, layout_of
@@ -243,11 +242,8 @@ class _Builder:
 
     def _storage(self, storage: Storage) -> object:
         """A bare storage, of the type that the file declares."""
-        row = DTYPES[storage.dtype or "uint8"]
-        count = storage.nbytes // row.itemsize
-        entry = TensorEntry(storage=storage, storage_offset=0, shape=(count,), stride=(1,), dtype=row.name)
-        memory = self._loader.storage(entry)
-        return memory if storage.dtype is None else _typed(memory, row.name)
+        memory = self._loader.storage(as_tensor(storage, typed=True))
+        return memory if storage.dtype is None else _typed(memory, storage.dtype)
 
     # Tensors that are not plain ones.
 
