@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
-from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
+from ckptkit.pickling.inert import Global, InertDict, Object, named_items
 
 __all__ = ["class_name", "is_printed", "is_scalar", "module_text", "plain_value"]
 
@@ -235,9 +235,9 @@ class _View(dict[str, object]):
 
     def __missing__(self, key: str) -> object:
         if key == "bias?":
-            return any(name == "bias" and value is not None for name, value in _pairs(self._state, "_parameters"))
+            return dict(named_items(self._state.get("_parameters"))).get("bias") is not None
         if key == "weight_size":
-            weight = dict(_pairs(self._state, "_buffers")).get("weight")
+            weight = dict(named_items(self._state.get("_buffers"))).get("weight")
             return weight.shape[0] if isinstance(weight, TensorEntry) and weight.shape else None
         value = plain_value(self._state[key])
         if value is None and self._state[key] is not None:
@@ -256,10 +256,6 @@ def _filled(part: _Part, view: _View) -> str | None:
         return part.text.format_map(view)
     except LookupError:
         return None
-
-
-def _pairs(state: InertDict, key: str) -> list[tuple[str, object]]:
-    return [(name, value) for name, value in mapping_items(state.get(key)) or [] if isinstance(name, str)]
 
 
 def is_printed(node: object) -> bool:
@@ -300,8 +296,8 @@ def _scalars(state: InertDict) -> str:
 
 def _parameter_lines(short: str, state: InertDict) -> str:
     """One line for each item of a ParameterList or ParameterDict: what it is of, and its size."""
-    named = dict([*_pairs(state, "_buffers"), *_pairs(state, "_parameters")])
-    keys = [key for key, _ in _pairs(state, "_keys")] or list(named)
+    named = dict([*named_items(state.get("_buffers")), *named_items(state.get("_parameters"))])
+    keys = [key for key, _ in named_items(state.get("_keys"))] or list(named)
     size = state.get("_size")
     if isinstance(size, int) and 0 <= size <= _MAX_PARAMETERS:
         keys = [str(number) for number in range(size)]

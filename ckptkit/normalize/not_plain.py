@@ -105,7 +105,8 @@ def describe_value(node: object) -> Value | None:
 def _value(facts: _Facts, cls: str) -> Value:
     tensors = {id(node): node for _, part in facts.parts for node in _tensors(part)}
     nbytes = {node.view if isinstance(node, TensorEntry) else id(node): node.nbytes for node in tensors.values()}
-    inside = sum(len(node) for _, node in facts.parts if isinstance(node, (bytes, bytearray)))
+    held = (layout_of(node).data if is_array(node) else node for _, node in facts.parts)
+    inside = sum(len(data) for data in held if isinstance(data, (bytes, bytearray)))
     location = facts.location or next((node.location for node in tensors.values()), "")
     what = facts.what if cls in ("", "NestedTensor", facts.what) else f"{cls}, {facts.what}"
     return Value(
@@ -181,10 +182,9 @@ def _meta(tensor: Meta) -> _Facts:
 def _on_device(tensor: OnDevice) -> _Facts:
     """A tensor of a device that torch pickles as an array, or as a copy in main memory."""
     data = tensor.data
-    inner = _array(data) if is_array(data) else None
-    shape = data.shape if isinstance(data, TensorEntry) else None if inner is None else inner.shape
-    parts = (("data", data),) if inner is None else inner.parts
-    return _Facts("device", "tensor", tensor.dtype, shape, f"of device {tensor.device:.40}", parts, tensor.device)
+    shape = data.shape if isinstance(data, TensorEntry) else layout_of(data).shape if is_array(data) else None
+    detail = f"of device {tensor.device:.40}"
+    return _Facts("device", "tensor", tensor.dtype, shape, detail, (("data", data),), tensor.device)
 
 
 _FACTS: Final[dict[type[Layout], Callable[[Any], _Facts]]] = {

@@ -239,6 +239,11 @@ def mapping_items(node: object) -> list[tuple[object, object]] | None:
     return pairs
 
 
+def named_items(node: object) -> list[tuple[str, object]]:
+    """The pairs of a mapping whose keys are text; none where a node is no mapping."""
+    return [(key, value) for key, value in mapping_items(node) or () if isinstance(key, str)]
+
+
 def attributes(node: object) -> InertDict | None:
     """The instance attributes BUILD, or a setter of its own, gives an object: its ``__dict__``; ``None``: it has none.
 

@@ -196,6 +196,8 @@ def test_tensors_of_devices_without_storages(save: Save) -> None:
         )
     path = save(calls)
     assert same(dict(ckptkit.load_state_dict(path, map_location="cpu")), torch.load(path, "cpu", weights_only=False))
+    rows = [row["name"] for row in ckptkit.inspect(path)["tensors"]]
+    assert sorted(rows) == sorted([*calls, *(f"{name}.data" for name in calls if name != "w")])
     with pytest.raises(RewriteError, match=r"saved on 'xla:0' cannot be put .* give map_location=\"cpu\""):
         ckptkit.load_state_dict(path)
     with pytest.raises(RewriteError, match="a function has nothing"):
@@ -307,6 +309,12 @@ def test_what_does_not_fit_together_is_an_error(save: Save, name: str) -> None:
     (row,) = [row for row in ckptkit.inspect(path)["tensors"] if row["name"] == "l.odd" and "value" in row]
     is_told = row["value"].startswith("malformed")  # else it takes the bytes of indices to see it
     assert re.search(words, row["value"]) if is_told else row["dtype"] in DTYPES
+
+
+def test_what_has_no_place_is_saved_on_none(save: Save, run: Any) -> None:
+    odd = Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (2,), (1, 1), False)
+    told = run("inspect", save({"w": torch.ones(2), "odd": odd})).stdout
+    assert "saved on cpu, written" in told and "odd (malformed meta tensor: size (2,) and stride (1, 1)" in told
 
 
 def test_an_array_whose_bytes_are_not_its_shape(save: Save) -> None:

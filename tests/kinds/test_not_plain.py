@@ -17,6 +17,7 @@ from torch import nn
 import ckptkit
 from ckptkit.normalize.not_plain import Value, describe_value
 from ckptkit.pickling.inert import Global, InertDict, Object
+from ckptkit.pickling.layouts import rebuilt
 
 Save = Callable[..., Path]
 
@@ -84,6 +85,11 @@ VALUES: dict[str, tuple[Callable[[], Any], str, list[str]]] = {
     "csr": (
         lambda: torch.eye(3, dtype=torch.float64).to_sparse_csr(),
         "sparse CSR [3, 3] float64, 3 values stored",
+        ["crow_indices", "col_indices", "values"],
+    ),
+    "csr of a batch": (
+        lambda: torch.stack([torch.eye(3), torch.eye(3)]).to_sparse_csr(),
+        "sparse CSR [2, 3, 3] float32, 6 values stored",
         ["crow_indices", "col_indices", "values"],
     ),
     "csc": (
@@ -267,7 +273,7 @@ def test_parameters_in_parameters_have_an_end() -> None:
     node = call("_rebuild_meta_tensor_no_storage", Global("torch", "float32"), (1,), (1,), False)
     for _ in range(100_000):
         node = call("_rebuild_parameter", node, False, None)
-    assert describe_value(node) is None
+    assert describe_value(node) is None and rebuilt(node) is None
 
 
 def test_texts_are_short() -> None:
