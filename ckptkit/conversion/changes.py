@@ -196,11 +196,12 @@ def diagnose_losses(
         yield Finding(code="left-out", severity="info", message=f"not in the output: {_listed(left_out)}")
     if source.state_dict.is_module and not result.state_dict.is_module:
         cls = getattr(source.module, "class_name", "?")
+        under = f" under {source.origin.state_path!r:.200}" if source.origin.state_path else ""
         yield Finding(
             code="module-left-out",
             severity="info",
-            message=f"the model under {source.origin.state_path!r:.200} is written as its state_dict: its class "
-            f"{cls:.200} and its settings are not in the output",
+            message=f"the model{under} is written as its state_dict: its class {cls:.200} and its settings are not in "
+            "the output",
         )
     lost = [] if result.origin.is_program else _lost(source, result, plan)
     for path, inside in other_weights(source, lost).items():

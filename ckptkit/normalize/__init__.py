@@ -13,6 +13,7 @@ way noted:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -89,6 +90,13 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         # One map for both: what the weights and the rest have in common stays so.
         taken_out = TreeMap(_same, [(chosen.node, STATE_DICT)])
         state_dict = state_dict.with_values(lambda value: value if is_plain(value) else taken_out(value))
+        if state_dict.is_module:  # where it leads back to itself, it leads to its place
+            state_dict = StateDict(
+                state_dict.everything,
+                versions=state_dict.versions,
+                container=taken_out(copy.copy(chosen.node)),
+                is_module=True,
+            )
         rest = taken_out(root)
     elif sum(candidate.is_weights for candidate in found) > 1:
         first = next(candidate for candidate in found if candidate.is_weights)
@@ -145,8 +153,11 @@ def _state_dict(
     """The state_dict, and the module it was walked from (``None`` for a saved state_dict)."""
     if candidate.kind == "whole_model":
         versions = known_versions(candidate.module) or None
-        # A module that is all of the file becomes its state_dict; one among other things stays what it is.
-        container: object = None if candidate.node is raw.root or raw.is_program else candidate.node
+        # A module that is all of the file becomes its state_dict.  One among other things stays what it is, and one
+        # whose class is in the file too (cloudpickle, dill): it runs wherever it is loaded.
+        has_class = isinstance(candidate.module, Object) and not isinstance(candidate.module.cls, Global)
+        becomes = raw.is_program or (candidate.node is raw.root and not has_class)
+        container: object = None if becomes else candidate.node
         state_dict = StateDict(
             dict(candidate.values()), versions=versions, container=container, is_module=container is not None
         )

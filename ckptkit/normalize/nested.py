@@ -7,7 +7,7 @@
 - some module in it is a dict of its own (its names have no dots): a dict of whole state_dicts, each with dotted
   names, is several models
 - it lies under a customary key, or the names are those of parameters, three dicts down
-- no key of its own says that it holds several models, or an optimizer
+- no key of its own says that it holds several models, or an optimizer, and none in it that weights lie there
 
 It is written as it was while every name stays; where names are changed or left out, or nothing stands beside it any
 more (``--weights-only``), as one flat dict under the dotted names.
@@ -36,6 +36,10 @@ _PARAMETERS = frozenset({"weight", "bias", "kernel", "scale", "embedding", "w", 
 
 _OTHERS = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?|teacher|student|optim\w*|opt)(?:[._]|\d*$)")
 """Keys of what is no part of a model: copies of it, and optimizers."""
+
+
+_STATE = re.compile(r"(?:^|\.)\w*(?:state_dict|_state)\.")
+"""In a name: a key of a file's own dict, under which weights lie, and no module's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +120,14 @@ def is_nested(node: object, key: object, root: object, visit: Callable[[int], bo
     """
     keys = [inner for inner, _ in mapping_items(node) or [] if isinstance(inner, str)]
     is_customary = isinstance(key, str) and key in CUSTOMARY_KEYS
-    if (not is_customary or len(keys) == 1) and any(inner in CUSTOMARY_KEYS for inner in keys):
+    if (not is_customary or len(keys) == 1) and _leads_to_weights(node):
         return False  # what lies there is
     if any(_OTHERS.search(each.lower()) for each in (key, *keys) if isinstance(each, str)):
         return False
     tree = _tree(node, visit)
     if tree is None or not tree.is_bare or not any(map(is_substantial, tree.values.values())):
+        return False
+    if any(map(_STATE.search, tree.values)):
         return False
     is_deep = tree.levels >= _MODULES_DEEP
     if not (tree.holders > 1 or is_deep if is_customary else tree.is_parameters and is_deep):
@@ -131,6 +137,19 @@ def is_nested(node: object, key: object, root: object, visit: Callable[[int], bo
         if not visit(1) or (id(other) not in tree.dicts and any(id(child) in inside for child in children(other))):
             return False
     return True
+
+
+def _leads_to_weights(node: object) -> bool:
+    """Whether a key of a dict, of one in it, or down the only way there is, is a customary one for weights."""
+    level = [node]
+    for depth in range(_MAX_LEVELS):
+        pairs = [(key, value) for each in level for key, value in mapping_items(each) or [] if isinstance(key, str)]
+        if any(key in CUSTOMARY_KEYS for key, _ in pairs):
+            return True
+        if depth and len(pairs) != 1:
+            return False
+        level = [value for _, value in pairs]
+    return False
 
 
 def nested_versions(

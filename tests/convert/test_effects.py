@@ -299,6 +299,29 @@ def test_a_model_kept_by_its_code_still_runs(
         assert _names(before.checkpoint) == _names(after.checkpoint)
 
 
+def test_such_a_model_stays_one_where_it_is_all_of_the_file(convert: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("cloudpickle")
+    (tmp_path / "kept_by_value.py").write_text(_dedent(_MODEL))
+    _python(
+        tmp_path, _dedent(_CLOUDPICKLE, "net = Net.made()\ntorch.save(net, 'model.pth', pickle_module=cloudpickle)")
+    )
+    (tmp_path / "kept_by_value.py").unlink()
+    assert convert("model.pth", "out.pth").code == 0
+    _python(
+        tmp_path,
+        """
+import torch
+one, other = (torch.load(path, weights_only=False) for path in ("model.pth", "out.pth"))
+x = torch.randn(4, 3)
+assert torch.equal(one(x), other(x))
+""",
+    )
+    assert convert("model.pth", "weights.pth", "--weights-only").code == 0
+    assert list(torch.load(tmp_path / "weights.pth")) == [
+        f"blocks.{index}.{name}" for index in range(2) for name in ("fc.weight", "fc.bias")
+    ]
+
+
 def _names(checkpoint: Any) -> set[str]:
     return {use.name for use in checkpoint.globals}
 

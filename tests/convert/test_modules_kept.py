@@ -82,6 +82,16 @@ def test_what_was_tied_stays_tied(save: Save) -> None:
     assert kept.codebook.data_ptr() == kept.body.bias.data_ptr()
 
 
+def test_what_the_model_and_the_file_share_stays_shared(save: Save) -> None:
+    model = Net()
+    model.settings = {"lr": 0.1}  # type: ignore[assignment]
+    model.owner = [model]  # type: ignore[assignment]
+    loaded, _ = converted(save({"model": model, "settings": model.settings, "nets": [model]}))
+    kept = loaded["model"]
+    assert kept.settings is loaded["settings"]
+    assert kept.owner[0] is kept is loaded["nets"][0]
+
+
 def test_a_cut_storage_of_a_module(save: Save) -> None:
     model = Net()
     model.codebook = torch.arange(1000.0)[5:8]

@@ -235,3 +235,17 @@ def test_an_empty_module_and_attributes(normalized: Normalized, entry: TensorEnt
     odd.pairs, odd.state = [("weight", entry)], InertDict([("scale", entry)])
     inner.pairs.append(("odd", odd))
     assert normalized(InertDict([("model", inner), ("n", 1)])).origin.state_path is None
+
+
+@pytest.mark.parametrize(
+    ("tree", "path"),
+    [
+        ({"ckpt": {"state_dict": layer(2, 2)}}, "ckpt.state_dict"),
+        ({"trainer": {"model": layer(2, 2)}}, "trainer.model"),
+        ({"run": {"best": {"model_state": layer(2, 2)}}}, "run.best.model_state"),
+    ],
+)
+def test_what_leads_to_weights_is_no_part_of_their_names(save: Save, tree: dict[str, Any], path: str) -> None:
+    document = ckptkit.inspect(save(tree))
+    assert document["state_dict"]["path"] == path
+    assert [row["name"] for row in document["tensors"]] == list(layer(2, 2))

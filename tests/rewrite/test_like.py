@@ -72,7 +72,7 @@ ONE = torch.ones(1)
         (lambda name: name.replace("norm.weight", "norm.gamma").replace("norm.bias", "norm.beta"), {"x": ONE}),
         (lambda name: "module.bert." + name.replace("norm.weight", "norm.gamma").replace("norm.bias", "norm.beta"), {}),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else value("x.features.0.norm.weight"),
 )
 def test_names_are_found(rename: Callable[[str], str], others: dict[str, torch.Tensor], through: Through) -> None:
     model = Net()
