@@ -497,9 +497,13 @@ def _called(rewriter: object) -> str:
     return f"{name}()" if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(rewriter))
 
 
-def as_tensor(storage: Storage) -> TensorEntry:
-    """A bare storage as the tensor of its bytes."""
-    return TensorEntry(storage=storage, storage_offset=0, shape=(storage.nbytes,), stride=(1,), dtype="uint8")
+def as_tensor(node: TensorEntry | Storage, *, typed: bool = False) -> TensorEntry:
+    """A bare storage as the tensor of its bytes, or of elements of the type that it declares; a tensor as it is."""
+    if isinstance(node, TensorEntry):
+        return node
+    dtype = (node.dtype if typed else None) or "uint8"
+    count = node.nbytes // DTYPES[dtype].itemsize
+    return TensorEntry(storage=node, storage_offset=0, shape=(count,), stride=(1,), dtype=dtype)
 
 
 def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:
@@ -508,3 +512,16 @@ def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:
     if len(set(storages)) == len(storages):  # as in most files
         return set()
     return {storage for storage, count in Counter(storages).items() if count > 1}
+
+
+def tied_groups(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
+    """The names of each tensor that has several, in the order of these.
+
+    Tied is the same view (`TensorEntry.view`) of the same storage; tensors without elements are not.
+    """
+    several = shared_storages(entries.values())
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, entry in entries.items():
+        if id(entry.storage) in several and entry.nbytes:
+            groups.setdefault(entry.view, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages, tied_groups
 from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, discarded_text, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
-from ckptkit.pickling.inert import Global, Object, children, mapping_items
+from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed, share_of
 
 __all__ = ["DIAGNOSES", "Contents", "diagnose"]
@@ -111,15 +111,9 @@ def _places(root: object) -> dict[str, str]:
     places: dict[str, str] = {}
     seen: set[int] = set()  # of all keys together: what they share is gone through once
     for key, value in mapping_items(root) or []:
-        stack = [value]
-        while stack:
-            node = stack.pop()
-            if isinstance(node, (str, int, float, bytes, type(None))) or id(node) in seen:
-                continue
-            seen.add(id(node))
+        for node in walk(value, seen):
             if isinstance(node, Global):
                 places.setdefault(node.qualified, step(key))
-            stack.extend(children(node))
     return places
 
 
@@ -294,15 +288,10 @@ def _devices(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
 
 
 def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
-    tied: dict[tuple[object, ...], list[str]] = {}
-    views: Counter[int] = Counter()
     several = shared_storages(checkpoint.state_dict.values())
-    for name, entry in checkpoint.state_dict.items() if several else ():
-        if id(entry.storage) in several and entry.nbytes:
-            names = tied.setdefault(entry.view, [])
-            views[id(entry.storage)] += not names
-            names.append(name)
-    groups = [names for names in tied.values() if len(names) > 1]
+    groups = tied_groups(checkpoint.state_dict) if several else []
+    sharing = [e for e in checkpoint.state_dict.values() if id(e.storage) in several and e.nbytes] if several else []
+    views = Counter({entry.view: id(entry.storage) for entry in sharing}.values())
     if groups:
         shown = listed([listed(names, 3, between=" = ") for names in groups], 3, between="; ")
         yield Finding(

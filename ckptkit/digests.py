@@ -38,10 +38,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, tied_groups
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.content import PLAIN, content_of, plain_bytes
 from ckptkit.normalize.trees import FLAGS
@@ -141,19 +141,8 @@ def whole_digest(checkpoint: Checkpoint, values: Values) -> str | None:
     digest = hashlib.sha256(_WHOLE)
     digest.update(_json(["tree", tree_digest(root, values, weights)]))
     digest.update(_json(["metadata", sorted(checkpoint.metadata.items())]))
-    digest.update(_json(["ties", sorted(_tied(state))]))
+    digest.update(_json(["ties", sorted(map(sorted, tied_groups(state)))]))
     return told(digest.digest())
-
-
-def _tied(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
-    """The names of each tensor that has several, sorted."""
-    several = shared_storages(entries.values())
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name in sorted(entries):
-        entry = entries[name]
-        if id(entry.storage) in several and entry.nbytes:
-            groups.setdefault(entry.view, []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
 
 
 def tree_digest(root: object, values: Values, weights: object = STATE_DICT, *, flags: bool = True) -> str:

@@ -130,7 +130,7 @@ def facts(document: dict[str, Any]) -> str:
     """Container, kind, size, devices, writer and trust."""
     parts = [document["format"], document["kind"].replace("_", " "), human_size(document["size"])]
     holds_pickle = document["has_pickle"]
-    locations = sorted({row.location for row in document["tensors"]})
+    locations = sorted({row.location for row in document["tensors"] if row.location})
     if locations and (holds_pickle or locations != ["cpu"]):
         shown = ", ".join(printable(location) for location in locations[:4])
         parts.append(f"saved on {shown}{', ...' if len(locations) > 4 else ''}")

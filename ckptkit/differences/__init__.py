@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ckptkit.checkpoint import Checkpoint, TensorEntry, shared_storages
+from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
 from ckptkit.differences.beside import (
     header,
     metadata_rows,
@@ -323,17 +323,14 @@ def _ties(
     pairs: Sequence[tuple[str, str]], ours: Mapping[str, object], theirs: Mapping[str, object]
 ) -> Iterator[dict[str, Any]]:
     """Tensors that are one tensor in only one of the files, under the names of the second."""
-    views = []
-    for values, side in ((ours, 0), (theirs, 1)):
-        entries = {pair[1]: entry for pair in pairs if isinstance(entry := values[pair[side]], TensorEntry)}
-        several = shared_storages(entries.values())
-        views.append({n: e.view for n, e in entries.items() if id(e.storage) in several and e.nbytes})
-    for mine, other, which in ((views[0], views[1], "a"), (views[1], views[0], "b")):
-        groups: dict[tuple[object, ...], list[str]] = {}
-        for name, view in mine.items():
-            groups.setdefault(view, []).append(name)
-        for names in groups.values():
-            if len(names) > 1 and (len({other.get(name) for name in names}) > 1 or other.get(names[0]) is None):
+    groups = [
+        tied_groups({pair[1]: entry for pair in pairs if isinstance(entry := values[pair[side]], TensorEntry)})
+        for values, side in ((ours, 0), (theirs, 1))
+    ]
+    for mine, others, which in ((groups[0], groups[1], "a"), (groups[1], groups[0], "b")):
+        group = {name: number for number, names in enumerate(others) for name in names}
+        for names in mine:
+            if len({group.get(name) for name in names}) > 1 or names[0] not in group:
                 yield {"names": names, "tied_in": which}
 
 

@@ -17,7 +17,7 @@ from ckptkit.differences.work import Pair, Work
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side
-from ckptkit.pickling.inert import ABSENT, effects_of, mapping_items, walk
+from ckptkit.pickling.inert import ABSENT, effects_of, mapping_items, tensors_in, walk
 
 __all__ = ["TreeComparison", "ValueComparison"]
 
@@ -108,13 +108,9 @@ def _of_tensors(found: Iterable[Met]) -> Iterator[Met]:
         is_tensor = met.is_tensor
         if not is_tensor and met.how == "kinds":
             looked_into += 1
-            is_tensor = looked_into > _MOST_ROWS or (_has_tensor(met.a) and _has_tensor(met.b))
+            is_tensor = looked_into > _MOST_ROWS or (any(tensors_in(met.a)) and any(tensors_in(met.b)))
         if is_tensor:
             yield met
-
-
-def _has_tensor(root: object) -> bool:
-    return any(isinstance(node, (TensorEntry, Storage)) for node in walk(root))
 
 
 def _may_differ(a: TensorEntry, b: TensorEntry, *, flags: bool) -> bool:
@@ -169,10 +165,9 @@ def _beside(root: object) -> Iterator[tuple[Place, object]]:
 
 
 def _tensors(met: Met) -> tuple[TensorEntry, TensorEntry]:
-    a, b = (as_tensor(node) if isinstance(node, Storage) else node for node in (met.a, met.b))
-    if not isinstance(a, TensorEntry) or not isinstance(b, TensorEntry):
+    if not isinstance(met.a, (TensorEntry, Storage)) or not isinstance(met.b, (TensorEntry, Storage)):
         raise TypeError("tensors alone have bytes")
-    return a, b
+    return as_tensor(met.a), as_tensor(met.b)
 
 
 class ValueComparison:

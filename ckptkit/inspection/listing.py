@@ -13,7 +13,7 @@ from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, NamedTuple
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, contiguous_stride, shared_storages
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
@@ -214,12 +214,10 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
         if isinstance(node, Storage):
             if (section, name) in told:  # the value's own
                 continue
-            dtype = node.dtype or "uint8"
-            size = node.nbytes // DTYPES[dtype].itemsize
-            entry = TensorEntry(storage=node, storage_offset=0, shape=(size,), stride=(1,), dtype=dtype)
+            entry = as_tensor(node, typed=True)
             yield TensorRow(
-                section, name, dtype, entry.shape, entry.stride, node.nbytes, node.location, node.key, "unknown", False,
-                None, entry, "storage",
+                section, name, entry.dtype, entry.shape, entry.stride, node.nbytes, node.location, node.key, "unknown",
+                False, None, entry, "storage",
             )  # fmt: skip
         elif not is_array(node):
             value = known[id(node)] = known.get(id(node)) or describe_value(node)
@@ -230,13 +228,16 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
                     section, name, value.dtype, value.shape, (), value.nbytes, value.location, storage, "unknown",
                     False, None, None, value.kind, value.text,
                 )  # fmt: skip
-        elif (layout := layout_of(node)) is not None:
-            stride = contiguous_stride(layout.shape[:: -1 if layout.is_fortran else 1])
-            nbytes = math.prod(layout.shape) * DTYPES[layout.dtype].itemsize
-            yield TensorRow(
-                section, name, layout.dtype, layout.shape, stride[:: -1 if layout.is_fortran else 1], nbytes, "cpu", "",
-                "unknown", False, None, None, "numpy",
-            )  # fmt: skip
+        else:
+            array = layout_of(node)
+            if array.dtype is not None and array.shape is not None:
+                way = -1 if array.is_fortran else 1
+                stride = contiguous_stride(array.shape[::way])[::way]
+                nbytes = math.prod(array.shape) * DTYPES[array.dtype].itemsize
+                yield TensorRow(
+                    section, name, array.dtype, array.shape, stride, nbytes, "cpu", "", "unknown", False, None, None,
+                    "numpy",
+                )  # fmt: skip
 
 
 def storage_names(checkpoint: Checkpoint) -> dict[int, str]:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
-from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
+from ckptkit.pickling.inert import Global, InertDict, Object, named_items
 
-__all__ = ["class_name", "is_printed", "module_text", "plain_value"]
+__all__ = ["class_name", "is_printed", "is_scalar", "module_text", "plain_value"]
 
 _MAX_TEXT = 200
 """Characters of a string setting that are shown."""
@@ -235,9 +235,9 @@ class _View(dict[str, object]):
 
     def __missing__(self, key: str) -> object:
         if key == "bias?":
-            return any(name == "bias" and value is not None for name, value in _pairs(self._state, "_parameters"))
+            return dict(named_items(self._state.get("_parameters"))).get("bias") is not None
         if key == "weight_size":
-            weight = dict(_pairs(self._state, "_buffers")).get("weight")
+            weight = dict(named_items(self._state.get("_buffers"))).get("weight")
             return weight.shape[0] if isinstance(weight, TensorEntry) and weight.shape else None
         value = plain_value(self._state[key])
         if value is None and self._state[key] is not None:
@@ -258,16 +258,13 @@ def _filled(part: _Part, view: _View) -> str | None:
         return None
 
 
-def _pairs(state: InertDict, key: str) -> list[tuple[str, object]]:
-    return [(name, value) for name, value in mapping_items(state.get(key)) or [] if isinstance(name, str)]
-
-
 def is_printed(node: object) -> bool:
     """Whether a value is a setting: a scalar, or a tuple of scalars."""
-    return _is_scalar(node) or (isinstance(node, tuple) and len(node) <= _MAX_ITEMS and all(map(_is_scalar, node)))
+    return is_scalar(node) or (isinstance(node, tuple) and len(node) <= _MAX_ITEMS and all(map(is_scalar, node)))
 
 
-def _is_scalar(node: object) -> bool:
+def is_scalar(node: object) -> bool:
+    """Whether a value is a number, a text or nothing."""
     return node is None or isinstance(node, (bool, int, float, str))
 
 
@@ -275,7 +272,7 @@ def plain_value(node: object, nesting: int = 0) -> object:
     """An inert node as the Python value it prints like; ``None`` for what is no setting."""
     if isinstance(node, str):
         return node[:_MAX_TEXT]
-    if _is_scalar(node):
+    if is_scalar(node):
         return node
     if isinstance(node, (tuple, list)) and len(node) <= _MAX_ITEMS and nesting < _MAX_NESTING:
         return type(node)([plain_value(item, nesting + 1) for item in node])
@@ -299,8 +296,8 @@ def _scalars(state: InertDict) -> str:
 
 def _parameter_lines(short: str, state: InertDict) -> str:
     """One line for each item of a ParameterList or ParameterDict: what it is of, and its size."""
-    named = dict([*_pairs(state, "_buffers"), *_pairs(state, "_parameters")])
-    keys = [key for key, _ in _pairs(state, "_keys")] or list(named)
+    named = dict([*named_items(state.get("_buffers")), *named_items(state.get("_parameters"))])
+    keys = [key for key, _ in named_items(state.get("_keys"))] or list(named)
     size = state.get("_size")
     if isinstance(size, int) and 0 <= size <= _MAX_PARAMETERS:
         keys = [str(number) for number in range(size)]

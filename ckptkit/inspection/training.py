@@ -17,6 +17,7 @@ from typing import Any
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Section, TensorEntry
 from ckptkit.errors import CkptkitError
+from ckptkit.inspection.settings import is_scalar
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
 
@@ -117,7 +118,7 @@ def training_state(rest: object) -> dict[str, Any]:
     for key, value in mapping_items(rest) or []:
         if not isinstance(key, str):
             continue
-        if _is_scalar(value):
+        if is_scalar(value):
             scalars[step(key)] = _shown(value)
             continue
         inner = mapping_items(value) or _object_items(value)
@@ -139,11 +140,7 @@ def _object_items(node: object) -> list[tuple[object, object]]:
 
 
 def _is_named_scalar(name: object, node: object) -> bool:
-    return isinstance(name, str) and _is_scalar(node)
-
-
-def _is_scalar(node: object) -> bool:
-    return node is None or isinstance(node, (bool, int, float, str))
+    return isinstance(name, str) and is_scalar(node)
 
 
 def _shown(node: object) -> Any:

@@ -17,7 +17,18 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId, effects_of, mapping_items
+from ckptkit.pickling.arrays import parts_of
+from ckptkit.pickling.inert import (
+    ABSENT,
+    SCALARS,
+    Global,
+    InertDict,
+    InertSet,
+    Object,
+    PersistentId,
+    effects_of,
+    mapping_items,
+)
 
 __all__ = [
     "HERE",
@@ -34,7 +45,7 @@ __all__ = [
 HERE: Final = object()
 """Label of what has the place of the node that it is a part of."""
 
-PLAIN = (bool, int, float, str, bytes, bytearray, type(None), type(ABSENT))
+PLAIN = (*SCALARS, bytearray, type(ABSENT))
 """Types of what has no parts."""
 
 
@@ -150,17 +161,15 @@ def _attribute(node: object) -> str:
 
 def _array(node: Object, name: str, *, is_call: bool) -> Form | None:
     """An array of numpy's: its type, shape, order and bytes, however its protocol says them."""
-    if name == "numpy._core.numeric._frombuffer" and len(node.args) == 4 and is_call:
-        data, dtype, shape, order = node.args
-    elif name == "numpy._core.multiarray._reconstruct" and isinstance(node.state, tuple) and len(node.state) == 5:
+    if name == "numpy._core.multiarray._reconstruct" and isinstance(node.state, tuple) and len(node.state) == 5:
         cls, *rest = node.args or (None,)
-        version, shape, dtype, is_fortran, data = node.state
         is_plain = isinstance(cls, Global) and cls.qualified == "numpy.ndarray" and rest == [(0,), b"b"]
-        if not is_plain or version != 1 or node.items or node.pairs or node.kwargs:
+        if not is_plain or node.state[0] != 1 or node.items or node.pairs or node.kwargs:
             return None
-        order = "F" if is_fortran is True else "C" if is_fortran is False else is_fortran
-    else:
+    elif name != "numpy._core.numeric._frombuffer" or len(node.args) != 4 or not is_call:
         return None
+    dtype, data, shape, order = parts_of(node)
+    order = "F" if order is True else "C" if order is False else order
     data = bytes(data) if isinstance(data, bytearray) else data
     return Form("array", [(HERE, part) for part in (dtype, shape, order, data)])
 

@@ -21,11 +21,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.wrappers import wrapper_of
-from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, states, walk
+from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, named_items, states, tensors_in
 
 __all__ = ["MODULE_MARKS", "bound_method", "known_versions", "module_state", "walk_module", "wrapper_prefixes"]
 
@@ -111,7 +111,7 @@ def walk_module(module: object) -> Iterator[tuple[str, object]]:
     """
     for prefix, node, state in _modules(module):
         if state is None:
-            if any(isinstance(below, (TensorEntry, Storage)) for below in walk(node)):
+            if any(tensors_in(node)):
                 yield prefix[:-1], node
             continue
         for name, value in _saved_values(node, state):
@@ -150,7 +150,7 @@ def wrapper_prefixes(module: object) -> list[tuple[str, str]]:
     node = module
     while isinstance(node, Object) and len(found) < _MAX_MODULE_DEPTH:
         state = module_state(node)
-        below = _named(state.get("_modules")) if state is not None else []
+        below = named_items(state.get("_modules")) if state is not None else []
         name = node.class_name.rpartition(".")[2]
         prefix = wrapper_of(f"{below[0][0]}.x") if len(below) == 1 else ""
         if not prefix or (prefix == "module." and "DataParallel" not in name):
@@ -179,7 +179,7 @@ def _modules(root: object) -> Iterator[tuple[str, object, InertDict | None]]:
         if id(node) in above:
             raise CorruptError(f"module {prefix.rstrip('.') or 'root'!r} contains itself")
         above.add(id(node))
-        below = [(f"{prefix}{name}.", child) for name, child in _named(state.get("_modules")) if child is not None]
+        below = [(f"{prefix}{name}.", child) for name, child in named_items(state.get("_modules")) if child is not None]
         values = sum(len(mapping_items(state.get(mark)) or ()) for mark in ("_parameters", "_buffers"))
         count += 1 + values
         characters += len(prefix) * values + sum(len(path) for path, _ in below)
@@ -195,13 +195,13 @@ def _modules(root: object) -> Iterator[tuple[str, object, InertDict | None]]:
 def _saved_values(node: object, state: InertDict) -> list[tuple[str, object]]:
     """A module's own parameters and buffers, less those that are ``None`` or not persistent."""
     values: list[tuple[str, object]] = []
-    for name, value in _named(state.get("_parameters")):
+    for name, value in named_items(state.get("_parameters")):
         if isinstance(value, TensorEntry) and not value.is_parameter:
             values.append((name, replace(value, is_parameter=True)))
         elif value is not None:
             values.append((name, value))
     transient = _members(state.get("_non_persistent_buffers_set"))
-    values += [(n, v) for n, v in _named(state.get("_buffers")) if v is not None and n not in transient]
+    values += [(n, v) for n, v in named_items(state.get("_buffers")) if v is not None and n not in transient]
     values += _packed_values(node, state)
     return values
 
@@ -236,12 +236,8 @@ def _embedding_weight(packed: Object) -> object:
     return tensors[0] if isinstance(tensors, list) and tensors else packed
 
 
-def _named(node: object) -> list[tuple[str, object]]:
-    return [(key, value) for key, value in mapping_items(node) or [] if isinstance(key, str)]
-
-
 def _names(node: object) -> set[str]:
-    return {name for name, _ in _named(node)}
+    return {name for name, _ in named_items(node)}
 
 
 def _members(node: object) -> set[str]:

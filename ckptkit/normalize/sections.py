@@ -43,7 +43,7 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, walk
+from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
@@ -72,8 +72,6 @@ _NEAR = 2
 
 _ROOT: Final = object()
 """What leads to the root."""
-
-_SCALARS = (str, int, float, bytes, type(None))
 
 _SectionKind = Literal["state_dict", "whole_model", "optimizer", "collection", "tensor"]
 _NodeKind = _SectionKind | Literal["parts"]
@@ -198,7 +196,7 @@ class Survey:
 
     def _kind(self, node: object, key: object) -> _NodeKind | None:
         """What a node is that lies under ``key``; ``None``: it has no tensors."""
-        if isinstance(node, _SCALARS):
+        if isinstance(node, SCALARS):
             return None
         if id(node) not in self._kinds:
             self._kinds[id(node)] = self._judge(node)
@@ -274,8 +272,8 @@ class Survey:
         known = self._near.get((id(node), depth))
         if known is None:
             known = weights_at_sight(node)
-            if not known and depth and not isinstance(node, _SCALARS):
-                inside = ((key, value) for key, value in parts(node) if not isinstance(value, _SCALARS))
+            if not known and depth and not isinstance(node, SCALARS):
+                inside = ((key, value) for key, value in parts(node) if not isinstance(value, SCALARS))
                 known = sum(self._weights_near(value, depth - 1) for _, value in inside)
             self._near[id(node), depth] = known
         return known
@@ -350,7 +348,7 @@ def above_tensors(root: object) -> set[int]:
         if isinstance(node, (TensorEntry, Storage)):
             found.append(id(node))
         for child in children(node):
-            if not isinstance(child, _SCALARS):
+            if not isinstance(child, SCALARS):
                 above.setdefault(id(child), []).append(id(node))
     holding = set(found)
     while found:

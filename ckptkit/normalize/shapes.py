@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.modules import bound_method, module_state
-from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, Object, attributes, mapping_items, states
+from ckptkit.pickling.inert import ABSENT, ITSELF, SCALARS, Global, InertDict, Object, attributes, mapping_items, states
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
@@ -66,7 +66,6 @@ _DATA_WORDS = frozenset({
 })  # fmt: skip
 _WORD = re.compile(r"[a-z]+")
 
-_SCALARS = (str, int, float, bytes, type(None))
 
 _MORE_THAN_ANY = 1 << 60
 """Tensors no file has: what is surely weights, whatever it is compared with."""
@@ -94,10 +93,10 @@ def tensor_at_a_glance(node: object) -> bool | None:
             inside += below.effects
         elif isinstance(below, Global):
             inside += below.effects
-        elif not isinstance(below, _SCALARS) and below not in (ABSENT, ITSELF):
+        elif not isinstance(below, SCALARS) and below not in (ABSENT, ITSELF):
             complete = False
         if len(near) < _GLANCE:
-            near += [part for part in inside if not isinstance(part, _SCALARS)]
+            near += [part for part in inside if not isinstance(part, SCALARS)]
         else:
             complete = complete and not inside
     return False if complete else None
@@ -212,7 +211,7 @@ def parts(node: object) -> list[tuple[object, object]]:
         return pairs
     if isinstance(node, (list, tuple)):
         # A list of ten million numbers is passed over, not copied.
-        return [(index, part) for index, part in enumerate(node) if not isinstance(part, _SCALARS)]
+        return [(index, part) for index, part in enumerate(node) if not isinstance(part, SCALARS)]
     if not isinstance(node, Object) or is_tensor_like(node):
         return []
     filled: list[tuple[object, object]] = []

@@ -26,7 +26,17 @@ from ckptkit.normalize.modules import MODULE_MARKS, module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, state_values, step
 from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
-from ckptkit.pickling.inert import Global, InertDict, Object, children, mapping_items, mapping_shell, states, walk
+from ckptkit.pickling.inert import (
+    SCALARS,
+    Global,
+    InertDict,
+    Object,
+    children,
+    mapping_items,
+    mapping_shell,
+    states,
+    walk,
+)
 from ckptkit.pickling.tensors import is_tensor_like
 
 if TYPE_CHECKING:
@@ -43,7 +53,7 @@ _MAX_NAME = 1000
 _NO_STEP: Final = object()
 """What leads to a node that has no key or index, or to one that names do not show."""
 
-_SCALARS = (str, int, float, bytes, bytearray, type(None))
+_SCALARS = (*SCALARS, bytearray)
 
 
 class Found(NamedTuple):

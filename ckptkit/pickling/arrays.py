@@ -16,7 +16,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
-__all__ = ["Array", "Described", "Layout", "array_of", "described", "is_array", "is_scalar", "layout_of"]
+__all__ = ["Array", "Layout", "array_of", "is_array", "is_scalar", "layout_of", "parts_of"]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
@@ -54,17 +54,30 @@ class Array(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What an array is, without its values.
+    """What an array is, or a scalar, with its bytes as they lie.
 
     Attributes:
-        dtype: torch name of the type of its elements.
-        shape: in elements.
+        code: of its type, as numpy writes it (``"f4"``), or a name of ml_dtypes; empty: it is not understood.
+        swapped: whether its bytes are big-endian.
+        shape: in elements; ``None``: it is a scalar, or not understood.
         is_fortran: whether the first dimension is the one whose elements lie next to each other.
+        data: its bytes; ``None``: they are not there.
+        subclass: name of the class it is of, where that is not numpy's own ``ndarray``.
+        is_plain: whether numpy alone makes it of them: it is of no subclass, and of a type of plain values.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
+    code: str
+    swapped: bool
+    shape: tuple[int, ...] | None
     is_fortran: bool
+    data: bytes | bytearray | None
+    subclass: str | None
+    is_plain: bool
+
+    @property
+    def dtype(self) -> str | None:
+        """The type's name in torch; ``None``: torch has none like it."""
+        return self.code if self.code in DTYPES else _FLOATS.get(self.code) or _OTHERS.get(self.code)
 
 
 def is_array(node: object) -> TypeGuard[Object]:
@@ -79,67 +92,37 @@ def is_scalar(node: object) -> bool:
     return is_array(node) and node.class_name.endswith(".scalar")
 
 
-def layout_of(node: Object) -> Layout | None:
-    """Type and shape of what `is_array`; ``None``: it is but a number, or no tensor could hold it."""
-    dtype, _, shape, order = _parts(node)
-    code, _ = _code_of(dtype)
-    name = code if code in DTYPES else _FLOATS.get(code) or _OTHERS.get(code)
-    if is_scalar(node) or name is None:
-        return None
-    if not isinstance(shape, tuple) or not all(isinstance(size, int) and 0 <= size < 1 << 62 for size in shape):
-        return None
-    return Layout(name, shape, order in (True, "F"))
+def layout_of(node: Object) -> Layout:
+    """What is to be known of what `is_array`."""
+    dtype, data, sizes, order = parts_of(node)
+    code, swapped = _code_of(dtype)
+    shape = None if is_scalar(node) else shape_of(sizes)
+    if min(shape or (), default=0) < 0:
+        shape = None
+    found = data if isinstance(data, (bytes, bytearray)) else None
+    subclass = None
+    if node.class_name.endswith("reconstruct"):  # of a masked array, too
+        cls = node.args[0] if node.args else None
+        subclass = None if is_global(cls, *_NDARRAY) else cls.name if isinstance(cls, Global) else "?"
+    is_shaped = is_scalar(node) or (shape is not None and len(shape) <= _MOST_DIMENSIONS)
+    is_typed = _MADE.match(code) is not None or code in DTYPES
+    is_plain = is_typed and is_shaped and found is not None and subclass is None
+    return Layout(code, swapped, shape, order in (True, "F"), found, subclass, is_plain)
 
 
 def array_of(node: Object) -> Array:
     """The bytes of what `is_array`."""
-    dtype, data, _, _ = _parts(node)
-    code, swapped = _code_of(dtype)
-    name = code if code in DTYPES else _FLOATS.get(code) or ("uint8" if code and code[0] in _WITHOUT_NAN else None)
-    if name is None:
+    layout = layout_of(node)
+    name = layout.dtype or ("uint8" if layout.code[:1] in (*_WITHOUT_NAN,) else None)
+    if name is not None and DTYPES[name].kind not in ("float", "complex"):
+        return Array("uint8", b"")
+    if name is None or layout.data is None:
         return Array(None, b"")
-    if DTYPES[name].kind == "int":
-        return Array(name, b"")
-    if not isinstance(data, (bytes, bytearray)):
-        return Array(None, b"")
-    return Array(name, _reversed(bytes(data), name) if swapped else bytes(data))
+    data = bytes(layout.data)
+    return Array(name, _reversed(data, name) if layout.swapped else data)
 
 
-class Described(NamedTuple):
-    """An array, or a scalar, as numpy makes it.
-
-    Attributes:
-        code: of its type, as numpy writes it (``"f4"``), or a name of ml_dtypes.
-        swapped: whether its bytes are big-endian.
-        shape: ``None``: it is a scalar.
-        is_fortran: whether its first dimension runs fastest.
-        data: its bytes.
-    """
-
-    code: str
-    swapped: bool
-    shape: tuple[int, ...] | None
-    is_fortran: bool
-    data: bytes
-
-
-def described(node: Object) -> Described | None:
-    """What is to be known to make what `is_array`; ``None``: a subclass, or of a type that is not of plain values."""
-    if node.class_name.endswith("._mareconstruct") or (
-        node.class_name.endswith("._reconstruct") and not is_global(node.args[0] if node.args else None, *_NDARRAY)
-    ):
-        return None
-    dtype, data, shape, is_fortran = _parts(node)
-    code, swapped = _code_of(dtype)
-    sizes = None if is_scalar(node) else shape_of(shape)
-    if not (_MADE.match(code) or code in DTYPES) or not isinstance(data, (bytes, bytearray)):
-        return None
-    if not is_scalar(node) and (sizes is None or min(sizes, default=0) < 0 or len(sizes) > _MOST_DIMENSIONS):
-        return None
-    return Described(code, swapped, sizes, is_fortran in (True, "F"), bytes(data))
-
-
-def _parts(node: Object) -> tuple[object, object, object, object]:
+def parts_of(node: Object) -> tuple[object, object, object, object]:
     """The dtype, bytes, shape and order of an array, as the pickle gives them."""
     shape: object = None
     order: object = False

@@ -239,6 +239,11 @@ def mapping_items(node: object) -> list[tuple[object, object]] | None:
     return pairs
 
 
+def named_items(node: object) -> list[tuple[str, object]]:
+    """The pairs of a mapping whose keys are text; none where a node is no mapping."""
+    return [(key, value) for key, value in mapping_items(node) or () if isinstance(key, str)]
+
+
 def attributes(node: object) -> InertDict | None:
     """The instance attributes BUILD, or a setter of its own, gives an object: its ``__dict__``; ``None``: it has none.
 
@@ -310,7 +315,8 @@ def children(node: object) -> list[object]:
 _MAX_ATTRIBUTE_DEPTH = 32
 """A tensor kept as an attribute of a tensor is rare; thirty levels of it are an attack."""
 
-_SCALARS = (str, int, float, bytes, type(None))
+SCALARS = (str, int, float, bytes, type(None))
+"""Types of nodes that have nothing below them and are no placeholders."""
 
 
 def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
@@ -328,13 +334,18 @@ def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
     stack = [root]
     while stack:
         node = stack.pop()
-        if isinstance(node, _SCALARS) or id(node) in seen:
+        if isinstance(node, SCALARS) or id(node) in seen:
             continue
         seen.add(id(node))
         if len(seen) > most:
             raise LimitError("nodes of a tree", limit=most, actual=len(seen))
         yield node
-        stack.extend([child for child in reversed(children(node)) if not isinstance(child, _SCALARS)])
+        stack.extend([child for child in reversed(children(node)) if not isinstance(child, SCALARS)])
+
+
+def tensors_in(root: object, seen: set[int] | None = None) -> Iterator[TensorEntry | Storage]:
+    """Every tensor, and every storage that stands by itself, at or below a node; arguments and errors as of `walk`."""
+    return (node for node in walk(root, seen) if isinstance(node, (TensorEntry, Storage)))
 
 
 def check_references(root: object) -> None:
@@ -355,7 +366,7 @@ def check_references(root: object) -> None:
             continue
         seen.add(id(node))
         compound += not isinstance(node, (TensorEntry, Storage))
-        below = [child for child in children(node) if not isinstance(child, _SCALARS)]
+        below = [child for child in children(node) if not isinstance(child, SCALARS)]
         references += len(below)
         if references > limits.references:
             raise LimitError("references between nodes", limit=limits.references, actual=references)
@@ -391,7 +402,7 @@ class TreeMap:
 
     def _shell(self, node: object) -> object:
         """The node's copy: complete for leaves and tuples, still to be filled for what can change."""
-        if isinstance(node, _SCALARS):
+        if isinstance(node, SCALARS):
             return node
         if id(node) in self._memo:
             return self._memo[id(node)]

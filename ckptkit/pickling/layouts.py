@@ -6,7 +6,8 @@ sparse tensor's index or a nested tensor's offset may lie anywhere, and whoever 
 - ``_rebuild_qtensor(storage, offset, size, stride, (scheme, scale, zero_point) or (scheme, scales, zero_points, axis),
   requires_grad, hooks)``; the scheme of float zero points is saved as that of whole ones
 - ``_rebuild_sparse_tensor(layout, (indices, values, size[, is_coalesced]) or (compressed, plain, values, size))``,
-  with the layout as ``torch.serialization._get_layout("torch.sparse_coo")``
+  with the layout as ``torch.serialization._get_layout("torch.sparse_coo")``; ``_rebuild_sparse_csr_tensor`` at
+  first (torch 1.9)
 - ``_rebuild_nested_tensor(buffer, sizes, strides, offsets)``, and ``_rebuild_njt({values, offsets, lengths, ...})`` of
   ``torch.nested._internal.nested_tensor`` for jagged ones
 - ``_rebuild_meta_tensor_no_storage(dtype, size, stride, requires_grad)``
@@ -14,7 +15,8 @@ sparse tensor's index or a nested tensor's offset may lie anywhere, and whoever 
   ``_rebuild_xla_tensor``
 
 ``_rebuild_parameter`` may wrap each, and so may ``_rebuild_from_type_v2(function, class, args, state)``.  What stands
-in the bytes of indices and offsets is for `ckptkit.transfer.other_values` to hold against it.
+in the bytes of indices and offsets is for `ckptkit.transfer.other_values` to hold against it; in words all that
+is told by `ckptkit.normalize.not_plain`.
 """
 
 from __future__ import annotations
@@ -28,12 +30,18 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global, Object, mapping_items
-from ckptkit.pickling.tensors import shape_of
+from ckptkit.pickling.tensors import is_int, no_hooks, shape_of, wrapped_tensor
 
 __all__ = [
-    "Jagged", "Layout", "Meta", "Nested", "OnDevice", "Quantized", "Rebuilt", "Sparse", "compressed_counts",
-    "device_of", "layout_name", "rebuilt",
+    "Call", "Jagged", "Layout", "Meta", "Nested", "OnDevice", "Quantized", "Rebuilt", "Sparse", "call_of",
+    "compressed_counts", "device_of", "layout_name", "rebuilt",
 ]  # fmt: skip
+
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_SUBCLASSES = ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type")
+
+_LAYERS = 8
+"""Parameters of subclasses of ... tensors: two are usual."""
 
 _PACKED = {"quint4x2": 2, "quint2x4": 4}
 """Values in one byte of the quantized types that share one."""
@@ -126,6 +134,50 @@ class OnDevice(NamedTuple):
 Layout = Quantized | Sparse | Nested | Jagged | Meta | OnDevice
 
 
+class Call(NamedTuple):
+    """What makes a tensor, and what is made of it.
+
+    Attributes:
+        made: the innermost call, or a plain tensor.
+        cls: name of the outermost subclass; empty: there is none.
+        is_parameter: whether a parameter is made of it.
+        requires_grad: of that; ``None``: as the tensor's own.
+    """
+
+    made: object
+    cls: str = ""
+    is_parameter: bool = False
+    requires_grad: bool | None = None
+
+    @property
+    def kind(self) -> str:
+        """``"quantized"``, ``"sparse"``, ``"nested"``, ``"meta"`` or ``"device"``; empty: it makes none of them."""
+        made = self.made
+        is_known = isinstance(made, Object) and made.how == "reduce" and made.class_name in _MAKERS
+        return _MAKERS[made.class_name][0] if is_known else ""  # type: ignore[attr-defined]  # an `Object`
+
+
+def call_of(node: object) -> Call:
+    """What makes a tensor: a node without the parameters and subclasses around it."""
+    cls, is_parameter, requires_grad = "", False, None
+    for _ in range(_LAYERS):
+        if not isinstance(node, Object) or node.how != "reduce" or len(node.args) not in (3, 4):
+            break
+        name, (inner, second, third) = node.class_name, node.args[:3]
+        if name in _PARAMETERS and isinstance(second, bool):
+            is_parameter, requires_grad = True, second if requires_grad is None else requires_grad
+            node = inner
+            continue
+        if name not in _SUBCLASSES or not isinstance(inner, Global) or not isinstance(second, Global):
+            break
+        if not isinstance(third, tuple) or wrapped_tensor(node) is not None:
+            break
+        is_parameter = is_parameter or second.name == "Parameter"
+        cls = cls or ("" if second.name in ("Parameter", "Tensor") else second.name.rpartition(".")[2])
+        node = Object("reduce", inner, third)
+    return Call(node, cls, is_parameter, requires_grad)
+
+
 class Rebuilt(NamedTuple):
     """What a call makes.
 
@@ -146,34 +198,15 @@ def rebuilt(node: object) -> Rebuilt | None:
     Raises:
         CorruptError: its arguments are not what torch saves, or do not fit each other.
     """
-    if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.how != "reduce":
-        return None
-    name, args = node.class_name, node.args
-    if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
-        inner = rebuilt(args[0]) if len(args) in (3, 4) else None
-        if inner is None or inner.is_parameter or not isinstance(args[1], bool):
-            return None
-        return Rebuilt(inner.layout, True, args[1])
-    if name in ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"):
-        function, cls, inner_args = (*args, None, None, None)[:3]
-        if not isinstance(function, Global) or not isinstance(cls, Global) or not isinstance(inner_args, tuple):
-            return None
-        made = _made(function, inner_args)
-        if made is None:
-            return None
-        return Rebuilt(made, cls.name == "Parameter", bool(getattr(made, "requires_grad", False)))
-    made = _made(node.cls, args)
-    return None if made is None else Rebuilt(made)
-
-
-def _made(function: Global, args: tuple[object, ...]) -> Layout | None:
-    maker = _MAKERS.get(function.qualified)
-    if maker is None:
+    call = call_of(node)
+    if not call.kind or not isinstance(call.made, Object):
         return None
     try:
-        return maker(args)
+        layout = _MAKERS[call.made.class_name][1](call.made.args)
     except CorruptError as error:
-        raise error.at(where=function.name) from None
+        raise error.at(where=call.made.class_name.rpartition(".")[2]) from None
+    own = getattr(layout, "requires_grad", False)
+    return Rebuilt(layout, call.is_parameter, own if call.requires_grad is None else call.requires_grad)
 
 
 def layout_name(node: object) -> str | None:
@@ -200,9 +233,9 @@ def _quantized(args: tuple[object, ...]) -> Layout:
     dtype = storage.dtype if isinstance(storage, Storage) else None
     if not isinstance(storage, Storage) or dtype is None or DTYPES[dtype].kind != "quantized":
         raise CorruptError("a quantized tensor without a storage of a quantized type")
-    if hooks is not None and mapping_items(hooks) != []:
+    if not no_hooks(hooks):
         raise CorruptError("a quantized tensor with backward hooks")
-    if len(size) != len(stride) or not _is_int(offset) or not 0 <= offset < _HUGE:
+    if len(size) != len(stride) or not is_int(offset) or not 0 <= offset < _HUGE:
         raise CorruptError(f"size {size}, stride {stride} and offset {offset!r:.40} of a quantized tensor do not fit")
     reach = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
     nbytes = -(-(offset + reach) // _PACKED.get(dtype, 1)) * DTYPES[dtype].itemsize
@@ -216,13 +249,13 @@ def _quantized(args: tuple[object, ...]) -> Layout:
     name = scheme.name if isinstance(scheme, Global) and scheme.module == "torch" else None
     how = how if isinstance(how, tuple) else ()
     if name == "per_tensor_affine" and len(how) == 3:
-        if not _is_number(how[1]) or not _is_int(how[2]) or abs(how[2]) >= 1 << 31:
+        if not _is_number(how[1]) or not is_int(how[2]) or abs(how[2]) >= 1 << 31:
             raise CorruptError("a quantized tensor whose scale and zero point are not numbers")
         return Quantized(numbers, name, float(how[1]), how[2], None, _flag(requires_grad))
     if name not in _PER_CHANNEL or len(how) != 4:
         raise CorruptError(f"a quantized tensor of scheme {name or '?'!s:.60}, which torch does not save")
     axis = how[3]
-    if not _is_int(axis) or not 0 <= axis < len(size):
+    if not is_int(axis) or not 0 <= axis < len(size):
         raise CorruptError(f"the axis of a quantized tensor of {len(size)} dimensions is {axis!r:.40}")
     scales, zeros = (_per_channel(how[n], size[axis], what) for n, what in ((1, "scales"), (2, "zero points")))
     return Quantized(numbers, name, scales, zeros, axis, _flag(requires_grad))
@@ -298,7 +331,7 @@ def _nested(args: tuple[object, ...]) -> Layout:
     sizes = _tensor(given[1], "sizes", dims=2, dtypes=("int64",))
     strides = _tensor(given[2], "strides", dims=2, dtypes=("int64",))
     offsets = _tensor(given[3], "offsets", dims=1, dtypes=("int64",))
-    if sizes.shape != strides.shape or sizes.shape[:1] != offsets.shape:
+    if sizes.shape != strides.shape or sizes.shape[:1] != offsets.shape or sizes.shape[1] >= DEFAULT_LIMITS.dimensions:
         raise CorruptError(
             f"sizes {list(sizes.shape)}, strides {list(strides.shape)} and offsets {list(offsets.shape)} of a nested "
             "tensor do not fit"
@@ -316,7 +349,7 @@ def _jagged(args: tuple[object, ...]) -> Layout:
     if given.get("lengths") is not None:
         lengths = _tensor(given["lengths"], "lengths", dims=1, dtypes=(offsets.dtype,))
     axis = given.get("_ragged_idx", 1)
-    if not _is_int(axis) or not 1 <= axis <= len(values.shape) or not offsets.shape[0]:
+    if not is_int(axis) or not 1 <= axis <= len(values.shape) or not offsets.shape[0]:
         raise CorruptError(f"the ragged dimension of a nested tensor is {axis!r:.40}, without a place in its values")
     if lengths is not None and lengths.shape[0] != offsets.shape[0] - 1:
         raise CorruptError(f"{lengths.shape[0]} lengths and {offsets.shape[0]} offsets of a nested tensor")
@@ -340,16 +373,18 @@ def _on_device(args: tuple[object, ...]) -> Layout:
     return OnDevice(data, _dtype(dtype), tag, _flag(requires_grad))
 
 
-_MAKERS: dict[str, Callable[[tuple[object, ...]], Layout]] = {
-    "torch._utils._rebuild_qtensor": _quantized,
-    "torch._utils._rebuild_sparse_tensor": _sparse,
-    "torch._utils._rebuild_nested_tensor": _nested,
-    "torch.nested._internal.nested_tensor._rebuild_njt": _jagged,
-    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _on_device,
-    "torch._utils._rebuild_device_tensor_from_numpy": _on_device,
-    "torch._utils._rebuild_xla_tensor": _on_device,
+_MAKERS: dict[str, tuple[str, Callable[[tuple[object, ...]], Layout]]] = {
+    "torch._utils._rebuild_qtensor": ("quantized", _quantized),
+    "torch._utils._rebuild_sparse_tensor": ("sparse", _sparse),
+    "torch._utils._rebuild_sparse_csr_tensor": ("sparse", _sparse),
+    "torch._utils._rebuild_nested_tensor": ("nested", _nested),
+    "torch.nested._internal.nested_tensor._rebuild_njt": ("nested", _jagged),
+    "torch._utils._rebuild_meta_tensor_no_storage": ("meta", _meta),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": ("device", _on_device),
+    "torch._utils._rebuild_device_tensor_from_numpy": ("device", _on_device),
+    "torch._utils._rebuild_xla_tensor": ("device", _on_device),
 }
+"""What torch calls for them, of what kind that is, and what reads the arguments."""
 
 
 # Arguments.
@@ -359,10 +394,6 @@ def _of(args: tuple[object, ...], count: int) -> Sequence[object]:
     if len(args) != count:
         raise CorruptError(f"{len(args)} arguments, where torch saves {count}")
     return args
-
-
-def _is_int(node: object) -> TypeGuard[int]:
-    return node.__class__ is int
 
 
 def _is_number(node: object) -> TypeGuard[float]:

@@ -17,12 +17,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, children, walk
+from ckptkit.pickling.inert import ABSENT, ITSELF, SCALARS, Global, InertDict, InertSet, Object, children, walk
 from ckptkit.pickling.reach import sets_first_argument
 
 __all__ = ["Popped"]
 
-_SCALARS = (str, int, float, bytes, type(None))
 
 _POP, _REDUCE, _BINGET, _LONG_BINGET, _GET = b"0Rhjg"
 
@@ -66,7 +65,7 @@ class Popped:
             memo: what the pickle can still refer to.
             before: how many pairs it had before some were set right before the POP; ``None``: none were.
         """
-        if isinstance(value, _SCALARS) or value == ():
+        if isinstance(value, SCALARS) or value == ():
             return
         # The argument of an opcode that memoizes a value, or gets it, may look like REDUCE.
         is_new = isinstance(value, Object) and data[at - 1] == _REDUCE and memo.get(_REDUCE) is not value

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
-from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
+from ckptkit.pickling.inert import Global, InertDict, Object, named_items
 
 __all__ = ["Reach", "sets_first_argument"]
 
@@ -234,7 +234,7 @@ class Reach:
             target.cls.offence = "imports a module, which the pickle then changes"
 
     def _graph_module(self, callee: Global, args: tuple[object, ...]) -> None:
-        body = dict(_strings(args[0])) if args else {}
+        body = dict(named_items(args[0])) if args else {}
         code = body.get("_code") or body.get("code")
         if len(args) != 2 or not isinstance(args[1], str) or not isinstance(code, str):
             callee.offence = "runs text that is not there, or is computed"
@@ -342,10 +342,6 @@ def _calls_back(function: Global) -> bool:
     if name[:1].isupper() or name in _HOLDERS or is_kept_code(function.module, name):
         return False
     return root in sys.stdlib_module_names or root in ("__builtin__", "numpy", "torch")
-
-
-def _strings(node: object) -> list[tuple[str, object]]:
-    return [(key, value) for key, value in mapping_items(node) or [] if isinstance(key, str)]
 
 
 def _offence(text: str) -> str:

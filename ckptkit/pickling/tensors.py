@@ -37,9 +37,11 @@ __all__ = [
     "Locate",
     "StorageTable",
     "Wrapped",
+    "is_int",
     "is_tensor_like",
     "lower_storage",
     "lower_tensor",
+    "no_hooks",
     "shape_of",
     "wrapped_tensor",
 ]
@@ -175,7 +177,7 @@ class StorageTable:
         dtype = dtype or storage.dtype or _UNTYPED_DTYPE
         if DTYPES[dtype].kind == "quantized":
             return NotImplemented
-        if shape is None or stride is None or not _is_int(offset) or abs(offset) >= _HUGE:
+        if shape is None or stride is None or not is_int(offset) or abs(offset) >= _HUGE:
             raise CorruptError("a tensor whose offset, size or stride are not whole numbers of 62 bits")
         if len(shape) > self._limits.dimensions:
             raise CorruptError(
@@ -196,12 +198,12 @@ class StorageTable:
         return self._entry(args) if len(args) == 4 else NotImplemented
 
     def _tensor_v2(self, args: tuple[object, ...]) -> object:
-        if len(args) not in (6, 7) or not _no_hooks(args[5]):
+        if len(args) not in (6, 7) or not no_hooks(args[5]):
             return NotImplemented
         return self._entry(args, None, args[4], args[6] if len(args) == 7 else None)
 
     def _tensor_v3(self, args: tuple[object, ...]) -> object:
-        if len(args) not in (7, 8) or not _no_hooks(args[5]):
+        if len(args) not in (7, 8) or not no_hooks(args[5]):
             return NotImplemented
         dtype = args[6]
         if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in DTYPES:
@@ -211,7 +213,7 @@ class StorageTable:
         return self._entry(args, dtype.name, args[4], args[7] if len(args) == 8 else None)
 
     def _parameter(self, args: tuple[object, ...]) -> object:
-        if len(args) != 3 or not _no_hooks(args[2]):
+        if len(args) != 3 or not no_hooks(args[2]):
             return NotImplemented
         data, requires_grad = args[0], args[1]
         if not isinstance(data, TensorEntry) or not isinstance(requires_grad, bool):
@@ -355,13 +357,14 @@ def _storage_dtype(cls: Global) -> tuple[str | None, int]:
     raise UnsupportedError(f"a storage of class {cls.qualified:.80}, which is not torch's")
 
 
-def _is_int(node: object) -> TypeGuard[int]:
+def is_int(node: object) -> TypeGuard[int]:
+    """Whether it is a whole number; True and False are none."""
     return isinstance(node, int) and not isinstance(node, bool)
 
 
 def _is_count(node: object) -> TypeGuard[int]:
     """A size: not negative, and small enough that no product with an item size means anything else."""
-    return isinstance(node, int) and not isinstance(node, bool) and 0 <= node < _HUGE
+    return is_int(node) and 0 <= node < _HUGE
 
 
 def shape_of(node: object) -> tuple[int, ...] | None:
@@ -376,7 +379,7 @@ def shape_of(node: object) -> tuple[int, ...] | None:
     return tuple(node)
 
 
-def _no_hooks(node: object) -> bool:
+def no_hooks(node: object) -> bool:
     """Whether the backward hooks are the empty mapping torch always saves."""
     return node is None or mapping_items(node) == []
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from ckptkit.checkpoint import GRAVITY, GlobalUse, Storage, Verdict
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
 from ckptkit.pickling.dangerous import is_dangerous, is_kept_code
-from ckptkit.pickling.inert import Global, children, mapping_items
+from ckptkit.pickling.inert import SCALARS, Global, children, mapping_items
 
 __all__ = ["assess", "global_uses", "merge_uses", "with_places"]
 
@@ -80,7 +80,7 @@ _MAX_KEYS = 3
 _MAX_KEY = 80
 """Characters that are told of one key."""
 
-_LEAVES = (str, int, float, bytes, type(None), Storage)
+_LEAVES = (*SCALARS, Storage)
 
 
 def assess(name: Global, record: str = "") -> GlobalUse:

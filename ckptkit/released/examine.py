@@ -26,7 +26,7 @@ from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
-from ckptkit.pickling.inert import InertDict, Object, mapping_shell, walk
+from ckptkit.pickling.inert import InertDict, Object, mapping_shell, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.released.reading import Reading, read_through
 from ckptkit.released.values import Beside, is_opaque, values_beside
@@ -172,12 +172,12 @@ def examine(
         storages = _storages(checkpoint)
         held = [storage for storage in storages if checksums and storage.crc32 is not None]
         weights = _weights(checkpoint)
-        inner = {name: _tensors_in(value) for name, value in weights.others}
+        inner = {name: list(tensors_in(value)) for name, value in weights.others}
         entries = [entry for _, entry, _ in weights.tensors]
-        every = [*entries, *(_as_entry(node) for part in inner.values() for node in part)]
-        every += [_as_entry(node) for node in _tensors_in(list(weights.hanging.values()))]
+        every = [*entries, *(as_tensor(node) for part in inner.values() for node in part)]
+        every += map(as_tensor, tensors_in(list(weights.hanging.values())))
         if whole:
-            every += [_as_entry(node) for node in _tensors_in(_everything(checkpoint))]
+            every += map(as_tensor, tensors_in(_everything(checkpoint)))
         plain = {id(entry) for entry in entries}
         beside = list(values_beside(checkpoint, plain, weights.others)) if values else []
         reading = (
@@ -332,16 +332,8 @@ def _all_tensors(checkpoint: Checkpoint) -> _Weights:
     return _Weights(sorted(tensors, key=lambda item: item[0]), others, [row.name for row in rows])
 
 
-def _tensors_in(value: object) -> list[TensorEntry | Storage]:
-    return [node for node in walk(value) if isinstance(node, (TensorEntry, Storage))]
-
-
-def _as_entry(node: TensorEntry | Storage) -> TensorEntry:
-    return as_tensor(node) if isinstance(node, Storage) else node
-
-
 def _digest_of(node: TensorEntry | Storage, reading: Reading) -> str:
-    values = reading.of(_as_entry(node))
+    values = reading.of(as_tensor(node))
     return (values.digest if values is not None else None) or ""
 
 
@@ -445,7 +437,7 @@ def _has_optimizer(checkpoint: Checkpoint) -> bool:
 def _storages(checkpoint: Checkpoint) -> list[Storage]:
     """Every storage of the file, once."""
     found = {id(entry.storage): entry.storage for entry in checkpoint.state_dict.values()}
-    for node in _tensors_in(_everything(checkpoint)):
+    for node in tensors_in(_everything(checkpoint)):
         storage = node.storage if isinstance(node, TensorEntry) else node
         found[id(storage)] = storage
     return list(found.values())

@@ -6,12 +6,13 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
 from ckptkit.dtypes import DTYPES
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.pickling.arrays import Array, array_of, is_array, is_scalar
-from ckptkit.pickling.inert import Object, children, is_global, walk
+from ckptkit.pickling.inert import Object, children, tensors_in, walk
+from ckptkit.pickling.layouts import call_of
 
 __all__ = ["Beside", "is_opaque", "values_beside"]
 
@@ -47,12 +48,12 @@ def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tupl
     known = set(plain)
     own: dict[int, bool] = {}
     for name, value in others:
-        for node in walk(value):
+        for node in tensors_in(value):
             if isinstance(node, TensorEntry):
                 own[id(node)] = tensor_role(name, node, known=False)[0] == "parameter"
         floats = [part for node in walk([value]) for part in children(node) if isinstance(part, float)]
         if floats:  # scales of quantized tensors, extra state
-            is_parameter = isinstance(value, Object) and is_global(value.cls, "torch._utils", "_rebuild_qtensor")
+            is_parameter = call_of(value).kind == "quantized"
             numbers = Array("float64", struct.pack(f"<{len(floats)}d", *floats))
             yield Beside(name=name, array=numbers, is_parameter=is_parameter)
     listing = list_tensors(checkpoint)
@@ -68,9 +69,7 @@ def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tupl
             yield Beside(name=found.path, array=array_of(array), is_parameter=is_own)
     for storage in listing.bare:
         if storage.dtype is not None and DTYPES[storage.dtype].kind in ("float", "complex"):
-            count = storage.nbytes // DTYPES[storage.dtype].itemsize
-            entry = TensorEntry(storage=storage, storage_offset=0, shape=(count,), stride=(1,), dtype=storage.dtype)
-            yield Beside(name=f"storage {storage.key}", entry=entry)
+            yield Beside(name=f"storage {storage.key}", entry=as_tensor(storage, typed=True))
 
 
 def is_opaque(value: object) -> bool:

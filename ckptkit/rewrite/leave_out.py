@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from ckptkit.arguments import several
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.normalize.shapes import parts
-from ckptkit.pickling.inert import InertDict, Object, mapping_items, states, walk
+from ckptkit.pickling.inert import InertDict, Object, mapping_items, states, tensors_in, walk
 from ckptkit.report import listed
 from ckptkit.rewrite.leaves import with_leaves
 
@@ -132,7 +132,7 @@ def _holds(root: object, wanted: object) -> bool:
 
 
 def _holds_tensors(root: object) -> bool:
-    return any(node is STATE_DICT or isinstance(node, (TensorEntry, Storage)) for node in walk(root))
+    return _holds(root, STATE_DICT) or any(tensors_in(root))
 
 
 def _removed(place: _Place) -> bool:

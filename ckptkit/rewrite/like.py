@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry, tied_groups
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.wrappers import wrapper_of
 from ckptkit.pickling.inert import mapping_items
@@ -32,7 +32,6 @@ from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths, moved_versions
 from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
 from ckptkit.rewrite.rename import Rename
-from ckptkit.rewrite.tied import tied_groups
 
 __all__ = ["Fitting", "Like"]
 

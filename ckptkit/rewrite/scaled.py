@@ -18,7 +18,8 @@ from collections.abc import Mapping
 
 from ckptkit.checkpoint import StateDict, TensorEntry
 from ckptkit.dtypes import DTYPES
-from ckptkit.pickling.inert import Object, is_global, walk
+from ckptkit.pickling.inert import walk
+from ckptkit.pickling.layouts import call_of
 
 __all__ = ["scaled_pairs"]
 
@@ -66,8 +67,7 @@ def scaled_pairs(state_dict: StateDict) -> dict[str, str]:
 def _is_scaled(name: str, value: object) -> bool:
     """Whether a value may be one that has scales: of a few bits, or packed."""
     if not isinstance(value, TensorEntry):
-        return any(isinstance(node, Object) and is_global(node.cls, "torch._utils", "_rebuild_qtensor")
-                   for node in walk(value))  # fmt: skip
+        return any(call_of(node).kind == "quantized" for node in walk(value))
     row = DTYPES[value.dtype]
     if row.is_floating:
         return row.itemsize == 1

@@ -5,29 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, shared_storages
+from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
 from ckptkit.errors import RewriteError
 from ckptkit.report import count_of, listed
 
-__all__ = ["Tied", "TiedPolicy", "tied_groups"]
+__all__ = ["Tied", "TiedPolicy"]
 
 TiedPolicy = Literal["alias", "duplicate", "error"]
 
 _MAX_LISTED = 5
 """Groups named in a message, and names of each."""
-
-
-def tied_groups(state_dict: StateDict) -> list[list[str]]:
-    """The names of each tensor that has several, in file order.
-
-    Tied is the same view (`TensorEntry.view`) of the same storage; tensors without elements are not.
-    """
-    several = shared_storages(state_dict.values())
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, entry in state_dict.items():
-        if id(entry.storage) in several and entry.nbytes:
-            groups.setdefault(entry.view, []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from ckptkit.checkpoint import StateDict, Storage, TensorEntry
-from ckptkit.dtypes import DTYPES
+from ckptkit.checkpoint import StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
 from ckptkit.normalize.sections import brief
-from ckptkit.pickling.arrays import described, is_array
+from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import ABSENT, Global, InertSet, Object, attributes, mapping_items
 from ckptkit.pickling.layouts import (
     Jagged,
@@ -183,7 +182,7 @@ class _Builder:
         tensor = rebuilt(node)
         if tensor is not None:
             return self._tensor(tensor)
-        if is_array(node) and (array := described(node)) is not None:
+        if is_array(node) and (array := layout_of(node)).is_plain:
             return array_from(array)
         if isinstance(node, Object):
             return self._object(node)
@@ -243,11 +242,8 @@ class _Builder:
 
     def _storage(self, storage: Storage) -> object:
         """A bare storage, of the type that the file declares."""
-        row = DTYPES[storage.dtype or "uint8"]
-        count = storage.nbytes // row.itemsize
-        entry = TensorEntry(storage=storage, storage_offset=0, shape=(count,), stride=(1,), dtype=row.name)
-        memory = self._loader.storage(entry)
-        return memory if storage.dtype is None else _typed(memory, row.name)
+        memory = self._loader.storage(as_tensor(storage, typed=True))
+        return memory if storage.dtype is None else _typed(memory, storage.dtype)
 
     # Tensors that are not plain ones.
 

@@ -15,7 +15,7 @@ from ckptkit.casting import numpy_dtype
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError
-from ckptkit.pickling.arrays import Described
+from ckptkit.pickling import arrays
 from ckptkit.pickling.layouts import Jagged, Layout, Nested, Sparse, compressed_counts
 from ckptkit.transfer.values import stream
 
@@ -119,25 +119,29 @@ def _require_within(indices: Any, size: int, where: str) -> None:
         raise CorruptError(f"index {low if low < 0 else high} of a sparse tensor in {where}, whose size is {size}")
 
 
-def array_from(described: Described) -> Any:
-    """The array, or the number, that a pickle of numpy's describes.
+def array_from(layout: arrays.Layout) -> Any:
+    """The array, or the number, that a pickle of numpy's holds.
+
+    Args:
+        layout: it, and it is plain.
 
     Raises:
         CorruptError: its bytes are not as many as its shape says.
     """
     import numpy
 
-    dtype = numpy_dtype(described.code) if described.code in DTYPES else numpy.dtype(described.code)
-    if described.swapped:
+    code, data = layout.code, layout.data or b""
+    dtype = numpy_dtype(code) if code in DTYPES else numpy.dtype(code)
+    if layout.swapped:
         dtype = dtype.newbyteorder(">")
-    count = math.prod(described.shape or ())
-    if count * dtype.itemsize != len(described.data):
+    count = math.prod(layout.shape or ())
+    if count * dtype.itemsize != len(data):
         raise CorruptError(
-            f"an array of numpy's of shape {list(described.shape or ())} and type {described.code} has "
-            f"{len(described.data):,} bytes, not {count * dtype.itemsize:,}"
+            f"an array of numpy's of shape {list(layout.shape or ())} and type {code} has "
+            f"{len(data):,} bytes, not {count * dtype.itemsize:,}"
         )
-    flat = numpy.frombuffer(described.data, dtype) if dtype.itemsize else numpy.zeros(count, dtype)
+    flat = numpy.frombuffer(data, dtype) if dtype.itemsize else numpy.zeros(count, dtype)
     flat = flat.astype(dtype.newbyteorder("="))  # a copy, that may be written to
-    if described.shape is None:
+    if layout.shape is None:
         return flat[0]
-    return flat.reshape(described.shape, order="F" if described.is_fortran else "C")
+    return flat.reshape(layout.shape, order="F" if layout.is_fortran else "C")

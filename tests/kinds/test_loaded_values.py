@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 import ckptkit
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
 
 Save = Callable[..., Path]
@@ -194,6 +196,8 @@ def test_tensors_of_devices_without_storages(save: Save) -> None:
         )
     path = save(calls)
     assert same(dict(ckptkit.load_state_dict(path, map_location="cpu")), torch.load(path, "cpu", weights_only=False))
+    rows = [row["name"] for row in ckptkit.inspect(path)["tensors"]]
+    assert sorted(rows) == sorted([*calls, *(f"{name}.data" for name in calls if name != "w")])
     with pytest.raises(RewriteError, match=r"saved on 'xla:0' cannot be put .* give map_location=\"cpu\""):
         ckptkit.load_state_dict(path)
     with pytest.raises(RewriteError, match="a function has nothing"):
@@ -302,6 +306,15 @@ def test_what_does_not_fit_together_is_an_error(save: Save, name: str) -> None:
     assert "l.odd" in str(caught.value)
     with pytest.raises(CorruptError, match=words):
         ckptkit.load_state_dict(path, map_location="meta")
+    (row,) = [row for row in ckptkit.inspect(path)["tensors"] if row["name"] == "l.odd" and "value" in row]
+    is_told = row["value"].startswith("malformed")  # else it takes the bytes of indices to see it
+    assert re.search(words, row["value"]) if is_told else row["dtype"] in DTYPES
+
+
+def test_what_has_no_place_is_saved_on_none(save: Save, run: Any) -> None:
+    odd = Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (2,), (1, 1), False)
+    told = run("inspect", save({"w": torch.ones(2), "odd": odd})).stdout
+    assert "saved on cpu, written" in told and "odd (malformed meta tensor: size (2,) and stride (1, 1)" in told
 
 
 def test_an_array_whose_bytes_are_not_its_shape(save: Save) -> None:
@@ -362,9 +375,9 @@ FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Call(torch._utils._rebuild_parameter, Wrapping(torch.ones(2, 3)), True, OrderedDict()),
         r"Wrapping \[2, 3\] float32",
     ),
-    "an array of objects": (lambda: numpy.array([Thing()], object), "_reconstruct"),
-    "a masked array": (lambda: numpy.ma.masked_array([1.0], [True]), "_mareconstruct"),
-    "a matrix": (lambda: numpy.matrix([[1.0]]), "_reconstruct"),
+    "an array of objects": (lambda: numpy.array([Thing()], object), r"numpy array \[1\] object"),
+    "a masked array": (lambda: numpy.ma.masked_array([1.0], [True]), r"numpy MaskedArray \[1\] float64"),
+    "a matrix": (lambda: numpy.matrix([[1.0]]), r"numpy matrix \[1, 1\] float64"),
     "a defaultdict of something": (lambda: collections.defaultdict(Thing), "defaultdict of .*Thing"),
 }
 

@@ -17,6 +17,7 @@ from torch import nn
 import ckptkit
 from ckptkit.normalize.not_plain import Value, describe_value
 from ckptkit.pickling.inert import Global, InertDict, Object
+from ckptkit.pickling.layouts import rebuilt
 
 Save = Callable[..., Path]
 
@@ -84,6 +85,11 @@ VALUES: dict[str, tuple[Callable[[], Any], str, list[str]]] = {
     "csr": (
         lambda: torch.eye(3, dtype=torch.float64).to_sparse_csr(),
         "sparse CSR [3, 3] float64, 3 values stored",
+        ["crow_indices", "col_indices", "values"],
+    ),
+    "csr of a batch": (
+        lambda: torch.stack([torch.eye(3), torch.eye(3)]).to_sparse_csr(),
+        "sparse CSR [2, 3, 3] float32, 6 values stored",
         ["crow_indices", "col_indices", "values"],
     ),
     "csc": (
@@ -233,11 +239,8 @@ def call(name: str, *args: object) -> Object:
 @pytest.mark.parametrize(
     "node",
     [
-        call("_rebuild_qtensor"), call("_rebuild_qtensor", 1, 2, 3, 4, 5), call("_rebuild_sparse_tensor", 9, (1,)),
-        call("_rebuild_sparse_tensor", "x" * 10**6, ((), (), ())), call("_rebuild_nested_tensor", None, None),
-        call("_rebuild_meta_tensor_no_storage", None, ()), call("_rebuild_parameter"),
-        call("_rebuild_njt", InertDict()),
-        call("_rebuild_tensor_v2", 1, 2, 3, 4, 5, 6), call("_rebuild_device_tensor_from_numpy", 1, 2, 3),
+        call("_rebuild_parameter"), call("_rebuild_njt", InertDict()), call("_rebuild_tensor_v2", 1, 2, 3, 4, 5, 6),
+        Object("newobj", Global("torch._utils", "_rebuild_qtensor"), ()),
         Object("reduce", Global("torch._tensor", "_rebuild_from_type_v2"), (1, 2, 3, 4)), None, 3, "text", [], {},
     ],
 )  # fmt: skip
@@ -245,11 +248,32 @@ def test_what_fits_no_form_is_not_described(node: object) -> None:
     assert describe_value(node) is None
 
 
+@pytest.mark.parametrize(
+    ("node", "kind"),
+    [
+        (call("_rebuild_qtensor"), "quantized"), (call("_rebuild_qtensor", 1, 2, 3, 4, 5), "quantized"),
+        (call("_rebuild_sparse_tensor", 9, (1,)), "sparse"),
+        (call("_rebuild_sparse_tensor", "x" * 10**6, ((), (), ())), "sparse"),
+        (call("_rebuild_sparse_csr_tensor", Global("torch", "sparse_csr"), (1, 2, 3, 4)), "sparse"),
+        (call("_rebuild_nested_tensor", None, None), "nested"), (call("_rebuild_xla_tensor", 1, 2, 3, 4), "device"),
+        (call("_rebuild_meta_tensor_no_storage", None, ()), "meta"),
+        (call("_rebuild_device_tensor_from_numpy", 1, 2, 3), "device"),
+        (call("_rebuild_parameter", call("_rebuild_qtensor", *[10**15] * 7), False, None), "quantized"),
+        (Object("reduce", Global("torch._tensor", "_rebuild_from_type_v2"),
+                (Global("torch._utils", "_rebuild_qtensor"), Global("a", "Mine"), ((),) * 7, None)), "quantized"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_its_form_is_told_with_the_reason(node: object, kind: str) -> None:
+    value = describe_value(node)
+    assert value is not None and value.kind == kind and (value.dtype, value.shape) == ("?", ())
+    assert f"malformed {kind} tensor: " in value.text and len(value.text) < 250
+
+
 def test_parameters_in_parameters_have_an_end() -> None:
     node = call("_rebuild_meta_tensor_no_storage", Global("torch", "float32"), (1,), (1,), False)
     for _ in range(100_000):
         node = call("_rebuild_parameter", node, False, None)
-    assert describe_value(node) is None
+    assert describe_value(node) is None and rebuilt(node) is None
 
 
 def test_texts_are_short() -> None:

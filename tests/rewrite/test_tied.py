@@ -12,7 +12,7 @@ from torch import nn
 
 import ckptkit
 from ckptkit import RewriteError, Tied
-from ckptkit.rewrite.tied import tied_groups
+from ckptkit.checkpoint import tied_groups
 
 Save = Callable[..., Path]
 Through = Callable[..., Any]
