@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.roles import Role, tensor_role
 from ckptkit.normalize.sections import join
-from ckptkit.normalize.tensors import Found, every_tensor
+from ckptkit.normalize.tensors import Found, every_tensor, plain_tensors, tensors_beside
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
@@ -164,10 +163,9 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[Found] | None = None) 
     Raises:
         LimitError: the names are more, or all together longer, than those of any checkpoint.
     """
-    named: list[_Named] = []
+    named: list[_Named] = plain_tensors(checkpoint)  # type: ignore[assignment]  # of tensors alone
     others: list[Found] = []
-    everything = every_tensor(checkpoint, beside=beside)
-    for found in islice(everything, DEFAULT_LIMITS.entries + 1):
+    for found in tensors_beside(checkpoint) if beside is None else beside:
         (named if isinstance(found.node, TensorEntry) else others).append(found)  # type: ignore[arg-type]
     if len(named) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
         raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named) + len(others))
