@@ -60,14 +60,14 @@ def compact(fields: dict[str, object]) -> object:
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         row = BY_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
         if row is not None and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2:
-            return *_as_torch(row, shape), offsets[0], offsets[1]
+            if row is _PACKED:
+                row, shape = _as_torch(row, shape)
+            return row, tuple(shape), offsets[0], offsets[1]
     return fields
 
 
 def _as_torch(row: DType, shape: list[int]) -> tuple[DType, tuple[int, ...]]:
-    """A dtype and shape as torch has them."""
-    if row is not _PACKED:
-        return row, tuple(shape)
+    """The dtype and shape that torch has of F4's."""
     if not shape or shape[-1] % 2:
         return _UNPACKED, tuple(shape)
     return row, (*shape[:-1], shape[-1] // 2)
@@ -108,7 +108,8 @@ def layout(name: str, info: object, limits: Limits) -> Layout:
     row, shape, begin, end = info
     if len(shape) > limits.dimensions:
         raise LimitError(f"dimensions of tensor {shown(name)}", limit=limits.dimensions, actual=len(shape))
-    if row.nbytes(numel := math.prod(shape)) != end - begin or numel * row.bits % 8:
+    numel = math.prod(shape)
+    if numel * row.itemsize != end - begin if not row.bits else numel * row.bits != 8 * (end - begin):
         _refuse_size(name, row, shape, begin, end)
     bits = row.bits or row.itemsize * 8
     if 0 in shape and any(size > _MAX_COUNT for size in itertools.accumulate((*shape, bits), operator.mul)):
@@ -142,7 +143,7 @@ def _explained(name: str, info: object) -> Layout:
         raise CorruptError(
             f"{what}: its data_offsets must be two whole numbers, begin and end; it is {_brief(offsets)}"
         )
-    return *_as_torch(row, shape), offsets[0], offsets[1]
+    return *(_as_torch(row, shape) if row is _PACKED else (row, tuple(shape))), offsets[0], offsets[1]
 
 
 def _are_counts(node: object) -> TypeGuard[list[int]]:

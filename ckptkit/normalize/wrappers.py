@@ -79,7 +79,9 @@ def unwrapped_path(path: str) -> str:
 
 def wrapper_of(name: str) -> str:
     """What wrappers put into a name: the prefix, else one that stands further in; ``""``: nothing."""
-    parents = name.split(".")[:-1] if _may_be_wrapped(name) else []
+    if not _may_be_wrapped(name):
+        return ""
+    parents = name.split(".")[:-1]
     leading = list(takewhile(_WRAPPERS.__contains__, parents))
     return "".join(f"{part}." for part in leading or [part for part in parents if part in _ANYWHERE][:1])
 
