@@ -54,6 +54,12 @@ CODES: dict[str, Explanation] = {
         "Get the file anew. Where it was edited on purpose: --ignore-checksums (in a configuration: ignore-checksums), "
         "and ckptkit convert FILE OUT --ignore-checksums records fresh ones.",
     ),
+    "malformed-value": Explanation(
+        "parts of a quantized, sparse or nested tensor do not fit each other",
+        "torch rebuilds such a tensor from its parts and checks none: an index of 10^9 in a 4 by 4 tensor reads or "
+        "writes memory that is not its own. Here indices, offsets, axes and sizes are looked at first.",
+        "Save the tensor anew where it was made; ckptkit convert FILE OUT --exclude NAME leaves it out.",
+    ),
     "optimizer-not-allowed": Explanation(
         "the file holds the state of an optimizer",
         "It is needed to resume training, not to run the model, and takes up to twice the space of the weights.",

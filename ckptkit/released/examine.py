@@ -18,12 +18,13 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose
 from ckptkit.digests import Line, content_digest, kind_of, tree_digest, unwrapped_names, whole_digest
-from ckptkit.errors import CkptkitError
+from ckptkit.errors import CkptkitError, CorruptError
 from ckptkit.inspection.listing import list_tensors, storage_names
 from ckptkit.inspection.training import training_document
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
+from ckptkit.normalize.tensors import tensors_beside
 from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import InertDict, Object, mapping_shell, tensors_in, walk
@@ -106,6 +107,7 @@ class Examined:
             sections, in values that are none themselves, and numpy's arrays; only where values were counted.
         unseen: names of the weights' values in which nothing was found to look at.
         damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
+        malformed: quantized, sparse and nested tensors whose parts do not fit each other, with what is wrong.
     """
 
     path: str
@@ -131,6 +133,7 @@ class Examined:
     beside: tuple[TensorFact, ...] = ()
     unseen: tuple[str, ...] = ()
     damage: str | None = None
+    malformed: tuple[str, ...] = ()
     former_digest: str | None = None
     whole_digest: str | None = None
 
@@ -425,7 +428,24 @@ def _examined(
             for shard in file.parts
         ),
         damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
+        malformed=tuple(_malformed(checkpoint)),
     )
+
+
+def _malformed(checkpoint: Checkpoint) -> Iterator[str]:
+    """The values that torch would rebuild without a look at indices, offsets and axes that lie outside of them."""
+    for found in tensors_beside(checkpoint, values=True):
+        if not found.is_value:
+            continue
+        from ckptkit.pickling.layouts import rebuilt
+        from ckptkit.transfer.other_values import check_indices
+
+        try:
+            value = rebuilt(found.node)
+            if value is not None:
+                check_indices(value.layout)
+        except CorruptError as error:
+            yield f"{found.path:.200}: {error.message}"
 
 
 def _has_optimizer(checkpoint: Checkpoint) -> bool:

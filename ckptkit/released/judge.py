@@ -231,6 +231,7 @@ def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[
             findings += golden_findings(task.path, record, manifest.folder if manifest is not None else "")
         if damage is not None:
             findings.append(_damaged(task.path, damage))
+        findings += [_malformed(task.path, told) for told in examined.malformed]
         findings += violations(examined, task.policy)
     except CkptkitError as error:
         findings.append(_unreadable(task.path, error, task.policy))
@@ -327,6 +328,18 @@ def _damaged(path: str, damage: str) -> CheckFinding:
         expected="the bytes that checksums were recorded for",
         found="other bytes",
         message=damage,
+    )
+
+
+def _malformed(path: str, told: str) -> CheckFinding:
+    return CheckFinding(
+        code="malformed-value",
+        severity="error",
+        path=path,
+        rule="readable",
+        expected="values whose parts fit each other",
+        found="others",
+        message=told,
     )
 
 

@@ -23,8 +23,15 @@ __all__ = ["array_from", "check_indices", "values_of"]
 
 
 def values_of(entry: TensorEntry) -> Any:
-    """A tensor of whole numbers as an array, read from its file."""
+    """A tensor of whole numbers as an array, read from its file.
+
+    Raises:
+        CorruptError: it has more elements than its bytes are, which no index has a reason for.
+    """
     import numpy
+
+    if entry.nbytes > entry.storage.nbytes:
+        raise CorruptError(f"indices of shape {entry.shape} in {entry.storage.nbytes:,} bytes repeat themselves")
 
     data = b"".join(stream(entry))
     return numpy.frombuffer(data, numpy.dtype(entry.dtype).newbyteorder("<")).reshape(entry.shape)

@@ -377,3 +377,33 @@ def test_links_into_a_cache_are_what_they_lead_to(folder: Path, tmp_path: Path) 
     assert check("w").exit_code == 0 and len(check("w").results) == 2
     torch.save(weights(2), tmp_path / "elsewhere" / "extra")
     only(check("w"), "w/sub/extra", "file-extra")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant", "ignore:torch.quantize")
+def test_values_whose_parts_do_not_fit(tmp_path: Path) -> None:
+    good = torch.sparse_coo_tensor([[0, 3]], [1.0, 2.0], (4,))
+    indices, values = good._indices().clone(), good._values()
+    indices[0, 1] = 10**9
+    wrong = Made(torch._utils._rebuild_sparse_tensor, torch.sparse_coo, (indices, values, torch.Size([4])))
+    quantized = torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8)
+    function, args = quantized.__reduce_ex__(2)
+    scheme = (*args[4][:3], 7)
+    axis = Made(function, *args[:4], scheme, *args[5:])
+    for name, value, told in (("sparse", wrong, "4"), ("quantized", axis, "axis")):
+        path = tmp_path / f"{name}.pth"
+        torch.save({"w": torch.ones(2), "v": value}, path)
+        result = ckptkit.check([path])
+        assert [finding.code for finding in result.findings] == ["malformed-value"]
+        assert told in result.findings[0].message
+        torch.save({"w": torch.ones(2), "v": good if name == "sparse" else quantized}, path)
+        assert ckptkit.check([path]).ok
+
+
+class Made:
+    """Pickled as a call."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
