@@ -45,6 +45,10 @@ def _safetensors(probe: Probe) -> bool:
     return probe.head[8:9] == b"{" and int.from_bytes(probe.head[:8], "little") < 1 << 40
 
 
+def _pickle(probe: Probe) -> bool:
+    return probe.plain_pickle is not None
+
+
 def _index(of: str) -> Callable[[Probe], bool]:
     """Whether a file is an index of shards of this container."""
     return lambda probe: index_of(probe) == of
@@ -71,6 +75,7 @@ CONTAINERS: tuple[Format, ...] = (
     ),
     Format(name="torch-legacy", claims=_legacy, reader="torch_legacy"),
     Format(name="torch-tar", claims=_tar, reader="torch_tar"),
+    Format(name="pickle", claims=_pickle, reader="plain_pickle"),
     Format(
         name="torchscript",
         suffixes=(".jit", ".ptl", ".torchscript"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import CorruptError, RewriteError
+from ckptkit.errors import CorruptError, FormatError, RewriteError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
@@ -60,6 +60,15 @@ class Probe:
             if found is None:
                 raise
             raise CorruptError(found) from error
+
+    @cached_property
+    def plain_pickle(self) -> RawCheckpoint | FormatError | None:
+        """What a plain pickle of tensors says, or why it cannot be read; ``None``: the file is none."""
+        if self.head[:1] not in (b"\x80", b"(", b"c", b"}", b"]"):  # the others begin with no dict, list or call
+            return None
+        from ckptkit.formats.plain_pickle import attempt
+
+        return attempt(self)
 
     @cached_property
     def json_object(self) -> bytes | None:

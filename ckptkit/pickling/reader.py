@@ -69,6 +69,7 @@ def read_pickle(
     shortcut: Shortcut | None = None,
     whole: bool = False,
     more: Callable[[int], bytes] | None = None,
+    hold: Callable[[int, int], bytes | None] | None = None,
 ) -> PickleResult:
     """Read one pickle that begins at ``start``.
 
@@ -83,6 +84,8 @@ def read_pickle(
         whole: whether the pickle must be all there is.
         more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
             to one no longer where there is none.
+        hold: what stands for the bytes that torch's loader is given, by their position and size; ``None``: they
+            themselves.
 
     Raises:
         CorruptError: the bytes end early or are not a pickle.
@@ -96,7 +99,7 @@ def read_pickle(
     machine = Machine(
         data, start, persistent_load, constructors or {}, limits, partial(_nested, limits, [limits.pickle_nbytes])
     )
-    machine.shortcut = shortcut
+    machine.shortcut, machine.hold = shortcut, hold
     try:
         root = _run_on(machine, more)
         discarded = machine.popped.settle(root, machine.data, machine.memo)
