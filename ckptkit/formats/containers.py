@@ -46,7 +46,11 @@ def _safetensors(probe: Probe) -> bool:
 
 
 def _pickle(probe: Probe) -> bool:
-    return probe.plain_pickle is not None
+    if probe.head[:1] not in (b"\x80", b"(", b"c", b"}", b"]"):  # a tuple, call, dict or list of protocol 0 or 1
+        return False
+    from ckptkit.formats.plain_pickle import outcome
+
+    return outcome(probe) is not None
 
 
 def _index(of: str) -> Callable[[Probe], bool]:

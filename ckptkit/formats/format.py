@@ -34,12 +34,15 @@ class Probe:
         file: the file.
         limits: bounds on what it may ask for.
         head: its first `HEAD_NBYTES` bytes, or all there are.
+        outcomes: of containers that cannot claim a file without reading it: by name what came of it, or the error;
+            ``None``: the file is none of theirs.
     """
 
     def __init__(self, file: SourceFile, limits: Limits) -> None:
         self.file = file
         self.limits = limits
         self.head = file.read(0, min(HEAD_NBYTES, file.size))
+        self.outcomes: dict[str, RawCheckpoint | FormatError | None] = {}
 
     @cached_property
     def records(self) -> dict[str, Record] | None:
@@ -60,15 +63,6 @@ class Probe:
             if found is None:
                 raise
             raise CorruptError(found) from error
-
-    @cached_property
-    def plain_pickle(self) -> RawCheckpoint | FormatError | None:
-        """What a plain pickle of tensors says, or why it cannot be read; ``None``: the file is none."""
-        if self.head[:1] not in (b"\x80", b"(", b"c", b"}", b"]"):  # the others begin with no dict, list or call
-            return None
-        from ckptkit.formats.plain_pickle import attempt
-
-        return attempt(self)
 
     @cached_property
     def json_object(self) -> bytes | None:

@@ -20,21 +20,32 @@ from functools import partial
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Storage
 from ckptkit.derived import spooled
-from ckptkit.errors import AmbiguousError, FormatError, LimitError
+from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError
 from ckptkit.formats.format import Probe
+from ckptkit.formats.refused.first_pickle import names_joblib
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import children, walk
 from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.machine import LOADER, Constructor
-from ckptkit.pickling.reader import PickleResult, read_pickle
+from ckptkit.pickling.reader import LEGACY_MAGIC, PickleResult, read_pickle
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of
 
-__all__ = ["attempt", "read"]
+__all__ = ["outcome", "read"]
 
 _NAME = "pickle"
+
+_TEXT = 8
+"""How many times the bytes of other pickles one may have that holds its storages as text."""
+
+_BEGIN_NBYTES = 64
+"""First bytes of a storage's file that tell what it is."""
+
+_MAGIC = LEGACY_MAGIC.to_bytes(10, "little")
+_MAGICS = (_MAGIC, _MAGIC.decode("latin-1").encode())
+"""What stands in the file of each storage, as bytes and as text."""
 
 
 def read(probe: Probe) -> RawCheckpoint:
@@ -43,16 +54,20 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: the file is damaged or refused.
     """
-    found = probe.plain_pickle
-    if isinstance(found, FormatError):
-        raise found
-    if found is None:
-        raise FormatError("a pickle without tensors")
-    return found
+    found = outcome(probe)
+    if isinstance(found, RawCheckpoint):
+        return found
+    raise found or UnknownFormatError("no pickle of torch tensors")
 
 
-def attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
+def outcome(probe: Probe) -> RawCheckpoint | FormatError | None:
     """What the file says, or why it cannot be read; ``None``: it is no pickle, or one without a storage."""
+    if _NAME not in probe.outcomes:
+        probe.outcomes[_NAME] = _attempt(probe)
+    return probe.outcomes[_NAME]
+
+
+def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
     if begins_one(probe.head):
         return None
     from ckptkit.formats.magic import guess_pickle  # only here, as many patterns take a moment to compile
@@ -66,7 +81,8 @@ def attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
     try:
         pickle = table.read(data)
     except FormatError as error:
-        return error if table.storages or table.is_damaged else None
+        is_joblibs = names_joblib(error.globals)  # whose arrays stand between the opcodes
+        return error if any(magic in data for magic in _MAGICS) and not is_joblibs else None
     if not table.storages:
         return None
     return RawCheckpoint(
@@ -91,18 +107,13 @@ class _Held(bytes):
 
 
 class _Table(LegacyTable):
-    """The storages of a plain pickle, in the order of their calls.
-
-    Attributes:
-        is_damaged: whether there is the file of one that cannot be read.
-    """
+    """The storages of a plain pickle, in the order of their calls."""
 
     def __init__(self, file: SourceFile, limits: Limits) -> None:
         super().__init__(file, limits)
-        self.is_damaged = False
         self._file = file
         self._held: dict[int, _Held | None] = {}  # by where it begins
-        self._room = limits.pickle_nbytes
+        self._room = _TEXT * limits.pickle_nbytes
         self._spooled: dict[bytes, Storage | None] = {}
 
     @property
@@ -124,20 +135,27 @@ class _Table(LegacyTable):
             result = read()
         left = self._file.size - result.end
         if left:
-            raise AmbiguousError(f"{count_of(left, 'byte', 'follows', 'follow')} the pickle's STOP", offset=result.end)
+            follow = count_of(left, "byte", "follows", "follow")
+            raise AmbiguousError(
+                f"{follow} the pickle, which pickle.load does not read; save each pickle into a file of its own",
+                offset=result.end,
+            )
         return result
 
     def _more(self, nbytes: int) -> bytes:
         """The file up to a later position; storages that stay where they lie do not count as bytes of the pickle."""
         size = self._file.size
         if nbytes < size and self._room <= nbytes:
-            raise LimitError("bytes of a pickle", limit=self._limits.pickle_nbytes, actual=nbytes + 1)
-        return self._file.read(0, min(size, max(self._room, 2 * nbytes)))
+            raise LimitError("bytes of a pickle beside its storages", limit=self._room, actual=nbytes + 1)
+        return self._file.read(0, min(size, 2 * nbytes))
 
     def _hold(self, start: int, nbytes: int) -> bytes | None:
         if start not in self._held:
             self._held[start] = None
-            if start + nbytes > self._file.size:
+            left = self._file.size - start
+            if left < nbytes:
+                if begins_one(self._file.read(start, min(left, _BEGIN_NBYTES))):
+                    raise CorruptError(f"a storage's {nbytes:,} bytes are declared, {left:,} are left: truncated")
                 return None
             source = ByteRange(self._file, start, nbytes)
             storage = self._storage_in(source, start)
@@ -164,18 +182,17 @@ class _Table(LegacyTable):
         return self._storages[key]
 
     def _storage_of(self, data: bytes) -> Storage | None:
-        if not begins_one(data):
+        if not begins_one(data):  # before anything is written
             return None
         room = spooled([data], len(data), self._file, "a storage that is written as text takes")
         return self._storage_in(room, None)
 
     def _storage_in(self, source: ByteRange, start: int | None) -> Storage | None:
         """The storage in its file; ``None``: it is none, or holds something else."""
-        if not begins_one(source.read(0, min(source.nbytes, 64))):
+        if not begins_one(source.read(0, min(source.nbytes, _BEGIN_NBYTES))):
             return None
         try:
             return storage_in(source, self._limits)
         except FormatError as error:
-            self.is_damaged = True
             error.offset = None if start is None or error.offset is None else error.offset + start
             raise error.at(where="a storage") from error.__cause__

@@ -32,6 +32,9 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 5
 """What a file of torch's before 1.6 begins with, and how many pickles it has before its storages' bytes."""
 
+_NESTED_NBYTES = 1024
+"""Bytes that such a file counts for at least where a pickle holds it: many small ones take some seconds, too."""
+
 _U16 = Struct("<H").unpack_from
 _I32 = Struct("<i").unpack_from
 _U32 = Struct("<I").unpack_from
@@ -151,11 +154,10 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
         left: the bytes that may still be read so, for all in one pickle together.
         data: the file.
     """
-    left[0] -= len(data)
-    if left[0] < 0 or len(data) > limits.pickle_nbytes // 4:
-        return [], False
     names: list[Global] = []
     limits = replace(limits, pickle_nbytes=limits.pickle_nbytes // 4)
+    if left[0] <= 0 or not limits.pickle_nbytes:
+        return names, False
     at = 0
     for number in range(LEGACY_PICKLES):
         machine = Machine(data, at, PersistentId, {}, limits, partial(_nested, limits, left))
@@ -167,8 +169,10 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
         at = machine.pos
         names.extend(machine.globals.values())
         if not is_one:
+            left[0] -= len(data)
             return names, False
-    return names, True
+    left[0] -= max(at, _NESTED_NBYTES)  # what follows is a storage's, and was not read
+    return names, at <= limits.pickle_nbytes
 
 
 _BYTE_ARGUMENT = b"hqK\x8c"
