@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 
 from ckptkit.bytesource import ByteRange, SourceFile
-from ckptkit.checkpoint import Storage
+from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.derived import spooled
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError
 from ckptkit.formats.format import Probe
@@ -26,10 +26,10 @@ from ckptkit.formats.refused.first_pickle import names_joblib
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import children, walk
+from ckptkit.pickling.inert import Global, InertDict, Object, children, walk
 from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.machine import LOADER, Constructor
-from ckptkit.pickling.reader import LEGACY_MAGIC, PickleResult, read_pickle
+from ckptkit.pickling.reader import PickleResult, holds_legacy, read_pickle
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of
 
@@ -42,10 +42,6 @@ _TEXT = 8
 
 _BEGIN_NBYTES = 64
 """First bytes of a storage's file that tell what it is."""
-
-_MAGIC = LEGACY_MAGIC.to_bytes(10, "little")
-_MAGICS = (_MAGIC, _MAGIC.decode("latin-1").encode())
-"""What stands in the file of each storage, as bytes and as text."""
 
 
 def read(probe: Probe) -> RawCheckpoint:
@@ -82,18 +78,30 @@ def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
         pickle = table.read(data)
     except FormatError as error:
         is_joblibs = names_joblib(error.globals)  # whose arrays stand between the opcodes
-        return error if any(magic in data for magic in _MAGICS) and not is_joblibs else None
+        return error if holds_legacy(data) and not is_joblibs else None
     if not table.storages:
         return None
+    root = table.understood(pickle)
     return RawCheckpoint(
-        root=table.understood(pickle),
+        root=root,
         format=_NAME,
-        pickle_protocol=pickle.protocol,
+        pickle_protocol=pickle.protocol if _needs_protocol([root, pickle.discarded]) else None,
         metadata={},
         globals=global_uses(pickle.globals),
         discarded=pickle.discarded,
         findings=tuple(legacy_findings(table)),
     )
+
+
+def _needs_protocol(root: object) -> bool:
+    """Whether anything might mean something else in the protocol of torch's own files; torch warns of every other."""
+    for node in walk(root):
+        if isinstance(node, Global):
+            if node.module.partition(".")[0] not in ("torch", "collections") or "." in node.name:
+                return True
+        elif not isinstance(node, (list, tuple, InertDict, TensorEntry, Storage, Object)):
+            return True
+    return False
 
 
 class _Held(bytes):

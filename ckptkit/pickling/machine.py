@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from struct import Struct
 from typing import NoReturn, TypeVar
 
-from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, is_global
@@ -398,13 +398,8 @@ class Machine:
 
     def bytes_(self, nbytes: int) -> None:
         """BINBYTES and BINBYTES8; what torch's loader is given may stay where it lies."""
-        loader = self.stack[-1] if self.stack else None
-        if self.hold is not None and isinstance(loader, Global) and is_global(loader, *LOADER):
-            try:
-                held = self.hold(self.pos, nbytes)
-            except FormatError:  # a storage that is damaged is one, and the error says what its file names
-                loader.calls, loader.excused = loader.calls + 1, loader.excused + 1
-                raise
+        if self.hold is not None and self.stack and is_global(self.stack[-1], *LOADER):
+            held = self.hold(self.pos, nbytes)
             if held is not None and self.pos + nbytes <= len(self.data):
                 self.pos += nbytes
                 self.stack.append(held)

@@ -21,16 +21,21 @@ from struct import Struct
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references, is_global
-from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
+from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
 from ckptkit.pickling.shortcut import REBUILD
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of
 
-__all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "read_pickle"]
+__all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "holds_legacy", "read_pickle"]
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 5
 """What a file of torch's before 1.6 begins with, and how many pickles it has before its storages' bytes."""
+
+_MAGIC = LEGACY_MAGIC.to_bytes(10, "little")
+_MAGICS = (_MAGIC, _MAGIC.decode("latin-1").encode())
+_NEAR_NBYTES = 32
+"""How near to the opcode of the bytes, or of the text, it begins."""
 
 _NESTED_NBYTES = 1024
 """Bytes that such a file counts for at least where a pickle holds it: many small ones take some seconds, too."""
@@ -142,8 +147,16 @@ def read_pickle(
 def _stopped(error: FormatError, machine: Machine) -> FormatError:
     """The error with what the pickle names before it."""
     names = machine.globals.values()
+    loader = machine.globals.get(LOADER)
+    if loader is not None and holds_legacy(machine.data[machine.op_at : machine.op_at + _NEAR_NBYTES]):
+        loader.calls, loader.excused = loader.calls + 1, loader.excused + 1  # for a storage that is cut off or damaged
     error.called = any(name.calls for name in names)
     return error.at(seen=global_uses(names))
+
+
+def holds_legacy(data: bytes) -> bool:
+    """Whether a file of torch's before 1.6 begins in the bytes of a pickle, as bytes or as text."""
+    return any(magic in data for magic in _MAGICS)
 
 
 def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global], bool]:
