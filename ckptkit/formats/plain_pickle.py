@@ -22,7 +22,6 @@ from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.derived import spooled
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.refused.first_pickle import names_joblib
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
@@ -77,8 +76,9 @@ def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
     try:
         pickle = table.read(data)
     except FormatError as error:
-        is_joblibs = names_joblib(error.globals)  # whose arrays stand between the opcodes
-        return error if holds_legacy(data) and not is_joblibs else None
+        from ckptkit.formats.refused.first_pickle import names_joblib  # whose arrays stand between the opcodes
+
+        return error if holds_legacy(data) and not names_joblib(error.globals) else None
     if not table.storages:
         return None
     root = table.understood(pickle)

@@ -127,10 +127,10 @@ def _read_row(row: PickleRow, limits: Limits, window: int) -> RawCheckpoint:
 
 
 def _text_ids(pickle: PickleResult, path: str) -> list[Finding]:
+    if not pickle.text_ids:
+        return []
     fix = convert_command(path, suffix=".pth")
-    return [
-        Finding(code="text-persistent-ids", severity="warning", message=TEXT_IDS_MESSAGE, fix=fix)
-    ] * pickle.text_ids
+    return [Finding(code="text-persistent-ids", severity="warning", message=TEXT_IDS_MESSAGE, fix=fix)]
 
 
 def _keys(row: PickleRow, table: LegacyTable, raw: RawCheckpoint) -> list[str]:

@@ -1,4 +1,4 @@
-"""pickle: what pickle.dump and cloudpickle write of tensors is read as pickle.load reads it, and nothing is executed."""
+"""pickle: what pickle.dump and cloudpickle write of tensors is read as pickle.load reads it, executing nothing."""
 
 from __future__ import annotations
 
@@ -227,14 +227,14 @@ def test_bytes_that_are_wanted_as_bytes_too_are_whole(protocol: int, tmp_path: P
 )
 def test_without_a_storage_it_is_no_checkpoint(value: object, tmp_path: Path) -> None:
     for protocol in range(6):
-        with pytest.raises(UnknownFormatError, match="but not one torch.save wrote"):
+        with pytest.raises(UnknownFormatError, match=r"but not one torch[.]save wrote"):
             formats.read(put(tmp_path, pickle.dumps(value, protocol)))
 
 
 def test_joblibs_arrays_between_the_opcodes(tmp_path: Path) -> None:
     wrapper = b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n)\x81}b" + torch.ones(2).numpy().tobytes()
     data = pickle.dumps([torch.ones(2)], 3)[:-1] + wrapper + b"0."
-    with pytest.raises(UnknownFormatError, match="a joblib file, not one torch.save wrote; joblib.load reads it"):
+    with pytest.raises(UnknownFormatError, match=r"a joblib file, not one torch.save wrote; joblib.load reads it"):
         formats.read(put(tmp_path, data))
 
 
