@@ -201,7 +201,7 @@ class SourceFile:
         with self._lock:
             if self._spool is None:
                 with tempfile.TemporaryFile(buffering=0) as made:
-                    self._spool = SourceFile.of_descriptor(os.dup(made.fileno()), self.path)
+                    self._spool = _Spool.of_descriptor(os.dup(made.fileno()), self.path)
             begin = -(-self._spool.size // _PAGE) * _PAGE
             self._spool.size = begin + nbytes
             return ByteRange(self._spool, begin, nbytes)
@@ -235,6 +235,15 @@ class SourceFile:
 
     def __repr__(self) -> str:
         return f"SourceFile({self.path!r}, {self.size:,} bytes)"
+
+
+class _Spool(SourceFile):
+    """A temporary file without a name: it grows, and nobody else writes to it."""
+
+    __slots__ = ()
+
+    def changed(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

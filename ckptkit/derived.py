@@ -16,7 +16,7 @@ from typing import Protocol
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile, write_at
 from ckptkit.errors import CorruptError, FileAccessError
 
-__all__ = ["DEFLATE_MOST", "ByteSource", "Conversion", "ConvertedRange", "DeflatedRange", "Inflation"]
+__all__ = ["DEFLATE_MOST", "ByteSource", "Conversion", "ConvertedRange", "DeflatedRange", "Inflation", "spooled"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -25,7 +25,7 @@ DEFLATE_MOST = 1032
 distance code of one bit)."""
 
 
-def _spooled(parts: Iterable[bytes], nbytes: int, source: SourceFile, what: str) -> ByteRange:
+def spooled(parts: Iterable[bytes], nbytes: int, source: SourceFile, what: str) -> ByteRange:
     """The parts in the temporary file of the source, which is closed with it.
 
     Raises:
@@ -98,7 +98,7 @@ class Inflation:
 
     def _inflated(self) -> ByteRange:
         what = f"{self.name} is compressed and takes"
-        return _spooled(self._parts(), self.nbytes, self.deflated.file, what)
+        return spooled(self._parts(), self.nbytes, self.deflated.file, what)
 
     def _parts(self) -> Iterator[bytes]:
         """The inflated bytes in pieces of at most a chunk, counted and summed on the way."""
@@ -220,7 +220,7 @@ class Conversion:
         with self._lock:
             if self._plain is None:
                 parts = ConvertedRange(self, 0, self.nbytes).chunks()
-                self._plain = _spooled(parts, self.nbytes, self.original.file, f"{self.name} is converted and takes")
+                self._plain = spooled(parts, self.nbytes, self.original.file, f"{self.name} is converted and takes")
             return self._plain
 
 

@@ -45,6 +45,14 @@ def _safetensors(probe: Probe) -> bool:
     return probe.head[8:9] == b"{" and int.from_bytes(probe.head[:8], "little") < 1 << 40
 
 
+def _pickle(probe: Probe) -> bool:
+    if probe.head[:1] not in (b"\x80", b"(", b"c", b"}", b"]"):  # a tuple, call, dict or list of protocol 0 or 1
+        return False
+    from ckptkit.formats.plain_pickle import outcome
+
+    return outcome(probe) is not None
+
+
 def _index(of: str) -> Callable[[Probe], bool]:
     """Whether a file is an index of shards of this container."""
     return lambda probe: index_of(probe) == of
@@ -71,6 +79,7 @@ CONTAINERS: tuple[Format, ...] = (
     ),
     Format(name="torch-legacy", claims=_legacy, reader="torch_legacy"),
     Format(name="torch-tar", claims=_tar, reader="torch_tar"),
+    Format(name="pickle", claims=_pickle, reader="plain_pickle"),
     Format(
         name="torchscript",
         suffixes=(".jit", ".ptl", ".torchscript"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import CorruptError, RewriteError
+from ckptkit.errors import CorruptError, FormatError, RewriteError
 from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
@@ -34,12 +34,15 @@ class Probe:
         file: the file.
         limits: bounds on what it may ask for.
         head: its first `HEAD_NBYTES` bytes, or all there are.
+        outcomes: of containers that cannot claim a file without reading it: by name what came of it, or the error;
+            ``None``: the file is none of theirs.
     """
 
     def __init__(self, file: SourceFile, limits: Limits) -> None:
         self.file = file
         self.limits = limits
         self.head = file.read(0, min(HEAD_NBYTES, file.size))
+        self.outcomes: dict[str, RawCheckpoint | FormatError | None] = {}
 
     @cached_property
     def records(self) -> dict[str, Record] | None:

@@ -19,6 +19,7 @@ from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global
+from ckptkit.pickling.machine import LOADER
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses
 
@@ -51,6 +52,11 @@ _ATTRIBUTE = re.compile(rb"\n(?=([A-Za-z_][\w.]{0,100})\n)")
 _TEXT = rb"(?:\x8c[\x01-\x64]|X[\x01-\x64]\0\0\0)([A-Za-z_][\w.]{0,99})(?:\x94|q.|r....|p[0-9]+\n)?"
 _STACK_GLOBAL = re.compile(_TEXT + _TEXT + rb"\x93", re.DOTALL)
 """Names as they stand in a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
+
+_STORAGE = re.compile(
+    rb"_load_from_bytes.{1,80}(?:l\xfc\x9cF\xf9 j\xa8P\x19|l\xc3\xbc\xc2\x9cF\xc3\xb9 j\xc2\xa8P\x19)", re.DOTALL
+)
+"""Where a plain pickle has a storage in a file of torch's before 1.6, as bytes or as text; its names stand in it."""
 
 _NAME_NBYTES = 102
 
@@ -230,6 +236,7 @@ def scanned(data: bytes, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ..
     for (module, name), count in (*found.items(), *((both, 1) for both in hidden - found.keys())):
         made = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))
         made.calls = count
+        made.excused = len(_STORAGE.findall(data)) if (made.module, made.name) == LOADER else 0
         names.append(made)
     judged = {use.name for use in known}
     uses = global_uses(names[: len(found)]) + tuple(filter(runs, global_uses(names[len(found) :])))

@@ -28,11 +28,12 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ckptkit.bytesource import ByteRange
-from ckptkit.checkpoint import TensorEntry
+from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError, UnsupportedError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.pickle_row import PickleRow
 from ckptkit.formats.refused.truncated import unfinished
+from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import Global, InertDict, walk
 from ckptkit.pickling.legacy import LegacyTable, era
@@ -41,7 +42,7 @@ from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding, convert_command, count_of, listed, share_of
 
-__all__ = ["begins_one", "legacy_findings", "read"]
+__all__ = ["begins_one", "legacy_findings", "read", "storage_in"]
 
 _NAME = "torch-legacy"
 _PROTOCOL = 1001
@@ -51,6 +52,9 @@ _MAGIC_NBYTES = 64
 
 _OBJECT_NBYTES = 1 << 20
 """The first window for the object: most state_dicts fit."""
+
+_STORAGE_NBYTES = 4096
+"""The first window for the object where it is a storage alone."""
 
 
 def begins_one(head: bytes) -> bool:
@@ -70,12 +74,26 @@ def read(probe: Probe) -> RawCheckpoint:
     """
     row = PickleRow(probe.file.whole, probe.limits)
     try:
-        return _read_row(row, probe)
+        return _read_row(row, probe.limits, _OBJECT_NBYTES)
     except FormatError as error:
         raise error.at(seen=tuple(row.uses)) from error.__cause__
 
 
-def _read_row(row: PickleRow, probe: Probe) -> RawCheckpoint:
+def storage_in(source: ByteRange, limits: Limits) -> Storage | None:
+    """The storage that is all that was saved in a file, or a part of one; ``None``: something else was.
+
+    Raises:
+        FormatError: it is damaged or refused.
+    """
+    row = PickleRow(source, limits)
+    try:
+        root = _read_row(row, limits, _STORAGE_NBYTES).root
+    except FormatError as error:
+        raise error.at(seen=tuple(row.uses)) from error.__cause__
+    return root if isinstance(root, Storage) else None
+
+
+def _read_row(row: PickleRow, limits: Limits, window: int) -> RawCheckpoint:
     row.plain("magic number")
     protocol = row.plain("protocol version")
     if protocol != _PROTOCOL:
@@ -84,12 +102,12 @@ def _read_row(row: PickleRow, probe: Probe) -> RawCheckpoint:
     if not isinstance(row.plain("sys_info"), InertDict):
         raise CorruptError("a dict is expected: no torch wrote this", where="sys_info")
 
-    table = LegacyTable(probe.file, probe.limits)
+    table = LegacyTable(row.source.file, limits)
     pickle = row.pickle(
         "object",
         persistent_load=table.persistent_load,
         constructors=table.constructors,
-        window=_OBJECT_NBYTES,
+        window=window,
     )
     raw = RawCheckpoint(
         root=table.understood(pickle),
@@ -100,7 +118,7 @@ def _read_row(row: PickleRow, probe: Probe) -> RawCheckpoint:
         metadata={},
         globals=merge_uses(row.uses),
         discarded=pickle.discarded,
-        findings=(*legacy_findings(table), *_text_ids(pickle, probe)),
+        findings=(*legacy_findings(table), *_text_ids(pickle, row.source.file.path)),
     )
     _settle(row, _keys(row, table, raw), table, raw)
     if row.left:
@@ -108,11 +126,11 @@ def _read_row(row: PickleRow, probe: Probe) -> RawCheckpoint:
     return raw
 
 
-def _text_ids(pickle: PickleResult, probe: Probe) -> list[Finding]:
-    fix = convert_command(probe.file.path, suffix=".pth")
-    return [
-        Finding(code="text-persistent-ids", severity="warning", message=TEXT_IDS_MESSAGE, fix=fix)
-    ] * pickle.text_ids
+def _text_ids(pickle: PickleResult, path: str) -> list[Finding]:
+    if not pickle.text_ids:
+        return []
+    fix = convert_command(path, suffix=".pth")
+    return [Finding(code="text-persistent-ids", severity="warning", message=TEXT_IDS_MESSAGE, fix=fix)]
 
 
 def _keys(row: PickleRow, table: LegacyTable, raw: RawCheckpoint) -> list[str]:

@@ -16,11 +16,11 @@ from typing import NoReturn, TypeVar
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
 from ckptkit.pickling.dangerous import is_dangerous
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, is_global
 from ckptkit.pickling.popped import Popped
 from ckptkit.pickling.reach import Reach
 
-__all__ = ["BATCH", "NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
+__all__ = ["BATCH", "LOADER", "NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
 
 Constructor = Callable[[tuple[object, ...]], object]
 """Understands one call: from its arguments to a leaf, or ``NotImplemented`` to keep an `Object`."""
@@ -52,6 +52,9 @@ _TEXT_ID = re.compile(rf"\((?:{_ID_ITEM})(?:, (?:{_ID_ITEM}))+\)", re.ASCII)
 
 BATCH = 1000
 """Items in one APPENDS or SETITEMS, as CPython's pickler batches them."""
+
+LOADER = ("torch.storage", "_load_from_bytes")
+"""What a plain pickle calls with the bytes of each storage (``torch/storage.py`` ``__reduce__``)."""
 
 NO_FRAME = 1 << 62
 """Where a frame that is not there ends: no position reaches it."""
@@ -96,6 +99,7 @@ class Machine:
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument
         self.shortcut: Shortcut | None = None
+        self.hold: Callable[[int, int], bytes | None] | None = None  # see `read_pickle`
         self.skipped = False  # whether the shortcut left memo entries out
         self.text_ids = False  # whether a persistent id was a tuple's text
 
@@ -392,6 +396,16 @@ class Machine:
             raise AmbiguousError("a STRING with escapes that no pickler writes")
         self.stack.append(_python2_str(codecs.escape_decode(text[1:-1])[0]))
 
+    def bytes_(self, nbytes: int) -> None:
+        """BINBYTES and BINBYTES8; what torch's loader is given may stay where it lies."""
+        if self.hold is not None and self.stack and is_global(self.stack[-1], *LOADER):
+            held = self.hold(self.pos, nbytes)
+            if held is not None and self.pos + nbytes <= len(self.data):
+                self.pos += nbytes
+                self.stack.append(held)
+                return
+        self.stack.append(self.take(nbytes))
+
     def unicode_text(self) -> None:
         try:
             self.stack.append(str(self.line(len(self.data)), "raw-unicode-escape"))
@@ -478,9 +492,9 @@ RARE_OPCODES: dict[int, Callable[[Machine], None]] = {
     0x53: Machine.string_text,
     0x54: lambda r: r.stack.append(_python2_str(r.take(_I32(r.take(4))[0]))),
     0x55: lambda r: r.stack.append(_python2_str(r.take(r.take(1)[0]))),
-    0x42: lambda r: r.stack.append(r.take(_U32(r.take(4))[0])),
+    0x42: lambda r: r.bytes_(_U32(r.take(4))[0]),
     0x43: lambda r: r.stack.append(r.take(r.take(1)[0])),
-    0x8E: lambda r: r.stack.append(r.take(_U64(r.take(8))[0])),
+    0x8E: lambda r: r.bytes_(_U64(r.take(8))[0]),
     0x96: lambda r: r.stack.append(bytearray(r.take(_U64(r.take(8))[0]))),
     0x56: Machine.unicode_text,
     0x8D: lambda r: r.stack.append(r.text8(_U64(r.take(8))[0])),

@@ -21,16 +21,24 @@ from struct import Struct
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references, is_global
-from ckptkit.pickling.machine import NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
+from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
 from ckptkit.pickling.shortcut import REBUILD
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of
 
-__all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "read_pickle"]
+__all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "holds_legacy", "read_pickle"]
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 5
 """What a file of torch's before 1.6 begins with, and how many pickles it has before its storages' bytes."""
+
+_MAGIC = LEGACY_MAGIC.to_bytes(10, "little")
+_MAGICS = (_MAGIC, _MAGIC.decode("latin-1").encode())
+_NEAR_NBYTES = 32
+"""How near to the opcode of the bytes, or of the text, it begins."""
+
+_NESTED_NBYTES = 1024
+"""Bytes that such a file counts for at least where a pickle holds it: many small ones take some seconds, too."""
 
 _U16 = Struct("<H").unpack_from
 _I32 = Struct("<i").unpack_from
@@ -69,6 +77,7 @@ def read_pickle(
     shortcut: Shortcut | None = None,
     whole: bool = False,
     more: Callable[[int], bytes] | None = None,
+    hold: Callable[[int, int], bytes | None] | None = None,
 ) -> PickleResult:
     """Read one pickle that begins at ``start``.
 
@@ -83,6 +92,8 @@ def read_pickle(
         whole: whether the pickle must be all there is.
         more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
             to one no longer where there is none.
+        hold: what stands for the bytes that torch's loader is given, by their position and size; ``None``: they
+            themselves.
 
     Raises:
         CorruptError: the bytes end early or are not a pickle.
@@ -96,7 +107,7 @@ def read_pickle(
     machine = Machine(
         data, start, persistent_load, constructors or {}, limits, partial(_nested, limits, [limits.pickle_nbytes])
     )
-    machine.shortcut = shortcut
+    machine.shortcut, machine.hold = shortcut, hold
     try:
         root = _run_on(machine, more)
         discarded = machine.popped.settle(root, machine.data, machine.memo)
@@ -136,8 +147,16 @@ def read_pickle(
 def _stopped(error: FormatError, machine: Machine) -> FormatError:
     """The error with what the pickle names before it."""
     names = machine.globals.values()
+    loader = machine.globals.get(LOADER)
+    if loader is not None and holds_legacy(machine.data[machine.op_at : machine.op_at + _NEAR_NBYTES]):
+        loader.calls, loader.excused = loader.calls + 1, loader.excused + 1  # for a storage that is cut off or damaged
     error.called = any(name.calls for name in names)
     return error.at(seen=global_uses(names))
+
+
+def holds_legacy(data: bytes) -> bool:
+    """Whether a file of torch's before 1.6 begins in the bytes of a pickle, as bytes or as text."""
+    return any(magic in data for magic in _MAGICS)
 
 
 def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global], bool]:
@@ -148,11 +167,10 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
         left: the bytes that may still be read so, for all in one pickle together.
         data: the file.
     """
-    left[0] -= len(data)
-    if left[0] < 0 or len(data) > limits.pickle_nbytes // 4:
-        return [], False
     names: list[Global] = []
     limits = replace(limits, pickle_nbytes=limits.pickle_nbytes // 4)
+    if left[0] <= 0 or not limits.pickle_nbytes:
+        return names, False
     at = 0
     for number in range(LEGACY_PICKLES):
         machine = Machine(data, at, PersistentId, {}, limits, partial(_nested, limits, left))
@@ -164,8 +182,10 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
         at = machine.pos
         names.extend(machine.globals.values())
         if not is_one:
+            left[0] -= len(data)
             return names, False
-    return names, True
+    left[0] -= max(at, _NESTED_NBYTES)  # what follows is a storage's, and was not read
+    return names, at <= limits.pickle_nbytes
 
 
 _BYTE_ARGUMENT = b"hqK\x8c"

@@ -178,7 +178,10 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "pickle of protocol 0": (pickle.dumps({"a": 1}, 0), "a Python pickle of a dict of 1"),
     "pickle of protocol 1": (pickle.dumps({"a": 1}, 1), "a Python pickle of a dict of 1"),
     "pickle of arrays": (pickle.dumps(numpy.arange(3), 2), "written by pickle, of numpy arrays.; names in it, never"),
-    "pickled tensors": (pickle.dumps(OrderedDict(w=torch.ones(2)), 2), "written by pickle.dump, of torch tensors"),
+    "a pickle of torch without values": (
+        pickle.dumps(OrderedDict(w=torch.ones(2, device="meta"), dtype=torch.float32), 2),
+        "written by pickle.dump, of objects of torch but no tensor that it holds the bytes of",
+    ),
     "sklearn": (pickled("sklearn.svm", "SVC"), "a Python pickle of sklearn.svm.SVC, .* of a scikit-learn model"),
     "pandas, protocol 0": (pickled("pandas.frame", "DataFrame", protocol=0), "of a pandas table.* pandas.frame.Data"),
     "joblib": (JOBLIB, "a joblib file, not one torch.save wrote; joblib.load reads it; .*_pickle.NumpyArrayWrapper"),

@@ -113,6 +113,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "torch-zip": whole_file,
     "torch-zip-pickle": pickle_in_zip,
     "torch-legacy": whole_file,
+    "plain-pickle": whole_file,
     "torch-tar": whole_file,
     "torchscript": whole_file,
     "torch-package": whole_file,

@@ -97,6 +97,12 @@ def legacy() -> Seeds:
     yield _zip("protocol4", torch.ones(2), _use_new_zipfile_serialization=False, pickle_protocol=4)
 
 
+def plain_pickles() -> Seeds:
+    for protocol in range(6):
+        yield f"protocol{protocol}", pickle.dumps({"w": torch.ones(2), "epoch": 3}, protocol)
+    yield "large", pickle.dumps([torch.arange(20_000)])
+
+
 def tar() -> Seeds:
     """By hand: nothing has written this container since 2017 (``torch/serialization.py``, ``legacy_load``)."""
 
@@ -195,6 +201,7 @@ SEEDS = {
     "torch-zip": torch_zip,
     "torch-zip-pickle": pickles,
     "torch-legacy": legacy,
+    "plain-pickle": plain_pickles,
     "torch-tar": tar,
     "torchscript": torchscript,
     "torch-package": packages,

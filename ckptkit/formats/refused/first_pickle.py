@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterable
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import FormatError
@@ -15,7 +16,7 @@ from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import count_of, listed
 
-__all__ = ["describe_pickle", "is_pickle", "unpacked"]
+__all__ = ["describe_pickle", "is_pickle", "names_joblib", "unpacked"]
 
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """LONG1 0x1950a86a20f9469cfc6c and STOP: the first pickle of a file before torch 1.6."""
@@ -27,7 +28,7 @@ _WRITERS = (
     ("pandas.", "pickle, of a pandas table"),
     ("xgboost.", "pickle, of an XGBoost model"),
     ("lightgbm.", "pickle, of a LightGBM model"),
-    ("torch.", "pickle.dump, of torch tensors; get it as torch.save or safetensors writes it"),
+    ("torch.", "pickle.dump, of objects of torch but no tensor that it holds the bytes of"),
     ("numpy.", "pickle, of numpy arrays"),
 )  # fmt: skip
 
@@ -44,7 +45,7 @@ def is_pickle(probe: Probe) -> bool:
 
 def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     """One sentence, and the verdict on every name the pickle asks for, as far as it can be read."""
-    if _LEGACY_MAGIC in probe.head[:64]:
+    if _LEGACY_MAGIC in probe.head[:16]:  # not in that of a storage behind a name
         return "a torch checkpoint of the legacy format (before torch 1.6) that is cut off in its first bytes", ()
     data = probe.file.read(0, min(probe.file.size, probe.limits.pickle_nbytes))
     try:
@@ -59,11 +60,16 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
         what = f"a Python pickle of {_kind(pickle.root)}"
         if pickle.end < probe.file.size:
             what += f", with {count_of(probe.file.size - pickle.end, 'byte')} behind it"
-    if any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names):
+    if names_joblib(names):
         return f"a joblib file, not one torch.save wrote; joblib.load reads it; {_listed(names)}", names
     writer = next((how for prefix, how in _WRITERS if any(use.name.startswith(prefix) for use in names)), None)
     told = f"written by {writer}" if writer is not None else "not written by torch.save"
     return f"{what}, but not one torch.save wrote ({told}); {_listed(names)}", names
+
+
+def names_joblib(names: Iterable[GlobalUse]) -> bool:
+    """Whether a pickle with these names is one of joblib's, which puts arrays between the opcodes."""
+    return any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names)
 
 
 def _kind(root: object) -> str:
