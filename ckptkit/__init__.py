@@ -18,8 +18,8 @@ turns options into rewriters, plans and carries out one output, and tells what c
 `open` gives.
 `differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check` holds
 files against; `digests` says when two files hold the same tensors.
-Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison of
-two trees (`trees`), which everything that shows, compares, counts or digests goes through.
+Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
+of two trees (`trees`), which everything that shows, compares, counts or digests goes through.
 Bytes that have to be made before they can be moved are `derived`, and `casting` is
 what one way of making them computes.  Inside `formats` stand the containers, one module each; `archives`
 are zip and tar as such, `folder` says what lies in a folder, `contents` what pickles and programs stand in bytes that

@@ -204,12 +204,14 @@ def diagnose_losses(
             "the output",
         )
     lost = [] if result.origin.is_program else _lost(source, result, plan)
+    kinds = {each.path: "a model" if each.kind == "whole_model" else "a state_dict" for each in source.sections}
     for path, inside in other_weights(source, lost).items():
         if path not in leave_out:
             yield Finding(
                 code="weights-left-out",
                 severity="warning",
-                message=f"{path!r:.200} holds weights too, {count_of(len(inside), 'tensor')}, and is not in the output",
+                message=f"{path!r:.200}, {kinds[path]} of {count_of(len(inside), 'tensor')}, is not in the output: weights "
+                "too, under other names than those that are",
                 fix=f"--section {shlex.quote(path)}",
             )
     outside = [f"{found.path:.100} ({brief(found.node)})" for found in lost if found.section is None]
