@@ -210,8 +210,8 @@ def diagnose_losses(
             yield Finding(
                 code="weights-left-out",
                 severity="warning",
-                message=f"{path!r:.200}, {kinds[path]} of {count_of(len(inside), 'tensor')}, is not in the output: weights "
-                "too, under other names than those that are",
+                message=f"{path!r:.200}, {kinds[path]} of {count_of(len(inside), 'tensor')}, is not in the output: "
+                "weights too, under other names than those that are",
                 fix=f"--section {shlex.quote(path)}",
             )
     outside = [f"{found.path:.100} ({brief(found.node)})" for found in lost if found.section is None]
