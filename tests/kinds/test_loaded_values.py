@@ -189,11 +189,10 @@ class Call:
 
 def test_tensors_of_devices_without_storages(save: Save) -> None:
     from_numpy = Call(torch._utils._rebuild_device_tensor_from_numpy, numpy.ones(3), torch.bfloat16, "xla:0", False)
-    calls = {"n": from_numpy, "w": torch.ones(1)}
-    if hasattr(torch._utils, "_rebuild_device_tensor_from_cpu_tensor"):
-        calls["c"] = Call(
-            torch._utils._rebuild_device_tensor_from_cpu_tensor, torch.ones(2), torch.float16, "maia:0", True
-        )
+    if not hasattr(torch._utils, "_rebuild_device_tensor_from_cpu_tensor"):
+        pytest.skip("this torch makes such tensors on their own device alone, whatever map_location is")
+    from_cpu = Call(torch._utils._rebuild_device_tensor_from_cpu_tensor, torch.ones(2), torch.float16, "maia:0", True)
+    calls = {"n": from_numpy, "w": torch.ones(1), "c": from_cpu}
     path = save(calls)
     assert same(dict(ckptkit.load_state_dict(path, map_location="cpu")), torch.load(path, "cpu", weights_only=False))
     rows = [row["name"] for row in ckptkit.inspect(path)["tensors"]]

@@ -192,6 +192,7 @@ def test_a_subclass_with_bytes_stays_a_tensor(save: Save) -> None:
 @pytest.fixture
 def two_ranks() -> Iterator[Any]:
     """A mesh of two processes, of which this is the first; nothing is sent to the other."""
+    pytest.importorskip("torch.distributed.device_mesh")
     tensor = pytest.importorskip("torch.distributed.tensor")
     pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     os.environ.setdefault("MASTER_ADDR", "localhost")
