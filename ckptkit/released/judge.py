@@ -308,38 +308,21 @@ def _unreadable(path: str, error: CkptkitError, policy: Policy) -> CheckFinding:
             found="a part of one",
             message=message.removeprefix(f"{CODE}: "),
         )
-    return CheckFinding(
-        code="file-unreadable",
-        severity="error",
-        path=path,
-        rule="readable",
-        expected="a readable checkpoint",
-        found=found,
-        message=message,
-    )
+    return _not_as_it_must_be("file-unreadable", path, "a readable checkpoint", found, message)
 
 
 def _damaged(path: str, damage: str) -> CheckFinding:
-    return CheckFinding(
-        code="damaged",
-        severity="error",
-        path=path,
-        rule="readable",
-        expected="the bytes that checksums were recorded for",
-        found="other bytes",
-        message=damage,
-    )
+    return _not_as_it_must_be("damaged", path, "the bytes that checksums were recorded for", "other bytes", damage)
 
 
 def _malformed(path: str, told: str) -> CheckFinding:
+    return _not_as_it_must_be("malformed-value", path, "values whose parts fit each other", "others", told)
+
+
+def _not_as_it_must_be(code: str, path: str, expected: str, found: str, message: str) -> CheckFinding:
+    """What is found whatever the policy."""
     return CheckFinding(
-        code="malformed-value",
-        severity="error",
-        path=path,
-        rule="readable",
-        expected="values whose parts fit each other",
-        found="others",
-        message=told,
+        code=code, severity="error", path=path, rule="readable", expected=expected, found=found, message=message
     )
 
 
