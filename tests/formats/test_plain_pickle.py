@@ -294,6 +294,15 @@ def test_storages_do_not_count_as_bytes_of_the_pickle(protocol: int, tmp_path: P
         bounded(put(tmp_path, pickle.dumps({"w": torch.ones(2), "t": "x" * 2_000_000}, protocol)), 100_000)
 
 
+def test_storages_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptkit.formats.plain_pickle._MOST", 100)
+    path = put(tmp_path, pickle.dumps([torch.ones(2) for _ in range(100)], 4))
+    with ckptkit.open(path) as file:
+        assert file.kind == "collection"
+    with pytest.raises(LimitError, match="storages in a plain pickle"):
+        formats.read(put(tmp_path, pickle.dumps([torch.ones(2) for _ in range(101)], 4)))
+
+
 def test_a_folder_counts_it_once(tmp_path: Path) -> None:
     put(tmp_path, pickle.dumps({"w": torch.ones(2)}))
     (tmp_path / "settings.pkl").write_bytes(pickle.dumps({"lr": 0.1}))
