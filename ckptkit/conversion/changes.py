@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.errors import FormatError
-from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.beside import beside_weights, discarded_text
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.normalize.wrappers import inner_module_told, wrapper_of
-from ckptkit.pickling.inert import Global, Object, mapping_items, walk
+from ckptkit.pickling.inert import Global, Object, mapping_items, mapping_shell, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
 from ckptkit.plan import Gather, Literal, Plan
@@ -229,26 +227,39 @@ def _lost(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[Found]:
     beside = tensors_beside(source)
     if not beside:
         return []
-    entries = result.state_dict.values()
-    kept: Iterable[object] = entries
-    if not plan.format.startswith("safetensors"):
-        kept = chain(entries, walk([lower_state_dict(result.state_dict), result.rest]))
-    # A storage that was moved, cut or cast keeps the key of the one it was.
-    keys = {
-        (storage.original or storage).key
-        for node in kept
-        if isinstance(storage := node.storage if isinstance(node, TensorEntry) else node, Storage)
-    }
     alone = result.rest is STATE_DICT and not result.state_dict.is_module
-    return [
-        found
-        for found in beside
-        if (
-            alone and found.section != source.origin.state_path
-            if isinstance(found.node, Object)
-            else (found.node.storage if isinstance(found.node, TensorEntry) else found.node).key not in keys
-        )
-    ]
+    # A storage that was moved, cut or cast keeps the key of the one it was.
+    written = [] if plan.format.startswith("safetensors") else _beside_plain(result)
+    keys = {(node.original or node).key for node in map(_storage, walk(written)) if node is not None}
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for entry in source.state_dict.values():
+        spans.setdefault(entry.storage.key, []).append(entry.span())
+
+    def is_kept(node: TensorEntry | Storage | Object) -> bool:
+        storage = _storage(node)
+        if storage is None:  # an array
+            return not alone
+        start, end = node.span() if isinstance(node, TensorEntry) else (0, storage.nbytes)
+        within = any(first <= start and end <= last for first, last in spans.get(storage.key, ()))
+        return within or storage.key in keys
+
+    others = [found for found in beside if found.section is None or found.section != source.origin.state_path]
+    return [found for found in others if not is_kept(found.node)]
+
+
+def _beside_plain(result: Checkpoint) -> list[object]:
+    """What is written into a pickle beside the plain tensors of the state_dict, as `lower_state_dict` writes it."""
+    state_dict = result.state_dict
+    if state_dict.is_module:
+        return [state_dict.container, result.rest]
+    written = [node for node in state_dict.values() if state_dict.container is not None or node.subclass is not None]
+    hanging = [part for node in written for part in (node.subclass, node.attributes, node.effects)]
+    return [*state_dict.extra.values(), hanging, mapping_shell(state_dict.container), result.rest]
+
+
+def _storage(node: object) -> Storage | None:
+    """The storage that a node is, or views."""
+    return node.storage if isinstance(node, TensorEntry) else node if isinstance(node, Storage) else None
 
 
 def diagnose_trust(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterator[Finding]:

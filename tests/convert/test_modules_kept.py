@@ -141,6 +141,16 @@ def test_attributes_of_tensors(save: Save) -> None:
     assert "w.scale" in converted(path, "out.safetensors")[1]["attributes-left-out"].message
 
 
+def test_another_view_of_a_storage_that_is_kept_in_part(save: Save) -> None:
+    base = torch.arange(100.0)
+    model = Net()
+    model.body.weight = nn.Parameter(base[:6].view(3, 2))
+    model.codebook, model.same = base[50:53], base[1:3]
+    for name in ("out.pth", "out.safetensors"):
+        lost = converted(save(model), name)[1]["attributes-left-out"].message
+        assert "codebook" in lost and "same" not in lost  # whose values are those of a part of the weight
+
+
 # Second parts.
 
 
