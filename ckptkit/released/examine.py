@@ -24,7 +24,7 @@ from ckptkit.inspection.training import training_document
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
-from ckptkit.normalize.tensors import tensors_beside
+from ckptkit.normalize.tensors import Found, tensors_beside
 from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import InertDict, Object, mapping_shell, tensors_in, walk
@@ -398,6 +398,7 @@ def _examined(
 ) -> Examined:
     origin = checkpoint.origin
     folder = os.path.dirname(os.path.abspath(path))
+    beside = tensors_beside(checkpoint, values=True)
     exact = (found for found in identify(checkpoint.state_dict) if found.exact and not found.others)
     return Examined(
         path=path,
@@ -416,7 +417,7 @@ def _examined(
         has_optimizer=_has_optimizer(checkpoint),
         prefixes=tuple(sorted({prefix for prefix in map(wrapper_of, weights.names) if prefix})),
         locations=tuple(sorted({storage.location for storage in storages})),
-        findings=diagnose(checkpoint),
+        findings=diagnose(checkpoint, [found for found in beside if not found.is_value]),
         part=next(part_findings(checkpoint), None),
         architecture=next(exact, None),
         shards=tuple(
@@ -428,13 +429,13 @@ def _examined(
             for shard in file.parts
         ),
         damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
-        malformed=tuple(_malformed(checkpoint)),
+        malformed=tuple(_malformed(beside)),
     )
 
 
-def _malformed(checkpoint: Checkpoint) -> Iterator[str]:
+def _malformed(beside: Sequence[Found]) -> Iterator[str]:
     """The values that torch would rebuild without a look at indices, offsets and axes that lie outside of them."""
-    for found in tensors_beside(checkpoint, values=True):
+    for found in beside:
         if not found.is_value:
             continue
         from ckptkit.pickling.layouts import rebuilt
