@@ -208,7 +208,7 @@ def convert(
 
     Raises:
         As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
-        RewriteError where the weights are not those of ``like``; VerifyError where that is no reference.
+        RewriteError where the weights are not those of ``like``; VerifyError where ``like`` names no model.
     """
     from ckptkit.conversion.job import Job
     from ckptkit.conversion.options import Conversion, Options  # reading alone starts faster without the writing half

@@ -142,7 +142,7 @@ def _same_scalar(a: object, b: object) -> bool:
 
 
 def shown(a: object, b: object) -> tuple[str | None, str | None]:
-    """Two values that differ, some 60 characters of each, from where long texts differ; ``None``: there is none."""
+    """Two values that differ, 60 characters of each at most, from where long texts differ; ``None`` for nothing."""
     first = 0
     if isinstance(a, (str, bytes, bytearray)) and type(a) is type(b) and max(len(a), len(b)) > _SHOWN:
         pairs = enumerate(zip(a, b, strict=False))

@@ -139,7 +139,7 @@ class Call(NamedTuple):
 
     Attributes:
         made: the innermost call, or a plain tensor.
-        cls: name of the outermost subclass; empty: there is none.
+        cls: name of the outermost subclass; empty for a plain tensor.
         is_parameter: whether a parameter is made of it.
         requires_grad: of that; ``None``: as the tensor's own.
     """

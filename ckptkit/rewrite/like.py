@@ -173,7 +173,7 @@ class Like:
         """The one fitting in which every tensor of the model is there; where the names fit, wrappers aside, it is that.
 
         Raises:
-            RewriteError: there is none, or there are several, of different tensors.
+            RewriteError: no set of tensors fits, or several different ones do.
         """
         found = self.fittings(checkpoint.state_dict)
         complete = self.complete(found)

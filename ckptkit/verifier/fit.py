@@ -110,7 +110,7 @@ def _old_names(fit: Fit, checkpoint: Checkpoint, fittings: Sequence[Fitting], co
     fitting = f"all {fit.of}" if best.is_complete and not best.counters else f"{len(best.sources)} of {fit.of}"
     others = f"; equally many after {listed([other.label for other in found[1:]], between=' or ')}" if found[1:] else ""
     in_passing = best.options == ("--strip-module",) and not best.unexpected
-    here = " (verify --strip-module does so in passing)" if in_passing else ""
+    here = " (verify --strip-module does so without writing a file)" if in_passing else ""
     # What is left over has to go too; of several that fit, the one that is advised is named.
     is_like = best.is_complete and bool(best.unexpected) and context.reference.spec is not None
     options = best.options if found[1:] or not is_like else ()
