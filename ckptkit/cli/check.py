@@ -67,7 +67,9 @@ __all__ = ["command"]
 )
 @click.option("--no-nan", is_flag=True, default=None, help="No tensor may hold NaN, no parameter Inf; reads the data.")
 @click.option("--no-optimizer", is_flag=True, default=None, help="No file may hold an optimizer's state.")
-@click.option("--no-prefix", is_flag=True, default=None, help="No name may carry module. or _orig_mod.")
+@click.option(
+    "--no-prefix", is_flag=True, default=None, help="No name may carry a wrapper's prefix: module., _orig_mod. ..."
+)
 @click.option(
     "--location",
     multiple=True,

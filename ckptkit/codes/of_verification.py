@@ -231,7 +231,7 @@ CODES: dict[str, Explanation] = {
     ),
     "against-unwrapped": Explanation(
         "a wrapper's prefix was taken off to compare",
-        "The names carry module. or _orig_mod., and fit the reference without it.",
+        "The names carry a prefix of wrappers (module., _orig_mod.), and fit the reference without it.",
         "-",
     ),
     "device-equal": Explanation(

@@ -307,7 +307,7 @@ def _prefixes(
     if len(bare[0]) < len(ours) or len(bare[1]) < len(theirs) or len(bare[0] & bare[1]) <= agreeing:
         return
     message = (
-        f"{count_of(agreeing, 'name', 'agrees', 'agree')}; without the prefixes of wrappers (module., _orig_mod.) "
+        f"{count_of(agreeing, 'name', 'agrees', 'agree')}; without the prefixes of wrappers (module. and the like) "
         f"{len(bare[0] & bare[1]):,} of {len(ours):,} and {len(theirs):,} would"
     )
     options = [
