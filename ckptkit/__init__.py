@@ -7,7 +7,7 @@ The layers, each importing only from those to its right; a test enforces it:
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
         > diagnose, compare, stats, architectures, digests > formats, rewrite, transfer > normalize > pickling
         > plan, casting > checkpoint > derived > bytesource
-        > report, arguments, dtypes, limits, codes, extras, version > errors
+        > codes > report, arguments, dtypes, limits, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output
@@ -52,13 +52,13 @@ from ckptkit.errors import (
     UnsupportedError,
     VerifyError,
 )
+from ckptkit.extras import __version__ as __version__
 from ckptkit.report import Finding, Report
-from ckptkit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ckptkit.differences import Difference
     from ckptkit.plan import Plan
-    from ckptkit.released.manifests.records import Manifest
+    from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckFinding, CheckReport
     from ckptkit.rewrite import (
         AddModule,
@@ -144,7 +144,7 @@ def __getattr__(name: str) -> Any:
 
         return Difference
     if name == "Manifest":
-        from ckptkit.released.manifests.records import Manifest
+        from ckptkit.released.manifest_file import Manifest
 
         return Manifest
     if name in ("CheckFinding", "CheckReport"):

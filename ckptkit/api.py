@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections import OrderedDict
 
     from ckptkit.differences import Difference
-    from ckptkit.released.manifests.records import Manifest
+    from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckReport
     from ckptkit.rewrite import Like
     from ckptkit.rewrite.device import LocationMap
@@ -196,7 +196,7 @@ def convert(
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
         metadata: strings to set in the output's metadata.
         allow_part: whether the source may be a part of a checkpoint that lies in several files.
-        receipt: whether to record in the metadata what was done; see `ckptkit.conversion.receipt`.
+        receipt: whether to record in the metadata what was done; see `ckptkit.conversion`.
         dry_run: make the plan, write nothing.
         force: whether an existing destination may be replaced.
         check: whether to compare the output with the source before it gets its name; see `CheckpointFile.save`.
@@ -210,7 +210,7 @@ def convert(
         As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
         RewriteError where the weights are not those of ``like``; VerifyError where ``like`` names no model.
     """
-    from ckptkit.conversion.job import Job
+    from ckptkit.conversion import Job
     from ckptkit.conversion.options import Conversion, Options  # reading alone starts faster without the writing half
 
     options = Options(
@@ -238,7 +238,7 @@ def convert(
         file = stack.enter_context(reading(section=section))
         require_whole(file.checkpoint, allow_part=allow_part)
         if options.like is not None and section is None:
-            from ckptkit.conversion.like import section_like
+            from ckptkit.conversion.options import section_like
 
             found = section_like(file.checkpoint, options, ignore_checksums=ignore_checksums)
             if found != file.checkpoint.origin.state_path:
@@ -368,8 +368,7 @@ def diff(
 def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
     if checkpoint.origin.state_path is not None:
         return
-    from ckptkit.normalize.beside import held_instead
-    from ckptkit.normalize.selection import paths_listed
+    from ckptkit.normalize.selection import held_instead, paths_listed
 
     path, weights = checkpoint.origin.path, paths_listed(checkpoint.sections)
     if weights:
@@ -413,7 +412,7 @@ def manifest(
         FileAccessError: a file cannot be read, is not below the manifest's folder, or there is none.
         FormatError: a file is not a checkpoint, or the manifest to update is none.
     """
-    from ckptkit.released.manifests.at_path import make_at
+    from ckptkit.released.manifest_maker import make_at
 
     return make_at(
         [os.fsdecode(path) for path in several(paths)],

@@ -13,7 +13,7 @@ from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Finding, count_of
 
 if TYPE_CHECKING:
-    from ckptkit.conversion.job import Job
+    from ckptkit.conversion import Job
     from ckptkit.plan import Plan
     from ckptkit.transfer.workers import Progress
 
@@ -118,7 +118,7 @@ class CheckpointFile:
             force: whether an existing file may be replaced.
             check: whether to open the output again and compare every byte before it gets its name, and to hold
                 the source's checksums against its bytes; and to wait until all is on disk.
-            receipt: whether to record in the metadata what was done; see `ckptkit.conversion.receipt`.
+            receipt: whether to record in the metadata what was done; see `ckptkit.conversion`.
             allow_part: whether it may be a part of a checkpoint that lies in several files.
             progress: called with the bytes dealt with so far, and those to deal with in all.
 
@@ -140,7 +140,7 @@ class CheckpointFile:
     def _job(
         self, destination: PathLike, *, to: str | None, max_shard_size: int | str | None, receipt: bool, check: bool
     ) -> Job:
-        from ckptkit.conversion.job import Job  # reading alone starts faster without the writing half
+        from ckptkit.conversion import Job  # reading alone starts faster without the writing half
 
         return Job.of(
             self.checkpoint,

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages, tied_groups
-from ckptkit.normalize.beside import EMBEDDINGS, beside_weights, discarded_text, holding_suffix
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
+from ckptkit.normalize.selection import EMBEDDINGS, beside_weights, discarded_text, holding_suffix
 from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of

@@ -2,6 +2,8 @@
 
 Imports none.  Whoever is about to import a layer that does (`ckptkit.torch_bridge`,
 `ckptkit.verifier`) calls `require` first, so that the message is the same everywhere.
+
+The version, where everything can read it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import re
 
 from ckptkit.errors import MissingDependencyError
 
-__all__ = ["INSTALL_TORCH", "OLDEST_TORCH", "require", "require_torch"]
+__all__ = ["INSTALL_TORCH", "OLDEST_TORCH", "__version__", "require", "require_torch"]
 
 INSTALL_TORCH = "pip install '.[torch]'"
 """Installs both, when run in a clone of ckptkit (a package named ckptkit on PyPI is another project)."""
@@ -70,3 +72,6 @@ def _broken(package: str, error: Exception) -> MissingDependencyError:
         f"in the clone of ckptkit run: {_INSTALL.get(package, INSTALL_TORCH)}",
         name=package,
     )
+
+
+__version__ = "0.1.0"

@@ -2,6 +2,8 @@
 
 A `Finding` has a stable code (`ckptkit.codes` explains each).  All findings are collected first
 and reported together; the worst severity decides.
+
+What is said of a finding code.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ckptkit.errors import FailedReportError, RewriteError
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Explanation",
     "Finding",
     "Report",
     "Severity",
@@ -283,3 +286,14 @@ def parse_size(text: str) -> int:
     raise RewriteError(
         f"{text[:40]!r} is not a valid size; write it like 5GB, 500MB or 1.5GB, 2GiB, or 1000000 for bytes"
     )
+
+
+class Explanation(NamedTuple):
+    """The text behind a code."""
+
+    title: str
+    """What was seen, in a line."""
+    meaning: str
+    """Why it matters: what fails, and with which message."""
+    remedy: str
+    """What to do; ``-`` where nothing needs to be done."""

@@ -17,7 +17,8 @@ PACKAGE = Path(ckptkit.__file__).parent
 
 LAYERS = (
     {"errors"},
-    {"report", "arguments", "dtypes", "limits", "codes", "extras", "version"},
+    {"report", "arguments", "dtypes", "limits", "extras"},
+    {"codes"},
     {"bytesource"},
     {"derived"},
     {"checkpoint"},

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 import ckptkit
-from ckptkit.conversion import receipt
-from ckptkit.normalize.receipts import KEY
-from ckptkit.version import __version__
+from ckptkit import conversion
+from ckptkit.extras import __version__
+from ckptkit.normalize.selection import KEY
 
 Save = Callable[..., Path]
 
@@ -65,12 +65,12 @@ def tokens() -> Iterator[list[str]]:
     """The stand-ins that were made up, as far as they are alike."""
     made: list[str] = []
 
-    class Recorded(receipt.Tokens):
+    class Recorded(conversion.Tokens):
         def __init__(self) -> None:
             super().__init__()
             made.append(self.prefix)
 
-    with mock.patch("ckptkit.conversion.job.Tokens", Recorded):
+    with mock.patch("ckptkit.conversion.Tokens", Recorded):
         yield made
 
 

@@ -6,10 +6,295 @@ original, and the number with it.  Where none fits, sketches tell the closest.
 
 A hint, never proof: nothing in the tensors' values is looked at, and models that compute differently may have
 the same names and shapes (``resnet18`` and ``quantized_resnet18`` before it is quantized).
+
+From a state_dict to the architectures it may be of.
 """
 
 from __future__ import annotations
 
-from ckptkit.architectures.match import Architecture, identify
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckptkit.architectures.index import (
+    LIBRARIES,
+    Dimension,
+    Free,
+    Row,
+    Shapes,
+    load,
+    names_digest,
+    shapes_digest,
+    similarity,
+    sketch,
+    weights_of,
+)
+from ckptkit.checkpoint import StateDict
+from ckptkit.normalize.wrappers import unwrapped
 
 __all__ = ["Architecture", "identify"]
+
+_MIN_TENSORS = 8
+"""Fewer are what any two small models may have in common.  The smallest model of the index has 16."""
+
+_MAX_TENSORS = 6_000
+"""More are no model of the index, of which the largest has some 2,700, nor two of them together."""
+
+_MAX_SKETCHED = 4_000
+"""Tensors of what is compared with models that do not fit: hashing each is most of the work."""
+
+_MAX_CHARACTERS = 1_000_000
+"""Of all names.  Those of the index have under 150,000."""
+
+_MAX_LEVELS = 4
+"""Prefixes in prefixes that are tried: ``model.encoder.backbone.``."""
+
+_MAX_ALIKE = 12
+"""Architectures told where more fit."""
+
+_MAX_CLOSEST = 3
+"""Architectures told where none fits."""
+
+_MAX_CANDIDATES = 12
+"""Rows whose sketches are compared, of those that have most in common with the file."""
+
+_MIN_SIMILARITY = 0.3
+"""Below, nothing is said."""
+
+_BELOW_ONE = 0.99
+"""What does not fit is not altogether alike, whatever the estimate."""
+
+Difference = Literal["no head", "another head", "other shapes"]
+
+_SAID: Mapping[Difference, str] = {
+    "no head": "without its head",
+    "another head": "with another head",
+    "other shapes": "with other shapes",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A known model that a state_dict is of, or is like.
+
+    Attributes:
+        reference: what `ckptkit.verify` takes: ``"torchvision:resnet18"``.
+        args: the arguments it has to be built with.
+        exact: every name and every shape is the model's (``num_batches_tracked`` aside).
+        similarity: 1.0 where it is exact; else how much of the two is the same, of which an estimate is made.
+        prefix: what the names have in front of the model's own, wrappers (``module.``) aside.
+        others: tensors that do not lie under the prefix.
+        differs: in what it is not exact, where that is one thing; ``None``: it is exact, or nothing like it is known.
+        defaults: of the arguments in `args` that are numbers read off the shapes, the library's own values.
+    """
+
+    reference: str
+    args: Mapping[str, object]
+    exact: bool
+    similarity: float = 1.0
+    prefix: str = ""
+    others: int = 0
+    differs: Difference | None = None
+    defaults: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """``"torchvision resnet18, head 1000 → 10"``."""
+        parts = [self.reference.replace(":", " ", 1)]
+        for name, value in self.args.items():
+            if name not in self.defaults:
+                parts.append(f"{name}={value}")
+            else:
+                parts.append(f"{'head' if name == 'num_classes' else name} {self.defaults[name]} → {value}")
+        if self.differs:
+            parts.append(_SAID[self.differs])
+        if self.prefix:
+            parts.append(f"under {self.prefix!r}")
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the inspect document."""
+        return {
+            "reference": self.reference,
+            "args": dict(self.args),
+            "exact": self.exact,
+            "similarity": round(self.similarity, 3),
+            "prefix": self.prefix,
+            "others": self.others,
+            "differs": self.differs,
+            "label": self.label,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """Names under a prefix, without it, sorted."""
+
+    prefix: str
+    others: int
+    shapes: Shapes
+
+
+def identify(state_dict: StateDict) -> tuple[Architecture, ...]:
+    """The architectures whose names and shapes these are, best first; where there are none, the closest.
+
+    Of those that fit alike, torchvision's come before timm's, models before their quantizable twins, and within
+    a library those that need fewer arguments are told alone.  Nothing is said of a few tensors, or of very many.
+
+    Args:
+        state_dict: the weights; dtypes and values do not matter.
+    """
+    if not _MIN_TENSORS <= len(state_dict) <= _MAX_TENSORS or sum(map(len, state_dict)) > _MAX_CHARACTERS:
+        return ()
+    shapes = weights_of((unwrapped(name), entry.shape) for name, entry in state_dict.items())
+    whole = _View(prefix="", others=0, shapes=shapes)
+    if found := _fitting(whole, "names"):
+        return found
+    views = [whole, *_under_prefixes(whole)]
+    for view in views[1:]:
+        if found := _fitting(view, "names"):
+            return found
+    for view in views:
+        if found := _fitting(view, "trunk"):
+            return found
+    return _closest(views)
+
+
+def _under_prefixes(whole: _View) -> Iterator[_View]:
+    """What most names have in front, and what most of those have, and so on."""
+    prefix, shapes = "", whole.shapes
+    for _ in range(_MAX_LEVELS):
+        counts = Counter(name.partition(".")[0] for name in shapes if "." in name)
+        segment, number = counts.most_common(1)[0] if counts else ("", 0)
+        if number < max(_MIN_TENSORS, len(shapes) / 2):
+            return
+        start = f"{segment}."
+        prefix += start
+        shapes = {name[len(start) :]: shape for name, shape in shapes.items() if name.startswith(start)}
+        yield _View(prefix=prefix, others=len(whole.shapes) - len(shapes), shapes=shapes)
+
+
+def _fitting(view: _View, key: Literal["names", "trunk"]) -> tuple[Architecture, ...]:
+    """The rows that have these names, and with the right arguments these shapes."""
+    digest, shapes = names_digest(view.shapes), [*view.shapes.values()]
+    known: dict[frozenset[Dimension], str | None] = {}
+    found: list[tuple[tuple[object, ...], Architecture]] = []
+    for order, library in enumerate(LIBRARIES):
+        fits = []
+        for _, row in load(library).having(key, digest):
+            args = _arguments(row, shapes, known, trunk=key == "trunk")
+            if args is not None:
+                fits.append((row, args))
+        fewest = min((len(args) for _, args in fits), default=0)
+        for row, args in fits:
+            if len(args) == fewest:
+                alike = len(shapes) / row.tensors
+                differs: Difference | None = "no head" if key == "trunk" else None
+                found.append((
+                    (order, row.name.startswith("quantized_"), len(row.name)),
+                    _architecture(library, row, args, view, similarity=alike, differs=differs),
+                ))  # fmt: skip
+    found.sort(key=lambda item: item[0])
+    return tuple(architecture for _, architecture in found[:_MAX_ALIKE])
+
+
+def _arguments(
+    row: Row, shapes: list[tuple[int, ...]], known: dict[frozenset[Dimension], str | None], *, trunk: bool
+) -> dict[str, int] | None:
+    """The free arguments that give a row these shapes, those with other values than by default; ``None``: none do."""
+    free = row.trunk_free if trunk else row.free
+    masked = frozenset((tensor, axis) for facts in free.values() for tensor, axis, _, _ in facts.at)
+    if masked not in known:
+        known[masked] = shapes_digest(shapes, masked)
+    if known[masked] != (row.trunk_shapes if trunk else row.shapes):
+        return None
+    return _solved(free, shapes)
+
+
+def _solved(free: Mapping[str, Free], shapes: list[tuple[int, ...]]) -> dict[str, int] | None:
+    values = {}
+    for name, facts in free.items():
+        value = facts.solve(shapes)
+        if value is None:
+            return None
+        if value != facts.default:
+            values[name] = value
+    return values
+
+
+def _architecture(
+    library: str, row: Row, args: Mapping[str, int], view: _View, *, similarity: float, differs: Difference | None
+) -> Architecture:
+    return Architecture(
+        reference=f"{library}:{row.name}",
+        args={**row.args, **args},
+        exact=similarity == 1.0,
+        similarity=similarity,
+        prefix=view.prefix,
+        others=view.others,
+        differs=differs,
+        defaults={name: row.free[name].default for name in args if name not in row.args},
+    )
+
+
+def _closest(views: list[_View]) -> tuple[Architecture, ...]:
+    """The models with most in common with any of the views, the same names and shapes told once.
+
+    A model that has all but the head in common, or every name, is its own answer: what has less is left out.
+    """
+    found: dict[Difference | None, list[Architecture]] = {"another head": [], "other shapes": [], None: []}
+    seen = set()
+    for alike, view, library, number, row in _candidates(views):
+        same = (*load(library).sketch(number),)
+        if same in seen:
+            continue
+        seen.add(same)
+        args: Mapping[str, int] = {}
+        differs: Difference | None = None
+        if row.names == names_digest(view.shapes):
+            differs = "other shapes"
+        elif (beheaded := _with_another_head(row, view)) is not None:
+            differs, (args, alike) = "another head", beheaded
+        elif alike < _MIN_SIMILARITY:
+            continue
+        alike = min(alike, _BELOW_ONE)
+        found[differs].append(_architecture(library, row, args, view, similarity=alike, differs=differs))
+    return tuple(next((some for some in found.values() if some), [])[:_MAX_CLOSEST])
+
+
+def _candidates(views: list[_View]) -> list[tuple[float, _View, str, int, Row]]:
+    """The rows most like the views, and those with their names, best first.
+
+    Similarity, view, library, the row's number, the row.
+    """
+    found = []
+    for view in views:
+        if len(view.shapes) > _MAX_SKETCHED:
+            continue
+        hashes, digest = sketch(view.shapes), names_digest(view.shapes)
+        for library in LIBRARIES:
+            index = load(library)
+            shared = sorted(index.sharing(hashes).items(), key=lambda item: (-item[1], item[0]))
+            rows = {number: index.row(number) for number, _ in shared[:_MAX_CANDIDATES]}
+            rows.update(index.having("names", digest))
+            found += [(similarity(hashes, index.sketch(n)), view, library, n, rows[n]) for n in sorted(rows)]
+    return sorted(found, key=lambda item: -item[0])
+
+
+def _with_another_head(row: Row, view: _View) -> tuple[dict[str, int], float] | None:
+    """Where a view is the row but for its head: the arguments of the rest, and how much of the two is the same.
+
+    What takes the head's place has its name (``fc.0.weight`` for ``fc.weight``), or that of the module the head
+    is in (``classifier.2.weight`` for ``classifier.1.weight``).
+    """
+    for head in (row.head, tuple(module.rpartition(".")[0] for module in row.head)):
+        if not all(head):
+            continue
+        under = tuple(f"{module}." for module in head)
+        trunk = {name: shape for name, shape in view.shapes.items() if not name.startswith(under)}
+        if names_digest(trunk) == row.trunk:
+            args = _arguments(row, [*trunk.values()], {}, trunk=True)
+            if args is not None:
+                return args, len(trunk) / (row.tensors + len(view.shapes) - len(trunk))
+    return None

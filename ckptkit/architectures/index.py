@@ -1,4 +1,18 @@
-"""The index of known architectures: a line of JSON for each, and its sketch in a file beside.
+"""What a model's names and shapes come down to: two digests and a sketch, the same in every Python.
+
+- `names_digest`: of the sorted names
+- `shapes_digest`: of the shapes in that order, with the dimensions left out that an argument decides
+- `sketch`: the `SKETCH` smallest hashes of (name, shape) pairs.  The share two models' sketches have in
+  common estimates the share of pairs the models have in common (A. Broder, "On the resemblance and
+  containment of documents", 1997).
+
+``num_batches_tracked`` is no part of any: old files do not have it, and nothing depends on it.
+
+Both digests are the CRC-32 and the Adler-32 of the text.  They are not safe against someone who looks for
+collisions, who could as well have saved the model itself: what is found is a hint, never a reason to
+trust a file.  (`hashlib` takes as long to import as everything else here takes to run.)
+
+The index of known architectures: a line of JSON for each, and its sketch in a file beside.
 
 ``python -m ckptkit.verifier.index_maker`` writes them.  A line is
 
@@ -6,7 +20,7 @@
      "free": {"num_classes": {"default": 1000, "linear": [[tensor, dimension, a, b], ...]}},
      "head": ["fc"], "trunk": digest, "trunk_shapes": digest}
 
-- ``names``, ``shapes``: see `ckptkit.architectures.fingerprint`; free dimensions are masked
+- ``names``, ``shapes``: see `ckptkit.architectures.index`; free dimensions are masked
 - ``free``: the arguments that decide a dimension and nothing else.  ``linear``: the dimension is a x value + b,
   as of classes; ``square``: it is (value / a) ** 2 + b, as the positions of an image cut into patches
 - ``head``: the modules with a dimension that ``num_classes`` decides; ``trunk``: the names without them
@@ -20,8 +34,9 @@ from __future__ import annotations
 import binascii
 import json
 import sys
+import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import compress, count
@@ -29,9 +44,80 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
-from ckptkit.architectures.fingerprint import SKETCH, Dimension
+__all__ = [
+    "LIBRARIES",
+    "SKETCH",
+    "Dimension",
+    "Free",
+    "Index",
+    "Row",
+    "Shapes",
+    "load",
+    "names_digest",
+    "shapes_digest",
+    "similarity",
+    "sketch",
+    "weights_of",
+]
 
-__all__ = ["LIBRARIES", "Free", "Index", "Row", "load"]
+SKETCH = 48
+"""Hashes in a sketch.  The estimate is right to about 7 %."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Names of tensors, and their shapes."""
+
+Dimension = tuple[int, int]
+"""A tensor, by its place among the sorted names, and one of its dimensions."""
+
+_MIX = 2654435761
+"""An odd number (2**32 over the golden ratio): CRCs of similar names differ in patterns, their products do not."""
+
+
+def weights_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """What counts, sorted by name."""
+    return dict(sorted(pair for pair in shapes if not pair[0].endswith("num_batches_tracked")))
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """Sixteen hexadecimal digits for names that are sorted."""
+    return _digest("\n".join(names))
+
+
+def shapes_digest(shapes: Sequence[tuple[int, ...]], masked: Collection[Dimension] = ()) -> str | None:
+    """Sixteen hexadecimal digits for shapes in the order of their names.
+
+    Args:
+        shapes: of the tensors.
+        masked: dimensions that may have any size.
+
+    Returns:
+        ``None`` where a shape has no such dimension.
+    """
+    lines = [str(shape) for shape in shapes]
+    for tensor in {tensor for tensor, _ in masked}:
+        axes = {axis for index, axis in masked if index == tensor}
+        if tensor >= len(shapes) or max(axes) >= len(shapes[tensor]):
+            return None
+        lines[tensor] = str(tuple(-1 if axis in axes else size for axis, size in enumerate(shapes[tensor])))
+    return _digest("\n".join(lines))
+
+
+def sketch(shapes: Shapes) -> list[int]:
+    """The smallest hashes, in ascending order; fewer than `SKETCH` where there are fewer tensors.  None is 0."""
+    hashes = {zlib.crc32(f"{n} {s}".encode("utf-8", "surrogatepass")) * _MIX & 0xFFFFFFFF for n, s in shapes.items()}
+    return sorted(hashes - {0})[:SKETCH]
+
+
+def similarity(first: Collection[int], second: Collection[int]) -> float:
+    """An estimate of how much of two models is the same, from their sketches: 0 to 1."""
+    smallest = sorted({*first, *second})[:SKETCH]
+    return len({*first} & {*second} & {*smallest}) / len(smallest) if smallest else 0.0
+
+
+def _digest(text: str) -> str:
+    data = text.encode("utf-8", "surrogatepass")
+    return f"{zlib.crc32(data):08x}{zlib.adler32(data):08x}"
+
 
 LIBRARIES = ("torchvision", "timm")
 """The libraries there is an index of; where two have the same model, the first is named first."""

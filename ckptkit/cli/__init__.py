@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _called(arguments: list[str]) -> int:
     """Run what the arguments ask for; its exit code."""
     if _COMPLETION in os.environ:  # a shell asks what it may offer
-        from ckptkit.cli.completion import register
+        from ckptkit.cli.explain import register
 
         register(os.environ[_COMPLETION])
         try:

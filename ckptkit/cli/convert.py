@@ -1,7 +1,11 @@
-"""``ckptkit convert SRC DST``: rewrite a checkpoint."""
+"""``ckptkit convert SRC DST``: rewrite a checkpoint.
+
+The plan of a conversion as text: every rename, drop, cast and gather, bytes and shards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -9,8 +13,10 @@ import click
 from ckptkit import api
 from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
+from ckptkit.cli.ending import progress_line
 from ckptkit.cli.options import (
     allow_part_option,
+    columns,
     common_options,
     echo,
     echo_findings,
@@ -23,12 +29,9 @@ from ckptkit.cli.options import (
     styler,
     with_examples,
 )
-from ckptkit.cli.plan_text import show_plan
-from ckptkit.cli.progress import progress_line
 from ckptkit.report import count_of, human_size
 
-__all__ = ["command"]
-
+__all__ = ["command", "show_plan"]
 
 _RULES = ("rename", "rename_file")
 """Options whose values the command is given together, as ``rules``."""
@@ -56,7 +59,7 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
 
 
 def _complete_reference(*given: Any) -> Any:
-    from ckptkit.cli.completion import complete_reference  # converting starts faster without
+    from ckptkit.cli.explain import complete_reference  # converting starts faster without
 
     return complete_reference(*given)
 
@@ -211,3 +214,49 @@ def _map_location(given: tuple[str, ...]) -> str | dict[str, str] | None:
     if len(table) != len(pairs):
         raise click.UsageError("--map-location maps one location twice")
     return table or None
+
+
+_WAYS = ("copies", "casts", "gathers", "literals")
+
+_SHOWN = 10
+"""Lines of each kind; ``--json`` has them all."""
+
+
+def show_plan(details: Mapping[str, Any]) -> None:
+    """Print what would be done."""
+    plan = details["plan"]
+    echo(
+        f"{printable(details['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
+        f"{plan['nbytes']:,} bytes"
+    )
+    rows = [[way, f"{plan[way]['count']:,}", f"{plan[way]['nbytes']:,}"] for way in _WAYS]
+    for line in columns(rows, ["moved as", "steps", "bytes"], "lrr"):
+        echo(line)
+    for line in _changes(details, plan):
+        echo(line)
+    echo("dry run: nothing was written")
+
+
+def _changes(details: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]:
+    name = printable
+    yield from _some(
+        "shard",
+        plan["shards"],
+        lambda s: f"{name(s['name'])}  {count_of(s['tensors'], 'tensor')}, {s['nbytes']:,} bytes",
+    )
+    yield from _some("tied", list(plan["aliases"].items()), lambda pair: f"{name(pair[0])} = {name(pair[1])}")
+    yield from _some("rename", details["renames"], lambda r: f"{name(r['from'])} -> {name(r['to'])}")
+    yield from _some("drop", details["dropped"], name)
+    yield from _some("cast", details["casts"], lambda c: f"{name(c['name'])}  {c['from']} -> {c['to']}")
+    yield from _some("gather", details["gathered"], name)
+    cut = details["compacted"]
+    if cut["storages"]:
+        yield f"compact: {count_of(cut['storages'], 'storage')}, {human_size(cut['nbytes'])} that no tensor views"
+
+
+def _some(kind: str, items: Sequence[Any], line: Callable[[Any], str]) -> Iterator[str]:
+    """A line for each of the first items, and how many more there are."""
+    for item in items[:_SHOWN]:
+        yield f"{kind}: {line(item)}"
+    if len(items) > _SHOWN:
+        yield f"{kind}: and {len(items) - _SHOWN:,} more (--json lists all)"

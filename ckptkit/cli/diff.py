@@ -8,6 +8,7 @@ import click
 
 from ckptkit import api
 from ckptkit.cli import diff_text, ending
+from ckptkit.cli.ending import progress_line
 from ckptkit.cli.options import (
     allow_part_option,
     common_options,
@@ -21,7 +22,6 @@ from ckptkit.cli.options import (
     tolerance_option,
     with_examples,
 )
-from ckptkit.cli.progress import progress_line
 
 __all__ = ["command"]
 
@@ -80,7 +80,7 @@ def command(
     if as_json:
         echo_json(document)
     elif output == "markdown":
-        from ckptkit.cli.diff_markdown import markdown
+        from ckptkit.cli.diff_text import markdown
 
         for line in markdown(document, top=top):
             echo(line)

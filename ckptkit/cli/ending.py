@@ -5,6 +5,8 @@ what the process exits with.  Before it is known, and where the output cannot be
 
 The process keeps stdout for itself where a model's own code runs (`keep_stdout`): descriptor 1 leads to stderr from
 then on, so that nothing which that code, or a library written in C++, prints can get into the output.
+
+Progress on stderr: how much, how fast, how long it will take.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 import click
+
+from ckptkit.report import human_size
 
 __all__ = [
     "OutputLostError",
@@ -28,6 +32,7 @@ __all__ = [
     "begin",
     "exit_code",
     "keep_stdout",
+    "progress_line",
     "say",
     "signals_heard",
     "stdout",
@@ -223,3 +228,54 @@ def exit_code(error: BaseException) -> int:
     how = {"SIGINT": "interrupted", "SIGTERM": "terminated"}.get(signal.Signals(number).name, "the terminal has gone")
     say(f"ckptkit: {how}; {_ending.done or 'no file is half-written'}")
     return 128 + number
+
+
+_SECONDS = 0.2
+"""Time between two updates."""
+
+
+@contextmanager
+def progress_line(wanted: bool | None, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A line that is written over and over, and gone at the end.
+
+    Args:
+        wanted: whether to show it; ``None``: on a terminal.
+        quiet: never.
+
+    Yields:
+        A function to be called with the bytes dealt with so far, and those to deal with in all.
+    """
+    if quiet or not (sys.stderr.isatty() if wanted is None else wanted):
+        yield None
+        return
+    started = shown = time.monotonic()
+    width = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown, width
+        now = time.monotonic()
+        if now - shown < _SECONDS and done < total:
+            return
+        shown = now
+        line = _line(done, total, now - started)
+        say("\r" + line.ljust(width), nl=False)
+        width = len(line)
+
+    try:
+        yield update
+    finally:
+        if width:
+            say("\r" + " " * width + "\r", nl=False)
+
+
+def _line(done: int, total: int, seconds: float) -> str:
+    """``" 42%  1.2 GB of 2.9 GB  1.9 GB/s  0:01 left"``."""
+    rate = done / seconds if seconds > 0 else 0.0
+    percent = done * 100 // total if total else 100
+    text = f"{percent:3d}%  {human_size(done)} of {human_size(total)}  {human_size(int(rate))}/s"
+    if rate:
+        left = int((total - done) / rate + 0.5)
+        hours, minutes = divmod(left // 60, 60)
+        clock = f"{hours}:{minutes:02}:{left % 60:02}" if hours else f"{minutes}:{left % 60:02}"
+        text += f"  {clock} left"
+    return text

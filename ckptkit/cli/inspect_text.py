@@ -8,13 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ckptkit.cli.architecture_text import architecture_line
+from ckptkit.cli.inspect_lines import architecture_line, receipt_line
 from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
-from ckptkit.cli.receipt_text import receipt_line
 from ckptkit.inspection.listing import TensorRow
 from ckptkit.inspection.outline import Line, Outline
-from ckptkit.normalize.beside import EMBEDDINGS
-from ckptkit.normalize.receipts import KEY
+from ckptkit.normalize.selection import EMBEDDINGS, KEY
 from ckptkit.report import count_of, human_size, listed
 
 __all__ = [

@@ -1,15 +1,19 @@
-"""``ckptkit manifest PATH... -o FILE``: record what released weights must be."""
+"""``ckptkit manifest PATH... -o FILE``: record what released weights must be.
+
+What became of a manifest, for people.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import click
 
 from ckptkit import api
 from ckptkit.cli import ending
-from ckptkit.cli.manifest_text import summary
 from ckptkit.cli.options import (
+    Style,
     allow_part_option,
     common_options,
     echo,
@@ -21,8 +25,11 @@ from ckptkit.cli.options import (
     styler,
     with_examples,
 )
+from ckptkit.formats.folder import told as passed_over
+from ckptkit.released.manifest_file import FileRecord, Manifest
+from ckptkit.report import count_of, human_size
 
-__all__ = ["command"]
+__all__ = ["command", "summary"]
 
 
 @click.command(
@@ -109,3 +116,37 @@ def _golden(values: tuple[str, ...]) -> dict[str, str] | str | None:
     if "" in pairs or len(pairs) != len(values):
         raise click.UsageError("several --golden: each as FILE=GOLDEN, and each FILE once")
     return pairs
+
+
+_MARKS = (("added", "+", "green"), ("changed", "~", "yellow"), ("removed", "-", "red"))
+
+_SHOWN_DIGITS = 12
+"""Of a content digest: enough to tell files apart."""
+
+
+def summary(manifest: Manifest, destination: str, style: Style) -> Iterator[str]:
+    """One line for each file that was added, changed or removed, and one for all."""
+    records = {record.path: record for record in manifest.files}
+    told = []
+    for name, mark, color in _MARKS:
+        paths: tuple[str, ...] = getattr(manifest.changes, name)
+        for path in paths:
+            record = records.get(path)
+            about = f"  {_about(record)}" if record is not None else ""
+            yield f"{style(mark, fg=color)} {printable(path)}{about}"
+        if paths:
+            told.append(f"{len(paths):,} {name}")
+    if manifest.changes.kept:
+        told.append(f"{len(manifest.changes.kept):,} unchanged")
+    if manifest.passed_over:
+        yield passed_over(manifest.passed_over)
+    yield f"{printable(destination)}: {count_of(len(records), 'file')} ({', '.join(told)})"
+
+
+def _about(record: FileRecord) -> str:
+    parts = [record.format, human_size(record.size), record.architecture or record.kind]
+    if record.trust != "safe":
+        parts.append(record.trust)
+    if record.content_digest is not None:
+        parts.append(record.content_digest[: len("sha256:") + _SHOWN_DIGITS] + "…")
+    return printable(", ".join(parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptkit.codes.explanation import Explanation
+from ckptkit.report import Explanation
 
 __all__ = ["CODES"]
 

@@ -1,1 +1,192 @@
-"""A conversion: options become rewriters, one output is planned and carried out, and what came of it is told."""
+"""One output: planned, then carried out.
+
+What an output says about its making: the source's SHA-256, the operations, the ckptkit version.
+
+A receipt stands in the string metadata (`ckptkit.normalize.selection`): JSON, a list that begins with those the source
+had, so that the last element is about this file::
+
+    [{"ckptkit": "0.1.0", "format": "torch-zip", "sha256": "9f86d0…", "operations": ["StripModule()"]}]
+
+``sha256`` is of the source's bytes; of a sharded source it is an object: the SHA-256 of the index and of each
+shard, by name.  Nothing in a receipt depends on time, place or machine.
+
+The digests are computed while the bytes are moved, and so after the metadata is laid out.  Until then
+unguessable tokens of the same length stand in their place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptkit import formats
+from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import DestinationExistsError, RewriteError
+from ckptkit.extras import __version__
+from ckptkit.normalize.selection import KEY, earlier
+from ckptkit.plan import Checksum, Digest, Literal, Plan, Step
+from ckptkit.report import Finding, parse_size
+from ckptkit.transfer import Tally, write_atomically
+from ckptkit.transfer.names import is_temporary_name
+from ckptkit.transfer.workers import Progress
+
+__all__ = ["Job", "Tokens", "with_digests", "with_receipt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A checkpoint and the plan that writes it.
+
+    Attributes:
+        checkpoint: what is written, its metadata included.
+        asked: the destination that was asked for.
+        path: the file that is written: of shards, their index.
+        plan: how.
+    """
+
+    checkpoint: Checkpoint
+    asked: str
+    path: str
+    plan: Plan
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        file: SourceFile,
+        destination: str | os.PathLike[str],
+        *,
+        to: str | None,
+        max_shard_size: int | str | None,
+        receipt: bool,
+        hashed: bool,
+    ) -> Job:
+        """Plan an output.
+
+        Args:
+            checkpoint: what is to be written.
+            file: the source its bytes lie in.
+            destination: the output.
+            to: container name that overrides its ending.
+            max_shard_size: the most bytes of a file, as a number or as ``"5GB"``; ``None``: one file.
+            receipt: whether the metadata tell how it was made.
+            hashed: whether with the SHA-256 of the source.
+
+        Raises:
+            RewriteError: the container cannot hold the checkpoint.
+        """
+        size: Any = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise RewriteError(f"{size!r} is not a valid size of a file; give one such as 5GB")
+        tokens = Tokens()
+        if receipt:
+            checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
+        path, plan = formats.plan(checkpoint, destination, to=to, shard_nbytes=size)
+        plan = with_digests(plan, tokens) if tokens.files else plan
+        return cls(checkpoint=checkpoint, asked=os.fsdecode(destination), path=path, plan=plan)
+
+    def carry_out(self, *, force: bool, check: bool, progress: Progress | None) -> Tally:
+        """Write it; see `ckptkit.transfer.write_atomically`."""
+        compare = None
+        if check:
+            from ckptkit.compare import check_output  # moving bytes alone starts faster without
+
+            def compare(path: str, compared: Callable[[int], object]) -> object:
+                return check_output(self.checkpoint, path, compared)
+
+        if not force and os.path.lexists(self.asked):
+            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it")
+        return write_atomically(
+            self.path,
+            self.plan,
+            force=force,
+            check=compare,
+            replaces=self._stale() if self.plan.index is not None else (),
+            progress=progress,
+        )
+
+    def findings(self) -> Iterator[Finding]:
+        """What the output is that was not asked for: one file, where shards and an index were."""
+        if self.plan.index is None and self.asked != self.path:
+            yield Finding(
+                code="not-sharded",
+                severity="info",
+                message=f"all of it fits into one file: {self.path}, and no index is written",
+            )
+
+    def _stale(self) -> tuple[str, ...]:
+        """What an earlier output left beside this one: the shards of its index, the one file if it was asked for."""
+        from ckptkit.formats.sharded import shard_names
+
+        name = os.path.basename(self.path).removesuffix(".index.json")
+        stem, ending = os.path.splitext(name)
+        customary = re.compile(rf"{re.escape(stem)}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(ending.lower())}\Z")
+        old = shard_names(self.path) if os.path.isfile(self.path) else frozenset()
+        # Until an earlier run that was killed is made up for, its index may still name shards as they were called then.
+        shards = {shard for shard in old if customary.match(shard) or is_temporary_name(shard)}
+        shards -= self.plan.shards.keys()
+        return (*sorted(shards), *([name] if os.path.basename(self.asked) == name else []))
+
+
+_DIGITS = 64
+"""Characters of a SHA-256 in hexadecimal."""
+
+
+class Tokens:
+    """Stand-ins for digests that are not known yet."""
+
+    def __init__(self) -> None:
+        self.prefix = os.urandom(_DIGITS // 4).hex()
+        self.files: dict[str, SourceFile] = {}
+
+    def of(self, file: SourceFile) -> str:
+        """The stand-in for the digest of a file."""
+        token = f"{self.prefix}{len(self.files):0{_DIGITS // 2}x}"
+        self.files[token] = file
+        return token
+
+
+def with_receipt(checkpoint: Checkpoint, file: SourceFile, version: str, tokens: Tokens | None) -> Checkpoint:
+    """The checkpoint with a receipt in its metadata.
+
+    Args:
+        checkpoint: as rewritten.
+        file: the source.
+        version: of ckptkit.
+        tokens: gives stand-ins for the source's digests; ``None``: the receipt holds none.
+    """
+    receipt: dict[str, object] = {"ckptkit": version, "format": checkpoint.origin.format}
+    if tokens is not None:
+        folder = os.path.dirname(file.path)
+        shards = {os.path.relpath(part.path, folder).replace(os.sep, "/"): part for part in file.parts}
+        named = {os.path.basename(file.path): file, **shards}
+        receipt["sha256"] = (
+            {name: tokens.of(part) for name, part in sorted(named.items())} if shards else tokens.of(file)
+        )
+    receipt["operations"] = list(checkpoint.operations)
+    text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them
+    return checkpoint.replace(metadata={**checkpoint.metadata, KEY: text})
+
+
+def with_digests(plan: Plan, tokens: Tokens) -> Plan:
+    """The plan with a step for every stand-in in what it writes."""
+    prefix = tokens.prefix.encode()
+    found: list[Step] = []
+    for step in plan.steps:
+        at = step.data.find(prefix) if isinstance(step, Literal) else -1
+        while isinstance(step, Literal) and at >= 0:
+            file = tokens.files[step.data[at : at + _DIGITS].decode()]
+            found.append(Digest(step.target + at, file))
+            at = step.data.find(prefix, at + _DIGITS)
+    others = [step for step in plan.steps if not isinstance(step, Checksum)]
+    checksums = [step for step in plan.steps if isinstance(step, Checksum)]
+    return replace(
+        plan,
+        steps=(*others, *found, *checksums),
+        shards={name: with_digests(shard, tokens) for name, shard in plan.shards.items()},
+    )

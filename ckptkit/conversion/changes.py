@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.errors import FormatError
-from ckptkit.normalize.beside import beside_weights, discarded_text
 from ckptkit.normalize.sections import brief, step
+from ckptkit.normalize.selection import beside_weights, discarded_text
 from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
 from ckptkit.normalize.wrappers import inner_module_told, wrapper_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, mapping_shell, walk

@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
-from ckptkit.differences.beside import (
+from ckptkit.differences.difference import UNCHANGED, Difference, rolled_up
+from ckptkit.differences.figures import Sums, Tolerance
+from ckptkit.differences.matching import find_renamed
+from ckptkit.differences.reading import NO_FIGURES, Work, all_sums
+from ckptkit.differences.rest import (
+    TreeComparison,
+    ValueComparison,
     header,
     metadata_rows,
     named_tensors,
@@ -20,13 +26,6 @@ from ckptkit.differences.beside import (
     section_rows,
     training_rows,
 )
-from ckptkit.differences.difference import Difference
-from ckptkit.differences.figures import Sums, Tolerance
-from ckptkit.differences.matching import find_renamed
-from ckptkit.differences.measuring import NO_FIGURES, all_sums
-from ckptkit.differences.modules import UNCHANGED, rolled_up
-from ckptkit.differences.trees import TreeComparison, ValueComparison
-from ckptkit.differences.work import Work
 from ckptkit.errors import SectionError
 from ckptkit.inspection.listing import storage_names
 from ckptkit.normalize.parts import part_findings, require_whole

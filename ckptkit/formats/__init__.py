@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, Part, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
-from ckptkit.formats.containers import FORMATS, SUFFIXES
-from ckptkit.formats.detection import identify
+from ckptkit.formats.containers import FORMATS, SUFFIXES, identify
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.shards.names import may_tell_a_part
+from ckptkit.formats.shards import may_tell_a_part
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.normalize.parts import part_in
@@ -102,7 +101,7 @@ def read(
         file.close()
         cause = error.__cause__
         if raw is None and file.path.endswith(".distcp"):  # archives end to end, one a tensor; compressed ones too
-            from ckptkit.formats.shards.parts import part_error
+            from ckptkit.formats.shard_parts import part_error
 
             seen, cause, error = (*seen, *error.globals), error, part_error(file.path)
         raise error.at(path=file.path, seen=seen) from cause
@@ -134,7 +133,7 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: SourceFile) -> Che
     said = part_in(raw.root, checkpoint.state_dict, raw.metadata, names)
     if not isinstance(said, Part) and not may_tell_a_part(file.path):
         return checkpoint
-    from ckptkit.formats.shards.parts import part_of
+    from ckptkit.formats.shard_parts import part_of
 
     return checkpoint.replace(part=part_of(file.path, said))
 
@@ -228,7 +227,7 @@ def plan(
     path, container, most = target(destination, to, shard_nbytes)
     if most is None:
         return path, container.write(checkpoint)
-    from ckptkit.formats.shards.writer import index_name, plan_shards
+    from ckptkit.formats.shard_writer import index_name, plan_shards
 
     made = plan_shards(checkpoint, container, os.path.basename(path), most)
     return (path if made.index is None else index_name(path)), made

@@ -2,17 +2,21 @@
 
 Adding a container is a module with a function ``read(probe)``, whose docstring is its specification,
 and one line in `CONTAINERS`.  A module is imported when there is a file for it.
+
+Which container a file is: by its content, once, and for exactly one of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from ckptkit.formats.archives.tar_header import BLOCK_NBYTES, is_header
+from ckptkit.errors import AmbiguousError
 from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, ends_like_a_zip
 
-__all__ = ["CONTAINERS", "FORMATS", "SHARED_SUFFIXES", "SUFFIXES", "index_of"]
+__all__ = ["CONTAINERS", "FORMATS", "SHARED_SUFFIXES", "SUFFIXES", "identify", "index_of"]
 
 
 def _archive(kind: str) -> Callable[[Probe], bool]:
@@ -120,3 +124,23 @@ SUFFIXES = frozenset(suffix for container in FORMATS for suffix in container.suf
 
 SHARED_SUFFIXES = frozenset((".bin", ".jit", ".pkl"))
 """Those that files of other kinds have as well; by any other a file says that it is a checkpoint."""
+
+
+def identify(probe: Probe, containers: Sequence[Format]) -> Format:
+    """The one of the containers that claims the file.
+
+    Raises:
+        UnknownFormatError: none does; the message says what the file is instead and what helps.
+        AmbiguousError: more than one does: torch looks at the first bytes, unzip at the last ones.
+    """
+    claims = [container for container in containers if container.claims(probe)]
+    if not claims:
+        from ckptkit.formats.refused import unknown  # only here, as many patterns take a moment to compile
+
+        raise unknown(probe)
+    names = [container.name for container in claims]
+    if not probe.head.startswith(LOCAL_SIGNATURE) and ends_like_a_zip(probe.file.whole):
+        names.append("a zip archive by its end")
+    if len(names) > 1:
+        raise AmbiguousError(f"the file is {' and '.join(names)} at once; readers would disagree about it")
+    return claims[0]

@@ -26,10 +26,6 @@ from dataclasses import dataclass, replace
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, LimitError
-from ckptkit.formats.archives.tar_archive import read_members
-from ckptkit.formats.archives.tar_header import BLOCK_NBYTES, is_header
-from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, ends_like_a_zip, read_directory, read_record
-from ckptkit.formats.archives.zip_record import record_source
 from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.magic import (
     DECLARED,
@@ -45,7 +41,10 @@ from ckptkit.formats.magic import (
     runs,
     scanned,
 )
-from ckptkit.formats.pickle_row import PickleRow
+from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header, read_members
+from ckptkit.formats.torch_legacy import PickleRow
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, ends_like_a_zip, read_directory, read_record
+from ckptkit.formats.zip_records import record_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
 from ckptkit.pickling.trust import global_uses, merge_uses

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
-from ckptkit.formats.archives.zip_archive import ends_like_a_zip
 from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.format import Probe
-from ckptkit.formats.shards.names import INDEX_SUFFIXES, indexes_in
+from ckptkit.formats.shards import INDEX_SUFFIXES, indexes_in
+from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
@@ -292,7 +292,7 @@ class Surveyor:
     def _other_kind(self, probe: Probe, path: str, name: str) -> str | None:
         """The kind of a file that no container claims; ``None``: it is a checkpoint that cannot be read."""
         from ckptkit.formats.magic import guess_pickle, opaque
-        from ckptkit.formats.refused.first_bytes import kind_of
+        from ckptkit.formats.refused import kind_of
 
         guess = guess_pickle(probe.head, probe.file.size)
         kind = "pickle" if guess == "pickle" else kind_of(probe)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CorruptError, FormatError, RewriteError
-from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, Record, read_directory
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 

@@ -9,7 +9,7 @@ before, it is a text that ``_codecs.encode`` makes bytes of, which are put into 
 Each call gives a storage of its own: tensors that shared one share it no longer, unless pickle saw that they are one
 object.  A call that was given anything else stays the call it is.
 
-A pickle without a torch storage is no checkpoint, whatever it names (`ckptkit.formats.refused.first_pickle`).
+A pickle without a torch storage is no checkpoint, whatever it names (`ckptkit.formats.refused.contents`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ckptkit.formats.format import Probe
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.dialects import LegacyTable
 from ckptkit.pickling.inert import Global, InertDict, Object, children, walk
-from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.machine import LOADER, Constructor
 from ckptkit.pickling.reader import PickleResult, holds_legacy, read_pickle
 from ckptkit.pickling.trust import global_uses
@@ -76,7 +76,7 @@ def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
     try:
         pickle = table.read(data)
     except FormatError as error:
-        from ckptkit.formats.refused.first_pickle import names_joblib  # whose arrays stand between the opcodes
+        from ckptkit.formats.refused.contents import names_joblib  # whose arrays stand between the opcodes
 
         return error if holds_legacy(data) and not names_joblib(error.globals) else None
     if not table.storages:

@@ -32,11 +32,11 @@ from typing import Literal, TypeVar
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, FormatError, UnsupportedError
-from ckptkit.formats.archives.zip_record import record_source
 from ckptkit.formats.format import Probe
 from ckptkit.formats.strict_json import parse, shown
 from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript import vouched
+from ckptkit.formats.zip_records import record_source
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.tensors import StorageTable

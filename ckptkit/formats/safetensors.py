@@ -1,4 +1,18 @@
-"""safetensors: a JSON header and plain tensors behind it.
+"""The header of a safetensors file: what it says of each tensor, and whether that can be.
+
+Everything here is checked in the header itself and against the number of bytes behind it; the
+layout is described in `ckptkit.formats.safetensors`.  Each thing that can be wrong has its message.
+
+Compared with the safetensors library (0.8, ``safetensors/src/tensor.rs``) this reader refuses more:
+
+- a header that does not begin with ``{``, as the format's description says it must
+- names given twice, of which the library takes the last and other parsers the first
+- a tensor described by a list in place of an object, or a dtype by an object, which serde takes too
+- numbers from 2^62 on (as sizes beside a 0): torch counts in 63 bits
+- more than `Limits.entries` tensors or `Limits.dimensions` dimensions
+- values of fields nobody knows that are nested more than 100 deep; the library stops at 128
+
+safetensors: a JSON header and plain tensors behind it.
 
 Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.rs``):
 
@@ -10,7 +24,7 @@ Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.r
 
 A reader must accept data that is not aligned (older files); a finding says so.
 What is wrong with a header, and where this reader is stricter than the library, is in
-`ckptkit.formats.safetensors_header`.
+`ckptkit.formats.safetensors`.
 
 The writer pads the header with spaces so that data begins at a multiple of 8, and orders tensors by
 element width, widest first, so that each is aligned; names stand in the header in state_dict order.
@@ -19,7 +33,7 @@ It refuses tensors that repeat their elements beyond all use (`Limits.expanded_n
 Tied tensors are stored once, under the first of their names in state_dict order.  For each other name
 ``__metadata__`` holds ``name: kept name``, as ``safetensors.torch.save_model`` records them; ``load_model`` takes
 whichever name is there.  The reader gives such names their tensor back, and their places
-(`ckptkit.formats.tied_order`).
+(`ckptkit.formats.safetensors_metadata`).
 
 The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, stand in
 ``__metadata__`` under `VERSIONS` as JSON, where they are plain values; other readers pass over it.
@@ -27,21 +41,197 @@ The module versions of a state_dict (``_metadata``), which decide how BatchNorm 
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 from collections.abc import Iterator, Mapping
+from typing import NoReturn, TypeGuard
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Storage, TensorEntry, contiguous_stride
+from ckptkit.dtypes import BY_SAFETENSORS, DTYPES, DType
 from ckptkit.errors import CorruptError, FormatError, LimitError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.module_versions import VERSIONS, state_dict_node, versions_from
-from ckptkit.formats.safetensors_header import METADATA, NAME, Layout, check_extents, compact, layout, strings
-from ckptkit.formats.strict_json import parse, shown
-from ckptkit.formats.tied_order import ORDER, in_order
+from ckptkit.formats.safetensors_metadata import ORDER, VERSIONS, in_order, state_dict_node, versions_from
+from ckptkit.formats.strict_json import check_ignored, parse, shown
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.report import Finding, convert_command, share_of
+from ckptkit.report import Finding, convert_command, count_of, share_of
 
-__all__ = ["read"]
+__all__ = ["METADATA", "NAME", "Layout", "check_extents", "compact", "header_shape", "layout", "read", "strings"]
+
+NAME = "safetensors"
+
+METADATA = "__metadata__"
+"""The one key of a header that is no tensor's name."""
+
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+_HUGE = 1 << 62
+"""More than any size or offset: torch counts in signed 64 bits, and sums must not reach them."""
+_MAX_COUNT = (1 << 64) - 1
+_JSON_TYPES: dict[type, str] = {
+    dict: "an object", tuple: "an object", list: "a list", str: "a string", int: "a number", float: "a number",
+    bool: "a boolean", type(None): "null",
+}  # fmt: skip
+
+Layout = tuple[DType, tuple[int, ...], int, int]
+"""A tensor as its header describes it: element type, shape, first byte and the byte after the last.
+
+F4 and F6 fill no whole byte.  torch has the first as pairs, of which the last dimension counts one for two
+(``safetensors/bindings/python/src/lib.rs`` does the same); where that is odd there is no such tensor in torch.
+"""
+
+_PACKED = DTYPES["float4_e2m1fn_x2"]
+_UNPACKED = DTYPES["float4_e2m1fn"]
+
+
+def compact(fields: dict[str, object]) -> object:
+    """A tensor's description as soon as it is parsed, in a fifth of the memory; anything else as it is."""
+    if len(fields) == 3 and fields.keys() == _FIELDS:
+        dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        row = BY_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
+        if row is not None and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2:
+            if row is _PACKED:
+                row, shape = _as_torch(row, shape)
+            return row, tuple(shape), offsets[0], offsets[1]
+    return fields
+
+
+def _as_torch(row: DType, shape: list[int]) -> tuple[DType, tuple[int, ...]]:
+    """The dtype and shape that torch has of F4's."""
+    if not shape or shape[-1] % 2:
+        return _UNPACKED, tuple(shape)
+    return row, (*shape[:-1], shape[-1] // 2)
+
+
+def header_shape(row: DType, shape: tuple[int, ...]) -> list[int]:
+    """The shape that a header gives a tensor of torch's."""
+    return [*shape[:-1], 2 * shape[-1]] if row is _PACKED else list(shape)
+
+
+def strings(node: object) -> dict[str, str]:
+    """The file's own metadata.
+
+    Raises:
+        CorruptError: it is something else than strings by name.
+    """
+    if node is None:
+        return {}
+    if not isinstance(node, dict):
+        raise CorruptError(f"{METADATA} must be an object that maps strings to strings")
+    for key, value in node.items():
+        if not isinstance(value, str):
+            raise CorruptError(
+                f"{METADATA} must map strings to strings; the value of {shown(key)} is {_JSON_TYPES[type(value)]}"
+            )
+    return node
+
+
+def layout(name: str, info: object, limits: Limits) -> Layout:
+    """What the header says of a tensor, checked in itself.
+
+    Raises:
+        CorruptError: a field is missing or not what it must be.
+        LimitError: too many dimensions.
+    """
+    if not isinstance(info, tuple):
+        info = _explained(name, info)
+    row, shape, begin, end = info
+    if len(shape) > limits.dimensions:
+        raise LimitError(f"dimensions of tensor {shown(name)}", limit=limits.dimensions, actual=len(shape))
+    numel = math.prod(shape)
+    if numel * row.itemsize != end - begin if not row.bits else numel * row.bits != 8 * (end - begin):
+        _refuse_size(name, row, shape, begin, end)
+    bits = row.bits or row.itemsize * 8
+    if 0 in shape and any(size > _MAX_COUNT for size in itertools.accumulate((*shape, bits), operator.mul)):
+        raise CorruptError(f"tensor {shown(name)}: shape {_brief(shape)} overflows 64 bits before its 0")
+    return info
+
+
+def _explained(name: str, info: object) -> Layout:
+    """The slow way to `Layout`, for what is odd or wrong: fields nobody knows are left alone, as the library does.
+
+    Raises:
+        As `layout`.
+    """
+    what = f"tensor {shown(name)}"
+    if not isinstance(info, dict):
+        raise CorruptError(f"{what} is described by {_JSON_TYPES[type(info)]}, not by an object")
+    if missing := [field for field in ("dtype", "shape", "data_offsets") if field not in info]:
+        raise CorruptError(f"{what}: {' and '.join(missing)} missing; dtype, shape and data_offsets are expected")
+    for field, value in info.items():
+        if field not in _FIELDS:
+            check_ignored(value, f"{what}, field {shown(field)}")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str):
+        raise CorruptError(f"{what}: its dtype is {_JSON_TYPES[type(dtype)]}, not a string")
+    row = BY_SAFETENSORS.get(dtype)
+    if row is None:
+        raise CorruptError(f"{what}: unknown dtype {shown(dtype)}; known: {', '.join(BY_SAFETENSORS)}")
+    if not _are_counts(shape):
+        raise CorruptError(f"{what}: its shape must be a list of whole numbers from 0 to 2^62; it is {_brief(shape)}")
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise CorruptError(
+            f"{what}: its data_offsets must be two whole numbers, begin and end; it is {_brief(offsets)}"
+        )
+    return *(_as_torch(row, shape) if row is _PACKED else (row, tuple(shape))), offsets[0], offsets[1]
+
+
+def _are_counts(node: object) -> TypeGuard[list[int]]:
+    # The class itself: True is an int too.
+    return isinstance(node, list) and all(number.__class__ is int and 0 <= number < _HUGE for number in node)
+
+
+def _brief(node: object) -> str:
+    """A list of a file in a message: cut where it is long, with nothing below it shown."""
+    if not isinstance(node, (list, tuple)):
+        return _JSON_TYPES[type(node)]
+    parts = [repr(part)[:40] if isinstance(part, (int, float)) else _JSON_TYPES[type(part)] for part in node[:8]]
+    return f"[{', '.join(parts)}{', ...' if len(node) > 8 else ''}]"
+
+
+def _refuse_size(name: str, row: DType, shape: tuple[int, ...], begin: int, end: int) -> NoReturn:
+    what = f"tensor {shown(name)}"
+    if end < begin:
+        raise CorruptError(f"{what}: its data_offsets end at {end:,}, before they begin at {begin:,}")
+    bits = math.prod(shape) * (row.bits or row.itemsize * 8)
+    stated = f"{bits // 8:,}" if bits < 8 * _HUGE else "over 2^62"  # such numbers are slow to print
+    stated = f"{bits} bits, not a whole number of" if bits % 8 else stated
+    raise CorruptError(
+        f"{what}: shape {_brief(header_shape(row, shape))} of {row.safetensors} is {stated} "
+        f"{'byte' if stated == '1' else 'bytes'}, its data_offsets hold {end - begin:,}"
+    )
+
+
+def check_extents(layouts: Mapping[str, Layout], nbytes: int) -> None:
+    """Hold the tensors' places against each other and against the bytes that are there.
+
+    Raises:
+        CorruptError: a hole, an overlap, bytes that belong to no tensor, or fewer than are declared.
+    """
+    extents = sorted((begin, end, name) for name, (_, _, begin, end) in layouts.items())
+    position = 0
+    for begin, end, name in extents:
+        if begin != position:
+            what = (
+                "overlaps another tensor"
+                if begin < position
+                else f"leaves a hole of {count_of(begin - position, 'byte')}"
+            )
+            raise CorruptError(f"tensor {shown(name)}: data at {begin:,} {what}")
+        position = end
+    if position < nbytes:
+        raise CorruptError(
+            f"{count_of(nbytes - position, 'byte', 'follows', 'follow')} the last tensor", where="data", offset=position
+        )
+    if position > nbytes:
+        cut = [name for _, end, name in extents if end > nbytes]
+        raise CorruptError(
+            f"truncated: {nbytes:,} of {position:,} bytes of data are there ({position - nbytes:,} missing); "
+            f"{share_of(len(extents) - len(cut), len(extents), 'tensor', 'is', 'are')} whole, the first incomplete one "
+            f"is {shown(cut[0])}. Get the file again",
+            where="data",
+        )
 
 
 def read(probe: Probe) -> RawCheckpoint:

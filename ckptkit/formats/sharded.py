@@ -18,8 +18,8 @@ a symbolic link is followed, since Hugging Face's cache consists of such links.
 Names stand in the order of the ``weight_map``.  What shards hold beyond it comes after, in the
 shards' order, because loaders that read whole shards take it too; a finding says so.  Other names of a listed
 tensor, which a safetensors shard has in its metadata alone, are none of it, and stand where
-`ckptkit.formats.tied_order` says.  A storage's key is the shard's name, a colon and its key there.  Ties inside a
-shard stay ties.
+`ckptkit.formats.safetensors_metadata` says.  A storage's key is the shard's name, a colon and its key there.
+Ties inside a shard stay ties.
 
 Everything that is wrong is reported at once: shards that are missing, git-lfs pointers, damaged or
 hold no state_dict; names in no shard, in another shard than the index says, or in two shards.
@@ -35,24 +35,22 @@ from dataclasses import replace
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
-from ckptkit.formats.containers import CONTAINERS, index_of
-from ckptkit.formats.detection import identify
+from ckptkit.formats.containers import CONTAINERS, identify, index_of
 from ckptkit.formats.format import Probe
-from ckptkit.formats.module_versions import state_dict_node
-from ckptkit.formats.shards.facts import (
+from ckptkit.formats.safetensors_metadata import ORDER, in_order, state_dict_node
+from ckptkit.formats.shards import (
     LISTED,
     Shard,
+    ShardFile,
     extra_keys,
+    is_shard_name,
     merged_findings,
     merged_globals,
     merged_metadata,
     odd_shards,
     total_size,
 )
-from ckptkit.formats.shards.file import ShardFile
-from ckptkit.formats.shards.names import is_shard_name
 from ckptkit.formats.strict_json import parse, shown
-from ckptkit.formats.tied_order import ORDER, in_order
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import TreeMap, attributes, mapping_items

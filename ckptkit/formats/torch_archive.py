@@ -33,9 +33,9 @@ from typing import TYPE_CHECKING, Literal
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.derived import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.formats.archives.zip_archive import LOCAL_SIGNATURE, read_directory
-from ckptkit.formats.archives.zip_record import Record, read_record, record_source
 from ckptkit.formats.format import TORCH_MARKS, Probe
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
+from ckptkit.formats.zip_records import Record, read_record, record_source
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut

@@ -32,9 +32,9 @@ from ckptkit.formats.torchscript import JIT_CONSTRUCTORS, as_modules, vouched
 from ckptkit.formats.torchscript_code import ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import Survey
+from ckptkit.pickling.calls import Reach
+from ckptkit.pickling.dialects import ScriptStorageTable
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
-from ckptkit.pickling.reach import Reach
-from ckptkit.pickling.script import ScriptStorageTable
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["read"]

@@ -1,7 +1,7 @@
 """torch-tar: what ``torch.save`` wrote in torch 0.1 until early 2017 (0.1.8 still did, pytorch issue 1263).
 
 Layout (``torch/serialization.py`` ``legacy_load``, and ``_save`` of those releases): a tar archive of
-four plain files (`ckptkit.formats.archives.tar_archive`), in no order that matters:
+four plain files (`ckptkit.formats.tar_archive`), in no order that matters:
 
 - ``sys_info``: a pickle of ``{'protocol_version': 1000, 'little_endian': bool, 'type_sizes': {...}}``
 - ``pickle``: the object.  A tensor or storage is the persistent id of its key as text; a class of the
@@ -16,7 +16,7 @@ Keys are the addresses the objects had, one for each tensor and storage.  All nu
 little-endian.  A tensor whose storage's key is ``None`` has no elements.
 
 A reader must accept views, tensors that nothing names, parameters with their gradients
-(`ckptkit.pickling.legacy`), pickles of any protocol.  Every member must be used up to its last byte.
+(`ckptkit.pickling.dialects`), pickles of any protocol.  Every member must be used up to its last byte.
 Tar archives that are something else are refused by what they begin with.  Torch extracts members
 into a folder to read them; here they are read where they lie.
 """
@@ -30,14 +30,13 @@ from typing import TypeGuard
 
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
-from ckptkit.formats.archives.tar_archive import Member, read_members
 from ckptkit.formats.format import Probe
-from ckptkit.formats.pickle_row import PickleRow
 from ckptkit.formats.refused.truncated import unfinished
-from ckptkit.formats.torch_legacy import legacy_findings
+from ckptkit.formats.tar_archive import Member, read_members
+from ckptkit.formats.torch_legacy import PickleRow, legacy_findings
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.dialects import LegacyTable
 from ckptkit.pickling.inert import Global, InertDict
-from ckptkit.pickling.legacy import LegacyTable
 from ckptkit.pickling.reader import PickleResult
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import count_of, share_of

@@ -16,7 +16,7 @@ Layout, one of torch's archives (`ckptkit.formats.torch_archive`; ``torch/csrc/j
 
 Of the pickle's own functions ``torch.jit._pickle.build_intlist`` and its kin give their list, and
 ``restore_type_tag`` its value (``torch/jit/_pickle.py``).  What it calls storages and sparse tensors is told in
-`ckptkit.pickling.script`.
+`ckptkit.pickling.dialects`.
 
 The reader turns each script module into the inert node of an ``nn.Module``: its state gets
 ``_parameters``, ``_buffers`` and ``_modules`` by what the class's source says.  Nothing of the source
@@ -45,9 +45,9 @@ from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript_code import ScriptClass, ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import above_tensors, join
+from ckptkit.pickling.dialects import ScriptStorageTable
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, PersistentId, mapping_items, walk
 from ckptkit.pickling.reader import Constructor
-from ckptkit.pickling.script import ScriptStorageTable
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import Finding, count_of, listed
 

@@ -16,7 +16,7 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor, cont
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.roles import Role, tensor_role
+from ckptkit.normalize.modules import Role, tensor_role
 from ckptkit.normalize.sections import join
 from ckptkit.normalize.tensors import Found, every_tensor, plain_tensors, tensors_beside
 from ckptkit.pickling.arrays import is_array, layout_of

@@ -21,10 +21,9 @@ from typing import Literal
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
-from ckptkit.normalize.beside import holding_suffix
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, Survey, brief, is_plain
-from ckptkit.normalize.selection import choose, listed, require_section
+from ckptkit.normalize.selection import choose, holding_suffix, require_section, sections_listed
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
@@ -105,7 +104,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
             Finding(
                 code="ambiguous-section",
                 severity="warning",
-                message=f"several sections hold weights ({listed(sections)}); none is taken for the model's",
+                message=f"several sections hold weights ({sections_listed(sections)}); none is taken for the model's",
                 fix=convert_command(file.path, "--section", first.path, "--weights-only", suffix=suffix),
             )
         )

@@ -14,7 +14,7 @@ Facts of the layouts (torch 2.14, DeepSpeed 0.19, Megatron-LM; each seen in file
 - *Megatron-LM* (``megatron/training/checkpointing.py``): ``args`` says how many ranks share a model
 - *safetensors of torch.distributed.checkpoint* have ``DCP_SHARDING_INFO`` in their metadata
 
-What files are called is for `ckptkit.formats.shards.names`, which asks here first.
+What files are called is for `ckptkit.formats.shards`, which asks here first.
 """
 
 from __future__ import annotations

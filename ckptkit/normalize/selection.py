@@ -10,22 +10,42 @@
    its names, wrappers' prefixes aside.  An EMA, or the best epoch's weights, beside the raw ones is a
    choice to be made.
 5. Else none: a generator and a discriminator, a teacher and a student, a list of models.
+
+What stands in a file beside the weights, and goes where they go only if the container can hold it.
+
+The receipts in a checkpoint's string metadata; `ckptkit.conversion` says what is in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 
-from ckptkit.checkpoint import Section, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Section, StateDict, TensorEntry
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import SectionError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.sections import Candidate
+from ckptkit.normalize.sections import Candidate, brief, step
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
 from ckptkit.normalize.wrappers import unwrapped
-from ckptkit.report import count_of, human_size
+from ckptkit.pickling.inert import Object, mapping_items
+from ckptkit.report import count_of, human_size, listed
 from ckptkit.report import listed as enumerated
 
-__all__ = ["choose", "is_copy", "listed", "paths_listed", "require_section"]
+__all__ = [
+    "EMBEDDINGS",
+    "KEY",
+    "beside_weights",
+    "choose",
+    "discarded_text",
+    "earlier",
+    "held_instead",
+    "holding_suffix",
+    "is_copy",
+    "paths_listed",
+    "require_section",
+    "sections_listed",
+]
 
 _ENVELOPES = frozenset({"checkpoint", "ckpt", "trainer", "learner", "engine", "training_state", "train_state"})
 """Keys around the customary ones."""
@@ -122,7 +142,7 @@ def require_section(sections: Sequence[Section], path: str) -> None:
         return
     what = f"no section {path[:200]!r} holds weights" if asked is None else f"section {path[:200]!r} holds no weights"
     kind = "" if asked is None else f" (it is of kind {asked.kind!r})"
-    raise SectionError(f"{what}{kind}; sections that do: {listed(sections) or 'none'}")
+    raise SectionError(f"{what}{kind}; sections that do: {sections_listed(sections) or 'none'}")
 
 
 def paths_listed(sections: Sequence[Section]) -> str:
@@ -130,7 +150,7 @@ def paths_listed(sections: Sequence[Section]) -> str:
     return enumerated((repr(section.path[:200]) for section in sections if section.is_weights), _MAX_LISTED)
 
 
-def listed(sections: Sequence[Section]) -> str:
+def sections_listed(sections: Sequence[Section]) -> str:
     """The sections that hold weights, as a message names them: path, number of tensors, size."""
     weights = [section for section in sections if section.is_weights]
     told = [
@@ -138,3 +158,55 @@ def listed(sections: Sequence[Section]) -> str:
         for section in weights[:_MAX_LISTED]
     ]
     return enumerated(told, _MAX_LISTED, total=len(weights))
+
+
+EMBEDDINGS = "string_to_param"
+"""The key under which textual inversions have their embedding, beside a name and a step (AUTOMATIC1111's web UI)."""
+
+_OTHER = "other objects"
+
+
+def beside_weights(checkpoint: Checkpoint) -> list[str]:
+    """The keys of training state and whatever else is in the file beside the selected state_dict."""
+    if checkpoint.rest is STATE_DICT or checkpoint.origin.is_program:  # what is in one means nothing to torch.load
+        return []
+    pairs = mapping_items(checkpoint.rest)
+    if pairs is None:
+        return [_OTHER]
+    return [step(key) for key, value in pairs if value is not STATE_DICT]
+
+
+def discarded_text(values: Sequence[object]) -> str:
+    """What a pickle makes and drops (`Checkpoint.discarded`), in a message: ``"a call of logging.info"``."""
+    shown = [f"a call of {node.class_name:.100}" if isinstance(node, Object) else brief(node) for node in values[:5]]
+    return listed(shown, 4, total=len(values))
+
+
+def holding_suffix(state_dict: StateDict) -> str:
+    """The ending of a file that can hold these weights: ``.safetensors``, or ``.pth`` where that cannot."""
+    plain = len(state_dict) == len(state_dict.everything)
+    return ".safetensors" if plain and all(DTYPES[e.dtype].safetensors for e in state_dict.values()) else ".pth"
+
+
+def held_instead(checkpoint: Checkpoint) -> str:
+    """What a file holds whose weights have no names."""
+    tensors = sum(section.tensors for section in checkpoint.sections)
+    if not tensors:
+        return "it holds no tensor under a name"
+    own = any(finding.code == "own-script-state" for finding in checkpoint.findings)
+    why = ": its modules save a state of their own making" if own else ""
+    return f"it holds {count_of(tensors, 'tensor')} without names of a model's{why}"
+
+
+KEY = "ckptkit_receipts"
+"""The key of the metadata."""
+
+
+def earlier(metadata: Mapping[str, object]) -> list[object]:
+    """The receipts a file came with; none where what stands there is not a list."""
+    text = metadata.get(KEY)
+    try:
+        receipts = json.loads(text) if isinstance(text, str) else []
+    except (ValueError, RecursionError):
+        return []
+    return receipts if isinstance(receipts, list) else []

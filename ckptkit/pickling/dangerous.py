@@ -248,7 +248,7 @@ _MAKES_CODE = frozenset(
     _make_skeleton_enum _make_typevar _rehydrate_skeleton_class _setattr _setitems dynamic_subimport subimport
     """)
 )
-"""What cloudpickle and dill call to make functions, classes and what they close over; `ckptkit.pickling.reach` looks at
+"""What cloudpickle and dill call to make functions, classes and what they close over; `ckptkit.pickling.calls` looks at
 what they are given."""
 
 _MAX_PARTS = 64

@@ -15,7 +15,7 @@ sparse tensor's index or a nested tensor's offset may lie anywhere, and whoever 
   ``_rebuild_xla_tensor``
 
 ``_rebuild_parameter`` may wrap each, and so may ``_rebuild_from_type_v2(function, class, args, state)``.  What stands
-in the bytes of indices and offsets is for `ckptkit.transfer.other_values` to hold against it; in words all that
+in the bytes of indices and offsets is for `ckptkit.transfer.values` to hold against it; in words all that
 is told by `ckptkit.normalize.not_plain`.
 """
 

@@ -15,10 +15,10 @@ from typing import NoReturn, TypeVar
 
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
+from ckptkit.pickling.calls import Reach
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, is_global
 from ckptkit.pickling.popped import Popped
-from ckptkit.pickling.reach import Reach
 
 __all__ = ["BATCH", "LOADER", "NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
+from ckptkit.pickling.calls import sets_first_argument
 from ckptkit.pickling.inert import ABSENT, ITSELF, SCALARS, Global, InertDict, InertSet, Object, children, walk
-from ckptkit.pickling.reach import sets_first_argument
 
 __all__ = ["Popped"]
 

@@ -72,7 +72,7 @@ recorded CRC-32 (``None``: not recorded)."""
 class StorageTable:
     """The storages of one file, made as persistent ids name them.
 
-    `ckptkit.pickling.legacy` has the table for files before torch 1.6.
+    `ckptkit.pickling.dialects` has the table for files before torch 1.6.
 
     Args:
         locate: finds a storage's bytes in the container.

@@ -6,7 +6,7 @@ Four verdicts, from which `ckptkit.checkpoint.Checkpoint.trust` follows:
   ``_get_allowed_globals``): rebuild functions, storages, dtypes, tensor classes
 - ``allowed``: plain containers and scalars
 - ``dangerous``: names that run code, import, open or reach out (`ckptkit.pickling.dangerous`), and
-  calls that do so by their arguments (`ckptkit.pickling.reach`).  One makes a file *hostile*.
+  calls that do so by their arguments (`ckptkit.pickling.calls`).  One makes a file *hostile*.
 - ``unknown``: all else, neither accused nor vouched for.  One makes a file *needs_trust*: classes of
   ``torch.nn`` and of the user, but also code that honest files carry (FX graphs, TorchScript).
 """

@@ -21,16 +21,15 @@ from ckptkit.digests import Line, content_digest, kind_of, tree_digest, unwrappe
 from ckptkit.errors import CkptkitError, CorruptError
 from ckptkit.inspection.listing import list_tensors, storage_names
 from ckptkit.inspection.training import training_document
+from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.roles import tensor_role
 from ckptkit.normalize.sections import is_plain, join
 from ckptkit.normalize.tensors import Found, tensors_beside
 from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import InertDict, Object, mapping_shell, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like
-from ckptkit.released.reading import Reading, read_through
-from ckptkit.released.values import Beside, is_opaque, values_beside
+from ckptkit.released.reading import Beside, Reading, is_opaque, read_through, values_beside
 from ckptkit.report import Finding
 from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
@@ -439,7 +438,7 @@ def _malformed(beside: Sequence[Found]) -> Iterator[str]:
         if not found.is_value:
             continue
         from ckptkit.pickling.layouts import rebuilt
-        from ckptkit.transfer.other_values import check_indices
+        from ckptkit.transfer.values import check_indices
 
         try:
             value = rebuilt(found.node)

@@ -10,15 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptkit.rewrite.compact import Compact
     from ckptkit.rewrite.device import MapLocation
     from ckptkit.rewrite.dtype import CastDtype
-    from ckptkit.rewrite.leave_out import LeaveOut
     from ckptkit.rewrite.like import Like
-    from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
-    from ckptkit.rewrite.rename import Rename
-    from ckptkit.rewrite.select import Select, WeightsOnly
-    from ckptkit.rewrite.tied import Tied
+    from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
+    from ckptkit.rewrite.select import LeaveOut, Select, WeightsOnly
+    from ckptkit.rewrite.storages import Compact, Tied
 
 __all__ = [
     "REWRITES",
@@ -38,19 +35,19 @@ __all__ = [
 ]
 
 REWRITES = {
-    "StripModule": "prefix",
-    "AddModule": "prefix",
-    "StripPrefix": "prefix",
-    "AddPrefix": "prefix",
+    "StripModule": "rename",
+    "AddModule": "rename",
+    "StripPrefix": "rename",
+    "AddPrefix": "rename",
     "Rename": "rename",
     "Select": "select",
-    "LeaveOut": "leave_out",
+    "LeaveOut": "select",
     "Like": "like",
     "WeightsOnly": "select",
     "MapLocation": "device",
-    "Tied": "tied",
+    "Tied": "storages",
     "CastDtype": "dtype",
-    "Compact": "compact",
+    "Compact": "storages",
 }
 """Every rewriter, and the module it is in, which is imported when the rewriter is asked for."""
 

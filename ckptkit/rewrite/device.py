@@ -21,7 +21,7 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.layouts import device_of
-from ckptkit.rewrite.leaves import with_leaves
+from ckptkit.rewrite.storages import with_leaves
 
 __all__ = ["LocationMap", "MapLocation"]
 

@@ -30,8 +30,7 @@ from ckptkit.normalize.wrappers import wrapper_of
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths, moved_versions
-from ckptkit.rewrite.prefix import AddModule, AddPrefix, StripModule, StripPrefix
-from ckptkit.rewrite.rename import Rename
+from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
 
 __all__ = ["Fitting", "Like"]
 

@@ -26,8 +26,16 @@ from ckptkit import api
 from ckptkit.arguments import several
 from ckptkit.errors import VerifyError
 from ckptkit.report import Finding, count_of
-from ckptkit.testing.messages import difference_lines, finding_lines, message, require, violation_lines
-from ckptkit.testing.subjects import described, on_disk, opened
+from ckptkit.testing.subjects import (
+    described,
+    difference_lines,
+    finding_lines,
+    message,
+    on_disk,
+    opened,
+    require,
+    violation_lines,
+)
 
 if TYPE_CHECKING:
     from ckptkit.testing.subjects import Weights

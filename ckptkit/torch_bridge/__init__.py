@@ -1,6 +1,395 @@
-"""The only rooms that hand values to torch: `loading` plain tensors, `values` whatever else a state_dict has."""
+"""The only rooms that hand values to torch: `loading` plain tensors, `values` whatever else a state_dict has.
 
-from ckptkit.torch_bridge.loading import TorchLocation, dtype_of, tensors
-from ckptkit.torch_bridge.values import state_dict_of
+All values of a state_dict: what ``torch.load`` gives, as far as torch's, numpy's and Python's own code makes it.
+
+Tensors of every layout are made by the constructors that torch's ``_rebuild_*`` functions call, once
+`ckptkit.pickling.layouts` and `ckptkit.transfer.values` have held what the file says against itself; arrays and
+plain values as they are.  No name in a file is looked up: what is made is listed here.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ckptkit.checkpoint import StateDict, Storage, TensorEntry, as_tensor
+from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
+from ckptkit.normalize.sections import brief
+from ckptkit.pickling.arrays import is_array, layout_of
+from ckptkit.pickling.inert import ABSENT, Global, InertSet, Object, attributes, mapping_items
+from ckptkit.pickling.layouts import (
+    Jagged,
+    Layout,
+    Meta,
+    Nested,
+    OnDevice,
+    Quantized,
+    Rebuilt,
+    Sparse,
+    device_of,
+    layout_name,
+    rebuilt,
+)
+from ckptkit.pickling.tensors import shape_of
+from ckptkit.report import count_of, glob_of, listed
+from ckptkit.torch_bridge.loading import (
+    Loader,
+    TorchLocation,
+    dtype_of,
+    require_dtypes,
+    restore,
+    storage_names,
+    tensors,
+)
+from ckptkit.transfer.checksums import Checksums
+from ckptkit.transfer.values import array_from, check_indices, values_of
 
 __all__ = ["TorchLocation", "dtype_of", "state_dict_of", "tensors"]
+
+_MOST_DEPTH = 100
+"""Containers inside one another that are made; a value that is deeper is no honest one."""
+
+_LISTED = 8
+"""Values in a message."""
+
+_BUILTIN = ("builtins", "__builtin__")
+_FACTORIES = {"list": list, "int": int, "dict": dict, "float": float, "str": str, "set": set, "bool": bool}
+"""What a ``defaultdict`` may call."""
+
+_MADE: dict[str, tuple[Callable[..., object], tuple[type, ...]]] = {
+    **dict.fromkeys(("range", "xrange"), (range, (int,))),
+    "slice": (slice, (int, type(None))),
+    "complex": (complex, (int, float)),
+    "bytes": (bytes, ()),
+    "bytearray": (bytearray, (bytes, str)),
+    **{kind.__name__: (kind, (list, tuple)) for kind in (set, frozenset, list, tuple)},
+}
+"""Python's own types that are made by a call, and the types of its arguments: with a number for its size,
+``bytearray`` would take any memory."""
+
+_LAZY = ("torch.nn.parameter.UninitializedParameter", "torch.nn.parameter.UninitializedBuffer")
+
+
+class _ForeignError(Exception):
+    """A value that only code from elsewhere, or another torch, can make; the text says what it is."""
+
+
+def state_dict_of(
+    state_dict: StateDict,
+    path: str,
+    *,
+    map_location: TorchLocation = None,
+    mapped: bool = False,
+    checksums: bool = False,
+) -> OrderedDict[str, Any]:
+    """Every value of a state_dict, in its order, with the module versions that the file has as ``_metadata``.
+
+    Args:
+        state_dict: the names and values; the file they lie in must still be open.
+        path: the file, for messages.
+        map_location: as `tensors` takes it.
+        mapped: the same.
+        checksums: the same.
+
+    Raises:
+        UnsupportedError: values that cannot be made; the message names each.
+        CorruptError: a tensor's indices, offsets, axes or sizes lie outside what it consists of; else as `tensors`.
+        RewriteError, DTypeError, FileAccessError: as `tensors`.
+    """
+    require_dtypes(state_dict)
+    sums = Checksums()
+    loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
+    builder = _Builder(loader, map_location)
+    foreign: dict[str, str] = {}
+    with sums.held(lambda: storage_names(state_dict)):
+        others: dict[str, object] = {}
+        for name, value in state_dict.extra.items():  # before the others are read: one that cannot be made ends it
+            try:
+                others[name] = builder(value)
+            except _ForeignError as error:
+                foreign[name] = str(error)
+            except CorruptError as error:
+                error.at(path=path)
+                error.where = f"{name:.200}: {error.where}" if error.where else f"{name:.200}"
+                raise
+        if foreign:
+            raise UnsupportedError(_refusal(foreign, len(state_dict.everything)), path=path)
+        made: OrderedDict[str, Any] = OrderedDict()
+        for name, value in state_dict.everything.items():
+            made[name] = loader.tensor(value) if isinstance(value, TensorEntry) else others[name]
+        versions = state_dict.versions or {}
+        try:
+            made._metadata = OrderedDict((key, builder(value)) for key, value in versions.items())  # type: ignore[attr-defined]
+        except _ForeignError as error:
+            raise UnsupportedError(f"the module versions (_metadata) hold {error}", path=path) from None
+        loader.finish()
+    return made
+
+
+def _refusal(foreign: Mapping[str, str], count: int) -> str:
+    shown = listed([f"{name:.100} ({what:.200})" for name, what in foreign.items()], _LISTED)
+    options = " ".join(f"--exclude {glob_of(name)}" for name in list(foreign)[:_LISTED] if len(name) < 200)
+    return (
+        f"{len(foreign)} of {count_of(count, 'value')} of the state_dict cannot be built, because no code is run but "
+        f"torch's own: {shown}; ckptkit convert leaves them out with {options}"
+    )
+
+
+class _Builder:
+    """Makes values of nodes; what is one node in the file is one object."""
+
+    def __init__(self, loader: Loader, map_location: TorchLocation) -> None:
+        self._loader = loader
+        self._map_location = map_location
+        self._made: dict[int, tuple[object, object]] = {}  # the node is kept so that its id stays taken
+        self._depth = 0
+
+    def __call__(self, node: object) -> Any:
+        """What a node stands for.
+
+        Raises:
+            _ForeignError: only code from elsewhere can make it.
+            CorruptError: it is a tensor that does not fit its parts.
+        """
+        if node is None or isinstance(node, (str, int, float, bytes, bytearray)):
+            return node
+        if isinstance(node, TensorEntry):
+            return self._loader.tensor(node)
+        if id(node) in self._made:
+            return self._made[id(node)][1]
+        self._depth += 1
+        if self._depth > _MOST_DEPTH:
+            raise _ForeignError(f"nested more than {_MOST_DEPTH} deep")
+        try:
+            return self._keep(node, self._make(node))
+        finally:
+            self._depth -= 1
+
+    def _keep(self, node: object, value: object) -> object:
+        self._made[id(node)] = node, value
+        return value
+
+    def _make(self, node: object) -> object:
+        if isinstance(node, list):
+            made = self._keep(node, [])
+            made.extend(map(self, node))  # type: ignore[attr-defined]
+            return made
+        if isinstance(node, tuple):
+            return tuple(map(self, node))
+        if isinstance(node, InertSet):
+            return (frozenset if node.frozen else set)(map(self._key, node.members))
+        if isinstance(node, Storage):
+            return self._storage(node)
+        if isinstance(node, Global):
+            return _torch_constant(node)
+        pairs = mapping_items(node)
+        if pairs is not None:
+            return self._mapping(node, pairs)
+        tensor = rebuilt(node)
+        if tensor is not None:
+            return self._tensor(tensor)
+        if is_array(node) and (array := layout_of(node)).is_plain:
+            return array_from(array)
+        if isinstance(node, Object):
+            return self._object(node)
+        raise _ForeignError(brief(node))
+
+    def _mapping(self, node: object, pairs: list[tuple[object, object]]) -> object:
+        made: Any = {}
+        if isinstance(node, Object):
+            kind = node.class_name.rpartition(".")[2]
+            factory = node.args[0] if kind == "defaultdict" and node.args else None
+            name = factory.name if isinstance(factory, Global) and factory.module in _BUILTIN else None
+            if factory is not None and name not in _FACTORIES:
+                raise _ForeignError(f"a defaultdict of {factory!r:.80}")
+            empty = {"OrderedDict": OrderedDict, "Counter": Counter, "dict": dict}.get(kind)
+            made = defaultdict(_FACTORIES.get(name or "")) if empty is None else empty()
+        self._keep(node, made)
+        for key, value in pairs:
+            made[self._key(key)] = self(value)
+        own = attributes(node)
+        if own is not None and not isinstance(made, (defaultdict, Counter)) and hasattr(made, "__dict__"):
+            vars(made).update({key: self(value) for key, value in own.pairs if isinstance(key, str)})
+        return made
+
+    def _key(self, node: object) -> Any:
+        """A key, or a member of a set."""
+        value = self(node)
+        try:
+            hash(value)
+        except TypeError:
+            raise _ForeignError(f"a key of type {type(value).__name__}") from None
+        return value
+
+    def _object(self, node: Object) -> object:
+        name = node.class_name
+        module, _, short = name.rpartition(".")
+        plain = not (node.items or node.pairs or node.kwargs)
+        if layout_name(node) is not None:
+            return _torch_constant(Global("torch", layout_name(node) or ""))
+        if name == "torch.device" and (tag := device_of(node)) is not None:
+            return _by_torch(lambda: torch.device(tag))
+        if name == "torch.Size" and (shape := shape_of(node)) is not None:
+            return torch.Size(shape)
+        if name in _LAZY and plain and len(node.args) <= 1 and all(isinstance(arg, bool) for arg in node.args):
+            return getattr(torch.nn.parameter, short)(*node.args)
+        if name in ("_io.BytesIO", "io.BytesIO"):
+            data = node.state[0] if isinstance(node.state, tuple) and node.state else (*node.args, b"")[0]
+            if isinstance(data, (bytes, bytearray)):
+                return io.BytesIO(data)
+        if module in _BUILTIN and short in _MADE and plain and node.state is ABSENT:
+            make, types = _MADE[short]
+            if all(isinstance(arg, types) for arg in node.args):
+                try:
+                    return make(*map(self, node.args))
+                except (TypeError, ValueError):
+                    pass
+        raise _ForeignError(brief(node))
+
+    def _storage(self, storage: Storage) -> object:
+        """A bare storage, of the type that the file declares."""
+        memory = self._loader.storage(as_tensor(storage, typed=True))
+        return memory if storage.dtype is None else _typed(memory, storage.dtype)
+
+    # Tensors that are not plain ones.
+
+    def _tensor(self, found: Rebuilt) -> object:
+        # Storages are read before torch is asked, so that what is wrong with the file is not told as torch's refusal.
+        check_indices(found.layout, self._numbers)
+        made = self._laid_out(found.layout)
+        if found.is_parameter:
+            return _by_torch(lambda: torch.nn.Parameter(made.detach(), requires_grad=found.requires_grad))
+        return made
+
+    def _numbers(self, entry: TensorEntry) -> Any:
+        """Whole numbers as an array; where all goes to the meta device, out of the file."""
+        tensor = self._loader.tensor(entry).detach()
+        return values_of(entry) if tensor.is_meta else tensor.cpu().numpy()
+
+    def _laid_out(self, layout: Layout) -> Any:
+        part = self._loader.tensor
+        if isinstance(layout, Quantized):
+            return self._quantized(layout)
+        if isinstance(layout, Sparse):
+            parts: list[Any] = [*map(part, layout.indices), part(layout.values), layout.size]
+            options: dict[str, Any] = {"check_invariants": False}
+            if layout.layout != "sparse_coo":
+                options["layout"] = getattr(torch, layout.layout)
+                return _by_torch(lambda: torch.sparse_compressed_tensor(*parts, **options))
+            if layout.is_coalesced is not None:
+                options["is_coalesced"] = layout.is_coalesced
+            return _by_torch(lambda: torch.sparse_coo_tensor(*parts, **options))
+        if isinstance(layout, Nested):
+            rows = [part(entry).cpu() for entry in (layout.sizes, layout.strides, layout.offsets)]
+            buffer = part(layout.buffer)
+            return _by_torch(lambda: torch._nested_view_from_buffer(buffer, *rows))
+        if isinstance(layout, Jagged):
+            return self._jagged(layout)
+        if isinstance(layout, Meta):
+            dtype = dtype_of(layout.dtype)
+            return _by_torch(
+                lambda: torch.empty_strided(
+                    layout.size, layout.stride, dtype=dtype, device="meta", requires_grad=layout.requires_grad
+                )
+            )
+        return self._on_device(layout)
+
+    def _quantized(self, layout: Quantized) -> Any:
+        """A quantizer, made with a tensor without elements, over the file's numbers."""
+        numbers, axis = layout.numbers, layout.axis
+        memory, dtype = self._loader.storage(numbers), dtype_of(numbers.dtype)
+        parts: list[Any] = [
+            self._loader.tensor(found) if isinstance(found, TensorEntry) else found
+            for found in (layout.scales, layout.zero_points)
+        ]
+
+        def make() -> torch.Tensor:
+            if axis is None:
+                made = torch._empty_affine_quantized(
+                    [0], scale=parts[0], zero_point=parts[1], dtype=dtype, device=memory.device
+                )
+            else:
+                kinds = (torch.float, torch.float) if "float" in layout.scheme else (torch.double, torch.long)
+                scales, zero_points = (
+                    part if isinstance(part, torch.Tensor) else torch.tensor(part, dtype=kind, device=memory.device)
+                    for part, kind in zip(parts, kinds, strict=True)
+                )
+                made = torch._empty_per_channel_affine_quantized(
+                    [n if at == axis else 0 for at, n in enumerate(numbers.shape)],
+                    scales=scales, zero_points=zero_points, axis=axis, dtype=dtype, device=memory.device,
+                )  # fmt: skip
+            made.set_(_typed(memory, numbers.dtype), numbers.storage_offset, numbers.shape, numbers.stride)
+            made.requires_grad = layout.requires_grad
+            return made
+
+        return _by_torch(make)
+
+    def _jagged(self, layout: Jagged) -> Any:
+        part = self._loader.tensor
+        given: dict[str, Any] = {
+            "values": part(layout.values),
+            "offsets": part(layout.offsets),
+            "lengths": None if layout.lengths is None else part(layout.lengths),
+            "_ragged_idx": layout.ragged_idx,
+            "requires_grad": layout.requires_grad,
+        }
+
+        def make() -> torch.Tensor:
+            from torch.nested._internal.nested_tensor import NestedTensor
+
+            return NestedTensor(given.pop("values"), given.pop("offsets"), **given)
+
+        return _by_torch(make)
+
+    def _on_device(self, layout: OnDevice) -> Any:
+        where = self._map_location
+        if isinstance(where, Mapping):
+            where = where.get(layout.device, layout.device)
+        elif where is None:
+            where = layout.device
+        elif not isinstance(where, (str, torch.device)):
+            raise RewriteError(
+                f"a tensor on {layout.device!r:.60} is saved without a storage there, so a function has nothing to be "
+                "asked about; give map_location a location or a dict of them"
+            )
+        data = self(layout.data)
+        tensor = data if isinstance(data, torch.Tensor) else _by_torch(lambda: torch.from_numpy(data))
+        dtype = dtype_of(layout.dtype)
+        try:
+            moved = tensor.to(dtype=dtype, device=str(where))
+            return moved.requires_grad_(layout.requires_grad)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0].partition(". ")[0]
+            raise RewriteError(
+                f"a tensor saved on {layout.device!r:.60} cannot be put on {str(where)!r:.60} on this machine "
+                f'({reason:.200}); give map_location="cpu"'
+            ) from error
+
+
+def _by_torch(make: Callable[[], Any]) -> Any:
+    """What torch makes; where this torch has not what it takes, it cannot be made."""
+    try:
+        return make()
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise _ForeignError(f"torch {torch.__version__} does not make it: {reason:.150}") from error
+
+
+def _typed(memory: torch.UntypedStorage, dtype: str) -> Any:
+    return torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype_of(dtype), _internal=True)  # type: ignore[no-untyped-call]
+
+
+def _torch_constant(node: Global) -> object:
+    """A dtype, layout, quantization scheme or memory format of torch's.
+
+    Raises:
+        _ForeignError: the name is another.
+    """
+    found = vars(torch).get(node.name) if node.module == "torch" else None
+    if not isinstance(found, (torch.dtype, torch.layout, torch.qscheme, torch.memory_format)):
+        raise _ForeignError(f"{node!r:.120}")
+    return found

@@ -29,7 +29,7 @@ from ckptkit.bytesource import SourceFile, write_at
 from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
-from ckptkit.transfer.copier import UNAVAILABLE
+from ckptkit.transfer.steps import UNAVAILABLE
 from ckptkit.transfer.workers import uninterrupted
 
 fcntl: ModuleType | None

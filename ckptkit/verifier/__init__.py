@@ -4,7 +4,7 @@ Imports torch.  Adding a check is a function `Check` in a module of its own and 
 `CHECKS`; they run in that order, each sees what the earlier ones left in the `Context`.
 
 The reference is built by a library's or the user's own code; nothing of the checkpoint is ever executed, but
-where `ckptkit.verifier.pickled` is asked for.
+where `ckptkit.verifier.foreign` is asked for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from ckptkit.architectures import identify
 from ckptkit.arguments import several, shapes, tolerance
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.conversion.like import unselected_weights
+from ckptkit.conversion.options import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.normalize.parts import part_findings
 from ckptkit.report import Finding, Report, listed, worst
@@ -32,11 +32,10 @@ from ckptkit.verifier.forward import check_forward, model_dtype
 from ckptkit.verifier.golden import Golden, read_golden
 from ckptkit.verifier.golden_check import check_golden, require_writable, versions
 from ckptkit.verifier.inputs import Inputs, drawn_inputs, read_inputs, wanted_inputs
-from ckptkit.verifier.load import check_load
+from ckptkit.verifier.load import check_load, check_weights
 from ckptkit.verifier.measure import Fit
 from ckptkit.verifier.pickled import load_pickled, unsafe_findings
 from ckptkit.verifier.references import ModelLike, Reference, build
-from ckptkit.verifier.weights import check_weights
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 

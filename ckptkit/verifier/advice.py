@@ -1,13 +1,25 @@
-"""What to do about a checkpoint that does not fit: the one cause behind many names or shapes."""
+"""What to do about a checkpoint that does not fit: the one cause behind many names or shapes.
+
+What would fit where this does not: other weights in the same file, or another reference.
+
+Long lists of names, folded by module for messages; documents keep them whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 
-from ckptkit.rewrite.like import Fitting
+from ckptkit.architectures import Architecture, identify
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.conversion.options import read_others
+from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.rewrite.like import Fitting, Like
+from ckptkit.rewrite.names import module_paths
+from ckptkit.verifier.context import Context
 from ckptkit.verifier.measure import ShapeMismatch
 
-__all__ = ["head_classes", "renamings_that_fit"]
+__all__ = ["architecture_that_fits", "command_for", "folded", "head_classes", "renamings_that_fit", "sections_that_fit"]
 
 
 def renamings_that_fit(fittings: Sequence[Fitting], expected: int) -> list[Fitting]:
@@ -41,3 +53,55 @@ def head_classes(mismatches: Sequence[ShapeMismatch]) -> tuple[int, int] | None:
     if not ours or any(m.checkpoint[0] * theirs != m.reference[0] * ours for m in mismatches):
         return None
     return ours, theirs
+
+
+def sections_that_fit(checkpoint: Checkpoint, like: Like, already: int) -> list[tuple[str, Fitting]]:
+    """The other sections of which most tensors fit, equally many: their paths, and how.
+
+    Args:
+        checkpoint: with the section that was selected.
+        like: the model.
+        already: how many of the selected section's tensors fit; another has to have more, and more than half.
+    """
+    found = [
+        (path, max(like.fittings(other.state_dict), key=lambda fitting: len(fitting.sources)))
+        for path, other in read_others(checkpoint)
+    ]
+    most = max((len(fitting.sources) for _, fitting in found), default=0)
+    if most <= max(len(like.expected) // 2, already):
+        return []
+    return [(path, fitting) for path, fitting in found if len(fitting.sources) == most]
+
+
+def architecture_that_fits(checkpoint: Checkpoint, spec: str | None) -> Architecture | None:
+    """The known architecture that has the names and shapes, wrappers aside; of several, the reference's own.
+
+    Args:
+        checkpoint: with the section that was selected.
+        spec: the reference that was named, which may fit when built with other arguments.
+    """
+    exact = [found for found in identify(checkpoint.state_dict) if found.exact and not found.prefix]
+    return next((found for found in exact if found.reference == spec), exact[0] if exact else None)
+
+
+def command_for(checkpoint: Checkpoint, architecture: Architecture, context: Context) -> str | None:
+    """The verification of the file against an architecture, ready to be pasted; see `Context.command`."""
+    stripped = ["--strip-module"] * any(unwrapped(name) != name for name in checkpoint.state_dict)
+    reference, args = architecture.reference, architecture.args
+    return context.command(checkpoint.origin.path, *stripped, model=reference, **args)
+
+
+def folded(names: Collection[str], among: Collection[str]) -> list[str]:
+    """The names, with ``layer4.* (30)`` in place of those of a module all of whose names are among them.
+
+    Args:
+        names: what is missing, say.
+        among: all names there are on that side; those given are of them.
+    """
+    everything = Counter(path for name in among for path in module_paths(name))
+    given = Counter(path for name in names for path in module_paths(name))
+    lines: dict[str, None] = {}
+    for name in names:
+        whole = next((path for path in module_paths(name) if given[path] == everything[path] > 1), None)
+        lines[name if whole is None else f"{whole}.* ({given[whole]:,})"] = None
+    return list(lines)

@@ -16,7 +16,7 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
 from ckptkit.report import Finding, Severity
-from ckptkit.rewrite.prefix import StripModule
+from ckptkit.rewrite.rename import StripModule
 from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.fill import become
 from ckptkit.verifier.fit import check_fit

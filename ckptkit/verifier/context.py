@@ -16,7 +16,7 @@ from torch import nn
 from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
-from ckptkit.normalize.beside import beside_weights, holding_suffix
+from ckptkit.normalize.selection import beside_weights, holding_suffix
 from ckptkit.report import Finding, convert_command, listed
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs

@@ -10,16 +10,21 @@ from typing import Any
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.conversion.like import unselected_weights
+from ckptkit.conversion.options import unselected_weights
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import ties_once
 from ckptkit.report import Finding, count_of, listed, share_of
 from ckptkit.rewrite.like import Fitting, Like
-from ckptkit.verifier.advice import head_classes, renamings_that_fit
+from ckptkit.verifier.advice import (
+    architecture_that_fits,
+    command_for,
+    folded,
+    head_classes,
+    renamings_that_fit,
+    sections_that_fit,
+)
 from ckptkit.verifier.context import Context, shortened
-from ckptkit.verifier.elsewhere import architecture_that_fits, command_for, sections_that_fit
-from ckptkit.verifier.folding import folded
 from ckptkit.verifier.measure import Fit, ShapeMismatch, is_counter, like_model, measure, named_values
 from ckptkit.verifier.references import build
 

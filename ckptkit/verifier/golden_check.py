@@ -15,6 +15,7 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.digests import Line, content_digest, tensor_digest, unwrapped_names
 from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
+from ckptkit.extras import __version__
 from ckptkit.plan import Literal, Plan
 from ckptkit.report import Finding, count_of
 from ckptkit.transfer import write_atomically
@@ -23,7 +24,6 @@ from ckptkit.verifier.forward import measured_noise, model_dtype
 from ckptkit.verifier.golden import KEY, VERSION, Golden, Recorded, read_golden, told_args
 from ckptkit.verifier.load import sources_of
 from ckptkit.verifier.outputs import Difference, Tolerance, compared, dtype_name, tolerance_of
-from ckptkit.version import __version__
 
 __all__ = ["check_golden", "require_writable", "versions"]
 

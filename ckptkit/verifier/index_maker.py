@@ -28,8 +28,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import ckptkit.architectures
-from ckptkit.architectures.fingerprint import SKETCH, Shapes, names_digest, shapes_digest, sketch, weights_of
-from ckptkit.architectures.index import LIBRARIES
+from ckptkit.architectures.index import LIBRARIES, SKETCH, Shapes, names_digest, shapes_digest, sketch, weights_of
 
 __all__ = ["meta_model", "model_names", "rows"]
 

@@ -11,9 +11,8 @@ from torch import nn
 from torchvision.models import mobilenet_v2, resnet18, resnet34, resnet50, vgg16
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ckptkit.architectures import identify
+from ckptkit.architectures import _MAX_CHARACTERS, _MAX_TENSORS, _MIN_TENSORS, identify
 from ckptkit.architectures.index import LIBRARIES, load
-from ckptkit.architectures.match import _MAX_CHARACTERS, _MAX_TENSORS, _MIN_TENSORS
 
 pytestmark = pytest.mark.usefixtures("on_meta")
 

@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from ckptkit.architectures.fingerprint import SKETCH, names_digest, shapes_digest, similarity, sketch, weights_of
-from ckptkit.architectures.index import LIBRARIES, Free, Index, load
+from ckptkit.architectures.index import (
+    LIBRARIES,
+    SKETCH,
+    Free,
+    Index,
+    load,
+    names_digest,
+    shapes_digest,
+    similarity,
+    sketch,
+    weights_of,
+)
 
 
 def test_the_digests_do_not_change() -> None:

@@ -14,8 +14,7 @@ from torch import nn
 
 import ckptkit
 from ckptkit.architectures import Architecture, identify
-from ckptkit.architectures.fingerprint import sketch, weights_of
-from ckptkit.architectures.index import load
+from ckptkit.architectures.index import load, sketch, weights_of
 from ckptkit.verifier.index_maker import meta_model, rows
 
 NAMES = torchvision.models.list_models()

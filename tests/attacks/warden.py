@@ -50,7 +50,7 @@ def main() -> None:
     import ckptkit.cli.inspect_markdown
     import ckptkit.cli.inspect_text
     import ckptkit.compare
-    import ckptkit.conversion.job
+    import ckptkit.conversion
     import ckptkit.conversion.options
     import ckptkit.formats
     import ckptkit.rewrite

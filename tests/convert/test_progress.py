@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import ckptkit
-from ckptkit.cli import progress
-from ckptkit.cli.progress import progress_line
+from ckptkit.cli import ending
+from ckptkit.cli.ending import progress_line
 
 pty = pytest.importorskip("pty")
 
@@ -112,7 +112,7 @@ def test_when(monkeypatch, capsys, wanted: bool | None, quiet: bool, terminal: b
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors", "sharded.safetensors"])
 @pytest.mark.parametrize("options", [[], ["--no-check"], ["--dtype", "float16"]], ids=" ".join)
 def test_of_a_conversion(save, convert, monkeypatch, name: str, options: list[str]) -> None:
-    monkeypatch.setattr(progress, "_SECONDS", -1)
+    monkeypatch.setattr(ending, "_SECONDS", -1)
     path = save({f"w{i}": torch.ones(10_000).view(100, 100).t() for i in range(20)})
     sharding = ["--max-shard-size", "200kB"] if name.startswith("sharded") else []
     done = convert(path, name, "--progress", *options, *sharding)
@@ -128,7 +128,7 @@ def test_of_a_conversion(save, convert, monkeypatch, name: str, options: list[st
 
 
 def test_an_error_stands_on_a_line_of_its_own(save, convert, monkeypatch) -> None:
-    monkeypatch.setattr(progress, "_SECONDS", -1)
+    monkeypatch.setattr(ending, "_SECONDS", -1)
     path = save({"w": torch.ones(4000)})
     data = bytearray(path.read_bytes())
     data[data.index(torch.ones(8).numpy().tobytes()) + 400] ^= 0x40

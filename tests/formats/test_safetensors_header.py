@@ -231,7 +231,7 @@ def test_wide_characters_in_a_large_header_are_bounded(tmp_path: Path) -> None:
 DIFFERENCES = re.compile(
     "stands twice|described by a list|its dtype is an object|not with '{'|whole numbers from 0|nested more"
 )
-"""What we refuse and the library may take; `ckptkit.formats.safetensors_header` says why."""
+"""What we refuse and the library may take; `ckptkit.formats.safetensors` says why."""
 
 
 def agree(path: Path) -> bool:

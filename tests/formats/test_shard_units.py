@@ -17,8 +17,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storag
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import RewriteError
 from ckptkit.formats import format_for
-from ckptkit.formats.shards.units import SafetensorsUnits, TorchUnits
-from ckptkit.formats.shards.writer import plan_shards
+from ckptkit.formats.shard_writer import SafetensorsUnits, TorchUnits, plan_shards
 from ckptkit.pickling.inert import InertDict
 
 CONTAINERS = {"model.safetensors": format_for("", "safetensors"), "pytorch_model.bin": format_for("", "torch-zip")}

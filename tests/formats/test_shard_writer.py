@@ -20,7 +20,7 @@ from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
 from ckptkit.formats.format import Format
-from ckptkit.formats.shards.writer import index_name, plan_shards
+from ckptkit.formats.shard_writer import index_name, plan_shards
 from ckptkit.plan import Plan
 from ckptkit.transfer import execute
 

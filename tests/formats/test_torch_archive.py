@@ -42,9 +42,9 @@ from ckptkit.errors import (
     UnknownFormatError,
     UnsupportedError,
 )
-from ckptkit.formats.archives.zip_archive import read_directory
-from ckptkit.formats.archives.zip_record import record_source
 from ckptkit.formats.contents import Contents
+from ckptkit.formats.zip_archive import read_directory
+from ckptkit.formats.zip_records import record_source
 from ckptkit.limits import Limits
 from ckptkit.torch_bridge import tensors
 

@@ -313,7 +313,7 @@ def test_a_pickle_that_is_longer_than_what_is_read_at_first(
 ) -> None:
     state = {**model(), "text": "x" * 300, "big": 1 << 200, "raw": b"\xff" * 300}
     monkeypatch.setattr(torch_legacy, "_OBJECT_NBYTES", window)
-    monkeypatch.setattr("ckptkit.formats.pickle_row._GROWTH", 2)
+    monkeypatch.setattr("ckptkit.formats.torch_legacy._GROWTH", 2)
     for protocol in (2, 4):
         checkpoint = read(save(state, tmp_path / "m.pt", protocol))
         assert same_bits(tensor(checkpoint.state_dict["weight"]), state["weight"])

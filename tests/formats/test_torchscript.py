@@ -20,8 +20,8 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.errors import CorruptError, FormatError, LimitError, RewriteError, UnsupportedError
 from ckptkit.formats import torch_zip_writer, torchscript_code
+from ckptkit.pickling.dialects import ScriptStorageTable
 from ckptkit.pickling.inert import Global, InertDict, Object
-from ckptkit.pickling.script import ScriptStorageTable
 from ckptkit.torch_bridge import tensors
 
 pytestmark = [

@@ -33,8 +33,8 @@ from zip_samples import (
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.formats.archives.zip_archive import Record, read_directory, read_record
-from ckptkit.formats.archives.zip_writer import ZipWriter
+from ckptkit.formats.torch_zip_writer import ZipWriter
+from ckptkit.formats.zip_archive import Record, read_directory, read_record
 from ckptkit.limits import Limits
 from ckptkit.plan import Literal
 

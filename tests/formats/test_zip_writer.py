@@ -13,8 +13,8 @@ import pytest
 from zip_samples import content
 
 from ckptkit.bytesource import ByteRange, SourceFile
-from ckptkit.formats.archives.zip_archive import read_directory, read_record
-from ckptkit.formats.archives.zip_writer import ALIGNMENT, ZipWriter
+from ckptkit.formats.torch_zip_writer import ALIGNMENT, ZipWriter
+from ckptkit.formats.zip_archive import read_directory, read_record
 from ckptkit.plan import Checksum, Copy, Literal
 
 

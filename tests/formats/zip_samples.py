@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 
-from ckptkit.formats.archives.zip_archive import Record, read_record
+from ckptkit.formats.zip_archive import Record, read_record
 
 RECORDS = {"root/a": b"first", "root/data/0": bytes(range(256)), "root/empty": b"", "root/é": "é".encode()}
 

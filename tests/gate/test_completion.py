@@ -73,7 +73,7 @@ def test_references(run) -> None:
 
 def test_a_reference_is_asked_for_without_torch() -> None:
     code = (
-        "import sys, click\nfrom ckptkit.cli.completion import complete_reference\n"
+        "import sys, click\nfrom ckptkit.cli.explain import complete_reference\n"
         "print(len(complete_reference(None, None, 'timm:')) > 1000, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})

@@ -15,8 +15,8 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.pickling.dialects import LegacyTable, era
 from ckptkit.pickling.inert import Global, InertDict, Object, walk
-from ckptkit.pickling.legacy import LegacyTable, era
 from ckptkit.pickling.reader import PickleResult, read_pickle
 
 FLOATS, INTS = Global("torch", "FloatStorage"), Global("torch", "IntStorage")

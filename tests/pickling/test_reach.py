@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ckptkit
-from ckptkit.pickling import reach
+from ckptkit.pickling import calls
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses
@@ -122,9 +122,9 @@ def graph_module(imports: object, code: object = CODE) -> dict[str, tuple[str, s
     return {use.name: (use.verdict, use.reason) for use in global_uses([call])}
 
 
-def reach_call(imports: object, code: object) -> reach.Global:
-    callee = reach.Global("torch.fx.graph_module", "reduce_graph_module")
-    watch = reach.Reach(reach.Global).watcher(callee)
+def reach_call(imports: object, code: object) -> calls.Global:
+    callee = calls.Global("torch.fx.graph_module", "reduce_graph_module")
+    watch = calls.Reach(calls.Global).watcher(callee)
     assert watch is not None
     watch((InertDict([("_code", code)]), imports))
     return callee
@@ -180,8 +180,8 @@ def test_code_that_torch_never_generates(imports: object, code: object, words: s
 
 
 def test_the_same_text_called_a_million_times_is_looked_through_once_and_no_more() -> None:
-    callee = reach.Global("torch.fx.graph_module", "reduce_graph_module")
-    watch = reach.Reach(reach.Global).watcher(callee)
+    callee = calls.Global("torch.fx.graph_module", "reduce_graph_module")
+    watch = calls.Reach(calls.Global).watcher(callee)
     assert watch is not None
     body = InertDict([("_code", CODE + "    # " + "x" * 1_000_000)])
     for _ in range(100_000):
@@ -381,7 +381,7 @@ def test_a_partial_inside_itself_ends() -> None:
 
 
 def test_what_calls_are_given_is_not_looked_through_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach, "_MOST_ARGUMENTS", 10_000)
+    monkeypatch.setattr(calls, "_MOST_ARGUMENTS", 10_000)
     doubled = b"]q\x00" + b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(100))
     assert "mine.f" in hostile(OR + b"0" + doubled + b"0" + call(named("mine.f"), b"hd") + b"\x86"[:0])
 

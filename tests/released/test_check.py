@@ -17,7 +17,7 @@ import ckptkit
 from ckptkit.codes import CODES
 from ckptkit.errors import CorruptError
 from ckptkit.released.examine import examine
-from ckptkit.released.manifests.reader import read_manifest
+from ckptkit.released.manifest_file import read_manifest
 from ckptkit.released.results import CheckFinding, CheckReport
 
 MANIFEST = "weights.lock.json"

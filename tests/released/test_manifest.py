@@ -24,8 +24,7 @@ from ckptkit.errors import (
     UnknownFormatError,
     UnsupportedError,
 )
-from ckptkit.released.manifests.reader import read_manifest
-from ckptkit.released.manifests.records import paths_of
+from ckptkit.released.manifest_file import paths_of, read_manifest
 
 Save = Callable[..., Path]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -175,7 +174,7 @@ def test_update_renews_what_changed(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert after.files[2] == before.files[1]
     assert read_manifest(lock).files == after.files
     inode = lock.stat().st_ino
-    monkeypatch.delattr("ckptkit.released.manifests.at_path.write")
+    monkeypatch.delattr("ckptkit.released.manifest_maker.write")
     same = ckptkit.manifest((), lock, update=True)
     assert same.changes.kept == tuple(record.path for record in after.files)
     assert lock.stat().st_ino == inode

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ckptkit.errors import CkptkitError, CorruptError, FormatError, LimitError, MissingFileError, UnsupportedError
-from ckptkit.released.manifests.reader import read_manifest
+from ckptkit.released.manifest_file import read_manifest
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 DOCUMENT = json.loads((FIXTURES / "weights.lock.json").read_text("ascii"))

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 import ckptkit
 from ckptkit.codes import CODES
 from ckptkit.released.policy import Policy
+from ckptkit.released.policy_rules import RULES
 from ckptkit.released.results import CheckFinding
-from ckptkit.released.rules.policy_rules import RULES
 
 WEIGHTS = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.zeros(3)}
 

@@ -21,7 +21,7 @@ from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Checkpoint, Origin, StateDict, Storage, TensorEntry
 from ckptkit.derived import Conversion, ConvertedRange
 from ckptkit.pickling.inert import InertDict
-from ckptkit.rewrite.compact import dead_bytes
+from ckptkit.rewrite.storages import dead_bytes
 
 Save = Callable[..., Path]
 Through = Callable[..., Any]

@@ -15,8 +15,8 @@ from plans import DATA, executed, plan_of, posix_only, some_plan, some_result, u
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import CorruptError
 from ckptkit.plan import Copy, Literal
-from ckptkit.transfer import copier
-from ckptkit.transfer.copier import Copier
+from ckptkit.transfer import steps
+from ckptkit.transfer.steps import Copier
 
 pytestmark = posix_only
 
@@ -52,7 +52,7 @@ def test_every_way_of_copying(
     source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str, reason: int, short: bool
 ) -> None:
     calls: dict[str, int] = {}
-    monkeypatch.setattr(copier, "_PIECE_NBYTES", 1024 if short else copier._PIECE_NBYTES)
+    monkeypatch.setattr(steps, "_PIECE_NBYTES", 1024 if short else steps._PIECE_NBYTES)
     for name in ("splice", "copy_file_range"):
         monkeypatch.setattr(os, name, counted(name, calls))
     if short:
@@ -122,9 +122,9 @@ class Clock:
         self.first: dict[str, int] = {}
         for name in pace:
             monkeypatch.setattr(os, name, self.timed(name))
-        monkeypatch.setattr(copier, "time", self)
+        monkeypatch.setattr(steps, "time", self)
         for name, value in (("_PIECE_NBYTES", 1024), ("_ONE_CALL", 1024), ("_MEASURED_NBYTES", 1024)):
-            monkeypatch.setattr(copier, name, value)
+            monkeypatch.setattr(steps, name, value)
 
     def perf_counter(self) -> float:
         return self.now

@@ -23,7 +23,7 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, DestinationExistsError, FileAccessError
 from ckptkit.plan import Copy, Digest, Gather, Literal
-from ckptkit.transfer import copier
+from ckptkit.transfer import steps
 
 Entry = Callable[[torch.Tensor], TensorEntry]
 
@@ -346,7 +346,7 @@ def test_kill_leaves_the_old_file_alone(tmp_path: Path, out: Path) -> None:
 
 def test_interrupted_between_two_copies(source: SourceFile, out: Path) -> None:
     """One kernel copy is bounded, so that an interrupt is heard between two."""
-    assert copier._ONE_CALL <= 64 << 20
+    assert steps._ONE_CALL <= 64 << 20
     with pytest.raises(KeyboardInterrupt):
         write(out, some_plan(source), progress=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
 

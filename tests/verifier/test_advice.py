@@ -18,7 +18,7 @@ from torch import nn
 
 import ckptkit
 from ckptkit.cli import cli
-from ckptkit.verifier.folding import folded
+from ckptkit.verifier.advice import folded
 
 
 def carry_out(fix: str | None, *options: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Optional
 import pytest
 
 from ckptkit.errors import VerifyError
-from ckptkit.verifier.references.arguments import typed
+from ckptkit.verifier.references.factory import typed
 
 
 class Norm(enum.Enum):

@@ -2,7 +2,7 @@
 
 The directory is the last thing written and the first thing read, so a download that stops early
 leaves an archive that readers refuse whole.  But records stand one behind the other, each behind
-its own header (`ckptkit.formats.archives.zip_archive`), and torch writes ``data.pkl`` first, which says
+its own header (`ckptkit.formats.zip_archive`), and torch writes ``data.pkl`` first, which says
 the size of every storage.  So the archive can be gone through without a directory:
 
 - a header that states sizes states where the next one is
@@ -21,8 +21,8 @@ from typing import NoReturn
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CkptkitError, CorruptError, FormatError
-from ckptkit.formats.archives.zip_archive import CENTRAL, CENTRAL_SIGNATURE, LOCAL, LOCAL_SIGNATURE
-from ckptkit.formats.archives.zip_end import END, MAX32
+from ckptkit.formats.zip_archive import CENTRAL, CENTRAL_SIGNATURE, LOCAL, LOCAL_SIGNATURE
+from ckptkit.formats.zip_records import END, MAX32
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import walk

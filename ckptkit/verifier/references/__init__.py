@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ckptkit.errors import VerifyError
-from ckptkit.verifier.references import timm_models, torchvision_models, transformers_models, user_code
+from ckptkit.verifier.references import factory, libraries
 from ckptkit.verifier.references.factory import ModelLike, Reference
 from ckptkit.verifier.references.without_values import without_values
 
@@ -30,9 +30,9 @@ FORMS = "torchvision:NAME, timm:NAME, transformers:NAME-OR-FOLDER, package.modul
 """How a reference is written."""
 
 _PACKAGES = {
-    "torchvision": torchvision_models.reference,
-    "timm": timm_models.reference,
-    "transformers": transformers_models.reference,
+    "torchvision": libraries.torchvision_reference,
+    "timm": libraries.timm_reference,
+    "transformers": libraries.transformers_reference,
 }
 
 
@@ -57,7 +57,7 @@ def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Refe
 
 def _reference(model: ModelLike, args: Mapping[str, object]) -> Reference:
     if not isinstance(model, str):
-        return user_code.of_object(model, args)
+        return factory.of_object(model, args)
     package, colon, name = model.partition(":")
     if package in _PACKAGES and name:
         return _PACKAGES[package](name, args)
@@ -66,7 +66,7 @@ def _reference(model: ModelLike, args: Mapping[str, object]) -> Reference:
         raise VerifyError(f"{model}: name the factory in it: {model}:NAME")
     if not colon or not source or not name:
         raise VerifyError(f"{model!r} is not a reference; expected {FORMS}")
-    return user_code.reference(model, source, name, args)
+    return factory.reference(model, source, name, args)
 
 
 def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -1,0 +1,241 @@
+"""Whether a file is a part of a checkpoint: what its tree says, what it is called, what lies beside it, in one answer.
+
+The tree decides where it speaks (`ckptkit.normalize.parts`); an index beside a file, and the names that these
+writers give to the files of several processes, where it does not:
+
+- ``huggingface_hub``: ``model-00001-of-00002.safetensors``, and whatever an index names
+- ``torch.distributed.checkpoint``: ``__0_0.distcp``; Megatron's ``common.pt`` and Lightning's ``meta.pt`` beside them
+- FSDP: ``model_world_size_4_rank_0.pt`` (verl and others), ``pytorch_model_fsdp_rank0.bin`` (accelerate)
+- DeepSpeed: ``zero_pp_rank_0_mp_rank_00_optim_states.pt``, ``mp_rank_00_model_states.pt`` (the weights of one of
+  several tensor-parallel ranks), ``layer_00-model_states.pt`` of a pipeline, ``layer_0_expert_1_mp_rank_00_...``,
+  ``zero/NAME/fp32.pt`` of a universal checkpoint
+- Megatron-LM, NeMo: one folder a rank, ``mp_rank_00_000/``, ``tp_rank_00_pp_rank_000/``
+- Llama: ``consolidated.00.pth``
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+from ckptkit.checkpoint import Part
+from ckptkit.errors import PartError
+from ckptkit.formats.shards import CUSTOMARY, indexes_in
+
+__all__ = ["known_as", "names_in", "part_error", "part_of"]
+
+
+class _Rule(NamedTuple):
+    """How a writer calls its files: ``n`` of the pattern is the number of one, ``of`` how many there are.
+
+    One that is ``alone`` is a part whatever lies beside it; ``word`` says what is numbered.
+    """
+
+    pattern: str
+    layout: str
+    lacks: str
+    alone: bool = True
+    word: str = "rank"
+
+
+_SLICES = "the other ranks have the other slices of its tensors"
+_DCP = "a torch.distributed.checkpoint folder"
+
+_RULES = (
+    _Rule(r"(?:__(?P<n>\d+)_\d+|.+)\.distcp", _DCP, "it holds some slices, whose places .metadata says"),
+    _Rule(r".*world_size_(?P<of>\d+)_rank_(?P<n>\d+)\.\w+", "an FSDP checkpoint of one file a rank", _SLICES, False),
+    _Rule(r"pytorch_model_fsdp(?:_\d+)?_rank(?P<n>\d+)\.bin", "an FSDP checkpoint of one file a rank", _SLICES, False),
+    _Rule(
+        r"shard-(?P<n>\d{5})-.+\.safetensors",
+        "a torch.distributed.checkpoint of safetensors files",
+        "its tensors are slices of those of the whole",
+        word="shard",
+    ),
+    _Rule(
+        r"(?:\w+_)?zero_pp_rank_(?P<n>\d+)_mp_rank_\d+_(?:model|optim)_states\.pt",
+        "a DeepSpeed ZeRO checkpoint",
+        "the other ranks have the other slices",
+    ),
+    _Rule(
+        r"(?:\w*?layer_\d+_)?expert_(?P<n>\d+)_mp_rank_\d+_model_states\.pt",
+        "a DeepSpeed mixture of experts",
+        "it holds one expert",
+        word="expert",
+    ),
+    _Rule(
+        r"expp_rank_(?P<n>\d+)_mp_rank_\d+_optim_states\.pt",
+        "a DeepSpeed mixture of experts",
+        "it holds a rank's share of the optimizer state",
+    ),
+    _Rule(
+        r"layer_(?P<n>\d+)-model(?:_\d+-model)?_states\.pt",
+        "a DeepSpeed pipeline checkpoint",
+        "it holds one layer, without the layer's name",
+        word="layer",
+    ),
+    _Rule(r"mp_rank_(?P<n>\d+)_model_states\.pt", "a DeepSpeed checkpoint with model parallelism", _SLICES, False),
+    _Rule(r"consolidated\.(?P<n>\d+)\.\w+", "a Llama checkpoint in tensor-parallel parts", _SLICES, False),
+)
+
+_MEGATRON = r"(?:mp|tp)_rank_(\d+)(?:_(?:pp_rank_)?(\d+))?(?:_(\d+))?"
+_UNIVERSAL = r"(?:fp32|exp_avg|exp_avg_sq|step)\.pt"
+_NUMBERED = r"((?:rank|shard|part|layer|expert|consolidated)[._-]?|__)[0-9]+"
+"""Words before numbers that tell the files of one checkpoint apart."""
+
+_MOST_LISTED = 10_000
+"""Names of a folder that are looked at."""
+
+
+def part_of(path: str, said: Part | Literal["whole"] | None) -> Part | None:
+    """What a file is a part of; ``None``: it is whole, as far as can be told.
+
+    Args:
+        path: the file.
+        said: what its tree says (`ckptkit.normalize.parts.part_in`).
+    """
+    if isinstance(said, Part):
+        named = _by_name(path)
+        return _placed(replace(said, piece=named.piece if named is not None and named.piece else said.piece), path)
+    part = _shard(path) or (_by_name(path) if said is None else None)
+    return None if part is None else _placed(part, path)
+
+
+def known_as(name: str) -> tuple[str, bool] | None:
+    """The layout whose files, or folders, are called so, and whether one of them alone is a part."""
+    for rule in _RULES:
+        found = re.fullmatch(rule.pattern, name, re.ASCII)
+        if found is not None:
+            of, number = (int(found.groupdict().get(group) or 0) for group in ("of", "n"))
+            return rule.layout, rule.alone or of > 1 or number > 0
+    ranks = re.fullmatch(_MEGATRON, name, re.ASCII)
+    return None if ranks is None else ("a Megatron checkpoint", any(int(number or 0) for number in ranks.groups()))
+
+
+def part_error(path: str) -> PartError:
+    """The error for a file that is known as a part by its name, and cannot be opened by itself."""
+    from ckptkit.normalize.parts import CODE, told, way_out
+
+    part = _placed(_by_name(path) or Part(layout=_DCP, lacks="it is one of several files"), path)
+    return PartError(f"{CODE}: {told(part)}; {way_out(part)}", path=path)
+
+
+def _shard(path: str) -> Part | None:
+    """As one of the shards of an index, or by a shard's customary name."""
+    folder, name = os.path.split(path)
+    customary = re.fullmatch(CUSTOMARY, name)
+    count = int(customary[3]) if customary is not None else 0
+    layout, lacks = "a sharded checkpoint", "the other tensors lie in the other shards"
+    for index in indexes_in(folder):
+        shards = _shards_of(os.path.join(folder, index))
+        if name in shards and (len(shards) > 1 or count > 1):
+            piece = f"shard {int(customary[2])} of {count}" if customary is not None else f"one of {len(shards)} shards"
+            whole = os.path.join(folder, index)
+            return Part(layout=layout, piece=piece, lacks=lacks, instead=whole, opens=True)
+    if customary is None or count < 2:
+        return None
+    return Part(
+        layout=layout,
+        piece=f"shard {int(customary[2])} of {count}",
+        lacks=f"{lacks}, and no index beside it names them all",
+    )
+
+
+_known: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
+
+
+def _shards_of(index: str) -> frozenset[str]:
+    """The shards that an index names, which is read once while it stays as it is."""
+    from ckptkit.formats.sharded import shard_names
+
+    try:
+        facts = os.stat(index)
+    except OSError:
+        return frozenset()
+    stamp = (facts.st_mtime_ns, facts.st_size)
+    if index not in _known or _known[index][0] != stamp:
+        _known[index] = stamp, shard_names(index)
+    return _known[index][1]
+
+
+def _by_name(path: str) -> Part | None:
+    """As what a process of several wrote, by what it and its folder are called."""
+    folder, name = os.path.split(os.path.abspath(path))
+    for rule in _RULES:
+        found = re.fullmatch(rule.pattern, name, re.ASCII)
+        if found is None:
+            continue
+        of, number = (found.groupdict().get(group) for group in ("of", "n"))
+        count = int(of) if of else _ranks_beside(folder, found)
+        if not rule.alone and count < 2 and (of or not int(number or 0)):
+            return None
+        known = number is not None and count > max(1, int(number) - (rule.word == "shard"))  # shards count from 1
+        piece = "" if number is None else f"{rule.word} {int(number)}" + (f" of {count}" if known else "")
+        return Part(layout=rule.layout, piece=piece, lacks=rule.lacks)
+    parent, above = os.path.basename(folder), os.path.dirname(folder)
+    ranks = re.fullmatch(_MEGATRON, parent, re.ASCII)
+    beside = len(_folders_alike(path)) if ranks is not None else 0
+    if ranks is not None and (beside > 1 or any(int(number or 0) for number in ranks.groups())):
+        piece = f"{parent}, one of {beside} folders," if beside > 1 else parent
+        return Part(layout="a Megatron checkpoint", piece=piece, lacks=_SLICES)
+    if os.path.basename(above) == "zero" and re.fullmatch(_UNIVERSAL, name):
+        return Part(layout="a DeepSpeed universal checkpoint", lacks=f"it holds one tensor, of {parent!r:.80}")
+    if name in ("common.pt", "meta.pt") and os.path.exists(os.path.join(folder, ".metadata")):
+        return Part(layout=_DCP, lacks="the tensors lie in the .distcp files")
+    return None
+
+
+# What lies beside it.
+
+
+def _placed(part: Part, path: str) -> Part:
+    """The part with the folder of the files that belong together, or with what was made of them."""
+    if part.instead is not None:
+        return part
+    folder, name = os.path.split(path)
+    above = os.path.dirname(folder)
+    if os.path.basename(folder) == "sharded" and (indexes := indexes_in(above)):  # of consolidate_safetensors_files
+        return replace(part, instead=os.path.join(above, indexes[0]), opens=True)
+    found = None
+    if len(_alike(path)) > 1 or os.path.exists(os.path.join(folder, ".metadata")):
+        found = folder or os.curdir
+    elif len(_folders_alike(path)) > 1 or os.path.basename(above) == "zero":
+        found = above or os.curdir
+    elif name.endswith("_states.pt") and sum(each.endswith("_states.pt") for each in names_in(folder)) > 1:
+        found = folder or os.curdir
+    return replace(part, instead=found)
+
+
+def _alike(path: str) -> list[str]:
+    """Names in a file's folder that differ from its own in a rank's (shard's, layer's) number alone, and its own."""
+    folder, name = os.path.split(path)
+    pattern = re.escape(re.sub(_NUMBERED, "\\1\0", name)).replace("\0", "[0-9]+")
+    return [each for each in names_in(folder) if re.fullmatch(pattern, each)]
+
+
+def _ranks_beside(folder: str, found: re.Match[str]) -> int:
+    """How many files there are of a name with another number, and this one."""
+    if found["n"] is None:
+        return 1
+    before, after = re.escape(found.string[: found.start("n")]), re.escape(found.string[found.end("n") :])
+    return sum(re.fullmatch(f"{before}[0-9]+{after}", each) is not None for each in names_in(folder))
+
+
+def _folders_alike(path: str) -> list[str]:
+    """Folders beside a file's own that differ from it in ranks' numbers alone and have such a file, and its own."""
+    folder, name = os.path.split(os.path.abspath(path))
+    above, own = os.path.split(folder)
+    if re.fullmatch(_MEGATRON, own, re.ASCII) is None:
+        return []
+    names = [each for each in names_in(above) if re.fullmatch(_MEGATRON, each, re.ASCII)]
+    return [each for each in names if os.path.exists(os.path.join(above, each, name))]
+
+
+def names_in(folder: str) -> list[str]:
+    """The names in a folder, sorted, or as many as are looked at; none where it cannot be listed."""
+    try:
+        with os.scandir(folder or os.curdir) as listing:
+            return sorted(entry.name for entry, _ in zip(listing, range(_MOST_LISTED), strict=False))
+    except OSError:
+        return []

@@ -1,0 +1,263 @@
+"""Names of shards and of their indexes.
+
+A file that takes a descriptor only while it is needed: one of thousands of shards.
+
+What the shards of a checkpoint and their index say together: metadata, names, findings.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import GlobalUse, TensorEntry
+from ckptkit.errors import CorruptError, FileAccessError
+from ckptkit.formats.strict_json import shown
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.trust import merge_uses
+from ckptkit.report import Finding, count_of, listed
+
+__all__ = [
+    "CUSTOMARY",
+    "INDEX_SUFFIXES",
+    "LISTED",
+    "Shard",
+    "ShardFile",
+    "extra_keys",
+    "indexes_in",
+    "is_shard_name",
+    "may_tell_a_part",
+    "merged_findings",
+    "merged_globals",
+    "merged_metadata",
+    "odd_shards",
+    "total_size",
+    "unnamed_shards",
+]
+
+INDEX_SUFFIXES = tuple(f".{ending}.index.json" for ending in ("safetensors", "bin", "pth", "pt", "ckpt", "pkl"))
+"""Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
+
+CUSTOMARY = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[A-Za-z]+)", re.ASCII)
+"""What shards are called: the stem, the number of one, how many there are, and the ending."""
+
+_ODD_PATH = re.compile(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether an index may name a shard so: relative, and inside its folder."""
+    return bool(name) and not _ODD_PATH.search(name)
+
+
+_WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "common.pt", "meta.pt")
+"""What stands in names that `ckptkit.formats.shard_parts` knows."""
+
+
+def may_tell_a_part(path: str) -> bool:
+    """Whether a file's name, or an index beside it, is worth a look: most files are whole, and opened at once."""
+    folder, name = os.path.split(path)
+    if any(word in name for word in _WORDS) or "_rank_" in folder or "zero" in folder or name == "fp32.pt":
+        return True
+    return bool(indexes_in(folder))
+
+
+_listed: dict[str, tuple[int, tuple[str, ...]]] = {}
+
+_SETTLED_NS = 2_000_000_000
+"""Nanoseconds after which a change of a folder shows in its time of change, however coarse the file system's clock."""
+
+
+def indexes_in(folder: str) -> tuple[str, ...]:
+    """The names in a folder that end as those of indexes do; it is listed once for all its files while nothing changes.
+
+    Args:
+        folder: its path; ``""`` is the working directory.
+    """
+    where = os.path.abspath(folder)
+    try:
+        changed = os.stat(where).st_mtime_ns
+        if where not in _listed or _listed[where][0] != changed:
+            names = tuple(sorted(name for name in os.listdir(where) if name.endswith(".json") and ".index." in name))
+            _listed[where] = (changed if time.time_ns() - changed > _SETTLED_NS else -1), names
+        return _listed[where][1]
+    except OSError:
+        return ()
+
+
+def unnamed_shards(names: Iterable[str]) -> list[str]:
+    """The shards that by the names of the others are part of the checkpoint, and that an index does not name."""
+    found = {(match[1], match[3], match[4]) for match in map(CUSTOMARY.fullmatch, names) if match}
+    known = set(names)
+    every = [
+        f"{stem}-{number:05}-of-{count}{ending}"
+        for stem, count, ending in sorted(found)
+        for number in range(1, min(int(count), DEFAULT_LIMITS.shards) + 1)
+    ]
+    return [name for name in every if name not in known]
+
+
+class ShardFile(SourceFile):
+    """A `SourceFile` that `release` lets go of until something is read from it again.
+
+    Systems allow a process some hundred open files (``ulimit -n``: 1,024 on Linux, 256 on macOS),
+    and a checkpoint may have more shards; to look at them needs one at a time.
+    """
+
+    __slots__ = ("_closed", "_opening")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._closed = False
+        self._opening = threading.Lock()
+        super().__init__(os.path.abspath(path))
+
+    @property
+    def fd(self) -> int:
+        """The open file descriptor.
+
+        Raises:
+            FileAccessError: the checkpoint was closed, or the file cannot be opened again.
+            CorruptError: it is another file by now.
+        """
+        if self._fd < 0 and not self._closed:
+            with self._opening:
+                if self._fd < 0:
+                    self._fd = self._opened_again()
+        return super().fd
+
+    def _opened_again(self) -> int:
+        try:
+            again = SourceFile(self.path)
+        except FileAccessError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
+                raise FileAccessError(
+                    f"{self.path}: too many files are open at once for all shards; allow more (ulimit -n 8192)"
+                ) from error
+            raise
+        if again.identity != self.identity:
+            raise CorruptError("the file was changed while it was being read", path=self.path)
+        descriptor, again._fd = again._fd, -1
+        return descriptor
+
+    def release(self) -> None:
+        """Let go of the descriptor; the next read opens the file again.  No other thread may be reading."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def close(self) -> None:
+        """As `SourceFile.close`: for good."""
+        self._closed = True
+        super().close()
+
+
+LISTED = 5
+"""Names that a message lists of each kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard as it was read.
+
+    Attributes:
+        name: as the index gives it.
+        raw: what its container's reader says.
+        values: its state_dict.
+    """
+
+    name: str
+    raw: RawCheckpoint
+    values: Mapping[str, object]
+
+
+def merged_metadata(metadata: Mapping[str, object], shards: Mapping[str, Shard]) -> dict[str, str]:
+    """The index's scalars as text, then the shards' own strings; where two differ, with the shard's name before.
+
+    Not among them is the index's ``total_size``, a fact of the container that another file would state falsely.
+    """
+    merged = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in metadata.items()
+        if isinstance(value, (str, bool, int, float)) and key != "total_size"
+    }
+    for shard in shards.values():
+        for key, text in shard.raw.metadata.items():
+            if merged.setdefault(key, text) != text:
+                merged[f"{shard.name}:{key}"] = text
+    return merged
+
+
+def merged_globals(shards: Mapping[str, Shard]) -> tuple[GlobalUse, ...]:
+    """Every name with the gravest verdict on it; where it occurs begins with the shard's name."""
+    return merge_uses(
+        replace(use, where=tuple(f"{shard.name}: {place}" for place in use.where))
+        for shard in shards.values()
+        for use in shard.raw.globals
+    )
+
+
+def merged_findings(shards: Mapping[str, Shard]) -> Iterator[Finding]:
+    """What the shards' readers noticed, each code once."""
+    found: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
+    for shard in shards.values():
+        for finding in shard.raw.findings:
+            found.setdefault((finding.code, finding.severity), []).append((shard.name, finding))
+    for (name, first), *others in found.values():
+        more = f" (and likewise in {count_of(len(others), 'other shard')})" if others else ""
+        yield replace(first, message=f"{name}: {first.message}{more}")
+
+
+def extra_keys(everything: Iterable[str], weight_map: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the shards hold names beyond the index."""
+    extra = [shown(name) for name in everything if name not in weight_map]
+    if extra:
+        yield Finding(
+            code="shard-extra-keys",
+            severity="warning",
+            message=f"{count_of(len(extra), 'name')} in shards that the index does not list: {listed(extra, LISTED)}",
+        )
+
+
+def odd_shards(shards: Mapping[str, Shard]) -> Iterator[Finding]:
+    """Whether all shards are named, by what they are called, and say the same of the whole."""
+    if unnamed := unnamed_shards(shards):
+        yield Finding(
+            code="shard-not-named",
+            severity="warning",
+            message=f"the index puts no tensor into {listed(unnamed, LISTED)}, "
+            "which the names of the other shards speak of",
+        )
+    texts: dict[str, list[str]] = {}
+    for shard in shards.values():
+        for key, text in shard.raw.metadata.items():
+            texts.setdefault(key, []).append(text)
+    partial = [shown(key) for key, values in texts.items() if len(values) < len(shards) or len(set(values)) > 1]
+    if partial:
+        yield Finding(
+            code="shard-metadata",
+            severity="info",
+            message=f"the shards do not all have the same metadata: {listed(partial, LISTED)}",
+        )
+
+
+def total_size(metadata: Mapping[str, object], everything: Mapping[str, object]) -> Iterator[Finding]:
+    """Whether ``total_size`` is what the tensors take, ties counted once (as now) or each (as before)."""
+    stated = metadata.get("total_size")
+    if stated is None:
+        return
+    entries = [value for value in everything.values() if isinstance(value, TensorEntry)]
+    once, each = sum({entry.view: entry.nbytes for entry in entries}.values()), sum(entry.nbytes for entry in entries)
+    if isinstance(stated, bool) or not isinstance(stated, (int, float)) or stated not in (once, each):
+        said = f"{stated:,}" if isinstance(stated, int) and abs(stated) < 1 << 63 else f"{stated!r:.40}"
+        yield Finding(
+            code="shard-total-size",
+            severity="warning",
+            message=f"the index states a total_size of {said} bytes, the shards' tensors have {once:,}",
+        )

@@ -1,0 +1,354 @@
+"""ZIP archives: the directory, read strictly.
+
+Layout (PKWARE APPNOTE 6.3.10, sections 4.3 and 4.5): records, each a local header and its data;
+then the central directory, one header a record; then, where sizes need it, the zip64 end record
+and its locator; then the end record.  The central directory counts: torch writes local headers
+whose sizes and CRC are zero (flag bit 3, a data descriptor follows).  A record's data starts at
+its local offset + 30 + *local* name length + *local* extra length.
+
+Readers of one archive must all see the same records, so what they are known to disagree about is
+refused (`AmbiguousError`): records equal but for case; a directory that does not end where the end
+record begins (two archives end to end); a second end record inside the comment; local headers and
+data descriptors that contradict the directory; records that overlap or have a second name; bytes
+between records that belong to none, where a reader that goes from header to header would find
+others; bytes after the end.  Encryption and patch flags, absolute and ``..`` names are refused too.
+
+A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(False)`` in torch).
+"""
+
+from __future__ import annotations
+
+import re
+from struct import Struct
+from typing import NamedTuple
+
+from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
+from ckptkit.formats.zip_records import END, LOCATOR, MAX16, MAX32, Record, find_directory, read_record
+from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.report import count_of
+
+__all__ = ["LOCAL_SIGNATURE", "Record", "ends_like_a_zip", "read_directory", "read_record"]
+
+LOCAL_SIGNATURE = b"PK\x03\x04"
+"""First bytes of a record, and so of an archive."""
+
+CENTRAL_SIGNATURE = b"PK\x01\x02"
+_DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
+
+# The headers: of a record (APPNOTE 4.3.7), and in the central directory (4.3.12).
+LOCAL = Struct("<4sHHHHHIIIHH")
+CENTRAL = Struct("<4sHHHHHHIIIHHHHHII")
+
+STORED, DEFLATED = 0, 8
+UTF8 = 0x800
+_HAS_DESCRIPTOR = 0x8
+_REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
+_ANY_REFUSED_FLAG = sum(_REFUSED_FLAGS)
+_ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
+_METHODS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES"}
+"""Compression methods that others than torch use (APPNOTE 4.4.5)."""
+
+REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
+"""What helps where an archive holds a checkpoint in a way that is not read."""
+
+_ZIP64, _UNICODE_PATH = 1, b"\x75\x70"  # tags of extra fields
+
+_WINDOW_NBYTES = 4096
+"""Bytes read around a local header: one page, which costs no more than the header alone and holds
+the headers of the small records that follow."""
+
+_MAX_WINDOW_NBYTES = 1 << 20
+"""Bytes read at once where header follows header closely."""
+
+_DESCRIPTORS = {layout.size: layout for layout in map(Struct, ("<III", "<4sIII", "<IQQ", "<4sIQQ"))}
+_DESCRIPTOR_NBYTES = max(_DESCRIPTORS)
+_NARROW_DESCRIPTOR_NBYTES = 16
+"""Data descriptors by their size (APPNOTE 4.3.9): with or without a signature, sizes of 32 or 64 bits."""
+
+
+class _Central(NamedTuple):
+    """A record as the directory has it; sorts by position."""
+
+    at: int
+    raw_name: bytes
+    name: str
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    nbytes: int
+
+
+def read_directory(file: SourceFile | ByteRange, limits: Limits = DEFAULT_LIMITS) -> dict[str, Record]:
+    """Every record by name, in directory order.
+
+    Args:
+        file: the archive, or where it lies in a larger file.
+        limits: bounds on what it may ask for.
+
+    Raises:
+        CorruptError: truncated, ambiguous or contradictory; the message says which.
+        UnsupportedError: encryption, patches or a compression method other than deflate.
+        LimitError: too many records, or too large a directory.
+    """
+    area = file.whole if isinstance(file, SourceFile) else file
+    offset, nbytes, count = find_directory(area)
+    if count > limits.entries:
+        raise LimitError("records in an archive", limit=limits.entries, actual=count)
+    if nbytes > limits.directory_nbytes:
+        raise LimitError("bytes of a zip directory", limit=limits.directory_nbytes, actual=nbytes)
+    listed = _listed(area.read(offset, nbytes), count, limits)
+    _check_names([record.name for record in listed])
+    found = _located(area, sorted(listed), offset)
+    return {record.name: found[record.name] for record in listed}
+
+
+def ends_like_a_zip(area: ByteRange) -> bool:
+    """Whether the last bytes are a zip archive's end record with a directory or a locator before it."""
+    size = area.nbytes
+    start = max(0, size - END.size - MAX16)
+    tail = area.read(start, size - start)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + END.size > len(tail):
+        return False
+    _, _, _, _, count, nbytes, _, comment_nbytes = END.unpack_from(tail, at)
+    if not count or at + END.size + comment_nbytes != len(tail):
+        return False
+    if tail[max(0, at - LOCATOR.size) :].startswith(b"PK\x06\x07"):
+        return True
+    directory = start + at - nbytes
+    return directory >= 0 and area.read(directory, 4) == CENTRAL_SIGNATURE
+
+
+def _check_names(names: list[str]) -> None:
+    """Names that leave their folder, or that some file system takes for one another, are refused."""
+    everything = "\n".join(("", *names))
+    if everything.endswith("\n") or any(mark in everything for mark in ("\0", "\\", "..", "\n/", "\n\n")):
+        for name in names:
+            if _ODD_NAME.search(name):
+                if "\\" in name and not _ODD_NAME.search(name.replace("\\", "/") or "/"):
+                    raise AmbiguousError(
+                        f"a record named {name[:80]!r}, with backslashes, which readers take for a part of the name or "
+                        f"for slashes; {REPACK}"
+                    )
+                raise AmbiguousError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
+    if len({name.casefold() for name in names}) == len(names):
+        return
+    folded: dict[str, str] = {}
+    for name in names:
+        if name.casefold() in folded:
+            other = folded[name.casefold()]
+            raise AmbiguousError(f"records {other!r} and {name!r} are equal, or equal but for case")
+        folded[name.casefold()] = name
+
+
+class _Window:
+    """Reads a few bytes here and there, forwards, with few calls to the operating system."""
+
+    def __init__(self, area: ByteRange) -> None:
+        self.area = area
+        self.data = b""
+        self._start = 0
+        self._ahead = _WINDOW_NBYTES
+
+    def hold(self, offset: int, nbytes: int) -> int:
+        """Where in `data` the byte at ``offset`` is, once it and those behind it are held."""
+        start = offset - self._start
+        if start < 0 or start + nbytes > len(self.data):
+            close = 0 <= start <= len(self.data) + _WINDOW_NBYTES
+            self._ahead = min(2 * self._ahead, _MAX_WINDOW_NBYTES) if close else _WINDOW_NBYTES
+            self.data = self.area.read(offset, max(nbytes, min(self._ahead, self.area.nbytes - offset)))
+            self._start, start = offset, 0
+        return start
+
+
+def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
+    """The directory's headers, in its order."""
+    listed: list[_Central] = []
+    pos, nbytes = 0, len(directory)
+    for _ in range(count):
+        if pos + CENTRAL.size > nbytes:
+            raise CorruptError(f"the zip directory ends after {len(listed)} of {count_of(count, 'record')}")
+        (
+            signature, _, _, flags, method, _, _, crc, packed, size,
+            name_nbytes, extra_nbytes, comment_nbytes, disk, _, _, at,
+        ) = CENTRAL.unpack_from(directory, pos)  # fmt: skip
+        if signature != CENTRAL_SIGNATURE:
+            raise CorruptError("the zip directory holds something else than records", where="zip directory", offset=pos)
+        name_at = pos + CENTRAL.size
+        extra_at = name_at + name_nbytes
+        end = extra_at + extra_nbytes + comment_nbytes
+        if end > nbytes:
+            raise CorruptError(
+                "a record's name or extra field leaves the zip directory", where="zip directory", offset=pos
+            )
+        raw = directory[name_at:extra_at]
+        name = _name(raw, flags, limits)
+        if flags & _ANY_REFUSED_FLAG:
+            what = next(what for flag, what in _REFUSED_FLAGS.items() if flags & flag)
+            password = " -pPASSWORD" * (what != "patched")
+            raise UnsupportedError(f"record {name!r:.200} is {what}; {REPACK.replace(' -o', f'{password} -o')}")
+        if method not in (STORED, DEFLATED):
+            called = f" ({_METHODS[method]})" if method in _METHODS else ""
+            raise UnsupportedError(
+                f"record {name!r:.200} uses compression method {method}{called}; torch stores or deflates. {REPACK}"
+            )
+        if disk not in (0, MAX16):
+            raise UnsupportedError("an archive in several volumes")
+        if extra_nbytes or MAX32 in (size, packed, at):
+            size, packed, at = _widened(directory[extra_at : extra_at + extra_nbytes], name, (size, packed, at))
+        if method == STORED and packed != size:
+            raise AmbiguousError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {size:,}")
+        listed.append(_Central(at, raw, name, flags, method, crc, packed, size))
+        pos = end
+    if pos != nbytes:
+        raise AmbiguousError(
+            f"the zip directory holds {nbytes - pos:,} bytes more than its {count_of(count, 'record')}"
+        )
+    return listed
+
+
+def _name(raw: bytes, flags: int, limits: Limits) -> str:
+    if len(raw) > limits.name_nbytes:
+        raise LimitError("length of a record's name", limit=limits.name_nbytes, actual=len(raw))
+    try:
+        return raw.decode("utf-8" if flags & UTF8 or raw.isascii() else "cp437")
+    except UnicodeDecodeError:
+        raise CorruptError(
+            f"a record's name is said to be UTF-8 and is not: {raw[:80]!r}; {REPACK}, renamed where need be"
+        ) from None
+
+
+def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict[str, Record]:
+    """The records, once their own headers are known not to contradict the directory.
+
+    Args:
+        area: where the archive lies.
+        listed: what the directory says, in order of position.
+        directory_at: where the directory begins.
+    """
+    window = _Window(area)
+    found: dict[str, Record] = {}
+    end, before = 0, None
+    for record in listed:
+        at, raw_name, name, _, method, crc, packed, nbytes = record
+        header_nbytes = LOCAL.size + len(raw_name)
+        if at + header_nbytes > area.nbytes:
+            raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {area.nbytes:,} bytes")
+        if at < end and before is not None:
+            raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
+        gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
+        start = window.hold(at - gap, gap + header_nbytes)
+        extra_nbytes = _check_header(window, record, start + gap)
+        if end != at:
+            _check_gap(before, at - end, window, end)
+        data_at = at + header_nbytes + extra_nbytes
+        end = data_at + packed
+        if end > directory_at:
+            raise CorruptError(f"record {name!r} of {packed:,} bytes at {data_at:,} reaches into the zip directory")
+        data = ByteRange(area.file, area.offset + data_at, packed)
+        found[name] = Record(name, data, nbytes, method == DEFLATED, crc if crc or not nbytes else None)
+        before = record
+    if end != directory_at:
+        _check_gap(before, directory_at - end, window, end)
+    return found
+
+
+def _check_header(window: _Window, record: _Central, start: int) -> int:
+    """Hold a record's own header against the directory's.
+
+    Args:
+        window: holds the header.
+        record: as the directory has it.
+        start: where in the window's data it begins.
+
+    Returns:
+        Size in bytes of the header's extra field.
+    """
+    (
+        signature, _, flags, method, _, _, crc, packed, nbytes, name_nbytes, extra_nbytes,
+    ) = LOCAL.unpack_from(window.data, start)  # fmt: skip
+    name_at = start + LOCAL.size
+    extra_at = name_at + name_nbytes
+    if signature != LOCAL_SIGNATURE:
+        raise CorruptError(f"record {record.name!r}: no record begins at byte {record.at:,}")
+    if window.data[name_at:extra_at] != record.raw_name or method != record.method:
+        raise AmbiguousError(f"record {record.name!r}: its own header gives another name or method than the directory")
+    if (flags ^ record.flags) & ~(_HAS_DESCRIPTOR | UTF8) & 0xFFFF:
+        raise AmbiguousError(f"record {record.name!r}: its own header gives other flags than the directory")
+    extra = window.data[extra_at : extra_at + extra_nbytes]
+    if len(extra) != extra_nbytes:
+        offset = record.at + LOCAL.size + int(name_nbytes)
+        extra_at = window.hold(offset, min(extra_nbytes, window.area.nbytes - offset))
+        extra = window.data[extra_at : extra_at + extra_nbytes]
+    if _UNICODE_PATH in extra:
+        _widened(extra, record.name, (0, 0, 0))  # raises where it is a field's tag
+    if packed != record.packed or nbytes != record.nbytes or crc != record.crc:
+        if MAX32 in (packed, nbytes):
+            nbytes, packed, _ = _widened(extra, record.name, (nbytes, packed, 0))
+        for local, central in ((crc, record.crc), (packed, record.packed), (nbytes, record.nbytes)):
+            later = local == 0 and flags & _HAS_DESCRIPTOR  # the values follow the data
+            if local != central and not later:
+                raise AmbiguousError(
+                    f"record {record.name!r}: its own header gives another size or checksum than the directory"
+                )
+    return int(extra_nbytes)
+
+
+def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -> None:
+    """What lies behind a record's data must be its data descriptor, and say what the directory says.
+
+    A descriptor that is announced and left out misleads nobody: the directory counts.
+
+    Args:
+        before: the record; ``None``: the gap begins the archive.
+        nbytes: size of the gap, not 0.
+        window: reads it.
+        at: where it begins.
+    """
+    if before is None:
+        raise AmbiguousError("the file begins with a record that the zip directory does not list")
+    layout = _DESCRIPTORS.get(nbytes)
+    if layout is not None and before.flags & _HAS_DESCRIPTOR:
+        start = window.hold(at, nbytes)  # which may read other data
+        found = layout.unpack_from(window.data, start)
+        mask = MAX32 if nbytes <= _NARROW_DESCRIPTOR_NBYTES else -1
+        # A signature stands before the three values, or nothing does.
+        if found[-3:] == (before.crc, before.packed & mask, before.nbytes & mask) and (
+            len(found) == 3 or found[0] == _DESCRIPTOR_SIGNATURE
+        ):
+            return
+    raise AmbiguousError(
+        f"{count_of(nbytes, 'byte')} behind record {before.name!r} {'belongs' if nbytes == 1 else 'belong'} to no "
+        "record; readers may find others there"
+    )
+
+
+def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Size, packed size and offset, with those at 0xFFFFFFFF taken from the zip64 extra field.
+
+    The wide values stand in this fixed order, and only those that did not fit are there.
+    """
+    pos = 0
+    wide: bytes | None = None
+    while pos + 4 <= len(extra):
+        tag = int.from_bytes(extra[pos : pos + 2], "little")
+        size = int.from_bytes(extra[pos + 2 : pos + 4], "little")
+        if extra[pos : pos + 2] == _UNICODE_PATH:
+            raise AmbiguousError(f"record {name!r} has a second name in its extra field; readers disagree about it")
+        if tag == _ZIP64:
+            wide = extra[pos + 4 : pos + 4 + size]
+        pos += 4 + size
+    if MAX32 not in fields:
+        return fields
+    if wide is None:
+        raise CorruptError(f"record {name!r}: a size is said to be in a zip64 field that is not there")
+    values = []
+    for field in fields:
+        if field == MAX32:
+            if len(wide) < 8:
+                raise CorruptError(f"record {name!r}: its zip64 field is too short")
+            field, wide = int.from_bytes(wide[:8], "little"), wide[8:]
+        values.append(field)
+    return values[0], values[1], values[2]

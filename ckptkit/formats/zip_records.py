@@ -1,0 +1,152 @@
+"""The end of a ZIP archive, which says where its directory lies.
+
+The end record (PKWARE APPNOTE 4.3.16) is the last thing in the file but for a comment of at most
+65,535 bytes.  Where its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15)
+stand before it.  `ckptkit.formats.zip_archive` says what is refused, and why.
+
+One record of a ZIP archive, and its bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from struct import Struct
+from typing import NamedTuple
+
+from ckptkit.bytesource import ByteRange
+from ckptkit.derived import DEFLATE_MOST, ByteSource, DeflatedRange, Inflation
+from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
+
+__all__ = ["END", "END64", "LOCATOR", "MAX16", "MAX32", "Record", "find_directory", "read_record", "record_source"]
+
+END = Struct("<4sHHHHIIH")
+END64 = Struct("<4sQHHIIQQQQ")
+LOCATOR = Struct("<4sIQI")
+
+MAX32 = 0xFFFFFFFF
+MAX16 = 0xFFFF
+_END_SIGNATURE = b"PK\x05\x06"
+
+
+def find_directory(file: ByteRange) -> tuple[int, int, int]:
+    """Offset and size in bytes of the central directory, and its number of records.
+
+    Raises:
+        CorruptError: there is no end record, or it is ambiguous.
+        UnsupportedError: the archive is one of several volumes.
+    """
+    tail_start = max(0, file.nbytes - END.size - MAX16)
+    tail = file.read(tail_start, file.nbytes - tail_start)
+    # Where an end record could be: it and its comment must reach to the end of the file exactly.
+    ends = _occurrences(_END_SIGNATURE, tail)
+    fits = [at for at in ends if at + END.size <= len(tail)]
+    whole = [at for at in fits if at + END.size + END.unpack_from(tail, at)[7] == len(tail)]
+    if not ends:
+        raise CorruptError(
+            f"the file begins like a zip archive but has no end record in its last {len(tail):,} bytes "
+            f"(size {file.nbytes:,}): truncated download? Compare the size with the source's"
+        )
+    if not whole:
+        raise AmbiguousError("the zip end record does not end the file: bytes were appended, or it is truncated")
+    if len(whole) > 1 or whole[0] != ends[-1]:
+        raise AmbiguousError("a zip end record inside the comment of another; readers disagree about which counts")
+    at = whole[0]
+    end_at = tail_start + at
+    _, disk, start_disk, on_disk, count, nbytes, offset, _ = END.unpack_from(tail, at)
+    ends_at = end_at
+    locator_at = end_at - LOCATOR.size
+    if locator_at >= 0 and (raw := file.read(locator_at, LOCATOR.size))[:4] == b"PK\x06\x07":
+        end64_at = LOCATOR.unpack(raw)[2]
+        if end64_at + END64.size > locator_at:
+            raise CorruptError(f"the zip64 end record is said to lie at byte {end64_at:,}, past its locator")
+        signature, nbytes_end64, _, _, _, _, on_disk64, count64, nbytes64, offset64 = END64.unpack(
+            file.read(end64_at, END64.size)
+        )
+        if signature != b"PK\x06\x06" or end64_at + 12 + nbytes_end64 != locator_at:
+            raise AmbiguousError(
+                "the zip64 locator points at no zip64 end record, or not at the one before it: "
+                "two archives laid end to end, or bytes cut out"
+            )
+        narrow = ((count, count64, MAX16), (nbytes, nbytes64, MAX32), (offset, offset64, MAX32))
+        if any(small not in (wide, top) for small, wide, top in narrow):
+            raise AmbiguousError("the zip end record and the zip64 end record disagree")
+        count, nbytes, offset, on_disk, ends_at = count64, nbytes64, offset64, on_disk64, end64_at
+    if disk not in (0, MAX16) or start_disk not in (0, MAX16) or on_disk != count:
+        raise UnsupportedError("an archive in several volumes")
+    if offset + nbytes != ends_at:
+        raise AmbiguousError(
+            f"the zip directory is said to end at byte {offset + nbytes:,}, its end record begins at {ends_at:,}: "
+            "two archives laid end to end, or bytes cut out"
+        )
+    return offset, nbytes, count
+
+
+def _occurrences(wanted: bytes, data: bytes) -> list[int]:
+    return [match.start() for match in re.finditer(re.escape(wanted), data)]
+
+
+class Record(NamedTuple):
+    """One record of an archive.
+
+    Attributes:
+        name: full name, root folder included.
+        data: its bytes as they lie in the file, deflated or not.
+        nbytes: size once inflated.
+        deflated: whether it is compressed.
+        crc32: of the inflated bytes; ``None``: not recorded.
+    """
+
+    name: str
+    data: ByteRange
+    nbytes: int
+    deflated: bool
+    crc32: int | None
+
+
+def read_record(record: Record, limit: int) -> bytes:
+    """A record's bytes, inflated, and held against its checksum where one is recorded.
+
+    Args:
+        record: the record.
+        limit: the most bytes it may have.
+
+    Raises:
+        LimitError: it is larger, or inflates to more.
+        CorruptError: it cannot be inflated, or its checksum differs.
+    """
+    largest = max(record.nbytes, record.data.nbytes)
+    if largest > limit:
+        raise LimitError(f"bytes of record {record.name!r}", limit=limit, actual=largest)
+    data = record.data.read()
+    if record.deflated:
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            data = inflater.decompress(data, record.nbytes + 1)
+        except zlib.error as error:
+            raise CorruptError(f"record {record.name!r} cannot be inflated: {error}") from None
+        if len(data) != record.nbytes or not inflater.eof:
+            raise CorruptError(f"record {record.name!r} does not inflate to the {record.nbytes:,} bytes it declares")
+    if record.crc32 is not None and zlib.crc32(data) != record.crc32:
+        raise CorruptError(
+            f"record {record.name!r}: its CRC-32 is {zlib.crc32(data):08x}, recorded is {record.crc32:08x}: damaged"
+        )
+    return data
+
+
+def record_source(record: Record) -> ByteSource:
+    """A record's bytes once inflated, as tensors are read from them; nothing is read for it.
+
+    Raises:
+        CorruptError: it declares more than its packed bytes can hold.
+    """
+    if not record.deflated:
+        return record.data
+    if record.nbytes > DEFLATE_MOST * record.data.nbytes:
+        raise CorruptError(
+            f"record {record.name!r} declares {record.nbytes:,} bytes; "
+            f"{record.data.nbytes:,} packed ones cannot hold them"
+        )
+    return DeflatedRange(
+        Inflation(record.data, record.nbytes, record.crc32, f"record {record.name!r}"), 0, record.nbytes
+    )

@@ -1,0 +1,405 @@
+"""Manifests: what released files must be, as a JSON file beside them.
+
+Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a tensor::
+
+    {"schema_version": 1,
+     "folders": [str],
+     "files": [{"path": str, "size": int, "sha256": hex, "format": str, "kind": str, "trust": str,
+                "content_digest": "sha256:…" | null, "whole_digest": "sha256:…", "architecture": str | null,
+                "golden": {"path": str, "sha256": hex} | null,
+                "shards": {name: {"size": int, "sha256": hex}},
+                "others": [name],
+                "tensors": {name: {"dtype": str, "shape": [int], "digest": "sha256:…"}} | null}]}
+
+Paths are relative to the manifest's folder, with ``/``, and never lead out of it.  ``folders`` are those the manifest
+was made of (``"."`` is its own, which is meant where the key is missing): all that lies in them is released, so that a
+checkpoint there that is not among ``files`` is one too many.  ``size`` is in bytes, of a sharded
+checkpoint with its shards; ``sha256`` is of the file itself, and of an index the index alone.  Digests, and the names
+of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they are folded into the content digest.
+``whole_digest``, ``shards`` (named relative to the index) and ``others`` (values that are not plain tensors) are left
+out where there are none.  A reader ignores keys it does not know, and refuses another version.
+
+`records` holds its parts, `reader` reads it, `maker` makes and updates it, `at_path` from paths to a file.
+
+What a manifest says: one record a file.  What its text is, `ckptkit.released.manifest_file` says.
+
+Reads manifests; what one is, `ckptkit.released.manifest_file` says.
+
+A manifest may come from a stranger: everything in it has the type it must have, paths do not lead out of its folder,
+and where it lists tensors, they are those of its content digest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import Trust
+from ckptkit.digests import Line, content_digest
+from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.shards import is_shard_name
+from ckptkit.formats.strict_json import parse
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.report import SCHEMA_VERSION, count_of
+
+__all__ = [
+    "Changes",
+    "Digests",
+    "FileRecord",
+    "GoldenRecord",
+    "Manifest",
+    "ShardRecord",
+    "TensorRecord",
+    "paths_of",
+    "read_manifest",
+]
+
+Digests = Literal["total", "tensor"]
+"""Whether a manifest lists each tensor, or folds them into the content digest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRecord:
+    """What one tensor must be."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """What one file of a sharded checkpoint must be: bytes, and SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenRecord:
+    """A file of outputs that belong to a checkpoint (``ckptkit verify --write-golden``), and its SHA-256."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """What one checkpoint must be; the fields are those of the manifest.
+
+    Attributes:
+        whole_digest: of everything in the file (`ckptkit.digests`); ``None``: it has none, or was recorded before
+            there was one.
+        tensors: by name; ``None``: folded into the content digest.
+        architecture: the known model it is, with arguments that are not the library's own:
+            ``"torchvision:resnet18(num_classes=10)"``; ``None``: it is none.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    format: str
+    kind: str
+    trust: str
+    content_digest: str | None
+    tensors: Mapping[str, TensorRecord] | None
+    architecture: str | None = None
+    golden: GoldenRecord | None = None
+    shards: Mapping[str, ShardRecord] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    whole_digest: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as it stands in the manifest."""
+        document: dict[str, Any] = {
+            "path": self.path,
+            "size": self.size,
+            "sha256": self.sha256,
+            "format": self.format,
+            "kind": self.kind,
+            "trust": self.trust,
+            "content_digest": self.content_digest,
+            **({} if self.whole_digest is None else {"whole_digest": self.whole_digest}),
+            "architecture": self.architecture,
+            "golden": None if self.golden is None else {"path": self.golden.path, "sha256": self.golden.sha256},
+        }
+        if self.shards:
+            document["shards"] = {
+                name: {"size": shard.size, "sha256": shard.sha256} for name, shard in self.shards.items()
+            }
+        if self.others:
+            document["others"] = list(self.others)
+        document["tensors"] = None
+        if self.tensors is not None:
+            document["tensors"] = {
+                name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "digest": tensor.digest}
+                for name, tensor in self.tensors.items()
+            }
+        return document
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """The paths of a manifest by what became of them when it was made or updated."""
+
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What released files must be.
+
+    Attributes:
+        files: sorted by path.
+        folder: the folder that paths are relative to.
+        folders: those it was made of, relative to it: in them no other checkpoint may lie; ``"."`` is itself.
+        changes: what `make` did; of a manifest that was read, nothing.
+        passed_over: how many files of each kind its folders hold that are not checkpoints; it is not written.
+    """
+
+    files: tuple[FileRecord, ...]
+    folder: str
+    folders: tuple[str, ...] = ()
+    changes: Changes = Changes()
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<Manifest of {count_of(len(self.files), 'file')} in {self.folder!r:.80}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as one JSON-ready document."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "folders": list(self.folders),
+            "files": [file.to_dict() for file in self.files],
+        }
+
+    def to_json(self) -> str:
+        """The manifest's text: one line for each field of a file, and for each tensor and shard."""
+        return "".join(self._text())
+
+    def _text(self) -> Iterator[str]:
+        yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n  "folders": {json.dumps(self.folders)},\n  "files": ['
+        for number, file in enumerate(self.files):
+            yield ",\n    {" if number else "\n    {"
+            for index, (name, value) in enumerate(file.to_dict().items()):
+                yield f'{"," * (index > 0)}\n      "{name}": '
+                yield from _lines(value) if name in ("tensors", "shards") and value else [json.dumps(value)]
+            yield "\n    }"
+        yield "\n  ]\n}\n" if self.files else "]\n}\n"
+
+
+def _lines(value: Mapping[str, object]) -> Iterator[str]:
+    """A mapping with each of its entries on a line of its own."""
+    for index, (name, inner) in enumerate(value.items()):
+        yield f"{',' if index else '{'}\n        {json.dumps(name)}: {json.dumps(inner)}"
+    yield "\n      }"
+
+
+def paths_of(records: Iterable[FileRecord]) -> set[str]:
+    """Every file that records name: checkpoints, shards and golden files."""
+    paths: set[str] = set()
+    for record in records:
+        folder = record.path.rpartition("/")[0]
+        paths.add(record.path)
+        paths.update(f"{folder}/{shard}" if folder else shard for shard in record.shards)
+        if record.golden is not None:
+            paths.add(record.golden.path)
+    return paths
+
+
+_HEX = re.compile(r"[0-9a-f]{64}\Z")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_MOST_NBYTES = 1 << 62
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """A manifest, with everything in it checked.
+
+    Raises:
+        MissingFileError, FileAccessError: it cannot be opened.
+        CorruptError: it is not a manifest, damaged, or names no files.
+        UnsupportedError: it is of another version.
+        LimitError: it is larger than manifests are.
+    """
+    file = SourceFile(path)
+    try:
+        if file.size > DEFAULT_LIMITS.index_nbytes:
+            raise LimitError("bytes of a manifest", limit=DEFAULT_LIMITS.index_nbytes, actual=file.size)
+        document = parse(file.read(0, file.size), DEFAULT_LIMITS, "the manifest")
+        records = list(_records(document))
+        folders = _folders(document)
+    except FormatError as error:
+        raise error.at(path=file.path) from error.__cause__
+    finally:
+        file.close()
+    folder = os.path.dirname(os.path.abspath(file.path))
+    files = tuple(sorted(records, key=lambda record: record.path))
+    return Manifest(files=files, folder=folder, folders=folders)
+
+
+def _records(document: object) -> Iterator[FileRecord]:
+    if not isinstance(document, dict) or "files" not in document or "schema_version" not in document:
+        raise CorruptError(
+            "is not a manifest: expected a JSON object with 'schema_version' and 'files', as ckptkit manifest writes it"
+        )
+    version = document["schema_version"]
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise UnsupportedError(
+            f"is a manifest of version {version!r:.40}; this ckptkit reads version {SCHEMA_VERSION}: "
+            "use the ckptkit that wrote it, or write it again"
+        )
+    files = document["files"]
+    if not isinstance(files, list) or not files:
+        raise CorruptError("'files' must be a list of at least one file: nothing to check is never well")
+    seen: set[str] = set()
+    for number, value in enumerate(files):
+        record = _record(_Fields(value, f"files[{number}]"))
+        if record.path in seen:
+            raise CorruptError(f"the path {record.path!r:.80} stands twice", where=f"files[{number}]")
+        seen.add(record.path)
+        yield record
+
+
+def _folders(document: object) -> tuple[str, ...]:
+    given = _Fields(document, "the manifest").optional("folders", list)
+    if given is None:
+        return (".",)
+    return tuple(name if name == "." else _Fields({"folders": name}, "folders").path("folders") for name in given)
+
+
+def _record(fields: _Fields) -> FileRecord:
+    golden = fields.optional("golden", dict)
+    tensors = fields.optional("tensors", dict)
+    shards = fields.optional("shards", dict) or {}
+    others = fields.optional("others", list) or []
+    trust = fields.get("trust", str)
+    if trust not in get_args(Trust):
+        raise fields.wrong("trust", trust, "one of " + ", ".join(get_args(Trust)))
+    if not all(isinstance(name, str) for name in others):
+        raise fields.wrong("others", others, "names")
+    record = FileRecord(
+        path=fields.path("path"),
+        size=fields.size("size"),
+        sha256=fields.match("sha256", _HEX, "64 hexadecimal digits"),
+        format=fields.get("format", str),
+        kind=fields.get("kind", str),
+        trust=trust,
+        content_digest=fields.digest("content_digest"),
+        whole_digest=fields.digest("whole_digest"),
+        architecture=fields.optional("architecture", str),
+        golden=None if golden is None else _golden(fields.inner("golden", golden)),
+        shards={
+            _shard_name(fields, name): _shard(fields.inner(f"shards[{name!r:.80}]", each))
+            for name, each in shards.items()
+        },
+        others=tuple(others),
+        tensors=None
+        if tensors is None
+        else {name: _tensor(fields.inner(f"tensors[{name!r:.80}]", each)) for name, each in tensors.items()},
+    )
+    _require_consistent(record, fields)
+    return record
+
+
+def _require_consistent(record: FileRecord, fields: _Fields) -> None:
+    """Refuse tensors that are not those of the content digest: a manifest that was edited or merged by hand."""
+    if record.tensors is None or record.others:
+        return
+    lines = (
+        Line(name=name, kind=tensor.dtype, shape=tensor.shape, digest=tensor.digest)
+        for name, tensor in record.tensors.items()
+    )
+    found = content_digest(lines)
+    if found != record.content_digest:
+        raise CorruptError(
+            f"its tensors have the content digest {found}, not {record.content_digest} as recorded: edited or merged "
+            "by hand; write it again: ckptkit manifest --update",
+            where=fields.place,
+        )
+
+
+def _golden(fields: _Fields) -> GoldenRecord:
+    return GoldenRecord(path=fields.path("path"), sha256=fields.match("sha256", _HEX, "64 hexadecimal digits"))
+
+
+def _shard_name(fields: _Fields, name: str) -> str:
+    if not is_shard_name(name):
+        raise fields.wrong("shards", name, "names of files in the index's folder or below it")
+    return name
+
+
+def _shard(fields: _Fields) -> ShardRecord:
+    return ShardRecord(size=fields.size("size"), sha256=fields.match("sha256", _HEX, "64 hexadecimal digits"))
+
+
+def _tensor(fields: _Fields) -> TensorRecord:
+    shape = fields.get("shape", list)
+    if len(shape) > DEFAULT_LIMITS.dimensions or not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
+        raise fields.wrong("shape", shape, "a list of sizes")
+    return TensorRecord(
+        dtype=fields.get("dtype", str),
+        shape=tuple(shape),
+        digest=fields.match("digest", _DIGEST, "'sha256:' and 64 hexadecimal digits"),
+    )
+
+
+class _Fields:
+    """The fields of a JSON object, each of the type it must have."""
+
+    def __init__(self, value: object, place: str) -> None:
+        self.place = place
+        if not isinstance(value, dict):
+            raise CorruptError(f"is {value!r:.60}; expected an object", where=place)
+        self._value: dict[str, object] = value
+
+    def wrong(self, name: str, value: object, expected: str) -> CorruptError:
+        return CorruptError(f"{name!r} is {value!r:.60}; expected {expected}", where=self.place)
+
+    def get(self, name: str, kind: type) -> Any:
+        if name not in self._value:
+            raise CorruptError(f"{name!r} is missing", where=self.place)
+        value = self._value[name]
+        if type(value) is not kind:
+            raise self.wrong(name, value, {"str": "text", "int": "a whole number", "list": "a list"}[kind.__name__])
+        return value
+
+    def optional(self, name: str, kind: type) -> Any:
+        value = self._value.get(name)
+        if value is not None and type(value) is not kind:
+            raise self.wrong(name, value, {"str": "text", "dict": "an object", "list": "a list"}[kind.__name__])
+        return value
+
+    def inner(self, name: str, value: object) -> _Fields:
+        return _Fields(value, f"{self.place}.{name}")
+
+    def match(self, name: str, pattern: re.Pattern[str], expected: str) -> str:
+        value: str = self.get(name, str)
+        if pattern.match(value) is None:
+            raise self.wrong(name, value, expected)
+        return value
+
+    def digest(self, name: str) -> str | None:
+        if self.optional(name, str) is None:
+            return None
+        return self.match(name, _DIGEST, "'sha256:' and 64 hexadecimal digits")
+
+    def size(self, name: str) -> int:
+        value: int = self.get(name, int)
+        if not 0 <= value < _MOST_NBYTES:
+            raise self.wrong(name, value, "a number of bytes")
+        return value
+
+    def path(self, name: str) -> str:
+        value: str = self.get(name, str)
+        if not is_shard_name(value):
+            raise self.wrong(name, value, "a path relative to the manifest's folder that does not leave it")
+        return value

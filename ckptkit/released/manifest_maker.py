@@ -1,0 +1,326 @@
+"""Makes manifests and brings them up to date; what one is, `ckptkit.released.manifest_file` says.
+
+Makes a manifest where it is asked for: from paths as people type them, to a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from ckptkit.architectures import Architecture
+from ckptkit.errors import (
+    CkptkitError,
+    CorruptError,
+    DestinationExistsError,
+    FileAccessError,
+    RewriteError,
+    UnsupportedError,
+)
+from ckptkit.plan import Literal, Plan
+from ckptkit.released.examine import Examined, examine_all
+from ckptkit.released.manifest_file import (
+    Changes,
+    Digests,
+    FileRecord,
+    GoldenRecord,
+    Manifest,
+    ShardRecord,
+    TensorRecord,
+    read_manifest,
+)
+from ckptkit.released.reading import file_sha256
+from ckptkit.released.selection import Selected, name_of, select
+from ckptkit.report import count_of
+from ckptkit.transfer import write_atomically
+
+__all__ = ["make", "make_at", "write"]
+
+
+def make(
+    selected: Sequence[Selected],
+    *,
+    folder: str,
+    folders: Sequence[str] = (),
+    digests: Digests | None = None,
+    golden: Mapping[str, str] | None = None,
+    allow_part: bool = False,
+    previous: Manifest | None = None,
+    ignore_checksums: bool = False,
+) -> Manifest:
+    """The manifest of these checkpoints.
+
+    Args:
+        selected: the checkpoints; named relative to the folder.
+        folder: where the manifest will be.
+        folders: in which no other checkpoint may lie; named relative to it.  The previous manifest's stay.
+        digests: whether each tensor is listed; ``None``: as the previous manifest has it, and if it has none, yes.
+        golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
+        allow_part: whether a file may be a part of a checkpoint.
+        previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
+            that are not selected do too, as long as they exist.
+        ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
+
+    Raises:
+        FileAccessError: a file is not below the folder, or cannot be read.
+        CkptkitError: as `ckptkit.released.examine.examine`, of one file; a `FileAccessError` tells of several.
+    """
+    golden = golden or {}
+    goldens = set(golden.values())
+    old = {} if previous is None else {record.path: record for record in previous.files}
+    goldens |= {record.golden.path for record in old.values() if record.golden is not None}
+    wanted = {each.name: each.path for each in selected if each.name not in goldens}
+    if not wanted:
+        raise FileAccessError("no checkpoints to record: golden files alone")
+    for name in wanted:
+        _require_below(name, folder)
+    for name in golden:
+        if name not in wanted:
+            raise FileAccessError(f"{name}: a golden file is named for it, but it is not among the checkpoints")
+    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part)
+    renewed: dict[str, FileRecord] = {}
+    errors: list[CkptkitError] = []
+    names = [name for name in wanted if name not in kept]
+    found = examine_all(
+        [wanted[name] for name in names],
+        hash_file=True,
+        digest=True,
+        values=False,
+        ignore_checksums=ignore_checksums,
+        allow_part=allow_part,
+        whole=True,
+    )
+    for name, (_, result) in zip(names, found, strict=True):
+        if isinstance(result, CkptkitError):
+            errors.append(result)
+            continue
+        if result.damage is not None:
+            errors.append(CorruptError(result.damage, path=result.path))
+            continue
+        listed = digests == "tensor" if digests else name not in old or old[name].tensors is not None
+        renewed[name] = _record(name, result, listed)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'file')} cannot be recorded:", *map(str, errors)]))
+    records = {**_unselected(old, wanted, folder), **kept, **renewed}
+    for name, record in records.items():
+        before = old[name].golden if name in old else None
+        named = golden.get(name, before.path if before is not None else None)
+        records[name] = replace(record, golden=None if named is None else _golden(named, folder))
+    files = tuple(records[name] for name in sorted(records))
+    claimed = _outermost({*folders, *(() if previous is None else previous.folders)})
+    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records))
+
+
+def _outermost(folders: Collection[str]) -> tuple[str, ...]:
+    """Those that are in no other, sorted."""
+    if "." in folders:
+        return (".",)
+    return tuple(name for name in sorted(folders) if not any(name.startswith(f"{other}/") for other in folders))
+
+
+def _require_below(name: str, folder: str) -> None:
+    if name.startswith("../") or os.path.isabs(name) or ":" in name.split("/")[0]:
+        raise FileAccessError(
+            f"{name}: is not below the manifest's folder, {folder}; write the manifest beside the files or above them"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise FileAccessError(f"{name!r}: the file's name is not Unicode text; rename the file") from None
+
+
+def _unchanged(
+    wanted: Mapping[str, str], old: Mapping[str, FileRecord], digests: Digests | None, allow_part: bool
+) -> dict[str, FileRecord]:
+    """The records of files that are what they were, by their sizes and hashes."""
+    kept: dict[str, FileRecord] = {}
+    sized = [name for name, path in wanted.items() if _may_be_unchanged(name, path, old[name])]
+    paths = [wanted[name] for name in sized]
+    found = examine_all(paths, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part)
+    for name, (_, result) in zip(sized, found, strict=True):
+        before = old[name]
+        if isinstance(result, CkptkitError) or (digests == "tensor" and before.tensors is None):
+            continue
+        shards = {shard.name: (shard.size, shard.sha256) for shard in result.shards}
+        recorded = {shard: (record.size, record.sha256) for shard, record in before.shards.items()}
+        if (result.size, result.sha256, shards) == (before.size, before.sha256, recorded):
+            kept[name] = replace(before, tensors=None) if digests == "total" else before
+    return kept
+
+
+def _may_be_unchanged(name: str, path: str, record: FileRecord) -> bool:
+    """Whether it is worth hashing: of another size it is another file."""
+    try:
+        return bool(record.shards) or os.stat(path).st_size == record.size
+    except OSError:
+        return True  # examining it will say what is wrong
+
+
+def _unselected(old: Mapping[str, FileRecord], wanted: Mapping[str, str], folder: str) -> dict[str, FileRecord]:
+    return {
+        name: record
+        for name, record in old.items()
+        if name not in wanted and os.path.lexists(os.path.join(folder, *name.split("/")))
+    }
+
+
+def _changes(old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> Changes:
+    names = sorted({*old, *new})
+    return Changes(
+        added=tuple(name for name in names if name not in old),
+        changed=tuple(name for name in names if name in old and name in new and old[name] != new[name]),
+        removed=tuple(name for name in names if name not in new),
+        kept=tuple(name for name in names if name in old and name in new and old[name] == new[name]),
+    )
+
+
+def _golden(name: str, folder: str) -> GoldenRecord:
+    _require_below(name, folder)
+    return GoldenRecord(path=name, sha256=file_sha256(os.path.join(folder, *name.split("/"))))
+
+
+def _record(name: str, found: Examined, listed: bool) -> FileRecord:
+    """What was found as what must be.
+
+    Raises:
+        UnsupportedError: a name cannot be written in JSON.
+    """
+    for text in (*(tensor.name for tensor in found.tensors), *found.others) if listed else found.others:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UnsupportedError(
+                f"the name {text!r:.80} is not Unicode text, and cannot be listed; record it with --digests total",
+                path=found.path,
+            ) from None
+    return FileRecord(
+        path=name,
+        size=found.size,
+        sha256=found.sha256 or "",
+        format=found.format,
+        kind=found.kind,
+        trust=found.trust,
+        content_digest=found.content_digest,
+        whole_digest=found.whole_digest,
+        tensors={
+            tensor.name: TensorRecord(dtype=tensor.dtype, shape=tensor.shape, digest=tensor.digest or "")
+            for tensor in found.tensors
+        }
+        if listed
+        else None,
+        architecture=None if found.architecture is None else _told(found.architecture),
+        shards={
+            shard.name: ShardRecord(size=shard.size, sha256=shard.sha256 or "")
+            for shard in sorted(found.shards, key=lambda shard: shard.name)
+        },
+        others=found.others,
+    )
+
+
+def _told(architecture: Architecture) -> str:
+    args = ", ".join(f"{name}={value!r}" for name, value in architecture.args.items())
+    prefix = f" under {architecture.prefix!r}" if architecture.prefix else ""
+    return architecture.reference + (f"({args})" if args else "") + prefix
+
+
+def write(manifest: Manifest, destination: str | os.PathLike[str], *, force: bool) -> None:
+    """Write a manifest; the file is the old one or the complete new one, whatever happens.
+
+    Raises:
+        DestinationExistsError: it exists and ``force`` is false.
+        FileAccessError: it cannot be written.
+    """
+    data = manifest.to_json().encode("ascii")
+    plan = Plan(format="manifest", nbytes=len(data), steps=(Literal(0, data),), tensors=0, aliases={})
+    write_atomically(destination, plan, force=force, check=None)
+
+
+Golden = Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str] | None
+
+
+def make_at(
+    paths: Sequence[str],
+    destination: str | None,
+    *,
+    digests: Digests | None,
+    golden: Golden,
+    allow_part: bool,
+    update: bool,
+    force: bool,
+    ignore_checksums: bool = False,
+) -> Manifest:
+    """As `ckptkit.manifest`."""
+    if digests not in (None, "total", "tensor"):
+        raise RewriteError(f"digests is {digests!r:.40}; expected 'total' or 'tensor'")
+    if update and destination is None:
+        raise FileAccessError("there is no manifest to update; name it with -o")
+    folder = _folder_of(paths) if destination is None else os.path.dirname(os.path.abspath(destination))
+    there = destination is not None and os.path.lexists(destination)
+    if destination is not None and there and not (update or force):
+        raise DestinationExistsError(
+            f"{destination}: exists already; --update renews what has changed in it, --force makes it anew"
+        )
+    previous = read_manifest(destination) if destination is not None and there and update else None
+    paths = paths or (_paths_of(previous, folder) if update else ())
+    selection = select(paths, relative_to=folder, manifest=destination)
+    selection.require_all()
+    selected = selection.checkpoints
+    manifest = make(
+        selected,
+        folder=folder,
+        folders=[_claimed(name_of(path, folder)) for path in paths if os.path.isdir(path)],
+        digests=digests,
+        golden=_goldens(golden, selected, folder),
+        allow_part=allow_part,
+        previous=previous,
+        ignore_checksums=ignore_checksums,
+    )
+    if destination is not None and (
+        previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
+    ):
+        write(manifest, destination, force=there)
+    return replace(manifest, passed_over=selection.passed_over)
+
+
+def _paths_of(previous: Manifest | None, folder: str) -> list[str]:
+    """What a manifest was made of, as far as it is there; what is yet to be made, of its own folder."""
+    if previous is None:
+        return [folder]
+    names = [*previous.folders, *(record.path for record in previous.files)]
+    paths = [os.path.join(folder, *name.split("/")) for name in names]
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def _claimed(name: str) -> str:
+    """A folder as the manifest names it: one above its own is no more than its own."""
+    return "." if name.split("/")[0] == ".." else name
+
+
+def _folder_of(paths: Sequence[str]) -> str:
+    """The working directory; where files lie elsewhere, the folder they have in common."""
+    folder = os.getcwd()
+    if not any(name_of(path, folder).startswith("../") for path in paths):
+        return folder
+    try:
+        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    except ValueError:  # several drives
+        return folder
+
+
+def _goldens(golden: Golden, selected: Sequence[Selected], folder: str) -> dict[str, str]:
+    """Golden files by the names of their checkpoints, both relative to the manifest's folder."""
+    if golden is None:
+        return {}
+    if isinstance(golden, Mapping):
+        return {name_of(path, folder): name_of(os.fsdecode(file), folder) for path, file in golden.items()}
+    name = name_of(os.fsdecode(golden), folder)
+    checkpoints = [each.name for each in selected if each.name != name]
+    if len(checkpoints) != 1:
+        raise FileAccessError(
+            f"{os.fsdecode(golden)}: belongs to one of {count_of(len(checkpoints), 'checkpoint')}; say to which: "
+            "FILE=GOLDEN"
+        )
+    return {checkpoints[0]: name}

@@ -1,0 +1,279 @@
+"""What a file is compared with its record in the manifest: the same bytes, the same tensors, or which are others.
+
+The rules that a model decides, ``fits`` and ``forward``: what the verifier finds, as findings of a check.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ckptkit.errors import CkptkitError, MissingDependencyError, MissingFileError
+from ckptkit.normalize.parts import CODE
+from ckptkit.released.examine import Examined, TensorFact
+from ckptkit.released.manifest_file import FileRecord, TensorRecord
+from ckptkit.released.policy import TRUST_ORDER, Policy
+from ckptkit.released.reading import file_sha256
+from ckptkit.released.results import CheckFinding
+from ckptkit.report import Report, count_of, listed
+
+__all__ = ["compare", "golden_findings", "is_same_file", "model_findings"]
+
+_MOST_LISTED = 100
+"""Names in ``found``; a checkpoint may have 100,000."""
+
+
+def is_same_file(examined: Examined, record: FileRecord) -> bool:
+    """Whether the file's bytes, and those of its shards, are the manifest's."""
+    shards = {shard.name: (shard.size, shard.sha256) for shard in examined.shards}
+    recorded = {name: (shard.size, shard.sha256) for name, shard in record.shards.items()}
+    return (examined.size, examined.sha256, shards) == (record.size, record.sha256, recorded)
+
+
+def compare(examined: Examined, digested: Examined, record: FileRecord) -> Iterator[CheckFinding]:
+    """What of a file is not as its record says.
+
+    Args:
+        examined: the file, hashed.
+        digested: the file with its digests, where the bytes are not the manifest's.
+        record: what it must be.
+    """
+    if is_same_file(examined, record):
+        yield from _contradictions(examined, record)
+    else:
+        yield _difference(examined, digested, record)
+    if TRUST_ORDER[examined.trust] > TRUST_ORDER[record.trust]:
+        yield _finding(
+            examined.path,
+            code="trust-worse",
+            expected=record.trust,
+            found=examined.trust,
+            message=f"the file is {examined.trust}; when it was recorded it was {record.trust}",
+        )
+
+
+def _difference(examined: Examined, digested: Examined, record: FileRecord) -> CheckFinding:
+    if record.content_digest is not None and record.content_digest in (digested.content_digest, digested.former_digest):
+        how = f"a {record.format} file was recorded, this is a {examined.format} one"
+        if record.whole_digest is not None and digested.whole_digest == record.whole_digest:
+            how = "everything else is the same too (the whole digests agree); what differs is how the file is laid out"
+        elif examined.format == record.format:
+            how = "what differs is how the file is laid out, or stands beside the tensors"
+            if record.whole_digest is not None:
+                how = (
+                    "what stands beside them is not the same (the whole digests differ): ckptkit diff --strict shows it"
+                )
+        return _finding(
+            examined.path,
+            code="file-rewritten",
+            expected=f"sha256 {record.sha256}, {record.size} bytes, {record.format}",
+            found=f"sha256 {examined.sha256}, {examined.size} bytes, {examined.format}",
+            message=f"other bytes than recorded, but the same tensors (the content digests agree): {how}",
+        )
+    if digested.content_digest is None and record.content_digest is None:
+        return _finding(
+            examined.path,
+            code="file-changed",
+            expected=f"sha256 {record.sha256}, {record.size} bytes",
+            found=f"sha256 {examined.sha256}, {examined.size} bytes",
+            message="other bytes than recorded; neither file holds a tensor",
+        )
+    return _finding(
+        examined.path,
+        code="tensors-differ",
+        expected=record.content_digest or "no tensors",
+        found=digested.content_digest or "no tensors",
+        message=f"the tensors are not those recorded: {_which(digested, record)}",
+    )
+
+
+def _which(digested: Examined, record: FileRecord) -> str:
+    if record.tensors is None:
+        return "the manifest has their digest in total, and which differ cannot be told (see --digests tensor)"
+    found = {tensor.name: tensor for tensor in digested.tensors}
+    names = sorted({*found, *record.tensors})
+    parts = {
+        "missing": [name for name in names if name not in found],
+        "not recorded": [name for name in names if name not in record.tensors],
+        "of another dtype or shape": [],
+        "of other values": [],
+    }
+    for name in names:
+        if name in found and name in record.tensors and _fact(found[name]) != _recorded(record.tensors[name]):
+            same_kind = _fact(found[name])[:2] == _recorded(record.tensors[name])[:2]
+            kind = "of other values" if same_kind else "of another dtype or shape"
+            text = name if same_kind else f"{name} ({_told(record.tensors[name])} → {_told(found[name])})"
+            parts[kind].append(text)
+    told = [f"{len(some):,} {kind} ({listed(some)})" for kind, some in parts.items() if some]
+    if told:
+        return f"of {count_of(len(record.tensors), 'tensor')} {'; '.join(told)}"
+    if digested.others != record.others:
+        return "the tensors are, but not the values that are not plain tensors: " + listed(
+            sorted(set(digested.others) ^ set(record.others))
+        )
+    return "each plain tensor is, but not the values that are none: " + listed(digested.others or ("their order",))
+
+
+def _fact(tensor: TensorFact) -> tuple[str, tuple[int, ...], str | None]:
+    return tensor.dtype, tensor.shape, tensor.digest
+
+
+def _recorded(tensor: TensorRecord) -> tuple[str, tuple[int, ...], str | None]:
+    return tensor.dtype, tensor.shape, tensor.digest
+
+
+def _told(tensor: TensorFact | TensorRecord) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFinding]:
+    """What a record says of a file that the file with its hash is not: whoever edited the manifest made it lie."""
+    for name, recorded, found in (
+        ("format", record.format, examined.format),
+        ("kind", record.kind, examined.kind),
+        ("others", list(record.others[:_MOST_LISTED]), list(examined.others[:_MOST_LISTED])),
+    ):
+        is_older = name == "others" and record.whole_digest is None and {*record.others} <= {*examined.others}
+        if recorded != found and not is_older:
+            yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, and it is {found}")
+    if record.tensors is None:
+        return
+    facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in examined.tensors}
+    wrong = [
+        name
+        for name in sorted({*facts, *record.tensors})
+        if name not in facts
+        or name not in record.tensors
+        or facts[name] != (record.tensors[name].dtype, record.tensors[name].shape)
+    ]
+    if wrong:
+        few = wrong[:_MOST_LISTED]
+        recorded_ones = [f"{name} {_told(record.tensors[name])}" for name in few if name in record.tensors]
+        found_ones = [f"{name} {facts[name][0]} {list(facts[name][1])}" for name in few if name in facts]
+        yield _contradiction(
+            examined, "tensors", recorded_ones, found_ones, f"tensors that it does not have so: {listed(wrong)}"
+        )
+
+
+def _contradiction(examined: Examined, name: str, expected: Any, found: Any, what: str) -> CheckFinding:
+    return _finding(
+        examined.path,
+        code="manifest-contradicts",
+        expected=expected,
+        found=found,
+        message=f"the bytes are those whose hash is recorded, but the record says {what}",
+    )
+
+
+def golden_findings(path: str, record: FileRecord, folder: str) -> Iterator[CheckFinding]:
+    """Whether the file of recorded outputs is there, and is the manifest's."""
+    if record.golden is None:
+        return
+    golden = os.path.normpath(os.path.join(folder, *record.golden.path.split("/")))
+    try:
+        found = file_sha256(golden)
+    except MissingFileError:
+        found = "no such file"
+    except CkptkitError as error:
+        found = str(error)
+    if found != record.golden.sha256:
+        yield _finding(
+            path,
+            code="golden-changed",
+            expected=f"{golden}: sha256 {record.golden.sha256}",
+            found=found,
+            message=f"the outputs recorded in {golden} are not those of the manifest",
+        )
+
+
+def _finding(path: str, *, code: str, expected: Any, found: Any, message: str) -> CheckFinding:
+    return CheckFinding(
+        code=code, severity="error", path=path, rule="manifest", expected=expected, found=found, message=message
+    )
+
+
+_IGNORE = " --ignore-checksums"
+
+_FIT_CHECKS = ("fit", "load", "weights")
+"""Checks of the verifier that need no forward pass."""
+
+
+def model_findings(
+    examined: Examined, policy: Policy, golden: str | None, verify: Callable[..., Report]
+) -> Iterator[CheckFinding]:
+    """What the verifier finds to be wrong with a file.
+
+    The model is that of ``fits``; without it that of the golden, or of the architecture that was identified.
+
+    Raises:
+        MissingDependencyError: torch, or the package of the reference, is not installed.
+    """
+    path, rule = examined.path, "fits" if policy.fits is not None else "forward"
+    options: dict[str, Any] = {
+        "model": policy.fits,
+        "model_args": dict(policy.model_args),
+        "allow_part": policy.allow_part,
+    }
+    if policy.forward and golden is not None:
+        options["golden"] = golden  # with the model and the inputs, where they are not given
+    elif policy.fits is None and examined.architecture is not None and not examined.architecture.prefix:
+        options["model"] = examined.architecture.reference
+        options["model_args"] = {**examined.architecture.args, **policy.model_args}
+    elif policy.fits is None:
+        yield _not_run(
+            path,
+            rule,
+            "a model to run",
+            "the forward pass was asked for, but no model is named (--fits REF), recorded in a golden, or identified",
+        )
+        return
+    try:
+        # Checksums were held already, or the file's own is the manifest's.  What is advised does hold them.
+        options |= {"forward": policy.forward, "input_shapes": policy.input_shapes, "ignore_checksums": True}
+        report = verify(path, **options)
+    except MissingDependencyError:
+        raise
+    except CkptkitError as error:
+        message = re.sub(r"--model(?!-)", "--fits", str(error))  # as the option is called here
+        yield _not_run(path, rule, _reference(options), message.removeprefix(f"{path}: "))
+        return
+    yield from _model_rules(report, path, policy, _reference(options))
+
+
+def _model_rules(report: Report, path: str, policy: Policy, reference: str) -> Iterator[CheckFinding]:
+    """The verifier's findings but those that are only worth knowing, each under the rule whose it is."""
+    findings = list(report.findings)
+    names = [check["name"] for check in report.details["checks"] for _ in check["codes"]]
+    names = [""] * (len(findings) - len(names)) + names  # those before the first check are not any check's
+    for name, finding in zip(names, findings, strict=True):
+        if finding.severity == "info" or finding.code == CODE:  # which its own rule has told
+            continue
+        fits = policy.fits is not None and (not policy.forward or name in ("", *_FIT_CHECKS))
+        yield CheckFinding(
+            code=finding.code,
+            severity=finding.severity,
+            path=path,
+            rule="fits" if fits else "forward",
+            expected=f"{'loads into' if fits else 'runs in'} {reference}",
+            found=finding.code,
+            message=finding.message,
+            fix=finding.fix if finding.fix is None or policy.ignore_checksums else finding.fix.replace(_IGNORE, ""),
+        )
+
+
+def _reference(options: dict[str, Any]) -> str:
+    return str(options["model"] or "the model of the golden")
+
+
+def _not_run(path: str, rule: str, expected: str, message: str) -> CheckFinding:
+    return CheckFinding(
+        code="check-not-run",
+        severity="error",
+        path=path,
+        rule=rule,
+        expected=expected,
+        found="could not be checked",
+        message=message,
+    )

@@ -1,0 +1,238 @@
+"""Replacing tensors and storages wherever they stand in a checkpoint.
+
+Leaving behind the bytes of storages that no tensor views.
+
+torch saves whole storages: ``big[:10]`` takes all of ``big`` with it.  What is viewed of a storage
+falls into runs of bytes: spans of tensors (`TensorEntry.span`) that overlap or touch are one, so
+ties, overlaps and neighbouring slices go on sharing.
+
+Tied tensors: what is written of two names for one tensor.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, tied_groups
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import RewriteError
+from ckptkit.normalize.sections import is_plain
+from ckptkit.pickling.inert import Object, TreeMap, mapping_shell, walk
+from ckptkit.report import count_of, listed
+
+__all__ = ["Compact", "Tied", "TiedPolicy", "dead_bytes", "nodes", "with_leaves"]
+
+
+def with_leaves(
+    checkpoint: Checkpoint,
+    leaf: Callable[[object], object],
+    *,
+    change: Callable[[Object], None] | None = None,
+    module: bool = False,
+) -> Checkpoint:
+    """The checkpoint with every `TensorEntry` and bare `Storage` replaced; what is shared stays shared.
+
+    Args:
+        checkpoint: its weights, what hangs on their mapping, and everything beside them are gone through.
+        leaf: from a tensor or storage to what takes its place; called once for each.
+        change: called with the copy of each object, which it may change.
+        module: whether the module that the weights were walked from is gone through too.  It is not written.
+    """
+    mapped = TreeMap(leaf)
+    state_dict = checkpoint.state_dict.with_values(mapped)
+    shell, rest = mapped(_hanging(state_dict)), mapped(checkpoint.rest)
+    made = mapped(checkpoint.module) if module else checkpoint.module
+    if change is not None:
+        others = [value for value in state_dict.everything.values() if not is_plain(value)]
+        for node in walk([others, shell, rest, made if module else None]):
+            if isinstance(node, Object):
+                change(node)
+    if shell is not None:
+        state_dict = StateDict(
+            state_dict.everything, versions=state_dict.versions, container=shell, is_module=state_dict.is_module
+        )
+    return checkpoint.replace(state_dict=state_dict, rest=rest, module=made)
+
+
+def nodes(checkpoint: Checkpoint) -> Iterator[object]:
+    """Every node that a writer may write; a plain tensor of the state_dict once for each of its places."""
+    values = checkpoint.state_dict.everything.values()
+    yield from filter(is_plain, values)
+    yield from walk(
+        [
+            [value for value in values if not is_plain(value)],
+            _hanging(checkpoint.state_dict),
+            checkpoint.rest,
+        ]
+    )
+
+
+def _hanging(state_dict: StateDict) -> object:
+    """What is written around the values: the module they are of, or what hangs on their mapping."""
+    return state_dict.container if state_dict.is_module else mapping_shell(state_dict.container)
+
+
+@dataclass(frozen=True, slots=True)
+class Compact:
+    """Cut storages down to what tensors view of them.
+
+    Each run of viewed bytes of a storage that has others too becomes a storage of its own.
+    Storages that stand in the file by themselves are left whole, and so is what all is viewed of.
+    """
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        cuts = {id(storage): _Cut(storage, runs) for storage, runs in _cuttable(checkpoint)}
+        if not cuts:
+            return checkpoint
+
+        def leaf(node: object) -> object:
+            cut = cuts.get(id(node.storage)) if isinstance(node, TensorEntry) else None
+            return node if cut is None or not isinstance(node, TensorEntry) else cut.moved(node)
+
+        return with_leaves(checkpoint, leaf)
+
+
+def dead_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """How many storages `Compact` would cut, and the bytes that no tensor views of them."""
+    cuttable = _cuttable(checkpoint)
+    return len(cuttable), sum(storage.nbytes - _viewed(runs) for storage, runs in cuttable)
+
+
+_Runs = list[tuple[int, int]]
+"""Of each run of viewed bytes the first byte and the byte after the last, in order."""
+
+
+class _Cut:
+    """A storage of which parts alone are viewed.
+
+    Args:
+        storage: it.
+        runs: the parts.
+    """
+
+    __slots__ = ("_empty", "_parts", "_starts", "storage")
+
+    def __init__(self, storage: Storage, runs: _Runs) -> None:
+        self.storage = storage
+        self._starts = [start for start, _ in runs]
+        self._parts = [self._part(start, end) for start, end in runs]
+        self._empty: Storage | None = None
+
+    def _part(self, start: int, end: int) -> Storage:
+        return replace(
+            self.storage,
+            key=f"{self.storage.key}[{start}:{end}]",
+            nbytes=end - start,
+            source=self.storage.source.part(start, end - start),
+            crc32=None,
+            original=self.storage.original or self.storage,
+        )
+
+    def moved(self, entry: TensorEntry) -> TensorEntry:
+        """The tensor over the part it views; one without elements over none."""
+        if not entry.nbytes:
+            self._empty = self._empty or self._part(0, 0)
+            return replace(entry, storage=self._empty, storage_offset=0)
+        index = bisect_right(self._starts, entry.span()[0]) - 1
+        offset = entry.storage_offset - self._starts[index] // entry.itemsize
+        return replace(entry, storage=self._parts[index], storage_offset=offset)
+
+
+class _Use:
+    """What is viewed of a storage."""
+
+    __slots__ = ("spans", "storage", "width")
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.spans: list[tuple[int, int]] = []
+        self.width = 1 if storage.dtype is None else DTYPES[storage.dtype].itemsize
+
+    def runs(self) -> _Runs:
+        """The parts that are viewed, each from a multiple of the widest element on."""
+        width = self.width
+        runs: _Runs = []
+        for start, end in sorted(self.spans):
+            first, last = start // width * width, min(-(-end // width) * width, self.storage.nbytes)
+            if runs and first <= runs[-1][1]:
+                runs[-1] = runs[-1][0], max(runs[-1][1], last)
+            else:
+                runs.append((first, last))
+        return runs
+
+
+def _viewed(runs: _Runs) -> int:
+    return sum(end - start for start, end in runs)
+
+
+def _cuttable(checkpoint: Checkpoint) -> list[tuple[Storage, _Runs]]:
+    """The storages that have bytes no tensor views, and what is viewed of them."""
+    uses: dict[int, _Use] = {}
+    bare: set[int] = set()
+    for node in nodes(checkpoint):
+        if isinstance(node, Storage):
+            bare.add(id(node))
+        elif isinstance(node, TensorEntry):
+            use = uses.get(id(node.storage))
+            if use is None:
+                use = uses[id(node.storage)] = _Use(node.storage)
+            if node.nbytes:
+                use.spans.append(node.span())
+                use.width = max(use.width, node.itemsize)
+    found = ((use.storage, use.runs()) for key, use in uses.items() if use.storage.nbytes and key not in bare)
+    return [(storage, runs) for storage, runs in found if _viewed(runs) < storage.nbytes]
+
+
+TiedPolicy = Literal["alias", "duplicate", "error"]
+
+_MAX_LISTED = 5
+"""Groups named in a message, and names of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """Say what becomes of tied tensors of the state_dict.
+
+    Args:
+        policy: ``"alias"`` keeps them tied, where the container can.  ``"duplicate"`` gives every name
+            but the first a storage of its own, which is written again; tensors that share a storage
+            without being tied go on sharing it.  ``"error"`` refuses them.
+
+    Raises:
+        RewriteError: there is no such policy; (when applied) it is ``"error"`` and there are tied tensors.
+    """
+
+    policy: TiedPolicy
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(TiedPolicy):
+            raise RewriteError(
+                f"no policy {self.policy!r} for tied tensors; there is {', '.join(get_args(TiedPolicy))}"
+            )
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        groups = [] if self.policy == "alias" else tied_groups(checkpoint.state_dict)
+        if not groups:
+            return checkpoint
+        if self.policy == "error":
+            names = listed(list(map(_listed, groups)), _MAX_LISTED, between="; ")
+            raise RewriteError(
+                f"{count_of(len(groups), 'tensor', 'has', 'have')} several names: {names}; write them as one ('alias') "
+                "or as copies ('duplicate')"
+            )
+        again = {name for names in groups for name in names[1:]}
+        state_dict = checkpoint.state_dict
+        everything = {name: _copied(value) if name in again else value for name, value in state_dict.everything.items()}
+        return checkpoint.replace(state_dict=state_dict.holding(everything, state_dict.versions))
+
+
+def _listed(names: list[str]) -> str:
+    return listed([f"{name!r:.100}" for name in names], _MAX_LISTED, between=" = ")
+
+
+def _copied(value: object) -> object:
+    """The tensor over a storage of its own: a new record of the same bytes."""
+    return replace(value, storage=replace(value.storage)) if isinstance(value, TensorEntry) else value
