@@ -3,7 +3,7 @@
 Tensors are addresses, not data.  A `SourceFile` is one open file; a `ByteRange` says where in it
 some bytes lie.  Nothing here moves a file position, so ranges can be read from several threads.
 
-Bytes that do not lie in the file as they are wanted are in `ckptkit.derived`.
+Bytes that do not lie in the file as they are wanted are in `ckptkit.computed`.
 """
 
 from __future__ import annotations
@@ -283,5 +283,5 @@ class ByteRange:
             yield self.read(start, min(chunk_nbytes, self.nbytes - start))
 
     def plain(self) -> ByteRange:
-        """This range, as it is; what `ckptkit.derived` holds has to be made first."""
+        """This range, as it is; what `ckptkit.computed` holds has to be made first."""
         return self

@@ -16,7 +16,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Va
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from ckptkit.derived import ByteSource, DeflatedRange, Inflation
+from ckptkit.computed import ByteSource, DeflatedRange, Inflation
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, KeyCollisionError
 from ckptkit.report import Finding, count_of

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
-from ckptkit.derived import ByteSource, ConvertedRange
+from ckptkit.computed import ByteSource, ConvertedRange
 from ckptkit.errors import CorruptError
 from ckptkit.formats import read
 from ckptkit.formats.safetensors_metadata import versions_text

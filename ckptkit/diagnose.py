@@ -15,18 +15,18 @@ from itertools import islice
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages, tied_groups
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.selection import EMBEDDINGS, beside_weights, discarded_text, holding_suffix
+from ckptkit.normalize.selection import EMBEDDINGS, discarded_text, holding_suffix, other_parts
 from ckptkit.normalize.shapes import are_data
-from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
+from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
 from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed, share_of
 
-__all__ = ["DIAGNOSES", "Contents", "diagnose"]
+__all__ = ["DIAGNOSES", "Everything", "diagnose"]
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class Everything:
     """Everything in a checkpoint that has bytes, found in one walk.
 
     Attributes:
@@ -36,14 +36,14 @@ class Contents:
         storages: these, and those of the tensors, by ``id``.
     """
 
-    beside: list[Found]
+    beside: list[FoundTensor]
 
     entries: dict[int, TensorEntry]
     bare: dict[int, Storage]
     storages: dict[int, Storage]
 
 
-Diagnosis = Callable[[Checkpoint, Contents], Iterator[Finding]]
+Diagnosis = Callable[[Checkpoint, Everything], Iterator[Finding]]
 
 _SAMPLED = 32
 """Names by which a state_dict is told from what else has names and tensors."""
@@ -63,14 +63,14 @@ _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
 
 
-def diagnose(checkpoint: Checkpoint, beside: list[Found] | None = None) -> tuple[Finding, ...]:
+def diagnose(checkpoint: Checkpoint, beside: list[FoundTensor] | None = None) -> tuple[Finding, ...]:
     """The reader's findings and every diagnosis, gravest first.
 
     Args:
         checkpoint: as it was read.
-        beside: what `tensors_beside` finds in it, where it is known.
+        beside: what `other_tensors` finds in it, where it is known.
     """
-    contents = _contents(checkpoint, tensors_beside(checkpoint) if beside is None else beside)
+    contents = _contents(checkpoint, other_tensors(checkpoint) if beside is None else beside)
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
@@ -78,7 +78,7 @@ def diagnose(checkpoint: Checkpoint, beside: list[Found] | None = None) -> tuple
     return tuple(apart(sorted(found, key=lambda finding: order[finding.severity]), checkpoint.origin.options))
 
 
-def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _hostile(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     for use in checkpoint.globals:
         if use.verdict == "dangerous":
             yield Finding(
@@ -88,11 +88,11 @@ def _hostile(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
             )
 
 
-def _part(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     return part_findings(checkpoint)
 
 
-def _foreign(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _foreign(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     names = [use.name for use in checkpoint.globals if use.verdict == "unknown"]
     if not names or checkpoint.module is not None:
         return
@@ -117,7 +117,7 @@ def _places(root: object) -> dict[str, str]:
     return places
 
 
-def _whole_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _whole_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.module is None or any(finding.code == "bound-method" for finding in checkpoint.findings):
         return
     if checkpoint.origin.format == "torchscript":
@@ -141,11 +141,11 @@ def _weights(checkpoint: Checkpoint, *options: str) -> str | None:
 
 def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
     """The command that writes the weights alone, and says so where there is more."""
-    alone = ("--weights-only",) if beside_weights(checkpoint) or "--section" in options else ()
+    alone = ("--weights-only",) if other_parts(checkpoint) or "--section" in options else ()
     return _weights(checkpoint, *options, *alone)
 
 
-def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     names = list(checkpoint.state_dict.everything)
     carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
@@ -162,7 +162,7 @@ def _prefix(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     )
 
 
-def _inner_module(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _inner_module(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     names = list(checkpoint.state_dict.everything)
     told = inner_module_told(list(map(unwrapped, names)))
     if told is not None:
@@ -172,7 +172,7 @@ def _inner_module(checkpoint: Checkpoint, contents: Contents) -> Iterator[Findin
         yield Finding(code="inner-module", severity="info", message=message, fix=fix)
 
 
-def _stale_versions(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _stale_versions(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     versions = checkpoint.state_dict.versions
     modules = {name.rpartition(".")[0] for name in checkpoint.state_dict.everything}
     if versions and modules and not modules & versions.keys():
@@ -185,7 +185,7 @@ def _stale_versions(checkpoint: Checkpoint, contents: Contents) -> Iterator[Find
         )
 
 
-def _not_a_model(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _not_a_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     is_embedding = checkpoint.origin.state_path == EMBEDDINGS
     is_state_dict = checkpoint.origin.kind == "state_dict" or is_embedding
     if not is_state_dict or checkpoint.module is not None or checkpoint.part is not None:
@@ -219,7 +219,7 @@ _AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
 """How the keys of averaged weights are told: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
 
 
-def _averaged(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _averaged(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     weights = [s.path for s in checkpoint.sections if s.kind in ("state_dict", "whole_model")]
     averaged = [path for path in weights if _AVERAGED.search(path.lower())]
     if averaged and len(averaged) < len(weights):
@@ -240,7 +240,7 @@ _ELSEWHERE = (
 """Names that load only on some systems or with some versions, and what they stand for."""
 
 
-def _elsewhere(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     names = [use.name for use in checkpoint.globals]
     found = [
         f"{what} ({next(name for name in names if pattern.fullmatch(name))})"
@@ -256,7 +256,7 @@ def _elsewhere(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
-def _order(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _order(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     moved = [name for name, entry in checkpoint.state_dict.items() if not entry.is_contiguous]
     if moved:
         yield Finding(
@@ -267,7 +267,7 @@ def _order(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
-def _devices(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _devices(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     places = Counter(storage.location for storage in contents.storages.values())
     places.pop("cpu", None)
     if not places:
@@ -287,7 +287,7 @@ def _devices(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
     )
 
 
-def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _ties(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     several = shared_storages(checkpoint.state_dict.values())
     groups = tied_groups(checkpoint.state_dict) if several else []
     sharing = [e for e in checkpoint.state_dict.values() if id(e.storage) in several and e.nbytes] if several else []
@@ -308,7 +308,7 @@ def _ties(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
-def _unused(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _unused(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     extents: dict[int, list[tuple[int, int]]] = {}
     for entry in contents.entries.values():
         nbytes = entry.storage.nbytes
@@ -332,7 +332,7 @@ def _unused(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
-def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _training(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.origin.kind != "resume" or not checkpoint.state_dict:
         return
     storages = [entry.storage for entry in checkpoint.state_dict.values()]
@@ -352,7 +352,7 @@ def _training(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
-def _discarded(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _discarded(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.discarded:
         kept = "" if checkpoint.origin.is_program else "; a .pth cannot keep it"
         yield Finding(
@@ -364,7 +364,7 @@ def _discarded(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
-def _other_weights(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _other_weights(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     others = other_weights(checkpoint, contents.beside)
     if others:
         shown = listed([f"{path!r:.200} ({count_of(len(found), 'tensor')})" for path, found in others.items()], 4)
@@ -375,7 +375,7 @@ def _other_weights(checkpoint: Checkpoint, contents: Contents) -> Iterator[Findi
         )
 
 
-def _outside(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _outside(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     outside = {id(found.node): found for found in contents.beside if found.section is None}
     if outside:
         yield Finding(
@@ -386,12 +386,12 @@ def _outside(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
         )
 
 
-def _nothing(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _nothing(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.origin.kind == "other":
         yield Finding(code="no-tensors", severity="warning", message="the file holds no tensor at all")
 
 
-def _byteorder(checkpoint: Checkpoint, contents: Contents) -> Iterator[Finding]:
+def _byteorder(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.origin.byteorder == "big":
         yield Finding(code="big-endian", severity="info", message="the elements' bytes are in big-endian order")
 
@@ -421,9 +421,9 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
 """Every diagnosis."""
 
 
-def _contents(checkpoint: Checkpoint, beside: list[Found]) -> Contents:
+def _contents(checkpoint: Checkpoint, beside: list[FoundTensor]) -> Everything:
     entries = {id(value): value for value in checkpoint.state_dict.values()}
     entries.update({id(found.node): found.node for found in beside if isinstance(found.node, TensorEntry)})
     bare = {id(found.node): found.node for found in beside if isinstance(found.node, Storage)}
     storages = {id(entry.storage): entry.storage for entry in entries.values()}
-    return Contents(beside, entries, bare, {**storages, **bare})
+    return Everything(beside, entries, bare, {**storages, **bare})

@@ -52,13 +52,13 @@ from ckptkit.transfer.values import stream
 
 __all__ = [
     "PREFIX",
-    "Line",
+    "DigestLine",
     "content_digest",
-    "kind_of",
+    "digest_text",
     "tensor_digest",
-    "told",
     "tree_digest",
     "unwrapped_names",
+    "value_kind",
     "whole_digest",
 ]
 
@@ -72,7 +72,7 @@ Values = Callable[[TensorEntry | Storage], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class DigestLine:
     """What goes into a content digest for one name.
 
     Attributes:
@@ -93,7 +93,7 @@ class Line:
     tree: str | None = None
 
 
-def told(digest: bytes) -> str:
+def digest_text(digest: bytes) -> str:
     """A SHA-256 as it is written: ``"sha256:…"``."""
     return PREFIX + digest.hex()
 
@@ -111,10 +111,10 @@ def tensor_digest(entry: TensorEntry, checksums: Checksums | None = None) -> str
     digest = hashlib.sha256()
     for chunk in stream(entry) if checksums is None else checksums.along(entry, stream(entry)):
         digest.update(chunk)
-    return told(digest.digest())
+    return digest_text(digest.digest())
 
 
-def content_digest(lines: Iterable[Line]) -> str | None:
+def content_digest(lines: Iterable[DigestLine]) -> str | None:
     """The digest of everything named; ``None``: there is nothing."""
     ordered = sorted(lines, key=lambda line: line.name)
     if not ordered:
@@ -124,7 +124,7 @@ def content_digest(lines: Iterable[Line]) -> str | None:
         middle = line.parts if line.shape is None else line.shape
         told_digests = [line.tree] if line.digest is None else [line.digest, line.tree][: 1 + (line.tree is not None)]
         digest.update(_json([line.name, line.kind, middle, *told_digests]))
-    return told(digest.digest())
+    return digest_text(digest.digest())
 
 
 def _json(value: object) -> bytes:
@@ -142,7 +142,7 @@ def whole_digest(checkpoint: Checkpoint, values: Values) -> str | None:
     digest.update(_json(["tree", tree_digest(root, values, weights)]))
     digest.update(_json(["metadata", sorted(checkpoint.metadata.items())]))
     digest.update(_json(["ties", sorted(map(sorted, tied_groups(state)))]))
-    return told(digest.digest())
+    return digest_text(digest.digest())
 
 
 def tree_digest(root: object, values: Values, weights: object = STATE_DICT, *, flags: bool = True) -> str:
@@ -197,7 +197,7 @@ def tree_digest(root: object, values: Values, weights: object = STATE_DICT, *, f
                     group.add(id(member))
                 _digest_group(node, group, rows, done)
             if not stack:
-                return told(done[id(node)])
+                return digest_text(done[id(node)])
             above = id(stack[-1][0])
             lowest[above] = min(lowest[above], lowest[id(node)])
 
@@ -253,7 +253,7 @@ def _row(node: object, values: Values, flags: bool) -> list[object]:
     return [*row, b"plain " + b"".join(plain)] if plain else row
 
 
-def kind_of(value: object) -> str:
+def value_kind(value: object) -> str:
     """What a value is that is not a plain tensor: a class, or a function that makes it."""
     if isinstance(value, Object):
         return value.class_name

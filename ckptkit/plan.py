@@ -3,7 +3,7 @@
 A format's writer turns a `Checkpoint` into a `Plan`: the exact size of the output and the steps
 that fill it, each at a known position.  `--dry-run` shows the plan, `ckptkit.transfer` executes
 exactly that plan.  Steps do not overlap, except that a `Digest` and a `Checksum` fill in fields of
-a `Literal`.  The plan of a sharded checkpoint is that of its index, which holds the shards' plans.
+a `LiteralBytes`.  The plan of a sharded checkpoint is that of its index, which holds the shards' plans.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.derived import ByteSource, ConvertedRange
+from ckptkit.computed import ByteSource, ConvertedRange
 from ckptkit.report import count_of
 
-__all__ = ["Cast", "Checksum", "Copy", "Digest", "Gather", "Index", "Literal", "Plan", "Step", "moved"]
+__all__ = ["Cast", "Checksum", "Copy", "Digest", "Gather", "IndexFile", "LiteralBytes", "Plan", "Step", "moved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True)
-class Literal:
+class LiteralBytes:
     """Bytes that ckptkit makes: headers, pickles, padding."""
 
     target: int
@@ -75,7 +75,7 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """The SHA-256 of a whole source file, as 64 hexadecimal digits at ``target``, inside a `Literal`."""
+    """The SHA-256 of a whole source file, as 64 hexadecimal digits at ``target``, inside a `LiteralBytes`."""
 
     target: int
     file: SourceFile
@@ -100,7 +100,7 @@ class Checksum:
         return 4
 
 
-Step = Copy | Cast | Gather | Literal | Digest | Checksum
+Step = Copy | Cast | Gather | LiteralBytes | Digest | Checksum
 
 
 def moved(target: int, source: ByteSource) -> Copy | Cast:
@@ -109,7 +109,7 @@ def moved(target: int, source: ByteSource) -> Copy | Cast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Index:
+class IndexFile:
     """What an index of shards says; see `ckptkit.formats.sharded`.
 
     Attributes:
@@ -147,7 +147,7 @@ class Plan:
     tensors: int
     aliases: Mapping[str, str]
     shards: Mapping[str, Plan] = field(default_factory=dict)
-    index: Index | None = None
+    index: IndexFile | None = None
 
     def __repr__(self) -> str:
         shards = f" in {count_of(len(self.shards), 'shard')}" if self.shards else ""
@@ -167,7 +167,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as it stands in JSON documents: bytes by the way they are moved."""
         steps = list(self.all_steps())
-        ways = (("copies", Copy), ("casts", Cast), ("gathers", Gather), ("literals", Literal))
+        ways = (("copies", Copy), ("casts", Cast), ("gathers", Gather), ("literals", LiteralBytes))
         made = {name: [step for step in steps if isinstance(step, kind)] for name, kind in ways}
         return {
             "format": self.format,

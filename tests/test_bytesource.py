@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
-from ckptkit.derived import DeflatedRange, Inflation
+from ckptkit.computed import DeflatedRange, Inflation
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
 DATA = bytes(range(256)) * 4

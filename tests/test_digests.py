@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import ckptkit
 from ckptkit import formats
-from ckptkit.digests import Line, content_digest, kind_of, tensor_digest, unwrapped_names
+from ckptkit.digests import DigestLine, content_digest, tensor_digest, unwrapped_names, value_kind
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
 from ckptkit.released.examine import Examined, examine
@@ -220,10 +220,10 @@ def test_a_tensor_alone_and_the_lines() -> None:
         state = loaded(FIXTURES / "state_dict.safetensors")
         for name, entry in checkpoint.state_dict.items():
             assert tensor_digest(entry) == sha256(raw(state[name]))
-    line = Line(name="x", kind="builtins.object", parts=(("int8", (2,), "sha256:0"),))
+    line = DigestLine(name="x", kind="builtins.object", parts=(("int8", (2,), "sha256:0"),))
     text = 'ckptkit-content-1\n["x","builtins.object",[["int8",[2],"sha256:0"]],null]\n'
     assert content_digest([line]) == sha256(text.encode())
-    assert [kind_of(value) for value in (1, "a", None, [])] == ["int", "str", "NoneType", "list"]
+    assert [value_kind(value) for value in (1, "a", None, [])] == ["int", "str", "NoneType", "list"]
 
 
 class Scaled(torch.Tensor):

@@ -65,9 +65,9 @@ _MIN_SIMILARITY = 0.3
 _BELOW_ONE = 0.99
 """What does not fit is not altogether alike, whatever the estimate."""
 
-Difference = Literal["no head", "another head", "other shapes"]
+Deviation = Literal["no head", "another head", "other shapes"]
 
-_SAID: Mapping[Difference, str] = {
+_SAID: Mapping[Deviation, str] = {
     "no head": "without its head",
     "another head": "with another head",
     "other shapes": "with other shapes",
@@ -95,7 +95,7 @@ class Architecture:
     similarity: float = 1.0
     prefix: str = ""
     others: int = 0
-    differs: Difference | None = None
+    differs: Deviation | None = None
     defaults: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -190,7 +190,7 @@ def _fitting(view: _View, key: Literal["names", "trunk"]) -> tuple[Architecture,
         for row, args in fits:
             if len(args) == fewest:
                 alike = len(shapes) / row.tensors
-                differs: Difference | None = "no head" if key == "trunk" else None
+                differs: Deviation | None = "no head" if key == "trunk" else None
                 found.append((
                     (order, row.name.startswith("quantized_"), len(row.name)),
                     _architecture(library, row, args, view, similarity=alike, differs=differs),
@@ -224,7 +224,7 @@ def _solved(free: Mapping[str, Free], shapes: list[tuple[int, ...]]) -> dict[str
 
 
 def _architecture(
-    library: str, row: Row, args: Mapping[str, int], view: _View, *, similarity: float, differs: Difference | None
+    library: str, row: Row, args: Mapping[str, int], view: _View, *, similarity: float, differs: Deviation | None
 ) -> Architecture:
     return Architecture(
         reference=f"{library}:{row.name}",
@@ -243,7 +243,7 @@ def _closest(views: list[_View]) -> tuple[Architecture, ...]:
 
     A model that has all but the head in common, or every name, is its own answer: what has less is left out.
     """
-    found: dict[Difference | None, list[Architecture]] = {"another head": [], "other shapes": [], None: []}
+    found: dict[Deviation | None, list[Architecture]] = {"another head": [], "other shapes": [], None: []}
     seen = set()
     for alike, view, library, number, row in _candidates(views):
         same = (*load(library).sketch(number),)
@@ -251,7 +251,7 @@ def _closest(views: list[_View]) -> tuple[Architecture, ...]:
             continue
         seen.add(same)
         args: Mapping[str, int] = {}
-        differs: Difference | None = None
+        differs: Deviation | None = None
         if row.names == names_digest(view.shapes):
             differs = "other shapes"
         elif (beheaded := _with_another_head(row, view)) is not None:

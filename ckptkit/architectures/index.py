@@ -47,9 +47,9 @@ from typing import Any, Literal
 __all__ = [
     "LIBRARIES",
     "SKETCH",
+    "ArchitectureIndex",
     "Dimension",
     "Free",
-    "Index",
     "Row",
     "Shapes",
     "load",
@@ -191,7 +191,7 @@ class Row:
         }
 
 
-class Index:
+class ArchitectureIndex:
     """One library's models.  Only the lines that are asked for are parsed."""
 
     def __init__(self, library: str, folder: Path | None = None) -> None:
@@ -243,9 +243,9 @@ class Index:
 
 
 @cache
-def load(library: str) -> Index:
+def load(library: str) -> ArchitectureIndex:
     """The index of one of `LIBRARIES`, read once."""
-    return Index(library)
+    return ArchitectureIndex(library)
 
 
 def _row(line: dict[str, Any]) -> Row:

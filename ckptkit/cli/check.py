@@ -29,7 +29,7 @@ from ckptkit.cli.options import (
     with_examples,
 )
 from ckptkit.dtypes import DTYPES
-from ckptkit.formats.folder import told
+from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.config import find_config
 from ckptkit.released.outputs import OUTPUTS
 from ckptkit.released.policy import CONTAINERS
@@ -181,7 +181,7 @@ def text(report: CheckReport, style: Style, *, quiet: bool = False) -> Iterator[
             yield from _finding(finding, style)
     if not quiet:
         if report.passed_over:
-            yield told(report.passed_over)
+            yield passed_over_text(report.passed_over)
         color = "green" if report.exit_code == 0 else "red"
         yield style(report.verdict, fg=color, bold=True)
 

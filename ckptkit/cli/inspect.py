@@ -113,13 +113,13 @@ def command(
             for line in render(document):
                 echo(line)
     if passed_over and not quiet:
-        from ckptkit.formats.folder import told
+        from ckptkit.formats.folder import passed_over_text
 
         if flat:
-            ending.say(told(passed_over))
+            ending.say(passed_over_text(passed_over))
         else:
             echo()
-            echo(told(passed_over))
+            echo(passed_over_text(passed_over))
     return _exit_code(seen, fail_on)
 
 

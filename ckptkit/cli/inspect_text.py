@@ -11,7 +11,7 @@ from typing import Any
 from ckptkit.cli.inspect_lines import architecture_line, receipt_line
 from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
 from ckptkit.inspection.listing import TensorRow
-from ckptkit.inspection.outline import Line, Outline
+from ckptkit.inspection.outline import Outline, OutlineLine
 from ckptkit.normalize.selection import EMBEDDINGS, KEY
 from ckptkit.report import count_of, human_size, listed
 
@@ -267,7 +267,7 @@ def names_line(document: dict[str, Any]) -> str:
 
 def outline_of(
     document: dict[str, Any], depth: int | None, sort: str, most: int = _TREE_LINES
-) -> tuple[list[Line], int]:
+) -> tuple[list[OutlineLine], int]:
     """The lines of the module tree, and how many are left out."""
     summary, rows, modules = document["state_dict"], document["tensors"], document["modules"]
     own = [row for row in rows if summary is not None and row.section == summary["path"]]
@@ -279,7 +279,7 @@ def outline_of(
     return (list(tree.lines(depth)), 0) if depth is not None else tree.fitting(most)
 
 
-def tree_table(lines: Sequence[Line]) -> tuple[list[list[str]], list[str], str]:
+def tree_table(lines: Sequence[OutlineLine]) -> tuple[list[list[str]], list[str], str]:
     """Rows, headers and alignment of the module tree."""
     has_roles = any(line.parameters or line.buffers for line in lines)
     has_buffers = any(line.buffers for line in lines)

@@ -25,7 +25,7 @@ from ckptkit.cli.options import (
     styler,
     with_examples,
 )
-from ckptkit.formats.folder import told as passed_over
+from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.manifest_file import FileRecord, Manifest
 from ckptkit.report import count_of, human_size
 
@@ -139,7 +139,7 @@ def summary(manifest: Manifest, destination: str, style: Style) -> Iterator[str]
     if manifest.changes.kept:
         told.append(f"{len(manifest.changes.kept):,} unchanged")
     if manifest.passed_over:
-        yield passed_over(manifest.passed_over)
+        yield passed_over_text(manifest.passed_over)
     yield f"{printable(destination)}: {count_of(len(records), 'file')} ({', '.join(told)})"
 
 

@@ -29,7 +29,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.selection import KEY, earlier
-from ckptkit.plan import Checksum, Digest, Literal, Plan, Step
+from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, parse_size
 from ckptkit.transfer import Tally, write_atomically
 from ckptkit.transfer.names import is_temporary_name
@@ -178,8 +178,8 @@ def with_digests(plan: Plan, tokens: Tokens) -> Plan:
     prefix = tokens.prefix.encode()
     found: list[Step] = []
     for step in plan.steps:
-        at = step.data.find(prefix) if isinstance(step, Literal) else -1
-        while isinstance(step, Literal) and at >= 0:
+        at = step.data.find(prefix) if isinstance(step, LiteralBytes) else -1
+        while isinstance(step, LiteralBytes) and at >= 0:
             file = tokens.files[step.data[at : at + _DIGITS].decode()]
             found.append(Digest(step.target + at, file))
             at = step.data.find(prefix, at + _DIGITS)

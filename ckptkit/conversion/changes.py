@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry
-from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.errors import FormatError
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.selection import beside_weights, discarded_text
-from ckptkit.normalize.tensors import Found, other_weights, tensors_beside
+from ckptkit.normalize.selection import discarded_text, other_parts
+from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
 from ckptkit.normalize.wrappers import inner_module_told, wrapper_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, mapping_shell, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
-from ckptkit.plan import Gather, Literal, Plan
+from ckptkit.plan import Gather, LiteralBytes, Plan
 from ckptkit.report import Finding, convert_command, count_of, glob_of, human_size, listed, share_of
 
 if TYPE_CHECKING:
@@ -186,8 +186,8 @@ def diagnose_losses(
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
     else:
-        kept = set(beside_weights(result))
-        left_out = [key for key in beside_weights(source) if key not in kept]
+        kept = set(other_parts(result))
+        left_out = [key for key in other_parts(source) if key not in kept]
     if source.discarded:  # what would keep them is refused
         left_out.append(discarded_text(source.discarded))
     if left_out:
@@ -222,9 +222,9 @@ def diagnose_losses(
         )
 
 
-def _lost(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[Found]:
+def _lost(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[FoundTensor]:
     """The tensors, beside the plain ones of the state_dict, and the arrays that the output does not hold."""
-    beside = tensors_beside(source)
+    beside = other_tensors(source)
     if not beside:
         return []
     alone = result.rest is STATE_DICT and not result.state_dict.is_module
@@ -274,7 +274,7 @@ def diagnose_trust(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterat
         return
     hostile: list[GlobalUse] = []
     for made in plan.all_steps():
-        if isinstance(made, Literal) and not made.data.startswith(b"PK"):
+        if isinstance(made, LiteralBytes) and not made.data.startswith(b"PK"):
             try:
                 pickle = read_pickle(made.data, whole=True)
             except FormatError:  # a header, an index
@@ -337,7 +337,7 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
         )
 
 
-def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[Conversion, Losses]]) -> Iterator[Finding]:
+def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[DTypeConversion, Losses]]) -> Iterator[Finding]:
     """What casting lost.
 
     Args:

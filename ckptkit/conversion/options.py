@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ckptkit import rewrite  # each rewriter is imported when it is used
 from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint, TensorEntry
+from ckptkit.computed import ConvertedRange
 from ckptkit.conversion.changes import (
     diagnose_casts,
     diagnose_fitting,
@@ -26,10 +27,9 @@ from ckptkit.conversion.changes import (
     diagnose_trust,
     diagnose_wrappers,
 )
-from ckptkit.derived import ConvertedRange
 from ckptkit.errors import CkptkitError, RewriteError
 from ckptkit.formats import read
-from ckptkit.normalize.nested import Nested
+from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings
 from ckptkit.normalize.wrappers import unwrapped_path
 from ckptkit.plan import Gather, Plan
@@ -230,7 +230,7 @@ class Conversion:
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
         container = self.result.state_dict.container
-        if isinstance(container, Nested) and container.filled(self.result.state_dict.everything) is None:
+        if isinstance(container, NestedDicts) and container.filled(self.result.state_dict.everything) is None:
             told = (
                 "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
             )

@@ -15,7 +15,7 @@ from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
 from ckptkit.differences.difference import UNCHANGED, Difference, rolled_up
 from ckptkit.differences.figures import Sums, Tolerance
 from ckptkit.differences.matching import find_renamed
-from ckptkit.differences.reading import NO_FIGURES, Work, all_sums
+from ckptkit.differences.reading import NO_FIGURES, PairReader, all_sums
 from ckptkit.differences.rest import (
     TreeComparison,
     ValueComparison,
@@ -73,7 +73,7 @@ def differ(
     given = [*["--strict"] * strict, *["--allow-part"] * allow_part]
     if tolerance is not None:
         given += ["--atol", f"{tolerance.atol}", "--rtol", f"{tolerance.rtol}"]
-    work = Work(progress)
+    work = PairReader(progress)
     with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
         comparison = _Comparison(ours, theirs, work, tolerance)
         sections: tuple[dict[str, Any], ...] = ()
@@ -135,7 +135,7 @@ class _Comparison:
     """
 
     def __init__(
-        self, ours: Mapping[str, object], theirs: Mapping[str, object], work: Work, tolerance: Tolerance | None
+        self, ours: Mapping[str, object], theirs: Mapping[str, object], work: PairReader, tolerance: Tolerance | None
     ) -> None:
         self._ours, self._theirs = ours, theirs
         self.work = work

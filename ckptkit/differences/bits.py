@@ -17,7 +17,7 @@ from ckptkit.errors import CorruptError
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums
 
-__all__ = ["PIECE_NBYTES", "pieces", "same_piece", "side_by_side", "unexpanded"]
+__all__ = ["PIECE_NBYTES", "chunks_side_by_side", "pieces", "same_piece", "unexpanded"]
 
 PIECE_NBYTES = 16 << 20
 """Bytes of a tensor that one thread compares before it looks for other work: of few large tensors every core
@@ -84,7 +84,7 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums) -> bool:
     if a.is_plain_bytes and b.is_plain_bytes:
         summed = a.storage.crc32 is not None or b.storage.crc32 is not None
         return _same_bytes(_lying(a), _lying(b), checksums if summed else None)
-    return all(bytes(left) == bytes(right) for left, right in side_by_side(a, b, _GATHERED))
+    return all(bytes(left) == bytes(right) for left, right in chunks_side_by_side(a, b, _GATHERED))
 
 
 def _lying(entry: TensorEntry) -> ByteRange:
@@ -122,7 +122,7 @@ def _buffers() -> tuple[bytearray, bytearray]:
     return kept
 
 
-def side_by_side(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[memoryview, memoryview]]:
+def chunks_side_by_side(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[memoryview, memoryview]]:
     """The values of two tensors of as many elements, ``elements`` of each at a time, in C order and little-endian."""
     left, right = _Taken(a), _Taken(b)
     for first in range(0, a.numel, elements):

@@ -20,10 +20,10 @@ from typing import Any
 from ckptkit.arguments import tolerance
 from ckptkit.casting import CAST_SOURCES, CAST_TARGETS, caster, numpy_dtype
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.differences.bits import side_by_side
+from ckptkit.differences.bits import chunks_side_by_side
 from ckptkit.dtypes import DTYPES
 
-__all__ = ["MEASURED", "Sums", "Tolerance", "is_measurable", "measure"]
+__all__ = ["MEASURED", "Sums", "Tolerance", "is_measurable", "measure_pair"]
 
 MEASURED = 1 << 22
 """Elements of a tensor that one thread measures before it looks for other work."""
@@ -136,7 +136,7 @@ def is_measurable(dtype: str) -> bool:
     return DTYPES[dtype].numpy is not None
 
 
-def measure(a: TensorEntry, b: TensorEntry, tolerance: Tolerance, measured: Callable[[int], object]) -> Sums:
+def measure_pair(a: TensorEntry, b: TensorEntry, tolerance: Tolerance, measured: Callable[[int], object]) -> Sums:
     """The sums over two tensors of as many elements, of dtypes that numpy knows.
 
     Args:
@@ -149,7 +149,7 @@ def measure(a: TensorEntry, b: TensorEntry, tolerance: Tolerance, measured: Call
 
     sums = Sums()
     with numpy.errstate(all="ignore"):  # signalling NaN, and what is past float64
-        for left, right in side_by_side(a, b, _BLOCK):
+        for left, right in chunks_side_by_side(a, b, _BLOCK):
             sums += _block(left, right, a.dtype, b.dtype, tolerance)
             measured(len(left) + len(right))
     return sums

@@ -21,12 +21,12 @@ from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.differences.bits import PIECE_NBYTES, pieces, same_piece, unexpanded
-from ckptkit.differences.figures import MEASURED, Sums, Tolerance, is_measurable, measure
+from ckptkit.differences.figures import MEASURED, Sums, Tolerance, is_measurable, measure_pair
 from ckptkit.errors import DTypeError
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.workers import Progress, in_parallel
 
-__all__ = ["NO_FIGURES", "Pair", "Work", "all_sums"]
+__all__ = ["NO_FIGURES", "Pair", "PairReader", "all_sums"]
 
 
 NO_FIGURES: Mapping[str, Any] = dict.fromkeys(Sums().to_dict())
@@ -34,7 +34,7 @@ NO_FIGURES: Mapping[str, Any] = dict.fromkeys(Sums().to_dict())
 
 
 def all_sums(
-    pairs: Iterable[tuple[TensorEntry, TensorEntry]], tolerance: Tolerance, work: Work
+    pairs: Iterable[tuple[TensorEntry, TensorEntry]], tolerance: Tolerance, work: PairReader
 ) -> dict[Pair, Sums | None]:
     """The sums of each pair of tensors of one shape, by their views; ``None``: there are none.
 
@@ -52,7 +52,7 @@ def all_sums(
             return
         try:
             # The order in which threads come does not change the figures: each has its place.
-            found[key][number] = measure(a, b, tolerance, work.advance)
+            found[key][number] = measure_pair(a, b, tolerance, work.advance)
         except DTypeError:
             failed.add(key)
 
@@ -82,7 +82,7 @@ Pair = tuple[object, ...]
 _Reduced = tuple[TensorEntry, TensorEntry, int]
 
 
-class Work:
+class PairReader:
     """Pairs of tensors to compare, collected first so that several threads can share them.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.differences.figures import Tolerance
-from ckptkit.differences.reading import Pair, Work, all_sums
+from ckptkit.differences.reading import Pair, PairReader, all_sums
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.training import training_document
 from ckptkit.normalize import lower_state_dict
@@ -143,7 +143,7 @@ def section_rows(
     b: Checkpoint,
     ours: Mapping[str, Mapping[str, TensorEntry]],
     theirs: Mapping[str, Mapping[str, TensorEntry]],
-    work: Work,
+    work: PairReader,
 ) -> tuple[dict[str, Any], ...]:
     """One row for each part beside the weights.
 
@@ -214,7 +214,7 @@ class TreeComparison:
         *,
         beside: bool,
         sections: Iterable[TensorEntry],
-        work: Work,
+        work: PairReader,
     ) -> None:
         self._work = work
         self._in_sections = {id(entry) for entry in sections}
@@ -346,7 +346,7 @@ class ValueComparison:
     """
 
     def __init__(
-        self, ours: Mapping[str, object], theirs: Mapping[str, object], names: Iterable[str], work: Work
+        self, ours: Mapping[str, object], theirs: Mapping[str, object], names: Iterable[str], work: PairReader
     ) -> None:
         self._work = work
         self._found = {

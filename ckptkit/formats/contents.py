@@ -35,7 +35,7 @@ from ckptkit.formats.magic import (
     attempts,
     guess_pickle,
     is_compiled,
-    is_plain,
+    is_plain_pickle,
     opaque,
     passes_over,
     runs,
@@ -50,7 +50,7 @@ from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import count_of
 
-__all__ = ["Contents", "Inside", "look_inside", "names_left"]
+__all__ = ["ContentSearch", "Inside", "look_inside", "names_left"]
 
 _HEAD_NBYTES = BLOCK_NBYTES
 """First bytes that tell what a record is: as many as a tar archive's header has."""
@@ -79,7 +79,7 @@ _LIST = re.compile(rb"c[^\n]*\n[^\n]*\n\.[^\n]")
 """A list of words, the third of which begins with a dot (``.gitignore``), is a pickle of a name, too."""
 
 
-class Contents:
+class ContentSearch:
     """Looks at one record after the other; what all of them hold stays within the bounds of one file.
 
     Args:
@@ -211,7 +211,12 @@ class Contents:
             raise LimitError("bytes of pickles", limit=self._limits.pickle_nbytes, actual=area.nbytes)
         limits = replace(self._limits, pickle_nbytes=self._pickled_left)
         row = PickleRow(area, limits)
-        if declared and 2 < area.nbytes <= SCANNED_NBYTES and area.read(0, 2) == b"\x80\x02" and is_plain(area.read()):
+        if (
+            declared
+            and 2 < area.nbytes <= SCANNED_NBYTES
+            and area.read(0, 2) == b"\x80\x02"
+            and is_plain_pickle(area.read())
+        ):
             self.pickles.append(name)
             return True
         is_list = not declared and _LIST.match(row.source.read(0, min(row.left, _HEAD_NBYTES))) is not None
@@ -342,7 +347,7 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
         known: the names that its reader found.
     """
     found: list[GlobalUse] = []
-    contents = Contents(probe.limits)
+    contents = ContentSearch(probe.limits)
     # A directory that was refused is not read again.
     records: dict[str, Record] | None = vars(probe).get("records")
     whole = probe.file.whole
@@ -391,7 +396,7 @@ def look_inside(path: str, limits: Limits = DEFAULT_LIMITS) -> Inside:
         FileAccessError: it cannot be opened or read.
     """
     file = SourceFile(path)
-    contents = Contents(limits)
+    contents = ContentSearch(limits)
     try:
         contents.look("", file.whole)
         if not _head(file.whole).startswith(LOCAL_SIGNATURE) and ends_like_a_zip(file.whole):

@@ -32,7 +32,15 @@ from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
-__all__ = ["Found", "Survey", "Surveyor", "indexes_by_shard", "nothing_in", "says_checkpoint", "told"]
+__all__ = [
+    "FolderSurvey",
+    "FoundFile",
+    "Surveyor",
+    "indexes_by_shard",
+    "nothing_in",
+    "passed_over_text",
+    "says_checkpoint",
+]
 
 UNFINISHED = "unfinished ckptkit output"
 
@@ -57,7 +65,7 @@ _DIRECTORY_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class FoundFile:
     """A checkpoint.
 
     Attributes:
@@ -70,7 +78,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
+class FolderSurvey:
     """What was found.
 
     Attributes:
@@ -80,13 +88,13 @@ class Survey:
         unreadable: files and folders of which nothing is known, and why.
     """
 
-    checkpoints: tuple[Found, ...] = ()
+    checkpoints: tuple[FoundFile, ...] = ()
     passed_over: Mapping[str, int] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
     unreadable: tuple[tuple[str, CkptkitError], ...] = ()
 
 
-def told(passed_over: Mapping[str, int]) -> str:
+def passed_over_text(passed_over: Mapping[str, int]) -> str:
     """What was passed over, in a line: ``"passed over: 3 files (2 text files, 1 PNG image)"``."""
     kinds = sorted((kind for kind, count in passed_over.items() if count), key=lambda kind: (-passed_over[kind], kind))
     each = ", ".join(count_of(passed_over[kind], kind) for kind in kinds)
@@ -113,7 +121,8 @@ def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
 
     what = describe_folder(folder)
     if what == "is a folder, not a file":
-        what = "a folder without checkpoint files" + (f"; {told(passed_over)}" if any(passed_over.values()) else "")
+        others = f"; {passed_over_text(passed_over)}" if any(passed_over.values()) else ""
+        what = f"a folder without checkpoint files{others}"
     return FileAccessError(f"{folder}: {what}")
 
 
@@ -146,7 +155,7 @@ class Surveyor:
         self._others: dict[str, str] = {}
         self._unreadable: dict[str, CkptkitError] = {}
 
-    def result(self) -> Survey:
+    def result(self) -> FolderSurvey:
         """What was met, shards left to their indexes."""
         from ckptkit.formats.sharded import shard_names
 
@@ -162,9 +171,9 @@ class Surveyor:
                     parts.update({part} - {key})
             if folder in self._dcp and paths[0].endswith(".distcp"):
                 parts.add(key)
-        return Survey(
+        return FolderSurvey(
             checkpoints=tuple(
-                Found(path=paths[0], others=tuple(paths[1:])) for key, paths in ranked.items() if key not in parts
+                FoundFile(path=paths[0], others=tuple(paths[1:])) for key, paths in ranked.items() if key not in parts
             ),
             passed_over=dict(+self._count),
             others=dict(self._others),
@@ -292,10 +301,10 @@ class Surveyor:
     def _other_kind(self, probe: Probe, path: str, name: str) -> str | None:
         """The kind of a file that no container claims; ``None``: it is a checkpoint that cannot be read."""
         from ckptkit.formats.magic import guess_pickle, opaque
-        from ckptkit.formats.refused import kind_of
+        from ckptkit.formats.refused import kind_of_file
 
         guess = guess_pickle(probe.head, probe.file.size)
-        kind = "pickle" if guess == "pickle" else kind_of(probe)
+        kind = "pickle" if guess == "pickle" else kind_of_file(probe)
         if kind in _UNREADABLE_KINDS and os.path.splitext(name)[1].lower() in SHARED_SUFFIXES:
             return None
         if guess and _DCP.search(probe.head):

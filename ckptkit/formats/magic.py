@@ -25,7 +25,7 @@ from ckptkit.pickling.trust import global_uses
 
 __all__ = [
     "DECLARED", "FIRST", "OPAQUE", "PADDING", "SCANNED_NBYTES", "PickleGuess", "attempts", "guess_pickle",
-    "is_compiled", "is_plain", "opaque", "passes_over", "runs", "scanned",
+    "is_compiled", "is_plain_pickle", "opaque", "passes_over", "runs", "scanned",
 ]  # fmt: skip
 
 PickleGuess = str | None
@@ -163,7 +163,7 @@ def guess_pickle(head: bytes, size: int) -> PickleGuess:
     return "maybe" if is_open else None
 
 
-def is_plain(data: bytes) -> bool:
+def is_plain_pickle(data: bytes) -> bool:
     """Whether it is one pickle of protocol 2 of numbers, texts and containers.
 
     As those are that TorchScript keeps for debugging, by the thousand: to go from text to text takes a tenth of the

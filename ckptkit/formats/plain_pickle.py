@@ -19,7 +19,7 @@ from functools import partial
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.derived import spooled
+from ckptkit.computed import spooled
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in

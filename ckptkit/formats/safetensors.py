@@ -58,7 +58,7 @@ from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.report import Finding, convert_command, count_of, share_of
 
-__all__ = ["METADATA", "NAME", "Layout", "check_extents", "compact", "header_shape", "layout", "read", "strings"]
+__all__ = ["METADATA", "NAME", "TensorLayout", "check_extents", "compact", "header_shape", "layout", "read", "strings"]
 
 NAME = "safetensors"
 
@@ -74,7 +74,7 @@ _JSON_TYPES: dict[type, str] = {
     bool: "a boolean", type(None): "null",
 }  # fmt: skip
 
-Layout = tuple[DType, tuple[int, ...], int, int]
+TensorLayout = tuple[DType, tuple[int, ...], int, int]
 """A tensor as its header describes it: element type, shape, first byte and the byte after the last.
 
 F4 and F6 fill no whole byte.  torch has the first as pairs, of which the last dimension counts one for two
@@ -127,7 +127,7 @@ def strings(node: object) -> dict[str, str]:
     return node
 
 
-def layout(name: str, info: object, limits: Limits) -> Layout:
+def layout(name: str, info: object, limits: Limits) -> TensorLayout:
     """What the header says of a tensor, checked in itself.
 
     Raises:
@@ -148,8 +148,8 @@ def layout(name: str, info: object, limits: Limits) -> Layout:
     return info
 
 
-def _explained(name: str, info: object) -> Layout:
-    """The slow way to `Layout`, for what is odd or wrong: fields nobody knows are left alone, as the library does.
+def _explained(name: str, info: object) -> TensorLayout:
+    """The slow way to a `TensorLayout`, for what is odd or wrong: fields nobody knows are left, as the library does.
 
     Raises:
         As `layout`.
@@ -203,7 +203,7 @@ def _refuse_size(name: str, row: DType, shape: tuple[int, ...], begin: int, end:
     )
 
 
-def check_extents(layouts: Mapping[str, Layout], nbytes: int) -> None:
+def check_extents(layouts: Mapping[str, TensorLayout], nbytes: int) -> None:
     """Hold the tensors' places against each other and against the bytes that are there.
 
     Raises:
@@ -286,7 +286,7 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
     )
 
 
-def _entry(name: str, place: Layout, file: SourceFile, start: int) -> TensorEntry:
+def _entry(name: str, place: TensorLayout, file: SourceFile, start: int) -> TensorEntry:
     row, shape, begin, end = place
     storage = Storage(
         key=name,
@@ -298,7 +298,7 @@ def _entry(name: str, place: Layout, file: SourceFile, start: int) -> TensorEntr
     return TensorEntry(storage=storage, storage_offset=0, shape=shape, stride=contiguous_stride(shape), dtype=row.name)
 
 
-def _alignment(layouts: Mapping[str, Layout], start: int, path: str) -> Iterator[Finding]:
+def _alignment(layouts: Mapping[str, TensorLayout], start: int, path: str) -> Iterator[Finding]:
     odd = [name for name, (row, _, begin, end) in layouts.items() if (start + begin) % row.itemsize and end > begin]
     if odd:
         yield Finding(

@@ -21,11 +21,11 @@ from ckptkit.formats.safetensors_metadata import ORDER, VERSIONS, places, versio
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.not_plain import describe_value
 from ckptkit.normalize.sections import brief
-from ckptkit.normalize.selection import beside_weights
-from ckptkit.plan import Gather, Literal, Plan, Step, moved
+from ckptkit.normalize.selection import other_parts
+from ckptkit.plan import Gather, LiteralBytes, Plan, Step, moved
 from ckptkit.report import glob_of, listed
 
-__all__ = ["require_holdable", "require_writable_size", "write"]
+__all__ = ["require_storable", "require_writable_size", "write"]
 
 _LISTED = 8
 """Names in a message."""
@@ -34,7 +34,7 @@ _OPTIONS = 2000
 """Characters of options in a message."""
 
 
-def require_holdable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
+def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
     """Raise unless a container of named tensors can hold the checkpoint.
 
     Args:
@@ -60,7 +60,7 @@ def require_holdable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
 
 
 def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
-    beside = beside_weights(checkpoint)
+    beside = other_parts(checkpoint)
     if beside:
         yield f"what is beside the weights ({_listed(beside)}): --weights-only leaves it out, --leave-out KEY a part"
 
@@ -142,7 +142,7 @@ def write(checkpoint: Checkpoint) -> Plan:
         DTypeError, RewriteError: the format cannot hold the checkpoint; the message lists why.
     """
     state_dict = checkpoint.state_dict
-    require_holdable(checkpoint, NAME, plain=True)
+    require_storable(checkpoint, NAME, plain=True)
     require_writable_size(checkpoint)
     if METADATA in state_dict:
         raise RewriteError(f"a tensor cannot be named {METADATA!r} in safetensors; rename it, or write a .pth")
@@ -168,7 +168,7 @@ def write(checkpoint: Checkpoint) -> Plan:
         offsets[name] = position
         position += state_dict[name].nbytes
     header = _header(state_dict, stored, offsets, metadata)
-    steps: list[Step] = [Literal(0, header)]
+    steps: list[Step] = [LiteralBytes(0, header)]
     for name, offset in offsets.items():
         entry = state_dict[name]
         if entry.nbytes == 0:

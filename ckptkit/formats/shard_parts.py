@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 from ckptkit.checkpoint import Part
 from ckptkit.errors import PartError
 from ckptkit.formats.shards import CUSTOMARY, indexes_in
+from ckptkit.normalize.parts import part_text
 
 __all__ = ["known_as", "names_in", "part_error", "part_of"]
 
@@ -115,10 +116,10 @@ def known_as(name: str) -> tuple[str, bool] | None:
 
 def part_error(path: str) -> PartError:
     """The error for a file that is known as a part by its name, and cannot be opened by itself."""
-    from ckptkit.normalize.parts import CODE, told, way_out
+    from ckptkit.normalize.parts import CODE, way_out
 
     part = _placed(_by_name(path) or Part(layout=_DCP, lacks="it is one of several files"), path)
-    return PartError(f"{CODE}: {told(part)}; {way_out(part)}", path=path)
+    return PartError(f"{CODE}: {part_text(part)}; {way_out(part)}", path=path)
 
 
 def _shard(path: str) -> Part | None:

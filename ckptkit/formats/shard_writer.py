@@ -39,15 +39,15 @@ from ckptkit.errors import RewriteError
 from ckptkit.formats.format import Format
 from ckptkit.formats.safetensors import NAME
 from ckptkit.formats.safetensors_metadata import ORDER, VERSIONS, places, versions_text
-from ckptkit.formats.safetensors_writer import require_holdable
+from ckptkit.formats.safetensors_writer import require_storable
 from ckptkit.formats.shards import is_shard_name
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.sections import is_plain
+from ckptkit.normalize.sections import is_plain_value
 from ckptkit.pickling.inert import Global, InertDict, Object, children
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
-from ckptkit.plan import Index, Literal, Plan
+from ckptkit.plan import IndexFile, LiteralBytes, Plan
 from ckptkit.report import count_of
 
 __all__ = ["SafetensorsUnits", "TorchUnits", "Unit", "index_name", "plan_shards"]
@@ -187,7 +187,7 @@ class TorchUnits(_Units):
         for name in names:
             value = self._state_dict.everything[name]
             nbytes += _TORCH_NAME + 2 * _utf8_nbytes(name)  # its module's path is a part of it
-            if isinstance(value, TensorEntry) and is_plain(value):
+            if isinstance(value, TensorEntry) and is_plain_value(value):
                 nbytes += _TORCH_DIMENSION * len(value.shape) + _utf8_nbytes(value.location)
                 storages[id(value.storage)] = value.storage
             else:
@@ -271,7 +271,7 @@ class _Objects:
         self._seen: set[int] = set()
 
     def __call__(self, value: object) -> Iterable[Hashable]:
-        if isinstance(value, TensorEntry) and is_plain(value):
+        if isinstance(value, TensorEntry) and is_plain_value(value):
             return (id(value.storage),)
         found: list[int] = []
         stack = [value]
@@ -315,7 +315,7 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
     whole = container.write(checkpoint)
     if whole.nbytes <= most:
         return whole
-    require_holdable(checkpoint, "a sharded checkpoint", plain=False)
+    require_storable(checkpoint, "a sharded checkpoint", plain=False)
     units = SafetensorsUnits(checkpoint) if container.name == NAME else TorchUnits(checkpoint)
     parts = units.shared_out(most)
     if len(parts) < 2:
@@ -350,7 +350,7 @@ def _index_plan(
     found = [alias for shard in dict.fromkeys(stored.values()) for alias in shards[shard].aliases]
     if ORDER not in metadata and (order := places(weight_map, found)) is not None:
         metadata[ORDER] = order
-    index = Index(weight_map=stored, metadata=metadata)
+    index = IndexFile(weight_map=stored, metadata=metadata)
     data = index.to_bytes()
     try:
         str(data, "utf-8")
@@ -364,7 +364,7 @@ def _index_plan(
     return Plan(
         format="safetensors-sharded" if container.name == NAME else "torch-sharded",
         nbytes=len(data),
-        steps=(Literal(0, data),),
+        steps=(LiteralBytes(0, data),),
         tensors=sum(plan.tensors for plan in shards.values()),
         aliases=aliases,
         shards=shards,

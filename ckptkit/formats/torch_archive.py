@@ -31,7 +31,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from ckptkit.checkpoint import GlobalUse
-from ckptkit.derived import ByteSource
+from ckptkit.computed import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
@@ -44,7 +44,7 @@ from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import Finding, convert_command, count_of, human_size, listed
 
 if TYPE_CHECKING:
-    from ckptkit.formats.contents import Contents
+    from ckptkit.formats.contents import ContentSearch
 
 __all__ = ["METADATA", "ArchiveKind", "TorchArchive", "archive_kind"]
 
@@ -310,11 +310,11 @@ class TorchArchive:
         return merge_uses(self._uses, self._contents.uses() if "_contents" in vars(self) else ())
 
     @cached_property
-    def _contents(self) -> Contents:
+    def _contents(self) -> ContentSearch:
         """What looks at records that nothing reads; honest files have none, and open faster without."""
-        from ckptkit.formats.contents import Contents
+        from ckptkit.formats.contents import ContentSearch
 
-        return Contents(self.limits, self._levels)
+        return ContentSearch(self.limits, self._levels)
 
     @property
     def discarded(self) -> tuple[object, ...]:

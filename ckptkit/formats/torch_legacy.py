@@ -41,7 +41,7 @@ from ckptkit.formats.format import Probe
 from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, normalize
-from ckptkit.pickling.dialects import LegacyTable, era
+from ckptkit.pickling.dialects import LegacyTable, writing_release
 from ckptkit.pickling.inert import Global, InertDict, PersistentId, walk
 from ckptkit.pickling.reader import LEGACY_MAGIC, Constructor, PickleResult, read_pickle
 from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE
@@ -239,7 +239,7 @@ def _read_row(row: PickleRow, limits: Limits, window: int) -> RawCheckpoint:
         format=_NAME,
         format_version=str(_PROTOCOL),
         pickle_protocol=pickle.protocol,
-        writer=era(pickle.globals),
+        writer=writing_release(pickle.globals),
         metadata={},
         globals=merge_uses(row.uses),
         discarded=pickle.discarded,

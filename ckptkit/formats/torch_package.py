@@ -31,8 +31,8 @@ from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript import JIT_CONSTRUCTORS, as_modules, vouched
 from ckptkit.formats.torchscript_code import ScriptClasses
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.normalize.sections import Survey
-from ckptkit.pickling.calls import Reach
+from ckptkit.normalize.sections import SectionSearch
+from ckptkit.pickling.calls import CallsThatReach
 from ckptkit.pickling.dialects import ScriptStorageTable
 from ckptkit.pickling.inert import Global, InertDict, PersistentId
 from ckptkit.report import Finding, count_of, listed
@@ -85,7 +85,7 @@ def read(probe: Probe) -> RawCheckpoint:
 
 def _kind(objects: list[object]) -> Kind | None:
     """What a package with these objects holds: what its only one is, or a collection; ``None``: no tensors."""
-    found = [section for node in objects for section in Survey(node).sections()]
+    found = [section for node in objects for section in SectionSearch(node).sections()]
     if len(objects) == 1 and len(found) == 1 and found[0].node is objects[0] and found[0].kind != "optimizer":
         return found[0].kind
     return "collection" if found else None
@@ -118,7 +118,7 @@ class _Package:
         locate = archive.locator(".data/", ".storage")
         self._table = ScriptStorageTable(locate, byteorder=byteorder, limits=archive.limits)
         self._classes = ScriptClasses(archive, f"{_SCRIPTS}code/")
-        self._reach = Reach(Global)
+        self._reach = CallsThatReach(Global)
         self.scripts: dict[str, object] = {}
         self.protocol: int | None = None
 

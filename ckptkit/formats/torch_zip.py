@@ -13,7 +13,7 @@ saving time and means nothing (``caffe2/serialize/inline_container.cc``, ``torch
 
 A reader must accept any root name (dots included), records it does not know, deflated records,
 missing ``byteorder``, missing checksums.  It must not accept two roots.  Storages that are deflated
-are not read before their bytes are asked for (`ckptkit.derived.DeflatedRange`).
+are not read before their bytes are asked for (`ckptkit.computed.DeflatedRange`).
 
 The writer emits ``data.pkl``, ``byteorder``, ``data/KEY``, metadata if any, ``version`` under the root ``archive``,
 data aligned to 64 bytes, checksums recorded; torch 1.6 and later load it.  It leaves out

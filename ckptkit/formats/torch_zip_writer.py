@@ -13,7 +13,7 @@ import zlib
 from struct import pack
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
-from ckptkit.derived import ByteSource
+from ckptkit.computed import ByteSource
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError, UnsupportedError
 from ckptkit.formats.torch_archive import METADATA
@@ -23,7 +23,7 @@ from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.selection import discarded_text, held_instead, paths_listed
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
-from ckptkit.plan import Checksum, Literal, Plan, Step, moved
+from ckptkit.plan import Checksum, LiteralBytes, Plan, Step, moved
 from ckptkit.report import count_of, glob_of, listed
 
 __all__ = ["ALIGNMENT", "ZipWriter", "write", "written_tree"]
@@ -51,7 +51,7 @@ class ZipWriter:
     def add_literal(self, name: str, data: bytes, *, is_final: bool = True) -> None:
         """Plan a record of bytes that are at hand; not final are those in which something is filled in later."""
         target = self._header(name, len(data), zlib.crc32(data) if is_final else None)
-        self._steps.append(Literal(target, data))
+        self._steps.append(LiteralBytes(target, data))
 
     def add_copy(self, name: str, source: ByteSource, crc32: int | None) -> int:
         """Plan a record that is copied, and return where its data will lie.
@@ -89,7 +89,7 @@ class ZipWriter:
             len(raw),
             len(extra),
         )
-        self._steps.append(Literal(at, header + raw + extra))
+        self._steps.append(LiteralBytes(at, header + raw + extra))
         data_at += padding
         if crc is None and nbytes:
             self._checksums.append(Checksum(at + 14, data_at, nbytes))
@@ -121,7 +121,7 @@ class ZipWriter:
         directory += END.pack(
             b"PK\x05\x06", 0, 0, min(count, MAX16), min(count, MAX16), min(nbytes, MAX32), min(start, MAX32), 0
         )
-        self._steps.append(Literal(start, bytes(directory)))
+        self._steps.append(LiteralBytes(start, bytes(directory)))
         return (*self._steps, *self._checksums), start + len(directory)
 
 

@@ -15,7 +15,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange
-from ckptkit.derived import DEFLATE_MOST, ByteSource, DeflatedRange, Inflation
+from ckptkit.computed import DEFLATE_MOST, ByteSource, DeflatedRange, Inflation
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 
 __all__ = ["END", "END64", "LOCATOR", "MAX16", "MAX32", "Record", "find_directory", "read_record", "record_source"]

@@ -32,7 +32,7 @@ from ckptkit.inspection.listing import (
 from ckptkit.inspection.module_list import list_modules
 from ckptkit.inspection.training import training_document, training_state
 from ckptkit.normalize.modules import tensor_role
-from ckptkit.normalize.tensors import tensors_beside
+from ckptkit.normalize.tensors import other_tensors
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 
@@ -76,7 +76,7 @@ def survey(
     checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False
 ) -> dict[str, Any]:
     """As `describe`, with the tensors as rows."""
-    everything = tensors_beside(checkpoint, values=True)
+    everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
     beside = [found for found in everything if not found.is_value]
     sums = totals(listing.rows, listing.several)

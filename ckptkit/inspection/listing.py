@@ -18,7 +18,7 @@ from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import Role, tensor_role
 from ckptkit.normalize.sections import join
-from ckptkit.normalize.tensors import Found, every_tensor, plain_tensors, tensors_beside
+from ckptkit.normalize.tensors import FoundTensor, every_tensor, other_tensors, plain_tensors
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
@@ -139,7 +139,7 @@ class Listing(NamedTuple):
     """
 
     rows: list[TensorRow]
-    others: list[Found]
+    others: list[FoundTensor]
     several: set[int]
 
     @property
@@ -148,12 +148,12 @@ class Listing(NamedTuple):
         return [found.node for found in self.others if isinstance(found.node, Storage)]
 
     @property
-    def arrays(self) -> list[tuple[Found, Object]]:
+    def arrays(self) -> list[tuple[FoundTensor, Object]]:
         """Numpy's arrays; see `ckptkit.pickling.arrays`."""
         return [(found, found.node) for found in self.others if is_array(found.node)]
 
 
-def list_tensors(checkpoint: Checkpoint, beside: Sequence[Found] | None = None) -> Listing:
+def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = None) -> Listing:
     """Every tensor of a checkpoint, and every bare storage.
 
     Args:
@@ -164,8 +164,8 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[Found] | None = None) 
         LimitError: the names are more, or all together longer, than those of any checkpoint.
     """
     named: list[_Named] = plain_tensors(checkpoint)  # type: ignore[assignment]  # of tensors alone
-    others: list[Found] = []
-    for found in tensors_beside(checkpoint) if beside is None else beside:
+    others: list[FoundTensor] = []
+    for found in other_tensors(checkpoint) if beside is None else beside:
         (named if isinstance(found.node, TensorEntry) else others).append(found)  # type: ignore[arg-type]
     if len(named) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
         raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named) + len(others))
@@ -250,7 +250,7 @@ def storage_names(checkpoint: Checkpoint) -> dict[int, str]:
 
 
 _Named = tuple[str | None, str, TensorEntry, bool]
-"""What `Found` is of a tensor."""
+"""What `FoundTensor` is of a tensor."""
 
 
 def _ties(named: list[_Named], several: set[int]) -> dict[int, str]:

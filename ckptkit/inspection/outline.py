@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ckptkit.inspection.listing import TensorRow, natural_key
 from ckptkit.report import count_of
 
-__all__ = ["Line", "Outline"]
+__all__ = ["Outline", "OutlineLine"]
 
 _MAX_LEVELS = 48
 """Dots of a name that make levels; what follows stays in one piece."""
@@ -30,7 +30,7 @@ _MAX_TENSORS_NAMED = 3
 """Tensors of a module that are named on its line."""
 
 
-class Line(NamedTuple):
+class OutlineLine(NamedTuple):
     """One line of the tree.
 
     Attributes:
@@ -120,7 +120,7 @@ class Outline:
                 branch.children.sort(key=lambda child: child.row is None)  # as state_dict() gives them
         _measure(made, sort)
 
-    def lines(self, depth: int, *, modules_only: bool = False) -> Iterator[Line]:
+    def lines(self, depth: int, *, modules_only: bool = False) -> Iterator[OutlineLine]:
         """The tree down to a level.
 
         Args:
@@ -136,9 +136,9 @@ class Outline:
         for group in groups:
             yield from self._below(group, 1, depth, modules_only)
 
-    def fitting(self, most: int) -> tuple[list[Line], int]:
+    def fitting(self, most: int) -> tuple[list[OutlineLine], int]:
         """The deepest tree of at most so many lines; where even its top level has more, how many are left out."""
-        lines: list[Line] = []
+        lines: list[OutlineLine] = []
         for depth in (_MAX_LEVELS + 2, *range(8, 0, -1)):
             lines = list(itertools.islice(self.lines(depth, modules_only=True), most + 1))
             if len(lines) <= most:
@@ -146,7 +146,7 @@ class Outline:
         left_out = sum(1 for _ in self.lines(1, modules_only=True)) - most
         return lines[:most], left_out
 
-    def _below(self, group: _Group, level: int, depth: int, modules_only: bool) -> Iterator[Line]:
+    def _below(self, group: _Group, level: int, depth: int, modules_only: bool) -> Iterator[OutlineLine]:
         label = _group_label(group)
         branch = group[0]
         while branch.row is None and not branch.note:
@@ -183,9 +183,9 @@ class Outline:
         branch.groups = groups
         return groups
 
-    def _line(self, group: _Group, level: int, label: str, *, names_tensors: bool = False) -> Line:
+    def _line(self, group: _Group, level: int, label: str, *, names_tensors: bool = False) -> OutlineLine:
         branch = group[0]
-        return Line(
+        return OutlineLine(
             level=level,
             label=label,
             copies=len(group),

@@ -22,7 +22,7 @@ from typing import Literal
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
-from ckptkit.normalize.sections import Candidate, Survey, brief, is_plain
+from ckptkit.normalize.sections import Candidate, SectionSearch, brief, is_plain_value
 from ckptkit.normalize.selection import choose, holding_suffix, require_section, sections_listed
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
 from ckptkit.pickling.trust import with_places
@@ -74,7 +74,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         CorruptError: a module contains itself.
     """
     root, findings = raw.root, list(raw.findings)
-    survey = Survey(root)
+    survey = SectionSearch(root)
     found = survey.sections()
     if section is None:
         chosen = choose([candidate for candidate in found if candidate.is_weights])
@@ -88,7 +88,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         state_dict, module = _state_dict(raw, chosen, findings, file.path)
         # One map for both: what the weights and the rest have in common stays so.
         taken_out = TreeMap(_same, [(chosen.node, STATE_DICT)])
-        state_dict = state_dict.with_values(lambda value: value if is_plain(value) else taken_out(value))
+        state_dict = state_dict.with_values(lambda value: value if is_plain_value(value) else taken_out(value))
         if state_dict.is_module:  # where it leads back to itself, it leads to its place
             state_dict = StateDict(
                 state_dict.everything,
@@ -167,9 +167,9 @@ def _state_dict(
         container = candidate.node
         versions = _versions(container)
         if candidate.nested:
-            from ckptkit.normalize.nested import Nested, nested_versions
+            from ckptkit.normalize.nested import NestedDicts, nested_versions
 
-            container, versions = Nested(container), nested_versions(container, _versions)
+            container, versions = NestedDicts(container), nested_versions(container, _versions)
         state_dict, module = StateDict(dict(candidate.values()), versions=versions, container=container), None
     if candidate.nested:
         findings.append(
@@ -248,9 +248,9 @@ def lower_state_dict(state_dict: StateDict) -> object:
     if state_dict.is_module:
         return container
     if container is not None and not isinstance(container, (InertDict, Object, list, tuple)):
-        from ckptkit.normalize.nested import Nested
+        from ckptkit.normalize.nested import NestedDicts
 
-        if isinstance(container, Nested):
+        if isinstance(container, NestedDicts):
             nested = container.filled(state_dict.everything)
             if nested is not None:
                 return nested
@@ -281,6 +281,6 @@ def _detached(value: object) -> object:
     """A parameter or buffer as the plain tensor that ``Tensor.detach()`` makes of it."""
     if not isinstance(value, TensorEntry) or value.subclass is not None:
         return value
-    if not value.is_parameter and not value.requires_grad and is_plain(value):
+    if not value.is_parameter and not value.requires_grad and is_plain_value(value):
         return value
     return replace(value, is_parameter=False, requires_grad=False, attributes=None, effects=())

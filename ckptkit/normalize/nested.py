@@ -23,7 +23,7 @@ from ckptkit.normalize.shapes import CUSTOMARY_KEYS, MOMENTS, are_moments, is_op
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, children, effects_of, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
-__all__ = ["Nested", "is_nested", "nested_values", "nested_versions"]
+__all__ = ["NestedDicts", "is_nested", "nested_values", "nested_versions"]
 
 _MAX_LEVELS = 16
 """Dicts inside dicts; modules are seldom nested deeper than ten."""
@@ -43,7 +43,7 @@ _STATE = ("state_dict", "_state")
 
 
 @dataclass(frozen=True, slots=True)
-class Nested:
+class NestedDicts:
     """The container of a state_dict that is nested: what `StateDict.container` is for others.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.normalize.parts import spread_text
-from ckptkit.pickling.arrays import is_array, is_scalar, layout_of
+from ckptkit.pickling.arrays import is_array, is_numpy_scalar, layout_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.pickling.layouts import Jagged, Layout, Meta, Nested, OnDevice, Quantized, Sparse, call_of, rebuilt
 from ckptkit.pickling.tensors import shape_of, wrapped_tensor
@@ -207,6 +207,6 @@ def _strided(node: object) -> _Facts | None:
 def _array(node: Object) -> _Facts:
     layout = layout_of(node)
     parts = () if layout.data is None else (("data", layout.data),)
-    what = "numpy scalar" if is_scalar(node) else f"numpy {layout.subclass or 'array'}"
+    what = "numpy scalar" if is_numpy_scalar(node) else f"numpy {layout.subclass or 'array'}"
     dtype = layout.dtype or ("object" if layout.code[:1] == "O" else layout.code[:20] or "unknown")
     return _Facts("array", what, dtype, layout.shape, "", parts, "cpu")

@@ -31,7 +31,7 @@ from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import Finding, count_of
 
-__all__ = ["CODE", "WHOLE", "part_findings", "part_in", "require_whole", "spread_text", "told", "way_out"]
+__all__ = ["CODE", "WHOLE", "part_findings", "part_in", "part_text", "require_whole", "spread_text", "way_out"]
 
 CODE = "part-of-a-checkpoint"
 
@@ -318,7 +318,7 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
             import shlex
 
             fix = f"ckptkit inspect {shlex.quote(part.instead)}"
-        yield Finding(code=CODE, severity="warning", message=told(part), fix=fix)
+        yield Finding(code=CODE, severity="warning", message=part_text(part), fix=fix)
 
 
 def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
@@ -329,7 +329,8 @@ def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
     """
     part, path = checkpoint.part, checkpoint.origin.path
     if part is not None and not allow_part:
-        raise PartError(f"{CODE}: {told(part)}; {way_out(part)}; --allow-part insists on this part alone", path=path)
+        remedy = f"{way_out(part)}; --allow-part insists on this part alone"
+        raise PartError(f"{CODE}: {part_text(part)}; {remedy}", path=path)
 
 
 def way_out(part: Part) -> str:
@@ -341,7 +342,7 @@ def way_out(part: Part) -> str:
     return f"the files in {part.instead} belong together, and ckptkit does not merge them yet"
 
 
-def told(part: Part) -> str:
+def part_text(part: Part) -> str:
     """What a part is, and what it lacks."""
     what = f"{part.piece} of {part.layout}" if part.piece else f"a part of {part.layout}"
     return f"{what}, not the whole: {part.lacks}"

@@ -49,10 +49,10 @@ from ckptkit.pickling.tensors import is_tensor_like
 __all__ = [
     "MAX_SECTION_DEPTH",
     "Candidate",
-    "Survey",
+    "SectionSearch",
     "above_tensors",
     "brief",
-    "is_plain",
+    "is_plain_value",
     "join",
     "state_values",
     "step",
@@ -129,7 +129,7 @@ def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
     return iter((nested_values(node) or dict(pairs)).items())
 
 
-class Survey:
+class SectionSearch:
     """What the nodes of one tree are.
 
     The tree may share nodes and contain cycles: each node is judged once, and entered once.
@@ -335,7 +335,7 @@ def _leaves(candidate: Candidate) -> Iterator[object]:
     return chain(values, walk(others)) if others else iter(values)
 
 
-def is_plain(node: object) -> bool:
+def is_plain_value(node: object) -> bool:
     """Whether it is a tensor with nothing below it."""
     return isinstance(node, TensorEntry) and node.attributes is None and node.subclass is None and not node.effects
 

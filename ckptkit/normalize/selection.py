@@ -35,13 +35,13 @@ from ckptkit.report import listed as enumerated
 __all__ = [
     "EMBEDDINGS",
     "KEY",
-    "beside_weights",
     "choose",
     "discarded_text",
     "earlier",
     "held_instead",
     "holding_suffix",
     "is_copy",
+    "other_parts",
     "paths_listed",
     "require_section",
     "sections_listed",
@@ -166,7 +166,7 @@ EMBEDDINGS = "string_to_param"
 _OTHER = "other objects"
 
 
-def beside_weights(checkpoint: Checkpoint) -> list[str]:
+def other_parts(checkpoint: Checkpoint) -> list[str]:
     """The keys of training state and whatever else is in the file beside the selected state_dict."""
     if checkpoint.rest is STATE_DICT or checkpoint.origin.is_program:  # what is in one means nothing to torch.load
         return []

@@ -4,7 +4,7 @@ What shows, compares, digests, checks or counts the tensors of a file goes throu
 
 - the values of the state_dict, and what they are made of where they are no plain tensors
 - the other sections, each under its path
-- what belongs to no section, whose `Found.section` is ``None`` and whose name is its path from the top of the
+- what belongs to no section, whose `FoundTensor.section` is ``None`` and whose name is its path from the top of the
   file: attributes of modules and of tensors, buffers that a module does not save, what hangs on a mapping's class,
   keys of dicts and members of sets
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE_MARKS, module_state
-from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain, join, state_values, step
+from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, state_values, step
 from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
 from ckptkit.pickling.inert import (
@@ -42,7 +42,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 if TYPE_CHECKING:
     from ckptkit.normalize.not_plain import Value
 
-__all__ = ["Found", "every_tensor", "other_weights", "plain_tensors", "tensors_beside"]
+__all__ = ["FoundTensor", "every_tensor", "other_tensors", "other_weights", "plain_tensors"]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -56,7 +56,7 @@ _NO_STEP: Final = object()
 _SCALARS = (*SCALARS, bytearray)
 
 
-class Found(NamedTuple):
+class FoundTensor(NamedTuple):
     """A tensor, a storage, an array or another value that is no plain tensor, under one name.
 
     Attributes:
@@ -82,20 +82,20 @@ class Found(NamedTuple):
         return join(self.section, self.name) if self.section and self.name != self.section else self.name
 
 
-def every_tensor(checkpoint: Checkpoint) -> Iterator[Found]:
+def every_tensor(checkpoint: Checkpoint) -> Iterator[FoundTensor]:
     """Every tensor, bare storage and array of a checkpoint: the state_dict's first, then in file order."""
     yield from plain_tensors(checkpoint)
     yield from _beside(checkpoint, values=False)
 
 
-def plain_tensors(checkpoint: Checkpoint) -> list[Found]:
+def plain_tensors(checkpoint: Checkpoint) -> list[FoundTensor]:
     """The plain tensors of the state_dict: a hundred thousand of some files."""
-    selected, make = checkpoint.origin.state_path or "", tuple.__new__  # which takes half the time of `Found`
+    selected, make = checkpoint.origin.state_path or "", tuple.__new__  # which takes half the time of `FoundTensor`
     everything = checkpoint.state_dict.everything.items()
-    return [make(Found, (selected, name, value, True)) for name, value in everything if is_plain(value)]
+    return [make(FoundTensor, (selected, name, value, True)) for name, value in everything if is_plain_value(value)]
 
 
-def tensors_beside(checkpoint: Checkpoint, *, values: bool = False) -> list[Found]:
+def other_tensors(checkpoint: Checkpoint, *, values: bool = False) -> list[FoundTensor]:
     """What `every_tensor` finds but for the plain tensors of the state_dict; no more than one above the limit.
 
     Args:
@@ -105,11 +105,11 @@ def tensors_beside(checkpoint: Checkpoint, *, values: bool = False) -> list[Foun
     return list(islice(_beside(checkpoint, values), DEFAULT_LIMITS.entries + 1))
 
 
-def _beside(checkpoint: Checkpoint, values: bool) -> Iterator[Found]:
+def _beside(checkpoint: Checkpoint, values: bool) -> Iterator[FoundTensor]:
     state_dict, selected = checkpoint.state_dict, checkpoint.origin.state_path or ""
     kinds = {section.path: section.kind for section in checkpoint.sections if not section.selected}
     found = _Walk(kinds, values)
-    others = [(name, value) for name, value in state_dict.everything.items() if not is_plain(value)]
+    others = [(name, value) for name, value in state_dict.everything.items() if not is_plain_value(value)]
     own = _Own(state_dict.everything.values())
     yield from found.values(selected, others, own)
     outside = _Place(None, (None, selected, 1) if selected else None, 0, None, own)
@@ -123,7 +123,7 @@ def _beside(checkpoint: Checkpoint, values: bool) -> Iterator[Found]:
     yield from found.below(_Place(None, (None, "(dropped)", 1), 0, None, None), list(checkpoint.discarded))
 
 
-def other_weights(checkpoint: Checkpoint, found: Iterable[Found]) -> dict[str, list[Found]]:
+def other_weights(checkpoint: Checkpoint, found: Iterable[FoundTensor]) -> dict[str, list[FoundTensor]]:
     """The sections of weights beside the selected ones that are no copies of them, with their own tensors.
 
     A model may be in two parts: a network and its ``generator``, ``likelihood`` or queue.
@@ -133,7 +133,7 @@ def other_weights(checkpoint: Checkpoint, found: Iterable[Found]) -> dict[str, l
         found: what `every_tensor` finds in it, but for the plain tensors of the state_dict, which make no difference.
     """
     weights = {section.path for section in checkpoint.sections if section.is_weights and not section.selected}
-    names: dict[str, list[Found]] = {}
+    names: dict[str, list[FoundTensor]] = {}
     for each in found if weights and checkpoint.state_dict.everything else ():
         if each.is_own and each.section is not None and each.section in weights:
             names.setdefault(each.section, []).append(each)
@@ -216,20 +216,20 @@ class _Walk:
         self._known: dict[int, Value | None] = {}
         self._kept: list[object] = []
 
-    def values(self, section: str, values: list[tuple[str, object]], own: _Own) -> Iterator[Found]:
+    def values(self, section: str, values: list[tuple[str, object]], own: _Own) -> Iterator[FoundTensor]:
         """What a section's own values are made of, those that are no plain tensors."""
         for name, value in values:
             steps: _Steps = (None, name, 1)
             if not isinstance(value, TensorEntry):
                 yield from self.below(_Place(section, steps, 0, None, None), value)
                 continue
-            yield Found(section, name, value, True)
+            yield FoundTensor(section, name, value, True)
             outside = _Place(None, _further((None, section, 1), name) if section else steps, 0, None, own)
             yield from self.below(outside, value.subclass)
             yield from self.below(outside, value.attributes)
             yield from self.below(outside, value.effects)
 
-    def below(self, place: _Place, root: object) -> Iterator[Found]:
+    def below(self, place: _Place, root: object) -> Iterator[FoundTensor]:
         """Every tensor at or below a node."""
         stack: list[tuple[_Place, object]] = [(place, root)]
         while stack:
@@ -237,15 +237,15 @@ class _Walk:
             if isinstance(node, _SCALARS):
                 continue
             if isinstance(node, TensorEntry) and (place.own is None or node not in place.own):
-                yield Found(place.section, place.name(), node, False)
+                yield FoundTensor(place.section, place.name(), node, False)
             made = self._made(node)
             if made is not None and self._values and not self._is_told(place, node, made):
-                yield Found(place.section, place.name(), node, False)  # type: ignore[arg-type]  # an `Object`
+                yield FoundTensor(place.section, place.name(), node, False)  # type: ignore[arg-type]  # an `Object`
             if id(node) in self._seen:
                 continue
             self._seen.add(id(node))
             if isinstance(node, Storage) or is_array(node):
-                yield Found(place.section, place.name(), node, False)
+                yield FoundTensor(place.section, place.name(), node, False)
             elif made is not None:
                 rest = place._replace(own=_Own([part for _, part in made.parts], place.own))
                 stack.extend((rest, child) for child in reversed(children(node)))
@@ -259,9 +259,9 @@ class _Walk:
                 self._kept.append(values)  # some are made for it, and are known by their ids
                 own = _Own([value for _, value in values])
                 for name, value in values:
-                    if is_plain(value):
-                        yield Found(place.section, name, value, True)  # type: ignore[arg-type]
-                yield from self.values(place.section, [pair for pair in values if not is_plain(pair[1])], own)
+                    if is_plain_value(value):
+                        yield FoundTensor(place.section, name, value, True)  # type: ignore[arg-type]
+                yield from self.values(place.section, [pair for pair in values if not is_plain_value(pair[1])], own)
                 above = _further(None, place.section) if place.section else None
                 place = _Place(None, above, place.depth, place.path, own)
             stack.extend(

@@ -16,7 +16,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
-__all__ = ["Array", "Layout", "array_of", "is_array", "is_scalar", "layout_of", "parts_of"]
+__all__ = ["Array", "ArrayLayout", "array_of", "is_array", "is_numpy_scalar", "layout_of", "parts_of"]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
@@ -53,7 +53,7 @@ class Array(NamedTuple):
     data: bytes
 
 
-class Layout(NamedTuple):
+class ArrayLayout(NamedTuple):
     """What an array is, or a scalar, with its bytes as they lie.
 
     Attributes:
@@ -87,16 +87,16 @@ def is_array(node: object) -> TypeGuard[Object]:
     return node.cls.module.partition(".")[0] == "numpy"
 
 
-def is_scalar(node: object) -> bool:
+def is_numpy_scalar(node: object) -> bool:
     """Whether an array is but a number."""
     return is_array(node) and node.class_name.endswith(".scalar")
 
 
-def layout_of(node: Object) -> Layout:
+def layout_of(node: Object) -> ArrayLayout:
     """What is to be known of what `is_array`."""
     dtype, data, sizes, order = parts_of(node)
     code, swapped = _code_of(dtype)
-    shape = None if is_scalar(node) else shape_of(sizes)
+    shape = None if is_numpy_scalar(node) else shape_of(sizes)
     if min(shape or (), default=0) < 0:
         shape = None
     found = data if isinstance(data, (bytes, bytearray)) else None
@@ -104,10 +104,10 @@ def layout_of(node: Object) -> Layout:
     if node.class_name.endswith("reconstruct"):  # of a masked array, too
         cls = node.args[0] if node.args else None
         subclass = None if is_global(cls, *_NDARRAY) else cls.name if isinstance(cls, Global) else "?"
-    is_shaped = is_scalar(node) or (shape is not None and len(shape) <= _MOST_DIMENSIONS)
+    is_shaped = is_numpy_scalar(node) or (shape is not None and len(shape) <= _MOST_DIMENSIONS)
     is_typed = _MADE.match(code) is not None or code in DTYPES
     is_plain = is_typed and is_shaped and found is not None and subclass is None
-    return Layout(code, swapped, shape, order in (True, "F"), found, subclass, is_plain)
+    return ArrayLayout(code, swapped, shape, order in (True, "F"), found, subclass, is_plain)
 
 
 def array_of(node: Object) -> Array:
@@ -126,7 +126,7 @@ def parts_of(node: Object) -> tuple[object, object, object, object]:
     """The dtype, bytes, shape and order of an array, as the pickle gives them."""
     shape: object = None
     order: object = False
-    if is_scalar(node):
+    if is_numpy_scalar(node):
         dtype, data = (*node.args, None, None)[:2]
     elif node.class_name.endswith("._frombuffer"):
         data, dtype, shape, order = (*node.args, None, None, None, None)[:4]

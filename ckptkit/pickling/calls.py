@@ -29,7 +29,7 @@ from functools import partial
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
 from ckptkit.pickling.inert import Global, InertDict, Object, named_items
 
-__all__ = ["Reach", "sets_first_argument"]
+__all__ = ["CallsThatReach", "sets_first_argument"]
 
 _MAX_CHAIN = 8
 """Attributes of attributes: nested classes go two or three deep."""
@@ -87,7 +87,7 @@ _MOST_ARGUMENTS = 1_000_000
 """Values that are looked at in what calls are given, in one pickle."""
 
 
-class Reach:
+class CallsThatReach:
     """Looks at such calls in one pickle.
 
     Args:

@@ -44,7 +44,7 @@ from ckptkit.pickling.machine import Constructor
 from ckptkit.pickling.reader import PickleResult
 from ckptkit.pickling.tensors import Locate, StorageTable, shape_of
 
-__all__ = ["LegacyTable", "ScriptStorageTable", "era"]
+__all__ = ["LegacyTable", "ScriptStorageTable", "writing_release"]
 
 _VARIABLES = {
     ("torch.nn.parameter", "Parameter"): True,
@@ -262,7 +262,7 @@ def _variable(node: Object, found: dict[int, TensorEntry]) -> tuple[TensorEntry,
     return replace(data, is_parameter=is_parameter, requires_grad=requires_grad), grad
 
 
-def era(names: Sequence[Global]) -> str | None:
+def writing_release(names: Sequence[Global]) -> str | None:
     """Which torch pickles these names in a file of the legacy format, as far as they tell.
 
     Later releases write the format when they are asked to; only what they added since tells them apart.

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
-from ckptkit.pickling.calls import Reach
+from ckptkit.pickling.calls import CallsThatReach
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, is_global
 from ckptkit.pickling.popped import Popped
@@ -91,7 +91,7 @@ class Machine:
         self.marks: list[list[object]] = []
         self.memo: dict[int, object] = {}
         self.globals: dict[tuple[str, str], Global] = {}
-        self.reach = Reach(self.name, nested)
+        self.reach = CallsThatReach(self.name, nested)
         self.popped = Popped()
         self.was_set: tuple[object, int, int] = None, 0, 0  # what got pairs last, how many it had, by which opcode
         self.in_batches: dict[int, int] = {}  # how many pairs those had that get more than one SETITEMS is given

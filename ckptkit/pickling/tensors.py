@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import NamedTuple, TypeGuard
 
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.derived import ByteSource
+from ckptkit.computed import ByteSource
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
 from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS, Limits

@@ -17,19 +17,19 @@ from ckptkit.architectures import Architecture, identify
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose
-from ckptkit.digests import Line, content_digest, kind_of, tree_digest, unwrapped_names, whole_digest
+from ckptkit.digests import DigestLine, content_digest, tree_digest, unwrapped_names, value_kind, whole_digest
 from ckptkit.errors import CkptkitError, CorruptError
 from ckptkit.inspection.listing import list_tensors, storage_names
 from ckptkit.inspection.training import training_document
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.sections import is_plain, join
-from ckptkit.normalize.tensors import Found, tensors_beside
+from ckptkit.normalize.sections import is_plain_value, join
+from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import InertDict, Object, mapping_shell, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like
-from ckptkit.released.reading import Beside, Reading, is_opaque, read_through, values_beside
+from ckptkit.released.reading import OtherValue, Reading, is_opaque, other_values_in, read_through
 from ckptkit.report import Finding
 from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
@@ -181,7 +181,7 @@ def examine(
         if whole:
             every += map(as_tensor, tensors_in(_everything(checkpoint)))
         plain = {id(entry) for entry in entries}
-        beside = list(values_beside(checkpoint, plain, weights.others)) if values else []
+        beside = list(other_values_in(checkpoint, plain, weights.others)) if values else []
         reading = (
             read_through(
                 [file, *file.parts],
@@ -201,9 +201,11 @@ def examine(
             tell = partial(_digest_of, reading=reading)
             trees = {name: tree_digest(value, tell, flags=False) for name, value in weights.others}
             trees |= {name: tree_digest(hanging, tell, flags=False) for name, hanging in weights.hanging.items()}
-            lines = [Line(name=fact.name, kind=fact.dtype, shape=fact.shape, digest=fact.digest) for fact in facts]
+            lines = [
+                DigestLine(name=fact.name, kind=fact.dtype, shape=fact.shape, digest=fact.digest) for fact in facts
+            ]
             lines += [
-                Line(name=name, kind=kind_of(value), parts=tuple(_parts(inner[name], reading)))
+                DigestLine(name=name, kind=value_kind(value), parts=tuple(_parts(inner[name], reading)))
                 for name, value in weights.others
             ]
             content = content_digest(
@@ -341,12 +343,12 @@ def _digest_of(node: TensorEntry | Storage, reading: Reading) -> str:
 
 def _everything(checkpoint: Checkpoint) -> list[object]:
     """The trees that make up a file, without the plain tensors of the state_dict."""
-    values = [value for value in checkpoint.state_dict.everything.values() if not is_plain(value)]
+    values = [value for value in checkpoint.state_dict.everything.values() if not is_plain_value(value)]
     around = mapping_shell(checkpoint.state_dict.container)
     return [*values, around, checkpoint.rest, checkpoint.module, *checkpoint.discarded]
 
 
-def _beside_fact(each: Beside, reading: Reading) -> TensorFact:
+def _beside_fact(each: OtherValue, reading: Reading) -> TensorFact:
     if each.entry is not None:
         return _fact(each.name, each.entry, each.is_parameter, reading)
     dtype, data = each.array or Array(None, b"")
@@ -397,7 +399,7 @@ def _examined(
 ) -> Examined:
     origin = checkpoint.origin
     folder = os.path.dirname(os.path.abspath(path))
-    beside = tensors_beside(checkpoint, values=True)
+    beside = other_tensors(checkpoint, values=True)
     exact = (found for found in identify(checkpoint.state_dict) if found.exact and not found.others)
     return Examined(
         path=path,
@@ -432,7 +434,7 @@ def _examined(
     )
 
 
-def _malformed(beside: Sequence[Found]) -> Iterator[str]:
+def _malformed(beside: Sequence[FoundTensor]) -> Iterator[str]:
     """The values that torch would rebuild without a look at indices, offsets and axes that lie outside of them."""
     for found in beside:
         if not found.is_value:

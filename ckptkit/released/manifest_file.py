@@ -40,7 +40,7 @@ from typing import Any, Literal, get_args
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Trust
-from ckptkit.digests import Line, content_digest
+from ckptkit.digests import DigestLine, content_digest
 from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.shards import is_shard_name
 from ckptkit.formats.strict_json import parse
@@ -315,7 +315,7 @@ def _require_consistent(record: FileRecord, fields: _Fields) -> None:
     if record.tensors is None or record.others:
         return
     lines = (
-        Line(name=name, kind=tensor.dtype, shape=tensor.shape, digest=tensor.digest)
+        DigestLine(name=name, kind=tensor.dtype, shape=tensor.shape, digest=tensor.digest)
         for name, tensor in record.tensors.items()
     )
     found = content_digest(lines)

@@ -18,7 +18,7 @@ from ckptkit.errors import (
     RewriteError,
     UnsupportedError,
 )
-from ckptkit.plan import Literal, Plan
+from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.released.examine import Examined, examine_all
 from ckptkit.released.manifest_file import (
     Changes,
@@ -234,7 +234,7 @@ def write(manifest: Manifest, destination: str | os.PathLike[str], *, force: boo
         FileAccessError: it cannot be written.
     """
     data = manifest.to_json().encode("ascii")
-    plan = Plan(format="manifest", nbytes=len(data), steps=(Literal(0, data),), tensors=0, aliases={})
+    plan = Plan(format="manifest", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=0, aliases={})
     write_atomically(destination, plan, force=force, check=None)
 
 

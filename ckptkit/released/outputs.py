@@ -27,7 +27,7 @@ from urllib.parse import quote
 
 from ckptkit.codes import CODES
 from ckptkit.extras import __version__
-from ckptkit.formats.folder import told
+from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 from ckptkit.report import human_size, printable
 
@@ -44,7 +44,7 @@ _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
 
 def _github(report: CheckReport) -> str:
     """The lines to print; the last is the verdict, for whoever reads the log."""
-    passed_over = [told(report.passed_over)] if report.passed_over else []
+    passed_over = [passed_over_text(report.passed_over)] if report.passed_over else []
     lines = (*map(_annotation, report.findings), *passed_over, f"ckptkit check: {report.verdict}")
     return "".join(f"{line}\n" for line in lines)
 
@@ -140,7 +140,7 @@ def _lines(report: CheckReport) -> Iterator[str]:
     yield ""
     yield f"{report.verdict[0].upper()}{report.verdict[1:]}."
     if report.passed_over:
-        yield f"\nP{told(report.passed_over)[1:]}."
+        yield f"\nP{passed_over_text(report.passed_over)[1:]}."
     if report.findings:
         yield ""
         yield "| file | rule | expected | found | |"

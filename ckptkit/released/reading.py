@@ -20,14 +20,14 @@ from typing import Any, Protocol
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
-from ckptkit.digests import told
+from ckptkit.digests import digest_text
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.formats.shards import ShardFile
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
-from ckptkit.pickling.arrays import Array, array_of, is_array, is_scalar
+from ckptkit.pickling.arrays import Array, array_of, is_array, is_numpy_scalar
 from ckptkit.pickling.inert import Object, children, tensors_in, walk
 from ckptkit.pickling.layouts import call_of
 from ckptkit.stats import NonFinite
@@ -35,7 +35,7 @@ from ckptkit.transfer.checksums import Checksums, Damage
 from ckptkit.transfer.values import stream
 from ckptkit.transfer.workers import MANY_NBYTES, Background
 
-__all__ = ["Beside", "Reading", "Values", "file_sha256", "is_opaque", "read_through", "values_beside"]
+__all__ = ["OtherValue", "Reading", "Values", "file_sha256", "is_opaque", "other_values_in", "read_through"]
 
 _PIECE_NBYTES = 1 << 20
 """Bytes read and hashed at a time."""
@@ -66,7 +66,7 @@ class Values:
     @property
     def digest(self) -> str | None:
         """``"sha256:…"``; ``None``: not wanted."""
-        return None if self.hash is None else told(self.hash.digest())
+        return None if self.hash is None else digest_text(self.hash.digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ def read_through(
         found = sorted(spans.get(id(file), ()), key=lambda span: span[:2])
         hasher = hashlib.sha256() if hash_files else None
         with_helper = threads > 1 and hasher is not None and bool(found) and file.size >= MANY_NBYTES
-        (_sweep_with_helper if with_helper else _sweep)(file, hasher, found)
+        (_sweep_with_helper if with_helper else _read_spans)(file, hasher, found)
         if hasher is not None:
             reading.files[id(file)] = hasher.hexdigest()
         reading.damages.extend(sums[id(file)].damages(keep=bool(apart)))
@@ -241,7 +241,7 @@ class _Distributor:
         self._active = [span for span in self._active if span[1] > end]
 
 
-def _sweep(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
+def _read_spans(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
     distributor = _Distributor(spans)
     buffer = memoryview(bytearray(min(_PIECE_NBYTES, max(file.size, 1))))
     for start, nbytes in _pieces(file, hasher is not None, spans):
@@ -253,7 +253,7 @@ def _sweep(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
 
 
 def _sweep_with_helper(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
-    """As `_sweep`, while another thread computes the file's own hash."""
+    """As `_read_spans`, while another thread computes the file's own hash."""
     distributor = _Distributor(spans)
     free: SimpleQueue[memoryview] = SimpleQueue()
     full: SimpleQueue[tuple[memoryview, memoryview] | None] = SimpleQueue()
@@ -284,7 +284,7 @@ _PLAIN_MODULES = ("torch", "collections", "builtins", "__builtin__")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
+class OtherValue:
     """Values that are not a plain tensor of the weights.
 
     Attributes:
@@ -300,7 +300,9 @@ class Beside:
     is_parameter: bool = False
 
 
-def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tuple[str, object]]) -> Iterator[Beside]:
+def other_values_in(
+    checkpoint: Checkpoint, plain: set[int], others: Sequence[tuple[str, object]]
+) -> Iterator[OtherValue]:
     """Tensors of other sections and in attributes, parts of weights that are not plain tensors, numpy's arrays.
 
     Args:
@@ -318,21 +320,21 @@ def values_beside(checkpoint: Checkpoint, plain: set[int], others: Sequence[tupl
         if floats:  # scales of quantized tensors, extra state
             is_parameter = call_of(value).kind == "quantized"
             numbers = Array("float64", struct.pack(f"<{len(floats)}d", *floats))
-            yield Beside(name=name, array=numbers, is_parameter=is_parameter)
+            yield OtherValue(name=name, array=numbers, is_parameter=is_parameter)
     listing = list_tensors(checkpoint)
     selected = checkpoint.origin.state_path
     for row in listing.rows:
         if id(row.tensor) not in known:
             known.add(id(row.tensor))
             is_parameter = own.get(id(row.tensor), row.role == "parameter")
-            yield Beside(name=row.path, entry=row.tensor, is_parameter=is_parameter)
+            yield OtherValue(name=row.path, entry=row.tensor, is_parameter=is_parameter)
     for found, array in listing.arrays:
         is_own = selected is None or found.section == selected
-        if is_own or not is_scalar(array):  # a metric is a number like any other
-            yield Beside(name=found.path, array=array_of(array), is_parameter=is_own)
+        if is_own or not is_numpy_scalar(array):  # a metric is a number like any other
+            yield OtherValue(name=found.path, array=array_of(array), is_parameter=is_own)
     for storage in listing.bare:
         if storage.dtype is not None and DTYPES[storage.dtype].kind in ("float", "complex"):
-            yield Beside(name=f"storage {storage.key}", entry=as_tensor(storage, typed=True))
+            yield OtherValue(name=f"storage {storage.key}", entry=as_tensor(storage, typed=True))
 
 
 def is_opaque(value: object) -> bool:

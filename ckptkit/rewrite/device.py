@@ -21,7 +21,7 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.layouts import device_of
-from ckptkit.rewrite.storages import with_leaves
+from ckptkit.rewrite.storages import with_tensors_replaced
 
 __all__ = ["LocationMap", "MapLocation"]
 
@@ -96,7 +96,7 @@ class MapLocation:
             if isinstance(node.cls, Global):
                 node.args = self._with_device(node.cls, node.args)
 
-        return with_leaves(checkpoint, leaf, change=change, module=True)
+        return with_tensors_replaced(checkpoint, leaf, change=change, module=True)
 
     def _with_device(self, function: Global, args: tuple[object, ...]) -> tuple[object, ...]:
         """The arguments of a call with the device among them mapped, if one is."""

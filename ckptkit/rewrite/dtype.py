@@ -28,13 +28,13 @@ from itertools import chain
 from ckptkit.arguments import several
 from ckptkit.casting import caster
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry
-from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
 from ckptkit.pickling.inert import walk
 from ckptkit.pickling.layouts import call_of
 from ckptkit.report import count_of, glob_of, listed
-from ckptkit.rewrite.storages import nodes, with_leaves
+from ckptkit.rewrite.storages import nodes, with_tensors_replaced
 
 __all__ = ["CastDtype", "scaled_pairs"]
 
@@ -94,7 +94,7 @@ class CastDtype:
                 return node
             return replace(node, storage=cast[id(node.storage)], dtype=self.dtype)
 
-        result = with_leaves(checkpoint, leaf, module=True)
+        result = with_tensors_replaced(checkpoint, leaf, module=True)
         state_dict = result.state_dict
         return result.replace(state_dict=state_dict.holding(state_dict.everything, state_dict.versions))
 
@@ -152,7 +152,7 @@ class CastDtype:
             function = caster(before.name, after.name, byteorder=storage.byteorder)
         except DTypeError as error:
             raise DTypeError(f"tensor {name!r}: {error}; {_remedy(name)}") from None
-        conversion = Conversion(
+        conversion = DTypeConversion(
             storage.source,
             before=before.itemsize,
             after=after.itemsize,

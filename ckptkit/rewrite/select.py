@@ -17,14 +17,14 @@ from ckptkit.arguments import several
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.modules import tensor_role
-from ckptkit.normalize.nested import Nested
+from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.normalize.shapes import is_optimizer, parts
 from ckptkit.pickling.inert import InertDict, Object, mapping_items, states, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
-from ckptkit.rewrite.storages import with_leaves
+from ckptkit.rewrite.storages import with_tensors_replaced
 
 __all__ = ["LeaveOut", "Select", "WeightsOnly"]
 
@@ -179,7 +179,7 @@ class WeightsOnly:
         state_dict = checkpoint.state_dict
         if state_dict.is_module:
             state_dict = state_dict.holding(state_dict.everything, state_dict.versions)
-        elif isinstance(state_dict.container, Nested):
+        elif isinstance(state_dict.container, NestedDicts):
             container = state_dict.container.flat(state_dict.versions)
             state_dict = StateDict(state_dict.everything, versions=state_dict.versions, container=container)
         return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT, discarded=())
@@ -217,7 +217,7 @@ class LeaveOut:
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not self.paths:
             return checkpoint
-        result = with_leaves(checkpoint, lambda leaf: leaf)  # what it holds is ours to change
+        result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # what it holds is ours to change
         places = {path: _place(checkpoint, result.rest, path) for path in self.paths}
         rest = result.rest
         for path, place in places.items():

@@ -19,14 +19,14 @@ from typing import Literal, get_args
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, tied_groups
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import RewriteError
-from ckptkit.normalize.sections import is_plain
+from ckptkit.normalize.sections import is_plain_value
 from ckptkit.pickling.inert import Object, TreeMap, mapping_shell, walk
 from ckptkit.report import count_of, listed
 
-__all__ = ["Compact", "Tied", "TiedPolicy", "dead_bytes", "nodes", "with_leaves"]
+__all__ = ["Compact", "Tied", "TiedPolicy", "dead_bytes", "nodes", "with_tensors_replaced"]
 
 
-def with_leaves(
+def with_tensors_replaced(
     checkpoint: Checkpoint,
     leaf: Callable[[object], object],
     *,
@@ -46,7 +46,7 @@ def with_leaves(
     shell, rest = mapped(_hanging(state_dict)), mapped(checkpoint.rest)
     made = mapped(checkpoint.module) if module else checkpoint.module
     if change is not None:
-        others = [value for value in state_dict.everything.values() if not is_plain(value)]
+        others = [value for value in state_dict.everything.values() if not is_plain_value(value)]
         for node in walk([others, shell, rest, made if module else None]):
             if isinstance(node, Object):
                 change(node)
@@ -60,10 +60,10 @@ def with_leaves(
 def nodes(checkpoint: Checkpoint) -> Iterator[object]:
     """Every node that a writer may write; a plain tensor of the state_dict once for each of its places."""
     values = checkpoint.state_dict.everything.values()
-    yield from filter(is_plain, values)
+    yield from filter(is_plain_value, values)
     yield from walk(
         [
-            [value for value in values if not is_plain(value)],
+            [value for value in values if not is_plain_value(value)],
             _hanging(checkpoint.state_dict),
             checkpoint.rest,
         ]
@@ -92,7 +92,7 @@ class Compact:
             cut = cuts.get(id(node.storage)) if isinstance(node, TensorEntry) else None
             return node if cut is None or not isinstance(node, TensorEntry) else cut.moved(node)
 
-        return with_leaves(checkpoint, leaf)
+        return with_tensors_replaced(checkpoint, leaf)
 
 
 def dead_bytes(checkpoint: Checkpoint) -> tuple[int, int]:

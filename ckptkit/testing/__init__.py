@@ -26,19 +26,19 @@ from ckptkit import api
 from ckptkit.arguments import several
 from ckptkit.errors import VerifyError
 from ckptkit.report import Finding, count_of
-from ckptkit.testing.subjects import (
-    described,
+from ckptkit.testing.weights import (
     difference_lines,
+    file_described,
     finding_lines,
     message,
     on_disk,
     opened,
-    require,
+    require_passed,
     violation_lines,
 )
 
 if TYPE_CHECKING:
-    from ckptkit.testing.subjects import Weights
+    from ckptkit.testing.weights import Weights
 
 __all__ = [
     "assert_allowed",
@@ -132,7 +132,7 @@ def assert_fits(
             allow_unexpected=allow_unexpected,
             forward=False,
         )
-    require(
+    require_passed(
         report,
         "assert_fits: the weights do not fit the model",
         subject,
@@ -178,7 +178,7 @@ def assert_runs(
             golden=golden,
         )
     agreeing = f", that agree with {os.fsdecode(golden)}" if golden is not None else ""
-    require(
+    require_passed(
         report,
         "assert_runs: the model does not run as it should",
         subject,
@@ -229,7 +229,7 @@ def assert_same_outputs(
             atol=atol,
             rtol=rtol,
         )
-    require(report, "assert_same_outputs: the outputs differ", subject, f"those of {expected.called}")
+    require_passed(report, "assert_same_outputs: the outputs differ", subject, f"those of {expected.called}")
 
 
 def assert_safe(checkpoint: str | os.PathLike[str] | api.CheckpointFile) -> None:
@@ -253,7 +253,7 @@ def assert_safe(checkpoint: str | os.PathLike[str] | api.CheckpointFile) -> None
         message(
             "assert_safe: a loader that executes pickles would have to trust this file",
             [
-                ("file", described(file)),
+                ("file", file_described(file)),
                 ("expected", "trust 'safe': plain data and torch's own rebuild functions"),
                 ("found", f"trust {file.trust!r}: {count_of(len(others), 'other name')}"),
             ],

@@ -40,9 +40,9 @@ from ckptkit.torch_bridge.loading import (
     Loader,
     TorchLocation,
     dtype_of,
+    names_by_storage,
     require_dtypes,
     restore,
-    storage_names,
     tensors,
 )
 from ckptkit.transfer.checksums import Checksums
@@ -105,7 +105,7 @@ def state_dict_of(
     loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
     builder = _Builder(loader, map_location)
     foreign: dict[str, str] = {}
-    with sums.held(lambda: storage_names(state_dict)):
+    with sums.held(lambda: names_by_storage(state_dict)):
         others: dict[str, object] = {}
         for name, value in state_dict.extra.items():  # before the others are read: one that cannot be made ends it
             try:

@@ -33,7 +33,7 @@ require_torch()
 
 import torch  # noqa: E402 - behind the check, so that its absence is explained
 
-__all__ = ["Loader", "TorchLocation", "dtype_of", "require_dtypes", "restore", "storage_names", "tensors"]
+__all__ = ["Loader", "TorchLocation", "dtype_of", "names_by_storage", "require_dtypes", "restore", "tensors"]
 
 TorchLocation = (
     str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], "torch.UntypedStorage | None"] | None
@@ -127,13 +127,13 @@ def tensors(
     require_dtypes(state_dict)
     sums = Checksums()
     loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
-    with sums.held(lambda: storage_names(state_dict)):
+    with sums.held(lambda: names_by_storage(state_dict)):
         loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
         loader.finish()
     return loaded
 
 
-def storage_names(state_dict: StateDict) -> dict[int, str]:
+def names_by_storage(state_dict: StateDict) -> dict[int, str]:
     """What the storages of a state_dict are called in a message, by ``id``: after the first value that needs each."""
     names: dict[int, str] = {}
     for name, value in state_dict.everything.items():

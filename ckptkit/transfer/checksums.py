@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.derived import ConvertedRange, DeflatedRange, Inflation
+from ckptkit.computed import ConvertedRange, DeflatedRange, Inflation
 from ckptkit.errors import CorruptError
 from ckptkit.report import count_of
 from ckptkit.transfer.workers import buffer, in_parallel

@@ -38,7 +38,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["Output", "created", "exists", "is_temporary_name", "overwrite", "publish", "sweep"]
+__all__ = ["Output", "created", "exists", "is_temporary_name", "overwrite", "publish", "remove_stale"]
 
 _TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
 """Names of temporary files: what they will be called, random digits, those of the host, and the ending."""
@@ -180,7 +180,7 @@ def is_temporary_name(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def sweep(folder: str) -> None:
+def remove_stale(folder: str) -> None:
     """Remove the temporary files that killed runs on this host left in a folder; those of runs at work stay."""
     host = _host()
     with contextlib.suppress(OSError):

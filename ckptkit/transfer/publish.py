@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from ckptkit.errors import FileAccessError
-from ckptkit.plan import Digest, Index, Plan
-from ckptkit.transfer.names import Output, created, exists, overwrite, publish, sweep
-from ckptkit.transfer.steps import Digests, Tally, digested, fill, move, require_unchanged, reserve
+from ckptkit.plan import Digest, IndexFile, Plan
+from ckptkit.transfer.names import Output, created, exists, overwrite, publish, remove_stale
+from ckptkit.transfer.steps import DigestsInPassing, Tally, digested, fill_file, move, require_unchanged, reserve
 from ckptkit.transfer.workers import Progress, Stopped, in_parallel, uninterrupted
 
 __all__ = ["write_atomically"]
@@ -78,7 +78,7 @@ def write_atomically(
     try:
         if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
             _swept[folder] = time.monotonic()
-            sweep(folder)
+            remove_stale(folder)
         old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
         like = next(filter(None, old), None)  # a new shard of a checkpoint that few may read is not for others
         with uninterrupted():  # no file without a record of it
@@ -88,21 +88,21 @@ def write_atomically(
             reserve(file.fd, file.plan.nbytes)
         counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
         with uninterrupted():
-            digests = Digests(digested(plan), stop)
+            digests = DigestsInPassing(digested(plan), stop)
         with _flushing([file.fd for file in files] if check is not None else []) as written:
             # A file system lets one thread write to a file at a time; several files go side by side.
             moves = (partial(move, file.plan, file.fd, tally, counted) for file in files if file.plan.index is None)
             in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
             for file in files:
                 if file.plan.index is None:
-                    fill(file.plan, file.fd, checksums=check is not None)
+                    fill_file(file.plan, file.fd, checksums=check is not None)
             if plan.index is not None:
                 overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
             if check is not None:
                 check(files[-1].temporary, counted)
             for file in files:
                 if file.plan.index is None:
-                    fill(file.plan, file.fd, digests, checksums=False)
+                    fill_file(file.plan, file.fd, digests, checksums=False)
             index = b"" if plan.index is None else _index(files, plan, plan.index, digests)
             written()
         require_unchanged(plan)
@@ -149,7 +149,7 @@ def _temporary_names(files: list[Output], plan: Plan) -> dict[str, str]:
     return {name: os.path.basename(file.temporary) for name, file in zip(plan.shards, files, strict=False)}
 
 
-def _index(files: list[Output], plan: Plan, index: Index, digests: Digests) -> bytes:
+def _index(files: list[Output], plan: Plan, index: IndexFile, digests: DigestsInPassing) -> bytes:
     """The index as it will be, with digests where they belong; in the one that is there they are filled in."""
     temporary, final = index.to_bytes(_temporary_names(files, plan)), bytearray(index.to_bytes())
     for step in plan.steps:

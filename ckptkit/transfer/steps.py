@@ -27,9 +27,9 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile, read_at, write_at
-from ckptkit.derived import Buffer, Conversion, ConvertedRange
+from ckptkit.computed import Buffer, ConvertedRange, DTypeConversion
 from ckptkit.errors import CorruptError, FileAccessError
-from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, Literal, Plan
+from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan
 from ckptkit.transfer.values import stream
 from ckptkit.transfer.workers import Background, buffer, in_parallel
 
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 __all__ = [
     "UNAVAILABLE",
     "Copier",
-    "Digests",
+    "DigestsInPassing",
     "Tally",
     "digested",
     "execute",
-    "fill",
+    "fill_file",
     "move",
     "require_unchanged",
     "reserve",
@@ -182,9 +182,9 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: dict[int, tuple[Conversion, Losses]] = {}
+        self._found: dict[int, tuple[DTypeConversion, Losses]] = {}
 
-    def add(self, conversion: Conversion, before: Buffer, after: Buffer) -> None:
+    def add(self, conversion: DTypeConversion, before: Buffer, after: Buffer) -> None:
         """Count what was lost between these bytes."""
         from ckptkit.casting import Caster
 
@@ -194,11 +194,11 @@ class Tally:
                 known = self._found.get(id(conversion))
                 self._found[id(conversion)] = (conversion, losses if known is None else known[1] + losses)
 
-    def __iter__(self) -> Iterator[tuple[Conversion, Losses]]:
+    def __iter__(self) -> Iterator[tuple[DTypeConversion, Losses]]:
         return iter(self._found.values())
 
 
-class Digests:
+class DigestsInPassing:
     """The SHA-256 of source files, computed side by side with everything else.
 
     Args:
@@ -261,10 +261,10 @@ def execute(plan: Plan, fd: int, progress: Progress | None = None) -> Tally:
     """
     tally, stop = Tally(), threading.Event()
     reserve(fd, plan.nbytes)
-    digests = Digests(digested(plan), stop)
+    digests = DigestsInPassing(digested(plan), stop)
     try:
         move(plan, fd, tally, progress)
-        fill(plan, fd, digests)
+        fill_file(plan, fd, digests)
     finally:
         stop.set()
         digests.join()
@@ -330,7 +330,7 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
                     write_at(fd, chunk, target)
                     moved(len(chunk))
                     target += len(chunk)
-            elif isinstance(step, Literal):
+            elif isinstance(step, LiteralBytes):
                 write_at(fd, step.data, step.target)
                 moved(len(step.data))
 
@@ -353,7 +353,7 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
     in_parallel(pieces(), nbytes=sum(step.nbytes for step in casts))
 
 
-def fill(plan: Plan, fd: int, digests: Digests | None = None, *, checksums: bool = True) -> None:
+def fill_file(plan: Plan, fd: int, digests: DigestsInPassing | None = None, *, checksums: bool = True) -> None:
     """Fill in the fields that depend on other bytes: digests, then checksums.
 
     Args:
@@ -365,7 +365,7 @@ def fill(plan: Plan, fd: int, digests: Digests | None = None, *, checksums: bool
     Raises:
         As `execute`.
     """
-    literals = {step.target for step in plan.steps if isinstance(step, Literal)}
+    literals = {step.target for step in plan.steps if isinstance(step, LiteralBytes)}
     wanted: dict[tuple[int, int], list[int]] = {}
     for step in plan.steps:
         if isinstance(step, Digest) and digests is not None:

@@ -19,7 +19,7 @@ from typing import Any
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange
 from ckptkit.casting import numpy_dtype
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.dtypes import DTYPES, DType
 from ckptkit.errors import CorruptError, DTypeError
 from ckptkit.pickling import arrays
@@ -35,7 +35,7 @@ _GAP_NBYTES = 8 << 10
 
 
 def stream(
-    entry: TensorEntry, converted: Callable[[Conversion, bytes, bytes], object] | None = None
+    entry: TensorEntry, converted: Callable[[DTypeConversion, bytes, bytes], object] | None = None
 ) -> Iterator[bytes]:
     """The tensor's values in C order, little-endian, in bounded chunks.
 
@@ -291,7 +291,7 @@ def _require_within(indices: Any, size: int, where: str) -> None:
         raise CorruptError(f"index {low if low < 0 else high} of a sparse tensor in {where}, whose size is {size}")
 
 
-def array_from(layout: arrays.Layout) -> Any:
+def array_from(layout: arrays.ArrayLayout) -> Any:
     """The array, or the number, that a pickle of numpy's holds.
 
     Args:

@@ -23,7 +23,7 @@ from ckptkit.conversion.options import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.normalize.parts import part_findings
 from ckptkit.report import Finding, Report, listed, worst
-from ckptkit.verifier.against import check_against, check_devices, unwrapped, wrapper_told
+from ckptkit.verifier.against import check_against, check_devices, without_wrappers, wrapper_told
 from ckptkit.verifier.behaviour import check_behaviour
 from ckptkit.verifier.context import Check, Context, floating_dtype, peak_memory, pick_devices
 from ckptkit.verifier.fit import check_fit
@@ -96,7 +96,7 @@ def verify(
         golden: file of outputs recorded earlier, which these must agree with.
         write_golden: file to record them in.
         atol: how far outputs may be apart, whatever their size; default: several times the noise that is measured;
-            see `ckptkit.verifier.outputs.Tolerance`.
+            see `ckptkit.verifier.outputs.OutputTolerance`.
         rtol: the same, as a share of their largest magnitude.
         force: whether ``write_golden`` may replace a file.
         unsafe_load: whether to run the pickled model itself, which imports and runs what the file names.
@@ -179,7 +179,7 @@ def verify(
             findings.append(_identified(reference))
         if unsafe_load:
             findings += unsafe_findings(checkpoint, built)
-        stripped = unwrapped(checkpoint, built) if against is not None else None
+        stripped = without_wrappers(checkpoint, built) if against is not None else None
         if stripped is not None:
             findings.append(wrapper_told(checkpoint.origin.path))
         context.failed = worst(findings) == "error"

@@ -20,18 +20,18 @@ from ckptkit.rewrite.rename import StripModule
 from ckptkit.verifier.context import Context, floating_dtype, shortened
 from ckptkit.verifier.fill import become
 from ckptkit.verifier.fit import check_fit
-from ckptkit.verifier.foreign import foreign, told
+from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.forward import Pass, measured_noise, model_dtype, run
 from ckptkit.verifier.load import check_load
-from ckptkit.verifier.measure import measure
-from ckptkit.verifier.outputs import Difference, Tolerance, compare_outputs
+from ckptkit.verifier.measure import measure_fit
+from ckptkit.verifier.outputs import OutputDifference, OutputTolerance, compare_outputs
 from ckptkit.verifier.references.without_values import without_values
 from ckptkit.verifier.trace import Parting, Trace
 
-__all__ = ["check_against", "check_devices", "unwrapped"]
+__all__ = ["check_against", "check_devices", "without_wrappers"]
 
 
-def unwrapped(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint | None:
+def without_wrappers(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint | None:
     """The checkpoint without its wrapper prefixes, where more of the model's tensors are in it then."""
     try:
         stripped = StripModule()(checkpoint)
@@ -39,7 +39,7 @@ def unwrapped(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint | None:
         return None  # two names would become one
     if list(stripped.state_dict.everything) == list(checkpoint.state_dict.everything):
         return None
-    better = measure(model, stripped.state_dict).tensors > measure(model, checkpoint.state_dict).tensors
+    better = measure_fit(model, stripped.state_dict).tensors > measure_fit(model, checkpoint.state_dict).tensors
     return stripped if better else None
 
 
@@ -50,7 +50,7 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         return
     path = other.origin.path
     _emptied(model, context)
-    stripped = unwrapped(other, model)
+    stripped = without_wrappers(other, model)
     if stripped is not None:
         other = stripped
         yield wrapper_told(path)
@@ -78,7 +78,7 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="forward-failed",
             severity="error",
-            message=f"the forward pass with {path} on {context.device} failed: {told(error)}",
+            message=f"the forward pass with {path} on {context.device} failed: {error_text(error)}",
         )
         return
     tolerance = context.tolerance((checkpoint, other), context.first, made.outputs)
@@ -120,7 +120,7 @@ def check_devices(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
             yield Finding(
                 code="forward-failed",
                 severity="error",
-                message=f"the forward pass on {device} failed, which did not on {context.device}: {told(error)}",
+                message=f"the forward pass on {device} failed, which did not on {context.device}: {error_text(error)}",
             )
             continue
         found = compare_outputs(context.first, made.outputs, tolerance, _noise(model, context, device, made))
@@ -134,7 +134,7 @@ def check_devices(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
 
 
 def _followed(
-    model: nn.Module, context: Context, device: torch.device, trace: Trace, tolerance: Tolerance
+    model: nn.Module, context: Context, device: torch.device, trace: Trace, tolerance: OutputTolerance
 ) -> tuple[Pass, Parting]:
     """One pass on the first inputs, and where it parts from the one recorded."""
     if context.inputs is None:
@@ -152,7 +152,7 @@ def _noise(
     return None if context.atol is not None else lambda: measured_noise(model, context, device, made.outputs)
 
 
-def _figures(found: Sequence[Difference], tolerance: Tolerance, parting: Parting) -> dict[str, Any]:
+def _figures(found: Sequence[OutputDifference], tolerance: OutputTolerance, parting: Parting) -> dict[str, Any]:
     return {
         "tolerance": tolerance.to_dict(),
         "outputs": [difference.to_dict() for difference in found],
@@ -173,8 +173,8 @@ _CODES = {
 def _told(
     prefix: str,
     what: str,
-    found: Sequence[Difference],
-    tolerance: Tolerance,
+    found: Sequence[OutputDifference],
+    tolerance: OutputTolerance,
     parting: Parting,
     severity: Severity,
     those: str = "",

@@ -20,10 +20,10 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.report import Finding
 from ckptkit.verifier.context import Context, floating_dtype, shortened
-from ckptkit.verifier.foreign import ForeignExitError, told
+from ckptkit.verifier.foreign import ForeignExitError, error_text
 from ckptkit.verifier.forward import Pass, measured_noise, model_dtype, run
 from ckptkit.verifier.inputs import Inputs
-from ckptkit.verifier.outputs import Difference, Tolerance, compare_outputs, compared
+from ckptkit.verifier.outputs import OutputDifference, OutputTolerance, compare_outputs, compared
 
 __all__ = ["check_behaviour"]
 
@@ -43,10 +43,10 @@ def check_behaviour(checkpoint: Checkpoint, model: nn.Module, context: Context) 
         yield Finding(
             code="forward-failed",
             severity="error",
-            message=f"the forward pass on a batch of another size failed: {told(error)}",
+            message=f"the forward pass on a batch of another size failed: {error_text(error)}",
         )
         return
-    rows: list[Difference] = []
+    rows: list[OutputDifference] = []
     if other is not None:
         rows = _rows(first, other.outputs, inputs, tolerance)
         figures["batch"] = [difference.to_dict() for difference in rows]
@@ -94,7 +94,7 @@ def _other_pass(
     except ForeignExitError:  # that is no way to refuse a batch
         raise
     except Exception as error:
-        return None, told(error)[:200]
+        return None, error_text(error)[:200]
     context.passes += 1
     return made, None
 
@@ -103,9 +103,9 @@ def _rows(
     first: Mapping[str, torch.Tensor],
     other: Mapping[str, torch.Tensor],
     inputs: Inputs,
-    tolerance: Tolerance,
+    tolerance: OutputTolerance,
     noise: Mapping[str, float] = {},
-) -> list[Difference]:
+) -> list[OutputDifference]:
     """Row 0 of each output that is a batch, in both passes."""
     sizes = _sizes(inputs)
     if inputs.is_list or sizes is None:
@@ -128,7 +128,7 @@ def _sizes(inputs: Inputs) -> tuple[int, int] | None:
 
 
 def _repeated(
-    model: nn.Module, inputs: Inputs, context: Context, dtype: torch.dtype, tolerance: Tolerance
+    model: nn.Module, inputs: Inputs, context: Context, dtype: torch.dtype, tolerance: OutputTolerance
 ) -> Iterator[Finding]:
     """Whether the first input gives the first outputs again."""
     first = context.first or {}
@@ -138,7 +138,7 @@ def _repeated(
         found = compare_outputs(first, again.outputs, tolerance)
         apart = [str(difference) for difference in found if not difference.is_close]
     except Exception as error:
-        found, apart = [], [told(error)]
+        found, apart = [], [error_text(error)]
     context.figures["behaviour"] |= {"repeat": [d.to_dict() for d in found], "differs": bool(apart)}
     if apart:
         yield Finding(

@@ -16,12 +16,12 @@ from torch import nn
 from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
-from ckptkit.normalize.selection import beside_weights, holding_suffix
+from ckptkit.normalize.selection import holding_suffix, other_parts
 from ckptkit.report import Finding, convert_command, listed
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
-from ckptkit.verifier.outputs import Tolerance, dtype_name, tolerance_of
+from ckptkit.verifier.outputs import OutputTolerance, dtype_name, tolerance_of
 from ckptkit.verifier.references import Reference
 from ckptkit.verifier.trace import Trace
 
@@ -95,7 +95,7 @@ class Context:
         """Where the forward check runs."""
         return self.devices[0]
 
-    def tolerance(self, checkpoints: Sequence[Checkpoint], *outputs: Mapping[str, torch.Tensor]) -> Tolerance:
+    def tolerance(self, checkpoints: Sequence[Checkpoint], *outputs: Mapping[str, torch.Tensor]) -> OutputTolerance:
         """How far outputs may be apart, by the types of weights and outputs on both sides; noise aside."""
         weights = {entry.dtype for checkpoint in checkpoints for entry in checkpoint.state_dict.values()}
         types = {dtype_name(tensor) for side in outputs for tensor in side.values()}
@@ -142,7 +142,7 @@ class Context:
             options: to add to those by which they were taken.
             like: whether to write exactly the reference's tensors; it has to have a name.
         """
-        alone = ("--weights-only",) if beside_weights(checkpoint) and not like else ()
+        alone = ("--weights-only",) if other_parts(checkpoint) and not like else ()
         spec = self.reference.spec
         model = self.model_options("--like", spec, self.reference.args) if like and spec is not None else ()
         suffix = holding_suffix(checkpoint.state_dict)

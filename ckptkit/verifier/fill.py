@@ -18,11 +18,11 @@ from torch import nn
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.verifier.context import shortened
-from ckptkit.verifier.foreign import foreign, told
-from ckptkit.verifier.measure import Fit, identity, named_values
-from ckptkit.verifier.probe import is_extra_state, loadable
+from ckptkit.verifier.foreign import error_text, foreign
+from ckptkit.verifier.load_trial import is_extra_state, loadable
+from ckptkit.verifier.measure import Fit, identity, model_values
 
-__all__ = ["become", "fill", "has_no_values", "has_own_loading", "without_value"]
+__all__ = ["become", "fill_model", "has_no_values", "has_own_loading", "without_value"]
 
 _LOADING = ("__setattr__", "_load_from_state_dict", "load_state_dict", "set_extra_state")
 """Methods that a load calls, and a module may have of its own."""
@@ -49,7 +49,7 @@ def become(model: nn.Module, other: nn.Module) -> None:
     model.__dict__ = other.__dict__
 
 
-def fill(
+def fill_model(
     model: nn.Module, state_dict: StateDict, values: Mapping[str, Any], fit: Fit, *, seeming: list[str]
 ) -> str | None:
     """Load; what is wrong, where something is.
@@ -62,7 +62,7 @@ def fill(
         seeming: gets the names that loading passed over without saying so.
     """
     assign = has_no_values(model)
-    before = named_values(model)
+    before = model_values(model)
     versions = {name: v._version for name, v in before.items() if isinstance(v, torch.Tensor)}
     slots = list(_slots(model)) if assign else []
     # A Parameter assigned to a buffer would make it a parameter.
@@ -75,13 +75,13 @@ def fill(
             for group in _groups(slots):
                 _settle(group, taken)
     except Exception as error:
-        return told(error)
+        return error_text(error)
     tolerated = {*fit.tied, *fit.allowed_missing, *fit.allowed_unexpected}
     left = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if name not in tolerated]
     if left:
         return f"these names were passed over: {shortened(left)}"
     known = {*fit.sources, *tolerated}
-    after = named_values(model)
+    after = model_values(model)
     seeming += [
         name
         for name, version in versions.items()

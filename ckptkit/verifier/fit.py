@@ -25,7 +25,7 @@ from ckptkit.verifier.advice import (
     sections_that_fit,
 )
 from ckptkit.verifier.context import Context, shortened
-from ckptkit.verifier.measure import Fit, ShapeMismatch, is_counter, like_model, measure, named_values
+from ckptkit.verifier.measure import Fit, ShapeMismatch, is_counter, like_model, measure_fit, model_values
 from ckptkit.verifier.references import build
 
 __all__ = ["check_fit"]
@@ -45,7 +45,7 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
     architecture = _architecture(fit, checkpoint, context)
     if architecture is not None:
         yield architecture
-    yield from _names(fit, checkpoint, named_values(model), context)
+    yield from _names(fit, checkpoint, model_values(model), context)
     if fit.mismatches:
         yield _shapes(fit, checkpoint, context)
     yield from _dtypes(fit, checkpoint.origin.path, context)
@@ -64,7 +64,7 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
 
 
 def _measured(model: nn.Module, checkpoint: Checkpoint, context: Context) -> Fit:
-    return measure(
+    return measure_fit(
         model,
         checkpoint.state_dict,
         allow_missing=context.allow_missing,
@@ -86,7 +86,7 @@ def _coverage(fit: Fit, context: Context) -> Finding:
 
 def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Context) -> Finding | None:
     """What explains all that does not fit, and makes a list of names superfluous."""
-    expected = named_values(model)
+    expected = model_values(model)
     if expected and (fit.missing or fit.unexpected or fit.mismatches):
         like = like_model(expected, context.reference.label)
         fittings = like.fittings(checkpoint.state_dict)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from ckptkit.errors import VerifyError
 from ckptkit.transfer.workers import SIGNALS
 
-__all__ = ["ForeignExitError", "foreign", "told"]
+__all__ = ["ForeignExitError", "error_text", "foreign"]
 
 _leave = os._exit
 
@@ -86,9 +86,9 @@ class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():
         if error is None:
             return
         if self._failed:
-            raise VerifyError(f"{self._failed}: {told(error)}") from error
+            raise VerifyError(f"{self._failed}: {error_text(error)}") from error
         if not isinstance(error, Exception):
-            raise ForeignExitError(f"the model's own code left by {told(error)}") from error
+            raise ForeignExitError(f"the model's own code left by {error_text(error)}") from error
 
     def _exit(self, status: int) -> NoReturn:
         """In place of ``os._exit``; a process that was forked ends by it, as it must."""
@@ -119,7 +119,7 @@ class _Aside:
         """Nothing: others go on writing to it."""
 
 
-def told(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """An exception in one line."""
     if isinstance(error, ForeignExitError) and error.__cause__ is not None:
         error = error.__cause__

@@ -14,10 +14,18 @@ from torch import nn
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.report import Finding
 from ckptkit.verifier.context import Context, floating_dtype, shortened
-from ckptkit.verifier.foreign import foreign, told
+from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.inputs import Batch
-from ckptkit.verifier.outputs import Tolerance, broken_values, compared, described, is_finite, output_tensors, shown
-from ckptkit.verifier.trace import Trace, leaves
+from ckptkit.verifier.outputs import (
+    OutputTolerance,
+    broken_values,
+    compared,
+    described,
+    is_finite,
+    output_tensors,
+    shown,
+)
+from ckptkit.verifier.trace import Trace, leaf_modules
 
 __all__ = ["Pass", "check_forward", "measured_noise", "model_dtype", "run"]
 
@@ -83,7 +91,7 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="forward-failed",
             severity="error",
-            message=f"the forward pass {place} failed: {told(error)}"
+            message=f"the forward pass {place} failed: {error_text(error)}"
             + ("" if is_given else "; where the model takes another input, give --input-shape"),
         )
         return
@@ -183,7 +191,7 @@ def measured_noise(
             continue
         for path, tensor in outputs.items():
             if path in made.outputs and made.outputs[path].shape == tensor.shape:
-                moved = compared(path, tensor, made.outputs[path], Tolerance(atol=0.0, rtol=0.0)).max_abs
+                moved = compared(path, tensor, made.outputs[path], OutputTolerance(atol=0.0, rtol=0.0)).max_abs
                 noise[path] = max(noise.get(path, 0.0), moved if math.isfinite(moved) else 0.0)
     return noise
 
@@ -212,7 +220,7 @@ def _moved(model: nn.Module) -> Iterator[None]:
 
     handles = [
         leaf.register_forward_pre_hook(lambda _module, given: tuple(moved(value) for value in given))
-        for _, leaf in leaves(model)
+        for _, leaf in leaf_modules(model)
     ]
     try:
         yield

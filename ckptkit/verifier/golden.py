@@ -39,7 +39,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.parts import require_whole
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.inputs import Input, Inputs, drawn_inputs
-from ckptkit.verifier.outputs import Tolerance, dtype_name
+from ckptkit.verifier.outputs import OutputTolerance, dtype_name
 
 __all__ = ["KEY", "VERSION", "Golden", "Recorded", "read_golden", "told_args"]
 
@@ -93,7 +93,7 @@ class Golden:
     outputs: tuple[Recorded, ...]
     dtype: str
     device: str
-    tolerance: Tolerance
+    tolerance: OutputTolerance
     weights: Mapping[str, str]
     versions: Mapping[str, str]
 
@@ -234,7 +234,7 @@ def _golden(fields: _Fields, values: Mapping[str, torch.Tensor], path: str) -> G
         outputs=outputs,
         dtype=dtype,
         device=fields.get("device", str),
-        tolerance=Tolerance(atol=atol, rtol=tolerance.number("rtol")),
+        tolerance=OutputTolerance(atol=atol, rtol=tolerance.number("rtol")),
         weights=fields.inner("weights").texts("tensors") if fields.has("weights") else {},
         versions=fields.texts("versions"),
     )

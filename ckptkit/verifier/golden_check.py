@@ -13,17 +13,17 @@ from safetensors.torch import save
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.digests import Line, content_digest, tensor_digest, unwrapped_names
+from ckptkit.digests import DigestLine, content_digest, tensor_digest, unwrapped_names
 from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
 from ckptkit.extras import __version__
-from ckptkit.plan import Literal, Plan
+from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.report import Finding, count_of
 from ckptkit.transfer import write_atomically
 from ckptkit.verifier.context import Context, shortened
 from ckptkit.verifier.forward import measured_noise, model_dtype
 from ckptkit.verifier.golden import KEY, VERSION, Golden, Recorded, read_golden, told_args
 from ckptkit.verifier.load import sources_of
-from ckptkit.verifier.outputs import Difference, Tolerance, compared, dtype_name, tolerance_of
+from ckptkit.verifier.outputs import OutputDifference, OutputTolerance, compared, dtype_name, tolerance_of
 
 __all__ = ["check_golden", "require_writable", "versions"]
 
@@ -85,7 +85,7 @@ def _digested(checkpoint: Checkpoint, context: Context) -> tuple[str | None, dic
     state_dict = checkpoint.state_dict
     digests = {name: tensor_digest(entry) for name, entry in state_dict.items()}
     named = zip(unwrapped_names(list(state_dict)), state_dict.items(), strict=True)
-    lines = [Line(name=bare, kind=e.dtype, shape=e.shape, digest=digests[name]) for bare, (name, e) in named]
+    lines = [DigestLine(name=bare, kind=e.dtype, shape=e.shape, digest=digests[name]) for bare, (name, e) in named]
     entries = (
         {} if context.fit is None else {n: (state_dict[s], digests[s]) for n, s in sources_of(context.fit).items()}
     )
@@ -106,7 +106,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         )
     default = context.tolerance((checkpoint,), first)
     recorded = tolerance_of([golden.dtype, *(o.dtype for o in golden.outputs)])
-    tolerance = Tolerance(
+    tolerance = OutputTolerance(
         atol=context.atol if context.atol is not None else max(golden.tolerance.atol, default.atol, recorded.atol),
         rtol=context.rtol if context.rtol is not None else max(golden.tolerance.rtol, default.rtol, recorded.rtol),
     )
@@ -119,7 +119,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         found = [_difference(o, first.get(o.path), tolerance.above(noise[o.path])) for o in golden.outputs]
     paths = {each.path for each in golden.outputs}
     found += [
-        Difference(path=path, is_equal=False, is_close=False, reason="it is not in the golden")
+        OutputDifference(path=path, is_equal=False, is_close=False, reason="it is not in the golden")
         for path in first
         if path not in paths
     ]
@@ -152,7 +152,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         )
 
 
-def _difference(recorded: Recorded, found: torch.Tensor | None, tolerance: Tolerance) -> Difference:
+def _difference(recorded: Recorded, found: torch.Tensor | None, tolerance: OutputTolerance) -> OutputDifference:
     reason = ""
     if found is None:
         reason = "it is missing"
@@ -160,7 +160,7 @@ def _difference(recorded: Recorded, found: torch.Tensor | None, tolerance: Toler
         shapes = ("x".join(map(str, shape)) or "scalar" for shape in (found.shape, recorded.shape))
         reason = " is the shape, recorded was ".join(shapes)
     if found is None or reason:
-        return Difference(path=recorded.path, is_equal=False, is_close=False, reason=reason)
+        return OutputDifference(path=recorded.path, is_equal=False, is_close=False, reason=reason)
     return compared(recorded.path, found.reshape(-1)[:: recorded.step], recorded.sample, tolerance)
 
 
@@ -224,7 +224,7 @@ def _written(
         data = save(stored, metadata={KEY: json.dumps(document)})
     except Exception as error:
         raise VerifyError(f"{path}: the outputs cannot be kept in safetensors: {error}") from error
-    plan = Plan(format="safetensors", nbytes=len(data), steps=(Literal(0, data),), tensors=len(stored), aliases={})
+    plan = Plan(format="safetensors", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=len(stored), aliases={})
     write_atomically(path, plan, force=context.force, check=lambda temporary, _: read_golden(temporary))
     sampled = sum(output["step"] != 1 for output in outputs)
     of = f", {sampled} of them as samples of 1 MiB" if sampled else ""

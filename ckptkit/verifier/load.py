@@ -17,10 +17,10 @@ from ckptkit.errors import UnsupportedError
 from ckptkit.report import Finding, count_of, share_of
 from ckptkit.torch_bridge import state_dict_of, tensors
 from ckptkit.verifier.context import Context, floating_dtype, shortened
-from ckptkit.verifier.fill import become, fill, has_no_values, has_own_loading, without_value
+from ckptkit.verifier.fill import become, fill_model, has_no_values, has_own_loading, without_value
 from ckptkit.verifier.foreign import foreign
-from ckptkit.verifier.measure import Fit, named_values
-from ckptkit.verifier.probe import is_extra_state
+from ckptkit.verifier.load_trial import is_extra_state
+from ckptkit.verifier.measure import Fit, model_values
 
 __all__ = ["check_load", "check_weights", "sources_of"]
 
@@ -50,11 +50,11 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
     if fit.allowed_missing and has_no_values(model):
         _give_values(model, context)  # what the file lacks is what the reference begins with
     with_own_code = has_own_loading(model)
-    problem = fill(model, checkpoint.state_dict, {**values, **others}, fit, seeming=passed_over)
+    problem = fill_model(model, checkpoint.state_dict, {**values, **others}, fit, seeming=passed_over)
     if has_no_values(model):  # loading code that copies by itself, or fails without values
         _give_values(model, context)
         passed_over.clear()
-        problem = fill(model, checkpoint.state_dict, {**values, **others}, fit, seeming=passed_over)
+        problem = fill_model(model, checkpoint.state_dict, {**values, **others}, fit, seeming=passed_over)
     context.seconds["load"] = time.perf_counter() - started
     if problem is not None:
         yield Finding(code="load-failed", severity="error", message=f"load_state_dict refused the weights: {problem}")
@@ -142,7 +142,7 @@ def _give_values(model: nn.Module, context: Context) -> None:
 def _compared(
     model: nn.Module, pairs: Iterable[tuple[str, torch.Tensor]], others: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    loaded = named_values(model)
+    loaded = model_values(model)
     different = [name for name, value in pairs if not _same(loaded[name], value)]
     different += [
         name for name, value in others.items() if not is_extra_state(name) and not _equal(loaded[name], value)
@@ -205,7 +205,7 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
     """Whether what came from the file are numbers, matrices are not all zero, and variances are positive."""
     if not context.loaded or context.fit is None:
         return
-    values = named_values(model)
+    values = model_values(model)
     from_file = [name for name, source in context.fit.sources.items() if source is not None]
     broken: list[str] = []
     masks: list[str] = []

@@ -15,7 +15,7 @@ from ckptkit.errors import VerifyError
 from ckptkit.pickling.layouts import Jagged, Nested, Quantized, Sparse, rebuilt
 from ckptkit.rewrite.like import Like
 from ckptkit.verifier.foreign import foreign
-from ckptkit.verifier.probe import is_extra_state, probe
+from ckptkit.verifier.load_trial import is_extra_state, try_load
 from ckptkit.verifier.references import ModelLike, build
 
 __all__ = [
@@ -25,8 +25,8 @@ __all__ = [
     "is_counter",
     "like_model",
     "like_reference",
-    "measure",
-    "named_values",
+    "measure_fit",
+    "model_values",
 ]
 
 
@@ -97,7 +97,7 @@ def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] == "num_batches_tracked"
 
 
-def named_values(model: nn.Module) -> dict[str, Any]:
+def model_values(model: nn.Module) -> dict[str, Any]:
     """The model's state_dict with its parameters as they are.
 
     Raises:
@@ -115,15 +115,15 @@ def like_reference(model: ModelLike, args: Mapping[str, object]) -> Like:
     """The tensors of a reference, for a checkpoint to be like; see `ckptkit.verifier.references.build`.
 
     Raises:
-        As `build` and `named_values`; RewriteError: it has none.
+        As `build` and `model_values`; RewriteError: it has none.
     """
     with foreign(), torch.random.fork_rng(devices=[]):
         built, reference = build(model, args)
-        return like_model(named_values(built), reference.label)
+        return like_model(model_values(built), reference.label)
 
 
 def like_model(expected: Mapping[str, Any], label: str) -> Like:
-    """The tensors of a model, by `named_values`."""
+    """The tensors of a model, by `model_values`."""
     shapes = {
         name: tuple(value.shape) if isinstance(value, torch.Tensor) and not is_extra_state(name) else None
         for name, value in expected.items()
@@ -135,7 +135,7 @@ def like_model(expected: Mapping[str, Any], label: str) -> Like:
     return Like(shapes, tied=[names for names in tied.values() if len(names) > 1], label=label)
 
 
-def measure(
+def measure_fit(
     model: nn.Module,
     state_dict: StateDict,
     *,
@@ -153,10 +153,10 @@ def measure(
         ties_once: whether the file's container stores tied tensors under one name alone.
 
     Raises:
-        VerifyError: see `named_values`.
+        VerifyError: see `model_values`.
     """
-    expected = named_values(model)
-    probed = probe(model, expected, state_dict)
+    expected = model_values(model)
+    probed = try_load(model, expected, state_dict)
     sources = dict(probed.sources)
     opaque = tuple(n for n in state_dict.extra if n in expected and not isinstance(expected[n], torch.Tensor))
     others = {n: v for n, v in state_dict.extra.items() if isinstance(expected.get(n), torch.Tensor)}

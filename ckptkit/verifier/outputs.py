@@ -11,8 +11,8 @@ import torch
 
 __all__ = [
     "TOLERANCES",
-    "Difference",
-    "Tolerance",
+    "OutputDifference",
+    "OutputTolerance",
     "broken_values",
     "compare_outputs",
     "compared",
@@ -29,7 +29,7 @@ _CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
+class OutputTolerance:
     """How far apart two outputs may be and still agree.
 
     They do when no element differs by more than ``atol + rtol * s``, where ``s`` is the largest magnitude in
@@ -44,7 +44,7 @@ class Tolerance:
         """The largest difference allowed in outputs of this magnitude."""
         return self.atol + self.rtol * scale
 
-    def above(self, noise: float) -> Tolerance:
+    def above(self, noise: float) -> OutputTolerance:
         """With room for noise: what is left where terms cancel is as uncertain as they were, whatever its size.
 
         Args:
@@ -58,11 +58,11 @@ class Tolerance:
         return {"atol": self.atol, "rtol": self.rtol}
 
 
-TOLERANCES: dict[str, Tolerance] = {
-    "float64": Tolerance(atol=0.0, rtol=1.5e-8),
-    "float32": Tolerance(atol=0.0, rtol=3.5e-4),
-    "float16": Tolerance(atol=0.0, rtol=3.2e-2),
-    "bfloat16": Tolerance(atol=0.0, rtol=8.9e-2),
+TOLERANCES: dict[str, OutputTolerance] = {
+    "float64": OutputTolerance(atol=0.0, rtol=1.5e-8),
+    "float32": OutputTolerance(atol=0.0, rtol=3.5e-4),
+    "float16": OutputTolerance(atol=0.0, rtol=3.2e-2),
+    "bfloat16": OutputTolerance(atol=0.0, rtol=8.9e-2),
 }
 """By the least precise type among weights and outputs, from the best to the worst.  ``rtol`` is the root of the
 type's spacing at 1 (``torch.finfo(dtype).eps``), rounded up: half of the digits it has, which leaves room for the
@@ -70,7 +70,7 @@ order in which a deep network adds up.  ``torch.testing.assert_close`` is strict
 is made for a single operation.  There is no ``atol``: outputs may be as small as 1e-10."""
 
 
-def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float | None = None) -> Tolerance:
+def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float | None = None) -> OutputTolerance:
     """The tolerance for results of these types; what is given counts.
 
     Args:
@@ -84,11 +84,11 @@ def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float |
     # What is below 16 bits is held to be as imprecise as the last one.
     ranks = [order.index(n) if n in order else len(order) - 1 for n in known if n in order or n.startswith("float")]
     default = TOLERANCES[order[max(ranks, default=order.index("float32"))]]
-    return Tolerance(atol=default.atol if atol is None else atol, rtol=default.rtol if rtol is None else rtol)
+    return OutputTolerance(atol=default.atol if atol is None else atol, rtol=default.rtol if rtol is None else rtol)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class OutputDifference:
     """How far two outputs are apart.
 
     Attributes:
@@ -130,13 +130,13 @@ class Difference:
         return f"{name} differs by up to {self.max_abs:.2g} ({self.max_rel:.2g} of its largest value)"
 
 
-def compared(path: str, a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) -> Difference:
+def compared(path: str, a: torch.Tensor, b: torch.Tensor, tolerance: OutputTolerance) -> OutputDifference:
     """How far two tensors are apart; both on the CPU."""
     if a.shape != b.shape:
         reason = f"shape {_sizes(a)} against {_sizes(b)}"
-        return Difference(path=path, is_equal=False, is_close=False, reason=reason)
+        return OutputDifference(path=path, is_equal=False, is_close=False, reason=reason)
     if a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)):
-        return Difference(path=path, is_equal=True, is_close=True)
+        return OutputDifference(path=path, is_equal=True, is_close=True)
     inexact = _is_inexact(a) or _is_inexact(b)
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     # The largest number there is stands for infinity, in masks.
@@ -152,7 +152,7 @@ def compared(path: str, a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) 
             finite = part.abs()[part.abs() < largest_number]
             scale = max(scale, float(finite.max()) if finite.numel() else 0.0)
     allowed = tolerance.bound(scale) if inexact else 0.0
-    return Difference(
+    return OutputDifference(
         path=path,
         is_equal=False,
         is_close=largest <= allowed,
@@ -165,9 +165,9 @@ def compared(path: str, a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) 
 def compare_outputs(
     ours: Mapping[str, torch.Tensor],
     theirs: Mapping[str, torch.Tensor],
-    tolerance: Tolerance,
+    tolerance: OutputTolerance,
     noise: Callable[[], Mapping[str, float]] | None = None,
-) -> list[Difference]:
+) -> list[OutputDifference]:
     """Every output of either side, compared with the other side's.
 
     Args:
@@ -182,7 +182,9 @@ def compare_outputs(
             found.append(compared(path, ours[path], theirs[path], tolerance))
         else:
             side = "first" if path in ours else "second"
-            found.append(Difference(path=path, is_equal=False, is_close=False, reason=f"only the {side} run has it"))
+            found.append(
+                OutputDifference(path=path, is_equal=False, is_close=False, reason=f"only the {side} run has it")
+            )
     if noise is None or all(difference.is_close or difference.reason for difference in found):
         return found
     floors = noise()

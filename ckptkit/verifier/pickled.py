@@ -23,8 +23,8 @@ from ckptkit.errors import VerifyError
 from ckptkit.report import Finding, count_of
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.context import shortened
-from ckptkit.verifier.foreign import foreign, told
-from ckptkit.verifier.measure import named_values
+from ckptkit.verifier.foreign import error_text, foreign
+from ckptkit.verifier.measure import model_values
 from ckptkit.verifier.references import Reference
 
 __all__ = ["load_pickled", "unsafe_findings"]
@@ -61,7 +61,7 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
             loaded = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
         raise VerifyError(
-            f"{path}: the pickled model cannot be loaded: {told(error)}; its classes must be "
+            f"{path}: the pickled model cannot be loaded: {error_text(error)}; its classes must be "
             "importable from here, or give --model REF"
         ) from error
     module = _module(loaded, checkpoint.origin.state_path or "")
@@ -115,7 +115,7 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
         message="the pickled model itself is run, as --unsafe-load asks; loading it imported "
         f"{count_of(len(names), 'name')}: {shortened(names, 8)}",
     )
-    theirs = named_values(module)
+    theirs = model_values(module)
     ours = tensors(checkpoint.state_dict, map_location="cpu")
     apart = [name for name in dict.fromkeys((*ours, *theirs)) if not _same(ours.get(name), theirs.get(name))]
     apart = [name for name in apart if name not in checkpoint.state_dict.extra]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptkit.verifier.outputs import Tolerance, compared, output_tensors
+from ckptkit.verifier.outputs import OutputTolerance, compared, output_tensors
 
-__all__ = ["Parting", "Trace", "leaves"]
+__all__ = ["Parting", "Trace", "leaf_modules"]
 
 _CALL_NUMEL = 1 << 20
 """Elements kept of one call's output."""
@@ -69,7 +69,7 @@ class Trace:
             yield
 
     @contextmanager
-    def comparing(self, model: nn.Module, tolerance: Tolerance) -> Iterator[Callable[[], Parting]]:
+    def comparing(self, model: nn.Module, tolerance: OutputTolerance) -> Iterator[Callable[[], Parting]]:
         """Compare what runs inside the block with what was recorded; what it gives says what came of it."""
         differs: list[str] = []
         parts: list[str] = []
@@ -97,7 +97,7 @@ class Trace:
             )
 
 
-def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def leaf_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules without children, with their names; compiled ones take no hooks."""
     for name, module in model.named_modules():
         if next(module.children(), None) is None and not isinstance(module, torch.jit.ScriptModule):
@@ -125,7 +125,7 @@ def _watched(model: nn.Module, note: Callable[[_Key, torch.Tensor], None]) -> It
         handles.append(module.register_forward_hook(hook))
 
     try:
-        for name, module in leaves(model):
+        for name, module in leaf_modules(model):
             watch(name, module)
         yield
     finally:

@@ -12,8 +12,8 @@ import pytest
 from ckptkit.architectures.index import (
     LIBRARIES,
     SKETCH,
+    ArchitectureIndex,
     Free,
-    Index,
     load,
     names_digest,
     shapes_digest,
@@ -100,7 +100,7 @@ def test_rows_are_found_by_their_sketches(tmp_path: Path) -> None:
     hashes = [[1, 2], [2, 3], [4]]
     packed = [struct.pack(f"<{SKETCH}I", *some, *[0] * (SKETCH - len(some))) for some in hashes]
     (tmp_path / "mine.sketches").write_bytes(b"".join(binascii.b2a_base64(line) for line in packed))
-    index = Index("mine", tmp_path)
+    index = ArchitectureIndex("mine", tmp_path)
     assert index.sharing([2, 3]) == {0: 1, 1: 2}
     assert index.sharing([9]) == {}
     assert [index.sketch(number) for number in range(3)] == hashes

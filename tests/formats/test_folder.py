@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 import ckptkit
 from ckptkit.errors import MissingFileError
-from ckptkit.formats.folder import Survey, Surveyor, says_checkpoint, told
+from ckptkit.formats.folder import FolderSurvey, Surveyor, passed_over_text, says_checkpoint
 from ckptkit.transfer import names
 from ckptkit.transfer.names import is_temporary_name
 
@@ -51,7 +51,7 @@ def array(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def survey(folder: Path) -> Survey:
+def survey(folder: Path) -> FolderSurvey:
     surveyor = Surveyor(is_unfinished=is_temporary_name)
     surveyor.folder(str(folder))
     return surveyor.result()
@@ -185,7 +185,7 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
         "p",
         "text",
     }
-    line = told(result.passed_over)
+    line = passed_over_text(result.passed_over)
     assert line.startswith("passed over: 15 files (2 pickles, 2 text files, 1 ") and line.endswith(")")
 
 

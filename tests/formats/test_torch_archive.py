@@ -32,7 +32,7 @@ import ckptkit
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.derived import DeflatedRange
+from ckptkit.computed import DeflatedRange
 from ckptkit.errors import (
     AmbiguousError,
     CkptkitError,
@@ -42,7 +42,7 @@ from ckptkit.errors import (
     UnknownFormatError,
     UnsupportedError,
 )
-from ckptkit.formats.contents import Contents
+from ckptkit.formats.contents import ContentSearch
 from ckptkit.formats.zip_archive import read_directory
 from ckptkit.formats.zip_records import record_source
 from ckptkit.limits import Limits
@@ -337,7 +337,7 @@ def test_past_the_bounds_nothing_is_vouched_for(plain: Path) -> None:
 
 def test_of_an_honest_file_nothing_more_is_read(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
-    monkeypatch.setattr(Contents, "look", lambda self, name, held, **_: looked.append(name))
+    monkeypatch.setattr(ContentSearch, "look", lambda self, name, held, **_: looked.append(name))
     read(plain)
     assert looked == []
 

@@ -18,7 +18,7 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
 from ckptkit.errors import UnsupportedError
 from ckptkit.formats import torch_zip_writer
-from ckptkit.plan import Copy, Literal, Plan
+from ckptkit.plan import Copy, LiteralBytes, Plan
 from ckptkit.transfer import write_atomically
 
 Save = Callable[..., Path]
@@ -144,7 +144,7 @@ def test_storages_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
     with open(path, "wb") as out:
         out.truncate(plan.nbytes)
         for step in plan.steps:
-            if isinstance(step, Literal):
+            if isinstance(step, LiteralBytes):
                 out.seek(step.target)
                 out.write(step.data)
     with zipfile.ZipFile(path) as archive:

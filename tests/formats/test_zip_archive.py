@@ -36,7 +36,7 @@ from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.formats.torch_zip_writer import ZipWriter
 from ckptkit.formats.zip_archive import Record, read_directory, read_record
 from ckptkit.limits import Limits
-from ckptkit.plan import Literal
+from ckptkit.plan import LiteralBytes
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def ours() -> bytes:
     steps, nbytes = writer.finish()
     out = bytearray(nbytes)
     for step in steps:
-        assert isinstance(step, Literal)
+        assert isinstance(step, LiteralBytes)
         out[step.target : step.target + step.nbytes] = step.data
     return bytes(out)
 

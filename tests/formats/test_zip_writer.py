@@ -15,7 +15,7 @@ from zip_samples import content
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.formats.torch_zip_writer import ALIGNMENT, ZipWriter
 from ckptkit.formats.zip_archive import read_directory, read_record
-from ckptkit.plan import Checksum, Copy, Literal
+from ckptkit.plan import Checksum, Copy, LiteralBytes
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def laid_out(writer: ZipWriter, path: Path) -> list[Any]:
     steps, nbytes = writer.finish()
     with open(path, "wb") as out:
         for step in steps:
-            if isinstance(step, Literal):
+            if isinstance(step, LiteralBytes):
                 out.seek(step.target)
                 out.write(step.data)
             elif isinstance(step, Copy):
@@ -121,8 +121,8 @@ def test_beyond_4_gib_without_writing_4_gib(sizes: tuple[int, ...], tmp_path: Pa
     with open(path, "wb") as out:
         out.truncate(nbytes)  # a hole where the copies would go
         for step in steps:
-            assert isinstance(step, (Literal, Copy))
-            if isinstance(step, Literal):
+            assert isinstance(step, (LiteralBytes, Copy))
+            if isinstance(step, LiteralBytes):
                 out.seek(step.target)
                 out.write(step.data)
     assert path.stat().st_size == nbytes
@@ -152,7 +152,7 @@ def test_zip64_values_stand_in_their_order(tmp_path: Path) -> None:
     writer.add_literal("small", b"x")
     steps, _ = writer.finish()
     directory = steps[-1]
-    assert isinstance(directory, Literal)
+    assert isinstance(directory, LiteralBytes)
     at = directory.data.index(b"r/small") + len(b"r/small")
     tag, size, offset = struct.unpack_from("<HHQ", directory.data, at)
     assert (tag, size) == (1, 8)

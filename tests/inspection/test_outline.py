@@ -13,7 +13,7 @@ from torch import nn
 import ckptkit
 from ckptkit.inspection import survey
 from ckptkit.inspection.listing import TensorRow
-from ckptkit.inspection.outline import Line, Outline
+from ckptkit.inspection.outline import Outline, OutlineLine
 
 Save = Callable[..., Path]
 
@@ -33,7 +33,7 @@ def lines(rows: Sequence[TensorRow], depth: int = 50, **options: Any) -> list[st
     return [shown(line) for line in Outline(rows, **options).lines(depth)]
 
 
-def shown(line: Line) -> str:
+def shown(line: OutlineLine) -> str:
     return "." * line.level + line.label + (f" x{line.copies}" if line.copies > 1 else "")
 
 

@@ -15,7 +15,7 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.errors import CorruptError, LimitError, SectionError
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, lower_state_dict, normalize
-from ckptkit.normalize.sections import Survey, brief, join, step
+from ckptkit.normalize.sections import SectionSearch, brief, join, step
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
 
 
@@ -109,7 +109,7 @@ def test_one_large_value_under_many_keys(entry: TensorEntry, file: SourceFile) -
     root = InertDict([*((f"k{i}", [large, i]) for i in range(20_000)), ("weights", InertDict([("w", entry)]))])
     assert normalized(root, file).origin.state_path == "weights"
     holding = [entry, *large]
-    survey = Survey(InertDict([("w", entry), ("v.v", entry), *((f"k{i}", [holding, i]) for i in range(20_000))]))
+    survey = SectionSearch(InertDict([("w", entry), ("v.v", entry), *((f"k{i}", [holding, i]) for i in range(20_000))]))
     assert len(survey.sections()) == 20_002
 
 

@@ -15,7 +15,7 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.pickling.dialects import LegacyTable, era
+from ckptkit.pickling.dialects import LegacyTable, writing_release
 from ckptkit.pickling.inert import Global, InertDict, Object, walk
 from ckptkit.pickling.reader import PickleResult, read_pickle
 
@@ -257,9 +257,9 @@ def test_the_era() -> None:
             name.calls = 1
         return made
 
-    assert era([]) is None
-    assert era([Global("torch._utils", "_rebuild_tensor_v2")]) is None
-    assert era(called("torch._utils._rebuild_tensor")) == "torch 0.1 to 0.3"
-    assert era(called("torch.nn.parameter.Parameter")) == "torch 0.1 to 0.3"
-    assert str(era(called("torch._utils._rebuild_tensor_v2"))).startswith("torch 0.4 to 1.5")
-    assert str(era(called("torch._utils._rebuild_tensor_v3"))).startswith("torch 2.0 or later")
+    assert writing_release([]) is None
+    assert writing_release([Global("torch._utils", "_rebuild_tensor_v2")]) is None
+    assert writing_release(called("torch._utils._rebuild_tensor")) == "torch 0.1 to 0.3"
+    assert writing_release(called("torch.nn.parameter.Parameter")) == "torch 0.1 to 0.3"
+    assert str(writing_release(called("torch._utils._rebuild_tensor_v2"))).startswith("torch 0.4 to 1.5")
+    assert str(writing_release(called("torch._utils._rebuild_tensor_v3"))).startswith("torch 2.0 or later")

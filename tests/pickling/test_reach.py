@@ -124,7 +124,7 @@ def graph_module(imports: object, code: object = CODE) -> dict[str, tuple[str, s
 
 def reach_call(imports: object, code: object) -> calls.Global:
     callee = calls.Global("torch.fx.graph_module", "reduce_graph_module")
-    watch = calls.Reach(calls.Global).watcher(callee)
+    watch = calls.CallsThatReach(calls.Global).watcher(callee)
     assert watch is not None
     watch((InertDict([("_code", code)]), imports))
     return callee
@@ -181,7 +181,7 @@ def test_code_that_torch_never_generates(imports: object, code: object, words: s
 
 def test_the_same_text_called_a_million_times_is_looked_through_once_and_no_more() -> None:
     callee = calls.Global("torch.fx.graph_module", "reduce_graph_module")
-    watch = calls.Reach(calls.Global).watcher(callee)
+    watch = calls.CallsThatReach(calls.Global).watcher(callee)
     assert watch is not None
     body = InertDict([("_code", CODE + "    # " + "x" * 1_000_000)])
     for _ in range(100_000):

@@ -16,7 +16,7 @@ import torch
 from ckptkit import formats
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.formats.contents import Contents
+from ckptkit.formats.contents import ContentSearch
 from ckptkit.inspection import describe_error
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import PersistentId
@@ -225,7 +225,7 @@ def test_an_error_keeps_the_names_of_the_pickles_before_it() -> None:
 )
 def test_the_names_in_a_record_that_nothing_refers_to(data: bytes, expected: list[str], tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(data)
-    contents = Contents(DEFAULT_LIMITS)
+    contents = ContentSearch(DEFAULT_LIMITS)
     with closing(SourceFile(tmp_path / "x")) as file:
         contents.look("archive/evil.pkl", ByteRange(file, 0, file.size))
     uses = [use for use in contents.uses() if use.kind == "name"]

@@ -19,7 +19,7 @@ import ckptkit
 from ckptkit import Compact
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Checkpoint, Origin, StateDict, Storage, TensorEntry
-from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.pickling.inert import InertDict
 from ckptkit.rewrite.storages import dead_bytes
 
@@ -164,7 +164,7 @@ def test_a_converted_storage_is_cut_between_values() -> None:
         key="0", dtype="float32", nbytes=400, location="cpu",
         source=ByteRange(file=None, offset=0, nbytes=400),  # type: ignore[arg-type]
     )  # fmt: skip
-    conversion = Conversion(original.source, 4, 2, lambda data: data[::2], "w", "float16")  # type: ignore[arg-type]
+    conversion = DTypeConversion(original.source, 4, 2, lambda data: data[::2], "w", "float16")  # type: ignore[arg-type]
     cast = Storage(
         key="0", dtype="float16", nbytes=200, location="cpu", source=ConvertedRange(conversion, 0, 200),
         original=original,

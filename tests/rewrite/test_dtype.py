@@ -18,7 +18,7 @@ import ckptkit
 from ckptkit import CastDtype, DTypeError
 from ckptkit.casting import CAST_TARGETS, Caster, Losses
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
-from ckptkit.derived import ConvertedRange
+from ckptkit.computed import ConvertedRange
 from ckptkit.pickling.inert import InertDict, walk
 from ckptkit.torch_bridge import tensors
 

@@ -15,7 +15,7 @@ import torch
 
 import ckptkit
 from ckptkit.bytesource import ByteRange, SourceFile
-from ckptkit.plan import Checksum, Copy, Literal, Plan, Step
+from ckptkit.plan import Checksum, Copy, LiteralBytes, Plan, Step
 from ckptkit.transfer import Tally, execute, write_atomically
 
 DATA = os.urandom(200_000)
@@ -38,7 +38,7 @@ def plan_of(*steps: Step) -> Plan:
 
 def some_plan(source: SourceFile) -> Plan:
     head = b"head" + bytes(4)
-    return plan_of(Literal(0, head), Copy(8, ByteRange(source, 1000, 150_001)), Checksum(4, 8, 150_001))
+    return plan_of(LiteralBytes(0, head), Copy(8, ByteRange(source, 1000, 150_001)), Checksum(4, 8, 150_001))
 
 
 def some_result() -> bytes:

@@ -14,7 +14,7 @@ from plans import DATA, executed, plan_of, posix_only, some_plan, some_result, u
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import CorruptError
-from ckptkit.plan import Copy, Literal
+from ckptkit.plan import Copy, LiteralBytes
 from ckptkit.transfer import steps
 from ckptkit.transfer.steps import Copier
 
@@ -61,7 +61,7 @@ def test_every_way_of_copying(
         monkeypatch.setattr(os, name, unavailable(reason))
     nbytes = 3000 if short else 150_001
     moved: list[int] = []
-    executed(out, plan_of(Literal(0, b"x"), Copy(1, ByteRange(source, 7, nbytes))), moved.append)
+    executed(out, plan_of(LiteralBytes(0, b"x"), Copy(1, ByteRange(source, 7, nbytes))), moved.append)
     assert out.read_bytes() == b"x" + DATA[7 : 7 + nbytes]
     assert sum(moved) == nbytes + 1
     assert set(calls) == {way} - {"read_write"}

@@ -22,7 +22,7 @@ from plans import DATA, only, plan_of, posix_only, some_plan, some_result, unava
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, DestinationExistsError, FileAccessError
-from ckptkit.plan import Copy, Digest, Gather, Literal
+from ckptkit.plan import Copy, Digest, Gather, LiteralBytes
 from ckptkit.transfer import steps
 
 Entry = Callable[[torch.Tensor], TensorEntry]
@@ -369,7 +369,7 @@ def test_a_digest_that_fails_while_bytes_are_moved(source: SourceFile, out: Path
     with closing(SourceFile(tmp_path / "hashed")) as hashed:
         os.truncate(hashed.path, 10)
         copies = [Copy(64 + 100 * number, ByteRange(source, 0, 100)) for number in range(20)]
-        plan = plan_of(Literal(0, bytes(64)), *copies, Digest(0, hashed))
+        plan = plan_of(LiteralBytes(0, bytes(64)), *copies, Digest(0, hashed))
         with pytest.raises(CorruptError, match="became shorter while it was read") as caught:
             write(out, plan, progress=lambda *_: time.sleep(0.005))
         assert caught.value.path == hashed.path

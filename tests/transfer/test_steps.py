@@ -18,10 +18,10 @@ from ckptkit import formats
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.casting import caster
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.derived import Conversion, ConvertedRange
+from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError
-from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, Literal
+from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes
 from ckptkit.rewrite import CastDtype
 from ckptkit.transfer import steps, values, workers
 
@@ -32,7 +32,9 @@ def test_gathers_and_empty_steps(entry: Entry, source: SourceFile, out: Path) ->
     tensor = torch.arange(12.0).view(3, 4).t()
     empty = entry(torch.ones(0, 3))
     moved: list[int] = []
-    plan = plan_of(Literal(0, b"ab"), Gather(2, entry(tensor)), Gather(50, empty), Copy(50, ByteRange(source, 5, 0)))
+    plan = plan_of(
+        LiteralBytes(0, b"ab"), Gather(2, entry(tensor)), Gather(50, empty), Copy(50, ByteRange(source, 5, 0))
+    )
     executed(out, plan, moved.append)
     assert out.read_bytes() == b"ab" + bits(tensor)
     assert sum(moved) == 50
@@ -55,25 +57,25 @@ def test_checksums_of_one_extent_are_computed_once(
     monkeypatch.setattr(steps, "_crc32", lambda fd, at, n: computed.append((at, n)) or real(fd, at, n))
     monkeypatch.setattr(steps, "_CACHED_NBYTES", 1000)
     copy = Copy(8, ByteRange(source, 0, 5000))
-    executed(out, plan_of(Literal(0, bytes(8)), copy, Checksum(0, 8, 5000), Checksum(4, 8, 5000)))
+    executed(out, plan_of(LiteralBytes(0, bytes(8)), copy, Checksum(0, 8, 5000), Checksum(4, 8, 5000)))
     assert computed == [(8, 5000)]
     assert out.read_bytes()[:8] == zlib.crc32(DATA[:5000]).to_bytes(4, "little") * 2
 
 
 def test_steps_are_written_at_the_planned_places(source: SourceFile, out: Path) -> None:
-    executed(out, plan_of(Literal(3, b"abc"), Copy(10, ByteRange(source, 0, 5))))
+    executed(out, plan_of(LiteralBytes(3, b"abc"), Copy(10, ByteRange(source, 0, 5))))
     assert out.read_bytes() == bytes(3) + b"abc" + bytes(4) + DATA[:5]
 
 
 # Casts.
 
 
-def conversion(source: ByteRange, before: str, after: str) -> Conversion:
+def conversion(source: ByteRange, before: str, after: str) -> DTypeConversion:
     widths = DTYPES[before].itemsize, DTYPES[after].itemsize
-    return Conversion(source, *widths, caster(before, after), "tensor 'w'", before)
+    return DTypeConversion(source, *widths, caster(before, after), "tensor 'w'", before)
 
 
-def all_of(conversion: Conversion) -> ConvertedRange:
+def all_of(conversion: DTypeConversion) -> ConvertedRange:
     return ConvertedRange(conversion, 0, conversion.nbytes)
 
 
@@ -89,7 +91,9 @@ def test_casts_in_pieces_are_one_cast(
     second = conversion(ByteRange(source, 100_000, 808), before, after)
     end = 3 + first.nbytes
     moved: list[int] = []
-    tally = executed(out, plan_of(Literal(0, b"abc"), Cast(3, all_of(first)), Cast(end, all_of(second))), moved.append)
+    tally = executed(
+        out, plan_of(LiteralBytes(0, b"abc"), Cast(3, all_of(first)), Cast(end, all_of(second))), moved.append
+    )
     expected = [each.function(each.original.read()) for each in (first, second)]
     assert out.read_bytes() == b"abc" + b"".join(expected)
     assert sum(moved) == out.stat().st_size
@@ -146,7 +150,7 @@ def test_digests_are_those_of_the_files(source: SourceFile, out: Path, tmp_path:
         files.append(SourceFile(tmp_path / str(number)))
     wanted = [*files, source, files[1]]  # one file twice
     places = [Digest(4 + 64 * number, file) for number, file in enumerate(wanted)]
-    executed(out, plan_of(Literal(0, bytes(4 + 64 * len(wanted))), *places, Checksum(0, 4, 64 * len(wanted))))
+    executed(out, plan_of(LiteralBytes(0, bytes(4 + 64 * len(wanted))), *places, Checksum(0, 4, 64 * len(wanted))))
     expected = b"".join(map(hexadecimal, [*contents, DATA, contents[1]]))
     assert out.read_bytes() == zlib.crc32(expected).to_bytes(4, "little") + expected
     for file in files:
@@ -163,21 +167,21 @@ def test_a_hashed_file_that_changes_meanwhile(source: SourceFile, out: Path, cha
     if change == "cut":
         os.truncate(source.path, 1000)
     with pytest.raises(CorruptError, match="became shorter" if change == "cut" else "was changed while") as caught:
-        executed(out, plan_of(Literal(0, bytes(64)), Digest(0, source)), touch)
+        executed(out, plan_of(LiteralBytes(0, bytes(64)), Digest(0, source)), touch)
     assert caught.value.path == source.path
 
 
 def test_a_digest_that_is_no_longer_wanted(source: SourceFile) -> None:
     stop = threading.Event()
     stop.set()
-    digests = steps.Digests([source], stop)
+    digests = steps.DigestsInPassing([source], stop)
     digests.join()
     assert digests._found == {}
 
 
 def test_what_depends_on_digests_is_left_for_later(source: SourceFile, out: Path) -> None:
     plan = plan_of(
-        Literal(0, bytes(8)), Copy(8, ByteRange(source, 0, 1000)), Literal(1008, bytes(64)),
+        LiteralBytes(0, bytes(8)), Copy(8, ByteRange(source, 0, 1000)), LiteralBytes(1008, bytes(64)),
         Digest(1008, source), Checksum(0, 8, 1000), Checksum(4, 1008, 64),
     )  # fmt: skip
     over_copy = zlib.crc32(DATA[:1000]).to_bytes(4, "little")
@@ -187,10 +191,10 @@ def test_what_depends_on_digests_is_left_for_later(source: SourceFile, out: Path
         try:
             steps.reserve(fd, plan.nbytes)
             steps.move(plan, fd, steps.Tally())
-            steps.fill(plan, fd, checksums=wanted)
+            steps.fill_file(plan, fd, checksums=wanted)
             first = over_copy if wanted else bytes(4)
             assert out.read_bytes() == first + bytes(4) + DATA[:1000] + bytes(64)
-            steps.fill(plan, fd, steps.Digests([source], threading.Event()), checksums=False)
+            steps.fill_file(plan, fd, steps.DigestsInPassing([source], threading.Event()), checksums=False)
             assert out.read_bytes() == first + over_literal + DATA[:1000] + hexadecimal(DATA)
         finally:
             os.close(fd)

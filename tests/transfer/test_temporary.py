@@ -14,13 +14,13 @@ from plans import ASKED, INDEX, SHARD_SIZES, files_of, held, only, plan_of, posi
 
 import ckptkit
 from ckptkit.bytesource import SourceFile
-from ckptkit.plan import Literal
+from ckptkit.plan import LiteralBytes
 from ckptkit.transfer import names
-from ckptkit.transfer.names import Output, created, is_temporary_name, sweep
+from ckptkit.transfer.names import Output, created, is_temporary_name, remove_stale
 
 pytestmark = posix_only
 
-PLAN = plan_of(Literal(0, b"new"))
+PLAN = plan_of(LiteralBytes(0, b"new"))
 
 
 def left(path: Path) -> str:
@@ -89,7 +89,7 @@ def test_what_is_not_ours_to_remove(out: Path, monkeypatch: pytest.MonkeyPatch) 
         (folder / name).touch()
     stale = left(out)
     before = set(os.listdir(folder))
-    sweep(str(folder))
+    remove_stale(str(folder))
     gone = before - set(os.listdir(folder))
     assert stale in gone
     assert all(is_temporary_name(name) and name not in others for name in gone)
@@ -101,7 +101,7 @@ def test_many_that_a_killed_run_left(out: Path) -> None:
     """More than may be open at a time, as of a run that wrote thousands of shards."""
     for _ in range(700):
         left(out)
-    sweep(str(out.parent))
+    remove_stale(str(out.parent))
     assert only(out) == []
 
 
@@ -110,9 +110,9 @@ def test_an_index_that_cannot_be_read_names_anything(out: Path, monkeypatch: pyt
     (out.parent / "index.json").write_text("{}")
     with monkeypatch.context() as patched:
         patched.setattr(names, "SourceFile", lambda path: (_ for _ in ()).throw(PermissionError(path)))
-        sweep(str(out.parent))
+        remove_stale(str(out.parent))
     assert stale in only(out)
-    sweep(str(out.parent))
+    remove_stale(str(out.parent))
     assert only(out) == ["index.json"]
 
 
@@ -146,7 +146,7 @@ def test_where_there_are_no_locks(out: Path, monkeypatch: pytest.MonkeyPatch) ->
     output = created(PLAN, str(out), out.name)
     assert not output.host
     monkeypatch.undo()
-    sweep(str(out.parent))
+    remove_stale(str(out.parent))
     assert only(out) == [os.path.basename(output.temporary)]
     assert stale not in only(out)
     output.close()
@@ -160,11 +160,11 @@ def test_runs_that_sweep_while_others_begin(out: Path) -> None:
 
     def sweeping() -> None:
         while not done.is_set():
-            sweep(str(out.parent))
+            remove_stale(str(out.parent))
 
     def writing(number: int) -> bytes:
         path = out.with_name(f"{number}.bin")
-        write(path, plan_of(Literal(0, str(number).encode())), check=None)
+        write(path, plan_of(LiteralBytes(0, str(number).encode())), check=None)
         return path.read_bytes()
 
     sweepers = [threading.Thread(target=sweeping) for _ in range(2)]
@@ -252,8 +252,8 @@ def test_a_link_of_a_locked_file_is_locked_too(out: Path) -> None:
     output: Output = created(PLAN, str(out), out.name)
     second = names._beside(str(out), output.host)
     os.link(output.temporary, second)
-    sweep(str(out.parent))
+    remove_stale(str(out.parent))
     assert len(only(out)) == 2
     output.close()
-    sweep(str(out.parent))
+    remove_stale(str(out.parent))
     assert only(out) == []

@@ -13,7 +13,7 @@ from torch import nn
 
 import ckptkit
 from ckptkit.report import Finding, Report
-from ckptkit.verifier.outputs import TOLERANCES, Tolerance, compared, tolerance_of
+from ckptkit.verifier.outputs import TOLERANCES, OutputTolerance, compared, tolerance_of
 
 
 class Net(nn.Module):
@@ -183,7 +183,7 @@ def test_small_outputs_are_held_to_their_own_size(verify: Verify) -> None:
 
 
 def test_comparing_tensors() -> None:
-    tight = Tolerance(atol=0.0, rtol=1e-3)
+    tight = OutputTolerance(atol=0.0, rtol=1e-3)
     a = torch.tensor([1.0, 100.0])
     near = compared("", a, a + torch.tensor([0.05, 0.0]), tight)
     assert near.is_close and not near.is_equal  # a twentieth of a small element, judged by the largest one
@@ -211,5 +211,5 @@ def test_tolerances_by_dtype() -> None:
     assert tolerance_of(["float32", "float16", "float64"]) == TOLERANCES["float16"]
     assert tolerance_of(["float8_e4m3fn", "float32"]) == tolerance_of(["bfloat16"]) == TOLERANCES["bfloat16"]
     assert tolerance_of(["complex64"]) == tolerance_of([]) == TOLERANCES["float32"]
-    assert tolerance_of(["float32"], rtol=0.5) == Tolerance(atol=0.0, rtol=0.5)
+    assert tolerance_of(["float32"], rtol=0.5) == OutputTolerance(atol=0.0, rtol=0.5)
     assert tolerance_of(["float32"], atol=0.0, rtol=0.0).bound(100) == 0

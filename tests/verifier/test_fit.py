@@ -109,11 +109,11 @@ def test_names_that_torch_itself_upgrades(run: Run) -> None:
 
 def test_the_probe_leaves_the_model_alone() -> None:
     from ckptkit.checkpoint import StateDict
-    from ckptkit.verifier.measure import measure
+    from ckptkit.verifier.measure import measure_fit
 
     model = Net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    fit = measure(model, StateDict({}))
+    fit = measure_fit(model, StateDict({}))
     assert fit.tensors == 0 and len(fit.missing) == 8 and fit.counters == ("body.1.num_batches_tracked",)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not model._load_state_dict_post_hooks

@@ -21,7 +21,7 @@ import ckptkit
 from ckptkit.errors import VerifyError
 from ckptkit.report import Report
 from ckptkit.testing import assert_fits
-from ckptkit.verifier.foreign import ForeignExitError, foreign, told
+from ckptkit.verifier.foreign import ForeignExitError, error_text, foreign
 
 ROOT = Path(ckptkit.__file__).parents[1]
 
@@ -198,7 +198,7 @@ def test_handlers_that_the_code_sets_are_taken_back() -> None:
 def test_what_is_told_twice_is_told_once() -> None:
     with pytest.raises(ForeignExitError) as caught, foreign(), foreign():
         sys.exit(4)
-    assert told(caught.value) == "SystemExit: 4"
+    assert error_text(caught.value) == "SystemExit: 4"
 
 
 # The command.

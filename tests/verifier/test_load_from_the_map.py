@@ -16,7 +16,7 @@ from ckptkit.verifier import load as loading
 from ckptkit.verifier.context import Context
 from ckptkit.verifier.fill import without_value
 from ckptkit.verifier.load import check_load
-from ckptkit.verifier.measure import measure
+from ckptkit.verifier.measure import measure_fit
 from ckptkit.verifier.references import build
 
 
@@ -28,7 +28,9 @@ def loaded(save: Any) -> Any:
         checkpoint, file = read(save(state))
         model, reference = build(factory, {})
         context = Context(reference=reference, devices=(torch.device("cpu"),), **options)
-        context.fit = measure(model, checkpoint.state_dict, allow_missing=context.allow_missing, ties_once=ties_once)
+        context.fit = measure_fit(
+            model, checkpoint.state_dict, allow_missing=context.allow_missing, ties_once=ties_once
+        )
         assert [f.code for f in check_load(checkpoint, model, context)] == []
         assert context.loaded
         file.close()

@@ -22,7 +22,7 @@ from ckptkit.formats.tar_archive import is_header
 from ckptkit.formats.zip_records import END, END64, LOCATOR
 from ckptkit.report import count_of
 
-__all__ = ["kind_of", "unknown"]
+__all__ = ["kind_of_file", "unknown"]
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     *((0, signature, what) for signature, what in OPAQUE.items()),
@@ -112,7 +112,7 @@ _CONTROLS = bytes(byte for byte in range(0x20) if byte not in b"\t\n\r\f") + b"\
 _PAGE = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<script|<!--)", re.IGNORECASE)
 
 
-def kind_of(probe: Probe) -> str:
+def kind_of_file(probe: Probe) -> str:
     """What a file is that no container claims, in a word or two, by its first bytes alone: for counting many.
 
     Among the words are ``"empty file"``, ``"zero-filled file"``, ``"git-lfs pointer"``, ``"HTML page"`` and

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import FormatError
-from ckptkit.formats.contents import Contents
+from ckptkit.formats.contents import ContentSearch
 from ckptkit.formats.format import Probe
 from ckptkit.formats.magic import SCANNED_NBYTES, guess_pickle, scanned
 from ckptkit.formats.zip_archive import Record
@@ -54,7 +54,7 @@ def is_pickle(probe: Probe) -> bool:
     guess = guess_pickle(probe.head, probe.file.size)
     if guess != "maybe":
         return guess is not None
-    contents = Contents(probe.limits)
+    contents = ContentSearch(probe.limits)
     contents.look("", probe.file.whole)
     return bool(contents.pickles)
 
@@ -70,7 +70,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
         names = merge_uses(error.globals, scanned(data[:SCANNED_NBYTES], error.globals))
         what = f"a Python pickle that cannot be read to its end ({error.message})"
     else:
-        behind = Contents(probe.limits)
+        behind = ContentSearch(probe.limits)
         behind.look("", probe.file.whole.part(pickle.end, probe.file.size - pickle.end))
         names = merge_uses(global_uses(pickle.globals), (use for use in behind.uses() if use.kind == "name"))
         what = f"a Python pickle of {_kind(pickle.root)}"

@@ -30,7 +30,7 @@ from typing import Any
 from torch import nn
 
 from ckptkit.errors import VerifyError
-from ckptkit.verifier.foreign import foreign, told
+from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.inputs import Input
 
 __all__ = ["ModelLike", "Reference", "close", "literal", "made", "of_object", "reference", "typed"]
@@ -70,7 +70,7 @@ def made(factory: Any, args: Mapping[str, object], spec: str) -> nn.Module:
             with foreign():
                 return copy.deepcopy(factory).eval()
         except Exception as error:
-            raise VerifyError(f"{spec}: the module cannot be copied: {told(error)}; give a factory") from error
+            raise VerifyError(f"{spec}: the module cannot be copied: {error_text(error)}; give a factory") from error
     if not callable(factory):
         raise VerifyError(f"{spec}: is of type {type(factory).__name__}; expected a function, a class or a module")
     _check_args(factory, args, spec)
@@ -82,7 +82,7 @@ def made(factory: Any, args: Mapping[str, object], spec: str) -> nn.Module:
     except Exception as error:
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             raise VerifyError(f"{spec}: {error}") from error
-        raise VerifyError(f"{spec}: building the model failed: {told(error)}") from error
+        raise VerifyError(f"{spec}: building the model failed: {error_text(error)}") from error
     raise VerifyError(f"{spec}: returned {type(model).__name__}; expected an nn.Module")
 
 
@@ -326,9 +326,9 @@ def _module(name: str, spec: str) -> Any:
             raise VerifyError(
                 f"{spec}: there is no module {error.name!r} here ({os.getcwd()}) or among the installed packages"
             ) from None
-        raise VerifyError(f"{spec}: importing {name} failed: {told(error)}") from error
+        raise VerifyError(f"{spec}: importing {name} failed: {error_text(error)}") from error
     except Exception as error:
-        raise VerifyError(f"{spec}: importing {name} failed: {told(error)}") from error
+        raise VerifyError(f"{spec}: importing {name} failed: {error_text(error)}") from error
 
 
 def _file(path: str, spec: str) -> Any:
@@ -346,7 +346,7 @@ def _file(path: str, spec: str) -> Any:
             found.loader.exec_module(module)
     except Exception as error:
         sys.modules.pop(name, None)
-        raise VerifyError(f"{spec}: running {path} failed: {told(error)}") from error
+        raise VerifyError(f"{spec}: running {path} failed: {error_text(error)}") from error
     return module
 
 

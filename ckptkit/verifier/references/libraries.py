@@ -27,7 +27,7 @@ from torch import nn
 
 from ckptkit.errors import VerifyError
 from ckptkit.extras import require
-from ckptkit.verifier.foreign import foreign, told
+from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.inputs import Input
 from ckptkit.verifier.references.factory import Reference, close, literal, made, typed
 
@@ -253,7 +253,7 @@ def _config(transformers: Any, name: str, args: Mapping[str, object], spec: str)
     except VerifyError:
         raise
     except Exception as error:
-        raise VerifyError(f"{spec}: the configuration cannot be read: {told(error)}") from error
+        raise VerifyError(f"{spec}: the configuration cannot be read: {error_text(error)}") from error
 
 
 def _class(transformers: Any, config: Any) -> Any:

@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from ckptkit.released.results import CheckFinding
 
 __all__ = [
-    "Subject",
-    "described",
+    "WeightsLike",
     "difference_lines",
+    "file_described",
     "finding_lines",
     "message",
     "on_disk",
     "opened",
-    "require",
+    "require_passed",
     "violation_lines",
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class WeightsLike:
     """Weights as a file.
 
     Attributes:
@@ -56,7 +56,7 @@ class Subject:
 
 
 @contextmanager
-def on_disk(weights: Weights, name: str) -> Iterator[Subject]:
+def on_disk(weights: Weights, name: str) -> Iterator[WeightsLike]:
     """The weights as a file: their own, or one that is gone afterwards."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(weights, torch.nn.Module):
@@ -70,21 +70,21 @@ def on_disk(weights: Weights, name: str) -> Iterator[Subject]:
         called = "a dict in memory"
     if isinstance(weights, (str, os.PathLike)):
         path = os.fsdecode(weights)
-        yield Subject(path=path, called=path)
+        yield WeightsLike(path=path, called=path)
     elif isinstance(weights, api.CheckpointFile) and not weights.checkpoint.operations:
         several = sum(section.is_weights for section in weights.sections) > 1
         section = weights.checkpoint.origin.state_path if several else None
-        yield Subject(path=weights.path, section=section, called=described(weights))
+        yield WeightsLike(path=weights.path, section=section, called=file_described(weights))
     elif isinstance(weights, (api.CheckpointFile, Mapping)):
         with tempfile.TemporaryDirectory(prefix="ckptkit-") as folder:
             path = os.path.join(folder, "weights.pth")
             if isinstance(weights, api.CheckpointFile):
                 weights.rewrite(_weights_only()).save(path, check=False, receipt=False)
-                called = f"{described(weights)}, rewritten"
+                called = f"{file_described(weights)}, rewritten"
             else:
                 _save(weights, path, name)
                 called = f"{called} ({count_of(len(weights), 'tensor')})"
-            yield Subject(path=path, called=called, is_temporary=True)
+            yield WeightsLike(path=path, called=called, is_temporary=True)
     else:
         raise TypeError(
             f"{name} is of type {type(weights).__name__}; expected a path, an open CheckpointFile, a dict of tensors "
@@ -99,10 +99,10 @@ def opened(weights: Weights, name: str, strip_module: bool) -> Iterator[tuple[Ch
 
     rewriters = (StripModule(),) if strip_module else ()
     if isinstance(weights, api.CheckpointFile):
-        yield weights.checkpoint.rewrite(*rewriters), described(weights)
+        yield weights.checkpoint.rewrite(*rewriters), file_described(weights)
     else:
         with on_disk(weights, name) as subject, api.open(subject.path) as file:
-            called = described(file) if subject.called == subject.path else subject.called
+            called = file_described(file) if subject.called == subject.path else subject.called
             yield file.checkpoint.rewrite(*rewriters), called
 
 
@@ -119,7 +119,7 @@ def _save(weights: Mapping[str, Any], path: str, name: str) -> None:
     torch.save(dict(weights), path)
 
 
-def described(file: api.CheckpointFile) -> str:
+def file_described(file: api.CheckpointFile) -> str:
     """An open file in a few words."""
     return f"{file.path} ({file.format}, {file.kind}, {count_of(len(file.state_dict), 'tensor')})"
 
@@ -157,7 +157,7 @@ def _told(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def require(report: Report, title: str, subject: Subject, expected: str) -> None:
+def require_passed(report: Report, title: str, subject: WeightsLike, expected: str) -> None:
     """Raise `AssertionError` where a report on weights is not ok."""
     __tracebackhide__ = True
     if report.ok:

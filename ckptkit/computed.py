@@ -16,7 +16,7 @@ from typing import Protocol
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile, write_at
 from ckptkit.errors import CorruptError, FileAccessError
 
-__all__ = ["DEFLATE_MOST", "ByteSource", "Conversion", "ConvertedRange", "DeflatedRange", "Inflation", "spooled"]
+__all__ = ["DEFLATE_MOST", "ByteSource", "ConvertedRange", "DTypeConversion", "DeflatedRange", "Inflation", "spooled"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -175,7 +175,7 @@ class Function(Protocol):
         ...
 
 
-class Conversion:
+class DTypeConversion:
     """Values that are converted to another dtype as they are read; nothing of them is kept.
 
     Args:
@@ -228,7 +228,7 @@ class Conversion:
 class ConvertedRange:
     """``nbytes`` bytes at ``offset`` of what ``whole`` converts to; read like a `ByteRange`."""
 
-    whole: Conversion
+    whole: DTypeConversion
     offset: int
     nbytes: int
 
@@ -254,7 +254,7 @@ class ConvertedRange:
         """The range once converted.
 
         Raises:
-            As `Conversion.plain`.
+            As `DTypeConversion.plain`.
         """
         return self.whole.plain().part(self.offset, self.nbytes)
 

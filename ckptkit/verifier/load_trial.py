@@ -23,11 +23,11 @@ from ckptkit.pickling.inert import mapping_items
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.foreign import foreign
 
-__all__ = ["Probe", "is_extra_state", "loadable", "probe"]
+__all__ = ["LoadTrial", "is_extra_state", "loadable", "try_load"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probe:
+class LoadTrial:
     """What ``load_state_dict`` would do.
 
     Attributes:
@@ -94,7 +94,7 @@ class _Noting(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
         return func(*args, **(kwargs or {}))
 
 
-def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) -> Probe:
+def try_load(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) -> LoadTrial:
     """What loading the state_dict into the model would do.
 
     Args:
@@ -108,7 +108,7 @@ def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) 
     if asked is not None:
         return asked
     # The model's own code gave up before the end both times: compare names alone.
-    return Probe(
+    return LoadTrial(
         sources={n: n for n, v in state_dict.items() if getattr(expected.get(n), "shape", None) == v.shape},
         missing=tuple(n for n in expected if n not in state_dict.everything),
         unexpected=tuple(n for n in state_dict.everything if n not in expected),
@@ -117,7 +117,7 @@ def probe(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict) 
 
 def _asked(
     model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict, values: Mapping[str, torch.Tensor]
-) -> Probe | None:
+) -> LoadTrial | None:
     """What torch says of these values; ``None``: the model's code does not get to the end."""
     # A module may do anything with its extra state, so it is shown its own.
     shown = {name: value for name, value in values.items() if not (name in expected and is_extra_state(name))}
@@ -139,7 +139,7 @@ def _asked(
     if not lists:
         return None
     missing_keys, unexpected_keys = lists[-1]
-    return Probe(
+    return LoadTrial(
         sources=_sources(noting.copies, expected, values),
         missing=tuple(missing_keys),
         unexpected=tuple(unexpected_keys),
