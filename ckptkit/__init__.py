@@ -6,7 +6,7 @@ The layers, each importing only from those to its right; a test enforces it:
 
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
         > diagnose, compare, stats, architectures, digests > formats, rewrite, transfer > normalize > pickling
-        > plan, casting > checkpoint > derived > bytesource
+        > plan, casting > checkpoint > computed > bytesource
         > codes > report, arguments, dtypes, limits, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
@@ -20,7 +20,7 @@ turns options into rewriters, plans and carries out one output, and tells what c
 files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
 of two trees (`trees`), which everything that shows, compares, counts or digests goes through.
-Bytes that have to be made before they can be moved are `derived`, and `casting` is
+Bytes that have to be made before they can be moved are `computed`, and `casting` is
 what one way of making them computes.  Inside `formats` stand the containers, one module each; `archives`
 are zip and tar as such, `folder` says what lies in a folder, `contents` what pickles and programs stand in bytes that
 no reader reads, and `refused` is what is said of files that are not checkpoints.

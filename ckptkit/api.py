@@ -603,7 +603,7 @@ def check(
         FormatError, FileAccessError: manifest or configuration cannot be read.
         MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
     """
-    from ckptkit.released.checking import check as run
+    from ckptkit.released import check as run
 
     given = {
         "no_pickle": no_pickle,

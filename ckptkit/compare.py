@@ -16,7 +16,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.computed import ByteSource, ConvertedRange
 from ckptkit.errors import CorruptError
 from ckptkit.formats import read
-from ckptkit.formats.safetensors_metadata import versions_text
+from ckptkit.formats.json_text import versions_text
 from ckptkit.formats.torch_zip_writer import written_tree
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief

@@ -20,7 +20,7 @@ LAYERS = (
     {"report", "arguments", "dtypes", "limits", "extras"},
     {"codes"},
     {"bytesource"},
-    {"derived"},
+    {"computed"},
     {"checkpoint"},
     {"plan", "casting"},
     {"pickling"},

@@ -10,7 +10,7 @@ from tabulate import tabulate  # a fifth of the start-up time: this module is im
 
 from ckptkit.cli import inspect_text as as_text
 from ckptkit.cli.options import printable
-from ckptkit.inspection.module_list import printed_model
+from ckptkit.inspection.state import printed_model
 from ckptkit.report import count_of, human_size
 
 __all__ = ["markdown"]

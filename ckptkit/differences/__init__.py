@@ -14,8 +14,7 @@ from typing import Any
 from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
 from ckptkit.differences.difference import UNCHANGED, Difference, rolled_up
 from ckptkit.differences.figures import Sums, Tolerance
-from ckptkit.differences.matching import find_renamed
-from ckptkit.differences.reading import NO_FIGURES, PairReader, all_sums
+from ckptkit.differences.pairs import NO_FIGURES, PairReader, all_sums, find_renamed
 from ckptkit.differences.rest import (
     TreeComparison,
     ValueComparison,

@@ -54,7 +54,7 @@ class Difference:
             ``locations``, ``trust``.
         unchanged: how many tensors have the same name, shape, dtype and bits in both.
         added, removed: names that only ``b``, and only ``a``, has.
-        renamed: ``from``, ``to``, ``by``, ``confidence``; see `ckptkit.differences.matching`.
+        renamed: ``from``, ``to``, ``by``, ``confidence``; see `ckptkit.differences.pairs`.
         reshaped: ``name``, ``from``, ``to``, ``same_values`` (the same bits in order; ``None``: not as many).
         recast: ``name``, ``from``, ``to``, ``equal_after_cast`` (``None``: no values that could be told), figures.
         changed: ``name``, ``dtype``, ``shape`` and figures (`ckptkit.differences.figures`), the largest change first.

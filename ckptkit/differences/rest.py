@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.differences.figures import Tolerance
-from ckptkit.differences.reading import Pair, PairReader, all_sums
+from ckptkit.differences.pairs import Pair, PairReader, all_sums
 from ckptkit.inspection.listing import list_tensors
-from ckptkit.inspection.training import training_document
+from ckptkit.inspection.state import training_document
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side

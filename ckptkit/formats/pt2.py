@@ -33,7 +33,7 @@ from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, FormatError, UnsupportedError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.strict_json import parse, shown
+from ckptkit.formats.json_text import parse, shown
 from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript import vouched
 from ckptkit.formats.zip_records import record_source

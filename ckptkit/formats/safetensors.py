@@ -33,7 +33,7 @@ It refuses tensors that repeat their elements beyond all use (`Limits.expanded_n
 Tied tensors are stored once, under the first of their names in state_dict order.  For each other name
 ``__metadata__`` holds ``name: kept name``, as ``safetensors.torch.save_model`` records them; ``load_model`` takes
 whichever name is there.  The reader gives such names their tensor back, and their places
-(`ckptkit.formats.safetensors_metadata`).
+(`ckptkit.formats.json_text`).
 
 The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, stand in
 ``__metadata__`` under `VERSIONS` as JSON, where they are plain values; other readers pass over it.
@@ -52,8 +52,16 @@ from ckptkit.checkpoint import Storage, TensorEntry, contiguous_stride
 from ckptkit.dtypes import BY_SAFETENSORS, DTYPES, DType
 from ckptkit.errors import CorruptError, FormatError, LimitError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.safetensors_metadata import ORDER, VERSIONS, in_order, state_dict_node, versions_from
-from ckptkit.formats.strict_json import check_ignored, parse, shown
+from ckptkit.formats.json_text import (
+    ORDER,
+    VERSIONS,
+    check_ignored,
+    in_order,
+    parse,
+    shown,
+    state_dict_node,
+    versions_from,
+)
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.report import Finding, convert_command, count_of, share_of

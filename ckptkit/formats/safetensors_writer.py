@@ -16,8 +16,8 @@ from struct import pack
 from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
+from ckptkit.formats.json_text import ORDER, VERSIONS, places, versions_from, versions_text
 from ckptkit.formats.safetensors import METADATA, NAME, header_shape
-from ckptkit.formats.safetensors_metadata import ORDER, VERSIONS, places, versions_from, versions_text
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.not_plain import describe_value
 from ckptkit.normalize.sections import brief

@@ -37,8 +37,8 @@ from typing import NamedTuple
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, shared_storages
 from ckptkit.errors import RewriteError
 from ckptkit.formats.format import Format
+from ckptkit.formats.json_text import ORDER, VERSIONS, places, versions_text
 from ckptkit.formats.safetensors import NAME
-from ckptkit.formats.safetensors_metadata import ORDER, VERSIONS, places, versions_text
 from ckptkit.formats.safetensors_writer import require_storable
 from ckptkit.formats.shards import is_shard_name
 from ckptkit.limits import DEFAULT_LIMITS

@@ -18,7 +18,7 @@ a symbolic link is followed, since Hugging Face's cache consists of such links.
 Names stand in the order of the ``weight_map``.  What shards hold beyond it comes after, in the
 shards' order, because loaders that read whole shards take it too; a finding says so.  Other names of a listed
 tensor, which a safetensors shard has in its metadata alone, are none of it, and stand where
-`ckptkit.formats.safetensors_metadata` says.  A storage's key is the shard's name, a colon and its key there.
+`ckptkit.formats.json_text` says.  A storage's key is the shard's name, a colon and its key there.
 Ties inside a shard stay ties.
 
 Everything that is wrong is reported at once: shards that are missing, git-lfs pointers, damaged or
@@ -37,7 +37,7 @@ from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.containers import CONTAINERS, identify, index_of
 from ckptkit.formats.format import Probe
-from ckptkit.formats.safetensors_metadata import ORDER, in_order, state_dict_node
+from ckptkit.formats.json_text import ORDER, in_order, parse, shown, state_dict_node
 from ckptkit.formats.shards import (
     LISTED,
     Shard,
@@ -50,7 +50,6 @@ from ckptkit.formats.shards import (
     odd_shards,
     total_size,
 )
-from ckptkit.formats.strict_json import parse, shown
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import TreeMap, attributes, mapping_items

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import GlobalUse, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError
-from ckptkit.formats.strict_json import shown
+from ckptkit.formats.json_text import shown
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.trust import merge_uses

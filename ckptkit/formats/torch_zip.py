@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from ckptkit.errors import CorruptError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.strict_json import parse
+from ckptkit.formats.json_text import parse
 from ckptkit.formats.torch_archive import METADATA, TorchArchive
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.tensors import StorageTable

@@ -29,8 +29,7 @@ from ckptkit.inspection.listing import (
     storage_names,
     wanted,
 )
-from ckptkit.inspection.module_list import list_modules
-from ckptkit.inspection.training import training_document, training_state
+from ckptkit.inspection.state import list_modules, training_document, training_state
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.tensors import other_tensors
 from ckptkit.pickling.trust import merge_uses

@@ -20,7 +20,7 @@ from ckptkit.diagnose import diagnose
 from ckptkit.digests import DigestLine, content_digest, tree_digest, unwrapped_names, value_kind, whole_digest
 from ckptkit.errors import CkptkitError, CorruptError
 from ckptkit.inspection.listing import list_tensors, storage_names
-from ckptkit.inspection.training import training_document
+from ckptkit.inspection.state import training_document
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.sections import is_plain_value, join

@@ -42,8 +42,8 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Trust
 from ckptkit.digests import DigestLine, content_digest
 from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.json_text import parse
 from ckptkit.formats.shards import is_shard_name
-from ckptkit.formats.strict_json import parse
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import SCHEMA_VERSION, count_of
 

@@ -24,9 +24,8 @@ from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.forward import Pass, measured_noise, model_dtype, run
 from ckptkit.verifier.load import check_load
 from ckptkit.verifier.measure import measure_fit
-from ckptkit.verifier.outputs import OutputDifference, OutputTolerance, compare_outputs
+from ckptkit.verifier.outputs import OutputDifference, OutputTolerance, Parting, Trace, compare_outputs
 from ckptkit.verifier.references.without_values import without_values
-from ckptkit.verifier.trace import Parting, Trace
 
 __all__ = ["check_against", "check_devices", "without_wrappers"]
 

@@ -21,9 +21,8 @@ from ckptkit.report import Finding, convert_command, listed
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
-from ckptkit.verifier.outputs import OutputTolerance, dtype_name, tolerance_of
+from ckptkit.verifier.outputs import OutputTolerance, Trace, dtype_name, tolerance_of
 from ckptkit.verifier.references import Reference
-from ckptkit.verifier.trace import Trace
 
 __all__ = ["Check", "Context", "floating_dtype", "peak_memory", "pick_device", "pick_devices", "shortened"]
 

@@ -18,14 +18,15 @@ from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.inputs import Batch
 from ckptkit.verifier.outputs import (
     OutputTolerance,
+    Trace,
     broken_values,
     compared,
     described,
     is_finite,
+    leaf_modules,
     output_tensors,
     shown,
 )
-from ckptkit.verifier.trace import Trace, leaf_modules
 
 __all__ = ["Pass", "check_forward", "measured_noise", "model_dtype", "run"]
 

@@ -34,7 +34,7 @@ import torch
 from ckptkit import formats
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, VerifyError
-from ckptkit.formats.strict_json import parse
+from ckptkit.formats.json_text import parse
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.parts import require_whole
 from ckptkit.torch_bridge import tensors

@@ -13,8 +13,8 @@ import torchvision
 from torch import nn
 
 import ckptkit
-from ckptkit.inspection.module_list import list_modules, printed_model
 from ckptkit.inspection.settings import module_text, plain_value
+from ckptkit.inspection.state import list_modules, printed_model
 from ckptkit.pickling.inert import Global, InertDict, Object
 
 Save = Callable[..., Path]

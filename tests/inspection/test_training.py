@@ -14,7 +14,7 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 import ckptkit
-from ckptkit.inspection.training import training_document
+from ckptkit.inspection.state import training_document
 from ckptkit.pickling.inert import InertDict
 
 Save = Callable[..., Path]
