@@ -96,7 +96,9 @@ def edges() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, path in MODULES.items():
         targets = {target for target, _ in imports(path) if target == "ckptkit" or target.startswith("ckptkit.")}
-        graph[name] = {target.removeprefix("ckptkit").lstrip(".") for target in targets}
+        targets = {target.removeprefix("ckptkit").lstrip(".") for target in targets}
+        packages = {target.rpartition(".")[0] for target in targets}  # are imported before what is in them
+        graph[name] = targets | {package for package in packages if package and not name.startswith(package)}
     return graph
 
 

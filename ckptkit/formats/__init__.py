@@ -75,7 +75,7 @@ def read(
         SectionError: the section is not there.
     """
     if os.path.isdir(path):
-        from ckptkit.formats.refused.folders import describe_folder
+        from ckptkit.formats.refused_folders import describe_folder
 
         raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
     file = SourceFile(path)

@@ -117,7 +117,7 @@ def indexes_by_shard(folder: str) -> dict[str, str]:
 
 def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
     """The error for a folder without a checkpoint: what it is instead, or what is in it."""
-    from ckptkit.formats.refused.folders import describe_folder
+    from ckptkit.formats.refused_folders import describe_folder
 
     what = describe_folder(folder)
     if what == "is a folder, not a file":

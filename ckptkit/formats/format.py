@@ -57,7 +57,7 @@ class Probe:
         try:
             return read_directory(self.file, self.limits)
         except CorruptError as error:
-            from ckptkit.formats.refused.truncated import what_is_left
+            from ckptkit.formats.truncated import what_is_left
 
             found = what_is_left(self.file, self.limits)
             if found is None:

@@ -9,7 +9,7 @@ before, it is a text that ``_codecs.encode`` makes bytes of, which are put into 
 Each call gives a storage of its own: tensors that shared one share it no longer, unless pickle saw that they are one
 object.  A call that was given anything else stays the call it is.
 
-A pickle without a torch storage is no checkpoint, whatever it names (`ckptkit.formats.refused.contents`).
+A pickle without a torch storage is no checkpoint, whatever it names (`ckptkit.formats.refused_contents`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
     try:
         pickle = table.read(data)
     except FormatError as error:
-        from ckptkit.formats.refused.contents import names_joblib  # whose arrays stand between the opcodes
+        from ckptkit.formats.refused_contents import names_joblib  # whose arrays stand between the opcodes
 
         return error if holds_legacy(data) and not names_joblib(error.globals) else None
     if not table.storages:

@@ -38,7 +38,7 @@ from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.refused.truncated import unfinished
+from ckptkit.formats.truncated import unfinished
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.dialects import LegacyTable, writing_release

@@ -31,9 +31,9 @@ from typing import TypeGuard
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.refused.truncated import unfinished
 from ckptkit.formats.tar_archive import Member, read_members
 from ckptkit.formats.torch_legacy import PickleRow, legacy_findings
+from ckptkit.formats.truncated import unfinished
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.dialects import LegacyTable
 from ckptkit.pickling.inert import Global, InertDict

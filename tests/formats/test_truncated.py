@@ -16,7 +16,7 @@ import torch
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CorruptError, FormatError
-from ckptkit.formats.refused.truncated import unfinished, what_is_left
+from ckptkit.formats.truncated import unfinished, what_is_left
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 
 Save = Callable[..., Path]

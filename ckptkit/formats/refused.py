@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from ckptkit.errors import UnknownFormatError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.magic import OPAQUE
-from ckptkit.formats.refused.contents import describe_pickle, describe_text, describe_zip, is_pickle, unpacked
-from ckptkit.formats.refused.truncated import unfinished
+from ckptkit.formats.refused_contents import describe_pickle, describe_text, describe_zip, is_pickle, unpacked
 from ckptkit.formats.tar_archive import is_header
+from ckptkit.formats.truncated import unfinished
 from ckptkit.formats.zip_records import END, END64, LOCATOR
 from ckptkit.report import count_of
 

@@ -14,7 +14,7 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.format import Probe
-from ckptkit.formats.refused.contents import describe_pickle, unpacked
+from ckptkit.formats.refused_contents import describe_pickle, unpacked
 from ckptkit.formats.shard_parts import known_as, names_in
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import count_of
