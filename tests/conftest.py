@@ -33,6 +33,8 @@ for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.
     if signal.getsignal(_ignored) == signal.SIG_IGN:
         signal.signal(_ignored, _default)
 
+pytest.register_assert_rewrite("support")
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 PACKAGE = Path(ckptkit.__file__).parent

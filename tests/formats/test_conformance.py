@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from conformance import Conformance
+from support.conformance import Conformance
 
 
 class TestTorchZip(Conformance):

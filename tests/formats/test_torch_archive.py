@@ -26,7 +26,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conformance import Conformance
+from support.conformance import Conformance
 
 import ckptkit
 from ckptkit import formats

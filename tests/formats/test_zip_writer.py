@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zip_samples import content
+from support.zip_samples import content
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.formats.torch_zip_writer import ALIGNMENT, ZipWriter

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import DATA, executed, plan_of, posix_only, some_plan, some_result, unavailable
+from support.plans import DATA, executed, plan_of, posix_only, some_plan, some_result, unavailable
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import CorruptError

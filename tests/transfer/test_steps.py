@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plans import DATA, bits, executed, plan_of, some_plan, some_result
+from support.plans import DATA, bits, executed, plan_of, some_plan, some_result
 
 from ckptkit import formats
 from ckptkit.bytesource import ByteRange, SourceFile
