@@ -35,7 +35,7 @@ from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
 from ckptkit.transfer.workers import in_parallel
 
-__all__ = ["Examined", "ShardFact", "TensorFact", "examine_file", "examine_all", "over_the_cores", "size_of"]
+__all__ = ["Examined", "ShardFact", "TensorFact", "examine_all", "examine_file", "over_the_cores", "size_of"]
 
 _NOT_PLAIN = "(not plain tensors)"
 """Name of all values that are not plain tensors, in a file without selected weights."""

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, CorruptError, LimitError, MissingFileError, UnknownFormatError
 from ckptkit.released import reading
-from ckptkit.released.examine import Examined, examine_file, examine_all
+from ckptkit.released.examine import Examined, examine_all, examine_file
 
 Save = Callable[..., Path]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
