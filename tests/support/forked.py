@@ -66,6 +66,15 @@ class Forks:
         self._folder.cleanup()
 
 
+def preload(*modules: str) -> None:
+    """Import all of ckptkit but for what needs torch, and these: whatever a child would import first of all."""
+    found = [module.name for module in pkgutil.walk_packages([str(ROOT / "ckptkit")], "ckptkit.")]
+    for module in [*(name for name in found if not name.startswith(WITH_TORCH)), "decimal", "fractions", *modules]:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    gc.freeze()
+
+
 def begin(job: dict[str, Any]) -> None:
     """Be the command; never returns."""
     import ckptkit.cli
@@ -88,7 +97,6 @@ def serve() -> None:
     for fd in (0, 1):
         os.dup2(nothing, fd)
     os.close(nothing)
-    gc.freeze()
     for line in jobs:
         child = os.fork()
         if child == 0:
@@ -108,8 +116,5 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    found = [module.name for module in pkgutil.walk_packages([str(ROOT / "ckptkit")], "ckptkit.")]
-    for module in [*(name for name in found if not name.startswith(WITH_TORCH)), *sys.argv[1:]]:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+    preload(*sys.argv[1:])
     serve()
