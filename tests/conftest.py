@@ -119,13 +119,13 @@ def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Callable[[bool], Forks]]:
-    """``forks(with_torch)``: what makes processes for the fixture `run`."""
+def forks() -> Iterator[Callable[..., Forks]]:
+    """``forks(with_torch=True)``: what makes processes that have imported what they need."""
     from support.forked import Forks
 
     started: dict[bool, Forks] = {}
 
-    def fork(with_torch: bool) -> Forks:
+    def fork(*, with_torch: bool) -> Forks:
         if with_torch not in started:
             modules = ("safetensors.torch", "torchvision.models", "ckptkit.verifier") if with_torch else ()
             started[with_torch] = Forks(PYTHON, *modules)
@@ -137,26 +137,29 @@ def forks() -> Iterator[Callable[[bool], Forks]]:
 
 
 @pytest.fixture
-def run(tmp_path: Path, forks: Callable[[bool], Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``run("inspect", path, ...)``: the command as a process of its own, in an empty folder."""
 
     def command(
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": str(FIXTURES.parent), **(env or {})}
-        imported = forks("verify" in words or "--fits" in words)
-        if imported.takes(environment):
-            return imported.run(words, cwd or tmp_path, environment)
-        return subprocess.run(
-            [PYTHON, "-m", "ckptkit", *words],
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
+        return forks(with_torch="verify" in words or "--fits" in words).run(
+            "-m", "ckptkit", *words,
             cwd=cwd or tmp_path,
-            env=environment,
-            timeout=300,
-        )
+            env={**os.environ, "PYTHONPATH": str(FIXTURES.parent), **(env or {})},
+        )  # fmt: skip
+
+    return command
+
+
+@pytest.fixture
+def python(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``python("-c", code, ...)``: Python as a process of its own, which finds torch imported."""
+
+    def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(FIXTURES.parent)}
+        return forks(with_torch=True).run(*map(str, arguments), cwd=cwd or tmp_path, env=env)
 
     return command
 

@@ -1,10 +1,10 @@
-"""Runs the command line many times, each time in a process of its own, and imports it once: a fork takes milliseconds.
+"""Python processes that are forks of one that has imported the program: each takes milliseconds, and is its own.
 
-    python forked.py [MODULE ...]
+    python forked.py SOCKET [MODULE ...]
 
-Imports ckptkit but for what needs torch, and the modules; then reads jobs from stdin, one JSON object a line, and
-answers each with its exit status, as `subprocess` gives it.  A job: ``arguments`` of the command line, ``cwd``,
-``env`` (all of it), and ``out`` and ``err``, the files that stdout and stderr go to.
+Imports ckptkit but for what needs torch, and the modules; then forks for everyone who connects to the socket, a
+descriptor, and does what ``python -m MODULE`` or ``python -c CODE`` does, with the streams, the folder and the
+environment of whoever asks (`asking.py`).  It ends when its stdin does.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ import importlib
 import json
 import os
 import pkgutil
+import runpy
+import select
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 SECONDS = 300
-"""A command that takes longer is killed."""
+"""What takes longer is killed."""
 
 AT_START = ("PYTHON", "LANG", "LC_", "TZ", "OMP_", "MKL_", "TORCH", "CUDA")
 """Variables that are read when a process starts, or a library is loaded: other values need a new process."""
@@ -34,31 +39,41 @@ ROOT = Path(__file__).parents[2]
 
 
 class Forks:
-    """A process with ckptkit and some modules imported, which forks for each command."""
+    """A process that has ckptkit and some modules imported, and forks."""
 
     def __init__(self, python: str, *modules: str) -> None:
-        self.env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [python, __file__, *modules]
-        self._process = subprocess.Popen(
-            command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-        )
+        self._python = python
+        self._env = {**os.environ, "PYTHONPATH": str(ROOT)}
         self._folder = tempfile.TemporaryDirectory()
+        self._path = str(Path(self._folder.name) / "socket")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self._path)
+            listener.listen(16)
+            fd = listener.fileno()
+            command = [python, __file__, str(fd), *modules]
+            self._process = subprocess.Popen(
+                command, env=self._env, stdin=subprocess.PIPE, pass_fds=[fd], start_new_session=True
+            )
 
-    def takes(self, env: dict[str, str]) -> bool:
-        """Whether a command with this environment would find what it finds in a new process."""
-        return all(env.get(key) == self.env.get(key) for key in {*env, *self.env} if key.startswith(AT_START))
+    def run(self, *arguments: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        """As `subprocess.run` of ``python ARGUMENTS`` gives it."""
+        if any(env.get(key) != self._env.get(key) for key in {*env, *self._env} if key.startswith(AT_START)):
+            return subprocess.run(
+                [self._python, *arguments], cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=SECONDS
+            )
+        from support.asking import ask
 
-    def run(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """As `subprocess.run` gives it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        out, err = (Path(self._folder.name) / stream for stream in ("out", "err"))
-        job = {"arguments": arguments, "cwd": str(cwd), "env": env, "out": str(out), "err": str(err)}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        said = (stream.read_text(encoding="utf-8") for stream in (out, err))
-        return subprocess.CompletedProcess(["ckptkit", *arguments], code, *said)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as nothing:
+            streams = [nothing.fileno(), out.fileno(), err.fileno()]
+            code = ask(self._path, list(arguments), str(cwd), env, streams)
+            said = [os.pread(fd, os.fstat(fd).st_size, 0).decode() for fd in streams[1:]]
+        return subprocess.CompletedProcess([self._python, *arguments], code, *said)
+
+    def shell(self, name: str, *arguments: str) -> str:
+        """A function for a shell: ``NAME ...`` is ``python ARGUMENTS ...``."""
+        asking = Path(__file__).with_name("asking.py")
+        words = [self._python, "-S", "-E", str(asking), self._path, *arguments]
+        return f'{name}() {{ {shlex.join(words)} "$@"; }}\n'
 
     def close(self) -> None:
         """End it."""
@@ -75,46 +90,78 @@ def preload(*modules: str) -> None:
     gc.freeze()
 
 
-def begin(job: dict[str, Any]) -> None:
+def act(kind: str, what: str, *rest: str) -> int:
+    """Be ``python KIND WHAT ...``; the exit status."""
+    try:
+        if kind == "-m":
+            sys.argv = [what, *rest]
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            assert kind == "-c"
+            sys.argv = ["-c", *rest]
+            sys.modules["__main__"] = module = ModuleType("__main__")
+            exec(compile(what, "<string>", "exec"), module.__dict__)  # noqa: S102 - as python does
+    except SystemExit as ended:
+        if ended.code is not None and not isinstance(ended.code, int):
+            print(ended.code, file=sys.stderr)
+            return 1
+        return ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def begin(asker: socket.socket, listener: socket.socket) -> None:
     """Be the command; never returns."""
-    import ckptkit.cli
-
-    os.chdir(job["cwd"])
-    os.environ.clear()
-    os.environ.update(job["env"])
-    for number, stream in ((1, "out"), (2, "err")):
-        fd = os.open(job[stream], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(fd, number)
-        os.close(fd)
-    sys.path[0] = job["cwd"]
-    sys.argv = ["ckptkit", *job["arguments"]]
-    ckptkit.cli.run()
-
-
-def serve() -> None:
-    jobs, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1):
-        os.dup2(nothing, fd)
-    os.close(nothing)
-    for line in jobs:
-        child = os.fork()
-        if child == 0:
-            try:
-                begin(json.loads(line))
-            finally:
-                os._exit(70)
-
-        def kill(*_: object, child: int = child) -> None:
-            os.kill(child, signal.SIGKILL)
-
-        signal.signal(signal.SIGALRM, kill)
+    _, streams, _, _ = socket.recv_fds(asker, 1, 3)
+    text = b"".join(iter(lambda: asker.recv(1 << 16), b""))
+    child = os.fork()
+    if child:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
         signal.alarm(SECONDS)
         status = os.waitpid(child, 0)[1]
-        signal.alarm(0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        asker.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        os._exit(0)
+    asker.close()
+    listener.close()
+    for number, fd in enumerate(streams):
+        os.dup2(fd, number)
+        os.close(fd)
+    arguments, cwd, env = json.loads(text)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[0] = cwd
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    code = 1
+    try:
+        code = act(*arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def serve(listener: socket.socket) -> None:
+    while True:
+        ready, _, _ = select.select([listener, 0], [], [])
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # so that what they took counts as this process's, too
+                pass
+        if 0 in ready:
+            return
+        asker, _ = listener.accept()
+        if os.fork() == 0:
+            try:
+                begin(asker, listener)
+            finally:
+                os._exit(70)
+        asker.close()
 
 
 if __name__ == "__main__":
-    preload(*sys.argv[1:])
-    serve()
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    preload(*sys.argv[2:])
+    serve(listening)
