@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("support")
 
+# Of several workers each has a core: more threads of torch's would wait for one another, and busily.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # what tests start
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 PACKAGE = Path(ckptkit.__file__).parent
