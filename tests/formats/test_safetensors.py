@@ -12,7 +12,8 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
-from support.conformance import Conformance, tensor
+from support.conformance import Conformance
+from support.files import tensor
 from support.generated_tensors import STORABLE
 
 import ckptkit

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.conformance import Conformance, tensor
+from support.conformance import Conformance
+from support.files import tensor
 
 import ckptkit
 from ckptkit import formats

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.conformance import Conformance, tensor
+from support.conformance import Conformance
+from support.files import tensor
 
 import ckptkit
 from ckptkit import formats

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import torch
+
 from ckptkit import formats
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.rewrite import WeightsOnly
-from ckptkit.transfer import execute
+from ckptkit.transfer import execute, stream
 
 
 @contextmanager
@@ -29,6 +31,13 @@ def written(checkpoint: Checkpoint, path: Path) -> Path:
     with path.open("w+b") as file:
         execute(write(checkpoint), file.fileno())
     return path
+
+
+def tensor(entry: TensorEntry) -> torch.Tensor:
+    """An entry's values, by the bytes that ckptkit streams."""
+    data = bytearray(b"".join(stream(entry)))
+    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 
 def extents(path: Path) -> dict[str, tuple[int, int]]:
