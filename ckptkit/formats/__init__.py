@@ -23,7 +23,7 @@ from ckptkit.pickling.inert import TreeMap
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "shards_of", "target", "ties_once"]
+__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "shards_of", "source_of", "target", "ties_once"]
 
 _INDEX = ".index.json"
 
@@ -74,7 +74,7 @@ def read(
         FormatError: its content is not what it claims to be; the path is in the message.
         SectionError: the section is not there.
     """
-    file = source if isinstance(source, Source) else _opened(source)
+    file = source if isinstance(source, Source) else source_of(source)
     probe: Probe | None = None
     raw: RawCheckpoint | None = None
     try:
@@ -106,7 +106,7 @@ def read(
         raise
 
 
-def _opened(path: str | os.PathLike[str]) -> Source:
+def source_of(path: str | os.PathLike[str]) -> Source:
     """What is meant by a path."""
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder
