@@ -107,7 +107,11 @@ def read(
 
 
 def source_of(path: str | os.PathLike[str]) -> Source:
-    """What is meant by a path."""
+    """What holds the bytes of the file that a path means: here alone is decided what may be given as one.
+
+    Raises:
+        FileAccessError: it cannot be opened; of a folder the message says what to give instead.
+    """
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder
 

@@ -190,11 +190,7 @@ def _by_name(file: Source) -> Part | None:
         return Part(layout="a Megatron checkpoint", piece=piece, lacks=_SLICES)
     if os.path.basename(above) == "zero" and re.fullmatch(_UNIVERSAL, name):
         return Part(layout="a DeepSpeed universal checkpoint", lacks=f"it holds one tensor, of {parent!r:.80}")
-    if (
-        name in ("common.pt", "meta.pt")
-        and file.folder is not None
-        and os.path.exists(os.path.join(folder, ".metadata"))
-    ):
+    if name in ("common.pt", "meta.pt") and _is_dcp(file):
         return Part(layout=_DCP, lacks="the tensors lie in the .distcp files")
     return None
 
@@ -212,6 +208,11 @@ def _names(file: Source, folder: str) -> list[str]:
     return [] if file.folder is None else names_in(folder)
 
 
+def _is_dcp(file: Source) -> bool:
+    """Whether the folder is one of torch.distributed.checkpoint."""
+    return file.folder is not None and os.path.exists(os.path.join(file.folder, ".metadata"))
+
+
 def _placed(part: Part, file: Source) -> Part:
     """The part with the folder of the files that belong together, or with what was made of them."""
     if part.instead is not None or file.folder is None:
@@ -221,7 +222,7 @@ def _placed(part: Part, file: Source) -> Part:
     if os.path.basename(folder) == "sharded" and (indexes := indexes_in(above)):  # of consolidate_safetensors_files
         return replace(part, instead=os.path.join(above, indexes[0]), opens=True)
     found = None
-    if len(_alike(file)) > 1 or os.path.exists(os.path.join(folder, ".metadata")):
+    if len(_alike(file)) > 1 or _is_dcp(file):
         found = folder or os.curdir
     elif len(_folders_alike(file)) > 1 or os.path.basename(above) == "zero":
         found = above or os.curdir

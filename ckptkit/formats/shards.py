@@ -1,9 +1,4 @@
-"""Names of shards and of their indexes.
-
-A file that takes a descriptor only while it is needed: one of thousands of shards.
-
-What the shards of a checkpoint and their index say together: metadata, names, findings.
-"""
+"""Names of shards and of their indexes, and what the shards of a checkpoint say together: metadata, names, findings."""
 
 from __future__ import annotations
 
