@@ -51,7 +51,7 @@ class Job:
     """
 
     checkpoint: Checkpoint
-    source: SourceFile
+    source: Source
     asked: str
     path: str
     plan: Plan

@@ -23,7 +23,18 @@ from ckptkit.pickling.inert import TreeMap
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "shards_of", "source_of", "target", "ties_once"]
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "detect",
+    "format_for",
+    "plan",
+    "read",
+    "shards_of",
+    "source_of",
+    "target",
+    "ties_once",
+]
 
 _INDEX = ".index.json"
 
