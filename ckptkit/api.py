@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptkit.arguments import documented, several
+from ckptkit.arguments import documented, several, unexpected
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.normalize.parts import require_whole
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ckptkit.differences import Difference
     from ckptkit.options import ConvertKeywords, DiffKeywords, VerifyKeywords
     from ckptkit.released.manifest_file import Manifest
+    from ckptkit.released.policy import PolicyKeywords
     from ckptkit.released.results import CheckReport
     from ckptkit.rewrite import Like
 
@@ -322,22 +323,8 @@ def check(
     *,
     manifest: PathLike | None = None,
     config: PathLike | None = None,
-    no_pickle: bool | None = None,
-    max_trust: Literal["safe", "needs_trust"] | None = None,
-    require_format: str | Sequence[str] | None = None,
-    max_size: int | str | None = None,
-    allow_dtype: str | Sequence[str] | None = None,
-    no_nan: bool | None = None,
-    no_optimizer: bool | None = None,
-    no_prefix: bool | None = None,
-    location: str | Sequence[str] | None = None,
-    allow_part: bool | None = None,
-    fits: str | None = None,
-    forward: bool | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    input_shapes: Sequence[Sequence[int]] | None = None,
     skip_others: bool = False,
-    ignore_checksums: bool | None = None,
+    **policy: Unpack[PolicyKeywords],
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
 
@@ -379,29 +366,16 @@ def check(
         MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
     """
     from ckptkit.released import check as run
+    from ckptkit.released.policy import POLICY_FIELDS
 
-    given = {
-        "no_pickle": no_pickle,
-        "max_trust": max_trust,
-        "require_format": require_format,
-        "max_size": max_size,
-        "allow_dtype": allow_dtype,
-        "no_nan": no_nan,
-        "no_optimizer": no_optimizer,
-        "no_prefix": no_prefix,
-        "location": location,
-        "allow_part": allow_part,
-        "fits": fits,
-        "forward": forward,
-        "model_args": model_args,
-        "input_shapes": input_shapes,
-        "ignore_checksums": ignore_checksums,
-    }
+    for name in policy:
+        if name not in POLICY_FIELDS:
+            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "skip_others"))
     return run(
         [os.fsdecode(path) for path in several(paths)],
         skip_others=skip_others,
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
-        typed={name: value for name, value in given.items() if value is not None},
+        typed={name: value for name, value in policy.items() if value is not None},
         verify=verify,
     )

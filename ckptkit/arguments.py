@@ -35,6 +35,7 @@ __all__ = [
     "text",
     "texts",
     "tolerance",
+    "unexpected",
     "within",
 ]
 
@@ -203,6 +204,15 @@ class Option(Generic[T]):
         return [self.typed, str(value)]
 
 
+def unexpected(function: str, name: str, known: Iterable[str]) -> TypeError:
+    """What Python says of a keyword that a function does not take, with the one that was probably meant."""
+    from difflib import get_close_matches  # every command starts faster without
+
+    near = get_close_matches(name, known, n=1)
+    meant = f". Did you mean {near[0]!r}?" if near else ""
+    return TypeError(f"{function}() got an unexpected keyword argument {name!r}{meant}")
+
+
 class Options:
     """The options of one command: those given, and the defaults of the others.  They do not change.
 
@@ -221,19 +231,13 @@ class Options:
     def __init__(self, **given: Any) -> None:
         for name in given:
             if name not in self.declared:
-                raise TypeError(f"{self.command}() got an unexpected keyword argument {name!r}{self._meant(name)}")
+                raise unexpected(self.command, name, self.declared)
         for name, option in self.declared.items():
             vars(self)[name] = option.value(given[name]) if name in given else option.default
         self._check()
 
     def _check(self) -> None:
         """See that the options go together."""
-
-    def _meant(self, name: str) -> str:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, self.declared, n=1)
-        return f". Did you mean {near[0]!r}?" if near else ""
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"options do not change; cannot set {name!r}")
