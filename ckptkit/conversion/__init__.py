@@ -49,12 +49,14 @@ class Job:
 
     Attributes:
         checkpoint: what is written, its metadata included.
+        source: the open file its bytes lie in.
         asked: the destination that was asked for.
         path: the file that is written: of shards, their index.
         plan: how.
     """
 
     checkpoint: Checkpoint
+    source: SourceFile
     asked: str
     path: str
     plan: Plan
@@ -89,7 +91,7 @@ class Job:
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
         path, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size)
         plan = with_digests(plan, tokens) if tokens.files else plan
-        return cls(checkpoint=checkpoint, asked=os.fsdecode(destination), path=path, plan=plan)
+        return cls(checkpoint=checkpoint, source=file, asked=os.fsdecode(destination), path=path, plan=plan)
 
     def carry_out(self, options: ConvertOptions) -> Tally:
         """Write it; see `ckptkit.transfer.write_atomically`."""
@@ -108,6 +110,7 @@ class Job:
             force=options.force,
             check=compare,
             replaces=self._stale() if self.plan.index is not None else (),
+            source=self.source,
             progress=options.progress,
         )
 
@@ -139,7 +142,6 @@ class Outcome:
     """What came of a conversion.
 
     Attributes:
-        source: the file that was read.
         section: the weights that were converted; ``None``: no section is selected.
         options: what was asked for.
         job: what was planned, and written unless that was not wanted.
@@ -147,7 +149,6 @@ class Outcome:
         findings: what is to be told.
     """
 
-    source: str
     section: str | None
     options: ConvertOptions
     job: Job
@@ -158,7 +159,7 @@ class Outcome:
         """What `ckptkit.convert` gives."""
         plan, written = self.job.plan, not self.options.dry_run
         details = {
-            "source": self.source,
+            "source": self.job.source.path,
             "destination": self.job.path,
             "written": written,
             "checked": written and self.options.check,
@@ -203,7 +204,6 @@ def run(
             tally = job.carry_out(options)
             findings += () if conversion is None else conversion.losses(tally)
         return Outcome(
-            source=file.path,
             section=source.origin.state_path,
             options=options,
             job=job,
