@@ -172,7 +172,7 @@ class Outcome:
 
 def run(
     checkpoint: Checkpoint,
-    file: SourceFile,
+    file: Source,
     destination: str | os.PathLike[str],
     options: ConvertOptions,
     *,
@@ -214,8 +214,8 @@ def run(
 
 @contextmanager
 def _section_meant(
-    checkpoint: Checkpoint, file: SourceFile, options: ConvertOptions
-) -> Iterator[tuple[Checkpoint, SourceFile]]:
+    checkpoint: Checkpoint, file: Source, options: ConvertOptions
+) -> Iterator[tuple[Checkpoint, Source]]:
     """The checkpoint with the section selected that is like the model asked for, where none is named."""
     selected = checkpoint.origin.state_path
     path = section_like(checkpoint, options) if options.section is None else selected
