@@ -180,12 +180,12 @@ SAMPLES: Any = {
         lambda m: m.zip(m.beside(b"}(U\x05state}(" + b"".join(m.long(i * ((1 << 61) - 1)) + m.tensor() for i in range(1, 3_000)) + b"uU\x0cparam_groups]u")),
     ),
     # Names.
-    "60,000 names": (REFUSED, lambda m: m.zip(m.beside(b"](" + b"".join(b"cm\nn%d\n" % i for i in range(60_000)) + b"e"))),
+    "51,000 names": (REFUSED, lambda m: m.zip(m.beside(b"](" + b"".join(b"cm\nn%d\n" % i for i in range(51_000)) + b"e"))),
     "10,000 names": (READ, lambda m: m.zip(m.beside(b"](" + b"".join(b"cm\nn%d\n" % i for i in range(10_000)) + b"e"))),
     "20,000 dangerous names": (HOSTILE, lambda m: m.zip(m.beside(b"](" + b"".join(b"cos\nn%d\n" % i for i in range(20_000)) + b"e"))),
     "names of 4,000 dots": (HOSTILE, lambda m: m.zip(m.beside(b"](" + b"".join(b"c" + b"a." * 2000 + b"\n" + b"b." * 2000 + b"%d\n" % i for i in range(500)) + b"e"))),
     "a name of 10,000 bytes": (REFUSED, lambda m: m.zip(m.beside(b"cmine\n" + b"n" * 10_000 + b"\n"))),
-    "a bare pickle of 60,000 names": (ANSWERED, lambda m: b"\x80\x02" + b"".join(b"ca\nb%d\n" % i for i in range(60_000)) + b"\xff"),
+    "a bare pickle of 51,000 names": (ANSWERED, lambda m: b"\x80\x02" + b"".join(b"ca\nb%d\n" % i for i in range(51_000)) + b"\xff"),
     # Archives.
     "a deflated pickle of 300 MiB": (REFUSED, lambda m: bombed(m, "archive/data.pkl", 300 << 20)),
     "a deflated pickle that declares less": (REFUSED, lambda m: bombed(m, "archive/data.pkl", 300 << 20, 1000)),
