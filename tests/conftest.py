@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import re
 import signal
@@ -45,6 +46,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # what tests start
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 PACKAGE = Path(ckptkit.__file__).parent
+
+# Once, and not in every process that tests start: where PYTHONDONTWRITEBYTECODE is set, none of them would keep it.
+compileall.compile_dir(PACKAGE, quiet=2)
 
 PYTHON = os.environ.get("CKPTKIT_PYTHON", sys.executable)
 """What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch."""
