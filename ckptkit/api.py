@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections import OrderedDict
 
     from ckptkit.differences import Difference
+    from ckptkit.inspection.document import InspectedFile
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckReport
     from ckptkit.rewrite import Like
@@ -59,7 +60,7 @@ def inspect(
     sort: str = "file",
     stats: bool = False,
     ignore_checksums: bool = False,
-) -> dict[str, Any]:
+) -> InspectedFile:
     """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
 
     Args:

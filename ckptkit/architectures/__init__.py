@@ -113,19 +113,6 @@ class Architecture:
             parts.append(f"under {self.prefix!r}")
         return ", ".join(parts)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As in the inspect document."""
-        return {
-            "reference": self.reference,
-            "args": dict(self.args),
-            "exact": self.exact,
-            "similarity": round(self.similarity, 3),
-            "prefix": self.prefix,
-            "others": self.others,
-            "differs": self.differs,
-            "label": self.label,
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _View:

@@ -39,6 +39,7 @@ from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
 
 if TYPE_CHECKING:
+    from ckptkit.documents import CastDocument, ChangesDocument
     from ckptkit.rewrite.device import LocationMap
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.storages import TiedPolicy
@@ -255,10 +256,10 @@ class Conversion:
         """What casts lost, once it is written."""
         yield from diagnose_casts(self.result, tally)
 
-    def details(self, plan: Plan) -> dict[str, Any]:
+    def details(self, plan: Plan) -> ChangesDocument:
         """What was changed, as it stands in JSON documents."""
         entries, like = self.result.state_dict, self._options.like
-        casts = []
+        casts: list[CastDocument] = []
         for name, entry in entries.items():
             source = entry.storage.source
             if isinstance(source, ConvertedRange):
