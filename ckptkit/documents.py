@@ -23,7 +23,7 @@ from ckptkit.report import FindingDocument, Severity
 __all__ = [
     "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails", "ConvertDocument",
     "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile", "ManifestOptions", "PlanDocument", "StepsDocument",
-    "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
+    "OutputDocument", "TimedDocument", "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
 ]  # fmt: skip
 
 _From = TypedDict("_From", {"from": str})
@@ -197,9 +197,9 @@ class MismatchDocument(TypedDict):
 
 
 class InputDocument(TypedDict):
-    """One input of the model."""
+    """One input of the model; ``name``: the keyword it is given by (``None``: by its position)."""
 
-    name: str
+    name: str | None
     shape: list[int]
     dtype: str
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from ckptkit.normalize.parts import part_findings
 from ckptkit.report import Finding, Report, listed, worst
 from ckptkit.verifier.against import check_against, check_devices, without_wrappers, wrapper_told
 from ckptkit.verifier.behaviour import check_behaviour
-from ckptkit.verifier.context import Check, Context, floating_dtype, peak_memory, pick_devices
+from ckptkit.verifier.context import Check, Context, VerifyFinding, floating_dtype, peak_memory, pick_devices
 from ckptkit.verifier.fit import check_fit
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.forward import check_forward, model_dtype
@@ -36,6 +36,9 @@ from ckptkit.verifier.load import check_load, check_weights
 from ckptkit.verifier.measure import Fit
 from ckptkit.verifier.pickled import load_pickled, unsafe_findings
 from ckptkit.verifier.references import ModelLike, Reference, build
+
+if TYPE_CHECKING:
+    from ckptkit.documents import InputsDocument, VerifyCheckDocument, VerifyDetails
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 
@@ -116,30 +119,33 @@ def verify(
     _require_weights(checkpoint)
     if input is not None and input_shapes:
         raise VerifyError("--input and --input-shape: the inputs are read from a file, or made; give one of them")
-    if not forward:
-        _require_forward({"--against": against, "--golden": golden, "--write-golden": write_golden})
+    needing = {"--against": against, "--golden": golden, "--write-golden": write_golden}
+    _require_forward(needing, given=forward)
     if unsafe_load and model is not None:
         raise VerifyError("--model and --unsafe-load: a reference model is run, or the pickled one; give one of them")
     atol, rtol = tolerance("--atol", atol), tolerance("--rtol", rtol)
     input_shapes = shapes("--input-shape", input_shapes)
     if not -(1 << 63) <= seed < 1 << 64:
         raise VerifyError(f"--seed {seed:.6g}: torch takes whole numbers from -2**63 to 2**64 - 1")
-    single = {
-        "--device": None if device == "auto" else device,
-        "--dtype": dtype,
-        "--input": input,
-        "--seed": seed or None,
-        "--against": None if against is None else against.origin.path,
-        "--golden": golden,
-        "--write-golden": write_golden,
-        "--atol": atol,
-        "--rtol": rtol,
-    }
-    asked = [part for name, value in single.items() if value is not None for part in (name, str(value))]
-    asked += [part for shape in input_shapes for part in ("--input-shape", ",".join(map(str, shape)))]
-    asked += [part for glob in several(allow_missing) for part in ("--allow-missing", glob)]
-    asked += [part for glob in several(allow_unexpected) for part in ("--allow-unexpected", glob)]
-    asked += [*["--force"] * force, *["--no-forward"] * (not forward)]
+    asked = _asked(
+        {
+            "--device": device,
+            "--dtype": dtype,
+            "--input": input,
+            "--seed": seed,
+            "--against": None if against is None else against.origin.path,
+            "--golden": golden,
+            "--write-golden": write_golden,
+            "--atol": atol,
+            "--rtol": rtol,
+        },
+        {
+            "--input-shape": [",".join(map(str, shape)) for shape in input_shapes],
+            "--allow-missing": several(allow_missing),
+            "--allow-unexpected": several(allow_unexpected),
+        },
+        {"--force": force, "--no-forward": not forward},
+    )
     devices = pick_devices(device)
     cast = None if dtype is None else floating_dtype(dtype)
     recorded = None if golden is None else _golden(golden, input_shapes, input, seed)
@@ -169,33 +175,47 @@ def verify(
             force=force,
             given=_given(checkpoint, strip_module),
             reading=tuple(reading),
-            asked=tuple(asked),
+            asked=asked,
         )
         seconds = time.perf_counter() - started
         context.seconds["build"] = seconds
         context.steps.append({"name": "build", "seconds": round(seconds, 6), "peak_memory_nbytes": peak_memory()})
-        findings = [*part_findings(checkpoint), *(() if against is None else part_findings(against))]
-        if model is None and recorded is None and not unsafe_load:
-            findings.append(_identified(reference))
+        told = [*part_findings(checkpoint), *(() if against is None else part_findings(against))]
         if unsafe_load:
-            findings += unsafe_findings(checkpoint, built)
+            told += unsafe_findings(checkpoint, built)
+        elif model is None and recorded is None:
+            told.append(_identified(reference))
         stripped = without_wrappers(checkpoint, built) if against is not None else None
         if stripped is not None:
-            findings.append(wrapper_told(checkpoint.origin.path))
-        context.failed = worst(findings) == "error"
-        checks = _run(stripped or checkpoint, built, context, findings)
-        return Report(findings=tuple(findings), details=_details(checkpoint, context, checks, model_dtype(built)))
+            told.append(wrapper_told(checkpoint.origin.path))
+        context.failed = worst(told) == "error"
+        checks, found = _run(stripped or checkpoint, built, context)
+        findings = (*(VerifyFinding.of(finding, None) for finding in told), *found)
+        return Report(findings=findings, details=_details(checkpoint, context, checks, model_dtype(built)))
 
 
-def _run(checkpoint: Checkpoint, model: nn.Module, context: Context, findings: list[Finding]) -> list[dict[str, Any]]:
-    """Run every check, adding what they find; gives each one's line in the document."""
-    lines = []
+def _asked(
+    values: Mapping[str, object], repeated: Mapping[str, Sequence[str]], flags: Mapping[str, bool]
+) -> tuple[str, ...]:
+    """The options of this verification as they are typed: with a value (``None``: not given), repeated, and alone."""
+    usual = {"--device": "auto", "--seed": 0}
+    given = [(name, str(value)) for name, value in values.items() if value not in (None, usual.get(name))]
+    given += [(name, value) for name, all_values in repeated.items() for value in all_values]
+    return (*(part for pair in given for part in pair), *(name for name, is_set in flags.items() if is_set))
+
+
+def _run(
+    checkpoint: Checkpoint, model: nn.Module, context: Context
+) -> tuple[list[VerifyCheckDocument], list[VerifyFinding]]:
+    """Run every check: each one's line in the document, and what they find."""
+    lines: list[VerifyCheckDocument] = []
+    findings: list[VerifyFinding] = []
     for check in CHECKS:
         name = check.__name__.removeprefix("check_")
-        found: list[Finding] = []
+        found: list[VerifyFinding] = []
         with context.step(name):
             for finding in check(checkpoint, model, context):
-                found.append(finding)
+                found.append(VerifyFinding.of(finding, name))
                 context.failed = context.failed or finding.severity == "error"
         findings += found
         was_run = bool(found) or name in context.notes or name in context.figures
@@ -210,7 +230,7 @@ def _run(checkpoint: Checkpoint, model: nn.Module, context: Context, findings: l
                 "figures": context.figures.get(name),
             }
         )
-    return lines
+    return lines, findings
 
 
 def _require_weights(checkpoint: Checkpoint) -> None:
@@ -240,10 +260,10 @@ def _identified(reference: Reference) -> Finding:
     )
 
 
-def _require_forward(given: Mapping[str, object]) -> None:
+def _require_forward(needing: Mapping[str, object], *, given: bool) -> None:
     """What is asked for cannot be had when nothing is computed."""
-    useless = [name for name, value in given.items() if value is not None]
-    if useless:
+    useless = [name for name, value in needing.items() if value is not None]
+    if useless and not given:
         raise VerifyError(f"{', '.join(useless)}: with --no-forward nothing is computed; leave one of them out")
 
 
@@ -307,7 +327,7 @@ def _inputs(
     return drawn_inputs(wanted_inputs(reference.inputs, shapes, reference.label), seed)
 
 
-def _details(checkpoint: Checkpoint, context: Context, checks: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
+def _details(checkpoint: Checkpoint, context: Context, checks: list[VerifyCheckDocument], dtype: str) -> VerifyDetails:
     fit = context.fit
     if fit is None:
         raise VerifyError("no check looked at how the checkpoint fits; CHECKS must begin with one that does")
@@ -317,7 +337,12 @@ def _details(checkpoint: Checkpoint, context: Context, checks: list[dict[str, An
         "device": str(context.device),
         "devices": [str(device) for device in context.devices],
         "dtype": dtype,
-        **_fit_details(fit),
+        "coverage": {"tensors": fit.tensors, "of": fit.of, "parameters_share": fit.parameters_share},
+        "missing_keys": list(fit.missing),
+        "unexpected_keys": list(fit.unexpected),
+        "shape_mismatches": [
+            {"name": m.name, "checkpoint": list(m.checkpoint), "reference": list(m.reference)} for m in fit.mismatches
+        ],
         "loaded": context.loaded,
         "inputs": None if context.inputs is None else _input_details(context.inputs),
         "outputs": context.outputs,
@@ -330,23 +355,12 @@ def _details(checkpoint: Checkpoint, context: Context, checks: list[dict[str, An
     }
 
 
-def _input_details(inputs: Inputs) -> dict[str, Any]:
+def _input_details(inputs: Inputs) -> InputsDocument:
     return {
         "seed": inputs.seed,
         "path": inputs.path,
         "tensors": [
             {"name": each.name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             for each, value in zip(inputs.inputs, inputs.values, strict=True)
-        ],
-    }
-
-
-def _fit_details(fit: Fit) -> dict[str, Any]:
-    return {
-        "coverage": {"tensors": fit.tensors, "of": fit.of, "parameters_share": fit.parameters_share},
-        "missing_keys": list(fit.missing),
-        "unexpected_keys": list(fit.unexpected),
-        "shape_mismatches": [
-            {"name": m.name, "checkpoint": list(m.checkpoint), "reference": list(m.reference)} for m in fit.mismatches
         ],
     }
