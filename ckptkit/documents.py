@@ -21,9 +21,10 @@ from typing import Any, Literal, TypedDict
 from ckptkit.report import FindingDocument, Severity
 
 __all__ = [
-    "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails", "ConvertDocument",
-    "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile", "ManifestOptions", "PlanDocument", "StepsDocument",
-    "OutputDocument", "TimedDocument", "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
+    "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
+    "ConvertDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile", "ManifestOptions",
+    "OutputDocument", "PlanDocument", "StepsDocument", "TimedDocument", "VerifyCheckDocument", "VerifyDetails",
+    "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
 ]  # fmt: skip
 
 _From = TypedDict("_From", {"from": str})

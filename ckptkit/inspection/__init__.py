@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         SectionDocument,
         StatsDocument,
         StorageDocument,
+        UnreadFile,
         WeightsDocument,
     )
 
@@ -91,9 +92,7 @@ def describe(
     return plain_document(survey(checkpoint, filters=filters, sort=sort, stats=stats))
 
 
-def survey(
-    checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False
-) -> Survey:
+def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False) -> Survey:
     """As `describe`, with the tensors as rows."""
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
@@ -154,7 +153,7 @@ def _architecture(found: Architecture) -> ArchitectureDocument:
     }
 
 
-def describe_error(path: str, error: CkptkitError) -> Survey:
+def describe_error(path: str, error: CkptkitError) -> UnreadFile:
     """The element of ``files`` for a file that could not be read."""
     message = error.message if isinstance(error, FormatError) else str(error)
     names = _globals(merge_uses(error.globals), error.where or "") if isinstance(error, FormatError) else []
@@ -206,8 +205,8 @@ def surveyed(document: InspectedFile | Survey) -> Survey:
     return {**document, "tensors": rows_of(document["tensors"])}
 
 
-def json_chunks(document: Survey) -> Iterator[str]:
-    """The JSON text of what `survey` made, on one line, a piece at a time; non-ASCII is escaped."""
+def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
+    """The JSON text of what `survey` or `describe_error` made, on one line, a piece at a time; non-ASCII is escaped."""
     rows = document["tensors"]
     head, tail = json.dumps({**document, "tensors": []}).split('"tensors": []', 1)
     yield f'{head}"tensors": ['

@@ -8,7 +8,7 @@ from ckptkit.checkpoint import Kind, Trust, Verdict
 from ckptkit.report import FindingDocument
 
 __all__ = ["FileFacts", "InspectDocument", "InspectedFile", "ModuleDocument", "SectionDocument", "StorageDocument",
-           "TensorDocument", "TrainingDocument", "WeightsDocument"]  # fmt: skip
+           "TensorDocument", "TrainingDocument", "UnreadFile", "WeightsDocument"]  # fmt: skip
 
 _Class = TypedDict("_Class", {"class": str})
 
@@ -251,27 +251,27 @@ class FileFacts(TypedDict):
     """All that is told of one file but its tensors; see `InspectedFile`."""
 
     path: str
-    size: int | None
-    format: str | None
+    size: int
+    format: str
     writer: str | None
-    kind: Kind | None
+    kind: Kind
     state_dict: WeightsDocument | None
     sections: list[SectionDocument]
-    storage: StorageDocument | None
+    storage: StorageDocument
     metadata: dict[str, Any]
-    training: TrainingDocument | None
-    has_pickle: bool | None
-    trust: Trust | None
+    training: TrainingDocument
+    has_pickle: bool
+    trust: Trust
     globals: list[GlobalDocument]
     modules: list[ModuleDocument]
     part: PartDocument | None
     architecture: list[ArchitectureDocument]
     findings: list[FindingDocument]
-    error: ErrorDocument | None
+    error: None
 
 
 class InspectedFile(FileFacts):
-    """What is in one file; where it could not be read there is an ``error``, and all else is ``None`` or empty.
+    """What is in one file.
 
     Attributes:
         size: of the file, with its shards.
@@ -291,9 +291,34 @@ class InspectedFile(FileFacts):
         part: of what it is a part; ``None``: it is whole.
         architecture: known models, best first.
         findings: what is remarkable, gravest first.
+        error: why it could not be read: it could; see `UnreadFile`.
     """
 
     tensors: list[TensorDocument]
+
+
+class UnreadFile(TypedDict):
+    """A file that could not be read, and why; ``globals`` are names in its pickles, where that is the reason."""
+
+    path: str
+    size: None
+    format: None
+    writer: None
+    kind: None
+    state_dict: None
+    sections: list[Any]
+    storage: None
+    tensors: list[Any]
+    metadata: dict[str, Any]
+    training: None
+    has_pickle: None
+    trust: Trust | None
+    globals: list[GlobalDocument]
+    modules: list[Any]
+    part: None
+    architecture: list[Any]
+    findings: list[Any]
+    error: ErrorDocument
 
 
 class InspectDocument(TypedDict):
@@ -306,4 +331,4 @@ class InspectDocument(TypedDict):
 
     schema_version: int
     passed_over: dict[str, int]
-    files: list[InspectedFile]
+    files: list[InspectedFile | UnreadFile]

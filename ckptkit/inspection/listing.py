@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from ckptkit.inspection.document import StatsDocument, TensorDocument
 
 __all__ = [
-    "Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of", "storage_names", "wanted",
+    "Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of", "storage_names",
+    "wanted",
 ]  # fmt: skip
 
 

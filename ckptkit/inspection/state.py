@@ -1,9 +1,10 @@
 """What stands beside and around the weights: the training state, and the modules of a pickled model.
 
 The training state is scalars, optimizers and schedulers.  An optimizer's state_dict is
-``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does not name its class.  The options in its groups tell: what ``torch/optim`` sets as defaults differs from
-class to class (`_OPTIMIZERS`).  A scheduler's state_dict is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which
-tells in the same way.  Both are inferences and marked so; a pickled object says what it is.
+``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does not name its class.  The options in
+its groups tell: what ``torch/optim`` sets as defaults differs from class to class (`_OPTIMIZERS`).  A scheduler's
+state_dict is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which tells in the same way.  Both are inferences and
+marked so; a pickled object says what it is.
 
 No tensor is read but those of one element, of which a few: step counts, a best metric.
 

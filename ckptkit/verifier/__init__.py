@@ -33,7 +33,6 @@ from ckptkit.verifier.golden import Golden, read_golden
 from ckptkit.verifier.golden_check import check_golden, require_writable, versions
 from ckptkit.verifier.inputs import Inputs, drawn_inputs, read_inputs, wanted_inputs
 from ckptkit.verifier.load import check_load, check_weights
-from ckptkit.verifier.measure import Fit
 from ckptkit.verifier.pickled import load_pickled, unsafe_findings
 from ckptkit.verifier.references import ModelLike, Reference, build
 

@@ -45,9 +45,7 @@ class VerifyFinding(Finding):
     @classmethod
     def of(cls, finding: Finding, check: str | None) -> VerifyFinding:
         """A finding, and who found it."""
-        return cls(
-            code=finding.code, severity=finding.severity, message=finding.message, fix=finding.fix, check=check
-        )
+        return cls(code=finding.code, severity=finding.severity, message=finding.message, fix=finding.fix, check=check)
 
     def to_dict(self) -> VerifyFindingDocument:
         """The finding as it stands in JSON documents."""
