@@ -6,13 +6,11 @@ import json
 from collections import Counter
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
+from ckptkit.checkpoint import Kind, Trust
 from ckptkit.errors import FailedReportError
 from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, share_of
-
-if TYPE_CHECKING:
-    from ckptkit.checkpoint import Kind, Trust
 
 __all__ = ["DiffDocument", "DiffFile", "Difference", "ModuleRow", "RenamedRow", "TreeRow"]
 
