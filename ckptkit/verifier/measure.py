@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -158,15 +158,10 @@ def measure_fit(
     expected = model_values(model)
     probed = try_load(model, expected, state_dict)
     sources = dict(probed.sources)
-    opaque = tuple(n for n in state_dict.extra if n in expected and not isinstance(expected[n], torch.Tensor))
-    others = {n: v for n, v in state_dict.extra.items() if isinstance(expected.get(n), torch.Tensor)}
+    tensors = {n for n, v in expected.items() if isinstance(v, torch.Tensor)}
+    opaque = tuple(n for n in state_dict.extra if n in expected and n not in tensors)
+    others = {n: v for n, v in state_dict.extra.items() if n in tensors}
     special = tuple(n for n, value in others.items() if _is_alike(expected[n], value))
-    unloadable = tuple(n for n in others if n not in special)
-    mismatches = tuple(
-        ShapeMismatch(name=n, checkpoint=state_dict[n].shape, reference=tuple(v.shape))
-        for n, v in expected.items()
-        if n in state_dict and n not in sources and not is_extra_state(n) and _differs(v, state_dict[n].shape)
-    )
     counters = tuple(n for n, source in sources.items() if source is None and n not in state_dict and is_counter(n))
     missing = [n for n in dict.fromkeys(probed.missing) if n not in state_dict.everything]  # torch may say it twice
     twins = _tied(missing, sources, expected)
@@ -175,13 +170,13 @@ def measure_fit(
     allowed_missing = missing_left.take(_matcher(allow_missing))
     unexpected_left = _Sieve(probed.unexpected, lambda name: False)
     allowed_unexpected = unexpected_left.take(_matcher(allow_unexpected))
-    wanted = [n for n, v in expected.items() if isinstance(v, torch.Tensor) and not is_extra_state(n)]
+    wanted = [n for n in expected if n in tensors and not is_extra_state(n)]
     filled = {n for n in wanted if n in tied or n in special or n in sources} - {*counters}
     return Fit(
         sources=sources,
         missing=tuple(missing_left.names),
         unexpected=tuple(unexpected_left.names),
-        mismatches=mismatches,
+        mismatches=tuple(_mismatches(sources, expected, state_dict)),
         recast=tuple(_recast(sources, expected, state_dict)),
         tied=tied,
         twins={name: twins[name] for name in missing_left.names if name in twins},
@@ -190,7 +185,7 @@ def measure_fit(
         allowed_unexpected=allowed_unexpected,
         special=special,
         opaque=opaque,
-        unloadable=unloadable,
+        unloadable=tuple(n for n in others if n not in special),
         tensors=len(filled),
         of=len(wanted),
         parameters_share=_share(filled, wanted, expected),
@@ -245,6 +240,17 @@ def _tied(missing: Iterable[str], sources: Mapping[str, object], expected: Mappi
     present = {identity(expected[n]): n for n in reversed(list(sources)) if isinstance(expected[n], torch.Tensor)}
     found = ((n, present.get(identity(expected[n]))) for n in missing if isinstance(expected.get(n), torch.Tensor))
     return {name: twin for name, twin in found if twin is not None}
+
+
+def _mismatches(
+    sources: Mapping[str, str | None], expected: Mapping[str, Any], state_dict: StateDict
+) -> Iterator[ShapeMismatch]:
+    """The names whose tensors have another shape in the checkpoint."""
+    for name, value in expected.items():
+        if name in state_dict and name not in sources and not is_extra_state(name):
+            shape = state_dict[name].shape
+            if _differs(value, shape):
+                yield ShapeMismatch(name=name, checkpoint=shape, reference=tuple(value.shape))
 
 
 def _recast(
