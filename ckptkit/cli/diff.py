@@ -13,22 +13,21 @@ from ckptkit.cli.ending import progress_line
 from ckptkit.cli.options import (
     Renderer,
     View,
-    allow_part_option,
     columns,
     common_options,
     finding_lines,
-    ignore_checksums,
     json_errors,
     later,
+    options_of,
     path_argument,
     printable,
     show,
     styler,
     terminal_width,
-    tolerance_option,
     with_examples,
     wrapped,
 )
+from ckptkit.options import DiffOptions
 from ckptkit.report import count_of, human_size
 
 if TYPE_CHECKING:
@@ -244,6 +243,11 @@ def _shown(value: object) -> str:
 RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.diff")}
 
 
+_top = click.option(
+    "--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list."
+)
+
+
 @click.command(
     "diff",
     epilog=with_examples(
@@ -257,17 +261,7 @@ RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.diff
 )
 @path_argument("a")
 @path_argument("b")
-@click.option("--section", metavar="NAME", help="The weights to compare, in both; nothing beside them is.")
-@click.option("--section-a", metavar="NAME", help="The weights of A.")
-@click.option("--section-b", metavar="NAME", help="The weights of B.")
-@click.option("--strip-module", is_flag=True, help="Take wrapper prefixes off the names of both first.")
-@tolerance_option("--atol", "Differences up to this count as unchanged.")
-@tolerance_option("--rtol", "The same as a share of the larger magnitude.")
-@click.option("--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list.")
-@allow_part_option
-@click.option("--strict", is_flag=True, help="Everything in the files counts for the exit code, not the tensors alone.")
-@click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
-@ignore_checksums
+@options_of(DiffOptions, behind={"rtol": _top})
 @common_options(RENDERERS)
 def command(
     a: str,
