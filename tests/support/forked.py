@@ -85,7 +85,7 @@ def preload(*modules: str) -> None:
     files = sorted((ROOT / "ckptkit").rglob("*.py"))
     found = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
     without_torch = [name for name in found if not name.startswith(WITH_TORCH)]
-    for module in [*without_torch, "decimal", "fractions", "numpy", "ml_dtypes", *modules]:
+    for module in [*without_torch, "decimal", "fractions", "tabulate", "numpy", "ml_dtypes", *modules]:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     gc.freeze()
