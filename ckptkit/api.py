@@ -244,7 +244,7 @@ def convert(
             if found != file.checkpoint.origin.state_path:
                 file = stack.enter_context(reading(section=found))
         _, container, most = formats.target(os.fsdecode(destination), to)
-        weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
+        weights_alone = container.tensors_alone or most is not None or max_shard_size is not None
         if weights_alone or options.needs_weights:
             _require_state_dict(file.checkpoint, "to rewrite" if options.needs_weights else "to write")
         conversion = Conversion(file.checkpoint, options)

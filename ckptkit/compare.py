@@ -15,7 +15,7 @@ from functools import partial
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.computed import ByteSource, ConvertedRange
 from ckptkit.errors import CorruptError
-from ckptkit.formats import read
+from ckptkit.formats import format_named, read
 from ckptkit.formats.json_text import versions_text
 from ckptkit.formats.torch_zip_writer import written_tree
 from ckptkit.normalize import lower_state_dict
@@ -29,8 +29,6 @@ __all__ = ["check_output", "first_difference", "same_values"]
 
 _COMPARED_NBYTES = 512 << 10
 """Bytes compared at a time: both sides fit into a core's own cache, where checksums are fast."""
-
-_SHARDED = ("safetensors-sharded", "torch-sharded")
 
 _kept = threading.local()
 
@@ -59,15 +57,16 @@ def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: N
             if output.metadata.get(key) != value:
                 raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
         comparison = _Comparison(compared)
-        if output.origin.format == "safetensors":
+        container = format_named(output.origin.format)
+        if container.shards is not None:
+            _tensors(source, output, comparison)
+            _extra_values(source, output, comparison)
+        elif container.tensors_alone:
             if versions_text(source.state_dict) not in (None, versions_text(output.state_dict)):
                 raise CorruptError("the output does not hold the same module versions; nothing was written")
             if source.state_dict.keys() == output.state_dict.keys() and [*source.state_dict] != [*output.state_dict]:
                 raise CorruptError("the output does not hold the tensors in the same order; nothing was written")
             _tensors(source, output, comparison)
-        elif output.origin.format in _SHARDED:
-            _tensors(source, output, comparison)
-            _extra_values(source, output, comparison)
         else:
             _trees(source, output, comparison)
         return comparison.run()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages, tied_groups
+from ckptkit.formats import format_named
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import EMBEDDINGS, discarded_text, holding_suffix, other_parts
@@ -120,8 +121,8 @@ def _places(root: object) -> dict[str, str]:
 def _whole_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.module is None or any(finding.code == "bound-method" for finding in checkpoint.findings):
         return
-    if checkpoint.origin.format == "torchscript":
-        return  # a program needs no class, and has a finding of its own
+    if format_named(checkpoint.origin.format).has_classes:
+        return  # what needs no class has a finding of its own
     cls = getattr(checkpoint.module, "class_name", "?")
     yield Finding(
         code="whole-model",
@@ -272,13 +273,12 @@ def _devices(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     places.pop("cpu", None)
     if not places:
         return
-    path, format_ = checkpoint.origin.path, checkpoint.origin.format
+    path, container = checkpoint.origin.path, format_named(checkpoint.origin.format)
     told = "a plain torch.load fails on a machine without these devices"
     fix: str | None = convert_command(path, "--map-location", "cpu", suffix=".pth")
-    if checkpoint.origin.is_program:
-        told, fix = "the program is loaded onto these devices, and fails on a machine without them", None
-    if format_ == "torchscript":
-        fix = f"torch.jit.load({path!r}, map_location='cpu')"
+    if container.is_program:
+        told = "the program is loaded onto these devices, and fails on a machine without them"
+        fix = f"{container.loader}({path!r}, map_location='cpu')" if container.maps_location else None
     yield Finding(
         code="device-location",
         severity="warning",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry
 from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.errors import FormatError
+from ckptkit.formats import format_named
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import discarded_text, other_parts
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
@@ -229,7 +230,7 @@ def _lost(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[FoundTenso
         return []
     alone = result.rest is STATE_DICT and not result.state_dict.is_module
     # A storage that was moved, cut or cast keeps the key of the one it was.
-    written = [] if plan.format.startswith("safetensors") else _beside_plain(result)
+    written = [] if format_named(plan.format).tensors_alone else _beside_plain(result)
     keys = {(node.original or node).key for node in map(_storage, walk(written)) if node is not None}
     spans: dict[str, list[tuple[int, int]]] = {}
     for entry in source.state_dict.values():
@@ -314,13 +315,14 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
         dead: storages that were cut, and the bytes that no tensor viewed of them.
     """
     storages, nbytes = dead
-    if nbytes and not plan.format.startswith("safetensors"):
+    each_apart = format_named(plan.format).tensors_alone
+    if nbytes and not each_apart:
         yield Finding(
             code="compacted",
             severity="info",
             message=f"{human_size(nbytes)} in {count_of(storages, 'storage')} belong to no tensor and are left out",
         )
-    if not plan.format.startswith("safetensors"):
+    if not each_apart:
         return
     gathered = sum(isinstance(made, Gather) for made in plan.all_steps())
     stored = [entry for name, entry in result.state_dict.items() if name not in plan.aliases and entry.nbytes]

@@ -1,7 +1,7 @@
 """The table of containers: what each is called, how a file shows that it is one, and which modules know the rest.
 
 Adding a container is a module with a function ``read(probe)``, whose docstring is its specification,
-and one line in `CONTAINERS`.  A module is imported when there is a file for it.
+and one row in `CONTAINERS`, with its facts.  A module is imported when there is a file for it.
 
 Which container a file is: by its content, once, and for exactly one of them.
 """
@@ -16,7 +16,17 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, ends_like_a_zip
 
-__all__ = ["CONTAINERS", "FORMATS", "SHARED_SUFFIXES", "SUFFIXES", "identify", "index_of"]
+__all__ = [
+    "CONTAINERS",
+    "FORMATS",
+    "INDEX_SUFFIXES",
+    "SHARED_SUFFIXES",
+    "SUFFIXES",
+    "format_named",
+    "identify",
+    "index_of",
+    "index_over",
+]
 
 
 def _archive(kind: str) -> Callable[[Probe], bool]:
@@ -80,19 +90,40 @@ CONTAINERS: tuple[Format, ...] = (
         claims=_archive("torch-zip"),
         reader="torch_zip",
         writer="torch_zip_writer",
+        loader="torch.load",
+        maps_location=True,
     ),
-    Format(name="torch-legacy", claims=_legacy, reader="torch_legacy"),
-    Format(name="torch-tar", claims=_tar, reader="torch_tar"),
-    Format(name="pickle", claims=_pickle, reader="plain_pickle"),
+    Format(name="torch-legacy", claims=_legacy, reader="torch_legacy", loader="torch.load", maps_location=True),
+    Format(name="torch-tar", claims=_tar, reader="torch_tar", loader="torch.load", maps_location=True),
+    Format(name="pickle", claims=_pickle, reader="plain_pickle", loader="pickle.load"),
     Format(
         name="torchscript",
         suffixes=(".jit", ".ptl", ".torchscript"),
         claims=_archive("torchscript"),
         reader="torchscript",
         is_program=True,
+        loader="torch.jit.load",
+        maps_location=True,
+        has_classes=True,
+        words="a TorchScript program{}, its code included: torch.jit.load runs it",
     ),
-    Format(name="torch-package", claims=_archive("torch-package"), reader="torch_package", is_program=True),
-    Format(name="pt2", suffixes=(".pt2",), claims=_archive("pt2"), reader="pt2", is_program=True),
+    Format(
+        name="torch-package",
+        claims=_archive("torch-package"),
+        reader="torch_package",
+        is_program=True,
+        loader="torch.package.PackageImporter",
+        words="a torch.package archive{}, its code included: torch.package.PackageImporter runs it",
+    ),
+    Format(
+        name="pt2",
+        suffixes=(".pt2",),
+        claims=_archive("pt2"),
+        reader="pt2",
+        is_program=True,
+        loader="torch.export.load",
+        words="an exported program{}, its graph included: torch.export.load reads it",
+    ),
     Format(
         name="safetensors",
         suffixes=(".safetensors",),
@@ -100,7 +131,9 @@ CONTAINERS: tuple[Format, ...] = (
         reader="safetensors",
         writer="safetensors_writer",
         has_pickle=False,
+        tensors_alone=True,
         ties_once=True,
+        loader="safetensors.torch.load_file",
     ),
 )
 """Every container that is one file, in no order that matters: a file two of them claim is refused."""
@@ -112,6 +145,7 @@ FORMATS: tuple[Format, ...] = (
         claims=_index("safetensors-sharded"),
         reader="sharded",
         has_pickle=False,
+        tensors_alone=True,
         shards="safetensors",
         ties_once=True,
     ),
@@ -119,11 +153,32 @@ FORMATS: tuple[Format, ...] = (
 )
 """Every container: these, and the indexes that make one checkpoint of several of them."""
 
+_BY_NAME = {container.name: container for container in FORMATS}
+
 SUFFIXES = frozenset(suffix for container in FORMATS for suffix in container.suffixes)
 """Endings of checkpoint files; they never decide what a file is."""
 
 SHARED_SUFFIXES = frozenset((".bin", ".jit", ".pkl"))
 """Those that files of other kinds have as well; by any other a file says that it is a checkpoint."""
+
+INDEX_SUFFIXES = tuple(
+    f"{suffix}.index.json" for index in FORMATS if index.shards for suffix in _BY_NAME[index.shards].suffixes
+)
+"""Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
+
+
+def format_named(name: str) -> Format:
+    """The container of this name (`Origin.format`, `Plan.format`): where its facts are to be asked.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _BY_NAME[name]
+
+
+def index_over(container: Format) -> Format | None:
+    """The container that makes one checkpoint of several files of this one; ``None``: there is none."""
+    return next((each for each in FORMATS if each.shards == container.name), None)
 
 
 def identify(probe: Probe, containers: Sequence[Format]) -> Format:

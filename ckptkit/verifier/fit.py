@@ -13,7 +13,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import unselected_weights
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError
-from ckptkit.formats import ties_once
+from ckptkit.formats import format_named
 from ckptkit.report import Finding, count_of, listed, share_of
 from ckptkit.rewrite.like import Fitting, Like
 from ckptkit.verifier.advice import (
@@ -69,7 +69,7 @@ def _measured(model: nn.Module, checkpoint: Checkpoint, context: Context) -> Fit
         checkpoint.state_dict,
         allow_missing=context.allow_missing,
         allow_unexpected=context.allow_unexpected,
-        ties_once=ties_once(checkpoint.origin.format),
+        ties_once=format_named(checkpoint.origin.format).ties_once,
     )
 
 

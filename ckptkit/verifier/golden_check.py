@@ -16,6 +16,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.digests import DigestLine, content_digest, tensor_digest, unwrapped_names
 from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
 from ckptkit.extras import __version__
+from ckptkit.formats.safetensors import NAME
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.report import Finding, count_of
 from ckptkit.transfer import write_atomically
@@ -224,7 +225,7 @@ def _written(
         data = save(stored, metadata={KEY: json.dumps(document)})
     except Exception as error:
         raise VerifyError(f"{path}: the outputs cannot be kept in safetensors: {error}") from error
-    plan = Plan(format="safetensors", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=len(stored), aliases={})
+    plan = Plan(format=NAME, nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=len(stored), aliases={})
     write_atomically(path, plan, force=context.force, check=lambda temporary, _: read_golden(temporary))
     sampled = sum(output["step"] != 1 for output in outputs)
     of = f", {sampled} of them as samples of 1 MiB" if sampled else ""

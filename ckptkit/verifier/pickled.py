@@ -20,6 +20,7 @@ from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import VerifyError
+from ckptkit.formats import format_named
 from ckptkit.report import Finding, count_of
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.context import shortened
@@ -29,7 +30,8 @@ from ckptkit.verifier.references import Reference
 
 __all__ = ["load_pickled", "unsafe_findings"]
 
-_FORMATS = ("torch-zip", "torch-legacy", "torch-tar")
+_LOADER = "torch.load"
+"""What runs it."""
 
 
 def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
@@ -47,7 +49,7 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
         raise VerifyError(
             f"{path}: is hostile and is not loaded, with --unsafe-load either: it names {shortened(dangerous)}"
         )
-    if checkpoint.module is None or checkpoint.origin.format not in _FORMATS:
+    if checkpoint.module is None or format_named(checkpoint.origin.format).loader != _LOADER:
         raise VerifyError(
             f"{path}: holds no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF"
         )
