@@ -14,6 +14,7 @@ from dataclasses import replace
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums
 
@@ -28,9 +29,6 @@ _COMPARED_NBYTES = 512 << 10
 
 _GATHERED = 1 << 16
 """Elements compared at a time where they have to be gathered."""
-
-_MOST_OVERLAP = 64
-"""How many times the bytes of its storage a view may have and still be gone through, as for statistics."""
 
 _kept = threading.local()
 
@@ -49,7 +47,7 @@ def unexpanded(a: TensorEntry, b: TensorEntry) -> tuple[TensorEntry, TensorEntry
         copies = a.numel
         a, b = replace(a, shape=shape), replace(b, shape=shape)
         copies //= a.numel
-    if all(entry.nbytes > _MOST_OVERLAP * entry.storage.nbytes for entry in (a, b)):
+    if all(entry.nbytes > DEFAULT_LIMITS.overlap * entry.storage.nbytes for entry in (a, b)):
         return None
     return a, b, copies
 

@@ -312,9 +312,6 @@ def children(node: object) -> list[object]:
     return list(node.effects) if isinstance(node, Global) else []
 
 
-_MAX_ATTRIBUTE_DEPTH = 32
-"""A tensor kept as an attribute of a tensor is rare; thirty levels of it are an attack."""
-
 SCALARS = (str, int, float, bytes, type(None))
 """Types of nodes that have nothing below them and are no placeholders."""
 
@@ -437,8 +434,9 @@ class TreeMap:
         if not isinstance(leaf, TensorEntry) or leaf.attributes is None:
             return leaf
         self._depth += 1
-        if self._depth > _MAX_ATTRIBUTE_DEPTH:
-            raise LimitError("tensors nested in attributes of tensors", limit=_MAX_ATTRIBUTE_DEPTH, actual=self._depth)
+        most = DEFAULT_LIMITS.attribute_depth
+        if self._depth > most:
+            raise LimitError("tensors nested in attributes of tensors", limit=most, actual=self._depth)
         copied = replace(leaf, attributes=self._shell(leaf.attributes))
         self._depth -= 1
         return copied

@@ -20,6 +20,7 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.errors import CorruptError, FormatError, LimitError, RewriteError, UnsupportedError
 from ckptkit.formats import torch_zip_writer, torchscript_code
+from ckptkit.limits import Limits
 from ckptkit.pickling.dialects import ScriptStorageTable
 from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.torch_bridge import tensors
@@ -329,16 +330,14 @@ def test_an_attribute_whose_name_is_no_string(path: Path) -> None:
         formats.read(path)
 
 
-def test_source_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchscript_code, "_CODE_NBYTES", 1000)
+def test_source_is_bounded(path: Path) -> None:
     with pytest.raises(LimitError, match="bytes of a program's source"):
-        formats.read(scripted(path))
+        formats.read(scripted(path), limits=Limits(source_nbytes=1000))
 
 
-def test_classes_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchscript_code, "_MAX_CLASSES", 3)
+def test_classes_are_bounded(path: Path) -> None:
     with pytest.raises(LimitError, match="classes in a program's source"):
-        formats.read(scripted(path))
+        formats.read(scripted(path), limits=Limits(source_classes=3))
 
 
 def test_names_as_the_source_escapes_them() -> None:
