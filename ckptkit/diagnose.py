@@ -21,7 +21,7 @@ from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
 from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
-from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed, share_of
+from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
 
 __all__ = ["DIAGNOSES", "Everything", "diagnose"]
 
@@ -75,8 +75,7 @@ def diagnose(checkpoint: Checkpoint, beside: list[FoundTensor] | None = None) ->
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
-    order = {"error": 0, "warning": 1, "info": 2}
-    return tuple(apart(sorted(found, key=lambda finding: order[finding.severity]), checkpoint.origin.options))
+    return tuple(apart(gravest_first(found), checkpoint.origin.options))
 
 
 def _hostile(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
@@ -221,7 +220,7 @@ _AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
 
 
 def _averaged(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    weights = [s.path for s in checkpoint.sections if s.kind in ("state_dict", "whole_model")]
+    weights = [section.path for section in checkpoint.sections if section.is_weights]
     averaged = [path for path in weights if _AVERAGED.search(path.lower())]
     if averaged and len(averaged) < len(weights):
         raw = next(path for path in weights if path not in averaged)

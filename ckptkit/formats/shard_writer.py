@@ -45,7 +45,7 @@ from ckptkit.formats.shards import is_shard_name
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import is_plain_value
-from ckptkit.pickling.inert import Global, InertDict, Object, children
+from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import IndexFile, LiteralBytes, Plan
@@ -278,7 +278,7 @@ class _Objects:
         stack = [value]
         while stack:
             node = stack.pop()
-            if node is None or node == () or isinstance(node, (str, int, float, bytes, Global)):
+            if node == () or isinstance(node, (*SCALARS, Global)):
                 continue
             found.append(id(node))
             if isinstance(node, TensorEntry):

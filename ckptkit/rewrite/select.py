@@ -20,7 +20,7 @@ from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.normalize.shapes import is_optimizer, parts
-from ckptkit.pickling.inert import InertDict, Object, mapping_items, states, tensors_in, walk
+from ckptkit.pickling.inert import SCALARS, InertDict, Object, mapping_items, states, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
@@ -36,8 +36,6 @@ _MAX_COMPARED = 2000
 
 _MAX_NAME = 200
 """Characters of names that are compared, or shown."""
-
-_SCALARS = (str, int, float, bytes, type(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +159,7 @@ def _optimizers(root: object) -> Iterator[str]:
         if is_optimizer(node):
             yield path
         elif depth < MAX_SECTION_DEPTH:
-            below = ((key, value) for key, value in reversed(parts(node)) if not isinstance(value, _SCALARS))
+            below = ((key, value) for key, value in reversed(parts(node)) if not isinstance(value, SCALARS))
             stack.extend((join(path, key), value, depth + 1) for key, value in below)
 
 

@@ -17,14 +17,14 @@ from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.normalize.selection import holding_suffix, other_parts
-from ckptkit.report import Finding, convert_command, listed
+from ckptkit.report import Finding, convert_command
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
 from ckptkit.verifier.outputs import OutputTolerance, Trace, dtype_name, tolerance_of
 from ckptkit.verifier.references import Reference
 
-__all__ = ["Check", "Context", "floating_dtype", "peak_memory", "pick_device", "pick_devices", "shortened"]
+__all__ = ["Check", "Context", "floating_dtype", "peak_memory", "pick_device", "pick_devices"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -224,8 +224,3 @@ def floating_dtype(name: str) -> torch.dtype:
     if not found.is_floating_point:
         raise VerifyError(f"the model cannot be cast to {name}: expected a floating point type, such as float16")
     return found
-
-
-def shortened(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    return listed(names, limit)

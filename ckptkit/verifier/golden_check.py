@@ -18,9 +18,9 @@ from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
 from ckptkit.extras import __version__
 from ckptkit.formats.safetensors import NAME
 from ckptkit.plan import LiteralBytes, Plan
-from ckptkit.report import Finding, count_of
+from ckptkit.report import Finding, count_of, listed
 from ckptkit.transfer import write_atomically
-from ckptkit.verifier.context import Context, shortened
+from ckptkit.verifier.context import Context
 from ckptkit.verifier.forward import measured_noise, model_dtype
 from ckptkit.verifier.golden import KEY, VERSION, Golden, Recorded, read_golden, told_args
 from ckptkit.verifier.load import sources_of
@@ -77,7 +77,7 @@ def _weights(golden: Golden, checkpoint: Checkpoint, context: Context) -> Iterat
         code="golden-weights",
         severity="info" if is_cast and all(name in then and name in now for name in other) else "warning",
         message=f"the weights are not those of {golden.path}: {len(other)} of {count_of(count, 'tensor')} "
-        f"{'differs' if len(other) == 1 else 'differ'}{f' ({told})' if told else ''}: {shortened(other)}",
+        f"{'differs' if len(other) == 1 else 'differ'}{f' ({told})' if told else ''}: {listed(other)}",
     )
 
 
@@ -103,7 +103,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         yield Finding(
             code="golden-versions",
             severity="info",
-            message=f"{golden.path} was recorded under other circumstances: {shortened(changed)}",
+            message=f"{golden.path} was recorded under other circumstances: {listed(changed)}",
         )
     default = context.tolerance((checkpoint,), first)
     recorded = tolerance_of([golden.dtype, *(o.dtype for o in golden.outputs)])
@@ -130,7 +130,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         "outputs": [difference.to_dict() for difference in found],
     }
     sampled = [each.path or "the output" for each in golden.outputs if each.step > 1]
-    of = f" (of {shortened(sampled, 3)} a sample)" if sampled else ""
+    of = f" (of {listed(sampled, 3)} a sample)" if sampled else ""
     allowed = f"atol {tolerance.atol:.2g}, rtol {tolerance.rtol:.2g}"
     apart = [difference for difference in found if not difference.is_close]
     if apart:
@@ -138,7 +138,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
             code="golden-differs",
             severity="error",
             message=f"outputs are not those in {golden.path} within {allowed}{of}: "
-            + shortened([str(difference) for difference in apart], 3),
+            + listed([str(difference) for difference in apart], 3),
         )
     elif all(difference.is_equal for difference in found):
         yield Finding(
@@ -149,7 +149,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         yield Finding(
             code="golden-close",
             severity="info",
-            message=f"outputs are those in {golden.path} within {allowed}{of}: {shortened(told, 3)}",
+            message=f"outputs are those in {golden.path} within {allowed}{of}: {listed(told, 3)}",
         )
 
 
