@@ -14,10 +14,9 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
+from ckptkit.extras import require_torch
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.tensors import storage_names
 from ckptkit.pickling.arrays import is_array, layout_of
@@ -47,6 +46,10 @@ from ckptkit.torch_bridge.loading import (
 )
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import array_from, check_indices, values_of
+
+require_torch()
+
+import torch  # noqa: E402 - behind the check, so that its absence is explained
 
 __all__ = ["TorchLocation", "dtype_of", "state_dict_of", "tensors"]
 
