@@ -37,6 +37,7 @@ __all__ = [
     "check_references",
     "children",
     "effects_of",
+    "holds",
     "is_global",
     "mapping_items",
     "mapping_shell",
@@ -343,6 +344,11 @@ def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
 def tensors_in(root: object, seen: set[int] | None = None) -> Iterator[TensorEntry | Storage]:
     """Every tensor, and every storage that stands by itself, at or below a node; arguments and errors as of `walk`."""
     return (node for node in walk(root, seen) if isinstance(node, (TensorEntry, Storage)))
+
+
+def holds(root: object, wanted: object) -> bool:
+    """Whether a node is the one wanted, or has it somewhere below."""
+    return any(node is wanted for node in walk(root))
 
 
 def check_references(root: object) -> None:

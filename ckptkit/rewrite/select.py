@@ -20,7 +20,7 @@ from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.normalize.shapes import is_optimizer, parts
-from ckptkit.pickling.inert import SCALARS, InertDict, Object, mapping_items, states, tensors_in, walk
+from ckptkit.pickling.inert import SCALARS, InertDict, Object, holds, mapping_items, states, tensors_in
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
@@ -232,7 +232,7 @@ class LeaveOut:
                 place.node[:] = [item for item in place.node if item is not _GONE]
             elif isinstance(place.node, Object):
                 place.node.items[:] = [item for item in place.node.items if item is not _GONE]
-        if _holds(checkpoint.rest, STATE_DICT) and not _holds(rest, STATE_DICT):
+        if holds(checkpoint.rest, STATE_DICT) and not holds(rest, STATE_DICT):
             raise RewriteError(f"{', '.join(map(repr, self.paths))}: the weights lie there; they cannot be left out")
         sections = tuple(section for section in checkpoint.sections if self._stays(section.path, rest))
         return result.replace(rest=rest, sections=sections)
@@ -293,12 +293,8 @@ def _places(node: object, above: str, path: str, depth: int, seen: set[tuple[int
             yield from _places(value, here, path, depth + 1, seen)
 
 
-def _holds(root: object, wanted: object) -> bool:
-    return any(node is wanted for node in walk(root))
-
-
 def _holds_tensors(root: object) -> bool:
-    return _holds(root, STATE_DICT) or any(tensors_in(root))
+    return holds(root, STATE_DICT) or any(tensors_in(root))
 
 
 def _removed(place: _Place) -> bool:

@@ -171,5 +171,4 @@ def test_the_facts_of_containers_fit_together() -> None:
         assert formats.format_named(container.name) is container
         assert container.loader is None or not container.words or container.loader in container.words
         assert bool(container.words) == container.is_program, "of others the kind says what they are"
-        assert container.tensors_alone is not container.has_pickle
         assert container.shards is None or formats.format_named(container.shards).writer is not None
