@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import hypothesis
@@ -32,6 +32,11 @@ hypothesis.settings.load_profile("repeatable")
 for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_ignored) == signal.SIG_IGN:
         signal.signal(_ignored, _default)
+
+if TYPE_CHECKING:
+    from support.forked import Forks
+
+pytest.register_assert_rewrite("support")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -113,22 +118,48 @@ def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
     return compare
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Callable[..., Forks]]:
+    """``forks(with_torch=True)``: what makes processes that have imported what they need."""
+    from support.forked import Forks
+
+    started: dict[bool, Forks] = {}
+
+    def fork(*, with_torch: bool) -> Forks:
+        if with_torch not in started:
+            modules = ("safetensors.torch", "torchvision.models", "ckptkit.verifier") if with_torch else ()
+            started[with_torch] = Forks(PYTHON, *modules)
+        return started[with_torch]
+
+    yield fork
+    for each in started.values():
+        each.close()
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``run("inspect", path, ...)``: the command as a process of its own, in an empty folder."""
 
     def command(
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [PYTHON, "-m", "ckptkit", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
+        words = [*map(str, arguments)]
+        return forks(with_torch="verify" in words or "--fits" in words).run(
+            "-m", "ckptkit", *words,
             cwd=cwd or tmp_path,
             env={**os.environ, "PYTHONPATH": str(FIXTURES.parent), **(env or {})},
-            timeout=300,
-        )
+        )  # fmt: skip
+
+    return command
+
+
+@pytest.fixture
+def python(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``python("-c", code, ...)``: Python as a process of its own, which finds torch imported."""
+
+    def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(FIXTURES.parent)}
+        return forks(with_torch=True).run(*map(str, arguments), cwd=cwd or tmp_path, env=env)
 
     return command
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from generated_tensors import STORABLE
 from safetensors.torch import load_file
+from support.generated_tensors import STORABLE
 
 import ckptkit
 from ckptkit import formats, transfer

@@ -14,7 +14,7 @@ trust a file.  (`hashlib` takes as long to import as everything else here takes 
 
 The index of known architectures: a line of JSON for each, and its sketch in a file beside.
 
-``python -m ckptkit.verifier.index_maker`` writes them.  A line is
+``python tests/support/index_maker.py`` writes them.  A line is
 
     {"name": "resnet18", "args": {}, "tensors": 102, "names": digest, "shapes": digest,
      "free": {"num_classes": {"default": 1000, "linear": [[tensor, dimension, a, b], ...]}},

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import extents, flipped, written
+from support.files import extents, flipped, written
 from torch import nn
 
 import ckptkit

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from conformance import Conformance, tensor
-from generated_tensors import STORABLE
 from safetensors.torch import load_file, load_model, save_file, save_model
+from support.conformance import Conformance, tensor
+from support.generated_tensors import STORABLE
 
 import ckptkit
 from ckptkit import formats

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance, tensor
 from safetensors.torch import load_file, save_file
+from support.conformance import Conformance, tensor
 
 import ckptkit
 from ckptkit import formats

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance
-from generated_tensors import STORABLE
+from support.conformance import Conformance
+from support.generated_tensors import STORABLE
 
 import ckptkit
 from ckptkit import formats

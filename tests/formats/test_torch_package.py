@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance
+from support.conformance import Conformance
 from torch import nn
 from torch.package import PackageExporter, PackageImporter, package_exporter
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance, tensor
+from support.conformance import Conformance, tensor
 
 import ckptkit
 from ckptkit import formats

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zip_samples import (
+from support.zip_samples import (
     CENTRAL,
     END,
     LOCAL,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from fitting import NOT_LOADED, Net, Run, check_file, codes, finding, state, without
+from support.fitting import NOT_LOADED, Net, Run, check_file, codes, finding, state, without
 from torch import nn
 
 import ckptkit

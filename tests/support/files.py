@@ -1,14 +1,23 @@
-"""What the tests of the output's check share: writing one unchecked, and damaging it."""
+"""Files as ckptkit opens them and writes them, and damage done to them."""
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.rewrite import WeightsOnly
 from ckptkit.transfer import execute
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Checkpoint]:
+    """The checkpoint, as the rewriters and writers see it, while its file is open."""
+    checkpoint, file = formats.read(path)
+    with closing(file):
+        yield checkpoint
 
 
 def written(checkpoint: Checkpoint, path: Path) -> Path:
@@ -24,8 +33,7 @@ def written(checkpoint: Checkpoint, path: Path) -> Path:
 
 def extents(path: Path) -> dict[str, tuple[int, int]]:
     """Where each tensor's storage begins in a file, and its bytes."""
-    checkpoint, file = formats.read(path)
-    with closing(file):
+    with opened(path) as checkpoint:
         return {name: (e.storage.source.offset, e.storage.nbytes) for name, e in checkpoint.state_dict.items()}
 
 
