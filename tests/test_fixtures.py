@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.files import tensor_of
 from support.generated_tensors import STORABLE
 
 import ckptkit
-from ckptkit import formats, transfer
+from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import InertDict, attributes, mapping_items, walk
@@ -43,13 +44,6 @@ def opened(name: str) -> Iterator[Checkpoint]:
     checkpoint, file = formats.read(FIXTURES / name)
     with closing(file):
         yield checkpoint
-
-
-def tensor_of(entry: TensorEntry) -> torch.Tensor:
-    data = bytearray(b"".join(transfer.stream(entry)))
-    dtype = getattr(torch, entry.dtype)
-    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(entry.shape)
 
 
 def locations(checkpoint: Checkpoint) -> Counter[str]:

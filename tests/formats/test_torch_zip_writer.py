@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import SameBits, Save, source_of
 from support.zip_samples import content
 
 from ckptkit import formats
@@ -24,9 +25,6 @@ from ckptkit.formats.torch_zip_writer import ALIGNMENT, ZipWriter
 from ckptkit.formats.zip_archive import read_directory, read_record
 from ckptkit.plan import Checksum, Copy, LiteralBytes, Plan
 from ckptkit.transfer import write_atomically
-
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 
 
 def read(path: Path) -> Checkpoint:
@@ -188,17 +186,12 @@ def test_a_written_file_declares_what_older_torch_reads(save: Save, tmp_path: Pa
 # The zip writer's layout, with zipfile as the oracle.
 
 
-@pytest.fixture
-def opened(tmp_path: Path) -> Callable[[bytes], SourceFile]:
-    def write(data: bytes) -> SourceFile:
-        path = tmp_path / "file.zip"
-        path.write_bytes(data)
-        return SourceFile(path)
-
-    return write
-
-
 Opened = Callable[[bytes], SourceFile]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Opened:
+    return lambda data: source_of(data, tmp_path)
 
 
 # The writer.

@@ -24,18 +24,10 @@ import torch
 from safetensors.torch import load_file
 
 import ckptkit
-from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import FileAccessError, FormatError
-from ckptkit.transfer import stream
+from support.files import tensor_of
 
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-def tensor(entry: TensorEntry) -> torch.Tensor:
-    """An entry's values, by the bytes that ckptkit streams."""
-    data = bytearray(b"".join(stream(entry)))
-    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 
 class Conformance:
@@ -86,7 +78,7 @@ class Conformance:
             for name, value in state.items():
                 assert found[name].shape == tuple(value.shape)
                 assert found[name].location == "cpu"
-                assert same_bits(tensor(found[name]), value), name
+                assert same_bits(tensor_of(found[name]), value), name
 
     def test_it_opens_as_torch_tensors(self, tmp_path: Path, same_bits: SameBits) -> None:
         state = self.state()

@@ -1,15 +1,25 @@
-"""Files as ckptkit opens them and writes them, and damage done to them."""
+"""Files as ckptkit opens them and writes them, what is made by hand, and damage done to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ckptkit import formats
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.rewrite import WeightsOnly
-from ckptkit.transfer import execute
+from ckptkit.transfer import execute, stream
+
+Save = Callable[..., Path]
+SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 
 
 @contextmanager
@@ -42,3 +52,97 @@ def flipped(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint, its file closed."""
+    with opened(path) as checkpoint:
+        return checkpoint
+
+
+def tensor_of(entry: object) -> torch.Tensor:
+    """An entry's values, by the bytes that ckptkit streams."""
+    assert isinstance(entry, TensorEntry)
+    data = bytearray(b"".join(stream(entry)))
+    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+
+
+def codes(checkpoint: Checkpoint) -> list[str]:
+    """Those of what the reader noticed."""
+    return [finding.code for finding in checkpoint.findings]
+
+
+def sections(checkpoint: Checkpoint) -> list[tuple[str, str, bool]]:
+    """Path and kind of each, and whether it is the selected one."""
+    return [(section.path, section.kind, section.selected) for section in checkpoint.sections]
+
+
+# Archives.
+
+
+def repacked(
+    path: Path,
+    change: Callable[[str, bytes], tuple[str, bytes] | None] = lambda name, data: (name, data),
+    *,
+    deflate: bool = False,
+    more: Any = (),
+) -> Path:
+    """The archive with each record changed or dropped, and more added."""
+    target = path.with_name(f"repacked{path.suffix}")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
+        records = [change(name, source.read(name)) for name in source.namelist()]
+        for name, data in [record for record in records if record is not None] + list(more):
+            out.writestr(name, data, zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED)
+    return target
+
+
+def with_data(path: Path, change: Callable[[str, bytes], bytes | None], more: Any = ()) -> Path:
+    """The archive with the data of each record changed, or the record dropped; names without their root folder."""
+
+    def changed(name: str, data: bytes) -> tuple[str, bytes] | None:
+        new = change(name.partition("/")[2], data)
+        return None if new is None else (name, new)
+
+    return repacked(path, changed, more=more)
+
+
+def source_of(data: bytes, folder: Path) -> SourceFile:
+    """An open file with these bytes."""
+    (folder / "file.zip").write_bytes(data)
+    return SourceFile(folder / "file.zip")
+
+
+# Pickles of torch before 1.6.
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+SYS_INFO = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+
+
+class Pid:
+    """Stands for a persistent id in what `dumped` pickles."""
+
+    def __init__(self, *pid: object) -> None:
+        self.pid = pid
+
+
+class Call:
+    """Pickled as a call."""
+
+    def __init__(self, function: object, *args: object) -> None:
+        self.call = (function, args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> object:
+        return obj.pid if isinstance(obj, Pid) else None
+
+
+def dumped(obj: object, protocol: int = 2) -> bytes:
+    """A pickle with persistent ids."""
+    out = io.BytesIO()
+    _Pickler(out, protocol).dump(obj)
+    return out.getvalue()
