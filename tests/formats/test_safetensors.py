@@ -12,7 +12,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from support.conformance import Conformance
-from support.files import SameBits, Save, tensor_of
+from support.files import SameBits, Save, published, tensor_of
 from support.generated_tensors import STORABLE
 
 import ckptkit
@@ -23,7 +23,6 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.formats import safetensors_writer
 from ckptkit.plan import Copy, Gather, Plan
-from ckptkit.transfer import write_atomically
 
 
 def read(path: Path) -> Checkpoint:
@@ -31,9 +30,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> Plan:
-    plan = safetensors_writer.write(checkpoint)
-    write_atomically(target, plan, force=True, check=None)
-    return plan
+    return published(safetensors_writer.write(checkpoint), target)
 
 
 def file_bytes(header: object, data: bytes = b"", *, size: int | None = None) -> bytes:

@@ -14,7 +14,6 @@ import re
 import shutil
 import struct
 import subprocess
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -27,7 +26,7 @@ import numpy
 import pytest
 import torch
 from support.conformance import Conformance
-from support.files import read, repacked
+from support.files import read, repacked, tarred
 
 import ckptkit
 from ckptkit import formats
@@ -152,16 +151,6 @@ def packed(records: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes
     with zipfile.ZipFile(out, "w", method) as archive:
         for name, data in records.items():
             archive.writestr(name, data)
-    return out.getvalue()
-
-
-def tarred(records: dict[str, bytes]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in records.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
     return out.getvalue()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.files import SameBits, Save, source_of
+from support.files import SameBits, Save, filled, published, source_of
 from support.zip_samples import content
 
 from ckptkit import formats
@@ -24,7 +24,6 @@ from ckptkit.formats import torch_zip_writer
 from ckptkit.formats.torch_zip_writer import ALIGNMENT, ZipWriter
 from ckptkit.formats.zip_archive import read_directory, read_record
 from ckptkit.plan import Checksum, Copy, LiteralBytes, Plan
-from ckptkit.transfer import write_atomically
 
 
 def read(path: Path) -> Checkpoint:
@@ -32,9 +31,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> Plan:
-    plan = torch_zip_writer.write(checkpoint)
-    write_atomically(target, plan, force=True, check=None)
-    return plan
+    return published(torch_zip_writer.write(checkpoint), target)
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -142,13 +139,7 @@ def test_storages_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
         checkpoint_of({"big": entry_over(ByteRange(source, 0, big)), "small": entry_over(ByteRange(source, 0, small))})
     )
     assert [step.nbytes for step in plan.steps if isinstance(step, Copy)] == [big, small]
-    path = tmp_path / "big.pth"
-    with open(path, "wb") as out:
-        out.truncate(plan.nbytes)
-        for step in plan.steps:
-            if isinstance(step, LiteralBytes):
-                out.seek(step.target)
-                out.write(step.data)
+    path = filled(plan, tmp_path / "big.pth")
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("archive/data/0").file_size == big
     reader = torch._C.PyTorchFileReader(str(path))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.files import SameBits, Save, tensor_of
+from support.files import SameBits, Save, one_float, tensor_of
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
@@ -79,10 +79,8 @@ def module_node() -> Module:
 @pytest.fixture
 def entry(save: Save) -> Iterator[TensorEntry]:
     """A tensor of one float."""
-    checkpoint, source = formats.read(save(torch.ones(1), "one.pth"))
-    with closing(source):
-        assert isinstance(checkpoint.rest, TensorEntry)
-        yield checkpoint.rest
+    with one_float(save) as found:
+        yield found
 
 
 @pytest.fixture

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import pickle
+import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, TensorEntry
+from ckptkit.errors import FormatError
+from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.rewrite import WeightsOnly
-from ckptkit.transfer import execute, stream
+from ckptkit.transfer import execute, stream, write_atomically
 
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
@@ -41,6 +45,23 @@ def written(checkpoint: Checkpoint, path: Path) -> Path:
     return path
 
 
+def published(plan: Plan, target: Path) -> Plan:
+    """What is planned, written, and not compared."""
+    write_atomically(target, plan, force=True, check=None)
+    return plan
+
+
+def filled(plan: Plan, path: Path) -> Path:
+    """A file as large as planned, with nothing in it but what does not come from other files."""
+    with path.open("wb") as out:
+        out.truncate(plan.nbytes)
+        for step in plan.steps:
+            if isinstance(step, LiteralBytes):
+                out.seek(step.target)
+                out.write(step.data)
+    return path
+
+
 def extents(path: Path) -> dict[str, tuple[int, int]]:
     """Where each tensor's storage begins in a file, and its bytes."""
     with opened(path) as checkpoint:
@@ -58,6 +79,14 @@ def read(path: Path) -> Checkpoint:
     """The checkpoint, its file closed."""
     with opened(path) as checkpoint:
         return checkpoint
+
+
+@contextmanager
+def one_float(save: Save) -> Iterator[TensorEntry]:
+    """A tensor of one float, while its file is open."""
+    with opened(save(torch.ones(1), "one.pth")) as checkpoint:
+        assert isinstance(checkpoint.rest, TensorEntry)
+        yield checkpoint.rest
 
 
 def tensor_of(entry: object) -> torch.Tensor:
@@ -105,6 +134,28 @@ def with_data(path: Path, change: Callable[[str, bytes], bytes | None], more: An
         return None if new is None else (name, new)
 
     return repacked(path, changed, more=more)
+
+
+def tarred(records: Mapping[str, bytes]) -> bytes:
+    """A tar archive."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in records.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def assert_refused_when_cut(path: Path) -> None:
+    """Fails unless the archive, cut off before any of its records, is an error."""
+    with zipfile.ZipFile(path) as archive:
+        offsets = [info.header_offset for info in archive.infolist()]
+    data = path.read_bytes()
+    for length in offsets:
+        path.write_bytes(data[:length])
+        with pytest.raises(FormatError):
+            formats.read(path)
 
 
 def source_of(data: bytes, folder: Path) -> SourceFile:
