@@ -85,72 +85,43 @@ def index_of(probe: Probe) -> str | None:
 
 CONTAINERS: tuple[Format, ...] = (
     Format(
-        name="torch-zip",
-        suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"),
-        claims=_archive("torch-zip"),
-        reader="torch_zip",
-        writer="torch_zip_writer",
-        loader="torch.load",
-        maps_location=True,
+        name="torch-zip", suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"), claims=_archive("torch-zip"),
+        reader="torch_zip", writer="torch_zip_writer", loader="torch.load", maps_location=True,
     ),
     Format(name="torch-legacy", claims=_legacy, reader="torch_legacy", loader="torch.load", maps_location=True),
     Format(name="torch-tar", claims=_tar, reader="torch_tar", loader="torch.load", maps_location=True),
     Format(name="pickle", claims=_pickle, reader="plain_pickle", loader="pickle.load"),
     Format(
-        name="torchscript",
-        suffixes=(".jit", ".ptl", ".torchscript"),
-        claims=_archive("torchscript"),
-        reader="torchscript",
-        is_program=True,
-        loader="torch.jit.load",
-        maps_location=True,
-        has_classes=True,
+        name="torchscript", suffixes=(".jit", ".ptl", ".torchscript"), claims=_archive("torchscript"),
+        reader="torchscript", is_program=True, loader="torch.jit.load", maps_location=True, has_classes=True,
         words="a TorchScript program{}, its code included: torch.jit.load runs it",
     ),
     Format(
-        name="torch-package",
-        claims=_archive("torch-package"),
-        reader="torch_package",
-        is_program=True,
-        loader="torch.package.PackageImporter",
+        name="torch-package", claims=_archive("torch-package"),
+        reader="torch_package", is_program=True, loader="torch.package.PackageImporter",
         words="a torch.package archive{}, its code included: torch.package.PackageImporter runs it",
     ),
     Format(
-        name="pt2",
-        suffixes=(".pt2",),
-        claims=_archive("pt2"),
-        reader="pt2",
-        is_program=True,
-        loader="torch.export.load",
+        name="pt2", suffixes=(".pt2",), claims=_archive("pt2"),
+        reader="pt2", is_program=True, loader="torch.export.load",
         words="an exported program{}, its graph included: torch.export.load reads it",
     ),
     Format(
-        name="safetensors",
-        suffixes=(".safetensors",),
-        claims=_safetensors,
-        reader="safetensors",
-        writer="safetensors_writer",
-        has_pickle=False,
-        tensors_alone=True,
-        ties_once=True,
-        loader="safetensors.torch.load_file",
+        name="safetensors", suffixes=(".safetensors",), claims=_safetensors,
+        reader="safetensors", writer="safetensors_writer", loader="safetensors.torch.load_file",
+        has_pickle=False, tensors_alone=True, ties_once=True,
     ),
-)
+)  # fmt: skip
 """Every container that is one file, in no order that matters: a file two of them claim is refused."""
 
 FORMATS: tuple[Format, ...] = (
     *CONTAINERS,
     Format(
-        name="safetensors-sharded",
-        claims=_index("safetensors-sharded"),
-        reader="sharded",
-        has_pickle=False,
-        tensors_alone=True,
-        shards="safetensors",
-        ties_once=True,
+        name="safetensors-sharded", claims=_index("safetensors-sharded"), reader="sharded", shards="safetensors",
+        has_pickle=False, tensors_alone=True, ties_once=True,
     ),
     Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
-)
+)  # fmt: skip
 """Every container: these, and the indexes that make one checkpoint of several of them."""
 
 _BY_NAME = {container.name: container for container in FORMATS}

@@ -71,7 +71,7 @@ ROW = """
         tensors_alone=True,
         words="a box of tensors",
     ),
-)
+)  # fmt: skip
 \"\"\"Every container that is one file"""
 
 USE = """
@@ -116,7 +116,7 @@ def test_one_module_and_one_row(tmp_path: Path) -> None:
     shutil.copytree(Path(ckptkit.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "formats" / "box.py").write_text(MODULE)
     table = package / "formats" / "containers.py"
-    end = ')\n"""Every container that is one file'
+    end = ')  # fmt: skip\n"""Every container that is one file'
     before, after = table.read_text(encoding="utf-8").split(end)
     table.write_text(before + ROW.removeprefix("\n") + after, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
