@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit import formats
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
 from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Finding, count_of
@@ -34,7 +34,7 @@ class CheckpointFile:
         checkpoint: the common representation that rewriters work on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, file: SourceFile) -> None:
+    def __init__(self, checkpoint: Checkpoint, file: Source) -> None:
         self.checkpoint = checkpoint
         self._file = file
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit import formats
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
@@ -51,7 +51,7 @@ class Job:
     """
 
     checkpoint: Checkpoint
-    source: SourceFile
+    source: Source
     asked: str
     path: str
     plan: Plan
@@ -60,7 +60,7 @@ class Job:
     def of(
         cls,
         checkpoint: Checkpoint,
-        file: SourceFile,
+        file: Source,
         destination: str | os.PathLike[str],
         *,
         to: str | None,
@@ -145,16 +145,16 @@ class Tokens:
 
     def __init__(self) -> None:
         self.prefix = os.urandom(_DIGITS // 4).hex()
-        self.files: dict[str, SourceFile] = {}
+        self.files: dict[str, Source] = {}
 
-    def of(self, file: SourceFile) -> str:
+    def of(self, file: Source) -> str:
         """The stand-in for the digest of a file."""
         token = f"{self.prefix}{len(self.files):0{_DIGITS // 2}x}"
         self.files[token] = file
         return token
 
 
-def with_receipt(checkpoint: Checkpoint, file: SourceFile, version: str, tokens: Tokens | None) -> Checkpoint:
+def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tokens | None) -> Checkpoint:
     """The checkpoint with a receipt in its metadata.
 
     Args:
@@ -165,11 +165,9 @@ def with_receipt(checkpoint: Checkpoint, file: SourceFile, version: str, tokens:
     """
     receipt: dict[str, object] = {"ckptkit": version, "format": checkpoint.origin.format}
     if tokens is not None:
-        folder = os.path.dirname(file.path)
-        shards = {os.path.relpath(part.path, folder).replace(os.sep, "/"): part for part in file.parts}
-        named = {os.path.basename(file.path): file, **shards}
+        named = {os.path.basename(file.path): file, **file.parts}
         receipt["sha256"] = (
-            {name: tokens.of(part) for name, part in sorted(named.items())} if shards else tokens.of(file)
+            {name: tokens.of(part) for name, part in sorted(named.items())} if file.parts else tokens.of(file)
         )
     receipt["operations"] = list(checkpoint.operations)
     text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them
