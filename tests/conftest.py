@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("support")
 
+# Of several workers each has a core: more threads of torch's would wait for one another, and busily.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # what tests start
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 PACKAGE = Path(ckptkit.__file__).parent
@@ -72,6 +76,13 @@ def pytest_runtest_call() -> Iterator[None]:
         if name not in {*DTYPES, "jagged"} or any(PACKAGE in Path(file).parents for file in files):
             raise
         pytest.skip(f"torch {torch.__version__} has no {name}, or does not save it")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_fails() -> Iterator[None]:
+    """Nothing waits for the disk in this process; that it is asked to, tests of transfer say, and processes do."""
+    with mock.patch("os.fsync", os.fstat):
+        yield
 
 
 @pytest.fixture
@@ -123,13 +134,13 @@ def forks() -> Iterator[Callable[..., Forks]]:
     """``forks(with_torch=True)``: what makes processes that have imported what they need."""
     from support.forked import Forks
 
-    started: dict[bool, Forks] = {}
+    started: dict[tuple[bool, str], Forks] = {}
 
-    def fork(*, with_torch: bool) -> Forks:
-        if with_torch not in started:
+    def fork(*, with_torch: bool, python: str = sys.executable) -> Forks:
+        if (with_torch, python) not in started:
             modules = ("safetensors.torch", "torchvision.models", "ckptkit.verifier") if with_torch else ()
-            started[with_torch] = Forks(PYTHON, *modules)
-        return started[with_torch]
+            started[with_torch, python] = Forks(python, *modules)
+        return started[with_torch, python]
 
     yield fork
     for each in started.values():
@@ -144,7 +155,8 @@ def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
-        return forks(with_torch="verify" in words or "--fits" in words).run(
+        with_torch = "verify" in words or "--fits" in words
+        return forks(with_torch=with_torch, python=PYTHON).run(
             "-m", "ckptkit", *words,
             cwd=cwd or tmp_path,
             env={**os.environ, "PYTHONPATH": str(FIXTURES.parent), **(env or {})},

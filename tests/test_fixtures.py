@@ -7,8 +7,8 @@ import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.files import tensor_of
+from support import files
 from support.generated_tensors import STORABLE
 
 import ckptkit
-from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import InertDict, attributes, mapping_items, walk
@@ -39,11 +38,8 @@ def make() -> ModuleType:
     return module
 
 
-@contextmanager
-def opened(name: str) -> Iterator[Checkpoint]:
-    checkpoint, file = formats.read(FIXTURES / name)
-    with closing(file):
-        yield checkpoint
+def opened(name: str) -> AbstractContextManager[Checkpoint]:
+    return files.opened(FIXTURES / name)
 
 
 def locations(checkpoint: Checkpoint) -> Counter[str]:
@@ -154,7 +150,9 @@ def test_ddp_resume_equals_what_torch_loads(same_bits: SameBits) -> None:
         assert groups == expected["optimizer"]["param_groups"]
 
         assert dict(rest["scheduler"].items()) == expected["scheduler"]
-        assert [tensor_of(loss).item() for loss in rest["per_gpu_loss"]] == [t.item() for t in expected["per_gpu_loss"]]
+        assert [tensor_of(loss).item() for loss in rest["per_gpu_loss"]] == [
+            t.item() for t in expected["per_gpu_loss"]
+        ]
         assert same_bits(tensor_of(rest["rng_state"]), expected["rng_state"])
         assert (rest["epoch"], rest["arch"], rest["best_acc1"]) == (1, "mobilenet_v2", 61.375)
         args = attributes(rest["args"])

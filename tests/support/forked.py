@@ -14,7 +14,6 @@ import gc
 import importlib
 import json
 import os
-import pkgutil
 import runpy
 import select
 import shlex
@@ -83,8 +82,10 @@ class Forks:
 
 def preload(*modules: str) -> None:
     """Import all of ckptkit but for what needs torch, and these: whatever a child would import first of all."""
-    found = [module.name for module in pkgutil.walk_packages([str(ROOT / "ckptkit")], "ckptkit.")]
-    for module in [*(name for name in found if not name.startswith(WITH_TORCH)), "decimal", "fractions", *modules]:
+    files = sorted((ROOT / "ckptkit").rglob("*.py"))
+    found = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    without_torch = [name for name in found if not name.startswith(WITH_TORCH)]
+    for module in [*without_torch, "decimal", "fractions", "numpy", "ml_dtypes", *modules]:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
     gc.freeze()
