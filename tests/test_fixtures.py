@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import files
+from support.files import tensor_of
 from support.generated_tensors import STORABLE
 
 import ckptkit

@@ -24,7 +24,6 @@ from typing import get_args
 
 from ckptkit.checkpoint import GlobalUse, Verdict
 from ckptkit.errors import FormatError
-from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.contents import ContentSearch
 from ckptkit.formats.format import Probe
 from ckptkit.formats.magic import SCANNED_NBYTES, guess_pickle, scanned
@@ -269,7 +268,7 @@ def _is_table(text: str) -> bool:
     return separator is not None and len(lines) > 1 and len({line.count(separator) for line in lines[:-1]}) == 1
 
 
-_CHECKPOINTS = (*SUFFIXES, ".tar")
+_CHECKPOINTS = (".pth", ".pt", ".pt2", ".ckpt", ".bin", ".safetensors", ".pkl", ".jit", ".ptl", ".tar", ".pth.tar")
 """Endings that checkpoints have."""
 
 
