@@ -151,9 +151,7 @@ def test_ddp_resume_equals_what_torch_loads(same_bits: SameBits) -> None:
         assert groups == expected["optimizer"]["param_groups"]
 
         assert dict(rest["scheduler"].items()) == expected["scheduler"]
-        assert [tensor_of(loss).item() for loss in rest["per_gpu_loss"]] == [
-            t.item() for t in expected["per_gpu_loss"]
-        ]
+        assert [tensor_of(loss).item() for loss in rest["per_gpu_loss"]] == [t.item() for t in expected["per_gpu_loss"]]
         assert same_bits(tensor_of(rest["rng_state"]), expected["rng_state"])
         assert (rest["epoch"], rest["arch"], rest["best_acc1"]) == (1, "mobilenet_v2", 61.375)
         args = attributes(rest["args"])
