@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import files
+from support.files import tensor_of
 from support.generated_tensors import STORABLE
 
 import ckptkit
@@ -134,7 +135,7 @@ def test_ddp_resume_equals_what_torch_loads(same_bits: SameBits) -> None:
         assert list(state_dict) == list(expected["state_dict"])
         assert all(name.startswith("module.") for name in state_dict)
         for name, tensor in expected["state_dict"].items():
-            assert same_bits(files.tensor(state_dict[name]), tensor), name
+            assert same_bits(tensor_of(state_dict[name]), tensor), name
             assert state_dict[name].stride == tensor.stride(), name
         versions = {path: dict(node.items()) for path, node in state_dict.versions.items()}
         assert versions == dict(expected["state_dict"]._metadata)
@@ -145,15 +146,13 @@ def test_ddp_resume_equals_what_torch_loads(same_bits: SameBits) -> None:
         state = {index: dict(mapping_items(node) or []) for index, node in mapping_items(optimizer["state"]) or []}
         assert state.keys() == expected["optimizer"]["state"].keys()
         for index, moments in expected["optimizer"]["state"].items():
-            assert same_bits(files.tensor(state[index]["momentum_buffer"]), moments["momentum_buffer"]), index
+            assert same_bits(tensor_of(state[index]["momentum_buffer"]), moments["momentum_buffer"]), index
         groups = [dict(group.items()) for group in optimizer["param_groups"]]
         assert groups == expected["optimizer"]["param_groups"]
 
         assert dict(rest["scheduler"].items()) == expected["scheduler"]
-        assert [files.tensor(loss).item() for loss in rest["per_gpu_loss"]] == [
-            t.item() for t in expected["per_gpu_loss"]
-        ]
-        assert same_bits(files.tensor(rest["rng_state"]), expected["rng_state"])
+        assert [tensor_of(loss).item() for loss in rest["per_gpu_loss"]] == [t.item() for t in expected["per_gpu_loss"]]
+        assert same_bits(tensor_of(rest["rng_state"]), expected["rng_state"])
         assert (rest["epoch"], rest["arch"], rest["best_acc1"]) == (1, "mobilenet_v2", 61.375)
         args = attributes(rest["args"])
         assert args is not None
@@ -163,7 +162,7 @@ def test_ddp_resume_equals_what_torch_loads(same_bits: SameBits) -> None:
 def test_ddp_resume_has_been_trained() -> None:
     with opened("ddp_resume.pth") as checkpoint:
         batches = [entry for name, entry in checkpoint.state_dict.items() if name.endswith("num_batches_tracked")]
-        assert {files.tensor(entry).item() for entry in batches} == {2}
+        assert {tensor_of(entry).item() for entry in batches} == {2}
 
 
 def test_ddp_resume_is_of_a_device_that_is_not_here() -> None:
@@ -181,7 +180,7 @@ def test_safetensors_equals_what_the_library_loads(same_bits: SameBits) -> None:
         assert checkpoint.state_dict.keys() == expected.keys()
         assert checkpoint.metadata == {"license": "MIT"}
         for name, tensor in expected.items():
-            assert same_bits(files.tensor(checkpoint.state_dict[name]), tensor), name
+            assert same_bits(tensor_of(checkpoint.state_dict[name]), tensor), name
 
 
 def test_whole_model_is_read_without_its_class(make: ModuleType, same_bits: SameBits) -> None:
@@ -195,7 +194,7 @@ def test_whole_model_is_read_without_its_class(make: ModuleType, same_bits: Same
         assert "window" not in state_dict
         assert state_dict["encoder.weight"] is state_dict["decoder.weight"]
         for name, tensor in expected.items():
-            assert same_bits(files.tensor(state_dict[name]), tensor), name
+            assert same_bits(tensor_of(state_dict[name]), tensor), name
         parameters = {name for name, entry in state_dict.items() if entry.is_parameter}
         assert parameters == {name for name in expected if name.endswith(("weight", "bias"))}
 
@@ -210,7 +209,7 @@ def test_tied_equals_what_torch_loads(make: ModuleType, same_bits: SameBits) -> 
         assert list(state_dict) == list(expected)
         for name, tensor in expected.items():
             entry = state_dict[name]
-            assert same_bits(files.tensor(entry), tensor), name
+            assert same_bits(tensor_of(entry), tensor), name
             assert (entry.stride, entry.storage_offset) == (tensor.stride(), tensor.storage_offset()), name
             assert (entry.is_conj, entry.is_neg) == (tensor.is_conj(), tensor.is_neg()), name
         assert state_dict["encoder.weight"].view == state_dict["decoder.weight"].view

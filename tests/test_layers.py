@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ckptkit
+from ckptkit.formats import FORMATS
 
 PACKAGE = Path(ckptkit.__file__).parent
 
@@ -145,6 +146,33 @@ def test_guests_stay_in_their_rooms() -> None:
         for target, typing_only in imports(path):
             allowed = GUESTS.get(target.split(".")[0])
             assert allowed is None or typing_only or room(module) in allowed, f"{module} imports {target}"
+
+
+def test_containers_are_asked_for_their_facts_and_not_for_their_names() -> None:
+    names = {container.name for container in FORMATS}
+    nouns = {("released.policy_rules", "count_of(len(members), 'pickle')")}
+    for module, path in MODULES.items():
+        if room(module) == "formats":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            texts = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.Constant)]
+            named = any(part.value in names for part in texts) and (module, ast.unparse(node)) not in nouns
+            if isinstance(node, ast.Compare):  # of `origin.format`, `plan.format`, with any text
+                named |= bool(texts) and any(_is_format(part) for part in ast.iter_child_nodes(node))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):  # `plan.format.startswith(...)`
+                named |= _is_format(node.func.value)
+            assert not named, f"{module}: {ast.unparse(node):.100}: a container's facts are on its Format"
+
+
+def _is_format(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "format"
+
+
+def test_the_table_of_containers_imports_no_reader() -> None:
+    code = "import sys, ckptkit.formats.containers; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = {module for row in FORMATS for module in (row.reader, row.writer) if module is not None}
+    assert not {f"ckptkit.formats.{module}" for module in modules} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize(

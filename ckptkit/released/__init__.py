@@ -27,6 +27,7 @@ from typing import Any
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FormatError, MissingFileError, PartError, VerifyError
 from ckptkit.extras import require_torch
+from ckptkit.formats.folder import PICKLE
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.config import Config, read_config
@@ -170,7 +171,7 @@ def _tasks(selection: Selection, paths: Sequence[str], manifest: Manifest | None
     others = [
         _Task(path=_tidy(path), policy=policy, other=kind)
         for path, kind in selection.others.items()
-        if (policy := config.policy_for(path)).every_pickle or kind == "pickle"
+        if (policy := config.policy_for(path)).every_pickle or kind == PICKLE
     ]
     if manifest is None:
         return [*(_task(each, config, selection) for each in selection.checkpoints), *others]

@@ -19,12 +19,12 @@ from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry
 from ckptkit.diagnose import diagnose
 from ckptkit.digests import DigestLine, content_digest, tree_digest, unwrapped_names, value_kind, whole_digest
 from ckptkit.errors import CkptkitError, CorruptError
-from ckptkit.inspection.listing import list_tensors, storage_names
+from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.state import training_document
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.sections import is_plain_value, join
-from ckptkit.normalize.tensors import FoundTensor, other_tensors
+from ckptkit.normalize.tensors import FoundTensor, other_tensors, storage_names
 from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import InertDict, Object, mapping_shell, tensors_in, walk

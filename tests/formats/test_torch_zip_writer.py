@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import SameBits, Save, filled, published, source_of
 from support.zip_samples import content
 
 from ckptkit import formats
@@ -23,10 +24,6 @@ from ckptkit.formats import torch_zip_writer
 from ckptkit.formats.torch_zip_writer import ALIGNMENT, ZipWriter
 from ckptkit.formats.zip_archive import read_directory, read_record
 from ckptkit.plan import Checksum, Copy, LiteralBytes, Plan
-from ckptkit.transfer import write_atomically
-
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 
 
 def read(path: Path) -> Checkpoint:
@@ -34,9 +31,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> Plan:
-    plan = torch_zip_writer.write(checkpoint)
-    write_atomically(target, plan, force=True, check=None)
-    return plan
+    return published(torch_zip_writer.write(checkpoint), target)
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -144,13 +139,7 @@ def test_storages_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
         checkpoint_of({"big": entry_over(ByteRange(source, 0, big)), "small": entry_over(ByteRange(source, 0, small))})
     )
     assert [step.nbytes for step in plan.steps if isinstance(step, Copy)] == [big, small]
-    path = tmp_path / "big.pth"
-    with open(path, "wb") as out:
-        out.truncate(plan.nbytes)
-        for step in plan.steps:
-            if isinstance(step, LiteralBytes):
-                out.seek(step.target)
-                out.write(step.data)
+    path = filled(plan, tmp_path / "big.pth")
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("archive/data/0").file_size == big
     reader = torch._C.PyTorchFileReader(str(path))
@@ -188,17 +177,12 @@ def test_a_written_file_declares_what_older_torch_reads(save: Save, tmp_path: Pa
 # The zip writer's layout, with zipfile as the oracle.
 
 
-@pytest.fixture
-def opened(tmp_path: Path) -> Callable[[bytes], SourceFile]:
-    def write(data: bytes) -> SourceFile:
-        path = tmp_path / "file.zip"
-        path.write_bytes(data)
-        return SourceFile(path)
-
-    return write
-
-
 Opened = Callable[[bytes], SourceFile]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Opened:
+    return lambda data: source_of(data, tmp_path)
 
 
 # The writer.

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import ckptkit
 from ckptkit.errors import FileAccessError, FormatError
-from support.files import tensor
+from support.files import tensor_of
 
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 
@@ -78,7 +78,7 @@ class Conformance:
             for name, value in state.items():
                 assert found[name].shape == tuple(value.shape)
                 assert found[name].location == "cpu"
-                assert same_bits(tensor(found[name]), value), name
+                assert same_bits(tensor_of(found[name]), value), name
 
     def test_it_opens_as_torch_tensors(self, tmp_path: Path, same_bits: SameBits) -> None:
         state = self.state()
