@@ -263,6 +263,7 @@ def _is_above(name: str) -> bool:
     return set(name.split("/")) == {".."}
 
 
+@collector_paused()  # what is read is gone at the end, without it
 def _held(task: _Task, threads: int) -> tuple[FileResult, Architecture | None]:
     """What is wrong with a file; and the model it is of, where nothing else says in which it must run."""
     begun = time.perf_counter()
@@ -272,11 +273,10 @@ def _held(task: _Task, threads: int) -> tuple[FileResult, Architecture | None]:
         size: int | None = size_of(task.path)
         findings = list(_pickles(task))
     else:
-        with collector_paused():  # what is found is gone again before it could look for it
-            examined, findings = _examined(task, threads)
-            size = None if examined is None else examined.size
-            if examined is not None and policy.forward and policy.fits is None and task.golden is None:
-                architecture = examined.architecture
+        examined, findings = _examined(task, threads)
+        size = None if examined is None else examined.size
+        if examined is not None and policy.forward and policy.fits is None and task.golden is None:
+            architecture = examined.architecture
         rules = ("readable", *(("manifest",) if task.is_extra or task.record is not None else ()), *rules_of(policy))
     result = FileResult(
         path=task.path,

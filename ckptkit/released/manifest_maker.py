@@ -159,9 +159,9 @@ def _of_each(paths: Mapping[str, str], make: Callable[[str, str, int], T]) -> di
     """What is made of each file, several at a time: called with its name, its path and how many threads it may use."""
     names = list(paths)
 
+    @collector_paused()  # what is read is gone at the end, without it
     def work(number: int, threads: int) -> T:
-        with collector_paused():
-            return make(names[number], paths[names[number]], threads)
+        return make(names[number], paths[names[number]], threads)
 
     return dict(zip(names, each_file([size_of(path) for path in paths.values()], work), strict=True))
 
