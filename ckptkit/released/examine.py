@@ -328,7 +328,7 @@ def examine_file(
                 held=held,
                 threads=threads,
             )
-        origin = checkpoint.origin
+        origin, folder = checkpoint.origin, os.path.dirname(path)
         return Examined(
             path=path,
             size=origin.size,
@@ -341,11 +341,7 @@ def examine_file(
             has_pickle=origin.has_pickle,
             is_program=origin.is_program,
             shards=tuple(
-                ShardFact(
-                    name=name_of(shard.path, os.path.dirname(path)),
-                    size=shard.size,
-                    sha256=reading.files.get(id(shard)),
-                )
+                ShardFact(name=name_of(shard.path, folder), size=shard.size, sha256=reading.files.get(id(shard)))
                 for shard in file.parts
             ),
             damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
