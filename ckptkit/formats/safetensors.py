@@ -47,7 +47,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import NoReturn, TypeGuard
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import Storage, TensorEntry, contiguous_stride
 from ckptkit.dtypes import BY_SAFETENSORS, DTYPES, DType
 from ckptkit.errors import CorruptError, FormatError, LimitError
@@ -254,7 +254,7 @@ def read(probe: Probe) -> RawCheckpoint:
         raise error.at(where="header") from error.__cause__
 
 
-def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
+def _read_header(file: Source, limits: Limits) -> RawCheckpoint:
     header_nbytes = int.from_bytes(file.read(0, 8), "little")
     if header_nbytes > limits.header_nbytes:
         if 8 + header_nbytes > file.size:
@@ -294,7 +294,7 @@ def _read_header(file: SourceFile, limits: Limits) -> RawCheckpoint:
     )
 
 
-def _entry(name: str, place: TensorLayout, file: SourceFile, start: int) -> TensorEntry:
+def _entry(name: str, place: TensorLayout, file: Source, start: int) -> TensorEntry:
     row, shape, begin, end = place
     storage = Storage(
         key=name,

@@ -7,7 +7,6 @@ tells (what is remarkable, the architecture, each tensor) is found when a rule o
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +38,6 @@ from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import InertDict, Object, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.released.reading import OtherValue, Reading, is_opaque, other_values_in, read_through
-from ckptkit.released.selection import name_of
 from ckptkit.report import Finding
 from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
@@ -320,7 +318,7 @@ def examine_file(
         reading = Reading()
         if hash_file or digest or values or held:
             reading = read_through(
-                [file, *file.parts],
+                [file, *file.parts.values()],
                 _digested(contents, whole) if digest else (),
                 hash_files=hash_file,
                 digest=digest,
@@ -328,7 +326,7 @@ def examine_file(
                 held=held,
                 threads=threads,
             )
-        origin, folder = checkpoint.origin, os.path.dirname(path)
+        origin = checkpoint.origin
         return Examined(
             path=path,
             size=origin.size,
@@ -341,8 +339,8 @@ def examine_file(
             has_pickle=origin.has_pickle,
             is_program=origin.is_program,
             shards=tuple(
-                ShardFact(name=name_of(shard.path, folder), size=shard.size, sha256=reading.files.get(id(shard)))
-                for shard in file.parts
+                ShardFact(name=name, size=shard.size, sha256=reading.files.get(id(shard)))
+                for name, shard in file.parts.items()
             ),
             damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
             malformed=tuple(_malformed(contents.values)),
