@@ -2,7 +2,7 @@
 
 A check goes one way: paths stand for files (`selection`), each file is opened and read once (`examine`, `reading`), and
 held against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
-`policy_rules`, as `config` has it); what came of them all is a report (`results`), which `outputs` writes down.
+`policy_rules`, as `config` has it); what came of them all is a report (`results`).
 `check` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the record.
 
 A file whose bytes are the manifest's needs no more than its hash.  Of one whose are not, the tensors are digested, so
