@@ -21,9 +21,10 @@ output, and tells what came of it; `checkpoint_file` is what `open` gives.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
 of two trees (`trees`), which everything that shows, compares, counts or digests goes through.
 Bytes that have to be made before they can be moved are `computed`, and `casting` is
-what one way of making them computes.  Inside `formats` stand the containers, one module each; `archives`
-are zip and tar as such, `folder` says what lies in a folder, `contents` what pickles and programs stand in bytes that
-no reader reads, and `refused` is what is said of files that are not checkpoints.
+what one way of making them computes.  Inside `formats` stand the containers, one module each, and all that others ask
+about one in its row of the table (`containers`, `format_named`): no other room compares their names; `tar_archive` and
+`zip_archive` are tar and zip as such, `folder` says what lies in a folder, `contents` what pickles and programs stand
+in bytes that no reader reads, and `refused` is what is said of files that are not checkpoints.
 No room has the name of a public function: importing it would put the module in the function's
 place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 """

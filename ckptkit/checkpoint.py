@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from ckptkit.computed import ByteSource, DeflatedRange, Inflation
 from ckptkit.dtypes import DTYPES
@@ -23,6 +23,7 @@ from ckptkit.report import Finding, count_of
 
 __all__ = [
     "STATE_DICT",
+    "WEIGHTS",
     "Checkpoint",
     "GlobalUse",
     "Kind",
@@ -323,6 +324,10 @@ class StateDict(Mapping[str, TensorEntry]):
         return self.holding(everything, versions)
 
 
+WEIGHTS: Final = ("state_dict", "whole_model")
+"""Kinds of sections that could be the checkpoint's state_dict."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
     """A part of a file that holds tensors.
@@ -345,7 +350,7 @@ class Section:
     @property
     def is_weights(self) -> bool:
         """Whether it could be the checkpoint's state_dict."""
-        return self.kind in ("state_dict", "whole_model")
+        return self.kind in WEIGHTS
 
 
 Verdict = Literal["torch", "allowed", "unknown", "dangerous"]
@@ -380,7 +385,7 @@ class GlobalUse:
 def trust_of(uses: Iterable[GlobalUse]) -> Trust:
     """What the gravest of some verdicts makes of the file they are about."""
     worst = max((GRAVITY[use.verdict] for use in uses), default=0)
-    order: tuple[Trust, ...] = ("safe", "needs_trust", "hostile")
+    order: tuple[Trust, ...] = get_args(Trust)
     return order[worst]
 
 

@@ -7,32 +7,23 @@ checksums are checked as its bytes pass by.
 
 from __future__ import annotations
 
-import threading
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
-from ckptkit.computed import ByteSource, ConvertedRange
+from ckptkit.computed import ConvertedRange
 from ckptkit.errors import CorruptError
-from ckptkit.formats import read
+from ckptkit.formats import format_named, read
 from ckptkit.formats.json_text import versions_text
 from ckptkit.formats.torch_zip_writer import written_tree
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.trees import Identical, Place, side_by_side
-from ckptkit.transfer import stream
-from ckptkit.transfer.checksums import Checksums, damage_error, damage_of
-from ckptkit.transfer.workers import buffer, in_parallel
+from ckptkit.transfer.checksums import Checksums, damage_error, damage_of, first_difference
+from ckptkit.transfer.values import same_values
+from ckptkit.transfer.workers import in_parallel
 
-__all__ = ["check_output", "first_difference", "same_values"]
-
-_COMPARED_NBYTES = 512 << 10
-"""Bytes compared at a time: both sides fit into a core's own cache, where checksums are fast."""
-
-_SHARDED = ("safetensors-sharded", "torch-sharded")
-
-_kept = threading.local()
+__all__ = ["check_output"]
 
 Compared = Callable[[int], object]
 """Called with the number of bytes that were just compared; from several threads."""
@@ -59,15 +50,16 @@ def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: N
             if output.metadata.get(key) != value:
                 raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
         comparison = _Comparison(compared)
-        if output.origin.format == "safetensors":
+        container = format_named(output.origin.format)
+        if container.shards is not None:
+            _tensors(source, output, comparison)
+            _extra_values(source, output, comparison)
+        elif container.tensors_alone:
             if versions_text(source.state_dict) not in (None, versions_text(output.state_dict)):
                 raise CorruptError("the output does not hold the same module versions; nothing was written")
             if source.state_dict.keys() == output.state_dict.keys() and [*source.state_dict] != [*output.state_dict]:
                 raise CorruptError("the output does not hold the tensors in the same order; nothing was written")
             _tensors(source, output, comparison)
-        elif output.origin.format in _SHARDED:
-            _tensors(source, output, comparison)
-            _extra_values(source, output, comparison)
         else:
             _trees(source, output, comparison)
         return comparison.run()
@@ -171,60 +163,6 @@ def _trees(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> N
     lowered = lower_state_dict(source.state_dict), lower_state_dict(output.state_dict)
     for pair in _paired_storages([(Place(), written_tree(source), output.rest)], lowered):
         comparison.storages(*pair)
-
-
-def first_difference(a: ByteSource, b: ByteSource, compared: Compared = lambda _: None) -> tuple[int | None, int]:
-    """Position of the first byte that differs, ``None`` where all are equal, and the CRC-32 of ``a`` up to there.
-
-    Of values that are converted it is that of the bytes before.  ``compared`` is called as bytes are compared.
-    """
-    if a.nbytes != b.nbytes:
-        return min(a.nbytes, b.nbytes), 0
-    b = b.plain()
-    if not isinstance(a, ConvertedRange):
-        a = a.plain()
-    crc = 0
-    for start in range(0, a.nbytes, _COMPARED_NBYTES):
-        nbytes = min(_COMPARED_NBYTES, a.nbytes - start)
-        left, right = _buffers(nbytes)
-        b.file.read_into(b.offset + start, right)
-        if isinstance(a, ConvertedRange):
-            source = a.part(start, nbytes).original.plain()
-            original = buffer("original", source.nbytes)
-            source.file.read_into(source.offset, original)
-            a.whole.function.into(original, left)
-        else:
-            original = memoryview(left)
-            a.file.read_into(a.offset + start, left)
-        crc = zlib.crc32(original, crc)
-        if left != right:
-            return start + next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y), crc
-        compared(nbytes)
-    return None, crc
-
-
-def _buffers(nbytes: int) -> tuple[bytearray, bytearray]:
-    """Two buffers of this size, the last ones of this thread where they fit; no views, which compare slowly."""
-    kept: tuple[bytearray, bytearray] | None = getattr(_kept, "buffers", None)
-    if kept is None or len(kept[0]) != nbytes:
-        kept = _kept.buffers = bytearray(nbytes), bytearray(nbytes)
-    return kept
-
-
-def same_values(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors of one dtype and shape hold the same bits in C order."""
-    right = b""
-    others = stream(b)
-    for left in stream(a):
-        while len(right) < len(left):
-            part = next(others, b"")
-            if not part:
-                return False
-            right += part
-        if right[: len(left)] != left:
-            return False
-        right = right[len(left) :]
-    return not right and not any(others)
 
 
 # Trees.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages, tied_groups
+from ckptkit.formats import format_named
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import EMBEDDINGS, discarded_text, holding_suffix, other_parts
@@ -20,7 +21,7 @@ from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
 from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
-from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed, share_of
+from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
 
 __all__ = ["DIAGNOSES", "Everything", "diagnose"]
 
@@ -74,8 +75,7 @@ def diagnose(checkpoint: Checkpoint, beside: list[FoundTensor] | None = None) ->
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
-    order = {"error": 0, "warning": 1, "info": 2}
-    return tuple(apart(sorted(found, key=lambda finding: order[finding.severity]), checkpoint.origin.options))
+    return tuple(apart(gravest_first(found), checkpoint.origin.options))
 
 
 def _hostile(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
@@ -120,8 +120,8 @@ def _places(root: object) -> dict[str, str]:
 def _whole_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.module is None or any(finding.code == "bound-method" for finding in checkpoint.findings):
         return
-    if checkpoint.origin.format == "torchscript":
-        return  # a program needs no class, and has a finding of its own
+    if format_named(checkpoint.origin.format).has_classes:
+        return  # what needs no class has a finding of its own
     cls = getattr(checkpoint.module, "class_name", "?")
     yield Finding(
         code="whole-model",
@@ -220,7 +220,7 @@ _AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
 
 
 def _averaged(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    weights = [s.path for s in checkpoint.sections if s.kind in ("state_dict", "whole_model")]
+    weights = [section.path for section in checkpoint.sections if section.is_weights]
     averaged = [path for path in weights if _AVERAGED.search(path.lower())]
     if averaged and len(averaged) < len(weights):
         raw = next(path for path in weights if path not in averaged)
@@ -272,13 +272,12 @@ def _devices(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     places.pop("cpu", None)
     if not places:
         return
-    path, format_ = checkpoint.origin.path, checkpoint.origin.format
+    path, container = checkpoint.origin.path, format_named(checkpoint.origin.format)
     told = "a plain torch.load fails on a machine without these devices"
     fix: str | None = convert_command(path, "--map-location", "cpu", suffix=".pth")
-    if checkpoint.origin.is_program:
-        told, fix = "the program is loaded onto these devices, and fails on a machine without them", None
-    if format_ == "torchscript":
-        fix = f"torch.jit.load({path!r}, map_location='cpu')"
+    if container.is_program:
+        told = "the program is loaded onto these devices, and fails on a machine without them"
+        fix = f"{container.loader}({path!r}, map_location='cpu')" if container.maps_location else None
     yield Finding(
         code="device-location",
         severity="warning",

@@ -39,11 +39,30 @@ class Limits:
     name_nbytes: int = 4096
     """Bytes of a module or attribute name in a pickle, and of a record name in an archive."""
 
+    compared_nodes: int = 1_000_000
+    """Nodes in pairs that are compared in one pickle, where it drops the result of one call for that of another."""
+
+    arguments: int = 1_000_000
+    """Values that are looked at in what the calls of one pickle are given, where it matters who is handed what."""
+
+    generated_characters: int = 16 << 20
+    """Characters of generated code in one pickle; a large graph has one million."""
+
     names: int = 50_000
     """Different names in one pickle.  A large TorchScript archive has some 5,000 classes."""
 
     references: int = 2_000_000
     """How often nodes are referred to below one root: what is shared counts each time."""
+
+    repeated_calls: int = 1000
+    """Calls that are written anew since their arguments lead back to them.  CPython's own pickler recurses for each,
+    and stops before this many; without a bound the output grows with their square."""
+
+    attribute_depth: int = 32
+    """Tensors kept as attributes of tensors: one is rare; thirty levels of it are an attack."""
+
+    module_depth: int = 1000
+    """Modules inside modules: Python's own recursion limit stops ``state_dict()`` there."""
 
     entries: int = 300_000
     """Tensors in one file under all their names, and records in one archive.  The largest models known
@@ -68,6 +87,19 @@ class Limits:
     """Values of a header or index in JSON, counted by its commas and opening brackets.  A tensor takes
     eight to ten; this is some 500,000 tensors, and the most that 1 GiB of memory has room for."""
 
+    json_wide_nbytes: int = 25_000_000
+    """Bytes of a text in JSON that may hold characters beyond U+FFFF: one of them makes every character take four
+    bytes, in the text and in any string of it."""
+
+    json_depth: int = 100
+    """Levels of a value in JSON that nobody reads; the Rust parser behind safetensors stops at 128."""
+
+    source_nbytes: int = 64 << 20
+    """Bytes of a program's source that are looked through; a model of 5,000 modules has about two million."""
+
+    source_classes: int = 100_000
+    """Classes in it; every module of a program may have one of its own."""
+
     index_nbytes: int = 64 << 20
     """Bytes of an index of shards.  100,000 tensors take about 12 MB."""
 
@@ -79,6 +111,10 @@ class Limits:
 
     looked_nbytes: int = 1 << 30
     """Bytes that are inflated for that, or searched for names: some seconds, and room on the disk."""
+
+    overlap: int = 64
+    """How many times the bytes of its storage a view may have and still be gone through: sliding windows of 64 still
+    count, and a few bytes of a file cannot ask for terabytes to be read."""
 
     expanded_nbytes: int = 64 << 30
     """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real

@@ -27,6 +27,7 @@ __all__ = [
     "convert_command",
     "count_of",
     "glob_of",
+    "gravest_first",
     "human_size",
     "listed",
     "parse_size",
@@ -91,6 +92,11 @@ _Finding = TypeVar("_Finding", bound=Finding)
 def at_least(severity: Severity, bound: Severity) -> bool:
     """Whether ``severity`` is ``bound`` or graver."""
     return _ORDER[severity] >= _ORDER[bound]
+
+
+def gravest_first(findings: Iterable[_Finding]) -> list[_Finding]:
+    """The findings by severity; the order of equals stays."""
+    return sorted(findings, key=lambda finding: -_ORDER[finding.severity])
 
 
 def worst(findings: Iterable[Finding]) -> Severity | None:
@@ -256,7 +262,15 @@ def share_of(part: int, count: int, thing: str, *verb: str) -> str:
     return " ".join((f"{part:,} of {count_of(count, thing)}", *verb[not is_one :][:1]))
 
 
-def listed(things: Iterable[str], most: int = 5, *, total: int | None = None, between: str = ", ") -> str:
+def listed(
+    things: Iterable[str],
+    most: int = 5,
+    *,
+    total: int | None = None,
+    between: str = ", ",
+    last: str | None = None,
+    characters: int | None = None,
+) -> str:
     """The first of several things as a message names them, and how many more there are.
 
     Args:
@@ -264,10 +278,17 @@ def listed(things: Iterable[str], most: int = 5, *, total: int | None = None, be
         most: how many of them are named.
         total: how many there are where ``things`` are not all.
         between: what stands between them.
+        last: what stands before the last one where all are named, if something else.
+        characters: how many are shown of each; ``None``: all.
     """
     every = list(things)
-    more = (len(every) if total is None else total) - len(every[:most])
-    return between.join(every[:most]) + (f" and {more:,} more" if more > 0 else "")
+    shown = [thing[:characters] for thing in every[:most]]
+    more = (len(every) if total is None else total) - len(shown)
+    if more > 0:
+        return f"{between.join(shown)} and {more:,} more"
+    if last is None or len(shown) < 2:
+        return between.join(shown)
+    return f"{between.join(shown[:-1])}{last}{shown[-1]}"
 
 
 def human_size(nbytes: int) -> str:

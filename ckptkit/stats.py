@@ -12,6 +12,7 @@ from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums
 
@@ -19,9 +20,6 @@ __all__ = ["NO_STATS", "NonFinite", "tensor_stats"]
 
 NO_STATS: Mapping[str, float | int | None] = dict.fromkeys(("min", "max", "mean", "std", "zeros", "nan", "inf"))
 """The statistics of values that cannot be gone through."""
-
-_MOST_OVERLAP = 64
-"""How many times the bytes of its storage a view may have: sliding windows of 64 still count."""
 
 _WITHOUT_NAN = ("F4", "F6_E2M3", "F6_E3M2")
 """Floating types in which every pattern is a finite number (OCP Microscaling Formats 1.0, 5.3)."""
@@ -46,7 +44,7 @@ def tensor_stats(entry: TensorEntry, checksums: Checksums | None = None) -> dict
     if row.numpy is None or row.kind == "complex":
         return result
     entry, copies = _unexpanded(entry)
-    if entry.nbytes > _MOST_OVERLAP * entry.storage.nbytes:
+    if entry.nbytes > DEFAULT_LIMITS.overlap * entry.storage.nbytes:
         return result
     import numpy
 

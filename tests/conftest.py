@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import hypothesis
@@ -32,6 +32,15 @@ hypothesis.settings.load_profile("repeatable")
 for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_ignored) == signal.SIG_IGN:
         signal.signal(_ignored, _default)
+
+if TYPE_CHECKING:
+    from support.forked import Forks
+
+pytest.register_assert_rewrite("support")
+
+# Of several workers each has a core: more threads of torch's would wait for one another, and busily.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # what tests start
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -67,6 +76,13 @@ def pytest_runtest_call() -> Iterator[None]:
         if name not in {*DTYPES, "jagged"} or any(PACKAGE in Path(file).parents for file in files):
             raise
         pytest.skip(f"torch {torch.__version__} has no {name}, or does not save it")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_fails() -> Iterator[None]:
+    """Nothing waits for the disk in this process; that it is asked to, tests of transfer say, and processes do."""
+    with mock.patch("os.fsync", os.fstat):
+        yield
 
 
 @pytest.fixture
@@ -113,22 +129,49 @@ def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
     return compare
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Callable[..., Forks]]:
+    """``forks(with_torch=True)``: what makes processes that have imported what they need."""
+    from support.forked import Forks
+
+    started: dict[tuple[bool, str], Forks] = {}
+
+    def fork(*, with_torch: bool, python: str = sys.executable) -> Forks:
+        if (with_torch, python) not in started:
+            modules = ("safetensors.torch", "torchvision.models", "ckptkit.verifier") if with_torch else ()
+            started[with_torch, python] = Forks(python, *modules)
+        return started[with_torch, python]
+
+    yield fork
+    for each in started.values():
+        each.close()
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``run("inspect", path, ...)``: the command as a process of its own, in an empty folder."""
 
     def command(
         *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [PYTHON, "-m", "ckptkit", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
+        words = [*map(str, arguments)]
+        with_torch = "verify" in words or "--fits" in words
+        return forks(with_torch=with_torch, python=PYTHON).run(
+            "-m", "ckptkit", *words,
             cwd=cwd or tmp_path,
             env={**os.environ, "PYTHONPATH": str(FIXTURES.parent), **(env or {})},
-            timeout=300,
-        )
+        )  # fmt: skip
+
+    return command
+
+
+@pytest.fixture
+def python(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``python("-c", code, ...)``: Python as a process of its own, which finds torch imported."""
+
+    def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTHONPATH": str(FIXTURES.parent)}
+        return forks(with_torch=True).run(*map(str, arguments), cwd=cwd or tmp_path, env=env)
 
     return command
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from generated_tensors import STORABLE
 from safetensors.torch import save_file
+from support.generated_tensors import STORABLE
 
 import ckptkit
 from ckptkit import formats

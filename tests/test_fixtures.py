@@ -7,19 +7,20 @@ import json
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from generated_tensors import STORABLE
 from safetensors.torch import load_file
+from support import files
+from support.files import tensor_of
+from support.generated_tensors import STORABLE
 
 import ckptkit
-from ckptkit import formats, transfer
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import InertDict, attributes, mapping_items, walk
@@ -38,18 +39,8 @@ def make() -> ModuleType:
     return module
 
 
-@contextmanager
-def opened(name: str) -> Iterator[Checkpoint]:
-    checkpoint, file = formats.read(FIXTURES / name)
-    with closing(file):
-        yield checkpoint
-
-
-def tensor_of(entry: TensorEntry) -> torch.Tensor:
-    data = bytearray(b"".join(transfer.stream(entry)))
-    dtype = getattr(torch, entry.dtype)
-    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(entry.shape)
+def opened(name: str) -> AbstractContextManager[Checkpoint]:
+    return files.opened(FIXTURES / name)
 
 
 def locations(checkpoint: Checkpoint) -> Counter[str]:

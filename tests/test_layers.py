@@ -1,8 +1,9 @@
-"""The layer map of `ckptkit.__init__`, read from the imports themselves."""
+"""The layer map of `ckptkit.__init__`, read from the imports themselves; how large files may be; where tests are."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ckptkit
+from ckptkit.formats import FORMATS
 
 PACKAGE = Path(ckptkit.__file__).parent
 
@@ -146,6 +148,33 @@ def test_guests_stay_in_their_rooms() -> None:
             assert allowed is None or typing_only or room(module) in allowed, f"{module} imports {target}"
 
 
+def test_containers_are_asked_for_their_facts_and_not_for_their_names() -> None:
+    names = {container.name for container in FORMATS}
+    nouns = {("released.policy_rules", "count_of(len(members), 'pickle')")}
+    for module, path in MODULES.items():
+        if room(module) == "formats":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            texts = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.Constant)]
+            named = any(part.value in names for part in texts) and (module, ast.unparse(node)) not in nouns
+            if isinstance(node, ast.Compare):  # of `origin.format`, `plan.format`, with any text
+                named |= bool(texts) and any(_is_format(part) for part in ast.iter_child_nodes(node))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):  # `plan.format.startswith(...)`
+                named |= _is_format(node.func.value)
+            assert not named, f"{module}: {ast.unparse(node):.100}: a container's facts are on its Format"
+
+
+def _is_format(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "format"
+
+
+def test_the_table_of_containers_imports_no_reader() -> None:
+    code = "import sys, ckptkit.formats.containers; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = {module for row in FORMATS for module in (row.reader, row.writer) if module is not None}
+    assert not {f"ckptkit.formats.{module}" for module in modules} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize(
     "statement",
     [
@@ -171,3 +200,59 @@ def test_all_is_sorted_and_complete() -> None:
     assert not set(ckptkit.__all__) & set(MODULES), "a room would take the place of what it is named after"
     public = {name for name in dir(ckptkit) if not name.startswith("_")} - set(MODULES)
     assert public == set(ckptkit.__all__)
+
+
+# How large the house may be.
+
+
+def test_the_package_has_few_files_and_none_too_short_or_too_long() -> None:
+    lines = {path.relative_to(PACKAGE): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
+    assert len(lines) <= 160
+    assert {path: n for path, n in lines.items() if n < 50 and path.name not in ("__init__.py", "__main__.py")} == {}
+    assert {path: n for path, n in lines.items() if n > 480} == {}
+
+
+BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.Assert, ast.match_case)
+
+
+def complexity(function: ast.FunctionDef) -> int:
+    """McCabe's, as radon counts it: functions inside are counted by themselves."""
+    count, nodes = 1, list[ast.AST]([function])
+    for node in nodes:
+        nodes += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.FunctionDef)]
+        count += isinstance(node, BRANCHES) + len(getattr(node, "ifs", ()))
+        count += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
+        count += bool(node.orelse) if isinstance(node, (ast.For, ast.While, ast.Try)) else 0
+    return count
+
+
+def test_complexity_is_counted_as_radon_counts_it() -> None:
+    code = """
+def f(a, b):
+    def inner(): return 1 if a else 2
+    for x in a:
+        if x and b or not x: continue
+    else:
+        b = [y for y in a if y if b]
+    try: assert a
+    except ValueError: pass
+    except TypeError: pass
+    else: return
+"""
+    outer, inner = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef))
+    assert (complexity(outer), complexity(inner)) == (13, 2)
+
+
+def test_no_function_has_too_many_branches() -> None:
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    functions = [(name, f) for name, tree in trees.items() for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)]
+    assert len(functions) > 1000
+    assert {f"{name}.{f.name}": count for name, f in functions if (count := complexity(f)) > 25} == {}
+
+
+def test_the_table_of_tests_names_every_file_once() -> None:
+    tests = Path(__file__).parent
+    named = re.findall(r"`([\w/]+\.py)`", (tests / "README.md").read_text(encoding="utf-8"))
+    assert len(named) == len(set(named))
+    assert [name for name in named if not (tests / name).is_file()] == []
+    assert {path.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")} - set(named) == set()

@@ -69,7 +69,7 @@ SEVERAL = {
     "shared",
     "len(files)",
     "len(shards)",
-    "_MOST_ARGUMENTS",
+    "DEFAULT_LIMITS.arguments",
     "self._limits.members",
     "fitting",
     "theirs",

@@ -30,10 +30,9 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shell(script: str, cwd: Path) -> None:
+def shell(script: str, cwd: Path, ckptkit: str) -> None:
     """Run a block with ``ckptkit`` and ``python`` being this interpreter's."""
-    python = sys.executable
-    prelude = f"set -euo pipefail\nckptkit() {{ '{python}' -m ckptkit \"$@\"; }}\npython() {{ '{python}' \"$@\"; }}\n"
+    prelude = f"set -euo pipefail\n{ckptkit}python() {{ '{sys.executable}' \"$@\"; }}\n"
     done = subprocess.run(
         ["bash", "-c", prelude + script],
         cwd=cwd,
@@ -50,13 +49,14 @@ def without_install(script: str) -> str:
     return "\n".join(kept)
 
 
-def test_the_main_job_and_every_command_after_it(clone: Path) -> None:
+def test_the_main_job_and_every_command_after_it(clone: Path, forks) -> None:
+    ckptkit = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit")
     install, _tests, *more = blocks("sh")
     assert "pip install '.[torch]'" in install
-    shell(without_install(install), clone)
+    shell(without_install(install), clone, ckptkit)
     assert more
     for script in more:
-        shell(script, clone)
+        shell(script, clone, ckptkit)
 
 
 def test_the_test_command_installs_what_the_tests_need() -> None:
@@ -65,12 +65,10 @@ def test_the_test_command_installs_what_the_tests_need() -> None:
     assert "python -m pytest" in command
 
 
-def test_the_python_examples(clone: Path) -> None:
+def test_the_python_examples(clone: Path, python) -> None:
     (clone / "demo").mkdir()
     examples = blocks("python")
     assert examples
     for example in examples:
-        done = subprocess.run(
-            [sys.executable, "-c", example], cwd=clone, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
-        )
+        done = python("-c", example, cwd=clone)
         assert done.returncode == 0, f"{example}\n{done.stderr}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from generated_tensors import STORABLE
+from support.generated_tensors import STORABLE
 
 from ckptkit import formats
 from ckptkit.checkpoint import TensorEntry

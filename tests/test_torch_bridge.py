@@ -16,7 +16,7 @@ from unittest import mock
 import numpy
 import pytest
 import torch
-from generated_tensors import STORABLE
+from support.generated_tensors import STORABLE
 from torch import nn
 
 import ckptkit

@@ -15,7 +15,7 @@ collisions, who could as well have saved the model itself: what is found is a hi
 trust a file.  (`hashlib` takes as long to import as everything else here takes to run.)
 
 The index has a line of JSON for each model, and its sketch in a file beside it.
-``python -m ckptkit.verifier.index_maker`` writes them.  A line is
+``python tests/support/index_maker.py`` writes them.  A line is
 
     {"name": "resnet18", "args": {}, "tensors": 102, "names": digest, "shapes": digest,
      "free": {"num_classes": {"default": 1000, "linear": [[tensor, dimension, a, b], ...]}},

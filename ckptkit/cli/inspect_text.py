@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.cli.options import Style, View, columns, finding_lines, printable, wrapped
+from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
 from ckptkit.inspection.listing import TensorRow
 from ckptkit.inspection.outline import Outline, OutlineLine
@@ -58,11 +59,6 @@ _MAX_VALUE = 80
 _TREE_LINES = 40
 """Lines of the module tree where no depth is asked for."""
 
-_PROGRAMS = {
-    "torchscript": "a TorchScript program{}, its code included: torch.jit.load runs it",
-    "pt2": "an exported program{}, its graph included: torch.export.load reads it",
-    "torch-package": "a torch.package archive{}, its code included: torch.package.PackageImporter runs it",
-}
 _WORD = re.compile(r"[a-z]+")
 _PROGRESS = frozenset({"epoch", "step", "iter", "iteration", "updates"})
 """Words in the names of values that say how far training had come; ``epochs`` and ``steps`` are settings."""
@@ -150,9 +146,9 @@ def what_it_is(document: Survey) -> str:
     kind, rows, part = document["kind"], document["tensors"], document["part"]
     if part is not None:
         return f"{printable(part['piece']) or 'a part'} of {part['layout']}, not the whole"
-    if document["format"] in _PROGRAMS:
+    if words := format_named(document["format"]).words:
         cls = next((node["class"] for node in document["modules"]), None) or _script_class(document)
-        return _PROGRAMS[document["format"]].format(f" of class {printable(cls)}" if cls else "")
+        return words.format(f" of class {printable(cls)}" if cls else "")
     if kind == "whole_model":
         cls = printable(document["modules"][0]["class"]) if document["modules"] else "unknown class"
         return f"a pickled model of class {cls}: torch.load needs its code, ckptkit does not"

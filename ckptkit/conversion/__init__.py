@@ -235,7 +235,7 @@ def _require_weights(checkpoint: Checkpoint, destination: str | os.PathLike[str]
     """See that there are weights, where only they can be written or something is to be done to them."""
     _, container, most = formats.target(destination, options.to)
     is_needed = needs_weights(options)
-    if is_needed or container.name == "safetensors" or most is not None or options.max_shard_size is not None:
+    if is_needed or container.tensors_alone or most is not None or options.max_shard_size is not None:
         require_state_dict(checkpoint, "to rewrite" if is_needed else "to write")
 
 

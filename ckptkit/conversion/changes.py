@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry
 from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.errors import FormatError
+from ckptkit.formats import format_named
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import discarded_text, other_parts
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
@@ -118,7 +119,7 @@ def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iter
         yield Finding(
             code="dropped",
             severity="info",
-            message=f"{count_of(len(dropped), 'tensor')} left out: {_listed(dropped)}",
+            message=f"{count_of(len(dropped), 'tensor')} left out: {listed(dropped, 8, characters=100)}",
         )
     for glob in unmatched:
         yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
@@ -138,9 +139,9 @@ def diagnose_fitting(fitting: Fitting, label: str, source: Checkpoint) -> Iterat
     message = f"all {count_of(count, 'tensor')} of {label} are there{section}{changed}"
     if fitting.aliases:
         pairs = [f"{name} = {twin}" for name, twin in fitting.aliases.items()]
-        message += f"; tied to one that is there: {_listed(pairs)}"
+        message += f"; tied to one that is there: {listed(pairs, 8, characters=100)}"
     if fitting.counters:
-        message += f"; counted by torch itself when it loads: {_listed(fitting.counters)}"
+        message += f"; counted by torch itself when it loads: {listed(fitting.counters, 8, characters=100)}"
     yield Finding(code="like-reference", severity="info", message=message)
 
 
@@ -156,18 +157,19 @@ def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Findi
             code="nothing-moved",
             severity="warning",
             message=f"--map-location {location}=…: nothing in the file is on {location!r}; "
-            f"there is {_listed(sorted(met)) or 'no storage'}",
+            f"there is {listed(sorted(met), 8, characters=100) or 'no storage'}",
         )
 
 
 def diagnose_scaled(scaled: Mapping[str, str]) -> Iterator[Finding]:
     """Which weights were cast without the scales they belong to, or which scales, because that was insisted on."""
     if scaled:
+        pairs = [f"{name} (with {other})" for name, other in scaled.items()]
         yield Finding(
             code="cast-scaled",
             severity="warning",
             message=f"{count_of(len(scaled), 'tensor', 'is', 'are')} cast that {'has' if len(scaled) == 1 else 'have'} "
-            f"a meaning only together with another: {_listed([f'{a} (with {b})' for a, b in scaled.items()])}",
+            f"a meaning only together with another: {listed(pairs, 8, characters=100)}",
         )
 
 
@@ -191,7 +193,9 @@ def diagnose_losses(
     if source.discarded:  # what would keep them is refused
         left_out.append(discarded_text(source.discarded))
     if left_out:
-        yield Finding(code="left-out", severity="info", message=f"not in the output: {_listed(left_out)}")
+        yield Finding(
+            code="left-out", severity="info", message=f"not in the output: {listed(left_out, 8, characters=100)}"
+        )
     if source.state_dict.is_module and not result.state_dict.is_module:
         cls = getattr(source.module, "class_name", "?")
         under = f" under {source.origin.state_path!r:.200}" if source.origin.state_path else ""
@@ -229,7 +233,7 @@ def _lost(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[FoundTenso
         return []
     alone = result.rest is STATE_DICT and not result.state_dict.is_module
     # A storage that was moved, cut or cast keeps the key of the one it was.
-    written = [] if plan.format.startswith("safetensors") else _beside_plain(result)
+    written = [] if format_named(plan.format).tensors_alone else _beside_plain(result)
     keys = {(node.original or node).key for node in map(_storage, walk(written)) if node is not None}
     spans: dict[str, list[tuple[int, int]]] = {}
     for entry in source.state_dict.values():
@@ -288,11 +292,12 @@ def diagnose_trust(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterat
     options = [f"--exclude {glob_of(name)}" for name in inside[:8]]
     if not inside or _names_any(result.rest, names):
         options.append("--weights-only" if result.state_dict.everything else "--to safetensors")
+    told = (use.name + _in(use) for use in merge_uses(hostile))
     yield Finding(
         code="hostile-output",
         severity="warning",
         message="what is written is as hostile as the source: its pickle names "
-        f"{_listed([use.name + _in(use) for use in merge_uses(hostile)])}; whoever loads it with pickle runs that",
+        f"{listed(told, 8, characters=100)}; whoever loads it with pickle runs that",
         fix=" ".join(options),
     )
 
@@ -314,13 +319,14 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
         dead: storages that were cut, and the bytes that no tensor viewed of them.
     """
     storages, nbytes = dead
-    if nbytes and not plan.format.startswith("safetensors"):
+    each_apart = format_named(plan.format).tensors_alone
+    if nbytes and not each_apart:
         yield Finding(
             code="compacted",
             severity="info",
             message=f"{human_size(nbytes)} in {count_of(storages, 'storage')} belong to no tensor and are left out",
         )
-    if not plan.format.startswith("safetensors"):
+    if not each_apart:
         return
     gathered = sum(isinstance(made, Gather) for made in plan.all_steps())
     stored = [entry for name, entry in result.state_dict.items() if name not in plan.aliases and entry.nbytes]
@@ -356,7 +362,7 @@ def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[DTypeConversion, Lo
             code="cast-overflow",
             severity="warning",
             message=f"{share_of(sum(n for _, n in overflowed), values, 'value', 'is', 'are')} too large for the new "
-            f"dtype: {_listed([f'{name} ({n:,})' for name, n in overflowed])}",
+            f"dtype: {listed([f'{name} ({n:,})' for name, n in overflowed], 8, characters=100)}",
             fix=f"--keep-dtype {glob_of(overflowed[0][0])}",
         )
     rounded, vanished = sum(losses.rounded for _, losses in lost), sum(losses.underflowed for _, losses in lost)
@@ -367,7 +373,3 @@ def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[DTypeConversion, Lo
             message=f"{share_of(rounded, values, 'value', 'was', 'were')} rounded to the new dtype"
             + (f", {vanished:,} of them to zero" if vanished else ""),
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return listed([f"{name:.100}" for name in names], 8)

@@ -6,33 +6,22 @@ what has to be gathered.
 
 from __future__ import annotations
 
-import threading
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer import stream
-from ckptkit.transfer.checksums import Checksums
+from ckptkit.transfer.checksums import Checksums, first_difference
+from ckptkit.transfer.values import same_values
 
 __all__ = ["PIECE_NBYTES", "chunks_side_by_side", "pieces", "same_piece", "unexpanded"]
 
 PIECE_NBYTES = 16 << 20
 """Bytes of a tensor that one thread compares before it looks for other work: of few large tensors every core
 has its share."""
-
-_COMPARED_NBYTES = 512 << 10
-"""Bytes compared at a time: both sides fit into a core's own cache."""
-
-_GATHERED = 1 << 16
-"""Elements compared at a time where they have to be gathered."""
-
-_MOST_OVERLAP = 64
-"""How many times the bytes of its storage a view may have and still be gone through, as for statistics."""
-
-_kept = threading.local()
 
 
 def unexpanded(a: TensorEntry, b: TensorEntry) -> tuple[TensorEntry, TensorEntry, int] | None:
@@ -49,7 +38,7 @@ def unexpanded(a: TensorEntry, b: TensorEntry) -> tuple[TensorEntry, TensorEntry
         copies = a.numel
         a, b = replace(a, shape=shape), replace(b, shape=shape)
         copies //= a.numel
-    if all(entry.nbytes > _MOST_OVERLAP * entry.storage.nbytes for entry in (a, b)):
+    if all(entry.nbytes > DEFAULT_LIMITS.overlap * entry.storage.nbytes for entry in (a, b)):
         return None
     return a, b, copies
 
@@ -83,43 +72,18 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums) -> bool:
     """
     if a.is_plain_bytes and b.is_plain_bytes:
         summed = a.storage.crc32 is not None or b.storage.crc32 is not None
-        return _same_bytes(_lying(a), _lying(b), checksums if summed else None)
-    return all(bytes(left) == bytes(right) for left, right in chunks_side_by_side(a, b, _GATHERED))
+        left, right = _lying(a), _lying(b)
+        difference, crc = first_difference(left, right, summed=summed)
+        if difference is None and summed:
+            checksums.note(left, crc)
+            checksums.note(right, crc)
+        return difference is None
+    return same_values(a, b)
 
 
 def _lying(entry: TensorEntry) -> ByteRange:
     """The bytes of a tensor whose values lie in a row."""
     return entry.storage.source.part(entry.storage_offset * entry.itemsize, entry.nbytes).plain()
-
-
-def _same_bytes(a: ByteRange, b: ByteRange, checksums: Checksums | None) -> bool:
-    crc = 0
-    for start in range(0, a.nbytes, _COMPARED_NBYTES):
-        left: bytes | bytearray
-        right: bytes | bytearray
-        nbytes = min(_COMPARED_NBYTES, a.nbytes - start)
-        if nbytes < _COMPARED_NBYTES:
-            left, right = a.read(start, nbytes), b.read(start, nbytes)
-        else:
-            left, right = _buffers()
-            a.file.read_into(a.offset + start, left)
-            b.file.read_into(b.offset + start, right)
-        if left != right:
-            return False
-        if checksums is not None:
-            crc = zlib.crc32(left, crc)
-    if checksums is not None:
-        checksums.note(a, crc)
-        checksums.note(b, crc)
-    return True
-
-
-def _buffers() -> tuple[bytearray, bytearray]:
-    """The two buffers of this thread; no views, which compare slowly."""
-    kept: tuple[bytearray, bytearray] | None = getattr(_kept, "buffers", None)
-    if kept is None:
-        kept = _kept.buffers = bytearray(_COMPARED_NBYTES), bytearray(_COMPARED_NBYTES)
-    return kept
 
 
 def chunks_side_by_side(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[memoryview, memoryview]]:

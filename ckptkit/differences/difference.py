@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from ckptkit.checkpoint import Kind, Trust
 from ckptkit.errors import FailedReportError
-from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, share_of
+from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, listed, share_of
 
 __all__ = ["DiffDocument", "DiffFile", "Difference", "ModuleRow", "RenamedRow", "TreeRow"]
 
@@ -340,7 +340,8 @@ class Difference:
             apart = [
                 section["path"] or "the rest of the file" for section in self.sections if section["equal"] is False
             ] or [row["path"] or "the rest of the file" for row in self.tree if row["what"] == "tensor"]
-            return f"{everything}; beside them {_listed(apart)} {'differs' if len(apart) == 1 else 'differ'}"
+            told = listed(apart, _MOST_NAMED, last=" and ")
+            return f"{everything}; beside them {told} {'differs' if len(apart) == 1 else 'differ'}"
         return f"{self._told}; {share} bit-identical{' under the same name' if self.renamed else ''}"
 
     @property
@@ -358,7 +359,8 @@ class Difference:
         names = [row["module"] for row in self.modules]
         if len(names) <= _MOST_NAMED and all(names) and all(row["differing"] == row["tensors"] for row in self.modules):
             verb = _VERBS.get(kind, "differs")
-            return f"only {_listed(names)} {verb if len(names) == 1 else _PLURALS.get(verb, verb)}"
+            told = listed(names, _MOST_NAMED, last=" and ")
+            return f"only {told} {verb if len(names) == 1 else _PLURALS.get(verb, verb)}"
         each = ", ".join(f"{count:,} {status}" for status, count in counts.items())
         return f"{count_of(total, 'tensor')} {'differs' if total == 1 else 'differ'} ({each})"
 
@@ -412,10 +414,3 @@ class Difference:
     def to_json(self) -> str:
         """The difference as JSON text."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-
-
-def _listed(names: list[str]) -> str:
-    """``"a, b and c"``, cut after a few."""
-    if len(names) > _MOST_NAMED:
-        names = [*names[:_MOST_NAMED], f"{len(names) - _MOST_NAMED:,} more"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -33,6 +33,7 @@ from ckptkit.differences.bits import PIECE_NBYTES, pieces, same_piece, unexpande
 from ckptkit.differences.figures import MEASURED, Sums, Tolerance, is_measurable, measure_pair
 from ckptkit.digests import tensor_digest
 from ckptkit.errors import DTypeError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.workers import Progress, in_parallel
 
@@ -43,9 +44,6 @@ __all__ = ["NO_FIGURES", "Pair", "PairReader", "Renamed", "all_sums", "find_rena
 
 _ENDS = (4, 3, 2, 1, 0)
 """Last segments of names that are looked at where contents do not decide, most first."""
-
-_MOST_OVERLAP = 64
-"""How many times the bytes of its storage a view may have and still be read for this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +121,8 @@ def _grouped(names: Iterable[str], key: Callable[[str], Any]) -> dict[Hashable, 
 
 def _digests(entries: list[TensorEntry], checksums: Checksums) -> dict[tuple[object, ...], str | None]:
     """A digest of each, with its dtype and shape, by view; ``None``: its values cannot be gone through."""
-    by_view = {entry.view: entry for entry in entries if entry.nbytes <= _MOST_OVERLAP * max(entry.storage.nbytes, 1)}
+    most = DEFAULT_LIMITS.overlap
+    by_view = {entry.view: entry for entry in entries if entry.nbytes <= most * max(entry.storage.nbytes, 1)}
     found: dict[tuple[object, ...], str | None] = {}
     checksums.want(entry.storage for entry in by_view.values())
 

@@ -20,7 +20,7 @@ from ckptkit.inspection.state import training_document
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side
-from ckptkit.pickling.inert import ABSENT, effects_of, mapping_items, tensors_in, walk
+from ckptkit.pickling.inert import ABSENT, effects_of, holds, mapping_items, tensors_in
 
 if TYPE_CHECKING:
     from ckptkit.differences.difference import DiffFile, ScalarRow, SectionRow, TreeRow
@@ -329,7 +329,7 @@ def _beside(root: object) -> Iterator[tuple[Place, object]]:
     while stack:
         place, node = stack.pop()
         pairs = mapping_items(node)
-        if pairs is None or id(node) in seen or not any(part is STATE_DICT for part in walk(node)):
+        if pairs is None or id(node) in seen or not holds(node, STATE_DICT):
             yield from [(place, node)] * (node is not STATE_DICT and id(node) not in seen)
             continue
         seen.add(id(node))

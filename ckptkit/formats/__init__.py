@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, Part, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
-from ckptkit.formats.containers import FORMATS, SUFFIXES, identify
+from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, identify
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards import may_tell_a_part
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -29,12 +29,11 @@ __all__ = [
     "collector_paused",
     "detect",
     "format_for",
+    "format_named",
     "plan",
     "read",
-    "shards_of",
     "source_of",
     "target",
-    "ties_once",
 ]
 
 _INDEX = ".index.json"
@@ -51,16 +50,6 @@ def detect(probe: Probe) -> Format:
         AmbiguousError: more than one claims it.
     """
     return identify(probe, FORMATS)
-
-
-def shards_of(name: str | None) -> str | None:
-    """The container that the shards of a checkpoint are written in; ``None``: it has none."""
-    return next((container.shards for container in FORMATS if container.name == name), None)
-
-
-def ties_once(name: str) -> bool:
-    """Whether tied tensors stand under one name alone in this container, as ``safetensors.torch.save_model`` does."""
-    return any(container.ties_once for container in FORMATS if container.name == name)
 
 
 def read(
@@ -147,7 +136,7 @@ def _without_checksums(root: object) -> object:
 def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpoint:
     """The checkpoint with the size of all its shards, or with what it is itself a part of."""
     names = [use.name for use in raw.globals]
-    if shards_of(checkpoint.origin.format) is not None:  # an index makes its shards whole, not what they hold
+    if format_named(raw.format).shards is not None:  # an index makes its shards whole, not what they hold
         said = part_in(raw.root, checkpoint.state_dict, {}, names)
         origin = replace(checkpoint.origin, size=file.total_size)
         return checkpoint.replace(origin=origin, part=said if isinstance(said, Part) else None)
@@ -218,7 +207,7 @@ def target(
     default = None
     if path.endswith(_INDEX):
         path, default = path.removesuffix(_INDEX), SHARD_NBYTES
-    shards = shards_of(to)
+    shards = next((index.shards for index in FORMATS if index.name == to), None)
     if shards is not None:
         to, default = shards, SHARD_NBYTES
     return path, format_for(path, to), default if shard_nbytes is None else shard_nbytes

@@ -1,7 +1,7 @@
 """The table of containers: what each is called, how a file shows that it is one, and which modules know the rest.
 
 Adding a container is a module with a function ``read(probe)``, whose docstring is its specification,
-and one line in `CONTAINERS`.  A module is imported when there is a file for it.
+and one row in `CONTAINERS`, with its facts.  A module is imported when there is a file for it.
 
 Which container a file is: by its content, once, and for exactly one of them.
 """
@@ -16,7 +16,17 @@ from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, ends_like_a_zip
 
-__all__ = ["CONTAINERS", "FORMATS", "SHARED_SUFFIXES", "SUFFIXES", "identify", "index_of"]
+__all__ = [
+    "CONTAINERS",
+    "FORMATS",
+    "INDEX_SUFFIXES",
+    "SHARED_SUFFIXES",
+    "SUFFIXES",
+    "format_named",
+    "identify",
+    "index_of",
+    "index_over",
+]
 
 
 def _archive(kind: str) -> Callable[[Probe], bool]:
@@ -75,55 +85,71 @@ def index_of(probe: Probe) -> str | None:
 
 CONTAINERS: tuple[Format, ...] = (
     Format(
-        name="torch-zip",
-        suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"),
-        claims=_archive("torch-zip"),
-        reader="torch_zip",
-        writer="torch_zip_writer",
+        name="torch-zip", suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"), claims=_archive("torch-zip"),
+        reader="torch_zip", writer="torch_zip_writer", loader="torch.load", maps_location=True,
     ),
-    Format(name="torch-legacy", claims=_legacy, reader="torch_legacy"),
-    Format(name="torch-tar", claims=_tar, reader="torch_tar"),
-    Format(name="pickle", claims=_pickle, reader="plain_pickle"),
+    Format(name="torch-legacy", claims=_legacy, reader="torch_legacy", loader="torch.load", maps_location=True),
+    Format(name="torch-tar", claims=_tar, reader="torch_tar", loader="torch.load", maps_location=True),
+    Format(name="pickle", claims=_pickle, reader="plain_pickle", loader="pickle.load"),
     Format(
-        name="torchscript",
-        suffixes=(".jit", ".ptl", ".torchscript"),
-        claims=_archive("torchscript"),
-        reader="torchscript",
-        is_program=True,
+        name="torchscript", suffixes=(".jit", ".ptl", ".torchscript"), claims=_archive("torchscript"),
+        reader="torchscript", is_program=True, loader="torch.jit.load", maps_location=True, has_classes=True,
+        words="a TorchScript program{}, its code included: torch.jit.load runs it",
     ),
-    Format(name="torch-package", claims=_archive("torch-package"), reader="torch_package", is_program=True),
-    Format(name="pt2", suffixes=(".pt2",), claims=_archive("pt2"), reader="pt2", is_program=True),
     Format(
-        name="safetensors",
-        suffixes=(".safetensors",),
-        claims=_safetensors,
-        reader="safetensors",
-        writer="safetensors_writer",
-        has_pickle=False,
-        ties_once=True,
+        name="torch-package", claims=_archive("torch-package"),
+        reader="torch_package", is_program=True, loader="torch.package.PackageImporter",
+        words="a torch.package archive{}, its code included: torch.package.PackageImporter runs it",
     ),
-)
+    Format(
+        name="pt2", suffixes=(".pt2",), claims=_archive("pt2"),
+        reader="pt2", is_program=True, loader="torch.export.load",
+        words="an exported program{}, its graph included: torch.export.load reads it",
+    ),
+    Format(
+        name="safetensors", suffixes=(".safetensors",), claims=_safetensors,
+        reader="safetensors", writer="safetensors_writer", loader="safetensors.torch.load_file",
+        has_pickle=False, tensors_alone=True, ties_once=True,
+    ),
+)  # fmt: skip
 """Every container that is one file, in no order that matters: a file two of them claim is refused."""
 
 FORMATS: tuple[Format, ...] = (
     *CONTAINERS,
     Format(
-        name="safetensors-sharded",
-        claims=_index("safetensors-sharded"),
-        reader="sharded",
-        has_pickle=False,
-        shards="safetensors",
-        ties_once=True,
+        name="safetensors-sharded", claims=_index("safetensors-sharded"), reader="sharded", shards="safetensors",
+        has_pickle=False, tensors_alone=True, ties_once=True,
     ),
     Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
-)
+)  # fmt: skip
 """Every container: these, and the indexes that make one checkpoint of several of them."""
+
+_BY_NAME = {container.name: container for container in FORMATS}
 
 SUFFIXES = frozenset(suffix for container in FORMATS for suffix in container.suffixes)
 """Endings of checkpoint files; they never decide what a file is."""
 
 SHARED_SUFFIXES = frozenset((".bin", ".jit", ".pkl"))
 """Those that files of other kinds have as well; by any other a file says that it is a checkpoint."""
+
+INDEX_SUFFIXES = tuple(
+    f"{suffix}.index.json" for index in FORMATS if index.shards for suffix in _BY_NAME[index.shards].suffixes
+)
+"""Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
+
+
+def format_named(name: str) -> Format:
+    """The container of this name (`Origin.format`, `Plan.format`): where its facts are to be asked.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _BY_NAME[name]
+
+
+def index_over(container: Format) -> Format | None:
+    """The container that makes one checkpoint of several files of this one; ``None``: there is none."""
+    return next((each for each in FORMATS if each.shards == container.name), None)
 
 
 def identify(probe: Probe, containers: Sequence[Format]) -> Format:

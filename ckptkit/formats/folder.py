@@ -25,14 +25,15 @@ from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
-from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
-from ckptkit.formats.format import Probe
-from ckptkit.formats.shards import INDEX_SUFFIXES, indexes_in
+from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, SHARED_SUFFIXES, SUFFIXES
+from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.shards import indexes_in
 from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
 __all__ = [
+    "PICKLE",
     "FolderSurvey",
     "FoundFile",
     "Surveyor",
@@ -41,6 +42,9 @@ __all__ = [
     "passed_over_text",
     "says_checkpoint",
 ]
+
+PICKLE = "pickle"
+"""What a pickle is called that is not a checkpoint."""
 
 UNFINISHED = "unfinished ckptkit output"
 
@@ -279,22 +283,22 @@ class Surveyor:
     def _kind(self, file: SourceFile, path: str, name: str) -> str | None:
         """What a file is; ``None``: a checkpoint, which is then among those found."""
         probe = Probe(file, self._limits)
-        claims: list[str] = []
+        claims: list[Format] = []
         kind: str | None = None
         if name.startswith("._") and probe.head.startswith(_APPLE_DOUBLE):
             kind = "AppleDouble file"
         elif not says_checkpoint(name):
             try:
-                claims = [container.name for container in FORMATS if container.claims(probe)]
+                claims = [container for container in FORMATS if container.claims(probe)]
                 if not claims:
                     kind = self._other_kind(probe, path, name)
-                elif claims == ["torch-tar"] and not _is_torchs_tar(probe):
+                elif [container.name for container in claims] == ["torch-tar"] and not _is_torchs_tar(probe):
                     kind = self._others[path] = "tar archive"
             except FormatError:  # a zip archive that is damaged, or that readers disagree about
                 if not _may_be_torchs(probe, name):
                     kind = self._others[path] = "zip archive"
         if kind is None:
-            is_index = any(claim.endswith("-sharded") for claim in claims)
+            is_index = any(container.shards for container in claims)
             self._found[file.identity[:2]] = _File([path], is_index)
         return kind
 
@@ -304,7 +308,7 @@ class Surveyor:
         from ckptkit.formats.refused import kind_of_file
 
         guess = guess_pickle(probe.head, probe.file.size)
-        kind = "pickle" if guess == "pickle" else kind_of_file(probe)
+        kind = PICKLE if guess == "pickle" else kind_of_file(probe)
         if kind in _UNREADABLE_KINDS and os.path.splitext(name)[1].lower() in SHARED_SUFFIXES:
             return None
         if guess and _DCP.search(probe.head):

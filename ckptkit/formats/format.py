@@ -73,19 +73,26 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """One container.
+    """One container, and everything about it that others ask: no name of one is compared anywhere else.
 
     Attributes:
         name: as in `Origin.format` and the JSON documents.
-        suffixes: endings of destinations that choose it.
+        suffixes: endings of destinations that choose it, the customary one first.
         claims: whether the file claims to be of this container.
             After that the decision stands: what is wrong with the file is that container's error.
         reader: the module that reads it.
         writer: the module that writes it; ``None``: cannot be written.
-        has_pickle: whether there may be pickles in it.
+        has_pickle: whether there may be pickles in it; the shards of an index without any must be of ``shards``.
         is_program: whether it holds a program, of which only the weights can be written.
+        tensors_alone: whether tensors under names are all that it can hold, each with bytes of its own; else there is
+            a tree, and tensors share storages in it.
         shards: of an index, the container that its shards are written in.
         ties_once: whether tied tensors stand in it under one name alone, and who loads it fills in the others.
+        loader: the function that programs load it with, where that is one for everything in it.
+        maps_location: whether ``loader`` takes a ``map_location``.
+        has_classes: whether the classes of its modules are in it, so that loading it needs none of them.
+        words: what it is to whoever meets one for the first time, ``{}`` for where its class is named; ``""``: what
+            it holds says that.
     """
 
     name: str
@@ -95,8 +102,13 @@ class Format:
     writer: str | None = None
     has_pickle: bool = True
     is_program: bool = False
+    tensors_alone: bool = False
     shards: str | None = None
     ties_once: bool = False
+    loader: str | None = None
+    maps_location: bool = False
+    has_classes: bool = False
+    words: str = ""
 
     def read(self, probe: Probe) -> RawCheckpoint:
         """The tree and the container's facts; reads directory, pickle or header only.

@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
-from ckptkit.limits import Limits
+from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
 
 __all__ = [
@@ -48,13 +48,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _KEY = re.compile(rb'"[ \t\r\n]*:')
 _MINUS_ZERO = re.compile(rb"-0(?![.eE0-9])")
-
-_WIDE_NBYTES = 25_000_000
-"""Bytes of a text that may hold characters beyond U+FFFF: one of them makes every character take
-four bytes, in the text and in any string of it."""
-
-_MAX_DEPTH = 100
-"""Levels of a value that nobody reads; the Rust parser behind safetensors stops at 128."""
 
 
 def shown(name: object) -> str:
@@ -81,8 +74,9 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
     most = limits.json_values // 2  # a key costs as much as two other values
     if raw.count(b":") > most and any(itertools.islice(_KEY.finditer(raw), most, None)):
         raise LimitError(f"keys in {what}", limit=most, actual=most + 1)
-    if len(raw) > _WIDE_NBYTES and re.search(rb"[\xf0-\xf4]", raw):
-        raise LimitError(f"bytes of {what} with characters beyond U+FFFF", limit=_WIDE_NBYTES, actual=len(raw))
+    if len(raw) > limits.json_wide_nbytes and re.search(rb"[\xf0-\xf4]", raw):
+        most = limits.json_wide_nbytes
+        raise LimitError(f"bytes of {what} with characters beyond U+FFFF", limit=most, actual=len(raw))
     try:
         text = str(raw, "utf-8")
     except UnicodeDecodeError as error:
@@ -129,7 +123,7 @@ def check_ignored(value: object, what: str) -> None:
         CorruptError: half a surrogate pair, a number no float can hold, or nesting too deep.
     """
     level: list[object] = [value]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(DEFAULT_LIMITS.json_depth):
         below: list[object] = []
         for node in level:
             if isinstance(node, str) and _SURROGATE.search(node):
@@ -143,7 +137,7 @@ def check_ignored(value: object, what: str) -> None:
         if not below:
             return
         level = below
-    raise CorruptError(f"{what}: nested more than {_MAX_DEPTH} deep")
+    raise CorruptError(f"{what}: nested more than {DEFAULT_LIMITS.json_depth} deep")
 
 
 VERSIONS = "torch._metadata"

@@ -20,8 +20,9 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
+from typing import get_args
 
-from ckptkit.checkpoint import GlobalUse
+from ckptkit.checkpoint import GlobalUse, Verdict
 from ckptkit.errors import FormatError
 from ckptkit.formats.contents import ContentSearch
 from ckptkit.formats.format import Probe
@@ -118,8 +119,8 @@ def unpacked(folder: str) -> str | None:
 def _listed(names: tuple[GlobalUse, ...]) -> str:
     if not names:
         return "it names no class or function"
-    order = {"dangerous": 0, "unknown": 1, "allowed": 2, "torch": 3}
-    shown = sorted(names, key=lambda use: order[use.verdict])
+    order = get_args(Verdict)
+    shown = sorted(names, key=lambda use: -order.index(use.verdict))
     told = [f"{use.name:.80}" + (" (dangerous)" if use.verdict == "dangerous" else "") for use in shown]
     return f"names in it, never imported here: {listed(told, 5)}"
 

@@ -10,7 +10,7 @@ The writing half of `ckptkit.formats.safetensors`, where the layout is described
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from struct import pack
 
 from ckptkit.checkpoint import Checkpoint, StateDict
@@ -112,8 +112,8 @@ def _exclude(names: list[str], checkpoint: Checkpoint) -> str:
     return shown[:-1]
 
 
-def _listed(names: list[str]) -> str:
-    return listed([f"{name:.100}" for name in names], _LISTED)
+def _listed(names: Iterable[str]) -> str:
+    return listed(names, _LISTED, characters=100)
 
 
 def require_writable_size(checkpoint: Checkpoint) -> None:

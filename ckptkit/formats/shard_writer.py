@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, shared_storages
 from ckptkit.errors import RewriteError
+from ckptkit.formats.containers import index_over
 from ckptkit.formats.format import Format
 from ckptkit.formats.json_text import ORDER, VERSIONS, places, versions_text
 from ckptkit.formats.safetensors import NAME
@@ -44,7 +45,7 @@ from ckptkit.formats.shards import is_shard_name
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import is_plain_value
-from ckptkit.pickling.inert import Global, InertDict, Object, children
+from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children
 from ckptkit.pickling.tensors import lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import IndexFile, LiteralBytes, Plan
@@ -277,7 +278,7 @@ class _Objects:
         stack = [value]
         while stack:
             node = stack.pop()
-            if node is None or node == () or isinstance(node, (str, int, float, bytes, Global)):
+            if node == () or isinstance(node, (*SCALARS, Global)):
                 continue
             found.append(id(node))
             if isinstance(node, TensorEntry):
@@ -316,7 +317,10 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
     if whole.nbytes <= most:
         return whole
     require_storable(checkpoint, "a sharded checkpoint", plain=False)
-    units = SafetensorsUnits(checkpoint) if container.name == NAME else TorchUnits(checkpoint)
+    index = index_over(container)
+    if index is None:
+        raise RewriteError(f"no index makes one checkpoint of several {container.name} files; write one file")
+    units = SafetensorsUnits(checkpoint) if container.tensors_alone else TorchUnits(checkpoint)
     parts = units.shared_out(most)
     if len(parts) < 2:
         return whole
@@ -336,7 +340,7 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
         part = checkpoint.replace(state_dict=units.part(names, first=number == 0), rest=STATE_DICT)
         shards[shard] = container.write(part)
         holder.update(dict.fromkeys(names, shard))
-    return _index_plan(checkpoint, container, shards, {key: holder[key] for key in checkpoint.state_dict.everything})
+    return _index_plan(checkpoint, index, shards, {key: holder[key] for key in checkpoint.state_dict.everything})
 
 
 def _index_plan(
@@ -362,7 +366,7 @@ def _index_plan(
             f"most {DEFAULT_LIMITS.index_nbytes:,}; write one file"
         )
     return Plan(
-        format="safetensors-sharded" if container.name == NAME else "torch-sharded",
+        format=container.name,
         nbytes=len(data),
         steps=(LiteralBytes(0, data),),
         tensors=sum(plan.tensors for plan in shards.values()),

@@ -35,7 +35,7 @@ from dataclasses import replace
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
-from ckptkit.formats.containers import CONTAINERS, identify, index_of
+from ckptkit.formats.containers import CONTAINERS, format_named, identify, index_of
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import ORDER, in_order, parse, shown, state_dict_node
 from ckptkit.formats.shards import (
@@ -64,9 +64,9 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: the index or a shard is damaged or refused.
     """
-    name = index_of(probe) or ""
+    index = format_named(index_of(probe) or "")
     weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
-    allowed = [each.name for each in CONTAINERS if name == "torch-sharded" or each.name == "safetensors"]
+    allowed = [each.name for each in CONTAINERS if index.has_pickle or each.name == index.shards]
     problems = _Problems()
     shards: dict[str, Shard] = {}
     for shard in dict.fromkeys(weight_map.values()):
@@ -77,7 +77,7 @@ def read(probe: Probe) -> RawCheckpoint:
     if len(everything) > probe.limits.entries:
         raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
     problems.check(merged_globals(shards))
-    tied = _tied(everything, weight_map) if name == "safetensors-sharded" else {}
+    tied = _tied(everything, weight_map) if index.ties_once else {}
     if tied:
         others = {key: value for key, value in everything.items() if key not in tied}
         order = metadata.get(ORDER)
@@ -87,7 +87,7 @@ def read(probe: Probe) -> RawCheckpoint:
     protocols = [raw.pickle_protocol for raw in raws if raw.pickle_protocol is not None]
     return RawCheckpoint(
         root=_root(everything, shards),
-        format=name,
+        format=index.name,
         byteorder="big" if raws and all(raw.byteorder == "big" for raw in raws) else "little",
         pickle_protocol=max(protocols, default=None),
         has_pickle=any(raw.has_pickle for raw in raws),
@@ -210,7 +210,7 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
         if container.name not in allowed:
             from ckptkit.formats.contents import names_left  # nobody waits for it where all is well
 
-            what = f"{name} (it is {container.name}, where the index promises safetensors)"
+            what = f"{name} (it is {container.name}, where the index promises {' or '.join(allowed)})"
             problems.add(_UNREADABLE, what, names_left(part))
             return None
         raw = container.read(part)

@@ -19,7 +19,6 @@ from ckptkit.report import Finding, count_of, listed
 
 __all__ = [
     "CUSTOMARY",
-    "INDEX_SUFFIXES",
     "LISTED",
     "Shard",
     "extra_keys",
@@ -33,9 +32,6 @@ __all__ = [
     "total_size",
     "unnamed_shards",
 ]
-
-INDEX_SUFFIXES = tuple(f".{ending}.index.json" for ending in ("safetensors", "bin", "pth", "pt", "ckpt", "pkl"))
-"""Endings of an index's name; used to find indexes in folders, never to decide what a file is."""
 
 CUSTOMARY = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[A-Za-z]+)", re.ASCII)
 """What shards are called: the stem, the number of one, how many there are, and the ending."""

@@ -353,7 +353,7 @@ def _followed(row: PickleRow) -> FormatError:
 
 
 def _shown(keys: Iterable[str]) -> str:
-    return listed([repr(key[:40]) for key in sorted(keys)], 3)
+    return listed((repr(key[:40]) for key in sorted(keys)), 3)
 
 
 def legacy_findings(table: LegacyTable) -> list[Finding]:

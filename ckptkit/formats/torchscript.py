@@ -43,6 +43,7 @@ from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.formats.torchscript_code import ScriptClass, ScriptClasses
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import above_tensors, join
 from ckptkit.pickling.dialects import ScriptStorageTable
@@ -59,9 +60,6 @@ _FOLDERS = ("code/", "extra/", "traced_inputs/", "bytecode/")
 
 _MAX_ATTRIBUTE_DEPTH = 32
 """Lists and dicts inside one another that an attribute's parts are looked for in; deeper ones stay whole."""
-
-_MAX_MODULE_DEPTH = 1000
-"""Modules inside modules: as in `ckptkit.normalize.modules`."""
 
 _MANGLED = re.compile(r"\.___torch_mangle_[0-9]+")
 _QUANTIZED = re.compile(r"__torch__\.torch\.(?:ao\.)?nn\.(?:intrinsic\.|sparse\.)?quantized\.")
@@ -185,8 +183,8 @@ def as_modules(root: object, classes: ScriptClasses) -> dict[object, object]:
         if id(node) in seen or not classes.is_module(node) or not isinstance(node, Object):
             continue
         seen.add(id(node))
-        if depth > _MAX_MODULE_DEPTH:
-            raise LimitError("modules inside modules", limit=_MAX_MODULE_DEPTH, actual=depth)
+        if depth > DEFAULT_LIMITS.module_depth:
+            raise LimitError("modules inside modules", limit=DEFAULT_LIMITS.module_depth, actual=depth)
         below = []
         for name, value in _as_module(node, classes, holding):
             at = f"{path}.{name}" if path else name

@@ -24,12 +24,6 @@ from ckptkit.pickling.inert import Global, InertDict, Object
 
 __all__ = ["ScriptClass", "ScriptClasses", "parse_classes"]
 
-_CODE_NBYTES = 64 << 20
-"""Bytes of source that is looked through; a model of 5,000 modules has about two million."""
-
-_MAX_CLASSES = 100_000
-"""Classes in it; every module of a program may have one of its own."""
-
 _CLASS = re.compile(r"^class ([^\s():]+)(?:\((\w+)\))?:$", re.MULTILINE)
 _LISTS = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
 _ITEM = re.compile(r'"((?:[^"\\]|\\.)*)"(?:, )?')
@@ -68,7 +62,8 @@ class ScriptClasses:
         self._archive = archive
         self._folder = folder
         self._files: dict[str, dict[str, ScriptClass | None] | None] = {}
-        self._left = _CODE_NBYTES
+        self._limits = archive.limits
+        self._left = self._limits.source_nbytes
         self._count = 0
         self.limit = archive.limits.pickle_nbytes
         self.missing = 0
@@ -99,9 +94,8 @@ class ScriptClasses:
             else:
                 self._left -= record.nbytes
                 if self._left < 0:
-                    raise LimitError(
-                        "bytes of a program's source", limit=_CODE_NBYTES, actual=_CODE_NBYTES - self._left
-                    )
+                    most = self._limits.source_nbytes
+                    raise LimitError("bytes of a program's source", limit=most, actual=most - self._left)
                 self._files[module] = self._counted(parse_classes(self._archive.read(name).decode("utf-8", "replace")))
         return self._files[module]
 
@@ -109,8 +103,9 @@ class ScriptClasses:
         found: dict[str, ScriptClass | None] = {}
         for name, source in classes:
             self._count += 1
-            if self._count > _MAX_CLASSES:
-                raise LimitError("classes in a program's source", limit=_MAX_CLASSES, actual=self._count)
+            if self._count > self._limits.source_classes:
+                most = self._limits.source_classes
+                raise LimitError("classes in a program's source", limit=most, actual=self._count)
             found[name] = source
         return found
 

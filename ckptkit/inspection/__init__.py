@@ -26,12 +26,11 @@ from ckptkit.inspection.listing import (
     ordered,
     other_rows,
     rows_of,
-    storage_names,
     wanted,
 )
 from ckptkit.inspection.state import list_modules, training_document, training_state
 from ckptkit.normalize.modules import tensor_role
-from ckptkit.normalize.tensors import other_tensors
+from ckptkit.normalize.tensors import other_tensors, storage_names
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 

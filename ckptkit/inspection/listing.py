@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages
+from ckptkit.checkpoint import WEIGHTS, Checkpoint, Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import Role, tensor_role
 from ckptkit.normalize.sections import join
-from ckptkit.normalize.tensors import FoundTensor, every_tensor, other_tensors, plain_tensors
+from ckptkit.normalize.tensors import FoundTensor, other_tensors, plain_tensors
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from ckptkit.inspection.document import StatsDocument, TensorDocument
 
 __all__ = [
-    "Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of", "storage_names",
-    "wanted",
+    "Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of", "wanted",
 ]  # fmt: skip
 
 
@@ -201,7 +200,7 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
         if section not in roles:
             is_selected = section is not None and section == selected
             known = checkpoint.module is not None if is_selected else kinds.get(section) == "whole_model"
-            roles[section] = is_selected or kinds.get(section) in ("state_dict", "whole_model"), known
+            roles[section] = is_selected or kinds.get(section) in WEIGHTS, known
         has_roles, known = roles[section]
         if has_roles and is_own:
             role, inferred = tensor_role(name, entry, known=known)
@@ -252,17 +251,6 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
                     section, name, array.dtype, array.shape, stride, nbytes, "cpu", "", "unknown", False, None, None,
                     "numpy",
                 )  # fmt: skip
-
-
-def storage_names(checkpoint: Checkpoint) -> dict[int, str]:
-    """What the storages of a checkpoint are called in a message, by ``id``: after the first tensor that views each."""
-    names: dict[int, str] = {}
-    for section, name, node, _ in every_tensor(checkpoint):
-        storage = node.storage if isinstance(node, TensorEntry) else node
-        if isinstance(storage, Storage):  # of a quantized tensor, say
-            place = f" of {section!r:.200}" if section else ""
-            names.setdefault(id(storage.original or storage), f"tensor {name!r:.200}{place}")
-    return names
 
 
 _Named = tuple[str | None, str, TensorEntry, bool]

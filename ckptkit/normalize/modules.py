@@ -72,9 +72,6 @@ def tensor_role(name: str, entry: TensorEntry, *, known: bool) -> tuple[Role, bo
     return ("buffer" if is_buffer else "parameter"), True
 
 
-_MAX_MODULE_DEPTH = 1000
-"""Modules inside modules: Python's own recursion limit stops ``state_dict()`` there."""
-
 MODULE_MARKS = ("_parameters", "_buffers", "_modules")
 """What every module's ``__dict__`` has, since torch 0.1."""
 
@@ -191,7 +188,7 @@ def wrapper_prefixes(module: object) -> list[tuple[str, str]]:
     """The wrappers a model was saved in, outermost first: class name, and the prefix each puts before every name."""
     found: list[tuple[str, str]] = []
     node = module
-    while isinstance(node, Object) and len(found) < _MAX_MODULE_DEPTH:
+    while isinstance(node, Object) and len(found) < DEFAULT_LIMITS.module_depth:
         state = module_state(node)
         below = named_items(state.get("_modules")) if state is not None else []
         name = node.class_name.rpartition(".")[2]
@@ -217,8 +214,8 @@ def _modules(root: object) -> Iterator[tuple[str, object, InertDict | None]]:
         if state is None:
             yield prefix, node, None
             continue
-        if len(above) >= _MAX_MODULE_DEPTH:
-            raise LimitError("modules inside modules", limit=_MAX_MODULE_DEPTH, actual=len(above) + 1)
+        if len(above) >= DEFAULT_LIMITS.module_depth:
+            raise LimitError("modules inside modules", limit=DEFAULT_LIMITS.module_depth, actual=len(above) + 1)
         if id(node) in above:
             raise CorruptError(f"module {prefix.rstrip('.') or 'root'!r} contains itself")
         above.add(id(node))

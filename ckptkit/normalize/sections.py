@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Final, Literal
 
-from ckptkit.checkpoint import Section, Storage, TensorEntry
+from ckptkit.checkpoint import WEIGHTS, Section, Storage, TensorEntry
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import bound_method, module_state, walk_module
@@ -99,7 +99,7 @@ class Candidate:
     @property
     def is_weights(self) -> bool:
         """Whether it could be the checkpoint's state_dict."""
-        return self.kind in ("state_dict", "whole_model")
+        return self.kind in WEIGHTS
 
     @property
     def module(self) -> object:
@@ -185,7 +185,7 @@ class SectionSearch:
         """Whether the node, or something at most `MAX_SECTION_DEPTH` keys from the root, is a section of its own."""
         kind = self._kind(node, key)
         if kind != "parts" or depth >= MAX_SECTION_DEPTH:
-            return kind in ("state_dict", "whole_model", "optimizer")
+            return kind in (*WEIGHTS, "optimizer")
         known = self._leading.get((id(node), depth))
         if known is None:
             self._leading[id(node), depth] = False  # where it leads back to itself

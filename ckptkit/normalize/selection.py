@@ -31,7 +31,6 @@ from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Object, mapping_items
 from ckptkit.report import count_of, human_size, listed
-from ckptkit.report import listed as enumerated
 
 __all__ = [
     "EMBEDDINGS",
@@ -168,7 +167,7 @@ def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
 
 def paths_listed(sections: Sequence[Section]) -> str:
     """The paths of the sections that hold weights; empty where there are none."""
-    return enumerated((repr(section.path[:200]) for section in sections if section.is_weights), _MAX_LISTED)
+    return listed((repr(section.path[:200]) for section in sections if section.is_weights), _MAX_LISTED)
 
 
 def sections_listed(sections: Sequence[Section]) -> str:
@@ -178,7 +177,7 @@ def sections_listed(sections: Sequence[Section]) -> str:
         f"{section.path[:200]!r} ({count_of(section.tensors, 'tensor')}, {human_size(section.nbytes)})"
         for section in weights[:_MAX_LISTED]
     ]
-    return enumerated(told, _MAX_LISTED, total=len(weights))
+    return listed(told, _MAX_LISTED, total=len(weights))
 
 
 EMBEDDINGS = "string_to_param"

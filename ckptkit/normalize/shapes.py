@@ -173,7 +173,7 @@ def is_sliced(node: object) -> bool:
 def is_substantial(value: object) -> bool:
     """Whether a model would have it as a parameter: no plain tensor, or one of numbers that are not whole."""
     if not isinstance(value, TensorEntry):
-        return not isinstance(value, (str, int, float, bytes, type(None)))
+        return not isinstance(value, SCALARS)
     return bool(value.shape) and DTYPES[value.dtype].kind not in ("int", "bool")
 
 

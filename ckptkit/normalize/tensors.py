@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import WEIGHTS, Checkpoint, Storage, TensorEntry
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE_MARKS, module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, state_values, step
@@ -35,6 +35,7 @@ from ckptkit.pickling.inert import (
     mapping_items,
     mapping_shell,
     states,
+    tensors_in,
     walk,
 )
 from ckptkit.pickling.tensors import is_tensor_like
@@ -42,7 +43,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 if TYPE_CHECKING:
     from ckptkit.normalize.not_plain import Value
 
-__all__ = ["FoundTensor", "every_tensor", "other_tensors", "other_weights", "plain_tensors"]
+__all__ = ["FoundTensor", "every_tensor", "other_tensors", "other_weights", "plain_tensors", "storage_names"]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -139,6 +140,25 @@ def other_weights(checkpoint: Checkpoint, found: Iterable[FoundTensor]) -> dict[
             names.setdefault(each.section, []).append(each)
     own = checkpoint.state_dict.everything
     return {path: inside for path, inside in names.items() if not is_copy((each.name for each in inside), own)}
+
+
+def storage_names(named: Checkpoint | Mapping[str, object]) -> dict[int, str]:
+    """What storages are called in a message, by ``id``: after the first tensor that views each.
+
+    Args:
+        named: a checkpoint, or values by name: tensors, and what has some at or below it.
+    """
+    places: list[tuple[str, str, object]]
+    if isinstance(named, Checkpoint):
+        places = [(f" of {each.section!r:.200}" if each.section else "", *each[1:3]) for each in every_tensor(named)]
+    else:
+        places = [("", name, value) for name, value in named.items()]
+    names: dict[int, str] = {}
+    for place, name, value in places:
+        for node in (value,) if isinstance(value, (TensorEntry, Storage)) else tensors_in(value):
+            storage = node.storage if isinstance(node, TensorEntry) else node
+            names.setdefault(id(storage.original or storage), f"tensor {name!r:.200}{place}")
+    return names
 
 
 class _Own:
@@ -254,7 +274,7 @@ class _Walk:
                     stack.append((at, part))
                 continue
             kind = self._kinds.get(place.path) if place.steps is None and place.path is not None else None
-            if kind in ("state_dict", "whole_model") and place.section is not None:
+            if kind in WEIGHTS and place.section is not None:
                 values = list(state_values(kind, node))
                 self._kept.append(values)  # some are made for it, and are known by their ids
                 own = _Own([value for _, value in values])

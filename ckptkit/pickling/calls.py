@@ -26,6 +26,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
 from ckptkit.pickling.inert import Global, InertDict, Object, named_items
 
@@ -33,9 +34,6 @@ __all__ = ["CallsThatReach", "sets_first_argument"]
 
 _MAX_CHAIN = 8
 """Attributes of attributes: nested classes go two or three deep."""
-
-_MAX_TEXT = 16 << 20
-"""Characters of generated code in one pickle; a large graph has one million."""
 
 _IMPORT = re.compile(r"import ([\w.]+)(?: as \w+)?|from ([\w.]+) import (\w+)(?: as \w+)?")
 _OTHER_TOP_LEVEL = re.compile(
@@ -83,9 +81,6 @@ _SETTERS = (
     "_setitems",
 )
 
-_MOST_ARGUMENTS = 1_000_000
-"""Values that are looked at in what calls are given, in one pickle."""
-
 
 class CallsThatReach:
     """Looks at such calls in one pickle.
@@ -105,8 +100,8 @@ class CallsThatReach:
     ) -> None:
         self._name = name
         self._nested = nested
-        self._text_left = _MAX_TEXT
-        self._arguments_left = _MOST_ARGUMENTS
+        self._text_left = DEFAULT_LIMITS.generated_characters
+        self._arguments_left = DEFAULT_LIMITS.arguments
         self.is_watchful = False
 
     def watcher(self, callee: Global) -> Callable[[tuple[object, ...]], None] | None:
@@ -217,7 +212,7 @@ class CallsThatReach:
             self._arguments_left -= 1
             if self._arguments_left < 0:
                 if function is not None:
-                    function.offence = f"is given more than {_MOST_ARGUMENTS:,} values"
+                    function.offence = f"is given more than {DEFAULT_LIMITS.arguments:,} values"
                 return
             if isinstance(node, (list, tuple)):
                 stack.extend(node[: self._arguments_left + 1])
@@ -245,7 +240,7 @@ class CallsThatReach:
         """Judge a name by the generated code that it runs."""
         self._text_left -= len(text)
         if self._text_left < 0:
-            callee.offence = f"runs more than {_MAX_TEXT:,} characters of text"
+            callee.offence = f"runs more than {DEFAULT_LIMITS.generated_characters:,} characters of text"
         elif not callee.offence:
             callee.offence = _offence(text)
 

@@ -37,6 +37,7 @@ __all__ = [
     "check_references",
     "children",
     "effects_of",
+    "holds",
     "is_global",
     "mapping_items",
     "mapping_shell",
@@ -312,9 +313,6 @@ def children(node: object) -> list[object]:
     return list(node.effects) if isinstance(node, Global) else []
 
 
-_MAX_ATTRIBUTE_DEPTH = 32
-"""A tensor kept as an attribute of a tensor is rare; thirty levels of it are an attack."""
-
 SCALARS = (str, int, float, bytes, type(None))
 """Types of nodes that have nothing below them and are no placeholders."""
 
@@ -346,6 +344,11 @@ def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
 def tensors_in(root: object, seen: set[int] | None = None) -> Iterator[TensorEntry | Storage]:
     """Every tensor, and every storage that stands by itself, at or below a node; arguments and errors as of `walk`."""
     return (node for node in walk(root, seen) if isinstance(node, (TensorEntry, Storage)))
+
+
+def holds(root: object, wanted: object) -> bool:
+    """Whether a node is the one wanted, or has it somewhere below."""
+    return any(node is wanted for node in walk(root))
 
 
 def check_references(root: object) -> None:
@@ -437,8 +440,9 @@ class TreeMap:
         if not isinstance(leaf, TensorEntry) or leaf.attributes is None:
             return leaf
         self._depth += 1
-        if self._depth > _MAX_ATTRIBUTE_DEPTH:
-            raise LimitError("tensors nested in attributes of tensors", limit=_MAX_ATTRIBUTE_DEPTH, actual=self._depth)
+        most = DEFAULT_LIMITS.attribute_depth
+        if self._depth > most:
+            raise LimitError("tensors nested in attributes of tensors", limit=most, actual=self._depth)
         copied = replace(leaf, attributes=self._shell(leaf.attributes))
         self._depth -= 1
         return copied

@@ -19,6 +19,7 @@ from ckptkit.pickling.calls import CallsThatReach
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, is_global
 from ckptkit.pickling.popped import Popped
+from ckptkit.report import listed
 
 __all__ = ["BATCH", "LOADER", "NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
 
@@ -122,11 +123,10 @@ class Machine:
         called = sorted(names, key=lambda name: (not is_dangerous(name.module, name.name), not name.calls))
         if not called:
             return said
-        shown = ", ".join(f"{name.qualified:.80}" for name in called[:5])
-        more = f" and {len(called) - 5} more" if len(called) > 5 else ""
+        shown = listed((name.qualified for name in called), characters=80)
         what = "it" if len(called) == 1 else "them"
         does = f"has imported {'and called ' if any(name.calls for name in called) else ''}{what}"
-        return f"{said}; it names {shown}{more}: CPython takes the last value, and {does} by then"
+        return f"{said}; it names {shown}: CPython takes the last value, and {does} by then"
 
     def take(self, nbytes: int) -> bytes:
         """The next bytes, which must be there: a declared length never allocates on its own."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.calls import sets_first_argument
 from ckptkit.pickling.inert import ABSENT, ITSELF, SCALARS, Global, InertDict, InertSet, Object, children, walk
 
@@ -27,9 +28,6 @@ _POP, _REDUCE, _BINGET, _LONG_BINGET, _GET = b"0Rhjg"
 
 _MOST_PASSES = 8
 """How often what is left is looked at again: what changes a part follows what made it."""
-
-_MOST_PAIRS = 1_000_000
-"""Nodes that are compared in one pickle."""
 
 
 class _Value(NamedTuple):
@@ -48,7 +46,7 @@ class Popped:
 
     def __init__(self) -> None:
         self._values: list[_Value] = []
-        self._pairs_left = _MOST_PAIRS
+        self._pairs_left = DEFAULT_LIMITS.compared_nodes
         self._given: dict[int, list[tuple[int, Object]]] = {}  # id of what has effects -> its calls, numbered
         self._tops: dict[int, object] = {}
 

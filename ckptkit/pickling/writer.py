@@ -12,14 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from struct import pack
 
 from ckptkit.errors import LimitError, UnsupportedError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, PersistentId, children, walk
 from ckptkit.pickling.machine import BATCH
 
 __all__ = ["write_pickle"]
-
-_MAX_REPEATS = 1000
-"""Calls written anew because their arguments led back to them.  CPython's own pickler recurses for
-each, and stops before this many; without a bound the output grows with their square."""
 
 
 def write_pickle(root: object, *, lower: Callable[[object], object], protocol: int | None = None) -> bytes:
@@ -308,10 +305,9 @@ class _Writer:
                 continue
             if is_object:
                 self.repeats += 1
-                if self.repeats > _MAX_REPEATS:
-                    raise LimitError(
-                        "objects whose arguments lead back to them", limit=_MAX_REPEATS, actual=self.repeats
-                    )
+                if self.repeats > DEFAULT_LIMITS.repeated_calls:
+                    what, most = "objects whose arguments lead back to them", DEFAULT_LIMITS.repeated_calls
+                    raise LimitError(what, limit=most, actual=self.repeats)
                 for found in unfinished:
                     del self.memo[found]
                 return unfinished

@@ -26,6 +26,7 @@ from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FormatError, VerifyError
 from ckptkit.extras import require_torch
 from ckptkit.formats import collector_paused
+from ckptkit.formats.folder import PICKLE
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.config import Config, read_config
@@ -222,7 +223,7 @@ def _other_tasks(selection: Selection, config: Config) -> list[_Task]:
     tasks = [
         _Task(path=_tidy(path), policy=config.policy_for(path), other=kind) for path, kind in selection.others.items()
     ]
-    return [task for task in tasks if task.policy.every_pickle or task.other == "pickle"]
+    return [task for task in tasks if task.policy.every_pickle or task.other == PICKLE]
 
 
 def _task(selected: Selected, config: Config, selection: Selection, *, is_extra: bool = False) -> _Task:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.checkpoint import GlobalUse, Trust, trust_of
 from ckptkit.dtypes import DTYPES
-from ckptkit.formats import shards_of
+from ckptkit.formats import format_for, format_named
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
@@ -19,6 +19,7 @@ from ckptkit.report import Severity, apart, convert_command, count_of, human_siz
 
 if TYPE_CHECKING:
     from ckptkit.formats.contents import Inside
+    from ckptkit.formats.format import Format
 
 __all__ = ["RULES", "Rule", "pickle_violations", "rules_of", "violations"]
 
@@ -125,10 +126,9 @@ def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[Che
 
 
 def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    of_shards = shards_of(examined.format)
-    if examined.format in policy.require_format or of_shards in policy.require_format:
+    if {examined.format, format_named(examined.format).shards} & {*policy.require_format}:
         return
-    can_be_made = "safetensors" in policy.require_format
+    fix = _convert(examined, pickled=False)
     yield _found(
         examined,
         code="container-not-allowed",
@@ -136,7 +136,7 @@ def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding
         expected=list(policy.require_format),
         found=examined.format,
         message=f"the container is {examined.format}; allowed: {', '.join(policy.require_format)}",
-        fix=_convert(examined, pickled=False) if can_be_made else None,
+        fix=fix if fix is not None and _written_by(fix).name in policy.require_format else None,
     )
 
 
@@ -309,7 +309,12 @@ def _convert(examined: Examined, *options: str, pickled: bool = True) -> str | N
     alone = ["--weights-only"] if examined.kind != "state_dict" else []
     suffix = ".safetensors" if is_held else ".pth"
     command = several or convert_command(examined.path, *options, *alone, suffix=suffix)
-    return command if pickled or shlex.split(command)[3].endswith(".safetensors") else None
+    return command if pickled or not _written_by(command).has_pickle else None
+
+
+def _written_by(command: str) -> Format:
+    """The container that a command of `convert_command` writes."""
+    return format_for(shlex.split(command)[3])
 
 
 def _tensors(tensors: list[TensorFact]) -> str:

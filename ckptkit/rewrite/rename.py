@@ -50,7 +50,15 @@ class StripModule:
 
 
 @dataclass(frozen=True, slots=True)
-class StripPrefix:
+class _OfPrefix:
+    prefix: str
+
+    def __post_init__(self) -> None:
+        _require(self.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class StripPrefix(_OfPrefix):
     """Strip one leading ``prefix`` from the names that carry it.
 
     Args:
@@ -60,11 +68,6 @@ class StripPrefix:
         RewriteError: the prefix is empty.
         KeyCollisionError: (when applied) two names would become one.
     """
-
-    prefix: str
-
-    def __post_init__(self) -> None:
-        _require(self.prefix)
 
     def rename(self, name: str) -> str:
         """The new name of what is called ``name``."""
@@ -85,7 +88,7 @@ class StripPrefix:
 
 
 @dataclass(frozen=True, slots=True)
-class AddPrefix:
+class AddPrefix(_OfPrefix):
     """Put ``prefix`` before every name.
 
     Args:
@@ -94,11 +97,6 @@ class AddPrefix:
     Raises:
         RewriteError: the prefix is empty.
     """
-
-    prefix: str
-
-    def __post_init__(self) -> None:
-        _require(self.prefix)
 
     def rename(self, name: str) -> str:
         """The new name of what is called ``name``."""

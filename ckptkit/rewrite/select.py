@@ -18,7 +18,7 @@ from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.normalize.shapes import is_optimizer, parts
-from ckptkit.pickling.inert import InertDict, Object, mapping_items, states, tensors_in, walk
+from ckptkit.pickling.inert import SCALARS, InertDict, Object, holds, mapping_items, states, tensors_in
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
@@ -34,8 +34,6 @@ _MAX_COMPARED = 2000
 
 _MAX_NAME = 200
 """Characters of names that are compared, or shown."""
-
-_SCALARS = (str, int, float, bytes, type(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +157,7 @@ def _optimizers(root: object) -> Iterator[str]:
         if is_optimizer(node):
             yield path
         elif depth < MAX_SECTION_DEPTH:
-            below = ((key, value) for key, value in reversed(parts(node)) if not isinstance(value, _SCALARS))
+            below = ((key, value) for key, value in reversed(parts(node)) if not isinstance(value, SCALARS))
             stack.extend((join(path, key), value, depth + 1) for key, value in below)
 
 
@@ -232,7 +230,7 @@ class LeaveOut:
                 place.node[:] = [item for item in place.node if item is not _GONE]
             elif isinstance(place.node, Object):
                 place.node.items[:] = [item for item in place.node.items if item is not _GONE]
-        if _holds(checkpoint.rest, STATE_DICT) and not _holds(rest, STATE_DICT):
+        if holds(checkpoint.rest, STATE_DICT) and not holds(rest, STATE_DICT):
             raise RewriteError(f"{', '.join(map(repr, self.paths))}: the weights lie there; they cannot be left out")
         sections = tuple(section for section in checkpoint.sections if self._stays(section.path, rest))
         return result.replace(rest=rest, sections=sections)
@@ -293,12 +291,8 @@ def _places(node: object, above: str, path: str, depth: int, seen: set[tuple[int
             yield from _places(value, here, path, depth + 1, seen)
 
 
-def _holds(root: object, wanted: object) -> bool:
-    return any(node is wanted for node in walk(root))
-
-
 def _holds_tensors(root: object) -> bool:
-    return _holds(root, STATE_DICT) or any(tensors_in(root))
+    return holds(root, STATE_DICT) or any(tensors_in(root))
 
 
 def _removed(place: _Place) -> bool:

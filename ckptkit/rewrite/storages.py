@@ -184,9 +184,6 @@ def _cuttable(checkpoint: Checkpoint) -> list[tuple[Storage, _Runs]]:
 
 TiedPolicy = Literal["alias", "duplicate", "error"]
 
-_MAX_LISTED = 5
-"""Groups named in a message, and names of each."""
-
 
 @dataclass(frozen=True, slots=True)
 class Tied:
@@ -214,19 +211,15 @@ class Tied:
         if not groups:
             return checkpoint
         if self.policy == "error":
-            names = listed(list(map(_listed, groups)), _MAX_LISTED, between="; ")
+            tied = (listed(map(repr, names), between=" = ", characters=100) for names in groups)
             raise RewriteError(
-                f"{count_of(len(groups), 'tensor', 'has', 'have')} several names: {names}; write them as one ('alias') "
-                "or as copies ('duplicate')"
+                f"{count_of(len(groups), 'tensor', 'has', 'have')} several names: {listed(tied, between='; ')}; write "
+                "them as one ('alias') or as copies ('duplicate')"
             )
         again = {name for names in groups for name in names[1:]}
         state_dict = checkpoint.state_dict
         everything = {name: _copied(value) if name in again else value for name, value in state_dict.everything.items()}
         return checkpoint.replace(state_dict=state_dict.holding(everything, state_dict.versions))
-
-
-def _listed(names: list[str]) -> str:
-    return listed([f"{name!r:.100}" for name in names], _MAX_LISTED, between=" = ")
 
 
 def _copied(value: object) -> object:

@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from ckptkit import api
 from ckptkit.arguments import several
 from ckptkit.errors import VerifyError
-from ckptkit.report import Finding, count_of
+from ckptkit.report import Finding, Report, count_of
 from ckptkit.testing.weights import (
+    WeightsLike,
     difference_lines,
     file_described,
     finding_lines,
@@ -122,22 +123,19 @@ def assert_fits(
     """
     __tracebackhide__ = True
     with on_disk(weights, "weights") as subject:
-        report = api.verify(
-            subject.path,
-            model=model,
-            model_args=model_args,
-            section=subject.section,
-            strip_module=strip_module,
-            allow_missing=allow_missing,
-            allow_unexpected=allow_unexpected,
-            forward=False,
-        )
+        names = {"allow_missing": allow_missing, "allow_unexpected": allow_unexpected}
+        report = _verified(subject, model, model_args, strip_module, forward=False, **names)
     require_passed(
         report,
         "assert_fits: the weights do not fit the model",
         subject,
         f"every tensor of {report.details['reference']}, with its shape, and no other",
     )
+
+
+def _verified(subject: WeightsLike, model: Any, args: Mapping[str, Any] | None, strip: bool, **options: Any) -> Report:
+    options = {**options, "section": subject.section, "strip_module": strip}
+    return api.verify(subject.path, model=model, model_args=args, **options)
 
 
 def assert_runs(
@@ -167,16 +165,8 @@ def assert_runs(
     """
     __tracebackhide__ = True
     with on_disk(weights, "weights") as subject:
-        report = api.verify(
-            subject.path,
-            model=model,
-            model_args=model_args,
-            section=subject.section,
-            device=device,
-            input_shapes=input_shapes,
-            strip_module=strip_module,
-            golden=golden,
-        )
+        place: dict[str, Any] = {"device": device, "input_shapes": input_shapes}
+        report = _verified(subject, model, model_args, strip_module, golden=golden, **place)
     agreeing = f", that agree with {os.fsdecode(golden)}" if golden is not None else ""
     require_passed(
         report,
@@ -217,18 +207,9 @@ def assert_same_outputs(
     """
     __tracebackhide__ = True
     with on_disk(a, "a") as expected, on_disk(b, "b") as subject:
-        report = api.verify(
-            subject.path,
-            model=model,
-            model_args=model_args,
-            section=subject.section,
-            device=device,
-            input_shapes=input_shapes,
-            strip_module=strip_module,
-            against=expected.path,
-            atol=atol,
-            rtol=rtol,
-        )
+        place: dict[str, Any] = {"device": device, "input_shapes": input_shapes}
+        apart = {"against": expected.path, "atol": atol, "rtol": rtol}
+        report = _verified(subject, model, model_args, strip_module, **place, **apart)
     require_passed(report, "assert_same_outputs: the outputs differ", subject, f"those of {expected.called}")
 
 

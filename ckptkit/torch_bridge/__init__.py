@@ -17,8 +17,9 @@ from ckptkit.checkpoint import StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
 from ckptkit.extras import require_torch
 from ckptkit.normalize.sections import brief
+from ckptkit.normalize.tensors import storage_names
 from ckptkit.pickling.arrays import is_array, layout_of
-from ckptkit.pickling.inert import ABSENT, Global, InertSet, Object, attributes, mapping_items
+from ckptkit.pickling.inert import ABSENT, SCALARS, Global, InertSet, Object, attributes, mapping_items
 from ckptkit.pickling.layouts import (
     Jagged,
     Layout,
@@ -38,7 +39,6 @@ from ckptkit.torch_bridge.loading import (
     Loader,
     TorchLocation,
     dtype_of,
-    names_by_storage,
     require_dtypes,
     restore,
     tensors,
@@ -107,7 +107,7 @@ def state_dict_of(
     loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
     builder = _Builder(loader, map_location)
     foreign: dict[str, str] = {}
-    with sums.held(lambda: names_by_storage(state_dict)):
+    with sums.held(lambda: storage_names(state_dict.everything)):
         others: dict[str, object] = {}
         for name, value in state_dict.extra.items():  # before the others are read: one that cannot be made ends it
             try:
@@ -157,7 +157,7 @@ class _Builder:
             _ForeignError: only code from elsewhere can make it.
             CorruptError: it is a tensor that does not fit its parts.
         """
-        if node is None or isinstance(node, (str, int, float, bytes, bytearray)):
+        if isinstance(node, (*SCALARS, bytearray)):
             return node
         if isinstance(node, TensorEntry):
             return self._loader.tensor(node)

@@ -23,7 +23,7 @@ from ckptkit.checkpoint import StateDict, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES, dtype
 from ckptkit.errors import CorruptError, DTypeError, RewriteError, UnsupportedError
 from ckptkit.extras import require_torch
-from ckptkit.pickling.inert import walk
+from ckptkit.normalize.tensors import storage_names
 from ckptkit.report import listed
 from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums, Passing
 from ckptkit.transfer.workers import in_parallel
@@ -32,7 +32,7 @@ require_torch()
 
 import torch  # noqa: E402 - behind the check, so that its absence is explained
 
-__all__ = ["Loader", "TorchLocation", "dtype_of", "names_by_storage", "require_dtypes", "restore", "tensors"]
+__all__ = ["Loader", "TorchLocation", "dtype_of", "require_dtypes", "restore", "tensors"]
 
 TorchLocation = (
     str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], "torch.UntypedStorage | None"] | None
@@ -132,21 +132,10 @@ def tensors(
     require_dtypes(state_dict)
     sums = Checksums()
     loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
-    with sums.held(lambda: names_by_storage(state_dict)):
+    with sums.held(lambda: storage_names(state_dict.everything)):
         loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
         loader.finish()
     return loaded
-
-
-def names_by_storage(state_dict: StateDict) -> dict[int, str]:
-    """What the storages of a state_dict are called in a message, by ``id``: after the first value that needs each."""
-    names: dict[int, str] = {}
-    for name, value in state_dict.everything.items():
-        for node in (value,) if isinstance(value, TensorEntry) else walk(value):
-            storage = node.storage if isinstance(node, TensorEntry) else node
-            if isinstance(storage, Storage):
-                names.setdefault(id(storage.original or storage), f"tensor {name!r:.200}")
-    return names
 
 
 class Loader:

@@ -4,12 +4,15 @@ torch's archives record the CRC-32 of each storage and ``torch.load`` passes ove
 Whoever reads tensors' bytes says which storages are theirs (`Checksums.want`).  Bytes that pass by anyway are summed on
 the way, in pieces of any size and order; what did not pass by is read at the end, on every core.
 
+Where two runs of bytes are compared, the sum is that of the one that a checksum may be recorded for.
+
 The sums of pieces are put together as zlib's ``crc32_combine`` does (``crc32.c``): a CRC is a polynomial over GF(2),
 which bytes that follow multiply by a power of x.
 """
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,18 +22,27 @@ from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.computed import ConvertedRange, DeflatedRange, Inflation
+from ckptkit.computed import ByteSource, ConvertedRange, DeflatedRange, Inflation
 from ckptkit.errors import CorruptError
 from ckptkit.report import count_of
 from ckptkit.transfer.workers import buffer, in_parallel
 
-__all__ = ["SUMMED_NBYTES", "Checksums", "Damage", "combined", "damage_error", "damage_of", "damage_text"]
+__all__ = [
+    "SUMMED_NBYTES",
+    "Checksums",
+    "Damage",
+    "combined",
+    "damage_error",
+    "damage_of",
+    "damage_text",
+    "first_difference",
+]
 
 SUMMED_NBYTES = 16 << 20
 """Bytes of a storage that one thread sums before it looks for other work."""
 
 _READ_NBYTES = 512 << 10
-"""Bytes read at a time: they are still in a core's own cache when they are summed."""
+"""Bytes read at a time: they are still in a core's own cache when they are summed, or compared with as many."""
 
 _SMALL_NBYTES = 64 << 10
 """Bytes of a storage that is read along with its neighbours: another call to the operating system costs as much."""
@@ -48,6 +60,9 @@ _REMEDY = "get the file anew; --ignore-checksums insists, for files that were ed
 
 Names = Callable[[], Mapping[int, str]]
 """What storages are called, by ``id``; asked for only where one is damaged."""
+
+
+_kept = threading.local()
 
 
 class Damage(NamedTuple):
@@ -238,6 +253,53 @@ class Checksums:
         pieces = runs[0].file.ranges([(run.offset, run.nbytes) for run in runs])
         for run, piece in zip(runs, pieces, strict=True):
             self.note(run, zlib.crc32(piece))
+
+
+def first_difference(
+    a: ByteSource, b: ByteSource, compared: Callable[[int], object] = lambda _: None, *, summed: bool = True
+) -> tuple[int | None, int]:
+    """Position of the first byte that differs, ``None`` where all are equal, and the CRC-32 of ``a`` up to there.
+
+    Of values that are converted it is that of the bytes before.
+
+    Args:
+        a: one.
+        b: the other.
+        compared: called with the number of bytes that were just compared.
+        summed: whether the CRC-32 is wanted; else it is 0.
+    """
+    if a.nbytes != b.nbytes:
+        return min(a.nbytes, b.nbytes), 0
+    b = b.plain()
+    if not isinstance(a, ConvertedRange):
+        a = a.plain()
+    crc = 0
+    for start in range(0, a.nbytes, _READ_NBYTES):
+        nbytes = min(_READ_NBYTES, a.nbytes - start)
+        left, right = _buffers(nbytes)
+        b.file.read_into(b.offset + start, right)
+        if isinstance(a, ConvertedRange):
+            source = a.part(start, nbytes).original.plain()
+            original = buffer("original", source.nbytes)
+            source.file.read_into(source.offset, original)
+            a.whole.function.into(original, left)
+        else:
+            original = memoryview(left)
+            a.file.read_into(a.offset + start, left)
+        if summed:
+            crc = zlib.crc32(original, crc)
+        if left != right:
+            return start + next(i for i, (x, y) in enumerate(zip(left, right, strict=True)) if x != y), crc
+        compared(nbytes)
+    return None, crc
+
+
+def _buffers(nbytes: int) -> tuple[bytearray, bytearray]:
+    """Two buffers of this size, the last ones of this thread where they fit; no views, which compare slowly."""
+    kept: tuple[bytearray, bytearray] | None = getattr(_kept, "buffers", None)
+    if kept is None or len(kept[0]) != nbytes:
+        kept = _kept.buffers = bytearray(nbytes), bytearray(nbytes)
+    return kept
 
 
 def _inflate(storage: Storage, whole: Inflation, broken: dict[int, Damage], keep: bool) -> None:

@@ -25,7 +25,7 @@ from ckptkit.errors import CorruptError, DTypeError
 from ckptkit.pickling import arrays
 from ckptkit.pickling.layouts import Jagged, Layout, Nested, Sparse, compressed_counts
 
-__all__ = ["array_from", "check_indices", "stream", "unconverted", "values_of"]
+__all__ = ["array_from", "check_indices", "same_values", "stream", "unconverted", "values_of"]
 
 _SIGNED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 """The types of 8 bits whose first is a sign."""
@@ -62,6 +62,22 @@ def stream(
         return
     for block in _blocks(entry):
         yield from _gather(block)
+
+
+def same_values(a: TensorEntry, b: TensorEntry) -> bool:
+    """Whether two tensors of one dtype and shape hold the same bits in C order."""
+    right = b""
+    others = stream(b)
+    for left in stream(a):
+        while len(right) < len(left):
+            part = next(others, b"")
+            if not part:
+                return False
+            right += part
+        if right[: len(left)] != left:
+            return False
+        right = right[len(left) :]
+    return not right and not any(others)
 
 
 def unconverted(entry: TensorEntry, source: ConvertedRange) -> TensorEntry:

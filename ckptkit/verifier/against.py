@@ -15,9 +15,9 @@ from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import RewriteError
-from ckptkit.report import Finding, Severity
+from ckptkit.report import Finding, Severity, listed
 from ckptkit.rewrite.rename import StripModule
-from ckptkit.verifier.context import Context, floating_dtype, shortened
+from ckptkit.verifier.context import Context, floating_dtype
 from ckptkit.verifier.fill import become
 from ckptkit.verifier.fit import check_fit
 from ckptkit.verifier.foreign import error_text, foreign
@@ -184,7 +184,7 @@ def _told(
         return Finding(code=equal, severity="info", message=f"{what} and those{those or ' of this one'} are bit-equal")
     apart = [difference for difference in found if not difference.is_close]
     worst = sorted(apart or [d for d in found if not d.is_equal], key=lambda d: -d.max_rel)
-    told = shortened([str(difference) for difference in worst], 3)
+    told = listed([str(difference) for difference in worst], 3)
     allowed = f"atol {tolerance.atol:.2g}, rtol {tolerance.rtol:.2g}"
     if not apart:
         first = "" if parting.differs is None else f"; the first module that is not bit-equal is `{parting.differs}`"

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.report import Finding
-from ckptkit.verifier.context import Context, floating_dtype, shortened
+from ckptkit.report import Finding, listed
+from ckptkit.verifier.context import Context, floating_dtype
 from ckptkit.verifier.foreign import ForeignExitError, error_text
 from ckptkit.verifier.forward import Pass, measured_noise, model_dtype, run
 from ckptkit.verifier.inputs import Inputs
@@ -66,7 +66,7 @@ def check_behaviour(checkpoint: Checkpoint, model: nn.Module, context: Context) 
             code="batch-dependent",
             severity="error" if context.reference.inputs else "warning",
             message="a row's result depends on the batch it is in: row 0 of "
-            f"{_sizes(inputs)} rows, {shortened([str(d) for d in apart], 3)}",
+            f"{_sizes(inputs)} rows, {listed([str(d) for d in apart], 3)}",
         )
     if problem is not None:
         yield Finding(
@@ -144,7 +144,7 @@ def _repeated(
         yield Finding(
             code="not-repeatable",
             severity="error",
-            message="the same input gives another result on a second run, in eval mode: " + shortened(apart, 3),
+            message="the same input gives another result on a second run, in eval mode: " + listed(apart, 3),
         )
 
 
@@ -162,13 +162,13 @@ def _constant(
         return
     saturated = all(bool(((t == 0) | (t == 1)).all()) for t in floating.values())
     severity = "warning" if saturated or context.zeroed else "error"
-    because = f"; {shortened(context.zeroed, 2)} is zero throughout" if context.zeroed else ""
+    because = f"; {listed(context.zeroed, 2)} is zero throughout" if context.zeroed else ""
     if all(bool((t == t.reshape(-1)[0]).all()) for t in floating.values()):
         values = [f"{path or 'the output'} is {float(t.reshape(-1)[0]):.6g}" for path, t in floating.items()]
         yield Finding(
             code="constant-output",
             severity=severity,  # type: ignore[arg-type]
-            message=f"the outputs hold one value alone: {shortened(values, 3)} in all its elements{because}",
+            message=f"the outputs hold one value alone: {listed(values, 3)} in all its elements{because}",
         )
     elif other is not None and _are_alike(first, other, inputs, floating):
         yield Finding(

@@ -18,7 +18,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.normalize.selection import holding_suffix, other_parts
 from ckptkit.options import VerifyOptions
-from ckptkit.report import Finding, convert_command, listed
+from ckptkit.report import Finding, convert_command
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ckptkit.documents import OutputDocument, TimedDocument, VerifyFindingDocument
 
 __all__ = [
-    "Check", "Context", "VerifyFinding", "floating_dtype", "peak_memory", "pick_device", "pick_devices", "shortened",
+    "Check", "Context", "VerifyFinding", "floating_dtype", "peak_memory", "pick_device", "pick_devices",
 ]  # fmt: skip
 
 
@@ -246,8 +246,3 @@ def floating_dtype(name: str) -> torch.dtype:
     if not found.is_floating_point:
         raise VerifyError(f"the model cannot be cast to {name}: expected a floating point type, such as float16")
     return found
-
-
-def shortened(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    return listed(names, limit)

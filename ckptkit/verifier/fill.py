@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ckptkit.checkpoint import StateDict
-from ckptkit.verifier.context import shortened
+from ckptkit.report import listed
 from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.load_trial import is_extra_state, loadable
 from ckptkit.verifier.measure import Fit, identity, model_values
@@ -79,7 +79,7 @@ def fill_model(
     tolerated = {*fit.tied, *fit.allowed_missing, *fit.allowed_unexpected}
     left = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if name not in tolerated]
     if left:
-        return f"these names were passed over: {shortened(left)}"
+        return f"these names were passed over: {listed(left)}"
     known = {*fit.sources, *tolerated}
     after = model_values(model)
     seeming += [

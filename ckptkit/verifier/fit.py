@@ -13,7 +13,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import unselected_weights
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError
-from ckptkit.formats import ties_once
+from ckptkit.formats import format_named
 from ckptkit.report import Finding, count_of, listed, share_of
 from ckptkit.rewrite.like import Fitting, Like
 from ckptkit.verifier.advice import (
@@ -24,7 +24,7 @@ from ckptkit.verifier.advice import (
     renamings_that_fit,
     sections_that_fit,
 )
-from ckptkit.verifier.context import Context, shortened
+from ckptkit.verifier.context import Context
 from ckptkit.verifier.measure import Fit, ShapeMismatch, is_counter, like_model, measure_fit, model_values
 from ckptkit.verifier.references import build
 
@@ -58,7 +58,7 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
         yield Finding(
             code="other-weights",
             severity="info",
-            message=f"the weights of section {chosen!r} are verified; the file also holds {shortened(others)}",
+            message=f"the weights of section {chosen!r} are verified; the file also holds {listed(others)}",
             fix=context.command(checkpoint.origin.path, "--section", following[0]) if following else None,
         )
 
@@ -69,7 +69,7 @@ def _measured(model: nn.Module, checkpoint: Checkpoint, context: Context) -> Fit
         checkpoint.state_dict,
         allow_missing=context.options.allow_missing,
         allow_unexpected=context.options.allow_unexpected,
-        ties_once=ties_once(checkpoint.origin.format),
+        ties_once=format_named(checkpoint.origin.format).ties_once,
     )
 
 
@@ -98,8 +98,8 @@ def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Cont
         return _architecture(fit, checkpoint, context) or Finding(
             code="nothing-matches",
             severity="error",
-            message=f"no tensor of {context.reference.label} ({shortened(list(expected), 3) or 'it has none'}) is in "
-            f"the checkpoint ({shortened(list(checkpoint.state_dict.everything), 3)}): another architecture",
+            message=f"no tensor of {context.reference.label} ({listed(list(expected), 3) or 'it has none'}) is in "
+            f"the checkpoint ({listed(list(checkpoint.state_dict.everything), 3)}): another architecture",
         )
     return None
 
@@ -212,7 +212,7 @@ def _without_counters(fit: Fit, checkpoint: Checkpoint, everything: Sequence[str
 def _quoted(names: Sequence[str], among: Sequence[str]) -> str:
     """Names as torch quotes them, but for those that are folded by module."""
     given = set(names)
-    return shortened([f'"{line}"' if line in given else line for line in folded(names, among)])
+    return listed([f'"{line}"' if line in given else line for line in folded(names, among)])
 
 
 def _why_missing(fit: Fit, checkpoint: Checkpoint, context: Context) -> tuple[str, str | None]:
@@ -220,7 +220,7 @@ def _why_missing(fit: Fit, checkpoint: Checkpoint, context: Context) -> tuple[st
     if not all(name in fit.twins or is_counter(name) for name in fit.missing):
         return "", None
     if fit.twins:
-        pairs = shortened([f"{name} = {twin}" for name, twin in fit.twins.items()])
+        pairs = listed([f"{name} = {twin}" for name, twin in fit.twins.items()])
         told = f": the reference ties them to names that are ({pairs}), but only safetensors may leave tied names out"
         return told, context.conversion(checkpoint)
     return (
@@ -232,7 +232,7 @@ def _why_missing(fit: Fit, checkpoint: Checkpoint, context: Context) -> tuple[st
 
 def _shapes(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding:
     layers = list(dict.fromkeys(m.name.rpartition(".")[0] for m in fit.mismatches))
-    shown = "size mismatch for " + shortened([_shape(m) for m in fit.mismatches])
+    shown = "size mismatch for " + listed([_shape(m) for m in fit.mismatches])
     classes = head_classes(fit.mismatches) if not (fit.missing or fit.unexpected) else None
     number = None if classes is None else _num_classes(classes, checkpoint, context)
     if classes is None or (len(layers) > 4 and number is None):
@@ -249,7 +249,7 @@ def _shapes(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding:
     return Finding(
         code="shape-mismatch",
         severity="error",
-        message=f"another head: {shortened([f'`{layer}`' for layer in layers])} {'has' if len(layers) == 1 else 'have'}"
+        message=f"another head: {listed([f'`{layer}`' for layer in layers])} {'has' if len(layers) == 1 else 'have'}"
         f" {ours} outputs in the checkpoint and {theirs} in the reference; all else fits ({shown})",
         fix=fix,
     )
@@ -292,14 +292,14 @@ def _dtypes(fit: Fit, path: str, context: Context) -> Iterator[Finding]:
             code="dtype-mismatch",
             severity="error",
             message=f"{count_of(len(across), 'tensor', 'is', 'are')} of another kind than the reference's: "
-            f"{shortened(across)}; loading would change their values",
+            f"{listed(across)}; loading would change their values",
         )
     for (ours, theirs), names in within.items():
         yield Finding(
             code="dtype-mismatch",
             severity="warning",
             message=f"{count_of(len(names), 'tensor', 'is', 'are')} {ours} in the checkpoint and {theirs} in the "
-            f"reference ({shortened(names, 3)}); they are cast to {theirs} as torch does when it loads",
+            f"reference ({listed(names, 3)}); they are cast to {theirs} as torch does when it loads",
             fix=context.command(path, "--dtype", ours) if DTYPES[ours].is_floating else None,
         )
 
@@ -311,7 +311,7 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
             code="unloadable-value",
             severity="error",
             message=f"{count_of(len(fit.unloadable), 'value', 'is not a plain tensor', 'are not plain tensors')} in "
-            f"the checkpoint (quantized, sparse, foreign objects) and cannot be loaded: {shortened(fit.unloadable)}",
+            f"the checkpoint (quantized, sparse, foreign objects) and cannot be loaded: {listed(fit.unloadable)}",
         )
     if fit.tied:
         pairs = [f"{name} = {twin}" for name, twin in fit.tied.items()]
@@ -319,14 +319,14 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
             code="tied-restored",
             severity="info",
             message=f"{count_of(len(pairs), 'name')} not in the checkpoint {'is' if len(pairs) == 1 else 'are'} tied "
-            f"in the reference to one that is, and filled from it: {shortened(pairs)}",
+            f"in the reference to one that is, and filled from it: {listed(pairs)}",
         )
     if fit.counters and not fit.missing:
         yield Finding(
             code="batch-counters",
             severity="info",
             message=f"{count_of(len(fit.counters), 'BatchNorm counter', 'is', 'are')} not in the checkpoint "
-            f"({shortened(fit.counters, 2)}); torch sets them to 0, as in all weights that record no version of the "
+            f"({listed(fit.counters, 2)}); torch sets them to 0, as in all weights that record no version of the "
             "layer",
         )
     renamed = [name for name in fit.renamed if name not in fit.counters]
@@ -335,19 +335,19 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
             code="upgraded-keys",
             severity="info",
             message=f"{count_of(len(renamed), 'tensor', 'is', 'are')} brought to their present names or form by the "
-            f"reference's own loading code: {shortened(renamed)}",
+            f"reference's own loading code: {listed(renamed)}",
         )
     if fit.allowed_missing:
         yield Finding(
             code="allowed-missing",
             severity="info",
             message=f"{count_of(len(fit.allowed_missing), 'name', 'is', 'are')} missing, which is allowed: "
-            f"{shortened(fit.allowed_missing)}",
+            f"{listed(fit.allowed_missing)}",
         )
     if fit.allowed_unexpected:
         left = fit.allowed_unexpected
         yield Finding(
             code="allowed-unexpected",
             severity="info",
-            message=f"{count_of(len(left), 'name', 'is', 'are')} unexpected, which is allowed: {shortened(left)}",
+            message=f"{count_of(len(left), 'name', 'is', 'are')} unexpected, which is allowed: {listed(left)}",
         )

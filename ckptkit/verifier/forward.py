@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.report import Finding
-from ckptkit.verifier.context import Context, floating_dtype, shortened
+from ckptkit.report import Finding, listed
+from ckptkit.verifier.context import Context, floating_dtype
 from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.inputs import Batch
 from ckptkit.verifier.outputs import (
@@ -108,7 +108,7 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="output-not-finite",
             severity="error",
-            message=f"the forward pass {place} gave values that are not numbers: {shortened(broken)}",
+            message=f"the forward pass {place} gave values that are not numbers: {listed(broken)}",
         )
         return
     context.first = made.outputs
@@ -123,7 +123,7 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="forward-ok",
             severity="info",
-            message=f"finite outputs {place}: {shortened([shown(p, t) for p, t in made.outputs.items()])}, "
+            message=f"finite outputs {place}: {listed([shown(p, t) for p, t in made.outputs.items()])}, "
             f"in {made.seconds * 1000:,.0f} ms",
         )
 
@@ -146,7 +146,7 @@ def _shapes(outputs: Mapping[str, torch.Tensor], context: Context) -> Iterator[F
         yield Finding(
             code="output-shape",
             severity="error",
-            message=f"the outputs are not those of {context.reference.label}: {shortened(wrong)}",
+            message=f"the outputs are not those of {context.reference.label}: {listed(wrong)}",
         )
 
 

@@ -35,6 +35,7 @@ from ckptkit import formats
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, VerifyError
 from ckptkit.formats.json_text import parse
+from ckptkit.formats.safetensors import NAME
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.parts import require_whole
 from ckptkit.torch_bridge import tensors
@@ -141,7 +142,7 @@ def read_golden(path: str) -> Golden:
     try:
         require_whole(checkpoint)
         text = checkpoint.metadata.get(KEY)
-        if text is None or checkpoint.origin.format != "safetensors":
+        if text is None or checkpoint.origin.format != NAME:
             raise CorruptError(
                 f"is not a golden file: expected safetensors with metadata {KEY!r} (--write-golden)", path=path
             )

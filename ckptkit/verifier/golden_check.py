@@ -16,10 +16,11 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.digests import DigestLine, content_digest, tensor_digest, unwrapped_names
 from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
 from ckptkit.extras import __version__
+from ckptkit.formats.safetensors import NAME
 from ckptkit.plan import LiteralBytes, Plan
-from ckptkit.report import Finding, count_of
+from ckptkit.report import Finding, count_of, listed
 from ckptkit.transfer import write_atomically
-from ckptkit.verifier.context import Context, shortened
+from ckptkit.verifier.context import Context
 from ckptkit.verifier.forward import measured_noise, model_dtype
 from ckptkit.verifier.golden import KEY, VERSION, Golden, Recorded, read_golden, told_args
 from ckptkit.verifier.load import sources_of
@@ -76,7 +77,7 @@ def _weights(golden: Golden, checkpoint: Checkpoint, context: Context) -> Iterat
         code="golden-weights",
         severity="info" if is_cast and all(name in then and name in now for name in other) else "warning",
         message=f"the weights are not those of {golden.path}: {len(other)} of {count_of(count, 'tensor')} "
-        f"{'differs' if len(other) == 1 else 'differ'}{f' ({told})' if told else ''}: {shortened(other)}",
+        f"{'differs' if len(other) == 1 else 'differ'}{f' ({told})' if told else ''}: {listed(other)}",
     )
 
 
@@ -133,14 +134,14 @@ def _circumstances(golden: Golden, model: nn.Module, context: Context) -> Iterat
         yield Finding(
             code="golden-versions",
             severity="info",
-            message=f"{golden.path} was recorded under other circumstances: {shortened(changed)}",
+            message=f"{golden.path} was recorded under other circumstances: {listed(changed)}",
         )
 
 
 def _told(golden: Golden, found: Sequence[OutputDifference], tolerance: OutputTolerance) -> Finding:
     """Whether the outputs are the golden's."""
     sampled = [each.path or "the output" for each in golden.outputs if each.step > 1]
-    of = f" (of {shortened(sampled, 3)} a sample)" if sampled else ""
+    of = f" (of {listed(sampled, 3)} a sample)" if sampled else ""
     allowed = f"atol {tolerance.atol:.2g}, rtol {tolerance.rtol:.2g}"
     apart = [difference for difference in found if not difference.is_close]
     if apart:
@@ -148,7 +149,7 @@ def _told(golden: Golden, found: Sequence[OutputDifference], tolerance: OutputTo
             code="golden-differs",
             severity="error",
             message=f"outputs are not those in {golden.path} within {allowed}{of}: "
-            + shortened([str(difference) for difference in apart], 3),
+            + listed([str(difference) for difference in apart], 3),
         )
     if all(difference.is_equal for difference in found):
         return Finding(
@@ -158,7 +159,7 @@ def _told(golden: Golden, found: Sequence[OutputDifference], tolerance: OutputTo
     return Finding(
         code="golden-close",
         severity="info",
-        message=f"outputs are those in {golden.path} within {allowed}{of}: {shortened(told, 3)}",
+        message=f"outputs are those in {golden.path} within {allowed}{of}: {listed(told, 3)}",
     )
 
 
@@ -234,7 +235,7 @@ def _written(
         data = save(stored, metadata={KEY: json.dumps(document)})
     except Exception as error:
         raise VerifyError(f"{path}: the outputs cannot be kept in safetensors: {error}") from error
-    plan = Plan(format="safetensors", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=len(stored), aliases={})
+    plan = Plan(format=NAME, nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=len(stored), aliases={})
     write_atomically(path, plan, force=context.options.force, check=lambda temporary, _: read_golden(temporary))
     sampled = sum(output["step"] != 1 for output in outputs)
     of = f", {sampled} of them as samples of 1 MiB" if sampled else ""

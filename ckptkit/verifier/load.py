@@ -11,13 +11,14 @@ from torch import nn
 
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import UnsupportedError
-from ckptkit.report import Finding, count_of, share_of
+from ckptkit.report import Finding, count_of, listed, share_of
 from ckptkit.torch_bridge import state_dict_of, tensors
-from ckptkit.verifier.context import Context, floating_dtype, shortened
+from ckptkit.verifier.context import Context, floating_dtype
 from ckptkit.verifier.fill import become, fill_model, has_no_values, has_own_loading, without_value
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.load_trial import is_extra_state
 from ckptkit.verifier.measure import Fit, model_values
+from ckptkit.verifier.outputs import same_bits
 
 __all__ = ["check_load", "check_weights", "sources_of"]
 
@@ -62,7 +63,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
             code="left-on-meta",
             severity="error",
             message=f"{count_of(len(left), 'parameter or buffer')} got no value when the checkpoint was loaded: "
-            f"{shortened(left)}; the reference's own loading code passed over them, or its factory left them on the "
+            f"{listed(left)}; the reference's own loading code passed over them, or its factory left them on the "
             "meta device",
         )
         return
@@ -97,14 +98,14 @@ def _not_made(names: list[str]) -> Iterator[Finding]:
             code="extra-state",
             severity="warning",
             message=f"{count_of(len(states), 'value', 'is', 'are')} Python objects, which are never made from a "
-            f"file ({shortened(states)}); the model keeps the ones it was built with",
+            f"file ({listed(states)}); the model keeps the ones it was built with",
         )
     if others:
         yield Finding(
             code="unloadable-value",
             severity="error",
             message=f"{count_of(len(others), 'value')} of the checkpoint can only be made by code from elsewhere and "
-            f"cannot be loaded: {shortened(others)}",
+            f"cannot be loaded: {listed(others)}",
         )
 
 
@@ -149,7 +150,7 @@ def _compared(
             code="load-differs",
             severity="error",
             message=f"{count_of(len(different), 'tensor')} in the model are not what the checkpoint holds: "
-            f"{shortened(different)}; names that are tied in the reference have different values in the file, or its "
+            f"{listed(different)}; names that are tied in the reference have different values in the file, or its "
             "loading code changes them",
         )
 
@@ -182,7 +183,7 @@ def _same(loaded: torch.Tensor, value: torch.Tensor) -> bool:
         equal = loaded == cast
         # A NaN keeps no payload through a cast.
         return bool((equal | ((loaded != loaded) & (cast != cast))).all())
-    return torch.equal(_bits(loaded), _bits(value))
+    return same_bits(loaded, value)
 
 
 def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -192,10 +193,6 @@ def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
         and a.is_neg() == b.is_neg()
         and a.numel() > 0
     )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def check_weights(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
@@ -228,14 +225,13 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="weights-not-finite",
             severity="error",
-            message=f"{count_of(len(broken), 'tensor', 'holds', 'hold')} values that are not numbers: "
-            f"{shortened(broken)}",
+            message=f"{count_of(len(broken), 'tensor', 'holds', 'hold')} values that are not numbers: {listed(broken)}",
         )
     if masks:
         yield Finding(
             code="infinite-buffer",
             severity="info",
-            message=f"{count_of(len(masks), 'buffer', 'holds', 'hold')} infinities, as masks do: {shortened(masks)}",
+            message=f"{count_of(len(masks), 'buffer', 'holds', 'hold')} infinities, as masks do: {listed(masks)}",
         )
     if zero:
         yield _zeroed(zero, matrices)
@@ -247,7 +243,7 @@ def _zeroed(zero: list[str], matrices: list[str]) -> Finding:
         return Finding(
             code="weights-all-zero",
             severity="error",
-            message=f"every parameter of two or more dimensions is zero throughout ({shortened(zero)}): "
+            message=f"every parameter of two or more dimensions is zero throughout ({listed(zero)}): "
             "nothing was ever trained or stored in them",
         )
     return Finding(
@@ -255,7 +251,7 @@ def _zeroed(zero: list[str], matrices: list[str]) -> Finding:
         severity="warning",
         message=f"{share_of(len(zero), len(matrices), 'parameter')} of two or more dimensions "
         f"{'is' if len(zero) == 1 else 'are'} zero throughout: "
-        f"{shortened(zero)}",
+        f"{listed(zero)}",
     )
 
 
@@ -275,14 +271,13 @@ def _variances(values: dict[str, object]) -> Iterator[Finding]:
         yield Finding(
             code="negative-variance",
             severity="error",
-            message=f"{count_of(len(negative), 'layer', 'has', 'have')} negative running variances: "
-            f"{shortened(negative)}",
+            message=f"{count_of(len(negative), 'layer', 'has', 'have')} negative running variances: {listed(negative)}",
         )
     if zero:
         yield Finding(
             code="zero-variance",
             severity="warning",
-            message=f"{count_of(len(zero), 'layer', 'has', 'have')} running variances of zero: {shortened(zero)}; "
+            message=f"{count_of(len(zero), 'layer', 'has', 'have')} running variances of zero: {listed(zero)}; "
             "the channel never changed in training, and is now scaled by 1/sqrt(eps)",
         )
 

@@ -147,7 +147,7 @@ def compared(path: str, a: torch.Tensor, b: torch.Tensor, tolerance: OutputToler
     if a.shape != b.shape:
         reason = f"shape {_sizes(a)} against {_sizes(b)}"
         return OutputDifference(path=path, is_equal=False, is_close=False, reason=reason)
-    if a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)):
+    if same_bits(a, b):
         return OutputDifference(path=path, is_equal=True, is_close=True)
     inexact = _is_inexact(a) or _is_inexact(b)
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
@@ -274,8 +274,12 @@ def _sizes(tensor: torch.Tensor) -> str:
     return "x".join(str(size) for size in tensor.shape) or "scalar"
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bits."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    left, right = (t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(left, right)
 
 
 _CALL_NUMEL = 1 << 20

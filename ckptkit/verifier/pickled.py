@@ -7,7 +7,6 @@ things is refused whatever was asked for.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import sys
@@ -20,16 +19,19 @@ from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import VerifyError
-from ckptkit.report import Finding, count_of
+from ckptkit.formats import format_named
+from ckptkit.report import Finding, count_of, listed
 from ckptkit.torch_bridge import tensors
-from ckptkit.verifier.context import shortened
 from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.measure import model_values
+from ckptkit.verifier.outputs import same_bits
 from ckptkit.verifier.references import Reference
+from ckptkit.verifier.references.factory import importable
 
 __all__ = ["load_pickled", "unsafe_findings"]
 
-_FORMATS = ("torch-zip", "torch-legacy", "torch-tar")
+_LOADER = "torch.load"
+"""What runs it."""
 
 
 def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
@@ -45,9 +47,9 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
     dangerous = [use.name for use in checkpoint.globals if use.verdict == "dangerous"]
     if checkpoint.trust == "hostile":
         raise VerifyError(
-            f"{path}: is hostile and is not loaded, with --unsafe-load either: it names {shortened(dangerous)}"
+            f"{path}: is hostile and is not loaded, with --unsafe-load either: it names {listed(dangerous)}"
         )
-    if checkpoint.module is None or checkpoint.origin.format not in _FORMATS:
+    if checkpoint.module is None or format_named(checkpoint.origin.format).loader != _LOADER:
         raise VerifyError(
             f"{path}: holds no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF"
         )
@@ -56,7 +58,7 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
     sys.stderr.writelines(f"  {_printable(use.name)}\n" for use in checkpoint.globals)
     sys.stderr.flush()
     try:
-        with foreign(), _importable(os.getcwd()), warnings.catch_warnings():
+        with foreign(), importable(os.getcwd()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:
@@ -76,17 +78,6 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
 
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-@contextlib.contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """Let the model's classes be imported from the folder, as a script there would."""
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
 
 
 def _module(loaded: object, path: str) -> nn.Module | None:
@@ -113,7 +104,7 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
         code="unsafe-load",
         severity="warning",
         message="the pickled model itself is run, as --unsafe-load asks; loading it imported "
-        f"{count_of(len(names), 'name')}: {shortened(names, 8)}",
+        f"{count_of(len(names), 'name')}: {listed(names, 8)}",
     )
     theirs = model_values(module)
     ours = tensors(checkpoint.state_dict, map_location="cpu")
@@ -124,14 +115,9 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
             code="pickled-differs",
             severity="error",
             message=f"{count_of(len(apart), 'tensor')} of the loaded module are not what the file was read to hold: "
-            f"{shortened(apart)}; its code changes them while it loads",
+            f"{listed(apart)}; its code changes them while it loads",
         )
 
 
 def _same(a: object, b: object) -> bool:
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return False
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    ours, theirs = (t.detach().resolve_conj().resolve_neg().contiguous().reshape(-1) for t in (a, b))
-    return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and same_bits(a, b)

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
+from support.index_maker import meta_model, rows
 from torch import nn
 
 import ckptkit
 from ckptkit.architectures import Architecture, identify
 from ckptkit.architectures.index import load, sketch, weights_of
-from ckptkit.verifier.index_maker import meta_model, rows
 
 NAMES = torchvision.models.list_models()
 

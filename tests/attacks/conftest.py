@@ -2,7 +2,7 @@
 
 Every test module here holds a table of samples, ``name: (expectation, function)``; the function gets
 `Make` and returns the file's bytes.  A sample goes through all `COMMANDS`, each in a process of its own
-(`warden.py` forks it); what must never happen is asserted for each (`Court.judge`), and
+(`support/warden.py` forks it); what must never happen is asserted for each (`Court.judge`), and
 the expectation on top:
 
 - ``HOSTILE``: refused or read, the verdict is ``hostile`` and the exit code is not 0
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warden
 
 COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "{file}"],
@@ -199,7 +200,7 @@ class Warden:
     """The process that runs the commands: one for a table, asked for one job after another."""
 
     def __init__(self, modules: Path) -> None:
-        script = Path(__file__).with_name("warden.py")
+        script = Path(warden.__file__)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(script.parents[2]), str(modules)))}
         argv = [sys.executable, "-X", "utf8", str(script)]
         self._process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

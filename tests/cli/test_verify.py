@@ -103,25 +103,18 @@ def test_what_is_advised_keeps_how_the_weights_were_taken(folder: Path) -> None:
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     wide = {f"module.old.{name}": tensor for name, tensor in weights.items()}
     torch.save({"a": wide, "b": {name: torch.zeros(1) for name in "xy"}, "epoch": 1}, folder / "two.pth")
-    taken = ["--section", "a", "--strip-module", "--no-forward"]
-    text = (
-        CliRunner()
-        .invoke(
-            command, [str(folder / "two.pth"), "--model", f"{folder / 'net.py'}:build", *taken], standalone_mode=False
-        )
-        .stdout
-    )
-    (fix,) = [line.split() for line in text.splitlines() if "ckptkit convert" in line]
+
+    def told(name: str, words: str) -> list[str]:
+        arguments = [str(folder / name), "--model", f"{folder / 'net.py'}:build"]
+        arguments += ["--section", "a", "--strip-module", "--no-forward"]
+        text = CliRunner().invoke(command, arguments, standalone_mode=False).stdout
+        (fix,) = [line.split() for line in text.splitlines() if words in line]
+        return fix
+
+    fix = told("two.pth", "ckptkit convert")
     assert fix[4:] == ["--section", "a", "--strip-module", "--strip-prefix", "old.", "--weights-only"]
     torch.save({"a": wrapped, "b": {**weights, "0.bias": weights["0.bias"] + 1}}, folder / "both.pth")
-    text = (
-        CliRunner()
-        .invoke(
-            command, [str(folder / "both.pth"), "--model", f"{folder / 'net.py'}:build", *taken], standalone_mode=False
-        )
-        .stdout
-    )
-    (fix,) = [line.split() for line in text.splitlines() if "ckptkit verify" in line]
+    fix = told("both.pth", "ckptkit verify")
     assert fix[-3:] == ["--strip-module", "--section", "b"]
 
 

@@ -16,15 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import extents, flipped, written
+from support.files import extents, flipped, written
 from torch import nn
 
 import ckptkit
 from ckptkit import compare, formats
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.compare import check_output, first_difference, same_values
+from ckptkit.compare import check_output
 from ckptkit.errors import CorruptError
+from ckptkit.transfer.checksums import first_difference
+from ckptkit.transfer.values import same_values
 
 Save = Callable[..., Path]
 
@@ -336,7 +338,7 @@ def test_values_of_different_length(save: Save) -> None:
 
 
 def test_the_first_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "_COMPARED_NBYTES", 100)
+    monkeypatch.setattr("ckptkit.transfer.checksums._READ_NBYTES", 100)
     data = bytes(range(250))
     (tmp_path / "data").write_bytes(data + data[:-1] + b"x" + data)
     with closing(SourceFile(tmp_path / "data")) as file:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
+from support.files import one_float
 
-from ckptkit import compare, formats
+from ckptkit import compare
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.normalize.trees import Place
@@ -20,10 +19,8 @@ Save = Callable[..., Path]
 
 @pytest.fixture
 def entry(save: Save) -> Iterator[TensorEntry]:
-    checkpoint, file = formats.read(save(torch.ones(1), "one.pth"))
-    with closing(file):
-        assert isinstance(checkpoint.rest, TensorEntry)
-        yield checkpoint.rest
+    with one_float(save) as found:
+        yield found
 
 
 def assert_differ(a: object, b: object) -> str:

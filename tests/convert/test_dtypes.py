@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from generated_tensors import STORABLE
+from support.generated_tensors import STORABLE
 from torch import nn
 
 import ckptkit

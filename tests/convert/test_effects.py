@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import subprocess
-import sys
 import textwrap
 import zipfile
 from collections.abc import Callable
@@ -263,11 +261,16 @@ _DILL = """
     """
 
 
-def _python(folder: Path, code: str, *arguments: object) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def run_code(python: Callable[..., Any]) -> Callable[..., None]:
+    """``run_code(folder, code, ...)``: in a process of its own, which must end well."""
+
+    def run(folder: Path, code: str, *arguments: object) -> None:
+        quiet = "import warnings\nwarnings.simplefilter('ignore')\n"
+        done = python("-c", quiet + code, *arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+    return run
 
 
 def _dedent(*parts: str) -> str:
@@ -276,7 +279,7 @@ def _dedent(*parts: str) -> str:
 
 @pytest.mark.parametrize(("keeper", "protocol"), [("cloudpickle", 5), ("dill", 2)])
 def test_a_model_kept_by_its_code_still_runs(
-    keeper: str, protocol: int, convert: Callable[..., Any], tmp_path: Path
+    keeper: str, protocol: int, convert: Callable[..., Any], run_code: Callable[..., None], tmp_path: Path
 ) -> None:
     pytest.importorskip(keeper)
     written = f'torch.save(content, "model.pth", pickle_module={keeper}, pickle_protocol={protocol})\n'
@@ -285,29 +288,31 @@ def test_a_model_kept_by_its_code_still_runs(
     elsewhere.mkdir()
     if keeper == "cloudpickle":
         (making / "kept_by_value.py").write_text(_dedent(_MODEL))
-        _python(making, _dedent(_CLOUDPICKLE, _SAVE) + written)
+        run_code(making, _dedent(_CLOUDPICKLE, _SAVE) + written)
     else:
-        _python(making, _dedent(_DILL, _MODEL, _SAVE) + written)
+        run_code(making, _dedent(_DILL, _MODEL, _SAVE) + written)
     source = making / "model.pth"
     done = convert(source, "out.pth", "--map-location", "cpu")
     assert done.code == 0, done.err
     assert convert("out.pth", "again.pth").code == 0
-    _python(elsewhere, _dedent(_LOAD), source, tmp_path / "out.pth", tmp_path / "again.pth")
+    run_code(elsewhere, _dedent(_LOAD), source, tmp_path / "out.pth", tmp_path / "again.pth")
     with ckptkit.open(source) as before, ckptkit.open("out.pth") as after:
         assert before.checkpoint.discarded == after.checkpoint.discarded == ()
         assert before.trust == after.trust == "needs_trust"
         assert _names(before.checkpoint) == _names(after.checkpoint)
 
 
-def test_such_a_model_stays_one_where_it_is_all_of_the_file(convert: Callable[..., Any], tmp_path: Path) -> None:
+def test_such_a_model_stays_one_where_it_is_all_of_the_file(
+    convert: Callable[..., Any], run_code: Callable[..., None], tmp_path: Path
+) -> None:
     pytest.importorskip("cloudpickle")
     (tmp_path / "kept_by_value.py").write_text(_dedent(_MODEL))
-    _python(
+    run_code(
         tmp_path, _dedent(_CLOUDPICKLE, "net = Net.made()\ntorch.save(net, 'model.pth', pickle_module=cloudpickle)")
     )
     (tmp_path / "kept_by_value.py").unlink()
     assert convert("model.pth", "out.pth").code == 0
-    _python(
+    run_code(
         tmp_path,
         """
 import torch

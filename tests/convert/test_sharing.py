@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from generated_tensors import STORABLE
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
+from support.generated_tensors import STORABLE
 from torch import nn
 
 import ckptkit

@@ -11,8 +11,8 @@ import hypothesis.strategies as st
 import pytest
 import safetensors.torch
 import torch
-from generated_tensors import SOME, state_dicts
 from hypothesis import given
+from support.generated_tensors import SOME, state_dicts
 
 import ckptkit
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generated_tensors import STORABLE
+from support.generated_tensors import STORABLE
 
 import ckptkit
 from ckptkit.dtypes import DTYPES

@@ -164,3 +164,11 @@ def test_names_and_endings_are_unique() -> None:
     assert len(set(suffixes)) == len(suffixes)
     assert set(suffixes) == formats.SUFFIXES
     assert all(suffix.startswith(".") and suffix.islower() for suffix in suffixes)
+
+
+def test_the_facts_of_containers_fit_together() -> None:
+    for container in formats.FORMATS:
+        assert formats.format_named(container.name) is container
+        assert container.loader is None or not container.words or container.loader in container.words
+        assert bool(container.words) == container.is_program, "of others the kind says what they are"
+        assert container.shards is None or formats.format_named(container.shards).writer is not None

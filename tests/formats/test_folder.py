@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import socket
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
+from support.files import tarred
 
 import ckptkit
 from ckptkit.errors import MissingFileError
@@ -161,7 +161,7 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
         "pointer.dat": POINTER,
         "data.zip": archive(a=b"1", b=b"2"),
         "arrays.npz": archive(**{"a.npy": array(np.ones(2))}),
-        "data.tar": tar(a=b"1"),
+        "data.tar": tarred({"a": b"1"}),
         "log.gz": b"\x1f\x8b\x08\0" + bytes(9),
         "numbers": b"\xfe\xfd\xfc" * 20,
         "p": pickle.dumps([1]),
@@ -189,22 +189,12 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
     assert line.startswith("passed over: 15 files (2 pickles, 2 text files, 1 ") and line.endswith(")")
 
 
-def tar(**members: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as file:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            file.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def test_archives_that_were_or_are_torchs(tmp_path: Path) -> None:
     whole = saved()
     (tmp_path / "cut").write_bytes(whole[:-30])
     (tmp_path / "twice").write_bytes(whole + whole)
-    (tmp_path / "old.tar").write_bytes(tar(sys_info=b"1", pickle=b"2", tensors=b"3", storages=b"4"))
-    (tmp_path / "old_cut").write_bytes(tar(sys_info=b"1", pickle=b"2" * 2000)[:1400])
+    (tmp_path / "old.tar").write_bytes(tarred({"sys_info": b"1", "pickle": b"2", "tensors": b"3", "storages": b"4"}))
+    (tmp_path / "old_cut").write_bytes(tarred({"sys_info": b"1", "pickle": b"2" * 2000})[:1400])
     (tmp_path / "repacked").write_bytes(archive(**{"out/model/data.pkl": b"1", "out/model/version": b"3"}))
     (tmp_path / "data.zip").write_bytes(archive(a=b"1")[:-3])
     assert found(tmp_path) == ["cut", "old.tar", "old_cut", "repacked", "twice"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance
 from safetensors.torch import load_file
+from support.conformance import Conformance
 from torch import nn
 
 import ckptkit

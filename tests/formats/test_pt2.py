@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import assert_refused_when_cut, read, with_data
 from torch import nn
 
 import ckptkit
 from ckptkit import formats
-from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CorruptError, FormatError, UnsupportedError
 from ckptkit.torch_bridge import tensors
 
@@ -58,24 +58,6 @@ def path(tmp_path: Path, exported: Any) -> Path:
     path = tmp_path / "model.pt2"
     torch.export.save(exported, path)
     return path
-
-
-def read(path: Path) -> Checkpoint:
-    checkpoint, file = formats.read(path)
-    file.close()
-    return checkpoint
-
-
-def repacked(path: Path, change: Callable[[str, bytes], bytes | None], more: Any = ()) -> Path:
-    target = path.with_name("repacked.pt2")
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
-        for name in source.namelist():
-            data = change(name.partition("/")[2], source.read(name))
-            if data is not None:
-                out.writestr(name, data)
-        for name, data in more:
-            out.writestr(name, data)
-    return target
 
 
 def same(ours: dict[str, torch.Tensor], oracle: dict[str, torch.Tensor]) -> bool:
@@ -143,7 +125,7 @@ def test_weights_as_a_file_of_torch_save(path: Path, exported: Any) -> None:
 
     more = [("model/data/weights/model.pt", saved(dict(exported.state_dict))),
             ("model/data/constants/model.pt", saved(exported.constants))]  # fmt: skip
-    with ckptkit.open(repacked(path, change, more)) as file:
+    with ckptkit.open(with_data(path, change, more)) as file:
         assert file.checkpoint.origin.writer == "torch 2.8 or 2.9"
         assert same(tensors(file.state_dict), dict(exported.state_dict))
         assert [section.path for section in file.sections] == ["state_dict", "constants"]
@@ -182,7 +164,7 @@ def test_weights_without_bytes(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         listed = json.loads(archive.read("model/data/weights/model_weights_config.json"))["config"]
     record = f"data/weights/{listed['low']['path_name']}"
-    checkpoint = read(repacked(path, lambda name, data: b"" if name == record else data))
+    checkpoint = read(with_data(path, lambda name, data: b"" if name == record else data))
     assert "low" not in checkpoint.state_dict
     assert "first.weight" in checkpoint.state_dict
     assert ["low" in finding.message for finding in checkpoint.findings] == [True]
@@ -197,7 +179,7 @@ def test_tensors_that_are_pickled(path: Path) -> None:
         listed = json.loads(archive.read("model/data/weights/model_weights_config.json"))["config"]
     record, value = f"data/weights/{listed['low']['path_name']}", torch.arange(3.0)
     both = lambda name, data: saved(value) if name == record else config(change)(name, data)  # noqa: E731
-    with ckptkit.open(repacked(path, both)) as file:
+    with ckptkit.open(with_data(path, both)) as file:
         assert torch.equal(tensors(file.state_dict)["low"], value)
 
 
@@ -212,7 +194,7 @@ def test_objects_are_judged_by_the_names_in_their_pickles(path: Path, tmp_path: 
         listed["thing"] = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
 
     more = [("model/data/weights/opaque_obj_0", pickle.dumps(Payload(), protocol=2))]
-    checkpoint = read(repacked(path, config(change), more))
+    checkpoint = read(with_data(path, config(change), more))
     assert checkpoint.trust == "hostile"
     assert not (tmp_path / "canary").exists()
 
@@ -226,15 +208,15 @@ def test_a_payload_in_the_sample_inputs(path: Path) -> None:
             archive.writestr("archive/data.pkl", b"\x80\x02cos\nsystem\nX\x01\x00\x00\x00x\x85R.")
         return out.getvalue()
 
-    assert read(repacked(path, change)).trust == "hostile"
+    assert read(with_data(path, change)).trust == "hostile"
 
 
 def test_compiled_programs_are_named(path: Path) -> None:
     more = [("model/data/aotinductor/model/model.so", b"\x7fELF"), ("model/data/executorch/m.pte", b"")]
-    found = {finding.code: finding for finding in read(repacked(path, lambda _, d: d, more)).findings}
+    found = {finding.code: finding for finding in read(with_data(path, lambda _, d: d, more)).findings}
     assert found["foreign-program"].severity == "warning"
     assert "data/aotinductor/model/model.so" in found["foreign-program"].message
-    alone = repacked(path, lambda name, data: data if name == "archive_format" else None, more)
+    alone = with_data(path, lambda name, data: data if name == "archive_format" else None, more)
     assert read(alone).origin.kind == "other"
 
 
@@ -248,7 +230,7 @@ def test_compiled_programs_are_named(path: Path) -> None:
 )  # fmt: skip
 def test_compiled_code_is_not_safe_and_is_no_pickle(record: str, data: bytes, path: Path) -> None:
     keep = lambda name, data: data if name == "archive_format" or name.startswith("models/") else None  # noqa: E731
-    code = repacked(path, keep, [(f"model/{record}", data)])
+    code = with_data(path, keep, [(f"model/{record}", data)])
     checkpoint = read(code)
     assert (checkpoint.trust, checkpoint.origin.has_pickle, checkpoint.globals) == ("needs_trust", False, ())
     assert [(part.kind, part.where) for part in checkpoint.unvouched] == [("code", (record,))]
@@ -261,14 +243,14 @@ def test_compiled_code_is_not_safe_and_is_no_pickle(record: str, data: bytes, pa
 
 def test_a_pickle_in_a_program_counts(path: Path) -> None:
     assert read(path).origin.has_pickle, "its sample inputs"
-    bare = repacked(path, lambda name, data: None if name.startswith("data/sample_inputs") else data)
+    bare = with_data(path, lambda name, data: None if name.startswith("data/sample_inputs") else data)
     bare = bare.rename(bare.with_name("bare.pt2"))
     checkpoint = read(bare)
     assert (checkpoint.origin.has_pickle, checkpoint.trust) == (False, "safe")
     assert ckptkit.check([bare], no_pickle=True, max_trust="safe").ok
-    hidden = repacked(bare, lambda name, data: data, [("model/extra/notes.txt", pickle.dumps([1], 0))])
+    hidden = with_data(bare, lambda name, data: data, [("model/extra/notes.txt", pickle.dumps([1], 0))])
     assert read(hidden).trust == "safe"
-    hidden = repacked(bare, lambda name, data: data, [("model/extra/notes.txt", pickle.dumps([1], 4))])
+    hidden = with_data(bare, lambda name, data: data, [("model/extra/notes.txt", pickle.dumps([1], 4))])
     assert not ckptkit.check([hidden], no_pickle=True).ok
 
 
@@ -277,7 +259,7 @@ def test_a_payload_in_an_archive_in_a_program(name: str, path: Path) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/x", b"cos\nsystem\n(S'id'\ntR.")
-    assert read(repacked(path, lambda _, d: d, [(f"model/{name}", out.getvalue())])).trust == "hostile"
+    assert read(with_data(path, lambda _, d: d, [(f"model/{name}", out.getvalue())])).trust == "hostile"
 
 
 # What is refused.
@@ -312,7 +294,7 @@ def meta(**fields: Any) -> Callable[[dict[str, Any]], None]:
 )
 def test_configs(change: Callable[[dict[str, Any]], None], error: type[FormatError], words: str, path: Path) -> None:
     with pytest.raises(error, match=words) as caught:
-        formats.read(repacked(path, config(change)))
+        formats.read(with_data(path, config(change)))
     assert caught.value.where == "data/weights/model_weights_config.json"
 
 
@@ -320,20 +302,14 @@ def test_configs(change: Callable[[dict[str, Any]], None], error: type[FormatErr
 def test_configs_that_are_no_json_of_payloads(text: bytes, path: Path) -> None:
     with pytest.raises(CorruptError):
         formats.read(
-            repacked(path, lambda name, data: text if name == "data/weights/model_weights_config.json" else data)
+            with_data(path, lambda name, data: text if name == "data/weights/model_weights_config.json" else data)
         )
 
 
 def test_an_archive_without_a_model(path: Path) -> None:
     with pytest.raises(UnsupportedError, match="without a model in it"):
-        formats.read(repacked(path, lambda name, data: data if name == "archive_format" else None))
+        formats.read(with_data(path, lambda name, data: data if name == "archive_format" else None))
 
 
 def test_truncation_at_every_record(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        offsets = [info.header_offset for info in archive.infolist()]
-    data = path.read_bytes()
-    for length in offsets:
-        path.write_bytes(data[:length])
-        with pytest.raises(FormatError):
-            formats.read(path)
+    assert_refused_when_cut(path)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
 import torch
-from conformance import Conformance, tensor
-from generated_tensors import STORABLE
 from safetensors.torch import load_file, load_model, save_file, save_model
+from support.conformance import Conformance
+from support.files import SameBits, Save, published, tensor_of
+from support.generated_tensors import STORABLE
 
 import ckptkit
 from ckptkit import formats
@@ -23,10 +23,6 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.formats import safetensors_writer
 from ckptkit.plan import Copy, Gather, Plan
-from ckptkit.transfer import write_atomically
-
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 
 
 def read(path: Path) -> Checkpoint:
@@ -34,9 +30,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> Plan:
-    plan = safetensors_writer.write(checkpoint)
-    write_atomically(target, plan, force=True, check=None)
-    return plan
+    return published(safetensors_writer.write(checkpoint), target)
 
 
 def file_bytes(header: object, data: bytes = b"", *, size: int | None = None) -> bytes:
@@ -91,7 +85,7 @@ def test_every_dtype_is_read_as_the_library_writes_it(name: str, tmp_path: Path,
         entry = checkpoint.state_dict[key]
         assert (entry.shape, entry.stride) == (tuple(value.shape), value.stride())
         assert entry.location == "cpu"
-        assert same_bits(tensor(entry), value)
+        assert same_bits(tensor_of(entry), value)
 
 
 def test_the_table_knows_every_dtype_of_the_library(tmp_path: Path) -> None:
@@ -143,7 +137,7 @@ def test_data_that_is_not_aligned(tmp_path: Path, same_bits: SameBits) -> None:
     path.write_bytes(file_bytes(text, data))
     assert load_file(path).keys() == state.keys(), "the library accepts it"
     checkpoint = read(path)
-    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+    assert all(same_bits(tensor_of(checkpoint.state_dict[name]), value) for name, value in state.items())
     (finding,) = checkpoint.findings
     assert finding.code == "unaligned-data"
     assert finding.message.startswith("1 of 3 tensors, such as 'd', begins at no multiple")
@@ -291,7 +285,7 @@ def test_only_equal_views_are_ties(save: Save, tmp_path: Path, same_bits: SameBi
     plan = write(checkpoint_of(state, save), tmp_path / "out.safetensors")
     assert plan.aliases == {"b": "a"}
     again = read(tmp_path / "out.safetensors").state_dict
-    assert all(same_bits(tensor(again[name]), value) for name, value in state.items())
+    assert all(same_bits(tensor_of(again[name]), value) for name, value in state.items())
 
 
 def test_metadata_that_names_no_tensor_is_metadata(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance, tensor
 from safetensors.torch import load_file, save_file
+from support.conformance import Conformance
+from support.files import tensor_of
 
 import ckptkit
 from ckptkit import formats
@@ -239,7 +240,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     try:
         with ckptkit.open(index) as file:
             assert len(file.state_dict) == 120
-            assert tensor(file.state_dict["w119"]).item() == 119
+            assert tensor_of(file.state_dict["w119"]).item() == 119
         with pytest.raises(
             FileAccessError, match=r"too many files are open at once for all shards; allow more .ulimit"
         ):
@@ -256,9 +257,9 @@ def test_a_shard_that_is_exchanged_while_it_is_open(tmp_path: Path) -> None:
         other = tmp_path / "model-00001-of-00002.safetensors"
         other.write_bytes(other.read_bytes() + b"x")
         with pytest.raises(CorruptError, match="the file was changed while it was being read"):
-            tensor(file.state_dict["layers.0.weight"])
+            tensor_of(file.state_dict["layers.0.weight"])
     with pytest.raises(FileAccessError, match="the checkpoint was closed"):
-        tensor(file.state_dict["layers.6.weight"])
+        tensor_of(file.state_dict["layers.6.weight"])
 
 
 # What is noticed.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_torch_tar import archive, members
+from formats.test_torch_tar import archive, members
 from torch import nn
 from torch.package import PackageExporter
 

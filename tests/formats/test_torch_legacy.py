@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import io
-import pickle
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance
-from generated_tensors import STORABLE
+from support.conformance import Conformance
+from support.files import MAGIC, PROTOCOL, SYS_INFO, Pid, dumped, tensor_of
+from support.generated_tensors import STORABLE
 
 import ckptkit
 from ckptkit import formats
@@ -25,12 +24,8 @@ from ckptkit.errors import LimitError
 from ckptkit.formats import torch_legacy
 from ckptkit.limits import Limits
 from ckptkit.pickling.inert import Object, PersistentId, walk
-from ckptkit.transfer import stream
 
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
-
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-SYS_INFO = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
 
 
 def save(obj: object, path: Path, protocol: int = 2) -> Path:
@@ -42,34 +37,8 @@ def read(path: Path) -> Checkpoint:
     return formats.read(path)[0]
 
 
-def tensor(entry: object) -> torch.Tensor:
-    assert isinstance(entry, TensorEntry)
-    data = bytearray(b"".join(stream(entry)))
-    dtype = getattr(torch, entry.dtype)
-    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(entry.shape)
-
-
 def entries(tree: object) -> list[TensorEntry]:
     return [node for node in walk(tree) if isinstance(node, TensorEntry)]
-
-
-class Pid:
-    """Stands for a persistent id in what `parts` pickles."""
-
-    def __init__(self, *pid: object) -> None:
-        self.pid = pid
-
-
-class Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> object:
-        return obj.pid if isinstance(obj, Pid) else None
-
-
-def dumped(obj: object, protocol: int = 2) -> bytes:
-    out = io.BytesIO()
-    Pickler(out, protocol).dump(obj)
-    return out.getvalue()
 
 
 def floats(key: str, numel: int, view: object = None) -> Pid:
@@ -123,7 +92,7 @@ def test_protocol_0_which_torch_cannot_load(legacy: bool, tmp_path: Path, same_b
     (finding,) = [finding for finding in checkpoint.findings if finding.code == "text-persistent-ids"]
     assert finding.fix == f"ckptkit convert {path} {tmp_path / '0.clean.pth'}"
     assert checkpoint.trust == "safe"
-    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+    assert all(same_bits(tensor_of(checkpoint.state_dict[name]), value) for name, value in state.items())
     ckptkit.convert(path, tmp_path / "0.clean.pth")
     again = torch.load(tmp_path / "0.clean.pth")
     assert all(same_bits(again[name], value) for name, value in state.items())
@@ -134,7 +103,7 @@ def test_a_whole_model_in_protocol_0_with_its_source(tmp_path: Path, same_bits: 
     layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     torch.save(layers, tmp_path / "0.pth", pickle_protocol=0, _use_new_zipfile_serialization=False)
     checkpoint = read(tmp_path / "0.pth")
-    assert all(same_bits(tensor(checkpoint.state_dict[n]), v) for n, v in layers.state_dict().items())
+    assert all(same_bits(tensor_of(checkpoint.state_dict[n]), v) for n, v in layers.state_dict().items())
     assert "torch.nn.modules.linear.Linear" in {use.name for use in checkpoint.globals}
     source = next(finding for finding in checkpoint.findings if finding.code == "embedded-source")
     assert "torch.nn.modules.container.Sequential" in source.message
@@ -150,12 +119,12 @@ def test_every_pickle_protocol(protocol: int, tmp_path: Path, same_bits: SameBit
     assert checkpoint.trust == "safe"
     assert [finding.code for finding in checkpoint.findings] == ["no-checksums"]
     assert list(checkpoint.state_dict) == list(state)
-    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+    assert all(same_bits(tensor_of(checkpoint.state_dict[name]), value) for name, value in state.items())
     ckptkit.convert(path, tmp_path / "new.pth")
     again = torch.load(tmp_path / "new.pth", weights_only=protocol == 2)
     assert all(same_bits(again[name], value) for name, value in state.items())
     ckptkit.convert(path, tmp_path / "new.safetensors")
-    assert all(same_bits(tensor(read(tmp_path / "new.safetensors").state_dict[n]), v) for n, v in state.items())
+    assert all(same_bits(tensor_of(read(tmp_path / "new.safetensors").state_dict[n]), v) for n, v in state.items())
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support", "ignore:bcomplex32", "ignore:.*omplex")
@@ -169,7 +138,7 @@ def test_every_dtype(name: str, tmp_path: Path, same_bits: SameBits) -> None:
     # Torch does not read back what it saves as untyped storages in this format.
     expected = state if DTYPES[name].storage_class is None else torch.load(path, weights_only=True)
     for key, entry in checkpoint.state_dict.items():
-        assert same_bits(tensor(entry), expected[key])
+        assert same_bits(tensor_of(entry), expected[key])
     assert checkpoint.state_dict["t"].storage is checkpoint.state_dict["part"].storage
 
 
@@ -186,7 +155,7 @@ def test_views_ties_and_geometry(tmp_path: Path, same_bits: SameBits) -> None:
         entry = found[name]
         assert (entry.shape, entry.stride, entry.storage_offset) == (
             tuple(value.shape), value.stride(), value.storage_offset())  # fmt: skip
-        assert same_bits(tensor(entry), value)
+        assert same_bits(tensor_of(entry), value)
         assert entry.requires_grad == value.requires_grad
     assert found["base"].view == found["tied"].view
     assert len({id(found[name].storage) for name in ("base", "tied", "row", "transposed", "step", "expanded")}) == 1
@@ -221,7 +190,7 @@ def test_a_whole_model_brings_its_source(tmp_path: Path, same_bits: SameBits) ->
     assert "source text of 3 classes: torch.nn.modules.container.Sequential, " in finding.message
     assert {use.name for use in checkpoint.globals} >= {"torch.nn.modules.linear.Linear"}
     assert list(checkpoint.state_dict) == list(net.state_dict())
-    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in net.state_dict().items())
+    assert all(same_bits(tensor_of(checkpoint.state_dict[name]), value) for name, value in net.state_dict().items())
     ckptkit.convert(path, tmp_path / "new.pth")
     assert list(torch.load(tmp_path / "new.pth", weights_only=True)) == list(net.state_dict())
 
@@ -272,7 +241,7 @@ def both(tmp_path: Path, same_bits: SameBits) -> Iterator[Callable[[bytes], Any]
         tensors = {key: value for key, value in pairs if isinstance(value, torch.Tensor)}
         assert list(found) == list(tensors)
         for key, value in tensors.items():
-            assert same_bits(tensor(found[key]), value)
+            assert same_bits(tensor_of(found[key]), value)
             assert (found[key].stride, found[key].requires_grad) == (value.stride(), value.requires_grad)
             assert found[key].is_parameter == isinstance(value, torch.nn.Parameter)
         return checkpoint
@@ -316,7 +285,7 @@ def test_a_pickle_that_is_longer_than_what_is_read_at_first(
     monkeypatch.setattr("ckptkit.formats.torch_legacy._GROWTH", 2)
     for protocol in (2, 4):
         checkpoint = read(save(state, tmp_path / "m.pt", protocol))
-        assert same_bits(tensor(checkpoint.state_dict["weight"]), state["weight"])
+        assert same_bits(tensor_of(checkpoint.state_dict["weight"]), state["weight"])
         assert list(checkpoint.state_dict.everything) == list(state)
         assert checkpoint.state_dict.everything["raw"] == state["raw"]
 

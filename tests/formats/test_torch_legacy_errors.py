@@ -11,40 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import MAGIC, PROTOCOL, SYS_INFO, Call, Pid, dumped
 
 from ckptkit import formats
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, UnknownFormatError, UnsupportedError
-
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-SYS_INFO = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-
-
-class Pid:
-    """Stands for a persistent id in what `file` pickles."""
-
-    def __init__(self, *pid: object) -> None:
-        self.pid = pid
-
-
-class Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> object:
-        return obj.pid if isinstance(obj, Pid) else None
-
-
-class Call:
-    """Pickled as a call."""
-
-    def __init__(self, function: object, *args: object) -> None:
-        self.call = (function, args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.call
-
-
-def dumped(obj: object, protocol: int = 2) -> bytes:
-    out = io.BytesIO()
-    Pickler(out, protocol).dump(obj)
-    return out.getvalue()
 
 
 def vector(key: str, numel: int) -> Call:

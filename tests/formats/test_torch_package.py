@@ -6,20 +6,20 @@ import importlib
 import io
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance
+from support.conformance import Conformance
+from support.files import assert_refused_when_cut, read, with_data
 from torch import nn
 from torch.package import PackageExporter, PackageImporter, package_exporter
 
 import ckptkit
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.errors import CorruptError, FormatError, RewriteError
+from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.torch_bridge import tensors
 
 pytestmark = [
@@ -70,12 +70,6 @@ def export(path: Path, *, intern: tuple[str, ...] = (), text: bool = False, **re
             exporter.save_text("files", "notes.txt", "hello")
             exporter.save_binary("files", "blob.bin", b"\x00\x01")
     return path
-
-
-def read(path: Path) -> Checkpoint:
-    checkpoint, file = formats.read(path)
-    file.close()
-    return checkpoint
 
 
 def messages(checkpoint: Checkpoint) -> dict[str, str]:
@@ -165,23 +159,11 @@ def test_nothing_is_written_of_objects_alone(path: Path) -> None:
 # What is refused.
 
 
-def repacked(path: Path, change: Callable[[str, bytes], bytes | None], more: Any = ()) -> Path:
-    target = path.with_name("repacked.pt")
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
-        for name in source.namelist():
-            data = change(name.partition("/")[2], source.read(name))
-            if data is not None:
-                out.writestr(name, data)
-        for name, data in more:
-            out.writestr(name, data)
-    return target
-
-
 def test_a_payload_in_any_resource_is_seen_and_not_run(path: Path, tmp_path: Path) -> None:
     export(path, weights=nn.Linear(3, 2).state_dict())
     command = f"touch {tmp_path / 'canary'}".encode()
     payload = b"\x80\x03cos\nsystem\nX" + len(command).to_bytes(4, "little") + command + b"\x85R."
-    changed = repacked(path, lambda name, data: data, more=[("package/held/innocent.bin", payload)])
+    changed = with_data(path, lambda name, data: data, more=[("package/held/innocent.bin", payload)])
     assert read(changed).trust == "hostile"
     assert not (tmp_path / "canary").exists()
 
@@ -193,19 +175,19 @@ def test_a_payload_in_any_resource_is_seen_and_not_run(path: Path, tmp_path: Pat
 def test_a_payload_of_any_protocol_in_any_resource(record: str, data: bytes, path: Path) -> None:
     export(path, weights=nn.Linear(3, 2).state_dict())
     drop = lambda name, data: None if name == record else data  # noqa: E731
-    assert read(repacked(path, drop, more=[(f"package/{record}", data)])).trust == "hostile"
+    assert read(with_data(path, drop, more=[(f"package/{record}", data)])).trust == "hostile"
 
 
 def test_a_program_in_a_package_is_looked_into(path: Path) -> None:
     export(path, weights=nn.Linear(3, 2).state_dict())
     program = io.BytesIO()
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), program)
-    honest = repacked(path, lambda name, data: data, more=[("package/held/program", program.getvalue())])
+    honest = with_data(path, lambda name, data: data, more=[("package/held/program", program.getvalue())])
     assert read(honest).trust == "safe"
     hostile = io.BytesIO()
     with zipfile.ZipFile(hostile, "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02cos\nsystem\n(X\x02\0\0\0idtR.")
-    changed = repacked(path, lambda name, data: data, more=[("package/held/program", hostile.getvalue())])
+    changed = with_data(path, lambda name, data: data, more=[("package/held/program", hostile.getvalue())])
     assert read(changed).trust == "hostile"
 
 
@@ -213,7 +195,7 @@ def graph(path: Path, text: bytes | None = None) -> Checkpoint:
     with PackageExporter(str(path)) as exporter:
         exporter.extern("**")
         exporter.save_pickle("held", "graph.pkl", torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
-    return read(repacked(path, lambda name, data: text if text and name.endswith("/_0.py") else data))
+    return read(with_data(path, lambda name, data: text if text and name.endswith("/_0.py") else data))
 
 
 def test_a_graph_is_judged_by_its_text(path: Path) -> None:
@@ -228,7 +210,7 @@ def test_a_graph_is_judged_by_its_text(path: Path) -> None:
 
 def test_a_graph_whose_text_is_not_in_the_package(path: Path) -> None:
     graph(path)
-    gone = repacked(path, lambda name, data: None if name.endswith("/_0.py") else data)
+    gone = with_data(path, lambda name, data: None if name.endswith("/_0.py") else data)
     assert read(gone).trust == "hostile"
 
 
@@ -243,12 +225,12 @@ def test_what_the_importer_is_told_to_call_is_judged_by_what_it_is_given(path: P
         (reduced(b"cos\nsystem\n"), "hostile"),
         (reduced(b"cfunctools\nreduce\n", b"]"), "hostile"),
     ):
-        assert read(repacked(path, lambda n, d, data=data: data if n == "held/weights.pkl" else d)).trust == trust
+        assert read(with_data(path, lambda n, d, data=data: data if n == "held/weights.pkl" else d)).trust == trust
 
 
 def test_sources_need_trust(path: Path) -> None:
     export(path, weights=nn.Linear(3, 2).state_dict())
-    checkpoint = read(repacked(path, lambda name, data: data, more=[("package/mine.py", b"import os\n")]))
+    checkpoint = read(with_data(path, lambda name, data: data, more=[("package/mine.py", b"import os\n")]))
     assert checkpoint.trust == "needs_trust"
     assert [(part.kind, part.name, part.where) for part in checkpoint.unvouched] == [
         ("code", "Python source", ("mine.py",))
@@ -258,7 +240,7 @@ def test_sources_need_trust(path: Path) -> None:
 def test_a_storage_without_its_record(path: Path) -> None:
     export(path, weights=nn.Linear(3, 2).state_dict())
     with pytest.raises(CorruptError, match=r"no record .data/0.storage") as caught:
-        formats.read(repacked(path, lambda name, data: None if name == ".data/0.storage" else data))
+        formats.read(with_data(path, lambda name, data: None if name == ".data/0.storage" else data))
     assert caught.value.where == "held/weights.pkl"
 
 
@@ -267,7 +249,7 @@ def test_odd_persistent_ids(pid: bytes, path: Path) -> None:
     export(path, weights={"a": torch.ones(2)})
     with pytest.raises(CorruptError, match="neither a storage nor an object of the package"):
         formats.read(
-            repacked(path, lambda name, data: b"\x80\x03" + pid + b"Q." if name == "held/weights.pkl" else data)
+            with_data(path, lambda name, data: b"\x80\x03" + pid + b"Q." if name == "held/weights.pkl" else data)
         )
 
 
@@ -278,15 +260,9 @@ def test_a_script_that_is_not_there(path: Path) -> None:
         b"X\x01\x00\x00\x007\x85tQ."
     )
     with pytest.raises(CorruptError, match=r"no record '\.data/ts_code/7/data\.pkl'"):
-        formats.read(repacked(path, lambda name, data: pickle if name == "held/weights.pkl" else data))
+        formats.read(with_data(path, lambda name, data: pickle if name == "held/weights.pkl" else data))
 
 
 def test_truncation_at_every_record(net: nn.Module, path: Path) -> None:
     export(path, intern=("packaged_net",), model=net)
-    with zipfile.ZipFile(path) as archive:
-        offsets = [info.header_offset for info in archive.infolist()]
-    data = path.read_bytes()
-    for length in offsets:
-        path.write_bytes(data[:length])
-        with pytest.raises(FormatError):
-            formats.read(path)
+    assert_refused_when_cut(path)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import Conformance, tensor
+from support.conformance import Conformance
+from support.files import tensor_of
 
 import ckptkit
 from ckptkit import formats
@@ -146,7 +147,7 @@ def test_views_ties_and_geometry(tmp_path: Path, same_bits: SameBits) -> None:
     assert [finding.code for finding in checkpoint.findings] == ["no-checksums"]
     found = checkpoint.state_dict
     for name, value in by_torch(tmp_path / "model.pt").items():
-        assert same_bits(tensor(found[name]), value)
+        assert same_bits(tensor_of(found[name]), value)
         assert found[name].stride == value.stride()
     assert found["w"].view == found["tied"].view
     assert found["w"].storage is found["t"].storage
@@ -161,7 +162,7 @@ def test_views_of_storages_and_bare_storages(tmp_path: Path, same_bits: SameBits
     entries = [node for node in walk(checkpoint.rest) if isinstance(node, TensorEntry)]
     assert [entry.storage_offset for entry in entries] == [1, 5, 0]
     assert len({id(entry.storage) for entry in entries}) == 1
-    assert all(same_bits(tensor(entry), value) for entry, value in zip(entries, expected, strict=False))
+    assert all(same_bits(tensor_of(entry), value) for entry, value in zip(entries, expected, strict=False))
     (view,) = [node for node in checkpoint.rest if not isinstance(node, TensorEntry)]  # type: ignore[attr-defined]
     assert view.source.read() == struct.pack("<2f", 1, 2)
 
@@ -210,11 +211,11 @@ def test_a_whole_model_with_gradients(tmp_path: Path, same_bits: SameBits) -> No
     assert list(found) == ["weight", "bias"]
     for name, value in expected._parameters.items():
         assert value is not None
-        assert same_bits(tensor(found[name]), value)
+        assert same_bits(tensor_of(found[name]), value)
         assert (found[name].is_parameter, found[name].requires_grad) == (True, value.requires_grad)
     assert sorted(finding.code for finding in checkpoint.findings) == ["embedded-source", "no-checksums"]
     assert expected.weight.requires_grad
-    assert [tensor(entry).reshape(-1)[0].item() for entry in gradients(checkpoint.module)] == [10]
+    assert [tensor_of(entry).reshape(-1)[0].item() for entry in gradients(checkpoint.module)] == [10]
     ckptkit.convert(tmp_path / "model.pt", tmp_path / "new.pth")
     again = torch.load(tmp_path / "new.pth", weights_only=True)
     assert {name: value.tolist() for name, value in again.items()} == {

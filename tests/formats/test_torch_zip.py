@@ -8,21 +8,18 @@ import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from support.files import SameBits, Save, repacked, tensor_of
 
 from ckptkit import formats
-from ckptkit.checkpoint import Checkpoint, TensorEntry
+from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
 from ckptkit.formats import torch_zip_writer
 from ckptkit.limits import Limits
 from ckptkit.plan import Plan
-from ckptkit.transfer import stream, write_atomically
-
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+from ckptkit.transfer import write_atomically
 
 
 def read(path: Path) -> Checkpoint:
@@ -33,24 +30,6 @@ def write(checkpoint: Checkpoint, target: Path) -> Plan:
     plan = torch_zip_writer.write(checkpoint)
     write_atomically(target, plan, force=True, check=lambda path, compared: None)
     return plan
-
-
-def tensor(entry: TensorEntry) -> torch.Tensor:
-    data = bytearray(b"".join(stream(entry)))
-    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
-
-
-def repacked(
-    path: Path, change: Callable[[str, bytes], tuple[str, bytes] | None], *, deflate: bool = False, more: Any = ()
-) -> Path:
-    """The archive with each record changed, dropped, and more added."""
-    target = path.with_name("repacked.pth")
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
-        records = [change(name, source.read(name)) for name in source.namelist()]
-        for name, data in [record for record in records if record is not None] + list(more):
-            out.writestr(name, data, zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED)
-    return target
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -67,7 +46,7 @@ def test_every_pickle_protocol(protocol: int, tmp_path: Path, same_bits: SameBit
     torch.save(state, path, pickle_protocol=protocol)
     checkpoint = read(path)
     assert checkpoint.origin.pickle_protocol == protocol
-    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+    assert all(same_bits(tensor_of(checkpoint.state_dict[name]), value) for name, value in state.items())
     write(checkpoint, tmp_path / "again.pth")
     again = torch.load(tmp_path / "again.pth", weights_only=protocol == 2)  # torch refuses the others, safe or not
     assert all(same_bits(again[name], value) for name, value in state.items())
@@ -126,7 +105,7 @@ def test_records_older_files_lack(dropped: str, save: Save, same_bits: SameBits)
     checkpoint = read(path)
     assert checkpoint.origin.byteorder == "little"
     assert checkpoint.origin.format_version == (None if dropped == "version" else "3")
-    assert all(same_bits(tensor(checkpoint.state_dict[name]), value) for name, value in state.items())
+    assert all(same_bits(tensor_of(checkpoint.state_dict[name]), value) for name, value in state.items())
 
 
 def test_records_nobody_knows_are_left_alone(save: Save) -> None:
@@ -162,7 +141,7 @@ def test_big_endian_files(save: Save, same_bits: SameBits) -> None:
     assert checkpoint.origin.byteorder == "big"
     for name, value in state.items():
         assert same_bits(oracle[name], value), "torch itself reads it so"
-        assert same_bits(tensor(checkpoint.state_dict[name]), value)
+        assert same_bits(tensor_of(checkpoint.state_dict[name]), value)
     again = path.with_name("again.pth")
     write(checkpoint, again)
     loaded = torch.load(again)
@@ -184,7 +163,7 @@ def test_checksums_that_were_not_recorded(
         assert archive.testzip() is None
     again = read(target)
     assert again.findings == ()
-    assert all(same_bits(tensor(again.state_dict[name]), value) for name, value in state.items())
+    assert all(same_bits(tensor_of(again.state_dict[name]), value) for name, value in state.items())
 
 
 # What is refused.

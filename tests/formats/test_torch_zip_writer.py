@@ -6,23 +6,24 @@ import io
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.files import SameBits, Save, filled, published, source_of
+from support.zip_samples import content
 
 from ckptkit import formats
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
 from ckptkit.errors import UnsupportedError
 from ckptkit.formats import torch_zip_writer
-from ckptkit.plan import Copy, LiteralBytes, Plan
-from ckptkit.transfer import write_atomically
-
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+from ckptkit.formats.torch_zip_writer import ALIGNMENT, ZipWriter
+from ckptkit.formats.zip_archive import read_directory, read_record
+from ckptkit.plan import Checksum, Copy, LiteralBytes, Plan
 
 
 def read(path: Path) -> Checkpoint:
@@ -30,9 +31,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, target: Path) -> Plan:
-    plan = torch_zip_writer.write(checkpoint)
-    write_atomically(target, plan, force=True, check=None)
-    return plan
+    return published(torch_zip_writer.write(checkpoint), target)
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -140,13 +139,7 @@ def test_storages_beyond_4_gib_without_writing_them(tmp_path: Path) -> None:
         checkpoint_of({"big": entry_over(ByteRange(source, 0, big)), "small": entry_over(ByteRange(source, 0, small))})
     )
     assert [step.nbytes for step in plan.steps if isinstance(step, Copy)] == [big, small]
-    path = tmp_path / "big.pth"
-    with open(path, "wb") as out:
-        out.truncate(plan.nbytes)
-        for step in plan.steps:
-            if isinstance(step, LiteralBytes):
-                out.seek(step.target)
-                out.write(step.data)
+    path = filled(plan, tmp_path / "big.pth")
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("archive/data/0").file_size == big
     reader = torch._C.PyTorchFileReader(str(path))
@@ -179,3 +172,142 @@ def test_a_written_file_declares_what_older_torch_reads(save: Save, tmp_path: Pa
         assert archive.read("archive/byteorder") == b"little"
         assert not any(name.startswith("archive/.") for name in archive.namelist())
     assert struct.unpack_from("<4s", data)[0] == b"PK\x03\x04"
+
+
+# The zip writer's layout, with zipfile as the oracle.
+
+
+Opened = Callable[[bytes], SourceFile]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Opened:
+    return lambda data: source_of(data, tmp_path)
+
+
+# The writer.
+
+
+def laid_out(writer: ZipWriter, path: Path) -> list[Any]:
+    steps, nbytes = writer.finish()
+    with open(path, "wb") as out:
+        for step in steps:
+            if isinstance(step, LiteralBytes):
+                out.seek(step.target)
+                out.write(step.data)
+            elif isinstance(step, Copy):
+                out.seek(step.target)
+                out.write(step.source.read())
+        out.truncate(nbytes)
+    with open(path, "r+b") as out:
+        for step in steps:
+            if isinstance(step, Checksum):
+                out.seek(step.start)
+                crc = zlib.crc32(out.read(step.covers))
+                out.seek(step.target)
+                out.write(struct.pack("<I", crc))
+    return list(steps)
+
+
+def test_what_is_written_is_whole_for_zipfile_and_for_us(tmp_path: Path, opened: Opened) -> None:
+    source = opened(bytes(range(256)) * 40)
+    writer = ZipWriter("archive")
+    writer.add_literal("data.pkl", b"pickle")
+    known = source.read(100, 1000)
+    writer.add_copy("data/0", ByteRange(source, 100, 1000), zlib.crc32(known))
+    writer.add_copy("data/1", ByteRange(source, 7, 3), None)
+    writer.add_copy("data/2", ByteRange(source, 0, 0), None)
+    writer.add_literal("empty", b"")
+    path = tmp_path / "out.zip"
+    steps = laid_out(writer, path)
+    with zipfile.ZipFile(path) as out:
+        assert out.testzip() is None
+        expected = {name: out.read(name) for name in out.namelist()}
+        assert all(info.flag_bits == 0x800 and info.date_time == (1980, 1, 1, 0, 0, 0) for info in out.infolist())
+    assert expected == {"archive/data.pkl": b"pickle", "archive/data/0": known, "archive/data/1": b"\x07\x08\x09",
+                        "archive/data/2": b"", "archive/empty": b""}  # fmt: skip
+    records = read_directory(SourceFile(path))
+    assert content(records) == expected
+    assert all(record.data.offset % ALIGNMENT == 0 for record in records.values())
+    assert [step.covers for step in steps if isinstance(step, Checksum)] == [3, 3], "in both headers"
+    assert isinstance(steps[-1], Checksum)
+
+
+def test_steps_cover_the_file_without_overlap() -> None:
+    writer = ZipWriter("archive")
+    for n in range(5):
+        writer.add_literal(str(n), bytes(n * 7))
+    steps, nbytes = writer.finish()
+    position = 0
+    for step in steps:
+        assert step.target == position
+        position += step.nbytes
+    assert position == nbytes
+
+
+def test_more_records_than_16_bits_count(tmp_path: Path) -> None:
+    writer = ZipWriter("r")
+    for n in range(65_535):
+        writer.add_literal(str(n), b"")
+    path = tmp_path / "many.zip"
+    laid_out(writer, path)
+    with zipfile.ZipFile(path) as out:
+        assert len(out.namelist()) == 65_535
+    assert len(read_directory(SourceFile(path))) == 65_535
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    "sizes", [(5 * GIB,), (3 * GIB, 3 * GIB, 10), (4 * GIB - 1, 10), (4 * GIB - 2, 10), (GIB, 3 * GIB)]
+)
+def test_beyond_4_gib_without_writing_4_gib(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    whole = tmp_path / "source"
+    with open(whole, "wb") as out:
+        out.truncate(max(sizes))
+    source = SourceFile(whole)
+    writer = ZipWriter("archive")
+    offsets = [writer.add_copy(f"data/{n}", ByteRange(source, 0, size), 7 + n) for n, size in enumerate(sizes)]
+    writer.add_literal("version", b"3\n")
+    steps, nbytes = writer.finish()
+    path = tmp_path / "big.zip"
+    with open(path, "wb") as out:
+        out.truncate(nbytes)  # a hole where the copies would go
+        for step in steps:
+            assert isinstance(step, (LiteralBytes, Copy))
+            if isinstance(step, LiteralBytes):
+                out.seek(step.target)
+                out.write(step.data)
+    assert path.stat().st_size == nbytes
+    records = read_directory(SourceFile(path))
+    with zipfile.ZipFile(path) as other:
+        infos = other.infolist()
+        assert [(info.file_size, info.compress_size, info.CRC) for info in infos[:-1]] == [
+            (size, size, 7 + n) for n, size in enumerate(sizes)
+        ]
+        assert other.read("archive/version") == b"3\n"
+        with other.open("archive/data/0") as first:
+            assert first.read(100) == bytes(100)
+    assert [(r.nbytes, r.data.offset, r.crc32) for r in records.values()][:-1] == [
+        (size, offset, 7 + n) for n, (size, offset) in enumerate(zip(sizes, offsets, strict=True))
+    ]
+    assert read_record(records["archive/version"], 10) == b"3\n"
+    assert all(offset % ALIGNMENT == 0 for offset in offsets)
+
+
+def test_zip64_values_stand_in_their_order(tmp_path: Path) -> None:
+    """Only the offset is wide here, so it is the first and only value of the field."""
+    writer = ZipWriter("r")
+    hole = tmp_path / "hole"
+    with open(hole, "wb") as out:
+        out.truncate(5 * GIB)
+    writer.add_copy("big", ByteRange(SourceFile(hole), 0, 5 * GIB), 1)
+    writer.add_literal("small", b"x")
+    steps, _ = writer.finish()
+    directory = steps[-1]
+    assert isinstance(directory, LiteralBytes)
+    at = directory.data.index(b"r/small") + len(b"r/small")
+    tag, size, offset = struct.unpack_from("<HHQ", directory.data, at)
+    assert (tag, size) == (1, 8)
+    assert offset > 5 * GIB

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import read, with_data
 from torch import nn
 
 import ckptkit
@@ -20,6 +21,7 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.errors import CorruptError, FormatError, LimitError, RewriteError, UnsupportedError
 from ckptkit.formats import torch_zip_writer, torchscript_code
+from ckptkit.limits import Limits
 from ckptkit.pickling.dialects import ScriptStorageTable
 from ckptkit.pickling.inert import Global, InertDict, Object
 from ckptkit.torch_bridge import tensors
@@ -108,23 +110,6 @@ def quantized(path: Path) -> Path:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "my.model.v1.pt"
-
-
-def read(path: Path) -> Checkpoint:
-    checkpoint, file = formats.read(path)
-    file.close()
-    return checkpoint
-
-
-def repacked(path: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
-    """The archive with each record changed or dropped; names without their root folder."""
-    target = path.with_name("repacked.pt")
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(target, "w") as out:
-        for name in source.namelist():
-            data = change(name.partition("/")[2], source.read(name))
-            if data is not None:
-                out.writestr(name, data)
-    return target
 
 
 def codes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -267,20 +252,20 @@ def test_a_name_that_runs_things_makes_it_hostile_and_runs_nothing(path: Path, t
         f"touch {canary}".encode(),
     )
     for record in ("data.pkl", "constants.pkl", "bytecode.pkl"):
-        changed = repacked(mobile(path), lambda n, d, r=record: payload if n == r else d)  # type: ignore[misc]
+        changed = with_data(mobile(path), lambda n, d, r=record: payload if n == r else d)  # type: ignore[misc]
         assert read(changed).trust == "hostile"
     assert not canary.exists()
 
 
 def test_foreign_names_are_not_vouched_for(path: Path) -> None:
-    changed = repacked(scripted(path), lambda n, d: d.replace(b"c__torch__", b"cmycode", 1))
+    changed = with_data(scripted(path), lambda n, d: d.replace(b"c__torch__", b"cmycode", 1))
     checkpoint = read(changed)
     assert checkpoint.trust == "needs_trust"
 
 
 def test_without_source_gradients_tell(path: Path) -> None:
     oracle = torch.jit.load(scripted(path))
-    checkpoint = read(repacked(path, lambda n, d: None if n.startswith("code/") else d))
+    checkpoint = read(with_data(path, lambda n, d: None if n.startswith("code/") else d))
     assert "torchscript-without-code" in codes(checkpoint)
     parameters = {name for name, _ in oracle.named_parameters(remove_duplicate=False)}
     assert {name for name, entry in checkpoint.state_dict.items() if entry.is_parameter} == parameters
@@ -299,14 +284,14 @@ def test_programs_of_torch_1_0_are_refused_by_name(path: Path) -> None:
 def test_pickles_that_are_damaged(record: str, path: Path) -> None:
     for cut in (0, 1, -1):
         with pytest.raises(CorruptError) as caught:
-            formats.read(repacked(scripted(path), lambda n, d, c=cut: d[:c] if n == record else d))  # type: ignore[misc]
+            formats.read(with_data(scripted(path), lambda n, d, c=cut: d[:c] if n == record else d))  # type: ignore[misc]
         assert caught.value.where == record
         assert caught.value.path
 
 
 def test_a_constant_without_its_record(path: Path) -> None:
     with pytest.raises(CorruptError, match="no record constants/0"):
-        formats.read(repacked(traced(path), lambda n, d: None if n == "constants/0" else d))
+        formats.read(with_data(traced(path), lambda n, d: None if n == "constants/0" else d))
 
 
 def test_modules_too_deep(path: Path) -> None:
@@ -329,16 +314,14 @@ def test_an_attribute_whose_name_is_no_string(path: Path) -> None:
         formats.read(path)
 
 
-def test_source_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchscript_code, "_CODE_NBYTES", 1000)
+def test_source_is_bounded(path: Path) -> None:
     with pytest.raises(LimitError, match="bytes of a program's source"):
-        formats.read(scripted(path))
+        formats.read(scripted(path), limits=Limits(source_nbytes=1000))
 
 
-def test_classes_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchscript_code, "_MAX_CLASSES", 3)
+def test_classes_are_bounded(path: Path) -> None:
     with pytest.raises(LimitError, match="classes in a program's source"):
-        formats.read(scripted(path))
+        formats.read(scripted(path), limits=Limits(source_classes=3))
 
 
 def test_names_as_the_source_escapes_them() -> None:
@@ -375,7 +358,7 @@ def test_every_flipped_bit_of_the_pickle_gives_a_result_or_an_error_of_ours(path
     for at in range(0, len(pickled), 3):
         changed = pickled[:at] + bytes([pickled[at] ^ 0x21]) + pickled[at + 1 :]
         try:
-            checkpoint = read(repacked(path, lambda n, d, c=changed: c if n == "data.pkl" else d))  # type: ignore[misc]
+            checkpoint = read(with_data(path, lambda n, d, c=changed: c if n == "data.pkl" else d))  # type: ignore[misc]
             assert all(isinstance(value, TensorEntry) for value in checkpoint.state_dict.values())
         except FormatError:
             refused += 1

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zip_samples import (
+from support.files import source_of
+from support.zip_samples import (
     CENTRAL,
     END,
     LOCAL,
@@ -38,18 +39,12 @@ from ckptkit.formats.zip_archive import Record, read_directory, read_record
 from ckptkit.limits import Limits
 from ckptkit.plan import LiteralBytes
 
+Opened = Callable[[bytes], SourceFile]
+
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Callable[[bytes], SourceFile]:
-    def write(data: bytes) -> SourceFile:
-        path = tmp_path / "file.zip"
-        path.write_bytes(data)
-        return SourceFile(path)
-
-    return write
-
-
-Opened = Callable[[bytes], SourceFile]
+def opened(tmp_path: Path) -> Opened:
+    return lambda data: source_of(data, tmp_path)
 
 
 # What honest archives look like.

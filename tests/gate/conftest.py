@@ -109,11 +109,12 @@ def runner(tmp_path: Path) -> Runner:
 
 
 @pytest.fixture
-def commit(tmp_path: Path) -> Commit:
+def commit(tmp_path: Path, forks: Callable[..., Any]) -> Commit:
     """``commit(hook, {name: bytes or value}, args=…)``: the files added to a new repository, and pre-commit run."""
     bin_ = tmp_path / "bin"
     bin_.mkdir()
-    (bin_ / "ckptkit").write_text(f"#!/bin/sh\nexec '{sys.executable}' -m ckptkit \"$@\"\n")
+    ckptkit = forks(with_torch=False).shell("ckptkit", "-m", "ckptkit")
+    (bin_ / "ckptkit").write_text(f'#!/bin/sh\n{ckptkit}ckptkit "$@"\n')
     (bin_ / "ckptkit").chmod(0o755)
     env = {
         **{name: value for name, value in os.environ.items() if not name.startswith("GIT_")},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,9 @@ def pickled(repository: Path) -> None:
     torch.save({"w": torch.ones(2)}, repository / "weights" / "pickled.pth")
 
 
-def test_the_shell_commands(clone: Path) -> None:
-    python = f"ckptkit() {{ PYTHONPATH='{ROOT}' '{sys.executable}' -m ckptkit \"$@\"; }}"
-    script = "\n".join(["set -euo pipefail", python, *blocks("sh")])
+def test_the_shell_commands(clone: Path, forks) -> None:
+    ckptkit = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit")
+    script = "\n".join(["set -euo pipefail", ckptkit, *blocks("sh")])
     done = subprocess.run(["bash", "-c", script], cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ElementTree.fromstring((clone / "demo" / "check.xml").read_bytes()).tag == "testsuites"  # noqa: S314 - ours
@@ -64,12 +63,12 @@ def test_the_shell_commands(clone: Path) -> None:
     assert (clone / "demo" / "comment.md").read_text().strip()
 
 
-def test_gitlab(tmp_path: Path, run) -> None:
+def test_gitlab(tmp_path: Path, run, forks) -> None:
     job = configuration(".gitlab-ci.yml")["weights"]
     install, check = job["script"]
     assert install == 'pip install "$CKPTKIT"'
     fill(tmp_path, run)
-    words = f"set -e\nckptkit() {{ PYTHONPATH='{ROOT}' '{sys.executable}' -m ckptkit \"$@\"; }}\n{check}"
+    words = f"set -e\n{forks(with_torch=False).shell('ckptkit', '-m', 'ckptkit')}{check}"
     report = tmp_path / job["artifacts"]["reports"]["junit"]
     for spoil, code in ((None, 0), (pickled, 1)):
         if spoil is not None:
@@ -120,30 +119,29 @@ def test_the_hooks(commit) -> None:
     assert commit("ckptkit-no-pickle", {"a.pth": state}, **no_pickle).returncode == 1
 
 
-def test_the_assertions(clone: Path) -> None:
+def test_the_assertions(clone: Path, python) -> None:
     tests, _deployment = blocks("python")
     (clone / "test_release.py").write_text(tests)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_release.py"]
-    good = subprocess.run(command, cwd=clone, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "test_release.py"]
+    good = python(*command, cwd=clone)
     assert good.returncode == 0, good.stdout
     assert "2 passed" in good.stdout
     torch.save({"w": torch.full((2,), float("nan"))}, clone / "demo" / "clean.safetensors")
-    bad = subprocess.run(command, cwd=clone, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    bad = python(*command, cwd=clone)
     assert "2 failed" in bad.stdout
 
 
-def test_the_deployment(clone: Path) -> None:
+def test_the_deployment(clone: Path, python) -> None:
     _tests, deployment = blocks("python")
     assert len([line for line in deployment.splitlines() if line]) <= 15
     after = "print(type(state['classifier.1.weight']).__name__, len(state))"
-    command, env = [sys.executable, "-c", f"{deployment}\n{after}"], {"PYTHONPATH": str(ROOT)}
-    good = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=env)
+    good = python("-c", f"{deployment}\n{after}", cwd=clone)
     assert (good.returncode, good.stdout) == (0, "Tensor 314\n"), good.stderr
     (clone / "demo" / "served.safetensors").unlink()
     given = torch.load(clone / "fixtures" / "ddp_resume.pth", map_location="cpu", weights_only=False)
     given["state_dict"]["module.classifier.1.bias"][0] = float("nan")
     torch.save(given, clone / "fixtures" / "ddp_resume.pth")
-    bad = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=env)
+    bad = python("-c", f"{deployment}\n{after}", cwd=clone)
     assert bad.returncode == 1
     assert "FailedReportError" in bad.stderr
     assert not (clone / "demo" / "served.safetensors").exists()

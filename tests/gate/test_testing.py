@@ -274,13 +274,12 @@ def test_matches_manifest(clean: Path) -> None:
     assert any("clean.safetensors: manifest: " in line for line in lines)
 
 
-def test_pytest_shows_the_message_and_not_our_inside(clean: Path, tmp_path: Path) -> None:
+def test_pytest_shows_the_message_and_not_our_inside(clean: Path, tmp_path: Path, python) -> None:
     (tmp_path / "test_release.py").write_text(
         "from ckptkit.testing import assert_safe\n\n\ndef test_it():\n"
         f"    assert_safe({str(FIXTURES / 'ddp_resume.pth')!r})\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_release.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_release.py", cwd=tmp_path)
     assert done.returncode == 1
     assert "argparse.Namespace (unknown; data.pkl: args)" in done.stdout
     assert "raise AssertionError" not in done.stdout

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.files import SameBits, Save, one_float, tensor_of
 
-from ckptkit import formats, transfer
+from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import Global, InertDict, Object
 
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 Opened = Callable[..., AbstractContextManager[Checkpoint]]
 SameWeights = Callable[[StateDict, dict[str, torch.Tensor]], None]
 Module = Callable[..., Object]
@@ -35,13 +34,6 @@ def opened() -> Opened:
             yield checkpoint
 
     return open_file
-
-
-def tensor_of(entry: TensorEntry) -> torch.Tensor:
-    data = bytearray(b"".join(transfer.stream(entry)))
-    dtype = getattr(torch, entry.dtype)
-    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(entry.shape)
 
 
 @pytest.fixture
@@ -87,10 +79,8 @@ def module_node() -> Module:
 @pytest.fixture
 def entry(save: Save) -> Iterator[TensorEntry]:
     """A tensor of one float."""
-    checkpoint, source = formats.read(save(torch.ones(1), "one.pth"))
-    with closing(source):
-        assert isinstance(checkpoint.rest, TensorEntry)
-        yield checkpoint.rest
+    with one_float(save) as found:
+        yield found
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import Save, codes, sections
 from torch import nn
 
 import ckptkit
@@ -20,17 +21,8 @@ from ckptkit.errors import SectionError
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS
 from ckptkit.pickling.inert import mapping_items
 
-Save = Callable[..., Path]
 Opened = Callable[..., AbstractContextManager[Checkpoint]]
 SameWeights = Callable[[StateDict, dict[str, torch.Tensor]], None]
-
-
-def codes(checkpoint: Checkpoint) -> list[str]:
-    return [finding.code for finding in checkpoint.findings]
-
-
-def facts(checkpoint: Checkpoint) -> list[tuple[str, str, bool]]:
-    return [(section.path, section.kind, section.selected) for section in checkpoint.sections]
 
 
 def net() -> nn.Module:
@@ -72,7 +64,7 @@ def test_weights_under_every_customary_key(
         assert checkpoint.origin.kind == "resume"
         assert checkpoint.origin.state_path == key
         same_weights(checkpoint.state_dict, SD)
-        assert facts(checkpoint) == [
+        assert sections(checkpoint) == [
             ("codebook", "state_dict", False),
             (key, "whole_model" if as_module else "state_dict", True),
             ("optimizer", "optimizer", False),
@@ -271,7 +263,7 @@ def test_sections_of_frameworks_are_named(save: Save, opened: Opened) -> None:
 
 def test_too_deep_for_a_section(save: Save, opened: Opened) -> None:
     with opened(save({"a": {"b": {"c": {"d": {"e": SD}}}}})) as checkpoint:
-        assert facts(checkpoint) == [("a", "collection", False)]
+        assert sections(checkpoint) == [("a", "collection", False)]
 
 
 def test_a_section_that_holds_no_weights(save: Save) -> None:
@@ -291,7 +283,7 @@ def test_an_optimizer_is_never_the_weights(save: Save, opened: Opened) -> None:
         path = save({"model": optimizer, "epoch": 1}, f"{name}.pth")
         with opened(path) as checkpoint:
             assert checkpoint.origin.state_path is None
-            assert facts(checkpoint) == [("model", "optimizer", False)]
+            assert sections(checkpoint) == [("model", "optimizer", False)]
         with pytest.raises(SectionError, match="sections that do: none"):
             formats.read(path, section="model")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import Save, codes, sections
 from torch import nn
 
 import ckptkit
@@ -17,18 +18,8 @@ from ckptkit.checkpoint import Checkpoint, StateDict
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS
 from ckptkit.pickling.inert import mapping_items
 
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 Opened = Callable[..., AbstractContextManager[Checkpoint]]
 SameWeights = Callable[[StateDict, dict[str, torch.Tensor]], None]
-
-
-def codes(checkpoint: Checkpoint) -> list[str]:
-    return [finding.code for finding in checkpoint.findings]
-
-
-def facts(checkpoint: Checkpoint) -> list[tuple[str, str, bool]]:
-    return [(section.path, section.kind, section.selected) for section in checkpoint.sections]
 
 
 SD = {"conv.weight": torch.arange(6.0).reshape(2, 3), "conv.bias": torch.ones(2)}
@@ -143,7 +134,7 @@ def test_a_state_dict_with_nested_values_is_one(save: Save, opened: Opened, tmp_
     saved |= {"layer.cache": {"k": torch.ones(2), "v": torch.ones(2)}, "layer.list": [torch.ones(1), 3], "extra": None}
     path = save(saved)
     with opened(path) as checkpoint:
-        assert facts(checkpoint) == [("", "state_dict", True)]
+        assert sections(checkpoint) == [("", "state_dict", True)]
         assert checkpoint.sections[0].tensors == 8
         assert list(checkpoint.state_dict.everything) == list(saved)
         assert list(checkpoint.state_dict.extra) == ["layer.cache", "layer.list", "extra"]
@@ -242,7 +233,7 @@ def test_pairs_are_a_state_dict(
     path = save(pairs_as(outer, inner))
     with opened(path) as checkpoint:
         assert checkpoint.origin.kind == "state_dict"
-        assert facts(checkpoint) == [("", "state_dict", True)]
+        assert sections(checkpoint) == [("", "state_dict", True)]
         assert (checkpoint.sections[0].tensors, checkpoint.sections[0].nbytes) == (2, 32)
         same_weights(checkpoint.state_dict, SD)
     ckptkit.convert(path, tmp_path / "out.pth", strip_prefix="conv")

@@ -13,19 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import SameBits, Save, codes
 from torch import nn
 
 import ckptkit
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
 
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 Opened = Callable[..., AbstractContextManager[Checkpoint]]
 SameWeights = Callable[[StateDict, dict[str, torch.Tensor]], None]
-
-
-def codes(checkpoint: Checkpoint) -> list[str]:
-    return [finding.code for finding in checkpoint.findings]
 
 
 @contextmanager

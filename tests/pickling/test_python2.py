@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from support.files import MAGIC, PROTOCOL, Call, Pid
 
 import ckptkit
 from ckptkit import formats
@@ -22,25 +23,6 @@ from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.transfer import stream
-
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-
-
-class Pid:
-    """Stands for a persistent id in what `Python2` pickles."""
-
-    def __init__(self, *pid: object) -> None:
-        self.pid = pid
-
-
-class Call:
-    """Pickled as a call."""
-
-    def __init__(self, function: object, *args: object) -> None:
-        self.call = (function, args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.call
 
 
 class Python2(pickle._Pickler):  # type: ignore[name-defined, misc]

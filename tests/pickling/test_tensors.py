@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from generated_tensors import STORABLE
+from support.files import SameBits, Save, tensor_of
+from support.generated_tensors import STORABLE
 
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
@@ -17,23 +17,11 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.formats import torch_zip_writer
 from ckptkit.pickling.inert import InertDict, Object, walk
 from ckptkit.pickling.tensors import is_tensor_like
-from ckptkit.transfer import stream, write_atomically
-
-Save = Callable[..., Path]
-SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
+from ckptkit.transfer import write_atomically
 
 
 def read(path: Path) -> Checkpoint:
     return formats.read(path)[0]
-
-
-def tensor(entry: Any) -> torch.Tensor:
-    """What an entry's address leads to."""
-    assert isinstance(entry, TensorEntry)
-    data = bytearray(b"".join(stream(entry)))
-    dtype = getattr(torch, entry.dtype)
-    flat = torch.frombuffer(data, dtype=torch.uint8).view(dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(entry.shape)
 
 
 def rewritten(path: Path) -> Path:
@@ -69,7 +57,7 @@ def test_every_dtype_is_read_and_written_bit_for_bit(name: str, save: Save, same
         assert entry.storage.dtype == (name if DTYPES[name].storage_class else None)
         assert entry.storage.nbytes == loaded[key].untyped_storage().nbytes()
         assert same_bits(again[key], loaded[key])
-    assert same_bits(tensor(checkpoint.state_dict["whole"]), whole)
+    assert same_bits(tensor_of(checkpoint.state_dict["whole"]), whole)
     assert checkpoint.state_dict["part"].storage is checkpoint.state_dict["whole"].storage
     assert again["part"].untyped_storage().data_ptr() == again["whole"].untyped_storage().data_ptr()
 
@@ -119,7 +107,7 @@ def test_every_geometry_is_read_and_written_as_torch_does(name: str, save: Save,
     assert (entry.is_conj, entry.is_neg) == (original.is_conj(), original.is_neg())
     assert entry.is_contiguous == original.is_contiguous()
     if entry.numel:
-        assert same_bits(tensor(entry), original)
+        assert same_bits(tensor_of(entry), original)
     again = torch.load(rewritten(path))["t"]
     assert type(again) is type(original)
     assert again.requires_grad == original.requires_grad

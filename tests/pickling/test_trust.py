@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from generated_tensors import STORABLE
+from support.generated_tensors import STORABLE
 
 from ckptkit import formats
 from ckptkit.checkpoint import GRAVITY, GlobalUse, trust_of

@@ -12,9 +12,9 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from generated_tensors import SAFETENSORS, SOME, resumes, state_dicts
 from hypothesis import event, given
-from torch_oracle import Same, bits, check_compacted, convert, load, save, through
+from support.generated_tensors import SAFETENSORS, SOME, resumes, state_dicts
+from support.torch_oracle import Same, bits, check_compacted, convert, load, save, through
 
 import ckptkit
 

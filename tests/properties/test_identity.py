@@ -10,10 +10,10 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from generated_objects import OBJECTS, Box, graphs
-from generated_tensors import SOME, STORABLE, TYPED, resumes, state_dicts, tagged, tensors_of
 from hypothesis import event, given
-from torch_oracle import Same, check_compacted, check_tags, convert, load, save, through
+from support.generated_objects import OBJECTS, Box, graphs
+from support.generated_tensors import SOME, STORABLE, TYPED, resumes, state_dicts, tagged, tensors_of
+from support.torch_oracle import Same, check_compacted, check_tags, convert, load, save, through
 
 import ckptkit
 

@@ -10,10 +10,10 @@ from unittest import mock
 
 import hypothesis.strategies as st
 import torch
-from generated_tensors import ANYWHERE, KEYS, LEADING, MANY, SEGMENTS, SOME, WRAPPERS
 from hypothesis import assume, given, settings
+from support.generated_tensors import ANYWHERE, KEYS, LEADING, MANY, SEGMENTS, SOME, WRAPPERS
+from support.torch_oracle import Same, convert, load, save
 from torch import nn
-from torch_oracle import Same, convert, load, save
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry

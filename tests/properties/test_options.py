@@ -9,8 +9,9 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from by_hand import Refused, by_hand
-from generated_tensors import (
+from hypothesis import HealthCheck, event, given, settings
+from support.by_hand import Refused, by_hand
+from support.generated_tensors import (
     LOCATIONS,
     MANY,
     SEGMENTS,
@@ -22,8 +23,7 @@ from generated_tensors import (
     tagged,
     tensors_of,
 )
-from hypothesis import HealthCheck, event, given, settings
-from torch_oracle import Loaded, Same, check_compacted, check_tags, convert, load, save, snapshot, through
+from support.torch_oracle import Loaded, Same, check_compacted, check_tags, convert, load, save, snapshot, through
 
 import ckptkit
 from ckptkit.casting import CAST_TARGETS

@@ -12,10 +12,10 @@ import hypothesis.strategies as st
 import pytest
 import safetensors.torch
 import torch
-from generated_tensors import SOME
 from hypothesis import given, settings
+from support.generated_tensors import SOME
+from support.torch_oracle import Same, convert, load, save
 from torch import nn
-from torch_oracle import Same, convert, load, save
 
 FEW = settings(SOME, max_examples=6)
 

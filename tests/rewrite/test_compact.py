@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from generated_tensors import STORABLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from opening import opened
+from support.files import opened
+from support.generated_tensors import STORABLE
 from torch import nn
 
 import ckptkit

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from opening import opened
+from support.files import opened
 from torch import nn
 
 import ckptkit

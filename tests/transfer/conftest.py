@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plans import DATA, NEW, OLD
+from support.plans import DATA, NEW, OLD
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile

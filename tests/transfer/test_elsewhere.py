@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import elsewhere
 
 linux_only = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="is simulated where /proc tells open files")
 
@@ -24,7 +25,7 @@ STATE = {
 
 def run(folder: Path, *commands: list[str]) -> list[str]:
     """Each command's exit code and what it told."""
-    script = Path(__file__).with_name("elsewhere.py")
+    script = Path(elsewhere.__file__)
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(commands)], cwd=folder, capture_output=True, text=True, timeout=120
     )
@@ -61,7 +62,7 @@ def test_the_lock_is_that_of_the_simulation(folder: Path) -> None:
         os.replace("old.pth", "a.pth")
         print(hasattr(os, "pread"))
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(elsewhere.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["held", "held", "held", "False"], done.stderr
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import ASKED, INDEX, NEW, OLD, SHARD_SIZES, files_of, held, only, posix_only, same
+from support.plans import ASKED, INDEX, NEW, OLD, SHARD_SIZES, files_of, held, only, posix_only, same
 
 import ckptkit
 from ckptkit.checkpoint import TensorEntry

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from plans import ASKED, INDEX, SHARD_SIZES, files_of, held, posix_only
+from support import killed
+from support.plans import ASKED, INDEX, SHARD_SIZES, files_of, held, posix_only
 
 import ckptkit
 from ckptkit.errors import FormatError
@@ -29,8 +30,8 @@ Send = Callable[..., dict[str, int]]
 
 @pytest.fixture(scope="module")
 def send() -> Iterator[Send]:
-    """``send(arguments=[...], at=7, signal=9, links=True)``: to `killed.py`; returns its answer."""
-    command = [sys.executable, Path(__file__).with_name("killed.py")]
+    """``send(arguments=[...], at=7, signal=9, links=True)``: to `support/killed.py`; returns its answer."""
+    command = [sys.executable, killed.__file__]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
@@ -175,11 +176,11 @@ def test_a_second_run_beside(sources: dict[str, Path], out: Path, number: signal
         assert process.stderr.readline() == "at work\n"
         return process
 
-    with start("killed.safetensors") as killed, start(ASKED) as beside:
+    with start("killed.safetensors") as first, start(ASKED) as beside:
         theirs = set(folder.glob(".model*"))
         assert len(theirs) == (4 if options else 1)
-        killed.send_signal(number)
-        assert killed.wait(timeout=60) == (-number if number == signal.SIGKILL else 128 + number)
+        first.send_signal(number)
+        assert first.wait(timeout=60) == (-number if number == signal.SIGKILL else 128 + number)
         left = set(folder.iterdir()) - theirs
         assert len(left) == (len(theirs) if number == signal.SIGKILL else 0)
         ckptkit.convert(sources["old"], folder / "next.pth")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from plans import DATA, only, plan_of, posix_only, some_plan, some_result, unavailable, write
+from support.plans import DATA, only, plan_of, posix_only, some_plan, some_result, unavailable, write
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import TensorEntry

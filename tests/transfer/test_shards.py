@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plans import (
+from support.plans import (
     ASKED,
     INDEX,
     NEW,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -9,10 +10,11 @@ import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from plans import DATA, bits, executed, plan_of, some_plan, some_result
+from support.plans import DATA, bits, executed, plan_of, posix_only, some_plan, some_result, unavailable
 
 from ckptkit import formats
 from ckptkit.bytesource import ByteRange, SourceFile
@@ -24,6 +26,7 @@ from ckptkit.errors import CorruptError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes
 from ckptkit.rewrite import CastDtype
 from ckptkit.transfer import steps, values, workers
+from ckptkit.transfer.steps import Copier
 
 Entry = Callable[[torch.Tensor], TensorEntry]
 
@@ -198,3 +201,220 @@ def test_what_depends_on_digests_is_left_for_later(source: SourceFile, out: Path
             assert out.read_bytes() == first + over_literal + DATA[:1000] + hexadecimal(DATA)
         finally:
             os.close(fd)
+
+
+# Ranges are copied exactly, by every way the system offers.
+
+pytestmark = posix_only
+
+WAYS = ["splice", "copy_file_range", "read_write"]
+
+
+def one_byte_at_a_time(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    if way == "copy_file_range":
+        real_range = os.copy_file_range
+        monkeypatch.setattr(os, way, lambda a, b, n, at, to: real_range(a, b, min(n, 1), at, to))
+    elif way == "splice":
+        real_splice = os.splice
+        monkeypatch.setattr(os, way, lambda a, b, n, **places: real_splice(a, b, min(n, 1), **places))
+    else:
+        real_write = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_write(fd, data[:1], at))
+
+
+def counted(name: str, calls: dict[str, int]) -> Callable[..., int]:
+    real = getattr(os, name)
+
+    def call(*given: Any, **more: Any) -> int:
+        calls[name] = calls.get(name, 0) + 1
+        return real(*given, **more)
+
+    return call
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("reason", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("short", [False, True])
+def test_every_way_of_copying(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str, reason: int, short: bool
+) -> None:
+    calls: dict[str, int] = {}
+    monkeypatch.setattr(steps, "_PIECE_NBYTES", 1024 if short else steps._PIECE_NBYTES)
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, counted(name, calls))
+    if short:
+        one_byte_at_a_time(monkeypatch, way)
+    for name in WAYS[: WAYS.index(way)]:
+        monkeypatch.setattr(os, name, unavailable(reason))
+    nbytes = 3000 if short else 150_001
+    moved: list[int] = []
+    executed(out, plan_of(LiteralBytes(0, b"x"), Copy(1, ByteRange(source, 7, nbytes))), moved.append)
+    assert out.read_bytes() == b"x" + DATA[7 : 7 + nbytes]
+    assert sum(moved) == nbytes + 1
+    assert set(calls) == {way} - {"read_write"}
+    if short:
+        assert calls.get(way) == {"splice": 2 * nbytes, "copy_file_range": nbytes, "read_write": None}[way]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 192, 4096, 65_535])
+@pytest.mark.parametrize("target", [0, 1, 8, 4096, 65_535, 70_000])
+def test_pieces_end_on_the_grid_of_the_output(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, offset: int, target: int
+) -> None:
+    written: list[tuple[int, int]] = []
+    real = os.splice
+
+    def splice(src: int, dst: int, count: int, **places: int) -> int:
+        moved = real(src, dst, count, **places)
+        if "offset_dst" in places:
+            written.append((places["offset_dst"], moved))
+        return moved
+
+    monkeypatch.setattr(os, "splice", splice)
+    nbytes = 131_073
+    executed(out, plan_of(Copy(target, ByteRange(source, offset, nbytes))))
+    assert out.read_bytes() == bytes(target) + DATA[offset : offset + nbytes]
+    ends = [place + moved for place, moved in written]
+    assert [place for place, _ in written] == [target, *ends[:-1]]
+    assert all(end % (64 << 10) == 0 for end in ends[:-1])
+    assert ends[-1] == target + nbytes
+
+
+def test_a_pipe_no_larger_than_usual(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above what a user may have in pipes, a piece goes in two parts."""
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "fcntl", unavailable(errno.EPERM))
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+
+
+def test_short_ranges_are_one_call(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, int] = {}
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, counted(name, calls))
+    steps = [Copy(1000 * number, ByteRange(source, 3 + 2000 * number, 1000)) for number in range(50)]
+    executed(out, plan_of(*steps))
+    assert out.read_bytes() == b"".join(DATA[3 + 2000 * number : 1003 + 2000 * number] for number in range(50))
+    assert calls == {"copy_file_range": 50}
+
+
+class Clock:
+    """A time that passes only while bytes are copied: so many seconds a byte, by way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **pace: float) -> None:
+        self.now = 0.0
+        self.pace = pace
+        self.moved = dict.fromkeys(pace, 0)
+        self.first: dict[str, int] = {}
+        for name in pace:
+            monkeypatch.setattr(os, name, self.timed(name))
+        monkeypatch.setattr(steps, "time", self)
+        for name, value in (("_PIECE_NBYTES", 1024), ("_ONE_CALL", 1024), ("_MEASURED_NBYTES", 1024)):
+            monkeypatch.setattr(steps, name, value)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def timed(self, name: str) -> Callable[..., int]:
+        real = getattr(os, name)
+
+        def call(*given: Any, **places: Any) -> int:
+            moved: int = real(*given, **places)
+            if "offset_src" not in places:  # into a pipe is half the way
+                self.now += moved * self.pace[name]
+                self.moved[name] += moved
+            return moved
+
+        return call
+
+
+@pytest.mark.parametrize(("splice", "copy_file_range"), [(1, 2), (2, 1), (1, 50), (50, 1)])
+def test_the_faster_way_is_found_out(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, splice: int, copy_file_range: int
+) -> None:
+    clock = Clock(monkeypatch, splice=splice, copy_file_range=copy_file_range)
+    executed(out, plan_of(Copy(0, ByteRange(source, 7, 190_000))))
+    assert out.read_bytes() == DATA[7:190_007]
+    faster, slower = sorted(clock.moved, key=clock.pace.__getitem__)
+    assert 0 < clock.moved[slower] < 0.05 * clock.moved[faster]
+
+
+def test_one_slow_call_changes_nothing(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, splice=1, copy_file_range=2)
+    steps = [Copy(at, ByteRange(source, 7 + at, 1024)) for at in range(0, 1024 * 180, 1024)]
+
+    def wait(_: int) -> None:
+        clock.pace["splice"] = 50 if sum(clock.moved.values()) // 1024 % 20 == 10 else 1
+
+    executed(out, plan_of(*steps), wait)
+    assert out.read_bytes() == DATA[7 : 7 + 1024 * 180]
+    assert 0 < clock.moved["copy_file_range"] < 0.1 * clock.moved["splice"]
+
+
+def test_a_way_that_was_slow_is_tried_again(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, splice=1, copy_file_range=1.3)
+    steps = [Copy(at, ByteRange(source, 7 + at, 1024)) for at in range(0, 1024 * 180, 1024)]
+
+    def turn(_: int) -> None:
+        if sum(clock.moved.values()) == 1024 * 90:
+            clock.pace = {"splice": 1.3, "copy_file_range": 1}
+            clock.first = dict(clock.moved)
+
+    executed(out, plan_of(*steps), turn)
+    assert out.read_bytes() == DATA[7 : 7 + 1024 * 180]
+    assert clock.first["splice"] > 0.8 * 1024 * 90
+    assert clock.moved["copy_file_range"] - clock.first["copy_file_range"] > 0.6 * 1024 * 90
+
+
+def test_a_pipe_is_closed(source: SourceFile, out: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with out.open("wb") as file, closing(Copier(file.fileno(), lambda _: None)) as each:
+        each.copy(ByteRange(source, 0, 150_000), 0)
+        assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_way_that_copies_nothing_is_given_up(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("splice", "copy_file_range"):
+        monkeypatch.setattr(os, name, lambda *_, **__: 0)  # as some file systems do
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+
+
+def test_a_pipe_that_is_never_emptied(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.splice
+    monkeypatch.setattr(os, "splice", lambda *given, **places: 0 if "offset_dst" in places else real(*given, **places))
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+
+
+@pytest.mark.parametrize("way", ["splice", "copy_file_range"])
+def test_a_way_that_fails_half_way_is_replaced(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    real = getattr(os, way)
+    calls = iter([5, 5, 7, 7])
+
+    def failing(a: int, b: int, n: int, *given: int, **places: int) -> int:
+        for count in calls:
+            return real(a, b, count, *given, **places)
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    for name in WAYS[: WAYS.index(way)]:
+        monkeypatch.setattr(os, name, unavailable(errno.ENOSYS))
+    monkeypatch.setattr(os, way, failing)
+    executed(out, some_plan(source))
+    assert out.read_bytes() == some_result()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_source_that_is_cut_meanwhile(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    for name in WAYS[: WAYS.index(way)]:
+        monkeypatch.setattr(os, name, unavailable(errno.EXDEV))
+    os.truncate(source.path, 100_000)
+    with pytest.raises(CorruptError, match="the file became shorter while it was") as caught:
+        executed(out, some_plan(source))
+    assert caught.value.path == source.path

@@ -10,7 +10,19 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from plans import ASKED, INDEX, SHARD_SIZES, files_of, held, only, plan_of, posix_only, some_plan, some_result, write
+from support.plans import (
+    ASKED,
+    INDEX,
+    SHARD_SIZES,
+    files_of,
+    held,
+    only,
+    plan_of,
+    posix_only,
+    some_plan,
+    some_result,
+    write,
+)
 
 import ckptkit
 from ckptkit.bytesource import SourceFile

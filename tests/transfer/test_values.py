@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from generated_tensors import STORABLE
-from plans import bits
+from support.generated_tensors import STORABLE
+from support.plans import bits
 
 from ckptkit import bytesource
 from ckptkit.bytesource import ByteRange, SourceFile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fitting import Run, check_file
+from support.fitting import Run, check_file
 
 from ckptkit.report import Report
 

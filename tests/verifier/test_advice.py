@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shlex
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from fitting import NOT_LOADED, Net, Run, check_file, codes, finding, state, without
+from support.fitting import NOT_LOADED, Net, Run, check_file, codes, finding, state, without
 from torch import nn
 
 import ckptkit
-from ckptkit.cli import cli
+from ckptkit.cli import cli, main
 from ckptkit.verifier.advice import folded
 
 
@@ -26,8 +25,11 @@ def carry_out(fix: str | None, *options: str) -> None:
     assert fix is not None
     program, *arguments = shlex.split(fix)
     assert program == "ckptkit"
-    command = [sys.executable, "-c", "from ckptkit.cli import main; main()", *arguments, *options]
-    subprocess.run(command, check=True, capture_output=True)
+    threshold = gc.get_threshold()
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, *options])
+    gc.set_threshold(*threshold)
+    assert ended.value.code == 0
 
 
 def test_another_architecture(run: Run, save: Any) -> None:
@@ -282,7 +284,7 @@ def test_no_section_is_advised_that_fits_no_better(run: Run) -> None:
 
 def test_what_fits_equally_is_named(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two prefixes, and two sections."""
-    (tmp_path / "net.py").write_text("from fitting import Net")
+    (tmp_path / "net.py").write_text("from support.fitting import Net")
     monkeypatch.chdir(tmp_path)
     both = {f"{side}.{name}": value.clone() for side in ("q", "k") for name, value in state().items()}
     found = finding(check_file(save(both), model="net.py:Net"), "wrapper-prefix")
@@ -295,7 +297,7 @@ def test_what_fits_equally_is_named(save: Any, tmp_path: Path, monkeypatch: pyte
 
 
 def test_commands_keep_the_options_that_were_given(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "net.py").write_text("from fitting import Net")
+    (tmp_path / "net.py").write_text("from support.fitting import Net")
     monkeypatch.chdir(tmp_path)
     path = save({"a": {"module." + name: value for name, value in without("head.bias").items()}, "b": state()})
     given = {"section": "a", "strip_module": True, "allow_unexpected": "x*", "seed": 3, "ignore_checksums": True}

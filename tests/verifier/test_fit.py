@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from fitting import NOT_LOADED, Net, Run, codes, finding, state, without
+from support.fitting import NOT_LOADED, Net, Run, codes, finding, state, without
 from torch import nn
 
 from ckptkit.errors import SectionError, VerifyError

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from fitting import check_file, codes, finding, state
 from safetensors.torch import save_file
+from support.fitting import check_file, codes, finding, state
 from torch import nn
 
 from ckptkit.errors import VerifyError

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fitting import Net, Run, check_file, codes, finding
 from safetensors.torch import save_file
+from support.fitting import Net, Run, check_file, codes, finding
 from torch import nn
 
 from ckptkit.formats import read

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from fitting import Net, Run, check_file, codes, finding, state, without
+from support.fitting import Net, Run, check_file, codes, finding, state, without
 from torch import nn
 
 

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 import torchvision
 from click.testing import CliRunner
-from fitting import check_file, codes
+from support.fitting import check_file, codes
 from torch import nn
 from torch.nn.utils import parametrizations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fitting import check_file
+from support.fitting import check_file
 from torch import nn
 
 from ckptkit.errors import MissingDependencyError, VerifyError

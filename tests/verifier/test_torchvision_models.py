@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from fitting import check_file
+from support.fitting import check_file
 
 import ckptkit
 from ckptkit.verifier.references import build

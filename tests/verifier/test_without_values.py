@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fitting import Run, finding
+from support.fitting import Run, finding
 from torch import nn
 from torch.nn.modules.module import _global_parameter_registration_hooks as hooks
 

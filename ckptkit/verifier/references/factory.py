@@ -291,20 +291,20 @@ def reference(spec: str, source: str, name: str, args: Mapping[str, object]) -> 
     """
     is_file = source.endswith(".py") or "/" in source or os.sep in source
     folder = os.path.dirname(os.path.abspath(source)) if is_file else os.getcwd()
-    with _importable(folder):
+    with importable(folder):
         module = _file(source, spec) if is_file else _module(source, spec)
         factory = _attribute(module, name, spec)
     values = typed(factory, args, spec)
 
     def make() -> nn.Module:
-        with _importable(folder):
+        with importable(folder):
             return made(factory, values, spec)
 
     return Reference(spec=spec, label=spec, args=values, make=make)
 
 
 @contextlib.contextmanager
-def _importable(folder: str) -> Iterator[None]:
+def importable(folder: str) -> Iterator[None]:
     """Let modules in the folder be imported, as Python lets a script import its neighbours."""
     sys.path.insert(0, folder)
     try:

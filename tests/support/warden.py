@@ -17,10 +17,8 @@ writing outside the job's folder.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
-import pkgutil
 import resource
 import signal
 import sys
@@ -40,28 +38,10 @@ _KNOWN = frozenset(sys.stdlib_module_names) | {
 
 
 def main() -> None:
-    import fractions  # noqa: F401
-
-    import ml_dtypes  # noqa: F401
-    import numpy  # noqa: F401
-
-    import ckptkit.cli.convert
-    import ckptkit.cli.inspect
-    import ckptkit.cli.inspect_text
-    import ckptkit.cli.markdown
-    import ckptkit.compare
-    import ckptkit.conversion
-    import ckptkit.conversion.options
-    import ckptkit.formats
-    import ckptkit.rewrite
-    import ckptkit.stats
-    import ckptkit.transfer
-
     # Defining a dataclass compiles its methods: no module may be first imported where that is watched.
-    for package in (ckptkit.formats, ckptkit.rewrite):
-        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            importlib.import_module(module.name)
+    from forked import preload
 
+    preload()
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), flush=True)
 

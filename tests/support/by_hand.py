@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from generated_tensors import ANYWHERE, LEADING
-from torch_oracle import Loaded
 
 from ckptkit.dtypes import DTYPES
+from support.generated_tensors import ANYWHERE, LEADING
+from support.torch_oracle import Loaded
 
 __all__ = ["Refused", "by_hand"]
 

@@ -16,12 +16,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from generated_objects import Slotted
 
 import ckptkit
 from ckptkit import formats, transfer
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
+from support.generated_objects import Slotted
 
 Rewriter = Callable[[Checkpoint], Checkpoint]
 

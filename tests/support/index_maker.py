@@ -1,4 +1,4 @@
-"""Makes the index of known architectures: ``python -m ckptkit.verifier.index_maker [LIBRARY] [--check]``.
+"""Makes the index of known architectures: ``python tests/support/index_maker.py [LIBRARY] [--check]``.
 
 Every model of the library is built without memory for its weights, as it is and with other values of the
 arguments people give: the dimensions that follow from an argument, and how, come out of comparing.  With
@@ -113,7 +113,7 @@ def rows(library: str, names: Sequence[str] | None = None) -> Iterator[tuple[dic
             shapes = _tried(built, base)
             if shapes is None:
                 if not base:
-                    print(f"{library}:{name} cannot be built", file=sys.stderr)  # noqa: T201
+                    print(f"{library}:{name} cannot be built", file=sys.stderr)
                 continue
             if tuple(shapes) in seen:
                 continue
@@ -235,7 +235,7 @@ def main() -> int:
         start = ending == "jsonl"  # the version is not compared
         differing = sorted({*old[start:]} ^ {*new[start:]})
         fine = fine and not differing
-        print(f"{path.name}: {len(differing)} lines differ", *(line[:100] for line in differing[:20]), sep="\n  ")  # noqa: T201
+        print(f"{path.name}: {len(differing)} lines differ", *(line[:100] for line in differing[:20]), sep="\n  ")
     return 0 if fine else 1
 
 

@@ -11,7 +11,6 @@ A job: ``arguments`` of the command line; ``at``: before which call the process 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from ckptkit.cli import convert, main
+from ckptkit.cli import main
 
 CALLS = ("copy_file_range", "fsync", "ftruncate", "link", "open", "replace", "splice", "unlink")
 """What changes files, and is called between all else that does.  `open` counts where it makes one."""
@@ -55,8 +54,9 @@ def carry_out(job: dict[str, Any], report: int) -> int:
 
 
 if __name__ == "__main__":
-    assert convert.command
-    gc.freeze()
+    from forked import preload
+
+    preload()
     for line in sys.stdin:
         job = json.loads(line)
         seen, report = os.pipe()

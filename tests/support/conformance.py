@@ -24,18 +24,10 @@ import torch
 from safetensors.torch import load_file
 
 import ckptkit
-from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import FileAccessError, FormatError
-from ckptkit.transfer import stream
+from support.files import tensor_of
 
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-def tensor(entry: TensorEntry) -> torch.Tensor:
-    """An entry's values, by the bytes that ckptkit streams."""
-    data = bytearray(b"".join(stream(entry)))
-    flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return flat.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 
 class Conformance:
@@ -86,28 +78,21 @@ class Conformance:
             for name, value in state.items():
                 assert found[name].shape == tuple(value.shape)
                 assert found[name].location == "cpu"
-                assert same_bits(tensor(found[name]), value), name
+                assert same_bits(tensor_of(found[name]), value), name
 
     def test_it_opens_as_torch_tensors(self, tmp_path: Path, same_bits: SameBits) -> None:
         state = self.state()
         found = ckptkit.load_state_dict(self.written(state, tmp_path))
         assert all(same_bits(found[name], value) for name, value in state.items())
 
-    def test_it_converts_to_what_torch_reads(self, tmp_path: Path, same_bits: SameBits) -> None:
+    @pytest.mark.parametrize("ending", ["pth", "safetensors"])
+    def test_it_converts_to_what_others_read(self, tmp_path: Path, same_bits: SameBits, ending: str) -> None:
+        """torch, and the safetensors library."""
         state = self.state()
-        target = tmp_path / "converted.pth"
+        target = tmp_path / f"converted.{ending}"
         report = ckptkit.convert(self.written(state, tmp_path), target)
         assert report.details["checked"]
-        found = torch.load(target, weights_only=True)
-        assert set(found) == set(state)
-        assert all(same_bits(found[name], value) for name, value in state.items())
-
-    def test_it_converts_to_what_the_safetensors_library_reads(self, tmp_path: Path, same_bits: SameBits) -> None:
-        state = self.state()
-        target = tmp_path / "converted.safetensors"
-        report = ckptkit.convert(self.written(state, tmp_path), target)
-        assert report.details["checked"]
-        found = load_file(target)
+        found = torch.load(target, weights_only=True) if ending == "pth" else load_file(target)
         assert set(found) == set(state)
         assert all(same_bits(found[name], value) for name, value in state.items())
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import extents, flipped, written
+from support.files import extents, flipped, written
 
 import ckptkit
 from ckptkit import formats

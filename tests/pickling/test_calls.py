@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ckptkit
+from ckptkit.limits import Limits
 from ckptkit.pickling import calls
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.reader import read_pickle
@@ -381,7 +382,7 @@ def test_a_partial_inside_itself_ends() -> None:
 
 
 def test_what_calls_are_given_is_not_looked_through_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_MOST_ARGUMENTS", 10_000)
+    monkeypatch.setattr(calls, "DEFAULT_LIMITS", Limits(arguments=10_000))
     doubled = b"]q\x00" + b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(100))
     assert "mine.f" in hostile(OR + b"0" + doubled + b"0" + call(named("mine.f"), b"hd") + b"\x86"[:0])
 

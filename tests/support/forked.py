@@ -1,0 +1,168 @@
+"""Python processes that are forks of one that has imported the program: each takes milliseconds, and is its own.
+
+    python forked.py SOCKET [MODULE ...]
+
+Imports ckptkit but for what needs torch, and the modules; then forks for everyone who connects to the socket, a
+descriptor, and does what ``python -m MODULE`` or ``python -c CODE`` does, with the streams, the folder and the
+environment of whoever asks (`asking.py`).  It ends when its stdin does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+SECONDS = 300
+"""What takes longer is killed."""
+
+AT_START = ("PYTHON", "LANG", "LC_", "TZ", "OMP_", "MKL_", "TORCH", "CUDA")
+"""Variables that are read when a process starts, or a library is loaded: other values need a new process."""
+
+WITH_TORCH = ("ckptkit.verifier", "ckptkit.torch_bridge", "ckptkit.testing", "ckptkit.__main__")
+
+ROOT = Path(__file__).parents[2]
+
+
+class Forks:
+    """A process that has ckptkit and some modules imported, and forks."""
+
+    def __init__(self, python: str, *modules: str) -> None:
+        self._python = python
+        self._env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = str(Path(self._folder.name) / "socket")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self._path)
+            listener.listen(16)
+            fd = listener.fileno()
+            command = [python, __file__, str(fd), *modules]
+            self._process = subprocess.Popen(
+                command, env=self._env, stdin=subprocess.PIPE, pass_fds=[fd], start_new_session=True
+            )
+
+    def run(self, *arguments: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        """As `subprocess.run` of ``python ARGUMENTS`` gives it."""
+        if any(env.get(key) != self._env.get(key) for key in {*env, *self._env} if key.startswith(AT_START)):
+            return subprocess.run(
+                [self._python, *arguments], cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=SECONDS
+            )
+        from support.asking import ask
+
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as nothing:
+            streams = [nothing.fileno(), out.fileno(), err.fileno()]
+            code = ask(self._path, list(arguments), str(cwd), env, streams)
+            said = [os.pread(fd, os.fstat(fd).st_size, 0).decode() for fd in streams[1:]]
+        return subprocess.CompletedProcess([self._python, *arguments], code, *said)
+
+    def shell(self, name: str, *arguments: str) -> str:
+        """A function for a shell: ``NAME ...`` is ``python ARGUMENTS ...``."""
+        asking = Path(__file__).with_name("asking.py")
+        words = [self._python, "-S", "-E", str(asking), self._path, *arguments]
+        return f'{name}() {{ {shlex.join(words)} "$@"; }}\n'
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate(timeout=60)
+        self._folder.cleanup()
+
+
+def preload(*modules: str) -> None:
+    """Import all of ckptkit but for what needs torch, and these: whatever a child would import first of all."""
+    files = sorted((ROOT / "ckptkit").rglob("*.py"))
+    found = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    without_torch = [name for name in found if not name.startswith(WITH_TORCH)]
+    for module in [*without_torch, "decimal", "fractions", "numpy", "ml_dtypes", *modules]:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    gc.freeze()
+
+
+def act(kind: str, what: str, *rest: str) -> int:
+    """Be ``python KIND WHAT ...``; the exit status."""
+    try:
+        if kind == "-m":
+            sys.argv = [what, *rest]
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            assert kind == "-c"
+            sys.argv = ["-c", *rest]
+            sys.modules["__main__"] = module = ModuleType("__main__")
+            exec(compile(what, "<string>", "exec"), module.__dict__)  # noqa: S102 - as python does
+    except SystemExit as ended:
+        if ended.code is not None and not isinstance(ended.code, int):
+            print(ended.code, file=sys.stderr)
+            return 1
+        return ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def begin(asker: socket.socket, listener: socket.socket) -> None:
+    """Be the command; never returns."""
+    _, streams, _, _ = socket.recv_fds(asker, 1, 3)
+    text = b"".join(iter(lambda: asker.recv(1 << 16), b""))
+    child = os.fork()
+    if child:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+        signal.alarm(SECONDS)
+        status = os.waitpid(child, 0)[1]
+        asker.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        os._exit(0)
+    asker.close()
+    listener.close()
+    for number, fd in enumerate(streams):
+        os.dup2(fd, number)
+        os.close(fd)
+    arguments, cwd, env = json.loads(text)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[0] = cwd
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    code = 1
+    try:
+        code = act(*arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def serve(listener: socket.socket) -> None:
+    while True:
+        ready, _, _ = select.select([listener, 0], [], [])
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # so that what they took counts as this process's, too
+                pass
+        if 0 in ready:
+            return
+        asker, _ = listener.accept()
+        if os.fork() == 0:
+            try:
+                begin(asker, listener)
+            finally:
+                os._exit(70)
+        asker.close()
+
+
+if __name__ == "__main__":
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    preload(*sys.argv[2:])
+    serve(listening)
