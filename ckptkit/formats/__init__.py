@@ -23,7 +23,18 @@ from ckptkit.pickling.inert import TreeMap
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "format_named", "plan", "read", "source_of", "target"]
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "collector_paused",
+    "detect",
+    "format_for",
+    "format_named",
+    "plan",
+    "read",
+    "source_of",
+    "target",
+]
 
 _INDEX = ".index.json"
 
@@ -68,7 +79,7 @@ def read(
     probe: Probe | None = None
     raw: RawCheckpoint | None = None
     try:
-        with _collector_paused():
+        with collector_paused():
             probe = Probe(file, limits)
             raw = detect(probe).read(probe)
             if ignore_checksums:
@@ -138,7 +149,7 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpo
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Reading makes objects by the million and no cyclic garbage; looking for it takes two fifths of the time."""
     was_enabled = gc.isenabled()
     gc.disable()

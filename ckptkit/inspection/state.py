@@ -28,7 +28,7 @@ from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
 if TYPE_CHECKING:
     from ckptkit.inspection.document import ModuleDocument, OptimizerDocument, SchedulerDocument, TrainingDocument
 
-__all__ = ["list_modules", "printed_model", "training_document", "training_state"]
+__all__ = ["has_optimizer", "list_modules", "printed_model", "training_document", "training_state"]
 
 _MAX_SCALARS = 400
 """Scalars of the training state that are listed; argument namespaces have about a hundred."""
@@ -98,7 +98,7 @@ def training_document(rest: object, sections: Sequence[Section] = ()) -> Trainin
     optimizers: list[OptimizerDocument] = []
     schedulers: list[SchedulerDocument] = []
     for path, name, state in _mappings(rest):
-        if isinstance(state.get("param_groups"), list):
+        if _is_optimizer(state):
             if len(optimizers) < _MAX_FOUND:
                 optimizers.append(_optimizer(path, state, name, reader, sized.get(path)))
         elif len(schedulers) < _MAX_FOUND and ("last_epoch" in state or "_schedulers" in state):
@@ -155,6 +155,15 @@ def _shown(node: object) -> Any:
 
 
 # Optimizers and schedulers.
+
+
+def has_optimizer(rest: object) -> bool:
+    """Whether the state of an optimizer is beside the weights."""
+    return any(_is_optimizer(state) for _, _, state in _mappings(rest))
+
+
+def _is_optimizer(state: InertDict) -> bool:
+    return isinstance(state.get("param_groups"), list)
 
 
 def _mappings(root: object) -> Iterator[tuple[str, str | None, InertDict]]:

@@ -1,7 +1,7 @@
 """A tensor's pickle in one step: what nine tenths of a checkpoint's opcodes spell, matched as one pattern.
 
-``torch.save`` writes every tensor but the first few with the same forty opcodes (pickle protocol 2), after
-the name ``torch._utils._rebuild_tensor_v2`` was pushed::
+``torch.save`` writes every tensor but the first with the same forty opcodes (pickle protocol 2), after the name
+``torch._utils._rebuild_tensor_v2`` was pushed; a PUT is a BINPUT up to the memo's 256th entry, then a LONG_BINPUT::
 
     MARK MARK GET storage GET class KEY GET location NUMEL [NONE] TUPLE PUT BINPERSID
     OFFSET SIZE PUT STRIDE PUT NEWFALSE GET OrderedDict EMPTY_TUPLE REDUCE PUT TUPLE PUT REDUCE PUT
@@ -33,9 +33,11 @@ REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 _GET = rb"h.|j...."
 _INT = rb"K.|M..|J....|\x8a\x05.....|\x8a\x06......"
 _SIZE = rb"\)|(?:%(i)s)\x85|(?:(?:%(i)s)){2}\x86|(?:(?:%(i)s)){3}\x87|\((?:%(i)s)(?:(?:%(i)s)){3,5}t" % {b"i": _INT}
-_MEMOIZED = rb"(?:(?<!\))r(....)|(?<=\)))"  # an empty tuple is not memoized
-_INDEX = Struct("<I").unpack
+_SHORT_PUT, _LONG_PUT = rb"q(.)", rb"r(....)"
 _INDICES = Struct("<7I").unpack
+
+_waiting = [100]
+"""How many tensors are left to the opcodes, of all files together: making the pattern takes as long as these."""
 
 _MOST_KNOWN = 4096
 """Sizes with strides that are kept; models have some hundreds."""
@@ -48,15 +50,21 @@ _Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @functools.cache
-def _pattern() -> Callable[[bytes, int], re.Match[bytes] | None]:
+def _pattern(put: bytes) -> Callable[[bytes, int], re.Match[bytes] | None]:
     """Each alternative begins with another opcode: it can be read in one way, the opcodes' own."""
     return re.compile(
         rb"\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
-        rb"(?:X(.)\0\0\0([0-9]{1,18})r(....)|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
-        rb"(%(get)s)(%(int)s)N?tr(....)Q"  # 7 to 9: location, number of elements, PUT
-        rb"(%(int)s)(%(size)s)%(put)s(%(size)s)%(put)s"  # 10 to 14: offset, size and PUT, stride and PUT
-        rb"([\x88\x89])(%(get)s)\)Rr(....)tr(....)Rr(....)"  # 15 to 19: requires_grad, OrderedDict, PUTs
-        % {b"get": _GET, b"int": _INT, b"size": _SIZE, b"put": _MEMOIZED},
+        rb"(?:X(.)\0\0\0([0-9]{1,18})%(put)s|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
+        rb"(%(get)s)(%(int)s)N?t%(put)sQ"  # 7 to 9: location, number of elements, PUT
+        rb"(%(int)s)(%(size)s)%(size_put)s(%(size)s)%(size_put)s"  # 10 to 14: offset, size and PUT, stride and PUT
+        rb"([\x88\x89])(%(get)s)\)R%(put)st%(put)sR%(put)s"  # 15 to 19: requires_grad, OrderedDict, PUTs
+        % {
+            b"get": _GET,
+            b"int": _INT,
+            b"size": _SIZE,
+            b"put": put,
+            b"size_put": rb"(?:(?<!\))%b|(?<=\)))" % put,  # an empty tuple is not memoized
+        },
         re.DOTALL,
     ).match
 
@@ -66,12 +74,13 @@ class TensorShortcut:
 
     Args:
         persistent_load: from a persistent id to the `Storage` it names.
-        after: tensors that are left to the opcodes: making the pattern takes as long as a hundred of them.
+        after: tensors that are left to the opcodes; ``None``: those that are left of what a process leaves to them.
     """
 
-    def __init__(self, persistent_load: Callable[[object], object], after: int = 100) -> None:
+    def __init__(self, persistent_load: Callable[[object], object], after: int | None = None) -> None:
         self._persistent_load = persistent_load
-        self._after = after
+        self._after = _waiting if after is None else [after]
+        self._puts = _SHORT_PUT
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._numbers: dict[bytes, int] = {}
         self._names: dict[tuple[bytes, ...], _Names] = {}
@@ -82,10 +91,13 @@ class TensorShortcut:
         Of its memo entries those are made that other tensors refer to: the storage's key and the tensor.
         ``None``: it is not quite like others, and nothing was done.
         """
-        if self._after > 0:
-            self._after -= 1
+        if self._after[0] > 0:
+            self._after[0] -= 1
             return None
-        found = _pattern()(data, at)
+        found = _pattern(self._puts)(data, at)
+        if found is None and self._puts is _SHORT_PUT:
+            found = _pattern(_LONG_PUT)(data, at)
+            self._puts = _SHORT_PUT if found is None else _LONG_PUT
         if found is None:
             return None
         (
@@ -98,11 +110,11 @@ class TensorShortcut:
             known = self._names[names] = _Names(memo, *map(_index, names))
         if not known.are_usual:
             return None
-        if key is not None and put_shape and put_stride:
+        if key is not None and put_shape and put_stride and self._puts is _LONG_PUT:
             puts = _INDICES(put_key + put_id + put_shape + put_stride + put_dict + put_args + put_tensor)
         else:
             parts = (put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor)
-            puts = tuple(_INDEX(put)[0] for put in parts if put)
+            puts = tuple(int.from_bytes(put, "little") for put in parts if put)
         if not memo.keys().isdisjoint(puts) or len(set(puts)) < len(puts):
             return None  # entries that take the place of others
         if key is None:

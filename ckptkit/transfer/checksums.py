@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange
@@ -42,6 +43,12 @@ SUMMED_NBYTES = 16 << 20
 
 _READ_NBYTES = 512 << 10
 """Bytes read at a time: they are still in a core's own cache when they are summed, or compared with as many."""
+
+_SMALL_NBYTES = 64 << 10
+"""Bytes of a storage that is read along with its neighbours: another call to the operating system costs as much."""
+
+_MANY = 1024
+"""Small storages that one thread sums before it looks for other work."""
 
 _POLYNOMIAL = 0xEDB88320
 """Of CRC-32, its bits reversed."""
@@ -155,25 +162,39 @@ class Checksums:
         """
         held = self.wanted
         broken: dict[int, Damage] = {}
+        unread: list[tuple[Storage, ByteRange]] = []
         tasks: list[Callable[[], object]] = []
         nbytes = 0
         for storage in held:
             source = storage.source
             if isinstance(source, DeflatedRange):
                 tasks.append(partial(_inflate, storage, source.whole, broken, keep))
-            elif isinstance(source, ByteRange) and self._sum(source) is None:
-                for start in range(0, source.nbytes, SUMMED_NBYTES):
-                    tasks.append(partial(self._read, source.part(start, min(SUMMED_NBYTES, source.nbytes - start))))
+            elif isinstance(source, ByteRange) and not self._is_known(storage, source, broken):
+                unread.append((storage, source))
             else:
                 continue
             nbytes += storage.nbytes
+        runs = [run for _, run in unread]
+        for run in runs:
+            if run.nbytes > _SMALL_NBYTES:
+                for start in range(0, run.nbytes, SUMMED_NBYTES):
+                    tasks.append(partial(self._read, run.part(start, min(SUMMED_NBYTES, run.nbytes - start))))
+        small = sorted((run for run in runs if run.nbytes <= _SMALL_NBYTES), key=lambda run: (id(run.file), run.offset))
+        for _, of_file in groupby(small, key=lambda run: id(run.file)):
+            while some := list(islice(of_file, _MANY)):
+                tasks.append(partial(self._read_small, some))
         in_parallel(tasks, nbytes=nbytes)
-        for storage in held:
-            crc = self._sum(storage.source) if isinstance(storage.source, ByteRange) else None
-            damage = None if crc is None else damage_of(storage, crc)
-            if damage is not None:
-                broken[id(storage)] = damage
+        for storage, run in unread:
+            self._is_known(storage, run, broken)
         return [broken[id(storage)] for storage in held if id(storage) in broken]
+
+    def _is_known(self, storage: Storage, run: ByteRange, broken: dict[int, Damage]) -> bool:
+        """Whether all bytes of a storage were summed; it is put among the broken where their sum is another."""
+        crc = self._sum(run)
+        damage = None if crc is None else damage_of(storage, crc)
+        if damage is not None:
+            broken[id(storage)] = damage
+        return crc is not None
 
     def is_broken(self, storage: Storage) -> bool:
         """Whether a storage cannot be inflated, or not to the bytes that its checksum was recorded for."""
@@ -226,6 +247,12 @@ class Checksums:
             piece = buffer("checksum", _READ_NBYTES)[: min(_READ_NBYTES, run.nbytes - start)]
             run.file.read_into(run.offset + start, piece)
             passing.update(piece)
+
+    def _read_small(self, runs: Sequence[ByteRange]) -> None:
+        """Sum ranges of one file, in the order in which they lie."""
+        pieces = runs[0].file.ranges([(run.offset, run.nbytes) for run in runs])
+        for run, piece in zip(runs, pieces, strict=True):
+            self.note(run, zlib.crc32(piece))
 
 
 def first_difference(
@@ -290,7 +317,7 @@ def combined(first: int, second: int, nbytes: int) -> int:
         second: of those after.
         nbytes: how many are after.
     """
-    return _times(_shift(nbytes), first) ^ second
+    return _times(_shift(nbytes), first) ^ second if first else second
 
 
 @lru_cache(4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
@@ -12,10 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ckptkit
 from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CkptkitError, CorruptError, LimitError, MissingFileError, UnknownFormatError
+from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.released import reading
-from ckptkit.released.examine import Examined, examine_all, examine_file
+from ckptkit.released.examine import Examined, examine_file
+from ckptkit.released.selection import size_of
+from ckptkit.transfer.workers import each_file
 
 Save = Callable[..., Path]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -172,15 +178,45 @@ def test_several_in_the_order_given(save: Save, tmp_path: Path) -> None:
     big = save({"w": torch.zeros(9 << 20)}, "big.pth")
     small = save({"w": torch.zeros(1)}, "small.pth")
     (tmp_path / "no.pth").write_text("<html>")
+
+    def look(number: int, threads: int) -> Examined | CkptkitError:
+        try:
+            return examine_file(paths[number], hash_file=True, digest=True, values=False, threads=threads)
+        except CkptkitError as error:
+            return error
+
     paths = [str(small), str(tmp_path / "missing.pth"), str(big), str(tmp_path / "no.pth"), str(small)]
-    found = list(examine_all(paths, hash_file=True, digest=True, values=False))
-    assert [path for path, _ in found] == paths
-    results = [result for _, result in found]
+    results = each_file([size_of(path) for path in paths], look)
     assert [type(result) for result in results] == [
         *(Examined, MissingFileError, Examined, UnknownFormatError, Examined)
     ]
+    assert [result.path for result in results if isinstance(result, Examined)] == paths[::2]
     assert results[2].sha256 == sha256(big)
-    assert list(examine_all([], hash_file=True, digest=True, values=True)) == []
+    assert each_file([], look) == []
+
+
+def test_what_was_read_is_gone_without_the_collector(save: Save) -> None:
+    """A check of many files keeps it from looking, and must not pile them up meanwhile."""
+    path = str(save(torch.nn.Linear(2, 2).state_dict()))
+    gc.collect()
+    gc.disable()
+    try:
+        examine_file(path, hash_file=True, digest=True, values=True, whole=True)
+        assert not [each for each in gc.get_objects() if type(each) in (TorchArchive, Checkpoint)]
+    finally:
+        gc.enable()
+
+
+def test_nothing_is_found_out_that_no_rule_asks_for(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save({"module.w": torch.ones(2)})
+    for name in ("identify", "diagnose"):
+        monkeypatch.delattr(f"ckptkit.released.examine.{name}")
+    assert ckptkit.check(path).ok
+    assert ckptkit.check(path, no_nan=True, allow_dtype="float32", max_trust="safe", location="cpu").ok
+    with pytest.raises(NameError, match="diagnose"):  # which says whether the prefix can come off
+        ckptkit.check(path, no_prefix=True)
+    with pytest.raises(NameError, match="identify"):
+        ckptkit.manifest(path)
 
 
 def test_a_file_that_changes_meanwhile(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
