@@ -22,6 +22,7 @@ LAYERS = (
     {"bytesource"},
     {"computed"},
     {"checkpoint"},
+    {"tensor"},
     {"plan", "casting"},
     {"pickling"},
     {"normalize"},
