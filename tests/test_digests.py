@@ -19,7 +19,7 @@ from ckptkit import formats
 from ckptkit.digests import DigestLine, content_digest, tensor_digest, unwrapped_names, value_kind
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
-from ckptkit.released.examine import Examined, examine
+from ckptkit.released.examine import Examined, examine_file
 
 Save = Callable[..., Path]
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -30,7 +30,7 @@ CHECKPOINTS = [
 
 
 def digested(path: Path) -> Examined:
-    return examine(str(path), hash_file=False, digest=True, values=False)
+    return examine_file(str(path), hash_file=False, digest=True, values=False)
 
 
 def loaded(path: Path) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ LAYERS = (
     {"codes"},
     {"bytesource"},
     {"computed"},
+    {"tensor"},
     {"checkpoint"},
     {"plan", "casting"},
     {"pickling"},

@@ -1,6 +1,6 @@
 """Released weights: what they must be, and whether they are.
 
-- `selection` finds the files; `examine` says what is in each, and `reading` reads it once for all that is asked
+- `selection` finds the files; `examine_file` says what is in each, and `reading` reads it once for all that is asked
 - `manifest_maker` records what was read in a `manifest_file`
 - `policy` says what is allowed, `config` where that is written down
 - `policy_rules` and `manifest_rules` hold a file against both, `checking` all files, from what was typed to the report
@@ -30,7 +30,7 @@ from ckptkit.extras import require_torch
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.config import Config, read_config
-from ckptkit.released.examine import Examined, examine, over_the_cores, size_of
+from ckptkit.released.examine import Examined, examine_file, over_the_cores, size_of
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.manifest_rules import compare, golden_findings, is_same_file, model_findings
 from ckptkit.released.policy import Policy
@@ -265,7 +265,7 @@ def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[
     try:
         digest = record is not None and not record.shards and _nbytes(task) != record.size
         look = partial(
-            examine,
+            examine_file,
             task.path,
             ignore_checksums=task.policy.ignore_checksums,
             whole=record is not None and record.whole_digest is not None,

@@ -35,7 +35,7 @@ from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
 from ckptkit.transfer.workers import in_parallel
 
-__all__ = ["Examined", "ShardFact", "TensorFact", "examine", "examine_all", "over_the_cores", "size_of"]
+__all__ = ["Examined", "ShardFact", "TensorFact", "examine_all", "examine_file", "over_the_cores", "size_of"]
 
 _NOT_PLAIN = "(not plain tensors)"
 """Name of all values that are not plain tensors, in a file without selected weights."""
@@ -137,7 +137,7 @@ class Examined:
     whole_digest: str | None = None
 
 
-def examine(
+def examine_file(
     path: str,
     *,
     hash_file: bool,
@@ -243,7 +243,7 @@ def examine_all(
 
     def work(number: int, threads: int) -> None:
         try:
-            results[number] = examine(
+            results[number] = examine_file(
                 paths[number],
                 hash_file=hash_file,
                 digest=digest,

@@ -64,7 +64,7 @@ def make(
 
     Raises:
         FileAccessError: a file is not below the folder, or cannot be read.
-        CkptkitError: as `ckptkit.released.examine.examine`, of one file; a `FileAccessError` tells of several.
+        CkptkitError: as `ckptkit.released.examine.examine_file`, of one file; a `FileAccessError` tells of several.
     """
     golden = golden or {}
     goldens = set(golden.values())

@@ -28,7 +28,7 @@ import ckptkit
 from ckptkit.digests import tree_digest
 from ckptkit.normalize.trees import Place, SameContent, side_by_side
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
-from ckptkit.released.examine import examine
+from ckptkit.released.examine import examine_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantize.* deprecated", "ignore:.*CSR")
 
@@ -69,7 +69,7 @@ def net(value: object) -> nn.Module:
 
 
 def whole(path: Path) -> str | None:
-    return examine(str(path), hash_file=False, digest=True, values=False, whole=True).whole_digest
+    return examine_file(str(path), hash_file=False, digest=True, values=False, whole=True).whole_digest
 
 
 def resumed(value: object) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import ckptkit
 from ckptkit.codes import CODES
 from ckptkit.errors import CorruptError
-from ckptkit.released.examine import examine
+from ckptkit.released.examine import examine_file
 from ckptkit.released.manifest_file import read_manifest
 from ckptkit.released.results import CheckFinding, CheckReport
 
@@ -188,7 +188,7 @@ def test_a_manifest_from_before_whole_digests_still_holds(folder: Path) -> None:
     made = ckptkit.manifest(["w"], f"w/{MANIFEST}", update=True)
     text = (folder / MANIFEST).read_text()
     record = next(record for record in made.files if record.path == "a.pth")
-    found = examine(str(folder / "a.pth"), hash_file=False, digest=True, values=False)
+    found = examine_file(str(folder / "a.pth"), hash_file=False, digest=True, values=False)
     text = text.replace(f'      "whole_digest": "{record.whole_digest}",\n', "")
     (folder / MANIFEST).write_text(text.replace(str(record.content_digest), str(found.former_digest)))
     assert check().ok

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, CorruptError, LimitError, MissingFileError, UnknownFormatError
 from ckptkit.released import reading
-from ckptkit.released.examine import Examined, examine, examine_all
+from ckptkit.released.examine import Examined, examine_all, examine_file
 
 Save = Callable[..., Path]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 def examined(path: Path, *, threads: int = 2) -> Examined:
-    return examine(str(path), hash_file=True, digest=True, values=True, threads=threads)
+    return examine_file(str(path), hash_file=True, digest=True, values=True, threads=threads)
 
 
 def sha256(path: Path) -> str:
@@ -52,7 +52,7 @@ def test_a_training_checkpoint(ddp_resume: Path) -> None:
 
 def test_only_what_is_asked_for_is_read(ddp_resume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("ckptkit.released.examine.read_through")
-    found = examine(str(ddp_resume), hash_file=False, digest=False, values=False, checksums=False)
+    found = examine_file(str(ddp_resume), hash_file=False, digest=False, values=False, checksums=False)
     assert (found.sha256, found.content_digest, found.tensors[0].digest, found.tensors[0].nan) == (None,) * 4
     assert found.size == ddp_resume.stat().st_size
 
@@ -76,7 +76,7 @@ def test_each_byte_is_read_once(threads: int, tmp_path: Path, monkeypatch: pytes
     for fact in found.tensors:
         assert fact.digest == f"sha256:{hashlib.sha256(state[fact.name].numpy().tobytes()).hexdigest()}"
     spans.clear()
-    alone = examine(str(path), hash_file=False, digest=True, values=False)
+    alone = examine_file(str(path), hash_file=False, digest=True, values=False)
     assert alone.content_digest == found.content_digest
     assert sum(nbytes for _, nbytes in spans) == sum(fact.nbytes for fact in found.tensors)
 
@@ -145,12 +145,12 @@ def test_a_sharded_checkpoint_is_all_its_files() -> None:
 def test_a_known_architecture(save: Save) -> None:
     from torchvision.models import resnet18
 
-    found = examine(str(save(resnet18(num_classes=10).state_dict())), hash_file=False, digest=False, values=False)
+    found = examine_file(str(save(resnet18(num_classes=10).state_dict())), hash_file=False, digest=False, values=False)
     assert found.architecture is not None
     assert (found.architecture.reference, found.architecture.args) == ("torchvision:resnet18", {"num_classes": 10})
     state = resnet18().state_dict()
     del state["fc.bias"]
-    other = examine(str(save(state)), hash_file=False, digest=False, values=False)
+    other = examine_file(str(save(state)), hash_file=False, digest=False, values=False)
     assert other.architecture is None
 
 
@@ -213,5 +213,5 @@ def test_a_few_bytes_cannot_ask_for_terabytes(save: Save) -> None:
     state = {str(i): torch.zeros(1).expand(1 << 40) for i in range(2)}
     with pytest.raises(LimitError, match="repeat those of the file"):
         examined(save(state))
-    found: Examined | CkptkitError = examine(str(save(state)), hash_file=True, digest=False, values=False)
+    found: Examined | CkptkitError = examine_file(str(save(state)), hash_file=True, digest=False, values=False)
     assert found.tensors[0].nbytes == 4 << 40
