@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple, TypeGuard
 
 from ckptkit.checkpoint import Storage, TensorEntry
@@ -38,6 +39,7 @@ __all__ = [
     "StorageTable",
     "Wrapped",
     "is_int",
+    "is_rebuilt_alone",
     "is_tensor_like",
     "lower_storage",
     "lower_tensor",
@@ -287,12 +289,27 @@ def wrapped_tensor(node: object) -> Wrapped | None:
 
 def lower_storage(storage: Storage, key: str) -> PersistentId:
     """The persistent id of a storage that is written under ``key``."""
-    if storage.dtype is None:
-        cls, numel = Global("torch.storage", "UntypedStorage"), storage.nbytes
-    else:
-        row = DTYPES[storage.dtype]
-        cls, numel = Global("torch", row.storage_class or "UntypedStorage"), storage.nbytes // row.itemsize
-    return PersistentId(("storage", cls, key, storage.location, numel))
+    cls, itemsize = _storage_class(storage.dtype)
+    return PersistentId(("storage", cls, key, storage.location, storage.nbytes // itemsize))
+
+
+@lru_cache(256)
+def _storage_class(dtype: str | None) -> tuple[Global, int]:
+    """The class of a storage of a dtype (``None``: untyped), and the bytes of one of its elements."""
+    if dtype is None:
+        return Global("torch.storage", "UntypedStorage"), 1
+    row = DTYPES[dtype]
+    return Global("torch", row.storage_class or "UntypedStorage"), row.itemsize
+
+
+def is_rebuilt_alone(entry: TensorEntry) -> bool:
+    """Whether `ckptkit.pickling.writer.REBUILD` makes a tensor of its storage and sizes, and nothing else is said."""
+    return (
+        entry.storage.dtype == entry.dtype
+        and not (entry.is_parameter or entry.is_conj or entry.is_neg or entry.effects)
+        and entry.subclass is None
+        and entry.attributes is None
+    )
 
 
 def lower_tensor(entry: TensorEntry) -> Object:
