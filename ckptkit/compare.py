@@ -310,5 +310,7 @@ def _paired_storages(
         if met.how == "parted":
             raise CorruptError(f"{_told(met.place)}: no longer the same object in the output; nothing was written")
         if not isinstance(met.a, Storage) or not isinstance(met.b, Storage) or met.how != "bytes":
-            raise CorruptError(f"{_told(met.place)}: {brief(met.a)} became {brief(met.b)} in the output; nothing was written")
+            raise CorruptError(
+                f"{_told(met.place)}: {brief(met.a)} became {brief(met.b)} in the output; nothing was written"
+            )
         yield met.place, met.a, met.b

@@ -16,6 +16,7 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums
+from ckptkit.transfer.values import Ahead
 
 __all__ = ["PIECE_NBYTES", "chunks_side_by_side", "pieces", "same_piece", "unexpanded"]
 
@@ -49,7 +50,7 @@ def unexpanded(a: TensorEntry, b: TensorEntry) -> tuple[TensorEntry, TensorEntry
         copies = a.numel
         a, b = replace(a, shape=shape), replace(b, shape=shape)
         copies //= a.numel
-    if all(entry.nbytes > _MOST_OVERLAP * entry.storage.nbytes for entry in (a, b)):
+    if a.nbytes > _MOST_OVERLAP * a.storage.nbytes and b.nbytes > _MOST_OVERLAP * b.storage.nbytes:
         return None
     return a, b, copies
 
@@ -69,13 +70,14 @@ def pieces(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[Tens
         yield left, right
 
 
-def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums) -> bool:
+def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tuple[Ahead, Ahead] | None = None) -> bool:
     """Whether two tensors of one dtype and as many elements hold the same bits, in C order.
 
     Args:
         a: one.
         b: the other.
         checksums: gets the sums of bytes that are the same.
+        ahead: by which either is read along with its neighbours, where both are small.
 
     Raises:
         DTypeError: values of a dtype that numpy cannot hold would have to be computed.
@@ -83,22 +85,25 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums) -> bool:
     """
     if a.is_plain_bytes and b.is_plain_bytes:
         summed = a.storage.crc32 is not None or b.storage.crc32 is not None
-        return _same_bytes(_lying(a), _lying(b), checksums if summed else None)
+        return _same_bytes(_lying(a), _lying(b), checksums if summed else None, ahead)
     return all(bytes(left) == bytes(right) for left, right in chunks_side_by_side(a, b, _GATHERED))
 
 
 def _lying(entry: TensorEntry) -> ByteRange:
     """The bytes of a tensor whose values lie in a row."""
-    return entry.storage.source.part(entry.storage_offset * entry.itemsize, entry.nbytes).plain()
+    source, nbytes = entry.storage.source, entry.nbytes
+    return (source if nbytes == source.nbytes else source.part(entry.storage_offset * entry.itemsize, nbytes)).plain()
 
 
-def _same_bytes(a: ByteRange, b: ByteRange, checksums: Checksums | None) -> bool:
+def _same_bytes(a: ByteRange, b: ByteRange, checksums: Checksums | None, ahead: tuple[Ahead, Ahead] | None) -> bool:
     crc = 0
     for start in range(0, a.nbytes, _COMPARED_NBYTES):
         left: bytes | bytearray
         right: bytes | bytearray
         nbytes = min(_COMPARED_NBYTES, a.nbytes - start)
-        if nbytes < _COMPARED_NBYTES:
+        if ahead is not None:
+            left, right = ahead[0].read(a), ahead[1].read(b)
+        elif nbytes < _COMPARED_NBYTES:
             left, right = a.read(start, nbytes), b.read(start, nbytes)
         else:
             left, right = _buffers()

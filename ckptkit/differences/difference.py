@@ -251,6 +251,8 @@ def rolled_up(statuses: Mapping[str, str], largest: Mapping[str, float]) -> tupl
         of each but `UNCHANGED`) and ``max_abs``.
     """
     differing = {name: status for name, status in statuses.items() if status != UNCHANGED}
+    if not differing:
+        return ()
     kept = {
         path
         for name, status in statuses.items()

@@ -34,12 +34,16 @@ from ckptkit.differences.figures import MEASURED, Sums, Tolerance, is_measurable
 from ckptkit.digests import tensor_digest
 from ckptkit.errors import DTypeError
 from ckptkit.transfer.checksums import Checksums
+from ckptkit.transfer.values import SMALL_NBYTES, Ahead
 from ckptkit.transfer.workers import Progress, in_parallel
 
 __all__ = ["NO_FIGURES", "Pair", "PairReader", "Renamed", "all_sums", "find_renamed"]
 
 _ENDS = (4, 3, 2, 1, 0)
 """Last segments of names that are looked at where contents do not decide, most first."""
+
+_TOGETHER = 4096
+"""Small tensors that one thread compares before it looks for other work."""
 
 _MOST_OVERLAP = 64
 """How many times the bytes of its storage a view may have and still be read for this."""
@@ -204,7 +208,7 @@ def all_sums(
 Pair = tuple[object, ...]
 """What a pair of tensors is known by."""
 
-_Reduced = tuple[TensorEntry, TensorEntry, int]
+_Waiting = list[tuple[Pair, TensorEntry, TensorEntry]]
 
 
 class PairReader:
@@ -222,15 +226,27 @@ class PairReader:
         self._done = self._total = 0
         self._lock = threading.Lock()
         self.checksums = Checksums()
-        self._pairs: dict[Pair, _Reduced | None] = {}
+        self._first: dict[Pair, tuple[TensorEntry, TensorEntry]] = {}
         self._same: dict[Pair, bool | None] = {}
+        self._waiting: _Waiting = []
 
     def add(self, a: TensorEntry, b: TensorEntry) -> Pair:
         """Two tensors of as many elements of one dtype, whose bits are to be compared."""
-        key = (*a.view, *b.view)
-        if key not in self._pairs:
-            self._pairs[key] = unexpanded(a, b)
-            self.checksums.want((a.storage, b.storage))
+        key: Pair = (id(a.storage), id(b.storage))
+        known = self._first.get(key)
+        if known is None:
+            self._first[key] = a, b
+        elif (a.view, b.view) == (known[0].view, known[1].view):
+            return key
+        else:
+            key = (*a.view, *b.view)
+            if key in self._same:
+                return key
+        reduced = unexpanded(a, b)
+        self._same[key] = None if reduced is None else True
+        if reduced is not None:
+            self._waiting.append((key, reduced[0], reduced[1]))
+        self.checksums.want((a.storage, b.storage))
         return key
 
     def run(self) -> None:
@@ -239,22 +255,33 @@ class PairReader:
         Raises:
             CorruptError, FileAccessError: something cannot be read.
         """
-        waiting = {key: pair for key, pair in self._pairs.items() if key not in self._same}
-        self._same.update({key: None if pair is None else True for key, pair in waiting.items()})
-        known = [(key, pair) for key, pair in waiting.items() if pair is not None]
-        nbytes = sum(pair[0].nbytes + pair[1].nbytes for _, pair in known)
+        waiting, self._waiting = self._waiting, []
+        nbytes = 2 * sum(a.nbytes for _, a, _ in waiting)
         self._total += nbytes
-        in_parallel(self._comparisons(known), nbytes=nbytes)
+        in_parallel(self._comparisons(waiting), nbytes=nbytes)
 
-    def _comparisons(self, known: list[tuple[Pair, _Reduced]]) -> Iterator[Callable[[], object]]:
-        for key, (a, b, _) in known:
+    def _comparisons(self, waiting: _Waiting) -> Iterator[Callable[[], object]]:
+        small: _Waiting = []
+        for key, a, b in waiting:
+            if a.nbytes < SMALL_NBYTES:
+                small.append((key, a, b))
+                if len(small) == _TOGETHER:
+                    yield partial(self._compare_small, small)
+                    small = []
+                continue
             for left, right in pieces(a, b, max(PIECE_NBYTES // a.itemsize, 1)):
                 yield partial(self._compare, key, left, right)
+        yield partial(self._compare_small, small)
 
-    def _compare(self, key: Pair, a: TensorEntry, b: TensorEntry) -> None:
+    def _compare_small(self, small: _Waiting) -> None:
+        ahead = Ahead(), Ahead()
+        for key, a, b in small:
+            self._compare(key, a, b, ahead)
+
+    def _compare(self, key: Pair, a: TensorEntry, b: TensorEntry, ahead: tuple[Ahead, Ahead] | None = None) -> None:
         if self._same[key] is True:
             try:
-                if not same_piece(a, b, self.checksums):
+                if not same_piece(a, b, self.checksums, ahead):
                     self._same[key] = False
             except DTypeError:
                 self._same[key] = None

@@ -140,25 +140,36 @@ class Checksums:
         """
         held = self.wanted
         broken: dict[int, Damage] = {}
+        unread: list[Storage] = []
         tasks: list[Callable[[], object]] = []
         nbytes = 0
         for storage in held:
             source = storage.source
             if isinstance(source, DeflatedRange):
                 tasks.append(partial(_inflate, storage, source.whole, broken, keep))
-            elif isinstance(source, ByteRange) and self._sum(source) is None:
+            elif isinstance(source, ByteRange):
+                if not self._is_known(storage, source, broken):
+                    unread.append(storage)
+                else:
+                    continue
                 for start in range(0, source.nbytes, SUMMED_NBYTES):
                     tasks.append(partial(self._read, source.part(start, min(SUMMED_NBYTES, source.nbytes - start))))
             else:
                 continue
             nbytes += storage.nbytes
         in_parallel(tasks, nbytes=nbytes)
-        for storage in held:
-            crc = self._sum(storage.source) if isinstance(storage.source, ByteRange) else None
-            damage = None if crc is None else damage_of(storage, crc)
-            if damage is not None:
-                broken[id(storage)] = damage
+        for storage in unread:
+            if isinstance(storage.source, ByteRange):
+                self._is_known(storage, storage.source, broken)
         return [broken[id(storage)] for storage in held if id(storage) in broken]
+
+    def _is_known(self, storage: Storage, run: ByteRange, broken: dict[int, Damage]) -> bool:
+        """Whether all bytes of a storage were summed; it is put among the broken where their sum is another."""
+        crc = self._sum(run)
+        damage = None if crc is None else damage_of(storage, crc)
+        if damage is not None:
+            broken[id(storage)] = damage
+        return crc is not None
 
     def is_broken(self, storage: Storage) -> bool:
         """Whether a storage cannot be inflated, or not to the bytes that its checksum was recorded for."""
@@ -228,7 +239,7 @@ def combined(first: int, second: int, nbytes: int) -> int:
         second: of those after.
         nbytes: how many are after.
     """
-    return _times(_shift(nbytes), first) ^ second
+    return _times(_shift(nbytes), first) ^ second if first else second
 
 
 @lru_cache(4096)
