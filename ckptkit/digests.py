@@ -44,9 +44,10 @@ from dataclasses import dataclass
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, tied_groups
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.content import PLAIN, content_of, plain_bytes
+from ckptkit.normalize.sections import is_plain_value
 from ckptkit.normalize.trees import FLAGS
 from ckptkit.normalize.wrappers import unwrapped_in_digests
-from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, effects_of
+from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, effects_of, tensors_in
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
 
@@ -60,6 +61,7 @@ __all__ = [
     "unwrapped_names",
     "value_kind",
     "whole_digest",
+    "whole_nodes",
 ]
 
 PREFIX = "sha256:"
@@ -135,14 +137,28 @@ def whole_digest(checkpoint: Checkpoint, values: Values) -> str | None:
     """The digest of everything in a file; ``None``: it holds what is not looked into."""
     if checkpoint.origin.is_program or checkpoint.unvouched:
         return None
-    state = checkpoint.state_dict
-    weights = lower_state_dict(state) if checkpoint.module is None else checkpoint.module
-    root = (checkpoint.rest, checkpoint.discarded)
+    root, weights = _whole(checkpoint)
     digest = hashlib.sha256(_WHOLE)
     digest.update(_json(["tree", tree_digest(root, values, weights)]))
     digest.update(_json(["metadata", sorted(checkpoint.metadata.items())]))
-    digest.update(_json(["ties", sorted(map(sorted, tied_groups(state)))]))
+    digest.update(_json(["ties", sorted(map(sorted, tied_groups(checkpoint.state_dict)))]))
     return digest_text(digest.digest())
+
+
+def whole_nodes(checkpoint: Checkpoint) -> Iterator[TensorEntry | Storage]:
+    """What `whole_digest` asks the values of beside the plain tensors of the state_dict: each once, whatever its names.
+
+    Raises:
+        LimitError: the tree has more nodes than that of any checkpoint.
+    """
+    known = {id(value) for value in checkpoint.state_dict.everything.values() if is_plain_value(value)}
+    return tensors_in(_whole(checkpoint), known)
+
+
+def _whole(checkpoint: Checkpoint) -> tuple[object, object]:
+    """All of a file's tree but its weights, and the weights."""
+    weights = lower_state_dict(checkpoint.state_dict) if checkpoint.module is None else checkpoint.module
+    return (checkpoint.rest, checkpoint.discarded), weights
 
 
 def tree_digest(root: object, values: Values, weights: object = STATE_DICT, *, flags: bool = True) -> str:

@@ -23,7 +23,18 @@ from ckptkit.pickling.inert import TreeMap
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["FORMATS", "SUFFIXES", "detect", "format_for", "plan", "read", "shards_of", "target", "ties_once"]
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "collector_paused",
+    "detect",
+    "format_for",
+    "plan",
+    "read",
+    "shards_of",
+    "target",
+    "ties_once",
+]
 
 _INDEX = ".index.json"
 
@@ -82,7 +93,7 @@ def read(
     probe: Probe | None = None
     raw: RawCheckpoint | None = None
     try:
-        with _collector_paused():
+        with collector_paused():
             probe = Probe(file, limits)
             raw = detect(probe).read(probe)
             if ignore_checksums:
@@ -139,7 +150,7 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: SourceFile) -> Che
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Reading makes objects by the million and no cyclic garbage; looking for it takes two fifths of the time."""
     was_enabled = gc.isenabled()
     gc.disable()

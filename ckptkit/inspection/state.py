@@ -24,7 +24,7 @@ from ckptkit.normalize.modules import module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
 
-__all__ = ["list_modules", "printed_model", "training_document", "training_state"]
+__all__ = ["has_optimizer", "list_modules", "printed_model", "training_document", "training_state"]
 
 _MAX_SCALARS = 400
 """Scalars of the training state that are listed; argument namespaces have about a hundred."""
@@ -94,7 +94,7 @@ def training_document(rest: object, sections: Sequence[Section] = ()) -> dict[st
     optimizers: list[dict[str, Any]] = []
     schedulers: list[dict[str, Any]] = []
     for path, name, state in _mappings(rest):
-        if isinstance(state.get("param_groups"), list):
+        if _is_optimizer(state):
             if len(optimizers) < _MAX_FOUND:
                 section = sized.get(path)
                 size = (
@@ -155,6 +155,15 @@ def _shown(node: object) -> Any:
 
 
 # Optimizers and schedulers.
+
+
+def has_optimizer(rest: object) -> bool:
+    """Whether the state of an optimizer is beside the weights."""
+    return any(_is_optimizer(state) for _, _, state in _mappings(rest))
+
+
+def _is_optimizer(state: InertDict) -> bool:
+    return isinstance(state.get("param_groups"), list)
 
 
 def _mappings(root: object) -> Iterator[tuple[str, str | None, InertDict]]:

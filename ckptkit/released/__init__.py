@@ -1,12 +1,9 @@
 """Released weights: what they must be, and whether they are.
 
-- `selection` finds the files; `examine_file` says what is in each, and `reading` reads it once for all that is asked
-- `manifest_maker` records what was read in a `manifest_file`
-- `policy` says what is allowed, `config` where that is written down
-- `policy_rules` and `manifest_rules` hold a file against both, `checking` all files, from what was typed to the report
-- `results` are what came of it, and `outputs` how that is written
-
-A check from beginning to end: configuration, manifest, the files, the report.
+A check goes one way: paths stand for files (`selection`), each file is opened and read once (`examine`, `reading`), and
+held against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
+`policy_rules`, as `config` has it); what came of them all is a report (`results`), which `outputs` writes down.
+`check` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the record.
 
 A file whose bytes are the manifest's needs no more than its hash.  Of one whose are not, the tensors are digested, so
 that it can be told whether the same weights were written differently or the weights are others: a file of
@@ -24,34 +21,77 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
+from ckptkit.architectures import Architecture
 from ckptkit.checkpoint import GlobalUse
-from ckptkit.errors import CkptkitError, FormatError, MissingFileError, PartError, VerifyError
+from ckptkit.errors import CkptkitError, FormatError, VerifyError
 from ckptkit.extras import require_torch
+from ckptkit.formats import collector_paused
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.config import Config, read_config
-from ckptkit.released.examine import Examined, examine_file, over_the_cores, size_of
+from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.manifest_rules import compare, golden_findings, is_same_file, model_findings
 from ckptkit.released.policy import Policy
 from ckptkit.released.policy_rules import pickle_violations, rules_of, violations
-from ckptkit.released.results import CheckFinding, CheckReport, FileResult
-from ckptkit.released.selection import Selected, Selection, name_of, select
-from ckptkit.report import Report, listed
+from ckptkit.released.results import (
+    CheckFinding,
+    CheckReport,
+    FileResult,
+    broken_finding,
+    extra_finding,
+    missing_result,
+    nothing_selected,
+    unreadable_finding,
+    whole_finding,
+)
+from ckptkit.released.selection import Selected, Selection, name_of, select, size_of
+from ckptkit.report import Report
+from ckptkit.transfer.workers import each_file
 
-__all__ = ["check", "check_files"]
+__all__ = ["check"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """One file, and what it is held against; ``other``: the kind of one that is not a checkpoint, for its pickles."""
+    """One file, and what it is held against.
+
+    Attributes:
+        path: the file.
+        policy: what every file is held to.
+        record: what the manifest says of it; ``None``: nothing.
+        folder: of the manifest, where there is one.
+        is_extra: whether the manifest should name it, and does not.
+        other: the kind of a file that is not a checkpoint, and is looked at for its pickles.
+        shards: those that were named, for which it stands.
+    """
 
     path: str
     policy: Policy
     record: FileRecord | None = None
+    folder: str = ""
     is_extra: bool = False
     other: str | None = None
     shards: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, as far as it is known before it is opened."""
+        if self.record is not None and self.record.shards:
+            return self.record.size
+        return size_of(self.path)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the manifest names it, and it is not there."""
+        return self.record is not None and not os.path.lexists(self.path)
+
+    @property
+    def golden(self) -> str | None:
+        """The file of its recorded outputs."""
+        if self.record is None or self.record.golden is None:
+            return None
+        return os.path.join(self.folder, *self.record.golden.path.split("/"))
 
 
 def check(
@@ -66,12 +106,13 @@ def check(
     """Hold files against a manifest and policies; see `ckptkit.check`.
 
     Args:
-        paths: files and folders; none: those of the configuration, or all that the manifest names.
+        paths: files and folders; none: those of the configuration, or all of the manifest's, and what else lies in the
+            folders it was made of.
         manifest: its path; ``None``: that of the configuration.
         config: path of the configuration; ``None``: there is none.
         skip_others: whether files that are named and no checkpoint are passed over.
         typed: fields of a `Policy` that go before the configured ones.
-        verify: `ckptkit.verify`.
+        verify: what holds a file against a model; `ckptkit.verify`.
 
     Raises:
         As `ckptkit.check`.
@@ -82,96 +123,78 @@ def check(
     paths = paths or configured.paths
     if not paths and manifest is None:
         raise VerifyError("nothing to check: name files or folders, or a manifest with --manifest FILE")
-    released = None
-    if manifest is not None:
-        # Paths are told as the manifest's own was given, not from the root of the disk.
-        released = replace(read_manifest(manifest), folder=os.path.dirname(manifest))
+    # Paths are told as the manifest's own was given, not from the root of the disk.
+    released = None if manifest is None else replace(read_manifest(manifest), folder=os.path.dirname(manifest))
     if configured.needs_model:
         require_torch()
-    report = check_files(
-        paths,
-        manifest=released,
-        config=configured,
-        manifest_path=manifest,
-        skip_others=skip_others,
-        verify=verify,
+    started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+
+    selection = _selected(paths, released, configured, manifest, skip_others)
+    tasks = _tasks(selection, paths, released, configured)
+    results = _told_unopened(selection, tasks, released)
+    tasks = [task for task in tasks if not task.is_missing]
+    found = each_file([task.nbytes for task in tasks], lambda number, threads: _held(tasks[number], threads))
+    opened = [(task.other, _with_model(*each, task, verify)) for task, each in zip(tasks, found, strict=True)]
+    results += [result for other, result in opened if other is None or result.findings]
+    pickles = [(other, result.path) for other, result in opened if other is not None and result.findings]
+    passed_over = Counter(selection.passed_over)
+    passed_over.subtract(other for other, _ in pickles)
+    if paths:  # of the manifest's own folders it is told what is missing
+        results += _told_empty(selection, [path for _, path in pickles])
+    if not results and not skip_others:
+        results = [nothing_selected("" if released is None else released.folder, "no file to check was found")]
+    report = CheckReport.of(
+        tuple(sorted(results, key=lambda result: result.path)),
+        started=started,
+        passed_over=+passed_over,
+        may_be_empty=skip_others and not selection.empty,
     )
     return replace(report, details={**report.details, "manifest": manifest, "config": configured.path})
 
 
-def check_files(
-    paths: Sequence[str],
-    *,
-    manifest: Manifest | None,
-    config: Config,
-    manifest_path: str | None = None,
-    skip_others: bool = False,
-    verify: Callable[..., Report],
-) -> CheckReport:
-    """Check files.
-
-    Args:
-        paths: files and folders; none: all of the manifest's, and what else lies in the folders it was made of.
-        manifest: what they must be.
-        config: the policies.
-        manifest_path: where the manifest lies.
-        skip_others: whether files that are named and no checkpoint are passed over.
-        verify: what holds a file against a model; `ckptkit.verify`.
-
-    Raises:
-        VerifyError: a policy has a value that it cannot have.
-        MissingDependencyError: a policy needs torch, or the package of a reference, and it is not installed.
-    """
-    started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+def _selected(
+    paths: Sequence[str], manifest: Manifest | None, config: Config, manifest_path: str | None, skip_others: bool
+) -> Selection:
+    """What the paths stand for; without any, the folders that the manifest was made of."""
     folder = "" if manifest is None else manifest.folder or "."
-    known = set() if manifest is None else paths_of(manifest.files)
     given = paths or ([] if manifest is None else [os.path.join(folder, name) for name in manifest.folders])
-    selection = Selection(checkpoints=())
-    if given:
-        selection = select(
-            given,
-            relative_to=folder,
-            skip_others=skip_others,
-            whole=True,
-            known=known,
-            manifest=manifest_path,
-            every_pickle=config.every_pickle,
-        )
-    tasks = _tasks(selection, paths, manifest, config)
+    if not given:
+        return Selection(checkpoints=())
+    return select(
+        given,
+        relative_to=folder,
+        skip_others=skip_others,
+        whole=True,
+        known=set() if manifest is None else paths_of(manifest.files),
+        manifest=manifest_path,
+        every_pickle=config.every_pickle,
+    )
+
+
+def _told_unopened(selection: Selection, tasks: Sequence[_Task], manifest: Manifest | None) -> list[FileResult]:
+    """What is said of files and folders of which nothing can be looked at."""
     told = {task.path for task in tasks}
     unreadable = [(_tidy(path), error) for path, error in selection.unreadable]
-    results = [_not_read(path, error) for path, error in unreadable if path not in told]
-    if manifest is not None:
-        if not manifest.files:
-            results.append(_nothing_selected(folder, "the manifest names no file"))
-        results += [_missing(task.path) for task in tasks if not os.path.lexists(task.path) and task.record is not None]
-        tasks = [task for task in tasks if os.path.lexists(task.path) or task.record is None]
-    passed_over, pickles = Counter(selection.passed_over), list[str]()
-    for task, result in zip(tasks, _carried_out(tasks, manifest, verify), strict=True):
-        if task.other is None:
-            results.append(result)
-        elif result.findings:
-            results.append(result)
-            pickles.append(result.path)
-            passed_over[task.other] -= 1
-    for path, error in selection.empty if paths else ():  # of the manifest's own folders it is told what is missing
+    results = [
+        FileResult(path=path, rules=("readable",), findings=(unreadable_finding(path, error),))
+        for path, error in unreadable
+        if path not in told
+    ]
+    if manifest is not None and not manifest.files:
+        results.append(nothing_selected(manifest.folder or ".", "the manifest names no file"))
+    return [*results, *(missing_result(task.path) for task in tasks if task.is_missing)]
+
+
+def _told_empty(selection: Selection, pickles: Sequence[str]) -> Iterator[FileResult]:
+    """What is said of folders without a checkpoint, and without a file that is told of for its pickles."""
+    for path, error in selection.empty:
         if all(name_of(pickle, path).startswith("../") for pickle in pickles):
-            results.append(_nothing_selected(path, str(error)))
-    if not results and not skip_others:
-        results = [_nothing_selected("" if manifest is None else manifest.folder, "no file to check was found")]
-    results.sort(key=lambda result: result.path)
-    return CheckReport.of(
-        tuple(results), started=started, passed_over=+passed_over, may_be_empty=skip_others and not selection.empty
-    )
+            yield nothing_selected(path, str(error))
 
 
 def _tasks(selection: Selection, paths: Sequence[str], manifest: Manifest | None, config: Config) -> list[_Task]:
     """What is to be looked at."""
-    others = [
-        _Task(path=_tidy(path), policy=policy, other=kind)
-        for path, kind in selection.others.items()
-        if (policy := config.policy_for(path)).every_pickle or kind == "pickle"
-    ]
+    others = _other_tasks(selection, config)
     if manifest is None:
         return [*(_task(each, config, selection) for each in selection.checkpoints), *others]
     folder = manifest.folder or "."
@@ -193,6 +216,14 @@ def _tasks(selection: Selection, paths: Sequence[str], manifest: Manifest | None
     return [*recorded, *tasks, *others]
 
 
+def _other_tasks(selection: Selection, config: Config) -> list[_Task]:
+    """Files that are not checkpoints, and may hold pickles that count."""
+    tasks = [
+        _Task(path=_tidy(path), policy=config.policy_for(path), other=kind) for path, kind in selection.others.items()
+    ]
+    return [task for task in tasks if task.policy.every_pickle or task.other == "pickle"]
+
+
 def _task(selected: Selected, config: Config, selection: Selection, *, is_extra: bool = False) -> _Task:
     path = _tidy(selected.path)
     return _Task(
@@ -203,7 +234,7 @@ def _task(selected: Selected, config: Config, selection: Selection, *, is_extra:
 def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selection: Selection) -> _Task:
     path = os.path.join(manifest.folder, *record.path.split("/"))
     shards = next((named for index, named in selection.shards.items() if _tidy(index) == path), ())
-    return _Task(path=path, policy=config.policy_for(path), record=record, shards=shards)
+    return _Task(path=path, policy=config.policy_for(path), record=record, folder=manifest.folder, shards=shards)
 
 
 def _tidy(path: str) -> str:
@@ -232,86 +263,74 @@ def _is_above(name: str) -> bool:
     return set(name.split("/")) == {".."}
 
 
-def _carried_out(tasks: Sequence[_Task], manifest: Manifest | None, verify: Callable[..., Report]) -> list[FileResult]:
-    """The results of files, several at a time over the processors; models are run one after the other."""
-    found: dict[int, tuple[FileResult, Examined | None]] = {}
-
-    def work(number: int, threads: int) -> None:
-        found[number] = _file_result(tasks[number], manifest, threads)
-
-    over_the_cores([_nbytes(task) for task in tasks], work)
-    return [
-        _with_model(*found[number], task, manifest, verify) if task.policy.needs_model else found[number][0]
-        for number, task in enumerate(tasks)
-    ]
-
-
-def _nbytes(task: _Task) -> int:
-    if task.record is not None and task.record.shards:
-        return task.record.size
-    return size_of(task.path)
-
-
-def _file_result(task: _Task, manifest: Manifest | None, threads: int) -> tuple[FileResult, Examined | None]:
+@collector_paused()  # what is read is gone at the end, without it
+def _held(task: _Task, threads: int) -> tuple[FileResult, Architecture | None]:
+    """What is wrong with a file; and the model it is of, where nothing else says in which it must run."""
     begun = time.perf_counter()
+    policy, examined, architecture = task.policy, None, None
     if task.other is not None:
-        return _other_result(task), None
-    record = task.record
-    recorded = ("manifest",) if manifest is not None and (record is not None or task.is_extra) else ()
-    rules = ("readable", *recorded, *rules_of(task.policy))
-    findings: list[CheckFinding] = [_extra(task.path)] if task.is_extra else []
-    findings += [_whole(task.path, task.shards)] if task.shards else []
-    examined = None
-    try:
-        digest = record is not None and not record.shards and _nbytes(task) != record.size
-        look = partial(
-            examine_file,
-            task.path,
-            ignore_checksums=task.policy.ignore_checksums,
-            whole=record is not None and record.whole_digest is not None,
-            threads=threads,
-        )
-        # Where the manifest's hash is the file's, nothing more is needed.
-        held = record is None or digest
-        examined = look(hash_file=record is not None, digest=digest, values=task.policy.no_nan, checksums=held)
-        damage = examined.damage
-        if record is not None:
-            digested = examined
-            if not digest and not is_same_file(examined, record):
-                digested = look(hash_file=False, digest=True, values=False)
-                damage = digested.damage
-            findings += compare(examined, digested, record)
-            findings += golden_findings(task.path, record, manifest.folder if manifest is not None else "")
-        if damage is not None:
-            findings.append(_damaged(task.path, damage))
-        findings += [_malformed(task.path, told) for told in examined.malformed]
-        findings += violations(examined, task.policy)
-    except CkptkitError as error:
-        findings.append(_unreadable(task.path, error, task.policy))
-        if task.policy.every_pickle and isinstance(error, FormatError):
-            findings += _pickles(task, error.globals)
+        rules: tuple[str, ...] = (*(("no-pickle",) if policy.no_pickle else ()), "max-trust")
+        size: int | None = size_of(task.path)
+        findings = list(_pickles(task))
+    else:
+        examined, findings = _examined(task, threads)
+        size = None if examined is None else examined.size
+        if examined is not None and policy.forward and policy.fits is None and task.golden is None:
+            architecture = examined.architecture
+        rules = ("readable", *(("manifest",) if task.is_extra or task.record is not None else ()), *rules_of(policy))
     result = FileResult(
         path=task.path,
-        size=None if examined is None else examined.size,
+        size=size,
         sha256=None if examined is None else examined.sha256,
         rules=rules,
         findings=tuple(findings),
         seconds=time.perf_counter() - begun,
     )
-    return result, examined
+    return result, architecture
 
 
-def _other_result(task: _Task) -> FileResult:
-    """A file that is not a checkpoint, held against what is said of pickles."""
-    begun = time.perf_counter()
-    findings = tuple(_pickles(task))
-    return FileResult(
-        path=task.path,
-        size=size_of(task.path),
-        rules=(*(("no-pickle",) if task.policy.no_pickle else ()), "max-trust"),
-        findings=findings,
-        seconds=time.perf_counter() - begun,
-    )
+def _examined(task: _Task, threads: int) -> tuple[Examined | None, list[CheckFinding]]:
+    """A file, and what of it is not as manifest and policy want it; ``None``: it could not be read."""
+    path, policy, record = task.path, task.policy, task.record
+    findings = [extra_finding(path)] * task.is_extra + [whole_finding(path, task.shards)] * bool(task.shards)
+    examined = None
+    try:
+        look = partial(
+            examine_file,
+            path,
+            ignore_checksums=policy.ignore_checksums,
+            whole=record is not None and record.whole_digest is not None,
+            threads=threads,
+        )
+        # Where the manifest's hash is the file's, nothing more is needed.
+        may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
+        examined = digested = look(
+            hash_file=record is not None,
+            digest=record is not None and not may_be_same,
+            values=policy.no_nan,
+            checksums=not may_be_same,
+        )
+        if record is not None:
+            if may_be_same and not is_same_file(examined, record):
+                digested = look(hash_file=False, digest=True, values=False)
+            findings += compare(examined, digested, record)
+            findings += golden_findings(path, record, task.folder)
+        if digested.damage is not None:
+            findings.append(
+                broken_finding(
+                    "damaged", path, "the bytes that checksums were recorded for", "other bytes", digested.damage
+                )
+            )
+        findings += [
+            broken_finding("malformed-value", path, "values whose parts fit each other", "others", told)
+            for told in examined.malformed
+        ]
+        findings += violations(examined, policy)
+    except CkptkitError as error:
+        findings.append(unreadable_finding(path, error, policy.allow_part))
+        if policy.every_pickle and isinstance(error, FormatError):
+            findings += _pickles(task, error.globals)
+    return examined, findings
 
 
 def _pickles(task: _Task, uses: Sequence[GlobalUse] = ()) -> Iterator[CheckFinding]:
@@ -321,113 +340,24 @@ def _pickles(task: _Task, uses: Sequence[GlobalUse] = ()) -> Iterator[CheckFindi
     try:
         inside = look_inside(task.path)
     except CkptkitError as error:
-        yield _unreadable(task.path, error, task.policy)
+        yield unreadable_finding(task.path, error, task.policy.allow_part)
     else:
         found = replace(inside, globals=merge_uses(uses, inside.globals))
         yield from pickle_violations(task.path, found, task.policy)
 
 
 def _with_model(
-    result: FileResult,
-    examined: Examined | None,
-    task: _Task,
-    manifest: Manifest | None,
-    verify: Callable[..., Report],
+    result: FileResult, architecture: Architecture | None, task: _Task, verify: Callable[..., Report]
 ) -> FileResult:
-    """The result with what the verifier says; of a file that could not be read it says nothing more."""
-    rules = [name for name, wanted in (("fits", task.policy.fits), ("forward", task.policy.forward)) if wanted]
-    facts: dict[str, Any] = {"rules": (*result.rules, *rules)}
+    """The result with what the verifier says, if a model is needed; of a file that could not be read no more."""
+    policy = task.policy
+    if not policy.needs_model:
+        return result
     begun = time.perf_counter()
-    unfit = any(finding.rule == "readable" or finding.code == CODE for finding in result.findings)
-    if examined is not None and (not unfit or task.policy.allow_part):
-        golden = None
-        if task.record is not None and task.record.golden is not None and manifest is not None:
-            golden = os.path.join(manifest.folder, *task.record.golden.path.split("/"))
-        facts["findings"] = (*result.findings, *model_findings(examined, task.policy, golden, verify))
-    facts["seconds"] = result.seconds + time.perf_counter() - begun
-    return replace(result, **facts)
-
-
-def _unreadable(path: str, error: CkptkitError, policy: Policy) -> CheckFinding:
-    message = str(error).removeprefix(f"{path}: ")
-    found = "no such file" if isinstance(error, MissingFileError) else type(error).__name__
-    if isinstance(error, PartError) and not policy.allow_part:
-        return CheckFinding(
-            code=CODE,
-            severity="error",
-            path=path,
-            rule="whole",
-            expected="a whole checkpoint",
-            found="a part of one",
-            message=message.removeprefix(f"{CODE}: "),
-        )
-    return _not_as_it_must_be("file-unreadable", path, "a readable checkpoint", found, message)
-
-
-def _damaged(path: str, damage: str) -> CheckFinding:
-    return _not_as_it_must_be("damaged", path, "the bytes that checksums were recorded for", "other bytes", damage)
-
-
-def _malformed(path: str, told: str) -> CheckFinding:
-    return _not_as_it_must_be("malformed-value", path, "values whose parts fit each other", "others", told)
-
-
-def _not_as_it_must_be(code: str, path: str, expected: str, found: str, message: str) -> CheckFinding:
-    """What is found whatever the policy."""
-    return CheckFinding(
-        code=code, severity="error", path=path, rule="readable", expected=expected, found=found, message=message
-    )
-
-
-def _not_read(path: str, error: CkptkitError) -> FileResult:
-    return FileResult(path=path, rules=("readable",), findings=(_unreadable(path, error, Policy()),))
-
-
-def _whole(path: str, shards: Sequence[str]) -> CheckFinding:
-    return CheckFinding(
-        code="whole-checked",
-        severity="info",
-        path=path,
-        rule="selection",
-        expected="the whole checkpoint",
-        found=list(shards),
-        message=f"checked in place of {listed(shards)}: the index beside a shard stands for all of them",
-    )
-
-
-def _missing(path: str) -> FileResult:
-    finding = CheckFinding(
-        code="file-missing",
-        severity="error",
-        path=path,
-        rule="manifest",
-        expected="the file of the manifest",
-        found="no file",
-        message="the manifest names this file, and it is not there",
-    )
-    return FileResult(path=path, rules=("manifest",), findings=(finding,))
-
-
-def _extra(path: str) -> CheckFinding:
-    return CheckFinding(
-        code="file-extra",
-        severity="error",
-        path=path,
-        rule="manifest",
-        expected="no file that the manifest does not name",
-        found="a checkpoint file",
-        message="the manifest does not name this file",
-    )
-
-
-def _nothing_selected(path: str, message: str) -> FileResult:
-    finding = CheckFinding(
-        code="nothing-selected",
-        severity="error",
-        path=path or ".",
-        rule="selection",
-        expected="checkpoint files",
-        found="none",
-        message=message.removeprefix(f"{path}: "),
-    )
-    return FileResult(path=path or ".", rules=("selection",), findings=(finding,))
+    rules = [name for name, wanted in (("fits", policy.fits), ("forward", policy.forward)) if wanted]
+    findings = result.findings
+    unfit = any(finding.rule == "readable" or finding.code == CODE for finding in findings)
+    if task.other is None and result.size is not None and (not unfit or policy.allow_part):
+        findings = (*findings, *model_findings(task.path, policy, task.golden, architecture, verify))
+    seconds = result.seconds + time.perf_counter() - begun
+    return replace(result, rules=(*result.rules, *rules), findings=findings, seconds=seconds)

@@ -1,41 +1,49 @@
-"""What is to be known of a released file, found in one pass over it.
+"""What is to be known of a released file: opened, read once at most, and described as far as anybody asks.
 
-Nothing is executed, and torch is not needed.  Bytes of tensors are read only where hashes, digests or counts of NaN and
-Inf are asked for, and then once for all of them (`ckptkit.released.reading`).
+Nothing is executed, and torch is not needed.  Bytes of tensors are read only where hashes, digests, recorded checksums
+or counts of NaN and Inf are asked for, and then once for all of them (`ckptkit.released.reading`).  What the tree alone
+tells (what is remarkable, the architecture, each tensor) is found when a rule or a manifest first asks for it.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
-from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose
-from ckptkit.digests import DigestLine, content_digest, tree_digest, unwrapped_names, value_kind, whole_digest
-from ckptkit.errors import CkptkitError, CorruptError
+from ckptkit.digests import (
+    DigestLine,
+    content_digest,
+    tree_digest,
+    unwrapped_names,
+    value_kind,
+    whole_digest,
+    whole_nodes,
+)
+from ckptkit.errors import CorruptError, LimitError
 from ckptkit.inspection.listing import list_tensors, storage_names
-from ckptkit.inspection.state import training_document
+from ckptkit.inspection.state import has_optimizer
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.sections import is_plain_value, join
+from ckptkit.normalize.sections import join
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
-from ckptkit.pickling.inert import InertDict, Object, mapping_shell, tensors_in, walk
+from ckptkit.pickling.inert import InertDict, Object, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.released.reading import OtherValue, Reading, is_opaque, other_values_in, read_through
 from ckptkit.report import Finding
 from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
-from ckptkit.transfer.workers import in_parallel
 
-__all__ = ["Examined", "ShardFact", "TensorFact", "examine_all", "examine_file", "over_the_cores", "size_of"]
+__all__ = ["Examined", "ShardFact", "TensorFact", "examine_file"]
 
 _NOT_PLAIN = "(not plain tensors)"
 """Name of all values that are not plain tensors, in a file without selected weights."""
@@ -75,7 +83,105 @@ class ShardFact:
     sha256: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """The tensors that count, and the values beside them that are none; and the names as they are in the file."""
+
+    tensors: list[tuple[str, TensorEntry, bool | None]]
+    others: list[tuple[str, object]]
+    names: list[str]
+
+    @property
+    def hanging(self) -> dict[str, object]:
+        """Class and attributes of the tensors of classes of their own that have any, by name."""
+        classes = ((name, entry) for name, entry, _ in self.tensors if entry.subclass is not None)
+        return {name: (entry.subclass, entry.attributes) for name, entry in classes if not _is_empty(entry.attributes)}
+
+
+def _is_empty(node: object) -> bool:
+    return node is None or (isinstance(node, (InertDict, tuple)) and len(node) == 0)
+
+
+def _selected_weights(checkpoint: Checkpoint) -> _Weights:
+    state = checkpoint.state_dict
+    names = list(state.everything)
+    known = checkpoint.module is not None
+    tensors: list[tuple[str, TensorEntry, bool | None]] = []
+    others: list[tuple[str, object]] = []
+    for name, (own, value) in zip(unwrapped_names(names), state.everything.items(), strict=True):
+        if isinstance(value, TensorEntry):
+            tensors.append((name, value, tensor_role(own, value, known=known)[0] == "parameter"))
+        else:
+            others.append((name, value))
+    return _Weights(sorted(tensors, key=lambda item: item[0]), sorted(others, key=lambda item: item[0]), names)
+
+
+def _all_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor]) -> _Weights:
+    """Of a file in which no weights are selected: every tensor, by its section and its name there."""
+    rows = list_tensors(checkpoint, beside).rows
+    names = [unwrapped_in_digests(row.name) for row in rows]
+    bare = [join(row.section, name) if row.section else name for row, name in zip(rows, names, strict=True)]
+    if len(set(bare)) != len(bare):
+        bare = [join(row.section, row.name) if row.section else row.name for row in rows]
+    times: Counter[str] = Counter()
+    tensors: list[tuple[str, TensorEntry, bool | None]] = []
+    for name, row in zip(bare, rows, strict=True):
+        times[name] += 1
+        unique = name if times[name] == 1 else f"{name}#{times[name]}"
+        tensors.append((unique, row.tensor, None if row.role == "unknown" else row.role == "parameter"))
+    values = [node for node in walk(checkpoint.rest) if isinstance(node, Object) and is_tensor_like(node)]
+    others: list[tuple[str, object]] = [(_NOT_PLAIN, values)] if values else []
+    return _Weights(sorted(tensors, key=lambda item: item[0]), others, [row.name for row in rows])
+
+
+class _Contents:
+    """What stands in a checkpoint, found when it is first asked for.
+
+    Raises:
+        LimitError: on use: the names of its tensors are more, or longer, than those of any checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    @cached_property
+    def values(self) -> list[FoundTensor]:
+        """All but the plain tensors of the state_dict: tensors, bare storages, arrays, and what is made of them."""
+        found = other_tensors(self.checkpoint, values=True)
+        if len(found) > DEFAULT_LIMITS.entries:
+            raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(found))
+        return found
+
+    @cached_property
+    def beside(self) -> list[FoundTensor]:
+        """The same without what is made of tensors that are there too."""
+        return [found for found in self.values if not found.is_value]
+
+    @cached_property
+    def storages(self) -> list[Storage]:
+        """Every storage, once."""
+        storages = {id(entry.storage): entry.storage for entry in self.checkpoint.state_dict.values()}
+        for _, _, node, _ in self.values:
+            if isinstance(node, (TensorEntry, Storage)):
+                storage = node.storage if isinstance(node, TensorEntry) else node
+                storages[id(storage)] = storage
+        return list(storages.values())
+
+    @cached_property
+    def weights(self) -> _Weights:
+        """The tensors that a policy and a manifest are about."""
+        if self.checkpoint.origin.state_path is None:
+            return _all_tensors(self.checkpoint, self.beside)
+        return _selected_weights(self.checkpoint)
+
+    @cached_property
+    def not_finite(self) -> list[OtherValue]:
+        """What else has values that may be NaN."""
+        plain = {id(entry) for _, entry, _ in self.weights.tensors}
+        return list(other_values_in(self.checkpoint, plain, self.weights.others))
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots: what was found once is kept
 class Examined:
     """A file, as far as it was looked at.
 
@@ -86,27 +192,17 @@ class Examined:
         format: container name.
         kind: what it holds.
         trust: what a loader that executes pickles would have to be trusted with.
-        content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
-        former_digest: the same in version 1.
-        whole_digest: of everything in the file; ``None``: not asked for, or it has none.
-        tensors: those of the weights, sorted by name; of a file without selected weights, all.
-        others: names of the weights' values that are not plain tensors, or have attributes of their own, sorted.
         globals: every Python name in its pickles.
         unvouched: its parts that are code, or could not be looked into.
         has_pickle: whether it has any.
         is_program: whether it holds a program, of which only the weights can be written.
-        has_optimizer: whether it holds the state of one.
-        prefixes: of wrappers that names carry, such as ``"module."``, sorted.
-        locations: device tags of all its storages, sorted.
-        findings: what is remarkable about it, gravest first.
-        part: the warning that it is a part of a checkpoint; ``None``: it is whole.
-        architecture: the known model it is of, where every name and shape is that model's.
         shards: of a sharded checkpoint, in the order of the index.
-        beside: what else in the file has values that may be NaN, named by section and place: tensors of other
-            sections, in values that are none themselves, and numpy's arrays; only where values were counted.
-        unseen: names of the weights' values in which nothing was found to look at.
         damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
         malformed: quantized, sparse and nested tensors whose parts do not fit each other, with what is wrong.
+        content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
+        former_digest: the same in version 1.
+        whole_digest: of everything in the file; ``None``: not asked for, or it has none.
+        is_counted: whether NaN and Inf were counted.
     """
 
     path: str
@@ -115,26 +211,78 @@ class Examined:
     format: str
     kind: Kind
     trust: Trust
-    content_digest: str | None
-    tensors: tuple[TensorFact, ...]
-    others: tuple[str, ...]
     globals: tuple[GlobalUse, ...]
     unvouched: tuple[GlobalUse, ...]
     has_pickle: bool
     is_program: bool
-    has_optimizer: bool
-    prefixes: tuple[str, ...]
-    locations: tuple[str, ...]
-    findings: tuple[Finding, ...]
-    part: Finding | None
-    architecture: Architecture | None
-    shards: tuple[ShardFact, ...] = ()
-    beside: tuple[TensorFact, ...] = ()
-    unseen: tuple[str, ...] = ()
-    damage: str | None = None
-    malformed: tuple[str, ...] = ()
+    shards: tuple[ShardFact, ...]
+    damage: str | None
+    malformed: tuple[str, ...]
+    content_digest: str | None = None
     former_digest: str | None = None
     whole_digest: str | None = None
+    is_counted: bool = False
+    _contents: _Contents = field(repr=False)
+    _reading: Reading = field(repr=False)
+
+    @cached_property
+    def tensors(self) -> tuple[TensorFact, ...]:
+        """Those of the weights, sorted by name; of a file without selected weights, all."""
+        return tuple(_fact(name, entry, of, self._reading) for name, entry, of in self._contents.weights.tensors)
+
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        """Names of the weights' values that are not plain tensors, or have attributes of their own, sorted."""
+        weights = self._contents.weights
+        return tuple(sorted([*(name for name, _ in weights.others), *weights.hanging]))
+
+    @cached_property
+    def beside(self) -> tuple[TensorFact, ...]:
+        """Tensors of other sections, in values that are none themselves, and numpy's arrays, by section and place.
+
+        All of them may hold NaN; only where values were counted.
+        """
+        return tuple(
+            _beside_fact(each, self._reading) for each in (self._contents.not_finite if self.is_counted else ())
+        )
+
+    @cached_property
+    def unseen(self) -> tuple[str, ...]:
+        """Names of the weights' values in which nothing was found to look at; only where values were counted."""
+        others = self._contents.weights.others if self.is_counted else ()
+        return tuple(name for name, value in others if is_opaque(value))
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether it holds the state of one."""
+        whole = self._contents.checkpoint
+        return any(section.kind == "optimizer" for section in whole.sections) or has_optimizer(whole.rest)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Of wrappers that names carry, such as ``"module."``, sorted."""
+        return tuple(sorted({prefix for prefix in map(wrapper_of, self._contents.weights.names) if prefix}))
+
+    @property
+    def locations(self) -> tuple[str, ...]:
+        """Device tags of all its storages, sorted."""
+        return tuple(sorted({storage.location for storage in self._contents.storages}))
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is remarkable about it, gravest first."""
+        return diagnose(self._contents.checkpoint, self._contents.beside)
+
+    @property
+    def part(self) -> Finding | None:
+        """The warning that it is a part of a checkpoint; ``None``: it is whole."""
+        return next(part_findings(self._contents.checkpoint), None)
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """The known model it is of, where every name and shape is that model's."""
+        candidates = identify(self._contents.checkpoint.state_dict)
+        return next((found for found in candidates if found.exact and not found.others), None)
 
 
 def examine_file(
@@ -171,181 +319,95 @@ def examine_file(
     checkpoint, file = formats.read(path, ignore_checksums=ignore_checksums)
     try:
         require_whole(checkpoint, allow_part=allow_part)
-        storages = _storages(checkpoint)
-        held = [storage for storage in storages if checksums and storage.crc32 is not None]
-        weights = _weights(checkpoint)
-        inner = {name: list(tensors_in(value)) for name, value in weights.others}
-        entries = [entry for _, entry, _ in weights.tensors]
-        every = [*entries, *(as_tensor(node) for part in inner.values() for node in part)]
-        every += map(as_tensor, tensors_in(list(weights.hanging.values())))
-        if whole:
-            every += map(as_tensor, tensors_in(_everything(checkpoint)))
-        plain = {id(entry) for entry in entries}
-        beside = list(other_values_in(checkpoint, plain, weights.others)) if values else []
-        reading = (
-            read_through(
+        contents = _Contents(checkpoint)
+        held = [storage for storage in contents.storages if checksums and storage.crc32 is not None]
+        if checkpoint.origin.state_path is None:
+            contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
+        reading = Reading()
+        if hash_file or digest or values or held:
+            reading = read_through(
                 [file, *file.parts],
-                every,
+                _digested(contents, whole) if digest else (),
                 hash_files=hash_file,
                 digest=digest,
-                counted=[*entries, *(each.entry for each in beside if each.entry is not None)] if values else (),
+                counted=_counted(contents) if values else (),
                 held=held,
                 threads=threads,
             )
-            if hash_file or digest or values or held
-            else Reading()
+        origin, folder = checkpoint.origin, os.path.dirname(os.path.abspath(path))
+        return Examined(
+            path=path,
+            size=origin.size,
+            sha256=reading.files.get(id(file)),
+            format=origin.format,
+            kind=origin.kind,
+            trust=checkpoint.trust,
+            globals=checkpoint.globals,
+            unvouched=checkpoint.unvouched,
+            has_pickle=origin.has_pickle,
+            is_program=origin.is_program,
+            shards=tuple(
+                ShardFact(
+                    name=os.path.relpath(shard.path, folder).replace(os.sep, "/"),
+                    size=shard.size,
+                    sha256=reading.files.get(id(shard)),
+                )
+                for shard in file.parts
+            ),
+            damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
+            malformed=tuple(_malformed(contents.values)),
+            **(_digests(contents, reading, whole) if digest else {}),
+            is_counted=values,
+            _contents=contents,
+            _reading=reading,
         )
-        facts = [_fact(name, entry, is_parameter, reading) for name, entry, is_parameter in weights.tensors]
-        found = _examined(checkpoint, file, path, reading, facts, weights, storages)
-        if digest:
-            tell = partial(_digest_of, reading=reading)
-            trees = {name: tree_digest(value, tell, flags=False) for name, value in weights.others}
-            trees |= {name: tree_digest(hanging, tell, flags=False) for name, hanging in weights.hanging.items()}
-            lines = [
-                DigestLine(name=fact.name, kind=fact.dtype, shape=fact.shape, digest=fact.digest) for fact in facts
-            ]
-            lines += [
-                DigestLine(name=name, kind=value_kind(value), parts=tuple(_parts(inner[name], reading)))
-                for name, value in weights.others
-            ]
-            content = content_digest(
-                replace(line, tree=trees[line.name]) if line.name in trees else line for line in lines
-            )
-            found = replace(
-                found,
-                content_digest=content,
-                former_digest=content_digest(line for line in lines if line.name != _NOT_PLAIN) if trees else content,
-                whole_digest=whole_digest(checkpoint, tell) if whole else None,
-            )
-        unseen = tuple(name for name, value in weights.others if values and is_opaque(value))
-        return replace(found, beside=tuple(_beside_fact(each, reading) for each in beside), unseen=unseen)
     finally:
         file.close()
 
 
-def examine_all(
-    paths: Sequence[str],
-    *,
-    hash_file: bool,
-    digest: bool,
-    values: bool,
-    checksums: bool = True,
-    ignore_checksums: bool = False,
-    allow_part: bool = True,
-    whole: bool = False,
-) -> Iterator[tuple[str, Examined | CkptkitError]]:
-    """Look at several files, side by side over the processors; in the order given.
-
-    Yields:
-        Each path, and what was found or why it could not be.
-    """
-    results: dict[int, Examined | CkptkitError] = {}
-
-    def work(number: int, threads: int) -> None:
-        try:
-            results[number] = examine_file(
-                paths[number],
-                hash_file=hash_file,
-                digest=digest,
-                values=values,
-                checksums=checksums,
-                ignore_checksums=ignore_checksums,
-                allow_part=allow_part,
-                whole=whole,
-                threads=threads,
-            )
-        except CkptkitError as error:
-            results[number] = error
-
-    over_the_cores([size_of(path) for path in paths], work)
-    for number, path in enumerate(paths):
-        yield path, results[number]
+def _digested(contents: _Contents, whole: bool) -> Iterator[TensorEntry]:
+    """The tensors, and storages as tensors, whose values the digests are made of."""
+    weights = contents.weights
+    yield from (entry for _, entry, _ in weights.tensors)
+    trees = [*(value for _, value in weights.others), *weights.hanging.values()]
+    nodes = [node for tree in trees for node in tensors_in(tree)]
+    yield from map(as_tensor, [*nodes, *(whole_nodes(contents.checkpoint) if whole else ())])
 
 
-def over_the_cores(sizes: Sequence[int], work: Callable[[int, int], object]) -> None:
-    """Deal with several files side by side, the largest first, so that none is left for one processor at the end.
-
-    Args:
-        sizes: of each file, in bytes.
-        work: called with a file's number and how many threads it may use.
-    """
-    cores = os.cpu_count() or 1
-    threads = 2 if len(sizes) < cores else 1
-    order = sorted(range(len(sizes)), key=lambda number: -sizes[number])
-    in_parallel((partial(work, number, threads) for number in order), nbytes=sum(sizes), most=cores)
+def _counted(contents: _Contents) -> list[TensorEntry]:
+    """The tensors whose NaN and Inf are counted."""
+    beside = (each.entry for each in contents.not_finite if each.entry is not None)
+    return [*(entry for _, entry, _ in contents.weights.tensors), *beside]
 
 
-def size_of(path: str) -> int:
-    """Bytes of a file; 0 for what cannot be asked, which opening it will tell."""
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):
-        return 0
+def _digests(contents: _Contents, reading: Reading, whole: bool) -> dict[str, str | None]:
+    """The digests of an `Examined`."""
+
+    def tell(node: TensorEntry | Storage) -> str:
+        return _digest_of(as_tensor(node), reading) or ""
+
+    weights = contents.weights
+    trees = {name: tree_digest(value, tell, flags=False) for name, value in weights.others}
+    trees |= {name: tree_digest(hanging, tell, flags=False) for name, hanging in weights.hanging.items()}
+    lines = [
+        DigestLine(name=name, kind=entry.dtype, shape=entry.shape, digest=_digest_of(entry, reading))
+        for name, entry, _ in weights.tensors
+    ]
+    for name, value in weights.others:
+        inside = [node for node in tensors_in(value) if isinstance(node, TensorEntry)]
+        parts = tuple((entry.dtype, entry.shape, tell(entry)) for entry in inside)
+        lines.append(DigestLine(name=name, kind=value_kind(value), parts=parts))
+    content = content_digest(replace(line, tree=trees[line.name]) if line.name in trees else line for line in lines)
+    return {
+        "content_digest": content,
+        "former_digest": content_digest(line for line in lines if line.name != _NOT_PLAIN) if trees else content,
+        "whole_digest": whole_digest(contents.checkpoint, tell) if whole else None,
+    }
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """The tensors that count, and the values beside them that are none; and the names as they are in the file."""
-
-    tensors: list[tuple[str, TensorEntry, bool | None]]
-    others: list[tuple[str, object]]
-    names: list[str]
-
-    @property
-    def hanging(self) -> dict[str, object]:
-        """Class and attributes of the tensors of classes of their own that have any, by name."""
-        classes = ((name, entry) for name, entry, _ in self.tensors if entry.subclass is not None)
-        return {name: (entry.subclass, entry.attributes) for name, entry in classes if not _is_empty(entry.attributes)}
-
-
-def _is_empty(node: object) -> bool:
-    return node is None or (isinstance(node, (InertDict, tuple)) and len(node) == 0)
-
-
-def _weights(checkpoint: Checkpoint) -> _Weights:
-    state = checkpoint.state_dict
-    if checkpoint.origin.state_path is None:
-        return _all_tensors(checkpoint)
-    names = list(state.everything)
-    known = checkpoint.module is not None
-    tensors: list[tuple[str, TensorEntry, bool | None]] = []
-    others: list[tuple[str, object]] = []
-    for name, (own, value) in zip(unwrapped_names(names), state.everything.items(), strict=True):
-        if isinstance(value, TensorEntry):
-            tensors.append((name, value, tensor_role(own, value, known=known)[0] == "parameter"))
-        else:
-            others.append((name, value))
-    return _Weights(sorted(tensors, key=lambda item: item[0]), sorted(others, key=lambda item: item[0]), names)
-
-
-def _all_tensors(checkpoint: Checkpoint) -> _Weights:
-    """Of a file in which no weights are selected: every tensor, by its section and its name there."""
-    rows = list_tensors(checkpoint).rows
-    names = [unwrapped_in_digests(row.name) for row in rows]
-    bare = [join(row.section, name) if row.section else name for row, name in zip(rows, names, strict=True)]
-    if len(set(bare)) != len(bare):
-        bare = [join(row.section, row.name) if row.section else row.name for row in rows]
-    times: Counter[str] = Counter()
-    tensors: list[tuple[str, TensorEntry, bool | None]] = []
-    for name, row in zip(bare, rows, strict=True):
-        times[name] += 1
-        unique = name if times[name] == 1 else f"{name}#{times[name]}"
-        tensors.append((unique, row.tensor, None if row.role == "unknown" else row.role == "parameter"))
-    values = [node for node in walk(checkpoint.rest) if isinstance(node, Object) and is_tensor_like(node)]
-    others: list[tuple[str, object]] = [(_NOT_PLAIN, values)] if values else []
-    return _Weights(sorted(tensors, key=lambda item: item[0]), others, [row.name for row in rows])
-
-
-def _digest_of(node: TensorEntry | Storage, reading: Reading) -> str:
-    values = reading.of(as_tensor(node))
-    return (values.digest if values is not None else None) or ""
-
-
-def _everything(checkpoint: Checkpoint) -> list[object]:
-    """The trees that make up a file, without the plain tensors of the state_dict."""
-    values = [value for value in checkpoint.state_dict.everything.values() if not is_plain_value(value)]
-    around = mapping_shell(checkpoint.state_dict.container)
-    return [*values, around, checkpoint.rest, checkpoint.module, *checkpoint.discarded]
+def _digest_of(entry: TensorEntry, reading: Reading) -> str | None:
+    values = reading.of(entry)
+    return values.digest if values is not None else None
 
 
 def _beside_fact(each: OtherValue, reading: Reading) -> TensorFact:
@@ -382,61 +444,9 @@ def _fact(name: str, entry: TensorEntry, is_parameter: bool | None, reading: Rea
     )
 
 
-def _parts(nodes: list[TensorEntry | Storage], reading: Reading) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    for entry in nodes:
-        if isinstance(entry, TensorEntry):
-            yield entry.dtype, entry.shape, _digest_of(entry, reading)
-
-
-def _examined(
-    checkpoint: Checkpoint,
-    file: SourceFile,
-    path: str,
-    reading: Reading,
-    facts: list[TensorFact],
-    weights: _Weights,
-    storages: list[Storage],
-) -> Examined:
-    origin = checkpoint.origin
-    folder = os.path.dirname(os.path.abspath(path))
-    beside = other_tensors(checkpoint, values=True)
-    exact = (found for found in identify(checkpoint.state_dict) if found.exact and not found.others)
-    return Examined(
-        path=path,
-        size=origin.size,
-        sha256=reading.files.get(id(file)),
-        format=origin.format,
-        kind=origin.kind,
-        trust=checkpoint.trust,
-        content_digest=None,
-        tensors=tuple(facts),
-        others=tuple(sorted([*(name for name, _ in weights.others), *weights.hanging])),
-        globals=checkpoint.globals,
-        unvouched=checkpoint.unvouched,
-        has_pickle=origin.has_pickle,
-        is_program=origin.is_program,
-        has_optimizer=_has_optimizer(checkpoint),
-        prefixes=tuple(sorted({prefix for prefix in map(wrapper_of, weights.names) if prefix})),
-        locations=tuple(sorted({storage.location for storage in storages})),
-        findings=diagnose(checkpoint, [found for found in beside if not found.is_value]),
-        part=next(part_findings(checkpoint), None),
-        architecture=next(exact, None),
-        shards=tuple(
-            ShardFact(
-                name=os.path.relpath(shard.path, folder).replace(os.sep, "/"),
-                size=shard.size,
-                sha256=reading.files.get(id(shard)),
-            )
-            for shard in file.parts
-        ),
-        damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
-        malformed=tuple(_malformed(beside)),
-    )
-
-
-def _malformed(beside: Sequence[FoundTensor]) -> Iterator[str]:
+def _malformed(values: Sequence[FoundTensor]) -> Iterator[str]:
     """The values that torch would rebuild without a look at indices, offsets and axes that lie outside of them."""
-    for found in beside:
+    for found in values:
         if not found.is_value:
             continue
         from ckptkit.pickling.layouts import rebuilt
@@ -448,18 +458,3 @@ def _malformed(beside: Sequence[FoundTensor]) -> Iterator[str]:
                 check_indices(value.layout)
         except CorruptError as error:
             yield f"{found.path:.200}: {error.message}"
-
-
-def _has_optimizer(checkpoint: Checkpoint) -> bool:
-    if any(section.kind == "optimizer" for section in checkpoint.sections):
-        return True
-    return bool(training_document(checkpoint.rest)["optimizers"])
-
-
-def _storages(checkpoint: Checkpoint) -> list[Storage]:
-    """Every storage of the file, once."""
-    found = {id(entry.storage): entry.storage for entry in checkpoint.state_dict.values()}
-    for node in tensors_in(_everything(checkpoint)):
-        storage = node.storage if isinstance(node, TensorEntry) else node
-        found[id(storage)] = storage
-    return list(found.values())

@@ -1,13 +1,15 @@
-"""Makes manifests and brings them up to date; what one is, `ckptkit.released.manifest_file` says.
+"""Makes a manifest, or brings one up to date: from paths as people type them, to the file that is written.
 
-Makes a manifest where it is asked for: from paths as people type them, to a file.
+What a manifest is, `ckptkit.released.manifest_file` says.  `make_at` finds the files that the paths stand for, `make`
+records them (each opened and read once), and `write` writes them down.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from ckptkit.architectures import Architecture
 from ckptkit.errors import (
@@ -18,8 +20,9 @@ from ckptkit.errors import (
     RewriteError,
     UnsupportedError,
 )
+from ckptkit.formats import collector_paused
 from ckptkit.plan import LiteralBytes, Plan
-from ckptkit.released.examine import Examined, examine_all
+from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import (
     Changes,
     Digests,
@@ -30,12 +33,16 @@ from ckptkit.released.manifest_file import (
     TensorRecord,
     read_manifest,
 )
+from ckptkit.released.manifest_rules import is_same_file
 from ckptkit.released.reading import file_sha256
-from ckptkit.released.selection import Selected, name_of, select
+from ckptkit.released.selection import Selected, name_of, select, size_of
 from ckptkit.report import count_of
 from ckptkit.transfer import write_atomically
+from ckptkit.transfer.workers import each_file
 
 __all__ = ["make", "make_at", "write"]
+
+T = TypeVar("T")
 
 
 def make(
@@ -71,39 +78,18 @@ def make(
     old = {} if previous is None else {record.path: record for record in previous.files}
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
-    if not wanted:
-        raise FileAccessError("no checkpoints to record: golden files alone")
-    for name in wanted:
-        _require_below(name, folder)
-    for name in golden:
-        if name not in wanted:
-            raise FileAccessError(f"{name}: a golden file is named for it, but it is not among the checkpoints")
+    _require_recordable(wanted, golden, folder)
     kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part)
-    renewed: dict[str, FileRecord] = {}
-    errors: list[CkptkitError] = []
-    names = [name for name in wanted if name not in kept]
-    found = examine_all(
-        [wanted[name] for name in names],
-        hash_file=True,
-        digest=True,
-        values=False,
-        ignore_checksums=ignore_checksums,
+    renewed = _renewed(
+        {name: path for name, path in wanted.items() if name not in kept},
+        {
+            name
+            for name in wanted
+            if (digests == "tensor" if digests else name not in old or old[name].tensors is not None)
+        },
         allow_part=allow_part,
-        whole=True,
+        ignore_checksums=ignore_checksums,
     )
-    for name, (_, result) in zip(names, found, strict=True):
-        if isinstance(result, CkptkitError):
-            errors.append(result)
-            continue
-        if result.damage is not None:
-            errors.append(CorruptError(result.damage, path=result.path))
-            continue
-        listed = digests == "tensor" if digests else name not in old or old[name].tensors is not None
-        renewed[name] = _record(name, result, listed)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'file')} cannot be recorded:", *map(str, errors)]))
     records = {**_unselected(old, wanted, folder), **kept, **renewed}
     for name, record in records.items():
         before = old[name].golden if name in old else None
@@ -112,6 +98,72 @@ def make(
     files = tuple(records[name] for name in sorted(records))
     claimed = _outermost({*folders, *(() if previous is None else previous.folders)})
     return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records))
+
+
+def _require_recordable(wanted: Collection[str], golden: Collection[str], folder: str) -> None:
+    if not wanted:
+        raise FileAccessError("no checkpoints to record: golden files alone")
+    for name in wanted:
+        _require_below(name, folder)
+    for name in golden:
+        if name not in wanted:
+            raise FileAccessError(f"{name}: a golden file is named for it, but it is not among the checkpoints")
+
+
+def _renewed(
+    wanted: Mapping[str, str], listed: Collection[str], *, allow_part: bool, ignore_checksums: bool
+) -> dict[str, FileRecord]:
+    """The records of files as they are now.
+
+    Args:
+        wanted: paths by name.
+        listed: the names of those whose tensors are listed.
+        allow_part: as of `make`.
+        ignore_checksums: as of `make`.
+    """
+
+    def record(name: str, path: str, threads: int) -> FileRecord | CkptkitError:
+        found = _looked_at(
+            path,
+            hash_file=True,
+            digest=True,
+            values=False,
+            ignore_checksums=ignore_checksums,
+            allow_part=allow_part,
+            whole=True,
+            threads=threads,
+        )
+        if isinstance(found, CkptkitError):
+            return found
+        if found.damage is not None:
+            return CorruptError(found.damage, path=found.path)
+        return _record(name, found, name in listed)
+
+    made = _of_each(wanted, record)
+    errors = [result for result in made.values() if isinstance(result, CkptkitError)]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'file')} cannot be recorded:", *map(str, errors)]))
+    return {name: result for name, result in made.items() if isinstance(result, FileRecord)}
+
+
+def _looked_at(path: str, **asked: Any) -> Examined | CkptkitError:
+    try:
+        return examine_file(path, **asked)
+    except CkptkitError as error:
+        return error
+
+
+def _of_each(paths: Mapping[str, str], make: Callable[[str, str, int], T]) -> dict[str, T]:
+    """What is made of each file, several at a time: called with its name, its path and how many threads it may use."""
+    names = list(paths)
+
+    @collector_paused()  # what is read is gone at the end, without it
+    def work(number: int, threads: int) -> T:
+        return make(names[number], paths[names[number]], threads)
+
+    return dict(zip(names, each_file([size_of(path) for path in paths.values()], work), strict=True))
 
 
 def _outermost(folders: Collection[str]) -> tuple[str, ...]:
@@ -136,19 +188,19 @@ def _unchanged(
     wanted: Mapping[str, str], old: Mapping[str, FileRecord], digests: Digests | None, allow_part: bool
 ) -> dict[str, FileRecord]:
     """The records of files that are what they were, by their sizes and hashes."""
-    kept: dict[str, FileRecord] = {}
-    sized = [name for name, path in wanted.items() if _may_be_unchanged(name, path, old[name])]
-    paths = [wanted[name] for name in sized]
-    found = examine_all(paths, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part)
-    for name, (_, result) in zip(sized, found, strict=True):
+
+    def same(name: str, path: str, threads: int) -> FileRecord | None:
         before = old[name]
-        if isinstance(result, CkptkitError) or (digests == "tensor" and before.tensors is None):
-            continue
-        shards = {shard.name: (shard.size, shard.sha256) for shard in result.shards}
-        recorded = {shard: (record.size, record.sha256) for shard, record in before.shards.items()}
-        if (result.size, result.sha256, shards) == (before.size, before.sha256, recorded):
-            kept[name] = replace(before, tensors=None) if digests == "total" else before
-    return kept
+        found = _looked_at(
+            path, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part, threads=threads
+        )
+        is_same = not isinstance(found, CkptkitError) and is_same_file(found, before)
+        if not is_same or (digests == "tensor" and before.tensors is None):
+            return None
+        return replace(before, tensors=None) if digests == "total" else before
+
+    sized = {name: path for name, path in wanted.items() if _may_be_unchanged(name, path, old[name])}
+    return {name: record for name, record in _of_each(sized, same).items() if record is not None}
 
 
 def _may_be_unchanged(name: str, path: str, record: FileRecord) -> bool:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ckptkit.architectures import Architecture
 from ckptkit.errors import CkptkitError, MissingDependencyError, MissingFileError
 from ckptkit.normalize.parts import CODE
 from ckptkit.released.examine import Examined, TensorFact
@@ -201,16 +202,23 @@ _FIT_CHECKS = ("fit", "load", "weights")
 
 
 def model_findings(
-    examined: Examined, policy: Policy, golden: str | None, verify: Callable[..., Report]
+    path: str, policy: Policy, golden: str | None, architecture: Architecture | None, verify: Callable[..., Report]
 ) -> Iterator[CheckFinding]:
     """What the verifier finds to be wrong with a file.
+
+    Args:
+        path: the file.
+        policy: what it is held to.
+        golden: the file of its recorded outputs.
+        architecture: the known model it is of.
+        verify: `ckptkit.verify`.
 
     The model is that of ``fits``; without it that of the golden, or of the architecture that was identified.
 
     Raises:
         MissingDependencyError: torch, or the package of the reference, is not installed.
     """
-    path, rule = examined.path, "fits" if policy.fits is not None else "forward"
+    rule = "fits" if policy.fits is not None else "forward"
     options: dict[str, Any] = {
         "model": policy.fits,
         "model_args": dict(policy.model_args),
@@ -218,9 +226,9 @@ def model_findings(
     }
     if policy.forward and golden is not None:
         options["golden"] = golden  # with the model and the inputs, where they are not given
-    elif policy.fits is None and examined.architecture is not None and not examined.architecture.prefix:
-        options["model"] = examined.architecture.reference
-        options["model_args"] = {**examined.architecture.args, **policy.model_args}
+    elif policy.fits is None and architecture is not None and not architecture.prefix:
+        options["model"] = architecture.reference
+        options["model_args"] = {**architecture.args, **policy.model_args}
     elif policy.fits is None:
         yield _not_run(
             path,

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptkit.report import Finding, Report
+from ckptkit.errors import CkptkitError, MissingFileError, PartError
+from ckptkit.normalize.parts import CODE
+from ckptkit.report import Finding, Report, listed
 
-__all__ = ["NOT_CHECKED", "CheckFinding", "CheckReport", "FileResult"]
+__all__ = [
+    "NOT_CHECKED",
+    "CheckFinding",
+    "CheckReport",
+    "FileResult",
+    "broken_finding",
+    "extra_finding",
+    "missing_result",
+    "nothing_selected",
+    "unreadable_finding",
+    "whole_finding",
+]
 
 NOT_CHECKED = frozenset(("file-unreadable", "nothing-selected", "check-not-run", "not-looked-into"))
 """Codes of what could not be held against anything: neither a pass nor a mismatch."""
@@ -169,3 +182,81 @@ class CheckReport(Report):
                 "files": [result.to_dict() for result in results],
             },
         )
+
+
+def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False) -> CheckFinding:
+    """A file that could not be read; or that is a part of a checkpoint, where that is not allowed."""
+    message = str(error).removeprefix(f"{path}: ")
+    found = "no such file" if isinstance(error, MissingFileError) else type(error).__name__
+    if isinstance(error, PartError) and not allow_part:
+        return CheckFinding(
+            code=CODE,
+            severity="error",
+            path=path,
+            rule="whole",
+            expected="a whole checkpoint",
+            found="a part of one",
+            message=message.removeprefix(f"{CODE}: "),
+        )
+    return broken_finding("file-unreadable", path, "a readable checkpoint", found, message)
+
+
+def broken_finding(code: str, path: str, expected: str, found: str, message: str) -> CheckFinding:
+    """What is wrong with a file whatever the policy: it cannot be read, or not all of it."""
+    return CheckFinding(
+        code=code, severity="error", path=path, rule="readable", expected=expected, found=found, message=message
+    )
+
+
+def whole_finding(path: str, shards: Sequence[str]) -> CheckFinding:
+    """That an index is checked where its shards were named."""
+    return CheckFinding(
+        code="whole-checked",
+        severity="info",
+        path=path,
+        rule="selection",
+        expected="the whole checkpoint",
+        found=list(shards),
+        message=f"checked in place of {listed(shards)}: the index beside a shard stands for all of them",
+    )
+
+
+def missing_result(path: str) -> FileResult:
+    """The result of a file that the manifest names, and that is not there."""
+    finding = CheckFinding(
+        code="file-missing",
+        severity="error",
+        path=path,
+        rule="manifest",
+        expected="the file of the manifest",
+        found="no file",
+        message="the manifest names this file, and it is not there",
+    )
+    return FileResult(path=path, rules=("manifest",), findings=(finding,))
+
+
+def extra_finding(path: str) -> CheckFinding:
+    """A file that is there, and that the manifest does not name."""
+    return CheckFinding(
+        code="file-extra",
+        severity="error",
+        path=path,
+        rule="manifest",
+        expected="no file that the manifest does not name",
+        found="a checkpoint file",
+        message="the manifest does not name this file",
+    )
+
+
+def nothing_selected(path: str, message: str) -> FileResult:
+    """The result of a path that stands for no checkpoint."""
+    finding = CheckFinding(
+        code="nothing-selected",
+        severity="error",
+        path=path or ".",
+        rule="selection",
+        expected="checkpoint files",
+        found="none",
+        message=message.removeprefix(f"{path}: "),
+    )
+    return FileResult(path=path or ".", rules=("selection",), findings=(finding,))

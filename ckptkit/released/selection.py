@@ -11,7 +11,7 @@ from ckptkit.formats.folder import Surveyor, indexes_by_shard
 from ckptkit.report import count_of
 from ckptkit.transfer.names import is_temporary_name
 
-__all__ = ["Selected", "Selection", "name_of", "select"]
+__all__ = ["Selected", "Selection", "name_of", "select", "size_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,3 +138,11 @@ def name_of(path: str, folder: str) -> str:
         return os.path.relpath(absolute, folder or ".").replace(os.sep, "/")
     except ValueError:  # another drive
         return absolute.replace(os.sep, "/")
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file; 0 for what cannot be asked, which opening it will tell."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return 0

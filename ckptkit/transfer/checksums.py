@@ -31,6 +31,9 @@ SUMMED_NBYTES = 16 << 20
 _READ_NBYTES = 512 << 10
 """Bytes read at a time: they are still in a core's own cache when they are summed."""
 
+_GAP_NBYTES = 4096
+"""Bytes between two runs that are read with them: what another call to the operating system costs."""
+
 _POLYNOMIAL = 0xEDB88320
 """Of CRC-32, its bits reversed."""
 
@@ -140,27 +143,22 @@ class Checksums:
         """
         held = self.wanted
         broken: dict[int, Damage] = {}
-        unread: list[Storage] = []
+        unread: list[tuple[Storage, ByteRange]] = []
         tasks: list[Callable[[], object]] = []
         nbytes = 0
         for storage in held:
             source = storage.source
             if isinstance(source, DeflatedRange):
                 tasks.append(partial(_inflate, storage, source.whole, broken, keep))
-            elif isinstance(source, ByteRange):
-                if not self._is_known(storage, source, broken):
-                    unread.append(storage)
-                else:
-                    continue
-                for start in range(0, source.nbytes, SUMMED_NBYTES):
-                    tasks.append(partial(self._read, source.part(start, min(SUMMED_NBYTES, source.nbytes - start))))
+            elif isinstance(source, ByteRange) and not self._is_known(storage, source, broken):
+                unread.append((storage, source))
             else:
                 continue
             nbytes += storage.nbytes
+        tasks += (partial(self._read, runs) for runs in _neighbours([run for _, run in unread]))
         in_parallel(tasks, nbytes=nbytes)
-        for storage in unread:
-            if isinstance(storage.source, ByteRange):
-                self._is_known(storage, storage.source, broken)
+        for storage, run in unread:
+            self._is_known(storage, run, broken)
         return [broken[id(storage)] for storage in held if id(storage) in broken]
 
     def _is_known(self, storage: Storage, run: ByteRange, broken: dict[int, Damage]) -> bool:
@@ -216,12 +214,39 @@ class Checksums:
             at += nbytes
         return crc
 
-    def _read(self, run: ByteRange) -> None:
+    def _read(self, runs: Sequence[ByteRange]) -> None:
+        if len(runs) > 1:
+            file, first = runs[0].file, runs[0].offset
+            whole = buffer("checksum", _READ_NBYTES)[: max(run.offset + run.nbytes for run in runs) - first]
+            file.read_into(first, whole)
+            for run in runs:
+                self.note(run, zlib.crc32(whole[run.offset - first : run.offset - first + run.nbytes]))
+            return
+        (run,) = runs
         passing = self.passing(run)
         for start in range(0, run.nbytes, _READ_NBYTES):
             piece = buffer("checksum", _READ_NBYTES)[: min(_READ_NBYTES, run.nbytes - start)]
             run.file.read_into(run.offset + start, piece)
             passing.update(piece)
+
+
+def _neighbours(runs: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
+    """Runs that are read at once: those close behind each other, all together no more than one is in a piece."""
+    group: list[ByteRange] = []
+    begin = end = 0
+    for run in sorted(runs, key=lambda run: (id(run.file), run.offset)):
+        is_close = group and run.file is group[0].file and run.offset - end <= _GAP_NBYTES
+        if group and not (is_close and run.offset + run.nbytes - begin <= _READ_NBYTES):
+            yield group
+            group = []
+        if run.nbytes > _READ_NBYTES:
+            for start in range(0, run.nbytes, SUMMED_NBYTES):
+                yield [run.part(start, min(SUMMED_NBYTES, run.nbytes - start))]
+            continue
+        begin, end = (begin, max(end, run.offset + run.nbytes)) if group else (run.offset, run.offset + run.nbytes)
+        group.append(run)
+    if group:
+        yield group
 
 
 def _inflate(storage: Storage, whole: Inflation, broken: dict[int, Damage], keep: bool) -> None:

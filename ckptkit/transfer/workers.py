@@ -5,10 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TypeVar
 
-__all__ = ["MANY_NBYTES", "SIGNALS", "Background", "Progress", "Stopped", "buffer", "in_parallel", "uninterrupted"]
+__all__ = [
+    "MANY_NBYTES",
+    "SIGNALS",
+    "Background",
+    "Progress",
+    "Stopped",
+    "buffer",
+    "each_file",
+    "in_parallel",
+    "uninterrupted",
+]
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], object]
 """Called with the bytes dealt with so far, and those to deal with in all."""
@@ -81,6 +95,28 @@ def in_parallel(
         raise
     if failures:
         raise failures[0]
+
+
+def each_file(sizes: Sequence[int], work: Callable[[int, int], T]) -> list[T]:
+    """Deal with several files side by side, the largest first, so that none is left for one processor at the end.
+
+    Args:
+        sizes: of each file, in bytes.
+        work: called with a file's number and how many threads it may use.
+
+    Returns:
+        What it made of each file, in their order.
+    """
+    cores = os.cpu_count() or 1
+    threads = 2 if len(sizes) < cores else 1
+    made: dict[int, T] = {}
+
+    def note(number: int) -> None:
+        made[number] = work(number, threads)
+
+    order = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+    in_parallel((partial(note, number) for number in order), nbytes=sum(sizes), most=cores)
+    return [made[number] for number in range(len(sizes))]
 
 
 def buffer(name: str, nbytes: int) -> memoryview:

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, CorruptError, LimitError, MissingFileError, UnknownFormatError
 from ckptkit.released import reading
-from ckptkit.released.examine import Examined, examine_all, examine_file
+from ckptkit.released.examine import Examined, examine_file
+from ckptkit.released.selection import size_of
+from ckptkit.transfer.workers import each_file
 
 Save = Callable[..., Path]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -172,15 +174,21 @@ def test_several_in_the_order_given(save: Save, tmp_path: Path) -> None:
     big = save({"w": torch.zeros(9 << 20)}, "big.pth")
     small = save({"w": torch.zeros(1)}, "small.pth")
     (tmp_path / "no.pth").write_text("<html>")
+
+    def look(number: int, threads: int) -> Examined | CkptkitError:
+        try:
+            return examine_file(paths[number], hash_file=True, digest=True, values=False, threads=threads)
+        except CkptkitError as error:
+            return error
+
     paths = [str(small), str(tmp_path / "missing.pth"), str(big), str(tmp_path / "no.pth"), str(small)]
-    found = list(examine_all(paths, hash_file=True, digest=True, values=False))
-    assert [path for path, _ in found] == paths
-    results = [result for _, result in found]
+    results = each_file([size_of(path) for path in paths], look)
     assert [type(result) for result in results] == [
         *(Examined, MissingFileError, Examined, UnknownFormatError, Examined)
     ]
+    assert [result.path for result in results if isinstance(result, Examined)] == paths[::2]
     assert results[2].sha256 == sha256(big)
-    assert list(examine_all([], hash_file=True, digest=True, values=True)) == []
+    assert each_file([], look) == []
 
 
 def test_a_file_that_changes_meanwhile(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
