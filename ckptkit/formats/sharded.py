@@ -202,7 +202,7 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
         problems.add(_MISSING, name)
         return None
     probe.file.keep(file)
-    part = Probe(file, probe.limits)
+    part = Probe(file, probe.limits, f"{name}:")
     try:
         if part.head.startswith(b"version https://git-lfs.github.com/"):
             size = re.search(rb"^size ([0-9]{1,19})$", part.head, re.MULTILINE)
@@ -221,20 +221,20 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
         return None
     finally:
         file.release()
-    pairs = mapping_items(_prefixed(raw.root, name))
+    pairs = mapping_items(raw.root if raw.is_prefixed else _prefixed(raw.root, part.prefix))
     if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
         problems.add(_NO_STATE_DICT, name, raw.globals)
         return None
     return Shard(name, raw, {key: value for key, value in pairs if isinstance(key, str)})
 
 
-def _prefixed(root: object, shard: str) -> object:
+def _prefixed(root: object, prefix: str) -> object:
     """The tree with the shard's name before the key of every storage."""
     known: dict[int, Storage] = {}
 
     def named(storage: Storage) -> Storage:
         if id(storage) not in known:
-            known[id(storage)] = replace(storage, key=f"{shard}:{storage.key}")
+            known[id(storage)] = replace(storage, key=prefix + storage.key)
         return known[id(storage)]
 
     def leaf(node: object) -> object:

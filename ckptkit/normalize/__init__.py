@@ -44,6 +44,7 @@ class RawCheckpoint:
         discarded: as in `Checkpoint`.
         has_pickle, is_program: as in `Origin`.
         kind: what the file holds, where the container says it; ``None``: the tree tells.
+        is_prefixed: of a shard, whether the keys of its storages have the shard's name before them already.
     """
 
     root: object
@@ -59,6 +60,7 @@ class RawCheckpoint:
     has_pickle: bool = True
     is_program: bool = False
     kind: Kind | None = None
+    is_prefixed: bool = False
 
 
 def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = None) -> Checkpoint:
