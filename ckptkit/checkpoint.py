@@ -88,9 +88,9 @@ class StateDict(Mapping[str, TensorEntry]):
         self.versions = versions
         self.container = container
         self.is_module = is_module
-        self._tensors: Mapping[str, TensorEntry] = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
-        if len(self._tensors) == len(everything):
-            self._tensors = everything  # type: ignore[assignment]  # one of them is enough
+        self._tensors: Mapping[str, TensorEntry] = everything  # type: ignore[assignment]  # one of them is enough
+        if set(map(type, everything.values())) - {TensorEntry}:
+            self._tensors = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._tensors[name]
