@@ -172,12 +172,13 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
     characters = sum(len(section or "") + len(name) for section, name, _, _ in named)
     if characters > DEFAULT_LIMITS.name_characters:  # one long key may stand above thousands of tensors
         raise LimitError("characters of names", limit=DEFAULT_LIMITS.name_characters, actual=characters)
-    several = shared_storages(entry for _, _, entry, _ in named)
+    several = shared_storages([found[2] for found in named])
     tied_to = _ties(named, several)
     kinds: dict[str | None, str] = {section.path: section.kind for section in checkpoint.sections}
     selected = checkpoint.origin.state_path
     rows: list[TensorRow] = []
-    make, bits = TensorRow._make, {name: row.bits or 8 * row.itemsize for name, row in DTYPES.items()}
+    make, row_class, prod = tuple.__new__, TensorRow, math.prod
+    bits = {name: row.bits or 8 * row.itemsize for name, row in DTYPES.items()}
     roles: dict[str | None, tuple[bool, bool]] = {}
     for section, name, entry, is_own in named:
         role: Role = "unknown"
@@ -192,8 +193,9 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
         shape, dtype, storage = entry.shape, entry.dtype, entry.storage
         rows.append(
             make(
-                (section, name, dtype, shape, entry.stride, math.prod(shape) * bits[dtype] // 8, storage.location,
-                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None, None)
+                row_class,
+                (section, name, dtype, shape, entry.stride, prod(shape) * bits[dtype] // 8, storage.location,
+                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None, None),
             )
         )  # fmt: skip
     return Listing(rows, others, several)
