@@ -18,7 +18,7 @@ from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import EMBEDDINGS, discarded_text, holding_suffix, other_parts
 from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
-from ckptkit.normalize.wrappers import inner_module_told, may_be_wrapped, unwrapped, wrapper_of
+from ckptkit.normalize.wrappers import MODULE, inner_module_told, may_be_wrapped, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, human_size, listed, share_of
 from ckptkit.tensor import unordered, unused_nbytes
@@ -33,12 +33,16 @@ class Everything:
     Attributes:
         beside: everything that `every_tensor` finds but for the plain tensors of the state_dict.
         storages: those of all tensors, and those that stand in the tree by themselves, by ``id``.
+        is_shared: whether several of these stand in one storage.
         unused: bytes of storages that belong to no tensor.
+        names: those of the state_dict, each after a line break: what may be in one is looked for in all at once.
     """
 
     beside: list[FoundTensor]
     storages: dict[int, Storage]
+    is_shared: bool
     unused: int
+    names: str
 
 
 Diagnosis = Callable[[Checkpoint, Everything], Iterator[Finding]]
@@ -147,8 +151,8 @@ def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
 
 
 def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    names = list(checkpoint.state_dict.everything)
-    carrying = [prefix for prefix in map(wrapper_of, names) if prefix] if may_be_wrapped(names) else []
+    names = list(checkpoint.state_dict.everything) if may_be_wrapped(contents.names) else []
+    carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
     bare = Counter(map(unwrapped, names))
@@ -164,8 +168,10 @@ def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _inner_module(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
+    if f".{MODULE}." not in contents.names:
+        return
     names = list(checkpoint.state_dict.everything)
-    told = inner_module_told(list(map(unwrapped, names)) if may_be_wrapped(names) else names)
+    told = inner_module_told(list(map(unwrapped, names)))
     if told is not None:
         stripped = ["--strip-module"] * any(map(wrapper_of, names))
         message, rules = told
@@ -289,7 +295,7 @@ def _devices(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _ties(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    several = shared_storages(checkpoint.state_dict.values())
+    several = shared_storages(checkpoint.state_dict.values()) if contents.is_shared else set()
     groups = tied_groups(checkpoint.state_dict) if several else []
     sharing = [e for e in checkpoint.state_dict.values() if id(e.storage) in several and e.nbytes] if several else []
     views = Counter({entry.view: id(entry.storage) for entry in sharing}.values())
@@ -413,6 +419,8 @@ def _contents(checkpoint: Checkpoint, beside: list[FoundTensor], unused: int | N
     others = [found.node for found in beside if isinstance(found.node, TensorEntry)]
     bare = [found.node for found in beside if isinstance(found.node, Storage)]
     entries = [*checkpoint.state_dict.values(), *others]
-    storages = [*(entry.storage for entry in entries), *bare]
+    storages = [*[entry.storage for entry in entries], *bare]
     unused = unused_nbytes(entries, bare) if unused is None else unused
-    return Everything(beside, dict(zip(map(id, storages), storages, strict=True)), unused)
+    once = dict(zip(map(id, storages), storages, strict=True))
+    names = "\n".join(("", *checkpoint.state_dict.everything))
+    return Everything(beside, once, len(once) < len(storages), unused, names)

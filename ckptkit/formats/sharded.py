@@ -225,10 +225,10 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
     finally:
         file.release()
     pairs = mapping_items(raw.root if raw.is_prefixed else _prefixed(raw.root, part.prefix))
-    if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
+    if pairs is None or set(map(type, [key for key, _ in pairs])) - {str}:
         problems.add(_NO_STATE_DICT, name, raw.globals)
         return None
-    return Shard(name, raw, {key: value for key, value in pairs if isinstance(key, str)})
+    return Shard(name, raw, dict(pairs))  # type: ignore[arg-type]  # text alone
 
 
 def _prefixed(root: object, prefix: str) -> object:

@@ -253,8 +253,8 @@ def total_size(metadata: Mapping[str, object], everything: Mapping[str, object])
     if stated is None:
         return
     entries = [value for value in everything.values() if isinstance(value, TensorEntry)]
-    once = each = sum(entry.nbytes for entry in entries)
-    if shared_storages(entries):
+    once = each = sum([entry.nbytes for entry in entries])
+    if stated != each and shared_storages(entries):
         once = sum({entry.view: entry.nbytes for entry in entries}.values())
     if isinstance(stated, bool) or not isinstance(stated, (int, float)) or stated not in (once, each):
         said = f"{stated:,}" if isinstance(stated, int) and abs(stated) < 1 << 63 else f"{stated!r:.40}"

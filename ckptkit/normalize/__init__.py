@@ -90,7 +90,7 @@ def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = Non
         state_dict, module = _state_dict(raw, chosen, findings, file.path)
         # One map for both: what the weights and the rest have in common stays so.
         taken_out = TreeMap(_same, [(chosen.node, STATE_DICT)])
-        if not all(map(is_plain_value, state_dict.everything.values())):
+        if not state_dict.is_plain:
             state_dict = state_dict.with_values(lambda value: value if is_plain_value(value) else taken_out(value))
         if state_dict.is_module:  # where it leads back to itself, it leads to its place
             state_dict = StateDict(

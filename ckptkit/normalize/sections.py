@@ -309,9 +309,10 @@ class SectionSearch:
                 if visits > most:
                     raise LimitError("parts that sections share", limit=most, actual=visits)
                 entries = [leaf for leaf in leaves if isinstance(leaf, TensorEntry)]
-                nbytes = {id(leaf): leaf.nbytes for leaf in leaves if isinstance(leaf, Storage)}
-                nbytes.update({id(entry.storage): entry.storage.nbytes for entry in entries})
-                sizes[id(candidate.node)] = len(set(map(id, entries))), sum(nbytes.values())
+                storages = [entry.storage for entry in entries]
+                storages += [leaf for leaf in leaves if isinstance(leaf, Storage)]
+                once = dict(zip(map(id, storages), storages, strict=True)).values()
+                sizes[id(candidate.node)] = len(set(map(id, entries))), sum([storage.nbytes for storage in once])
             count, total = sizes[id(candidate.node)]
             sections.append(
                 Section(

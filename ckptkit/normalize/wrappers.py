@@ -58,10 +58,9 @@ def _may_be_wrapped(name: str) -> bool:
     return name.startswith(("module.", "_forward_module.")) or "_orig_mod." in name or "_wrapped_module." in name
 
 
-def may_be_wrapped(names: Collection[str]) -> bool:
-    """Whether any of many names is worth that look."""
-    text = "\n".join(("", *names))
-    return any(mark in text for mark in ("\nmodule.", "\n_forward_module.", "_orig_mod.", "_wrapped_module."))
+def may_be_wrapped(names: str) -> bool:
+    """Whether any of many names is worth that look; each stands after a line break."""
+    return any(mark in names for mark in ("\nmodule.", "\n_forward_module.", "_orig_mod.", "_wrapped_module."))
 
 
 def unwrapped_in_digests(name: str) -> str:
@@ -112,8 +111,6 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
 
     No options are given where two names would become one.
     """
-    if f".{MODULE}." not in "\n".join(names):
-        return None
     carrying = [name for name in names if _INNER_MODULE.search(name)]
     if not carrying:
         return None
