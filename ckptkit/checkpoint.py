@@ -74,7 +74,7 @@ class StateDict(Mapping[str, TensorEntry]):
             Renamed, selected or cast, they are those of no module any more, and a state_dict is written.
     """
 
-    __slots__ = ("_tensors", "container", "everything", "is_module", "versions")
+    __slots__ = ("_is_plain", "_tensors", "container", "everything", "is_module", "versions")
 
     def __init__(
         self,
@@ -88,9 +88,10 @@ class StateDict(Mapping[str, TensorEntry]):
         self.versions = versions
         self.container = container
         self.is_module = is_module
-        self._tensors: Mapping[str, TensorEntry] = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
-        if len(self._tensors) == len(everything):
-            self._tensors = everything  # type: ignore[assignment]  # one of them is enough
+        self._is_plain: bool | None = None
+        self._tensors: Mapping[str, TensorEntry] = everything  # type: ignore[assignment]  # one of them is enough
+        if set(map(type, everything.values())) - {TensorEntry}:
+            self._tensors = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._tensors[name]
@@ -111,8 +112,20 @@ class StateDict(Mapping[str, TensorEntry]):
         return f"StateDict({count_of(len(self), 'tensor')})"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all its values are tensors with nothing below them, as of nearly all files."""
+        if self._is_plain is None:
+            self._is_plain = len(self._tensors) == len(self.everything) and all(
+                entry.attributes is None and entry.subclass is None and not entry.effects
+                for entry in self._tensors.values()
+            )
+        return self._is_plain
+
+    @property
     def extra(self) -> dict[str, object]:
         """The values that are not plain tensors, by name."""
+        if len(self._tensors) == len(self.everything):
+            return {}
         return {k: v for k, v in self.everything.items() if k not in self._tensors}
 
     def with_values(self, function: Callable[[object], object]) -> StateDict:

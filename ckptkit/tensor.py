@@ -28,6 +28,8 @@ __all__ = [
     "storage_of",
     "tensor_of",
     "tied_groups",
+    "unordered",
+    "unused_nbytes",
 ]
 
 
@@ -237,3 +239,45 @@ def tied_groups(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
         if id(entry.storage) in several and entry.nbytes:
             groups.setdefault(entry.view, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
+
+
+def unordered(entries: Mapping[str, TensorEntry]) -> list[str]:
+    """The names of the tensors whose elements do not lie in C order; see `TensorEntry.is_contiguous`."""
+    known: dict[tuple[int, int], bool] = {}  # readers give tensors of one geometry the same tuples
+    moved = []
+    for name, entry in entries.items():
+        geometry = id(entry.shape), id(entry.stride)
+        is_contiguous = known.get(geometry)
+        if is_contiguous is None:
+            is_contiguous = known[geometry] = entry.is_contiguous
+        if not is_contiguous:
+            moved.append(name)
+    return moved
+
+
+def unused_nbytes(entries: Iterable[TensorEntry], whole: Iterable[Storage] = ()) -> int:
+    """Bytes of the tensors' storages that none of them touches.
+
+    Args:
+        entries: the tensors; which storages are counted, they say.
+        whole: storages that are used whole all the same.
+    """
+    used = set(map(id, whole))
+    extents: dict[int, list[tuple[int, int]]] = {}
+    sizes: dict[int, int] = {}
+    for entry in entries:
+        key, nbytes = id(entry.storage), entry.storage.nbytes
+        if entry.nbytes == nbytes and 0 not in entry.stride:  # as nearly all are
+            used.add(key)
+        elif key not in used:
+            sizes[key] = nbytes
+            extents.setdefault(key, []).append(entry.span())
+    unused = 0
+    for key, spans in extents.items():
+        if key not in used:
+            covered = end = 0
+            for start, stop in sorted(spans):
+                covered += max(0, stop - max(start, end))
+                end = max(end, stop)
+            unused += sizes[key] - covered
+    return unused

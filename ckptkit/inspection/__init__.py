@@ -11,12 +11,13 @@ What the bytes of a file are used for: storages, tensors that share them, and by
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ckptkit.architectures import identify
-from ckptkit.checkpoint import Checkpoint, GlobalUse, Section, Storage
+from ckptkit.checkpoint import Checkpoint, GlobalUse, Section
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.listing import (
@@ -34,6 +35,7 @@ from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.tensors import other_tensors
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
+from ckptkit.tensor import unused_nbytes
 
 __all__ = [
     "Totals",
@@ -78,7 +80,7 @@ def survey(
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
     beside = [found for found in everything if not found.is_value]
-    sums = totals(listing.rows, listing.several)
+    sums, storage = totals(listing.rows, listing.several), storage_document(listing)
     shown = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
     if filters:
         shown = [row for row in shown if wanted(row.name, filters)]
@@ -96,7 +98,7 @@ def survey(
         "kind": origin.kind,
         "state_dict": _summary(checkpoint, sums),
         "sections": section_documents(checkpoint.sections, sums, origin.size),
-        "storage": storage_document(listing),
+        "storage": storage,
         "tensors": rows,
         "metadata": {**checkpoint.metadata, **training_state(checkpoint.rest)},
         "training": training,
@@ -106,7 +108,9 @@ def survey(
         "modules": list_modules(checkpoint.module),
         "part": None if checkpoint.part is None else asdict(checkpoint.part),
         "architecture": [architecture.to_dict() for architecture in identify(checkpoint.state_dict)],
-        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside))],
+        "findings": [
+            finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside, storage["unused_nbytes"]))
+        ],
         "error": None,
     }
 
@@ -237,23 +241,23 @@ def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
     counted: set[tuple[str | None, tuple[object, ...]]] = set()
     sums: dict[str, Totals] = {}
     for row in rows:
-        if row.role == "unknown" or row.section is None:
+        section, _, _, shape, _, nbytes, _, _, role, *_ = row
+        if role == "unknown" or section is None:
             continue
-        total = sums.get(row.section)
+        total = sums.get(section)
         if total is None:
-            total = sums[row.section] = Totals()
+            total = sums[section] = Totals()
         total.tensors += 1
-        entry = row.tensor
-        if id(entry.storage) in several and row.nbytes:
-            key = (row.section, entry.view)
+        if several and nbytes and id(row.tensor.storage) in several:
+            key = (section, row.tensor.view)
             if key in counted:
                 continue
             counted.add(key)
-        total.nbytes += row.nbytes
-        if row.role == "parameter":
-            total.parameters += row.numel
+        total.nbytes += nbytes
+        if role == "parameter":
+            total.parameters += math.prod(shape)
         else:
-            total.buffers += row.numel
+            total.buffers += math.prod(shape)
     return sums
 
 
@@ -284,39 +288,28 @@ def storage_document(listing: Listing) -> dict[str, int]:
     name too; ``shared`` tensors are different views of a storage that others view; ``unused_nbytes`` belong to
     storages but to no tensor.
     """
-    several = listing.several
-    storages: dict[int, Storage] = {id(storage): storage for storage in listing.bare}
-    used_whole = set(storages)
-    extents: dict[int, list[tuple[int, int]]] = {}
+    rows, several, bare = listing.rows, listing.several, listing.bare
     views: dict[int, set[tuple[object, ...]]] = {}
-    unique = tied = 0
-    for row in listing.rows:
-        entry = row.tensor
-        key = id(entry.storage)
-        storages[key] = entry.storage
+    tied = []
+    for row in rows if several else ():
+        key = id(row.tensor.storage)
         if row.tied_to is not None:
-            tied += 1
-            continue
-        unique += row.nbytes
-        if key in several:
-            views.setdefault(key, set()).add(entry.view)
-        if row.nbytes == entry.storage.nbytes and 0 not in entry.stride:
-            used_whole.add(key)
-        elif key not in used_whole:
-            extents.setdefault(key, []).append(entry.span())
-    unused = 0
-    for key, spans in extents.items():
-        if key not in used_whole:
-            covered = end = 0
-            for start, stop in sorted(spans):
-                covered += max(0, stop - max(start, end))
-                end = max(end, stop)
-            unused += storages[key].nbytes - covered
+            tied.append(row)
+        elif key in several:
+            views.setdefault(key, set()).add(row.tensor.view)
+    used = [*(row.tensor.storage for row in rows), *bare]
+    storages = dict(zip(map(id, used), used, strict=True)).values()
+    # What is alone in its storage, and is all of it, leaves nothing.
+    others = [
+        row.tensor
+        for row, storage in zip(rows, used, strict=False)
+        if row.nbytes != storage.nbytes or id(storage) in several or 0 in row.stride
+    ]
     return {
         "storages": len(storages),
-        "nbytes": sum(storage.nbytes for storage in storages.values()),
-        "unique_tensor_nbytes": unique,
-        "tied": tied,
+        "nbytes": sum(storage.nbytes for storage in storages),
+        "unique_tensor_nbytes": sum(row.nbytes for row in rows) - sum(row.nbytes for row in tied),
+        "tied": len(tied),
         "shared": sum(len(seen) for seen in views.values() if len(seen) > 1),
-        "unused_nbytes": unused,
+        "unused_nbytes": unused_nbytes(others, bare),
     }

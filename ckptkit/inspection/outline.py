@@ -85,8 +85,8 @@ _Labelled = tuple[str, _Branch]
 _Group = list[_Labelled]
 """Branches that are one line: siblings alike, or one."""
 
-_Names = list[tuple[str, "TensorRow | _Names"]]
-"""What stands below a name: tensors, and further names."""
+_Names = list[Any]
+"""What stands below a name, by label: tensors (`TensorRow`), and what stands below further names; then its branch."""
 
 
 class Outline:
@@ -119,7 +119,9 @@ class Outline:
             if not above:
                 last = name
             inside = made.get(above)
-            (_below(above, made) if inside is None else inside).append((last, row))
+            if inside is None:
+                inside = _below(above, made)
+            inside.append((last, row))
         if self._has_classes:
             for inside in made.values():
                 inside.sort(key=lambda item: item[1].__class__ is list)  # as state_dict() gives them
@@ -221,6 +223,12 @@ def _below(path: str, made: dict[str, _Names]) -> _Names:
     if inside is not None:
         return inside
     above, _, last = path.rpartition(".")
+    inside = made.get(above)
+    if inside is not None and path.count(".") <= _MAX_LEVELS:  # as nearly always
+        below: _Names = []
+        made[path] = below
+        inside.append((last, below))
+        return below
     missing = [(path, last)]
     if path.count(".") > _MAX_LEVELS:
         above, missing = "", [(path, path)]  # one piece
@@ -229,8 +237,7 @@ def _below(path: str, made: dict[str, _Names]) -> _Names:
         above = above.rpartition(".")[0]
     inside = made[above]
     for whole, part in reversed(missing):
-        below: _Names = []
-        made[whole] = below
+        made[whole] = below = []
         inside.append((part, below))
         inside = below
     return inside
@@ -239,41 +246,44 @@ def _below(path: str, made: dict[str, _Names]) -> _Names:
 def _measured(made: dict[str, _Names], notes: dict[int, str], sort: str) -> _Branch:
     """The branch of all, with what is below each branch in order and summed up, from the bottom."""
     shapes: dict[tuple[object, ...], int] = {}
-    tensors: dict[tuple[object, ...], _Branch] = {}
-    modules: dict[tuple[object, ...], _Branch] = {}
+    known: dict[tuple[object, ...], _Branch] = {}
     orders: dict[tuple[str, ...], list[int] | None] = {}
-    done: dict[int, _Branch] = {}
-    branch = _Branch([])
+    branch: _Branch | None = None
     for inside in reversed(made.values()):  # what is below was made later
-        if len(inside) > 1:
+        note = notes.get(id(inside), "") if notes else ""
+        alike: tuple[object, ...] | None = None
+        if len(inside) == 1:
+            label, item = inside[0]
+            if item.__class__ is not list and item[10] is None and item[13] is None:  # neither tied nor a value
+                alike = label, item[2], item[3], item[5], item[8], note
+                branch = known.get(alike)
+                if branch is not None:
+                    inside.append(branch)
+                    continue
+        elif inside:
             labels = tuple([label for label, _ in inside])
             order = orders[labels] if labels in orders else orders.setdefault(labels, _order(labels, sort))
             if order is not None:
                 inside[:] = [inside[at] for at in order]
-        children: list[_Labelled] = []
-        key: list[object] = [notes.get(id(inside), "") if notes else ""]
+        key: list[object] = [note]
         for label, item in inside:
-            if item.__class__ is list:
-                child = done.pop(id(item))
-            else:
-                _, _, dtype, shape, _, nbytes, _, _, role, _, tied_to, _, _, value, _ = item
-                if tied_to is None and value is None:
-                    alike = dtype, shape, role, nbytes
-                    child = tensors.get(alike) or tensors.setdefault(alike, _tensor(item, shapes))  # type: ignore[arg-type]
-                else:
-                    child = _tensor(item, shapes)  # type: ignore[arg-type]
-            children.append((label, child))
-            key += label, child
-        known = tuple(key)
-        found = modules.get(known)
-        if found is None:
-            found = modules[known] = _Branch(children, note=str(key[0]))
-            _sum_up(found, shapes)
-        branch = done[id(inside)] = found
-    return branch
+            key += label, (item[-1] if item.__class__ is list else _tensor(item, known, shapes))
+        branch = known.get(tuple(key))
+        if branch is None:
+            branch = known[tuple(key)] = _Branch(list(zip(key[1::2], key[2::2], strict=True)), note=note)  # type: ignore[arg-type]
+            _sum_up(branch, shapes)
+        inside.append(branch)
+        if alike is not None:
+            known[alike] = branch
+    return branch or _Branch([])
 
 
-def _tensor(row: TensorRow, shapes: dict[tuple[object, ...], int]) -> _Branch:
+def _tensor(row: Any, known: dict[tuple[object, ...], _Branch], shapes: dict[tuple[object, ...], int]) -> _Branch:
+    alike = None
+    if row.tied_to is None and row.value is None:
+        alike = row.dtype, row.shape, row.role, row.nbytes
+        if alike in known:
+            return known[alike]
     branch = _Branch([], row)
     branch.tensors = 1
     if row.tied_to is None:
@@ -287,6 +297,8 @@ def _tensor(row: TensorRow, shapes: dict[tuple[object, ...], int]) -> _Branch:
             branch.others = numel
     branch.shape = shapes.setdefault((row.dtype, row.shape, row.role), len(shapes))
     branch.dtypes = frozenset((row.dtype,))
+    if alike is not None:
+        known[alike] = branch
     return branch
 
 
