@@ -44,12 +44,14 @@ class Job:
 
     Attributes:
         checkpoint: what is written, its metadata included.
+        source: the open file its bytes lie in.
         asked: the destination that was asked for.
         path: the file that is written: of shards, their index.
         plan: how.
     """
 
     checkpoint: Checkpoint
+    source: SourceFile
     asked: str
     path: str
     plan: Plan
@@ -88,7 +90,7 @@ class Job:
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
         path, plan = formats.plan(checkpoint, destination, to=to, shard_nbytes=size)
         plan = with_digests(plan, tokens) if tokens.files else plan
-        return cls(checkpoint=checkpoint, asked=os.fsdecode(destination), path=path, plan=plan)
+        return cls(checkpoint=checkpoint, source=file, asked=os.fsdecode(destination), path=path, plan=plan)
 
     def carry_out(self, *, force: bool, check: bool, progress: Progress | None) -> Tally:
         """Write it; see `ckptkit.transfer.write_atomically`."""
@@ -107,6 +109,7 @@ class Job:
             force=force,
             check=compare,
             replaces=self._stale() if self.plan.index is not None else (),
+            source=self.source,
             progress=progress,
         )
 

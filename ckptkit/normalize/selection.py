@@ -1,6 +1,8 @@
-"""Which of a file's sections is *the* state_dict.
+"""Which of a file's sections is *the* state_dict, and what stands beside it.
 
-1. The one asked for by its path.
+The state_dict is
+
+1. the one asked for by its path.
 2. The only one that holds weights.  One object, or the same tensors under the same names, in
    several places is one, and stands where its keys are the most customary.
 3. The only one left when those are put aside that no model would be: nothing in them is a
@@ -11,9 +13,8 @@
    choice to be made.
 5. Else none: a generator and a discriminator, a teacher and a student, a list of models.
 
-What stands in a file beside the weights, and goes where they go only if the container can hold it.
-
-The receipts in a checkpoint's string metadata; `ckptkit.conversion` says what is in them.
+What stands beside it goes where the weights go only if the container can hold it.  `earlier` gives the receipts in the
+string metadata; `ckptkit.conversion` says what is in them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The only rooms that hand values to torch: `loading` plain tensors, `values` whatever else a state_dict has.
+"""All values of a state_dict: what ``torch.load`` gives, as far as torch's, numpy's and Python's own code makes it.
 
-All values of a state_dict: what ``torch.load`` gives, as far as torch's, numpy's and Python's own code makes it.
-
-Tensors of every layout are made by the constructors that torch's ``_rebuild_*`` functions call, once
+Plain tensors come from `loading`, the only other place that hands values to torch.  Tensors of every layout are made by the constructors that torch's ``_rebuild_*`` functions call, once
 `ckptkit.pickling.layouts` and `ckptkit.transfer.values` have held what the file says against itself; arrays and
 plain values as they are.  No name in a file is looked up: what is made is listed here.
 """

@@ -1,7 +1,4 @@
-"""The load check: the weights go into the model, whole or not at all, and are compared there.
-
-The weights check: what is in the model now, before anything is computed with it.
-"""
+"""The load and weights checks: the weights go into the model, whole or not at all, and are looked at there."""
 
 from __future__ import annotations
 
