@@ -372,7 +372,14 @@ def check_references(root: object) -> None:
             raise LimitError("references between nodes", limit=limits.references, actual=references)
         if compound > limits.tree_nodes:
             raise LimitError("nodes of a tree", limit=limits.tree_nodes, actual=compound)
-        stack.extend(below)
+        stack.extend([child for child in below if not is_bare_leaf(child)])
+
+
+def is_bare_leaf(node: object) -> bool:
+    """Whether it is a tensor or a storage with nothing below it."""
+    if isinstance(node, TensorEntry):
+        return node.subclass is None and node.attributes is None and not node.effects
+    return isinstance(node, Storage)
 
 
 class TreeMap:

@@ -232,10 +232,11 @@ def _run(machine: Machine) -> object:
                 stack.append(data[pos])
                 pos += 1
             elif op == 0x28:  # MARK
-                if shortcut is not None and stack and frame_end == NO_FRAME and is_global(stack[-1], *REBUILD):
+                callee: object = stack[-1] if shortcut is not None and stack and frame_end == NO_FRAME else None
+                if callee.__class__ is Global and is_global(callee, *REBUILD) and shortcut is not None:
                     found = shortcut(data, at, memo)
                     if found is not None:
-                        stack[-1].calls += 1  # type: ignore[attr-defined]
+                        callee.calls += 1
                         pos, stack[-1] = found
                         machine.skipped = True
                         continue

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable
 from struct import Struct
@@ -24,6 +25,7 @@ from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import FormatError
 from ckptkit.pickling.inert import Global, is_global
+from ckptkit.tensor import tensor_of
 
 __all__ = ["REBUILD", "TensorShortcut"]
 
@@ -72,6 +74,7 @@ class TensorShortcut:
     def __init__(self, persistent_load: Callable[[object], object], after: int = 100) -> None:
         self._persistent_load = persistent_load
         self._after = after
+        self._match: Callable[[bytes, int], re.Match[bytes] | None] | None = None
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._numbers: dict[bytes, int] = {}
         self._names: dict[tuple[bytes, ...], _Names] = {}
@@ -85,7 +88,9 @@ class TensorShortcut:
         if self._after > 0:
             self._after -= 1
             return None
-        found = _pattern()(data, at)
+        if self._match is None:
+            self._match = _pattern()
+        found = self._match(data, at)
         if found is None:
             return None
         (
@@ -94,16 +99,18 @@ class TensorShortcut:
         ) = found.groups()  # fmt: skip
         names = get_storage, get_class, get_location, get_dict
         known = self._names.get(names)
-        if known is None or not known.holds(memo):
+        if known is None or not known.hold(memo):
             known = self._names[names] = _Names(memo, *map(_index, names))
         if not known.are_usual:
             return None
+        parts = (put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor)
         if key is not None and put_shape and put_stride:
-            puts = _INDICES(put_key + put_id + put_shape + put_stride + put_dict + put_args + put_tensor)
+            puts = a, b, c, d, e, f, g = _INDICES(b"".join(parts))
+            are_distinct = a < b < c < d < e < f < g or len(set(puts)) == len(puts)
         else:
-            parts = (put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor)
             puts = tuple(_INDEX(put)[0] for put in parts if put)
-        if not memo.keys().isdisjoint(puts) or len(set(puts)) < len(puts):
+            are_distinct = len(set(puts)) == len(puts)
+        if not are_distinct or not memo.keys().isdisjoint(puts):
             return None  # entries that take the place of others
         if key is None:
             text = memo.get(_index(get_key))
@@ -114,13 +121,20 @@ class TensorShortcut:
         geometry = self._geometries.get((shape, stride)) or self._geometry(shape, stride)
         if geometry is None:
             return None
+        numbers = self._numbers
+        count = numbers[numel] if numel in numbers else self._number(numel)
+        first = numbers[offset] if offset in numbers else self._number(offset)
         try:
-            storage = self._persistent_load(("storage", known.cls, text, known.location, self._number(numel)))
+            storage = self._persistent_load(("storage", known.cls, text, known.location, count))
         except FormatError:
             return None  # the opcodes will say where
-        entry = _entry(storage, self._number(offset), geometry, needs_grad == b"\x88")
-        if entry is None:
+        if not isinstance(storage, Storage) or storage.dtype is None or first < 0:
             return None
+        sizes, strides, reach = geometry
+        row = DTYPES[storage.dtype]
+        if (first + reach) * row.itemsize > storage.nbytes or row.kind == "quantized":
+            return None  # it does not lie inside its storage, or is no plain tensor
+        entry = tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
         if key is not None:
             memo[puts[0]] = text
         memo[puts[-1]] = entry
@@ -128,11 +142,9 @@ class TensorShortcut:
         return found.end(), entry
 
     def _number(self, opcode: bytes) -> int:
-        number = self._numbers.get(opcode)
-        if number is None:
-            if len(self._numbers) >= _MOST_KNOWN:
-                self._numbers.clear()
-            number = self._numbers[opcode] = _ints(opcode)[0]
+        if len(self._numbers) >= _MOST_KNOWN:
+            self._numbers.clear()
+        number = self._numbers[opcode] = _ints(opcode)[0]
         return number
 
     def _geometry(self, shape: bytes, stride: bytes) -> _Geometry | None:
@@ -152,37 +164,17 @@ class TensorShortcut:
 class _Names:
     """What the four GETs of a tensor name, for as long as the memo has it there."""
 
-    __slots__ = ("_indices", "are_usual", "cls", "location", "made", "storage")
+    __slots__ = ("_found", "_get", "are_usual", "cls", "location", "made")
 
-    def __init__(self, memo: dict[int, object], storage: int, cls: int, location: int, made: int) -> None:
-        self._indices = storage, cls, location, made
-        self.storage, self.cls, self.location = memo.get(storage), memo.get(cls), memo.get(location)
-        found = memo.get(made)
+    def __init__(self, memo: dict[int, object], *indices: int) -> None:
+        self._get = operator.itemgetter(*indices)
+        self._found = storage, self.cls, self.location, found = tuple(map(memo.get, indices))
         self.made = found if isinstance(found, Global) else Global("", "")
-        self.are_usual = self.storage == "storage" and is_global(found, "collections", "OrderedDict")
+        self.are_usual = storage == "storage" and is_global(found, "collections", "OrderedDict")
 
-    def holds(self, memo: dict[int, object]) -> bool:
+    def hold(self, memo: dict[int, object]) -> bool:
         """Whether the memo still has them all."""
-        storage, cls, location, made = self._indices
-        return (
-            memo.get(made) is self.made
-            and memo.get(cls) is self.cls
-            and memo.get(location) is self.location
-            and memo.get(storage) is self.storage
-        )
-
-
-def _entry(storage: object, offset: int, geometry: _Geometry, needs_grad: bool) -> TensorEntry | None:
-    """The tensor, where it lies inside its storage."""
-    if not isinstance(storage, Storage) or storage.dtype is None or offset < 0:
-        return None
-    shape, stride, reach = geometry
-    row = DTYPES[storage.dtype]
-    if (offset + reach) * row.itemsize > storage.nbytes or row.kind == "quantized":
-        return None
-    return TensorEntry(
-        storage=storage, storage_offset=offset, shape=shape, stride=stride, dtype=row.name, requires_grad=needs_grad
-    )
+        return self.are_usual and self._get(memo) == self._found
 
 
 def _index(get: bytes) -> int:
