@@ -56,8 +56,9 @@ def _pattern() -> Callable[[bytes, int], re.Match[bytes] | None]:
         rb"\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
         rb"(?:X(.)\0\0\0([0-9]{1,18})r(....)|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
         rb"(%(get)s)(%(int)s)N?tr(....)Q"  # 7 to 9: location, number of elements, PUT
-        rb"(%(int)s)(%(size)s)%(put)s(%(size)s)%(put)s"  # 10 to 14: offset, size and PUT, stride and PUT
-        rb"([\x88\x89])(%(get)s)\)Rr(....)tr(....)Rr(....)"  # 15 to 19: requires_grad, OrderedDict, PUTs
+        rb"(%(int)s)(?:(%(size)s)%(put)s|(%(get)s))"  # 10 to 13: offset, size and PUT, or its GET
+        rb"(?:(%(size)s)%(put)s|(%(get)s))"  # 14 to 16: stride and PUT, or its GET
+        rb"([\x88\x89])(%(get)s)\)Rr(....)tr(....)Rr(....)"  # 17 to 21: requires_grad, OrderedDict, PUTs
         % {b"get": _GET, b"int": _INT, b"size": _SIZE, b"put": _MEMOIZED},
         re.DOTALL,
     ).match
@@ -82,7 +83,7 @@ class TensorShortcut:
     def __call__(self, data: bytes, at: int, memo: dict[int, object]) -> tuple[int, TensorEntry] | None:
         """The position after the tensor that begins with the MARK at ``at``, and the tensor.
 
-        Of its memo entries those are made that other tensors refer to: the storage's key and the tensor.
+        Of its memo entries those are made that others refer to: the storage's key, sizes that are new, the tensor.
         ``None``: it is not quite like others, and nothing was done.
         """
         if self._after > 0:
@@ -95,7 +96,8 @@ class TensorShortcut:
             return None
         (
             get_storage, get_class, key_size, key, put_key, get_key, get_location, numel, put_id,
-            offset, shape, put_shape, stride, put_stride, needs_grad, get_dict, put_dict, put_args, put_tensor,
+            offset, shape, put_shape, get_shape, stride, put_stride, get_stride,
+            needs_grad, get_dict, put_dict, put_args, put_tensor,
         ) = found.groups()  # fmt: skip
         names = get_storage, get_class, get_location, get_dict
         known = self._names.get(names)
@@ -118,7 +120,15 @@ class TensorShortcut:
             text = key.decode("ascii")
         else:
             return None
-        geometry = self._geometries.get((shape, stride)) or self._geometry(shape, stride)
+        spelled = shape or get_shape, stride or get_stride
+        geometry = self._geometries.get(spelled)
+        is_new = geometry is None
+        if get_shape is not None or get_stride is not None:
+            meant = [memo.get(_index(get)) if get is not None else None for get in (get_shape, get_stride)]
+            if geometry is None or any(m is not None and m is not g for m, g in zip(meant, geometry, strict=False)):
+                geometry = self._geometry(spelled, *meant)
+        elif geometry is None:
+            geometry = self._geometry(spelled)
         if geometry is None:
             return None
         numbers = self._numbers
@@ -137,6 +147,8 @@ class TensorShortcut:
         entry = tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
         if key is not None:
             memo[puts[0]] = text
+        if is_new:  # `ckptkit.pickling.writer` writes sizes that tensors have in common once
+            memo.update((_INDEX(put)[0], n) for put, n in ((put_shape, sizes), (put_stride, strides)) if put)
         memo[puts[-1]] = entry
         known.made.calls += 1
         return found.end(), entry
@@ -147,17 +159,22 @@ class TensorShortcut:
         number = self._numbers[opcode] = _ints(opcode)[0]
         return number
 
-    def _geometry(self, shape: bytes, stride: bytes) -> _Geometry | None:
-        """The geometry two sizes spell; ``None``: an empty tensor, or one that is none."""
+    def _geometry(self, spelled: tuple[bytes, bytes], shape: object = None, stride: object = None) -> _Geometry | None:
+        """The geometry two sizes spell, or are in the memo; ``None``: an empty tensor, or one that is none."""
         if len(self._geometries) >= _MOST_KNOWN:
             self._geometries.clear()
-        sizes, strides = _ints(shape), _ints(stride)
+        sizes, strides = (
+            _ints(opcodes) if opcodes[0] not in b"hj" else _sizes(known)
+            for opcodes, known in zip(spelled, (shape, stride), strict=True)
+        )
+        if sizes is None or strides is None:
+            return None
         if len(sizes) != len(strides) or min(sizes, default=1) < 1 or min(strides, default=0) < 0:
             return None
         if math.prod(sizes) >= _HUGE:
             return None
         reach = 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
-        self._geometries[shape, stride] = sizes, strides, reach
+        self._geometries[spelled] = sizes, strides, reach
         return sizes, strides, reach
 
 
@@ -175,6 +192,13 @@ class _Names:
     def hold(self, memo: dict[int, object]) -> bool:
         """Whether the memo still has them all."""
         return self.are_usual and self._get(memo) == self._found
+
+
+def _sizes(known: object) -> tuple[int, ...] | None:
+    """What stands in the memo, where it is a tuple of whole numbers that sizes can be."""
+    if isinstance(known, tuple) and all(n.__class__ is int and -_HUGE < n < _HUGE for n in known):
+        return known
+    return None
 
 
 def _index(get: bytes) -> int:
