@@ -134,7 +134,7 @@ def read_pickle(
             message = f"memo entry {error} is read before it is written"
         corrupt = CorruptError(f"{message}: damaged, truncated, or no pickle", offset=machine.op_at)
         raise _stopped(corrupt, machine) from None
-    return PickleResult(
+    result = PickleResult(
         root=root,
         end=machine.pos,
         protocol=machine.protocol,
@@ -142,6 +142,8 @@ def read_pickle(
         text_ids=machine.text_ids,
         discarded=discarded,
     )
+    vars(machine).clear()  # it refers to itself: its memo of 300,000 entries would stay until the collector comes
+    return result
 
 
 def _stopped(error: FormatError, machine: Machine) -> FormatError:

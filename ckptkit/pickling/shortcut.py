@@ -105,30 +105,16 @@ class TensorShortcut:
             known = self._names[names] = _Names(memo, *map(_index, names))
         if not known.are_usual:
             return None
-        parts = (put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor)
-        if key is not None and put_shape and put_stride:
-            puts = a, b, c, d, e, f, g = _INDICES(b"".join(parts))
-            are_distinct = a < b < c < d < e < f < g or len(set(puts)) == len(puts)
-        else:
-            puts = tuple(_INDEX(put)[0] for put in parts if put)
-            are_distinct = len(set(puts)) == len(puts)
-        if not are_distinct or not memo.keys().isdisjoint(puts):
-            return None  # entries that take the place of others
-        if key is None:
-            text = memo.get(_index(get_key))
-        elif key_size[0] == len(key):
-            text = key.decode("ascii")
-        else:
+        puts = _new((put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor), memo)
+        if puts is None:
             return None
+        text = memo.get(_index(get_key)) if key is None else _key(key, key_size)
         spelled = shape or get_shape, stride or get_stride
-        geometry = self._geometries.get(spelled)
-        is_new = geometry is None
-        if get_shape is not None or get_stride is not None:
-            meant = [memo.get(_index(get)) if get is not None else None for get in (get_shape, get_stride)]
-            if geometry is None or any(m is not None and m is not g for m, g in zip(meant, geometry, strict=False)):
-                geometry = self._geometry(spelled, *meant)
-        elif geometry is None:
-            geometry = self._geometry(spelled)
+        known_sizes = self._geometries.get(spelled)
+        if known_sizes is not None and get_shape is get_stride is None:
+            geometry: _Geometry | None = known_sizes
+        else:
+            geometry = self._geometry(spelled, memo)
         if geometry is None:
             return None
         numbers = self._numbers
@@ -147,7 +133,7 @@ class TensorShortcut:
         entry = tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
         if key is not None:
             memo[puts[0]] = text
-        if is_new:  # `ckptkit.pickling.writer` writes sizes that tensors have in common once
+        if known_sizes is None:  # `ckptkit.pickling.writer` writes sizes that tensors have in common once
             memo.update((_INDEX(put)[0], n) for put, n in ((put_shape, sizes), (put_stride, strides)) if put)
         memo[puts[-1]] = entry
         known.made.calls += 1
@@ -159,13 +145,17 @@ class TensorShortcut:
         number = self._numbers[opcode] = _ints(opcode)[0]
         return number
 
-    def _geometry(self, spelled: tuple[bytes, bytes], shape: object = None, stride: object = None) -> _Geometry | None:
+    def _geometry(self, spelled: tuple[bytes, bytes], memo: dict[int, object]) -> _Geometry | None:
         """The geometry two sizes spell, or are in the memo; ``None``: an empty tensor, or one that is none."""
+        shape, stride = ((memo.get(_index(get)) if get[0] in b"hj" else None) for get in spelled)
+        known = self._geometries.get(spelled)
+        if known is not None and (shape is None or shape is known[0]) and (stride is None or stride is known[1]):
+            return known
         if len(self._geometries) >= _MOST_KNOWN:
             self._geometries.clear()
         sizes, strides = (
-            _ints(opcodes) if opcodes[0] not in b"hj" else _sizes(known)
-            for opcodes, known in zip(spelled, (shape, stride), strict=True)
+            _sizes(there) if opcodes[0] in b"hj" else _ints(opcodes)
+            for opcodes, there in zip(spelled, (shape, stride), strict=True)
         )
         if sizes is None or strides is None:
             return None
@@ -192,6 +182,21 @@ class _Names:
     def hold(self, memo: dict[int, object]) -> bool:
         """Whether the memo still has them all."""
         return self.are_usual and self._get(memo) == self._found
+
+
+def _new(puts: tuple[bytes | None, ...], memo: dict[int, object]) -> tuple[int, ...] | None:
+    """The memo indices of PUTs; ``None``: an entry takes the place of another."""
+    if None not in puts and b"" not in puts:
+        indices = a, b, c, d, e, f, g = _INDICES(b"".join(puts))  # type: ignore[arg-type]
+        if a < b < c < d < e < f < g:
+            return indices if memo.keys().isdisjoint(indices) else None
+    found = tuple(_INDEX(put)[0] for put in puts if put)
+    return found if len(set(found)) == len(found) and memo.keys().isdisjoint(found) else None
+
+
+def _key(text: bytes, size: bytes) -> str | None:
+    """A storage's key; ``None``: it is longer or shorter than it is said to be, and names no storage."""
+    return text.decode("ascii") if size[0] == len(text) else None
 
 
 def _sizes(known: object) -> tuple[int, ...] | None:
