@@ -81,7 +81,7 @@ def differ(
         trees = TreeComparison(
             a,
             b,
-            comparison.paired(),
+            comparison.pairs,
             beside=beside,
             sections=[entry for side in parts for names in side.values() for entry in names.values()],
             work=work,
@@ -162,11 +162,6 @@ class _Comparison:
         self._lists: dict[str, list[dict[str, Any]]] = {
             name: [] for name in ("reshaped", "recast", "changed", "within_tolerance", "values", "not_compared")
         }
-
-    def paired(self) -> Iterator[tuple[str, TensorEntry, TensorEntry]]:
-        """Each tensor that both have, under its name in the second."""
-        for _, new, a, b in self.pairs:
-            yield new, a, b
 
     def difference(self, *, trees: TreeComparison, findings: Sequence[Finding], **facts: Any) -> Difference:
         """Compare, and tell everything."""

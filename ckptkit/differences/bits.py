@@ -84,8 +84,8 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tupl
         CorruptError, FileAccessError: they cannot be read.
     """
     if a.is_plain_bytes and b.is_plain_bytes:
-        summed = a.storage.crc32 is not None or b.storage.crc32 is not None
-        return _same_bytes(_lying(a), _lying(b), checksums if summed else None, ahead)
+        summed = [(entry.storage.original or entry.storage).crc32 is not None for entry in (a, b)]
+        return _same_bytes(_lying(a), _lying(b), summed, checksums, ahead)
     return all(bytes(left) == bytes(right) for left, right in chunks_side_by_side(a, b, _GATHERED))
 
 
@@ -95,7 +95,9 @@ def _lying(entry: TensorEntry) -> ByteRange:
     return (source if nbytes == source.nbytes else source.part(entry.storage_offset * entry.itemsize, nbytes)).plain()
 
 
-def _same_bytes(a: ByteRange, b: ByteRange, checksums: Checksums | None, ahead: tuple[Ahead, Ahead] | None) -> bool:
+def _same_bytes(
+    a: ByteRange, b: ByteRange, summed: list[bool], checksums: Checksums, ahead: tuple[Ahead, Ahead] | None
+) -> bool:
     crc = 0
     for start in range(0, a.nbytes, _COMPARED_NBYTES):
         left: bytes | bytearray
@@ -111,11 +113,11 @@ def _same_bytes(a: ByteRange, b: ByteRange, checksums: Checksums | None, ahead: 
             b.file.read_into(b.offset + start, right)
         if left != right:
             return False
-        if checksums is not None:
+        if True in summed:
             crc = zlib.crc32(left, crc)
-    if checksums is not None:
-        checksums.note(a, crc)
-        checksums.note(b, crc)
+    for run, is_summed in zip((a, b), summed, strict=True):
+        if is_summed:
+            checksums.note(run, crc)
     return True
 
 

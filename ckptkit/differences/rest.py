@@ -213,7 +213,7 @@ class TreeComparison:
         self,
         a: Checkpoint,
         b: Checkpoint,
-        pairs: Iterable[tuple[str, TensorEntry, TensorEntry]],
+        pairs: Sequence[tuple[str, str, TensorEntry, TensorEntry]],
         *,
         beside: bool,
         sections: Iterable[TensorEntry],
@@ -221,23 +221,22 @@ class TreeComparison:
     ) -> None:
         self._work = work
         self._in_sections = {id(entry) for entry in sections}
-        weights = list(pairs)
         is_alone = not (a.origin.has_pickle and b.origin.has_pickle)
         flags = not is_alone and (a.module is None) is (b.module is None)
         rule = SameContent(flags=flags)
         place = Place().below(b.origin.state_path) if b.origin.state_path else Place()
-        hanging = [(place.below(name), x, y) for name, x, y in weights if _may_differ(x, y, flags=flags)]
+        hanging = [(place.below(name), x, y) for _, name, x, y in pairs if _may_differ(x, y, flags=flags)]
         self._found: list[tuple[Met, Pair | None]] = []
         self._count = 0
-        self._take(side_by_side(hanging, rule), weights)
+        self._take(side_by_side(hanging, rule), pairs)
         if beside:
-            self._take(_whole(a, b, rule, is_alone=is_alone), weights)
+            self._take(_whole(a, b, rule, is_alone=is_alone), pairs)
 
-    def _take(self, found: Iterator[Met], weights: Sequence[tuple[str, TensorEntry, TensorEntry]]) -> None:
+    def _take(self, found: Iterator[Met], pairs: Sequence[tuple[str, str, TensorEntry, TensorEntry]]) -> None:
         compared: set[tuple[int, int]] = set()
         for met in found:
             if isinstance(met.a, TensorEntry) and isinstance(met.b, TensorEntry):
-                compared = compared or {(id(x), id(y)) for _, x, y in weights}
+                compared = compared or {(id(x), id(y)) for _, _, x, y in pairs}
                 if (id(met.a), id(met.b)) in compared:
                     continue
             key = self._work.add(*_tensors(met)) if met.how == "bytes" else None

@@ -63,6 +63,7 @@ class _Writer:
         self.memo: dict[int, int] = {}  # id of a node -> memo index
         self.strings: dict[str, int] = {}
         self.names: dict[tuple[str, str], int] = {}
+        self.usual: dict[tuple[int, str], tuple[bytes, bytes, bytes]] = {}  # by storage class and place; see `_tensor`
         self.memo_size = 0
         self.alive: list[object] = []  # nodes made while writing: an id must not be used twice
         self.path: list[tuple[int, bool]] = []  # being written, outermost first: id, and whether it is an object
@@ -153,7 +154,10 @@ class _Writer:
         self.memo[id(node)] = self._put()
 
     def _get(self, index: int) -> None:
-        self.out += b"h" + bytes([index]) if index < 256 else b"j" + pack("<I", index)
+        self.out += self._getting(index)
+
+    def _getting(self, index: int) -> bytes:
+        return b"h" + bytes([index]) if index < 256 else b"j" + pack("<I", index)
 
     # Nodes without children.
 
@@ -193,6 +197,10 @@ class _Writer:
         if not isinstance(lowered, PersistentId) or not isinstance(lowered.pid, tuple):
             raise UnsupportedError("a storage without a persistent id cannot be written into a pickle")
         kind, cls, key, location, numel = lowered.pid
+        usual = self.usual.get((id(cls), location))
+        if usual is not None and key not in self.strings:
+            self._usual_tensor(entry, key, numel, *usual)
+            return
         self._global(REBUILD)
         self.out += b"(("
         self._string(kind)
@@ -202,20 +210,52 @@ class _Writer:
         self.out += _int(numel) + b"t"
         self._put()
         self.out += b"Q" + _int(entry.storage_offset)
-        for sizes in (entry.shape, entry.stride):
-            if id(sizes) in self.memo:
-                self._get(self.memo[id(sizes)])
-            elif not sizes:
-                self.out += b")"
-            else:
-                self.out += b"(" * (len(sizes) > 3) + b"".join(map(_int, sizes)) + _TUPLES.get(len(sizes), b"t")
-                self._memoize(sizes)
+        self._sizes(entry.shape)
+        self._sizes(entry.stride)
         self.out += b"\x88" if entry.requires_grad else b"\x89"
         self._global(ORDERED)
         for opcodes in (b")R", b"t", b"R"):
             self.out += opcodes
             index = self._put()
         self.memo[id(entry)] = index
+        if self.memo_size >= 256:  # from here on all is in the memo that tensors of this class and place have in common
+            names = [self.names[each.module, each.name] for each in (REBUILD, cls, ORDERED)]
+            call, made, ordered = (self._getting(index) for index in names)
+            first, last = (self._getting(self.strings[text]) for text in (kind, location))
+            self.alive.append(cls)
+            self.usual[id(cls), location] = call + b"((" + first + made, last, ordered
+
+    def _usual_tensor(
+        self, entry: TensorEntry, key: str, numel: int, before: bytes, place: bytes, after: bytes
+    ) -> None:
+        """`_tensor` where all names are in the memo, and the key is not."""
+        index, memo, raw = self.memo_size, self.memo, key.encode("utf-8", "surrogatepass")
+        self.strings[key] = index
+        self.out += b"".join(
+            (before, pack("<cI", b"X", len(raw)), raw, pack("<cI", b"r", index), place, _int(numel),
+             pack("<2sIc", b"tr", index + 1, b"Q"), _int(entry.storage_offset))
+        )  # fmt: skip
+        self.memo_size = index + 2
+        for sizes in (entry.shape, entry.stride):
+            known = memo.get(id(sizes))
+            if known is not None:
+                self.out += self._getting(known)
+            else:
+                self._sizes(sizes)
+        index = self.memo_size
+        self.out += (b"\x88" if entry.requires_grad else b"\x89") + after
+        self.out += pack("<3sI2sI2sI", b")Rr", index, b"tr", index + 1, b"Rr", index + 2)
+        self.memo_size = index + 3
+        memo[id(entry)] = index + 2
+
+    def _sizes(self, sizes: tuple[int, ...]) -> None:
+        if id(sizes) in self.memo:
+            self._get(self.memo[id(sizes)])
+        elif not sizes:
+            self.out += b")"
+        else:
+            self.out += b"(" * (len(sizes) > 3) + b"".join(map(_int, sizes)) + _TUPLES.get(len(sizes), b"t")
+            self._memoize(sizes)
 
     # Nodes with children.
 
