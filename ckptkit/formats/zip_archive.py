@@ -157,17 +157,17 @@ class _Window:
     def __init__(self, area: ByteRange) -> None:
         self.area = area
         self.data = b""
-        self._start = 0
+        self.start = 0
         self._ahead = _WINDOW_NBYTES
 
     def hold(self, offset: int, nbytes: int) -> int:
         """Where in `data` the byte at ``offset`` is, once it and those behind it are held."""
-        start = offset - self._start
+        start = offset - self.start
         if start < 0 or start + nbytes > len(self.data):
             close = 0 <= start <= len(self.data) + _WINDOW_NBYTES
             self._ahead = min(2 * self._ahead, _MAX_WINDOW_NBYTES) if close else _WINDOW_NBYTES
             self.data = self.area.read(offset, max(nbytes, min(self._ahead, self.area.nbytes - offset)))
-            self._start, start = offset, 0
+            self.start, start = offset, 0
         return start
 
 
@@ -250,7 +250,9 @@ def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict
         if at < end and before is not None:
             raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
         gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
-        start = window.hold(at - gap, gap + header_nbytes)
+        start = at - gap - window.start
+        if start < 0 or start + gap + header_nbytes > len(window.data):
+            start = window.hold(at - gap, gap + header_nbytes)
         data, header_at = window.data, start + gap
         extra_at = header_at + header_nbytes
         mark, own_flags, own_method, *own, name_nbytes, extra_nbytes = unpack(data, header_at)

@@ -15,6 +15,7 @@ differs in anything is left to the opcodes; so is a pickle that does refer to th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import re
@@ -74,6 +75,7 @@ class TensorShortcut:
     def __init__(self, persistent_load: Callable[[object], object], after: int = 100) -> None:
         self._persistent_load = persistent_load
         self._after = after
+        self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
         self._match: Callable[[bytes, int], re.Match[bytes] | None] | None = None
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._numbers: dict[bytes, int] = {}
@@ -104,13 +106,15 @@ class TensorShortcut:
         if not known.are_usual:
             return None
         parts = (put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor)
+        if len(memo) > self._size:
+            self._see(memo)
+        is_usual = False
         if key is not None and put_shape and put_stride:
             puts = a, b, c, d, e, f, g = _INDICES(b"".join(parts))
-            are_distinct = a < b < c < d < e < f < g or len(set(puts)) == len(puts)
+            is_usual = self._last < a < b < c < d < e < f < g
         else:
             puts = tuple(_INDEX(put)[0] for put in parts if put)
-            are_distinct = len(set(puts)) == len(puts)
-        if not are_distinct or not memo.keys().isdisjoint(puts):
+        if not is_usual and (len(set(puts)) < len(puts) or not memo.keys().isdisjoint(puts)):
             return None  # entries that take the place of others
         if key is None:
             text = memo.get(_index(get_key))
@@ -140,6 +144,11 @@ class TensorShortcut:
         memo[puts[-1]] = entry
         known.made.calls += 1
         return found.end(), entry
+
+    def _see(self, memo: dict[int, object]) -> None:
+        """Take note of the memo's highest index; entries are never taken out of it."""
+        new = itertools.islice(reversed(memo), len(memo) - self._size)
+        self._last, self._size = max(self._last, *new), len(memo)
 
     def _number(self, opcode: bytes) -> int:
         if len(self._numbers) >= _MOST_KNOWN:
