@@ -239,25 +239,26 @@ def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
         several: the storages that several of them view, by ``id``.
     """
     counted: set[tuple[str | None, tuple[object, ...]]] = set()
+    prod = math.prod
     sums: dict[str, Totals] = {}
+    section, total = None, Totals()
     for row in rows:
-        section, _, _, shape, _, nbytes, _, _, role, *_ = row
-        if role == "unknown" or section is None:
+        where, _, _, shape, _, nbytes, _, _, role, _, _, entry, _, _, _ = row
+        if role == "unknown" or where is None:
             continue
-        total = sums.get(section)
-        if total is None:
-            total = sums[section] = Totals()
+        if where is not section:
+            section, total = where, sums.setdefault(where, Totals())
         total.tensors += 1
-        if several and nbytes and id(row.tensor.storage) in several:
+        if several and nbytes and id(entry.storage) in several:  # type: ignore[union-attr]  # arrays are not among these
             key = (section, row.tensor.view)
             if key in counted:
                 continue
             counted.add(key)
         total.nbytes += nbytes
         if role == "parameter":
-            total.parameters += math.prod(shape)
+            total.parameters += prod(shape)
         else:
-            total.buffers += math.prod(shape)
+            total.buffers += prod(shape)
     return sums
 
 

@@ -189,9 +189,9 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
             is_selected = section is not None and section == selected
             known = checkpoint.module is not None if is_selected else kinds.get(section) == "whole_model"
             has_roles = is_selected or kinds.get(section) in ("state_dict", "whole_model")
+        shape, dtype, storage = entry.shape, entry.dtype, entry.storage
         if has_roles and is_own:
             role, inferred = tensor_role(name, entry, known=known)
-        shape, dtype, storage = entry.shape, entry.dtype, entry.storage
         rows.append(
             make(
                 row_class,
