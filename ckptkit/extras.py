@@ -1,9 +1,7 @@
-"""The optional packages: torch and torchvision, timm, transformers.
+"""What is installed: this version of ckptkit, and the optional packages torch, torchvision, timm and transformers.
 
 Imports none.  Whoever is about to import a layer that does (`ckptkit.torch_bridge`,
 `ckptkit.verifier`) calls `require` first, so that the message is the same everywhere.
-
-The version, where everything can read it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ original, and the number with it.  Where none fits, sketches tell the closest.
 
 A hint, never proof: nothing in the tensors' values is looked at, and models that compute differently may have
 the same names and shapes (``resnet18`` and ``quantized_resnet18`` before it is quantized).
-
-From a state_dict to the architectures it may be of.
 """
 
 from __future__ import annotations

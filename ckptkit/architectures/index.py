@@ -1,4 +1,6 @@
-"""What a model's names and shapes come down to: two digests and a sketch, the same in every Python.
+"""The index of known architectures, and what a model's names and shapes come down to in it.
+
+Two digests and a sketch, the same in every Python:
 
 - `names_digest`: of the sorted names
 - `shapes_digest`: of the shapes in that order, with the dimensions left out that an argument decides
@@ -12,15 +14,14 @@ Both digests are the CRC-32 and the Adler-32 of the text.  They are not safe aga
 collisions, who could as well have saved the model itself: what is found is a hint, never a reason to
 trust a file.  (`hashlib` takes as long to import as everything else here takes to run.)
 
-The index of known architectures: a line of JSON for each, and its sketch in a file beside.
-
+The index has a line of JSON for each model, and its sketch in a file beside it.
 ``python -m ckptkit.verifier.index_maker`` writes them.  A line is
 
     {"name": "resnet18", "args": {}, "tensors": 102, "names": digest, "shapes": digest,
      "free": {"num_classes": {"default": 1000, "linear": [[tensor, dimension, a, b], ...]}},
      "head": ["fc"], "trunk": digest, "trunk_shapes": digest}
 
-- ``names``, ``shapes``: see `ckptkit.architectures.index`; free dimensions are masked
+- ``names``, ``shapes``: the digests; free dimensions are masked
 - ``free``: the arguments that decide a dimension and nothing else.  ``linear``: the dimension is a x value + b,
   as of classes; ``square``: it is (value / a) ** 2 + b, as the positions of an image cut into patches
 - ``head``: the modules with a dimension that ``num_classes`` decides; ``trunk``: the names without them

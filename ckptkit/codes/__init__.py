@@ -1,6 +1,6 @@
 """Every finding code: what it means and how to fix it.  ``ckptkit explain CODE`` prints it.
 
-Codes are stable: scripts match on them.  They stand by the command that tells them.
+Codes are stable: scripts match on them.  They stand with the commands that report them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""What the findings of ``ckptkit convert`` mean.
-
-What the findings of ``ckptkit diff`` mean.
-
-What the findings of ``ckptkit check`` mean.
-"""
+"""What the findings of ``ckptkit convert``, ``ckptkit diff`` and ``ckptkit check`` mean."""
 
 from __future__ import annotations
 

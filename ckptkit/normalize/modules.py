@@ -1,6 +1,4 @@
-"""Parameter or buffer: what the tensors of a model are to it.
-
-Pickled ``nn.Module`` objects, walked without their classes.
+"""Pickled ``nn.Module`` objects, walked without their classes, and which of their tensors are parameters.
 
 A whole model's state_dict is what ``Module.state_dict()`` would give (torch/nn/modules/module.py
 ``_save_to_state_dict``): parameters that are not ``None``, buffers less

@@ -1,6 +1,8 @@
-"""Which of a file's sections is *the* state_dict.
+"""Which of a file's sections is *the* state_dict, and what stands beside it.
 
-1. The one asked for by its path.
+The state_dict is
+
+1. the one asked for by its path.
 2. The only one that holds weights.  One object, or the same tensors under the same names, in
    several places is one, and stands where its keys are the most customary.
 3. The only one left when those are put aside that no model would be: nothing in them is a
@@ -11,9 +13,8 @@
    choice to be made.
 5. Else none: a generator and a discriminator, a teacher and a student, a list of models.
 
-What stands in a file beside the weights, and goes where they go only if the container can hold it.
-
-The receipts in a checkpoint's string metadata; `ckptkit.conversion` says what is in them.
+What stands beside it goes where the weights go only if the container can hold it.  `earlier` gives the receipts in the
+string metadata; `ckptkit.conversion` says what is in them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ __all__ = [
     "other_parts",
     "paths_listed",
     "require_section",
+    "require_state_dict",
     "sections_listed",
 ]
 
@@ -143,6 +145,25 @@ def require_section(sections: Sequence[Section], path: str) -> None:
     what = f"no section {path[:200]!r} holds weights" if asked is None else f"section {path[:200]!r} holds no weights"
     kind = "" if asked is None else f" (it is of kind {asked.kind!r})"
     raise SectionError(f"{what}{kind}; sections that do: {sections_listed(sections) or 'none'}")
+
+
+def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
+    """See that weights are selected.
+
+    Args:
+        checkpoint: what the file holds.
+        purpose: what they are needed for: ``"to load"``.
+
+    Raises:
+        SectionError: the file holds none, or several and none was named.
+    """
+    if checkpoint.origin.state_path is not None:
+        return
+    path = checkpoint.origin.path
+    if weights := paths_listed(checkpoint.sections):
+        raise SectionError(f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section")
+    kind = f"its kind is {checkpoint.origin.kind!r}"
+    raise SectionError(f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}")
 
 
 def paths_listed(sections: Sequence[Section]) -> str:

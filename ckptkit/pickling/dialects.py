@@ -1,4 +1,6 @@
-"""torch's pickle vocabulary before 1.6, beside what `ckptkit.pickling.tensors` knows.
+"""torch's other pickle vocabularies, beside what `ckptkit.pickling.tensors` knows: before 1.6, and TorchScript's.
+
+Before 1.6:
 
 - A storage may be a view of another: ``('storage', class, root key, location, root's numel, (key,
   offset, numel))``, offset and size in elements (``torch/serialization.py`` ``_legacy_load``).  Today's
@@ -16,9 +18,7 @@
 
 A gradient that was saved along is kept as the attribute ``grad`` of its parameter, and is no weight.
 
-Storages and tensors as TorchScript pickles them, where its words are not those of ``torch.save``.
-
-``torch/csrc/jit/serialization`` ``pickler.cpp`` and ``unpickler.cpp``:
+TorchScript's storages and tensors (``torch/csrc/jit/serialization``, ``pickler.cpp`` and ``unpickler.cpp``):
 
 - a storage is of class ``torch.NAMEStorage``, with the name of C++ for its elements (``c10/core/ScalarType.h``), also
   of types that Python saves untyped, with the dtype in the call
@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import AmbiguousError, CorruptError
@@ -67,7 +67,7 @@ class LegacyTable(StorageTable):
         sources: of each class that came with its source: the class, the file it stood in, the text.
     """
 
-    def __init__(self, file: SourceFile, limits: Limits) -> None:
+    def __init__(self, file: Source, limits: Limits) -> None:
         nowhere = ByteRange(file, 0, 0)
         super().__init__(lambda key, nbytes: (nowhere, None), limits=limits)
         self.sources: list[tuple[object, object, object]] = []

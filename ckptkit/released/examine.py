@@ -14,7 +14,7 @@ from functools import partial
 
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose
 from ckptkit.digests import DigestLine, content_digest, tree_digest, unwrapped_names, value_kind, whole_digest
@@ -184,7 +184,7 @@ def examine_file(
         beside = list(other_values_in(checkpoint, plain, weights.others)) if values else []
         reading = (
             read_through(
-                [file, *file.parts],
+                [file, *file.parts.values()],
                 every,
                 hash_files=hash_file,
                 digest=digest,
@@ -390,7 +390,7 @@ def _parts(nodes: list[TensorEntry | Storage], reading: Reading) -> Iterator[tup
 
 def _examined(
     checkpoint: Checkpoint,
-    file: SourceFile,
+    file: Source,
     path: str,
     reading: Reading,
     facts: list[TensorFact],
@@ -398,7 +398,6 @@ def _examined(
     storages: list[Storage],
 ) -> Examined:
     origin = checkpoint.origin
-    folder = os.path.dirname(os.path.abspath(path))
     beside = other_tensors(checkpoint, values=True)
     exact = (found for found in identify(checkpoint.state_dict) if found.exact and not found.others)
     return Examined(
@@ -422,12 +421,8 @@ def _examined(
         part=next(part_findings(checkpoint), None),
         architecture=next(exact, None),
         shards=tuple(
-            ShardFact(
-                name=os.path.relpath(shard.path, folder).replace(os.sep, "/"),
-                size=shard.size,
-                sha256=reading.files.get(id(shard)),
-            )
-            for shard in file.parts
+            ShardFact(name=name, size=shard.size, sha256=reading.files.get(id(shard)))
+            for name, shard in file.parts.items()
         ),
         damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
         malformed=tuple(_malformed(beside)),

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange, Source, SourceFile
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
 from ckptkit.digests import digest_text
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
-from ckptkit.formats.shards import ShardFile
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
@@ -97,7 +96,7 @@ _Span = tuple[int, int, _Taker]
 
 
 def read_through(
-    files: Sequence[SourceFile],
+    files: Sequence[Source],
     entries: Iterable[TensorEntry],
     *,
     hash_files: bool,
@@ -165,7 +164,7 @@ def read_through(
         if hasher is not None:
             reading.files[id(file)] = hasher.hexdigest()
         reading.damages.extend(sums[id(file)].damages(keep=bool(apart)))
-        if isinstance(file, ShardFile):
+        if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
     for entry, values in apart:
@@ -199,7 +198,7 @@ def _values(entry: TensorEntry, digest: bool, counted: bool) -> Values:
 
 
 def _check_sizes(
-    files: Sequence[SourceFile], spans: dict[int, list[_Span]], apart: list[tuple[TensorEntry, Values]]
+    files: Sequence[Source], spans: dict[int, list[_Span]], apart: list[tuple[TensorEntry, Values]]
 ) -> None:
     """Refuse what four bytes of a file can ask for: terabytes to be hashed."""
     wanted = sum(end - start for of in spans.values() for start, end, _ in of)
@@ -210,7 +209,7 @@ def _check_sizes(
         raise LimitError("bytes of tensors, which repeat those of the file", limit=most, actual=wanted)
 
 
-def _pieces(file: SourceFile, everything: bool, spans: list[_Span]) -> Iterator[tuple[int, int]]:
+def _pieces(file: Source, everything: bool, spans: list[_Span]) -> Iterator[tuple[int, int]]:
     """Position and size of each piece to read: of the whole file, or of what the tensors take."""
     end = 0
     extents = [(0, file.size)] if everything else [span[:2] for span in spans]
@@ -241,7 +240,7 @@ class _Distributor:
         self._active = [span for span in self._active if span[1] > end]
 
 
-def _read_spans(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
+def _read_spans(file: Source, hasher: Any, spans: list[_Span]) -> None:
     distributor = _Distributor(spans)
     buffer = memoryview(bytearray(min(_PIECE_NBYTES, max(file.size, 1))))
     for start, nbytes in _pieces(file, hasher is not None, spans):
@@ -252,7 +251,7 @@ def _read_spans(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
         distributor.update(start, piece)
 
 
-def _sweep_with_helper(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
+def _sweep_with_helper(file: Source, hasher: Any, spans: list[_Span]) -> None:
     """As `_read_spans`, while another thread computes the file's own hash."""
     distributor = _Distributor(spans)
     free: SimpleQueue[memoryview] = SimpleQueue()

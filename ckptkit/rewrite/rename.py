@@ -1,11 +1,9 @@
-r"""Prefixes of names: strip and add them by whole leading segments.
+r"""Renaming: prefixes of whole leading segments stripped and added, and rules of regular expressions.
 
 Names are dotted paths.  A prefix is stripped only where it is a leading run of whole segments:
 ``mlp_module.layer`` does not begin with ``module.``, and a name without the prefix is left alone.
 The module versions (``_metadata``) and the names an optimizer keeps its state by, or beside it
 (``param_names``), move along with the names they belong to.
-
-Renaming by regular expressions.
 
 A rule is a regular expression and a replacement, as ``re.sub`` takes them: the expression is searched for
 anywhere in a name, and the replacement may hold ``\1`` and ``\g<name>``.

@@ -1,8 +1,6 @@
-"""Selecting tensors of the state_dict, and the weights from what stands beside them.
+"""Selecting tensors of the state_dict, and leaving out parts that stand beside it.
 
 A glob is matched as `fnmatch.fnmatchcase` does: ``*`` crosses dots, and case counts.
-
-Leaving parts of a file behind that stand beside its weights.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-"""Replacing tensors and storages wherever they stand in a checkpoint.
-
-Leaving behind the bytes of storages that no tensor views.
+"""Tensors and the storages they share: replaced wherever they stand, without the bytes that none views, tied or not.
 
 torch saves whole storages: ``big[:10]`` takes all of ``big`` with it.  What is viewed of a storage
 falls into runs of bytes: spans of tensors (`TensorEntry.span`) that overlap or touch are one, so
 ties, overlaps and neighbouring slices go on sharing.
-
-Tied tensors: what is written of two names for one tensor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Weights as the assertions take them: a path, an open file, a dict of tensors or a module.
+"""Weights as the assertions take them (a path, an open file, a dict of tensors, a module), and what a failed one says.
 
-What a failed assertion says: what, where, expected, found; then a line for each finding.
+A message tells what, where, expected and found; then a line for each finding.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""Executes a plan: bytes from file to file, into temporary files, then renamed.
+"""Executes a plan: a destination is what it was before, or the complete new file.
 
-`values` gives a tensor's values however they lie, `copier` moves bytes that stay as they are, `steps` carries
-out a plan on an open file, `publish` writes and checks whole outputs, `names` gives complete files their names,
-`workers` are the threads.
+`values` gives a tensor's values however they lie, `steps` carries out a plan on an open file, `checksums` holds bytes
+against what was recorded of them, `names` gives complete files their names, `workers` are the threads.
 
-Writes whole outputs: a destination is what it was before, or the complete new file.
-
-Every file is written beside its destination under a temporary name, compared, and only then
+Every file is written beside its destination under a temporary name, compared, closed, and only then
 renamed; see `ckptkit.transfer.names`.  On any error, an interrupt included, the temporary files are
 removed; what a run leaves that is killed, the next one into the folder removes.
 """
@@ -22,9 +19,10 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, IndexFile, Plan
-from ckptkit.transfer.names import Output, created, exists, overwrite, publish, remove_stale
+from ckptkit.transfer.names import Output, created, exists, overwrite, publish, remove_stale, replacing
 from ckptkit.transfer.steps import (
     DigestsInPassing,
     Tally,
@@ -57,6 +55,7 @@ def write_atomically(
     force: bool,
     check: Callable[[str, Callable[[int], object]], object] | None,
     replaces: tuple[str, ...] = (),
+    source: Source | None = None,
     progress: Progress | None = None,
 ) -> Tally:
     """Write the plan's file, and its shards beside it, so that nothing is ever half-written.
@@ -70,6 +69,8 @@ def write_atomically(
             destination is touched.  ``None``: nothing is compared, checksums that would have to be computed
             stay unrecorded, and it is left to the system when the bytes reach the disk, as ``cp`` does.
         replaces: names of files beside the destination that the new ones make stale; removed at the end.
+        source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
+            be replaced, it is closed once all of it is read.
         progress: called as bytes are written, and again as they are compared.
 
     Returns:
@@ -81,20 +82,13 @@ def write_atomically(
         CorruptError: a source changed while it was read.
     """
     shown = os.fsdecode(destination)
-    wanted = _places(plan, shown)
-    for _, path, name in wanted:
-        if os.path.isdir(path):
-            raise FileAccessError(f"{name}: is a folder; name a file")
-        if not force and os.path.lexists(path):
-            raise exists(name)
+    wanted = _places(plan, shown, force=force)
     folder = os.path.dirname(wanted[-1][1])
     tally, stop = Tally(), threading.Event()
     files: list[Output] = []
     digests = None
     try:
-        if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
-            _swept[folder] = time.monotonic()
-            remove_stale(folder)
+        _remove_stale_now_and_then(folder)
         old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
         like = next(filter(None, old), None)  # a new shard of a checkpoint that few may read is not for others
         with uninterrupted():  # no file without a record of it
@@ -107,26 +101,25 @@ def write_atomically(
             digests = DigestsInPassing(digested(plan), stop)
         with _flushing([file.fd for file in files] if check is not None else []) as written:
             # A file system lets one thread write to a file at a time; several files go side by side.
-            moves = (partial(move, file.plan, file.fd, tally, counted) for file in files if file.plan.index is None)
+            data = [file for file in files if file.plan.index is None]
+            moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
             in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
-            for file in files:
-                if file.plan.index is None:
-                    fill_file(file.plan, file.fd, checksums=check is not None)
+            for file in data:
+                fill_file(file.plan, file.fd, checksums=check is not None)
             if plan.index is not None:
                 overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
             if check is not None:
                 check(files[-1].temporary, counted)
-            for file in files:
-                if file.plan.index is None:
-                    fill_file(file.plan, file.fd, digests, checksums=False)
+            for file in data:
+                fill_file(file.plan, file.fd, digests, checksums=False)
             index = b"" if plan.index is None else _index(files, plan, plan.index, digests)
             written()
         require_unchanged(plan)
         counted.finish()
-        publish(files, index, force=force, flush=check is not None)
-        for name in replaces:
+        publish(files, index, force=force, flush=check is not None, source=source)
+        for path in (os.path.join(folder, name) for name in replaces):
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, name))
+                replacing(partial(os.unlink, path), path, source)
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
@@ -141,15 +134,33 @@ def write_atomically(
     return tally
 
 
-def _places(plan: Plan, shown: str) -> list[tuple[Plan, str, str]]:
-    """Each file's plan, its path, and the name that messages use; the one that is asked for is the last."""
-    if plan.index is None:
-        return [(plan, os.path.realpath(shown), shown)]
-    # An index may be a link into a cache, whose folder is no place for shards: links in folders alone are followed.
-    above, name = os.path.split(shown)
-    folder = os.path.realpath(above)
-    shards = [(shard, os.path.join(folder, at), os.path.join(above, at)) for at, shard in plan.shards.items()]
-    return [*shards, (plan, os.path.join(folder, name), shown)]
+def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
+    """Each file's plan, its path, and the name that messages use; the one that is asked for is the last.
+
+    Raises:
+        DestinationExistsError: one exists and ``force`` is false.
+        FileAccessError: one is a folder.
+    """
+    found = [(plan, os.path.realpath(shown), shown)]
+    if plan.index is not None:
+        # An index may be a link into a cache, whose folder is no place for shards: links in folders alone are followed.
+        above, name = os.path.split(shown)
+        folder = os.path.realpath(above)
+        shards = [(shard, os.path.join(folder, at), os.path.join(above, at)) for at, shard in plan.shards.items()]
+        found = [*shards, (plan, os.path.join(folder, name), shown)]
+    for _, path, name in found:
+        if os.path.isdir(path):
+            raise FileAccessError(f"{name}: is a folder; name a file")
+        if not force and os.path.lexists(path):
+            raise exists(name)
+    return found
+
+
+def _remove_stale_now_and_then(folder: str) -> None:
+    """Remove what killed runs left in the folder, unless it was looked through a moment ago."""
+    if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
+        _swept[folder] = time.monotonic()
+        remove_stale(folder)
 
 
 def _status(path: str) -> os.stat_result | None:

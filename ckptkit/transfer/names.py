@@ -9,6 +9,9 @@ A temporary file is locked (``flock``) for as long as its run has it open, and t
 becomes of the run.  So the next run into the same folder removes what a killed one left there: the files whose names
 say that they are of this host, whose lock it wins, and that no index names.  Other hosts may share the folder and
 not the locks; where a file system or a system has none, names do not say a host, and such files stay.
+
+Files are closed before they get their names, since Windows renames none that is open, nor over one: a source that is
+about to be replaced is closed there too.  From closing to renaming it is the folder that is locked against removal.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ import os
 import re
 import shlex
 import stat
+import time
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
-from ckptkit.bytesource import SourceFile, write_at
+from ckptkit.bytesource import Source, SourceFile, write_at
 from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
@@ -38,13 +44,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["Output", "created", "exists", "is_temporary_name", "overwrite", "publish", "remove_stale"]
+__all__ = ["Output", "created", "exists", "is_temporary_name", "overwrite", "publish", "remove_stale", "replacing"]
 
 _TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
 """Names of temporary files: what they will be called, random digits, those of the host, and the ending."""
 
 _AT_ONCE = 256
 """Files of killed runs that are open at a time: a process may have no more than 1,024."""
+
+_PATIENCE = 1.0
+"""Seconds to wait for a run that removes files from the folder; whoever locks it for longer is none of ours."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,9 +65,10 @@ class Output:
         path: where it will be.
         shown: the name that messages use.
         temporary: where it is meanwhile.
-        fd: open on that, readable and writable.
+        fd: open on that, readable and writable; -1 once it is complete.
         host: what its temporary name says of this machine; empty where it is not locked.
         replaced: the file whose permissions it gets.
+        status: of the complete file.
         is_ours: whether the temporary name is to be removed at the end, and not in use by an index.
     """
 
@@ -69,14 +79,22 @@ class Output:
     fd: int
     host: str = ""
     replaced: os.stat_result | None = None
+    status: os.stat_result | None = None
     is_ours: bool = True
 
     @property
     def has_name(self) -> bool:
         """Whether it is this very file that has the name it is meant for."""
-        return _has_name(self.fd, self.path)
+        return _has_name(self.status or os.fstat(self.fd), self.path)
 
-    def permit(self) -> None:
+    def finish(self) -> None:
+        """Nothing more is written: it gets its permissions, and is closed."""
+        self._permit()
+        self.status = os.fstat(self.fd)
+        fd, self.fd = self.fd, -1
+        os.close(fd)
+
+    def _permit(self) -> None:
         """Give it the permissions, and where this process may the owner and group, of the file that it replaces."""
         if self.replaced is None or not hasattr(os, "fchmod"):
             return
@@ -88,7 +106,8 @@ class Output:
 
     def close(self) -> None:
         """Close it, and remove its temporary name."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
         if self.is_ours:
             with contextlib.suppress(OSError):
                 os.unlink(self.temporary)
@@ -124,7 +143,7 @@ def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None =
             raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
         output = Output(plan=plan, path=path, shown=shown, temporary=temporary, fd=fd, host=host, replaced=replaced)
         try:
-            if not host or (_locked(fd) and _has_name(fd, temporary)):
+            if not host or (_locked(fd) and _has_name(os.fstat(fd), temporary)):
                 return output
         except OSError:  # there are no locks here
             host = ""
@@ -159,9 +178,35 @@ def _locked(fd: int) -> bool:
     return True
 
 
-def _has_name(fd: int, path: str) -> bool:
+@contextlib.contextmanager
+def _folder_locked(path: str, *, shared: bool) -> Iterator[bool]:
+    """Lock a folder where that can be: who gives names shares it, who removes files has it alone, or is told not to."""
+    if fcntl is None or not hasattr(os, "O_DIRECTORY"):
+        yield True
+        return
+    with contextlib.ExitStack() as stack:
+        won = True
+        until = time.monotonic() + (_PATIENCE if shared else 0)
+        with contextlib.suppress(OSError):  # no locks here, or a folder to write to and not to read
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, folder)
+            won = False
+            while not won:
+                try:
+                    fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                    won = True
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        break
+                    time.sleep(0.01)
+                except OSError:
+                    won = True
+        yield won
+
+
+def _has_name(status: os.stat_result, path: str) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
+        return os.path.samestat(status, os.lstat(path))
     except FileNotFoundError:
         return False
 
@@ -183,7 +228,9 @@ def is_temporary_name(name: str) -> bool:
 def remove_stale(folder: str) -> None:
     """Remove the temporary files that killed runs on this host left in a folder; those of runs at work stay."""
     host = _host()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _folder_locked(folder, shared=False) as won_it:
+        if not won_it:
+            return
         found = [_TEMPORARY.fullmatch(name) for name in os.listdir(folder) if host and name.startswith(".")]
         ours = {os.path.join(folder, each[0]): each[1] + host for each in found if each is not None and each[2] == host}
         for start in range(0, len(ours), _AT_ONCE):
@@ -202,7 +249,8 @@ def _won(path: str, stack: contextlib.ExitStack) -> bool:
     with contextlib.suppress(OSError):
         fd = os.open(path, flags)
         stack.callback(os.close, fd)
-        return stat.S_ISREG(os.fstat(fd).st_mode) and _locked(fd) and _has_name(fd, path)
+        status = os.fstat(fd)
+        return stat.S_ISREG(status.st_mode) and _locked(fd) and _has_name(status, path)
     return False
 
 
@@ -229,7 +277,29 @@ def exists(shown: str) -> DestinationExistsError:
     return DestinationExistsError(f"{shown}: exists already; --force overwrites it")
 
 
-def publish(files: list[Output], index: bytes, *, force: bool, flush: bool) -> None:
+def replacing(action: Callable[[], None], path: str, source: Source | None) -> None:
+    """Rename over a file, or remove it; where that cannot be while we read the file, it is closed first.
+
+    Args:
+        action: what to do.
+        path: the file.
+        source: the open file that the plan reads, with those that belong to it; it is read no more.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    try:
+        action()
+    except PermissionError:
+        opened = () if source is None else (source, *source.parts.values())
+        ours = [each.path for each in opened if each.folder is not None]
+        if source is None or not any(os.path.exists(path) and os.path.samefile(each, path) for each in ours):
+            raise
+        source.close()
+        action()
+
+
+def publish(files: list[Output], index: bytes, *, force: bool, flush: bool, source: Source | None = None) -> None:
     """Give complete files their names, and make the names themselves durable.
 
     Args:
@@ -238,47 +308,51 @@ def publish(files: list[Output], index: bytes, *, force: bool, flush: bool) -> N
         index: naming the shards as they will be called; empty where there are none.
         force: whether what exists may be replaced.
         flush: whether to wait for the disk.
+        source: see `replacing`.
 
     Raises:
         DestinationExistsError: a file of a name has appeared.
         OSError: it cannot be done.
     """
     *shards, main = files
-    for file in files:
-        file.permit()
-    with uninterrupted():
+    folder = os.path.dirname(main.path)
+    with uninterrupted(), _folder_locked(folder, shared=True):
+        for file in files:
+            file.finish()
         if not index:
-            _rename(main, force=force)
+            _rename(main, source, force=force)
         else:
-            _publish_shards(shards, main, index, force=force, flush=flush)
+            _publish_shards(shards, main, index, source, force=force, flush=flush)
     if flush:
-        _flush_folder(os.path.dirname(main.path))
+        _flush_folder(folder)
 
 
-def _publish_shards(shards: list[Output], main: Output, index: bytes, *, force: bool, flush: bool) -> None:
+def _publish_shards(
+    shards: list[Output], main: Output, index: bytes, source: Source | None, *, force: bool, flush: bool
+) -> None:
     """Give shards their names, and the index its own last."""
     final = created(main.plan, main.path, main.shown, main.replaced)
     try:
         overwrite(final.fd, index)
-        final.permit()
         if flush:
             os.fsync(final.fd)
+        final.finish()
         if force and any(os.path.lexists(shard.path) for shard in shards):
-            _replace(shards, main, final, flush=flush)
+            _replace(shards, main, final, source, flush=flush)
         else:
-            _publish_new(shards, final, force=force)
+            _publish_new(shards, final, source, force=force)
     finally:
         final.close()
 
 
-def _publish_new(shards: list[Output], final: Output, *, force: bool) -> None:
+def _publish_new(shards: list[Output], final: Output, source: Source | None, *, force: bool) -> None:
     """Where no shards of these names are: until the index has its name, an old one names what it always did.
 
     What has appeared meanwhile is not touched without force, and nothing of ours is left beside it.
     """
     try:
         for file in (*shards, final):
-            _rename(file, force=force)
+            _rename(file, source, force=force)
     except BaseException:
         if not final.has_name:
             for shard in shards:
@@ -288,15 +362,15 @@ def _publish_new(shards: list[Output], final: Output, *, force: bool) -> None:
         raise
 
 
-def _replace(shards: list[Output], main: Output, final: Output, *, flush: bool) -> None:
+def _replace(shards: list[Output], main: Output, final: Output, source: Source | None, *, flush: bool) -> None:
     """Where shards of these names are: at every moment the index names one whole checkpoint.
 
     On a file system without hard links it names for a moment shards that are not there.
     """
     for shard in shards:
         shard.is_ours = False
-    try:
-        os.replace(main.temporary, main.path)  # it names the shards as they are called now
+    try:  # it names the shards as they are called now
+        replacing(partial(os.replace, main.temporary, main.path), main.path, source)
     except BaseException:
         for shard in shards:
             shard.is_ours = not main.has_name
@@ -305,7 +379,7 @@ def _replace(shards: list[Output], main: Output, final: Output, *, flush: bool) 
         if flush:
             _flush_folder(os.path.dirname(main.path))
         for shard in shards:
-            _rename_over(shard)
+            _rename_over(shard, source)
         os.replace(final.temporary, final.path)
     except BaseException:
         if not final.has_name:
@@ -320,25 +394,25 @@ def _replace(shards: list[Output], main: Output, final: Output, *, flush: bool) 
         shard.is_ours = True
 
 
-def _rename_over(shard: Output) -> None:
+def _rename_over(shard: Output, source: Source | None) -> None:
     """Give a shard its name, and leave it the temporary one where the file system has hard links."""
     second = _beside(shard.path, shard.host)
     try:
         try:
             os.link(shard.temporary, second)
         except OSError:
-            os.replace(shard.temporary, shard.path)
+            replacing(partial(os.replace, shard.temporary, shard.path), shard.path, source)
         else:
-            os.replace(second, shard.path)
+            replacing(partial(os.replace, second, shard.path), shard.path, source)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(second)
 
 
-def _rename(file: Output, *, force: bool) -> None:
+def _rename(file: Output, source: Source | None, *, force: bool) -> None:
     """Give a complete file its name."""
     if force:
-        os.replace(file.temporary, file.path)
+        replacing(partial(os.replace, file.temporary, file.path), file.path, source)
         return
     try:
         os.link(file.temporary, file.path)  # fails, in one step, where a file of that name has appeared

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange
+from ckptkit.bytesource import CHUNK_NBYTES, GAP_NBYTES, ByteRange
 from ckptkit.casting import numpy_dtype
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.computed import ConvertedRange, DTypeConversion
@@ -29,9 +29,6 @@ __all__ = ["array_from", "check_indices", "stream", "unconverted", "values_of"]
 
 _SIGNED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 """The types of 8 bits whose first is a sign."""
-
-_GAP_NBYTES = 8 << 10
-"""Bytes between two wanted ones that take longer to read along than another read does to begin."""
 
 
 def stream(
@@ -144,7 +141,7 @@ def _collect(out: Any, source: ByteRange, start: int, strides: list[int]) -> Non
     axis = strides.index(max(strides))
     size, stride = out.shape[axis], strides[axis]
     one = nbytes - (size - 1) * stride
-    apart = one <= most and stride - one > _GAP_NBYTES
+    apart = one <= most and stride - one > GAP_NBYTES
     count = max(1, most // one if apart else (most - one) // stride + 1)
     for first in range(0, size, count):
         index = (*[slice(None)] * axis, slice(first, first + count))
@@ -153,10 +150,8 @@ def _collect(out: Any, source: ByteRange, start: int, strides: list[int]) -> Non
         if not apart:
             _collect(part, source, at, strides)
             continue
-        data = bytearray(part.shape[axis] * one)
-        for number in range(part.shape[axis]):
-            piece = memoryview(data)[number * one : (number + 1) * one]
-            source.file.read_into(source.offset + at + number * stride, piece)
+        rows = [(source.offset + at + number * stride, one) for number in range(part.shape[axis])]
+        data = b"".join(source.file.ranges(rows))
         part[...] = numpy.ndarray(part.shape, out.dtype, data, strides=[*strides[:axis], one, *strides[axis + 1 :]])
 
 

@@ -1,8 +1,7 @@
-"""What to do about a checkpoint that does not fit: the one cause behind many names or shapes.
+"""What to do about a checkpoint that does not fit.
 
-What would fit where this does not: other weights in the same file, or another reference.
-
-Long lists of names, folded by module for messages; documents keep them whole.
+There may be one cause behind many names or shapes, other weights in the file that would fit, or another reference.
+Long lists of names are folded by module for messages; documents keep them whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The load check: the weights go into the model, whole or not at all, and are compared there.
-
-The weights check: what is in the model now, before anything is computed with it.
-"""
+"""The load and weights checks: the weights go into the model, whole or not at all, and are looked at there."""
 
 from __future__ import annotations
 
@@ -133,9 +130,9 @@ def _read_again(state_dict: StateDict, fit: Fit) -> Iterator[tuple[str, torch.Te
 def _give_values(model: nn.Module, context: Context) -> None:
     """Let the model be the reference built with values, as the seed draws them."""
     other = context.reference.make()
-    if context.dtype is not None:
-        with foreign(f"the model cannot be cast to {context.dtype}"):
-            other.to(floating_dtype(context.dtype))
+    if context.options.dtype is not None:
+        with foreign(f"the model cannot be cast to {context.options.dtype}"):
+            other.to(floating_dtype(context.options.dtype))
     become(model, other)
 
 

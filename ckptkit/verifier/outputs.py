@@ -1,6 +1,6 @@
-"""The tensors of an output: where they are, what they hold, and how far two of them are apart.
+"""The tensors of outputs, the model's and its leaf modules': what they hold, and how far those of two runs are apart.
 
-What each leaf module computed in one run, held against another: where two checkpoints part.
+The first leaf modules whose outputs differ tell where two checkpoints part.
 """
 
 from __future__ import annotations

@@ -145,16 +145,16 @@ def test_interrupted_at_any_moment_nothing_is_left(
 WAITING = """
 import sys
 from ckptkit.cli import run
-from ckptkit.transfer import publish
+from ckptkit import transfer
 
-real = publish.move
+real = transfer.move
 
 def move(*given):
     print("at work", file=sys.stderr, flush=True)
     sys.stdin.readline()
     return real(*given)
 
-publish.move = move
+transfer.move = move
 run()
 """
 """The command, which waits for a line before it moves the first byte."""

@@ -1,11 +1,8 @@
-"""What a reference is, and the module its factory returns.
+"""What a reference is: a factory, its arguments from what a user typed, and the module it returns.
 
-Arguments of a factory: from what a user typed to the values it takes.
-
+A factory is the user's own code: in an importable module, in a file, or an object in Python.
 What a parameter takes is said by its annotation, else by its default; where neither says, a string that is a
 Python literal becomes its value.
-
-The user's own code as a reference: an importable module, a file, or an object in Python.
 """
 
 from __future__ import annotations

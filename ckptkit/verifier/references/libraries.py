@@ -1,13 +1,11 @@
-"""timm's models: how they are built, and what they take.
+"""Models of timm, torchvision and transformers: how they are built without weights, and what they take.
 
-Source: ``timm/models/_factory.py`` (``create_model``) and ``_pretrained.py`` (``PretrainedCfg``) of timm 1.0.
+timm: ``timm/models/_factory.py`` (``create_model``) and ``_pretrained.py`` (``PretrainedCfg``) of timm 1.0.
 
-torchvision's models: how they are built, and what each family takes as input.
+torchvision: ``torchvision/models/**`` (0.17 to 0.29); the family is the sub-package the builder lies in, and decides
+what a model takes.
 
-Sources: ``torchvision/models/**`` (0.17 to 0.29); the family is the sub-package the builder lies in.
-
-transformers' models: built from a configuration alone, and what they take.
-
+transformers: a model is built from a configuration alone.
 A folder's ``config.json`` names the class under ``architectures``; without that it is the bare model of its type.
 Nothing is downloaded, and code that comes with a configuration (``auto_map``) is never run.
 
