@@ -5,7 +5,7 @@ Importing ckptkit imports neither torch nor numpy.
 The layers, each importing only from those to its right; a test enforces it:
 
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
-        > diagnose, compare, stats, architectures, digests > formats, rewrite, transfer > normalize > pickling
+        > diagnose, compare, stats, architectures, digests, options > formats, rewrite, transfer > normalize > pickling
         > plan, casting > checkpoint > tensor > computed > bytesource
         > codes > report, arguments, dtypes, limits, extras > errors
 
@@ -13,9 +13,9 @@ Some rooms are more than the first sketch had: `plan`, because writers make plan
 executes them and neither should know the other; `compare`, because the proof that an output
 is right must go through the readers, which the mover of bytes must not know; `inspection` (the
 document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).  `architectures`
-knows which models have a checkpoint's names and shapes, `arguments` what can be asked for at all.  `conversion`
-turns options into rewriters, plans and carries out one output, and tells what came of it; `checkpoint_file` is what
-`open` gives.
+knows which models have a checkpoint's names and shapes, `arguments` what values mean that are given, and `options`
+declares what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one
+output, and tells what came of it; `checkpoint_file` is what `open` gives.
 `differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check` holds
 files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison

@@ -15,27 +15,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptkit import formats
-from ckptkit.arguments import several
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.arguments import documented, several, unexpected
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
-from ckptkit.errors import CorruptError, PartError, RewriteError, SectionError
+from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.normalize.parts import require_whole
+from ckptkit.normalize.selection import require_state_dict
+from ckptkit.options import ConvertOptions, DiffOptions, VerifyOptions
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
     from collections import OrderedDict
 
+    from typing_extensions import Unpack
+
     from ckptkit.differences import Difference
+    from ckptkit.options import ConvertKeywords, DiffKeywords, VerifyKeywords
     from ckptkit.released.manifest_file import Manifest
+    from ckptkit.released.policy import PolicyKeywords
     from ckptkit.released.results import CheckReport
     from ckptkit.rewrite import Like
-    from ckptkit.rewrite.device import LocationMap
-    from ckptkit.transfer.workers import Progress
 
 __all__ = [
     "CheckpointFile",
@@ -123,9 +125,7 @@ def load_state_dict(
     require_torch()
     from ckptkit.torch_bridge import state_dict_of
 
-    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
-        require_whole(file.checkpoint, allow_part=allow_part)
-        _require_state_dict(file.checkpoint, "to load")
+    with _weights(path, "to load", section=section, allow_part=allow_part, ignore_checksums=ignore_checksums) as file:
         state = state_dict_of(file.state_dict, file.path, map_location=map_location, checksums=True)
         if file.checkpoint.module is not None:
             for name, value in state.items():
@@ -133,38 +133,8 @@ def load_state_dict(
         return state
 
 
-def convert(
-    source: PathLike,
-    destination: PathLike,
-    *,
-    section: str | None = None,
-    strip_module: bool = False,
-    add_module: bool = False,
-    strip_prefix: str | None = None,
-    add_prefix: str | None = None,
-    rename: str | Sequence[str | tuple[str, str]] = (),
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
-    leave_out: str | Sequence[str] = (),
-    weights_only: bool = False,
-    map_location: LocationMap | None = None,
-    dtype: str | None = None,
-    keep_dtype: str | Sequence[str] = (),
-    cast_scaled: bool = False,
-    tied: Literal["alias", "duplicate", "error"] = "alias",
-    like: Any = None,
-    model_args: Mapping[str, Any] | None = None,
-    to: str | None = None,
-    max_shard_size: int | str | None = None,
-    metadata: Mapping[str, str] | None = None,
-    allow_part: bool = False,
-    receipt: bool = True,
-    dry_run: bool = False,
-    force: bool = False,
-    check: bool = True,
-    ignore_checksums: bool = False,
-    progress: Progress | None = None,
-) -> Report:
+@documented(ConvertOptions)
+def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report:
     """Rewrite a checkpoint into another file.
 
     A ``.pth`` keeps everything that is in the source; what a safetensors file or shards cannot hold is an
@@ -173,35 +143,7 @@ def convert(
     Args:
         source: any readable checkpoint.
         destination: the output; its ending chooses the container.
-        section: path of the weights, where the file holds several.
-        strip_module: take off every wrapper prefix (``module.``, ``_orig_mod.``).
-        add_module: then put one ``module.`` before every name.
-        strip_prefix: then strip this one leading prefix of whole segments.
-        add_prefix: then put this prefix before every name.
-        rename: then apply rules, in order: ``"REGEX=>REPLACEMENT"`` or pairs of both; see `ckptkit.Rename`.
-        include: globs of the names to keep, as they are in the source or as they will be; none keeps all.
-        exclude: globs of the names to drop, in the same way.
-        leave_out: parts of the file beside the weights to drop: keys, or sections as `inspect` lists them.
-        weights_only: drop all but the state_dict.
-        map_location: new device tags; see `ckptkit.MapLocation`.
-        dtype: cast the floating-point weights to it; see `ckptkit.CastDtype`.
-        keep_dtype: globs of the names that are not cast, in the source or in the output.
-        cast_scaled: whether to cast weights that have scales beside them, and such scales, each by itself.
-        tied: what becomes of tensors with several names; see `ckptkit.Tied`.
-        like: the model whose tensors alone are kept, under its names: another checkpoint, or a reference as the
-            ``model`` of `verify` (which needs torch).  Section and prefix are found; it goes after all that is
-            named to be selected or renamed.  See `ckptkit.Like`.
-        model_args: keyword arguments of the reference's factory; strings are read as Python literals.
-        to: container name that overrides the ending.
-        max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
-        metadata: strings to set in the output's metadata.
-        allow_part: whether the source may be a part of a checkpoint that lies in several files.
-        receipt: whether to record in the metadata what was done; see `ckptkit.conversion`.
-        dry_run: make the plan, write nothing.
-        force: whether an existing destination may be replaced.
-        check: whether to compare the output with the source before it gets its name; see `CheckpointFile.save`.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
-        progress: called with the bytes dealt with so far, and those to deal with in all.
+        **options: those of `ckptkit.options.ConvertOptions`.
 
     Returns:
         A report whose ``details`` hold the plan and what was changed.
@@ -210,73 +152,18 @@ def convert(
         As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
         RewriteError where the weights are not those of ``like``; VerifyError where ``like`` names no model.
     """
-    from ckptkit.conversion import Job
-    from ckptkit.conversion.options import Conversion, Options  # reading alone starts faster without the writing half
+    from ckptkit.conversion import run  # reading alone starts faster without the writing half
 
-    options = Options(
-        strip_module=strip_module,
-        add_module=add_module,
-        strip_prefix=strip_prefix,
-        add_prefix=add_prefix,
-        rename=rename,
-        include=include,
-        exclude=exclude,
-        leave_out=leave_out,
-        weights_only=weights_only,
-        map_location=map_location,
-        dtype=dtype,
-        keep_dtype=keep_dtype,
-        cast_scaled=cast_scaled,
-        tied=tied,
-        like=None if like is None else _like(like, model_args or {}),
-        metadata=metadata or {},
-    )
-    if model_args and like is None:
-        raise RewriteError("--model-arg is for the model of --like, which is not given")
-    with contextlib.ExitStack() as stack:
-        reading = partial(open, source, ignore_checksums=ignore_checksums)
-        file = stack.enter_context(reading(section=section))
-        require_whole(file.checkpoint, allow_part=allow_part)
-        if options.like is not None and section is None:
-            from ckptkit.conversion.options import section_like
-
-            found = section_like(file.checkpoint, options, ignore_checksums=ignore_checksums)
-            if found != file.checkpoint.origin.state_path:
-                file = stack.enter_context(reading(section=found))
-        _, container, most = formats.target(os.fsdecode(destination), to)
-        weights_alone = container.name == "safetensors" or most is not None or max_shard_size is not None
-        if weights_alone or options.needs_weights:
-            _require_state_dict(file.checkpoint, "to rewrite" if options.needs_weights else "to write")
-        conversion = Conversion(file.checkpoint, options)
-        job = Job.of(
-            conversion.result,
-            file._file,
-            os.fsdecode(destination),
-            to=to,
-            max_shard_size=max_shard_size,
-            receipt=receipt,
-            hashed=check and not dry_run,
-        )
-        findings = (*job.findings(), *conversion.findings(job.plan, None if dry_run else job.path))
-        if not dry_run:
-            tally = job.carry_out(force=force, check=check, progress=progress)
-            findings = (*findings, *conversion.losses(tally))
-        return Report(
-            findings=findings,
-            details={
-                "source": os.fsdecode(source),
-                "destination": job.path,
-                "written": not dry_run,
-                "checked": check and not dry_run,
-                "section": file.checkpoint.origin.state_path,
-                "plan": job.plan.to_dict(),
-                **conversion.details(job.plan),
-            },
-        )
+    asked = ConvertOptions(**options)
+    if asked.like is not None:
+        asked = asked.but(like=_like(asked.like, asked.model_args))
+    with open(source, section=asked.section, ignore_checksums=asked.ignore_checksums) as file:
+        return run(file.checkpoint, file._file, destination, asked).report()
 
 
 def _like(like: Any, args: Mapping[str, Any]) -> Like:
     """The model that a conversion is to be like."""
+    from ckptkit.conversion.options import like_checkpoint
     from ckptkit.rewrite import Like
 
     if isinstance(like, Like):
@@ -291,47 +178,17 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
         return like_reference(path or like, args)
     if args:
         raise RewriteError(f"--like {path}: is a checkpoint, and takes no --model-arg")
-    with open(path) as file:
-        require_whole(file.checkpoint, allow_part=False)
-        if file.checkpoint.origin.state_path is None:
-            from ckptkit.normalize.selection import paths_listed
-
-            weights = paths_listed(file.sections) or "no section holds any"
-            raise SectionError(f"{path}: has no one set of weights to be like ({weights})")
-        return Like(file.state_dict, label=path)
+    return like_checkpoint(path)
 
 
-def diff(
-    a: PathLike,
-    b: PathLike,
-    *,
-    section: str | None = None,
-    section_a: str | None = None,
-    section_b: str | None = None,
-    strip_module: bool = False,
-    atol: float | None = None,
-    rtol: float | None = None,
-    strict: bool = False,
-    allow_part: bool = False,
-    ignore_checksums: bool = False,
-    progress: Progress | None = None,
-) -> Difference:
+@documented(DiffOptions)
+def diff(a: PathLike, b: PathLike, **options: Unpack[DiffKeywords]) -> Difference:
     """What changed from one checkpoint to another, whatever their containers.
 
     Args:
         a: the file that is compared.
         b: the file that it is compared with.
-        section: path of the weights to compare, in both; what stands beside named weights is not compared.
-        section_a: the same of ``a`` alone.
-        section_b: the same of ``b`` alone.
-        strip_module: take off wrapper prefixes of both first.
-        atol: how far elements may be apart and count as unchanged; without both, bits decide.
-        rtol: the same as a share of the larger magnitude of the two; what it allows is added.
-        strict: whether metadata, ties, parts that one file alone has, and every value in the files' trees count
-            for `Difference.ok`.
-        allow_part: whether either may be a part of a checkpoint that lies in several files.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
-        progress: called with the bytes gone through so far, and those to go through in all.
+        **options: those of `ckptkit.options.DiffOptions`.
 
     Returns:
         The difference; ``equal`` is about the tensors.
@@ -345,36 +202,25 @@ def diff(
     from ckptkit.differences import Tolerance, differ
     from ckptkit.rewrite import StripModule
 
-    chosen = section_a or section, section_b or section
-    reading = partial(open, ignore_checksums=ignore_checksums)
-    tolerance = None if atol is None and rtol is None else Tolerance(0.0 if atol is None else atol, rtol or 0.0)
+    asked = DiffOptions(**options)
+    chosen = asked.section_a or asked.section, asked.section_b or asked.section
+    reading = partial(open, ignore_checksums=asked.ignore_checksums)
+    tolerance = None if asked.atol is None and asked.rtol is None else Tolerance(asked.atol or 0.0, asked.rtol or 0.0)
     with reading(a, section=chosen[0]) as ours, reading(b, section=chosen[1]) as theirs:
-        rewriters = (StripModule(),) if strip_module else ()
+        rewriters = (StripModule(),) if asked.strip_module else ()
         difference = differ(
             ours.rewrite(*rewriters).checkpoint,
             theirs.rewrite(*rewriters).checkpoint,
             beside=chosen == (None, None),
             tolerance=tolerance,
-            strict=strict,
-            allow_part=allow_part,
-            progress=progress,
+            strict=asked.strict,
+            allow_part=asked.allow_part,
+            progress=asked.progress,
         )
         for file in (ours, theirs):
             if file._file.changed():
                 raise CorruptError("the file was changed while it was read", path=file.path)
         return difference
-
-
-def _require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
-    if checkpoint.origin.state_path is not None:
-        return
-    from ckptkit.normalize.selection import held_instead, paths_listed
-
-    path, weights = checkpoint.origin.path, paths_listed(checkpoint.sections)
-    if weights:
-        raise SectionError(f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section")
-    kind = f"its kind is {checkpoint.origin.kind!r}"
-    raise SectionError(f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}")
 
 
 def manifest(
@@ -426,60 +272,13 @@ def manifest(
     )
 
 
-def verify(
-    path: PathLike,
-    *,
-    model: Any = None,
-    model_args: Mapping[str, Any] | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    input_shapes: Sequence[Sequence[int]] = (),
-    input: PathLike | None = None,  # noqa: A002 - the option's name
-    seed: int = 0,
-    section: str | None = None,
-    strip_module: bool = False,
-    allow_missing: str | Sequence[str] = (),
-    allow_unexpected: str | Sequence[str] = (),
-    allow_part: bool = False,
-    forward: bool = True,
-    against: PathLike | None = None,
-    golden: PathLike | None = None,
-    write_golden: PathLike | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
-    force: bool = False,
-    unsafe_load: bool = False,
-    ignore_checksums: bool = False,
-) -> Report:
+@documented(VerifyOptions)
+def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report:
     """Load into a reference model, strictly, and examine what it computes.
 
     Args:
         path: the checkpoint; it is read by ckptkit, never executed (but see ``unsafe_load``).
-        model: ``"torchvision:resnet18"``, ``"package.module:factory"``, ``"path/to/file.py:factory"``, or an
-            ``nn.Module`` or callable; may be left out where ``golden`` names it, or the architecture is
-            known by its names and shapes.
-        model_args: keyword arguments of the factory; strings are read as Python literals.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"cpu,cuda"`` runs both and compares.
-        dtype: torch name to run the forward pass in.
-        input_shapes: one shape for each input; default from the reference where it is known.
-        input: a file, in any container, with the inputs' values: by position (``0``, ``1``) or by keyword.
-        seed: of the input.
-        section: path of the weights, where the file holds several.
-        strip_module: take off wrapper prefixes first.
-        allow_missing: glob patterns of names that may be missing.
-        allow_unexpected: glob patterns of names that may be left over.
-        allow_part: whether a file may be a part of a checkpoint that lies in several.
-        forward: whether to run the forward pass.
-        against: another checkpoint of the same model, in any container and with any wrapper prefix, whose
-            outputs must agree.
-        golden: a file of outputs recorded earlier, which these must agree with.
-        write_golden: a file to record these in.
-        atol: how far outputs may be apart, whatever their size; default: several times the noise that is measured.
-        rtol: the same, as a share of their largest magnitude; what it allows is added.
-        force: whether ``write_golden`` may replace a file.
-        unsafe_load: run the pickled model itself in place of a reference: **runs code of the file**, after
-            printing on stderr what it imports.  A hostile file is refused.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        **options: those of `ckptkit.options.VerifyOptions`.
 
     Raises:
         MissingDependencyError: torch, or the package of the reference, is not installed.
@@ -490,56 +289,33 @@ def verify(
     from ckptkit.extras import require_torch
     from ckptkit.rewrite import StripModule
 
+    asked = VerifyOptions(**options)
+    section = asked.section
     with contextlib.ExitStack() as stack:
-        reading = partial(open, ignore_checksums=ignore_checksums)
-        file = stack.enter_context(reading(path, section=section))
-        require_whole(file.checkpoint, allow_part=allow_part)
-        _require_state_dict(file.checkpoint, "to verify")
-        other = None if against is None else stack.enter_context(_other(against, section, reading, allow_part))
+        weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
+        file = stack.enter_context(weights(path, "to verify", section=section))
+        other = None
+        if asked.against is not None:
+            with open(asked.against, ignore_checksums=asked.ignore_checksums) as opened:
+                named = section if any(each.path == section for each in opened.sections) else None
+            other = stack.enter_context(weights(asked.against, "to compare with", section=named))
         # Only now: importing torch takes seconds, and what cannot be read is told at once.
         require_torch()
         from ckptkit.verifier import verify as run
 
-        subject = file.rewrite(StripModule()) if strip_module else file
-        return run(
-            subject.checkpoint,
-            model=model,
-            model_args=dict(model_args or {}),
-            device=device,
-            dtype=dtype,
-            input_shapes=input_shapes,
-            input=None if input is None else os.fsdecode(input),
-            seed=seed,
-            allow_missing=allow_missing,
-            allow_unexpected=allow_unexpected,
-            forward=forward,
-            against=None if other is None else other.checkpoint,
-            golden=None if golden is None else os.fsdecode(golden),
-            write_golden=None if write_golden is None else os.fsdecode(write_golden),
-            atol=atol,
-            rtol=rtol,
-            force=force,
-            unsafe_load=unsafe_load,
-            strip_module=strip_module,
-            reading=[*["--allow-part"] * allow_part, *["--ignore-checksums"] * ignore_checksums],
-        )
+        subject = file.rewrite(StripModule()) if asked.strip_module else file
+        return run(subject.checkpoint, asked, against=None if other is None else other.checkpoint)
 
 
-def _other(
-    path: PathLike, section: str | None, reading: Callable[..., CheckpointFile], allow_part: bool
-) -> CheckpointFile:
-    """The other checkpoint; the section is selected in it too, where it has one of that name."""
-    file = reading(path)
-    if section is not None and any(each.path == section for each in file.sections):
-        file.close()
-        file = reading(path, section=section)
-    try:
+@contextlib.contextmanager
+def _weights(
+    path: PathLike, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
+) -> Iterator[CheckpointFile]:
+    """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
+    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
-        _require_state_dict(file.checkpoint, "to compare with")
-    except (PartError, SectionError):
-        file.close()
-        raise
-    return file
+        require_state_dict(file.checkpoint, purpose)
+        yield file
 
 
 def check(
@@ -547,22 +323,8 @@ def check(
     *,
     manifest: PathLike | None = None,
     config: PathLike | None = None,
-    no_pickle: bool | None = None,
-    max_trust: Literal["safe", "needs_trust"] | None = None,
-    require_format: str | Sequence[str] | None = None,
-    max_size: int | str | None = None,
-    allow_dtype: str | Sequence[str] | None = None,
-    no_nan: bool | None = None,
-    no_optimizer: bool | None = None,
-    no_prefix: bool | None = None,
-    location: str | Sequence[str] | None = None,
-    allow_part: bool | None = None,
-    fits: str | None = None,
-    forward: bool | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    input_shapes: Sequence[Sequence[int]] | None = None,
     skip_others: bool = False,
-    ignore_checksums: bool | None = None,
+    **policy: Unpack[PolicyKeywords],
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
 
@@ -604,29 +366,16 @@ def check(
         MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
     """
     from ckptkit.released import check as run
+    from ckptkit.released.policy import POLICY_FIELDS
 
-    given = {
-        "no_pickle": no_pickle,
-        "max_trust": max_trust,
-        "require_format": require_format,
-        "max_size": max_size,
-        "allow_dtype": allow_dtype,
-        "no_nan": no_nan,
-        "no_optimizer": no_optimizer,
-        "no_prefix": no_prefix,
-        "location": location,
-        "allow_part": allow_part,
-        "fits": fits,
-        "forward": forward,
-        "model_args": model_args,
-        "input_shapes": input_shapes,
-        "ignore_checksums": ignore_checksums,
-    }
+    for name in policy:
+        if name not in POLICY_FIELDS:
+            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "skip_others"))
     return run(
         [os.fsdecode(path) for path in several(paths)],
         skip_others=skip_others,
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
-        typed={name: value for name, value in given.items() if value is not None},
+        typed={name: value for name, value in policy.items() if value is not None},
         verify=verify,
     )

@@ -1,7 +1,11 @@
-"""What arguments mean: checked here, once, for the command line, configurations and Python.
+"""What arguments mean, checked here once for the command line, configurations and Python; how options are declared.
 
 A string where several are taken is one, not its letters.  A tolerance is a number that something can be within.
 A device is one that torch has.
+
+A declaration of an `Option` says how it is typed, what ``--help`` and what the docstring say of it, its default, and
+what a value given in Python becomes.  A command's `Options` are a class of them (`ckptkit.options`): the command line
+is made of it, and a function takes one.
 """
 
 from __future__ import annotations
@@ -9,12 +13,31 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
 
 from ckptkit.errors import VerifyError
 
-__all__ = ["DEVICE_TYPES", "device_problem", "several", "shapes", "tolerance"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = [
+    "DEVICE_TYPES",
+    "Option",
+    "Options",
+    "device_problem",
+    "documented",
+    "flag",
+    "pairs",
+    "path",
+    "several",
+    "shapes",
+    "text",
+    "texts",
+    "tolerance",
+    "unexpected",
+    "within",
+]
 
 DEVICE_TYPES = (
     "cpu", "cuda", "mps", "xpu", "meta", "hip", "xla", "hpu", "mtia", "maia", "ipu", "ve", "lazy", "vulkan", "metal",
@@ -89,3 +112,203 @@ def shapes(name: str, given: Any) -> tuple[tuple[int, ...], ...]:
             )
         made.append(tuple(map(int, sizes)))
     return tuple(made)
+
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+Kind = Literal["flag", "text", "texts", "pairs", "shapes", "device", "tolerance", "integer", "switch"]
+"""How an option is typed: alone; with a value, or several times with one (``texts``, ``pairs`` of KEY=VALUE,
+``shapes``); or as ``--NAME/--no-NAME``."""
+
+
+class Option(Generic[T]):
+    """One option.
+
+    Attributes:
+        name: the keyword.
+        kind: how it is typed.
+        default: its value where it is not given.
+        line: what ``--help`` says of it.
+        meaning: what the function's docstring says of it, the sentence's end aside.
+        metavar: what stands for its value there.
+        choices: the values there are; empty: any.
+        shows_default: whether the line ends in the default.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        kind: Kind,
+        default: T,
+        line: str,
+        meaning: str,
+        metavar: str | None = None,
+        *,
+        switch: str | None = None,
+        choices: Sequence[str] = (),
+        shows_default: bool = False,
+        taken: Callable[[Any], T] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.default = default
+        self.line = line
+        self.meaning = meaning
+        self.metavar = metavar
+        self.choices = choices
+        self.shows_default = shows_default
+        self._switch = switch
+        self._taken = taken
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: object, owner: type) -> Self | T:
+        return self  # an instance has the value under the same name, which goes before
+
+    @property
+    def typed(self) -> str:
+        """As it is typed: ``--strip-module``; ``--no-check`` for what is on by default."""
+        negated = "no-" if self.default is True else ""
+        return self._switch or f"--{negated}{self.name.replace('_', '-')}"
+
+    @property
+    def documented(self) -> str:
+        """Its entry among the ``Args`` of the function."""
+        shown = "" if not self.default else f"; default ``{self.default!r}``"
+        return f"{self.name}: {self.meaning}{shown}."
+
+    def value(self, given: Any) -> T:
+        """The value that a keyword means."""
+        if given is None and self.default is None:
+            return self.default
+        return cast(T, given) if self._taken is None else self._taken(given)
+
+    def words(self, value: Any) -> list[str]:
+        """The words of a command line that give it a value; none where that is the default."""
+        if value == self.default or value is None:
+            return []
+        if self.kind == "flag":
+            return [self.typed]
+        if self.kind == "texts":
+            return [word for text in value for word in (self.typed, str(text))]
+        if self.kind == "shapes":
+            return [word for shape in value for word in (self.typed, ",".join(map(str, shape)))]
+        return [self.typed, str(value)]
+
+
+def unexpected(function: str, name: str, known: Iterable[str]) -> TypeError:
+    """What Python says of a keyword that a function does not take, with the one that was probably meant."""
+    from difflib import get_close_matches  # every command starts faster without
+
+    near = get_close_matches(name, known, n=1)
+    meant = f". Did you mean {near[0]!r}?" if near else ""
+    return TypeError(f"{function}() got an unexpected keyword argument {name!r}{meant}")
+
+
+class Options:
+    """The options of one command: those given, and the defaults of the others.  They do not change.
+
+    Like a frozen dataclass, but that nothing is compiled when the class is made: every command starts with these.
+
+    Raises:
+        TypeError: there is no option of that name.
+    """
+
+    command: ClassVar[str]
+    declared: ClassVar[dict[str, Option[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        cls.declared = {name: each for name, each in vars(cls).items() if isinstance(each, Option)}
+
+    def __init__(self, **given: Any) -> None:
+        for name in given:
+            if name not in self.declared:
+                raise unexpected(self.command, name, self.declared)
+        for name, option in self.declared.items():
+            vars(self)[name] = option.value(given[name]) if name in given else option.default
+        self._check()
+
+    def _check(self) -> None:
+        """See that the options go together."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"options do not change; cannot set {name!r}")
+
+    def __repr__(self) -> str:
+        given = (f"{name}={value!r}" for name, value in vars(self).items() if value != self.declared[name].default)
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def typed(self, *names: str) -> list[str]:
+        """These options as they are typed; none of those that have their defaults."""
+        return [word for name in names for word in self.declared[name].words(getattr(self, name))]
+
+    def but(self, **changed: Any) -> Self:
+        """The same options, but for these."""
+        return type(self)(**{**vars(self), **changed})
+
+
+_WIDTH = 116
+"""Characters of a line of a docstring."""
+
+
+def documented(declared: type[Options]) -> Callable[[F], F]:
+    """Lists the options in the docstring of the function that takes them, where it has the line ``**options``."""
+
+    def listed(function: F) -> F:
+        if function.__doc__:  # not with -OO
+            head, _, tail = function.__doc__.partition("**options")
+            indent = head[head.rindex("\n") + 1 :]
+            entries = (line for option in declared.declared.values() for line in _lines(option.documented, indent))
+            function.__doc__ = head + "\n".join(entries).lstrip() + tail[tail.index("\n") :]
+        return function
+
+    return listed
+
+
+def _lines(text: str, indent: str) -> Iterator[str]:
+    """The text in lines that are not too long, all but the first indented once more."""
+    line = indent.removesuffix(" ")
+    for word in text.split(" "):
+        if len(line) + 1 + len(word) > _WIDTH:
+            yield line
+            line = indent + "   "
+        line += " " + word
+    yield line
+
+
+def flag(line: str, meaning: str, *, default: bool = False) -> Option[bool]:
+    """An option that is typed alone: it turns on, or off what is on by default."""
+    return Option("flag", default, line, meaning)
+
+
+def text(metavar: str, line: str, meaning: str) -> Option[str | None]:
+    """One with a value."""
+    return Option("text", None, line, meaning, metavar)
+
+
+def path(metavar: str, line: str, meaning: str) -> Option[str | None]:
+    """One with a file."""
+    return Option("text", None, line, meaning, metavar, taken=os.fsdecode)
+
+
+def texts(metavar: str, line: str, meaning: str) -> Option[tuple[str, ...]]:
+    """One with a value that can be given several times."""
+    return Option("texts", (), line, meaning, metavar, taken=several)
+
+
+def pairs(switch: str, line: str, meaning: str) -> Option[Mapping[str, Any]]:
+    """One with a name and its value that can be given several times."""
+    return Option("pairs", {}, line, meaning, "KEY=VALUE", switch=switch, taken=lambda given: dict(given or {}))
+
+
+def within(switch: str, line: str, meaning: str) -> Option[float | None]:
+    """One with a tolerance."""
+    return Option("tolerance", None, line, meaning, "X", switch=switch, taken=lambda given: tolerance(switch, given))

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit import formats
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.normalize.parts import require_whole
 from ckptkit.report import Finding, count_of
 
 if TYPE_CHECKING:
-    from ckptkit.conversion import Job
+    from typing_extensions import Unpack
+
+    from ckptkit.options import ConvertKeywords
     from ckptkit.plan import Plan
     from ckptkit.transfer.workers import Progress
 
@@ -34,7 +35,7 @@ class CheckpointFile:
         checkpoint: the common representation that rewriters work on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, file: SourceFile) -> None:
+    def __init__(self, checkpoint: Checkpoint, file: Source) -> None:
         self.checkpoint = checkpoint
         self._file = file
 
@@ -95,7 +96,9 @@ class CheckpointFile:
 
     def plan(self, destination: PathLike, *, to: str | None = None, max_shard_size: int | str | None = None) -> Plan:
         """What `save` would do, without doing it."""
-        return self._job(destination, to=to, max_shard_size=max_shard_size, receipt=False, check=False).plan
+        return self._converted(
+            destination, to=to, max_shard_size=max_shard_size, allow_part=True, receipt=False, dry_run=True
+        )
 
     def save(
         self,
@@ -132,25 +135,22 @@ class CheckpointFile:
             PartError: it is a part of a checkpoint.
             CorruptError: the source is damaged, or changed while it was read.
         """
-        require_whole(self.checkpoint, allow_part=allow_part)
-        job = self._job(destination, to=to, max_shard_size=max_shard_size, receipt=receipt, check=check)
-        job.carry_out(force=force, check=check, progress=progress)
-        return job.plan
-
-    def _job(
-        self, destination: PathLike, *, to: str | None, max_shard_size: int | str | None, receipt: bool, check: bool
-    ) -> Job:
-        from ckptkit.conversion import Job  # reading alone starts faster without the writing half
-
-        return Job.of(
-            self.checkpoint,
-            self._file,
+        return self._converted(
             destination,
             to=to,
             max_shard_size=max_shard_size,
+            force=force,
+            check=check,
             receipt=receipt,
-            hashed=check,
+            allow_part=allow_part,
+            progress=progress,
         )
+
+    def _converted(self, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Plan:
+        from ckptkit.conversion import run  # reading alone starts faster without the writing half
+        from ckptkit.options import ConvertOptions
+
+        return run(self.checkpoint, self._file, destination, ConvertOptions(**options), rewrite=False).job.plan
 
     def close(self) -> None:
         """Close the file; entries stay readable as records, their bytes do not."""

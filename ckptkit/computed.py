@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile, write_at
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, write_at
 from ckptkit.errors import CorruptError, FileAccessError
 
 __all__ = ["DEFLATE_MOST", "ByteSource", "ConvertedRange", "DTypeConversion", "DeflatedRange", "Inflation", "spooled"]
@@ -25,7 +25,7 @@ DEFLATE_MOST = 1032
 distance code of one bit)."""
 
 
-def spooled(parts: Iterable[bytes], nbytes: int, source: SourceFile, what: str) -> ByteRange:
+def spooled(parts: Iterable[bytes], nbytes: int, source: Source, what: str) -> ByteRange:
     """The parts in the temporary file of the source, which is closed with it.
 
     Raises:
@@ -40,11 +40,11 @@ def spooled(parts: Iterable[bytes], nbytes: int, source: SourceFile, what: str) 
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if nbytes > free:  # before a small file fills the disk
             raise FileAccessError(f"{needs}, which has {free:,}; {remedy}")
-        room = source.spool(nbytes)
+        spool, room = source.spool(nbytes)
         done = 0
         for part in parts:
             fitting = memoryview(part)[: nbytes - done]  # bytes that are too many are told by whoever makes them
-            write_at(room.file.fd, fitting, room.offset + done)
+            write_at(spool, fitting, room.offset + done)
             done += len(fitting)
     except OSError as error:
         if isinstance(error, FileAccessError):
@@ -133,7 +133,7 @@ class DeflatedRange:
     nbytes: int
 
     @property
-    def file(self) -> SourceFile:
+    def file(self) -> Source:
         """The file the compressed bytes lie in."""
         return self.whole.deflated.file
 
@@ -233,7 +233,7 @@ class ConvertedRange:
     nbytes: int
 
     @property
-    def file(self) -> SourceFile:
+    def file(self) -> Source:
         """The file the original values lie in."""
         return self.whole.original.file
 

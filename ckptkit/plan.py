@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.computed import ByteSource, ConvertedRange
 from ckptkit.report import count_of
@@ -73,7 +73,7 @@ class Digest(NamedTuple):
     """The SHA-256 of a whole source file, as 64 hexadecimal digits at ``target``, inside a `LiteralBytes`."""
 
     target: int
-    file: SourceFile
+    file: Source
 
     @property
     def nbytes(self) -> int:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 import ckptkit
-from ckptkit import CkptkitError, RewriteError, VerifyError, errors
-from ckptkit.arguments import device_problem, several, tolerance
+from ckptkit import CkptkitError, RewriteError, VerifyError, api, errors
+from ckptkit import options as declared_options
+from ckptkit.arguments import Options, device_problem, several, tolerance
 from ckptkit.checkpoint import GlobalUse
-from ckptkit.released.policy import Policy
+from ckptkit.cli.options import keywords_of
+from ckptkit.options import ConvertOptions, DiffOptions, VerifyOptions
+from ckptkit.released import policy
+from ckptkit.released.policy import POLICY_FIELDS, Policy
+from ckptkit.rewrite.storages import TiedPolicy
 from ckptkit.testing import assert_fits, assert_matches_manifest, assert_same_outputs, assert_same_weights
 
 SaveAs = Callable[..., Path]
@@ -320,3 +329,123 @@ def test_documents_survive_pickling(save: SaveAs, tmp_path: Path) -> None:
         assert (again if isinstance(again, dict) else again.to_dict()) == told
     (finding,) = documents[2].findings  # type: ignore[union-attr]
     assert pickle.loads(pickle.dumps(finding)) == finding
+
+
+# An option is declared once, and stands in both help screens.
+
+DECLARED: dict[str, type[Options]] = {"convert": ConvertOptions, "verify": VerifyOptions, "diff": DiffOptions}
+
+TYPED_ALONE = {
+    "convert": {"source", "destination", "rename_file"},
+    "verify": {"path"},
+    "diff": {"a", "b", "top"},
+}
+"""What only the command line has, beside what all commands have."""
+
+COMMON = {"output", "as_json", "quiet", "color", "debug"}
+
+
+def command_of(name: str) -> click.Command:
+    found: click.Command = import_module(f"ckptkit.cli.{name}").command
+    return found
+
+
+def on_one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_every_option_stands_in_both_help_screens(name: str) -> None:
+    typed = on_one_line(CliRunner().invoke(command_of(name), ["--help"], terminal_width=100).output)
+    documented = on_one_line(getattr(ckptkit, name).__doc__)
+    at = [0, 0]
+    for option in DECLARED[name].declared.values():  # in the order in which they are declared
+        metavar = option.metavar or {"integer": "INTEGER"}.get(option.kind, "") or "|".join(option.choices)
+        switch = f"{option.typed} / --no-{option.name}" if option.kind == "switch" else option.typed
+        metavar = f"[{metavar}]" if option.choices else metavar
+        at[0] = typed.index(on_one_line(f"{switch} {metavar} {option.line}"), at[0])
+        at[1] = documented.index(f" {on_one_line(option.documented)}", at[1])
+        assert option.line.endswith("."), option.name
+        assert not option.meaning.endswith("."), option.name
+    assert "**options" not in documented
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_the_command_has_the_options_that_are_declared_and_no_others(name: str) -> None:
+    parameters = {parameter.name for parameter in command_of(name).params}
+    assert parameters - COMMON == {*DECLARED[name].declared} | TYPED_ALONE[name]
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_what_is_not_typed_is_what_is_not_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[dict[str, Any]] = []
+
+    def function(*_: object, **options: Any) -> None:
+        called.append(options)
+        raise VerifyError("enough")
+
+    monkeypatch.setattr(api, name, function)
+    CliRunner().invoke(command_of(name), ["x"] * (1 if name == "verify" else 2))
+    ((options),) = called
+    assert options.keys() == DECLARED[name].declared.keys()
+    assert vars(DECLARED[name](**options)) == vars(DECLARED[name]())
+
+
+def declarations() -> dict[str, ast.ClassDef]:
+    trees = [ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")) for module in (declared_options, policy)]
+    return {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+@pytest.mark.parametrize("name", [*DECLARED, "check"])
+def test_type_checkers_see_each_keyword(name: str) -> None:
+    title = {"check": "Policy"}.get(name, name.title())
+    keywords = [
+        node.target.id
+        for node in declarations()[f"{title}Keywords"].body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+    assert keywords == [*(POLICY_FIELDS if name == "check" else DECLARED[name].declared)]
+
+
+def test_choices_are_those_of_the_type() -> None:
+    assert ConvertOptions.tied.choices == get_args(TiedPolicy)
+
+
+@pytest.mark.parametrize(
+    ("call", "wrong", "meant"),
+    [
+        (lambda p: ckptkit.convert(p, p, strip_modul=True), "convert() got .* 'strip_modul'", "strip_module"),
+        (lambda p: ckptkit.convert(p, p, colour=True), "convert() got .* 'colour'", None),
+        (lambda p: ckptkit.verify(p, modle=nn.Linear), "verify() got .* 'modle'", "model"),
+        (lambda p: ckptkit.diff(p, p, sectoin="x"), "diff() got .* 'sectoin'", "section"),
+        (lambda p: ckptkit.check(p, no_pickel=True), "check() got .* 'no_pickel'", "no_pickle"),
+        (lambda p: ckptkit.check(p, manifst=p), "check() got .* 'manifst'", "manifest"),
+    ],
+)
+def test_a_keyword_that_is_none_is_told_before_anything_is_read(
+    call: Callable[[Path], object], wrong: str, meant: str | None
+) -> None:
+    with pytest.raises(TypeError) as caught:
+        call(Path("no.pth"))
+    said = wrong.replace(".*", "an unexpected keyword argument")
+    assert str(caught.value) == said + (f". Did you mean {meant!r}?" if meant else "")
+
+
+def test_options_do_not_change() -> None:
+    options = ConvertOptions(include="a.*", like="other.pth")
+    assert (options.include, options.weights_only, options.tied) == (("a.*",), True, "alias")
+    with pytest.raises(AttributeError, match="options do not change; cannot set 'dtype'"):
+        options.dtype = "float16"  # type: ignore[misc]
+    assert repr(options) == "ConvertOptions(include=('a.*',), weights_only=True, like='other.pth')"
+    assert options.but(dtype="float16").dtype == "float16"
+    assert options.dtype is None
+
+
+def test_options_are_typed_as_they_are_read() -> None:
+    given = {"seed": 3, "forward": False, "allow_missing": "a b", "input_shapes": [[1, 3]], "atol": 0.5}
+    options = VerifyOptions(**given)
+    words = options.typed(*VerifyOptions.declared)
+    assert words == ["--input-shape", "1,3", "--seed", "3", "--allow-missing", "a b", "--atol", "0.5", "--no-forward"]
+    with command_of("verify").make_context("verify", ["x", *words]) as context:
+        typed = {name: value for name, value in context.params.items() if name in VerifyOptions.declared}
+    assert vars(VerifyOptions(**keywords_of(VerifyOptions, typed))) == vars(options)

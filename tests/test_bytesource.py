@@ -105,7 +105,7 @@ def test_after_closing(path: Path) -> None:
     file = SourceFile(path)
     file.close()
     file.close()
-    for use in (lambda: file.fd, lambda: file.read(0, 1), file.changed):
+    for use in (file.fileno, lambda: file.read(0, 1), file.changed):
         with pytest.raises(FileAccessError, match="was closed; open it again"):
             use()
     assert file.read(0, 0) == b""
@@ -442,7 +442,7 @@ def test_one_that_was_never_whole_goes_without_a_word(path: Path) -> None:
     half = SourceFile.__new__(SourceFile)
     del half
     closed = SourceFile(path)
-    os.close(closed.fd)  # by somebody else
+    os.close(closed.fileno())  # by somebody else
     del closed
     gc.collect()  # an error in __del__ would fail this test
     with pytest.raises(OSError, match="Bad file descriptor"):

@@ -27,7 +27,7 @@ LAYERS = (
     {"pickling"},
     {"normalize"},
     {"formats", "rewrite", "transfer"},
-    {"diagnose", "compare", "stats", "architectures", "digests"},
+    {"diagnose", "compare", "stats", "architectures", "digests", "options"},
     {"inspection", "conversion"},
     {"differences"},
     {"torch_bridge"},

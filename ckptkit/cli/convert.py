@@ -15,20 +15,20 @@ from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.options import (
-    allow_part_option,
     columns,
     common_options,
     echo,
     echo_findings,
     echo_json,
-    ignore_checksums,
     json_errors,
-    key_values,
+    keywords_of,
+    options_of,
     path_argument,
     printable,
     styler,
     with_examples,
 )
+from ckptkit.options import ConvertOptions
 from ckptkit.report import count_of, human_size
 
 __all__ = ["command", "show_plan"]
@@ -64,6 +64,15 @@ def _complete_reference(*given: Any) -> Any:
     return complete_reference(*given)
 
 
+_rename_file = click.option(
+    "--rename-file",
+    multiple=True,
+    expose_value=False,
+    metavar="FILE",
+    help="Rules from a file, one a line; # begins a comment.",
+)
+
+
 @click.command(
     "convert",
     cls=_InOrder,
@@ -79,81 +88,23 @@ def _complete_reference(*given: Any) -> Any:
 )
 @path_argument("source", metavar="SRC")
 @path_argument("destination", metavar="DST")
-@click.option(
-    "--strip-module", is_flag=True, help="Take off every wrapper prefix, nested ones too: module., _orig_mod. ..."
+@options_of(
+    ConvertOptions,
+    behind={"rename": _rename_file},
+    rename={"expose_value": False},
+    like={"shell_complete": _complete_reference},
 )
-@click.option("--add-module", is_flag=True, help="Put one module. before every name.")
-@click.option("--strip-prefix", metavar="P", help="Strip one leading prefix of whole segments.")
-@click.option("--add-prefix", metavar="P", help="Put a prefix before every name.")
-@click.option(
-    "--rename",
-    multiple=True,
-    expose_value=False,
-    metavar="REGEX=>REPLACEMENT",
-    help="Rename as re.sub does; repeatable, in order.",
-)
-@click.option(
-    "--rename-file",
-    multiple=True,
-    expose_value=False,
-    metavar="FILE",
-    help="Rules from a file, one a line; # begins a comment.",
-)
-@click.option("--include", multiple=True, metavar="GLOB", help="Keep only names that match, before or after renaming.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Drop names that match, before or after renaming.")
-@click.option("--section", metavar="NAME", help="The weights to convert, where the file holds several.")
-@click.option("--weights-only", is_flag=True, help="Drop all but the state_dict.")
-@click.option("--leave-out", multiple=True, metavar="KEY", help="Drop a part beside the weights: optimizer, epoch, ...")
-@click.option(
-    "--map-location",
-    "locations",
-    multiple=True,
-    metavar="LOC",
-    help="Device tags: 'cpu' for all, or OLD=NEW, repeatable; torch's meaning.",
-)
-@click.option("--dtype", metavar="DTYPE", help="Cast floating-point weights: float16, bfloat16, float32, float8_...")
-@click.option("--keep-dtype", multiple=True, metavar="GLOB", help="Names that --dtype leaves as they are.")
-@click.option("--cast-scaled", is_flag=True, help="Let --dtype cast weights whose scales are beside them, and scales.")
-@click.option(
-    "--tied",
-    type=click.Choice(["alias", "duplicate", "error"]),
-    default="alias",
-    help="Tensors with several names: keep them tied, write copies, or refuse.",
-)
-@click.option(
-    "--like",
-    metavar="REF",
-    shell_complete=_complete_reference,
-    help="Keep exactly the tensors of this model, under its names: a checkpoint, or a REF as in verify.",
-)
-@click.option(
-    "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of --like's factory; repeatable."
-)
-@click.option("--to", metavar="FORMAT", help="torch-zip, safetensors, or either -sharded; overrides DST's ending.")
-@click.option("--max-shard-size", metavar="SIZE", help="Split what is larger into files and an index: 5GB, 500MB.")
-@click.option("--metadata", "metadata", multiple=True, metavar="KEY=VALUE", help="Set in the output's metadata.")
-@allow_part_option
-@click.option("--no-receipt", is_flag=True, help="Do not record in the metadata what was done.")
-@click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
-@click.option("--force", is_flag=True, help="Overwrite DST if it exists.")
-@click.option("--no-check", is_flag=True, help="Only move bytes: no checksums, no comparison, no waiting for the disk.")
-@click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
-@ignore_checksums
 @common_options
 def command(
     source: str,
     destination: str,
     rules: tuple[tuple[str, str], ...],
-    locations: tuple[str, ...],
-    metadata: tuple[str, ...],
-    model_args: tuple[str, ...],
-    no_receipt: bool,
-    no_check: bool,
+    map_location: tuple[str, ...],
     progress: bool | None,
     as_json: bool,
     quiet: bool,
     color: str,
-    **options: Any,
+    **given: Any,
 ) -> int:
     """Rewrite SRC into DST, without executing or loading it.
 
@@ -167,13 +118,9 @@ def command(
             source,
             destination,
             rename=_rename_rules(rules),
-            map_location=_map_location(locations),
-            metadata=key_values("--metadata", metadata),
-            model_args=key_values("--model-arg", model_args),
-            receipt=not no_receipt,
-            check=not no_check,
+            map_location=_map_location(map_location),
             progress=moved,
-            **options,
+            **keywords_of(ConvertOptions, given),
         )
     details = report.details
     written = f"{printable(details['destination'])} was written" if details["written"] else ""

@@ -10,20 +10,27 @@ from ckptkit import api
 from ckptkit.cli import diff_text, ending
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.options import (
-    allow_part_option,
     common_options,
     echo,
     echo_json,
-    ignore_checksums,
     json_errors,
+    options_of,
     path_argument,
     styler,
     terminal_width,
-    tolerance_option,
     with_examples,
 )
+from ckptkit.options import DiffOptions
 
 __all__ = ["command"]
+
+
+_top = click.option(
+    "--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list."
+)
+_format = click.option(
+    "--format", "output", type=click.Choice(["text", "json", "markdown"]), default="text", help="Output."
+)
 
 
 @click.command(
@@ -39,18 +46,7 @@ __all__ = ["command"]
 )
 @path_argument("a")
 @path_argument("b")
-@click.option("--section", metavar="NAME", help="The weights to compare, in both; nothing beside them is.")
-@click.option("--section-a", metavar="NAME", help="The weights of A.")
-@click.option("--section-b", metavar="NAME", help="The weights of B.")
-@click.option("--strip-module", is_flag=True, help="Take wrapper prefixes off the names of both first.")
-@tolerance_option("--atol", "Differences up to this count as unchanged.")
-@tolerance_option("--rtol", "The same as a share of the larger magnitude.")
-@click.option("--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list.")
-@allow_part_option
-@click.option("--strict", is_flag=True, help="Everything in the files counts for the exit code, not the tensors alone.")
-@click.option("--format", "output", type=click.Choice(["text", "json", "markdown"]), default="text", help="Output.")
-@click.option("--progress/--no-progress", default=None, help="Progress on stderr; default: on a terminal.")
-@ignore_checksums
+@options_of(DiffOptions, behind={"rtol": _top, "strict": _format})
 @common_options
 def command(
     a: str,

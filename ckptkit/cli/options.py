@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import click
 
-from ckptkit.arguments import device_problem, tolerance
+from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import ending
 from ckptkit.errors import CkptkitError
 from ckptkit.report import SCHEMA_VERSION, Finding, printable
@@ -30,16 +30,19 @@ __all__ = [
     "input_shape",
     "json_errors",
     "key_values",
+    "keywords_of",
+    "options_of",
     "path_argument",
     "printable",
     "styler",
     "terminal_width",
-    "tolerance_option",
     "with_examples",
     "wrapped",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+Decorator = Callable[[Any], Any]
 
 Style = Callable[..., str]
 """Like ``click.style``, or a function that leaves text as it is."""
@@ -78,16 +81,62 @@ def common_options(function: F) -> F:
     return made
 
 
-def tolerance_option(name: str, text: str) -> Callable[[F], F]:
-    """An option for a tolerance; `ckptkit.arguments.tolerance` says what can be one."""
+def options_of(
+    declared: type[Options], *, behind: Mapping[str, Decorator] | None = None, **further: Mapping[str, Any]
+) -> Callable[[F], F]:
+    """The options of a command, as `ckptkit.options` declares them; `keywords_of` reads what was typed.
 
-    def checked(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
-        try:
-            return tolerance(name, value)
-        except CkptkitError as error:
-            raise click.BadParameter(str(error)) from None
+    Args:
+        declared: its class there.
+        behind: options that the command line alone has, each by the name of the one that it follows.
+        further: by name, what else click is told of one.
+    """
 
-    return click.option(name, type=float, callback=checked, metavar="X", help=text)
+    def made(function: F) -> F:
+        for name, option in reversed(declared.declared.items()):
+            if behind is not None and name in behind:
+                function = behind[name](function)
+            function = _click_option(option, further.get(name, {}))(function)
+        return function
+
+    return made
+
+
+def _click_option(option: Option[Any], further: Mapping[str, Any]) -> Decorator:
+    told: dict[str, Any] = {"help": option.line, "metavar": option.metavar, **_CLICK.get(option.kind, {}), **further}
+    if option.choices:
+        told["type"] = click.Choice(option.choices)
+    if option.kind != "flag" and option.default not in (None, ()):
+        told |= {"default": option.default, "show_default": option.shows_default}
+    switch = f"{option.typed}/--no-{option.name}" if option.kind == "switch" else option.typed
+    return click.option(switch, option.name, **told)
+
+
+def keywords_of(declared: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed, as the function takes it.
+
+    Raises:
+        click.UsageError: a value is not of the form it must have.
+    """
+    found = {}
+    for name, option in declared.declared.items():
+        if name not in given:
+            continue
+        value = given[name]
+        if option.kind == "pairs":
+            value = key_values(option.typed, value)
+        elif option.kind == "shapes":
+            value = [input_shape(text) for text in value]
+        found[name] = not value if option.default is True else value
+    return found
+
+
+def _checked_tolerance(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """`ckptkit.arguments.tolerance` says what can be one."""
+    try:
+        return tolerance(parameter.opts[0], value)
+    except CkptkitError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def checked_devices(_: click.Context, parameter: click.Parameter, value: str | tuple[str, ...]) -> Any:
@@ -97,6 +146,19 @@ def checked_devices(_: click.Context, parameter: click.Parameter, value: str | t
         if problem is not None:
             raise click.BadParameter(problem)
     return value
+
+
+_CLICK: dict[str, dict[str, Any]] = {
+    "flag": {"is_flag": True},
+    "switch": {"default": None},
+    "integer": {"type": int},
+    "tolerance": {"type": float, "callback": _checked_tolerance},
+    "device": {"callback": checked_devices},
+    "texts": {"multiple": True},
+    "pairs": {"multiple": True},
+    "shapes": {"multiple": True},
+}
+"""What click is told of each kind of option."""
 
 
 ignore_checksums = click.option(

@@ -15,21 +15,18 @@ from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.options import (
     COLORS,
     Style,
-    allow_part_option,
-    checked_devices,
     common_options,
     echo,
     echo_json,
-    ignore_checksums,
-    input_shape,
     json_errors,
-    key_values,
+    keywords_of,
+    options_of,
     path_argument,
     printable,
     styler,
-    tolerance_option,
     with_examples,
 )
+from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, Report, Severity, worst
 
 __all__ = ["command", "echo_report"]
@@ -47,54 +44,9 @@ __all__ = ["command", "echo_report"]
     ),
 )
 @path_argument("path")
-@click.option(
-    "--model",
-    metavar="REF",
-    shell_complete=complete_reference,
-    help="torchvision:NAME, package.module:factory or path/to/file.py:factory.",
-)
-@click.option(
-    "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the factory; repeatable."
-)
-@click.option(
-    "--device",
-    callback=checked_devices,
-    default="auto",
-    show_default=True,
-    metavar="DEV",
-    help="cpu, cuda, cuda:N, mps or auto; cpu,cuda runs both and compares.",
-)
-@click.option("--dtype", metavar="DTYPE", help="Run the forward pass in this dtype, such as bfloat16.")
-@click.option("--input-shape", "shapes", multiple=True, metavar="N,C,H,W", help="Shape of an input; repeatable.")
-@click.option("--input", metavar="FILE", help="The inputs' values, in any container: 0, 1, … or by keyword.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the input.")
-@click.option("--section", metavar="NAME", help="The weights to verify, where the file holds several.")
-@click.option("--strip-module", is_flag=True, help="Take off wrapper prefixes first, as convert does.")
-@click.option("--allow-missing", multiple=True, metavar="GLOB", help="Names that may be missing; repeatable.")
-@click.option("--allow-unexpected", multiple=True, metavar="GLOB", help="Names that may be left over; repeatable.")
-@allow_part_option
-@click.option("--against", metavar="OTHER", help="Another checkpoint of the same model: outputs must agree.")
-@click.option("--golden", metavar="FILE", help="Outputs recorded earlier: these must agree; names the model too.")
-@click.option("--write-golden", metavar="FILE", help="Record the outputs, for --golden.")
-@tolerance_option("--atol", "Absolute difference allowed; default: the noise measured.")
-@tolerance_option("--rtol", "The same as a share of the largest output; default by dtype.")
-@click.option("--force", is_flag=True, help="Let --write-golden replace a file.")
-@click.option("--no-forward", is_flag=True, help="Check names, shapes and loading only.")
-@click.option(
-    "--unsafe-load", is_flag=True, help="Run the pickled model itself: RUNS CODE OF THE FILE. Never with --model."
-)
-@ignore_checksums
+@options_of(VerifyOptions, model={"shell_complete": complete_reference})
 @common_options
-def command(
-    path: str,
-    model_args: tuple[str, ...],
-    shapes: tuple[str, ...],
-    no_forward: bool,
-    as_json: bool,
-    quiet: bool,
-    color: str,
-    **options: Any,
-) -> int:
+def command(path: str, as_json: bool, quiet: bool, color: str, **given: Any) -> int:
     """Load PATH into a reference model, strictly, and examine what it computes.
 
     The checkpoint is read by ckptkit and never executed (but with --unsafe-load); the reference's own code is.
@@ -107,15 +59,9 @@ def command(
     """
     ending.keep_stdout()
     with json_errors(as_json):
-        report = api.verify(
-            path,
-            model_args=key_values("--model-arg", model_args),
-            input_shapes=[input_shape(text) for text in shapes],
-            forward=not no_forward,
-            **options,
-        )
+        report = api.verify(path, **keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
-    code = ending.verdict(0 if report.ok else 1, f"{printable(options['write_golden'])} was written" if written else "")
+    code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
     if as_json:
         echo_json(report.to_dict())
         return code

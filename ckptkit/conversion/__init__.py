@@ -1,4 +1,4 @@
-"""One output: planned, then carried out.
+"""One conversion, from its options to the output: `run`.  A `Job` is one output: planned, then carried out.
 
 What an output says about its making: the source's SHA-256, the operations, the ckptkit version.
 
@@ -20,22 +20,27 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit import formats
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.conversion.options import Conversion, needs_weights, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
-from ckptkit.normalize.selection import KEY, earlier
+from ckptkit.normalize.parts import require_whole
+from ckptkit.normalize.selection import KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
-from ckptkit.report import Finding, parse_size
+from ckptkit.report import Finding, Report, parse_size
 from ckptkit.transfer import Tally, write_atomically
 from ckptkit.transfer.names import is_temporary_name
-from ckptkit.transfer.workers import Progress
 
-__all__ = ["Job", "Tokens", "with_digests", "with_receipt"]
+if TYPE_CHECKING:
+    from ckptkit.options import ConvertOptions
+
+__all__ = ["Job", "Outcome", "Tokens", "run", "with_digests", "with_receipt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +56,7 @@ class Job:
     """
 
     checkpoint: Checkpoint
-    source: SourceFile
+    source: Source
     asked: str
     path: str
     plan: Plan
@@ -60,13 +65,9 @@ class Job:
     def of(
         cls,
         checkpoint: Checkpoint,
-        file: SourceFile,
+        file: Source,
         destination: str | os.PathLike[str],
-        *,
-        to: str | None,
-        max_shard_size: int | str | None,
-        receipt: bool,
-        hashed: bool,
+        options: ConvertOptions,
     ) -> Job:
         """Plan an output.
 
@@ -74,43 +75,43 @@ class Job:
             checkpoint: what is to be written.
             file: the source its bytes lie in.
             destination: the output.
-            to: container name that overrides its ending.
-            max_shard_size: the most bytes of a file, as a number or as ``"5GB"``; ``None``: one file.
-            receipt: whether the metadata tell how it was made.
-            hashed: whether with the SHA-256 of the source.
+            options: the container, the size of shards, and whether the metadata tell how it was made: with the
+                SHA-256 of the source where the output is written and checked.
 
         Raises:
             RewriteError: the container cannot hold the checkpoint.
         """
-        size: Any = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+        given = options.max_shard_size
+        size: Any = parse_size(given) if isinstance(given, str) else given
         if size is not None and (not isinstance(size, int) or size < 1):
             raise RewriteError(f"{size!r} is not a valid size of a file; give one such as 5GB")
         tokens = Tokens()
-        if receipt:
+        if options.receipt:
+            hashed = options.check and not options.dry_run
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
-        path, plan = formats.plan(checkpoint, destination, to=to, shard_nbytes=size)
+        path, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size)
         plan = with_digests(plan, tokens) if tokens.files else plan
         return cls(checkpoint=checkpoint, source=file, asked=os.fsdecode(destination), path=path, plan=plan)
 
-    def carry_out(self, *, force: bool, check: bool, progress: Progress | None) -> Tally:
+    def carry_out(self, options: ConvertOptions) -> Tally:
         """Write it; see `ckptkit.transfer.write_atomically`."""
         compare = None
-        if check:
+        if options.check:
             from ckptkit.compare import check_output  # moving bytes alone starts faster without
 
             def compare(path: str, compared: Callable[[int], object]) -> object:
                 return check_output(self.checkpoint, path, compared)
 
-        if not force and os.path.lexists(self.asked):
+        if not options.force and os.path.lexists(self.asked):
             raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it")
         return write_atomically(
             self.path,
             self.plan,
-            force=force,
+            force=options.force,
             check=compare,
             replaces=self._stale() if self.plan.index is not None else (),
             source=self.source,
-            progress=progress,
+            progress=options.progress,
         )
 
     def findings(self) -> Iterator[Finding]:
@@ -136,6 +137,106 @@ class Job:
         return (*sorted(shards), *([name] if os.path.basename(self.asked) == name else []))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a conversion.
+
+    Attributes:
+        section: the weights that were converted; ``None``: no section is selected.
+        options: what was asked for.
+        job: what was planned, and written unless that was not wanted.
+        conversion: what was changed; ``None``: nothing was to be.
+        findings: what is to be told.
+    """
+
+    section: str | None
+    options: ConvertOptions
+    job: Job
+    conversion: Conversion | None
+    findings: tuple[Finding, ...]
+
+    def report(self) -> Report:
+        """What `ckptkit.convert` gives."""
+        plan, written = self.job.plan, not self.options.dry_run
+        details = {
+            "source": self.job.source.path,
+            "destination": self.job.path,
+            "written": written,
+            "checked": written and self.options.check,
+            "section": self.section,
+            "plan": plan.to_dict(),
+            **({} if self.conversion is None else self.conversion.details(plan)),
+        }
+        return Report(findings=self.findings, details=details)
+
+
+def run(
+    checkpoint: Checkpoint,
+    file: Source,
+    destination: str | os.PathLike[str],
+    options: ConvertOptions,
+    *,
+    rewrite: bool = True,
+) -> Outcome:
+    """Convert an open checkpoint, from its options to the output.
+
+    Args:
+        checkpoint: what the file holds.
+        file: where its bytes lie.
+        destination: the output.
+        options: what is asked for; ``like`` is a `ckptkit.Like` by now.
+        rewrite: whether the checkpoint is to be changed as the options say; else it is written as it stands.
+
+    Raises:
+        As `ckptkit.convert`.
+    """
+    require_whole(checkpoint, allow_part=options.allow_part)
+    with _section_meant(checkpoint, file, options) as (source, file):
+        if rewrite:
+            _require_weights(source, destination, options)
+        conversion = Conversion(source, options) if rewrite else None
+        job = Job.of(source if conversion is None else conversion.result, file, destination, options)
+        findings: list[Finding] = []
+        if conversion is not None:
+            findings += job.findings()
+            findings += conversion.findings(job.plan, None if options.dry_run else job.path)
+        if not options.dry_run:
+            tally = job.carry_out(options)
+            findings += () if conversion is None else conversion.losses(tally)
+        return Outcome(
+            section=source.origin.state_path,
+            options=options,
+            job=job,
+            conversion=conversion,
+            findings=tuple(findings),
+        )
+
+
+@contextmanager
+def _section_meant(
+    checkpoint: Checkpoint, file: Source, options: ConvertOptions
+) -> Iterator[tuple[Checkpoint, Source]]:
+    """The checkpoint with the section selected that is like the model asked for, where none is named."""
+    selected = checkpoint.origin.state_path
+    path = section_like(checkpoint, options) if options.section is None else selected
+    if path == selected:
+        yield checkpoint, file
+        return
+    checkpoint, file = formats.read(file.path, section=path, ignore_checksums=options.ignore_checksums)
+    try:
+        yield checkpoint, file
+    finally:
+        file.close()
+
+
+def _require_weights(checkpoint: Checkpoint, destination: str | os.PathLike[str], options: ConvertOptions) -> None:
+    """See that there are weights, where only they can be written or something is to be done to them."""
+    _, container, most = formats.target(destination, options.to)
+    is_needed = needs_weights(options)
+    if is_needed or container.name == "safetensors" or most is not None or options.max_shard_size is not None:
+        require_state_dict(checkpoint, "to rewrite" if is_needed else "to write")
+
+
 _DIGITS = 64
 """Characters of a SHA-256 in hexadecimal."""
 
@@ -145,16 +246,16 @@ class Tokens:
 
     def __init__(self) -> None:
         self.prefix = os.urandom(_DIGITS // 4).hex()
-        self.files: dict[str, SourceFile] = {}
+        self.files: dict[str, Source] = {}
 
-    def of(self, file: SourceFile) -> str:
+    def of(self, file: Source) -> str:
         """The stand-in for the digest of a file."""
         token = f"{self.prefix}{len(self.files):0{_DIGITS // 2}x}"
         self.files[token] = file
         return token
 
 
-def with_receipt(checkpoint: Checkpoint, file: SourceFile, version: str, tokens: Tokens | None) -> Checkpoint:
+def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tokens | None) -> Checkpoint:
     """The checkpoint with a receipt in its metadata.
 
     Args:
@@ -165,11 +266,9 @@ def with_receipt(checkpoint: Checkpoint, file: SourceFile, version: str, tokens:
     """
     receipt: dict[str, object] = {"ckptkit": version, "format": checkpoint.origin.format}
     if tokens is not None:
-        folder = os.path.dirname(file.path)
-        shards = {os.path.relpath(part.path, folder).replace(os.sep, "/"): part for part in file.parts}
-        named = {os.path.basename(file.path): file, **shards}
+        named = {os.path.basename(file.path): file, **file.parts}
         receipt["sha256"] = (
-            {name: tokens.of(part) for name, part in sorted(named.items())} if shards else tokens.of(file)
+            {name: tokens.of(part) for name, part in sorted(named.items())} if file.parts else tokens.of(file)
         )
     receipt["operations"] = list(checkpoint.operations)
     text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them

@@ -6,13 +6,11 @@ Which of a file's weights are those of a model: each section is tried as if it h
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ckptkit import rewrite  # each rewriter is imported when it is used
-from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.computed import ConvertedRange
 from ckptkit.conversion.changes import (
@@ -27,10 +25,11 @@ from ckptkit.conversion.changes import (
     diagnose_trust,
     diagnose_wrappers,
 )
-from ckptkit.errors import CkptkitError, RewriteError
+from ckptkit.errors import CkptkitError, RewriteError, SectionError
 from ckptkit.formats import read
 from ckptkit.normalize.nested import NestedDicts
-from ckptkit.normalize.parts import part_findings
+from ckptkit.normalize.parts import part_findings, require_whole
+from ckptkit.normalize.selection import paths_listed
 from ckptkit.normalize.wrappers import unwrapped_path
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
@@ -39,90 +38,52 @@ from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
 
 if TYPE_CHECKING:
-    from ckptkit.rewrite.device import LocationMap
+    from ckptkit.options import ConvertOptions
     from ckptkit.rewrite.like import Like
-    from ckptkit.rewrite.storages import TiedPolicy
     from ckptkit.transfer import Tally
 
     Renamer = rewrite.StripModule | rewrite.AddModule | rewrite.StripPrefix | rewrite.AddPrefix | rewrite.Rename
 
-__all__ = ["Conversion", "Options", "read_others", "section_like", "unselected_weights"]
+__all__ = ["Conversion", "like_checkpoint", "needs_weights", "read_others", "section_like", "unselected_weights"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What is to be done to a checkpoint; each as `ckptkit.convert` describes it."""
-
-    strip_module: bool = False
-    add_module: bool = False
-    strip_prefix: str | None = None
-    add_prefix: str | None = None
-    rename: str | Sequence[str | tuple[str, str]] = ()
-    include: str | Sequence[str] = ()
-    exclude: str | Sequence[str] = ()
-    leave_out: str | Sequence[str] = ()
-    weights_only: bool = False
-    map_location: LocationMap | None = None
-    dtype: str | None = None
-    keep_dtype: str | Sequence[str] = ()
-    cast_scaled: bool = False
-    tied: TiedPolicy = "alias"
-    like: Like | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("rename", "include", "exclude", "leave_out", "keep_dtype"):
-            object.__setattr__(self, name, several(getattr(self, name)))
-        metadata: Mapping[Any, Any] = self.metadata
-        for key, value in metadata.items():
-            if not isinstance(key, str) or not isinstance(value, str):
-                raise RewriteError(
-                    f"metadata {key!r:.100}: {value!r:.100} is not text; metadata maps strings to strings"
-                )
-        if self.like is not None:
-            object.__setattr__(self, "weights_only", True)
-        if self.keep_dtype and self.dtype is None:
-            raise RewriteError("--keep-dtype exempts from --dtype, which is not given")
-        if self.cast_scaled and self.dtype is None:
-            raise RewriteError("--cast-scaled is about --dtype, which is not given")
-
-    @property
-    def renamers(self) -> tuple[Renamer, ...]:
-        """The rewriters of names, in order."""
-        found: list[Renamer] = []
-        if self.strip_module:
+def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
+    """The rewriters of names that options ask for, in order."""
+    found: list[Renamer] = []
+    if options.strip_module:
+        found.append(rewrite.StripModule())
+    if options.add_module:
+        found.append(rewrite.AddModule())
+    if options.strip_prefix is not None:
+        # A prefix may hide wrappers (`model._orig_mod.module.x`), and be given with them or without.
+        uncovers = options.strip_module and not options.add_module and bool(options.strip_prefix.strip("."))
+        prefix = unwrapped_path(options.strip_prefix.rstrip(".")) if uncovers else options.strip_prefix
+        if prefix or not uncovers:
+            found.append(rewrite.StripPrefix(prefix))
+        if uncovers:
             found.append(rewrite.StripModule())
-        if self.add_module:
-            found.append(rewrite.AddModule())
-        if self.strip_prefix is not None:
-            # A prefix may hide wrappers (`model._orig_mod.module.x`), and be given with them or without.
-            uncovers = self.strip_module and not self.add_module and bool(self.strip_prefix.strip("."))
-            prefix = unwrapped_path(self.strip_prefix.rstrip(".")) if uncovers else self.strip_prefix
-            if prefix or not uncovers:
-                found.append(rewrite.StripPrefix(prefix))
-            if uncovers:
-                found.append(rewrite.StripModule())
-        if self.add_prefix is not None:
-            found.append(rewrite.AddPrefix(self.add_prefix))
-        if self.rename:
-            found.append(rewrite.Rename(self.rename))  # type: ignore[arg-type]  # it reads rules that are text
-        return tuple(found)
+    if options.add_prefix is not None:
+        found.append(rewrite.AddPrefix(options.add_prefix))
+    if options.rename:
+        found.append(rewrite.Rename(options.rename))  # type: ignore[arg-type]  # it reads rules that are text
+    return tuple(found)
 
-    @property
-    def needs_weights(self) -> bool:
-        """Whether they make no sense without a state_dict."""
-        others = self.include or self.exclude or self.weights_only or self.dtype
-        return bool(self.renamers or others or self.like is not None)
 
-    def as_named(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The weights that are asked for, under the names that are asked for.
+def needs_weights(options: ConvertOptions) -> bool:
+    """Whether options make no sense without a state_dict."""
+    others = options.include or options.exclude or options.weights_only or options.dtype
+    return bool(renamers_of(options) or others or options.like is not None)
 
-        Raises:
-            RewriteError: options do not apply to it.
-        """
-        renamers = self.renamers
-        select = rewrite.Select(tuple(self.include), tuple(self.exclude), rename=_in_turn(renamers))
-        return checkpoint.rewrite(rewrite.WeightsOnly(), select, *renamers)
+
+def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    """The weights that options ask for, under the names that they ask for.
+
+    Raises:
+        RewriteError: they do not apply to it.
+    """
+    renamers = renamers_of(options)
+    select = rewrite.Select(options.include, options.exclude, rename=_in_turn(renamers))
+    return checkpoint.rewrite(rewrite.WeightsOnly(), select, *renamers)
 
 
 def _in_turn(renamers: Sequence[Renamer]) -> Callable[[str], str]:
@@ -154,12 +115,13 @@ class Conversion:
         RewriteError: an option cannot be applied.
     """
 
-    def __init__(self, source: Checkpoint, options: Options) -> None:
+    def __init__(self, source: Checkpoint, options: ConvertOptions) -> None:
         self.source = source
         self._options = options
-        renamers = options.renamers
+        renamers = renamers_of(options)
         rename = _in_turn(renamers)
-        self.fitting = None if options.like is None else options.like.fitting(options.as_named(source))
+        self._like = options.like
+        self.fitting = None if self._like is None else self._like.fitting(as_named(source, options))
         fitted = {} if self.fitting is None else {old: new for new, old in self.fitting.sources.items()}
 
         def final(name: str) -> str:
@@ -169,12 +131,12 @@ class Conversion:
         result = source
         # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
         if options.leave_out:
-            result = result.rewrite(rewrite.LeaveOut(tuple(options.leave_out)))
+            result = result.rewrite(rewrite.LeaveOut(options.leave_out))
         if options.weights_only:
             result = result.rewrite(rewrite.WeightsOnly())
         self._unmatched: tuple[str, ...] = ()
         if options.include or options.exclude:
-            select = rewrite.Select(tuple(options.include), tuple(options.exclude), rename=rename)
+            select = rewrite.Select(options.include, options.exclude, rename=rename)
             self._unmatched = select.unmatched(source)
             result = result.rewrite(select)
         kept = {name: None for name in result.state_dict.everything if not fitted or rename(name) in fitted}
@@ -184,7 +146,7 @@ class Conversion:
         if options.dtype is not None:
             cast = rewrite.CastDtype(
                 options.dtype,
-                tuple(options.keep_dtype),
+                options.keep_dtype,
                 rename=final,
                 cast_scaled=options.cast_scaled,
                 scaled=scaled_pairs(source.state_dict),  # scales that are left out were scales all the same
@@ -193,7 +155,7 @@ class Conversion:
                 raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
             self._scaled = cast.scaled_in(result) if options.cast_scaled else {}
             result = result.rewrite(cast)
-        result = result.rewrite(*renamers, *(() if options.like is None else (options.like,)))
+        result = result.rewrite(*renamers, *(() if self._like is None else (self._like,)))
         self.renames = {name: new for name in kept if (new := final(name)) != name}
         self._moves: rewrite.MapLocation | None = None
         if options.map_location is not None:
@@ -223,8 +185,8 @@ class Conversion:
         if strips and not self._options.add_module:
             changed = self.renames.values()
             yield from diagnose_wrappers(self.result, changed, written, stripped=self._options.strip_module)
-        if self.fitting is not None and self._options.like is not None:
-            yield from diagnose_fitting(self.fitting, self._options.like.label, self.source)
+        if self.fitting is not None and self._like is not None:
+            yield from diagnose_fitting(self.fitting, self._like.label, self.source)
         yield from diagnose_selection(self.dropped, self._unmatched)
         yield from diagnose_scaled(self._scaled)
         if self._moves is not None:
@@ -241,7 +203,7 @@ class Conversion:
 
     def _changed_by(self, *kinds: type[Renamer]) -> set[str]:
         """The names that renamers of these kinds change."""
-        renamers = self._options.renamers
+        renamers = renamers_of(self._options)
         changed = set()
         for name in self._kept:
             now = name
@@ -257,7 +219,7 @@ class Conversion:
 
     def details(self, plan: Plan) -> dict[str, Any]:
         """What was changed, as it stands in JSON documents."""
-        entries, like = self.result.state_dict, self._options.like
+        entries, like = self.result.state_dict, self._like
         casts = []
         for name, entry in entries.items():
             source = entry.storage.source
@@ -298,7 +260,7 @@ def read_others(checkpoint: Checkpoint, *, ignore_checksums: bool = False) -> It
             file.close()
 
 
-def section_like(checkpoint: Checkpoint, options: Options, *, ignore_checksums: bool = False) -> str | None:
+def section_like(checkpoint: Checkpoint, options: ConvertOptions) -> str | None:
     """The section whose weights are those of the model of ``options.like``; where none is, the selected one.
 
     Raises:
@@ -311,9 +273,9 @@ def section_like(checkpoint: Checkpoint, options: Options, *, ignore_checksums: 
     labels: list[str] = []
     problems: list[str] = []
     mine = [(selected, checkpoint)] if selected is not None else []
-    for path, each in chain(mine, read_others(checkpoint, ignore_checksums=ignore_checksums)):
+    for path, each in chain(mine, read_others(checkpoint, ignore_checksums=options.ignore_checksums)):
         try:
-            named = options.as_named(each)
+            named = as_named(each, options)
         except RewriteError as error:
             problems.append(f"{path!r}: {error}")
             continue
@@ -332,6 +294,24 @@ def section_like(checkpoint: Checkpoint, options: Options, *, ignore_checksums: 
     if not found and selected is None:
         raise RewriteError(f"{checkpoint.origin.path}: no section fits: {listed(problems, between='; ')}")
     return next(iter(found.values()), selected)
+
+
+def like_checkpoint(path: str) -> Like:
+    """The weights of a checkpoint, to be like.
+
+    Raises:
+        SectionError: it has no one set of weights.
+        PartError: it is a part of a checkpoint.
+    """
+    checkpoint, file = read(path)
+    try:
+        require_whole(checkpoint)
+        if checkpoint.origin.state_path is None:
+            weights = paths_listed(checkpoint.sections) or "no section holds any"
+            raise SectionError(f"{path}: has no one set of weights to be like ({weights})")
+        return rewrite.Like(checkpoint.state_dict, label=path)
+    finally:
+        file.close()
 
 
 def _tensors(checkpoint: Checkpoint, fitting: Fitting) -> object:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, Part, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, identify
@@ -32,6 +32,7 @@ __all__ = [
     "plan",
     "read",
     "shards_of",
+    "source_of",
     "target",
     "ties_once",
 ]
@@ -63,33 +64,29 @@ def ties_once(name: str) -> bool:
 
 
 def read(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Source,
     *,
     section: str | None = None,
     ignore_checksums: bool = False,
     limits: Limits = DEFAULT_LIMITS,
-) -> tuple[Checkpoint, SourceFile]:
+) -> tuple[Checkpoint, Source]:
     """Open a file and read what is in it, not its tensors.
 
     Args:
-        path: the file.
+        source: path of the file, or what holds its bytes, which is closed where they cannot be read.
         section: path of the weights to select, where the file holds several.
         ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
 
     Returns:
-        The checkpoint, and the open file its bytes lie in; close it when done with both.
+        The checkpoint, and the source its bytes lie in; close it when done with both.
 
     Raises:
         FileAccessError: the file cannot be opened.
         FormatError: its content is not what it claims to be; the path is in the message.
         SectionError: the section is not there.
     """
-    if os.path.isdir(path):
-        from ckptkit.formats.refused_folders import describe_folder
-
-        raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
-    file = SourceFile(path)
+    file = source if isinstance(source, Source) else source_of(source)
     probe: Probe | None = None
     raw: RawCheckpoint | None = None
     try:
@@ -114,11 +111,24 @@ def read(
         if raw is None and file.path.endswith(".distcp"):  # archives end to end, one a tensor; compressed ones too
             from ckptkit.formats.shard_parts import part_error
 
-            seen, cause, error = (*seen, *error.globals), error, part_error(file.path)
+            seen, cause, error = (*seen, *error.globals), error, part_error(file)
         raise error.at(path=file.path, seen=seen) from cause
     except BaseException:
         file.close()
         raise
+
+
+def source_of(path: str | os.PathLike[str]) -> Source:
+    """What holds the bytes of the file that a path means: here alone is decided what may be given as one.
+
+    Raises:
+        FileAccessError: it cannot be opened; of a folder the message says what to give instead.
+    """
+    if os.path.isdir(path):
+        from ckptkit.formats.refused_folders import describe_folder
+
+        raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
+    return SourceFile(path)
 
 
 def _without_checksums(root: object) -> object:
@@ -134,7 +144,7 @@ def _without_checksums(root: object) -> object:
     return TreeMap(leaf)(root)
 
 
-def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: SourceFile) -> Checkpoint:
+def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpoint:
     """The checkpoint with the size of all its shards, or with what it is itself a part of."""
     names = [use.name for use in raw.globals]
     if shards_of(checkpoint.origin.format) is not None:  # an index makes its shards whole, not what they hold
@@ -142,11 +152,11 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: SourceFile) -> Che
         origin = replace(checkpoint.origin, size=file.total_size)
         return checkpoint.replace(origin=origin, part=said if isinstance(said, Part) else None)
     said = part_in(raw.root, checkpoint.state_dict, raw.metadata, names)
-    if not isinstance(said, Part) and not may_tell_a_part(file.path):
+    if not isinstance(said, Part) and not may_tell_a_part(file):
         return checkpoint
     from ckptkit.formats.shard_parts import part_of
 
-    return checkpoint.replace(part=part_of(file.path, said))
+    return checkpoint.replace(part=part_of(file, said))
 
 
 @contextlib.contextmanager

@@ -18,12 +18,11 @@ looked into, and that is said: nobody vouches for it.
 from __future__ import annotations
 
 import re
-import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange, Source, SourceFile
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, LimitError
 from ckptkit.formats.format import TORCH_MARKS, Probe
@@ -319,17 +318,16 @@ def _head(held: Record | ByteRange) -> bytes:
         raise FormatError(f"it cannot be inflated: {error}") from None
 
 
-class _Held(SourceFile):
+class _Held(Source):
     """Bytes in memory that are read like a file."""
 
     __slots__ = ("_data",)
 
     def __init__(self, data: bytes, path: str) -> None:
-        self._fd, self._companions, self._spool, self._lock = -1, [], None, threading.Lock()
-        self._data, self.size, self.path = data, len(data), path
+        super().__init__(path, len(data))
+        self._data = data
 
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """As `SourceFile.read`; a `ByteRange` asks for nothing that is not there."""
+    def _some(self, offset: int, nbytes: int) -> bytes:
         return self._data[offset : offset + nbytes]
 
 

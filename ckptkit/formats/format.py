@@ -8,7 +8,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CorruptError, FormatError, RewriteError
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory
@@ -39,7 +39,7 @@ class Probe:
             ``None``: the file is none of theirs.
     """
 
-    def __init__(self, file: SourceFile, limits: Limits, prefix: str = "") -> None:
+    def __init__(self, file: Source, limits: Limits, prefix: str = "") -> None:
         self.file = file
         self.limits = limits
         self.prefix = prefix

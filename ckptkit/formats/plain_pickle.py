@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.computed import spooled
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError
@@ -121,7 +121,7 @@ class _Held(bytes):
 class _Table(LegacyTable):
     """The storages of a plain pickle, in the order of their calls."""
 
-    def __init__(self, file: SourceFile, limits: Limits) -> None:
+    def __init__(self, file: Source, limits: Limits) -> None:
         super().__init__(file, limits)
         self._file = file
         self._held: dict[int, _Held | None] = {}  # by where it begins

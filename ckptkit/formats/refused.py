@@ -80,8 +80,8 @@ def unknown(probe: Probe) -> UnknownFormatError:
     error = UnknownFormatError(_describe(probe) + unfinished(probe.file.path))
     if is_pickle(probe):
         message, error.globals = describe_pickle(probe)
-        folder, name = os.path.split(probe.file.path)
-        packing = unpacked(folder) if name in _RECORDS else None
+        folder, name = probe.file.folder, os.path.basename(probe.file.path)
+        packing = unpacked(folder) if folder is not None and name in _RECORDS else None
         error.message = f"a record of {packing}" if packing else message + unfinished(probe.file.path)
         error.args = (error.message,)
     return error

@@ -48,7 +48,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NoReturn, TypeGuard
 
-from ckptkit.bytesource import SourceFile, byte_range
+from ckptkit.bytesource import Source, byte_range
 from ckptkit.checkpoint import contiguous_stride
 from ckptkit.dtypes import BY_SAFETENSORS, DTYPES, DType
 from ckptkit.errors import CorruptError, FormatError, LimitError
@@ -265,7 +265,7 @@ def read(probe: Probe) -> RawCheckpoint:
         raise error.at(where="header") from error.__cause__
 
 
-def _read_header(file: SourceFile, limits: Limits, prefix: str) -> RawCheckpoint:
+def _read_header(file: Source, limits: Limits, prefix: str) -> RawCheckpoint:
     header_nbytes = int.from_bytes(file.read(0, 8), "little")
     if header_nbytes > limits.header_nbytes:
         if 8 + header_nbytes > file.size:
@@ -323,10 +323,11 @@ _OWN = re.compile(rf'\{{"{METADATA}":(\{{(?:{_STRING}:{_STRING}(?:,(?=")|(?=\}})
 """How a header begins that has metadata."""
 
 _TENSOR = re.compile(
-    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]*)",'
-    rf'"shape":\[((?:{_COUNT}(?:,{_COUNT})*)?)\],"data_offsets":\[({_COUNT}),({_COUNT})\]\}},'
+    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]*)","shape":\[([0-9,]*)\],"data_offsets":\[([0-9]{1,18}),([0-9]{1,18})\]\},'
 )
-"""A tensor as the safetensors library writes it, and this writer."""
+"""A tensor as the safetensors library writes it, and this writer; its numbers need another look."""
+
+_NUMBERS = re.compile(rf"(?:{_COUNT}(?:,{_COUNT})*)?")
 
 _FIXED_NBYTES = len('"":{"dtype":"","shape":[],"data_offsets":[,]},')
 
@@ -356,20 +357,25 @@ def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dic
         return None
     layouts: dict[str, TensorLayout] = {}
     known: dict[tuple[str, str], tuple[DType, tuple[int, ...], int]] = {}
+    end, before = 0, "0"
     for name, dtype, sizes, first, last in found:
-        begin, end = int(first), int(last)
+        begin = end if first == before else int(first)
+        end = int(last)
         alike = known.get((dtype, sizes))
-        if alike is not None and end - begin == alike[2]:
+        if alike is not None and end - begin == alike[2] and first == before and last[0] != "0":
             layouts[name] = alike[0], alike[1], begin, end
+        elif not all(map(_NUMBERS.fullmatch, (sizes, first, last))):
+            return None
         else:
             shape = list(map(int, sizes.split(","))) if sizes else []
             info = layout(name, compact({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}), limits)
             layouts[name] = info
             known[dtype, sizes] = info[0], info[1], end - begin
+        before = last
     return None if len(layouts) < len(found) or METADATA in layouts else (layouts, metadata)
 
 
-def _entries(layouts: Mapping[str, TensorLayout], file: SourceFile, start: int, prefix: str) -> dict[str, object]:
+def _entries(layouts: Mapping[str, TensorLayout], file: Source, start: int, prefix: str) -> dict[str, object]:
     """The tensors, each with a storage of its own; ``prefix`` stands before the storages' keys."""
     entries: dict[str, object] = {}
     strides: dict[int, tuple[int, ...]] = {}  # of the shapes in the layouts, which stay where they are

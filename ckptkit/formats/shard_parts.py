@@ -20,8 +20,9 @@ import re
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Part
-from ckptkit.errors import PartError
+from ckptkit.errors import FileAccessError, PartError
 from ckptkit.formats.shards import CUSTOMARY, indexes_in
 from ckptkit.normalize.parts import part_text
 
@@ -89,18 +90,18 @@ _MOST_LISTED = 10_000
 """Names of a folder that are looked at."""
 
 
-def part_of(path: str, said: Part | Literal["whole"] | None) -> Part | None:
+def part_of(file: Source, said: Part | Literal["whole"] | None) -> Part | None:
     """What a file is a part of; ``None``: it is whole, as far as can be told.
 
     Args:
-        path: the file.
+        file: the file.
         said: what its tree says (`ckptkit.normalize.parts.part_in`).
     """
     if isinstance(said, Part):
-        named = _by_name(path)
-        return _placed(replace(said, piece=named.piece if named is not None and named.piece else said.piece), path)
-    part = _shard(path) or (_by_name(path) if said is None else None)
-    return None if part is None else _placed(part, path)
+        named = _by_name(file)
+        return _placed(replace(said, piece=named.piece if named is not None and named.piece else said.piece), file)
+    part = _shard(file) or (_by_name(file) if said is None else None)
+    return None if part is None else _placed(part, file)
 
 
 def known_as(name: str) -> tuple[str, bool] | None:
@@ -114,22 +115,23 @@ def known_as(name: str) -> tuple[str, bool] | None:
     return None if ranks is None else ("a Megatron checkpoint", any(int(number or 0) for number in ranks.groups()))
 
 
-def part_error(path: str) -> PartError:
+def part_error(file: Source) -> PartError:
     """The error for a file that is known as a part by its name, and cannot be opened by itself."""
     from ckptkit.normalize.parts import CODE, way_out
 
-    part = _placed(_by_name(path) or Part(layout=_DCP, lacks="it is one of several files"), path)
-    return PartError(f"{CODE}: {part_text(part)}; {way_out(part)}", path=path)
+    part = _placed(_by_name(file) or Part(layout=_DCP, lacks="it is one of several files"), file)
+    return PartError(f"{CODE}: {part_text(part)}; {way_out(part)}", path=file.path)
 
 
-def _shard(path: str) -> Part | None:
+def _shard(file: Source) -> Part | None:
     """As one of the shards of an index, or by a shard's customary name."""
-    folder, name = os.path.split(path)
+    folder, name = os.path.split(file.path)
     customary = re.fullmatch(CUSTOMARY, name)
     count = int(customary[3]) if customary is not None else 0
     layout, lacks = "a sharded checkpoint", "the other tensors lie in the other shards"
-    for index in indexes_in(folder):
-        shards = _shards_of(os.path.join(folder, index))
+    usual = (f"{customary[1]}{customary[4]}.index.json",) if count > 1 and customary is not None else ()
+    for index in usual if file.folder is None else indexes_in(folder):
+        shards = _shards_of(file, index)
         if name in shards and (len(shards) > 1 or count > 1):
             piece = f"shard {int(customary[2])} of {count}" if customary is not None else f"one of {len(shards)} shards"
             whole = os.path.join(folder, index)
@@ -146,10 +148,16 @@ def _shard(path: str) -> Part | None:
 _known: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
 
 
-def _shards_of(index: str) -> frozenset[str]:
-    """The shards that an index names, which is read once while it stays as it is."""
+def _shards_of(file: Source, name: str) -> frozenset[str]:
+    """The shards that an index beside a file names, which is read once while it stays as it is."""
     from ckptkit.formats.sharded import shard_names
 
+    if file.folder is None:
+        try:
+            return shard_names(file.sibling(name))
+        except FileAccessError:
+            return frozenset()
+    index = os.path.join(file.folder, name)
     try:
         facts = os.stat(index)
     except OSError:
@@ -160,15 +168,15 @@ def _shards_of(index: str) -> frozenset[str]:
     return _known[index][1]
 
 
-def _by_name(path: str) -> Part | None:
+def _by_name(file: Source) -> Part | None:
     """As what a process of several wrote, by what it and its folder are called."""
-    folder, name = os.path.split(os.path.abspath(path))
+    folder, name = _split(file)
     for rule in _RULES:
         found = re.fullmatch(rule.pattern, name, re.ASCII)
         if found is None:
             continue
         of, number = (found.groupdict().get(group) for group in ("of", "n"))
-        count = int(of) if of else _ranks_beside(folder, found)
+        count = int(of) if of else _ranks_beside(_names(file, folder), found)
         if not rule.alone and count < 2 and (of or not int(number or 0)):
             return None
         known = number is not None and count > max(1, int(number) - (rule.word == "shard"))  # shards count from 1
@@ -176,60 +184,75 @@ def _by_name(path: str) -> Part | None:
         return Part(layout=rule.layout, piece=piece, lacks=rule.lacks)
     parent, above = os.path.basename(folder), os.path.dirname(folder)
     ranks = re.fullmatch(_MEGATRON, parent, re.ASCII)
-    beside = len(_folders_alike(path)) if ranks is not None else 0
+    beside = len(_folders_alike(file)) if ranks is not None else 0
     if ranks is not None and (beside > 1 or any(int(number or 0) for number in ranks.groups())):
         piece = f"{parent}, one of {beside} folders," if beside > 1 else parent
         return Part(layout="a Megatron checkpoint", piece=piece, lacks=_SLICES)
     if os.path.basename(above) == "zero" and re.fullmatch(_UNIVERSAL, name):
         return Part(layout="a DeepSpeed universal checkpoint", lacks=f"it holds one tensor, of {parent!r:.80}")
-    if name in ("common.pt", "meta.pt") and os.path.exists(os.path.join(folder, ".metadata")):
+    if name in ("common.pt", "meta.pt") and _is_dcp(file):
         return Part(layout=_DCP, lacks="the tensors lie in the .distcp files")
     return None
 
 
-# What lies beside it.
+# What lies beside it, where that can be looked at.
 
 
-def _placed(part: Part, path: str) -> Part:
+def _split(file: Source) -> tuple[str, str]:
+    """The folder a file lies in, by its whole path, and its name."""
+    return os.path.split(file.path if file.folder is None else os.path.abspath(file.path))
+
+
+def _names(file: Source, folder: str) -> list[str]:
+    """As `names_in`, of a folder that a file lies in, or that its folder lies in."""
+    return [] if file.folder is None else names_in(folder)
+
+
+def _is_dcp(file: Source) -> bool:
+    """Whether the folder is one of torch.distributed.checkpoint."""
+    return file.folder is not None and os.path.exists(os.path.join(file.folder, ".metadata"))
+
+
+def _placed(part: Part, file: Source) -> Part:
     """The part with the folder of the files that belong together, or with what was made of them."""
-    if part.instead is not None:
+    if part.instead is not None or file.folder is None:
         return part
-    folder, name = os.path.split(path)
+    folder, name = os.path.split(file.path)
     above = os.path.dirname(folder)
     if os.path.basename(folder) == "sharded" and (indexes := indexes_in(above)):  # of consolidate_safetensors_files
         return replace(part, instead=os.path.join(above, indexes[0]), opens=True)
     found = None
-    if len(_alike(path)) > 1 or os.path.exists(os.path.join(folder, ".metadata")):
+    if len(_alike(file)) > 1 or _is_dcp(file):
         found = folder or os.curdir
-    elif len(_folders_alike(path)) > 1 or os.path.basename(above) == "zero":
+    elif len(_folders_alike(file)) > 1 or os.path.basename(above) == "zero":
         found = above or os.curdir
     elif name.endswith("_states.pt") and sum(each.endswith("_states.pt") for each in names_in(folder)) > 1:
         found = folder or os.curdir
     return replace(part, instead=found)
 
 
-def _alike(path: str) -> list[str]:
+def _alike(file: Source) -> list[str]:
     """Names in a file's folder that differ from its own in a rank's (shard's, layer's) number alone, and its own."""
-    folder, name = os.path.split(path)
+    folder, name = os.path.split(file.path)
     pattern = re.escape(re.sub(_NUMBERED, "\\1\0", name)).replace("\0", "[0-9]+")
-    return [each for each in names_in(folder) if re.fullmatch(pattern, each)]
+    return [each for each in _names(file, folder) if re.fullmatch(pattern, each)]
 
 
-def _ranks_beside(folder: str, found: re.Match[str]) -> int:
+def _ranks_beside(names: list[str], found: re.Match[str]) -> int:
     """How many files there are of a name with another number, and this one."""
     if found["n"] is None:
         return 1
     before, after = re.escape(found.string[: found.start("n")]), re.escape(found.string[found.end("n") :])
-    return sum(re.fullmatch(f"{before}[0-9]+{after}", each) is not None for each in names_in(folder))
+    return sum(re.fullmatch(f"{before}[0-9]+{after}", each) is not None for each in names)
 
 
-def _folders_alike(path: str) -> list[str]:
+def _folders_alike(file: Source) -> list[str]:
     """Folders beside a file's own that differ from it in ranks' numbers alone and have such a file, and its own."""
-    folder, name = os.path.split(os.path.abspath(path))
+    folder, name = _split(file)
     above, own = os.path.split(folder)
     if re.fullmatch(_MEGATRON, own, re.ASCII) is None:
         return []
-    names = [each for each in names_in(above) if re.fullmatch(_MEGATRON, each, re.ASCII)]
+    names = [each for each in _names(file, above) if re.fullmatch(_MEGATRON, each, re.ASCII)]
     return [each for each in names if os.path.exists(os.path.join(above, each, name))]
 
 

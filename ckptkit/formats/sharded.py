@@ -33,7 +33,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source, SourceFile
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.containers import CONTAINERS, identify, index_of
@@ -42,7 +42,6 @@ from ckptkit.formats.json_text import ORDER, in_order, parse, shown, state_dict_
 from ckptkit.formats.shards import (
     LISTED,
     Shard,
-    ShardFile,
     extra_keys,
     is_shard_name,
     merged_findings,
@@ -142,10 +141,10 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
     return weight_map, metadata or {}
 
 
-def shard_names(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
-    """The shards an index names; none where it cannot be read as one."""
+def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
+    """The shards an index names; none where it cannot be read as one.  What was opened is closed."""
     try:
-        file = SourceFile(path)
+        file = index if isinstance(index, Source) else SourceFile(index)
     except FileAccessError:
         return frozenset()
     try:
@@ -198,13 +197,12 @@ _TWICE = "{count} name{s} in two shards: {names}"
 
 
 def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Problems) -> Shard | None:
-    path = os.path.join(os.path.dirname(os.path.abspath(probe.file.path)), *name.split("/"))
     try:
-        file = ShardFile(path)
+        file = probe.file.sibling(name)
     except MissingFileError:
         problems.add(_MISSING, name)
         return None
-    probe.file.keep(file)
+    probe.file.parts[name] = file
     part = Probe(file, probe.limits, f"{name}:")
     try:
         if part.head.startswith(b"version https://git-lfs.github.com/"):

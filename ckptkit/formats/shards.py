@@ -1,24 +1,16 @@
-"""Names of shards and of their indexes.
-
-A file that takes a descriptor only while it is needed: one of thousands of shards.
-
-What the shards of a checkpoint and their index say together: metadata, names, findings.
-"""
+"""Names of shards and of their indexes, and what the shards of a checkpoint say together: metadata, names, findings."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry, shared_storages
-from ckptkit.errors import CorruptError, FileAccessError
 from ckptkit.formats.json_text import shown
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
@@ -30,7 +22,6 @@ __all__ = [
     "INDEX_SUFFIXES",
     "LISTED",
     "Shard",
-    "ShardFile",
     "extra_keys",
     "indexes_in",
     "is_shard_name",
@@ -61,12 +52,12 @@ _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "comm
 """What stands in names that `ckptkit.formats.shard_parts` knows."""
 
 
-def may_tell_a_part(path: str) -> bool:
+def may_tell_a_part(file: Source) -> bool:
     """Whether a file's name, or an index beside it, is worth a look: most files are whole, and opened at once."""
-    folder, name = os.path.split(path)
+    folder, name = os.path.split(file.path)
     if any(word in name for word in _WORDS) or "_rank_" in folder or "zero" in folder or name == "fp32.pt":
         return True
-    return bool(indexes_in(folder))
+    return file.folder is not None and bool(indexes_in(file.folder))
 
 
 _listed: dict[str, tuple[int, tuple[str, ...]]] = {}
@@ -102,60 +93,6 @@ def unnamed_shards(names: Iterable[str]) -> list[str]:
         for number in range(1, min(int(count), DEFAULT_LIMITS.shards) + 1)
     ]
     return [name for name in every if name not in known]
-
-
-class ShardFile(SourceFile):
-    """A `SourceFile` that `release` lets go of until something is read from it again.
-
-    Systems allow a process some hundred open files (``ulimit -n``: 1,024 on Linux, 256 on macOS),
-    and a checkpoint may have more shards; to look at them needs one at a time.
-    """
-
-    __slots__ = ("_closed", "_opening")
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._closed = False
-        self._opening = threading.Lock()
-        super().__init__(os.path.abspath(path))
-
-    @property
-    def fd(self) -> int:
-        """The open file descriptor.
-
-        Raises:
-            FileAccessError: the checkpoint was closed, or the file cannot be opened again.
-            CorruptError: it is another file by now.
-        """
-        if self._fd < 0 and not self._closed:
-            with self._opening:
-                if self._fd < 0:
-                    self._fd = self._opened_again()
-        return super().fd
-
-    def _opened_again(self) -> int:
-        try:
-            again = SourceFile(self.path)
-        except FileAccessError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
-                raise FileAccessError(
-                    f"{self.path}: too many files are open at once for all shards; allow more (ulimit -n 8192)"
-                ) from error
-            raise
-        if again.identity != self.identity:
-            raise CorruptError("the file was changed while it was being read", path=self.path)
-        descriptor, again._fd = again._fd, -1
-        return descriptor
-
-    def release(self) -> None:
-        """Let go of the descriptor; the next read opens the file again.  No other thread may be reading."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def close(self) -> None:
-        """As `SourceFile.close`: for good."""
-        self._closed = True
-        super().close()
 
 
 LISTED = 5

@@ -154,7 +154,7 @@ class TorchArchive:
             )
         self._used: set[str] = set()  # what something refers to
         self._known: set[str] = set()  # what is known to be no more than it is read as
-        self._stored: set[str] = set()  # both: the bytes of tensors
+        self._located: list[str] = []  # both: the bytes of tensors
         self._looked = False
         self._levels = levels
         self._pickles = 0
@@ -239,7 +239,7 @@ class TorchArchive:
             folder: of their records, with its slash.
             suffix: that follows the key in their names.
         """
-        records, stored = self.records, self._stored
+        records, located = self.records, self._located
 
         def locate(key: str, nbytes: int) -> tuple[ByteSource, int | None]:
             name = f"{folder}{key}{suffix}"
@@ -251,7 +251,7 @@ class TorchArchive:
                 raise CorruptError(
                     f"storage {key!r} is declared as {count_of(nbytes, 'byte')}, its record holds {held:,}"
                 )
-            stored.add(name)
+            located.append(name)
             if crc32 is None:
                 self._unrecorded += 1
             return record_source(record) if is_deflated else data, crc32
@@ -303,7 +303,7 @@ class TorchArchive:
 
         On the names in the pickles that were read, and on what was not read (`ckptkit.formats.contents`).
         """
-        for name in [] if self._looked else [name for name in self.records if name not in self._stored]:
+        for name in self._not_located() if not self._looked else ():
             if name in self._known:
                 continue
             record = self.records[name]
@@ -347,12 +347,16 @@ class TorchArchive:
         self._pickles += nested.has_pickle
         self._discarded.extend(nested.discarded)
 
+    def _not_located(self) -> list[str]:
+        """The records that are not the bytes of tensors."""
+        located = set(self._located)
+        return [name for name in self.records if name not in located]
+
     def _others(self) -> list[tuple[str, Record]]:
         """The records that nothing in the file refers to, as far as it was read."""
-        left = [name for name in self.records if name not in self._stored]
         return [
             (name, self.records[name])
-            for name in left
+            for name in self._not_located()
             if name not in self._used and name not in _OWN_NAMES and name and not name.endswith("/")
         ]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CkptkitError, CorruptError, FormatError
 from ckptkit.formats.zip_archive import CENTRAL, CENTRAL_SIGNATURE, LOCAL, LOCAL_SIGNATURE
@@ -55,7 +55,7 @@ def unfinished(path: str) -> str:
     return f" The ending {ending} says that its download is not finished." if ending in _UNFINISHED_ENDINGS else ""
 
 
-def what_is_left(file: SourceFile, limits: Limits) -> str | None:
+def what_is_left(file: Source, limits: Limits) -> str | None:
     """What remains of an archive whose directory could not be read, in a sentence; ``None``: it is not cut off.
 
     Raises:
@@ -84,7 +84,7 @@ class _CutError(CkptkitError):
 class _Remains:
     """One pass over an archive's records from the front."""
 
-    def __init__(self, file: SourceFile, limits: Limits) -> None:
+    def __init__(self, file: Source, limits: Limits) -> None:
         self._file = file
         self._limits = limits
         self._whole: set[str] = set()  # keys of the storages that are there

@@ -22,7 +22,7 @@ import re
 from struct import Struct
 from typing import NamedTuple
 
-from ckptkit.bytesource import ByteRange, SourceFile, byte_range
+from ckptkit.bytesource import ByteRange, Source, byte_range
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.zip_records import END, LOCATOR, MAX16, MAX32, Record, find_directory, read_record
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -87,7 +87,7 @@ class _Central(NamedTuple):
     nbytes: int
 
 
-def read_directory(file: SourceFile | ByteRange, limits: Limits = DEFAULT_LIMITS) -> dict[str, Record]:
+def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) -> dict[str, Record]:
     """Every record by name, in directory order.
 
     Args:
@@ -99,7 +99,7 @@ def read_directory(file: SourceFile | ByteRange, limits: Limits = DEFAULT_LIMITS
         UnsupportedError: encryption, patches or a compression method other than deflate.
         LimitError: too many records, or too large a directory.
     """
-    area = file.whole if isinstance(file, SourceFile) else file
+    area = file if isinstance(file, ByteRange) else file.whole
     offset, nbytes, count = find_directory(area)
     if count > limits.entries:
         raise LimitError("records in an archive", limit=limits.entries, actual=count)
@@ -114,9 +114,8 @@ def read_directory(file: SourceFile | ByteRange, limits: Limits = DEFAULT_LIMITS
 
 def ends_like_a_zip(area: ByteRange) -> bool:
     """Whether the last bytes are a zip archive's end record with a directory or a locator before it."""
-    size = area.nbytes
-    start = max(0, size - END.size - MAX16)
-    tail = area.read(start, size - start)
+    tail = area.tail(END.size + MAX16)
+    start = area.nbytes - len(tail)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + END.size > len(tail):
         return False
@@ -157,17 +156,17 @@ class _Window:
     def __init__(self, area: ByteRange) -> None:
         self.area = area
         self.data = b""
-        self._start = 0
+        self.start = 0
         self._ahead = _WINDOW_NBYTES
 
     def hold(self, offset: int, nbytes: int) -> int:
         """Where in `data` the byte at ``offset`` is, once it and those behind it are held."""
-        start = offset - self._start
+        start = offset - self.start
         if start < 0 or start + nbytes > len(self.data):
             close = 0 <= start <= len(self.data) + _WINDOW_NBYTES
             self._ahead = min(2 * self._ahead, _MAX_WINDOW_NBYTES) if close else _WINDOW_NBYTES
             self.data = self.area.read(offset, max(nbytes, min(self._ahead, self.area.nbytes - offset)))
-            self._start, start = offset, 0
+            self.start, start = offset, 0
         return start
 
 
@@ -250,7 +249,9 @@ def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict
         if at < end and before is not None:
             raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
         gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
-        start = window.hold(at - gap, gap + header_nbytes)
+        start = at - gap - window.start
+        if start < 0 or start + gap + header_nbytes > len(window.data):
+            start = window.hold(at - gap, gap + header_nbytes)
         data, header_at = window.data, start + gap
         extra_at = header_at + header_nbytes
         mark, own_flags, own_method, *own, name_nbytes, extra_nbytes = unpack(data, header_at)

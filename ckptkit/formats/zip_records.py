@@ -36,8 +36,8 @@ def find_directory(file: ByteRange) -> tuple[int, int, int]:
         CorruptError: there is no end record, or it is ambiguous.
         UnsupportedError: the archive is one of several volumes.
     """
-    tail_start = max(0, file.nbytes - END.size - MAX16)
-    tail = file.read(tail_start, file.nbytes - tail_start)
+    tail = file.tail(END.size + MAX16)
+    tail_start = file.nbytes - len(tail)
     # Where an end record could be: it and its comment must reach to the end of the file exactly.
     ends = _occurrences(_END_SIGNATURE, tail)
     fits = [at for at in ends if at + END.size <= len(tail)]

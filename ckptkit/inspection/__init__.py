@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ckptkit.architectures import identify
-from ckptkit.checkpoint import Checkpoint, GlobalUse, Section
+from ckptkit.checkpoint import Checkpoint, GlobalUse, Section, Storage
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.listing import (
@@ -239,25 +239,26 @@ def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
         several: the storages that several of them view, by ``id``.
     """
     counted: set[tuple[str | None, tuple[object, ...]]] = set()
+    prod = math.prod
     sums: dict[str, Totals] = {}
+    section, total = None, Totals()
     for row in rows:
-        section, _, _, shape, _, nbytes, _, _, role, *_ = row
-        if role == "unknown" or section is None:
+        where, _, _, shape, _, nbytes, _, _, role, _, _, entry, _, _, _ = row
+        if role == "unknown" or where is None:
             continue
-        total = sums.get(section)
-        if total is None:
-            total = sums[section] = Totals()
+        if where is not section:
+            section, total = where, sums.setdefault(where, Totals())
         total.tensors += 1
-        if several and nbytes and id(row.tensor.storage) in several:
+        if several and nbytes and id(entry.storage) in several:  # type: ignore[union-attr]  # arrays are not among these
             key = (section, row.tensor.view)
             if key in counted:
                 continue
             counted.add(key)
         total.nbytes += nbytes
         if role == "parameter":
-            total.parameters += math.prod(shape)
+            total.parameters += prod(shape)
         else:
-            total.buffers += math.prod(shape)
+            total.buffers += prod(shape)
     return sums
 
 
@@ -297,19 +298,16 @@ def storage_document(listing: Listing) -> dict[str, int]:
             tied.append(row)
         elif key in several:
             views.setdefault(key, set()).add(row.tensor.view)
-    used = [*(row.tensor.storage for row in rows), *bare]
-    storages = dict(zip(map(id, used), used, strict=True)).values()
+    storages: Collection[Storage] = [*[row.tensor.storage for row in rows], *bare]
+    if several or bare:
+        storages = dict(zip(map(id, storages), storages, strict=True)).values()
     # What is alone in its storage, and is all of it, leaves nothing.
-    others = [
-        row.tensor
-        for row, storage in zip(rows, used, strict=False)
-        if row.nbytes != storage.nbytes or id(storage) in several or 0 in row.stride
-    ]
+    others = [row.tensor for row in rows if id(row.tensor.storage) in several] if several else []
     return {
         "storages": len(storages),
-        "nbytes": sum(storage.nbytes for storage in storages),
-        "unique_tensor_nbytes": sum(row.nbytes for row in rows) - sum(row.nbytes for row in tied),
+        "nbytes": sum([storage.nbytes for storage in storages]),
+        "unique_tensor_nbytes": sum([row.nbytes for row in rows]) - sum(row.nbytes for row in tied),
         "tied": len(tied),
         "shared": sum(len(seen) for seen in views.values() if len(seen) > 1),
-        "unused_nbytes": unused_nbytes(others, bare),
+        "unused_nbytes": unused_nbytes([*listing.partial, *others], bare),
     }

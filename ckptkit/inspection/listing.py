@@ -136,11 +136,13 @@ class Listing(NamedTuple):
         rows: the tensors, in file order.
         others: storages that stand in the file by themselves, numpy's arrays, and what is made of tensors.
         several: storages that several of the tensors view, by ``id``.
+        partial: the tensors that are not all of their storage, or repeat its elements.
     """
 
     rows: list[TensorRow]
     others: list[FoundTensor]
     several: set[int]
+    partial: list[TensorEntry]
 
     @property
     def bare(self) -> list[Storage]:
@@ -177,8 +179,9 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
     kinds: dict[str | None, str] = {section.path: section.kind for section in checkpoint.sections}
     selected = checkpoint.origin.state_path
     rows: list[TensorRow] = []
-    make, row_class, prod = tuple.__new__, TensorRow, math.prod
-    bits = {name: row.bits or 8 * row.itemsize for name, row in DTYPES.items()}
+    partial: list[TensorEntry] = []
+    make, row_class = tuple.__new__, TensorRow
+    geometries: dict[tuple[int, int, str], tuple[int, bool]] = {}  # readers give those alike the same tuples
     before: object = None
     has_roles = known = False
     for section, name, entry, is_own in named:
@@ -189,17 +192,25 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
             is_selected = section is not None and section == selected
             known = checkpoint.module is not None if is_selected else kinds.get(section) == "whole_model"
             has_roles = is_selected or kinds.get(section) in ("state_dict", "whole_model")
+        shape, stride, dtype, storage = entry.shape, entry.stride, entry.dtype, entry.storage
+        geometry = geometries.get((id(shape), id(stride), dtype))
+        if geometry is None:
+            row = DTYPES[dtype]
+            nbytes = math.prod(shape) * (row.bits or 8 * row.itemsize) // 8
+            geometry = geometries[id(shape), id(stride), dtype] = nbytes, 0 in stride
+        nbytes, repeats = geometry
+        if repeats or nbytes != storage.nbytes:
+            partial.append(entry)
         if has_roles and is_own:
             role, inferred = tensor_role(name, entry, known=known)
-        shape, dtype, storage = entry.shape, entry.dtype, entry.storage
         rows.append(
             make(
                 row_class,
-                (section, name, dtype, shape, entry.stride, prod(shape) * bits[dtype] // 8, storage.location,
+                (section, name, dtype, shape, stride, nbytes, storage.location,
                  storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None, None),
             )
         )  # fmt: skip
-    return Listing(rows, others, several)
+    return Listing(rows, others, several, partial)
 
 
 def other_rows(listing: Listing) -> Iterator[TensorRow]:

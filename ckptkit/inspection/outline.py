@@ -206,15 +206,19 @@ class Outline:
         )
 
 
-def _without_parts(rows: Sequence[TensorRow]) -> Iterator[TensorRow]:
+def _without_parts(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
     """The rows without those of what a value is made of."""
     values = {(row.section, row.name) for row in rows if row.value is not None}
+    if not values:
+        return rows
+    left = []
     for row in rows:
-        above = row.name if values else ""
+        above = row.name
         while above and (row.section, above := above.rpartition(".")[0]) not in values:
             pass
         if not above:
-            yield row
+            left.append(row)
+    return left
 
 
 def _below(path: str, made: dict[str, _Names]) -> _Names:
@@ -224,7 +228,7 @@ def _below(path: str, made: dict[str, _Names]) -> _Names:
         return inside
     above, _, last = path.rpartition(".")
     inside = made.get(above)
-    if inside is not None and path.count(".") <= _MAX_LEVELS:  # as nearly always
+    if inside is not None and (len(path) <= _MAX_LEVELS or path.count(".") <= _MAX_LEVELS):  # as nearly always
         below: _Names = []
         made[path] = below
         inside.append((last, below))

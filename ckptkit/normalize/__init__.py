@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, SectionSearch, brief, is_plain_value
@@ -63,7 +63,7 @@ class RawCheckpoint:
     is_prefixed: bool = False
 
 
-def normalize(raw: RawCheckpoint, file: SourceFile, *, section: str | None = None) -> Checkpoint:
+def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -> Checkpoint:
     """The common representation of what a container's reader found.
 
     Args:

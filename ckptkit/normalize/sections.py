@@ -121,7 +121,9 @@ def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
     if kind == "whole_model":
         bound = bound_method(node)
         return walk_module(node if bound is None else bound[0])
-    pairs: list[Any] = [pair for pair in named_values(node) or [] if isinstance(pair[0], str)]
+    pairs: list[Any] = named_values(node) or []
+    if set(map(type, [key for key, _ in pairs])) - {str}:
+        pairs = [pair for pair in pairs if isinstance(pair[0], str)]
     if any(isinstance(value, TensorEntry) for _, value in pairs):
         return iter(pairs)
     from ckptkit.normalize.nested import nested_values
@@ -308,9 +310,12 @@ class SectionSearch:
                 visits += len(leaves)
                 if visits > most:
                     raise LimitError("parts that sections share", limit=most, actual=visits)
-                entries = [leaf for leaf in leaves if isinstance(leaf, TensorEntry)]
-                storages = [entry.storage for entry in entries]
-                storages += [leaf for leaf in leaves if isinstance(leaf, Storage)]
+                entries: list[Any] = leaves
+                bare: list[Storage] = []
+                if set(map(type, leaves)) - {TensorEntry}:
+                    entries = [leaf for leaf in leaves if isinstance(leaf, TensorEntry)]
+                    bare = [leaf for leaf in leaves if isinstance(leaf, Storage)]
+                storages = [*[entry.storage for entry in entries], *bare]
                 once = dict(zip(map(id, storages), storages, strict=True)).values()
                 sizes[id(candidate.node)] = len(set(map(id, entries))), sum([storage.nbytes for storage in once])
             count, total = sizes[id(candidate.node)]
@@ -330,8 +335,9 @@ def _leaves(candidate: Candidate) -> Iterator[object]:
     if not candidate.is_weights:
         return walk(candidate.node)
     values = [value for _, value in candidate.values()]
-    others = [value for value in values if not isinstance(value, TensorEntry)]
-    return chain(values, walk(others)) if others else iter(values)
+    if not set(map(type, values)) - {TensorEntry}:
+        return iter(values)
+    return chain(values, walk([value for value in values if not isinstance(value, TensorEntry)]))
 
 
 def is_plain_value(node: object) -> bool:

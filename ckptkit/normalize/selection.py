@@ -45,6 +45,7 @@ __all__ = [
     "other_parts",
     "paths_listed",
     "require_section",
+    "require_state_dict",
     "sections_listed",
 ]
 
@@ -144,6 +145,25 @@ def require_section(sections: Sequence[Section], path: str) -> None:
     what = f"no section {path[:200]!r} holds weights" if asked is None else f"section {path[:200]!r} holds no weights"
     kind = "" if asked is None else f" (it is of kind {asked.kind!r})"
     raise SectionError(f"{what}{kind}; sections that do: {sections_listed(sections) or 'none'}")
+
+
+def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
+    """See that weights are selected.
+
+    Args:
+        checkpoint: what the file holds.
+        purpose: what they are needed for: ``"to load"``.
+
+    Raises:
+        SectionError: the file holds none, or several and none was named.
+    """
+    if checkpoint.origin.state_path is not None:
+        return
+    path = checkpoint.origin.path
+    if weights := paths_listed(checkpoint.sections):
+        raise SectionError(f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section")
+    kind = f"its kind is {checkpoint.origin.kind!r}"
+    raise SectionError(f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}")
 
 
 def paths_listed(sections: Sequence[Section]) -> str:

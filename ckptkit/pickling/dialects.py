@@ -34,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import AmbiguousError, CorruptError
@@ -67,7 +67,7 @@ class LegacyTable(StorageTable):
         sources: of each class that came with its source: the class, the file it stood in, the text.
     """
 
-    def __init__(self, file: SourceFile, limits: Limits) -> None:
+    def __init__(self, file: Source, limits: Limits) -> None:
         nowhere = ByteRange(file, 0, 0)
         super().__init__(lambda key, nbytes: (nowhere, None), limits=limits)
         self.sources: list[tuple[object, object, object]] = []

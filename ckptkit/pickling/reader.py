@@ -20,7 +20,7 @@ from struct import Struct
 
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
-from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references, is_global
+from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references
 from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
 from ckptkit.pickling.shortcut import REBUILD
 from ckptkit.pickling.trust import global_uses
@@ -235,7 +235,7 @@ def _run(machine: Machine) -> object:
                 pos += 1
             elif op == 0x28:  # MARK
                 callee: object = stack[-1] if shortcut is not None and stack and frame_end == NO_FRAME else None
-                if callee.__class__ is Global and is_global(callee, *REBUILD) and shortcut is not None:
+                if isinstance(callee, Global) and (callee.module, callee.name) == REBUILD and shortcut is not None:
                     found = shortcut(data, at, memo)
                     if found is not None:
                         callee.calls += 1

@@ -15,6 +15,7 @@ differs in anything is left to the opcodes; so is a pickle that does refer to th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 import re
@@ -75,6 +76,7 @@ class TensorShortcut:
     def __init__(self, persistent_load: Callable[[object], object], after: int = 100) -> None:
         self._persistent_load = persistent_load
         self._after = after
+        self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
         self._match: Callable[[bytes, int], re.Match[bytes] | None] | None = None
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._numbers: dict[bytes, int] = {}
@@ -105,7 +107,7 @@ class TensorShortcut:
             known = self._names[names] = _Names(memo, *map(_index, names))
         if not known.are_usual:
             return None
-        puts = _new((put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor), memo)
+        puts = self._indices((put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor), memo)
         if puts is None:
             return None
         text = memo.get(_index(get_key)) if key is None else _key(key, key_size)
@@ -138,6 +140,22 @@ class TensorShortcut:
         memo[puts[-1]] = entry
         known.made.calls += 1
         return found.end(), entry
+
+    def _see(self, memo: dict[int, object]) -> None:
+        """Take note of the memo's highest index; entries are never taken out of it."""
+        new = itertools.islice(reversed(memo), len(memo) - self._size)
+        self._last, self._size = max(self._last, *new), len(memo)
+
+    def _indices(self, puts: tuple[bytes | None, ...], memo: dict[int, object]) -> tuple[int, ...] | None:
+        """The memo indices of PUTs; ``None``: an entry takes the place of another."""
+        if len(memo) > self._size:
+            self._see(memo)
+        if None not in puts:
+            indices = a, b, c, d, e, f, g = _INDICES(b"".join(puts))  # type: ignore[arg-type]
+            if self._last < a < b < c < d < e < f < g:
+                return indices
+        found = tuple(_INDEX(put)[0] for put in puts if put)
+        return found if len(set(found)) == len(found) and memo.keys().isdisjoint(found) else None
 
     def _number(self, opcode: bytes) -> int:
         if len(self._numbers) >= _MOST_KNOWN:
@@ -182,16 +200,6 @@ class _Names:
     def hold(self, memo: dict[int, object]) -> bool:
         """Whether the memo still has them all."""
         return self.are_usual and self._get(memo) == self._found
-
-
-def _new(puts: tuple[bytes | None, ...], memo: dict[int, object]) -> tuple[int, ...] | None:
-    """The memo indices of PUTs; ``None``: an entry takes the place of another."""
-    if None not in puts and b"" not in puts:
-        indices = a, b, c, d, e, f, g = _INDICES(b"".join(puts))  # type: ignore[arg-type]
-        if a < b < c < d < e < f < g:
-            return indices if memo.keys().isdisjoint(indices) else None
-    found = tuple(_INDEX(put)[0] for put in puts if put)
-    return found if len(set(found)) == len(found) and memo.keys().isdisjoint(found) else None
 
 
 def _key(text: bytes, size: bytes) -> str | None:

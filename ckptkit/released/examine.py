@@ -7,7 +7,6 @@ tells (what is remarkable, the architecture, each tensor) is found when a rule o
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -326,7 +325,7 @@ def examine_file(
         reading = Reading()
         if hash_file or digest or values or held:
             reading = read_through(
-                [file, *file.parts],
+                [file, *file.parts.values()],
                 _digested(contents, whole) if digest else (),
                 hash_files=hash_file,
                 digest=digest,
@@ -334,7 +333,7 @@ def examine_file(
                 held=held,
                 threads=threads,
             )
-        origin, folder = checkpoint.origin, os.path.dirname(os.path.abspath(path))
+        origin = checkpoint.origin
         return Examined(
             path=path,
             size=origin.size,
@@ -347,12 +346,8 @@ def examine_file(
             has_pickle=origin.has_pickle,
             is_program=origin.is_program,
             shards=tuple(
-                ShardFact(
-                    name=os.path.relpath(shard.path, folder).replace(os.sep, "/"),
-                    size=shard.size,
-                    sha256=reading.files.get(id(shard)),
-                )
-                for shard in file.parts
+                ShardFact(name=name, size=shard.size, sha256=reading.files.get(id(shard)))
+                for name, shard in file.parts.items()
             ),
             damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
             malformed=tuple(_malformed(contents.values)),

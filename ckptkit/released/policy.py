@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from ckptkit.arguments import device_problem, several, shapes
 from ckptkit.checkpoint import Trust
@@ -17,7 +17,7 @@ from ckptkit.errors import RewriteError, VerifyError
 from ckptkit.formats import FORMATS
 from ckptkit.report import parse_size
 
-__all__ = ["CONTAINERS", "POLICY_KEYS", "TRUST_ORDER", "Policy", "close_match"]
+__all__ = ["CONTAINERS", "POLICY_FIELDS", "POLICY_KEYS", "TRUST_ORDER", "Policy", "close_match"]
 
 CONTAINERS: tuple[str, ...] = tuple(container.name for container in FORMATS)
 """The containers, by the names that `inspect` gives them."""
@@ -115,8 +115,33 @@ class Policy:
         return replace(self, **settings)
 
 
-POLICY_KEYS = tuple(each.name.replace("_", "-") for each in fields(Policy))
+POLICY_FIELDS = tuple(each.name for each in fields(Policy))
+"""The names of the policies, in the order in which they are checked."""
+
+POLICY_KEYS = tuple(name.replace("_", "-") for name in POLICY_FIELDS)
 """The policies as they are typed, in the order in which they are checked."""
+
+if TYPE_CHECKING:
+
+    class PolicyKeywords(TypedDict, total=False):
+        """What `ckptkit.check` takes of a `Policy`; ``None``: what is configured stands."""
+
+        no_pickle: bool | None
+        max_trust: Literal["safe", "needs_trust"] | None
+        no_nan: bool | None
+        max_size: int | str | None
+        allow_dtype: str | Sequence[str] | None
+        no_optimizer: bool | None
+        no_prefix: bool | None
+        location: str | Sequence[str] | None
+        allow_part: bool | None
+        require_format: str | Sequence[str] | None
+        fits: str | None
+        forward: bool | None
+        model_args: Mapping[str, Any] | None
+        input_shapes: Sequence[Sequence[int]] | None
+        ignore_checksums: bool | None
+
 
 _FLAGS = ("no_pickle", "no_nan", "no_optimizer", "no_prefix", "allow_part", "forward", "ignore_checksums")
 _LISTS = ("allow_dtype", "location", "require_format")

@@ -19,12 +19,11 @@ from itertools import chain
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import GAP_NBYTES, ByteRange, Source, SourceFile
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
 from ckptkit.digests import digest_text
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
-from ckptkit.formats.shards import ShardFile
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
@@ -40,9 +39,6 @@ __all__ = ["OtherValue", "Reading", "Values", "file_sha256", "is_opaque", "other
 
 _PIECE_NBYTES = 1 << 20
 """Bytes read and hashed at a time."""
-
-_GAP_NBYTES = 4 << 10
-"""Bytes between two tensors that are sooner read along than passed over."""
 
 _PIECES = 4
 """Buffers, of which one is read into while others are hashed."""
@@ -127,7 +123,7 @@ _Span = tuple[int, int, _Taker]
 
 
 def read_through(
-    files: Sequence[SourceFile],
+    files: Sequence[Source],
     entries: Iterable[TensorEntry],
     *,
     hash_files: bool,
@@ -175,7 +171,7 @@ def read_through(
         if hasher is not None:
             reading.files[id(file)] = hasher.hexdigest()
         reading.damages.extend(checksums.damages(keep=bool(apart)))
-        if isinstance(file, ShardFile):
+        if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
     for values in apart:
@@ -188,7 +184,7 @@ def read_through(
     return reading
 
 
-def _lying(reading: Reading, files: Sequence[SourceFile]) -> tuple[dict[int, list[_Span]], list[Values]]:
+def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_Span]], list[Values]]:
     """The spans of what lies in files as it is, by the file's ``id``; and what has to be read by itself."""
     spans: dict[int, list[_Span]] = {id(file): [] for file in files}
     apart: list[Values] = []
@@ -223,7 +219,7 @@ def file_sha256(path: str) -> str:
         file.close()
 
 
-def _check_sizes(files: Sequence[SourceFile], spans: dict[int, list[_Span]], apart: list[Values]) -> None:
+def _check_sizes(files: Sequence[Source], spans: dict[int, list[_Span]], apart: list[Values]) -> None:
     """Refuse what four bytes of a file can ask for: terabytes to be hashed."""
     wanted = sum(end - start for of in spans.values() for start, end, _ in of)
     wanted += sum(values.entry.nbytes for values in apart)
@@ -233,11 +229,11 @@ def _check_sizes(files: Sequence[SourceFile], spans: dict[int, list[_Span]], apa
         raise LimitError("bytes of tensors, which repeat those of the file", limit=most, actual=wanted)
 
 
-def _pieces(file: SourceFile, everything: bool, spans: list[_Span]) -> Iterator[tuple[int, int]]:
+def _pieces(file: Source, everything: bool, spans: list[_Span]) -> Iterator[tuple[int, int]]:
     """Position and size of each piece to read: of the whole file, or of what the tensors take, gaps and all."""
     extents = [[0, file.size]] if everything else []
     for first, last, _ in () if everything else spans:
-        if extents and first <= extents[-1][1] + _GAP_NBYTES:
+        if extents and first <= extents[-1][1] + GAP_NBYTES:
             extents[-1][1] = max(last, extents[-1][1])
         else:
             extents.append([first, last])
@@ -276,7 +272,7 @@ class _Distributor:
             count_all(counts)
 
 
-def _read_spans(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
+def _read_spans(file: Source, hasher: Any, spans: list[_Span]) -> None:
     distributor = _Distributor(spans)
     buffer = memoryview(bytearray(min(_PIECE_NBYTES, max(file.size, 1))))
     for start, nbytes in _pieces(file, hasher is not None, spans):
@@ -287,7 +283,7 @@ def _read_spans(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
         distributor.update(start, piece)
 
 
-def _sweep_with_helper(file: SourceFile, hasher: Any, spans: list[_Span]) -> None:
+def _sweep_with_helper(file: Source, hasher: Any, spans: list[_Span]) -> None:
     """As `_read_spans`, while another thread computes the file's own hash."""
     distributor = _Distributor(spans)
     free: SimpleQueue[memoryview] = SimpleQueue()

@@ -3,7 +3,8 @@
 What is cast is the storage, with every tensor that is a view of it: ties, views, strides and offsets
 (which torch counts in elements) stay as they are.
 
-Some weights are values only together with scales beside them.  A weight of 4 or 8 bits is a number to be multiplied by a scale of its block, row or tensor: cast alone it is garbage,
+Some weights are values only together with scales beside them.
+A weight of 4 or 8 bits is a number to be multiplied by a scale of its block, row or tensor: cast alone it is garbage,
 and so is what is multiplied by a scale that was rounded.  The names, by those who write them:
 
 - DeepSeek: ``weight`` and ``weight_scale_inv``; compressed-tensors, FBGEMM, ModelOpt: ``weight_scale``,

@@ -1,6 +1,7 @@
 """All values of a state_dict: what ``torch.load`` gives, as far as torch's, numpy's and Python's own code makes it.
 
-Plain tensors come from `loading`, the only other place that hands values to torch.  Tensors of every layout are made by the constructors that torch's ``_rebuild_*`` functions call, once
+Plain tensors come from `loading`, the only other place that hands values to torch.
+Tensors of every layout are made by the constructors that torch's ``_rebuild_*`` functions call, once
 `ckptkit.pickling.layouts` and `ckptkit.transfer.values` have held what the file says against itself; arrays and
 plain values as they are.  No name in a file is looked up: what is made is listed here.
 """
@@ -12,10 +13,9 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
+from ckptkit.extras import require_torch
 from ckptkit.normalize.sections import brief
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import ABSENT, Global, InertSet, Object, attributes, mapping_items
@@ -45,6 +45,10 @@ from ckptkit.torch_bridge.loading import (
 )
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import array_from, check_indices, values_of
+
+require_torch()
+
+import torch  # noqa: E402 - behind the check, so that its absence is explained
 
 __all__ = ["TorchLocation", "dtype_of", "state_dict_of", "tensors"]
 

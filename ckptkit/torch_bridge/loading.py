@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 
 from ckptkit.arguments import device_problem
-from ckptkit.bytesource import ByteRange, SourceFile
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry
 from ckptkit.dtypes import DTYPES, dtype
-from ckptkit.errors import CorruptError, DTypeError, FileAccessError, RewriteError, UnsupportedError
+from ckptkit.errors import CorruptError, DTypeError, RewriteError, UnsupportedError
 from ckptkit.extras import require_torch
 from ckptkit.pickling.inert import walk
 from ckptkit.report import listed
@@ -39,6 +38,12 @@ TorchLocation = (
     str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], "torch.UntypedStorage | None"] | None
 )
 """All that ``torch.load`` takes as ``map_location``."""
+
+_memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_WRITABLE = 0x200
+"""``PyBUF_WRITE``."""
 
 _ONE_READ = 1 << 30
 """Bytes asked of one read: well under the 2 GiB a single call gives on Linux."""
@@ -161,7 +166,7 @@ class Loader:
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._tensors: dict[int, torch.Tensor] = {}
         self._widths: dict[int, int] = {}
-        self._files: dict[int, SourceFile] = {}
+        self._files: dict[int, Source] = {}
         self._kept: list[object] = []  # keeps every id taken
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
@@ -240,15 +245,14 @@ class Loader:
                 raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
 
 
-def _private_map(file: SourceFile, begin: int = 0, nbytes: int = 0) -> mmap.mmap | None:
+def _private_map(file: Source, begin: int = 0, nbytes: int = 0) -> mmap.mmap | None:
     """A part of a file (default: all) as memory that may be written to without changing it.
 
-    ``None`` where the system refuses, as it does where the file has become shorter.
+    ``None`` where the bytes can only be read, or the system refuses, as it does where the file has become shorter.
     """
+    fd = file.fileno()
     try:
-        return mmap.mmap(file.fd, nbytes, access=mmap.ACCESS_COPY, offset=begin)
-    except FileAccessError:
-        raise
+        return None if fd is None else mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY, offset=begin)
     except (OSError, ValueError):
         return None
 
@@ -270,13 +274,7 @@ def _read_into(memory: torch.UntypedStorage, source: ByteRange, checksums: Check
     """Fill torch's memory from the file, with no copy in between where the system can; ``checksums`` gets its sums."""
     if not source.nbytes:
         return
-    address, done = memory.data_ptr(), 0
-    if not hasattr(os, "preadv"):
-        for chunk in source.chunks():
-            ctypes.memmove(address + done, chunk, len(chunk))
-            done += len(chunk)
-        return
-    view = memoryview((ctypes.c_ubyte * source.nbytes).from_address(address))
+    view: memoryview = _memory_at(memory.data_ptr(), source.nbytes, _WRITABLE)
     if checksums is None:
         _fill(view, source, _ONE_READ)
         return
@@ -288,21 +286,11 @@ def _read_into(memory: torch.UntypedStorage, source: ByteRange, checksums: Check
 
 
 def _fill(view: memoryview, source: ByteRange, step: int, passing: Passing | None = None) -> None:
-    done = 0
-    while done < source.nbytes:
-        try:
-            count = os.preadv(source.file.fd, [view[done : done + step]], source.offset + done)
-        except FileAccessError:
-            raise
-        except OSError as error:
-            raise FileAccessError(f"{source.file.path}: cannot be read: {error.strerror}") from error
-        if not count:
-            raise CorruptError(
-                f"the file became shorter while it was read: byte {source.offset + done:,}", path=source.file.path
-            )
+    for start in range(0, source.nbytes, step):
+        piece = view[start : start + step]
+        source.file.read_into(source.offset + start, piece)
         if passing is not None:
-            passing.update(view[done : done + count])
-        done += count
+            passing.update(piece)
 
 
 # Where a storage goes: torch.serialization's ``_get_restore_location``, with errors that say what to do.

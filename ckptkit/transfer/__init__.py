@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, IndexFile, Plan
 from ckptkit.transfer.names import Output, created, exists, overwrite, publish, remove_stale, replacing
@@ -55,7 +55,7 @@ def write_atomically(
     force: bool,
     check: Callable[[str, Callable[[int], object]], object] | None,
     replaces: tuple[str, ...] = (),
-    source: SourceFile | None = None,
+    source: Source | None = None,
     progress: Progress | None = None,
 ) -> Tally:
     """Write the plan's file, and its shards beside it, so that nothing is ever half-written.

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
-from ckptkit.bytesource import SourceFile, write_at
+from ckptkit.bytesource import Source, SourceFile, write_at
 from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
@@ -277,7 +277,7 @@ def exists(shown: str) -> DestinationExistsError:
     return DestinationExistsError(f"{shown}: exists already; --force overwrites it")
 
 
-def replacing(action: Callable[[], None], path: str, source: SourceFile | None) -> None:
+def replacing(action: Callable[[], None], path: str, source: Source | None) -> None:
     """Rename over a file, or remove it; where that cannot be while we read the file, it is closed first.
 
     Args:
@@ -291,14 +291,15 @@ def replacing(action: Callable[[], None], path: str, source: SourceFile | None) 
     try:
         action()
     except PermissionError:
-        opened = () if source is None else (source, *source.parts)
-        if source is None or not any(os.path.exists(path) and os.path.samefile(each.path, path) for each in opened):
+        opened = () if source is None else (source, *source.parts.values())
+        ours = [each.path for each in opened if each.folder is not None]
+        if source is None or not any(os.path.exists(path) and os.path.samefile(each, path) for each in ours):
             raise
         source.close()
         action()
 
 
-def publish(files: list[Output], index: bytes, *, force: bool, flush: bool, source: SourceFile | None = None) -> None:
+def publish(files: list[Output], index: bytes, *, force: bool, flush: bool, source: Source | None = None) -> None:
     """Give complete files their names, and make the names themselves durable.
 
     Args:
@@ -327,7 +328,7 @@ def publish(files: list[Output], index: bytes, *, force: bool, flush: bool, sour
 
 
 def _publish_shards(
-    shards: list[Output], main: Output, index: bytes, source: SourceFile | None, *, force: bool, flush: bool
+    shards: list[Output], main: Output, index: bytes, source: Source | None, *, force: bool, flush: bool
 ) -> None:
     """Give shards their names, and the index its own last."""
     final = created(main.plan, main.path, main.shown, main.replaced)
@@ -344,7 +345,7 @@ def _publish_shards(
         final.close()
 
 
-def _publish_new(shards: list[Output], final: Output, source: SourceFile | None, *, force: bool) -> None:
+def _publish_new(shards: list[Output], final: Output, source: Source | None, *, force: bool) -> None:
     """Where no shards of these names are: until the index has its name, an old one names what it always did.
 
     What has appeared meanwhile is not touched without force, and nothing of ours is left beside it.
@@ -361,7 +362,7 @@ def _publish_new(shards: list[Output], final: Output, source: SourceFile | None,
         raise
 
 
-def _replace(shards: list[Output], main: Output, final: Output, source: SourceFile | None, *, flush: bool) -> None:
+def _replace(shards: list[Output], main: Output, final: Output, source: Source | None, *, flush: bool) -> None:
     """Where shards of these names are: at every moment the index names one whole checkpoint.
 
     On a file system without hard links it names for a moment shards that are not there.
@@ -393,7 +394,7 @@ def _replace(shards: list[Output], main: Output, final: Output, source: SourceFi
         shard.is_ours = True
 
 
-def _rename_over(shard: Output, source: SourceFile | None) -> None:
+def _rename_over(shard: Output, source: Source | None) -> None:
     """Give a shard its name, and leave it the temporary one where the file system has hard links."""
     second = _beside(shard.path, shard.host)
     try:
@@ -408,7 +409,7 @@ def _rename_over(shard: Output, source: SourceFile | None) -> None:
             os.unlink(second)
 
 
-def _rename(file: Output, source: SourceFile | None, *, force: bool) -> None:
+def _rename(file: Output, source: Source | None, *, force: bool) -> None:
     """Give a complete file its name."""
     if force:
         replacing(partial(os.replace, file.temporary, file.path), file.path, source)

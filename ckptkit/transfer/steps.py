@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile, read_at, write_at
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, read_at, write_at
 from ckptkit.computed import Buffer, ConvertedRange, DTypeConversion
 from ckptkit.errors import CorruptError, FileAccessError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
@@ -65,8 +65,8 @@ _PIECE_NBYTES = 64 << 10
 """Bytes spliced at a time, and the grid in the output that they end on: sixteen pages."""
 
 
-_Way = Callable[[ByteRange, int], int]
-"""Copies the first bytes of a range to a position; the number of them."""
+_Way = Callable[[int, ByteRange, int], int]
+"""Copies from a descriptor the first bytes of a range to a position; the number of them."""
 
 
 class Copier:
@@ -94,10 +94,11 @@ class Copier:
             OSError: it could not be written.
         """
         while source.nbytes:
-            way = self._way(source.nbytes)
+            fd = source.file.fileno()
+            way = self._read_write if fd is None else self._way(source.nbytes)
             start = time.perf_counter()
             try:
-                moved = way(source, target)
+                moved = way(-1 if fd is None else fd, source, target)
             except OSError as error:
                 if isinstance(error, FileAccessError) or error.errno not in UNAVAILABLE or way not in self._pace:
                     raise
@@ -123,7 +124,7 @@ class Copier:
         self._pace[way] = min(pace, self._last.get(way, pace))
         self._last[way] = pace
 
-    def _splice(self, source: ByteRange, target: int) -> int:
+    def _splice(self, fd: int, source: ByteRange, target: int) -> int:
         if self._pipe is None:
             self._pipe = _pipe()
         end, start = self._pipe
@@ -131,7 +132,7 @@ class Copier:
         while done < wanted:
             place = target + done
             piece = min(wanted - done, _PIECE_NBYTES - place % _PIECE_NBYTES)
-            held = os.splice(source.file.fd, start, piece, offset_src=source.offset + done)
+            held = os.splice(fd, start, piece, offset_src=source.offset + done)
             if held == 0:
                 break
             while held:
@@ -141,10 +142,10 @@ class Copier:
                 held, done = held - moved, done + moved
         return done
 
-    def _copy_file_range(self, source: ByteRange, target: int) -> int:
-        return os.copy_file_range(source.file.fd, self._fd, min(source.nbytes, _ONE_CALL), source.offset, target)
+    def _copy_file_range(self, fd: int, source: ByteRange, target: int) -> int:
+        return os.copy_file_range(fd, self._fd, min(source.nbytes, _ONE_CALL), source.offset, target)
 
-    def _read_write(self, source: ByteRange, target: int) -> int:
+    def _read_write(self, fd: int, source: ByteRange, target: int) -> int:
         chunk = source.read(0, min(source.nbytes, CHUNK_NBYTES))
         write_at(self._fd, chunk, target)
         return len(chunk)
@@ -206,7 +207,7 @@ class DigestsInPassing:
         stop: set when they are no longer wanted.
     """
 
-    def __init__(self, files: Iterable[SourceFile], stop: threading.Event) -> None:
+    def __init__(self, files: Iterable[Source], stop: threading.Event) -> None:
         self._files = {id(file): file for file in files}
         self._found: dict[int, bytes] = {}
         self._stop = stop
@@ -227,7 +228,7 @@ class DigestsInPassing:
                 digest.update(part)
             self._found[key] = digest.hexdigest().encode()
 
-    def of(self, file: SourceFile) -> bytes:
+    def of(self, file: Source) -> bytes:
         """The digest in hexadecimal, once it is there.
 
         Raises:
@@ -272,7 +273,7 @@ def execute(plan: Plan, fd: int, progress: Progress | None = None) -> Tally:
     return tally
 
 
-def digested(plan: Plan) -> list[SourceFile]:
+def digested(plan: Plan) -> list[Source]:
     """The files whose digests the plan wants."""
     return [step.file for step in plan.all_steps() if isinstance(step, Digest)]
 

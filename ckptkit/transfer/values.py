@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, SourceFile
+from ckptkit.bytesource import CHUNK_NBYTES, GAP_NBYTES, ByteRange, Source
 from ckptkit.casting import numpy_dtype
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.computed import ConvertedRange, DTypeConversion
@@ -37,9 +37,6 @@ core's own cache."""
 _SIGNED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 """The types of 8 bits whose first is a sign."""
 
-_GAP_NBYTES = 8 << 10
-"""Bytes between two wanted ones that take longer to read along than another read does to begin."""
-
 
 class Ahead:
     """Small ranges of files, read along with what follows them: a hundred thousand tensors take a few hundred reads.
@@ -50,7 +47,7 @@ class Ahead:
     __slots__ = ("_data", "_file", "_most", "_start")
 
     def __init__(self) -> None:
-        self._file: SourceFile | None = None
+        self._file: Source | None = None
         self._start = 0
         self._data = b""
         self._most = 0
@@ -59,7 +56,7 @@ class Ahead:
         """The bytes of a range.
 
         Raises:
-            As `SourceFile.read`.
+            As `Source.read`.
         """
         file, offset, nbytes = run.file, run.offset, run.nbytes
         at = offset - self._start
@@ -182,7 +179,7 @@ def _collect(out: Any, source: ByteRange, start: int, strides: list[int]) -> Non
     axis = strides.index(max(strides))
     size, stride = out.shape[axis], strides[axis]
     one = nbytes - (size - 1) * stride
-    apart = one <= most and stride - one > _GAP_NBYTES
+    apart = one <= most and stride - one > GAP_NBYTES
     count = max(1, most // one if apart else (most - one) // stride + 1)
     for first in range(0, size, count):
         index = (*[slice(None)] * axis, slice(first, first + count))
@@ -191,10 +188,8 @@ def _collect(out: Any, source: ByteRange, start: int, strides: list[int]) -> Non
         if not apart:
             _collect(part, source, at, strides)
             continue
-        data = bytearray(part.shape[axis] * one)
-        for number in range(part.shape[axis]):
-            piece = memoryview(data)[number * one : (number + 1) * one]
-            source.file.read_into(source.offset + at + number * stride, piece)
+        rows = [(source.offset + at + number * stride, one) for number in range(part.shape[axis])]
+        data = b"".join(source.file.ranges(rows))
         part[...] = numpy.ndarray(part.shape, out.dtype, data, strides=[*strides[:axis], one, *strides[axis + 1 :]])
 
 

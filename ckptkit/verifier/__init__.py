@@ -10,18 +10,17 @@ where `ckptkit.verifier.foreign` is asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ckptkit.architectures import identify
-from ckptkit.arguments import several, shapes, tolerance
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
 from ckptkit.normalize.parts import part_findings
+from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, Report, listed, worst
 from ckptkit.verifier.against import check_against, check_devices, without_wrappers, wrapper_told
 from ckptkit.verifier.behaviour import check_behaviour
@@ -52,56 +51,14 @@ CHECKS: tuple[Check, ...] = (
 """Every check, in the order they run.  The last fills the model with other weights."""
 
 
-def verify(
-    checkpoint: Checkpoint,
-    *,
-    model: ModelLike | None = None,
-    model_args: Mapping[str, object] | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    input_shapes: Sequence[Sequence[int]] = (),
-    input: str | None = None,  # noqa: A002 - the option's name
-    seed: int = 0,
-    allow_missing: str | Sequence[str] = (),
-    allow_unexpected: str | Sequence[str] = (),
-    forward: bool = True,
-    against: Checkpoint | None = None,
-    golden: str | None = None,
-    write_golden: str | None = None,
-    atol: float | None = None,
-    rtol: float | None = None,
-    force: bool = False,
-    unsafe_load: bool = False,
-    strip_module: bool = False,
-    reading: Sequence[str] = (),
-) -> Report:
+def verify(checkpoint: Checkpoint, options: VerifyOptions, *, against: Checkpoint | None = None) -> Report:
     """Load a checkpoint's weights into a reference model and examine what it computes.
 
     Args:
-        checkpoint: the checkpoint; the file it lies in must still be open.
-        model: ``"torchvision:NAME"``, ``"package.module:factory"``, ``"path/to/file.py:factory"``,
-            a module, or a callable that returns one.  A module given is copied, not changed.  ``None``: that of
-            the golden, or the pickled model itself where ``unsafe_load`` is asked for.
-        model_args: keyword arguments of the factory; strings are read as Python literals where they are.
-        device: where the forward check runs: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; of several,
-            separated by commas, each is compared with the first.
-        dtype: floating point type the model and its inputs are cast to, such as ``"float16"``.
-        input_shapes: one for each input; empty: what the reference implies.
-        input: file of the inputs' values, in any container.
-        seed: of the inputs, and of whatever the factory draws.
-        allow_missing: patterns (``fnmatch``) of names the checkpoint may lack.
-        allow_unexpected: patterns of names the reference may lack.
-        forward: whether to run the forward check.
-        against: another checkpoint of the same model, whose outputs must agree; its file must be open.
-        golden: file of outputs recorded earlier, which these must agree with.
-        write_golden: file to record them in.
-        atol: how far outputs may be apart, whatever their size; default: several times the noise that is measured;
-            see `ckptkit.verifier.outputs.OutputTolerance`.
-        rtol: the same, as a share of their largest magnitude.
-        force: whether ``write_golden`` may replace a file.
-        unsafe_load: whether to run the pickled model itself, which imports and runs what the file names.
-        strip_module: whether wrappers' prefixes were taken off, as the commands that are told must, too.
-        reading: other options by which the file was read, likewise.
+        checkpoint: the checkpoint, wrappers' prefixes taken off where ``strip_module`` asks for it; the file it lies
+            in must still be open.
+        options: what `ckptkit.verify` was asked for.  A module given is copied, not changed.
+        against: the checkpoint that ``against`` names, whose outputs must agree; its file must be open.
 
     Returns:
         The report; its details are the JSON document's figures.
@@ -114,70 +71,35 @@ def verify(
         CkptkitError: the weights, inputs or golden cannot be read.
     """
     _require_weights(checkpoint)
-    if input is not None and input_shapes:
-        raise VerifyError("--input and --input-shape: the inputs are read from a file, or made; give one of them")
-    if not forward:
-        _require_forward({"--against": against, "--golden": golden, "--write-golden": write_golden})
-    if unsafe_load and model is not None:
-        raise VerifyError("--model and --unsafe-load: a reference model is run, or the pickled one; give one of them")
-    atol, rtol = tolerance("--atol", atol), tolerance("--rtol", rtol)
-    input_shapes = shapes("--input-shape", input_shapes)
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise VerifyError(f"--seed {seed:.6g}: torch takes whole numbers from -2**63 to 2**64 - 1")
-    single = {
-        "--device": None if device == "auto" else device,
-        "--dtype": dtype,
-        "--input": input,
-        "--seed": seed or None,
-        "--against": None if against is None else against.origin.path,
-        "--golden": golden,
-        "--write-golden": write_golden,
-        "--atol": atol,
-        "--rtol": rtol,
-    }
-    asked = [part for name, value in single.items() if value is not None for part in (name, str(value))]
-    asked += [part for shape in input_shapes for part in ("--input-shape", ",".join(map(str, shape)))]
-    asked += [part for glob in several(allow_missing) for part in ("--allow-missing", glob)]
-    asked += [part for glob in several(allow_unexpected) for part in ("--allow-unexpected", glob)]
-    asked += [*["--force"] * force, *["--no-forward"] * (not forward)]
-    devices = pick_devices(device)
-    cast = None if dtype is None else floating_dtype(dtype)
-    recorded = None if golden is None else _golden(golden, input_shapes, input, seed)
-    if write_golden is not None:
-        require_writable(write_golden, force=force)
+    devices = pick_devices(options.device)
+    cast = None if options.dtype is None else floating_dtype(options.dtype)
+    recorded = None if options.golden is None else _golden(options.golden, options)
+    if options.write_golden is not None:
+        require_writable(options.write_golden, force=options.force)
     cuda = [where.index or 0 for where in devices if where.type == "cuda"]
     with foreign(), torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
         started = time.perf_counter()
-        built, reference = _model(checkpoint, model, model_args, recorded, unsafe_load=unsafe_load)
+        built, reference = _model(checkpoint, options, recorded)
         if cast is not None:
-            with foreign(f"the model cannot be cast to {dtype}"):
+            with foreign(f"the model cannot be cast to {options.dtype}"):
                 built.to(cast)
         context = Context(
             reference=reference,
             devices=devices,
-            dtype=dtype,
-            seed=seed,
-            inputs=_inputs(reference, input_shapes, input, seed, recorded) if forward else None,
-            atol=atol,
-            rtol=rtol,
-            allow_missing=several(allow_missing),
-            allow_unexpected=several(allow_unexpected),
+            options=options,
+            inputs=_inputs(reference, options, recorded) if options.forward else None,
             against=against,
             golden=recorded,
-            write_golden=write_golden,
-            force=force,
-            given=_given(checkpoint, strip_module),
-            reading=tuple(reading),
-            asked=tuple(asked),
+            given=_given(checkpoint, options.strip_module),
         )
         seconds = time.perf_counter() - started
         context.seconds["build"] = seconds
         context.steps.append({"name": "build", "seconds": round(seconds, 6), "peak_memory_nbytes": peak_memory()})
         findings = [*part_findings(checkpoint), *(() if against is None else part_findings(against))]
-        if model is None and recorded is None and not unsafe_load:
+        if options.model is None and recorded is None and not options.unsafe_load:
             findings.append(_identified(reference))
-        if unsafe_load:
+        if options.unsafe_load:
             findings += unsafe_findings(checkpoint, built)
         stripped = without_wrappers(checkpoint, built) if against is not None else None
         if stripped is not None:
@@ -240,38 +162,26 @@ def _identified(reference: Reference) -> Finding:
     )
 
 
-def _require_forward(given: Mapping[str, object]) -> None:
-    """What is asked for cannot be had when nothing is computed."""
-    useless = [name for name, value in given.items() if value is not None]
-    if useless:
-        raise VerifyError(f"{', '.join(useless)}: with --no-forward nothing is computed; leave one of them out")
-
-
-def _golden(path: str, shapes: Sequence[Sequence[int]], input_path: str | None, seed: int) -> Golden:
+def _golden(path: str, options: VerifyOptions) -> Golden:
     golden = read_golden(path)
-    if shapes or input_path is not None or seed not in (0, golden.inputs.seed):
+    if options.input_shapes or options.input is not None or options.seed not in (0, golden.inputs.seed):
         raise VerifyError(f"{path}: a golden brings its own inputs; leave --input, --input-shape and --seed out")
     return golden
 
 
-def _model(
-    checkpoint: Checkpoint,
-    model: ModelLike | None,
-    args: Mapping[str, object] | None,
-    golden: Golden | None,
-    *,
-    unsafe_load: bool,
-) -> tuple[nn.Module, Reference]:
+def _model(checkpoint: Checkpoint, options: VerifyOptions, golden: Golden | None) -> tuple[nn.Module, Reference]:
     """The model that is filled: the one named, the golden's, or the pickled one itself."""
-    if unsafe_load:
+    if options.unsafe_load:
         return load_pickled(checkpoint)
+    model: ModelLike | None = options.model
+    args = options.model_args
     if model is None and golden is not None:
         model = golden.model()
     if model is None:
         path = checkpoint.origin.path
         likely = identify(checkpoint.state_dict)
         if likely and likely[0].exact and not likely[0].prefix:
-            built, reference = build(likely[0].reference, {**likely[0].args, **(args or {})})
+            built, reference = build(likely[0].reference, {**likely[0].args, **args})
             return built, reference
         if likely and likely[0].exact:
             raise VerifyError(
@@ -291,20 +201,18 @@ def _model(
         )
     if golden is not None and not args:
         args = golden.args
-    built, reference = build(model, args or {})
+    built, reference = build(model, args)
     if golden is not None:
         golden.require_model(reference.spec, reference.args)
     return built, reference
 
 
-def _inputs(
-    reference: Reference, shapes: Sequence[Sequence[int]], path: str | None, seed: int, golden: Golden | None
-) -> Inputs:
+def _inputs(reference: Reference, options: VerifyOptions, golden: Golden | None) -> Inputs:
     if golden is not None:
         return golden.inputs
-    if path is not None:
-        return read_inputs(path, reference.inputs)
-    return drawn_inputs(wanted_inputs(reference.inputs, shapes, reference.label), seed)
+    if options.input is not None:
+        return read_inputs(options.input, reference.inputs)
+    return drawn_inputs(wanted_inputs(reference.inputs, options.input_shapes, reference.label), options.seed)
 
 
 def _details(checkpoint: Checkpoint, context: Context, checks: list[dict[str, Any]], dtype: str) -> dict[str, Any]:

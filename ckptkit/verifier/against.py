@@ -88,11 +88,11 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
 
 def _emptied(model: nn.Module, context: Context) -> None:
     """Let the model be as it was before it was filled: nothing of the first checkpoint may be left in it."""
-    torch.manual_seed(context.seed)
+    torch.manual_seed(context.options.seed)
     become(model, without_values(context.reference.make))
-    if context.dtype is not None:
-        with foreign(f"the model cannot be cast to {context.dtype}"):
-            model.to(floating_dtype(context.dtype))
+    if context.options.dtype is not None:
+        with foreign(f"the model cannot be cast to {context.options.dtype}"):
+            model.to(floating_dtype(context.options.dtype))
 
 
 def wrapper_told(path: str) -> Finding:
@@ -148,7 +148,7 @@ def _noise(
     model: nn.Module, context: Context, device: torch.device, made: Pass
 ) -> Callable[[], Mapping[str, float]] | None:
     """What measures the outputs' noise; ``None``: an ``atol`` was asked for, which stands in its place."""
-    return None if context.atol is not None else lambda: measured_noise(model, context, device, made.outputs)
+    return None if context.options.atol is not None else lambda: measured_noise(model, context, device, made.outputs)
 
 
 def _figures(found: Sequence[OutputDifference], tolerance: OutputTolerance, parting: Parting) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def check_behaviour(checkpoint: Checkpoint, model: nn.Module, context: Context) 
         context.notes["behaviour"] = _note(context, "row 0 is the same in a batch of another size, and again")
         return
     yield from _repeated(model, inputs, context, dtype, tolerance)
-    if other is not None and apart and not figures["differs"] and context.atol is None:
+    if other is not None and apart and not figures["differs"] and context.options.atol is None:
         noise = measured_noise(model, context, context.device, first)  # what repeats itself may be rounding alone
         rows = _rows(first, other.outputs, inputs, tolerance, noise)
         figures["batch"] = [difference.to_dict() for difference in rows]

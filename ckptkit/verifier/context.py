@@ -17,6 +17,7 @@ from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.normalize.selection import holding_suffix, other_parts
+from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, convert_command, listed
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
@@ -34,18 +35,11 @@ class Context:
     Attributes:
         reference: what the model was built from.
         devices: where the forward pass runs: on the first, and once more on each other to compare.
-        dtype: torch name of the type the model was cast to; ``None``: as the reference has it.
-        seed: of whatever the factory draws.
+        options: what was asked for.
         inputs: what the model is given; ``None``: no forward check is asked for.
-        atol, rtol: asked for; ``None``: by the types involved.
-        allow_missing, allow_unexpected: patterns of names that may be so.
         against: another checkpoint of the same model, to compare outputs with; its file is open.
         golden: outputs recorded earlier, to compare with.
-        write_golden: where to record these.
-        force: whether what is there may be replaced.
         given: options of ``verify`` and ``convert`` by which these weights were taken from the file.
-        reading: further ones by which the file could be read at all.
-        asked: all other options of this ``verify``.
         failed: whether a check has found an error.
         fit: set by the fit check.
         loaded: set by the load check once every weight is in the model.
@@ -62,20 +56,11 @@ class Context:
 
     reference: Reference
     devices: tuple[torch.device, ...]
-    dtype: str | None = None
-    seed: int = 0
+    options: VerifyOptions = field(default_factory=VerifyOptions)
     inputs: Inputs | None = None
-    atol: float | None = None
-    rtol: float | None = None
-    allow_missing: tuple[str, ...] = ()
-    allow_unexpected: tuple[str, ...] = ()
     against: Checkpoint | None = None
     golden: Any = None
-    write_golden: str | None = None
-    force: bool = False
     given: tuple[str, ...] = ()
-    reading: tuple[str, ...] = ()
-    asked: tuple[str, ...] = ()
     failed: bool = False
     fit: Fit | None = None
     loaded: bool = False
@@ -96,9 +81,21 @@ class Context:
 
     def tolerance(self, checkpoints: Sequence[Checkpoint], *outputs: Mapping[str, torch.Tensor]) -> OutputTolerance:
         """How far outputs may be apart, by the types of weights and outputs on both sides; noise aside."""
+        dtype = self.options.dtype
         weights = {entry.dtype for checkpoint in checkpoints for entry in checkpoint.state_dict.values()}
         types = {dtype_name(tensor) for side in outputs for tensor in side.values()}
-        return tolerance_of({*weights, *types, *([self.dtype] if self.dtype else [])}, self.atol, self.rtol)
+        return tolerance_of({*weights, *types, *([dtype] if dtype else [])}, self.options.atol, self.options.rtol)
+
+    @property
+    def reading(self) -> list[str]:
+        """Options, as they are typed, by which the file could be read at all."""
+        return self.options.typed("allow_part", "ignore_checksums")
+
+    @property
+    def asked(self) -> list[str]:
+        """All others of this ``verify`` but for those in `given` and the reference."""
+        single = ("device", "dtype", "input", "seed", "against", "golden", "write_golden", "atol", "rtol")
+        return self.options.typed(*single, "input_shapes", "allow_missing", "allow_unexpected", "force", "forward")
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

@@ -67,8 +67,8 @@ def _measured(model: nn.Module, checkpoint: Checkpoint, context: Context) -> Fit
     return measure_fit(
         model,
         checkpoint.state_dict,
-        allow_missing=context.allow_missing,
-        allow_unexpected=context.allow_unexpected,
+        allow_missing=context.options.allow_missing,
+        allow_unexpected=context.options.allow_unexpected,
         ties_once=ties_once(checkpoint.origin.format),
     )
 
@@ -281,7 +281,7 @@ def _dtypes(fit: Fit, path: str, context: Context) -> Iterator[Finding]:
     for name, ours, theirs in fit.recast:
         if DTYPES[ours].kind != (DTYPES[theirs].kind if theirs in DTYPES else None):
             across.append(f"{name} {ours} into {theirs}")
-        elif context.dtype is None or not DTYPES[ours].is_floating:
+        elif context.options.dtype is None or not DTYPES[ours].is_floating:
             within.setdefault((ours, theirs), []).append(name)
     if across:
         yield Finding(

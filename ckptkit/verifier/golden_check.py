@@ -50,16 +50,16 @@ def check_golden(checkpoint: Checkpoint, model: nn.Module, context: Context) -> 
         yield from _weights(context.golden, checkpoint, context)
     if context.golden is not None and context.first is not None:
         yield from _compared(context.golden, checkpoint, model, context)
-    if context.write_golden is None:
+    if context.options.write_golden is None:
         return
     if context.failed or context.first is None:
         yield Finding(
             code="golden-not-written",
             severity="info",
-            message=f"{context.write_golden} was not written, because the model did not pass",
+            message=f"{context.options.write_golden} was not written, because the model did not pass",
         )
         return
-    yield _written(context.write_golden, context.first, checkpoint, model, context)
+    yield _written(context.options.write_golden, context.first, checkpoint, model, context)
 
 
 def _weights(golden: Golden, checkpoint: Checkpoint, context: Context) -> Iterator[Finding]:
@@ -94,7 +94,7 @@ def _digested(checkpoint: Checkpoint, context: Context) -> tuple[str | None, dic
 
 
 def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
-    first = context.first or {}
+    first, options = context.first or {}, context.options
     now = {"device": str(context.device), "dtype": model_dtype(model), **versions()}
     then = {"device": golden.device, "dtype": golden.dtype, **golden.versions}
     changed = [f"{name} {then[name]} then, {now.get(name, 'none')} now" for name in then if then[name] != now.get(name)]
@@ -107,11 +107,11 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
     default = context.tolerance((checkpoint,), first)
     recorded = tolerance_of([golden.dtype, *(o.dtype for o in golden.outputs)])
     tolerance = OutputTolerance(
-        atol=context.atol if context.atol is not None else max(golden.tolerance.atol, default.atol, recorded.atol),
-        rtol=context.rtol if context.rtol is not None else max(golden.tolerance.rtol, default.rtol, recorded.rtol),
+        atol=max(golden.tolerance.atol, default.atol, recorded.atol) if options.atol is None else options.atol,
+        rtol=max(golden.tolerance.rtol, default.rtol, recorded.rtol) if options.rtol is None else options.rtol,
     )
     found = [_difference(each, first.get(each.path), tolerance) for each in golden.outputs]
-    if context.atol is None and not all(difference.is_close or difference.reason for difference in found):
+    if options.atol is None and not all(difference.is_close or difference.reason for difference in found):
         noise = {each.path: each.noise or 0.0 for each in golden.outputs}
         if any(now[name] != then[name] for name in ("device", "dtype")) or any(o.noise is None for o in golden.outputs):
             here = measured_noise(model, context, context.device, first)
@@ -225,7 +225,7 @@ def _written(
     except Exception as error:
         raise VerifyError(f"{path}: the outputs cannot be kept in safetensors: {error}") from error
     plan = Plan(format="safetensors", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=len(stored), aliases={})
-    write_atomically(path, plan, force=context.force, check=lambda temporary, _: read_golden(temporary))
+    write_atomically(path, plan, force=context.options.force, check=lambda temporary, _: read_golden(temporary))
     sampled = sum(output["step"] != 1 for output in outputs)
     of = f", {sampled} of them as samples of 1 MiB" if sampled else ""
     return Finding(

@@ -130,9 +130,9 @@ def _read_again(state_dict: StateDict, fit: Fit) -> Iterator[tuple[str, torch.Te
 def _give_values(model: nn.Module, context: Context) -> None:
     """Let the model be the reference built with values, as the seed draws them."""
     other = context.reference.make()
-    if context.dtype is not None:
-        with foreign(f"the model cannot be cast to {context.dtype}"):
-            other.to(floating_dtype(context.dtype))
+    if context.options.dtype is not None:
+        with foreign(f"the model cannot be cast to {context.options.dtype}"):
+            other.to(floating_dtype(context.options.dtype))
     become(model, other)
 
 

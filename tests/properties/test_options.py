@@ -27,8 +27,9 @@ from torch_oracle import Loaded, Same, check_compacted, check_tags, convert, loa
 
 import ckptkit
 from ckptkit.casting import CAST_TARGETS
-from ckptkit.conversion.options import Conversion, Options
+from ckptkit.conversion.options import Conversion
 from ckptkit.errors import DTypeError, RewriteError
+from ckptkit.options import ConvertOptions
 from ckptkit.rewrite import MapLocation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")
@@ -202,7 +203,7 @@ def test_options_leave_what_was_read_alone(folder: Path, data: st.DataObject, tr
     with ckptkit.open(source) as file:
         before = snapshot(file.checkpoint)
         try:
-            conversion = Conversion(file.checkpoint, Options(**options))
+            conversion = Conversion(file.checkpoint, ConvertOptions(**options))
         except RewriteError:
             conversion = None
         assert snapshot(file.checkpoint).keys() == before.keys()

@@ -108,7 +108,8 @@ def test_short_ranges_are_one_call(source: SourceFile, out: Path, monkeypatch: p
     for name in ("splice", "copy_file_range"):
         monkeypatch.setattr(os, name, counted(name, calls))
     nbytes = steps.SMALL_NBYTES
-    executed(out, plan_of(*(Copy(nbytes * number, ByteRange(source, 3 + 1000 * number, nbytes)) for number in range(50))))
+    copies = [Copy(nbytes * number, ByteRange(source, 3 + 1000 * number, nbytes)) for number in range(50)]
+    executed(out, plan_of(*copies))
     assert out.read_bytes() == b"".join(DATA[3 + 1000 * number :][:nbytes] for number in range(50))
     assert calls == {"copy_file_range": 50}
 

@@ -14,6 +14,7 @@ import torch
 from generated_tensors import STORABLE
 from plans import bits
 
+from ckptkit import bytesource
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Storage, TensorEntry, contiguous_stride
 from ckptkit.dtypes import DTYPES
@@ -180,11 +181,12 @@ def test_wide_windows_are_read_in_pieces(
     entry: Entry, monkeypatch: pytest.MonkeyPatch, chunk_nbytes: int, gap: int
 ) -> None:
     monkeypatch.setattr(values, "CHUNK_NBYTES", chunk_nbytes)
-    monkeypatch.setattr(values, "_GAP_NBYTES", gap)
+    monkeypatch.setattr(values, "GAP_NBYTES", gap)
+    monkeypatch.setattr(bytesource, "GAP_NBYTES", gap)
     asked: list[int] = []
-    real = SourceFile.read_into
+    real = SourceFile.ranges
     monkeypatch.setattr(
-        SourceFile, "read_into", lambda file, at, into: (asked.append(len(into)), real(file, at, into))[1]
+        SourceFile, "ranges", lambda file, wanted: (asked.extend(n for _, n in wanted), real(file, wanted))[1]
     )
     base = torch.arange(6 * 50 * 40).view(6, 50, 40).to(torch.int16)
     views = (

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ckptkit.formats import read
+from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, Report
 from ckptkit.verifier import verify
 
@@ -22,7 +23,7 @@ NOT_LOADED = ("info", "not-loaded")
 def check_file(path: Path, *, section: str | None = None, **options: Any) -> Report:
     checkpoint, file = read(path, section=section)
     try:
-        return verify(checkpoint, **{"forward": False, "device": "cpu", **options})
+        return verify(checkpoint, VerifyOptions(**{"forward": False, "device": "cpu", **options}))
     finally:
         file.close()
 

@@ -17,6 +17,7 @@ from torch import nn
 import ckptkit
 from ckptkit.errors import VerifyError
 from ckptkit.formats import read
+from ckptkit.options import VerifyOptions
 from ckptkit.report import Report
 from ckptkit.verifier import CHECKS, verify
 
@@ -30,7 +31,7 @@ def run(save: Any) -> Run:
     def check(obj: object, **options: Any) -> Report:
         checkpoint, file = read(save(obj))
         try:
-            return verify(checkpoint, **{"device": "cpu", **options})
+            return verify(checkpoint, VerifyOptions(**{"device": "cpu", **options}))
         finally:
             file.close()
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptkit.formats import read
+from ckptkit.options import VerifyOptions
 from ckptkit.verifier import load as loading
 from ckptkit.verifier.context import Context
 from ckptkit.verifier.fill import without_value
@@ -27,9 +28,9 @@ def loaded(save: Any) -> Any:
     def load(state: object, factory: Any, *, ties_once: bool = False, **options: Any) -> nn.Module:
         checkpoint, file = read(save(state))
         model, reference = build(factory, {})
-        context = Context(reference=reference, devices=(torch.device("cpu"),), **options)
+        context = Context(reference=reference, devices=(torch.device("cpu"),), options=VerifyOptions(**options))
         context.fit = measure_fit(
-            model, checkpoint.state_dict, allow_missing=context.allow_missing, ties_once=ties_once
+            model, checkpoint.state_dict, allow_missing=context.options.allow_missing, ties_once=ties_once
         )
         assert [f.code for f in check_load(checkpoint, model, context)] == []
         assert context.loaded

@@ -1,6 +1,7 @@
 """What a reference is: a factory, its arguments from what a user typed, and the module it returns.
 
-A factory is the user's own code: in an importable module, in a file, or an object in Python.  What a parameter takes is said by its annotation, else by its default; where neither says, a string that is a
+A factory is the user's own code: in an importable module, in a file, or an object in Python.
+What a parameter takes is said by its annotation, else by its default; where neither says, a string that is a
 Python literal becomes its value.
 """
 

@@ -5,7 +5,8 @@ timm: ``timm/models/_factory.py`` (``create_model``) and ``_pretrained.py`` (``P
 torchvision: ``torchvision/models/**`` (0.17 to 0.29); the family is the sub-package the builder lies in, and decides
 what a model takes.
 
-transformers: a model is built from a configuration alone.  A folder's ``config.json`` names the class under ``architectures``; without that it is the bare model of its type.
+transformers: a model is built from a configuration alone.
+A folder's ``config.json`` names the class under ``architectures``; without that it is the bare model of its type.
 Nothing is downloaded, and code that comes with a configuration (``auto_map``) is never run.
 
 Sources: ``transformers/models/auto/configuration_auto.py``, ``transformers/modeling_utils.py`` and

@@ -1,0 +1,47 @@
+"""What mypy makes of the keywords of the public functions; it is checked with the package, and never run.
+
+Each wrong call is one that mypy must refuse: strict as it is here, it tells of an ignored error that is none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ckptkit
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ckptkit.options import ConvertKeywords
+
+
+def right(path: Path) -> None:
+    """Every form that a value may have."""
+    report: ckptkit.Report = ckptkit.convert(path, "out.safetensors", strip_module=True, include="a.*", exclude=["b.*"])
+    ckptkit.convert(source=path, destination=path, rename=["^a=>b", ("c", "d")], map_location={"cuda:0": "cpu"})
+    ckptkit.convert(path, path, map_location=lambda storage, tag: None, tied="error", max_shard_size="5GB", like=path)
+    ckptkit.convert(path, path, progress=lambda done, of: None, metadata={"a": "b"}, model_args=None)
+    report = ckptkit.verify(path, model="torchvision:resnet18", golden=path, input_shapes=[(1, 3, 64, 64)], seed=1)
+    difference: ckptkit.Difference = ckptkit.diff(path, path, section_a="model", atol=1e-6, progress=None)
+    checked: ckptkit.CheckReport = ckptkit.check(path, no_pickle=True, max_trust="safe", allow_dtype="float32")
+    print(report.ok, difference.equal, checked.ok)
+
+
+def handed_on(path: Path, **options: Unpack[ConvertKeywords]) -> ckptkit.Report:
+    """A function of one's own with the same keywords."""
+    return ckptkit.convert(path, "out.pth", **options)
+
+
+def wrong(path: Path) -> None:
+    """A name that is none, and a value of another type."""
+    ckptkit.convert(path, path, strip_modul=True)  # type: ignore[call-arg]
+    ckptkit.convert(path, path, strip_module="yes")  # type: ignore[arg-type]
+    ckptkit.convert(path, path, tied="both")  # type: ignore[arg-type]
+    ckptkit.convert(path, path, True)  # type: ignore[call-arg]
+    ckptkit.verify(path, modle="torchvision:resnet18")  # type: ignore[call-arg]
+    ckptkit.verify(path, seed="7")  # type: ignore[arg-type]
+    ckptkit.diff(path, path, rtol="small")  # type: ignore[arg-type]
+    ckptkit.check(path, no_pickel=True)  # type: ignore[call-arg]
+    ckptkit.check(path, max_trust="hostile")  # type: ignore[arg-type]
+    handed_on(path, include=3)  # type: ignore[arg-type]
