@@ -110,6 +110,8 @@ class Machine:
             raise CorruptError(self._left_over())
         if self.frame_end not in (self.pos, NO_FRAME):
             raise AmbiguousError("STOP is not the end of its frame")
+        self.watchers.clear()
+        del self.reach  # which holds the machine in turn: without it, what was read is gone as soon as nobody has it
         return self.stack.pop()
 
     def _left_over(self) -> str:

@@ -1,7 +1,7 @@
 """A tensor's pickle in one step: what nine tenths of a checkpoint's opcodes spell, matched as one pattern.
 
-``torch.save`` writes every tensor but the first few with the same forty opcodes (pickle protocol 2), after
-the name ``torch._utils._rebuild_tensor_v2`` was pushed::
+``torch.save`` writes every tensor but the first with the same forty opcodes (pickle protocol 2), after the name
+``torch._utils._rebuild_tensor_v2`` was pushed; a PUT is a BINPUT up to the memo's 256th entry, then a LONG_BINPUT::
 
     MARK MARK GET storage GET class KEY GET location NUMEL [NONE] TUPLE PUT BINPERSID
     OFFSET SIZE PUT STRIDE PUT NEWFALSE GET OrderedDict EMPTY_TUPLE REDUCE PUT TUPLE PUT REDUCE PUT
@@ -36,9 +36,11 @@ REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 _GET = rb"h.|j...."
 _INT = rb"K.|M..|J....|\x8a\x05.....|\x8a\x06......"
 _SIZE = rb"\)|(?:%(i)s)\x85|(?:(?:%(i)s)){2}\x86|(?:(?:%(i)s)){3}\x87|\((?:%(i)s)(?:(?:%(i)s)){3,5}t" % {b"i": _INT}
-_MEMOIZED = rb"(?:(?<!\))r(....)|(?<=\)))"  # an empty tuple is not memoized
-_INDEX = Struct("<I").unpack
+_SHORT_PUT, _LONG_PUT = rb"q(.)", rb"r(....)"
 _INDICES = Struct("<7I").unpack
+
+_waiting = [100]
+"""How many tensors are left to the opcodes, of all files together: making the pattern takes as long as these."""
 
 _MOST_KNOWN = 4096
 """Sizes with strides that are kept; models have some hundreds."""
@@ -51,16 +53,22 @@ _Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @functools.cache
-def _pattern() -> Callable[[bytes, int], re.Match[bytes] | None]:
+def _pattern(put: bytes) -> Callable[[bytes, int], re.Match[bytes] | None]:
     """Each alternative begins with another opcode: it can be read in one way, the opcodes' own."""
     return re.compile(
         rb"\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
-        rb"(?:X(.)\0\0\0([0-9]{1,18})r(....)|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
-        rb"(%(get)s)(%(int)s)N?tr(....)Q"  # 7 to 9: location, number of elements, PUT
-        rb"(%(int)s)(?:(%(size)s)%(put)s|(%(get)s))"  # 10 to 13: offset, size and PUT, or its GET
-        rb"(?:(%(size)s)%(put)s|(%(get)s))"  # 14 to 16: stride and PUT, or its GET
-        rb"([\x88\x89])(%(get)s)\)Rr(....)tr(....)Rr(....)"  # 17 to 21: requires_grad, OrderedDict, PUTs
-        % {b"get": _GET, b"int": _INT, b"size": _SIZE, b"put": _MEMOIZED},
+        rb"(?:X(.)\0\0\0([0-9]{1,18})%(put)s|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
+        rb"(%(get)s)(%(int)s)N?t%(put)sQ"  # 7 to 9: location, number of elements, PUT
+        rb"(%(int)s)(?:(%(size)s)%(size_put)s|(%(get)s))"  # 10 to 13: offset, size and PUT, or its GET
+        rb"(?:(%(size)s)%(size_put)s|(%(get)s))"  # 14 to 16: stride and PUT, or its GET
+        rb"([\x88\x89])(%(get)s)\)R%(put)st%(put)sR%(put)s"  # 17 to 21: requires_grad, OrderedDict, PUTs
+        % {
+            b"get": _GET,
+            b"int": _INT,
+            b"size": _SIZE,
+            b"put": put,
+            b"size_put": rb"(?:(?<!\))%b|(?<=\)))" % put,  # an empty tuple is not memoized
+        },
         re.DOTALL,
     ).match
 
@@ -70,14 +78,14 @@ class TensorShortcut:
 
     Args:
         persistent_load: from a persistent id to the `Storage` it names.
-        after: tensors that are left to the opcodes: making the pattern takes as long as a hundred of them.
+        after: tensors that are left to the opcodes; ``None``: those that are left of what a process leaves to them.
     """
 
-    def __init__(self, persistent_load: Callable[[object], object], after: int = 100) -> None:
+    def __init__(self, persistent_load: Callable[[object], object], after: int | None = None) -> None:
         self._persistent_load = persistent_load
-        self._after = after
+        self._after = _waiting if after is None else [after]
+        self._puts = _SHORT_PUT
         self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
-        self._match: Callable[[bytes, int], re.Match[bytes] | None] | None = None
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._numbers: dict[bytes, int] = {}
         self._names: dict[tuple[bytes, ...], _Names] = {}
@@ -88,12 +96,7 @@ class TensorShortcut:
         Of its memo entries those are made that others refer to: the storage's key, sizes that are new, the tensor.
         ``None``: it is not quite like others, and nothing was done.
         """
-        if self._after > 0:
-            self._after -= 1
-            return None
-        if self._match is None:
-            self._match = _pattern()
-        found = self._match(data, at)
+        found = self._found(data, at)
         if found is None:
             return None
         (
@@ -136,10 +139,23 @@ class TensorShortcut:
         if key is not None:
             memo[puts[0]] = text
         if known_sizes is None:  # `ckptkit.pickling.writer` writes sizes that tensors have in common once
-            memo.update((_INDEX(put)[0], n) for put, n in ((put_shape, sizes), (put_stride, strides)) if put)
+            memo.update(
+                (int.from_bytes(put, "little"), n) for put, n in ((put_shape, sizes), (put_stride, strides)) if put
+            )
         memo[puts[-1]] = entry
         known.made.calls += 1
         return found.end(), entry
+
+    def _found(self, data: bytes, at: int) -> re.Match[bytes] | None:
+        """The tensor's opcodes; ``None``: they are others, or those that follow are not worth a pattern yet."""
+        if self._after[0] > 0:
+            self._after[0] -= 1
+            return None
+        found = _pattern(self._puts)(data, at)
+        if found is None and self._puts is _SHORT_PUT:
+            found = _pattern(_LONG_PUT)(data, at)
+            self._puts = _SHORT_PUT if found is None else _LONG_PUT
+        return found
 
     def _see(self, memo: dict[int, object]) -> None:
         """Take note of the memo's highest index; entries are never taken out of it."""
@@ -150,11 +166,11 @@ class TensorShortcut:
         """The memo indices of PUTs; ``None``: an entry takes the place of another."""
         if len(memo) > self._size:
             self._see(memo)
-        if None not in puts:
+        if None not in puts and self._puts is _LONG_PUT:
             indices = a, b, c, d, e, f, g = _INDICES(b"".join(puts))  # type: ignore[arg-type]
             if self._last < a < b < c < d < e < f < g:
                 return indices
-        found = tuple(_INDEX(put)[0] for put in puts if put)
+        found = tuple(int.from_bytes(put, "little") for put in puts if put)
         return found if len(set(found)) == len(found) and memo.keys().isdisjoint(found) else None
 
     def _number(self, opcode: bytes) -> int:

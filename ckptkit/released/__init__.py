@@ -29,7 +29,7 @@ from ckptkit.formats import collector_paused
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.config import Config, read_config
-from ckptkit.released.examine import Examined, examine_file
+from ckptkit.released.examine import examine_file
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.manifest_rules import compare, golden_findings, is_same_file, model_findings
 from ckptkit.released.policy import Policy
@@ -38,8 +38,9 @@ from ckptkit.released.results import (
     CheckFinding,
     CheckReport,
     FileResult,
-    broken_finding,
+    damage_finding,
     extra_finding,
+    malformed_finding,
     missing_result,
     nothing_selected,
     unreadable_finding,
@@ -265,35 +266,14 @@ def _is_above(name: str) -> bool:
 
 @collector_paused()  # what is read is gone at the end, without it
 def _held(task: _Task, threads: int) -> tuple[FileResult, Architecture | None]:
-    """What is wrong with a file; and the model it is of, where nothing else says in which it must run."""
-    begun = time.perf_counter()
-    policy, examined, architecture = task.policy, None, None
+    """What of a file is not as manifest and policy want it; and the model it is of, where nothing else says which."""
     if task.other is not None:
-        rules: tuple[str, ...] = (*(("no-pickle",) if policy.no_pickle else ()), "max-trust")
-        size: int | None = size_of(task.path)
-        findings = list(_pickles(task))
-    else:
-        examined, findings = _examined(task, threads)
-        size = None if examined is None else examined.size
-        if examined is not None and policy.forward and policy.fits is None and task.golden is None:
-            architecture = examined.architecture
-        rules = ("readable", *(("manifest",) if task.is_extra or task.record is not None else ()), *rules_of(policy))
-    result = FileResult(
-        path=task.path,
-        size=size,
-        sha256=None if examined is None else examined.sha256,
-        rules=rules,
-        findings=tuple(findings),
-        seconds=time.perf_counter() - begun,
-    )
-    return result, architecture
-
-
-def _examined(task: _Task, threads: int) -> tuple[Examined | None, list[CheckFinding]]:
-    """A file, and what of it is not as manifest and policy want it; ``None``: it could not be read."""
+        return _other_result(task), None
+    begun = time.perf_counter()
     path, policy, record = task.path, task.policy, task.record
+    recorded = ("manifest",) if record is not None or task.is_extra else ()
     findings = [extra_finding(path)] * task.is_extra + [whole_finding(path, task.shards)] * bool(task.shards)
-    examined = None
+    examined, architecture = None, None
     try:
         look = partial(
             examine_file,
@@ -310,27 +290,43 @@ def _examined(task: _Task, threads: int) -> tuple[Examined | None, list[CheckFin
             values=policy.no_nan,
             checksums=not may_be_same,
         )
+        if policy.forward and policy.fits is None and task.golden is None:
+            architecture = examined.architecture
         if record is not None:
             if may_be_same and not is_same_file(examined, record):
                 digested = look(hash_file=False, digest=True, values=False)
             findings += compare(examined, digested, record)
             findings += golden_findings(path, record, task.folder)
         if digested.damage is not None:
-            findings.append(
-                broken_finding(
-                    "damaged", path, "the bytes that checksums were recorded for", "other bytes", digested.damage
-                )
-            )
-        findings += [
-            broken_finding("malformed-value", path, "values whose parts fit each other", "others", told)
-            for told in examined.malformed
-        ]
+            findings.append(damage_finding(path, digested.damage))
+        findings += [malformed_finding(path, told) for told in examined.malformed]
         findings += violations(examined, policy)
     except CkptkitError as error:
         findings.append(unreadable_finding(path, error, policy.allow_part))
         if policy.every_pickle and isinstance(error, FormatError):
             findings += _pickles(task, error.globals)
-    return examined, findings
+    result = FileResult(
+        path=path,
+        size=None if examined is None else examined.size,
+        sha256=None if examined is None else examined.sha256,
+        rules=("readable", *recorded, *rules_of(policy)),
+        findings=tuple(findings),
+        seconds=time.perf_counter() - begun,
+    )
+    return result, architecture
+
+
+def _other_result(task: _Task) -> FileResult:
+    """A file that is not a checkpoint, held against what is said of pickles."""
+    begun = time.perf_counter()
+    findings = tuple(_pickles(task))
+    return FileResult(
+        path=task.path,
+        size=size_of(task.path),
+        rules=(*(("no-pickle",) if task.policy.no_pickle else ()), "max-trust"),
+        findings=findings,
+        seconds=time.perf_counter() - begun,
+    )
 
 
 def _pickles(task: _Task, uses: Sequence[GlobalUse] = ()) -> Iterator[CheckFinding]:

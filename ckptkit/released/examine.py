@@ -137,7 +137,7 @@ class _Contents:
     """What stands in a checkpoint, found when it is first asked for.
 
     Raises:
-        LimitError: on use: the names of its tensors are more, or longer, than those of any checkpoint.
+        LimitError: then: the names of its tensors are more, or longer, than those of any checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -159,12 +159,9 @@ class _Contents:
     @cached_property
     def storages(self) -> list[Storage]:
         """Every storage, once."""
-        storages = {id(entry.storage): entry.storage for entry in self.checkpoint.state_dict.values()}
-        for _, _, node, _ in self.values:
-            if isinstance(node, (TensorEntry, Storage)):
-                storage = node.storage if isinstance(node, TensorEntry) else node
-                storages[id(storage)] = storage
-        return list(storages.values())
+        beside = [node.storage if isinstance(node, TensorEntry) else node for _, _, node, _ in self.values]
+        every = [*(entry.storage for entry in self.checkpoint.state_dict.values()), *beside]
+        return list({id(storage): storage for storage in every if isinstance(storage, Storage)}.values())
 
     @cached_property
     def weights(self) -> _Weights:
@@ -177,7 +174,7 @@ class _Contents:
     def not_finite(self) -> list[OtherValue]:
         """What else has values that may be NaN."""
         plain = {id(entry) for _, entry, _ in self.weights.tensors}
-        return list(other_values_in(self.checkpoint, plain, self.weights.others))
+        return list(other_values_in(self.checkpoint, plain, self.weights.others, self.beside))
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: what was found once is kept
@@ -237,13 +234,9 @@ class Examined:
 
     @cached_property
     def beside(self) -> tuple[TensorFact, ...]:
-        """Tensors of other sections, in values that are none themselves, and numpy's arrays, by section and place.
-
-        All of them may hold NaN; only where values were counted.
-        """
-        return tuple(
-            _beside_fact(each, self._reading) for each in (self._contents.not_finite if self.is_counted else ())
-        )
+        """Those of other sections, those inside of other values, and arrays; only where values were counted."""
+        counted = self._contents.not_finite if self.is_counted else []
+        return tuple(_beside_fact(each, self._reading) for each in counted)
 
     @cached_property
     def unseen(self) -> tuple[str, ...]:
@@ -441,12 +434,11 @@ def _fact(name: str, entry: TensorEntry, is_parameter: bool | None, reading: Rea
 
 def _malformed(values: Sequence[FoundTensor]) -> Iterator[str]:
     """The values that torch would rebuild without a look at indices, offsets and axes that lie outside of them."""
-    for found in values:
-        if not found.is_value:
-            continue
+    made = [found for found in values if found.is_value]
+    if made:
         from ckptkit.pickling.layouts import rebuilt
         from ckptkit.transfer.values import check_indices
-
+    for found in made:
         try:
             value = rebuilt(found.node)
             if value is not None:

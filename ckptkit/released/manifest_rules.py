@@ -1,6 +1,7 @@
-"""What a file is compared with its record in the manifest: the same bytes, the same tensors, or which are others.
+"""What the manifest and a model say of a file, as findings of a check.
 
-The rules that a model decides, ``fits`` and ``forward``: what the verifier finds, as findings of a check.
+`compare` holds a file against its record: the same bytes, the same tensors, or which are others.  `model_findings` is
+what the verifier finds, under the rules ``fits`` and ``forward``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Reads files once for everything that is wanted of their bytes: their own SHA-256, and tensors' digests and counts.
 
+`read_through` does it; `other_values_in` says whose NaN and Inf count beside those of the plain tensors of the weights,
+and `is_opaque` which values cannot be looked at.
+
 Where a tensor's values lie in the file as they are (nearly all do), they are taken from the bytes that pass
 by for the file's own hash.  Others (transposed, compressed, big-endian) are read by themselves afterwards.
 Pieces are small enough to stay in a core's own cache, and hashing lets go of the interpreter, so that several files, or
 the two hashes of one, go side by side.
-
-What in a file may be NaN beside the plain tensors of its weights, and what of it cannot be looked at.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ckptkit.errors import CorruptError, LimitError
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
+from ckptkit.normalize.tensors import FoundTensor
 from ckptkit.pickling.arrays import Array, array_of, is_array, is_numpy_scalar
 from ckptkit.pickling.inert import Object, children, tensors_in, walk
 from ckptkit.pickling.layouts import call_of
@@ -332,7 +334,10 @@ class OtherValue:
 
 
 def other_values_in(
-    checkpoint: Checkpoint, plain: set[int], others: Sequence[tuple[str, object]]
+    checkpoint: Checkpoint,
+    plain: set[int],
+    others: Sequence[tuple[str, object]],
+    beside: Sequence[FoundTensor],
 ) -> Iterator[OtherValue]:
     """Tensors of other sections and in attributes, parts of weights that are not plain tensors, numpy's arrays.
 
@@ -340,6 +345,7 @@ def other_values_in(
         checkpoint: the file.
         plain: the plain tensors of the weights, by ``id``.
         others: the values of the weights that are not, by name.
+        beside: what `ckptkit.normalize.tensors.other_tensors` finds in it.
     """
     known = set(plain)
     own: dict[int, bool] = {}
@@ -352,7 +358,7 @@ def other_values_in(
             is_parameter = call_of(value).kind == "quantized"
             numbers = Array("float64", struct.pack(f"<{len(floats)}d", *floats))
             yield OtherValue(name=name, array=numbers, is_parameter=is_parameter)
-    listing = list_tensors(checkpoint)
+    listing = list_tensors(checkpoint, beside)
     selected = checkpoint.origin.state_path
     for row in listing.rows:
         if id(row.tensor) not in known:

@@ -15,8 +15,9 @@ __all__ = [
     "CheckFinding",
     "CheckReport",
     "FileResult",
-    "broken_finding",
+    "damage_finding",
     "extra_finding",
+    "malformed_finding",
     "missing_result",
     "nothing_selected",
     "unreadable_finding",
@@ -198,10 +199,20 @@ def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False)
             found="a part of one",
             message=message.removeprefix(f"{CODE}: "),
         )
-    return broken_finding("file-unreadable", path, "a readable checkpoint", found, message)
+    return _broken("file-unreadable", path, "a readable checkpoint", found, message)
 
 
-def broken_finding(code: str, path: str, expected: str, found: str, message: str) -> CheckFinding:
+def damage_finding(path: str, damage: str) -> CheckFinding:
+    """A file whose recorded checksums are not those of its bytes."""
+    return _broken("damaged", path, "the bytes that checksums were recorded for", "other bytes", damage)
+
+
+def malformed_finding(path: str, told: str) -> CheckFinding:
+    """A value whose parts do not fit each other."""
+    return _broken("malformed-value", path, "values whose parts fit each other", "others", told)
+
+
+def _broken(code: str, path: str, expected: str, found: str, message: str) -> CheckFinding:
     """What is wrong with a file whatever the policy: it cannot be read, or not all of it."""
     return CheckFinding(
         code=code, severity="error", path=path, rule="readable", expected=expected, found=found, message=message

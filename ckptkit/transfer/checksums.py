@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange
@@ -31,8 +32,11 @@ SUMMED_NBYTES = 16 << 20
 _READ_NBYTES = 512 << 10
 """Bytes read at a time: they are still in a core's own cache when they are summed."""
 
-_GAP_NBYTES = 4096
-"""Bytes between two runs that are read with them: what another call to the operating system costs."""
+_SMALL_NBYTES = 64 << 10
+"""Bytes of a storage that is read along with its neighbours: another call to the operating system costs as much."""
+
+_MANY = 1024
+"""Small storages that one thread sums before it looks for other work."""
 
 _POLYNOMIAL = 0xEDB88320
 """Of CRC-32, its bits reversed."""
@@ -155,7 +159,15 @@ class Checksums:
             else:
                 continue
             nbytes += storage.nbytes
-        tasks += (partial(self._read, runs) for runs in _neighbours([run for _, run in unread]))
+        runs = [run for _, run in unread]
+        for run in runs:
+            if run.nbytes > _SMALL_NBYTES:
+                for start in range(0, run.nbytes, SUMMED_NBYTES):
+                    tasks.append(partial(self._read, run.part(start, min(SUMMED_NBYTES, run.nbytes - start))))
+        small = sorted((run for run in runs if run.nbytes <= _SMALL_NBYTES), key=lambda run: (id(run.file), run.offset))
+        for _, of_file in groupby(small, key=lambda run: id(run.file)):
+            while some := list(islice(of_file, _MANY)):
+                tasks.append(partial(self._read_small, some))
         in_parallel(tasks, nbytes=nbytes)
         for storage, run in unread:
             self._is_known(storage, run, broken)
@@ -214,39 +226,18 @@ class Checksums:
             at += nbytes
         return crc
 
-    def _read(self, runs: Sequence[ByteRange]) -> None:
-        if len(runs) > 1:
-            file, first = runs[0].file, runs[0].offset
-            whole = buffer("checksum", _READ_NBYTES)[: max(run.offset + run.nbytes for run in runs) - first]
-            file.read_into(first, whole)
-            for run in runs:
-                self.note(run, zlib.crc32(whole[run.offset - first : run.offset - first + run.nbytes]))
-            return
-        (run,) = runs
+    def _read(self, run: ByteRange) -> None:
         passing = self.passing(run)
         for start in range(0, run.nbytes, _READ_NBYTES):
             piece = buffer("checksum", _READ_NBYTES)[: min(_READ_NBYTES, run.nbytes - start)]
             run.file.read_into(run.offset + start, piece)
             passing.update(piece)
 
-
-def _neighbours(runs: Iterable[ByteRange]) -> Iterator[list[ByteRange]]:
-    """Runs that are read at once: those close behind each other, all together no more than one is in a piece."""
-    group: list[ByteRange] = []
-    begin = end = 0
-    for run in sorted(runs, key=lambda run: (id(run.file), run.offset)):
-        is_close = group and run.file is group[0].file and run.offset - end <= _GAP_NBYTES
-        if group and not (is_close and run.offset + run.nbytes - begin <= _READ_NBYTES):
-            yield group
-            group = []
-        if run.nbytes > _READ_NBYTES:
-            for start in range(0, run.nbytes, SUMMED_NBYTES):
-                yield [run.part(start, min(SUMMED_NBYTES, run.nbytes - start))]
-            continue
-        begin, end = (begin, max(end, run.offset + run.nbytes)) if group else (run.offset, run.offset + run.nbytes)
-        group.append(run)
-    if group:
-        yield group
+    def _read_small(self, runs: Sequence[ByteRange]) -> None:
+        """Sum ranges of one file, in the order in which they lie."""
+        pieces = runs[0].file.ranges([(run.offset, run.nbytes) for run in runs])
+        for run, piece in zip(runs, pieces, strict=True):
+            self.note(run, zlib.crc32(piece))
 
 
 def _inflate(storage: Storage, whole: Inflation, broken: dict[int, Damage], keep: bool) -> None:

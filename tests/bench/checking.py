@@ -1,6 +1,7 @@
-"""Checking: ``ckptkit manifest`` and ``ckptkit check`` of two files, between ``sha256sum`` of the same.
+"""Checking: ``ckptkit manifest`` and ``ckptkit check`` of two large files, and of a thousand small ones.
 
-What is computed is twice as much: each file's SHA-256, and one of each of its tensors.
+The large ones stand between ``sha256sum`` of the same; what is computed is twice as much: each file's SHA-256, and one
+of each of its tensors.  The small ones stand beside ``picklescan``, which looks at the names in the pickles alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,24 @@ state = {f"blocks.{i // 10}.{i % 10}.weight": torch.randn(count // 100) for i in
 save_file(state, safe)
 torch.save(state, zipped)
 """
+
+MAKE_MANY = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+torch.manual_seed(0)
+count, zipped, safe = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+layers = (torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6)) for _ in range(9))
+model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layers), "head": torch.nn.Linear(6, 3)})
+model.scale = torch.nn.Parameter(torch.ones(3))
+for i in range(count):
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    torch.save(state, zipped / f"{i:04d}.pth")
+    save_file(state, safe / f"{i:04d}.safetensors")
+"""
+
+MANY = 1000
+"""Small files, of 39 tensors each."""
 
 MANIFEST = "weights.lock.json"
 
@@ -51,3 +70,28 @@ def groups(files: list[Path]) -> Groups:
         Command("the same, and --no-nan", [*CKPTKIT, "check", *names, "--manifest", manifest, "--no-nan"]),
     ]
     return {f"Hashing and checking two files of {gib(files[0])}": (one_by_one, commands)}
+
+
+def make_many(folder: Path) -> tuple[Path, Path]:
+    """The folders of small files: ``.pth`` and ``.safetensors``."""
+    zipped, safe = folder / "many.pth", folder / "many.safetensors"
+    zipped.mkdir()
+    safe.mkdir()
+    env = {**os.environ, "PYTHONPATH": "."}
+    subprocess.run([sys.executable, "-c", MAKE_MANY, str(MANY), str(zipped), str(safe)], cwd=ROOT, check=True, env=env)
+    return zipped, safe
+
+
+def groups_of_many(zipped: Path, safe: Path, picklescan: Path | None) -> Groups:
+    """One table; the baseline is picklescan, where it is given."""
+    few = sorted(map(str, zipped.iterdir()))[:10]
+    commands = [Command("picklescan", [str(picklescan), "-p", str(zipped)])] * (picklescan is not None)
+    commands += [
+        Command("check", [*CKPTKIT, "check", str(zipped)]),
+        Command("check of .safetensors", [*CKPTKIT, "check", str(safe)]),
+        Command("check --no-nan", [*CKPTKIT, "check", str(zipped), "--no-nan"]),
+        Command("check of 10", [*CKPTKIT, "check", *few]),
+        Command("check of 1", [*CKPTKIT, "check", few[0]]),
+        Command("manifest", [*CKPTKIT, "manifest", str(zipped)]),
+    ]
+    return {f"Checking {MANY:,} files of 39 tensors": (commands[0].name, commands)}

@@ -1,7 +1,7 @@
 """Measures ckptkit against what the machine can do: whole processes, side by side.
 
     python tests/bench/run.py [--only opening] [--size-gib 1] [--dir DIR] [--repeat 5] [--markdown]
-        [--converter safetensors/bindings/python/convert.py]
+        [--converter safetensors/bindings/python/convert.py] [--picklescan PATH]
 
 Makes checkpoints, removes them at the end, and measures what `opening`, `writing`, `identify`, `verifying`,
 `checking` and `differing` describe, as `measure` does it.  No test asserts a time.  Linux and macOS only.
@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--size-gib", type=float, default=1.0, help="size of each checkpoint (default: 1)")
     parser.add_argument("--dir", type=Path, help="folder to work in; needs five times the size (default: temporary)")
     parser.add_argument("--converter", type=Path, help="the safetensors project's convert.py, measured beside ours")
+    parser.add_argument("--picklescan", type=Path, help="the program of that name, measured beside ours")
     parser.add_argument("--repeat", type=int, default=5, help="counted runs of each command (default: 5)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     options = parser.parse_args(arguments)
@@ -65,6 +66,7 @@ def main(arguments: list[str]) -> None:
             groups.update(verifying.groups(verifying.make(nbytes, folder)))
         if options.only in (None, "checking"):
             groups.update(checking.groups(checking.make(nbytes, folder)))
+            groups.update(checking.groups_of_many(*checking.make_many(folder), options.picklescan))
         if options.only in (None, "differing"):
             groups.update(differing.groups(differing.make(nbytes, folder)))
         print(f"\r{'':100}\r", end="", file=sys.stderr, flush=True)

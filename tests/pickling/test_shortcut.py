@@ -132,6 +132,13 @@ def test_it_reads_what_the_opcodes_read(save: Save, name: str) -> None:
     assert outcome(data, short=True) == outcome(data, short=False)
 
 
+def test_a_small_file_is_read_so_from_its_second_tensor(save: Save) -> None:
+    """Its memo entries are among the first 256, which have a shorter opcode."""
+    data = pickle_of(save({f"layer{i}.weight": torch.zeros(i % 5, 2) for i in range(1, 24)}))
+    assert read(data, short=True)[1] == 22 - 4  # the empty ones are left to the opcodes
+    assert outcome(data, short=True) == outcome(data, short=False)
+
+
 def test_pickles_of_another_protocol_are_left_to_the_opcodes(tmp_path: Path) -> None:
     torch.save(many(), tmp_path / "4.pth", pickle_protocol=4)
     data = pickle_of(tmp_path / "4.pth")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
@@ -12,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ckptkit
 from ckptkit.bytesource import SourceFile
+from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CkptkitError, CorruptError, LimitError, MissingFileError, UnknownFormatError
+from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.released import reading
 from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.selection import size_of
@@ -189,6 +193,30 @@ def test_several_in_the_order_given(save: Save, tmp_path: Path) -> None:
     assert [result.path for result in results if isinstance(result, Examined)] == paths[::2]
     assert results[2].sha256 == sha256(big)
     assert each_file([], look) == []
+
+
+def test_what_was_read_is_gone_without_the_collector(save: Save) -> None:
+    """A check of many files keeps it from looking, and must not pile them up meanwhile."""
+    path = str(save(torch.nn.Linear(2, 2).state_dict()))
+    gc.collect()
+    gc.disable()
+    try:
+        examine_file(path, hash_file=True, digest=True, values=True, whole=True)
+        assert not [each for each in gc.get_objects() if type(each) in (TorchArchive, Checkpoint)]
+    finally:
+        gc.enable()
+
+
+def test_nothing_is_found_out_that_no_rule_asks_for(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save({"module.w": torch.ones(2)})
+    for name in ("identify", "diagnose"):
+        monkeypatch.delattr(f"ckptkit.released.examine.{name}")
+    assert ckptkit.check(path).ok
+    assert ckptkit.check(path, no_nan=True, allow_dtype="float32", max_trust="safe", location="cpu").ok
+    with pytest.raises(NameError, match="diagnose"):  # which says whether the prefix can come off
+        ckptkit.check(path, no_prefix=True)
+    with pytest.raises(NameError, match="identify"):
+        ckptkit.manifest(path)
 
 
 def test_a_file_that_changes_meanwhile(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
