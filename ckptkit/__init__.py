@@ -7,7 +7,7 @@ The layers, each importing only from those to its right; a test enforces it:
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
         > diagnose, compare, stats, architectures, digests, options > formats, rewrite, transfer > normalize > pickling
         > plan, casting > checkpoint > tensor > computed > bytesource
-        > codes > report, arguments, dtypes, limits, extras > errors
+        > codes, documents > report, arguments, dtypes, limits, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output
@@ -16,8 +16,8 @@ document that is shown) apart from `diagnose` (what is remarkable about a checkp
 knows which models have a checkpoint's names and shapes, `arguments` what values mean that are given, and `options`
 declares what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one
 output, and tells what came of it; `checkpoint_file` is what `open` gives.
-`differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check` holds
-files against; `digests` says when two files hold the same tensors.
+`documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what
+`ckptkit.manifest` records and `ckptkit.check` holds files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
 of two trees (`trees`), which everything that shows, compares, counts or digests goes through.
 Bytes that have to be made before they can be moved are `computed`, and `casting` is
@@ -57,6 +57,9 @@ from ckptkit.report import Finding, Report
 
 if TYPE_CHECKING:
     from ckptkit.differences import Difference
+    from ckptkit.differences.difference import DiffDocument
+    from ckptkit.documents import CheckDocument, ConvertDocument, ExplainDocument, ManifestDocument, VerifyDocument
+    from ckptkit.inspection.document import InspectDocument, InspectedFile
     from ckptkit.plan import Plan
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckFinding, CheckReport
@@ -81,25 +84,32 @@ __all__ = [
     "AddPrefix",
     "AmbiguousError",
     "CastDtype",
+    "CheckDocument",
     "CheckFinding",
     "CheckReport",
     "Checkpoint",
     "CheckpointFile",
     "CkptkitError",
     "Compact",
+    "ConvertDocument",
     "CorruptError",
     "DTypeError",
     "DestinationExistsError",
+    "DiffDocument",
     "Difference",
+    "ExplainDocument",
     "FailedReportError",
     "FileAccessError",
     "Finding",
     "FormatError",
+    "InspectDocument",
+    "InspectedFile",
     "KeyCollisionError",
     "LeaveOut",
     "Like",
     "LimitError",
     "Manifest",
+    "ManifestDocument",
     "MapLocation",
     "MissingDependencyError",
     "MissingFileError",
@@ -122,6 +132,7 @@ __all__ = [
     "Tied",
     "UnknownFormatError",
     "UnsupportedError",
+    "VerifyDocument",
     "VerifyError",
     "WeightsOnly",
     "check",
@@ -151,6 +162,12 @@ def __getattr__(name: str) -> Any:
         from ckptkit.released import results
 
         return getattr(results, name)
+    if name.endswith("Document") or name == "InspectedFile":
+        from ckptkit import documents
+        from ckptkit.differences import difference
+        from ckptkit.inspection import document
+
+        return next(getattr(module, name) for module in (documents, document, difference) if hasattr(module, name))
     from ckptkit import plan, rewrite
 
     return getattr(plan if name == "Plan" else rewrite, name)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ckptkit.differences import Difference
+    from ckptkit.inspection.document import InspectedFile
     from ckptkit.options import ConvertKeywords, DiffKeywords, VerifyKeywords
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.policy import PolicyKeywords
@@ -61,7 +62,7 @@ def inspect(
     sort: str = "file",
     stats: bool = False,
     ignore_checksums: bool = False,
-) -> dict[str, Any]:
+) -> InspectedFile:
     """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
 
     Args:

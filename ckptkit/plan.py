@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.computed import ByteSource, ConvertedRange
 from ckptkit.report import count_of
+
+if TYPE_CHECKING:
+    from ckptkit.documents import PlanDocument, StepsDocument
 
 __all__ = ["Cast", "Checksum", "Copy", "Digest", "Gather", "IndexFile", "LiteralBytes", "Plan", "Step", "moved"]
 
@@ -158,16 +161,22 @@ class Plan:
             yield from shard.steps
         yield from self.steps
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PlanDocument:
         """The plan as it stands in JSON documents: bytes by the way they are moved."""
         steps = list(self.all_steps())
-        ways = (("copies", Copy), ("casts", Cast), ("gathers", Gather), ("literals", LiteralBytes))
-        made = {name: [step for step in steps if isinstance(step, kind)] for name, kind in ways}
+
+        def made(kind: type[Step]) -> StepsDocument:
+            of = [step for step in steps if isinstance(step, kind)]
+            return {"count": len(of), "nbytes": sum(step.nbytes for step in of)}
+
         return {
             "format": self.format,
             "nbytes": self.total_nbytes,
             "tensors": self.tensors,
-            **{name: {"count": len(of), "nbytes": sum(step.nbytes for step in of)} for name, of in made.items()},
+            "copies": made(Copy),
+            "casts": made(Cast),
+            "gathers": made(Gather),
+            "literals": made(LiteralBytes),
             "aliases": dict(self.aliases),
             "shards": [
                 {"name": name, "nbytes": shard.nbytes, "tensors": shard.tensors} for name, shard in self.shards.items()

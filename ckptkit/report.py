@@ -1,9 +1,7 @@
 """Findings and reports: what was seen, how grave it is, and the command that fixes it.
 
-A `Finding` has a stable code (`ckptkit.codes` explains each).  All findings are collected first
+A `Finding` has a stable code; `ckptkit.codes` has the `Explanation` of each.  All findings are collected first
 and reported together; the worst severity decides.
-
-What is said of a finding code.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
 from ckptkit.errors import FailedReportError, RewriteError
 
@@ -21,6 +19,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Explanation",
     "Finding",
+    "FindingDocument",
     "Report",
     "Severity",
     "apart",
@@ -44,6 +43,22 @@ Severity = Literal["info", "warning", "error"]
 _ORDER: dict[Severity, int] = {"info": 0, "warning": 1, "error": 2}
 
 
+class FindingDocument(TypedDict):
+    """One thing worth telling.
+
+    Attributes:
+        code: stable, kebab-case; ``ckptkit explain CODE`` says more.
+        severity: ``"error"`` fails a report, ``"warning"`` and ``"info"`` do not.
+        message: what, where, expected, found.
+        fix: the command or option that fixes it.
+    """
+
+    code: str
+    severity: Severity
+    message: str
+    fix: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One thing worth telling.
@@ -65,7 +80,7 @@ class Finding:
         """The finding in a line of text."""
         return f"{self.code}: {self.message}" + (f" (fix: {self.fix})" if self.fix else "")
 
-    def to_dict(self) -> dict[str, str | None]:
+    def to_dict(self) -> FindingDocument:
         """The finding as it stands in JSON documents."""
         return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
 
@@ -114,7 +129,7 @@ class Report:
         if not self.ok:
             raise FailedReportError("\n".join(f.line for f in self.findings if f.severity == "error"))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Mapping[str, Any]:
         """The report as one JSON-ready document."""
         return {
             "schema_version": SCHEMA_VERSION,

@@ -18,7 +18,7 @@ PACKAGE = Path(ckptkit.__file__).parent
 LAYERS = (
     {"errors"},
     {"report", "arguments", "dtypes", "limits", "extras"},
-    {"codes"},
+    {"codes", "documents"},
     {"bytesource"},
     {"computed"},
     {"tensor"},

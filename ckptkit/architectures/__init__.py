@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ckptkit.architectures.index import (
     LIBRARIES,
@@ -110,19 +110,6 @@ class Architecture:
         if self.prefix:
             parts.append(f"under {self.prefix!r}")
         return ", ".join(parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in the inspect document."""
-        return {
-            "reference": self.reference,
-            "args": dict(self.args),
-            "exact": self.exact,
-            "similarity": round(self.similarity, 3),
-            "prefix": self.prefix,
-            "others": self.others,
-            "differs": self.differs,
-            "label": self.label,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

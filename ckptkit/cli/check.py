@@ -1,13 +1,13 @@
 """``ckptkit check [PATHS]``: files against a manifest and a policy, as a gate in CI.
 
-The screen that ``ckptkit check`` shows: a line a file, what is wrong with it below, and the verdict last.
+The screen has a line a file, what is wrong with it below, and the verdict last.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,27 +16,85 @@ from ckptkit.cli import ending
 from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.options import (
     COLORS,
+    Renderer,
     Style,
+    View,
     checked_devices,
     common_options,
-    echo,
     ignore_checksums,
     input_shape,
     json_errors,
     key_values,
+    later,
     path_argument,
+    show,
     styler,
     with_examples,
 )
+from ckptkit.cli.outputs import findings_of, github, junit, sarif
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.config import find_config
-from ckptkit.released.outputs import OUTPUTS
 from ckptkit.released.policy import CONTAINERS
-from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 from ckptkit.report import human_size, printable
 
-__all__ = ["command", "text"]
+if TYPE_CHECKING:
+    from ckptkit.documents import CheckDocument, CheckedFile, CheckFindingDocument
+
+__all__ = ["RENDERERS", "command", "text"]
+
+_MOST = 160
+"""Characters of an expected or found value."""
+
+
+def text(document: CheckDocument, view: View) -> Iterator[str]:
+    """The lines; with ``quiet`` only those of what is wrong."""
+    for file, findings in findings_of(document):
+        if view.quiet and not findings:
+            continue
+        yield _head(file, findings, view.style)
+        for finding in findings:
+            yield from _finding(finding, view.style)
+    if not view.quiet:
+        if document["passed_over"]:
+            yield passed_over_text(document["passed_over"])
+        color = "green" if document["exit_code"] == 0 else "red"
+        yield view.style(document["verdict"], fg=color, bold=True)
+
+
+def _head(file: CheckedFile, findings: Sequence[CheckFindingDocument], style: Style) -> str:
+    outcome, color = ("ok", "green") if file["ok"] else ("FAILED", "red")
+    if not file["checked"] and not file["ok"]:
+        outcome = "FAILED" if any(f["code"] == "file-missing" for f in findings) else "NOT CHECKED"
+    size = "" if file["size"] is None else f" ({human_size(file['size'])}; {', '.join(file['rules'])})"
+    return f"{printable(file['path'])}: {style(outcome, fg=color, bold=outcome != 'ok')}{size}"
+
+
+def _finding(finding: CheckFindingDocument, style: Style) -> Iterator[str]:
+    severity = finding["severity"]
+    label = style(severity, fg=COLORS[severity], bold=severity == "error")
+    yield f"  {label}: {finding['rule']}: {printable(finding['message'])} [{finding['code']}]"
+    for name, value in (("expected", finding["expected"]), ("found", finding["found"])):
+        if value is not None:
+            yield f"      {name}: {_value(value)}"
+    if finding["fix"]:
+        yield f"      fix: {printable(finding['fix'])}"
+
+
+def _value(value: object) -> str:
+    shown = printable(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+    return shown if len(shown) <= _MOST else f"{shown[: _MOST - 1]}…"
+
+
+RENDERERS: dict[str, Renderer] = {
+    "text": text,
+    "junit": junit,
+    "sarif": sarif,
+    "github": github,
+    "markdown": later("markdown.check"),
+}
+
+_OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 
 
 @click.command(
@@ -106,26 +164,24 @@ __all__ = ["command", "text"]
     "--skip-others", is_flag=True, help="Pass over named files that are not checkpoints; it is fine if none is left."
 )
 @click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
-@click.option(
-    "--format",
-    "formats",
+@ignore_checksums
+@common_options(
+    RENDERERS,
     multiple=True,
-    type=click.Choice(["text", *OUTPUTS, *CONTAINERS]),
-    metavar="|".join(("text", *OUTPUTS)),
+    default=(),
+    type=click.Choice([*_OUTPUTS, *CONTAINERS]),
+    metavar="|".join(_OUTPUTS),
     help="Output; with the name of a container, the same as --require-format.",
 )
-@ignore_checksums
-@common_options
 def command(
     paths: tuple[str, ...],
     manifest: str | None,
     config: str | None,
-    formats: tuple[str, ...],
     require_format: tuple[str, ...],
     model_args: tuple[str, ...],
     shapes: tuple[str, ...],
     skip_others: bool,
-    as_json: bool,
+    output: tuple[str, ...],
     quiet: bool,
     color: str,
     **policy: Any,
@@ -142,13 +198,12 @@ def command(
 
     Exit code 0: all is as it must be; 1: something is not; 2: something could not be checked.
     """
-    outputs = [name for name in formats if name not in CONTAINERS]
-    output = "json" if as_json else outputs[-1] if outputs else "text"
-    policy["require_format"] = (*require_format, *(name for name in formats if name in CONTAINERS))
+    *_, wanted = ("text", *(name for name in output if name not in CONTAINERS))
+    policy["require_format"] = (*require_format, *(name for name in output if name in CONTAINERS))
     for name in ("require_format", "allow_dtype", "location", "ignore_checksums"):
         policy[name] = policy[name] or None  # not given: what is configured stands
     ending.keep_stdout()
-    with json_errors(output == "json"):
+    with json_errors(wanted == "json"):
         report = api.check(
             paths,
             manifest=manifest,
@@ -159,51 +214,9 @@ def command(
             **policy,
         )
     code = ending.verdict(report.exit_code)
-    if output == "text":
-        for line in text(report, styler(color), quiet=quiet):
-            echo(line)
-    else:
-        ending.write(OUTPUTS[output](report).encode("utf-8"))
+    document, view = report.to_dict(), View(styler(color), quiet=quiet)
+    if wanted in ("text", "json"):
+        show(document, wanted, RENDERERS, view)
+    else:  # programs that read these expect UTF-8
+        ending.write("".join(f"{line}\n" for line in RENDERERS[wanted](document, view)).encode("utf-8"))
     return code
-
-
-_MOST = 160
-"""Characters of an expected or found value."""
-
-
-def text(report: CheckReport, style: Style, *, quiet: bool = False) -> Iterator[str]:
-    """The lines; with ``quiet`` only those of what is wrong."""
-    for result in report.results:
-        if quiet and not result.findings:
-            continue
-        yield _head(result, style)
-        for finding in result.findings:
-            yield from _finding(finding, style)
-    if not quiet:
-        if report.passed_over:
-            yield passed_over_text(report.passed_over)
-        color = "green" if report.exit_code == 0 else "red"
-        yield style(report.verdict, fg=color, bold=True)
-
-
-def _head(result: FileResult, style: Style) -> str:
-    outcome, color = ("ok", "green") if result.ok else ("FAILED", "red")
-    if not result.is_checked and not result.ok:
-        outcome = "FAILED" if any(f.code == "file-missing" for f in result.findings) else "NOT CHECKED"
-    size = "" if result.size is None else f" ({human_size(result.size)}; {', '.join(result.rules)})"
-    return f"{printable(result.path)}: {style(outcome, fg=color, bold=outcome != 'ok')}{size}"
-
-
-def _finding(finding: CheckFinding, style: Style) -> Iterator[str]:
-    label = style(finding.severity, fg=COLORS[finding.severity], bold=finding.severity == "error")
-    yield f"  {label}: {finding.rule}: {printable(finding.message)} [{finding.code}]"
-    for name, value in (("expected", finding.expected), ("found", finding.found)):
-        if value is not None:
-            yield f"      {name}: {_value(value)}"
-    if finding.fix:
-        yield f"      fix: {printable(finding.fix)}"
-
-
-def _value(value: object) -> str:
-    shown = printable(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-    return shown if len(shown) <= _MOST else f"{shown[: _MOST - 1]}…"

@@ -1,12 +1,9 @@
-"""``ckptkit convert SRC DST``: rewrite a checkpoint.
-
-The plan of a conversion as text: every rename, drop, cast and gather, bytes and shards.
-"""
+"""``ckptkit convert SRC DST``: rewrite a checkpoint, or show the plan: every rename, drop, cast, gather and shard."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -15,23 +12,81 @@ from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.options import (
+    Renderer,
+    View,
     columns,
     common_options,
-    echo,
-    echo_findings,
-    echo_json,
+    finding_lines,
     json_errors,
     keywords_of,
+    later,
     options_of,
     path_argument,
     printable,
+    show,
     styler,
     with_examples,
 )
 from ckptkit.options import ConvertOptions
 from ckptkit.report import count_of, human_size
 
-__all__ = ["command", "show_plan"]
+if TYPE_CHECKING:
+    from ckptkit.documents import ConvertDocument
+
+__all__ = ["RENDERERS", "changes", "command", "step_rows", "text"]
+
+_SHOWN = 10
+"""Lines of each kind; ``--json`` has them all."""
+
+
+def text(document: ConvertDocument, view: View) -> Iterator[str]:
+    """What was written in a line, or the plan."""
+    plan = document["plan"]
+    head = f"{printable(document['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
+    if document["written"]:
+        checked = "compared byte for byte" if document["checked"] else "not checked"
+        shards = f" in {count_of(len(plan['shards']), 'shard')}" if plan["shards"] else ""
+        if not view.quiet:
+            yield f"{head}{human_size(plan['nbytes'])}{shards}, {checked}"
+        return
+    yield f"{head}{plan['nbytes']:,} bytes"
+    yield from columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr")
+    for kind, items in changes(document):
+        yield from (f"{kind}: {item}" for item in items[:_SHOWN])
+        if len(items) > _SHOWN:
+            yield f"{kind}: and {len(items) - _SHOWN:,} more (--json lists all)"
+    yield "dry run: nothing was written"
+
+
+def step_rows(document: ConvertDocument) -> list[list[str]]:
+    """How many steps move how many bytes in each way."""
+    plan = document["plan"]
+    ways = [("copies", plan["copies"]), ("casts", plan["casts"]), ("gathers", plan["gathers"])]
+    ways.append(("literals", plan["literals"]))
+    return [[way, f"{steps['count']:,}", f"{steps['nbytes']:,}"] for way, steps in ways]
+
+
+def changes(document: ConvertDocument) -> Iterator[tuple[str, list[str]]]:
+    """What becomes another thing, by kind; kinds of which there is nothing are left out."""
+    plan, cut = document["plan"], document["compacted"]
+    found = {
+        "shard": [
+            f"{each['name']}  {count_of(each['tensors'], 'tensor')}, {each['nbytes']:,} bytes"
+            for each in plan["shards"]
+        ],
+        "tied": [f"{name} = {other}" for name, other in plan["aliases"].items()],
+        "rename": [f"{each['from']} -> {each['to']}" for each in document["renames"]],
+        "drop": document["dropped"],
+        "cast": [f"{each['name']}  {each['from']} -> {each['to']}" for each in document["casts"]],
+        "gather": document["gathered"],
+        "compact": [f"{count_of(cut['storages'], 'storage')}, {human_size(cut['nbytes'])} that no tensor views"],
+    }
+    for kind, items in found.items():
+        if items and (kind != "compact" or cut["storages"]):
+            yield kind, [*map(printable, items)]
+
+
+RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.convert")}
 
 _RULES = ("rename", "rename_file")
 """Options whose values the command is given together, as ``rules``."""
@@ -94,14 +149,14 @@ _rename_file = click.option(
     rename={"expose_value": False},
     like={"shell_complete": _complete_reference},
 )
-@common_options
+@common_options(RENDERERS)
 def command(
     source: str,
     destination: str,
     rules: tuple[tuple[str, str], ...],
     map_location: tuple[str, ...],
     progress: bool | None,
-    as_json: bool,
+    output: str,
     quiet: bool,
     color: str,
     **given: Any,
@@ -113,7 +168,7 @@ def command(
     file or the complete new one, whatever happens. Before it gets its name every tensor is compared
     with its source, byte for byte.
     """
-    with json_errors(as_json), progress_line(progress, quiet=quiet) as moved:
+    with json_errors(output == "json"), progress_line(progress, quiet=quiet) as moved:
         report = api.convert(
             source,
             destination,
@@ -122,24 +177,14 @@ def command(
             progress=moved,
             **keywords_of(ConvertOptions, given),
         )
-    details = report.details
-    written = f"{printable(details['destination'])} was written" if details["written"] else ""
+    document = cast("ConvertDocument", report.to_dict())
+    written = f"{printable(document['destination'])} was written" if document["written"] else ""
     code = ending.verdict(0, written)
-    if as_json:
-        echo_json(report.to_dict())
-        return code
-    if not details["written"]:
-        show_plan(details)
-    elif not quiet:
-        plan = details["plan"]
-        checked = "compared byte for byte" if details["checked"] else "not checked"
-        shards = f" in {count_of(len(plan['shards']), 'shard')}" if plan["shards"] else ""
-        echo(
-            f"{printable(details['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
-            f"{human_size(plan['nbytes'])}{shards}, {checked}"
-        )
-    if not quiet:
-        echo_findings(list(report.findings), styler(color), err=True)
+    view = View(styler(color), quiet=quiet)
+    show(document, output, RENDERERS, view)
+    if output == "text" and not quiet:
+        for line in finding_lines(document["findings"], view.style):
+            ending.say(line)
     return code
 
 
@@ -161,49 +206,3 @@ def _map_location(given: tuple[str, ...]) -> str | dict[str, str] | None:
     if len(table) != len(pairs):
         raise click.UsageError("--map-location maps one location twice")
     return table or None
-
-
-_WAYS = ("copies", "casts", "gathers", "literals")
-
-_SHOWN = 10
-"""Lines of each kind; ``--json`` has them all."""
-
-
-def show_plan(details: Mapping[str, Any]) -> None:
-    """Print what would be done."""
-    plan = details["plan"]
-    echo(
-        f"{printable(details['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
-        f"{plan['nbytes']:,} bytes"
-    )
-    rows = [[way, f"{plan[way]['count']:,}", f"{plan[way]['nbytes']:,}"] for way in _WAYS]
-    for line in columns(rows, ["moved as", "steps", "bytes"], "lrr"):
-        echo(line)
-    for line in _changes(details, plan):
-        echo(line)
-    echo("dry run: nothing was written")
-
-
-def _changes(details: Mapping[str, Any], plan: Mapping[str, Any]) -> Iterator[str]:
-    name = printable
-    yield from _some(
-        "shard",
-        plan["shards"],
-        lambda s: f"{name(s['name'])}  {count_of(s['tensors'], 'tensor')}, {s['nbytes']:,} bytes",
-    )
-    yield from _some("tied", list(plan["aliases"].items()), lambda pair: f"{name(pair[0])} = {name(pair[1])}")
-    yield from _some("rename", details["renames"], lambda r: f"{name(r['from'])} -> {name(r['to'])}")
-    yield from _some("drop", details["dropped"], name)
-    yield from _some("cast", details["casts"], lambda c: f"{name(c['name'])}  {c['from']} -> {c['to']}")
-    yield from _some("gather", details["gathered"], name)
-    cut = details["compacted"]
-    if cut["storages"]:
-        yield f"compact: {count_of(cut['storages'], 'storage')}, {human_size(cut['nbytes'])} that no tensor views"
-
-
-def _some(kind: str, items: Sequence[Any], line: Callable[[Any], str]) -> Iterator[str]:
-    """A line for each of the first items, and how many more there are."""
-    for item in items[:_SHOWN]:
-        yield f"{kind}: {line(item)}"
-    if len(items) > _SHOWN:
-        yield f"{kind}: and {len(items) - _SHOWN:,} more (--json lists all)"

@@ -2,34 +2,249 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ckptkit import api
-from ckptkit.cli import diff_text, ending
+from ckptkit.cli import ending
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.options import (
+    Renderer,
+    View,
+    columns,
     common_options,
-    echo,
-    echo_json,
+    finding_lines,
     json_errors,
+    later,
     options_of,
     path_argument,
+    printable,
+    show,
     styler,
     terminal_width,
     with_examples,
+    wrapped,
 )
 from ckptkit.options import DiffOptions
+from ckptkit.report import count_of, human_size
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    from ckptkit.differences.difference import ChangedRow, DiffDocument, DiffFile, ModuleRow, SectionRow
+
+__all__ = ["RENDERERS", "Table", "command", "figure", "file_line", "notes", "tables", "text"]
+
+_MOST_MODULES = 30
+"""Rows of the table of modules."""
+
+_MAX_VALUE = 60
+"""Characters of a value of the metadata or the training state."""
+
+_STATUSES = ("changed", "recast", "reshaped", "renamed", "added", "removed", "not compared")
+
+
+class Table(NamedTuple):
+    """A list of the document as a table.
+
+    Attributes:
+        title: above it; ``rows``, ``headers``, ``align``: as `ckptkit.cli.options.columns` takes them.
+        names: the columns that hold text from the files.
+        left_out: rows that are not shown.
+    """
+
+    title: str
+    rows: list[list[str]]
+    headers: list[str]
+    align: str
+    names: tuple[int, ...]
+    left_out: int
+
+
+def text(document: DiffDocument, view: View) -> Iterator[str]:
+    """Both files, the verdict, what changed by module, and the largest changes."""
+    style, width = view.style, view.width
+    for side, facts in (("A", document["a"]), ("B", document["b"])):
+        yield from wrapped(f"{style(side, bold=True)}  {file_line(facts)}", width)
+    label = style("same", fg="green", bold=True) if document["ok"] else style("different", fg="red", bold=True)
+    yield from wrapped(f"{label}: {printable(document['summary'])}", width)
+    for table in tables(document, view.top):
+        yield ""
+        yield style(table.title, bold=True)
+        if table.rows:
+            lines = columns(table.rows, table.headers, table.align, None if width is None else width - 2)
+            yield "  " + style(lines[0], dim=True)
+            yield from (f"  {line}" for line in lines[1:])
+        if table.left_out:
+            yield style(
+                f"  and {table.left_out:,} more (--top {len(table.rows) + table.left_out}, or --json)", dim=True
+            )
+    if document["findings"]:
+        yield ""
+    yield from finding_lines(document["findings"], style, width)
+
+
+def file_line(facts: DiffFile) -> str:
+    """A file and what it is, in a line."""
+    parts = [facts["format"], facts["kind"].replace("_", " "), human_size(facts["size"])]
+    if facts["section"] is not None:
+        where = f" under {facts['section']!r}" if facts["section"] else ""
+        parts.append(f"{count_of(facts['tensors'], 'tensor')} of {human_size(facts['nbytes'])}{where}")
+    if facts["writer"]:
+        parts.append(f"written by {facts['writer']}")
+    return printable(f"{facts['path']}: {', '.join(parts)}")
+
+
+def tables(document: DiffDocument, top: int) -> Iterator[Table]:
+    """Every list of the document that has something to say, each with a title."""
+    yield from _module_table(document["modules"])
+    for title, rows in (("changed", document["changed"]), ("within tolerance", document["within_tolerance"])):
+        headers = "tensor,dtype,shape,max |b-a|,mean |b-a|,|b-a|/|a|,cosine,equal,"
+        yield from _table(_title(rows, title), [*map(_changed, rows)], headers, "lllrrrrrl", 0, most=top)
+    for key, names, where in (("added", document["added"], "B"), ("removed", document["removed"], "A")):
+        title = f"{key}: {count_of(len(names), 'tensor')} only in {where}"
+        yield from _table(title, [[name] for name in names], "name", "l", 0, most=top)
+    yield from _other_tensors(document, top)
+    yield from _beside(document, top)
+
+
+def _table(
+    title: str, found: Sequence[list[str]], headers: str, align: str, *names: int, most: int, unlisted: int = 0
+) -> Iterator[Table]:
+    if found:
+        cells = [[printable(cell) for cell in row] for row in found[:most]]
+        yield Table(title, cells, headers.split(","), align, names, max(len(found) - most, 0) + unlisted)
+
+
+def _module_table(modules: Sequence[ModuleRow]) -> Iterator[Table]:
+    if len(modules) > 1 or sum(row["differing"] for row in modules) > 1:
+        rows = [
+            [
+                row["module"] or "(everything)",
+                f"{row['differing']:,} of {row['tensors']:,}",
+                _statuses(row["statuses"]),
+                figure(row["max_abs"]),
+            ]
+            for row in modules
+        ]
+        yield from _table("by module", rows, "module,differing,what,max |b-a|", "lrlr", 0, most=_MOST_MODULES)
+
+
+def _other_tensors(document: DiffDocument, top: int) -> Iterator[Table]:
+    """What is to be said of tensors but that values changed, or that only one has them."""
+    renamed = [[row["from"], row["to"], f"by {row['by']}", row["confidence"]] for row in document["renamed"]]
+    yield from _table(_title(renamed, "renamed"), renamed, "from,to,found,confidence", "llll", 0, 1, most=top)
+    reshaped = [
+        [row["name"], str(row["from"]), str(row["to"]), _yes(row["same_values"], "the same values", "other values")]
+        for row in document["reshaped"]
+    ]
+    yield from _table(_title(reshaped, "reshaped"), reshaped, "tensor,from,to,", "llll", 0, most=top)
+    recast = [
+        [row["name"], row["from"], row["to"], figure(row["max_abs"]),
+         _yes(row["equal_after_cast"], "equal after the cast", "not equal after the cast")]
+        for row in document["recast"]
+    ]  # fmt: skip
+    yield from _table(_title(recast, "recast"), recast, "tensor,from,to,max |b-a|,", "lllrl", 0, most=top)
+    others = [[row["name"], row["a"], row["b"]] for row in document["values"]]
+    yield from _table("values that are not plain tensors and differ", others, "name,A,B", "lll", 0, 1, 2, most=top)
+    lost = [[row["name"], row["reason"]] for row in document["not_compared"]]
+    yield from _table("not compared", lost, "name,why", "ll", 0, most=top)
+
+
+def _beside(document: DiffDocument, top: int) -> Iterator[Table]:
+    """What is to be said of all else in the files."""
+    sections = [
+        [row["path"] or "(whole file)", row["kind"], _count(row["a"]), _count(row["b"]), _section(row)]
+        for row in document["sections"]
+    ]
+    yield from _table("beside the weights", sections, "section,kind,tensors in A,in B,", "llrrl", 0, most=top)
+    for title, found in (("metadata", document["metadata"]), ("training state", document["training"])):
+        scalars = [[row["key"], _shown(row["a"]), _shown(row["b"])] for row in found]
+        yield from _table(title, scalars, "key,A,B", "lll", 0, 1, 2, most=top)
+    told = {row["key"] for row in document["training"]}
+    rest = [row for row in document["tree"] if row["what"] == "tensor" or row["path"] not in told]
+    rows = [[row["path"] or "(whole file)", row["a"] or "-", row["b"] or "-", figure(row["max_abs"])] for row in rest]
+    unlisted = document["tree_differences"] - len(document["tree"])
+    headers = "place,A,B,max |b-a|"
+    yield from _table("elsewhere in the files", rows, headers, "lllr", 0, 1, 2, most=top, unlisted=unlisted)
+
+
+def notes(row: ChangedRow) -> str:
+    """What is to be said of a change beyond its figures."""
+    if row["nan"] is None:
+        return "its values cannot be computed"
+    if row["only_zero_signs"]:
+        return "but for the sign of zeros the same"
+    if row["only_nan_bits"]:
+        flipped = f", {row['nan']['signs']:,} of other sign" if row["nan"]["signs"] else ""
+        return f"only bits of NaN differ{flipped}"
+    sides = (("A", row["nan"]["a"]), ("B", row["nan"]["b"]))
+    found = [f"NaN only in {side}: {count:,}" for side, count in sides if count]
+    if row["nan"]["both"]:
+        found.append(f"NaN in both: {row['nan']['both']:,}")
+    if row["nan"]["signs"]:
+        found.append(f"of other sign: {row['nan']['signs']:,}")
+    if row["infinite"]:
+        found.append(f"Inf on one side: {row['infinite']:,}")
+    if row["zero_signs"]:
+        found.append(f"-0 for 0: {row['zero_signs']:,}")
+    return ", ".join(found)
+
+
+def figure(value: float | None) -> str:
+    """A figure in four digits; ``-``: there is none."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) and abs(value) < 10**15 else f"{value:.4g}"
+
+
+def _changed(row: ChangedRow) -> list[str]:
+    name = f"{row['name']} (was {row['was']})" if "was" in row else row["name"]
+    figures = [figure(row["max_abs"]), figure(row["mean_abs"]), figure(row["relative_norm"])]
+    cosine = "-" if row["cosine"] is None else f"{row['cosine']:.6f}"
+    return [name, row["dtype"], str(row["shape"]), *figures, cosine, _share(row["equal_share"]), notes(row)]
+
+
+def _share(share: float | None) -> str:
+    """A share in percent, 100 and 0 only where it is all and none."""
+    if share is None:
+        return "-"
+    shown = f"{share:.1%}"
+    return "<100%" if shown == "100.0%" and share < 1 else ">0%" if shown == "0.0%" and share > 0 else shown
+
+
+def _title(rows: Sequence[object], what: str) -> str:
+    return f"{what}: {count_of(len(rows), 'tensor')}"
+
+
+def _statuses(statuses: Mapping[str, int]) -> str:
+    return ", ".join(f"{statuses[status]:,} {status}" for status in _STATUSES if status in statuses)
+
+
+def _yes(value: bool | None, yes: str, no: str) -> str:
+    return "" if value is None else yes if value else no
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def _section(row: SectionRow) -> str:
+    if row["equal"] is None:
+        return "only in A" if row["b"] is None else "only in B"
+    return "the same" if row["equal"] else f"{row['differing']:,} {'differs' if row['differing'] == 1 else 'differ'}"
+
+
+def _shown(value: object) -> str:
+    shown = "-" if value is None else str(value)
+    return shown if len(shown) <= _MAX_VALUE else shown[:_MAX_VALUE] + "…"
+
+
+RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.diff")}
 
 
 _top = click.option(
     "--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list."
-)
-_format = click.option(
-    "--format", "output", type=click.Choice(["text", "json", "markdown"]), default="text", help="Output."
 )
 
 
@@ -46,15 +261,14 @@ _format = click.option(
 )
 @path_argument("a")
 @path_argument("b")
-@options_of(DiffOptions, behind={"rtol": _top, "strict": _format})
-@common_options
+@options_of(DiffOptions, behind={"rtol": _top})
+@common_options(RENDERERS)
 def command(
     a: str,
     b: str,
     top: int,
-    output: str,
     progress: bool | None,
-    as_json: bool,
+    output: str,
     quiet: bool,
     color: str,
     **options: Any,
@@ -68,19 +282,9 @@ def command(
 
     With --atol or --rtol an element is unchanged where |b - a| <= atol + rtol * max(|a|, |b|).
     """
-    as_json = as_json or output == "json"
+    as_json = output == "json"
     with json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
         difference = api.diff(a, b, progress=update, **options)
     code = ending.verdict(0 if difference.ok else 1)
-    document = difference.to_dict()
-    if as_json:
-        echo_json(document)
-    elif output == "markdown":
-        from ckptkit.cli.diff_text import markdown
-
-        for line in markdown(document, top=top):
-            echo(line)
-    else:
-        for line in diff_text.text(document, styler(color), top=top, width=terminal_width()):
-            echo(line)
+    show(difference.to_dict(), output, RENDERERS, View(styler(color), terminal_width(), top=top))
     return code

@@ -6,18 +6,23 @@ ckptkit knows (references of models, codes of findings), and what bash needs for
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
 
 from ckptkit.architectures.index import LIBRARIES, load
 from ckptkit.cli import ending
-from ckptkit.cli.options import common_options, echo, echo_json, styler, with_examples
+from ckptkit.cli.options import Renderer, View, columns, common_options, later, show, styler, with_examples
 from ckptkit.codes import CODES
 from ckptkit.report import SCHEMA_VERSION
 
-__all__ = ["command", "complete_code", "complete_reference", "register"]
+if TYPE_CHECKING:
+    from ckptkit.documents import ExplainDocument
+
+__all__ = ["RENDERERS", "command", "complete_code", "complete_reference", "register", "text"]
 
 
 _GLUE = (":", "=")
@@ -75,27 +80,38 @@ def register(wanted: str) -> None:
         raise click.UsageError(f"completion for {wanted!r}: expected bash_source, zsh_source or fish_source")
 
 
+def text(document: ExplainDocument, view: View) -> Iterator[str]:
+    """A code, or the list of all with their titles."""
+    codes = document["codes"]
+    if len(codes) > 1:
+        yield from columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
+        return
+    for name, said in codes.items():
+        yield f"{view.style(name, bold=True)}: {said['title']}"
+        yield f"\n{said['meaning']}"
+        if said["remedy"] != "-":
+            yield f"\n{said['remedy']}"
+
+
+RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.explain")}
+
+
 @click.command("explain", epilog=with_examples("ckptkit explain module-prefix", "ckptkit explain"))
 @click.argument("code", required=False, shell_complete=complete_code)
-@common_options
-def command(code: str | None, as_json: bool, quiet: bool, color: str) -> int:
+@common_options(RENDERERS)
+def command(code: str | None, output: str, quiet: bool, color: str) -> int:
     """Explain a finding's CODE; without one, list all codes."""
-    style = styler(color)
     if code is not None and code not in CODES:
         near = get_close_matches(code, CODES, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; 'ckptkit explain' lists all"
         raise click.UsageError(f"there is no code {code!r}{hint}")
     verdict = ending.verdict(0)
-    if as_json:
-        shown = CODES if code is None else {code: CODES[code]}
-        echo_json({"schema_version": SCHEMA_VERSION, "codes": {k: v._asdict() for k, v in shown.items()}})
-    elif code is None:
-        for name in sorted(CODES):
-            echo(f"{name.ljust(max(map(len, CODES)))}  {CODES[name].title}")
-    else:
-        title, meaning, remedy = CODES[code]
-        echo(f"{style(code, bold=True)}: {title}")
-        echo(f"\n{meaning}")
-        if remedy != "-":
-            echo(f"\n{remedy}")
+    shown = CODES if code is None else {code: CODES[code]}
+    document: ExplainDocument = {
+        "schema_version": SCHEMA_VERSION,
+        "codes": {
+            name: {"title": said.title, "meaning": said.meaning, "remedy": said.remedy} for name, said in shown.items()
+        },
+    }
+    show(document, output, RENDERERS, View(styler(color)))
     return verdict

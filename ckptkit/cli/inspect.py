@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ckptkit import api
 from ckptkit.cli import ending, inspect_text
 from ckptkit.cli.options import (
+    Renderer,
+    View,
     common_options,
     echo,
     echo_json,
     ignore_checksums,
+    later,
     path_argument,
     printable,
     styler,
@@ -26,9 +28,16 @@ from ckptkit.cli.options import (
 )
 from ckptkit.errors import CkptkitError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
-from ckptkit.report import SCHEMA_VERSION, at_least
+from ckptkit.report import SCHEMA_VERSION, Severity, at_least
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    from ckptkit.inspection import Survey
+    from ckptkit.inspection.document import InspectDocument, InspectedFile, UnreadFile
+
+__all__ = ["RENDERERS", "command", "lines"]
+
+RENDERERS: dict[str, Renderer] = {"text": inspect_text.text, "markdown": later("markdown.inspect")}
+"""Of one file."""
 
 
 @click.command(
@@ -46,7 +55,6 @@ __all__ = ["command"]
 @click.option("--sort", type=click.Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
 @click.option("--section", metavar="NAME", help="The weights to select, where a file holds several.")
 @click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, zeros, NaN, Inf of each tensor.")
-@click.option("--format", "output", type=click.Choice(["text", "json", "markdown"]), default="text", help="Output.")
 @click.option(
     "--fail-on",
     type=click.Choice(["warning", "error", "never"]),
@@ -55,7 +63,7 @@ __all__ = ["command"]
     help="Exit 1 from this severity on.",
 )
 @ignore_checksums
-@common_options
+@common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
     depth: int | None,
@@ -65,9 +73,8 @@ def command(
     section: str | None,
     stats: bool,
     ignore_checksums: bool,
-    output: str,
     fail_on: str,
-    as_json: bool,
+    output: str,
     quiet: bool,
     color: str,
 ) -> int:
@@ -77,22 +84,12 @@ def command(
     (all are with --stats). A folder stands for the checkpoints below it, whatever their names; what else lies there is
     counted.
     """
-    if flat:
-        render = inspect_text.flat
-    elif output == "markdown":
-        from ckptkit.cli.inspect_markdown import markdown
-
-        render = functools.partial(markdown, depth=depth, sort=sort)
-    else:
-        render = functools.partial(
-            inspect_text.text, style=styler(color), depth=depth, stats=stats, sort=sort, width=terminal_width()
-        )
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     passed_over: Counter[str] = Counter()
     files = [each for path in paths for each in _expanded(path, passed_over)]
-    seen: list[dict[str, Any]] = []
+    seen: list[_Seen] = []
 
-    def documents() -> Iterator[dict[str, Any]]:
+    def documents() -> Iterator[Survey | UnreadFile]:
         """Each file's document; before the last is shown, the verdict is known."""
         for found, error in files:
             document = _survey(found, opening, filters, sort, stats) if error is None else describe_error(found, error)
@@ -103,27 +100,44 @@ def command(
                 ending.verdict(_exit_code(seen, fail_on))
             yield document
 
-    if as_json or output == "json":
+    if output == "json":
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
-    for document in documents():
-        if document["error"] is None:
-            if len(seen) > 1 and not flat:
-                echo()
-            for line in render(document):
-                echo(line)
-    if passed_over and not quiet:
-        from ckptkit.formats.folder import passed_over_text
+    view = View(styler(color), terminal_width(), quiet, depth, sort)
+    if flat:
+        for document in documents():
+            if document["error"] is None:
+                for line in inspect_text.flat(document, view):
+                    echo(line)
+        if passed_over and not quiet:
+            from ckptkit.formats.folder import passed_over_text
 
-        if flat:
             ending.say(passed_over_text(passed_over))
-        else:
-            echo()
-            echo(passed_over_text(passed_over))
+        return _exit_code(seen, fail_on)
+    for line in lines(documents(), passed_over, RENDERERS[output], view):
+        echo(line)
     return _exit_code(seen, fail_on)
 
 
-def _survey(path: str, opening: dict[str, Any], filters: tuple[str, ...], sort: str, stats: bool) -> dict[str, Any]:
+def lines(
+    files: Iterable[InspectedFile | Survey | UnreadFile], passed_over: Mapping[str, int], render: Renderer, view: View
+) -> Iterator[str]:
+    """The files of a document, an empty line before each but the first, and what was passed over."""
+    for number, document in enumerate(files):
+        if document["error"] is None:
+            if number:
+                yield ""
+            yield from render(document, view)
+    if passed_over and not view.quiet:
+        from ckptkit.formats.folder import passed_over_text
+
+        yield ""
+        yield passed_over_text(passed_over)
+
+
+def _survey(
+    path: str, opening: dict[str, Any], filters: tuple[str, ...], sort: str, stats: bool
+) -> Survey | UnreadFile:
     try:
         with api.open(path, **opening) as file:
             return survey(file.checkpoint, filters=filters, sort=sort, stats=stats)
@@ -149,11 +163,16 @@ def _expanded(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, Ckptk
         yield path, nothing
 
 
-def _echo_documents(documents: Iterator[dict[str, Any]], passed_over: Mapping[str, int]) -> None:
+def _echo_documents(documents: Iterator[Survey | UnreadFile], passed_over: Mapping[str, int]) -> None:
     """Write the JSON document while its files are read: what is written of one need not be kept for the next."""
     if ending.stdout().isatty():
-        plain = [plain_document(document) for document in documents]
-        echo_json({"schema_version": SCHEMA_VERSION, "passed_over": dict(passed_over), "files": plain})
+        plain = [each if each["error"] is not None else plain_document(each) for each in documents]
+        whole: InspectDocument = {
+            "schema_version": SCHEMA_VERSION,
+            "passed_over": dict(passed_over),
+            "files": plain,
+        }
+        echo_json(whole)
         return
     write = ending.stdout().write
     write(f'{{"schema_version": {SCHEMA_VERSION}, "passed_over": {json.dumps(passed_over)}, "files": [')
@@ -164,20 +183,27 @@ def _echo_documents(documents: Iterator[dict[str, Any]], passed_over: Mapping[st
     write("]}\n")
 
 
-def _told(document: dict[str, Any]) -> dict[str, Any]:
+class _Seen(NamedTuple):
+    """What of a document decides the exit code."""
+
+    is_read: bool
+    severities: list[Severity]
+
+
+def _told(document: Survey | UnreadFile) -> _Seen:
     """What of a document decides the exit code; its error, if it has one, is told on stderr."""
     if document["error"] is not None:
         message = document["error"]["message"]
         place = "" if message.startswith(document["path"]) else f"{document['path']}: "
         ending.write()  # what comes before it
         ending.say(f"ckptkit: error: {printable(place + message)}")
-    return {"error": document["error"], "severities": [finding["severity"] for finding in document["findings"]]}
+    return _Seen(document["error"] is None, [finding["severity"] for finding in document["findings"]])
 
 
-def _exit_code(files: list[dict[str, Any]], fail_on: str) -> int:
-    if any(document["error"] is not None for document in files):
+def _exit_code(files: list[_Seen], fail_on: str) -> int:
+    if not all(file.is_read for file in files):
         return 2
     if fail_on == "never":
         return 0
-    severities = [severity for document in files for severity in document["severities"]]
+    severities = [severity for file in files for severity in file.severities]
     return int(any(at_least(severity, "warning" if fail_on == "warning" else "error") for severity in severities))

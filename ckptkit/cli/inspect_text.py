@@ -5,27 +5,46 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from ckptkit.cli.inspect_lines import architecture_line, receipt_line
-from ckptkit.cli.options import COLORS, Style, columns, printable, wrapped
+from ckptkit.cli.options import Style, View, columns, finding_lines, printable, wrapped
+from ckptkit.inspection import surveyed
 from ckptkit.inspection.listing import TensorRow
 from ckptkit.inspection.outline import Outline, OutlineLine
-from ckptkit.normalize.selection import EMBEDDINGS, KEY
+from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
 from ckptkit.report import count_of, human_size, listed
 
+if TYPE_CHECKING:
+    from ckptkit.inspection import Survey
+    from ckptkit.inspection.document import (
+        ArchitectureDocument,
+        InspectedFile,
+        OptimizerDocument,
+        SchedulerDocument,
+    )
+
 __all__ = [
-    "STATS", "fact_lines", "facts", "figure", "flat", "full_name", "outline_of", "section_table", "shape", "text",
-    "training_lines", "tree_table", "what_it_is",
+    "STATS", "fact_lines", "facts", "figure", "flat", "full_name", "outline_of", "section_table", "shape", "stat_cells",
+    "text", "training_lines", "tree_table", "what_it_is",
 ]  # fmt: skip
 
-STATS = ("min", "max", "mean", "std", "zeros", "nan", "inf")
+STATS: tuple[Literal["min", "max", "mean", "std", "zeros", "nan", "inf"], ...] = (
+    "min", "max", "mean", "std", "zeros", "nan", "inf",
+)  # fmt: skip
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 _MAX_SCALARS_SHOWN = 20
 _MAX_SECTIONS_SHOWN = 20
 _MAX_NAMES_SHOWN = 5
+_MAX_ALIKE_SHOWN = 3
+
+_MAX_OPERATIONS = 160
+"""Characters."""
+
+_SHOWN_DIGITS = 12
+"""Of a SHA-256: enough to tell files apart."""
+
 _TELLING = frozenset({
     "arch", "architecture", "batch", "batch_size", "d_model", "data", "dataset", "dataset_type", "dropout", "epochs",
     "fp16", "hidden_size", "learning_rate", "lr", "max_epochs", "model", "model_name", "num_classes", "num_layers",
@@ -56,19 +75,10 @@ _KINDS = {
 }
 
 
-def text(
-    document: dict[str, Any], style: Style, *, depth: int | None, stats: bool, sort: str, width: int | None = None
-) -> Iterator[str]:
-    """The lines of the text output.
-
-    Args:
-        document: of `ckptkit.inspection.survey`.
-        style: how to colour.
-        depth: levels of the module tree; ``None``: as many as are still readable.
-        stats: whether tensors are listed with their statistics in place of the tree.
-        sort: the order of the tree.
-        width: characters of a line on the terminal; ``None``: nothing is cut.
-    """
+def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
+    """The lines of one file; where its tensors have statistics, those are listed in place of the tree."""
+    document = surveyed(document)
+    style, width = view.style, view.width
     yield from wrapped(headline(document, style), width)
     yield from wrapped(style(what_it_is(document), dim=True), width)
     rows, headers, align = section_table(document)
@@ -82,10 +92,10 @@ def text(
         yield from wrapped(f"{style(label, bold=True)}: {line}", width)
     if document["tensors"]:
         yield ""
-        if stats:
+        if document["tensors"][0].stats is not None:
             yield from _table(*_stats_table(document), style, width)
         else:
-            tree, left_out = outline_of(document, depth, sort)
+            tree, left_out = outline_of(document, view.depth, view.sort)
             yield from _table(*tree_table(tree), style, width)
             if left_out:
                 yield style(f"and {left_out:,} more (--depth 1 shows all, --flat every tensor)", dim=True)
@@ -95,17 +105,12 @@ def text(
         yield from wrapped(line, width)
     if document["findings"]:
         yield ""
-    for finding in document["findings"]:
-        severity = finding["severity"]
-        label = style(severity, fg=COLORS[severity], bold=severity == "error")
-        yield from wrapped(f"{label}: {printable(finding['message'])} [{finding['code']}]", width)
-        if finding["fix"]:
-            yield f"    {printable(finding['fix'])}"
+    yield from finding_lines(document["findings"], style, width)
 
 
-def flat(document: dict[str, Any]) -> Iterator[str]:
-    """One line a tensor: name, dtype, shape, bytes, device, section, then statistics where asked for."""
-    for row in document["tensors"]:
+def flat(document: InspectedFile | Survey, view: View) -> Iterator[str]:
+    """One line a tensor: name, dtype, shape, bytes, device, section, then statistics where there are any."""
+    for row in surveyed(document)["tensors"]:
         fields = [
             printable(row.name),
             row.dtype,
@@ -115,16 +120,16 @@ def flat(document: dict[str, Any]) -> Iterator[str]:
             printable(row.section or ""),
         ]
         if row.stats is not None:
-            fields += [f"{key}={figure(row.stats[key])}" for key in STATS]
+            fields += [f"{key}={value}" for key, value in zip(STATS, stat_cells(row), strict=True)]
         yield "\t".join(fields)
 
 
-def headline(document: dict[str, Any], style: Style) -> str:
+def headline(document: Survey, style: Style) -> str:
     """The file and what it is in a line."""
     return f"{style(printable(document['path']), bold=True)}: {facts(document)}"
 
 
-def facts(document: dict[str, Any]) -> str:
+def facts(document: Survey) -> str:
     """Container, kind, size, devices, writer and trust."""
     parts = [document["format"], document["kind"].replace("_", " "), human_size(document["size"])]
     holds_pickle = document["has_pickle"]
@@ -140,7 +145,7 @@ def facts(document: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def what_it_is(document: dict[str, Any]) -> str:
+def what_it_is(document: Survey) -> str:
     """A sentence for whoever meets such a file for the first time."""
     kind, rows, part = document["kind"], document["tensors"], document["part"]
     if part is not None:
@@ -153,21 +158,26 @@ def what_it_is(document: dict[str, Any]) -> str:
         return f"a pickled model of class {cls}: torch.load needs its code, ckptkit does not"
     if kind == "tensor":
         return f"one tensor, {rows[0].dtype} {shape(rows[0])}, without a name" if len(rows) == 1 else "one storage"
-    said: str = _KINDS.get(kind, kind)
-    path = (document["state_dict"] or {}).get("path")
-    if kind == "resume" and path:
-        said = said if _is_training(document) else "weights, and beside them settings or what describes them"
-        others = [s["path"] for s in document["sections"] if s["parameters"] is not None and not s["selected"]]
-        more = f", others under {listed([repr(printable(other)) for other in others], 3)}" if others else ""
-        return f"{said}; the weights are under {printable(path)!r}{more}"
     if kind == "resume":
-        weights = sum(section["parameters"] is not None for section in document["sections"])
-        more = "; beside them what training needs to go on" if _is_training(document) else ""
-        return f"{count_of(weights, 'set')} of weights, none of which is taken for the model's{more}"
-    return said
+        return _what_resume_is(document)
+    return _KINDS.get(kind or "", f"{kind}")
 
 
-def _script_class(document: dict[str, Any]) -> str | None:
+def _what_resume_is(document: Survey) -> str:
+    """The same of what training is resumed from, or looks like it."""
+    weights = [section for section in document["sections"] if section["parameters"] is not None]
+    path = (document["state_dict"] or {"path": ""})["path"]
+    if path:
+        said = _KINDS["resume"]
+        said = said if _is_training(document) else "weights, and beside them settings or what describes them"
+        others = [repr(printable(section["path"])) for section in weights if not section["selected"]]
+        more = f", others under {listed(others, 3)}" if others else ""
+        return f"{said}; the weights are under {printable(path)!r}{more}"
+    more = "; beside them what training needs to go on" if _is_training(document) else ""
+    return f"{count_of(len(weights), 'set')} of weights, none of which is taken for the model's{more}"
+
+
+def _script_class(document: Survey) -> str | None:
     """The class of a program whose modules are not what is shown."""
     return next((value for key, value in document["metadata"].items() if _is_script_class(key)), None)
 
@@ -176,17 +186,17 @@ def _is_script_class(key: str) -> bool:
     return key.rpartition(".")[2] == "_script_class"
 
 
-def _is_training(document: dict[str, Any]) -> bool:
+def _is_training(document: Survey) -> bool:
     """Whether anything is there that training needs to go on."""
     training, sections = document["training"], document["sections"]
-    if (document["state_dict"] or {}).get("path") == EMBEDDINGS:
+    if document["state_dict"] is not None and document["state_dict"]["path"] == EMBEDDINGS:
         return False
     words = {word for key in training["scalars"] for word in _WORD.findall(str(key).lower())}
     optimized = any(section["kind"] == "optimizer" for section in sections)
     return bool(optimized or training["optimizers"] or training["schedulers"] or words & _PROGRESS)
 
 
-def section_table(document: dict[str, Any]) -> tuple[list[list[str]], list[str], str]:
+def section_table(document: Survey) -> tuple[list[list[str]], list[str], str]:
     """Rows, headers and alignment of the sections; no rows where the file is one section."""
     sections = document["sections"]
     if len(sections) == 1 and not sections[0]["path"]:
@@ -209,7 +219,7 @@ def section_table(document: dict[str, Any]) -> tuple[list[list[str]], list[str],
     return rows, ["", "section", "kind", "tensors", "parameters", "buffers", "bytes", "share"], "lllrrrrr"
 
 
-def fact_lines(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def fact_lines(document: Survey) -> Iterator[tuple[str, str]]:
     """The totals, each with its label; lines that have nothing to say are empty."""
     yield "weights", weights_line(document)
     yield "storage", storage_line(document)
@@ -218,7 +228,7 @@ def fact_lines(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "made by", receipt_line(document["metadata"])
 
 
-def weights_line(document: dict[str, Any]) -> str:
+def weights_line(document: Survey) -> str:
     """Totals of the selected weights; empty where there are none."""
     summary = document["state_dict"]
     if summary is None:
@@ -233,7 +243,7 @@ def weights_line(document: dict[str, Any]) -> str:
     )
 
 
-def storage_line(document: dict[str, Any]) -> str:
+def storage_line(document: Survey) -> str:
     """What storages hold, where that is more than one tensor each; empty where it is not."""
     storage = document["storage"]
     parts = []
@@ -248,7 +258,35 @@ def storage_line(document: dict[str, Any]) -> str:
     return f"{count_of(storage['storages'], 'storage')} of {human_size(storage['nbytes'])}; {', '.join(parts)}"
 
 
-def names_line(document: dict[str, Any]) -> str:
+def architecture_line(known: Sequence[ArchitectureDocument]) -> tuple[str, str]:
+    """Which known model it is, or which are closest, after the line's label; empty where none is.
+
+    Args:
+        known: the document's ``architecture``, best first.
+    """
+    if not known:
+        return "looks like", ""
+    best, *others = known
+    if not best["exact"] and not best["differs"]:
+        return "closest", "; ".join(f"{printable(item['label'])} ({item['similarity']:.0%} alike)" for item in known)
+    line = printable(best["label"])
+    if others:
+        shown = [_short(item, best) for item in others[:_MAX_ALIKE_SHOWN]]
+        more = [f"{len(others) - len(shown)} more"] * (len(others) > len(shown))
+        also = "fits alike" if others[-1]["similarity"] == best["similarity"] else "or"
+        line += f" ({also}: {', '.join([*shown, *more])})"
+    if best["others"]:
+        line += f"; {best['others']:,} other tensor{'' if best['others'] == 1 else 's'} beside it"
+    return "looks like", line
+
+
+def _short(item: ArchitectureDocument, best: ArchitectureDocument) -> str:
+    """The label without what it has in common with the best."""
+    _, comma, changes = best["label"].partition(", ")
+    return printable(item["label"].removesuffix(f"{comma}{changes}"))
+
+
+def names_line(document: Survey) -> str:
     """The names in the pickle that a loader would have to trust, the dangerous first; empty where there are none."""
     order = {"dangerous": 0, "unknown": 1}
     uses = [use for use in document["globals"] if use["verdict"] in order]
@@ -265,15 +303,39 @@ def names_line(document: dict[str, Any]) -> str:
     return f"{told}; none is imported here"
 
 
+def receipt_line(metadata: Mapping[str, Any]) -> str:
+    """The last of the receipts (`ckptkit.conversion`); empty where there is none."""
+    receipts = [receipt for receipt in earlier(metadata) if isinstance(receipt, dict)]
+    if not receipts:
+        return ""
+    last = receipts[-1]
+    text = f"ckptkit {_receipt_text(last.get('ckptkit'))} from {_receipt_text(last.get('format'))}"
+    digest = last.get("sha256")
+    if isinstance(digest, dict):
+        text += f" of {count_of(len(digest), 'file')}"
+    elif isinstance(digest, str):
+        text += f", sha256 {_receipt_text(digest[:_SHOWN_DIGITS])}…"
+    operations = last.get("operations")
+    if isinstance(operations, list) and operations:
+        listed = ", ".join(map(str, operations))
+        text += f": {printable(listed[:_MAX_OPERATIONS])}{'…' if len(listed) > _MAX_OPERATIONS else ''}"
+    before = len(receipts) - 1
+    return text + (f"; {before:,} earlier (--json shows all under {KEY})" if before else "")
+
+
+def _receipt_text(value: object) -> str:
+    return printable(f"{value}"[:40]) if isinstance(value, str) else "?"
+
+
 def outline_of(
-    document: dict[str, Any], depth: int | None, sort: str, most: int = _TREE_LINES
+    document: Survey, depth: int | None, sort: str, most: int = _TREE_LINES
 ) -> tuple[list[OutlineLine], int]:
     """The lines of the module tree, and how many are left out."""
     summary, rows, modules = document["state_dict"], document["tensors"], document["modules"]
     own = [row for row in rows if summary is not None and row.section == summary["path"]]
     if modules:
         own = [row for row in own if row.role != "unknown"]  # not gradients and what else hangs on a module
-    if len(own) < (summary or {}).get("tensors", 0) or not own:
+    if (summary is not None and len(own) < summary["tensors"]) or not own:
         modules = []  # filtered: modules without tensors would be in the way
     tree = Outline(own or rows, modules, sectioned=not own, sort=sort)
     return (list(tree.lines(depth)), 0) if depth is not None else tree.fitting(most)
@@ -301,7 +363,7 @@ def tree_table(lines: Sequence[OutlineLine]) -> tuple[list[list[str]], list[str]
     return rows, ["tensors of", "tensors", *headers, "bytes", ""], "l" + "r" * (len(headers) + 2) + "l"
 
 
-def training_lines(document: dict[str, Any], style: Style) -> Iterator[str]:
+def training_lines(document: Survey, style: Style) -> Iterator[str]:
     """Optimizers, schedulers and scalars, with a heading."""
     training = document["training"]
     told = tuple(f"{item['path']}." for item in (*training["optimizers"], *training["schedulers"]))
@@ -327,17 +389,17 @@ def training_lines(document: dict[str, Any], style: Style) -> Iterator[str]:
         yield f"  and {len(scalars) - _MAX_SCALARS_SHOWN} more (--json shows all)"
 
 
-def _path(item: dict[str, Any]) -> str:
+def _path(item: OptimizerDocument | SchedulerDocument) -> str:
     return printable(item["path"]) or "(whole file)"
 
 
-def _looks(item: dict[str, Any]) -> str:
+def _looks(item: OptimizerDocument | SchedulerDocument) -> str:
     if item["kind"] is None:
         return "of unknown class"
     return f"looks like {item['kind']}" if item["inferred"] else printable(item["kind"])
 
 
-def _optimizer(item: dict[str, Any]) -> str:
+def _optimizer(item: OptimizerDocument) -> str:
     groups = f", {item['groups']:,} parameter groups" if item["groups"] != 1 else ""
     steps = "" if item["steps"] is None else f", after {count_of(int(item['steps']), 'step')}"
     size = f", {count_of(item['tensors'], 'tensor')}, {human_size(item['nbytes'])}" if item["tensors"] else ""
@@ -350,10 +412,14 @@ def _rates(rates: Sequence[float | str | None]) -> str:
     return f", lr {shown}{', …' if len(distinct) > 4 else ''}" if shown else ""
 
 
-def _stats_table(document: dict[str, Any]) -> tuple[list[list[str]], list[str], str]:
-    rows = [
-        [full_name(row, document), row.dtype, *(figure(row.stats[key]) for key in STATS)] for row in document["tensors"]
-    ]
+def stat_cells(row: TensorRow) -> list[str]:
+    """The statistics of a tensor, in the order of `STATS`."""
+    stats = row.stats
+    return [] if stats is None else [figure(stats[key]) for key in STATS]
+
+
+def _stats_table(document: Survey) -> tuple[list[list[str]], list[str], str]:
+    rows = [[full_name(row, document), row.dtype, *stat_cells(row)] for row in document["tensors"]]
     return rows, ["tensor", "dtype", *STATS], "ll" + "r" * len(STATS)
 
 
@@ -363,7 +429,7 @@ def _table(rows: list[list[str]], headers: list[str], align: str, style: Style, 
     yield from lines[1:]
 
 
-def full_name(row: TensorRow, document: dict[str, Any]) -> str:
+def full_name(row: TensorRow, document: Survey) -> str:
     """The name in the state_dict; with its section where none was selected."""
     name = printable(row.name)
     return name if document["state_dict"] is not None or not row.section else f"{printable(row.section)}.{name}"

@@ -1,35 +1,106 @@
-"""``ckptkit manifest PATH... -o FILE``: record what released weights must be.
-
-What became of a manifest, for people.
-"""
+"""``ckptkit manifest PATH... -o FILE``: record what released weights must be."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli.options import (
-    Style,
+    Renderer,
+    View,
     allow_part_option,
     common_options,
-    echo,
-    echo_json,
     ignore_checksums,
     json_errors,
+    later,
     path_argument,
     printable,
+    show,
     styler,
     with_examples,
 )
 from ckptkit.formats.folder import passed_over_text
-from ckptkit.released.manifest_file import FileRecord, Manifest
+from ckptkit.released.manifest_file import manifest_text
 from ckptkit.report import count_of, human_size
 
-__all__ = ["command", "summary"]
+if TYPE_CHECKING:
+    from ckptkit.documents import ManifestDocument, ManifestFile
+    from ckptkit.released.manifest_file import Manifest
+
+__all__ = ["RENDERERS", "changed_files", "command", "document_of", "text", "told"]
+
+_MARKS = {"added": ("+", "green"), "changed": ("~", "yellow"), "removed": ("-", "red")}
+
+_SHOWN_DIGITS = 12
+"""Of a content digest: enough to tell files apart."""
+
+
+def document_of(manifest: Manifest, destination: str | None) -> ManifestDocument:
+    """The document: the manifest, and what became of it."""
+    written, changes = manifest.to_dict(), manifest.changes
+    document: ManifestDocument = {
+        "schema_version": written["schema_version"],
+        "folders": written["folders"],
+        "files": written["files"],
+        "changes": {
+            "added": [*changes.added],
+            "changed": [*changes.changed],
+            "removed": [*changes.removed],
+            "kept": [*changes.kept],
+        },
+        "destination": destination,
+    }
+    if manifest.passed_over:
+        document["passed_over"] = dict(manifest.passed_over)
+    return document
+
+
+def text(document: ManifestDocument, view: View) -> Iterator[str]:
+    """One line for each file that was added, changed or removed, and one for all; the manifest if it is not written."""
+    if document["destination"] is None:
+        yield from "".join(manifest_text(document)).splitlines()
+        return
+    if view.quiet:
+        return
+    for what, path, about in changed_files(document):
+        mark, color = _MARKS[what]
+        yield f"{view.style(mark, fg=color)} {printable(path)}{f'  {printable(about)}' if about else ''}"
+    if document.get("passed_over"):
+        yield passed_over_text(document["passed_over"])
+    yield f"{printable(document['destination'])}: {told(document)}"
+
+
+def changed_files(document: ManifestDocument) -> Iterator[tuple[str, str, str]]:
+    """What became of each file that is not as it was recorded, its path, and what it is."""
+    records = {record["path"]: record for record in document["files"]}
+    changes = document["changes"]
+    for what, paths in (("added", changes["added"]), ("changed", changes["changed"]), ("removed", changes["removed"])):
+        for path in paths:
+            yield what, path, _about(records[path]) if path in records else ""
+
+
+def _about(record: ManifestFile) -> str:
+    parts = [record["format"], human_size(record["size"]), record["architecture"] or record["kind"]]
+    if record["trust"] != "safe":
+        parts.append(record["trust"])
+    if record["content_digest"] is not None:
+        parts.append(record["content_digest"][: len("sha256:") + _SHOWN_DIGITS] + "…")
+    return ", ".join(parts)
+
+
+def told(document: ManifestDocument) -> str:
+    """How many files it records, and what became of them: ``"3 files (1 added, 2 unchanged)"``."""
+    changes = document["changes"]
+    counts = [("added", changes["added"]), ("changed", changes["changed"]), ("removed", changes["removed"])]
+    parts = [f"{len(paths):,} {what}" for what, paths in (*counts, ("unchanged", changes["kept"])) if paths]
+    return f"{count_of(len(document['files']), 'file')} ({', '.join(parts)})"
+
+
+RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.manifest")}
 
 
 @click.command(
@@ -55,7 +126,7 @@ __all__ = ["command", "summary"]
 @allow_part_option
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
 @ignore_checksums
-@common_options
+@common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
     destination: str | None,
@@ -65,7 +136,7 @@ def command(
     allow_part: bool,
     force: bool,
     ignore_checksums: bool,
-    as_json: bool,
+    output: str,
     quiet: bool,
     color: str,
 ) -> int:
@@ -79,7 +150,7 @@ def command(
         raise click.UsageError("Missing argument 'PATH...'; only --update does without")
     if update and destination is None:
         raise click.UsageError("--update needs the manifest: -o FILE")
-    with json_errors(as_json):
+    with json_errors(output == "json"):
         manifest = api.manifest(
             paths,
             destination,
@@ -91,18 +162,7 @@ def command(
             ignore_checksums=ignore_checksums,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
-    if as_json:
-        changes = manifest.changes
-        told = {name: list(getattr(changes, name)) for name in ("added", "changed", "removed", "kept")}
-        passed_over = {"passed_over": dict(manifest.passed_over)} if manifest.passed_over else {}
-        echo_json({**manifest.to_dict(), "changes": told, **passed_over})
-        return code
-    if destination is None:
-        ending.write(manifest.to_json())
-        return code
-    if not quiet:
-        for line in summary(manifest, destination, styler(color)):
-            echo(line)
+    show(document_of(manifest, destination), output, RENDERERS, View(styler(color), quiet=quiet))
     return code
 
 
@@ -116,37 +176,3 @@ def _golden(values: tuple[str, ...]) -> dict[str, str] | str | None:
     if "" in pairs or len(pairs) != len(values):
         raise click.UsageError("several --golden: each as FILE=GOLDEN, and each FILE once")
     return pairs
-
-
-_MARKS = (("added", "+", "green"), ("changed", "~", "yellow"), ("removed", "-", "red"))
-
-_SHOWN_DIGITS = 12
-"""Of a content digest: enough to tell files apart."""
-
-
-def summary(manifest: Manifest, destination: str, style: Style) -> Iterator[str]:
-    """One line for each file that was added, changed or removed, and one for all."""
-    records = {record.path: record for record in manifest.files}
-    told = []
-    for name, mark, color in _MARKS:
-        paths: tuple[str, ...] = getattr(manifest.changes, name)
-        for path in paths:
-            record = records.get(path)
-            about = f"  {_about(record)}" if record is not None else ""
-            yield f"{style(mark, fg=color)} {printable(path)}{about}"
-        if paths:
-            told.append(f"{len(paths):,} {name}")
-    if manifest.changes.kept:
-        told.append(f"{len(manifest.changes.kept):,} unchanged")
-    if manifest.passed_over:
-        yield passed_over_text(manifest.passed_over)
-    yield f"{printable(destination)}: {count_of(len(records), 'file')} ({', '.join(told)})"
-
-
-def _about(record: FileRecord) -> str:
-    parts = [record.format, human_size(record.size), record.architecture or record.kind]
-    if record.trust != "safe":
-        parts.append(record.trust)
-    if record.content_digest is not None:
-        parts.append(record.content_digest[: len("sha256:") + _SHOWN_DIGITS] + "…")
-    return printable(", ".join(parts))

@@ -1,41 +1,53 @@
-"""What the commands share: options, colour, and how text from a file reaches a terminal."""
+"""What the commands share: options, colour, and how a document reaches a terminal.
+
+A command makes a document (`ckptkit.documents`), and a renderer makes lines of it: a function of the document and a
+`View`, and of nothing else, so that a document that was saved gives the same lines.  Each command has a table of its
+renderers, whose names are the values of ``--format``.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar, cast
+from importlib import import_module
+from typing import Any, NamedTuple, TypeVar, cast
 
 import click
 
 from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import ending
 from ckptkit.errors import CkptkitError
-from ckptkit.report import SCHEMA_VERSION, Finding, printable
+from ckptkit.report import SCHEMA_VERSION, FindingDocument, printable
 
 __all__ = [
     "COLORS",
+    "Renderer",
     "Style",
+    "View",
     "allow_part_option",
     "checked_devices",
     "columns",
     "common_options",
     "echo",
-    "echo_findings",
     "echo_json",
+    "finding_lines",
     "ignore_checksums",
     "input_shape",
     "json_errors",
     "key_values",
     "keywords_of",
+    "later",
     "options_of",
+    "padded",
     "path_argument",
     "printable",
+    "show",
     "styler",
     "terminal_width",
+    "width_of",
     "with_examples",
     "wrapped",
 ]
@@ -46,6 +58,42 @@ Decorator = Callable[[Any], Any]
 
 Style = Callable[..., str]
 """Like ``click.style``, or a function that leaves text as it is."""
+
+
+class View(NamedTuple):
+    """How a document is to be shown.
+
+    Attributes:
+        style: how to colour.
+        width: characters of a line on the terminal; ``None``: nothing is cut.
+        quiet: only what the document is for.
+        depth: levels of a tree; ``None``: as many as are still readable.
+        sort: the order of a tree: ``"file"``, ``"name"`` or ``"size"``.
+        top: rows of each list.
+    """
+
+    style: Style = lambda text, **_: text
+    width: int | None = None
+    quiet: bool = False
+    depth: int | None = None
+    sort: str = "file"
+    top: int = 10
+
+
+Renderer = Callable[[Any, View], Iterator[str]]
+"""From a command's document to lines of text."""
+
+
+def later(name: str) -> Renderer:
+    """The renderer ``name`` of `ckptkit.cli`, whose module is imported when it is used: ``"markdown.diff"``."""
+    module, _, function = name.partition(".")
+
+    def render(document: Any, view: View) -> Iterator[str]:
+        lines: Iterator[str] = getattr(import_module(f"ckptkit.cli.{module}"), function)(document, view)
+        return lines
+
+    return render
+
 
 COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
 """Of the severities of findings."""
@@ -60,25 +108,44 @@ _LEAST_NOTE, _LEAST_NAME = 12, 16
 """Characters that a table's last and widest columns keep however narrow the terminal is."""
 
 
-def common_options(function: F) -> F:
-    """``--json``, ``-q``, ``--color`` and ``--debug``; and that the command is at work once it is called."""
+def common_options(renderers: Mapping[str, Renderer], **format_option: Any) -> Callable[[F], F]:
+    """``--format``, ``--json``, ``-q``, ``--color``, ``--debug``; and that the command is at work once it is called.
 
-    @functools.wraps(function)
-    def command(*args: Any, **options: Any) -> Any:
-        ending.begin(known=None)
-        return function(*args, **options)
+    The command is given the ``output`` that is asked for: the name of a renderer, or ``"json"``; where ``--format`` may
+    be repeated, all that are.
 
-    made = cast(F, command)
-    for option in (
-        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
-        click.option(
-            "--color", type=click.Choice(["auto", "always", "never"]), default="auto", help="Colour of the text output."
-        ),
-        click.option("-q", "--quiet", is_flag=True, help="No messages and no progress on stderr."),
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-    ):
-        made = option(made)
-    return made
+    Args:
+        renderers: of the command.
+        format_option: what is special about its ``--format``.
+    """
+    text, *others = renderers
+    format_option = {"type": click.Choice([text, "json", *others]), "default": text, "help": "Output.", **format_option}
+
+    def decorated(function: F) -> F:
+        @functools.wraps(function)
+        def command(*args: Any, as_json: bool, output: Any, **options: Any) -> Any:
+            ending.begin(known=None)
+            if as_json:
+                output = (*output, "json") if isinstance(output, tuple) else "json"
+            return function(*args, output=output, **options)
+
+        made = cast(F, command)
+        for option in (
+            click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
+            click.option(
+                "--color",
+                type=click.Choice(["auto", "always", "never"]),
+                default="auto",
+                help="Colour of the text output.",
+            ),
+            click.option("-q", "--quiet", is_flag=True, help="No messages and no progress on stderr."),
+            click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+            click.option("--format", "output", **format_option),
+        ):
+            made = option(made)
+        return made
+
+    return decorated
 
 
 def options_of(
@@ -214,17 +281,20 @@ def encodable(text: str) -> str:
     return text
 
 
-def columns(rows: list[list[str]], headers: list[str], align: str, width: int | None = None) -> list[str]:
+def columns(rows: Sequence[Sequence[str]], headers: Sequence[str], align: str, width: int | None = None) -> list[str]:
     """The lines of a table: two spaces between columns, each aligned as ``align`` says (``"lr"``).
+
+    Not by tabulate, whose import takes longer than inspecting a file, which cuts no line to a terminal's width, and
+    which knows about wide characters only where another package is installed.
 
     Args:
         rows: cells.
-        headers: of the columns.
+        headers: of the columns; none: there is no line of them.
         align: ``"l"`` or ``"r"`` for each.
         width: characters a line may have; the last column is cut first, then the widest of text.
     """
-    table = [headers, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(headers))]
+    table = [headers, *rows] if headers else rows
+    widths = [max(width_of(row[i]) for row in table) for i in range(len(align))]
     if width is not None:
         last = len(widths) - 1
         textual = [i for i, a in enumerate(align) if a == "l"]
@@ -235,17 +305,35 @@ def columns(rows: list[list[str]], headers: list[str], align: str, width: int | 
                 widths[i] = min(widths[i], max(widths[i] - surplus, least))
     lines = []
     for row in table:
-        cells = ((_cut(c, w), w, a) for c, w, a in zip(row, widths, align, strict=True))
-        lines.append("  ".join(c.rjust(w) if a == "r" else c.ljust(w) for c, w, a in cells).rstrip())
+        cells = (padded(_cut(c, w), w, a) for c, w, a in zip(row, widths, align, strict=True))
+        lines.append("  ".join(cells).rstrip())
     return lines
 
 
+def width_of(text: str) -> int:
+    """Columns that a text takes on a terminal: two for each wide character, none for what is put on top of another."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import category, east_asian_width
+
+    return sum((east_asian_width(c) in "WF") + (category(c) not in ("Mn", "Me")) for c in text)
+
+
+def padded(cell: str, width: int, side: str = "l") -> str:
+    """The cell with spaces to so many columns, aligned to the left (``"l"``) or right (``"r"``)."""
+    spaces = " " * (width - width_of(cell))
+    return spaces + cell if side == "r" else cell + spaces
+
+
 def _cut(cell: str, width: int) -> str:
-    """The cell in so many characters: the beginning, and of long ones the end, which names differ by."""
-    if len(cell) <= width:
+    """The cell in so many columns: the beginning, and of long ones the end, which names differ by."""
+    if width_of(cell) <= width:
         return cell
     tail = width // 3 if width > 2 * _LEAST_NAME else 0
-    return f"{cell[: width - tail - 1]}…{cell[len(cell) - tail :] if tail else ''}"
+    head, end = cell[: width - tail - 1], cell[len(cell) - tail :] if tail else ""
+    while width_of(head) + width_of(end) >= width:  # of wide characters fewer fit
+        head, end = (head, end[1:]) if len(end) > len(head) else (head[:-1], end)
+    return f"{head}…{end}"
 
 
 def wrapped(text: str, width: int | None) -> Iterator[str]:
@@ -263,6 +351,15 @@ def wrapped(text: str, width: int | None) -> Iterator[str]:
         line += word if is_empty else f" {word}"
         is_empty = False
     yield line
+
+
+def show(document: Any, output: str, renderers: Mapping[str, Renderer], view: View) -> None:
+    """A document on stdout, as JSON or as one of the renderers has it."""
+    if output == "json":
+        echo_json(document)
+        return
+    for line in renderers[output](document, view):
+        echo(line)
 
 
 def echo_json(document: Any) -> None:
@@ -316,12 +413,11 @@ def input_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def echo_findings(findings: list[Finding], style: Style, *, err: bool = False) -> None:
+def finding_lines(findings: Sequence[FindingDocument], style: Style, width: int | None = None) -> Iterator[str]:
     """One line a finding, and its fix below it."""
     for finding in findings:
-        label = style(finding.severity, fg=COLORS[finding.severity], bold=finding.severity == "error")
-        lines = [f"{label}: {printable(finding.message)} [{finding.code}]"]
-        if finding.fix:
-            lines.append(f"    {printable(finding.fix)}")
-        for line in lines:
-            ending.say(line) if err else echo(line)
+        severity = finding["severity"]
+        label = style(severity, fg=COLORS[severity], bold=severity == "error")
+        yield from wrapped(f"{label}: {printable(finding['message'])} [{finding['code']}]", width)
+        if finding["fix"]:
+            yield f"    {printable(finding['fix'])}"

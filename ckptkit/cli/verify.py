@@ -1,11 +1,9 @@
-"""``ckptkit verify PATH --model REF``: load into a reference model and examine what it computes.
-
-The screen that ``ckptkit verify`` shows: a line a check, what each found, and the figures that matter.
-"""
+"""``ckptkit verify PATH --model REF``: load into a reference model and examine what it computes; a line a check."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import click
 
@@ -14,22 +12,89 @@ from ckptkit.cli import ending
 from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.options import (
     COLORS,
-    Style,
+    Renderer,
+    View,
     common_options,
-    echo,
-    echo_json,
     json_errors,
     keywords_of,
+    later,
     options_of,
+    padded,
     path_argument,
     printable,
+    show,
     styler,
     with_examples,
 )
 from ckptkit.options import VerifyOptions
-from ckptkit.report import Finding, Report, Severity, worst
 
-__all__ = ["command", "echo_report"]
+if TYPE_CHECKING:
+    from ckptkit.documents import VerifyDocument
+    from ckptkit.report import Severity
+
+__all__ = ["RENDERERS", "Row", "check_rows", "command", "text"]
+
+_SOUND = {
+    "load": "every tensor in the model is the file's",
+    "weights": "finite, no matrix all zero, running variances positive",
+}
+"""What a check that found nothing has to say, where it leaves no note."""
+
+_GAP = "  "
+
+
+class Row(NamedTuple):
+    """A line of the screen.
+
+    Attributes:
+        name: the check; ``""``: the one above.
+        severity: of the finding; ``None``: there is none.
+        label: what came of it.
+        text: what is to be said.
+        fix: the command that fixes it.
+    """
+
+    name: str
+    severity: Severity | None
+    label: str
+    text: str
+    fix: str | None = None
+
+
+def text(document: VerifyDocument, view: View) -> Iterator[str]:
+    """Each check that was run on a line of its own, aligned; further findings and fixes below it; the verdict last."""
+    style, rows = view.style, list(check_rows(document))
+    width = max((len(check["name"]) for check in document["checks"] if check["run"]), default=0)
+    is_partial = any(finding["code"] == "not-loaded" for finding in document["findings"])
+    labels = len("not loaded") if is_partial else len("warning")
+    for row in rows:
+        color = {"ok": "green", "failed": "red"}.get(row.label, COLORS.get(f"{row.severity}"))
+        label = style(padded(row.label, labels), fg=color, bold=row.severity == "error")
+        yield f"{padded(row.name, width)}{_GAP}{label}{_GAP}{printable(row.text)}"
+        if row.fix:
+            yield " " * (width + len(_GAP) + labels) + _GAP + _GAP + printable(row.fix)
+    if not view.quiet:
+        verdict = style("passed", fg="green", bold=True) if document["ok"] else style("FAILED", fg="red", bold=True)
+        yield f"{printable(document['path'])}: {verdict} against {printable(document['reference'])}"
+
+
+def check_rows(document: VerifyDocument) -> Iterator[Row]:
+    """What was told before the first check, then each check that was run with what it found."""
+    checks = [(None, None), *((check["name"], check) for check in document["checks"])]
+    for name, check in checks:
+        found = [finding for finding in document["findings"] if finding["check"] == name]
+        is_failed = any(finding["severity"] == "error" for finding in found)
+        for number, finding in enumerate(found):
+            severity, label = finding["severity"], "failed" if is_failed else "ok"
+            label = "not loaded" if finding["code"] == "not-loaded" else label
+            label = severity if severity != "info" else "ok" if number else label
+            said = f"{finding['message']} [{finding['code']}]"
+            yield Row("" if number else name or "", severity, label, said, finding["fix"])
+        if check is not None and check["run"] and not found:
+            yield Row(check["name"], None, "ok", check["note"] or _SOUND.get(check["name"], ""))
+
+
+RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.verify")}
 
 
 @click.command(
@@ -45,8 +110,8 @@ __all__ = ["command", "echo_report"]
 )
 @path_argument("path")
 @options_of(VerifyOptions, model={"shell_complete": complete_reference})
-@common_options
-def command(path: str, as_json: bool, quiet: bool, color: str, **given: Any) -> int:
+@common_options(RENDERERS)
+def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> int:
     """Load PATH into a reference model, strictly, and examine what it computes.
 
     The checkpoint is read by ckptkit and never executed (but with --unsafe-load); the reference's own code is.
@@ -58,56 +123,9 @@ def command(path: str, as_json: bool, quiet: bool, color: str, **given: Any) -> 
     another number of threads, in another batch and with other rounding; a golden keeps that of when it was written.
     """
     ending.keep_stdout()
-    with json_errors(as_json):
+    with json_errors(output == "json"):
         report = api.verify(path, **keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
-    if as_json:
-        echo_json(report.to_dict())
-        return code
-    style = styler(color)
-    echo_report(report, style)
-    verdict = style("passed", fg="green", bold=True) if report.ok else style("FAILED", fg="red", bold=True)
-    if not quiet:
-        echo(f"{printable(path)}: {verdict} against {printable(report.details['reference'])}")
+    show(cast("VerifyDocument", report.to_dict()), output, RENDERERS, View(styler(color), quiet=quiet))
     return code
-
-
-_SOUND = {
-    "load": "every tensor in the model is the file's",
-    "weights": "finite, no matrix all zero, running variances positive",
-}
-"""What a check that found nothing has to say, where it leaves no note."""
-
-_GAP = "  "
-
-
-def echo_report(report: Report, style: Style) -> None:
-    """Each check that was run on a line of its own, aligned; further findings and fixes below it."""
-    checks = report.details["checks"]
-    width = max((len(check["name"]) for check in checks if check["run"]), default=0)
-    findings = list(report.findings)
-    labels = len("not loaded") if any(finding.code == "not-loaded" for finding in findings) else len("warning")
-
-    def line(name: str, severity: Severity | None, text: str, label: str = "ok") -> None:
-        label = (label if severity in (None, "info") else str(severity)).ljust(labels)
-        color = {"ok": "green", "failed": "red"}.get(label.strip(), COLORS.get(str(severity)))
-        echo(f"{name.ljust(width)}{_GAP}{style(label, fg=color, bold=severity == 'error')}{_GAP}{printable(text)}")
-
-    def told(name: str, found: list[Finding]) -> None:
-        label = "failed" if worst(found) == "error" else "ok"
-        for i, finding in enumerate(found):
-            said = "not loaded" if finding.code == "not-loaded" else label
-            line("" if i else name, finding.severity, f"{finding.message} [{finding.code}]", said if not i else "ok")
-            if finding.fix:
-                echo(" " * (width + len(_GAP) + labels) + _GAP + _GAP + printable(finding.fix))
-
-    # Findings stand in the order of the checks; those before the first are not any check's.
-    position = len(findings) - sum(len(check["codes"]) for check in checks)
-    told("", findings[:position])
-    for check in checks:
-        found = findings[position : position + len(check["codes"])]
-        position += len(found)
-        told(check["name"], found)
-        if check["run"] and not found:
-            line(check["name"], None, check["note"] or _SOUND.get(check["name"], ""))

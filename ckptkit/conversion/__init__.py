@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats
 from ckptkit.bytesource import Source
@@ -38,6 +38,7 @@ from ckptkit.transfer import Tally, write_atomically
 from ckptkit.transfer.names import is_temporary_name
 
 if TYPE_CHECKING:
+    from ckptkit.documents import ChangesDocument, ConvertDetails
     from ckptkit.options import ConvertOptions
 
 __all__ = ["Job", "Outcome", "Tokens", "run", "with_digests", "with_receipt"]
@@ -158,14 +159,15 @@ class Outcome:
     def report(self) -> Report:
         """What `ckptkit.convert` gives."""
         plan, written = self.job.plan, not self.options.dry_run
-        details = {
+        changes = cast("ChangesDocument", {}) if self.conversion is None else self.conversion.details(plan)
+        details: ConvertDetails = {
             "source": self.job.source.path,
             "destination": self.job.path,
             "written": written,
             "checked": written and self.options.check,
             "section": self.section,
             "plan": plan.to_dict(),
-            **({} if self.conversion is None else self.conversion.details(plan)),
+            **changes,
         }
         return Report(findings=self.findings, details=details)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptkit import rewrite  # each rewriter is imported when it is used
 from ckptkit.checkpoint import Checkpoint, TensorEntry
@@ -38,6 +38,7 @@ from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
 
 if TYPE_CHECKING:
+    from ckptkit.documents import CastDocument, ChangesDocument
     from ckptkit.options import ConvertOptions
     from ckptkit.rewrite.like import Like
     from ckptkit.transfer import Tally
@@ -217,10 +218,10 @@ class Conversion:
         """What casts lost, once it is written."""
         yield from diagnose_casts(self.result, tally)
 
-    def details(self, plan: Plan) -> dict[str, Any]:
+    def details(self, plan: Plan) -> ChangesDocument:
         """What was changed, as it stands in JSON documents."""
         entries, like = self.result.state_dict, self._like
-        casts = []
+        casts: list[CastDocument] = []
         for name, entry in entries.items():
             source = entry.storage.source
             if isinstance(source, ConvertedRange):

@@ -1,8 +1,8 @@
 """What changed between two checkpoints, whatever their containers: `differ` makes a `Difference`.
 
-The weights are compared name by name; what has another name is looked for by content and by shape (`matching`).
-Bits decide (`bits`, `work`); figures are computed of what differs alone (`figures`, `measuring`).  What stands
-beside the weights is compared too: sections and scalars (`beside`), and everything in both files' trees (`trees`).
+The weights are compared name by name; what has another name is looked for by content and by shape (`pairs`).
+Bits decide (`bits`); figures are computed of what differs alone (`figures`).  What stands beside the weights is
+compared too: sections, scalars, and everything in both files' trees (`rest`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
-from ckptkit.differences.difference import UNCHANGED, Difference, rolled_up
+from ckptkit.differences.difference import Difference
 from ckptkit.differences.figures import Sums, Tolerance
 from ckptkit.differences.pairs import NO_FIGURES, PairReader, all_sums, find_renamed
 from ckptkit.differences.rest import (
@@ -32,11 +32,27 @@ from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.selection import paths_listed
 from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.report import Finding, count_of, listed
+from ckptkit.rewrite.names import module_paths
 
-__all__ = ["Difference", "Tolerance", "differ"]
+if TYPE_CHECKING:
+    from ckptkit.differences.difference import ModuleRow, SectionRow, TieRow
+
+__all__ = ["Difference", "Tolerance", "differ", "rolled_up"]
 
 _MOST_NAMED = 3
 """Names in a message."""
+
+UNCHANGED = "unchanged"
+"""The status of a tensor that is the same in both, or within tolerance."""
+
+_MOST_ROWS = 24
+"""Rows that can still be read."""
+
+_MOST_SEGMENTS = 6
+"""Segments of the name of a module that stands for what differs in it."""
+
+_COUNTER = "num_batches_tracked"
+"""What BatchNorm counts batches in: its last segment."""
 
 _OVERLAPPING = "it is a view of far more elements than are stored, or its values cannot be computed"
 
@@ -76,7 +92,7 @@ def differ(
     work = PairReader(progress)
     with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
         comparison = _Comparison(ours, theirs, work, tolerance)
-        sections: tuple[dict[str, Any], ...] = ()
+        sections: tuple[SectionRow, ...] = ()
         parts = (other_sections(a), other_sections(b)) if beside and selected else ({}, {})
         trees = TreeComparison(
             a,
@@ -309,17 +325,19 @@ def _prefixes(
     yield Finding(code="prefix-differs", severity="warning", message=message, fix=fix)
 
 
-def _ties(pairs: Sequence[_Paired]) -> Iterator[dict[str, Any]]:
+def _ties(pairs: Sequence[_Paired]) -> Iterator[TieRow]:
     """Tensors that are one tensor in only one of the files, under the names of the second."""
     groups = tied_groups({new: a for _, new, a, _ in pairs}), tied_groups({new: b for _, new, _, b in pairs})
-    for mine, others, which in ((groups[0], groups[1], "a"), (groups[1], groups[0], "b")):
+    sides: tuple[tuple[Literal["a", "b"], int], ...] = (("a", 0), ("b", 1))
+    for which, side in sides:
+        mine, others = groups[side], groups[1 - side]
         group = {name: number for number, names in enumerate(others) for name in names}
         for names in mine:
             if len({group.get(name) for name in names}) > 1 or names[0] not in group:
                 yield {"names": names, "tied_in": which}
 
 
-def _ties_told(ties: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def _ties_told(ties: Sequence[TieRow]) -> Iterator[Finding]:
     if ties:
         first = ties[0]
         message = (
@@ -327,3 +345,51 @@ def _ties_told(ties: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
             f"{_names(first['names'])} in {first['tied_in'].upper()}"
         )
         yield Finding(code="ties-differ", severity="info", message=message)
+
+
+def rolled_up(statuses: Mapping[str, str], largest: Mapping[str, float]) -> tuple[ModuleRow, ...]:
+    """One row for each module, or tensor, that stands for differences.
+
+    The highest module below which nothing stayed as it was stands for all in it.  Where only ``fc.weight`` and
+    ``fc.bias`` changed that is ``fc``; where all of ``layer1.0.conv1`` changed and the rest of ``layer1.0`` did not,
+    ``layer1.0.conv1``.  Counters of batches do not keep a module from standing for what is in it.  Where that makes
+    more rows than can be read, modules of as many segments as still can be stand for what differs in them.  Names are
+    split on dots to *show* this; nothing is rebuilt from it.
+
+    Args:
+        statuses: of every name: `UNCHANGED`, or what happened to it.
+        largest: absolute difference of those that have one.
+    """
+    differing = {name: status for name, status in statuses.items() if status != UNCHANGED}
+    if not differing:
+        return ()
+    kept = {
+        path
+        for name, status in statuses.items()
+        if status == UNCHANGED and name.rpartition(".")[2] != _COUNTER
+        for path in _above(name)
+    }
+    places = {name: next((path for path in _above(name) if path not in kept), name) for name in differing}
+    segments = _MOST_SEGMENTS
+    while len(set(places.values())) > _MOST_ROWS and segments:
+        places = {name: ".".join(name.split(".", segments)[:segments]) for name in differing}
+        segments -= 1
+    rows: dict[str, ModuleRow] = {}
+    for name, status in differing.items():
+        row = rows.setdefault(
+            places[name],
+            {"module": places[name], "tensors": 0, "differing": 0, "statuses": {}, "max_abs": None},
+        )
+        row["differing"] += 1
+        row["statuses"][status] = row["statuses"].get(status, 0) + 1
+        if name in largest:
+            row["max_abs"] = max(row["max_abs"] or 0, largest[name])
+    for name in statuses:
+        for path in {*_above(name), name} & rows.keys():
+            rows[path]["tensors"] += 1
+    return tuple(rows.values())
+
+
+def _above(name: str) -> Iterator[str]:
+    yield ""
+    yield from module_paths(name)

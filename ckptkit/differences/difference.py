@@ -1,29 +1,229 @@
-"""What changed between two checkpoints: the record that text, JSON and markdown are made of.
-
-Differences rolled up by module: the highest one below which nothing stayed as it was stands for all in it.
-
-Where only ``fc.weight`` and ``fc.bias`` changed that is ``fc``; where all of ``layer1.0.conv1`` changed and the rest of
-``layer1.0`` did not, ``layer1.0.conv1``.  Counters of batches do not keep a module from standing for what is in it.
-Where that makes more rows than can be read, modules of as many segments as still can be stand for what differs in
-them.  Names are split on dots to *show* this; nothing is rebuilt from it.
-"""
+"""What changed between two checkpoints: the record, and the document that text, JSON and markdown are made of."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict, TypeVar
 
+from ckptkit.checkpoint import Kind, Trust
 from ckptkit.errors import FailedReportError
-from ckptkit.report import SCHEMA_VERSION, Finding, count_of, share_of
-from ckptkit.rewrite.names import module_paths
+from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, share_of
 
-__all__ = ["UNCHANGED", "Difference", "rolled_up"]
+__all__ = ["DiffDocument", "DiffFile", "Difference", "ModuleRow", "RenamedRow", "TreeRow"]
 
-Rows = tuple[Mapping[str, Any], ...]
-"""Elements of a list of the JSON document."""
+_FromText = TypedDict("_FromText", {"from": str})
+_FromShape = TypedDict("_FromShape", {"from": list[int]})
+
+
+class DiffFile(TypedDict):
+    """One of the two files; ``section`` is the path of its weights, ``tensors`` and ``nbytes`` are theirs.
+
+    Attributes:
+        locations: device tags of the weights.
+    """
+
+    path: str
+    size: int
+    format: str
+    kind: Kind
+    writer: str | None
+    section: str | None
+    tensors: int
+    nbytes: int
+    locations: list[str]
+    trust: Trust
+
+
+class NanCounts(TypedDict):
+    """Elements that are NaN in one file alone, in both, and in both with other signs."""
+
+    a: int
+    b: int
+    both: int
+    signs: int
+
+
+class FiguresRow(TypedDict):
+    """By how much two tensors differ, in their finite elements; ``None``: there is no such figure.
+
+    Attributes:
+        max_abs, mean_abs: of the differences of elements.
+        relative_norm: of the difference, as a share of the norm of ``a``.
+        cosine: -1 to 1.
+        equal_share: of the elements that are the same, 0 to 1.
+        elements, differing: how many there are, and how many are not the same.
+        infinite: elements that are infinite in one alone, or with another sign.
+        zero_signs: zeros of another sign.
+        only_zero_signs, only_nan_bits: whether nothing else differs.
+    """
+
+    max_abs: float | None
+    mean_abs: float | None
+    relative_norm: float | None
+    cosine: float | None
+    equal_share: float | None
+    elements: int | None
+    differing: int | None
+    nan: NanCounts | None
+    infinite: int | None
+    zero_signs: int | None
+    only_zero_signs: bool | None
+    only_nan_bits: bool | None
+
+
+class _Was(TypedDict, total=False):
+    """``was`` is the name in ``a``, where it is another."""
+
+    was: str
+
+
+class ChangedRow(FiguresRow, _Was):
+    """A tensor with other values."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+class RecastRow(_FromText, FiguresRow, _Was):
+    """A tensor of another dtype; ``equal_after_cast``: in one of the two (``None``: it cannot be told)."""
+
+    name: str
+    to: str
+    shape: list[int]
+    equal_after_cast: bool | None
+
+
+class _Dtypes(TypedDict, total=False):
+    from_dtype: str
+    to_dtype: str
+
+
+class ReshapedRow(_FromShape, _Was, _Dtypes):
+    """A tensor of another shape; ``same_values``: the same bits in order (``None``: not as many, or other dtypes)."""
+
+    name: str
+    to: list[int]
+    same_values: bool | None
+
+
+class RenamedRow(_FromText):
+    """A tensor of another name; see `ckptkit.differences.pairs`."""
+
+    to: str
+    by: Literal["content", "shape"]
+    confidence: Literal["certain", "likely", "guess"]
+
+
+class ValueRow(TypedDict):
+    """A value that is not a plain tensor and differs, in words; ``at``: where in it the first difference is."""
+
+    name: str
+    a: str
+    b: str
+    at: str
+
+
+class LostRow(TypedDict):
+    """What could not be compared, and why."""
+
+    name: str
+    reason: str
+
+
+class ScalarRow(TypedDict):
+    """A scalar that differs; ``None``: one has none."""
+
+    key: str
+    a: Any
+    b: Any
+
+
+class SectionRow(TypedDict):
+    """Another part that holds tensors.
+
+    Attributes:
+        a, b: how many tensors it has; ``None``: that file has no such part.
+        differing: how many of them differ; ``equal``: whether none does.  ``None``: only one has it.
+    """
+
+    path: str
+    kind: str
+    a: int | None
+    b: int | None
+    differing: int | None
+    equal: bool | None
+
+
+class TreeRow(TypedDict):
+    """A place in the files' trees that differs; ``a`` and ``b`` are shortened (``None``: there is nothing)."""
+
+    path: str
+    what: Literal["tensor", "value", "order"]
+    a: str | None
+    b: str | None
+    max_abs: float | None
+
+
+class TieRow(TypedDict):
+    """Names that are one tensor in only one of the files."""
+
+    names: list[str]
+    tied_in: Literal["a", "b"]
+
+
+class ModuleRow(TypedDict):
+    """A module, or a tensor, that stands for differences.
+
+    Attributes:
+        tensors, differing: how many are in it, and how many of them differ.
+        statuses: how many are ``"changed"``, ``"recast"`` and so on.
+        max_abs: the largest difference of an element in it.
+    """
+
+    module: str
+    tensors: int
+    differing: int
+    statuses: dict[str, int]
+    max_abs: float | None
+
+
+class DiffDocument(TypedDict):
+    """What ``ckptkit diff`` tells; what each field is, `Difference` says."""
+
+    schema_version: int
+    equal: bool
+    same_beside: bool
+    ok: bool
+    summary: str
+    a: DiffFile
+    b: DiffFile
+    tensors: int
+    unchanged: int
+    added: list[str]
+    removed: list[str]
+    renamed: list[RenamedRow]
+    reshaped: list[ReshapedRow]
+    recast: list[RecastRow]
+    changed: list[ChangedRow]
+    within_tolerance: list[ChangedRow]
+    values: list[ValueRow]
+    not_compared: list[LostRow]
+    same_order: bool
+    metadata: list[ScalarRow]
+    training: list[ScalarRow]
+    sections: list[SectionRow]
+    tree: list[TreeRow]
+    tree_differences: int
+    ties: list[TieRow]
+    modules: list[ModuleRow]
+    findings: list[FindingDocument]
+
+
+_Row = TypeVar("_Row")
 
 _MOST_NAMED = 3
 """Modules that the verdict names."""
@@ -50,53 +250,48 @@ class Difference:
     Names are those in ``b``, of removed tensors those in ``a``.  Every list is JSON-ready.
 
     Attributes:
-        a, b: the files: ``path``, ``size``, ``format``, ``kind``, ``writer``, ``section``, ``tensors``, ``nbytes``,
-            ``locations``, ``trust``.
+        a, b: the files.
         unchanged: how many tensors have the same name, shape, dtype and bits in both.
         added, removed: names that only ``b``, and only ``a``, has.
-        renamed: ``from``, ``to``, ``by``, ``confidence``; see `ckptkit.differences.pairs`.
-        reshaped: ``name``, ``from``, ``to``, ``same_values`` (the same bits in order; ``None``: not as many).
-        recast: ``name``, ``from``, ``to``, ``equal_after_cast`` (``None``: no values that could be told), figures.
-        changed: ``name``, ``dtype``, ``shape`` and figures (`ckptkit.differences.figures`), the largest change first.
+        renamed: tensors of another name.
+        reshaped: of another shape.
+        recast: of another dtype.
+        changed: of other values, the largest change first.
         within_tolerance: the same of what is no difference because of the tolerance that was asked for.
-        values: ``name``, ``a``, ``b`` of what is not a plain tensor (quantized, extra state) and differs; ``at``: where
-            in it the first difference is.
-        not_compared: ``name``, ``reason``.
+        values: what is not a plain tensor (quantized, extra state) and differs.
+        not_compared: what could not be.
         same_order: whether what both have stands in the same order.
-        metadata, training: ``key``, ``a``, ``b`` of what differs; ``None`` where one has none.
-        sections: the other parts that hold tensors: ``path``, ``kind``, tensors in ``a`` and in ``b`` (``None``: it
-            has no such part), how many are ``differing``, ``equal`` (``None``: only one has it).
-        tree: ``path``, ``what``, ``a``, ``b``, ``max_abs`` of all that differs in the files' trees: beside the weights,
-            in attributes of modules and of tensors, in classes and settings.  ``what`` is ``"tensor"``, ``"value"`` or
-            ``"order"`` (of keys); ``a`` and ``b`` are shortened (``None``: it has nothing there).  Tensors come first,
-            then the order is the file's; at most 1,000 are listed.
+        metadata, training: what differs of each.
+        sections: the other parts that hold tensors.
+        tree: all that differs in the files' trees: beside the weights, in attributes of modules and of tensors, in
+            classes and settings.  Tensors come first, then the order is the file's; at most 1,000 are listed.
         tree_differences: how many there are.
-        ties: ``names``, ``tied_in`` of tensors that are one tensor in only one of the files.
-        modules: the differences rolled up; see `ckptkit.differences.difference`.
+        ties: names that are one tensor in only one of the files.
+        modules: the differences rolled up; see `ckptkit.differences.rolled_up`.
         findings: what is remarkable about it.
         strict: whether what stands beside the tensors counts for `ok`.
     """
 
-    a: Mapping[str, Any]
-    b: Mapping[str, Any]
+    a: DiffFile
+    b: DiffFile
     unchanged: int
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    renamed: Rows = ()
-    reshaped: Rows = ()
-    recast: Rows = ()
-    changed: Rows = ()
-    within_tolerance: Rows = ()
-    values: Rows = ()
-    not_compared: Rows = ()
+    renamed: tuple[RenamedRow, ...] = ()
+    reshaped: tuple[ReshapedRow, ...] = ()
+    recast: tuple[RecastRow, ...] = ()
+    changed: tuple[ChangedRow, ...] = ()
+    within_tolerance: tuple[ChangedRow, ...] = ()
+    values: tuple[ValueRow, ...] = ()
+    not_compared: tuple[LostRow, ...] = ()
     same_order: bool = True
-    metadata: Rows = ()
-    training: Rows = ()
-    sections: Rows = ()
-    tree: Rows = ()
+    metadata: tuple[ScalarRow, ...] = ()
+    training: tuple[ScalarRow, ...] = ()
+    sections: tuple[SectionRow, ...] = ()
+    tree: tuple[TreeRow, ...] = ()
     tree_differences: int = 0
-    ties: Rows = ()
-    modules: Rows = ()
+    ties: tuple[TieRow, ...] = ()
+    modules: tuple[ModuleRow, ...] = ()
     findings: tuple[Finding, ...] = ()
     strict: bool = False
 
@@ -178,11 +373,11 @@ class Difference:
             lines += [f"{f.code}: {f.message}" + (f" (fix: {f.fix})" if f.fix else "") for f in self.findings]
             raise FailedReportError("\n".join(lines))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> DiffDocument:
         """The difference as one JSON-ready document."""
 
-        def rows(each: Rows) -> list[dict[str, Any]]:
-            return [dict(row) for row in each]
+        def rows(each: tuple[_Row, ...]) -> list[_Row]:
+            return [*map(copy, each)]
 
         return {
             "schema_version": SCHEMA_VERSION,
@@ -190,8 +385,8 @@ class Difference:
             "same_beside": self.same_beside,
             "ok": self.ok,
             "summary": self.summary,
-            "a": dict(self.a),
-            "b": dict(self.b),
+            "a": copy(self.a),
+            "b": copy(self.b),
             "tensors": self.tensors,
             "unchanged": self.unchanged,
             "added": [*self.added],
@@ -224,62 +419,3 @@ def _listed(names: list[str]) -> str:
     if len(names) > _MOST_NAMED:
         names = [*names[:_MOST_NAMED], f"{len(names) - _MOST_NAMED:,} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-UNCHANGED = "unchanged"
-"""The status of a tensor that is the same in both, or within tolerance."""
-
-_MOST_ROWS = 24
-"""Rows that can still be read."""
-
-_MOST_SEGMENTS = 6
-"""Segments of the name of a module that stands for what differs in it."""
-
-_COUNTER = "num_batches_tracked"
-"""What BatchNorm counts batches in: its last segment."""
-
-
-def rolled_up(statuses: Mapping[str, str], largest: Mapping[str, float]) -> tuple[dict[str, Any], ...]:
-    """One row for each module, or tensor, that stands for differences.
-
-    Args:
-        statuses: of every name: `UNCHANGED`, or what happened to it.
-        largest: absolute difference of those that have one.
-
-    Returns:
-        ``module``, ``tensors`` (how many are in it), ``differing`` (how many of them differ), ``statuses`` (how many
-        of each but `UNCHANGED`) and ``max_abs``.
-    """
-    differing = {name: status for name, status in statuses.items() if status != UNCHANGED}
-    if not differing:
-        return ()
-    kept = {
-        path
-        for name, status in statuses.items()
-        if status == UNCHANGED and name.rpartition(".")[2] != _COUNTER
-        for path in _above(name)
-    }
-    places = {name: next((path for path in _above(name) if path not in kept), name) for name in differing}
-    segments = _MOST_SEGMENTS
-    while len(set(places.values())) > _MOST_ROWS and segments:
-        places = {name: ".".join(name.split(".", segments)[:segments]) for name in differing}
-        segments -= 1
-    rows: dict[str, dict[str, Any]] = {}
-    for name, status in differing.items():
-        row = rows.setdefault(
-            places[name],
-            {"module": places[name], "tensors": 0, "differing": 0, "statuses": Counter(), "max_abs": None},
-        )
-        row["differing"] += 1
-        row["statuses"][status] += 1
-        if name in largest:
-            row["max_abs"] = max(row["max_abs"] or 0, largest[name])
-    for name in statuses:
-        for path in {*_above(name), name} & rows.keys():
-            rows[path]["tensors"] += 1
-    return tuple({**row, "statuses": dict(row["statuses"])} for row in rows.values())
-
-
-def _above(name: str) -> Iterator[str]:
-    yield ""
-    yield from module_paths(name)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.differences.bits import PIECE_NBYTES, pieces, same_piece, unexpanded
@@ -36,6 +36,9 @@ from ckptkit.errors import DTypeError
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import SMALL_NBYTES, Ahead
 from ckptkit.transfer.workers import Progress, in_parallel
+
+if TYPE_CHECKING:
+    from ckptkit.differences.difference import RenamedRow
 
 __all__ = ["NO_FIGURES", "Pair", "PairReader", "Renamed", "all_sums", "find_renamed"]
 
@@ -65,7 +68,7 @@ class Renamed:
     by: Literal["content", "shape"]
     confidence: Literal["certain", "likely", "guess"]
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> RenamedRow:
         """As it stands in JSON."""
         return {"from": self.old, "to": self.new, "by": self.by, "confidence": self.confidence}
 

@@ -10,7 +10,7 @@ weights alone it is told what it leaves out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.differences.figures import Tolerance
@@ -22,6 +22,9 @@ from ckptkit.normalize.sections import brief, is_plain_value
 from ckptkit.normalize.tensors import other_tensors
 from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side
 from ckptkit.pickling.inert import ABSENT, mapping_items, tensors_in, walk
+
+if TYPE_CHECKING:
+    from ckptkit.differences.difference import DiffFile, ScalarRow, SectionRow, TreeRow
 
 __all__ = [
     "TreeComparison",
@@ -40,7 +43,7 @@ _MAX_LOCATIONS = 64
 """Device tags that are listed."""
 
 
-def header(checkpoint: Checkpoint) -> dict[str, Any]:
+def header(checkpoint: Checkpoint) -> DiffFile:
     """The file and what it is, as the document's ``a`` and ``b``."""
     origin = checkpoint.origin
     entries = checkpoint.state_dict.values()
@@ -58,7 +61,7 @@ def header(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def _rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[ScalarRow, ...]:
     """The keys whose values differ."""
     keys = dict.fromkeys((*a, *b))
     return tuple(
@@ -68,7 +71,7 @@ def _rows(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], .
     )
 
 
-def metadata_rows(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, Any], ...]:
+def metadata_rows(a: Checkpoint, b: Checkpoint) -> tuple[ScalarRow, ...]:
     """The container's own strings that differ, and torch's module versions where both files have them."""
     versions = _versions(a.state_dict), _versions(b.state_dict)
     if a.state_dict.versions is None or b.state_dict.versions is None:
@@ -85,7 +88,7 @@ def _versions(state_dict: StateDict) -> dict[str, Any]:
     return found
 
 
-def training_rows(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, Any], ...]:
+def training_rows(a: Checkpoint, b: Checkpoint) -> tuple[ScalarRow, ...]:
     """Scalars beside the weights, learning rates and step counts that differ."""
     return _rows(_training(a), _training(b))
 
@@ -93,7 +96,8 @@ def training_rows(a: Checkpoint, b: Checkpoint) -> tuple[dict[str, Any], ...]:
 def _training(checkpoint: Checkpoint) -> dict[str, Any]:
     document = training_document(checkpoint.rest, checkpoint.sections)
     found = dict(document["scalars"])
-    for each in (*document["optimizers"], *document["schedulers"]):
+    states: list[Mapping[str, Any]] = [*document["optimizers"], *document["schedulers"]]
+    for each in states:
         path = each["path"] or "(whole file)"
         facts = ("kind", "groups", "lr", "steps", "last_epoch")
         found.update({f"{path}.{fact}": each[fact] for fact in facts if each.get(fact) is not None})
@@ -147,7 +151,7 @@ def section_rows(
     ours: Mapping[str, Mapping[str, TensorEntry]],
     theirs: Mapping[str, Mapping[str, TensorEntry]],
     work: PairReader,
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[SectionRow, ...]:
     """One row for each part beside the weights.
 
     Args:
@@ -166,7 +170,7 @@ def section_rows(
         if name in right and _alike(left, right[name])
     }
     work.run()
-    rows = []
+    rows: list[SectionRow] = []
     for path in dict.fromkeys((*ours, *theirs)):
         left, right = ours.get(path), theirs.get(path)
         differing = None
@@ -244,14 +248,15 @@ class TreeComparison:
             if key is not None or met.is_tensor or met.how == "kinds" or self._count <= _MOST_ROWS:
                 self._found.append((met, key))
 
-    def told(self, tolerance: Tolerance | None) -> tuple[tuple[dict[str, Any], ...], int, list[str]]:
+    def told(self, tolerance: Tolerance | None) -> tuple[tuple[TreeRow, ...], int, list[str]]:
         """The rows that are listed, those of tensors first; how many there are; and what could not be compared."""
         differing = [(met, key) for met, key in self._found if key is None or self._work.same(key) is False]
         lost = [str(met.place) for met, key in self._found if key is not None and self._work.same(key) is None]
         measured = [(met, key) for met, key in differing if key is not None and not self._is_in_section(met)]
         wanted = measured if tolerance is not None else measured[:_MOST_MEASURED]
         sums = all_sums((_tensors(met) for met, _ in wanted), tolerance or Tolerance(), self._work) if wanted else {}
-        rows, within = [], 0
+        rows: list[TreeRow] = []
+        within = 0
         tensors = {id(met) for met in _of_tensors(met for met, _ in differing)}
         for met, key in sorted(differing, key=lambda pair: (id(pair[0]) not in tensors, self._is_in_section(pair[0]))):
             found = sums.get(_views(met)) if sums and key is not None else None
@@ -262,8 +267,9 @@ class TreeComparison:
             if met.how == "order":
                 b = f"{b}, the same keys in another order"
             figure = None if found is None else found.to_dict()["max_abs"]
-            what = "tensor" if id(met) in tensors else "order" if met.how == "order" else "value"
-            rows.append({"path": str(met.place), "what": what, "a": a, "b": b, "max_abs": figure})
+            what: Literal["tensor", "order", "value"] = "order" if met.how == "order" else "value"
+            place, is_tensor = str(met.place), id(met) in tensors
+            rows.append({"path": place, "what": "tensor" if is_tensor else what, "a": a, "b": b, "max_abs": figure})
         bits = sum(key is not None for _, key in differing)
         return tuple(rows[:_MOST_ROWS]), self._count + bits - within, lost
 

@@ -1,11 +1,11 @@
 """The inspect document: one file's `Checkpoint` as the JSON that ``ckptkit inspect --json`` prints.
 
-The document is the single source of every output: text and markdown are rendered from it.
+The document is the single source of every output: text and markdown are rendered from it.  What its fields mean,
+`ckptkit.inspection.document` says.
 
 `survey` makes it with the tensors as rows (`ckptkit.inspection.listing.TensorRow`), of which a file may have 100,000;
-`describe` with the tensors as the dicts they are in JSON; `json_chunks` writes what `survey` made.
-
-What the bytes of a file are used for: storages, tensors that share them, and bytes nothing uses.
+`describe` with the tensors as the dicts they are in JSON; `json_chunks` writes what `survey` made, and `surveyed` makes
+it of a document that was written.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-from ckptkit.architectures import identify
-from ckptkit.checkpoint import Checkpoint, GlobalUse, Section, Storage
+from ckptkit.architectures import Architecture, identify
+from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Storage
 from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.listing import (
@@ -27,6 +26,7 @@ from ckptkit.inspection.listing import (
     natural_key,
     ordered,
     other_rows,
+    rows_of,
     storage_names,
     wanted,
 )
@@ -36,6 +36,26 @@ from ckptkit.normalize.tensors import other_tensors
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 from ckptkit.tensor import unused_nbytes
+
+if TYPE_CHECKING:
+    from ckptkit.inspection.document import (
+        ArchitectureDocument,
+        FileFacts,
+        GlobalDocument,
+        InspectedFile,
+        PartDocument,
+        SectionDocument,
+        StatsDocument,
+        StorageDocument,
+        UnreadFile,
+        WeightsDocument,
+    )
+
+    class Survey(FileFacts):
+        """An `InspectedFile` whose tensors are rows."""
+
+        tensors: list[TensorRow]
+
 
 __all__ = [
     "Totals",
@@ -47,6 +67,7 @@ __all__ = [
     "section_documents",
     "storage_document",
     "survey",
+    "surveyed",
     "tensor_role",
     "totals",
     "training_state",
@@ -61,7 +82,7 @@ _MAX_PLACES = 8
 
 def describe(
     checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False
-) -> dict[str, Any]:
+) -> InspectedFile:
     """One element of the document's ``files``.
 
     Args:
@@ -73,9 +94,7 @@ def describe(
     return plain_document(survey(checkpoint, filters=filters, sort=sort, stats=stats))
 
 
-def survey(
-    checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False
-) -> dict[str, Any]:
+def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False) -> Survey:
     """As `describe`, with the tensors as rows."""
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
@@ -106,8 +125,8 @@ def survey(
         "trust": checkpoint.trust,
         "globals": _globals(checkpoint.globals),
         "modules": list_modules(checkpoint.module),
-        "part": None if checkpoint.part is None else asdict(checkpoint.part),
-        "architecture": [architecture.to_dict() for architecture in identify(checkpoint.state_dict)],
+        "part": None if checkpoint.part is None else _part(checkpoint.part),
+        "architecture": [_architecture(found) for found in identify(checkpoint.state_dict)],
         "findings": [
             finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside, storage["unused_nbytes"]))
         ],
@@ -115,7 +134,30 @@ def survey(
     }
 
 
-def describe_error(path: str, error: CkptkitError) -> dict[str, Any]:
+def _part(part: Part) -> PartDocument:
+    return {
+        "layout": part.layout,
+        "piece": part.piece,
+        "lacks": part.lacks,
+        "instead": part.instead,
+        "opens": part.opens,
+    }
+
+
+def _architecture(found: Architecture) -> ArchitectureDocument:
+    return {
+        "reference": found.reference,
+        "args": dict(found.args),
+        "exact": found.exact,
+        "similarity": round(found.similarity, 3),
+        "prefix": found.prefix,
+        "others": found.others,
+        "differs": found.differs,
+        "label": found.label,
+    }
+
+
+def describe_error(path: str, error: CkptkitError) -> UnreadFile:
     """The element of ``files`` for a file that could not be read."""
     message = error.message if isinstance(error, FormatError) else str(error)
     names = _globals(merge_uses(error.globals), error.where or "") if isinstance(error, FormatError) else []
@@ -143,7 +185,7 @@ def describe_error(path: str, error: CkptkitError) -> dict[str, Any]:
     }
 
 
-def _globals(uses: Sequence[GlobalUse], where: str = "") -> list[dict[str, Any]]:
+def _globals(uses: Sequence[GlobalUse], where: str = "") -> list[GlobalDocument]:
     """The names with their verdicts; ``where`` is the place of those that do not tell theirs."""
     return [
         {
@@ -157,14 +199,19 @@ def _globals(uses: Sequence[GlobalUse], where: str = "") -> list[dict[str, Any]]
     ]
 
 
-def plain_document(document: dict[str, Any]) -> dict[str, Any]:
+def plain_document(document: Survey) -> InspectedFile:
     """What `survey` made, as JSON has it."""
     return {**document, "tensors": [row.to_dict() for row in document["tensors"]]}
 
 
-def json_chunks(document: dict[str, Any]) -> Iterator[str]:
-    """The JSON text of what `survey` made, on one line, a piece at a time; non-ASCII is escaped."""
-    rows: list[TensorRow] = document["tensors"]
+def surveyed(document: InspectedFile | Survey) -> Survey:
+    """The same as `survey` made it, where it comes out of a JSON document."""
+    return {**document, "tensors": rows_of(document["tensors"])}
+
+
+def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
+    """The JSON text of what `survey` or `describe_error` made, on one line, a piece at a time; non-ASCII is escaped."""
+    rows = document["tensors"]
     head, tail = json.dumps({**document, "tensors": []}).split('"tensors": []', 1)
     yield f'{head}"tensors": ['
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
@@ -179,20 +226,21 @@ def _with_stats(checkpoint: Checkpoint, rows: list[TensorRow]) -> tuple[list[Ten
 
     checksums = Checksums()
     checksums.want(row.entry.storage for row in rows if row.entry is not None)
-    known: dict[tuple[object, ...], dict[str, Any]] = {}
+    known: dict[tuple[object, ...], StatsDocument] = {}
+    nothing = cast("StatsDocument", NO_STATS)
     result = []
     for row in rows:
         if row.entry is None:
-            result.append(row._replace(stats=dict(NO_STATS)))
+            result.append(row._replace(stats=nothing.copy()))
             continue
         view = row.entry.view
         if view not in known:
             try:
-                known[view] = tensor_stats(row.entry, checksums)
+                known[view] = cast("StatsDocument", tensor_stats(row.entry, checksums))
             except CorruptError:
                 if not checksums.is_broken(row.entry.storage):
                     raise
-                known[view] = dict(NO_STATS)
+                known[view] = nothing.copy()
         result.append(row._replace(stats=known[view]))
     damages = checksums.damages()
     if not damages:
@@ -201,7 +249,7 @@ def _with_stats(checkpoint: Checkpoint, rows: list[TensorRow]) -> tuple[list[Ten
     return result, [Finding(code="damaged", severity="error", message=message)]
 
 
-def _summary(checkpoint: Checkpoint, sums: dict[str, Totals]) -> dict[str, Any] | None:
+def _summary(checkpoint: Checkpoint, sums: dict[str, Totals]) -> WeightsDocument | None:
     """Totals of the selected weights; parameters and buffers in elements, tied tensors once."""
     path = checkpoint.origin.state_path
     if path is None:
@@ -262,9 +310,9 @@ def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
     return sums
 
 
-def section_documents(sections: Sequence[Section], sums: dict[str, Totals], size: int) -> list[dict[str, Any]]:
+def section_documents(sections: Sequence[Section], sums: dict[str, Totals], size: int) -> list[SectionDocument]:
     """The elements of the document's ``sections``; parameters and buffers are ``None`` for what is no weights."""
-    documents = []
+    documents: list[SectionDocument] = []
     for section in sections:
         total = sums.get(section.path) if section.is_weights else None
         documents.append(
@@ -282,13 +330,8 @@ def section_documents(sections: Sequence[Section], sums: dict[str, Totals], size
     return documents
 
 
-def storage_document(listing: Listing) -> dict[str, int]:
-    """``storages``, their ``nbytes``, and how tensors use them.
-
-    ``unique_tensor_nbytes`` are the bytes of all tensors, tied ones once; ``tied`` tensors stand under another
-    name too; ``shared`` tensors are different views of a storage that others view; ``unused_nbytes`` belong to
-    storages but to no tensor.
-    """
+def storage_document(listing: Listing) -> StorageDocument:
+    """What the bytes of a file are used for: storages, tensors that share them, and bytes nothing uses."""
     rows, several, bare = listing.rows, listing.several, listing.bare
     views: dict[int, set[tuple[object, ...]]] = {}
     tied = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages
 from ckptkit.dtypes import DTYPES
@@ -22,7 +22,13 @@ from ckptkit.normalize.tensors import FoundTensor, every_tensor, other_tensors, 
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
-__all__ = ["Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "storage_names", "wanted"]
+if TYPE_CHECKING:
+    from ckptkit.inspection.document import StatsDocument, TensorDocument
+
+__all__ = [
+    "Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of", "storage_names",
+    "wanted",
+]  # fmt: skip
 
 
 class TensorRow(NamedTuple):
@@ -49,7 +55,7 @@ class TensorRow(NamedTuple):
     entry: TensorEntry | None
     form: str | None = None
     value: str | None = None
-    stats: dict[str, Any] | None = None
+    stats: StatsDocument | None = None
 
     @property
     def tensor(self) -> TensorEntry:
@@ -66,9 +72,9 @@ class TensorRow(NamedTuple):
         """Number of elements."""
         return max(math.prod(self.shape), 0)  # sizes that differ are -1
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> TensorDocument:
         """The row as an element of the document's ``tensors``."""
-        document: dict[str, Any] = {
+        document: TensorDocument = {
             "section": self.section,
             "name": self.name,
             "dtype": self.dtype,
@@ -123,6 +129,16 @@ class TensorRow(NamedTuple):
         import json
 
         return f'{text}, "stats": {json.dumps(stats)}}}'
+
+
+def rows_of(tensors: list[TensorRow] | list[TensorDocument]) -> list[TensorRow]:
+    """The rows that the elements of a document's ``tensors`` stand for; rows are given back as they are."""
+    rows: list[Any] = [*tensors]
+    if not rows or isinstance(rows[0], TensorRow):
+        return rows
+    return [
+        TensorRow(**{**each, "shape": (*each["shape"],), "stride": (*each["stride"],), "entry": None}) for each in rows
+    ]
 
 
 def _nullable(text: str | None) -> str:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.inspection.listing import TensorRow, natural_key
 from ckptkit.report import count_of
+
+if TYPE_CHECKING:
+    from ckptkit.inspection.document import ModuleDocument
 
 __all__ = ["Outline", "OutlineLine"]
 
@@ -102,7 +105,7 @@ class Outline:
     def __init__(
         self,
         rows: Sequence[TensorRow],
-        modules: Sequence[dict[str, Any]] = (),
+        modules: Sequence[ModuleDocument] = (),
         *,
         sectioned: bool = False,
         sort: str = "file",

@@ -1,20 +1,21 @@
-"""The training state beside the weights: scalars, optimizers, schedulers.
+"""What stands beside and around the weights: the training state, and the modules of a pickled model.
 
-An optimizer's state_dict is ``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does
-not name its class.  The options in its groups tell: what ``torch/optim`` sets as defaults differs from
-class to class (`_OPTIMIZERS`).  A scheduler's state_dict is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which
-tells in the same way.  Both are inferences and marked so; a pickled object says what it is.
+The training state is scalars, optimizers and schedulers.  An optimizer's state_dict is
+``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does not name its class.  The options in
+its groups tell: what ``torch/optim`` sets as defaults differs from class to class (`_OPTIMIZERS`).  A scheduler's
+state_dict is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which tells in the same way.  Both are inferences and
+marked so; a pickled object says what it is.
 
 No tensor is read but those of one element, of which a few: step counts, a best metric.
 
-A pickled model's modules as the inspect document lists them, and the text ``print(model)`` gives.
+A pickled model's modules are told as ``print(model)`` shows them.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Section, TensorEntry
@@ -23,6 +24,9 @@ from ckptkit.inspection.settings import class_name, is_printed, is_scalar, modul
 from ckptkit.normalize.modules import module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
+
+if TYPE_CHECKING:
+    from ckptkit.inspection.document import ModuleDocument, OptimizerDocument, SchedulerDocument, TrainingDocument
 
 __all__ = ["has_optimizer", "list_modules", "printed_model", "training_document", "training_state"]
 
@@ -82,8 +86,8 @@ _FORMATS = {"float32": "f", "float64": "d", "float16": "e", "int64": "q", "int32
             "uint8": "B", "bool": "?"}  # fmt: skip
 
 
-def training_document(rest: object, sections: Sequence[Section] = ()) -> dict[str, Any]:
-    """``{"scalars": {...}, "optimizers": [...], "schedulers": [...]}`` of what is beside the weights.
+def training_document(rest: object, sections: Sequence[Section] = ()) -> TrainingDocument:
+    """What training left beside the weights.
 
     Args:
         rest: all but the state_dict.
@@ -91,18 +95,14 @@ def training_document(rest: object, sections: Sequence[Section] = ()) -> dict[st
     """
     sized = {section.path: section for section in sections}
     reader = _ScalarReader()
-    optimizers: list[dict[str, Any]] = []
-    schedulers: list[dict[str, Any]] = []
+    optimizers: list[OptimizerDocument] = []
+    schedulers: list[SchedulerDocument] = []
     for path, name, state in _mappings(rest):
         if _is_optimizer(state):
             if len(optimizers) < _MAX_FOUND:
-                section = sized.get(path)
-                size = (
-                    {"tensors": section.tensors, "nbytes": section.nbytes} if section else {"tensors": 0, "nbytes": 0}
-                )
-                optimizers.append({"path": path, **_optimizer(state, name, reader), **size})
+                optimizers.append(_optimizer(path, state, name, reader, sized.get(path)))
         elif len(schedulers) < _MAX_FOUND and ("last_epoch" in state or "_schedulers" in state):
-            schedulers.append({"path": path, **_scheduler(state, name)})
+            schedulers.append(_scheduler(path, state, name))
     scalars = training_state(rest)
     for key, value in mapping_items(rest) or []:
         if isinstance(key, str) and isinstance(value, TensorEntry) and len(scalars) < _MAX_SCALARS:
@@ -197,11 +197,11 @@ def _mappings(root: object) -> Iterator[tuple[str, str | None, InertDict]]:
         )
 
 
-def _kind(class_name: str | None, known: tuple[tuple[str, str], ...], names: set[str]) -> dict[str, Any]:
-    """``kind`` and whether it is inferred: a pickled object's class is known, else its keys tell."""
+def _kind(class_name: str | None, known: tuple[tuple[str, str], ...], names: set[str]) -> str | None:
+    """What it is: a pickled object's class is known, else its keys tell."""
     if class_name is not None:
-        return {"kind": class_name.rpartition(".")[2], "inferred": False}
-    return {"kind": next((kind for kind, keys in known if names.issuperset(keys.split())), None), "inferred": True}
+        return class_name.rpartition(".")[2]
+    return next((kind for kind, keys in known if names.issuperset(keys.split())), None)
 
 
 def _keys(node: object) -> set[str]:
@@ -215,21 +215,33 @@ def _get(node: object, name: str) -> object:
     )
 
 
-def _optimizer(state: InertDict, class_name: str | None, reader: _ScalarReader) -> dict[str, Any]:
+def _optimizer(
+    path: str, state: InertDict, class_name: str | None, reader: _ScalarReader, section: Section | None
+) -> OptimizerDocument:
     listed = state.get("param_groups")
     groups = [group for group in listed if mapping_items(group) is not None] if isinstance(listed, list) else []
     moments = next((value for _, value in mapping_items(state.get("state")) or []), None)
     kind = _kind(class_name, _OPTIMIZERS, (_keys(groups[0]) if groups else set()) | _keys(moments))
-    if kind["kind"] == "Adam or AdamW" and groups and _get(groups[0], "decoupled_weight_decay") is not None:
-        kind["kind"] = "AdamW" if _get(groups[0], "decoupled_weight_decay") is True else "Adam"
-    rates = [reader.value(_get(group, "lr")) for group in groups[:_MAX_FOUND]]
-    return {**kind, "groups": len(groups), "lr": rates, "steps": reader.value(_get(moments, "step"))}
+    if kind == "Adam or AdamW" and groups and _get(groups[0], "decoupled_weight_decay") is not None:
+        kind = "AdamW" if _get(groups[0], "decoupled_weight_decay") is True else "Adam"
+    return {
+        "path": path,
+        "kind": kind,
+        "inferred": class_name is None,
+        "groups": len(groups),
+        "lr": [reader.value(_get(group, "lr")) for group in groups[:_MAX_FOUND]],
+        "steps": reader.value(_get(moments, "step")),
+        "tensors": section.tensors if section else 0,
+        "nbytes": section.nbytes if section else 0,
+    }
 
 
-def _scheduler(state: InertDict, class_name: str | None) -> dict[str, Any]:
+def _scheduler(path: str, state: InertDict, class_name: str | None) -> SchedulerDocument:
     rates = state.get("_last_lr")
     return {
-        **_kind(class_name, _SCHEDULERS, {key for key in state if isinstance(key, str)}),
+        "path": path,
+        "kind": _kind(class_name, _SCHEDULERS, {key for key in state if isinstance(key, str)}),
+        "inferred": class_name is None,
         "last_epoch": _number(state.get("last_epoch")),
         "lr": [_number(rate) for rate in rates[:_MAX_FOUND]] if isinstance(rates, list) else [],
     }
@@ -279,14 +291,12 @@ _FOLDED_LISTS = frozenset({"ModuleList", "ParametrizationList"})
 """Classes that print children which print alike as one: ``(0-11): 12 x Block(``."""
 
 
-def list_modules(root: object) -> list[dict[str, Any]]:
+def list_modules(root: object) -> list[ModuleDocument]:
     """A whole model's modules in the order of ``named_modules()``, parents first.
 
-    Each is ``{"path", "class", "text", "settings", "children"}``: ``text`` is the class with its settings as
-    ``print`` shows it, ``settings`` are its scalar attributes, ``children`` are paths.  A child that is
-    ``None`` has that for its class.
+    A child that is ``None`` has that for its class.
     """
-    listed: list[dict[str, Any]] = []
+    listed: list[ModuleDocument] = []
     known: dict[int, tuple[str, str, dict[str, Any], int]] = {}
     characters = 0
     stack: list[tuple[str, object]] = [("", root)]
@@ -336,7 +346,7 @@ def json_value(node: object) -> object:
     return value
 
 
-def printed_model(modules: list[dict[str, Any]]) -> Iterator[str]:
+def printed_model(modules: Sequence[ModuleDocument]) -> Iterator[str]:
     """The lines ``print(model)`` would give.
 
     Args:
@@ -346,13 +356,13 @@ def printed_model(modules: list[dict[str, Any]]) -> Iterator[str]:
         return
     by_path = {module["path"]: module for module in modules}
     alike = _alike(modules, by_path)
-    stack: list[tuple[str, str, dict[str, Any] | None]] = [("", "", modules[0])]
+    stack: list[tuple[str, str, ModuleDocument | None]] = [("", "", modules[0])]
     while stack:
         indent, label, module = stack.pop()
         if module is None:
             yield f"{indent})"
             continue
-        text: str = module["text"]
+        text = module["text"]
         name, _, extra = text.partition("(")
         extras = extra[:-1].split("\n") if len(extra) > 1 else []
         below = _below(module, by_path, alike)
@@ -368,8 +378,8 @@ def printed_model(modules: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _below(
-    module: dict[str, Any], by_path: dict[str, dict[str, Any]], alike: dict[str, int]
-) -> list[tuple[str, dict[str, Any]]]:
+    module: ModuleDocument, by_path: dict[str, ModuleDocument], alike: dict[str, int]
+) -> list[tuple[str, ModuleDocument]]:
     """A module's children with the labels they print under; those of a list, folded."""
     children = [by_path[path] for path in module["children"] if path in by_path]
     skip = len(module["path"]) + 1 if module["path"] else 0
@@ -387,7 +397,7 @@ def _below(
     ]
 
 
-def _alike(modules: list[dict[str, Any]], by_path: dict[str, dict[str, Any]]) -> dict[str, int]:
+def _alike(modules: Sequence[ModuleDocument], by_path: dict[str, ModuleDocument]) -> dict[str, int]:
     """A number for each module: equal numbers print alike, children included."""
     numbers: dict[tuple[object, ...], int] = {}
     result: dict[str, int] = {}

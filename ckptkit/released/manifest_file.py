@@ -19,11 +19,7 @@ of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they 
 ``whole_digest``, ``shards`` (named relative to the index) and ``others`` (values that are not plain tensors) are left
 out where there are none.  A reader ignores keys it does not know, and refuses another version.
 
-`records` holds its parts, `reader` reads it, `maker` makes and updates it, `at_path` from paths to a file.
-
-What a manifest says: one record a file.  What its text is, `ckptkit.released.manifest_file` says.
-
-Reads manifests; what one is, `ckptkit.released.manifest_file` says.
+`FileRecord` is one of ``files``; `ckptkit.released.manifest_maker` makes and updates manifests.
 
 A manifest may come from a stranger: everything in it has the type it must have, paths do not lead out of its folder,
 and where it lists tensors, they are those of its content digest.
@@ -36,7 +32,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Trust
@@ -47,6 +43,9 @@ from ckptkit.formats.shards import is_shard_name
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import SCHEMA_VERSION, count_of
 
+if TYPE_CHECKING:
+    from ckptkit.documents import ManifestFile, ManifestOptions, ManifestTensor, WrittenManifest
+
 __all__ = [
     "Changes",
     "Digests",
@@ -55,6 +54,7 @@ __all__ = [
     "Manifest",
     "ShardRecord",
     "TensorRecord",
+    "manifest_text",
     "paths_of",
     "read_manifest",
 ]
@@ -114,9 +114,23 @@ class FileRecord:
     others: tuple[str, ...] = ()
     whole_digest: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ManifestFile:
         """The record as it stands in the manifest."""
-        document: dict[str, Any] = {
+        whole: ManifestOptions = {} if self.whole_digest is None else {"whole_digest": self.whole_digest}
+        further: ManifestOptions = {}
+        if self.shards:
+            further["shards"] = {
+                name: {"size": shard.size, "sha256": shard.sha256} for name, shard in self.shards.items()
+            }
+        if self.others:
+            further["others"] = list(self.others)
+        tensors: dict[str, ManifestTensor] | None = None
+        if self.tensors is not None:
+            tensors = {
+                name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "digest": tensor.digest}
+                for name, tensor in self.tensors.items()
+            }
+        return {
             "path": self.path,
             "size": self.size,
             "sha256": self.sha256,
@@ -124,23 +138,12 @@ class FileRecord:
             "kind": self.kind,
             "trust": self.trust,
             "content_digest": self.content_digest,
-            **({} if self.whole_digest is None else {"whole_digest": self.whole_digest}),
+            **whole,
             "architecture": self.architecture,
             "golden": None if self.golden is None else {"path": self.golden.path, "sha256": self.golden.sha256},
+            **further,
+            "tensors": tensors,
         }
-        if self.shards:
-            document["shards"] = {
-                name: {"size": shard.size, "sha256": shard.sha256} for name, shard in self.shards.items()
-            }
-        if self.others:
-            document["others"] = list(self.others)
-        document["tensors"] = None
-        if self.tensors is not None:
-            document["tensors"] = {
-                name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "digest": tensor.digest}
-                for name, tensor in self.tensors.items()
-            }
-        return document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +177,7 @@ class Manifest:
     def __repr__(self) -> str:
         return f"<Manifest of {count_of(len(self.files), 'file')} in {self.folder!r:.80}>"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> WrittenManifest:
         """The manifest as one JSON-ready document."""
         return {
             "schema_version": SCHEMA_VERSION,
@@ -183,18 +186,20 @@ class Manifest:
         }
 
     def to_json(self) -> str:
-        """The manifest's text: one line for each field of a file, and for each tensor and shard."""
-        return "".join(self._text())
+        """The manifest's text."""
+        return "".join(manifest_text(self.to_dict()))
 
-    def _text(self) -> Iterator[str]:
-        yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n  "folders": {json.dumps(self.folders)},\n  "files": ['
-        for number, file in enumerate(self.files):
-            yield ",\n    {" if number else "\n    {"
-            for index, (name, value) in enumerate(file.to_dict().items()):
-                yield f'{"," * (index > 0)}\n      "{name}": '
-                yield from _lines(value) if name in ("tensors", "shards") and value else [json.dumps(value)]
-            yield "\n    }"
-        yield "\n  ]\n}\n" if self.files else "]\n}\n"
+
+def manifest_text(document: WrittenManifest) -> Iterator[str]:
+    """The text of a manifest, a piece at a time: one line for each field of a file, and for each tensor and shard."""
+    yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n  "folders": {json.dumps(document["folders"])},\n  "files": ['
+    for number, file in enumerate(document["files"]):
+        yield ",\n    {" if number else "\n    {"
+        for index, (name, value) in enumerate(file.items()):
+            yield f'{"," * (index > 0)}\n      "{name}": '
+            yield from _lines(value) if isinstance(value, dict) and value and name != "golden" else [json.dumps(value)]
+        yield "\n    }"
+    yield "\n  ]\n}\n" if document["files"] else "]\n}\n"
 
 
 def _lines(value: Mapping[str, object]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.architectures import Architecture
 from ckptkit.errors import CkptkitError, MissingDependencyError, MissingFileError
@@ -20,6 +20,9 @@ from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.results import CheckFinding
 from ckptkit.report import Report, count_of, listed
+
+if TYPE_CHECKING:
+    from ckptkit.documents import VerifyFindingDocument
 
 __all__ = ["compare", "golden_findings", "is_same_file", "model_findings"]
 
@@ -253,22 +256,21 @@ def model_findings(
 
 def _model_rules(report: Report, path: str, policy: Policy, reference: str) -> Iterator[CheckFinding]:
     """The verifier's findings but those that are only worth knowing, each under the rule whose it is."""
-    findings = list(report.findings)
-    names = [check["name"] for check in report.details["checks"] for _ in check["codes"]]
-    names = [""] * (len(findings) - len(names)) + names  # those before the first check are not any check's
-    for name, finding in zip(names, findings, strict=True):
-        if finding.severity == "info" or finding.code == CODE:  # which its own rule has told
+    findings: list[VerifyFindingDocument] = report.to_dict()["findings"]
+    for finding in findings:
+        if finding["severity"] == "info" or finding["code"] == CODE:  # which its own rule has told
             continue
-        fits = policy.fits is not None and (not policy.forward or name in ("", *_FIT_CHECKS))
+        fits = policy.fits is not None and (not policy.forward or finding["check"] in (None, *_FIT_CHECKS))
+        fix = finding["fix"]
         yield CheckFinding(
-            code=finding.code,
-            severity=finding.severity,
+            code=finding["code"],
+            severity=finding["severity"],
             path=path,
             rule="fits" if fits else "forward",
             expected=f"{'loads into' if fits else 'runs in'} {reference}",
-            found=finding.code,
-            message=finding.message,
-            fix=finding.fix if finding.fix is None or policy.ignore_checksums else finding.fix.replace(_IGNORE, ""),
+            found=finding["code"],
+            message=finding["message"],
+            fix=fix if fix is None or policy.ignore_checksums else fix.replace(_IGNORE, ""),
         )
 
 

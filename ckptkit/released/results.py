@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ckptkit.errors import CkptkitError, MissingFileError, PartError
 from ckptkit.normalize.parts import CODE
-from ckptkit.report import Finding, Report, listed
+from ckptkit.report import SCHEMA_VERSION, Finding, Report, listed
+
+if TYPE_CHECKING:
+    from ckptkit.documents import CheckDetails, CheckDocument, CheckedFile, CheckFindingDocument
 
 __all__ = [
     "NOT_CHECKED",
@@ -54,7 +57,7 @@ class CheckFinding(Finding):
         """The finding in a line of text, after the file it is about."""
         return f"{self.path}: {super(CheckFinding, self).line}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CheckFindingDocument:
         """The finding as it stands in JSON documents."""
         return {
             "path": self.path,
@@ -98,7 +101,7 @@ class FileResult:
         """Whether it is as all rules want it."""
         return not any(finding.severity == "error" for finding in self.findings)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CheckedFile:
         """The result as an element of the document's ``files``."""
         return {
             "path": self.path,
@@ -107,6 +110,7 @@ class FileResult:
             "ok": self.ok,
             "checked": self.is_checked,
             "rules": list(self.rules),
+            "seconds": round(self.seconds, 6),
         }
 
 
@@ -137,7 +141,7 @@ class CheckReport(Report):
         return bool(self.results or self.may_be_empty) and not any(finding.is_unchecked for finding in self.findings)
 
     @property
-    def exit_code(self) -> int:
+    def exit_code(self) -> Literal[0, 1, 2]:
         """As of diff(1): 0 all is as it must be, 1 something is not, 2 something could not be checked."""
         if not self.is_complete:
             return 2
@@ -183,6 +187,18 @@ class CheckReport(Report):
                 "files": [result.to_dict() for result in results],
             },
         )
+
+    def to_dict(self) -> CheckDocument:
+        """The report as one JSON-ready document."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "ok": self.ok,
+            "exit_code": self.exit_code,
+            "verdict": self.verdict,
+            "started": self.started,
+            **cast("CheckDetails", self.details),
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
 
 
 def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False) -> CheckFinding:

@@ -10,7 +10,7 @@ where `ckptkit.verifier.foreign` is asked for.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, Report, listed, worst
 from ckptkit.verifier.against import check_against, check_devices, without_wrappers, wrapper_told
 from ckptkit.verifier.behaviour import check_behaviour
-from ckptkit.verifier.context import Check, Context, floating_dtype, peak_memory, pick_devices
+from ckptkit.verifier.context import Check, Context, VerifyFinding, floating_dtype, peak_memory, pick_devices
 from ckptkit.verifier.fit import check_fit
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.forward import check_forward, model_dtype
@@ -32,9 +32,11 @@ from ckptkit.verifier.golden import Golden, read_golden
 from ckptkit.verifier.golden_check import check_golden, require_writable, versions
 from ckptkit.verifier.inputs import Inputs, drawn_inputs, read_inputs, wanted_inputs
 from ckptkit.verifier.load import check_load, check_weights
-from ckptkit.verifier.measure import Fit
 from ckptkit.verifier.pickled import load_pickled, unsafe_findings
 from ckptkit.verifier.references import ModelLike, Reference, build
+
+if TYPE_CHECKING:
+    from ckptkit.documents import InputsDocument, VerifyCheckDocument, VerifyDetails
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 
@@ -96,28 +98,32 @@ def verify(checkpoint: Checkpoint, options: VerifyOptions, *, against: Checkpoin
         seconds = time.perf_counter() - started
         context.seconds["build"] = seconds
         context.steps.append({"name": "build", "seconds": round(seconds, 6), "peak_memory_nbytes": peak_memory()})
-        findings = [*part_findings(checkpoint), *(() if against is None else part_findings(against))]
-        if options.model is None and recorded is None and not options.unsafe_load:
-            findings.append(_identified(reference))
+        told = [*part_findings(checkpoint), *(() if against is None else part_findings(against))]
         if options.unsafe_load:
-            findings += unsafe_findings(checkpoint, built)
+            told += unsafe_findings(checkpoint, built)
+        elif options.model is None and recorded is None:
+            told.append(_identified(reference))
         stripped = without_wrappers(checkpoint, built) if against is not None else None
         if stripped is not None:
-            findings.append(wrapper_told(checkpoint.origin.path))
-        context.failed = worst(findings) == "error"
-        checks = _run(stripped or checkpoint, built, context, findings)
-        return Report(findings=tuple(findings), details=_details(checkpoint, context, checks, model_dtype(built)))
+            told.append(wrapper_told(checkpoint.origin.path))
+        context.failed = worst(told) == "error"
+        checks, found = _run(stripped or checkpoint, built, context)
+        findings = (*(VerifyFinding.of(finding, None) for finding in told), *found)
+        return Report(findings=findings, details=_details(checkpoint, context, checks, model_dtype(built)))
 
 
-def _run(checkpoint: Checkpoint, model: nn.Module, context: Context, findings: list[Finding]) -> list[dict[str, Any]]:
-    """Run every check, adding what they find; gives each one's line in the document."""
-    lines = []
+def _run(
+    checkpoint: Checkpoint, model: nn.Module, context: Context
+) -> tuple[list[VerifyCheckDocument], list[VerifyFinding]]:
+    """Run every check: each one's line in the document, and what they find."""
+    lines: list[VerifyCheckDocument] = []
+    findings: list[VerifyFinding] = []
     for check in CHECKS:
         name = check.__name__.removeprefix("check_")
-        found: list[Finding] = []
+        found: list[VerifyFinding] = []
         with context.step(name):
             for finding in check(checkpoint, model, context):
-                found.append(finding)
+                found.append(VerifyFinding.of(finding, name))
                 context.failed = context.failed or finding.severity == "error"
         findings += found
         was_run = bool(found) or name in context.notes or name in context.figures
@@ -132,7 +138,7 @@ def _run(checkpoint: Checkpoint, model: nn.Module, context: Context, findings: l
                 "figures": context.figures.get(name),
             }
         )
-    return lines
+    return lines, findings
 
 
 def _require_weights(checkpoint: Checkpoint) -> None:
@@ -215,7 +221,7 @@ def _inputs(reference: Reference, options: VerifyOptions, golden: Golden | None)
     return drawn_inputs(wanted_inputs(reference.inputs, options.input_shapes, reference.label), options.seed)
 
 
-def _details(checkpoint: Checkpoint, context: Context, checks: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
+def _details(checkpoint: Checkpoint, context: Context, checks: list[VerifyCheckDocument], dtype: str) -> VerifyDetails:
     fit = context.fit
     if fit is None:
         raise VerifyError("no check looked at how the checkpoint fits; CHECKS must begin with one that does")
@@ -225,7 +231,12 @@ def _details(checkpoint: Checkpoint, context: Context, checks: list[dict[str, An
         "device": str(context.device),
         "devices": [str(device) for device in context.devices],
         "dtype": dtype,
-        **_fit_details(fit),
+        "coverage": {"tensors": fit.tensors, "of": fit.of, "parameters_share": fit.parameters_share},
+        "missing_keys": list(fit.missing),
+        "unexpected_keys": list(fit.unexpected),
+        "shape_mismatches": [
+            {"name": m.name, "checkpoint": list(m.checkpoint), "reference": list(m.reference)} for m in fit.mismatches
+        ],
         "loaded": context.loaded,
         "inputs": None if context.inputs is None else _input_details(context.inputs),
         "outputs": context.outputs,
@@ -238,23 +249,12 @@ def _details(checkpoint: Checkpoint, context: Context, checks: list[dict[str, An
     }
 
 
-def _input_details(inputs: Inputs) -> dict[str, Any]:
+def _input_details(inputs: Inputs) -> InputsDocument:
     return {
         "seed": inputs.seed,
         "path": inputs.path,
         "tensors": [
             {"name": each.name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             for each, value in zip(inputs.inputs, inputs.values, strict=True)
-        ],
-    }
-
-
-def _fit_details(fit: Fit) -> dict[str, Any]:
-    return {
-        "coverage": {"tensors": fit.tensors, "of": fit.of, "parameters_share": fit.parameters_share},
-        "missing_keys": list(fit.missing),
-        "unexpected_keys": list(fit.unexpected),
-        "shape_mismatches": [
-            {"name": m.name, "checkpoint": list(m.checkpoint), "reference": list(m.reference)} for m in fit.mismatches
         ],
     }

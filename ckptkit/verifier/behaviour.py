@@ -11,7 +11,7 @@ of a list of images, only the first one's result on a second run is compared, no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -170,18 +170,24 @@ def _constant(
             severity=severity,  # type: ignore[arg-type]
             message=f"the outputs hold one value alone: {shortened(values, 3)} in all its elements{because}",
         )
-        return
-    rows = inputs.rows
-    if other is None or rows is None or inputs.is_list or not inputs.rows_differ:
-        return
-    batch, size = (other, 2) if rows == 1 else (first, rows)
-    pairs = [batch[p] for p in floating if p in batch and batch[p].dim() and batch[p].shape[0] == size]
-    if pairs and len(pairs) == len(floating) and all(torch.equal(t[0], t[1]) for t in pairs):
+    elif other is not None and _are_alike(first, other, inputs, floating):
         yield Finding(
             code="constant-output",
             severity="warning",
             message=f"two different inputs give the same outputs, bit for bit{because}",
         )
+
+
+def _are_alike(
+    first: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], inputs: Inputs, floating: Collection[str]
+) -> bool:
+    """Whether two different inputs are known to give the same in each of these outputs."""
+    rows = inputs.rows
+    if rows is None or inputs.is_list or not inputs.rows_differ:
+        return False
+    batch, size = (other, 2) if rows == 1 else (first, rows)
+    pairs = [batch[p] for p in floating if p in batch and batch[p].dim() and batch[p].shape[0] == size]
+    return bool(pairs) and len(pairs) == len(floating) and all(torch.equal(t[0], t[1]) for t in pairs)
 
 
 def _not_compared(inputs: Inputs) -> str:

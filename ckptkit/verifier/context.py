@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,32 @@ from ckptkit.verifier.measure import Fit
 from ckptkit.verifier.outputs import OutputTolerance, Trace, dtype_name, tolerance_of
 from ckptkit.verifier.references import Reference
 
-__all__ = ["Check", "Context", "floating_dtype", "peak_memory", "pick_device", "pick_devices", "shortened"]
+if TYPE_CHECKING:
+    from ckptkit.documents import OutputDocument, TimedDocument, VerifyFindingDocument
+
+__all__ = [
+    "Check", "Context", "VerifyFinding", "floating_dtype", "peak_memory", "pick_device", "pick_devices", "shortened",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyFinding(Finding):
+    """A finding of the verifier.
+
+    Attributes:
+        check: the name of the check that found it; ``None``: it was told before the first.
+    """
+
+    check: str | None = None
+
+    @classmethod
+    def of(cls, finding: Finding, check: str | None) -> VerifyFinding:
+        """A finding, and who found it."""
+        return cls(code=finding.code, severity=finding.severity, message=finding.message, fix=finding.fix, check=check)
+
+    def to_dict(self) -> VerifyFindingDocument:
+        """The finding as it stands in JSON documents."""
+        return {**Finding.to_dict(self), "check": self.check}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,12 +92,12 @@ class Context:
     zeroed: tuple[str, ...] = ()
     first: Mapping[str, torch.Tensor] | None = None
     trace: Trace | None = None
-    outputs: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[OutputDocument] = field(default_factory=list)
     passes: int = 0
     notes: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[TimedDocument] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:

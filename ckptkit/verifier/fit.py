@@ -189,20 +189,24 @@ def _names(fit: Fit, checkpoint: Checkpoint, values: Mapping[str, Any], context:
             fix=fix or exactly or remedy,
         )
     if fit.unexpected:
-        extra = [name for name in fit.unexpected if is_counter(name)]
-        remedy = None
-        if len(extra) == len(fit.unexpected):
-            every = len(extra) == sum(is_counter(name) for name in everything)
-            options = ["*num_batches_tracked"] if every else [glob.escape(name) for name in extra]
-            remedy = context.conversion(checkpoint, *(part for each in options for part in ("--exclude", each)))
         yield Finding(
             code="unexpected-keys",
             severity="error",
             message=f"Unexpected key(s) in state_dict: {_quoted(fit.unexpected, everything)}; {len(fit.unexpected)} of "
             f"the checkpoint's {count_of(len(everything), 'name')} {'is' if len(fit.unexpected) == 1 else 'are'} not "
             "in the reference",
-            fix=fix or remedy or exactly,
+            fix=fix or _without_counters(fit, checkpoint, everything, context) or exactly,
         )
+
+
+def _without_counters(fit: Fit, checkpoint: Checkpoint, everything: Sequence[str], context: Context) -> str | None:
+    """The conversion that leaves out what is unexpected, where that is counters of batches alone."""
+    extra = [name for name in fit.unexpected if is_counter(name)]
+    if len(extra) < len(fit.unexpected):
+        return None
+    every = len(extra) == sum(is_counter(name) for name in everything)
+    options = ["*num_batches_tracked"] if every else [glob.escape(name) for name in extra]
+    return context.conversion(checkpoint, *(part for each in options for part in ("--exclude", each)))
 
 
 def _quoted(names: Sequence[str], among: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import ast
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from safetensors.torch import save
@@ -95,15 +95,8 @@ def _digested(checkpoint: Checkpoint, context: Context) -> tuple[str | None, dic
 
 def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
     first, options = context.first or {}, context.options
-    now = {"device": str(context.device), "dtype": model_dtype(model), **versions()}
-    then = {"device": golden.device, "dtype": golden.dtype, **golden.versions}
-    changed = [f"{name} {then[name]} then, {now.get(name, 'none')} now" for name in then if then[name] != now.get(name)]
-    if changed:
-        yield Finding(
-            code="golden-versions",
-            severity="info",
-            message=f"{golden.path} was recorded under other circumstances: {shortened(changed)}",
-        )
+    is_elsewhere = (str(context.device), model_dtype(model)) != (golden.device, golden.dtype)
+    yield from _circumstances(golden, model, context)
     default = context.tolerance((checkpoint,), first)
     recorded = tolerance_of([golden.dtype, *(o.dtype for o in golden.outputs)])
     tolerance = OutputTolerance(
@@ -113,7 +106,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
     found = [_difference(each, first.get(each.path), tolerance) for each in golden.outputs]
     if options.atol is None and not all(difference.is_close or difference.reason for difference in found):
         noise = {each.path: each.noise or 0.0 for each in golden.outputs}
-        if any(now[name] != then[name] for name in ("device", "dtype")) or any(o.noise is None for o in golden.outputs):
+        if is_elsewhere or any(o.noise is None for o in golden.outputs):
             here = measured_noise(model, context, context.device, first)
             noise = {path: max(value, here.get(path, 0.0)) for path, value in noise.items()}
         found = [_difference(o, first.get(o.path), tolerance.above(noise[o.path])) for o in golden.outputs]
@@ -128,28 +121,45 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         "tolerance": tolerance.to_dict(),
         "outputs": [difference.to_dict() for difference in found],
     }
+    yield _told(golden, found, tolerance)
+
+
+def _circumstances(golden: Golden, model: nn.Module, context: Context) -> Iterator[Finding]:
+    """What was other when the golden was recorded: device, dtype, versions."""
+    now = {"device": str(context.device), "dtype": model_dtype(model), **versions()}
+    then = {"device": golden.device, "dtype": golden.dtype, **golden.versions}
+    changed = [f"{name} {then[name]} then, {now.get(name, 'none')} now" for name in then if then[name] != now.get(name)]
+    if changed:
+        yield Finding(
+            code="golden-versions",
+            severity="info",
+            message=f"{golden.path} was recorded under other circumstances: {shortened(changed)}",
+        )
+
+
+def _told(golden: Golden, found: Sequence[OutputDifference], tolerance: OutputTolerance) -> Finding:
+    """Whether the outputs are the golden's."""
     sampled = [each.path or "the output" for each in golden.outputs if each.step > 1]
     of = f" (of {shortened(sampled, 3)} a sample)" if sampled else ""
     allowed = f"atol {tolerance.atol:.2g}, rtol {tolerance.rtol:.2g}"
     apart = [difference for difference in found if not difference.is_close]
     if apart:
-        yield Finding(
+        return Finding(
             code="golden-differs",
             severity="error",
             message=f"outputs are not those in {golden.path} within {allowed}{of}: "
             + shortened([str(difference) for difference in apart], 3),
         )
-    elif all(difference.is_equal for difference in found):
-        yield Finding(
+    if all(difference.is_equal for difference in found):
+        return Finding(
             code="golden-equal", severity="info", message=f"outputs are bit-equal to those in {golden.path}{of}"
         )
-    else:
-        told = [str(difference) for difference in found if not difference.is_equal]
-        yield Finding(
-            code="golden-close",
-            severity="info",
-            message=f"outputs are those in {golden.path} within {allowed}{of}: {shortened(told, 3)}",
-        )
+    told = [str(difference) for difference in found if not difference.is_equal]
+    return Finding(
+        code="golden-close",
+        severity="info",
+        message=f"outputs are those in {golden.path} within {allowed}{of}: {shortened(told, 3)}",
+    )
 
 
 def _difference(recorded: Recorded, found: torch.Tensor | None, tolerance: OutputTolerance) -> OutputDifference:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -158,15 +158,7 @@ def measure_fit(
     expected = model_values(model)
     probed = try_load(model, expected, state_dict)
     sources = dict(probed.sources)
-    opaque = tuple(n for n in state_dict.extra if n in expected and not isinstance(expected[n], torch.Tensor))
-    others = {n: v for n, v in state_dict.extra.items() if isinstance(expected.get(n), torch.Tensor)}
-    special = tuple(n for n, value in others.items() if _is_alike(expected[n], value))
-    unloadable = tuple(n for n in others if n not in special)
-    mismatches = tuple(
-        ShapeMismatch(name=n, checkpoint=state_dict[n].shape, reference=tuple(v.shape))
-        for n, v in expected.items()
-        if n in state_dict and n not in sources and not is_extra_state(n) and _differs(v, state_dict[n].shape)
-    )
+    special, opaque, unloadable = _not_plain(state_dict, expected)
     counters = tuple(n for n, source in sources.items() if source is None and n not in state_dict and is_counter(n))
     missing = [n for n in dict.fromkeys(probed.missing) if n not in state_dict.everything]  # torch may say it twice
     twins = _tied(missing, sources, expected)
@@ -181,7 +173,7 @@ def measure_fit(
         sources=sources,
         missing=tuple(missing_left.names),
         unexpected=tuple(unexpected_left.names),
-        mismatches=mismatches,
+        mismatches=tuple(_mismatches(sources, expected, state_dict)),
         recast=tuple(_recast(sources, expected, state_dict)),
         tied=tied,
         twins={name: twins[name] for name in missing_left.names if name in twins},
@@ -195,6 +187,14 @@ def measure_fit(
         of=len(wanted),
         parameters_share=_share(filled, wanted, expected),
     )
+
+
+def _not_plain(state_dict: StateDict, expected: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The values that are not plain tensors: those like the model's, those it takes as they are, those it cannot."""
+    opaque = tuple(n for n in state_dict.extra if n in expected and not isinstance(expected[n], torch.Tensor))
+    others = {n: v for n, v in state_dict.extra.items() if isinstance(expected.get(n), torch.Tensor)}
+    special = tuple(n for n, value in others.items() if _is_alike(expected[n], value))
+    return special, opaque, tuple(n for n in others if n not in special)
 
 
 def _is_alike(ours: torch.Tensor, node: object) -> bool:
@@ -245,6 +245,17 @@ def _tied(missing: Iterable[str], sources: Mapping[str, object], expected: Mappi
     present = {identity(expected[n]): n for n in reversed(list(sources)) if isinstance(expected[n], torch.Tensor)}
     found = ((n, present.get(identity(expected[n]))) for n in missing if isinstance(expected.get(n), torch.Tensor))
     return {name: twin for name, twin in found if twin is not None}
+
+
+def _mismatches(
+    sources: Mapping[str, str | None], expected: Mapping[str, Any], state_dict: StateDict
+) -> Iterator[ShapeMismatch]:
+    """The names whose tensors have another shape in the checkpoint."""
+    for name, value in expected.items():
+        if name in state_dict and name not in sources and not is_extra_state(name):
+            shape = state_dict[name].shape
+            if _differs(value, shape):
+                yield ShapeMismatch(name=name, checkpoint=shape, reference=tuple(value.shape))
 
 
 def _recast(

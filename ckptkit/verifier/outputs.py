@@ -10,10 +10,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from ckptkit.documents import OutputDocument
 
 __all__ = [
     "TOLERANCES",
@@ -236,9 +239,9 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return not _is_inexact(tensor) or bool(torch.isfinite(tensor).all())
 
 
-def described(path: str, tensor: torch.Tensor) -> dict[str, Any]:
+def described(path: str, tensor: torch.Tensor) -> OutputDocument:
     """Figures of one output, as in JSON documents; those of values are of the finite ones."""
-    figures: dict[str, Any] = {
+    figures: OutputDocument = {
         "path": path,
         "shape": list(tensor.shape),
         "dtype": dtype_name(tensor),
@@ -252,7 +255,7 @@ def described(path: str, tensor: torch.Tensor) -> dict[str, Any]:
         values = values[torch.isfinite(values)]
         if values.numel():
             low, high = torch.aminmax(values)
-            figures |= {"min": float(low), "max": float(high), "mean": float(values.mean())}
+            figures["min"], figures["max"], figures["mean"] = float(low), float(high), float(values.mean())
     return figures
 
 

@@ -47,8 +47,8 @@ def main() -> None:
 
     import ckptkit.cli.convert
     import ckptkit.cli.inspect
-    import ckptkit.cli.inspect_markdown
     import ckptkit.cli.inspect_text
+    import ckptkit.cli.markdown
     import ckptkit.compare
     import ckptkit.conversion
     import ckptkit.conversion.options

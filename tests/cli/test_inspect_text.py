@@ -17,9 +17,9 @@ from torchvision.models import resnet18
 
 import ckptkit
 from ckptkit.cli import inspect_text
-from ckptkit.cli.inspect_markdown import markdown
 from ckptkit.cli.inspect_text import TIMES
-from ckptkit.cli.options import columns, encodable, wrapped
+from ckptkit.cli.markdown import inspect as as_markdown
+from ckptkit.cli.options import View, columns, encodable, wrapped
 from ckptkit.inspection import json_chunks, survey
 
 
@@ -29,11 +29,12 @@ def document(path: Path, **options: Any) -> dict[str, Any]:
 
 
 def text(path: Path, *, width: int | None = None, depth: int | None = None, **options: Any) -> list[str]:
-    stats = options.get("stats", False)
     found = document(path, **options)
-    sort = options.get("sort", "file")
-    style = lambda text, **_: text  # noqa: E731
-    return list(inspect_text.text(found, style, depth=depth, stats=stats, sort=sort, width=width))
+    return list(inspect_text.text(found, View(width=width, depth=depth, sort=options.get("sort", "file"))))
+
+
+def markdown(found: dict[str, Any]) -> list[str]:
+    return list(as_markdown(found, View()))
 
 
 def llama(layers: int = 32) -> dict[str, torch.Tensor]:
@@ -218,9 +219,7 @@ def test_markdown_escapes_what_strangers_wrote(save) -> None:
     assert "`a\\|b'c<script>`" in shown
     assert "<b>" not in shown
     assert "[click](" not in shown
-    assert list(markdown(document(save({f"w{i}x": torch.ones(i + 1) for i in range(1200)}))))[-2].startswith(
-        "\nand 200 more"
-    )
+    assert markdown(document(save({f"w{i}x": torch.ones(i + 1) for i in range(1200)})))[-2].startswith("\nand 200 more")
 
 
 def made_by(path: Path) -> list[str]:

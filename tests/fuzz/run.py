@@ -28,9 +28,8 @@ import atheris
 with atheris.instrument_imports(include=["ckptkit"]):
     from ckptkit import formats, inspection
     from ckptkit.bytesource import ByteRange, SourceFile
-    from ckptkit.cli import inspect_text
-    from ckptkit.cli.inspect_markdown import markdown
-    from ckptkit.cli.options import styler
+    from ckptkit.cli import inspect_text, markdown
+    from ckptkit.cli.options import View
     from ckptkit.errors import CkptkitError
     from ckptkit.limits import DEFAULT_LIMITS
     from ckptkit.pickling.reader import read_pickle
@@ -58,9 +57,9 @@ def use(path: str) -> None:
         document = inspection.survey(checkpoint)
         json.loads("".join(inspection.json_chunks(document)), parse_constant=_no_number)
         for lines in (
-            inspect_text.text(document, styler("never"), depth=None, stats=False, sort="name", width=80),
-            inspect_text.flat(document),
-            markdown(document, depth=None, sort="file"),
+            inspect_text.text(document, View(width=80, sort="name")),
+            inspect_text.flat(document, View()),
+            markdown.inspect(document, View()),
         ):
             for _ in lines:
                 pass

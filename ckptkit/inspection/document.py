@@ -1,0 +1,334 @@
+"""The document of ``ckptkit inspect``, field by field; what documents are, `ckptkit.documents` says."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+from ckptkit.checkpoint import Kind, Trust, Verdict
+from ckptkit.report import FindingDocument
+
+__all__ = ["FileFacts", "InspectDocument", "InspectedFile", "ModuleDocument", "SectionDocument", "StorageDocument",
+           "TensorDocument", "TrainingDocument", "UnreadFile", "WeightsDocument"]  # fmt: skip
+
+_Class = TypedDict("_Class", {"class": str})
+
+
+class ErrorDocument(TypedDict):
+    """Why a file could not be read: the class of the exception, and what it says."""
+
+    type: str
+    message: str
+
+
+class WeightsDocument(TypedDict):
+    """The selected weights.
+
+    Attributes:
+        path: where they are in the file.
+        tensors: names, tied ones too.
+        parameters, buffers: elements; tied tensors count once.
+        nbytes: of both; tied tensors count once.
+    """
+
+    path: str
+    tensors: int
+    parameters: int
+    buffers: int
+    nbytes: int
+
+
+class SectionDocument(TypedDict):
+    """A part of a file that holds tensors.
+
+    Attributes:
+        path: the keys that lead to it.
+        kind: ``"state_dict"``, ``"whole_model"``, ``"optimizer"``, ``"collection"`` or ``"tensor"``.
+        tensors: how many are in it.
+        parameters, buffers: elements; ``None``: it is not weights.
+        nbytes: of the storages it uses, shared ones once.
+        share: of the file's size, 0 to 1.
+        selected: whether it is the weights that commands take.
+    """
+
+    path: str
+    kind: str
+    tensors: int
+    parameters: int | None
+    buffers: int | None
+    nbytes: int
+    share: float
+    selected: bool
+
+
+class StorageDocument(TypedDict):
+    """What the bytes of a file are used for.
+
+    Attributes:
+        storages: how many there are.
+        nbytes: of all of them.
+        unique_tensor_nbytes: of all tensors, tied ones once.
+        tied: tensors that stand under another name too.
+        shared: tensors that are different views of a storage which others view.
+        unused_nbytes: bytes of storages that no tensor uses.
+    """
+
+    storages: int
+    nbytes: int
+    unique_tensor_nbytes: int
+    tied: int
+    shared: int
+    unused_nbytes: int
+
+
+class StatsDocument(TypedDict):
+    """Figures of a tensor's values; ``None`` where they cannot be gone through.
+
+    Attributes:
+        min, max, mean, std: of the finite values; ``std`` is that of the population.
+        zeros, nan, inf: how many elements are so.
+    """
+
+    min: float | None
+    max: float | None
+    mean: float | None
+    std: float | None
+    zeros: int | None
+    nan: int | None
+    inf: int | None
+
+
+class _Tensor(TypedDict):
+    section: str | None
+    name: str
+    dtype: str
+    shape: list[int]
+    stride: list[int]
+    nbytes: int
+    location: str
+    storage: str
+    role: Literal["parameter", "buffer", "unknown"]
+    role_inferred: bool
+    tied_to: str | None
+
+
+class TensorDocument(_Tensor, total=False):
+    """One tensor, under one name.
+
+    Attributes:
+        section: the path of the section it is in; ``None``: in none.
+        name: in its section.
+        shape, stride: per dimension, in elements; of a nested value a size that differs is -1.
+        nbytes: of its elements, whatever its storage has.
+        location: the device as the file says it: ``"cpu"``, ``"cuda:1"``; ``""``: it says none.
+        storage: key of its storage; tensors with the same share memory.
+        role: what it is in its module; ``"unknown"`` outside weights.
+        role_inferred: whether the role is told by name and dtype alone.
+        tied_to: the name under which the same tensor stands already, after its section where that is another.
+        form: ``"storage"``, ``"numpy"`` or ``"quantized"``, ``"sparse"`` and the like: it stands in the file as that.
+        value: of a value that is not a plain tensor, what it is, in words.
+        stats: where they are asked for.
+    """
+
+    form: str
+    value: str
+    stats: StatsDocument
+
+
+class OptimizerDocument(TypedDict):
+    """An optimizer's state.
+
+    Attributes:
+        path: where it is in the file.
+        kind: its class; ``None``: its options do not tell.
+        inferred: whether the options tell the class; else the pickle does.
+        groups: of parameters.
+        lr: the learning rate of each group.
+        steps: that were taken.
+        tensors, nbytes: of its state.
+    """
+
+    path: str
+    kind: str | None
+    inferred: bool
+    groups: int
+    lr: list[float | str | None]
+    steps: float | str | None
+    tensors: int
+    nbytes: int
+
+
+class SchedulerDocument(TypedDict):
+    """A learning rate scheduler's state; ``path``, ``kind``, ``inferred``, ``lr`` as of an optimizer."""
+
+    path: str
+    kind: str | None
+    inferred: bool
+    last_epoch: float | str | None
+    lr: list[float | str | None]
+
+
+class TrainingDocument(TypedDict):
+    """What training left beside the weights.
+
+    Attributes:
+        scalars: numbers and short text by name: ``epoch``, ``args.lr``; long text is cut.
+        optimizers, schedulers: what is or looks like one.
+    """
+
+    scalars: dict[str, Any]
+    optimizers: list[OptimizerDocument]
+    schedulers: list[SchedulerDocument]
+
+
+class GlobalDocument(TypedDict):
+    """A Python name in a pickle, never resolved; or a part that matters likewise, such as compiled code.
+
+    Attributes:
+        name: ``"module.attribute"``, or what the part is.
+        verdict: what a loader would have to trust it with.
+        count: how often it is called; of parts how many there are.
+        where: a few of the places: the record, and the keys in its tree.
+        reason: what is to be known beyond the verdict; ``""``: nothing.
+    """
+
+    name: str
+    verdict: Verdict
+    count: int
+    where: list[str]
+    reason: str
+
+
+class ModuleDocument(_Class):
+    """A module of a whole model; its ``class`` is ``"package.Class"``.
+
+    Attributes:
+        path: as in ``named_modules()``.
+        text: the class with its settings, as ``print`` shows it.
+        settings: its scalar attributes.
+        children: their paths.
+    """
+
+    path: str
+    text: str
+    settings: dict[str, Any]
+    children: list[str]
+
+
+class PartDocument(TypedDict):
+    """What a file is of a checkpoint that lies in several; see `ckptkit.Part`."""
+
+    layout: str
+    piece: str
+    lacks: str
+    instead: str | None
+    opens: bool
+
+
+class ArchitectureDocument(TypedDict):
+    """A known model that the weights are, or are like.
+
+    Attributes:
+        reference: as ``ckptkit verify --model`` takes it; ``args`` its arguments.
+        exact: whether names and shapes are the same.
+        similarity: 0 to 1; 1 where it is exact.
+        prefix: what the names have before the model's own, wrappers aside.
+        others: tensors that do not lie under the prefix.
+        differs: in what one thing it is not exact.
+        label: the model in words.
+    """
+
+    reference: str
+    args: dict[str, Any]
+    exact: bool
+    similarity: float
+    prefix: str
+    others: int
+    differs: str | None
+    label: str
+
+
+class FileFacts(TypedDict):
+    """All that is told of one file but its tensors; see `InspectedFile`."""
+
+    path: str
+    size: int
+    format: str
+    writer: str | None
+    kind: Kind
+    state_dict: WeightsDocument | None
+    sections: list[SectionDocument]
+    storage: StorageDocument
+    metadata: dict[str, Any]
+    training: TrainingDocument
+    has_pickle: bool
+    trust: Trust
+    globals: list[GlobalDocument]
+    modules: list[ModuleDocument]
+    part: PartDocument | None
+    architecture: list[ArchitectureDocument]
+    findings: list[FindingDocument]
+    error: None
+
+
+class InspectedFile(FileFacts):
+    """What is in one file.
+
+    Attributes:
+        size: of the file, with its shards.
+        format: the container: ``"torch-zip"``, ``"safetensors"``.
+        writer: what wrote it, with its version; ``None``: the file does not say.
+        kind: what it holds.
+        state_dict: the selected weights; ``None``: there are none, or several and none was chosen.
+        sections: the parts that hold tensors, in file order.
+        storage: what the bytes are used for.
+        tensors: every tensor, under each of its names, in the order that was asked for.
+        metadata: the container's own text, and the scalars of the training state.
+        training: what training left.
+        has_pickle: whether loading it elsewhere unpickles something.
+        trust: what a loader that executes pickles would have to be trusted with.
+        globals: the names in its pickles.
+        modules: of a whole model, parents first.
+        part: of what it is a part; ``None``: it is whole.
+        architecture: known models, best first.
+        findings: what is remarkable, gravest first.
+        error: why it could not be read: it could; see `UnreadFile`.
+    """
+
+    tensors: list[TensorDocument]
+
+
+class UnreadFile(TypedDict):
+    """A file that could not be read, and why; ``globals`` are names in its pickles, where that is the reason."""
+
+    path: str
+    size: None
+    format: None
+    writer: None
+    kind: None
+    state_dict: None
+    sections: list[Any]
+    storage: None
+    tensors: list[Any]
+    metadata: dict[str, Any]
+    training: None
+    has_pickle: None
+    trust: Trust | None
+    globals: list[GlobalDocument]
+    modules: list[Any]
+    part: None
+    architecture: list[Any]
+    findings: list[Any]
+    error: ErrorDocument
+
+
+class InspectDocument(TypedDict):
+    """What ``ckptkit inspect`` tells.
+
+    Attributes:
+        passed_over: how many files of each kind the folders hold that are not checkpoints.
+        files: in the order they were named; those of a folder by name.
+    """
+
+    schema_version: int
+    passed_over: dict[str, int]
+    files: list[InspectedFile | UnreadFile]
