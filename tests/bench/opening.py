@@ -119,6 +119,10 @@ def groups(resume: Path, counts: tuple[int, ...]) -> Groups:
         return Command(f"{name} {path.name}", [sys.executable, "-c", code, str(path)])
 
     most = max(counts)
+
+    def command(name: str, verb: str, *options: str) -> Command:
+        return Command(name, [*CKPTKIT, verb, str(folder / f"{most}.pth"), *options])
+
     index = folder / "experts" / "model.safetensors.index.json"
     return {
         f"Opening a training checkpoint of {gib(resume)}, and sparse files of 100 GB": (
@@ -143,11 +147,15 @@ def groups(resume: Path, counts: tuple[int, ...]) -> Groups:
                 python("safe_open, every name and shape", SAFE_OPEN, folder / f"{most}.safetensors"),
             ],
         ),
-        f"Inspecting {most:,} pickled tensors": (
+        f"Working on {most:,} pickled tensors": (
             f"torch.load(mmap=True), then save_file {most}.pth",
             [
                 python("torch.load(mmap=True), then save_file", LOAD_AND_SAVE, folder / f"{most}.pth"),
                 inspect(folder / f"{most}.pth"),
+                command("convert to .safetensors", "convert", "-q", "--force", str(folder / "out.safetensors")),
+                command("convert to .pth", "convert", "-q", "--force", str(folder / "out.pth")),
+                command("diff with the same in safetensors", "diff", "-q", str(folder / f"{most}.safetensors")),
+                command("check --no-nan", "check", "-q", "--no-nan"),
             ],
         ),
         "Inspecting 88,917 tensors in 163 shards": (
