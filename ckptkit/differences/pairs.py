@@ -96,6 +96,13 @@ def find_renamed(a: Mapping[str, TensorEntry], b: Mapping[str, TensorEntry], che
             found.append(Renamed(old=old, new=new, by="content", confidence="certain" if alone else "likely"))
     olds, news = {each.old for each in found}, {each.new for each in found}
     left = [[name for name in side if name not in taken] for side, taken in zip(sides, (olds, news), strict=True)]
+    found += _by_shape(left, sides)
+    order = {name: number for number, name in enumerate(a)}
+    return sorted(found, key=lambda each: order[each.old])
+
+
+def _by_shape(left: list[list[str]], sides: list[dict[str, TensorEntry]]) -> Iterator[Renamed]:
+    """The second round: those of one kind whose names end alike, where both files have as many."""
     groups = [
         _grouped(names, lambda name, side=side: (_kind(side[name]), _end(name, 1)))  # type: ignore[misc]
         for names, side in zip(left, sides, strict=True)
@@ -104,9 +111,7 @@ def find_renamed(a: Mapping[str, TensorEntry], b: Mapping[str, TensorEntry], che
         if len(groups[0][key]) == len(groups[1][key]):
             confidence: Literal["likely", "guess"] = "likely" if len(groups[0][key]) == 1 else "guess"
             for old, new in zip(groups[0][key], groups[1][key], strict=True):
-                found.append(Renamed(old=old, new=new, by="shape", confidence=confidence))
-    order = {name: number for number, name in enumerate(a)}
-    return sorted(found, key=lambda each: order[each.old])
+                yield Renamed(old=old, new=new, by="shape", confidence=confidence)
 
 
 def _kind(entry: TensorEntry) -> str:

@@ -180,10 +180,14 @@ def read_through(
         values.is_lost = id(values.entry.storage) in unreadable
         for chunk in () if values.is_lost else stream(values.entry):
             values.update(chunk)
+    _require_unchanged(files)
+    return reading
+
+
+def _require_unchanged(files: Sequence[Source]) -> None:
     for file in files:
         if file.changed():
             raise CorruptError("the file was changed while it was being read", path=file.path)
-    return reading
 
 
 def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_Span]], list[Values]]:
