@@ -13,13 +13,23 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, NoReturn, TypeVar
 
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
-__all__ = ["CHUNK_NBYTES", "GAP_NBYTES", "ByteRange", "Source", "SourceFile", "read_at", "write_at"]
+__all__ = [
+    "CHUNK_NBYTES",
+    "GAP_NBYTES",
+    "ByteRange",
+    "Source",
+    "SourceFile",
+    "byte_range",
+    "made_by_position",
+    "read_at",
+    "write_at",
+]
 
 CHUNK_NBYTES = 4 << 20
 """Bytes moved through memory at a time: large enough that the calls cost nothing, small enough
@@ -30,6 +40,8 @@ GAP_NBYTES = 8 << 10
 
 _PAGE = 4096
 """What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
+
+_Record = TypeVar("_Record")
 
 _position = threading.Lock()
 """Held while a file's own position is used, on systems without positioned reads and writes."""
@@ -463,3 +475,23 @@ class ByteRange:
     def plain(self) -> ByteRange:
         """This range, as it is; what `ckptkit.computed` holds has to be made first."""
         return self
+
+
+def made_by_position(cls: Callable[..., _Record]) -> Callable[..., _Record]:
+    """What makes objects of a frozen, slotted dataclass, its fields by position, in a fifth of the time.
+
+    A frozen dataclass sets each field through ``object.__setattr__``; of records that a file has by the hundred
+    thousand that takes longer than to read them.  Here they are set in an object of a class with the same slots that
+    is not frozen, which then becomes one of ``cls``.
+    """
+    parts = fields(cls)  # type: ignore[arg-type]  # a class
+    space: dict[str, Any] = {f"_{part.name}": part.default for part in parts} | {"_class": cls}
+    given = [part.name + (f"=_{part.name}" if part.default is not MISSING else "") for part in parts]
+    lines = [*(f"self.{part.name} = {part.name}" for part in parts), "self.__class__ = _class"]
+    exec(f"def __init__(self, {', '.join(given)}):\n " + "\n ".join(lines), space)  # noqa: S102 - names of fields alone
+    made: Callable[..., _Record] = type(cls.__name__, (), {"__slots__": cls.__slots__, "__init__": space["__init__"]})  # type: ignore[attr-defined]
+    return made
+
+
+byte_range = made_by_position(ByteRange)
+"""A `ByteRange` of file, offset and number of bytes."""

@@ -1,25 +1,20 @@
 """The common representation every container is read into and written from.
 
-A `Checkpoint` says *where* bytes lie, never holds them: `Storage` is a run of bytes in a file,
-`TensorEntry` a strided view of one.  Two entries over the same `Storage` object are *shared*;
-two entries with the same `TensorEntry.view` of it are *tied*.
+A `Checkpoint` says *where* bytes lie, never holds them; its tensors are those of `ckptkit.tensor`.
 
 No I/O happens here.  Everything is immutable; a rewrite makes new objects.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
-from ckptkit.computed import ByteSource, DeflatedRange, Inflation
-from ckptkit.dtypes import DTYPES
-from ckptkit.errors import CorruptError, KeyCollisionError
+from ckptkit.errors import KeyCollisionError
 from ckptkit.report import Finding, count_of
+from ckptkit.tensor import Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages, tied_groups
 
 __all__ = [
     "STATE_DICT",
@@ -37,6 +32,7 @@ __all__ = [
     "as_tensor",
     "contiguous_stride",
     "shared_storages",
+    "tied_groups",
     "trust_of",
 ]
 
@@ -48,176 +44,6 @@ Trust = Literal["safe", "needs_trust", "hostile"]
 """``safe``: plain data and torch's own rebuild functions.  ``needs_trust``: other names, that a
 loader which executes the pickle would have to be trusted with.  ``hostile``: names that run,
 import or open things."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Storage:
-    """A run of bytes that tensors are views of.  Its identity is its sharing: compare with ``is``.
-
-    Attributes:
-        key: its name in the file (``"0"`` for record ``data/0``, the tensor's name in safetensors).
-        dtype: torch name of the element type the file declares, ``None`` where it is untyped bytes.
-        nbytes: size in bytes.
-        location: the device tag as the file says it: ``"cpu"``, ``"cuda:1"``.
-        source: where the bytes lie.
-        crc32: the checksum the container recorded for exactly these bytes; ``None``: not recorded.
-        byteorder: ``"little"`` or ``"big"``, of the elements.
-        original: the storage of the file that these bytes are cut or converted from; ``None``: it is
-            itself the file's.
-    """
-
-    key: str
-    dtype: str | None
-    nbytes: int
-    location: str
-    source: ByteSource
-    crc32: int | None = None
-    byteorder: Literal["little", "big"] = "little"
-    original: Storage | None = None
-
-    def without_checksum(self) -> Storage:
-        """The same bytes with none recorded, so that nothing is held against them."""
-        source = self.source
-        if isinstance(source, DeflatedRange):
-            whole = source.whole
-            bare = Inflation(whole.deflated, whole.nbytes, None, whole.name)
-            source = replace(source, whole=bare)
-        return replace(self, crc32=None, source=source)
-
-
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a C-contiguous tensor, as ``torch.empty(shape).stride()`` gives them."""
-    stride = [1] * len(shape)
-    for axis in range(len(shape) - 2, -1, -1):
-        stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
-    return tuple(stride)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TensorEntry:
-    """A tensor: a strided view of a `Storage`.
-
-    Attributes:
-        storage: the bytes it views.
-        storage_offset: first element, in elements.
-        shape, stride: per dimension, in elements.
-        dtype: torch name of the element type.
-        requires_grad: as saved.
-        is_parameter: saved as ``nn.Parameter``; ``False`` says nothing for a state_dict, whose
-            parameters are saved as plain tensors.
-        is_conj, is_neg: torch's lazy conjugate and negative bits.  They are not in the bytes: the
-            values are the bytes' values conjugated or negated.
-        subclass: inert node naming the tensor's Python class where that is neither ``torch.Tensor``
-            nor ``nn.Parameter``.
-        attributes: inert node of Python attributes saved along with the tensor.
-        effects: inert nodes of the calls that change the tensor once it is built (`ckptkit.pickling.inert.Object`).
-    """
-
-    storage: Storage
-    storage_offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    requires_grad: bool = False
-    is_parameter: bool = False
-    is_conj: bool = False
-    is_neg: bool = False
-    subclass: object = None
-    attributes: object = None
-    effects: tuple[object, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor when written out contiguously."""
-        return DTYPES[self.dtype].nbytes(self.numel)
-
-    @property
-    def location(self) -> str:
-        """Device tag of its storage."""
-        return self.storage.location
-
-    @property
-    def view(self) -> tuple[object, ...]:
-        """What decides its values: entries with equal views are tied.
-
-        Its one member is text, whose hash is salted: a tuple of the numbers, which come from a
-        stranger, could be made to collide with 100,000 others.
-        """
-        numbers = f"{id(self.storage)} {self.storage_offset} {self.shape} {self.stride}"
-        return (f"{numbers} {self.dtype} {self.is_conj} {self.is_neg}",)
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its elements lie in C order without gaps, as ``torch.Tensor.is_contiguous``."""
-        if 0 in self.shape:
-            return True
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1:
-                if stride != expected:
-                    return False
-                expected *= size
-        return True
-
-    @property
-    def is_plain_bytes(self) -> bool:
-        """Whether the storage's bytes, as they lie, are the tensor's values in C order, little-endian."""
-        return (
-            self.is_contiguous
-            and not self.is_conj
-            and not self.is_neg
-            and (self.storage.byteorder == "little" or self.itemsize == 1)
-        )
-
-    @property
-    def covers_storage(self) -> bool:
-        """Whether it is the whole storage, contiguously."""
-        return self.storage_offset == 0 and self.is_contiguous and self.nbytes == self.storage.nbytes
-
-    def span(self) -> tuple[int, int]:
-        """First byte and the byte after the last that the view touches, within its storage.
-
-        An empty tensor touches nothing: both are equal.
-        """
-        start = self.storage_offset * self.itemsize
-        if self.numel == 0:
-            return start, start
-        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        return start, start + DTYPES[self.dtype].nbytes(last + 1)
-
-    def check(self) -> TensorEntry:
-        """This entry, once its geometry is known to lie inside its storage.
-
-        Raises:
-            CorruptError: a negative size, stride or offset, sizes and strides of different length,
-                or a view that reaches past its storage.
-        """
-        what = f"tensor over storage {self.storage.key!r}"
-        if len(self.shape) != len(self.stride):
-            raise CorruptError(f"{what}: shape {self.shape} and stride {self.stride} differ in length")
-        if min(self.shape, default=0) < 0 or min(self.stride, default=0) < 0 or self.storage_offset < 0:
-            raise CorruptError(
-                f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset}: none may be negative"
-            )
-        if self.numel >= 1 << 62:
-            raise CorruptError(f"{what}: shape {self.shape} is more elements than 62 bits count, as torch does")
-        end = self.span()[1]
-        if end > self.storage.nbytes and self.numel:
-            raise CorruptError(
-                f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset} of {self.dtype} "
-                f"reach to byte {end:,} of a storage of {count_of(self.storage.nbytes, 'byte')}"
-            )
-        return self
 
 
 class _Slot:
@@ -249,7 +75,7 @@ class StateDict(Mapping[str, TensorEntry]):
             Renamed, selected or cast, they are those of no module any more, and a state_dict is written.
     """
 
-    __slots__ = ("_tensors", "container", "everything", "is_module", "versions")
+    __slots__ = ("_is_plain", "_tensors", "container", "everything", "is_module", "versions")
 
     def __init__(
         self,
@@ -263,9 +89,10 @@ class StateDict(Mapping[str, TensorEntry]):
         self.versions = versions
         self.container = container
         self.is_module = is_module
-        self._tensors: Mapping[str, TensorEntry] = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
-        if len(self._tensors) == len(everything):
-            self._tensors = everything  # type: ignore[assignment]  # one of them is enough
+        self._is_plain: bool | None = None
+        self._tensors: Mapping[str, TensorEntry] = everything  # type: ignore[assignment]  # one of them is enough
+        if set(map(type, everything.values())) - {TensorEntry}:
+            self._tensors = {k: v for k, v in everything.items() if isinstance(v, TensorEntry)}
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._tensors[name]
@@ -286,8 +113,20 @@ class StateDict(Mapping[str, TensorEntry]):
         return f"StateDict({count_of(len(self), 'tensor')})"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all its values are tensors with nothing below them, as of nearly all files."""
+        if self._is_plain is None:
+            self._is_plain = len(self._tensors) == len(self.everything) and all(
+                entry.attributes is None and entry.subclass is None and not entry.effects
+                for entry in self._tensors.values()
+            )
+        return self._is_plain
+
+    @property
     def extra(self) -> dict[str, object]:
         """The values that are not plain tensors, by name."""
+        if len(self._tensors) == len(self.everything):
+            return {}
         return {k: v for k, v in self.everything.items() if k not in self._tensors}
 
     def with_values(self, function: Callable[[object], object]) -> StateDict:
@@ -500,33 +339,3 @@ def _called(rewriter: object) -> str:
     """A rewriter as it would be written, without what differs from run to run."""
     name = getattr(rewriter, "__qualname__", None)
     return f"{name}()" if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(rewriter))
-
-
-def as_tensor(node: TensorEntry | Storage, *, typed: bool = False) -> TensorEntry:
-    """A bare storage as the tensor of its bytes, or of elements of the type that it declares; a tensor as it is."""
-    if isinstance(node, TensorEntry):
-        return node
-    dtype = (node.dtype if typed else None) or "uint8"
-    count = node.nbytes // DTYPES[dtype].itemsize
-    return TensorEntry(storage=node, storage_offset=0, shape=(count,), stride=(1,), dtype=dtype)
-
-
-def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:
-    """The ``id`` of each storage that several of the entries view: what alone can be tied or shared."""
-    storages = [id(entry.storage) for entry in entries]
-    if len(set(storages)) == len(storages):  # as in most files
-        return set()
-    return {storage for storage, count in Counter(storages).items() if count > 1}
-
-
-def tied_groups(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
-    """The names of each tensor that has several, in the order of these.
-
-    Tied is the same view (`TensorEntry.view`) of the same storage; tensors without elements are not.
-    """
-    several = shared_storages(entries.values())
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, entry in entries.items():
-        if id(entry.storage) in several and entry.nbytes:
-            groups.setdefault(entry.view, []).append(name)
-    return [names for names in groups.values() if len(names) > 1]

@@ -7,10 +7,12 @@ checksums are checked as its bytes pass by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
+from ckptkit.bytesource import ByteRange
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
 from ckptkit.computed import ConvertedRange
 from ckptkit.errors import CorruptError
 from ckptkit.formats import format_named, read
@@ -20,10 +22,13 @@ from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.trees import Identical, Place, side_by_side
 from ckptkit.transfer.checksums import Checksums, damage_error, damage_of, first_difference
-from ckptkit.transfer.values import same_values
+from ckptkit.transfer.values import SMALL_NBYTES, Ahead, same_values
 from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["check_output"]
+
+_BATCH_NBYTES, _EACH_NBYTES = 4 << 20, 1 << 10
+"""Bytes of storages that one thread compares before it looks for other work, and what each costs beside its own."""
 
 Compared = Callable[[int], object]
 """Called with the number of bytes that were just compared; from several threads."""
@@ -67,26 +72,39 @@ def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: N
         file.close()
 
 
+_At = Place | str
+"""Where something is: in a tree, or a tensor's name."""
+
+_Whole = tuple[_At, Storage, Storage]
+
+
+def _told(place: _At) -> str:
+    return f"tensor {place!r}" if isinstance(place, str) else str(place) or "root"
+
+
 class _Comparison:
-    """What has to be compared: collected first, so that several threads can share it."""
+    """What has to be compared: collected first, so that several threads can share it; with places, which few need."""
 
     def __init__(self, compared: Compared) -> None:
         self._compared = compared
-        self._storages: dict[tuple[int, int], tuple[str, Storage, Storage]] = {}
-        self._tensors: list[tuple[str, TensorEntry, TensorEntry]] = []
-        self._places: dict[int, tuple[str, Storage]] = {}
+        self._storages: dict[tuple[int, int], _Whole] = {}
+        self._tensors: list[tuple[_At, TensorEntry, TensorEntry]] = []
+        self._places: dict[int, tuple[_At, Storage]] = {}
 
-    def storages(self, place: str, source: Storage, written: Storage) -> None:
+    def storages(self, place: _At, source: Storage, written: Storage) -> None:
         """All bytes of one must be all bytes of the other."""
-        self._places.setdefault(id(source), (place, source))
-        self._storages.setdefault((id(source), id(written)), (place, source, written))
+        key = id(source), id(written)
+        if key not in self._storages:
+            self._storages[key] = place, source, written
+            if source.original is not None:
+                self._places.setdefault(id(source), (place, source))
 
-    def tensors(self, place: str, source: TensorEntry, written: TensorEntry) -> None:
+    def tensors(self, place: _At, source: TensorEntry, written: TensorEntry) -> None:
         """The values of one must be the values of the other."""
-        self._places.setdefault(id(source.storage), (place, source.storage))
         if source.covers_storage and source.is_plain_bytes and written.covers_storage:
             self.storages(place, source.storage, written.storage)
         else:
+            self._places.setdefault(id(source.storage), (place, source.storage))
             self._tensors.append((place, source, written))
 
     def run(self) -> int:
@@ -96,33 +114,74 @@ class _Comparison:
             CorruptError: something differs, or does not have the checksum that is recorded for it.
         """
         whole = self._storages.values()
-        checked = {id(source.original or source) for _, source, _ in whole if _covers_original(source)}
         # Views of larger storages, and what was cut out of some: is that whole which they were cut from?
         others = {id(s.original or s): (place, s.original or s) for place, s in self._places.values()}
+        checked = {id(s.original or s) for _, s, _ in whole if _covers_original(s)} if others else set()
         unchecked = Checksums()
         unchecked.want(s for key, (_, s) in others.items() if key not in checked)
-        tasks: list[Callable[[], object]] = [partial(self._same_storage, *triple) for triple in whole]
+        tasks: list[Callable[[], object]] = [partial(self._same_storages, part) for part in _in_batches(whole)]
         tasks += [partial(self._same_tensor, *triple) for triple in self._tensors]
         nbytes = sum(source.nbytes for _, source, _ in whole) + sum(source.nbytes for _, source, _ in self._tensors)
         in_parallel(tasks, nbytes=nbytes)
-        unchecked.require(lambda: {key: place for key, (place, _) in others.items()})
+        unchecked.require(lambda: {key: _told(place) for key, (place, _) in others.items()})
         return nbytes
 
-    def _same_storage(self, place: str, source: Storage, written: Storage) -> None:
+    def _same_storages(self, batch: list[_Whole]) -> None:
+        """Small ones are read with what lies around them on either side, each exactly once."""
+        ours, theirs = Ahead(), Ahead()
+        small = 0
+        for place, source, written in batch:
+            a, b, nbytes = source.source, written.source, source.nbytes
+            if (
+                nbytes >= SMALL_NBYTES
+                or not isinstance(a, ByteRange)
+                or not isinstance(b, ByteRange)
+                or a.nbytes != b.nbytes
+            ):
+                self._same_storage(place, source, written)
+                continue
+            data = ours.read(a)
+            if data != theirs.read(b):
+                self._same_storage(place, source, written)  # tells where
+            if source.crc32 is not None or source.original is not None:
+                self._require_sound(place, source, zlib.crc32(data))
+            small += nbytes
+        if small:
+            self._compared(small)
+
+    def _same_storage(self, place: _At, source: Storage, written: Storage) -> None:
         difference, crc = first_difference(source.source, written.source, self._compared)
         if difference is not None:
             raise CorruptError(
-                f"{place}: the output differs at byte {difference:,} of the storage; nothing was written"
+                f"{_told(place)}: the output differs at byte {difference:,} of the storage; nothing was written"
             )
+        self._require_sound(place, source, crc)
+
+    def _require_sound(self, place: _At, source: Storage, crc: int) -> None:
+        """Raise where all bytes of a storage of the file have another checksum than is recorded."""
         if _covers_original(source):
             damage = damage_of(source.original or source, crc)
             if damage is not None:
-                raise damage_error([damage], {id(damage.storage): place})
+                raise damage_error([damage], {id(damage.storage): _told(place)})
 
-    def _same_tensor(self, place: str, source: TensorEntry, written: TensorEntry) -> None:
+    def _same_tensor(self, place: _At, source: TensorEntry, written: TensorEntry) -> None:
         if not same_values(source, written):
-            raise CorruptError(f"{place}: the output's values differ; nothing was written")
+            raise CorruptError(f"{_told(place)}: the output's values differ; nothing was written")
         self._compared(source.nbytes)
+
+
+def _in_batches(storages: Iterable[_Whole]) -> Iterator[list[_Whole]]:
+    """Storages in their order, as many at a time as are compared in an instant."""
+    batch: list[_Whole] = []
+    nbytes = 0
+    for each in storages:
+        batch.append(each)
+        nbytes += each[1].nbytes + _EACH_NBYTES
+        if nbytes >= _BATCH_NBYTES:
+            yield batch
+            batch, nbytes = [], 0
+    if batch:
+        yield batch
 
 
 def _covers_original(storage: Storage) -> bool:
@@ -138,14 +197,19 @@ def _tensors(source: Checkpoint, output: Checkpoint, comparison: _Comparison) ->
     """A container of named tensors only: names and values."""
     if set(source.state_dict) != set(output.state_dict):
         raise CorruptError("the output does not hold the same tensor names; nothing was written")
+    several = shared_storages(source.state_dict.values())
     pairs: set[tuple[object, ...]] = set()
+    theirs = output.state_dict
     for name, entry in source.state_dict.items():
-        written = output.state_dict[name]
-        if (entry.dtype, entry.shape) != (written.dtype, written.shape):
+        written = theirs[name]
+        if entry.dtype != written.dtype or entry.shape != written.shape:
             raise CorruptError(f"tensor {name!r}: the output has another dtype or shape; nothing was written")
-        if (*entry.view, *written.view) not in pairs:
-            pairs.add((*entry.view, *written.view))
-            comparison.tensors(f"tensor {name!r}", entry, written)
+        if id(entry.storage) in several:
+            key = (*entry.view, *written.view)
+            if key in pairs:
+                continue
+            pairs.add(key)
+        comparison.tensors(name, entry, written)
 
 
 def _extra_values(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
@@ -170,7 +234,7 @@ def _trees(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> N
 
 def _paired_storages(
     roots: list[tuple[Place, object, object]], lowered: tuple[object, object] = (STATE_DICT, STATE_DICT)
-) -> Iterator[tuple[str, Storage, Storage]]:
+) -> Iterator[tuple[Place, Storage, Storage]]:
     """Go through trees side by side; yields each pair of storages with the place it was met at.
 
     Args:
@@ -181,9 +245,10 @@ def _paired_storages(
         CorruptError: the trees differ in anything else.
     """
     for met in side_by_side(roots, Identical(), lowered):
-        place = str(met.place) or "root"
         if met.how == "parted":
-            raise CorruptError(f"{place}: no longer the same object in the output; nothing was written")
+            raise CorruptError(f"{_told(met.place)}: no longer the same object in the output; nothing was written")
         if not isinstance(met.a, Storage) or not isinstance(met.b, Storage) or met.how != "bytes":
-            raise CorruptError(f"{place}: {brief(met.a)} became {brief(met.b)} in the output; nothing was written")
-        yield place, met.a, met.b
+            raise CorruptError(
+                f"{_told(met.place)}: {brief(met.a)} became {brief(met.b)} in the output; nothing was written"
+            )
+        yield met.place, met.a, met.b

@@ -19,9 +19,10 @@ from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import EMBEDDINGS, discarded_text, holding_suffix, other_parts
 from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
-from ckptkit.normalize.wrappers import inner_module_told, unwrapped, wrapper_of
+from ckptkit.normalize.wrappers import MODULE, inner_module_told, may_be_wrapped, unwrapped, wrapper_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
+from ckptkit.tensor import unordered, unused_nbytes
 
 __all__ = ["DIAGNOSES", "Everything", "diagnose"]
 
@@ -32,16 +33,17 @@ class Everything:
 
     Attributes:
         beside: everything that `every_tensor` finds but for the plain tensors of the state_dict.
-        entries: every tensor, in the state_dict, its extra values and what else there is; by ``id``.
-        bare: every storage that stands in the tree by itself, by ``id``.
-        storages: these, and those of the tensors, by ``id``.
+        storages: those of all tensors, and those that stand in the tree by themselves, by ``id``.
+        is_shared: whether several of these stand in one storage.
+        unused: bytes of storages that belong to no tensor.
+        names: those of the state_dict, each after a line break: what may be in one is looked for in all at once.
     """
 
     beside: list[FoundTensor]
-
-    entries: dict[int, TensorEntry]
-    bare: dict[int, Storage]
     storages: dict[int, Storage]
+    is_shared: bool
+    unused: int
+    names: str
 
 
 Diagnosis = Callable[[Checkpoint, Everything], Iterator[Finding]]
@@ -64,14 +66,17 @@ _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
 
 
-def diagnose(checkpoint: Checkpoint, beside: list[FoundTensor] | None = None) -> tuple[Finding, ...]:
+def diagnose(
+    checkpoint: Checkpoint, beside: list[FoundTensor] | None = None, unused: int | None = None
+) -> tuple[Finding, ...]:
     """The reader's findings and every diagnosis, gravest first.
 
     Args:
         checkpoint: as it was read.
         beside: what `other_tensors` finds in it, where it is known.
+        unused: bytes of storages that belong to no tensor, where that is known.
     """
-    contents = _contents(checkpoint, other_tensors(checkpoint) if beside is None else beside)
+    contents = _contents(checkpoint, other_tensors(checkpoint) if beside is None else beside, unused)
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
     if checkpoint.part is not None:  # what would fix the whole is refused for a part
         found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
@@ -146,7 +151,7 @@ def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
 
 
 def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    names = list(checkpoint.state_dict.everything)
+    names = list(checkpoint.state_dict.everything) if may_be_wrapped(contents.names) else []
     carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
@@ -163,6 +168,8 @@ def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _inner_module(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
+    if f".{MODULE}." not in contents.names:
+        return
     names = list(checkpoint.state_dict.everything)
     told = inner_module_told(list(map(unwrapped, names)))
     if told is not None:
@@ -174,7 +181,7 @@ def _inner_module(checkpoint: Checkpoint, contents: Everything) -> Iterator[Find
 
 def _stale_versions(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     versions = checkpoint.state_dict.versions
-    modules = {name.rpartition(".")[0] for name in checkpoint.state_dict.everything}
+    modules = {name.rpartition(".")[0] for name in checkpoint.state_dict.everything} if versions else set()
     if versions and modules and not modules & versions.keys():
         module, recorded = min(modules), max(versions)
         yield Finding(
@@ -257,7 +264,7 @@ def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
 
 
 def _order(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    moved = [name for name, entry in checkpoint.state_dict.items() if not entry.is_contiguous]
+    moved = unordered(checkpoint.state_dict)
     if moved:
         yield Finding(
             code="not-contiguous",
@@ -287,7 +294,7 @@ def _devices(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _ties(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    several = shared_storages(checkpoint.state_dict.values())
+    several = shared_storages(checkpoint.state_dict.values()) if contents.is_shared else set()
     groups = tied_groups(checkpoint.state_dict) if several else []
     sharing = [e for e in checkpoint.state_dict.values() if id(e.storage) in several and e.nbytes] if several else []
     views = Counter({entry.view: id(entry.storage) for entry in sharing}.values())
@@ -308,25 +315,12 @@ def _ties(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _unused(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    extents: dict[int, list[tuple[int, int]]] = {}
-    for entry in contents.entries.values():
-        nbytes = entry.storage.nbytes
-        is_whole = entry.nbytes == nbytes and 0 not in entry.stride  # as nearly all are
-        extents.setdefault(id(entry.storage), []).append((0, nbytes) if is_whole else entry.span())
-    unused = 0
-    for key, storage in contents.storages.items():
-        if key in contents.bare:
-            continue
-        covered = end = 0
-        for start, stop in sorted(extents[key]):
-            covered += max(0, stop - max(start, end))
-            end = max(end, stop)
-        unused += storage.nbytes - covered
-    if unused >= _NOTABLE_UNUSED:
+    if contents.unused >= _NOTABLE_UNUSED:
         yield Finding(
             code="unused-bytes",
             severity="info",
-            message=f"{human_size(unused)} of the file belong to storages but to no tensor: views of larger tensors",
+            message=f"{human_size(contents.unused)} of the file belong to storages but to no tensor: views of larger "
+            "tensors",
             fix=_extract(checkpoint),
         )
 
@@ -420,9 +414,12 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
 """Every diagnosis."""
 
 
-def _contents(checkpoint: Checkpoint, beside: list[FoundTensor]) -> Everything:
-    entries = {id(value): value for value in checkpoint.state_dict.values()}
-    entries.update({id(found.node): found.node for found in beside if isinstance(found.node, TensorEntry)})
-    bare = {id(found.node): found.node for found in beside if isinstance(found.node, Storage)}
-    storages = {id(entry.storage): entry.storage for entry in entries.values()}
-    return Everything(beside, entries, bare, {**storages, **bare})
+def _contents(checkpoint: Checkpoint, beside: list[FoundTensor], unused: int | None) -> Everything:
+    others = [found.node for found in beside if isinstance(found.node, TensorEntry)]
+    bare = [found.node for found in beside if isinstance(found.node, Storage)]
+    entries = [*checkpoint.state_dict.values(), *others]
+    storages = [*[entry.storage for entry in entries], *bare]
+    unused = unused_nbytes(entries, bare) if unused is None else unused
+    once = dict(zip(map(id, storages), storages, strict=True))
+    names = "\n".join(("", *checkpoint.state_dict.everything))
+    return Everything(beside, once, len(once) < len(storages), unused, names)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import TensorEntry
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Cast", "Checksum", "Copy", "Digest", "Gather", "IndexFile", "LiteralBytes", "Plan", "Step", "moved"]
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Bytes that move as they lie, from ``source`` to position ``target`` of the output."""
 
     target: int
@@ -37,8 +36,7 @@ class Copy:
         return self.source.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class Cast:
+class Cast(NamedTuple):
     """Values that are converted to another dtype on their way to position ``target``."""
 
     target: int
@@ -50,8 +48,7 @@ class Cast:
         return self.source.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class Gather:
+class Gather(NamedTuple):
     """A tensor whose values are written in C order, little-endian, at ``target``."""
 
     target: int
@@ -63,8 +60,7 @@ class Gather:
         return self.entry.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class LiteralBytes:
+class LiteralBytes(NamedTuple):
     """Bytes that ckptkit makes: headers, pickles, padding."""
 
     target: int
@@ -76,8 +72,7 @@ class LiteralBytes:
         return len(self.data)
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
+class Digest(NamedTuple):
     """The SHA-256 of a whole source file, as 64 hexadecimal digits at ``target``, inside a `LiteralBytes`."""
 
     target: int
@@ -89,8 +84,7 @@ class Digest:
         return 64
 
 
-@dataclass(frozen=True, slots=True)
-class Checksum:
+class Checksum(NamedTuple):
     """The CRC-32, as 4 little-endian bytes at ``target``, of the output's bytes from ``start``."""
 
     target: int

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums
 
-__all__ = ["NO_STATS", "NonFinite", "tensor_stats"]
+__all__ = ["NO_STATS", "NonFinite", "count_all", "tensor_stats"]
 
 NO_STATS: Mapping[str, float | int | None] = dict.fromkeys(("min", "max", "mean", "std", "zeros", "nan", "inf"))
 """The statistics of values that cannot be gone through."""
@@ -135,3 +135,24 @@ class NonFinite:
                 nan = int(numpy.count_nonzero(numpy.isnan(values)))
                 self.nan = (self.nan or 0) + nan
                 self.inf = (self.inf or 0) + values.size - finite - nan
+
+    @property
+    def counts_nothing(self) -> bool:
+        """Whether there is nothing to count in values of the dtype."""
+        return self._dtype is None
+
+    def are_finite(self, data: bytes) -> bool:
+        """Whether all of these values are finite."""
+        import numpy
+
+        with numpy.errstate(all="ignore"):
+            return len(data) % self._width == 0 and bool(numpy.isfinite(numpy.frombuffer(data, self._dtype)).all())
+
+
+def count_all(pieces: Sequence[tuple[NonFinite, memoryview]]) -> None:
+    """Count in the values of tensors of one dtype, each as a whole: of a hundred thousand of a few elements at once."""
+    first = pieces[0][0]
+    if first.counts_nothing or (len(pieces) > 1 and first.are_finite(b"".join([data for _, data in pieces]))):
+        return
+    for counts, data in pieces:
+        counts.update(data)

@@ -23,6 +23,7 @@ LAYERS = (
     {"codes", "documents"},
     {"bytesource"},
     {"computed"},
+    {"tensor"},
     {"checkpoint"},
     {"plan", "casting"},
     {"pickling"},

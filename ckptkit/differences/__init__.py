@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
@@ -96,14 +97,14 @@ def differ(
         trees = TreeComparison(
             a,
             b,
-            comparison.paired(),
+            comparison.pairs,
             beside=beside,
             sections=[entry for side in parts for names in side.values() for entry in names.values()],
             work=work,
         )
         if any(parts):
             sections = section_rows(a, b, *parts, work)
-        ties = tuple(_ties(comparison.pairs, ours, theirs))
+        ties = tuple(_ties(comparison.pairs))
         return comparison.difference(
             a=header(a),
             b=header(b),
@@ -142,11 +143,15 @@ def _values(a: Checkpoint, b: Checkpoint, *, strict: bool) -> tuple[Mapping[str,
     return found[0], found[1], all(has_weights)
 
 
+_Paired = tuple[str, str, TensorEntry, TensorEntry]
+"""The names of a tensor in the first and in the second, and what it is there."""
+
+
 class _Comparison:
     """Two sets of named values, compared.
 
     Attributes:
-        pairs: the names of each tensor that both have, in the first and in the second.
+        pairs: each tensor that both have.
     """
 
     def __init__(
@@ -159,9 +164,13 @@ class _Comparison:
         self._removed = [name for name in ours if name not in theirs]
         self._added = [name for name in theirs if name not in ours]
         self._renamed = find_renamed(_tensors(ours, self._removed), _tensors(theirs, self._added), work.checksums)
-        self.pairs = [(name, name) for name in common if _both_tensors(ours[name], theirs[name])]
-        self.pairs += [(each.old, each.new) for each in self._renamed]
-        others = [name for name in common if not _both_tensors(ours[name], theirs[name])]
+        self.pairs: list[_Paired] = []
+        for old, new in chain(zip(common, common, strict=True), ((each.old, each.new) for each in self._renamed)):
+            x, y = ours[old], theirs[new]
+            if isinstance(x, TensorEntry) and isinstance(y, TensorEntry):
+                self.pairs.append((old, new, x, y))
+        known = {new for _, new, _, _ in self.pairs}
+        others = [name for name in common if name not in known]
         self._others = others
         self._values = ValueComparison(ours, theirs, others, work)
         self._same_order = common == [name for name in theirs if name in ours]
@@ -169,11 +178,6 @@ class _Comparison:
         self._lists: dict[str, list[dict[str, Any]]] = {
             name: [] for name in ("reshaped", "recast", "changed", "within_tolerance", "values", "not_compared")
         }
-
-    def paired(self) -> Iterator[tuple[str, TensorEntry, TensorEntry]]:
-        """Each tensor that both have, under its name in the second."""
-        for old, new in self.pairs:
-            yield (new, *self._pair(old, new))
 
     def difference(self, *, trees: TreeComparison, findings: Sequence[Finding], **facts: Any) -> Difference:
         """Compare, and tell everything."""
@@ -218,30 +222,22 @@ class _Comparison:
     def _compare(self, known_equal: set[str]) -> None:
         """Everything that is a tensor in both."""
         keys = {}
-        for old, new in self.pairs:
-            a, b = self._pair(old, new)
-            if a.dtype == b.dtype and a.numel == b.numel and new not in known_equal:
+        for _, new, a, b in self.pairs:
+            if a.dtype == b.dtype and (a.shape == b.shape or a.numel == b.numel) and new not in known_equal:
                 keys[new] = self.work.add(a, b)
         self.work.run()
-        wanted = []
-        for old, new in self.pairs:
-            a, b = self._pair(old, new)
-            if a.shape == b.shape and (a.dtype != b.dtype or (new in keys and self.work.same(keys[new]) is False)):
-                wanted.append((a, b))
-        sums = all_sums(wanted, self._tolerance or Tolerance(), self.work) if wanted else {}
-        for old, new in self.pairs:
-            a, b = self._pair(old, new)
+        others: list[tuple[_Paired, bool | None]] = []
+        for pair in self.pairs:
+            _, new, a, b = pair
             same = True if new in known_equal else self.work.same(keys[new]) if new in keys else False
             if same is True and a.shape == b.shape:
                 self._kinds[new] = UNCHANGED
             else:
-                self._kinds[new] = self._judge(old, new, a, b, same, sums.get((*a.view, *b.view)))
-
-    def _pair(self, old: str, new: str) -> tuple[TensorEntry, TensorEntry]:
-        a, b = self._ours[old], self._theirs[new]
-        if not isinstance(a, TensorEntry) or not isinstance(b, TensorEntry):
-            raise TypeError(f"{old!r}: tensors alone are paired")
-        return a, b
+                others.append((pair, same))
+        wanted = [(a, b) for (_, _, a, b), same in others if a.shape == b.shape and same is False]
+        sums = all_sums(wanted, self._tolerance or Tolerance(), self.work) if wanted else {}
+        for (old, new, a, b), same in others:
+            self._kinds[new] = self._judge(old, new, a, b, same, sums.get((*a.view, *b.view)))
 
     def _judge(self, old: str, new: str, a: TensorEntry, b: TensorEntry, same: bool | None, sums: Sums | None) -> str:
         """What happened to a tensor that is not the same; it is put on the list of what did."""
@@ -291,10 +287,6 @@ class _Comparison:
             yield Finding(code="nan-appeared", severity="warning", message=message)
 
 
-def _both_tensors(a: object, b: object) -> bool:
-    return isinstance(a, TensorEntry) and isinstance(b, TensorEntry)
-
-
 def _tensors(values: Mapping[str, object], names: Sequence[str]) -> dict[str, TensorEntry]:
     return {name: value for name in names if isinstance(value := values[name], TensorEntry)}
 
@@ -333,14 +325,9 @@ def _prefixes(
     yield Finding(code="prefix-differs", severity="warning", message=message, fix=fix)
 
 
-def _ties(
-    pairs: Sequence[tuple[str, str]], ours: Mapping[str, object], theirs: Mapping[str, object]
-) -> Iterator[TieRow]:
+def _ties(pairs: Sequence[_Paired]) -> Iterator[TieRow]:
     """Tensors that are one tensor in only one of the files, under the names of the second."""
-    groups = [
-        tied_groups({pair[1]: entry for pair in pairs if isinstance(entry := values[pair[side]], TensorEntry)})
-        for values, side in ((ours, 0), (theirs, 1))
-    ]
+    groups = tied_groups({new: a for _, new, a, _ in pairs}), tied_groups({new: b for _, new, _, b in pairs})
     sides: tuple[tuple[Literal["a", "b"], int], ...] = (("a", 0), ("b", 1))
     for which, side in sides:
         mine, others = groups[side], groups[1 - side]
@@ -374,6 +361,8 @@ def rolled_up(statuses: Mapping[str, str], largest: Mapping[str, float]) -> tupl
         largest: absolute difference of those that have one.
     """
     differing = {name: status for name, status in statuses.items() if status != UNCHANGED}
+    if not differing:
+        return ()
     kept = {
         path
         for name, status in statuses.items()

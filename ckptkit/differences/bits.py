@@ -6,6 +6,7 @@ what has to be gathered.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from ckptkit.errors import CorruptError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums, first_difference
-from ckptkit.transfer.values import same_values
+from ckptkit.transfer.values import Ahead, same_values
 
 __all__ = ["PIECE_NBYTES", "chunks_side_by_side", "pieces", "same_piece", "unexpanded"]
 
@@ -38,7 +39,8 @@ def unexpanded(a: TensorEntry, b: TensorEntry) -> tuple[TensorEntry, TensorEntry
         copies = a.numel
         a, b = replace(a, shape=shape), replace(b, shape=shape)
         copies //= a.numel
-    if all(entry.nbytes > DEFAULT_LIMITS.overlap * entry.storage.nbytes for entry in (a, b)):
+    most = DEFAULT_LIMITS.overlap
+    if a.nbytes > most * a.storage.nbytes and b.nbytes > most * b.storage.nbytes:
         return None
     return a, b, copies
 
@@ -58,32 +60,41 @@ def pieces(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[Tens
         yield left, right
 
 
-def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums) -> bool:
+def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tuple[Ahead, Ahead] | None = None) -> bool:
     """Whether two tensors of one dtype and as many elements hold the same bits, in C order.
 
     Args:
         a: one.
         b: the other.
         checksums: gets the sums of bytes that are the same.
+        ahead: by which either is read along with its neighbours, where both are small.
 
     Raises:
         DTypeError: values of a dtype that numpy cannot hold would have to be computed.
         CorruptError, FileAccessError: they cannot be read.
     """
     if a.is_plain_bytes and b.is_plain_bytes:
-        summed = a.storage.crc32 is not None or b.storage.crc32 is not None
         left, right = _lying(a), _lying(b)
-        difference, crc = first_difference(left, right, summed=summed)
-        if difference is None and summed:
-            checksums.note(left, crc)
-            checksums.note(right, crc)
-        return difference is None
+        summed = [
+            run for run, entry in ((left, a), (right, b)) if (entry.storage.original or entry.storage).crc32 is not None
+        ]
+        if ahead is not None:
+            data = ahead[0].read(left)
+            is_same = data == ahead[1].read(right)
+            crc = zlib.crc32(data) if summed else 0
+        else:
+            difference, crc = first_difference(left, right, summed=bool(summed))
+            is_same = difference is None
+        for run in summed if is_same else ():
+            checksums.note(run, crc)
+        return is_same
     return same_values(a, b)
 
 
 def _lying(entry: TensorEntry) -> ByteRange:
     """The bytes of a tensor whose values lie in a row."""
-    return entry.storage.source.part(entry.storage_offset * entry.itemsize, entry.nbytes).plain()
+    source, nbytes = entry.storage.source, entry.nbytes
+    return (source if nbytes == source.nbytes else source.part(entry.storage_offset * entry.itemsize, nbytes)).plain()
 
 
 def chunks_side_by_side(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[memoryview, memoryview]]:

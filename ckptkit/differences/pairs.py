@@ -35,6 +35,7 @@ from ckptkit.digests import tensor_digest
 from ckptkit.errors import DTypeError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer.checksums import Checksums
+from ckptkit.transfer.values import SMALL_NBYTES, Ahead
 from ckptkit.transfer.workers import Progress, in_parallel
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ __all__ = ["NO_FIGURES", "Pair", "PairReader", "Renamed", "all_sums", "find_rena
 
 _ENDS = (4, 3, 2, 1, 0)
 """Last segments of names that are looked at where contents do not decide, most first."""
+
+_TOGETHER = 4096
+"""Small tensors that one thread compares before it looks for other work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,13 @@ def find_renamed(a: Mapping[str, TensorEntry], b: Mapping[str, TensorEntry], che
             found.append(Renamed(old=old, new=new, by="content", confidence="certain" if alone else "likely"))
     olds, news = {each.old for each in found}, {each.new for each in found}
     left = [[name for name in side if name not in taken] for side, taken in zip(sides, (olds, news), strict=True)]
+    found += _by_shape(left, sides)
+    order = {name: number for number, name in enumerate(a)}
+    return sorted(found, key=lambda each: order[each.old])
+
+
+def _by_shape(left: list[list[str]], sides: list[dict[str, TensorEntry]]) -> Iterator[Renamed]:
+    """The second round: those of one kind whose names end alike, where both files have as many."""
     groups = [
         _grouped(names, lambda name, side=side: (_kind(side[name]), _end(name, 1)))  # type: ignore[misc]
         for names, side in zip(left, sides, strict=True)
@@ -98,9 +109,7 @@ def find_renamed(a: Mapping[str, TensorEntry], b: Mapping[str, TensorEntry], che
         if len(groups[0][key]) == len(groups[1][key]):
             confidence: Literal["likely", "guess"] = "likely" if len(groups[0][key]) == 1 else "guess"
             for old, new in zip(groups[0][key], groups[1][key], strict=True):
-                found.append(Renamed(old=old, new=new, by="shape", confidence=confidence))
-    order = {name: number for number, name in enumerate(a)}
-    return sorted(found, key=lambda each: order[each.old])
+                yield Renamed(old=old, new=new, by="shape", confidence=confidence)
 
 
 def _kind(entry: TensorEntry) -> str:
@@ -206,7 +215,7 @@ def all_sums(
 Pair = tuple[object, ...]
 """What a pair of tensors is known by."""
 
-_Reduced = tuple[TensorEntry, TensorEntry, int]
+_Waiting = list[tuple[Pair, TensorEntry, TensorEntry]]
 
 
 class PairReader:
@@ -224,15 +233,27 @@ class PairReader:
         self._done = self._total = 0
         self._lock = threading.Lock()
         self.checksums = Checksums()
-        self._pairs: dict[Pair, _Reduced | None] = {}
+        self._first: dict[Pair, tuple[TensorEntry, TensorEntry]] = {}
         self._same: dict[Pair, bool | None] = {}
+        self._waiting: _Waiting = []
 
     def add(self, a: TensorEntry, b: TensorEntry) -> Pair:
         """Two tensors of as many elements of one dtype, whose bits are to be compared."""
-        key = (*a.view, *b.view)
-        if key not in self._pairs:
-            self._pairs[key] = unexpanded(a, b)
-            self.checksums.want((a.storage, b.storage))
+        key: Pair = (id(a.storage), id(b.storage))
+        known = self._first.get(key)
+        if known is None:
+            self._first[key] = a, b
+        elif (a.view, b.view) == (known[0].view, known[1].view):
+            return key
+        else:
+            key = (*a.view, *b.view)
+            if key in self._same:
+                return key
+        reduced = unexpanded(a, b)
+        self._same[key] = None if reduced is None else True
+        if reduced is not None:
+            self._waiting.append((key, reduced[0], reduced[1]))
+        self.checksums.want((a.storage, b.storage))
         return key
 
     def run(self) -> None:
@@ -241,22 +262,33 @@ class PairReader:
         Raises:
             CorruptError, FileAccessError: something cannot be read.
         """
-        waiting = {key: pair for key, pair in self._pairs.items() if key not in self._same}
-        self._same.update({key: None if pair is None else True for key, pair in waiting.items()})
-        known = [(key, pair) for key, pair in waiting.items() if pair is not None]
-        nbytes = sum(pair[0].nbytes + pair[1].nbytes for _, pair in known)
+        waiting, self._waiting = self._waiting, []
+        nbytes = 2 * sum(a.nbytes for _, a, _ in waiting)
         self._total += nbytes
-        in_parallel(self._comparisons(known), nbytes=nbytes)
+        in_parallel(self._comparisons(waiting), nbytes=nbytes)
 
-    def _comparisons(self, known: list[tuple[Pair, _Reduced]]) -> Iterator[Callable[[], object]]:
-        for key, (a, b, _) in known:
+    def _comparisons(self, waiting: _Waiting) -> Iterator[Callable[[], object]]:
+        small: _Waiting = []
+        for key, a, b in waiting:
+            if a.nbytes < SMALL_NBYTES:
+                small.append((key, a, b))
+                if len(small) == _TOGETHER:
+                    yield partial(self._compare_small, small)
+                    small = []
+                continue
             for left, right in pieces(a, b, max(PIECE_NBYTES // a.itemsize, 1)):
                 yield partial(self._compare, key, left, right)
+        yield partial(self._compare_small, small)
 
-    def _compare(self, key: Pair, a: TensorEntry, b: TensorEntry) -> None:
+    def _compare_small(self, small: _Waiting) -> None:
+        ahead = Ahead(), Ahead()
+        for key, a, b in small:
+            self._compare(key, a, b, ahead)
+
+    def _compare(self, key: Pair, a: TensorEntry, b: TensorEntry, ahead: tuple[Ahead, Ahead] | None = None) -> None:
         if self._same[key] is True:
             try:
-                if not same_piece(a, b, self.checksums):
+                if not same_piece(a, b, self.checksums, ahead):
                     self._same[key] = False
             except DTypeError:
                 self._same[key] = None

@@ -9,7 +9,7 @@ weights alone it is told what it leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
@@ -18,9 +18,10 @@ from ckptkit.differences.pairs import Pair, PairReader, all_sums
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.state import training_document
 from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.sections import brief
+from ckptkit.normalize.sections import brief, is_plain_value
+from ckptkit.normalize.tensors import other_tensors
 from ckptkit.normalize.trees import FLAGS, Met, Place, SameContent, shown, side_by_side
-from ckptkit.pickling.inert import ABSENT, effects_of, holds, mapping_items, tensors_in
+from ckptkit.pickling.inert import ABSENT, holds, mapping_items, tensors_in
 
 if TYPE_CHECKING:
     from ckptkit.differences.difference import DiffFile, ScalarRow, SectionRow, TreeRow
@@ -136,6 +137,8 @@ def other_sections(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:
     """The tensors of other sections, by section and name; those of none are told where they are."""
     selected = checkpoint.origin.state_path
     sections: dict[str, _Names[TensorEntry]] = {}
+    if not other_tensors(checkpoint):
+        return {}
     for row in list_tensors(checkpoint).rows:
         if row.section is not None and row.section != selected:
             sections.setdefault(row.section, _Names()).add(row.name, row.tensor)
@@ -214,7 +217,7 @@ class TreeComparison:
         self,
         a: Checkpoint,
         b: Checkpoint,
-        pairs: Iterable[tuple[str, TensorEntry, TensorEntry]],
+        pairs: Sequence[tuple[str, str, TensorEntry, TensorEntry]],
         *,
         beside: bool,
         sections: Iterable[TensorEntry],
@@ -222,23 +225,24 @@ class TreeComparison:
     ) -> None:
         self._work = work
         self._in_sections = {id(entry) for entry in sections}
-        weights = list(pairs)
-        compared = {(id(x), id(y)) for _, x, y in weights}
         is_alone = not (a.origin.has_pickle and b.origin.has_pickle)
         flags = not is_alone and (a.module is None) is (b.module is None)
         rule = SameContent(flags=flags)
         place = Place().below(b.origin.state_path) if b.origin.state_path else Place()
-        hanging = [(place.below(name), x, y) for name, x, y in weights if _may_differ(x, y, flags=flags)]
+        hanging = [(place.below(name), x, y) for _, name, x, y in pairs if _may_differ(x, y, flags=flags)]
         self._found: list[tuple[Met, Pair | None]] = []
         self._count = 0
-        self._take(side_by_side(hanging, rule), compared)
+        self._take(side_by_side(hanging, rule), pairs)
         if beside:
-            self._take(_whole(a, b, rule, is_alone=is_alone), compared)
+            self._take(_whole(a, b, rule, is_alone=is_alone), pairs)
 
-    def _take(self, found: Iterator[Met], compared: set[tuple[int, int]]) -> None:
+    def _take(self, found: Iterator[Met], pairs: Sequence[tuple[str, str, TensorEntry, TensorEntry]]) -> None:
+        compared: set[tuple[int, int]] = set()
         for met in found:
-            if isinstance(met.a, TensorEntry) and isinstance(met.b, TensorEntry) and (id(met.a), id(met.b)) in compared:
-                continue
+            if isinstance(met.a, TensorEntry) and isinstance(met.b, TensorEntry):
+                compared = compared or {(id(x), id(y)) for _, _, x, y in pairs}
+                if (id(met.a), id(met.b)) in compared:
+                    continue
             key = self._work.add(*_tensors(met)) if met.how == "bytes" else None
             self._count += key is None
             if key is not None or met.is_tensor or met.how == "kinds" or self._count <= _MOST_ROWS:
@@ -255,7 +259,7 @@ class TreeComparison:
         within = 0
         tensors = {id(met) for met in _of_tensors(met for met, _ in differing)}
         for met, key in sorted(differing, key=lambda pair: (id(pair[0]) not in tensors, self._is_in_section(pair[0]))):
-            found = sums.get(key) if key is not None else None
+            found = sums.get(_views(met)) if sums and key is not None else None
             if found is not None and tolerance is not None and not found.outside:
                 within += 1
                 continue
@@ -287,7 +291,7 @@ def _of_tensors(found: Iterable[Met]) -> Iterator[Met]:
 
 def _may_differ(a: TensorEntry, b: TensorEntry, *, flags: bool) -> bool:
     """Whether there is more to two tensors than their values."""
-    if any(entry.subclass is not None or entry.attributes is not None or effects_of(entry) for entry in (a, b)):
+    if not is_plain_value(a) or not is_plain_value(b):
         return True
     return flags and any(getattr(a, name) is not getattr(b, name) for name in FLAGS)
 
@@ -334,6 +338,12 @@ def _beside(root: object) -> Iterator[tuple[Place, object]]:
             continue
         seen.add(id(node))
         stack.extend((place.below(key), value) for key, value in reversed(pairs))
+
+
+def _views(met: Met) -> Pair:
+    """What `all_sums` knows two tensors by."""
+    a, b = _tensors(met)
+    return (*a.view, *b.view)
 
 
 def _tensors(met: Met) -> tuple[TensorEntry, TensorEntry]:

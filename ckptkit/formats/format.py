@@ -33,14 +33,16 @@ class Probe:
     Attributes:
         file: the file.
         limits: bounds on what it may ask for.
+        prefix: what stands before the key of each storage: the name of a shard, and a colon.
         head: its first `HEAD_NBYTES` bytes, or all there are.
         outcomes: of containers that cannot claim a file without reading it: by name what came of it, or the error;
             ``None``: the file is none of theirs.
     """
 
-    def __init__(self, file: Source, limits: Limits) -> None:
+    def __init__(self, file: Source, limits: Limits, prefix: str = "") -> None:
         self.file = file
         self.limits = limits
+        self.prefix = prefix
         self.head = file.read(0, min(HEAD_NBYTES, file.size))
         self.outcomes: dict[str, RawCheckpoint | FormatError | None] = {}
 

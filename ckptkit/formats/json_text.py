@@ -34,6 +34,7 @@ from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
 __all__ = [
     "ORDER",
     "VERSIONS",
+    "check_count",
     "check_ignored",
     "in_order",
     "parse",
@@ -55,6 +56,22 @@ def shown(name: object) -> str:
     return repr(name[:80] + "…" if len(name) > 80 else name) if isinstance(name, str) else f"a {type(name).__name__}"
 
 
+def check_count(raw: bytes, limits: Limits, what: str) -> None:
+    """Refuse a text with more values than any checkpoint needs; see `parse`.
+
+    Raises:
+        LimitError: there are more.
+    """
+    if len(raw) <= limits.json_values:
+        return
+    values = raw.count(b",") + raw.count(b"{") + raw.count(b"[")
+    if values > limits.json_values:
+        raise LimitError(f"values in {what}", limit=limits.json_values, actual=values)
+    most = limits.json_values // 2  # a key costs as much as two other values
+    if raw.count(b":") > most and any(itertools.islice(_KEY.finditer(raw), most, None)):
+        raise LimitError(f"keys in {what}", limit=most, actual=most + 1)
+
+
 def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, object]], object] | None = None) -> object:
     """The value a text stands for; objects are dicts, or what ``hook`` makes of them.
 
@@ -68,12 +85,7 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
         CorruptError: no JSON; the message says at which byte.
         LimitError: more values than any checkpoint needs.
     """
-    values = raw.count(b",") + raw.count(b"{") + raw.count(b"[")
-    if values > limits.json_values:
-        raise LimitError(f"values in {what}", limit=limits.json_values, actual=values)
-    most = limits.json_values // 2  # a key costs as much as two other values
-    if raw.count(b":") > most and any(itertools.islice(_KEY.finditer(raw), most, None)):
-        raise LimitError(f"keys in {what}", limit=most, actual=most + 1)
+    check_count(raw, limits, what)
     if len(raw) > limits.json_wide_nbytes and re.search(rb"[\xf0-\xf4]", raw):
         most = limits.json_wide_nbytes
         raise LimitError(f"bytes of {what} with characters beyond U+FFFF", limit=most, actual=len(raw))

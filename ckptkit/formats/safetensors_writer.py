@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from json.encoder import encode_basestring as quoted
 from struct import pack
 
-from ckptkit.checkpoint import Checkpoint, StateDict
+from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, tied_groups
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.formats.json_text import ORDER, VERSIONS, places, versions_from, versions_text
@@ -122,8 +123,13 @@ def require_writable_size(checkpoint: Checkpoint) -> None:
     Raises:
         RewriteError: they do.
     """
-    grown = {name: entry.nbytes - entry.storage.nbytes for name, entry in checkpoint.state_dict.items()}
-    if sum(more for more in grown.values() if more > 0) > DEFAULT_LIMITS.expanded_nbytes:
+    total = 0
+    for entry in checkpoint.state_dict.values():
+        more = entry.nbytes - entry.storage.nbytes
+        if more > 0:
+            total += more
+    if total > DEFAULT_LIMITS.expanded_nbytes:
+        grown = {name: entry.nbytes - entry.storage.nbytes for name, entry in checkpoint.state_dict.items()}
         name = max(grown, key=grown.__getitem__)
         entry = checkpoint.state_dict[name]
         raise RewriteError(
@@ -161,24 +167,26 @@ def write(checkpoint: Checkpoint) -> Plan:
     if ORDER not in metadata and (order := places(state_dict, aliases)) is not None:
         metadata[ORDER] = order
     metadata.update(aliases)
-    stored = [name for name in state_dict if name not in aliases]
+    stored = {name: entry for name, entry in state_dict.items() if name not in aliases}
     offsets: dict[str, int] = {}
     position = 0
-    for name in sorted(stored, key=lambda name: -state_dict[name].itemsize):
+    for name, entry in sorted(stored.items(), key=lambda each: -each[1].itemsize):
         offsets[name] = position
-        position += state_dict[name].nbytes
-    header = _header(state_dict, stored, offsets, metadata)
+        position += entry.nbytes
+    header = _header(stored, offsets, metadata)
     steps: list[Step] = [LiteralBytes(0, header)]
     for name, offset in offsets.items():
-        entry = state_dict[name]
-        if entry.nbytes == 0:
+        entry = stored[name]
+        nbytes, source = entry.nbytes, entry.storage.source
+        if nbytes == 0:
             continue
         target = len(header) + offset
-        if entry.is_plain_bytes:
-            start = entry.storage_offset * entry.itemsize
-            steps.append(moved(target, entry.storage.source.part(start, entry.nbytes)))
-        else:
+        if not entry.is_plain_bytes:
             steps.append(Gather(target, entry))
+        elif nbytes == source.nbytes:
+            steps.append(moved(target, source))
+        else:
+            steps.append(moved(target, source.part(entry.storage_offset * entry.itemsize, nbytes)))
     return Plan(
         format=NAME, nbytes=len(header) + position, steps=tuple(steps), tensors=len(state_dict), aliases=aliases
     )
@@ -194,11 +202,7 @@ def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, st
     Raises:
         RewriteError: two such names are tied to each other.
     """
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, entry in state_dict.items():
-        if entry.nbytes:
-            groups.setdefault(entry.view, []).append(name)
-    kept = {min(group, key=lambda n: n not in metadata): group for group in groups.values() if len(group) > 1}
+    kept = {min(group, key=lambda name: name not in metadata): group for group in tied_groups(state_dict)}
     tied = {name: keep for keep, group in kept.items() for name in group if name != keep}
     aliases = {name: tied[name] for name in state_dict if name in tied}  # the order they are read back in
     if taken := aliases.keys() & metadata.keys():
@@ -209,18 +213,18 @@ def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, st
     return aliases
 
 
-def _header(state_dict: StateDict, stored: list[str], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
-    """The length and the padded JSON."""
-    document: dict[str, object] = {METADATA: dict(metadata)}
-    for name in stored:
-        entry = state_dict[name]
-        document[name] = {
-            "dtype": DTYPES[entry.dtype].safetensors,
-            "shape": header_shape(DTYPES[entry.dtype], entry.shape),
-            "data_offsets": [offsets[name], offsets[name] + entry.nbytes],
-        }
+def _header(stored: Mapping[str, TensorEntry], offsets: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    """The length and the padded JSON, as `json.dumps` would write it of a hundred thousand dicts."""
+    parts = [f"{quoted(METADATA)}:{json.dumps(metadata, separators=(',', ':'), ensure_ascii=False)}"]
+    for name, entry in stored.items():
+        row, offset = DTYPES[entry.dtype], offsets[name]
+        shape = ",".join(map(str, header_shape(row, entry.shape)))
+        end = offset + entry.nbytes
+        parts.append(
+            f'{quoted(name)}:{{"dtype":"{row.safetensors}","shape":[{shape}],"data_offsets":[{offset},{end}]}}'
+        )
     try:
-        text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        text = f"{{{','.join(parts)}}}".encode()
     except UnicodeEncodeError:
         raise RewriteError("a name that is not valid Unicode cannot stand in a safetensors header") from None
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -27,6 +27,7 @@ hold no state_dict; names in no shard, in another shard than the index says, or 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,10 +122,12 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
     metadata = document.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise CorruptError("the metadata of an index must be an object")
-    longest = max((len(shard) for shard in weight_map.values() if isinstance(shard, str)), default=0)
+    texts = {shard for shard in weight_map.values() if isinstance(shard, str)}
+    longest = max(map(len, texts), default=0)
     if longest > limits.name_nbytes:
         raise LimitError("length of a shard's file name", limit=limits.name_nbytes, actual=longest)
-    for name, shard in weight_map.items():
+    is_odd = set(map(type, weight_map.values())) - {str} or not all(map(is_shard_name, texts))
+    for name, shard in weight_map.items() if is_odd else ():
         if not isinstance(shard, str):
             raise CorruptError(f"the weight_map gives {shown(name)} no file name, but {shown(shard)}")
         if not is_shard_name(shard):
@@ -133,8 +136,8 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
             )
     if len(weight_map) > limits.entries:
         raise LimitError("tensors in an index", limit=limits.entries, actual=len(weight_map))
-    if (count := len(set(weight_map.values()))) > limits.shards:
-        raise LimitError("shards of one checkpoint", limit=limits.shards, actual=count)
+    if len(texts) > limits.shards:
+        raise LimitError("shards of one checkpoint", limit=limits.shards, actual=len(texts))
     return weight_map, metadata or {}
 
 
@@ -200,7 +203,7 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
         problems.add(_MISSING, name)
         return None
     probe.file.parts[name] = file
-    part = Probe(file, probe.limits)
+    part = Probe(file, probe.limits, f"{name}:")
     try:
         if part.head.startswith(b"version https://git-lfs.github.com/"):
             size = re.search(rb"^size ([0-9]{1,19})$", part.head, re.MULTILINE)
@@ -219,20 +222,20 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
         return None
     finally:
         file.release()
-    pairs = mapping_items(_prefixed(raw.root, name))
-    if pairs is None or not all(isinstance(key, str) for key, _ in pairs):
+    pairs = mapping_items(raw.root if raw.is_prefixed else _prefixed(raw.root, part.prefix))
+    if pairs is None or set(map(type, [key for key, _ in pairs])) - {str}:
         problems.add(_NO_STATE_DICT, name, raw.globals)
         return None
-    return Shard(name, raw, {key: value for key, value in pairs if isinstance(key, str)})
+    return Shard(name, raw, dict(pairs))  # type: ignore[arg-type]  # text alone
 
 
-def _prefixed(root: object, shard: str) -> object:
+def _prefixed(root: object, prefix: str) -> object:
     """The tree with the shard's name before the key of every storage."""
     known: dict[int, Storage] = {}
 
     def named(storage: Storage) -> Storage:
         if id(storage) not in known:
-            known[id(storage)] = replace(storage, key=f"{shard}:{storage.key}")
+            known[id(storage)] = replace(storage, key=prefix + storage.key)
         return known[id(storage)]
 
     def leaf(node: object) -> object:
@@ -245,13 +248,19 @@ def _prefixed(root: object, shard: str) -> object:
 
 def _assembled(weight_map: Mapping[str, str], shards: Mapping[str, Shard], problems: _Problems) -> dict[str, object]:
     """Every name with its value, in the order described above."""
+    everything: dict[str, object] = {}
+    values = {shard.name: shard.values for shard in shards.values()}
+    with contextlib.suppress(KeyError):
+        everything = {name: values[promised][name] for name, promised in weight_map.items()}
+        if len(everything) == sum(map(len, values.values())):  # each name once, and where the index says
+            return everything
+    everything = {}
     holder: dict[str, str] = {}
     for shard in shards.values():
         for name in shard.values:
             other = holder.setdefault(name, shard.name)
             if other != shard.name:
                 problems.add(_TWICE, f"{shown(name)} ({other} and {shard.name})")
-    everything: dict[str, object] = {}
     for name, promised in weight_map.items():
         if promised not in shards:
             continue  # and that is reported
@@ -270,6 +279,8 @@ def _assembled(weight_map: Mapping[str, str], shards: Mapping[str, Shard], probl
 
 def _tied(everything: Mapping[str, object], weight_map: Mapping[str, str]) -> dict[str, object]:
     """The names beyond the index that are other names of tensors it lists."""
+    if everything.keys() <= weight_map.keys():
+        return {}
     stored = {id(value) for key, value in everything.items() if key in weight_map}
     return {key: value for key, value in everything.items() if key not in weight_map and id(value) in stored}
 

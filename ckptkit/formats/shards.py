@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import GlobalUse, TensorEntry
+from ckptkit.checkpoint import GlobalUse, TensorEntry, shared_storages
 from ckptkit.formats.json_text import shown
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
@@ -186,7 +186,9 @@ def total_size(metadata: Mapping[str, object], everything: Mapping[str, object])
     if stated is None:
         return
     entries = [value for value in everything.values() if isinstance(value, TensorEntry)]
-    once, each = sum({entry.view: entry.nbytes for entry in entries}.values()), sum(entry.nbytes for entry in entries)
+    once = each = sum([entry.nbytes for entry in entries])
+    if stated != each and shared_storages(entries):
+        once = sum({entry.view: entry.nbytes for entry in entries}.values())
     if isinstance(stated, bool) or not isinstance(stated, (int, float)) or stated not in (once, each):
         said = f"{stated:,}" if isinstance(stated, int) and abs(stated) < 1 << 63 else f"{stated!r:.40}"
         yield Finding(

@@ -140,11 +140,13 @@ class TorchArchive:
         self.programs: tuple[str, ...] = ()
         self.records = {name[len(root) :]: record for name, record in records.items() if name.startswith(root)}
         self._root = root
-        self._outside = {
-            name: record
-            for name, record in records.items()
-            if not name.startswith(root) and not (name.endswith("/") and root.startswith(name))
-        }
+        self._outside: dict[str, Record] = {}
+        if len(self.records) < len(records):
+            self._outside = {
+                name: record
+                for name, record in records.items()
+                if not name.startswith(root) and not (name.endswith("/") and root.startswith(name))
+            }
         if any(map(_OWN_ROOT.match, self._outside)):
             roots = sorted({root[:-1], *(found[1] for found in map(_OWN_ROOT.match, self._outside) if found)})
             raise AmbiguousError(
@@ -152,6 +154,8 @@ class TorchArchive:
             )
         self._used: set[str] = set()  # what something refers to
         self._known: set[str] = set()  # what is known to be no more than it is read as
+        self._located: list[str] = []  # both: the bytes of tensors
+        self._looked = False
         self._levels = levels
         self._pickles = 0
         self._unrecorded = 0
@@ -235,19 +239,22 @@ class TorchArchive:
             folder: of their records, with its slash.
             suffix: that follows the key in their names.
         """
+        records, located = self.records, self._located
 
         def locate(key: str, nbytes: int) -> tuple[ByteSource, int | None]:
             name = f"{folder}{key}{suffix}"
-            record = self.records.get(name)
+            record = records.get(name)
             if record is None:
                 raise CorruptError(f"storage {key!r} has no record {name[:200]}: damaged, or not written by torch")
-            if record.nbytes != nbytes:
+            _, data, held, is_deflated, crc32 = record
+            if held != nbytes:
                 raise CorruptError(
-                    f"storage {key!r} is declared as {count_of(nbytes, 'byte')}, its record holds {record.nbytes:,}"
+                    f"storage {key!r} is declared as {count_of(nbytes, 'byte')}, its record holds {held:,}"
                 )
-            self.mark((name,), known=True)
-            self._unrecorded += record.crc32 is None
-            return record_source(record) if record.deflated else record.data, record.crc32
+            located.append(name)
+            if crc32 is None:
+                self._unrecorded += 1
+            return record_source(record) if is_deflated else data, crc32
 
         return locate
 
@@ -296,13 +303,17 @@ class TorchArchive:
 
         On the names in the pickles that were read, and on what was not read (`ckptkit.formats.contents`).
         """
-        for name, record in self.records.items():
+        for name in self._not_located() if not self._looked else ():
+            if name in self._known:
+                continue
+            record = self.records[name]
             is_own = name in _OWN_NAMES and not record.deflated and record.nbytes <= _OWN_NBYTES
             if is_own and record.data.read().strip().isdigit():
                 continue  # as torch writes them
-            if name not in self._known and not name.endswith("/"):
+            if not name.endswith("/"):
                 self._contents.look(name, record, is_program=name.startswith(self.programs))
                 self._known.add(name)
+        self._looked = True
         for name, record in self._outside.items():
             if f"/{name}" not in self._known and not name.endswith("/"):  # no name below the root begins so
                 self._contents.look(name, record)
@@ -336,11 +347,16 @@ class TorchArchive:
         self._pickles += nested.has_pickle
         self._discarded.extend(nested.discarded)
 
+    def _not_located(self) -> list[str]:
+        """The records that are not the bytes of tensors."""
+        located = set(self._located)
+        return [name for name in self.records if name not in located]
+
     def _others(self) -> list[tuple[str, Record]]:
         """The records that nothing in the file refers to, as far as it was read."""
         return [
-            (name, record)
-            for name, record in self.records.items()
+            (name, self.records[name])
+            for name in self._not_located()
             if name not in self._used and name not in _OWN_NAMES and name and not name.endswith("/")
         ]
 

@@ -21,7 +21,7 @@ from ckptkit.formats.zip_archive import CENTRAL, LOCAL, LOCAL_SIGNATURE, STORED,
 from ckptkit.formats.zip_records import END, END64, LOCATOR, MAX16, MAX32
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.selection import discarded_text, held_instead, paths_listed
-from ckptkit.pickling.tensors import lower_storage, lower_tensor
+from ckptkit.pickling.tensors import is_rebuilt_alone, lower_storage, lower_tensor
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Checksum, LiteralBytes, Plan, Step, moved
 from ckptkit.report import count_of, glob_of, listed
@@ -103,12 +103,13 @@ class ZipWriter:
         start = self._pos
         directory = bytearray()
         for (raw, crc, nbytes, at), data_at in zip(self._central, self._data_at, strict=True):
-            wide = [value for value in (nbytes, nbytes, at) if value >= MAX32]
-            extra = pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+            version, size, offset, extra = 20, nbytes, at, b""
+            if nbytes >= MAX32 or at >= MAX32:
+                wide = [value for value in (nbytes, nbytes, at) if value >= MAX32]
+                extra = pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide)
+                version, size, offset = 45, min(nbytes, MAX32), min(at, MAX32)
             if crc is None:
                 self._checksums.append(Checksum(start + len(directory) + 16, data_at, nbytes))
-            size, offset = min(nbytes, MAX32), min(at, MAX32)
-            version = 45 if wide else 20
             directory += CENTRAL.pack(
                 b"PK\x01\x02", version, version, UTF8, STORED, 0, _DOS_DATE, crc or 0,
                 size, size, len(raw), len(extra), 0, 0, 0, 0, offset,
@@ -180,7 +181,7 @@ def write(checkpoint: Checkpoint) -> Plan:
         if isinstance(node, TensorEntry):
             tensors += 1
             _require_usable(node)
-            return lower_tensor(node)
+            return node.storage if is_rebuilt_alone(node) else lower_tensor(node)
         if isinstance(node, Storage):
             if id(node) not in keys:
                 keys[id(node)] = str(len(used))

@@ -11,7 +11,8 @@ it of a document that was written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from ckptkit.architectures import Architecture, identify
@@ -33,6 +34,7 @@ from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.tensors import other_tensors, storage_names
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
+from ckptkit.tensor import unused_nbytes
 
 if TYPE_CHECKING:
     from ckptkit.inspection.document import (
@@ -96,7 +98,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
     beside = [found for found in everything if not found.is_value]
-    sums = totals(listing.rows, listing.several)
+    sums, storage = totals(listing.rows, listing.several), storage_document(listing)
     shown = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
     if filters:
         shown = [row for row in shown if wanted(row.name, filters)]
@@ -114,7 +116,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "kind": origin.kind,
         "state_dict": _summary(checkpoint, sums),
         "sections": section_documents(checkpoint.sections, sums, origin.size),
-        "storage": storage_document(listing),
+        "storage": storage,
         "tensors": rows,
         "metadata": {**checkpoint.metadata, **training_state(checkpoint.rest)},
         "training": training,
@@ -124,7 +126,9 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "modules": list_modules(checkpoint.module),
         "part": None if checkpoint.part is None else _part(checkpoint.part),
         "architecture": [_architecture(found) for found in identify(checkpoint.state_dict)],
-        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside))],
+        "findings": [
+            finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside, storage["unused_nbytes"]))
+        ],
         "error": None,
     }
 
@@ -282,25 +286,26 @@ def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
         several: the storages that several of them view, by ``id``.
     """
     counted: set[tuple[str | None, tuple[object, ...]]] = set()
+    prod = math.prod
     sums: dict[str, Totals] = {}
+    section, total = None, Totals()
     for row in rows:
-        if row.role == "unknown" or row.section is None:
+        where, _, _, shape, _, nbytes, _, _, role, _, _, entry, _, _, _ = row
+        if role == "unknown" or where is None:
             continue
-        total = sums.get(row.section)
-        if total is None:
-            total = sums[row.section] = Totals()
+        if where is not section:
+            section, total = where, sums.setdefault(where, Totals())
         total.tensors += 1
-        entry = row.tensor
-        if id(entry.storage) in several and row.nbytes:
-            key = (row.section, entry.view)
+        if several and nbytes and id(entry.storage) in several:  # type: ignore[union-attr]  # arrays are not among these
+            key = (section, row.tensor.view)
             if key in counted:
                 continue
             counted.add(key)
-        total.nbytes += row.nbytes
-        if row.role == "parameter":
-            total.parameters += row.numel
+        total.nbytes += nbytes
+        if role == "parameter":
+            total.parameters += prod(shape)
         else:
-            total.buffers += row.numel
+            total.buffers += prod(shape)
     return sums
 
 
@@ -326,39 +331,25 @@ def section_documents(sections: Sequence[Section], sums: dict[str, Totals], size
 
 def storage_document(listing: Listing) -> StorageDocument:
     """What the bytes of a file are used for: storages, tensors that share them, and bytes nothing uses."""
-    several = listing.several
-    storages: dict[int, Storage] = {id(storage): storage for storage in listing.bare}
-    used_whole = set(storages)
-    extents: dict[int, list[tuple[int, int]]] = {}
+    rows, several, bare = listing.rows, listing.several, listing.bare
     views: dict[int, set[tuple[object, ...]]] = {}
-    unique = tied = 0
-    for row in listing.rows:
-        entry = row.tensor
-        key = id(entry.storage)
-        storages[key] = entry.storage
+    tied = []
+    for row in rows if several else ():
+        key = id(row.tensor.storage)
         if row.tied_to is not None:
-            tied += 1
-            continue
-        unique += row.nbytes
-        if key in several:
-            views.setdefault(key, set()).add(entry.view)
-        if row.nbytes == entry.storage.nbytes and 0 not in entry.stride:
-            used_whole.add(key)
-        elif key not in used_whole:
-            extents.setdefault(key, []).append(entry.span())
-    unused = 0
-    for key, spans in extents.items():
-        if key not in used_whole:
-            covered = end = 0
-            for start, stop in sorted(spans):
-                covered += max(0, stop - max(start, end))
-                end = max(end, stop)
-            unused += storages[key].nbytes - covered
+            tied.append(row)
+        elif key in several:
+            views.setdefault(key, set()).add(row.tensor.view)
+    storages: Collection[Storage] = [*[row.tensor.storage for row in rows], *bare]
+    if several or bare:
+        storages = dict(zip(map(id, storages), storages, strict=True)).values()
+    # What is alone in its storage, and is all of it, leaves nothing.
+    others = [row.tensor for row in rows if id(row.tensor.storage) in several] if several else []
     return {
         "storages": len(storages),
-        "nbytes": sum(storage.nbytes for storage in storages.values()),
-        "unique_tensor_nbytes": unique,
-        "tied": tied,
+        "nbytes": sum([storage.nbytes for storage in storages]),
+        "unique_tensor_nbytes": sum([row.nbytes for row in rows]) - sum(row.nbytes for row in tied),
+        "tied": len(tied),
         "shared": sum(len(seen) for seen in views.values() if len(seen) > 1),
-        "unused_nbytes": unused,
+        "unused_nbytes": unused_nbytes([*listing.partial, *others], bare),
     }

@@ -151,11 +151,13 @@ class Listing(NamedTuple):
         rows: the tensors, in file order.
         others: storages that stand in the file by themselves, numpy's arrays, and what is made of tensors.
         several: storages that several of the tensors view, by ``id``.
+        partial: the tensors that are not all of their storage, or repeat its elements.
     """
 
     rows: list[TensorRow]
     others: list[FoundTensor]
     several: set[int]
+    partial: list[TensorEntry]
 
     @property
     def bare(self) -> list[Storage]:
@@ -184,34 +186,46 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
         (named if isinstance(found.node, TensorEntry) else others).append(found)  # type: ignore[arg-type]
     if len(named) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
         raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named) + len(others))
-    characters = sum(len(section or "") + len(name) for section, name, _, _ in named)
+    characters = sum([len(name) + len(section) if section else len(name) for section, name, _, _ in named])
     if characters > DEFAULT_LIMITS.name_characters:  # one long key may stand above thousands of tensors
         raise LimitError("characters of names", limit=DEFAULT_LIMITS.name_characters, actual=characters)
-    several = shared_storages(entry for _, _, entry, _ in named)
+    several = shared_storages([found[2] for found in named])
     tied_to = _ties(named, several)
     kinds: dict[str | None, str] = {section.path: section.kind for section in checkpoint.sections}
     selected = checkpoint.origin.state_path
     rows: list[TensorRow] = []
-    make, bits = TensorRow._make, {name: row.bits or 8 * row.itemsize for name, row in DTYPES.items()}
-    roles: dict[str | None, tuple[bool, bool]] = {}
+    partial: list[TensorEntry] = []
+    make, row_class = tuple.__new__, TensorRow
+    geometries: dict[tuple[int, int, str], tuple[int, bool]] = {}  # readers give those alike the same tuples
+    before: object = None
+    has_roles = known = False
     for section, name, entry, is_own in named:
         role: Role = "unknown"
         inferred = False
-        if section not in roles:
+        if section is not before or not rows:  # most stand in the one before them
+            before = section
             is_selected = section is not None and section == selected
             known = checkpoint.module is not None if is_selected else kinds.get(section) == "whole_model"
-            roles[section] = is_selected or kinds.get(section) in WEIGHTS, known
-        has_roles, known = roles[section]
+            has_roles = is_selected or kinds.get(section) in WEIGHTS
+        shape, stride, dtype, storage = entry.shape, entry.stride, entry.dtype, entry.storage
+        geometry = geometries.get((id(shape), id(stride), dtype))
+        if geometry is None:
+            row = DTYPES[dtype]
+            nbytes = math.prod(shape) * (row.bits or 8 * row.itemsize) // 8
+            geometry = geometries[id(shape), id(stride), dtype] = nbytes, 0 in stride
+        nbytes, repeats = geometry
+        if repeats or nbytes != storage.nbytes:
+            partial.append(entry)
         if has_roles and is_own:
             role, inferred = tensor_role(name, entry, known=known)
-        shape, dtype, storage = entry.shape, entry.dtype, entry.storage
         rows.append(
             make(
-                (section, name, dtype, shape, entry.stride, math.prod(shape) * bits[dtype] // 8, storage.location,
-                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None, None)
+                row_class,
+                (section, name, dtype, shape, stride, nbytes, storage.location,
+                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None, None),
             )
         )  # fmt: skip
-    return Listing(rows, others, several)
+    return Listing(rows, others, several, partial)
 
 
 def other_rows(listing: Listing) -> Iterator[TensorRow]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit.inspection.listing import TensorRow, natural_key
 from ckptkit.report import count_of
@@ -60,19 +60,17 @@ class OutlineLine(NamedTuple):
 
 
 class _Branch:
-    """A module, or a tensor (which has a row), with what is below it."""
+    """A module, or a tensor (which has a row), with what is below it; those that are alike in all are one object."""
 
     __slots__ = (
-        "buffers", "children", "dtypes", "groups", "label", "nbytes", "note", "others", "parameters", "row", "shape",
-        "tensors",
+        "buffers", "children", "dtypes", "groups", "nbytes", "note", "others", "parameters", "row", "shape", "tensors",
     )  # fmt: skip
 
-    def __init__(self, label: str, row: TensorRow | None = None) -> None:
-        self.label = label
+    def __init__(self, children: list[_Labelled], row: TensorRow | None = None, note: str = "") -> None:
+        self.children = children
         self.row = row
-        self.children: list[_Branch] = []
-        self.groups: list[list[_Branch]] | None = None
-        self.note = ""
+        self.groups: list[_Group] | None = None
+        self.note = note
         self.shape = -1
         """Equal numbers have the same structure."""
         self.tensors = self.parameters = self.buffers = self.others = self.nbytes = 0
@@ -81,11 +79,17 @@ class _Branch:
     @property
     def is_module(self) -> bool:
         """Whether nothing but tensors is below it."""
-        return self.row is None and all(child.row is not None for child in self.children)
+        return self.row is None and all(child.row is not None for _, child in self.children)
 
 
-_Group = list[_Branch]
+_Labelled = tuple[str, _Branch]
+"""A branch under its name below what stands above it."""
+
+_Group = list[_Labelled]
 """Branches that are one line: siblings alike, or one."""
+
+_Names = list[Any]
+"""What stands below a name, by label: tensors (`TensorRow`), and what stands below further names; then its branch."""
 
 
 class Outline:
@@ -108,20 +112,23 @@ class Outline:
     ) -> None:
         self._sort = sort
         self._has_classes = bool(modules)
-        self._root = _Branch("")
-        made: dict[str, _Branch] = {"": self._root}
+        made: dict[str, _Names] = {"": []}
+        notes: dict[int, str] = {}
         for module in modules:
-            _branch(module["path"], made).note = module["text"].replace("\n", " ")
+            notes[id(_below(module["path"], made))] = module["text"].replace("\n", " ")
         for row in _without_parts(rows):
             name = f"{row.section}.{row.name}" if sectioned and row.section else row.name
             above, _, last = name.rpartition(".")
             if not above:
                 last = name
-            (made.get(above) or _branch(above, made)).children.append(_Branch(last, row))
+            inside = made.get(above)
+            if inside is None:
+                inside = _below(above, made)
+            inside.append((last, row))
         if self._has_classes:
-            for branch in made.values():
-                branch.children.sort(key=lambda child: child.row is None)  # as state_dict() gives them
-        _measure(made, sort)
+            for inside in made.values():
+                inside.sort(key=lambda item: item[1].__class__ is list)  # as state_dict() gives them
+        self._root = _measured(made, notes, sort)
 
     def lines(self, depth: int, *, modules_only: bool = False) -> Iterator[OutlineLine]:
         """The tree down to a level.
@@ -133,7 +140,7 @@ class Outline:
         root = self._root
         groups = self._groups(root)
         if self._has_classes or root.tensors > 1:
-            yield self._line([root], 0, "(all)")
+            yield self._line([("", root)], 0, "(all)")
         if len(groups) == 1 and len(groups[0]) == 1:
             depth += 1
         for group in groups:
@@ -151,14 +158,14 @@ class Outline:
 
     def _below(self, group: _Group, level: int, depth: int, modules_only: bool) -> Iterator[OutlineLine]:
         label = _group_label(group)
-        branch = group[0]
+        branch = group[0][1]
         while branch.row is None and not branch.note:
             inner = self._groups(branch)
             if len(inner) != 1 or (len(group) > 1 and len(inner[0]) > 1):
                 break
             label += "." + _group_label(inner[0])
-            group = inner[0] if len(group) == 1 else [self._groups(member)[0][0] for member in group]
-            branch = group[0]
+            group = inner[0] if len(group) == 1 else [self._groups(member)[0][0] for _, member in group]
+            branch = group[0][1]
         is_small = modules_only and len(branch.children) <= _MAX_ON_A_LINE
         is_whole = branch.row is not None or level >= depth or ((is_small or branch.note) and branch.is_module)
         yield self._line(group, level, label, names_tensors=bool(is_whole))
@@ -173,121 +180,167 @@ class Outline:
             return branch.groups
         groups: list[_Group] = []
         last: tuple[str, int] | None = None
-        for child in branch.children:
-            numbered = _split_number(child.label)
-            follows = last is not None and numbered == (last[0], last[1] + 1) and child.shape == groups[-1][0].shape
+        for label, child in branch.children:
+            numbered = _split_number(label)
+            follows = last is not None and numbered == (last[0], last[1] + 1) and child.shape == groups[-1][0][1].shape
             if follows:
-                groups[-1].append(child)
+                groups[-1].append((label, child))
             else:
-                groups.append([child])
+                groups.append([(label, child)])
             last = numbered
         if self._sort == "size":
-            groups.sort(key=lambda group: -sum(member.nbytes for member in group))
+            groups.sort(key=lambda group: -sum(member.nbytes for _, member in group))
         branch.groups = groups
         return groups
 
     def _line(self, group: _Group, level: int, label: str, *, names_tensors: bool = False) -> OutlineLine:
-        branch = group[0]
+        branch = group[0][1]
         return OutlineLine(
             level=level,
             label=label,
             copies=len(group),
-            tensors=sum(member.tensors for member in group),
-            parameters=sum(member.parameters for member in group),
-            buffers=sum(member.buffers for member in group),
-            others=sum(member.others for member in group),
-            nbytes=sum(member.nbytes for member in group),
+            tensors=sum(member.tensors for _, member in group),
+            parameters=sum(member.parameters for _, member in group),
+            buffers=sum(member.buffers for _, member in group),
+            others=sum(member.others for _, member in group),
+            nbytes=sum(member.nbytes for _, member in group),
             note=_note(branch, names_tensors),
             is_tensor=branch.row is not None,
         )
 
 
-def _without_parts(rows: Sequence[TensorRow]) -> Iterator[TensorRow]:
+def _without_parts(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
     """The rows without those of what a value is made of."""
     values = {(row.section, row.name) for row in rows if row.value is not None}
+    if not values:
+        return rows
+    left = []
     for row in rows:
-        above = row.name if values else ""
+        above = row.name
         while above and (row.section, above := above.rpartition(".")[0]) not in values:
             pass
         if not above:
-            yield row
+            left.append(row)
+    return left
 
 
-def _branch(path: str, made: dict[str, _Branch]) -> _Branch:
-    """The branch of a path, made with all above it where it is not there yet."""
-    branch = made.get(path)
-    if branch is None:
-        above, _, last = path.rpartition(".")
-        missing = [(path, last)]
-        if path.count(".") > _MAX_LEVELS:
-            above, last = "", path  # one piece
-            missing = [(path, last)]
-        while above and above not in made:
-            missing.append((above, above.rpartition(".")[2]))
-            above = above.rpartition(".")[0]
-        branch = made[above]
-        for whole, part in reversed(missing):
-            below = made[whole] = _Branch(part)
-            branch.children.append(below)
-            branch = below
+def _below(path: str, made: dict[str, _Names]) -> _Names:
+    """What stands below a path, made with all above it where it is not there yet."""
+    inside = made.get(path)
+    if inside is not None:
+        return inside
+    above, _, last = path.rpartition(".")
+    inside = made.get(above)
+    if inside is not None and (len(path) <= _MAX_LEVELS or path.count(".") <= _MAX_LEVELS):  # as nearly always
+        below: _Names = []
+        made[path] = below
+        inside.append((last, below))
+        return below
+    missing = [(path, last)]
+    if path.count(".") > _MAX_LEVELS:
+        above, missing = "", [(path, path)]  # one piece
+    while above and above not in made:
+        missing.append((above, above.rpartition(".")[2]))
+        above = above.rpartition(".")[0]
+    inside = made[above]
+    for whole, part in reversed(missing):
+        made[whole] = below = []
+        inside.append((part, below))
+        inside = below
+    return inside
+
+
+def _measured(made: dict[str, _Names], notes: dict[int, str], sort: str) -> _Branch:
+    """The branch of all, with what is below each branch in order and summed up, from the bottom."""
+    shapes: dict[tuple[object, ...], int] = {}
+    known: dict[tuple[object, ...], _Branch] = {}
+    orders: dict[tuple[str, ...], list[int] | None] = {}
+    branch: _Branch | None = None
+    for inside in reversed(made.values()):  # what is below was made later
+        note = notes.get(id(inside), "") if notes else ""
+        alike: tuple[object, ...] | None = None
+        if len(inside) == 1:
+            label, item = inside[0]
+            if item.__class__ is not list and item[10] is None and item[13] is None:  # neither tied nor a value
+                alike = label, item[2], item[3], item[5], item[8], note
+                branch = known.get(alike)
+                if branch is not None:
+                    inside.append(branch)
+                    continue
+        elif inside:
+            labels = tuple([label for label, _ in inside])
+            order = orders[labels] if labels in orders else orders.setdefault(labels, _order(labels, sort))
+            if order is not None:
+                inside[:] = [inside[at] for at in order]
+        key: list[object] = [note]
+        for label, item in inside:
+            key += label, (item[-1] if item.__class__ is list else _tensor(item, known, shapes))
+        branch = known.get(tuple(key))
+        if branch is None:
+            branch = known[tuple(key)] = _Branch(list(zip(key[1::2], key[2::2], strict=True)), note=note)  # type: ignore[arg-type]
+            _sum_up(branch, shapes)
+        inside.append(branch)
+        if alike is not None:
+            known[alike] = branch
+    return branch or _Branch([])
+
+
+def _tensor(row: Any, known: dict[tuple[object, ...], _Branch], shapes: dict[tuple[object, ...], int]) -> _Branch:
+    alike = None
+    if row.tied_to is None and row.value is None:
+        alike = row.dtype, row.shape, row.role, row.nbytes
+        if alike in known:
+            return known[alike]
+    branch = _Branch([], row)
+    branch.tensors = 1
+    if row.tied_to is None:
+        numel = row.numel
+        branch.nbytes = row.nbytes
+        if row.role == "parameter":
+            branch.parameters = numel
+        elif row.role == "buffer":
+            branch.buffers = numel
+        else:
+            branch.others = numel
+    branch.shape = shapes.setdefault((row.dtype, row.shape, row.role), len(shapes))
+    branch.dtypes = frozenset((row.dtype,))
+    if alike is not None:
+        known[alike] = branch
     return branch
 
 
-def _measure(made: dict[str, _Branch], sort: str) -> None:
-    """Put children in order, and sum up what is below each branch, from the bottom."""
-    shapes: dict[tuple[object, ...], int] = {}
-    alone: dict[str, frozenset[str]] = {}
-    for branch in reversed(made.values()):  # what is below was made later
-        if len(branch.children) > 1:
-            _arrange(branch.children, sort)
-        dtypes: set[str] = set()
-        below = []
-        for child in branch.children:
-            row = child.row
-            if row is not None:
-                dtype = row.dtype
-                child.tensors = 1
-                if row.tied_to is None:
-                    numel = row.numel
-                    child.nbytes = row.nbytes
-                    if row.role == "parameter":
-                        child.parameters = numel
-                    elif row.role == "buffer":
-                        child.buffers = numel
-                    else:
-                        child.others = numel
-                child.shape = shapes.setdefault((dtype, row.shape, row.role), len(shapes))
-                dtypes.add(dtype)
-            else:
-                dtypes |= child.dtypes
-            branch.tensors += child.tensors
-            branch.parameters += child.parameters
-            branch.buffers += child.buffers
-            branch.others += child.others
-            branch.nbytes += child.nbytes
-            below.append((child.label, child.shape))
-        branch.shape = shapes.setdefault((branch.note, *below), len(shapes))
-        name = " ".join(sorted(dtypes))
-        branch.dtypes = alone.setdefault(name, frozenset(dtypes))
+def _sum_up(branch: _Branch, shapes: dict[tuple[object, ...], int]) -> None:
+    below: list[object] = []
+    dtypes: set[str] = set()
+    for label, child in branch.children:
+        dtypes |= child.dtypes
+        branch.tensors += child.tensors
+        branch.parameters += child.parameters
+        branch.buffers += child.buffers
+        branch.others += child.others
+        branch.nbytes += child.nbytes
+        below.append((label, child.shape))
+    branch.shape = shapes.setdefault((branch.note, *below), len(shapes))
+    branch.dtypes = frozenset(dtypes)
 
 
-def _arrange(children: list[_Branch], sort: str) -> None:
-    """By name, or in file order; but of those that differ in a number each has the place that its number gives it."""
+def _order(labels: Sequence[str], sort: str) -> list[int] | None:
+    """The order of labels by name; or as they are, but those that differ in a number by that; ``None``: as they are."""
     if sort == "name":
-        children.sort(key=lambda child: natural_key(child.label))
-        return
+        return sorted(range(len(labels)), key=lambda at: natural_key(labels[at]))
     slots: dict[str, list[int]] = {}
     numbers: dict[str, list[int]] = {}
-    for index, child in enumerate(children):
-        numbered = _split_number(child.label)
+    for index, label in enumerate(labels):
+        numbered = _split_number(label)
         if numbered is not None:
             slots.setdefault(numbered[0], []).append(index)
             numbers.setdefault(numbered[0], []).append(numbered[1])
+    order = list(range(len(labels)))
     for stem, found in numbers.items():
         if any(a > b for a, b in itertools.pairwise(found)):
-            by_number = sorted(zip(found, slots[stem], strict=True))
-            for index, child in zip(slots[stem], [children[at] for _, at in by_number], strict=True):
-                children[index] = child
+            for index, (_, at) in zip(slots[stem], sorted(zip(found, slots[stem], strict=True)), strict=True):
+                order[index] = at
+    return order if order != list(range(len(labels))) else None
 
 
 def _split_number(label: str) -> tuple[str, int] | None:
@@ -303,9 +356,9 @@ def _split_number(label: str) -> tuple[str, int] | None:
 
 def _group_label(group: _Group) -> str:
     if len(group) == 1:
-        return group[0].label
-    numbered = _split_number(group[-1].label)
-    return f"{group[0].label}‥{'' if numbered is None else numbered[1]}"
+        return group[0][0]
+    numbered = _split_number(group[-1][0])
+    return f"{group[0][0]}‥{'' if numbered is None else numbered[1]}"
 
 
 def _note(branch: _Branch, names_tensors: bool) -> str:
@@ -321,6 +374,6 @@ def _note(branch: _Branch, names_tensors: bool) -> str:
     shown = ", ".join(dtypes) if len(dtypes) < 4 else f"{count_of(len(dtypes), 'dtype')}"
     if not names_tensors or not branch.is_module:
         return shown
-    named = [f"{child.label} {list(child.row.shape)}" for child in branch.children if child.row is not None]
+    named = [f"{label} {list(child.row.shape)}" for label, child in branch.children if child.row is not None]
     more = ", …" if len(named) > _MAX_TENSORS_NAMED else ""
     return f"{shown}: {', '.join(named[:_MAX_TENSORS_NAMED])}{more}"

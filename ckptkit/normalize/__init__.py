@@ -44,6 +44,7 @@ class RawCheckpoint:
         discarded: as in `Checkpoint`.
         has_pickle, is_program: as in `Origin`.
         kind: what the file holds, where the container says it; ``None``: the tree tells.
+        is_prefixed: of a shard, whether the keys of its storages have the shard's name before them already.
     """
 
     root: object
@@ -59,6 +60,7 @@ class RawCheckpoint:
     has_pickle: bool = True
     is_program: bool = False
     kind: Kind | None = None
+    is_prefixed: bool = False
 
 
 def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -> Checkpoint:
@@ -88,7 +90,8 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
         state_dict, module = _state_dict(raw, chosen, findings, file.path)
         # One map for both: what the weights and the rest have in common stays so.
         taken_out = TreeMap(_same, [(chosen.node, STATE_DICT)])
-        state_dict = state_dict.with_values(lambda value: value if is_plain_value(value) else taken_out(value))
+        if not state_dict.is_plain:
+            state_dict = state_dict.with_values(lambda value: value if is_plain_value(value) else taken_out(value))
         if state_dict.is_module:  # where it leads back to itself, it leads to its place
             state_dict = StateDict(
                 state_dict.everything,

@@ -68,7 +68,7 @@ def tensor_role(name: str, entry: TensorEntry, *, known: bool) -> tuple[Role, bo
         return "parameter", False
     if known:
         return "buffer", False
-    is_buffer = name.rpartition(".")[2] in _BUFFER_NAMES or DTYPES[entry.dtype].kind in ("int", "bool")
+    is_buffer = name[name.rfind(".") + 1 :] in _BUFFER_NAMES or DTYPES[entry.dtype].kind in ("int", "bool")
     return ("buffer" if is_buffer else "parameter"), True
 
 

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Final, Literal
+from itertools import chain, islice
+from typing import Any, Final, Literal
 
 from ckptkit.checkpoint import WEIGHTS, Section, Storage, TensorEntry
 from ckptkit.errors import LimitError
@@ -121,7 +121,9 @@ def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
     if kind == "whole_model":
         bound = bound_method(node)
         return walk_module(node if bound is None else bound[0])
-    pairs = [(key, value) for key, value in named_values(node) or [] if isinstance(key, str)]
+    pairs: list[Any] = named_values(node) or []
+    if set(map(type, [key for key, _ in pairs])) - {str}:
+        pairs = [pair for pair in pairs if isinstance(pair[0], str)]
     if any(isinstance(value, TensorEntry) for _, value in pairs):
         return iter(pairs)
     from ckptkit.normalize.nested import nested_values
@@ -253,7 +255,7 @@ class SectionSearch:
         for key, value in pairs:
             if not isinstance(key, str):
                 return False
-            if is_tensor_like(value):
+            if isinstance(value, TensorEntry) or is_tensor_like(value):
                 tensors += 1
                 dotted += "." in key
             elif not key.endswith("_extra_state"):
@@ -303,17 +305,19 @@ class SectionSearch:
         sections = []
         for candidate in found:
             if id(candidate.node) not in sizes:
-                leaves: set[int] = set()
-                nbytes: dict[int, int] = {}
-                for visits, leaf in enumerate(_leaves(candidate), visits + 1):  # noqa: B020 - it goes on counting
-                    if visits > DEFAULT_LIMITS.opcodes:
-                        raise LimitError("parts that sections share", limit=DEFAULT_LIMITS.opcodes, actual=visits)
-                    if isinstance(leaf, TensorEntry):
-                        leaves.add(id(leaf))
-                        nbytes[id(leaf.storage)] = leaf.storage.nbytes
-                    elif isinstance(leaf, Storage):
-                        nbytes[id(leaf)] = leaf.nbytes
-                sizes[id(candidate.node)] = len(leaves), sum(nbytes.values())
+                most = DEFAULT_LIMITS.opcodes
+                leaves = list(islice(_leaves(candidate), most - visits + 1))
+                visits += len(leaves)
+                if visits > most:
+                    raise LimitError("parts that sections share", limit=most, actual=visits)
+                entries: list[Any] = leaves
+                bare: list[Storage] = []
+                if set(map(type, leaves)) - {TensorEntry}:
+                    entries = [leaf for leaf in leaves if isinstance(leaf, TensorEntry)]
+                    bare = [leaf for leaf in leaves if isinstance(leaf, Storage)]
+                storages = [*[entry.storage for entry in entries], *bare]
+                once = dict(zip(map(id, storages), storages, strict=True)).values()
+                sizes[id(candidate.node)] = len(set(map(id, entries))), sum([storage.nbytes for storage in once])
             count, total = sizes[id(candidate.node)]
             sections.append(
                 Section(
@@ -331,8 +335,9 @@ def _leaves(candidate: Candidate) -> Iterator[object]:
     if not candidate.is_weights:
         return walk(candidate.node)
     values = [value for _, value in candidate.values()]
-    others = [value for value in values if not isinstance(value, TensorEntry)]
-    return chain(values, walk(others)) if others else iter(values)
+    if not set(map(type, values)) - {TensorEntry}:
+        return iter(values)
+    return chain(values, walk([value for value in values if not isinstance(value, TensorEntry)]))
 
 
 def is_plain_value(node: object) -> bool:

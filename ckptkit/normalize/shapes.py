@@ -147,8 +147,9 @@ def are_data(names: Iterable[object]) -> bool:
 
 def is_graph(pairs: list[tuple[object, object]]) -> bool:
     """Whether the names are those of a graph, as data sets of PyG hold them."""
-    names = {key for key, _ in pairs if isinstance(key, str)}
-    return not names.isdisjoint(("edge_index", "adj_t")) and not any("." in name for name in names)
+    keys = [key for key, _ in pairs]
+    marked = "edge_index" in keys or "adj_t" in keys
+    return marked and not any(isinstance(key, str) and "." in key for key in keys)
 
 
 def is_sliced(node: object) -> bool:

@@ -92,7 +92,9 @@ def every_tensor(checkpoint: Checkpoint) -> Iterator[FoundTensor]:
 def plain_tensors(checkpoint: Checkpoint) -> list[FoundTensor]:
     """The plain tensors of the state_dict: a hundred thousand of some files."""
     selected, make = checkpoint.origin.state_path or "", tuple.__new__  # which takes half the time of `FoundTensor`
-    everything = checkpoint.state_dict.everything.items()
+    everything: Any = checkpoint.state_dict.everything.items()
+    if checkpoint.state_dict.is_plain:
+        return [make(FoundTensor, (selected, name, value, True)) for name, value in everything]
     return [make(FoundTensor, (selected, name, value, True)) for name, value in everything if is_plain_value(value)]
 
 
@@ -110,7 +112,8 @@ def _beside(checkpoint: Checkpoint, values: bool) -> Iterator[FoundTensor]:
     state_dict, selected = checkpoint.state_dict, checkpoint.origin.state_path or ""
     kinds = {section.path: section.kind for section in checkpoint.sections if not section.selected}
     found = _Walk(kinds, values)
-    others = [(name, value) for name, value in state_dict.everything.items() if not is_plain_value(value)]
+    values_of = state_dict.everything.items() if not state_dict.is_plain else ()
+    others = [(name, value) for name, value in values_of if not is_plain_value(value)]
     own = _Own(state_dict.everything.values())
     yield from found.values(selected, others, own)
     outside = _Place(None, (None, selected, 1) if selected else None, 0, None, own)

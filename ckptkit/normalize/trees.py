@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 from ckptkit.checkpoint import STATE_DICT, Storage, TensorEntry
 from ckptkit.normalize.content import HERE, PLAIN, form_of, is_ordered, meant, token_of
-from ckptkit.normalize.sections import brief, join
+from ckptkit.normalize.sections import brief, is_plain_value, join
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId, effects_of
 from ckptkit.pickling.tensors import is_tensor_like
 
@@ -189,6 +189,13 @@ class Identical:
         if isinstance(a, Storage) and isinstance(b, Storage):
             same = (a.dtype, a.nbytes, a.location) == (b.dtype, b.nbytes, b.location)
             return [Met(place, a, b, "bytes" if same else "differs")], []
+        if isinstance(a, TensorEntry) and isinstance(b, TensorEntry) and is_plain_value(a) and is_plain_value(b):
+            if _geometry(a) != _geometry(b):
+                return [Met(place, a, b)], []
+            known = self.met(a.storage, b.storage)
+            if known is None:
+                return self.compare(place, a.storage, b.storage)
+            return [] if known else [Met(place, a.storage, b.storage, "parted")], []
         parts, others = _exact_parts(a), _exact_parts(b)
         if type(a) is not type(b) or len(parts) != len(others):
             return [Met(place, a, b)], []

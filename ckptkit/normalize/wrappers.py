@@ -17,6 +17,7 @@ __all__ = [
     "MODULE",
     "inner_module_rules",
     "inner_module_told",
+    "may_be_wrapped",
     "unwrapped",
     "unwrapped_in_digests",
     "unwrapped_path",
@@ -55,6 +56,11 @@ def unwrapped(name: str) -> str:
 def _may_be_wrapped(name: str) -> bool:
     """Whether a closer look is worth its time: most names of most models are bare."""
     return name.startswith(("module.", "_forward_module.")) or "_orig_mod." in name or "_wrapped_module." in name
+
+
+def may_be_wrapped(names: str) -> bool:
+    """Whether any of many names is worth that look; each stands after a line break."""
+    return any(mark in names for mark in ("\nmodule.", "\n_forward_module.", "_orig_mod.", "_wrapped_module."))
 
 
 def unwrapped_in_digests(name: str) -> str:

@@ -25,25 +25,10 @@ from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 
 __all__ = [
-    "ABSENT",
-    "ITSELF",
-    "Global",
-    "InertDict",
-    "InertSet",
-    "Object",
-    "PersistentId",
-    "TreeMap",
-    "attributes",
-    "check_references",
-    "children",
-    "effects_of",
-    "holds",
-    "is_global",
-    "mapping_items",
-    "mapping_shell",
-    "states",
-    "walk",
-]
+    "ABSENT", "ITSELF", "Global", "InertDict", "InertSet", "Object", "PersistentId", "TreeMap", "attributes",
+    "check_references", "children", "effects_of", "holds", "is_bare_leaf", "is_global", "mapping_items",
+    "mapping_shell", "states", "walk",
+]  # fmt: skip
 
 
 class _Marker:
@@ -306,9 +291,9 @@ def children(node: object) -> list[object]:
         return [*node.members, *node.effects]
     if isinstance(node, PersistentId):
         return [node.pid]
+    if is_bare_leaf(node):  # as nearly all are
+        return []
     if isinstance(node, TensorEntry):
-        if node.subclass is None and node.attributes is None and not node.effects:  # as nearly all are
-            return []
         return [part for part in (node.subclass, node.attributes, *node.effects) if part is not None]
     return list(node.effects) if isinstance(node, Global) else []
 
@@ -375,7 +360,14 @@ def check_references(root: object) -> None:
             raise LimitError("references between nodes", limit=limits.references, actual=references)
         if compound > limits.tree_nodes:
             raise LimitError("nodes of a tree", limit=limits.tree_nodes, actual=compound)
-        stack.extend(below)
+        stack.extend([child for child in below if not is_bare_leaf(child)])
+
+
+def is_bare_leaf(node: object) -> bool:
+    """Whether it is a tensor or a storage with nothing below it."""
+    return isinstance(node, Storage) or (
+        isinstance(node, TensorEntry) and node.subclass is None and node.attributes is None and not node.effects
+    )
 
 
 class TreeMap:

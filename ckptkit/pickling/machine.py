@@ -255,9 +255,6 @@ class Machine:
         item = self.stack.pop()
         self.extend([item])
 
-    def appends(self) -> None:
-        self.extend(self.pop_mark())
-
     def extend(self, items: list[object]) -> None:
         target = self.stack[-1]
         if isinstance(target, list):
@@ -271,9 +268,6 @@ class Machine:
         value = self.stack.pop()
         key = self.stack.pop()
         self.set_pairs([key, value])
-
-    def setitems(self) -> None:
-        self.set_pairs(self.pop_mark())
 
     def set_pairs(self, flat: list[object]) -> None:
         if len(flat) % 2:
@@ -347,13 +341,10 @@ class Machine:
         for value in self.pop_mark():
             self.popped.take(value, None, self.data, self.op_at, self.memo)
 
-    def list_(self) -> None:
+    def push(self, make: Callable[[list[object]], object]) -> None:
+        """What is made of the items since the last MARK."""
         items = self.pop_mark()
-        self.stack.append(self.made(items))
-
-    def frozenset_(self) -> None:
-        members = self.pop_mark()
-        self.stack.append(self.made(InertSet(members, frozen=True)))
+        self.stack.append(self.made(make(items)))
 
     def dict_(self) -> None:
         flat = self.pop_mark()
@@ -466,50 +457,24 @@ def _python2_str(raw: bytes) -> str | bytes:
 
 
 RARE_OPCODES: dict[int, Callable[[Machine], None]] = {
-    0x80: Machine.proto,
-    0x95: Machine.frame,
-    0x61: Machine.append,
-    0x65: Machine.appends,
-    0x73: Machine.setitem,
-    0x75: Machine.setitems,
-    0x90: Machine.additems,
-    0x62: Machine.build,
-    0x63: Machine.global_text,
-    0x93: Machine.stack_global,
-    0x81: Machine.newobj,
-    0x92: Machine.newobj_ex,
-    0x69: Machine.inst,
-    0x6F: Machine.obj,
-    0x64: Machine.dict_,
-    0x30: Machine.pop,
-    0x31: Machine.pop_to_mark,
-    0x6C: Machine.list_,
-    0x8F: lambda r: r.stack.append(r.made(InertSet())),
-    0x91: Machine.frozenset_,
-    0x49: Machine.int_text,
-    0x4C: lambda r: r.stack.append(r.decimal(r.line(4001), long=True)),
+    0x80: Machine.proto, 0x95: Machine.frame, 0x61: Machine.append, 0x65: lambda r: r.extend(r.pop_mark()),
+    0x73: Machine.setitem, 0x75: lambda r: r.set_pairs(r.pop_mark()), 0x90: Machine.additems, 0x62: Machine.build,
+    0x63: Machine.global_text, 0x93: Machine.stack_global, 0x81: Machine.newobj, 0x92: Machine.newobj_ex,
+    0x69: Machine.inst, 0x6F: Machine.obj, 0x64: Machine.dict_, 0x30: Machine.pop, 0x31: Machine.pop_to_mark,
+    0x6C: lambda r: r.push(lambda items: items), 0x8F: lambda r: r.stack.append(r.made(InertSet())),
+    0x91: lambda r: r.push(lambda members: InertSet(members, frozen=True)),
+    0x49: Machine.int_text, 0x4C: lambda r: r.stack.append(r.decimal(r.line(4001), long=True)),
     0x46: Machine.float_text,
-    0x8A: lambda r: r.long_binary(r.take(1)[0]),
-    0x8B: lambda r: r.long_binary(_I32(r.take(4))[0]),
+    0x8A: lambda r: r.long_binary(r.take(1)[0]), 0x8B: lambda r: r.long_binary(_I32(r.take(4))[0]),
     0x53: Machine.string_text,
     0x54: lambda r: r.stack.append(_python2_str(r.take(_I32(r.take(4))[0]))),
     0x55: lambda r: r.stack.append(_python2_str(r.take(r.take(1)[0]))),
-    0x42: lambda r: r.bytes_(_U32(r.take(4))[0]),
-    0x43: lambda r: r.stack.append(r.take(r.take(1)[0])),
-    0x8E: lambda r: r.bytes_(_U64(r.take(8))[0]),
-    0x96: lambda r: r.stack.append(bytearray(r.take(_U64(r.take(8))[0]))),
-    0x56: Machine.unicode_text,
-    0x8D: lambda r: r.stack.append(r.text8(_U64(r.take(8))[0])),
-    0x70: Machine.put_text,
-    0x67: Machine.get_text,
-    0x50: Machine.persistent_text,
-}
+    0x42: lambda r: r.bytes_(_U32(r.take(4))[0]), 0x43: lambda r: r.stack.append(r.take(r.take(1)[0])),
+    0x8E: lambda r: r.bytes_(_U64(r.take(8))[0]), 0x96: lambda r: r.stack.append(bytearray(r.take(_U64(r.take(8))[0]))),
+    0x56: Machine.unicode_text, 0x8D: lambda r: r.stack.append(r.text8(_U64(r.take(8))[0])),
+    0x70: Machine.put_text, 0x67: Machine.get_text, 0x50: Machine.persistent_text,
+}  # fmt: skip
 
 _REFUSED = {
-    0x32: "DUP",
-    0x82: "EXT1",
-    0x83: "EXT2",
-    0x84: "EXT4",
-    0x97: "NEXT_BUFFER",
-    0x98: "READONLY_BUFFER",
-}
+    0x32: "DUP", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4", 0x97: "NEXT_BUFFER", 0x98: "READONLY_BUFFER",
+}  # fmt: skip

@@ -20,7 +20,7 @@ from struct import Struct
 
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
-from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references, is_global
+from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references
 from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
 from ckptkit.pickling.shortcut import REBUILD
 from ckptkit.pickling.trust import global_uses
@@ -134,7 +134,7 @@ def read_pickle(
             message = f"memo entry {error} is read before it is written"
         corrupt = CorruptError(f"{message}: damaged, truncated, or no pickle", offset=machine.op_at)
         raise _stopped(corrupt, machine) from None
-    return PickleResult(
+    result = PickleResult(
         root=root,
         end=machine.pos,
         protocol=machine.protocol,
@@ -142,6 +142,8 @@ def read_pickle(
         text_ids=machine.text_ids,
         discarded=discarded,
     )
+    vars(machine).clear()  # it refers to itself: its memo of 300,000 entries would stay until the collector comes
+    return result
 
 
 def _stopped(error: FormatError, machine: Machine) -> FormatError:
@@ -232,10 +234,11 @@ def _run(machine: Machine) -> object:
                 stack.append(data[pos])
                 pos += 1
             elif op == 0x28:  # MARK
-                if shortcut is not None and stack and frame_end == NO_FRAME and is_global(stack[-1], *REBUILD):
+                callee: object = stack[-1] if shortcut is not None and stack and frame_end == NO_FRAME else None
+                if isinstance(callee, Global) and (callee.module, callee.name) == REBUILD and shortcut is not None:
                     found = shortcut(data, at, memo)
                     if found is not None:
-                        stack[-1].calls += 1  # type: ignore[attr-defined]
+                        callee.calls += 1
                         pos, stack[-1] = found
                         machine.skipped = True
                         continue

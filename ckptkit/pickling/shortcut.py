@@ -15,7 +15,9 @@ differs in anything is left to the opcodes; so is a pickle that does refer to th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 import re
 from collections.abc import Callable
 from struct import Struct
@@ -24,6 +26,7 @@ from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import FormatError
 from ckptkit.pickling.inert import Global, is_global
+from ckptkit.tensor import tensor_of
 
 __all__ = ["REBUILD", "TensorShortcut"]
 
@@ -56,8 +59,9 @@ def _pattern(put: bytes) -> Callable[[bytes, int], re.Match[bytes] | None]:
         rb"\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
         rb"(?:X(.)\0\0\0([0-9]{1,18})%(put)s|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
         rb"(%(get)s)(%(int)s)N?t%(put)sQ"  # 7 to 9: location, number of elements, PUT
-        rb"(%(int)s)(%(size)s)%(size_put)s(%(size)s)%(size_put)s"  # 10 to 14: offset, size and PUT, stride and PUT
-        rb"([\x88\x89])(%(get)s)\)R%(put)st%(put)sR%(put)s"  # 15 to 19: requires_grad, OrderedDict, PUTs
+        rb"(%(int)s)(?:(%(size)s)%(size_put)s|(%(get)s))"  # 10 to 13: offset, size and PUT, or its GET
+        rb"(?:(%(size)s)%(size_put)s|(%(get)s))"  # 14 to 16: stride and PUT, or its GET
+        rb"([\x88\x89])(%(get)s)\)R%(put)st%(put)sR%(put)s"  # 17 to 21: requires_grad, OrderedDict, PUTs
         % {
             b"get": _GET,
             b"int": _INT,
@@ -81,6 +85,7 @@ class TensorShortcut:
         self._persistent_load = persistent_load
         self._after = _waiting if after is None else [after]
         self._puts = _SHORT_PUT
+        self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._numbers: dict[bytes, int] = {}
         self._names: dict[tuple[bytes, ...], _Names] = {}
@@ -88,9 +93,61 @@ class TensorShortcut:
     def __call__(self, data: bytes, at: int, memo: dict[int, object]) -> tuple[int, TensorEntry] | None:
         """The position after the tensor that begins with the MARK at ``at``, and the tensor.
 
-        Of its memo entries those are made that other tensors refer to: the storage's key and the tensor.
+        Of its memo entries those are made that others refer to: the storage's key, sizes that are new, the tensor.
         ``None``: it is not quite like others, and nothing was done.
         """
+        found = self._found(data, at)
+        if found is None:
+            return None
+        (
+            get_storage, get_class, key_size, key, put_key, get_key, get_location, numel, put_id,
+            offset, shape, put_shape, get_shape, stride, put_stride, get_stride,
+            needs_grad, get_dict, put_dict, put_args, put_tensor,
+        ) = found.groups()  # fmt: skip
+        names = get_storage, get_class, get_location, get_dict
+        known = self._names.get(names)
+        if known is None or not known.hold(memo):
+            known = self._names[names] = _Names(memo, *map(_index, names))
+        if not known.are_usual:
+            return None
+        puts = self._indices((put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor), memo)
+        if puts is None:
+            return None
+        text = memo.get(_index(get_key)) if key is None else _key(key, key_size)
+        spelled = shape or get_shape, stride or get_stride
+        known_sizes = self._geometries.get(spelled)
+        if known_sizes is not None and get_shape is get_stride is None:
+            geometry: _Geometry | None = known_sizes
+        else:
+            geometry = self._geometry(spelled, memo)
+        if geometry is None:
+            return None
+        numbers = self._numbers
+        count = numbers[numel] if numel in numbers else self._number(numel)
+        first = numbers[offset] if offset in numbers else self._number(offset)
+        try:
+            storage = self._persistent_load(("storage", known.cls, text, known.location, count))
+        except FormatError:
+            return None  # the opcodes will say where
+        if not isinstance(storage, Storage) or storage.dtype is None or first < 0:
+            return None
+        sizes, strides, reach = geometry
+        row = DTYPES[storage.dtype]
+        if (first + reach) * row.itemsize > storage.nbytes or row.kind == "quantized":
+            return None  # it does not lie inside its storage, or is no plain tensor
+        entry = tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
+        if key is not None:
+            memo[puts[0]] = text
+        if known_sizes is None:  # `ckptkit.pickling.writer` writes sizes that tensors have in common once
+            memo.update(
+                (int.from_bytes(put, "little"), n) for put, n in ((put_shape, sizes), (put_stride, strides)) if put
+            )
+        memo[puts[-1]] = entry
+        known.made.calls += 1
+        return found.end(), entry
+
+    def _found(self, data: bytes, at: int) -> re.Match[bytes] | None:
+        """The tensor's opcodes; ``None``: they are others, or those that follow are not worth a pattern yet."""
         if self._after[0] > 0:
             self._after[0] -= 1
             return None
@@ -98,103 +155,79 @@ class TensorShortcut:
         if found is None and self._puts is _SHORT_PUT:
             found = _pattern(_LONG_PUT)(data, at)
             self._puts = _SHORT_PUT if found is None else _LONG_PUT
-        if found is None:
-            return None
-        (
-            get_storage, get_class, key_size, key, put_key, get_key, get_location, numel, put_id,
-            offset, shape, put_shape, stride, put_stride, needs_grad, get_dict, put_dict, put_args, put_tensor,
-        ) = found.groups()  # fmt: skip
-        names = get_storage, get_class, get_location, get_dict
-        known = self._names.get(names)
-        if known is None or not known.holds(memo):
-            known = self._names[names] = _Names(memo, *map(_index, names))
-        if not known.are_usual:
-            return None
-        if key is not None and put_shape and put_stride and self._puts is _LONG_PUT:
-            puts = _INDICES(put_key + put_id + put_shape + put_stride + put_dict + put_args + put_tensor)
-        else:
-            parts = (put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor)
-            puts = tuple(int.from_bytes(put, "little") for put in parts if put)
-        if not memo.keys().isdisjoint(puts) or len(set(puts)) < len(puts):
-            return None  # entries that take the place of others
-        if key is None:
-            text = memo.get(_index(get_key))
-        elif key_size[0] == len(key):
-            text = key.decode("ascii")
-        else:
-            return None
-        geometry = self._geometries.get((shape, stride)) or self._geometry(shape, stride)
-        if geometry is None:
-            return None
-        try:
-            storage = self._persistent_load(("storage", known.cls, text, known.location, self._number(numel)))
-        except FormatError:
-            return None  # the opcodes will say where
-        entry = _entry(storage, self._number(offset), geometry, needs_grad == b"\x88")
-        if entry is None:
-            return None
-        if key is not None:
-            memo[puts[0]] = text
-        memo[puts[-1]] = entry
-        known.made.calls += 1
-        return found.end(), entry
+        return found
+
+    def _see(self, memo: dict[int, object]) -> None:
+        """Take note of the memo's highest index; entries are never taken out of it."""
+        new = itertools.islice(reversed(memo), len(memo) - self._size)
+        self._last, self._size = max(self._last, *new), len(memo)
+
+    def _indices(self, puts: tuple[bytes | None, ...], memo: dict[int, object]) -> tuple[int, ...] | None:
+        """The memo indices of PUTs; ``None``: an entry takes the place of another."""
+        if len(memo) > self._size:
+            self._see(memo)
+        if None not in puts and self._puts is _LONG_PUT:
+            indices = a, b, c, d, e, f, g = _INDICES(b"".join(puts))  # type: ignore[arg-type]
+            if self._last < a < b < c < d < e < f < g:
+                return indices
+        found = tuple(int.from_bytes(put, "little") for put in puts if put)
+        return found if len(set(found)) == len(found) and memo.keys().isdisjoint(found) else None
 
     def _number(self, opcode: bytes) -> int:
-        number = self._numbers.get(opcode)
-        if number is None:
-            if len(self._numbers) >= _MOST_KNOWN:
-                self._numbers.clear()
-            number = self._numbers[opcode] = _ints(opcode)[0]
+        if len(self._numbers) >= _MOST_KNOWN:
+            self._numbers.clear()
+        number = self._numbers[opcode] = _ints(opcode)[0]
         return number
 
-    def _geometry(self, shape: bytes, stride: bytes) -> _Geometry | None:
-        """The geometry two sizes spell; ``None``: an empty tensor, or one that is none."""
+    def _geometry(self, spelled: tuple[bytes, bytes], memo: dict[int, object]) -> _Geometry | None:
+        """The geometry two sizes spell, or are in the memo; ``None``: an empty tensor, or one that is none."""
+        shape, stride = ((memo.get(_index(get)) if get[0] in b"hj" else None) for get in spelled)
+        known = self._geometries.get(spelled)
+        if known is not None and (shape is None or shape is known[0]) and (stride is None or stride is known[1]):
+            return known
         if len(self._geometries) >= _MOST_KNOWN:
             self._geometries.clear()
-        sizes, strides = _ints(shape), _ints(stride)
+        sizes, strides = (
+            _sizes(there) if opcodes[0] in b"hj" else _ints(opcodes)
+            for opcodes, there in zip(spelled, (shape, stride), strict=True)
+        )
+        if sizes is None or strides is None:
+            return None
         if len(sizes) != len(strides) or min(sizes, default=1) < 1 or min(strides, default=0) < 0:
             return None
         if math.prod(sizes) >= _HUGE:
             return None
         reach = 1 + sum((size - 1) * step for size, step in zip(sizes, strides, strict=True))
-        self._geometries[shape, stride] = sizes, strides, reach
+        self._geometries[spelled] = sizes, strides, reach
         return sizes, strides, reach
 
 
 class _Names:
     """What the four GETs of a tensor name, for as long as the memo has it there."""
 
-    __slots__ = ("_indices", "are_usual", "cls", "location", "made", "storage")
+    __slots__ = ("_found", "_get", "are_usual", "cls", "location", "made")
 
-    def __init__(self, memo: dict[int, object], storage: int, cls: int, location: int, made: int) -> None:
-        self._indices = storage, cls, location, made
-        self.storage, self.cls, self.location = memo.get(storage), memo.get(cls), memo.get(location)
-        found = memo.get(made)
+    def __init__(self, memo: dict[int, object], *indices: int) -> None:
+        self._get = operator.itemgetter(*indices)
+        self._found = storage, self.cls, self.location, found = tuple(map(memo.get, indices))
         self.made = found if isinstance(found, Global) else Global("", "")
-        self.are_usual = self.storage == "storage" and is_global(found, "collections", "OrderedDict")
+        self.are_usual = storage == "storage" and is_global(found, "collections", "OrderedDict")
 
-    def holds(self, memo: dict[int, object]) -> bool:
+    def hold(self, memo: dict[int, object]) -> bool:
         """Whether the memo still has them all."""
-        storage, cls, location, made = self._indices
-        return (
-            memo.get(made) is self.made
-            and memo.get(cls) is self.cls
-            and memo.get(location) is self.location
-            and memo.get(storage) is self.storage
-        )
+        return self.are_usual and self._get(memo) == self._found
 
 
-def _entry(storage: object, offset: int, geometry: _Geometry, needs_grad: bool) -> TensorEntry | None:
-    """The tensor, where it lies inside its storage."""
-    if not isinstance(storage, Storage) or storage.dtype is None or offset < 0:
-        return None
-    shape, stride, reach = geometry
-    row = DTYPES[storage.dtype]
-    if (offset + reach) * row.itemsize > storage.nbytes or row.kind == "quantized":
-        return None
-    return TensorEntry(
-        storage=storage, storage_offset=offset, shape=shape, stride=stride, dtype=row.name, requires_grad=needs_grad
-    )
+def _key(text: bytes, size: bytes) -> str | None:
+    """A storage's key; ``None``: it is longer or shorter than it is said to be, and names no storage."""
+    return text.decode("ascii") if size[0] == len(text) else None
+
+
+def _sizes(known: object) -> tuple[int, ...] | None:
+    """What stands in the memo, where it is a tuple of whole numbers that sizes can be."""
+    if isinstance(known, tuple) and all(n.__class__ is int and -_HUGE < n < _HUGE for n in known):
+        return known
+    return None
 
 
 def _index(get: bytes) -> int:

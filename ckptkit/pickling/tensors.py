@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple, TypeGuard
 
 from ckptkit.checkpoint import Storage, TensorEntry
@@ -31,6 +32,7 @@ from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, Object, PersistentId, is_global, mapping_items
 from ckptkit.pickling.machine import Constructor
 from ckptkit.report import count_of
+from ckptkit.tensor import storage_of, tensor_of
 
 __all__ = [
     "TEXT_IDS_MESSAGE",
@@ -38,6 +40,7 @@ __all__ = [
     "StorageTable",
     "Wrapped",
     "is_int",
+    "is_rebuilt_alone",
     "is_tensor_like",
     "lower_storage",
     "lower_tensor",
@@ -82,7 +85,7 @@ class StorageTable:
 
     def __init__(self, locate: Locate, *, byteorder: str = "little", limits: Limits = DEFAULT_LIMITS) -> None:
         self._locate = locate
-        self._byteorder = byteorder
+        self._byteorder = "big" if byteorder == "big" else "little"
         self._limits = limits
         self._storages: dict[str, Storage] = {}
         self._classes: dict[object, tuple[str | None, int]] = {}
@@ -95,6 +98,10 @@ class StorageTable:
             CorruptError: one key with two types, sizes or locations, or an id that is no storage's.
             UnsupportedError: a storage class that is not torch's.
         """
+        if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage":
+            _, cls, key, location, numel = pid
+            if key.__class__ is str and location.__class__ is str and numel.__class__ is int and 0 <= numel < _HUGE:
+                return self._named(cls, key, location, numel)
         if not (isinstance(pid, tuple) and len(pid) in (5, 6) and isinstance(pid[0], str) and pid[0] == "storage"):
             raise UnsupportedError("a persistent id that is not a torch storage")
         _, cls, key, location, numel, *_ = pid
@@ -112,16 +119,9 @@ class StorageTable:
         dtype, itemsize = self._dtype(cls)
         known = self._storages.get(key)
         if known is None:
-            source, crc32 = self._locate(key, numel * itemsize)
-            known = self._storages[key] = Storage(
-                key=key,
-                dtype=dtype,
-                nbytes=numel * itemsize,
-                location=location,
-                source=source,
-                crc32=crc32,
-                byteorder="big" if self._byteorder == "big" else "little",
-            )
+            nbytes = numel * itemsize
+            source, crc32 = self._locate(key, nbytes)
+            known = self._storages[key] = storage_of(key, dtype, nbytes, location, source, crc32, self._byteorder)
         elif known.nbytes == numel == 0 and known.dtype != dtype:
             return replace(known, dtype=dtype)  # nothing is shared, and torch does not compare the types
         elif (known.nbytes, known.location) != (numel * itemsize, location) or not _agree(known.dtype, dtype):
@@ -135,9 +135,10 @@ class StorageTable:
         """Declared dtype (``None``: untyped) and element size in bytes of a storage class."""
         if not isinstance(cls, Global):
             raise UnsupportedError(f"a storage whose class is a {type(cls).__name__}, not a name")
-        if cls not in self._classes:
-            self._classes[cls] = _storage_dtype(cls)
-        return self._classes[cls]
+        known = self._classes.get(cls)
+        if known is None:
+            known = self._classes[cls] = _storage_dtype(cls)
+        return known
 
     @property
     def constructors(self) -> dict[tuple[str, str], Constructor]:
@@ -183,16 +184,7 @@ class StorageTable:
             raise CorruptError(
                 f"a tensor of {count_of(len(shape), 'dimension')}; torch knows {self._limits.dimensions}"
             )
-        return TensorEntry(
-            storage=storage,
-            storage_offset=offset,
-            shape=shape,
-            stride=stride,
-            dtype=dtype,
-            requires_grad=requires_grad,
-            is_conj=bits[0],
-            is_neg=bits[1],
-        ).check()
+        return tensor_of(storage, offset, shape, stride, dtype, requires_grad, False, *bits).check()
 
     def _tensor_v1(self, args: tuple[object, ...]) -> object:
         return self._entry(args) if len(args) == 4 else NotImplemented
@@ -287,12 +279,27 @@ def wrapped_tensor(node: object) -> Wrapped | None:
 
 def lower_storage(storage: Storage, key: str) -> PersistentId:
     """The persistent id of a storage that is written under ``key``."""
-    if storage.dtype is None:
-        cls, numel = Global("torch.storage", "UntypedStorage"), storage.nbytes
-    else:
-        row = DTYPES[storage.dtype]
-        cls, numel = Global("torch", row.storage_class or "UntypedStorage"), storage.nbytes // row.itemsize
-    return PersistentId(("storage", cls, key, storage.location, numel))
+    cls, itemsize = _storage_class(storage.dtype)
+    return PersistentId(("storage", cls, key, storage.location, storage.nbytes // itemsize))
+
+
+@lru_cache(256)
+def _storage_class(dtype: str | None) -> tuple[Global, int]:
+    """The class of a storage of a dtype (``None``: untyped), and the bytes of one of its elements."""
+    if dtype is None:
+        return Global("torch.storage", "UntypedStorage"), 1
+    row = DTYPES[dtype]
+    return Global("torch", row.storage_class or "UntypedStorage"), row.itemsize
+
+
+def is_rebuilt_alone(entry: TensorEntry) -> bool:
+    """Whether `ckptkit.pickling.writer.REBUILD` makes a tensor of its storage and sizes, and nothing else is said."""
+    return (
+        entry.storage.dtype == entry.dtype
+        and not (entry.is_parameter or entry.is_conj or entry.is_neg or entry.effects)
+        and entry.subclass is None
+        and entry.attributes is None
+    )
 
 
 def lower_tensor(entry: TensorEntry) -> Object:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from struct import pack
 
+from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import LimitError, UnsupportedError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import ABSENT, ITSELF, Global, InertDict, InertSet, Object, PersistentId, children, walk
@@ -19,13 +20,23 @@ from ckptkit.pickling.machine import BATCH
 __all__ = ["write_pickle"]
 
 
+_TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
+"""What makes a tuple of so many items."""
+
+REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+"""What makes a plain tensor of its storage's own type."""
+
+ORDERED = Global("collections", "OrderedDict")
+
+
 def write_pickle(root: object, *, lower: Callable[[object], object], protocol: int | None = None) -> bytes:
     """One pickle that, read back, is ``root``.
 
     Args:
         root: an inert tree.
         lower: from a node that is no inert node (a tensor, a storage, a marker) to the inert node
-            that stands for it in the pickle; called once for each object.
+            that stands for it in the pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of
+            its storage and sizes alone may stand for itself as its `Storage`.
         protocol: the one the tree was read with, at least 2; names are understood by it.
 
     Raises:
@@ -35,19 +46,21 @@ def write_pickle(root: object, *, lower: Callable[[object], object], protocol: i
     declared = max(protocol or 2, 2)
     writer = _Writer(lower, declared)
     writer.run(root)
-    return b"\x80" + bytes([declared]) + b"".join(writer.out) + b"."
+    writer.out += b"."
+    return bytes(writer.out)
 
 
 class _Writer:
     """One run over one tree.  Each ``_save_*`` is a generator that yields the children to be written."""
 
     def __init__(self, lower: Callable[[object], object], protocol: int) -> None:
-        self.out: list[bytes] = []
+        self.out = bytearray((0x80, protocol))
         self.lower = lower
         self.protocol = protocol
         self.memo: dict[int, int] = {}  # id of a node -> memo index
         self.strings: dict[str, int] = {}
         self.names: dict[tuple[str, str], int] = {}
+        self.usual: dict[tuple[int, str], tuple[bytes, bytes, bytes]] = {}  # by storage class and place; see `_tensor`
         self.memo_size = 0
         self.alive: list[object] = []  # nodes made while writing: an id must not be used twice
         self.path: list[tuple[int, bool]] = []  # being written, outermost first: id, and whether it is an object
@@ -74,15 +87,20 @@ class _Writer:
     def _save(self, node: object) -> Iterator[object] | None:
         """Write a node without children, or return the generator that writes one with."""
         if node is None:
-            self.out.append(b"N")
+            self.out += b"N"
         elif isinstance(node, bool):
-            self.out.append(b"\x88" if node else b"\x89")
+            self.out += b"\x88" if node else b"\x89"
         elif isinstance(node, int):
-            self.out.append(_int(node))
+            self.out += _int(node)
         elif isinstance(node, str):
             self._string(node)
+        elif isinstance(node, TensorEntry) and id(node) not in self.memo:
+            lowered = self.lower(node)
+            if not isinstance(lowered, Storage):
+                return self._lowered(node, lowered, node)
+            self._tensor(node, lowered)
         elif isinstance(node, float):
-            self.out.append(b"G" + pack(">d", node))
+            self.out += b"G" + pack(">d", node)
         elif isinstance(node, Global):
             is_first = (node.module, node.name) not in self.names
             self._global(node)
@@ -92,7 +110,7 @@ class _Writer:
         elif isinstance(node, bytes):
             return self._bytes(node)
         elif isinstance(node, bytearray):
-            self.out.append(b"\x96" + pack("<Q", len(node)) + bytes(node))
+            self.out += b"\x96" + pack("<Q", len(node)) + bytes(node)
             self._memoize(node)
         else:
             return self._compound(node, node)
@@ -112,7 +130,10 @@ class _Writer:
             return self._persistent(node)
         if isinstance(node, InertSet):
             return self._set(node, owner)
-        lowered = self.lower(node)
+        return self._lowered(node, self.lower(node), owner)
+
+    def _lowered(self, node: object, lowered: object, owner: object) -> Iterator[object]:
+        """The generator for what stands for a node in the pickle."""
         if lowered is node or not isinstance(lowered, (Object, PersistentId, InertDict, list, tuple)):
             raise UnsupportedError(f"a {type(node).__name__} cannot be written into a pickle")
         self.alive.append(lowered)
@@ -123,14 +144,17 @@ class _Writer:
     def _put(self) -> int:
         index = self.memo_size
         self.memo_size += 1
-        self.out.append(b"q" + bytes([index]) if index < 256 else b"r" + pack("<I", index))
+        self.out += b"q" + bytes([index]) if index < 256 else b"r" + pack("<I", index)
         return index
 
     def _memoize(self, node: object) -> None:
         self.memo[id(node)] = self._put()
 
     def _get(self, index: int) -> None:
-        self.out.append(b"h" + bytes([index]) if index < 256 else b"j" + pack("<I", index))
+        self.out += self._getting(index)
+
+    def _getting(self, index: int) -> bytes:
+        return b"h" + bytes([index]) if index < 256 else b"j" + pack("<I", index)
 
     # Nodes without children.
 
@@ -139,7 +163,7 @@ class _Writer:
             self._get(self.strings[text])
             return
         raw = text.encode("utf-8", "surrogatepass")
-        self.out.append(b"X" + pack("<I", len(raw)) + raw)
+        self.out += b"X" + pack("<I", len(raw)) + raw
         self.strings[text] = self._put()
 
     def _global(self, node: Global) -> None:
@@ -150,7 +174,7 @@ class _Writer:
         if self.protocol >= 4:
             self._string(node.module)
             self._string(node.name)
-            self.out.append(b"\x93")
+            self.out += b"\x93"
         else:
             try:
                 raw = f"c{node.module}\n{node.name}\n".encode()
@@ -158,45 +182,114 @@ class _Writer:
                 raw = b""
             if raw.count(b"\n") != 2:
                 raise UnsupportedError(f"the name {key} cannot be written in protocol {self.protocol}")
-            self.out.append(raw)
+            self.out += raw
         self.names[key] = self._put()
+
+    def _tensor(self, entry: TensorEntry, storage: Storage) -> None:
+        """Write a plain tensor as the other methods would write `ckptkit.pickling.tensors.lower_tensor` of it.
+
+        Of what they would remember nothing is met again but the sizes and the tensor; the others leave their places.
+        """
+        lowered = self.lower(storage)
+        if not isinstance(lowered, PersistentId) or not isinstance(lowered.pid, tuple):
+            raise UnsupportedError("a storage without a persistent id cannot be written into a pickle")
+        kind, cls, key, location, numel = lowered.pid
+        usual = self.usual.get((id(cls), location))
+        if usual is not None and key not in self.strings:
+            self._usual_tensor(entry, key, numel, *usual)
+            return
+        self._global(REBUILD)
+        self.out += b"(("
+        self._string(kind)
+        self._global(cls)
+        self._string(key)
+        self._string(location)
+        self.out += _int(numel) + b"t"
+        self._put()
+        self.out += b"Q" + _int(entry.storage_offset)
+        self._sizes(entry.shape)
+        self._sizes(entry.stride)
+        self.out += b"\x88" if entry.requires_grad else b"\x89"
+        self._global(ORDERED)
+        for opcodes in (b")R", b"t", b"R"):
+            self.out += opcodes
+            index = self._put()
+        self.memo[id(entry)] = index
+        if self.memo_size >= 256:  # from here on all is in the memo that tensors of this class and place have in common
+            names = [self.names[each.module, each.name] for each in (REBUILD, cls, ORDERED)]
+            call, made, ordered = (self._getting(index) for index in names)
+            first, last = (self._getting(self.strings[text]) for text in (kind, location))
+            self.alive.append(cls)
+            self.usual[id(cls), location] = call + b"((" + first + made, last, ordered
+
+    def _usual_tensor(
+        self, entry: TensorEntry, key: str, numel: int, before: bytes, place: bytes, after: bytes
+    ) -> None:
+        """`_tensor` where all names are in the memo, and the key is not."""
+        index, memo, raw = self.memo_size, self.memo, key.encode("utf-8", "surrogatepass")
+        self.strings[key] = index
+        self.out += b"".join(
+            (before, pack("<cI", b"X", len(raw)), raw, pack("<cI", b"r", index), place, _int(numel),
+             pack("<2sIc", b"tr", index + 1, b"Q"), _int(entry.storage_offset))
+        )  # fmt: skip
+        self.memo_size = index + 2
+        for sizes in (entry.shape, entry.stride):
+            known = memo.get(id(sizes))
+            if known is not None:
+                self.out += self._getting(known)
+            else:
+                self._sizes(sizes)
+        index = self.memo_size
+        self.out += (b"\x88" if entry.requires_grad else b"\x89") + after
+        self.out += pack("<3sI2sI2sI", b")Rr", index, b"tr", index + 1, b"Rr", index + 2)
+        self.memo_size = index + 3
+        memo[id(entry)] = index + 2
+
+    def _sizes(self, sizes: tuple[int, ...]) -> None:
+        if id(sizes) in self.memo:
+            self._get(self.memo[id(sizes)])
+        elif not sizes:
+            self.out += b")"
+        else:
+            self.out += b"(" * (len(sizes) > 3) + b"".join(map(_int, sizes)) + _TUPLES.get(len(sizes), b"t")
+            self._memoize(sizes)
 
     # Nodes with children.
 
     def _bytes(self, node: bytes) -> Iterator[object]:
         if self.protocol >= 3:
-            self.out.append(b"B" + pack("<I", len(node)) + node)
+            self.out += b"B" + pack("<I", len(node)) + node
         else:  # as Python 3 writes bytes for Python 2; torch's weights-only loader knows this form
             encode = Global("_codecs", "encode")
             yield encode
             yield node.decode("latin-1")
             yield "latin1"
-            self.out.append(b"\x86R")
+            self.out += b"\x86R"
         self._memoize(node)
 
     def _tuple(self, node: tuple[object, ...], owner: object) -> Iterator[object]:
         if not node:
-            self.out.append(b")")
+            self.out += b")"
             return
         if len(node) > 3:
-            self.out.append(b"(")
+            self.out += b"("
         yield from node
         if id(owner) in self.memo:  # the tuple contains itself, and was written on the way
-            self.out.append(b"0" * len(node) if len(node) <= 3 else b"1")
+            self.out += b"0" * len(node) if len(node) <= 3 else b"1"
             self._get(self.memo[id(owner)])
             return
-        self.out.append({1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(node), b"t"))
+        self.out += _TUPLES.get(len(node), b"t")
         self._memoize(owner)
 
     def _list(self, node: list[object], owner: object) -> Iterator[object]:
-        self.out.append(b"]")
+        self.out += b"]"
         self._memoize(owner)
         self.path.append((id(owner), False))
         yield from self._items(node, b"a", b"e")
         self.path.pop()
 
     def _dict(self, node: InertDict, owner: object) -> Iterator[object]:
-        self.out.append(b"}")
+        self.out += b"}"
         self._memoize(owner)
         self.path.append((id(owner), False))
         yield from self._pairs(node.pairs[: node.late_from])
@@ -211,34 +304,34 @@ class _Writer:
         unset = self.unset.pop(id(node), None)
         if unset is not None:
             yield from self._pairs(unset.pairs[unset.late_from :])
-        self.out.append(b"0")
+        self.out += b"0"
 
     def _set(self, node: InertSet, owner: object) -> Iterator[object]:
         if node.frozen:
-            self.out.append(b"(")
+            self.out += b"("
             yield from node.members
             if id(owner) in self.memo:
-                self.out.append(b"1")
+                self.out += b"1"
                 self._get(self.memo[id(owner)])
                 return
-            self.out.append(b"\x91")
+            self.out += b"\x91"
             self._memoize(owner)
             yield from self._effects(node.effects, owner)
             return
-        self.out.append(b"\x8f")
+        self.out += b"\x8f"
         self._memoize(owner)
         self.path.append((id(owner), False))
         for start in range(0, len(node.members), BATCH):
-            self.out.append(b"(")
+            self.out += b"("
             yield from node.members[start : start + BATCH]
-            self.out.append(b"\x90")
+            self.out += b"\x90"
         yield from self._effects(node.effects, owner)
         self.path.pop()
 
     def _persistent(self, node: PersistentId) -> Iterator[object]:
         # Never memoized: a pickler asks for the persistent id anew each time it meets the object.
         yield node.pid
-        self.out.append(b"Q")
+        self.out += b"Q"
 
     def _object(self, node: Object, owner: object) -> Iterator[object]:
         forgotten = self._forget_unfinished(owner)
@@ -253,7 +346,7 @@ class _Writer:
         for key, index in forgotten.items():
             self.memo.setdefault(key, index)
         if id(owner) in self.memo:  # its arguments led back to it, and it was written on the way
-            self.out.append(b"0")
+            self.out += b"0"
             self._get(self.memo[id(owner)])
         else:
             self._memoize(owner)
@@ -261,7 +354,7 @@ class _Writer:
             yield from self._pairs(node.pairs)
             if node.state is not ABSENT:
                 yield node.state
-                self.out.append(b"b")
+                self.out += b"b"
             yield from self._effects(node.effects, owner)
         self.path.pop()
 
@@ -275,20 +368,20 @@ class _Writer:
             self.alive.append(args)
             yield call.cls
             yield args
-            self.out.append(b"R0")
+            self.out += b"R0"
 
     def _call(self, node: Object) -> Iterator[object]:
         if node.how == "obj":
-            self.out.append(b"(")
+            self.out += b"("
             yield node.cls
             yield from node.args
-            self.out.append(b"o")
+            self.out += b"o"
         else:
             yield node.cls
             yield node.args
             if node.how == "newobj_ex":
                 yield node.kwargs
-            self.out.append({"reduce": b"R", "newobj": b"\x81", "newobj_ex": b"\x92"}[node.how])
+            self.out += {"reduce": b"R", "newobj": b"\x81", "newobj_ex": b"\x92"}[node.how]
 
     def _forget_unfinished(self, owner: object) -> dict[int, int]:
         """Where an object's arguments led back to it, the memo entries of what its call would find unfinished.
@@ -326,19 +419,19 @@ class _Writer:
         for start in range(0, len(items), BATCH):
             batch = items[start : start + BATCH]
             if len(batch) > 1:
-                self.out.append(b"(")
+                self.out += b"("
             yield from batch
-            self.out.append(many if len(batch) > 1 else one)
+            self.out += many if len(batch) > 1 else one
 
     def _pairs(self, pairs: Sequence[tuple[object, object]]) -> Iterator[object]:
         for start in range(0, len(pairs), BATCH):
             batch = pairs[start : start + BATCH]
             if len(batch) > 1:
-                self.out.append(b"(")
+                self.out += b"("
             for key, value in batch:
                 yield key
                 yield value
-            self.out.append(b"u" if len(batch) > 1 else b"s")
+            self.out += b"u" if len(batch) > 1 else b"s"
 
 
 def _int(value: int) -> bytes:

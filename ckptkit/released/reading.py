@@ -15,11 +15,12 @@ import hashlib
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from ckptkit.bytesource import ByteRange, Source, SourceFile
+from ckptkit.bytesource import GAP_NBYTES, ByteRange, Source, SourceFile
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
 from ckptkit.digests import digest_text
 from ckptkit.dtypes import DTYPES
@@ -31,7 +32,7 @@ from ckptkit.normalize.tensors import FoundTensor
 from ckptkit.pickling.arrays import Array, array_of, is_array, is_numpy_scalar
 from ckptkit.pickling.inert import Object, children, tensors_in, walk
 from ckptkit.pickling.layouts import call_of
-from ckptkit.stats import NonFinite
+from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
 from ckptkit.transfer.values import stream
 from ckptkit.transfer.workers import MANY_NBYTES, Background
@@ -50,12 +51,16 @@ class Values:
     """What was computed of one tensor's values.
 
     Attributes:
+        entry: the tensor.
         hash: running SHA-256; ``None``: not wanted.
         counts: of NaN and Inf; ``None``: not wanted.
+        is_lost: whether its bytes cannot be inflated.
     """
 
-    hash: Any
-    counts: NonFinite | None
+    entry: TensorEntry
+    hash: Any = None
+    counts: NonFinite | None = None
+    is_lost: bool = False
 
     def update(self, data: bytes | memoryview) -> None:
         """Take the next of the tensor's bytes."""
@@ -70,23 +75,45 @@ class Values:
         return None if self.hash is None else digest_text(self.hash.digest())
 
 
-@dataclass(frozen=True, slots=True)
 class Reading:
     """What was read.
 
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
-        values: of each tensor, by its view (`TensorEntry.view`); not of those whose bytes cannot be inflated.
         damages: of the storages whose recorded checksums were held, those whose bytes are others.
     """
 
-    files: dict[int, str] = field(default_factory=dict)
-    values: dict[tuple[object, ...], Values] = field(default_factory=dict)
-    damages: list[Damage] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.files: dict[int, str] = {}
+        self.damages: list[Damage] = []
+        self._first: dict[int, Values] = {}
+        """Of the first tensor of each storage, by its ``id``."""
+        self._others: dict[tuple[object, ...], Values] = {}
+        """Of other views of them."""
+
+    def want(self, entry: TensorEntry, *, digest: bool = False, counts: bool = False) -> None:
+        """Something is to be computed of a tensor, once however many names it has."""
+        known = self._first.get(id(entry.storage))
+        if known is None:
+            known = self._first[id(entry.storage)] = Values(entry)
+        elif known.entry is not entry and known.entry.view != entry.view:
+            known = self._others.setdefault(entry.view, Values(entry))
+        if digest and known.hash is None:
+            known.hash = hashlib.sha256()
+        if counts and known.counts is None:
+            known.counts = NonFinite(entry.dtype)
+
+    @property
+    def wanted(self) -> Iterator[Values]:
+        """Everything of which something is computed."""
+        return chain(self._first.values(), self._others.values())
 
     def of(self, entry: TensorEntry) -> Values | None:
-        """What was computed of a tensor; ``None``: nothing was wanted of it."""
-        return self.values.get(entry.view)
+        """What was computed of a tensor; ``None``: nothing was wanted of it, or its bytes cannot be inflated."""
+        found = self._first.get(id(entry.storage))
+        if found is not None and found.entry is not entry and found.entry.view != entry.view:
+            found = self._others.get(entry.view)
+        return None if found is None or found.is_lost else found
 
 
 class _Taker(Protocol):
@@ -124,61 +151,64 @@ def read_through(
         FileAccessError: a file cannot be read.
     """
     reading = Reading()
-    spans: dict[int, list[_Span]] = {}
-    apart: list[tuple[TensorEntry, Values]] = []
-    entries, counted = list(entries) if digest else [], list(counted)
-    digested, wanted = {entry.view for entry in entries}, {entry.view for entry in counted}
-    known = {id(file) for file in files}
-    shared: dict[tuple[int, int, int, bool, str | None], Values] = {}
-    for entry in (*entries, *counted):
-        view = entry.view
-        if view in reading.values:
-            continue
-        is_digested = view in digested
-        source = entry.storage.source
-        if isinstance(source, ByteRange) and entry.is_plain_bytes and id(source.file) in known:
-            start = source.offset + entry.storage_offset * entry.itemsize
-            key = (id(source.file), start, entry.nbytes, is_digested, entry.dtype if view in wanted else None)
-            values = shared.get(key)
-            if values is None:
-                shared[key] = values = _values(entry, is_digested, view in wanted)
-                if entry.nbytes:
-                    spans.setdefault(id(source.file), []).append((start, start + entry.nbytes, values))
-        else:
-            values = _values(entry, is_digested, view in wanted)
-            apart.append((entry, values))
-        reading.values[view] = values
+    for entry in entries if digest else ():
+        reading.want(entry, digest=True)
+    for entry in counted:
+        reading.want(entry, counts=True)
+    spans, apart = _lying(reading, files)
     _check_sizes(files, spans, apart)
     sums = {id(file): Checksums() for file in files}
     for storage in held:
         sums[id(storage.source.file)].want([storage])
     for file in files:
-        if hash_files or id(file) in spans:
-            checksums = sums[id(file)]
+        checksums = sums[id(file)]
+        found: list[_Span] = spans.get(id(file), [])
+        if hash_files or found:
             runs = [storage.source for storage in checksums.wanted if isinstance(storage.source, ByteRange)]
-            passing = [(run.offset, run.offset + run.nbytes, checksums.passing(run)) for run in runs]
-            spans[id(file)] = [*spans.get(id(file), ()), *passing]
-    for file in files:
-        found = sorted(spans.get(id(file), ()), key=lambda span: span[:2])
+            found += [(run.offset, run.offset + run.nbytes, checksums.passing(run)) for run in runs]
+            found.sort(key=lambda span: span[:2])
         hasher = hashlib.sha256() if hash_files else None
         with_helper = threads > 1 and hasher is not None and bool(found) and file.size >= MANY_NBYTES
         (_sweep_with_helper if with_helper else _read_spans)(file, hasher, found)
         if hasher is not None:
             reading.files[id(file)] = hasher.hexdigest()
-        reading.damages.extend(sums[id(file)].damages(keep=bool(apart)))
+        reading.damages.extend(checksums.damages(keep=bool(apart)))
         if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
-    for entry, values in apart:
-        if id(entry.storage) in unreadable:
-            del reading.values[entry.view]
-            continue
-        for chunk in stream(entry):
+    for values in apart:
+        values.is_lost = id(values.entry.storage) in unreadable
+        for chunk in () if values.is_lost else stream(values.entry):
             values.update(chunk)
+    _require_unchanged(files)
+    return reading
+
+
+def _require_unchanged(files: Sequence[Source]) -> None:
     for file in files:
         if file.changed():
             raise CorruptError("the file was changed while it was being read", path=file.path)
-    return reading
+
+
+def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_Span]], list[Values]]:
+    """The spans of what lies in files as it is, by the file's ``id``; and what has to be read by itself."""
+    spans: dict[int, list[_Span]] = {id(file): [] for file in files}
+    apart: list[Values] = []
+    shared: dict[tuple[int, int, int, bool, str | None], Values] = {}
+    for values in reading.wanted:
+        entry = values.entry
+        source = entry.storage.source
+        if not isinstance(source, ByteRange) or id(source.file) not in spans or not entry.is_plain_bytes:
+            apart.append(values)
+            continue
+        start, nbytes = source.offset + entry.storage_offset * entry.itemsize, entry.nbytes
+        dtype = None if values.counts is None else entry.dtype
+        twin = shared.setdefault((id(source.file), start, nbytes, values.hash is not None, dtype), values)
+        if twin is not values:
+            values.hash, values.counts = twin.hash, twin.counts
+        elif nbytes:
+            spans[id(source.file)].append((start, start + nbytes, values))
+    return spans, apart
 
 
 def file_sha256(path: str) -> str:
@@ -195,33 +225,27 @@ def file_sha256(path: str) -> str:
         file.close()
 
 
-def _values(entry: TensorEntry, digest: bool, counted: bool) -> Values:
-    return Values(hashlib.sha256() if digest else None, NonFinite(entry.dtype) if counted else None)
-
-
-def _check_sizes(
-    files: Sequence[Source], spans: dict[int, list[_Span]], apart: list[tuple[TensorEntry, Values]]
-) -> None:
+def _check_sizes(files: Sequence[Source], spans: dict[int, list[_Span]], apart: list[Values]) -> None:
     """Refuse what four bytes of a file can ask for: terabytes to be hashed."""
     wanted = sum(end - start for of in spans.values() for start, end, _ in of)
-    wanted += sum(entry.nbytes for entry, _ in apart)
-    storages = {id(entry.storage): entry.storage.nbytes for entry, _ in apart}
+    wanted += sum(values.entry.nbytes for values in apart)
+    storages = {id(values.entry.storage): values.entry.storage.nbytes for values in apart}
     most = sum(file.size for file in files) + sum(storages.values()) + DEFAULT_LIMITS.expanded_nbytes
     if wanted > most:
         raise LimitError("bytes of tensors, which repeat those of the file", limit=most, actual=wanted)
 
 
 def _pieces(file: Source, everything: bool, spans: list[_Span]) -> Iterator[tuple[int, int]]:
-    """Position and size of each piece to read: of the whole file, or of what the tensors take."""
-    end = 0
-    extents = [(0, file.size)] if everything else [span[:2] for span in spans]
+    """Position and size of each piece to read: of the whole file, or of what the tensors take, gaps and all."""
+    extents = [[0, file.size]] if everything else []
+    for first, last, _ in () if everything else spans:
+        if extents and first <= extents[-1][1] + GAP_NBYTES:
+            extents[-1][1] = max(last, extents[-1][1])
+        else:
+            extents.append([first, last])
     for first, last in extents:
-        start = max(first, end)
-        while start < last:
-            nbytes = min(_PIECE_NBYTES, last - start)
-            yield start, nbytes
-            start += nbytes
-        end = max(end, last)
+        for start in range(first, last, _PIECE_NBYTES):
+            yield start, min(_PIECE_NBYTES, last - start)
 
 
 class _Distributor:
@@ -234,12 +258,24 @@ class _Distributor:
 
     def update(self, start: int, piece: memoryview) -> None:
         end = start + len(piece)
-        while self._next < len(self._spans) and self._spans[self._next][0] < end:
-            self._active.append(self._spans[self._next])
-            self._next += 1
         for first, last, values in self._active:
             values.update(piece[max(first - start, 0) : last - start])
         self._active = [span for span in self._active if span[1] > end]
+        alone: dict[str, list[tuple[NonFinite, memoryview]]] = {}
+        number, spans = self._next, self._spans
+        while number < len(spans) and spans[number][0] < end:
+            first, last, values = span = spans[number]
+            number += 1
+            part = piece[first - start : last - start]
+            if last > end:
+                self._active.append(span)
+            elif isinstance(values, Values) and values.hash is None and values.counts is not None:
+                alone.setdefault(values.entry.dtype, []).append((values.counts, part))
+                continue
+            values.update(part)
+        self._next = number
+        for counts in alone.values():
+            count_all(counts)
 
 
 def _read_spans(file: Source, hasher: Any, spans: list[_Span]) -> None:

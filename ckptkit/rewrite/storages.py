@@ -167,18 +167,24 @@ def _viewed(runs: _Runs) -> int:
 def _cuttable(checkpoint: Checkpoint) -> list[tuple[Storage, _Runs]]:
     """The storages that have bytes no tensor views, and what is viewed of them."""
     uses: dict[int, _Use] = {}
-    bare: set[int] = set()
+    taken: set[int] = set()  # all of them stays: one tensor views it, as in most files, or it stands by itself
     for node in nodes(checkpoint):
-        if isinstance(node, Storage):
-            bare.add(id(node))
-        elif isinstance(node, TensorEntry):
-            use = uses.get(id(node.storage))
+        if isinstance(node, TensorEntry):
+            storage = node.storage
+            if node.covers_storage:
+                taken.add(id(storage))
+                continue
+            if id(storage) in taken:
+                continue
+            use = uses.get(id(storage))
             if use is None:
-                use = uses[id(node.storage)] = _Use(node.storage)
+                use = uses[id(storage)] = _Use(storage)
             if node.nbytes:
                 use.spans.append(node.span())
                 use.width = max(use.width, node.itemsize)
-    found = ((use.storage, use.runs()) for key, use in uses.items() if use.storage.nbytes and key not in bare)
+        elif isinstance(node, Storage):
+            taken.add(id(node))
+    found = ((use.storage, use.runs()) for key, use in uses.items() if use.storage.nbytes and key not in taken)
     return [(storage, runs) for storage, runs in found if _viewed(runs) < storage.nbytes]
 
 

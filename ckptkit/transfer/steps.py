@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, read_at, write_at
 from ckptkit.computed import Buffer, ConvertedRange, DTypeConversion
 from ckptkit.errors import CorruptError, FileAccessError
-from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan
-from ckptkit.transfer.values import stream
+from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
+from ckptkit.transfer.values import SMALL_NBYTES, Ahead, stream
 from ckptkit.transfer.workers import Background, buffer, in_parallel
 
 if TYPE_CHECKING:
@@ -313,6 +313,62 @@ def reserve(fd: int, nbytes: int) -> None:
     os.ftruncate(fd, nbytes)
 
 
+class _Small:
+    """Small pieces of the output that follow one another, written by one call.
+
+    Args:
+        fd: where to; writable.
+        moved: called with the number of bytes as they are written.
+    """
+
+    def __init__(self, fd: int, moved: Progress) -> None:
+        self._fd = fd
+        self._moved = moved
+        self._ahead = Ahead()
+        self._parts: list[bytes] = []
+        self._start = self._end = 0
+
+    def copy(self, source: ByteRange, target: int) -> None:
+        """Take a piece of a file."""
+        self.add(self._ahead.read(source), target)
+
+    def add(self, data: bytes, target: int) -> None:
+        """Take a piece that is at hand."""
+        if target != self._end or target - self._start >= _CACHED_NBYTES:
+            self.flush()
+            self._start = target
+        self._parts.append(data)
+        self._end = target + len(data)
+
+    def flush(self) -> None:
+        """Write what was taken."""
+        if self._parts:
+            write_at(self._fd, b"".join(self._parts), self._start)
+            self._parts.clear()
+            self._moved(self._end - self._start)
+
+
+def _joined(steps: Iterable[Step]) -> Iterator[Step]:
+    """The steps; copies of what lies in a row in the source too are one."""
+    file, at, nbytes, target = None, 0, 0, 0
+    for step in steps:
+        if isinstance(step, Copy):
+            source = step.source.plain()
+            if source.file is file and source.offset == at + nbytes and step.target == target + nbytes:
+                nbytes += source.nbytes
+                continue
+            if file is not None:
+                yield Copy(target, ByteRange(file, at, nbytes))
+            file, at, nbytes, target = source.file, source.offset, source.nbytes, step.target
+            continue
+        if file is not None:
+            yield Copy(target, ByteRange(file, at, nbytes))
+            file = None
+        yield step
+    if file is not None:
+        yield Copy(target, ByteRange(file, at, nbytes))
+
+
 def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) -> None:
     """Carry out the steps that bring bytes: copies, casts, gathers, literals.
 
@@ -321,19 +377,22 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
     """
     moved = progress or (lambda _: None)
     casts = [step for step in plan.steps if isinstance(step, Cast)]
+    small = _Small(fd, moved)
     with closing(Copier(fd, moved)) as copier:
-        for step in plan.steps:
+        for step in _joined(plan.steps):
             if isinstance(step, Copy):
-                copier.copy(step.source.plain(), step.target)
+                if step.nbytes < SMALL_NBYTES:
+                    small.copy(step.source.plain(), step.target)
+                else:
+                    copier.copy(step.source.plain(), step.target)
+            elif isinstance(step, LiteralBytes):
+                small.add(step.data, step.target)
             elif isinstance(step, Gather):
                 target = step.target
                 for chunk in stream(step.entry, tally.add):
-                    write_at(fd, chunk, target)
-                    moved(len(chunk))
+                    small.add(chunk, target)
                     target += len(chunk)
-            elif isinstance(step, LiteralBytes):
-                write_at(fd, step.data, step.target)
-                moved(len(step.data))
+        small.flush()
 
     def pieces() -> Iterator[Callable[[], None]]:
         for step in casts:

@@ -46,6 +46,28 @@ torch.save(state, sys.argv[2])
 save_file(state, sys.argv[3])
 """
 
+EXPERTS = """
+import json, os, sys, torch
+from safetensors.torch import save_file
+
+# A large mixture of experts, as the hub has it: 88,917 names in 163 shards, and tiny tensors in place of its own.
+os.mkdir(sys.argv[1])
+names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+for layer in range(58):
+    parts = ["input_layernorm", "self_attn.q_proj", "self_attn.kv_proj", "self_attn.o_proj", "mlp.gate", "post_norm"]
+    parts += [f"mlp.experts.{n}.{part}_proj" for n in range(509) for part in ("gate", "up", "down")]
+    names += [f"model.layers.{layer}.{part}.weight" for part in parts]
+weight_map, each = {}, -(-len(names) // 163)
+for number in range(163):
+    shard = f"model-{number + 1:05}-of-00163.safetensors"
+    held = names[number * each : (number + 1) * each]
+    state = {name: torch.zeros((2, 4) if "down" in name else (4, 2), dtype=torch.bfloat16) for name in held}
+    save_file(state, os.path.join(sys.argv[1], shard), metadata={"format": "pt"})
+    weight_map.update(dict.fromkeys(held, shard))
+with open(os.path.join(sys.argv[1], "model.safetensors.index.json"), "w") as index:
+    json.dump({"metadata": {"total_size": 16 * len(names)}, "weight_map": weight_map}, index, indent=2, sort_keys=True)
+"""
+
 TORCH_LOAD = "import sys, torch; torch.load(sys.argv[1], mmap=True, weights_only=True, map_location='cpu')"
 SAFE_OPEN = """
 import sys
@@ -55,13 +77,31 @@ with safe_open(sys.argv[1], "np") as file:
         part = file.get_slice(name)
         part.get_shape(), part.get_dtype()
 """
+SAFE_OPEN_ALL = """
+import json, os, sys
+from safetensors import safe_open
+with open(sys.argv[1]) as index:
+    shards = dict.fromkeys(json.load(index)["weight_map"].values())
+for shard in shards:
+    with safe_open(os.path.join(os.path.dirname(sys.argv[1]), shard), "np") as file:
+        for name in file.keys():
+            part = file.get_slice(name)
+            part.get_shape(), part.get_dtype()
+"""
+LOAD_AND_SAVE = """
+import os, sys, torch
+from safetensors.torch import save_file
+save_file(torch.load(sys.argv[1], mmap=True, weights_only=True, map_location="cpu"), sys.argv[1] + ".out")
+os.remove(sys.argv[1] + ".out")
+"""
 
 
 def make(folder: Path, counts: tuple[int, ...]) -> None:
-    """The sparse files, of 100 GB each, and those of many tensors."""
+    """The sparse files, of 100 GB each, those of many tensors, and the shards of many more."""
     sparse = [str(100 * 10**9), str(folder / "sparse.pth"), str(folder / "sparse.safetensors")]
     commands = [[SPARSE, *sparse]]
     commands += [[MANY, str(n), str(folder / f"{n}.pth"), str(folder / f"{n}.safetensors")] for n in counts]
+    commands.append([EXPERTS, str(folder / "experts")])
     for command in commands:
         subprocess.run([sys.executable, "-c", *command], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": "."})
 
@@ -79,6 +119,11 @@ def groups(resume: Path, counts: tuple[int, ...]) -> Groups:
         return Command(f"{name} {path.name}", [sys.executable, "-c", code, str(path)])
 
     most = max(counts)
+
+    def command(name: str, verb: str, *options: str) -> Command:
+        return Command(name, [*CKPTKIT, verb, str(folder / f"{most}.pth"), *options])
+
+    index = folder / "experts" / "model.safetensors.index.json"
     return {
         f"Opening a training checkpoint of {gib(resume)}, and sparse files of 100 GB": (
             empty.name,
@@ -101,5 +146,20 @@ def groups(resume: Path, counts: tuple[int, ...]) -> Groups:
                 inspect(folder / f"{most}.safetensors", "--json"),
                 python("safe_open, every name and shape", SAFE_OPEN, folder / f"{most}.safetensors"),
             ],
+        ),
+        f"Working on {most:,} pickled tensors": (
+            f"torch.load(mmap=True), then save_file {most}.pth",
+            [
+                python("torch.load(mmap=True), then save_file", LOAD_AND_SAVE, folder / f"{most}.pth"),
+                inspect(folder / f"{most}.pth"),
+                command("convert to .safetensors", "convert", "-q", "--force", str(folder / "out.safetensors")),
+                command("convert to .pth", "convert", "-q", "--force", str(folder / "out.pth")),
+                command("diff with the same in safetensors", "diff", "-q", str(folder / f"{most}.safetensors")),
+                command("check --no-nan", "check", "-q", "--no-nan"),
+            ],
+        ),
+        "Inspecting 88,917 tensors in 163 shards": (
+            f"safe_open, every name and shape {index.name}",
+            [python("safe_open, every name and shape", SAFE_OPEN_ALL, index), inspect(index), inspect(index, "--json")],
         ),
     }

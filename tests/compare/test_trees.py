@@ -30,7 +30,7 @@ def assert_differ(a: object, b: object) -> str:
     return caught.value.message
 
 
-def assert_agree(a: object, b: object) -> list[tuple[str, Storage, Storage]]:
+def assert_agree(a: object, b: object) -> list[tuple[Place, Storage, Storage]]:
     return list(compare._paired_storages([(Place(), a, b)]))
 
 

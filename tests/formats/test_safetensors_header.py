@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors
@@ -20,6 +24,7 @@ import ckptkit
 from ckptkit import formats
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, DTypeError, FormatError, LimitError, UnknownFormatError
+from ckptkit.formats import safetensors as reader
 from ckptkit.limits import Limits
 from ckptkit.transfer import stream
 
@@ -321,3 +326,36 @@ def test_descriptions_of_all_kinds_are_read_as_the_library_reads_them(
     path = tmp_path / "m.safetensors"
     path.write_bytes(file_bytes({"a": fields}, bytes(nbytes)))
     agree(path)
+
+
+def test_both_ways_through_a_header_say_the_same() -> None:
+    """A pattern reads headers as the library writes them, JSON's reader any other: of no header may they differ."""
+    random = Random(0)
+    sizes = [[4, 2], [], [3], [0, 5], [2, 2, 2]]
+    headers = [b"{}", b'{"__metadata__":{}}']
+    for own in ({}, {"__metadata__": {"format": "pt", 'x\n"y': "a,b}{"}}):
+        header, end = dict[str, Any](own), 0
+        for number in range(5):
+            shape = random.choice(sizes)
+            header[f"a.{number}.w"] = info("BF16", shape, end, end := end + 2 * math.prod(shape))
+        headers.append(json.dumps(header, separators=(",", ":")).encode())
+    odd = (b'"', b",", b"{", b"}", b"[", b"]", b"0", b"00", b"-0", b" ", b"\\", b":", b"9" * 19, b"9" * 5000, b"1.0",
+           b'"a.0.w"', b'"__metadata__"', b"}}", b"},", b"\n", b"\x01", b"F32", b'"data_offsets":[0,16]},')  # fmt: skip
+
+    def outcome(read: Callable[[bytes, Limits], object], raw: bytes) -> str:
+        try:
+            return repr(read(raw, Limits()))
+        except FormatError as error:
+            return f"{type(error).__name__}: {error}"
+
+    quick = 0
+    for _ in range(4000):
+        raw = bytearray(random.choice(headers))
+        for _ in range(random.choice((0, 1, 1, 2, 3))):
+            at = random.randrange(len(raw) + 1)
+            raw[at : at + random.choice((0, 0, 1, 3))] = random.choice((b"", *odd))
+        quick += outcome(reader._customary, bytes(raw)).startswith("({")
+        with mock.patch.object(reader, "_customary", return_value=None):
+            slow = outcome(reader._layouts, bytes(raw))
+        assert outcome(reader._layouts, bytes(raw)) == slow, bytes(raw)
+    assert 400 < quick < 3600

@@ -315,8 +315,8 @@ def test_kill_leaves_the_old_file_alone(tmp_path: Path, out: Path) -> None:
         from ckptkit.transfer import write_atomically
 
         source = SourceFile({str(tmp_path / "data")!r})
-        steps = tuple(Copy(at, ByteRange(source, at, 1000)) for at in range(0, 200_000, 1000))
-        plan = Plan(format="bytes", nbytes=200_000, steps=steps, tensors=0, aliases={{}})
+        steps = tuple(Copy(at, ByteRange(source, 7, 20_000)) for at in range(0, 4_000_000, 20_000))
+        plan = Plan(format="bytes", nbytes=4_000_000, steps=steps, tensors=0, aliases={{}})
         done = []
 
         def slow(done_now, total):

@@ -240,6 +240,7 @@ def test_every_way_of_copying(
 ) -> None:
     calls: dict[str, int] = {}
     monkeypatch.setattr(steps, "_PIECE_NBYTES", 1024 if short else steps._PIECE_NBYTES)
+    monkeypatch.setattr(steps, "SMALL_NBYTES", 1024)
     for name in ("splice", "copy_file_range"):
         monkeypatch.setattr(os, name, counted(name, calls))
     if short:
@@ -293,10 +294,41 @@ def test_short_ranges_are_one_call(source: SourceFile, out: Path, monkeypatch: p
     calls: dict[str, int] = {}
     for name in ("splice", "copy_file_range"):
         monkeypatch.setattr(os, name, counted(name, calls))
-    steps = [Copy(1000 * number, ByteRange(source, 3 + 2000 * number, 1000)) for number in range(50)]
-    executed(out, plan_of(*steps))
-    assert out.read_bytes() == b"".join(DATA[3 + 2000 * number : 1003 + 2000 * number] for number in range(50))
+    nbytes = steps.SMALL_NBYTES
+    copies = [Copy(nbytes * number, ByteRange(source, 3 + 1000 * number, nbytes)) for number in range(50)]
+    executed(out, plan_of(*copies))
+    assert out.read_bytes() == b"".join(DATA[3 + 1000 * number :][:nbytes] for number in range(50))
     assert calls == {"copy_file_range": 50}
+
+
+def test_small_ranges_are_read_and_written_with_their_neighbours(
+    source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: dict[str, int] = {}
+    for name in ("splice", "copy_file_range", "pread", "pwrite"):
+        monkeypatch.setattr(os, name, counted(name, calls))
+    ranges = [(3 + 250 * number, 100) for number in range(700)]
+    ranges += [(offset, 100) for offset, _ in reversed(ranges)]  # and against the order of the file
+    moved: list[int] = []
+    plan = plan_of(LiteralBytes(0, b"head"), *(Copy(4 + 100 * i, ByteRange(source, *r)) for i, r in enumerate(ranges)))
+    executed(out, plan, moved.append)
+    assert out.read_bytes() == b"head" + b"".join(DATA[offset : offset + nbytes] for offset, nbytes in ranges)
+    assert sum(moved) == plan.nbytes
+    assert calls["pwrite"] == 1
+    assert calls["pread"] < 20 + 700
+    assert calls.keys() == {"pread", "pwrite"}
+
+
+def test_what_lies_in_a_row_is_one_copy(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, int] = {}
+    for name in ("splice", "copy_file_range", "pread"):
+        monkeypatch.setattr(os, name, counted(name, calls))
+    sizes = [100, 0, 40_000, 7, 9_000]
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    copies = [Copy(at, ByteRange(source, 11 + at, nbytes)) for at, nbytes in zip(starts, sizes, strict=True)]
+    executed(out, plan_of(*copies, Copy(sum(sizes), ByteRange(source, 0, 20_000))))
+    assert out.read_bytes() == DATA[11 : 11 + sum(sizes)] + DATA[:20_000]
+    assert calls == {"copy_file_range": 2}
 
 
 class Clock:

@@ -1,0 +1,283 @@
+"""Tensors as addresses: a `Storage` is a run of bytes in a file, a `TensorEntry` a strided view of one.
+
+Two entries over the same `Storage` object are *shared*; two entries with the same `TensorEntry.view` of it are *tied*.
+
+Both are immutable.  A file may have a hundred thousand of each: `storage_of` and `tensor_of` make them fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ckptkit.bytesource import made_by_position
+from ckptkit.computed import ByteSource, DeflatedRange, Inflation
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CorruptError
+from ckptkit.report import count_of
+
+__all__ = [
+    "Storage",
+    "TensorEntry",
+    "as_tensor",
+    "contiguous_stride",
+    "shared_storages",
+    "storage_of",
+    "tensor_of",
+    "tied_groups",
+    "unordered",
+    "unused_nbytes",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Storage:
+    """A run of bytes that tensors are views of.  Its identity is its sharing: compare with ``is``.
+
+    Attributes:
+        key: its name in the file (``"0"`` for record ``data/0``, the tensor's name in safetensors).
+        dtype: torch name of the element type the file declares, ``None`` where it is untyped bytes.
+        nbytes: size in bytes.
+        location: the device tag as the file says it: ``"cpu"``, ``"cuda:1"``.
+        source: where the bytes lie.
+        crc32: the checksum the container recorded for exactly these bytes; ``None``: not recorded.
+        byteorder: ``"little"`` or ``"big"``, of the elements.
+        original: the storage of the file that these bytes are cut or converted from; ``None``: it is
+            itself the file's.
+    """
+
+    key: str
+    dtype: str | None
+    nbytes: int
+    location: str
+    source: ByteSource
+    crc32: int | None = None
+    byteorder: Literal["little", "big"] = "little"
+    original: Storage | None = None
+
+    def without_checksum(self) -> Storage:
+        """The same bytes with none recorded, so that nothing is held against them."""
+        source = self.source
+        if isinstance(source, DeflatedRange):
+            whole = source.whole
+            bare = Inflation(whole.deflated, whole.nbytes, None, whole.name)
+            source = replace(source, whole=bare)
+        return replace(self, crc32=None, source=source)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a C-contiguous tensor, as ``torch.empty(shape).stride()`` gives them."""
+    stride = [1] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        stride[axis] = stride[axis + 1] * max(shape[axis + 1], 1)
+    return tuple(stride)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TensorEntry:
+    """A tensor: a strided view of a `Storage`.
+
+    Attributes:
+        storage: the bytes it views.
+        storage_offset: first element, in elements.
+        shape, stride: per dimension, in elements.
+        dtype: torch name of the element type.
+        requires_grad: as saved.
+        is_parameter: saved as ``nn.Parameter``; ``False`` says nothing for a state_dict, whose
+            parameters are saved as plain tensors.
+        is_conj, is_neg: torch's lazy conjugate and negative bits.  They are not in the bytes: the
+            values are the bytes' values conjugated or negated.
+        subclass: inert node naming the tensor's Python class where that is neither ``torch.Tensor``
+            nor ``nn.Parameter``.
+        attributes: inert node of Python attributes saved along with the tensor.
+        effects: inert nodes of the calls that change the tensor once it is built (`ckptkit.pickling.inert.Object`).
+    """
+
+    storage: Storage
+    storage_offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+    requires_grad: bool = False
+    is_parameter: bool = False
+    is_conj: bool = False
+    is_neg: bool = False
+    subclass: object = None
+    attributes: object = None
+    effects: tuple[object, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor when written out contiguously."""
+        row, numel = DTYPES[self.dtype], math.prod(self.shape)
+        return -(-numel * row.bits // 8) if row.bits else numel * row.itemsize
+
+    @property
+    def location(self) -> str:
+        """Device tag of its storage."""
+        return self.storage.location
+
+    @property
+    def view(self) -> tuple[object, ...]:
+        """What decides its values: entries with equal views are tied.
+
+        Its one member is text, whose hash is salted: a tuple of the numbers, which come from a
+        stranger, could be made to collide with 100,000 others.
+        """
+        numbers = f"{id(self.storage)} {self.storage_offset} {self.shape} {self.stride}"
+        return (f"{numbers} {self.dtype} {self.is_conj} {self.is_neg}",)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie in C order without gaps, as ``torch.Tensor.is_contiguous``."""
+        if 0 in self.shape:
+            return True
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1:
+                if stride != expected:
+                    return False
+                expected *= size
+        return True
+
+    @property
+    def is_plain_bytes(self) -> bool:
+        """Whether the storage's bytes, as they lie, are the tensor's values in C order, little-endian."""
+        return (
+            self.is_contiguous
+            and not self.is_conj
+            and not self.is_neg
+            and (self.storage.byteorder == "little" or self.itemsize == 1)
+        )
+
+    @property
+    def covers_storage(self) -> bool:
+        """Whether it is the whole storage, contiguously."""
+        return self.storage_offset == 0 and self.is_contiguous and self.nbytes == self.storage.nbytes
+
+    def span(self) -> tuple[int, int]:
+        """First byte and the byte after the last that the view touches, within its storage.
+
+        An empty tensor touches nothing: both are equal.
+        """
+        start = self.storage_offset * self.itemsize
+        if self.numel == 0:
+            return start, start
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return start, start + DTYPES[self.dtype].nbytes(last + 1)
+
+    def check(self) -> TensorEntry:
+        """This entry, once its geometry is known to lie inside its storage.
+
+        Raises:
+            CorruptError: a negative size, stride or offset, sizes and strides of different length,
+                or a view that reaches past its storage.
+        """
+        what = f"tensor over storage {self.storage.key!r}"
+        if len(self.shape) != len(self.stride):
+            raise CorruptError(f"{what}: shape {self.shape} and stride {self.stride} differ in length")
+        if min(self.shape, default=0) < 0 or min(self.stride, default=0) < 0 or self.storage_offset < 0:
+            raise CorruptError(
+                f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset}: none may be negative"
+            )
+        if self.numel >= 1 << 62:
+            raise CorruptError(f"{what}: shape {self.shape} is more elements than 62 bits count, as torch does")
+        end = self.span()[1]
+        if end > self.storage.nbytes and self.numel:
+            raise CorruptError(
+                f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset} of {self.dtype} "
+                f"reach to byte {end:,} of a storage of {count_of(self.storage.nbytes, 'byte')}"
+            )
+        return self
+
+
+storage_of = made_by_position(Storage)
+"""A `Storage` of its fields by position."""
+
+tensor_of = made_by_position(TensorEntry)
+"""A `TensorEntry` of its fields by position."""
+
+
+def as_tensor(node: TensorEntry | Storage, *, typed: bool = False) -> TensorEntry:
+    """A bare storage as the tensor of its bytes, or of elements of the type that it declares; a tensor as it is."""
+    if isinstance(node, TensorEntry):
+        return node
+    dtype = (node.dtype if typed else None) or "uint8"
+    count = node.nbytes // DTYPES[dtype].itemsize
+    return TensorEntry(storage=node, storage_offset=0, shape=(count,), stride=(1,), dtype=dtype)
+
+
+def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:
+    """The ``id`` of each storage that several of the entries view: what alone can be tied or shared."""
+    storages = [id(entry.storage) for entry in entries]
+    if len(set(storages)) == len(storages):  # as in most files
+        return set()
+    return {storage for storage, count in Counter(storages).items() if count > 1}
+
+
+def tied_groups(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
+    """The names of each tensor that has several, in the order of these.
+
+    Tied is the same view (`TensorEntry.view`) of the same storage; tensors without elements are not.
+    """
+    several = shared_storages(entries.values())
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, entry in entries.items():
+        if id(entry.storage) in several and entry.nbytes:
+            groups.setdefault(entry.view, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def unordered(entries: Mapping[str, TensorEntry]) -> list[str]:
+    """The names of the tensors whose elements do not lie in C order; see `TensorEntry.is_contiguous`."""
+    known: dict[tuple[int, int], bool] = {}  # readers give tensors of one geometry the same tuples
+    moved = []
+    for name, entry in entries.items():
+        geometry = id(entry.shape), id(entry.stride)
+        is_contiguous = known.get(geometry)
+        if is_contiguous is None:
+            is_contiguous = known[geometry] = entry.is_contiguous
+        if not is_contiguous:
+            moved.append(name)
+    return moved
+
+
+def unused_nbytes(entries: Iterable[TensorEntry], whole: Iterable[Storage] = ()) -> int:
+    """Bytes of the tensors' storages that none of them touches.
+
+    Args:
+        entries: the tensors; which storages are counted, they say.
+        whole: storages that are used whole all the same.
+    """
+    used = set(map(id, whole))
+    extents: dict[int, list[tuple[int, int]]] = {}
+    sizes: dict[int, int] = {}
+    for entry in entries:
+        key, nbytes = id(entry.storage), entry.storage.nbytes
+        if entry.nbytes == nbytes and 0 not in entry.stride:  # as nearly all are
+            used.add(key)
+        elif key not in used:
+            sizes[key] = nbytes
+            extents.setdefault(key, []).append(entry.span())
+    unused = 0
+    for key, spans in extents.items():
+        if key not in used:
+            covered = end = 0
+            for start, stop in sorted(spans):
+                covered += max(0, stop - max(start, end))
+                end = max(end, stop)
+            unused += sizes[key] - covered
+    return unused
