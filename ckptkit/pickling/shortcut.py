@@ -106,15 +106,8 @@ class TensorShortcut:
         if not known.are_usual:
             return None
         parts = (put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor)
-        if len(memo) > self._size:
-            self._see(memo)
-        is_usual = False
-        if key is not None and put_shape and put_stride:
-            puts = a, b, c, d, e, f, g = _INDICES(b"".join(parts))
-            is_usual = self._last < a < b < c < d < e < f < g
-        else:
-            puts = tuple(_INDEX(put)[0] for put in parts if put)
-        if not is_usual and (len(set(puts)) < len(puts) or not memo.keys().isdisjoint(puts)):
+        puts = self._new_entries(parts, memo)
+        if puts is None:
             return None  # entries that take the place of others
         if key is None:
             text = memo.get(_index(get_key))
@@ -144,6 +137,17 @@ class TensorShortcut:
         memo[puts[-1]] = entry
         known.made.calls += 1
         return found.end(), entry
+
+    def _new_entries(self, parts: tuple[bytes | None, ...], memo: dict[int, object]) -> tuple[int, ...] | None:
+        """The memo indices of a tensor's PUTs, those left out aside; ``None``: an entry is there, or made twice."""
+        if len(memo) > self._size:
+            self._see(memo)
+        if None not in parts:
+            puts = a, b, c, d, e, f, g = _INDICES(b"".join(parts))  # type: ignore[arg-type]  # all are there
+            if self._last < a < b < c < d < e < f < g:
+                return puts
+        indices = tuple(_INDEX(put)[0] for put in parts if put)
+        return indices if len(set(indices)) == len(indices) and memo.keys().isdisjoint(indices) else None
 
     def _see(self, memo: dict[int, object]) -> None:
         """Take note of the memo's highest index; entries are never taken out of it."""
