@@ -238,11 +238,11 @@ def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict
     """
     window, file, first = _Window(area), area.file, area.offset
     found: dict[str, Record] = {}
-    make, unpack = tuple.__new__, _LOCAL_BRIEF.unpack_from
+    make = tuple.__new__
     end = 0
     before: _Central | None = None
     for record in listed:
-        at, raw_name, name, flags, method, crc, packed, nbytes = record
+        at, raw_name, name, _, method, crc, packed, nbytes = record
         header_nbytes = LOCAL.size + len(raw_name)
         if at + header_nbytes > area.nbytes:
             raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {area.nbytes:,} bytes")
@@ -252,24 +252,16 @@ def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict
         start = at - gap - window.start
         if start < 0 or start + gap + header_nbytes > len(window.data):
             start = window.hold(at - gap, gap + header_nbytes)
-        data, header_at = window.data, start + gap
-        extra_at = header_at + header_nbytes
-        mark, own_flags, own_method, *own, name_nbytes, extra_nbytes = unpack(data, header_at)
-        # What torch writes, in a few comparisons; what differs in anything is looked at closely.
-        is_usual = (
-            mark == LOCAL_SIGNATURE
-            and own_flags == flags
-            and own_method == method
-            and data[header_at + LOCAL.size : header_at + LOCAL.size + name_nbytes] == raw_name
-            and extra_at + extra_nbytes <= len(data)
-            and (not extra_nbytes or data.find(_UNICODE_PATH, extra_at, extra_at + extra_nbytes) < 0)
-            and (own == [crc, packed, nbytes] or (flags & _HAS_DESCRIPTOR and own == _LATER))
-        )
+        extra_nbytes = _usual_header(window.data, start + gap, record)
+        is_usual = extra_nbytes >= 0
         if not is_usual:
-            extra_nbytes = _check_header(window, record, header_at)
+            extra_nbytes = _check_header(window, record, start + gap)
         if end != at:
             layout = _DESCRIPTORS.get(gap) if is_usual and before is not None and before[3] & _HAS_DESCRIPTOR else None
-            if layout is None or layout.unpack_from(data, start) != (_DESCRIPTOR_SIGNATURE, *(before or ())[5:]):
+            if layout is None or layout.unpack_from(window.data, start) != (
+                _DESCRIPTOR_SIGNATURE,
+                *(before or ())[5:],
+            ):
                 _check_gap(before, at - end, window, end)
         data_at = at + header_nbytes + extra_nbytes
         end = data_at + packed
@@ -281,6 +273,33 @@ def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict
     if end != directory_at:
         _check_gap(before, directory_at - end, window, end)
     return found
+
+
+def _usual_header(data: bytes, at: int, record: _Central) -> int:
+    """The size of the extra field of a record's own header where that is as torch writes it.
+
+    Args:
+        data: holds at least the header and the name.
+        at: where in it the header begins.
+        record: as the directory has it.
+
+    Returns:
+        Its size in bytes; -1: it differs in something, and is to be looked at closely.
+    """
+    _, raw_name, _, flags, method, *sizes = record
+    mark, own_flags, own_method, *own, name_nbytes, extra_nbytes = _LOCAL_BRIEF.unpack_from(data, at)
+    name_at = at + LOCAL.size
+    extra_at = name_at + name_nbytes
+    is_usual = (
+        mark == LOCAL_SIGNATURE
+        and own_flags == flags
+        and own_method == method
+        and data[name_at:extra_at] == raw_name
+        and extra_at + extra_nbytes <= len(data)
+        and (not extra_nbytes or data.find(_UNICODE_PATH, extra_at, extra_at + extra_nbytes) < 0)
+        and (own == sizes or (flags & _HAS_DESCRIPTOR and own == _LATER))
+    )
+    return int(extra_nbytes) if is_usual else -1
 
 
 def _check_header(window: _Window, record: _Central, start: int) -> int:
