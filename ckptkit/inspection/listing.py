@@ -322,7 +322,7 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
     kinds = _Kinds(checkpoint)
     kind_of = [
         kinds[section, entry.shape, entry.stride, entry.dtype, storage.location, storage.nbytes, entry.is_parameter,
-              name[name.rfind(".") + 1 :] in BUFFER_NAMES, is_own]
+              name.rpartition(".")[2] in BUFFER_NAMES, is_own]
         for section, name, entry, is_own in zip(sections, names, entries, are_own, strict=True)
         for storage in (entry.storage,)
     ]  # fmt: skip

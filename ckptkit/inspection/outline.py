@@ -244,7 +244,7 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
                 continue
         run = None
         above, _, last = name.rpartition(".")
-        inside = _unpacked(above, made)
+        inside = made.get(above)
         if inside is None:
             up, _, label = above.rpartition(".")
             if packs and up and label and up not in made and up.count(".") < _MAX_LEVELS:
@@ -254,30 +254,31 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
                     run += None, name[len(prefix) :], leaf
                     continue
             inside = _below(above, made)
+        elif len(inside) % 2:
+            inside = _unpacked(above, made)
         inside += last if above else name, leaf
 
 
-def _unpacked(path: str, made: dict[str, _Names]) -> _Names | None:
-    """What stands below a path, level by level; ``None``: nothing is there yet."""
-    inside = made.get(path)
-    if inside is not None and len(inside) % 2:
-        tails, leaves = inside[1::2], inside[2::2]
-        inside.clear()
-        for tail, leaf in zip(tails, leaves, strict=True):
-            label, _, last = tail.partition(".")
-            below = made.get(f"{path}.{label}")
-            if below is None:
-                below = made[f"{path}.{label}"] = []
-                inside += label, below
-            below += last, leaf
+def _unpacked(path: str, made: dict[str, _Names]) -> _Names:
+    """What stands below a path as names two levels below it, level by level."""
+    inside = made[path]
+    tails, leaves = inside[1::2], inside[2::2]
+    inside.clear()
+    for tail, leaf in zip(tails, leaves, strict=True):
+        label, _, last = tail.partition(".")
+        below = made.get(f"{path}.{label}")
+        if below is None:
+            below = made[f"{path}.{label}"] = []
+            inside += label, below
+        below += last, leaf
     return inside
 
 
 def _below(path: str, made: dict[str, _Names]) -> _Names:
     """What stands below a path, made with all above it where it is not there yet."""
-    inside = _unpacked(path, made)
+    inside = made.get(path)
     if inside is not None:
-        return inside
+        return _unpacked(path, made) if len(inside) % 2 else inside
     above, _, last = path.rpartition(".")
     if path.count(".") > _MAX_LEVELS:
         above, last = "", path  # one piece

@@ -66,7 +66,7 @@ def tensor_role(name: str, entry: TensorEntry, *, known: bool) -> tuple[Role, bo
         known: whether the file says it (whole models do; a state_dict saves both alike, and then
             customary names and whole-number dtypes tell buffers).
     """
-    return role_of(entry.dtype, entry.is_parameter, name[name.rfind(".") + 1 :] in BUFFER_NAMES, known=known)
+    return role_of(entry.dtype, entry.is_parameter, name.rpartition(".")[2] in BUFFER_NAMES, known=known)
 
 
 def role_of(dtype: str, is_parameter: bool, is_buffer_name: bool, *, known: bool) -> tuple[Role, bool]:
