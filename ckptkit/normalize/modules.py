@@ -15,7 +15,8 @@ What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of 
   a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``).
   Their ``__dict__`` is put together here.
 
-Wrappers of a model leave prefixes in names.  `MODULE` and ``_forward_module`` are taken for a wrapper's where they lead a name: further in, ``module`` may be
+Wrappers of a model leave prefixes in names.
+`MODULE` and ``_forward_module`` are taken for a wrapper's where they lead a name: further in, ``module`` may be
 somebody's own attribute (``mlp_module.module.weight``), and only who knows the model can tell
 (`inner_module_rules`).  The others are nobody's: they are a wrapper's wherever they stand.
 """
