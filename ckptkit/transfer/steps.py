@@ -25,7 +25,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, read_at, write_at
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, byte_range, read_at, write_at
 from ckptkit.computed import Buffer, ConvertedRange, DTypeConversion
 from ckptkit.errors import CorruptError, FileAccessError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
@@ -360,15 +360,15 @@ def _joined(steps: Iterable[Step]) -> Iterator[Step]:
                 nbytes += source.nbytes
                 continue
             if file is not None:
-                yield Copy(target, ByteRange(file, at, nbytes))
+                yield Copy(target, byte_range(file, at, nbytes))
             file, at, nbytes, target = source.file, source.offset, source.nbytes, step.target
             continue
         if file is not None:
-            yield Copy(target, ByteRange(file, at, nbytes))
+            yield Copy(target, byte_range(file, at, nbytes))
             file = None
         yield step
     if file is not None:
-        yield Copy(target, ByteRange(file, at, nbytes))
+        yield Copy(target, byte_range(file, at, nbytes))
 
 
 def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) -> None:
