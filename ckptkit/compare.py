@@ -87,17 +87,17 @@ class _Comparison:
 
     def __init__(self, compared: Compared) -> None:
         self._compared = compared
-        self._storages: dict[tuple[int, int], _Whole] = {}
+        self._storages: dict[int | tuple[int, int], _Whole] = {}
         self._tensors: list[tuple[_At, TensorEntry, TensorEntry]] = []
         self._places: dict[int, tuple[_At, Storage]] = {}
 
     def storages(self, place: _At, source: Storage, written: Storage) -> None:
         """All bytes of one must be all bytes of the other."""
-        key = id(source), id(written)
-        if key not in self._storages:
-            self._storages[key] = place, source, written
-            if source.original is not None:
-                self._places.setdefault(id(source), (place, source))
+        whole = place, source, written
+        if self._storages.setdefault(id(source), whole)[2] is not written:
+            self._storages.setdefault((id(source), id(written)), whole)
+        if source.original is not None:
+            self._places.setdefault(id(source), (place, source))
 
     def tensors(self, place: _At, source: TensorEntry, written: TensorEntry) -> None:
         """The values of one must be the values of the other."""

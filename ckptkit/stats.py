@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
@@ -92,6 +93,19 @@ def _unexpanded(entry: TensorEntry) -> tuple[TensorEntry, int]:
     return replace(entry, shape=shape), entry.numel // math.prod(shape)
 
 
+@lru_cache(64)
+def _counted(dtype: str) -> tuple[int | None, Any, int]:
+    """Of values of a dtype: how many are not finite before any is counted, what numpy counts as, and its size."""
+    row = DTYPES[dtype]
+    known = row.numpy is not None or row.kind in ("int", "bool") or row.safetensors in _WITHOUT_NAN
+    if row.numpy is None or row.kind not in ("float", "complex"):
+        return 0 if known else None, None, 1
+    from ckptkit.casting import numpy_dtype
+
+    part = numpy_dtype({"complex64": "float32", "complex128": "float64"}.get(dtype, dtype))
+    return 0, part, part.itemsize
+
+
 class NonFinite:
     """Counts NaN and Inf in values that come in pieces, which need not end where an element does.
 
@@ -105,18 +119,10 @@ class NonFinite:
     __slots__ = ("_dtype", "_rest", "_width", "inf", "nan")
 
     def __init__(self, dtype: str) -> None:
-        row = DTYPES[dtype]
-        known = row.numpy is not None or row.kind in ("int", "bool") or row.safetensors in _WITHOUT_NAN
-        self.nan: int | None = 0 if known else None
-        self.inf: int | None = 0 if known else None
-        self._dtype: Any = None
+        none, self._dtype, self._width = _counted(dtype)
+        self.nan: int | None = none
+        self.inf: int | None = none
         self._rest = b""
-        if row.numpy is not None and row.kind in ("float", "complex"):
-            from ckptkit.casting import numpy_dtype
-
-            halves = {"complex64": "float32", "complex128": "float64"}
-            self._dtype = numpy_dtype(halves.get(dtype, dtype))
-            self._width = self._dtype.itemsize
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
         """Count in the next piece."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
 from ckptkit.differences.difference import Difference
 from ckptkit.differences.figures import Sums, Tolerance
-from ckptkit.differences.pairs import NO_FIGURES, PairReader, all_sums, find_renamed
+from ckptkit.differences.pairs import NO_FIGURES, Pair, PairReader, all_sums, find_renamed
 from ckptkit.differences.rest import (
     TreeComparison,
     ValueComparison,
@@ -221,15 +221,17 @@ class _Comparison:
 
     def _compare(self, known_equal: set[str]) -> None:
         """Everything that is a tensor in both."""
-        keys = {}
-        for _, new, a, b in self.pairs:
-            if a.dtype == b.dtype and (a.shape == b.shape or a.numel == b.numel) and new not in known_equal:
-                keys[new] = self.work.add(a, b)
+        keys: list[Pair | None] = [
+            self.work.add(a, b)
+            if a.dtype == b.dtype and (a.shape == b.shape or a.numel == b.numel) and new not in known_equal
+            else None
+            for _, new, a, b in self.pairs
+        ]
         self.work.run()
         others: list[tuple[_Paired, bool | None]] = []
-        for pair in self.pairs:
+        for pair, key in zip(self.pairs, keys, strict=True):
             _, new, a, b = pair
-            same = True if new in known_equal else self.work.same(keys[new]) if new in keys else False
+            same = new in known_equal if key is None else self.work.same(key)
             if same is True and a.shape == b.shape:
                 self._kinds[new] = UNCHANGED
             else:

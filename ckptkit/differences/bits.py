@@ -75,9 +75,10 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tupl
     """
     if a.is_plain_bytes and b.is_plain_bytes:
         left, right = _lying(a), _lying(b)
-        summed = [
-            run for run, entry in ((left, a), (right, b)) if (entry.storage.original or entry.storage).crc32 is not None
-        ]
+        x, y = a.storage, b.storage
+        summed = [left] if (x.original or x).crc32 is not None else []
+        if (y.original or y).crc32 is not None:
+            summed.append(right)
         if ahead is not None:
             data = ahead[0].read(left)
             is_same = data == ahead[1].read(right)
@@ -94,7 +95,9 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tupl
 def _lying(entry: TensorEntry) -> ByteRange:
     """The bytes of a tensor whose values lie in a row."""
     source, nbytes = entry.storage.source, entry.nbytes
-    return (source if nbytes == source.nbytes else source.part(entry.storage_offset * entry.itemsize, nbytes)).plain()
+    if nbytes != source.nbytes:
+        source = source.part(entry.storage_offset * entry.itemsize, nbytes)
+    return source if isinstance(source, ByteRange) else source.plain()
 
 
 def chunks_side_by_side(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[memoryview, memoryview]]:

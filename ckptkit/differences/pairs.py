@@ -215,7 +215,8 @@ def all_sums(
 Pair = tuple[object, ...]
 """What a pair of tensors is known by."""
 
-_Waiting = list[tuple[Pair, TensorEntry, TensorEntry]]
+_Waiting = list[tuple[Pair, TensorEntry, TensorEntry, int]]
+"""Pairs, and the bytes of one of the two."""
 
 
 class PairReader:
@@ -252,7 +253,7 @@ class PairReader:
         reduced = unexpanded(a, b)
         self._same[key] = None if reduced is None else True
         if reduced is not None:
-            self._waiting.append((key, reduced[0], reduced[1]))
+            self._waiting.append((key, reduced[0], reduced[1], reduced[0].nbytes))
         self.checksums.want((a.storage, b.storage))
         return key
 
@@ -263,15 +264,16 @@ class PairReader:
             CorruptError, FileAccessError: something cannot be read.
         """
         waiting, self._waiting = self._waiting, []
-        nbytes = 2 * sum(a.nbytes for _, a, _ in waiting)
+        nbytes = 2 * sum([each for _, _, _, each in waiting])
         self._total += nbytes
         in_parallel(self._comparisons(waiting), nbytes=nbytes)
 
     def _comparisons(self, waiting: _Waiting) -> Iterator[Callable[[], object]]:
         small: _Waiting = []
-        for key, a, b in waiting:
-            if a.nbytes < SMALL_NBYTES:
-                small.append((key, a, b))
+        for each in waiting:
+            key, a, b, nbytes = each
+            if nbytes < SMALL_NBYTES:
+                small.append(each)
                 if len(small) == _TOGETHER:
                     yield partial(self._compare_small, small)
                     small = []
@@ -282,7 +284,7 @@ class PairReader:
 
     def _compare_small(self, small: _Waiting) -> None:
         ahead = Ahead(), Ahead()
-        for key, a, b in small:
+        for key, a, b, _ in small:
             self._compare(key, a, b, ahead)
 
     def _compare(self, key: Pair, a: TensorEntry, b: TensorEntry, ahead: tuple[Ahead, Ahead] | None = None) -> None:

@@ -15,7 +15,8 @@ Everything here is iterative, and takes time in proportion to both trees.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 from ckptkit.checkpoint import STATE_DICT, Storage, TensorEntry
@@ -85,6 +86,7 @@ class Met(NamedTuple):
         return self.place.in_tensor or all(isinstance(x, Storage) or is_tensor_like(x) for x in (self.a, self.b))
 
 
+_Part = tuple[object, object]
 _Pairs = list[tuple[Place, object, object]]
 
 
@@ -94,8 +96,8 @@ class _Rule(Protocol):
     def met(self, a: object, b: object) -> bool | None:
         """Whether two nodes, met before, may stand in one place; ``None``: they were not met."""
 
-    def compare(self, place: Place, a: object, b: object) -> tuple[list[Met], _Pairs]:
-        """What differs of two nodes themselves, and their parts in pairs."""
+    def compare(self, place: Place, a: object, b: object) -> tuple[Iterable[Met], _Pairs]:
+        """What differs of two nodes themselves, and their parts in pairs: all, once that was gone through."""
 
 
 def side_by_side(
@@ -184,7 +186,7 @@ class Identical:
         self._paired[id(a)], self._back[id(b)] = b, a
         return None
 
-    def compare(self, place: Place, a: object, b: object) -> tuple[list[Met], _Pairs]:
+    def compare(self, place: Place, a: object, b: object) -> tuple[Iterable[Met], _Pairs]:
         """See `side_by_side`."""
         if isinstance(a, Storage) and isinstance(b, Storage):
             same = (a.dtype, a.nbytes, a.location) == (b.dtype, b.nbytes, b.location)
@@ -196,13 +198,41 @@ class Identical:
             if known is None:
                 return self.compare(place, a.storage, b.storage)
             return [] if known else [Met(place, a.storage, b.storage, "parted")], []
-        parts, others = _exact_parts(a), _exact_parts(b)
-        if type(a) is not type(b) or len(parts) != len(others):
+        (count, parts), (other, others) = _exact_parts(a), _exact_parts(b)
+        if type(a) is not type(b) or count != other:
             return [Met(place, a, b)], []
         if isinstance(a, TensorEntry) and isinstance(b, TensorEntry) and _geometry(a) != _geometry(b):
             return [Met(place, a, b)], []
-        pairs = zip(parts, others, strict=True)
-        return [], [(place.below(at), x, y) for (at, x), (_, y) in pairs if type(x) is not str or x != y]
+        below: _Pairs = []
+        return self._in_turn(place, zip(parts, others, strict=True), below), below
+
+    def _in_turn(self, place: Place, parts: Iterable[tuple[_Part, _Part]], below: _Pairs) -> Iterator[Met]:
+        """What is met first of a node's parts, as long as they are plain tensors that agree; the others go ``below``.
+
+        Of a state_dict these are all, a hundred thousand perhaps: no list is made of them.
+        """
+        paired, back = self._paired, self._back
+        for (at, a), (_, b) in parts:
+            if type(a) is str and a == b:
+                continue
+            if not below and isinstance(a, TensorEntry) and isinstance(b, TensorEntry) and self._are_alike(a, b):
+                x, y = a.storage, b.storage
+                paired[id(a)], paired[id(x)], back[id(b)], back[id(y)] = b, y, a, x
+                yield Met(place.below(at), x, y, "bytes")
+            else:
+                below.append((place.below(at), a, b))
+
+    def _are_alike(self, a: TensorEntry, b: TensorEntry) -> bool:
+        """Whether nothing about two plain tensors needs a closer look: neither they nor their storages were met."""
+        x, y = a.storage, b.storage
+        paired, back = self._paired, self._back
+        return (
+            is_plain_value(a)
+            and is_plain_value(b)
+            and _geometry(a) == _geometry(b)
+            and (x.dtype, x.nbytes, x.location) == (y.dtype, y.nbytes, y.location)
+            and not (id(a) in paired or id(x) in paired or id(b) in back or id(y) in back)
+        )
 
 
 def _geometry(entry: TensorEntry) -> tuple[object, ...]:
@@ -210,16 +240,16 @@ def _geometry(entry: TensorEntry) -> tuple[object, ...]:
     return entry.dtype, entry.storage_offset, entry.shape, entry.stride, flags
 
 
-def _exact_parts(node: object) -> list[tuple[object, object]]:
-    """Everything that makes up a node, one level deep, each part with its label."""
-    parts: list[tuple[object, object]] = []
+def _exact_parts(node: object) -> tuple[int, Iterator[_Part]]:
+    """Everything that makes up a node, one level deep: how many parts, and each with its label."""
+    parts: list[_Part] = []
     pairs: list[tuple[object, object]] = []
     if isinstance(node, TensorEntry):
         parts = [(HERE, node.storage)]
         if node.subclass is not None or node.attributes is not None:
             parts += [(HERE, node.subclass), (HERE, node.attributes)]
     elif isinstance(node, (list, tuple)):
-        return list(enumerate(node))
+        return len(node), iter(enumerate(node))
     elif isinstance(node, InertDict):
         pairs = node.pairs
     elif isinstance(node, Object):
@@ -232,9 +262,9 @@ def _exact_parts(node: object) -> list[tuple[object, object]]:
         parts = [(HERE, node.module), (HERE, node.name)]
     elif isinstance(node, PersistentId):
         parts = [(HERE, node.pid)]
-    parts += [(key, part) for key, value in pairs for part in (key, value)]
-    parts += [(HERE, call) for call in effects_of(node)]
-    return parts
+    calls = effects_of(node)
+    keyed = ((key, part) for pair in pairs for key, part in ((pair[0], pair[0]), pair))
+    return len(parts) + 2 * len(pairs) + len(calls), chain(parts, keyed, ((HERE, call) for call in calls))
 
 
 class SameContent:
@@ -269,7 +299,7 @@ class SameContent:
             above[key] = key = above.get(parent, parent)
         return key
 
-    def compare(self, place: Place, a: object, b: object) -> tuple[list[Met], _Pairs]:
+    def compare(self, place: Place, a: object, b: object) -> tuple[Iterable[Met], _Pairs]:
         """See `side_by_side`."""
         if isinstance(a, TensorEntry) and isinstance(b, TensorEntry):
             same = (a.dtype, a.shape) == (b.dtype, b.shape)

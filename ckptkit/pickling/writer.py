@@ -8,8 +8,8 @@ kept through the memo.  Iterative: nesting costs no Python stack.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from struct import pack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from struct import Struct, pack
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import LimitError, UnsupportedError
@@ -51,7 +51,7 @@ def write_pickle(root: object, *, lower: Callable[[object], object], protocol: i
 
 
 class _Writer:
-    """One run over one tree.  Each ``_save_*`` is a generator that yields the children to be written."""
+    """One run over one tree.  Each ``_save_*`` is a generator that yields children, or generators that write them."""
 
     def __init__(self, lower: Callable[[object], object], protocol: int) -> None:
         self.out = bytearray((0x80, protocol))
@@ -61,6 +61,7 @@ class _Writer:
         self.strings: dict[str, int] = {}
         self.names: dict[tuple[str, str], int] = {}
         self.usual: dict[tuple[int, str], tuple[bytes, bytes, bytes]] = {}  # by storage class and place; see `_tensor`
+        self.geometries: dict[tuple[int, int], bytes] = {}  # by shape and stride, both in the memo: their GETs
         self.memo_size = 0
         self.alive: list[object] = []  # nodes made while writing: an id must not be used twice
         self.path: list[tuple[int, bool]] = []  # being written, outermost first: id, and whether it is an object
@@ -75,7 +76,7 @@ class _Writer:
         stack: list[Iterator[object]] = [iter((root,))]
         while stack:
             for child in stack[-1]:
-                below = self._save(child)
+                below = child if isinstance(child, Generator) else self._save(child)
                 if below is not None:
                     stack.append(below)
                     break
@@ -226,24 +227,27 @@ class _Writer:
         self, entry: TensorEntry, key: str, numel: int, before: bytes, place: bytes, after: bytes
     ) -> None:
         """`_tensor` where all names are in the memo, and the key is not."""
-        index, memo, raw = self.memo_size, self.memo, key.encode("utf-8", "surrogatepass")
+        index, raw, shape, stride = self.memo_size, key.encode("utf-8", "surrogatepass"), entry.shape, entry.stride
         self.strings[key] = index
         self.out += b"".join(
-            (before, pack("<cI", b"X", len(raw)), raw, pack("<cI", b"r", index), place, _int(numel),
-             pack("<2sIc", b"tr", index + 1, b"Q"), _int(entry.storage_offset))
+            (before, _TEXT(b"X", len(raw)), raw, _TEXT(b"r", index), place, _int(numel),
+             _ID(b"tr", index + 1, b"Q"), _int(entry.storage_offset))
         )  # fmt: skip
         self.memo_size = index + 2
-        for sizes in (entry.shape, entry.stride):
-            known = memo.get(id(sizes))
-            if known is not None:
-                self.out += self._getting(known)
-            else:
-                self._sizes(sizes)
+        known = self.geometries.get((id(shape), id(stride)))
+        if known is not None:
+            self.out += known
+        else:
+            self._sizes(shape)
+            self._sizes(stride)
+            if shape and stride:
+                indices = self.memo[id(shape)], self.memo[id(stride)]
+                self.geometries[id(shape), id(stride)] = b"".join(map(self._getting, indices))
         index = self.memo_size
         self.out += (b"\x88" if entry.requires_grad else b"\x89") + after
-        self.out += pack("<3sI2sI2sI", b")Rr", index, b"tr", index + 1, b"Rr", index + 2)
+        self.out += _END(b")Rr", index, b"tr", index + 1, b"Rr", index + 2)
         self.memo_size = index + 3
-        memo[id(entry)] = index + 2
+        self.memo[id(entry)] = index + 2
 
     def _sizes(self, sizes: tuple[int, ...]) -> None:
         if id(sizes) in self.memo:
@@ -428,15 +432,21 @@ class _Writer:
             batch = pairs[start : start + BATCH]
             if len(batch) > 1:
                 self.out += b"("
-            for key, value in batch:
-                yield key
-                yield value
+            for key, value in batch:  # a hundred thousand of some dicts: what can be is written at once
+                for node in (key, value):
+                    below = self._save(node)
+                    if below is not None:
+                        yield below
             self.out += b"u" if len(batch) > 1 else b"s"
+
+
+_TEXT, _ID, _END = Struct("<cI").pack, Struct("<2sIc").pack, Struct("<3sI2sI2sI").pack
+_BYTES = [b"K" + bytes([value]) for value in range(1 << 8)]
 
 
 def _int(value: int) -> bytes:
     if 0 <= value < 1 << 8:
-        return b"K" + bytes([value])
+        return _BYTES[value]
     if 0 <= value < 1 << 16:
         return b"M" + pack("<H", value)
     if -(1 << 31) <= value < 1 << 31:

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
+from ckptkit.bytesource import made_by_position
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose
 from ckptkit.digests import (
@@ -70,6 +71,9 @@ class TensorFact:
     nan: int | None = None
     inf: int | None = None
     is_parameter: bool | None = None
+
+
+_fact_of = made_by_position(TensorFact)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -418,17 +422,12 @@ def _beside_fact(each: OtherValue, reading: Reading) -> TensorFact:
 
 def _fact(name: str, entry: TensorEntry, is_parameter: bool | None, reading: Reading) -> TensorFact:
     values = reading.of(entry)
-    counts = values.counts if values is not None else None
-    return TensorFact(
-        name=name,
-        dtype=entry.dtype,
-        shape=entry.shape,
-        nbytes=entry.nbytes,
-        digest=values.digest if values is not None else None,
-        nan=counts.nan if counts is not None else None,
-        inf=counts.inf if counts is not None else None,
-        is_parameter=is_parameter,
-    )
+    digest = nan = inf = None
+    if values is not None:
+        digest, counts = values.digest, values.counts
+        if counts is not None:
+            nan, inf = counts.nan, counts.inf
+    return _fact_of(name, entry.dtype, entry.shape, entry.nbytes, digest, nan, inf, is_parameter)
 
 
 def _malformed(values: Sequence[FoundTensor]) -> Iterator[str]:

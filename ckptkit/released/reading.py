@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -120,8 +121,8 @@ class _Taker(Protocol):
     def update(self, data: memoryview) -> None: ...
 
 
-_Span = tuple[int, int, _Taker]
-"""First byte in the file, the byte after the last, and what takes them."""
+_Span = tuple[int, int, Values | ByteRange]
+"""First byte in the file, the byte after the last, and what takes them; a range is summed."""
 
 
 def read_through(
@@ -165,11 +166,12 @@ def read_through(
         found: list[_Span] = spans.get(id(file), [])
         if hash_files or found:
             runs = [storage.source for storage in checksums.wanted if isinstance(storage.source, ByteRange)]
-            found += [(run.offset, run.offset + run.nbytes, checksums.passing(run)) for run in runs]
+            found += [(run.offset, run.offset + run.nbytes, run) for run in runs]
             found.sort(key=lambda span: span[:2])
         hasher = hashlib.sha256() if hash_files else None
         with_helper = threads > 1 and hasher is not None and bool(found) and file.size >= MANY_NBYTES
-        (_sweep_with_helper if with_helper else _read_spans)(file, hasher, found)
+        distributor = _Distributor(found, checksums)
+        (_sweep_with_helper if with_helper else _read_spans)(file, hasher, distributor)
         if hasher is not None:
             reading.files[id(file)] = hasher.hexdigest()
         reading.damages.extend(checksums.damages(keep=bool(apart)))
@@ -198,16 +200,17 @@ def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_S
     for values in reading.wanted:
         entry = values.entry
         source = entry.storage.source
-        if not isinstance(source, ByteRange) or id(source.file) not in spans or not entry.is_plain_bytes:
+        of_file = spans.get(id(source.file)) if isinstance(source, ByteRange) else None
+        if of_file is None or not isinstance(source, ByteRange) or not entry.is_plain_bytes:
             apart.append(values)
             continue
         start, nbytes = source.offset + entry.storage_offset * entry.itemsize, entry.nbytes
         dtype = None if values.counts is None else entry.dtype
-        twin = shared.setdefault((id(source.file), start, nbytes, values.hash is not None, dtype), values)
+        twin = shared.setdefault((id(of_file), start, nbytes, values.hash is not None, dtype), values)
         if twin is not values:
             values.hash, values.counts = twin.hash, twin.counts
         elif nbytes:
-            spans[id(source.file)].append((start, start + nbytes, values))
+            of_file.append((start, start + nbytes, values))
     return spans, apart
 
 
@@ -251,10 +254,11 @@ def _pieces(file: Source, everything: bool, spans: list[_Span]) -> Iterator[tupl
 class _Distributor:
     """Gives each tensor its part of the bytes that pass by."""
 
-    def __init__(self, spans: list[_Span]) -> None:
-        self._spans = spans
+    def __init__(self, spans: list[_Span], checksums: Checksums) -> None:
+        self.spans = spans
+        self._checksums = checksums
         self._next = 0
-        self._active: list[_Span] = []
+        self._active: list[tuple[int, int, _Taker]] = []
 
     def update(self, start: int, piece: memoryview) -> None:
         end = start + len(piece)
@@ -262,26 +266,29 @@ class _Distributor:
             values.update(piece[max(first - start, 0) : last - start])
         self._active = [span for span in self._active if span[1] > end]
         alone: dict[str, list[tuple[NonFinite, memoryview]]] = {}
-        number, spans = self._next, self._spans
+        number, spans, checksums = self._next, self.spans, self._checksums
         while number < len(spans) and spans[number][0] < end:
-            first, last, values = span = spans[number]
+            first, last, wanted = spans[number]
             number += 1
             part = piece[first - start : last - start]
             if last > end:
-                self._active.append(span)
-            elif isinstance(values, Values) and values.hash is None and values.counts is not None:
-                alone.setdefault(values.entry.dtype, []).append((values.counts, part))
-                continue
-            values.update(part)
+                taker: _Taker = wanted if isinstance(wanted, Values) else checksums.passing(wanted)
+                taker.update(part)
+                self._active.append((first, last, taker))
+            elif not isinstance(wanted, Values):
+                checksums.note(wanted, zlib.crc32(part))
+            elif wanted.hash is None and wanted.counts is not None:
+                alone.setdefault(wanted.entry.dtype, []).append((wanted.counts, part))
+            else:
+                wanted.update(part)
         self._next = number
         for counts in alone.values():
             count_all(counts)
 
 
-def _read_spans(file: Source, hasher: Any, spans: list[_Span]) -> None:
-    distributor = _Distributor(spans)
+def _read_spans(file: Source, hasher: Any, distributor: _Distributor) -> None:
     buffer = memoryview(bytearray(min(_PIECE_NBYTES, max(file.size, 1))))
-    for start, nbytes in _pieces(file, hasher is not None, spans):
+    for start, nbytes in _pieces(file, hasher is not None, distributor.spans):
         piece = buffer[:nbytes]
         file.read_into(start, piece)
         if hasher is not None:
@@ -289,9 +296,8 @@ def _read_spans(file: Source, hasher: Any, spans: list[_Span]) -> None:
         distributor.update(start, piece)
 
 
-def _sweep_with_helper(file: Source, hasher: Any, spans: list[_Span]) -> None:
+def _sweep_with_helper(file: Source, hasher: Any, distributor: _Distributor) -> None:
     """As `_read_spans`, while another thread computes the file's own hash."""
-    distributor = _Distributor(spans)
     free: SimpleQueue[memoryview] = SimpleQueue()
     full: SimpleQueue[tuple[memoryview, memoryview] | None] = SimpleQueue()
     for _ in range(_PIECES):
@@ -304,7 +310,7 @@ def _sweep_with_helper(file: Source, hasher: Any, spans: list[_Span]) -> None:
 
     helper = Background(hash_pieces, threading.Event())
     try:
-        for start, nbytes in _pieces(file, True, spans):
+        for start, nbytes in _pieces(file, True, distributor.spans):
             buffer = free.get()
             piece = buffer[:nbytes]
             file.read_into(start, piece)

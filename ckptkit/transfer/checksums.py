@@ -232,6 +232,9 @@ class Checksums:
 
     def _sum(self, run: ByteRange) -> int | None:
         """The CRC-32 of a range, of its pieces that are known; ``None``: they are not all."""
+        known, crc = self._known.get((id(run.file), run.offset), (0, 0))
+        if known == run.nbytes:
+            return crc
         at, end, crc = run.offset, run.offset + run.nbytes, 0
         while at < end:
             nbytes, part = self._known.get((id(run.file), at), (0, 0))

@@ -1,17 +1,13 @@
-"""Copies ranges of files inside the kernel, by whichever of its ways is the faster as things stand.
+"""Carries out the steps of a plan on an open file.
 
-A page cache takes aligned pieces best, and keeps each in one folio.  Tensors lie at another distance
-from a page in the source than in the output, so a long ``copy_file_range`` writes off the grid all
-the way; through a pipe (``splice``) each piece can end on it.  Hot memory takes the latter in 0.8 of
-the time (ext4, Linux 6.18).  Where a virtual machine has first to get memory back from its host,
-large folios are what comes late, and the former can be twice as fast; where a server copies by itself
-(NFS) or blocks can be shared (XFS, btrfs), it can be faster than any copying.  So the pace of both is
-measured on the way.
-
-Carries out the steps of a plan on an open file.
-
-Bytes that move as they lie are copied inside the kernel (`ckptkit.transfer.steps`).  Casts, checksums
-and digests are computed in bounded buffers by several threads.
+Casts, checksums and digests are computed in bounded buffers by several threads.  Bytes that move as they lie are
+copied inside the kernel, by whichever of its ways is the faster as things stand: a page cache takes aligned pieces
+best, and keeps each in one folio.  Tensors lie at another distance from a page in the source than in the output, so a
+long ``copy_file_range`` writes off the grid all the way; through a pipe (``splice``) each piece can end on it.  Hot
+memory takes the latter in 0.8 of the time (ext4, Linux 6.18).  Where a virtual machine has first to get memory back
+from its host, large folios are what comes late, and the former can be twice as fast; where a server copies by itself
+(NFS) or blocks can be shared (XFS, btrfs), it can be faster than any copying.  So the pace of both is measured on the
+way.
 """
 
 from __future__ import annotations
@@ -24,9 +20,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, read_at, write_at
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, byte_range, read_at, write_at
 from ckptkit.computed import Buffer, ConvertedRange, DTypeConversion
 from ckptkit.errors import CorruptError, FileAccessError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
@@ -170,6 +169,9 @@ def _pipe() -> tuple[int, int]:
 
 _CACHED_NBYTES = 1 << 20
 """Bytes hashed at a time: they fit into a core's own cache."""
+
+_FEW = 16
+"""Checksums of bytes that begin in one such piece of a file, and are computed and filled in one by one."""
 
 _CONVERTED_NBYTES = 256 << 10
 """Bytes that conversion makes at a time: with what they are made from they fit there too."""
@@ -358,15 +360,15 @@ def _joined(steps: Iterable[Step]) -> Iterator[Step]:
                 nbytes += source.nbytes
                 continue
             if file is not None:
-                yield Copy(target, ByteRange(file, at, nbytes))
+                yield Copy(target, byte_range(file, at, nbytes))
             file, at, nbytes, target = source.file, source.offset, source.nbytes, step.target
             continue
         if file is not None:
-            yield Copy(target, ByteRange(file, at, nbytes))
+            yield Copy(target, byte_range(file, at, nbytes))
             file = None
         yield step
     if file is not None:
-        yield Copy(target, ByteRange(file, at, nbytes))
+        yield Copy(target, byte_range(file, at, nbytes))
 
 
 def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) -> None:
@@ -426,20 +428,44 @@ def fill_file(plan: Plan, fd: int, digests: DigestsInPassing | None = None, *, c
         As `execute`.
     """
     literals = {step.target for step in plan.steps if isinstance(step, LiteralBytes)}
-    wanted: dict[tuple[int, int], list[int]] = {}
+    wanted: list[Checksum] = []
     for step in plan.steps:
         if isinstance(step, Digest) and digests is not None:
             write_at(fd, digests.of(step.file), step.target)
         elif isinstance(step, Checksum) and (digests is not None if step.start in literals else checksums):
-            wanted.setdefault((step.start, step.covers), []).append(step.target)
+            wanted.append(step)
+    wanted.sort(key=itemgetter(1, 2))  # those of the same bytes follow one another
+    found: list[tuple[int, int]] = []
+    pages = groupby(wanted, key=lambda step: step.start // _CACHED_NBYTES)
+    tasks = (partial(_checksums, fd, list(steps), found) for _, steps in pages)
+    in_parallel(tasks, nbytes=sum(step.covers for step in wanted))
+    for _, fields in groupby(sorted(found), key=lambda field: field[0] // _CACHED_NBYTES):
+        _fill(fd, list(fields))
 
-    def checksum(extent: tuple[int, int], fields: list[int]) -> None:
-        crc = _crc32(fd, *extent).to_bytes(4, "little")
-        for target in fields:
-            write_at(fd, crc, target)
 
-    tasks = (lambda extent=extent, fields=fields: checksum(extent, fields) for extent, fields in wanted.items())
-    in_parallel(tasks, nbytes=sum(covers for _, covers in wanted))
+def _checksums(fd: int, steps: list[Checksum], found: list[tuple[int, int]]) -> None:
+    """Compute the checksums of bytes that begin in one page, for the fields at their targets; many from one read."""
+    first = steps[0].start
+    data = memoryview(read_at(fd, _CACHED_NBYTES, first) if len(steps) > _FEW else b"")
+    extent, crc = (-1, -1), 0
+    for target, start, covers in steps:
+        if extent != (start, covers):
+            extent, end = (start, covers), start - first + covers
+            crc = zlib.crc32(data[start - first : end]) if end <= len(data) else _crc32(fd, start, covers)
+        found.append((target, crc))
+
+
+def _fill(fd: int, fields: list[tuple[int, int]]) -> None:
+    """Write checksums to their fields in one page; many with what lies between them."""
+    first, nbytes = fields[0][0], fields[-1][0] + 4 - fields[0][0]
+    data = bytearray(read_at(fd, nbytes, first) if len(fields) > _FEW else b"")
+    if len(data) == nbytes:
+        for target, crc in fields:
+            data[target - first : target - first + 4] = crc.to_bytes(4, "little")
+        write_at(fd, data, first)
+        return
+    for target, crc in fields:
+        write_at(fd, crc.to_bytes(4, "little"), target)
 
 
 def _crc32(fd: int, start: int, nbytes: int) -> int:
