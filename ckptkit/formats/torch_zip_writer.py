@@ -16,6 +16,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.computed import ByteSource
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError, UnsupportedError
+from ckptkit.formats.containers import format_named
 from ckptkit.formats.torch_archive import METADATA
 from ckptkit.formats.zip_archive import CENTRAL, LOCAL, LOCAL_SIGNATURE, STORED, UTF8
 from ckptkit.formats.zip_records import END, END64, LOCATOR, MAX16, MAX32
@@ -191,7 +192,8 @@ def write(checkpoint: Checkpoint) -> Plan:
 
     # Of a program only the state_dict is written, as torch would; no name in it means another thing in protocol 2.
     protocol = None if checkpoint.origin.is_program else checkpoint.origin.pickle_protocol
-    data = write_pickle(written_tree(checkpoint), lower=lower, protocol=protocol)
+    has_pickle = format_named(checkpoint.origin.format).has_pickle
+    data = write_pickle(written_tree(checkpoint), lower=lower, protocol=protocol, common_sizes=has_pickle)
     byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
     if len(byteorders) > 1:
         raise UnsupportedError("storages of both byte orders cannot be written into one file")

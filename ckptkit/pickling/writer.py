@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from struct import Struct, pack
 
 from ckptkit.checkpoint import Storage, TensorEntry
@@ -29,7 +30,13 @@ REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 ORDERED = Global("collections", "OrderedDict")
 
 
-def write_pickle(root: object, *, lower: Callable[[object], object], protocol: int | None = None) -> bytes:
+_WRITTEN_OUT = 100
+"""Tensors whose sizes are written out; those of the others are referred to where they were written since."""
+
+
+def write_pickle(
+    root: object, *, lower: Callable[[object], object], protocol: int | None = None, common_sizes: bool = True
+) -> bytes:
     """One pickle that, read back, is ``root``.
 
     Args:
@@ -38,22 +45,27 @@ def write_pickle(root: object, *, lower: Callable[[object], object], protocol: i
             that stands for it in the pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of
             its storage and sizes alone may stand for itself as its `Storage`.
         protocol: the one the tree was read with, at least 2; names are understood by it.
+        common_sizes: whether many tensors may have their shape and stride in common.
 
     Raises:
         UnsupportedError: a node that neither the writer nor ``lower`` knows.
         LimitError: more objects contain themselves than any pickler could have written.
     """
     declared = max(protocol or 2, 2)
-    writer = _Writer(lower, declared)
+    writer = _Writer(lower, declared, common_sizes=common_sizes)
     writer.run(root)
     writer.out += b"."
     return bytes(writer.out)
 
 
+_Sizes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and stride."""
+
+
 class _Writer:
     """One run over one tree.  Each ``_save_*`` is a generator that yields children, or generators that write them."""
 
-    def __init__(self, lower: Callable[[object], object], protocol: int) -> None:
+    def __init__(self, lower: Callable[[object], object], protocol: int, *, common_sizes: bool) -> None:
         self.out = bytearray((0x80, protocol))
         self.lower = lower
         self.protocol = protocol
@@ -62,6 +74,8 @@ class _Writer:
         self.names: dict[tuple[str, str], int] = {}
         self.usual: dict[tuple[int, str], tuple[bytes, bytes, bytes]] = {}  # by storage class and place; see `_tensor`
         self.geometries: dict[tuple[int, int], bytes] = {}  # by shape and stride, both in the memo: their GETs
+        self.common: dict[_Sizes, _Sizes] | None = {} if common_sizes else None  # see `_sizes_of`
+        self.tensors = 0
         self.memo_size = 0
         self.alive: list[object] = []  # nodes made while writing: an id must not be used twice
         self.path: list[tuple[int, bool]] = []  # being written, outermost first: id, and whether it is an object
@@ -96,10 +110,10 @@ class _Writer:
         elif isinstance(node, str):
             self._string(node)
         elif isinstance(node, TensorEntry) and id(node) not in self.memo:
-            lowered = self.lower(node)
+            lowered, sizes = self.lower(node), self._sizes_of(node)
             if not isinstance(lowered, Storage):
-                return self._lowered(node, lowered, node)
-            self._tensor(node, lowered)
+                return self._lowered(node, self.lower(replace(node, shape=sizes[0], stride=sizes[1])), node)
+            self._tensor(node, lowered, *sizes)
         elif isinstance(node, float):
             self.out += b"G" + pack(">d", node)
         elif isinstance(node, Global):
@@ -186,7 +200,22 @@ class _Writer:
             self.out += raw
         self.names[key] = self._put()
 
-    def _tensor(self, entry: TensorEntry, storage: Storage) -> None:
+    def _sizes_of(self, entry: TensorEntry) -> _Sizes:
+        """The tensor's shape and stride, as the objects that the memo knows them by.
+
+        Which readers gave several tensors the same tuples must not show: the same checkpoint gives the same bytes.
+        """
+        self.tensors += 1
+        shape, stride = entry.shape, entry.stride
+        if self.common is None or self.tensors <= _WRITTEN_OUT or 0 in shape:
+            self.alive.append(sizes := ((*shape,), (*stride,)))
+            return sizes
+        sizes = self.common.get((shape, stride))
+        if sizes is None:
+            sizes = self.common[shape, stride] = (*shape,), (*stride,)
+        return sizes
+
+    def _tensor(self, entry: TensorEntry, storage: Storage, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
         """Write a plain tensor as the other methods would write `ckptkit.pickling.tensors.lower_tensor` of it.
 
         Of what they would remember nothing is met again but the sizes and the tensor; the others leave their places.
@@ -197,7 +226,7 @@ class _Writer:
         kind, cls, key, location, numel = lowered.pid
         usual = self.usual.get((id(cls), location))
         if usual is not None and key not in self.strings:
-            self._usual_tensor(entry, key, numel, *usual)
+            self._usual_tensor(entry, key, numel, shape, stride, *usual)
             return
         self._global(REBUILD)
         self.out += b"(("
@@ -208,8 +237,8 @@ class _Writer:
         self.out += _int(numel) + b"t"
         self._put()
         self.out += b"Q" + _int(entry.storage_offset)
-        self._sizes(entry.shape)
-        self._sizes(entry.stride)
+        self._sizes(shape)
+        self._sizes(stride)
         self.out += b"\x88" if entry.requires_grad else b"\x89"
         self._global(ORDERED)
         for opcodes in (b")R", b"t", b"R"):
@@ -224,10 +253,11 @@ class _Writer:
             self.usual[id(cls), location] = call + b"((" + first + made, last, ordered
 
     def _usual_tensor(
-        self, entry: TensorEntry, key: str, numel: int, before: bytes, place: bytes, after: bytes
-    ) -> None:
+        self, entry: TensorEntry, key: str, numel: int, shape: tuple[int, ...], stride: tuple[int, ...],
+        before: bytes, place: bytes, after: bytes,
+    ) -> None:  # fmt: skip
         """`_tensor` where all names are in the memo, and the key is not."""
-        index, raw, shape, stride = self.memo_size, key.encode("utf-8", "surrogatepass"), entry.shape, entry.stride
+        index, raw = self.memo_size, key.encode("utf-8", "surrogatepass")
         self.strings[key] = index
         self.out += b"".join(
             (before, _TEXT(b"X", len(raw)), raw, _TEXT(b"r", index), place, _int(numel),
