@@ -37,6 +37,11 @@ class Counting(TensorShortcut):
         self.taken += found is not None
         return found
 
+    def follow(self, *args: Any) -> tuple[int, int]:
+        end, count = super().follow(*args)
+        self.taken += count
+        return end, count
+
 
 def pickle_of(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
