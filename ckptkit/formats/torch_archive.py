@@ -25,7 +25,7 @@ requests 94503, 100994, 143879 and 147788).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -35,7 +35,7 @@ from ckptkit.computed import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
-from ckptkit.formats.zip_records import Record, read_record, record_source
+from ckptkit.formats.zip_records import Record, Records, read_record, record_source
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
@@ -93,7 +93,7 @@ def archive_kind(probe: Probe) -> ArchiveKind | None:
     return "torchscript" if f"{root}constants.pkl" in records else "torch-zip"
 
 
-def _root(records: dict[str, Record]) -> str | None:
+def _root(records: Mapping[str, Record]) -> str | None:
     """The root folder with its slash (``""``: there is none); ``None``: the archive is not torch's."""
     if "serialized_exported_program.json" in records:
         return ""
@@ -113,7 +113,7 @@ def _root(records: dict[str, Record]) -> str | None:
     return found
 
 
-def _has_version(records: dict[str, Record], root: str) -> bool:
+def _has_version(records: Mapping[str, Record], root: str) -> bool:
     """Whether there is what every writer of torch's leaves beside the data."""
     return any(f"{root}{name}" in records for name in ("version", ".data/version", "archive_version"))
 
@@ -132,13 +132,16 @@ class TorchArchive:
 
     Raises:
         AmbiguousError: more than one folder in the archive is torch's.
+        CorruptError: there are no records.
     """
 
-    def __init__(self, records: dict[str, Record], limits: Limits, levels: int = 1) -> None:
+    def __init__(self, records: Records | None, limits: Limits, levels: int = 1) -> None:
+        if not records:
+            raise CorruptError("an archive without records")
         root = _root(records) or ""
         self.limits = limits
         self.programs: tuple[str, ...] = ()
-        self.records = {name[len(root) :]: record for name, record in records.items() if name.startswith(root)}
+        self.records = records.below(root)
         self._root = root
         self._outside: dict[str, Record] = {}
         if len(self.records) < len(records):

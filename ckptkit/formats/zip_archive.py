@@ -18,17 +18,19 @@ A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(Fals
 
 from __future__ import annotations
 
+import operator
 import re
+from itertools import repeat
 from struct import Struct
 from typing import NamedTuple
 
-from ckptkit.bytesource import ByteRange, Source, byte_range
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
-from ckptkit.formats.zip_records import END, LOCATOR, MAX16, MAX32, Record, find_directory, read_record
+from ckptkit.formats.zip_records import END, LOCATOR, MAX16, MAX32, Record, Records, find_directory, read_record
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
-__all__ = ["LOCAL_SIGNATURE", "Record", "ends_like_a_zip", "read_directory", "read_record"]
+__all__ = ["LOCAL_SIGNATURE", "Record", "Records", "ends_like_a_zip", "read_directory", "read_record"]
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 """First bytes of a record, and so of an archive."""
@@ -74,6 +76,20 @@ _NARROW_DESCRIPTOR_NBYTES = 16
 """Data descriptors by their size (APPNOTE 4.3.9): with or without a signature, sizes of 32 or 64 bits."""
 
 
+_SIGNED_DESCRIPTORS = {16: "4sIII", 24: "4sIQQ"}
+"""Those that begin with the signature, as torch writes them."""
+
+_FEW, _MANY = 16, 2048
+"""Records that are looked at together: as many at first, and at most."""
+
+_FIXED = (0, 1, 2, 3, 8, 9, 10, 11, *range(28, 36))
+"""Bytes of a record's header in the directory that make it like another: signature, flags, method, lengths, volume."""
+
+_OWN_FIXED = (0, 1, 2, 3, 6, 7, 8, 9, 26, 27)
+_OWN_SIZES = range(14, 26)
+"""Those of its own header, and where its checksum and sizes stand."""
+
+
 class _Central(NamedTuple):
     """A record as the directory has it; sorts by position."""
 
@@ -87,7 +103,7 @@ class _Central(NamedTuple):
     nbytes: int
 
 
-def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) -> dict[str, Record]:
+def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) -> Records:
     """Every record by name, in directory order.
 
     Args:
@@ -106,10 +122,11 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     if nbytes > limits.directory_nbytes:
         raise LimitError("bytes of a zip directory", limit=limits.directory_nbytes, actual=nbytes)
     listed = _listed(area.read(offset, nbytes), count, limits)
-    _check_names([record.name for record in listed])
+    _check_names([record[2] for record in listed])
     by_place = sorted(listed)
-    found = _located(area, by_place, offset)
-    return found if by_place == listed else {record.name: found[record.name] for record in listed}
+    begins = _located(area, by_place, offset)
+    found = Records(area, by_place, begins)
+    return found if by_place == listed else found.ordered(record[2] for record in listed)
 
 
 def ends_like_a_zip(area: ByteRange) -> bool:
@@ -140,7 +157,7 @@ def _check_names(names: list[str]) -> None:
                         f"for slashes; {REPACK}"
                     )
                 raise AmbiguousError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
-    if len({name.casefold() for name in names}) == len(names):
+    if everything.count("\n") == len(names) and len(set(everything.casefold().split("\n"))) == len(names) + 1:
         return
     folded: dict[str, str] = {}
     for name in names:
@@ -170,12 +187,16 @@ class _Window:
         return start
 
 
-def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
+_Row = tuple[int, bytes, str, int, int, int, int, int]
+"""A record as `_Central` has it; a tuple alone takes half the time."""
+
+
+def _listed(directory: bytes, count: int, limits: Limits) -> list[_Row]:
     """The directory's headers, in its order."""
-    listed: list[_Central] = []
+    listed: list[_Row] = []
     pos, nbytes = 0, len(directory)
-    make = tuple.__new__  # which takes half the time of `_Central`
-    for _ in range(count):
+    together, alone_until = _FEW, 0
+    while len(listed) < count:
         if pos + CENTRAL.size > nbytes:
             raise CorruptError(f"the zip directory ends after {len(listed)} of {count_of(count, 'record')}")
         (
@@ -208,13 +229,43 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
             size, packed, at = _widened(directory[extra_at : extra_at + extra_nbytes], name, (size, packed, at))
         if method == STORED and packed != size:
             raise AmbiguousError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {size:,}")
-        listed.append(make(_Central, (at, raw, name, flags, method, crc, packed, size)))
+        listed.append((at, raw, name, flags, method, crc, packed, size))
+        if is_simple and not extra_nbytes and not comment_nbytes and end >= alone_until:
+            alike = _alike(directory, pos, end - pos, min(together, count - len(listed)))
+            rows = _rows(directory, end, end - pos, alike, flags, method) if alike >= _FEW else []
+            listed += rows
+            if not rows:
+                alone_until, together = end + max(alike, _FEW) * (end - pos), _FEW
+            elif alike == together:
+                together *= 2
+            end += len(rows) * (end - pos)
         pos = end
     if pos != nbytes:
         raise AmbiguousError(
             f"the zip directory holds {nbytes - pos:,} bytes more than its {count_of(count, 'record')}"
         )
     return listed
+
+
+def _alike(directory: bytes, pos: int, stride: int, most: int) -> int:
+    """How many headers behind one that are as long, and say the same but for name, place, sizes and checksum."""
+    for byte in _FIXED:
+        column = directory[pos + byte : pos + byte + (most + 1) * stride : stride]
+        most = min(most, len(column) - len(column.lstrip(column[:1])) - 1, (len(directory) - pos) // stride - 1)
+    return most
+
+
+def _rows(directory: bytes, pos: int, stride: int, count: int, flags: int, method: int) -> list[_Row]:
+    """So many headers without extra fields; none: among them is one to be looked at closely."""
+    layout = Struct(f"<16xIII14xI{stride - CENTRAL.size}s")
+    found = zip(*layout.iter_unpack(directory[pos : pos + count * stride]), strict=True)
+    crcs, packed, sizes, places, names = found
+    if MAX32 in packed or MAX32 in sizes or MAX32 in places or (method == STORED and packed != sizes):
+        return []
+    if not b"".join(names).isascii():
+        return []
+    texts = map(str, names, repeat("ascii"))
+    return list(zip(places, names, texts, repeat(flags), repeat(method), crcs, packed, sizes, strict=False))
 
 
 def _name(raw: bytes, flags: int, limits: Limits) -> str:
@@ -228,30 +279,38 @@ def _name(raw: bytes, flags: int, limits: Limits) -> str:
         ) from None
 
 
-def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict[str, Record]:
-    """The records, once their own headers are known not to contradict the directory.
+def _located(area: ByteRange, listed: list[_Row], directory_at: int) -> list[int]:
+    """Where the records' data begins, once their own headers are known not to contradict the directory.
 
     Args:
         area: where the archive lies.
         listed: what the directory says, in order of position.
         directory_at: where the directory begins.
     """
-    window, file, first = _Window(area), area.file, area.offset
-    found: dict[str, Record] = {}
-    make = tuple.__new__
+    window = _Window(area)
+    begins: list[int] = []
     end = 0
     before: _Central | None = None
-    for record in listed:
-        at, raw_name, name, _, method, crc, packed, nbytes = record
+    together, alone_until = _FEW, 1
+    while len(begins) < len(listed):
+        if before is not None and len(begins) >= alone_until:
+            found = _located_together(area, listed, len(begins), together, end, directory_at)
+            if found:
+                begins += found
+                before = _Central(*listed[len(begins) - 1])
+                end = begins[-1] + before.packed
+                together = min(2 * together, _MANY)
+                continue
+            alone_until, together = len(begins) + _FEW, _FEW
+        record = _Central(*listed[len(begins)])
+        at, raw_name, name, _, _, _, packed, _ = record
         header_nbytes = LOCAL.size + len(raw_name)
         if at + header_nbytes > area.nbytes:
             raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {area.nbytes:,} bytes")
         if at < end and before is not None:
             raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
         gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
-        start = at - gap - window.start
-        if start < 0 or start + gap + header_nbytes > len(window.data):
-            start = window.hold(at - gap, gap + header_nbytes)
+        start = window.hold(at - gap, gap + header_nbytes)
         extra_nbytes = _usual_header(window.data, start + gap, record)
         is_usual = extra_nbytes >= 0
         if not is_usual:
@@ -263,16 +322,79 @@ def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict
                 *(before or ())[5:],
             ):
                 _check_gap(before, at - end, window, end)
-        data_at = at + header_nbytes + extra_nbytes
-        end = data_at + packed
+        begins.append(at + header_nbytes + extra_nbytes)
+        end = begins[-1] + packed
         if end > directory_at:
-            raise CorruptError(f"record {name!r} of {packed:,} bytes at {data_at:,} reaches into the zip directory")
-        place = byte_range(file, first + data_at, packed)
-        found[name] = make(Record, (name, place, nbytes, method == DEFLATED, crc if crc or not nbytes else None))
+            raise CorruptError(f"record {name!r} of {packed:,} bytes at {begins[-1]:,} reaches into the zip directory")
         before = record
     if end != directory_at:
         _check_gap(before, directory_at - end, window, end)
-    return found
+    return begins
+
+
+def _located_together(
+    area: ByteRange, listed: list[_Row], first: int, count: int, end: int, directory_at: int
+) -> list[int]:
+    """`_located` of many small records that are written alike, one close behind another.
+
+    Their headers are laid out as a table, whose columns are compared whole.
+
+    Args:
+        area: as there.
+        listed: as there.
+        first: the first record's number, not 0.
+        count: how many they may be.
+        end: where the data of the one before ends.
+        directory_at: as there.
+
+    Returns:
+        Where their data begins; nothing: one of them differs in something, or they lie far apart.
+    """
+    rows = listed[first : first + count]
+    places, raw_names, _, _, _, _, packed, _ = zip(*rows, strict=True)
+    flags, method, name_nbytes = rows[0][3], rows[0][4], len(raw_names[0])
+    gap = places[0] - end
+    count, begin, header_nbytes = len(rows), places[0] - gap, LOCAL.size + name_nbytes
+    stop = min(places[-1] + header_nbytes + MAX16 // 64, directory_at)
+    if (
+        {(row[3], row[4], len(row[1])) for row in rows} != {(flags, method, name_nbytes)}
+        or not (gap == 0 or (gap in _SIGNED_DESCRIPTORS and listed[first - 1][3] & _HAS_DESCRIPTOR))
+        or (gap and count > 1 and not flags & _HAS_DESCRIPTOR)
+        or stop - begin > count * _WINDOW_NBYTES
+        or stop < places[-1] + header_nbytes
+    ):
+        return []
+    data, stride = area.read(begin, stop - begin), gap + header_nbytes
+    starts = [at - end for at in places]
+    table = b"".join([data[start - gap : start + header_nbytes] for start in starts])
+    columns = [table[gap + byte :: stride] for byte in range(header_nbytes)]
+    joined = b"".join(raw_names)
+    if len(table) != count * stride or columns[LOCAL.size :] != [joined[at::name_nbytes] for at in range(name_nbytes)]:
+        return []
+    model = LOCAL.pack(LOCAL_SIGNATURE, 0, flags, method, 0, 0, 0, 0, 0, name_nbytes, 0)
+    if any(columns[byte].count(model[byte]) != count for byte in _OWN_FIXED):
+        return []
+    is_later = flags & _HAS_DESCRIPTOR and all(columns[byte].count(0) == count for byte in _OWN_SIZES)
+    if not is_later and not _say(table, f"{gap + 14}xIII{header_nbytes - 26}x", rows):
+        return []
+    if gap and not _say(table, f"{_SIGNED_DESCRIPTORS[gap]}{header_nbytes}x", listed[first - 1 : first + count - 1]):
+        return []
+    extras = [low + 256 * high for low, high in zip(columns[28], columns[29], strict=True)]
+    begins = [at + header_nbytes + extra for at, extra in zip(places, extras, strict=True)]
+    ends = list(map(operator.add, begins, packed))
+    if list(map(operator.add, ends[:-1], repeat(gap))) != list(places[1:]) or ends[-1] > directory_at:
+        return []
+    extra_starts = [start + header_nbytes for start in starts]
+    extra_stops = list(map(operator.add, extra_starts, extras))
+    if extra_stops[-1] > len(data) or max(map(data.find, repeat(_UNICODE_PATH), extra_starts, extra_stops)) >= 0:
+        return []
+    return begins
+
+
+def _say(table: bytes, layout: str, rows: list[_Row]) -> bool:
+    """Whether each row of a table says of a record's checksum and sizes what the directory says."""
+    signature = (_DESCRIPTOR_SIGNATURE,) if "s" in layout else ()
+    return list(Struct("<" + layout).iter_unpack(table)) == [(*signature, *row[5:]) for row in rows]
 
 
 def _usual_header(data: bytes, at: int, record: _Central) -> int:

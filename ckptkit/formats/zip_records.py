@@ -4,21 +4,33 @@ The end record (PKWARE APPNOTE 4.3.16) is the last thing in the file but for a c
 65,535 bytes.  Where its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15)
 stand before it.  `ckptkit.formats.zip_archive` says what is refused, and why.
 
-One record of a ZIP archive, and its bytes.
+The records of a ZIP archive, and the bytes of one.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from struct import Struct
 from typing import NamedTuple
 
-from ckptkit.bytesource import ByteRange
+from ckptkit.bytesource import ByteRange, byte_range
 from ckptkit.computed import DEFLATE_MOST, ByteSource, DeflatedRange, Inflation
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 
-__all__ = ["END", "END64", "LOCATOR", "MAX16", "MAX32", "Record", "find_directory", "read_record", "record_source"]
+__all__ = [
+    "END",
+    "END64",
+    "LOCATOR",
+    "MAX16",
+    "MAX32",
+    "Record",
+    "Records",
+    "find_directory",
+    "read_record",
+    "record_source",
+]
 
 END = Struct("<4sHHHHIIH")
 END64 = Struct("<4sQHHIIQQQQ")
@@ -102,6 +114,72 @@ class Record(NamedTuple):
     nbytes: int
     deflated: bool
     crc32: int | None
+
+
+class Records(Mapping[str, Record]):
+    """The records of an archive by name, in directory order; each is made as it is asked for.
+
+    Args:
+        area: where the archive lies.
+        rows: of each position, raw name, name, flags, method, checksum, and sizes packed and inflated.
+        begins: where in the archive the data of each begins.
+    """
+
+    __slots__ = ("_begins", "_file", "_numbers", "_offset", "_rows")
+
+    def __init__(
+        self,
+        area: ByteRange,
+        rows: Sequence[tuple[int, bytes, str, int, int, int, int, int]] = (),
+        begins: Sequence[int] = (),
+    ) -> None:
+        self._file, self._offset = area.file, area.offset
+        self._rows, self._begins = rows, begins
+        self._numbers = dict(zip([row[2] for row in rows], range(len(rows)), strict=True))
+
+    def get(self, name: str, default: object = None) -> Record | None:  # type: ignore[override]
+        """The record of a name; ``None``: there is none."""
+        number = self._numbers.get(name)
+        if number is None:
+            return None
+        _, _, name, _, method, crc, packed, nbytes = self._rows[number]
+        data = byte_range(self._file, self._offset + self._begins[number], packed)
+        return _make(Record, (name, data, nbytes, method != 0, crc if crc or not nbytes else None))
+
+    def __getitem__(self, name: str) -> Record:
+        record = self.get(name)
+        if record is None:
+            raise KeyError(name)
+        return record
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def ordered(self, names: Iterable[str]) -> Records:
+        """The same records, or some of them, in another order."""
+        return self._with({name: self._numbers[name] for name in names})
+
+    def below(self, root: str) -> Records:
+        """Those whose names begin with ``root``, by what follows it; their own names stay whole."""
+        if not root:
+            return self
+        cut = len(root)
+        return self._with({name[cut:]: at for name, at in self._numbers.items() if name.startswith(root)})
+
+    def _with(self, numbers: dict[str, int]) -> Records:
+        made = Records(ByteRange(self._file, self._offset, 0))
+        made._rows, made._begins, made._numbers = self._rows, self._begins, numbers
+        return made
+
+
+_make = tuple.__new__
+"""Which takes half the time of `Record`."""
 
 
 def read_record(record: Record, limit: int) -> bytes:
