@@ -157,7 +157,6 @@ class TorchArchive:
             )
         self._used: set[str] = set()  # what something refers to
         self._known: set[str] = set()  # what is known to be no more than it is read as
-        self._located: list[str] = []  # both: the bytes of tensors
         self._looked = False
         self._levels = levels
         self._pickles = 0
@@ -242,11 +241,11 @@ class TorchArchive:
             folder: of their records, with its slash.
             suffix: that follows the key in their names.
         """
-        records, located = self.records, self._located
+        take = self.records.take
 
         def locate(key: str, nbytes: int) -> tuple[ByteSource, int | None]:
             name = f"{folder}{key}{suffix}"
-            record = records.get(name)
+            record = take(name)
             if record is None:
                 raise CorruptError(f"storage {key!r} has no record {name[:200]}: damaged, or not written by torch")
             _, data, held, is_deflated, crc32 = record
@@ -254,7 +253,6 @@ class TorchArchive:
                 raise CorruptError(
                     f"storage {key!r} is declared as {count_of(nbytes, 'byte')}, its record holds {held:,}"
                 )
-            located.append(name)
             if crc32 is None:
                 self._unrecorded += 1
             return record_source(record) if is_deflated else data, crc32
@@ -289,7 +287,7 @@ class TorchArchive:
                 persistent_load=persistent_load or table.persistent_load,
                 constructors={**table.constructors, **(constructors or {})},
                 limits=self.limits,
-                shortcut=TensorShortcut(table.persistent_load),
+                shortcut=TensorShortcut(table.named),
                 whole=True,
             )
         except FormatError as error:
@@ -352,8 +350,7 @@ class TorchArchive:
 
     def _not_located(self) -> list[str]:
         """The records that are not the bytes of tensors."""
-        located = set(self._located)
-        return [name for name in self.records if name not in located]
+        return self.records.left()
 
     def _others(self) -> list[tuple[str, Record]]:
         """The records that nothing in the file refers to, as far as it was read."""

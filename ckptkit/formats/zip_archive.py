@@ -125,7 +125,8 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     _check_names([record[2] for record in listed])
     by_place = sorted(listed)
     begins = _located(area, by_place, offset)
-    found = Records(area, by_place, begins)
+    _, _, names, _, methods, crcs, packed, sizes = zip(*by_place, strict=True) if by_place else [()] * 8
+    found = Records(area, names, begins, packed, sizes, methods, crcs)
     return found if by_place == listed else found.ordered(record[2] for record in listed)
 
 

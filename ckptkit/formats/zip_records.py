@@ -9,6 +9,7 @@ The records of a ZIP archive, and the bytes of one.
 
 from __future__ import annotations
 
+import copy
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,34 +118,58 @@ class Record(NamedTuple):
 
 
 class Records(Mapping[str, Record]):
-    """The records of an archive by name, in directory order; each is made as it is asked for.
+    """The records of an archive by name; each is made as it is asked for.
 
     Args:
         area: where the archive lies.
-        rows: of each position, raw name, name, flags, method, checksum, and sizes packed and inflated.
+        names: theirs, in directory order.
         begins: where in the archive the data of each begins.
+        packed: size in bytes of each.
+        sizes: the same once inflated.
+        methods: the compression method of each, 0 where it is stored.
+        crcs: the checksum of each; 0: it may not be recorded.
     """
 
-    __slots__ = ("_begins", "_file", "_numbers", "_offset", "_rows")
+    __slots__ = ("_columns", "_file", "_numbers", "_offset", "_root", "_taken")
 
     def __init__(
         self,
         area: ByteRange,
-        rows: Sequence[tuple[int, bytes, str, int, int, int, int, int]] = (),
-        begins: Sequence[int] = (),
+        names: Sequence[str],
+        begins: Sequence[int],
+        packed: Sequence[int],
+        sizes: Sequence[int],
+        methods: Sequence[int],
+        crcs: Sequence[int],
     ) -> None:
-        self._file, self._offset = area.file, area.offset
-        self._rows, self._begins = rows, begins
-        self._numbers = dict(zip([row[2] for row in rows], range(len(rows)), strict=True))
+        self._file, self._offset, self._root = area.file, area.offset, ""
+        self._columns = begins, packed, sizes, methods, crcs
+        self._numbers = dict(zip(names, range(len(names)), strict=True))
+        self._taken = bytearray(len(names))
 
     def get(self, name: str, default: object = None) -> Record | None:  # type: ignore[override]
         """The record of a name; ``None``: there is none."""
-        number = self._numbers.get(name)
+        number = self._numbers.get(self._root + name)
+        return None if number is None else self._record(number, self._root + name)
+
+    def take(self, name: str) -> Record | None:
+        """As `get`; it is noted that it was taken."""
+        number = self._numbers.get(full := self._root + name)
         if number is None:
             return None
-        _, _, name, _, method, crc, packed, nbytes = self._rows[number]
-        data = byte_range(self._file, self._offset + self._begins[number], packed)
-        return _make(Record, (name, data, nbytes, method != 0, crc if crc or not nbytes else None))
+        self._taken[number] = 1
+        return self._record(number, full)
+
+    def _record(self, number: int, name: str) -> Record:
+        begins, packed, sizes, methods, crcs = self._columns
+        crc, nbytes = crcs[number], sizes[number]
+        data = byte_range(self._file, self._offset + begins[number], packed[number])
+        return _make(Record, (name, data, nbytes, methods[number] != 0, crc if crc or not nbytes else None))
+
+    def left(self) -> list[str]:
+        """The names of those that were not taken."""
+        cut, taken = len(self._root), self._taken
+        return [name[cut:] for name, number in self._numbers.items() if not taken[number]]
 
     def __getitem__(self, name: str) -> Record:
         record = self.get(name)
@@ -153,28 +178,27 @@ class Records(Mapping[str, Record]):
         return record
 
     def __contains__(self, name: object) -> bool:
-        return name in self._numbers
+        return isinstance(name, str) and self._root + name in self._numbers
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
+        if not self._root:
+            return iter(self._numbers)
+        return iter([name[len(self._root) :] for name in self._numbers])
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def ordered(self, names: Iterable[str]) -> Records:
         """The same records, or some of them, in another order."""
-        return self._with({name: self._numbers[name] for name in names})
+        made = copy.copy(self)
+        made._numbers = {name: self._numbers[name] for name in names}
+        return made
 
     def below(self, root: str) -> Records:
         """Those whose names begin with ``root``, by what follows it; their own names stay whole."""
-        if not root:
-            return self
-        cut = len(root)
-        return self._with({name[cut:]: at for name, at in self._numbers.items() if name.startswith(root)})
-
-    def _with(self, numbers: dict[str, int]) -> Records:
-        made = Records(ByteRange(self._file, self._offset, 0))
-        made._rows, made._begins, made._numbers = self._rows, self._begins, numbers
+        within = [name for name in self._numbers if name.startswith(root)]
+        made = copy.copy(self) if len(within) == len(self._numbers) else self.ordered(within)
+        made._root = root
         return made
 
 

@@ -89,12 +89,12 @@ class TensorShortcut:
     """Recognizes whole tensors in the pickle of one file.
 
     Args:
-        persistent_load: from a persistent id to the `Storage` it names.
+        named: gives a storage by class, key, location and number of elements: `StorageTable.named`.
         after: tensors that are left to the opcodes; ``None``: those that are left of what a process leaves to them.
     """
 
-    def __init__(self, persistent_load: Callable[[object], object], after: int | None = None) -> None:
-        self._persistent_load = persistent_load
+    def __init__(self, named: Callable[[object, str, str, int], Storage], after: int | None = None) -> None:
+        self._named = named
         self._after = _waiting if after is None else [after]
         self._puts = _SHORT_PUT
         self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
@@ -126,6 +126,8 @@ class TensorShortcut:
         if puts is None:
             return None
         text = memo.get(_index(get_key)) if key is None else _key(key, key_size)
+        if not isinstance(text, str):
+            return None
         spelled = shape or get_shape, stride or get_stride
         known_sizes = self._geometries.get(spelled)
         if known_sizes is not None and get_shape is get_stride is None:
@@ -231,17 +233,19 @@ class TensorShortcut:
         return at, count
 
     def _entry(
-        self, known: _Names, key: object, numel: bytes, offset: bytes, geometry: _Geometry, needs_grad: bytes
+        self, known: _Names, key: str, numel: bytes, offset: bytes, geometry: _Geometry, needs_grad: bytes
     ) -> TensorEntry | None:
         """The tensor; ``None``: the opcodes are to say what is wrong with it."""
         numbers = self._numbers
         count = numbers[numel] if numel in numbers else self._number(numel)
         first = numbers[offset] if offset in numbers else self._number(offset)
+        if count < 0 or first < 0:
+            return None
         try:
-            storage = self._persistent_load(("storage", known.cls, key, known.location, count))
+            storage = self._named(known.cls, key, known.location, count)
         except FormatError:
             return None  # the opcodes will say where
-        if not isinstance(storage, Storage) or storage.dtype is None or first < 0:
+        if storage.dtype is None:
             return None
         sizes, strides, reach = geometry
         row = DTYPES[storage.dtype]
@@ -312,9 +316,12 @@ class _Names:
 
     def __init__(self, memo: dict[int, object], *indices: int) -> None:
         self._get = operator.itemgetter(*indices)
-        self._found = storage, self.cls, self.location, found = tuple(map(memo.get, indices))
+        self._found = storage, self.cls, location, found = tuple(map(memo.get, indices))
+        self.location = location if isinstance(location, str) else ""
         self.made = found if isinstance(found, Global) else Global("", "")
-        self.are_usual = storage == "storage" and is_global(found, "collections", "OrderedDict")
+        self.are_usual = (
+            storage == "storage" and isinstance(location, str) and is_global(found, "collections", "OrderedDict")
+        )
 
     def hold(self, memo: dict[int, object]) -> bool:
         """Whether the memo still has them all."""

@@ -51,7 +51,7 @@ def pickle_of(path: Path) -> bytes:
 def read(data: bytes, *, short: bool) -> tuple[PickleResult, int]:
     """What the pickle says, and how many tensors were read in one step."""
     table = StorageTable(lambda key, nbytes: (ByteRange(None, 0, nbytes), None))  # type: ignore[arg-type]
-    shortcut = Counting(table.persistent_load, after=0)
+    shortcut = Counting(table.named, after=0)
     result = read_pickle(
         data,
         persistent_load=table.persistent_load,
