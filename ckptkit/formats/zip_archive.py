@@ -18,30 +18,42 @@ A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(Fals
 
 from __future__ import annotations
 
-import operator
 import re
-from itertools import repeat
 from struct import Struct
 from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
-from ckptkit.formats.zip_records import END, LOCATOR, MAX16, MAX32, Record, Records, find_directory, read_record
+from ckptkit.formats.zip_records import (
+    CENTRAL,
+    DEFLATED,
+    DESCRIPTOR_SIGNATURE,
+    END,
+    FEW,
+    HAS_DESCRIPTOR,
+    LOCAL,
+    LOCAL_SIGNATURE,
+    LOCATOR,
+    MANY,
+    MAX16,
+    MAX32,
+    STORED,
+    UNICODE_PATH,
+    WINDOW_NBYTES,
+    Record,
+    Records,
+    Row,
+    begins_alike,
+    find_directory,
+    read_record,
+    rows_alike,
+)  # fmt: skip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
 __all__ = ["LOCAL_SIGNATURE", "Record", "Records", "ends_like_a_zip", "read_directory", "read_record"]
 
-LOCAL_SIGNATURE = b"PK\x03\x04"
-"""First bytes of a record, and so of an archive."""
-
 CENTRAL_SIGNATURE = b"PK\x01\x02"
-_DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
-
-# The headers: of a record (APPNOTE 4.3.7), and in the central directory (4.3.12).
-LOCAL = Struct("<4sHHHHHIIIHH")
-CENTRAL = Struct("<4sHHHHHHIIIHHHHHII")
-
 _LOCAL_BRIEF = Struct("<4s2xHH4xIIIHH")
 _CENTRAL_BRIEF = Struct("<4s4xHH4xIIIHHHH6xI")
 """The same without what tells nothing: versions, times, attributes."""
@@ -49,9 +61,7 @@ _CENTRAL_BRIEF = Struct("<4s4xHH4xIIIHHHH6xI")
 _LATER = [0, 0, 0]
 """Checksum and sizes in a record's own header where a data descriptor follows."""
 
-STORED, DEFLATED = 0, 8
 UTF8 = 0x800
-_HAS_DESCRIPTOR = 0x8
 _REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
 _ANY_REFUSED_FLAG = sum(_REFUSED_FLAGS)
 _ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
@@ -61,11 +71,8 @@ _METHODS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "zstd", 95: "xz", 98: "
 REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
 """What helps where an archive holds a checkpoint in a way that is not read."""
 
-_ZIP64, _UNICODE_PATH = 1, b"\x75\x70"  # tags of extra fields
-
-_WINDOW_NBYTES = 4096
-"""Bytes read around a local header: one page, which costs no more than the header alone and holds
-the headers of the small records that follow."""
+_ZIP64 = 1
+"""Tag of an extra field."""
 
 _MAX_WINDOW_NBYTES = 1 << 20
 """Bytes read at once where header follows header closely."""
@@ -74,20 +81,6 @@ _DESCRIPTORS = {layout.size: layout for layout in map(Struct, ("<III", "<4sIII",
 _DESCRIPTOR_NBYTES = max(_DESCRIPTORS)
 _NARROW_DESCRIPTOR_NBYTES = 16
 """Data descriptors by their size (APPNOTE 4.3.9): with or without a signature, sizes of 32 or 64 bits."""
-
-
-_SIGNED_DESCRIPTORS = {16: "4sIII", 24: "4sIQQ"}
-"""Those that begin with the signature, as torch writes them."""
-
-_FEW, _MANY = 16, 2048
-"""Records that are looked at together: as many at first, and at most."""
-
-_FIXED = (0, 1, 2, 3, 8, 9, 10, 11, *range(28, 36))
-"""Bytes of a record's header in the directory that make it like another: signature, flags, method, lengths, volume."""
-
-_OWN_FIXED = (0, 1, 2, 3, 6, 7, 8, 9, 26, 27)
-_OWN_SIZES = range(14, 26)
-"""Those of its own header, and where its checksum and sizes stand."""
 
 
 class _Central(NamedTuple):
@@ -175,28 +168,24 @@ class _Window:
         self.area = area
         self.data = b""
         self.start = 0
-        self._ahead = _WINDOW_NBYTES
+        self._ahead = WINDOW_NBYTES
 
     def hold(self, offset: int, nbytes: int) -> int:
         """Where in `data` the byte at ``offset`` is, once it and those behind it are held."""
         start = offset - self.start
         if start < 0 or start + nbytes > len(self.data):
-            close = 0 <= start <= len(self.data) + _WINDOW_NBYTES
-            self._ahead = min(2 * self._ahead, _MAX_WINDOW_NBYTES) if close else _WINDOW_NBYTES
+            close = 0 <= start <= len(self.data) + WINDOW_NBYTES
+            self._ahead = min(2 * self._ahead, _MAX_WINDOW_NBYTES) if close else WINDOW_NBYTES
             self.data = self.area.read(offset, max(nbytes, min(self._ahead, self.area.nbytes - offset)))
             self.start, start = offset, 0
         return start
 
 
-_Row = tuple[int, bytes, str, int, int, int, int, int]
-"""A record as `_Central` has it; a tuple alone takes half the time."""
-
-
-def _listed(directory: bytes, count: int, limits: Limits) -> list[_Row]:
+def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
     """The directory's headers, in its order."""
-    listed: list[_Row] = []
+    listed: list[Row] = []
     pos, nbytes = 0, len(directory)
-    together, alone_until = _FEW, 0
+    together, alone_until = FEW, 0
     while len(listed) < count:
         if pos + CENTRAL.size > nbytes:
             raise CorruptError(f"the zip directory ends after {len(listed)} of {count_of(count, 'record')}")
@@ -231,14 +220,12 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[_Row]:
         if method == STORED and packed != size:
             raise AmbiguousError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {size:,}")
         listed.append((at, raw, name, flags, method, crc, packed, size))
-        if is_simple and not extra_nbytes and not comment_nbytes and end >= alone_until:
-            alike = _alike(directory, pos, end - pos, min(together, count - len(listed)))
-            rows = _rows(directory, end, end - pos, alike, flags, method) if alike >= _FEW else []
+        if end >= alone_until and end == extra_at:
+            rows = rows_alike(directory, pos, end - pos, min(together, count - len(listed)), flags, method)
             listed += rows
             if not rows:
-                alone_until, together = end + max(alike, _FEW) * (end - pos), _FEW
-            elif alike == together:
-                together *= 2
+                alone_until = end + together * (end - pos)
+            together = max(FEW, 2 * len(rows))
             end += len(rows) * (end - pos)
         pos = end
     if pos != nbytes:
@@ -246,27 +233,6 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[_Row]:
             f"the zip directory holds {nbytes - pos:,} bytes more than its {count_of(count, 'record')}"
         )
     return listed
-
-
-def _alike(directory: bytes, pos: int, stride: int, most: int) -> int:
-    """How many headers behind one that are as long, and say the same but for name, place, sizes and checksum."""
-    for byte in _FIXED:
-        column = directory[pos + byte : pos + byte + (most + 1) * stride : stride]
-        most = min(most, len(column) - len(column.lstrip(column[:1])) - 1, (len(directory) - pos) // stride - 1)
-    return most
-
-
-def _rows(directory: bytes, pos: int, stride: int, count: int, flags: int, method: int) -> list[_Row]:
-    """So many headers without extra fields; none: among them is one to be looked at closely."""
-    layout = Struct(f"<16xIII14xI{stride - CENTRAL.size}s")
-    found = zip(*layout.iter_unpack(directory[pos : pos + count * stride]), strict=True)
-    crcs, packed, sizes, places, names = found
-    if MAX32 in packed or MAX32 in sizes or MAX32 in places or (method == STORED and packed != sizes):
-        return []
-    if not b"".join(names).isascii():
-        return []
-    texts = map(str, names, repeat("ascii"))
-    return list(zip(places, names, texts, repeat(flags), repeat(method), crcs, packed, sizes, strict=False))
 
 
 def _name(raw: bytes, flags: int, limits: Limits) -> str:
@@ -280,7 +246,7 @@ def _name(raw: bytes, flags: int, limits: Limits) -> str:
         ) from None
 
 
-def _located(area: ByteRange, listed: list[_Row], directory_at: int) -> list[int]:
+def _located(area: ByteRange, listed: list[Row], directory_at: int) -> list[int]:
     """Where the records' data begins, once their own headers are known not to contradict the directory.
 
     Args:
@@ -292,17 +258,17 @@ def _located(area: ByteRange, listed: list[_Row], directory_at: int) -> list[int
     begins: list[int] = []
     end = 0
     before: _Central | None = None
-    together, alone_until = _FEW, 1
+    together, alone_until = FEW, 1
     while len(begins) < len(listed):
         if before is not None and len(begins) >= alone_until:
-            found = _located_together(area, listed, len(begins), together, end, directory_at)
+            found = begins_alike(area, listed, len(begins), together, end, directory_at)
             if found:
                 begins += found
                 before = _Central(*listed[len(begins) - 1])
                 end = begins[-1] + before.packed
-                together = min(2 * together, _MANY)
+                together = min(2 * together, MANY)
                 continue
-            alone_until, together = len(begins) + _FEW, _FEW
+            alone_until, together = len(begins) + FEW, FEW
         record = _Central(*listed[len(begins)])
         at, raw_name, name, _, _, _, packed, _ = record
         header_nbytes = LOCAL.size + len(raw_name)
@@ -317,9 +283,9 @@ def _located(area: ByteRange, listed: list[_Row], directory_at: int) -> list[int
         if not is_usual:
             extra_nbytes = _check_header(window, record, start + gap)
         if end != at:
-            layout = _DESCRIPTORS.get(gap) if is_usual and before is not None and before[3] & _HAS_DESCRIPTOR else None
+            layout = _DESCRIPTORS.get(gap) if is_usual and before is not None and before[3] & HAS_DESCRIPTOR else None
             if layout is None or layout.unpack_from(window.data, start) != (
-                _DESCRIPTOR_SIGNATURE,
+                DESCRIPTOR_SIGNATURE,
                 *(before or ())[5:],
             ):
                 _check_gap(before, at - end, window, end)
@@ -331,71 +297,6 @@ def _located(area: ByteRange, listed: list[_Row], directory_at: int) -> list[int
     if end != directory_at:
         _check_gap(before, directory_at - end, window, end)
     return begins
-
-
-def _located_together(
-    area: ByteRange, listed: list[_Row], first: int, count: int, end: int, directory_at: int
-) -> list[int]:
-    """`_located` of many small records that are written alike, one close behind another.
-
-    Their headers are laid out as a table, whose columns are compared whole.
-
-    Args:
-        area: as there.
-        listed: as there.
-        first: the first record's number, not 0.
-        count: how many they may be.
-        end: where the data of the one before ends.
-        directory_at: as there.
-
-    Returns:
-        Where their data begins; nothing: one of them differs in something, or they lie far apart.
-    """
-    rows = listed[first : first + count]
-    places, raw_names, _, _, _, _, packed, _ = zip(*rows, strict=True)
-    flags, method, name_nbytes = rows[0][3], rows[0][4], len(raw_names[0])
-    gap = places[0] - end
-    count, begin, header_nbytes = len(rows), places[0] - gap, LOCAL.size + name_nbytes
-    stop = min(places[-1] + header_nbytes + MAX16 // 64, directory_at)
-    if (
-        {(row[3], row[4], len(row[1])) for row in rows} != {(flags, method, name_nbytes)}
-        or not (gap == 0 or (gap in _SIGNED_DESCRIPTORS and listed[first - 1][3] & _HAS_DESCRIPTOR))
-        or (gap and count > 1 and not flags & _HAS_DESCRIPTOR)
-        or stop - begin > count * _WINDOW_NBYTES
-        or stop < places[-1] + header_nbytes
-    ):
-        return []
-    data, stride = area.read(begin, stop - begin), gap + header_nbytes
-    starts = [at - end for at in places]
-    table = b"".join([data[start - gap : start + header_nbytes] for start in starts])
-    columns = [table[gap + byte :: stride] for byte in range(header_nbytes)]
-    joined = b"".join(raw_names)
-    if len(table) != count * stride or columns[LOCAL.size :] != [joined[at::name_nbytes] for at in range(name_nbytes)]:
-        return []
-    model = LOCAL.pack(LOCAL_SIGNATURE, 0, flags, method, 0, 0, 0, 0, 0, name_nbytes, 0)
-    if any(columns[byte].count(model[byte]) != count for byte in _OWN_FIXED):
-        return []
-    is_later = flags & _HAS_DESCRIPTOR and all(columns[byte].count(0) == count for byte in _OWN_SIZES)
-    if not is_later and not _say(table, f"{gap + 14}xIII{header_nbytes - 26}x", rows):
-        return []
-    if gap and not _say(table, f"{_SIGNED_DESCRIPTORS[gap]}{header_nbytes}x", listed[first - 1 : first + count - 1]):
-        return []
-    extras = [low + 256 * high for low, high in zip(columns[28], columns[29], strict=True)]
-    begins = [at + header_nbytes + extra for at, extra in zip(places, extras, strict=True)]
-    ends = list(map(operator.add, begins, packed))
-    if list(map(operator.add, ends[:-1], repeat(gap))) != list(places[1:]) or ends[-1] > directory_at:
-        return []
-    extra_starts = [start + header_nbytes for start in starts]
-    extra_stops = list(map(operator.add, extra_starts, extras))
-    if extra_stops[-1] > len(data) or max(map(data.find, repeat(_UNICODE_PATH), extra_starts, extra_stops)) >= 0:
-        return []
-    return begins
-
-
-def _say(table: bytes, layout: str, rows: list[_Row]) -> bool:
-    """Whether each row of a table says of a record's checksum and sizes what the directory says."""
-    signature = (_DESCRIPTOR_SIGNATURE,) if "s" in layout else ()
-    return list(Struct("<" + layout).iter_unpack(table)) == [(*signature, *row[5:]) for row in rows]
 
 
 def _usual_header(data: bytes, at: int, record: _Central) -> int:
@@ -419,8 +320,8 @@ def _usual_header(data: bytes, at: int, record: _Central) -> int:
         and own_method == method
         and data[name_at:extra_at] == raw_name
         and extra_at + extra_nbytes <= len(data)
-        and (not extra_nbytes or data.find(_UNICODE_PATH, extra_at, extra_at + extra_nbytes) < 0)
-        and (own == sizes or (flags & _HAS_DESCRIPTOR and own == _LATER))
+        and (not extra_nbytes or data.find(UNICODE_PATH, extra_at, extra_at + extra_nbytes) < 0)
+        and (own == sizes or (flags & HAS_DESCRIPTOR and own == _LATER))
     )
     return int(extra_nbytes) if is_usual else -1
 
@@ -445,20 +346,20 @@ def _check_header(window: _Window, record: _Central, start: int) -> int:
         raise CorruptError(f"record {record.name!r}: no record begins at byte {record.at:,}")
     if window.data[name_at:extra_at] != record.raw_name or method != record.method:
         raise AmbiguousError(f"record {record.name!r}: its own header gives another name or method than the directory")
-    if (flags ^ record.flags) & ~(_HAS_DESCRIPTOR | UTF8) & 0xFFFF:
+    if (flags ^ record.flags) & ~(HAS_DESCRIPTOR | UTF8) & 0xFFFF:
         raise AmbiguousError(f"record {record.name!r}: its own header gives other flags than the directory")
     extra = window.data[extra_at : extra_at + extra_nbytes]
     if len(extra) != extra_nbytes:
         offset = record.at + LOCAL.size + int(name_nbytes)
         extra_at = window.hold(offset, min(extra_nbytes, window.area.nbytes - offset))
         extra = window.data[extra_at : extra_at + extra_nbytes]
-    if _UNICODE_PATH in extra:
+    if UNICODE_PATH in extra:
         _widened(extra, record.name, (0, 0, 0))  # raises where it is a field's tag
     if packed != record.packed or nbytes != record.nbytes or crc != record.crc:
         if MAX32 in (packed, nbytes):
             nbytes, packed, _ = _widened(extra, record.name, (nbytes, packed, 0))
         for local, central in ((crc, record.crc), (packed, record.packed), (nbytes, record.nbytes)):
-            later = local == 0 and flags & _HAS_DESCRIPTOR  # the values follow the data
+            later = local == 0 and flags & HAS_DESCRIPTOR  # the values follow the data
             if local != central and not later:
                 raise AmbiguousError(
                     f"record {record.name!r}: its own header gives another size or checksum than the directory"
@@ -480,13 +381,13 @@ def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -
     if before is None:
         raise AmbiguousError("the file begins with a record that the zip directory does not list")
     layout = _DESCRIPTORS.get(nbytes)
-    if layout is not None and before.flags & _HAS_DESCRIPTOR:
+    if layout is not None and before.flags & HAS_DESCRIPTOR:
         start = window.hold(at, nbytes)  # which may read other data
         found = layout.unpack_from(window.data, start)
         mask = MAX32 if nbytes <= _NARROW_DESCRIPTOR_NBYTES else -1
         # A signature stands before the three values, or nothing does.
         if found[-3:] == (before.crc, before.packed & mask, before.nbytes & mask) and (
-            len(found) == 3 or found[0] == _DESCRIPTOR_SIGNATURE
+            len(found) == 3 or found[0] == DESCRIPTOR_SIGNATURE
         ):
             return
     raise AmbiguousError(
@@ -505,7 +406,7 @@ def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int
     while pos + 4 <= len(extra):
         tag = int.from_bytes(extra[pos : pos + 2], "little")
         size = int.from_bytes(extra[pos + 2 : pos + 4], "little")
-        if extra[pos : pos + 2] == _UNICODE_PATH:
+        if extra[pos : pos + 2] == UNICODE_PATH:
             raise AmbiguousError(f"record {name!r} has a second name in its extra field; readers disagree about it")
         if tag == _ZIP64:
             wide = extra[pos + 4 : pos + 4 + size]

@@ -200,9 +200,8 @@ class TensorShortcut:
                     break
             else:
                 puts = put_name, put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor
-                indices = [load(put, "little") for put in puts if put is not None]
-                a, b, *_, h = indices
-                if not last < a or not all(map(operator.lt, indices, indices[1:])):
+                a, b, *_, h = indices = [load(put, "little") for put in filter(None, puts)]
+                if not all(map(operator.lt, (last, *indices), indices)):
                     break
             spelled = shape or get_shape, stride or get_stride
             geometry = geometries.get(spelled)
