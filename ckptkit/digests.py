@@ -9,7 +9,7 @@ Version 1, exactly, so that anybody can compute it with a SHA-256 and a JSON wri
   first ``ckptkit-content-1``; then one for each tensor, sorted by name (by code points), which is the JSON text
   (no spaces, non-ASCII escaped as ``\uXXXX``) of ``[name,dtype,[sizes],digest]``:
   ``["fc.bias","float32",[10],"sha256:…"]``.
-- **Names** are those of the selected state_dict, each without wrappers (`ckptkit.normalize.wrappers`: leading
+- **Names** are those of the selected state_dict, each without wrappers (`ckptkit.normalize.modules`: leading
   ``module`` and ``_orig_mod`` segments, and ``_orig_mod`` anywhere but last).  Where that would give two the same
   name, all of the file's stay as they are.  A file without a selected state_dict has all its tensors, named by the
   path of their section, a dot and their name in it.
@@ -44,9 +44,9 @@ from dataclasses import dataclass
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, tied_groups
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.content import PLAIN, content_of, plain_bytes
+from ckptkit.normalize.modules import unwrapped_in_digests
 from ckptkit.normalize.sections import is_plain_value
 from ckptkit.normalize.trees import FLAGS
-from ckptkit.normalize.wrappers import unwrapped_in_digests
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, effects_of, tensors_in
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream

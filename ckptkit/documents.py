@@ -16,7 +16,7 @@ Type checkers alone need this module; what makes a document does not import it w
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from ckptkit.report import FindingDocument, Severity
 
@@ -315,7 +315,6 @@ class CheckedFile(TypedDict):
         ok: whether it is as all rules want it.
         checked: whether every rule could be applied.
         rules: those applied, in order.
-        seconds: how long it took.
     """
 
     path: str
@@ -324,7 +323,6 @@ class CheckedFile(TypedDict):
     ok: bool
     checked: bool
     rules: list[str]
-    seconds: float
 
 
 class _CheckDetails(TypedDict):
@@ -351,17 +349,12 @@ class CheckDocument(CheckDetails):
     """What ``ckptkit check`` tells.
 
     Attributes:
-        exit_code: 0 all is as it must be, 1 something is not, 2 something could not be checked.
-        verdict: the outcome in a sentence.
-        started: when, in UTC, as ISO 8601 without a zone.
+        ok: whether no finding is an error.
         findings: of all files, in the files' order.
     """
 
     schema_version: int
     ok: bool
-    exit_code: Literal[0, 1, 2]
-    verdict: str
-    started: str
     findings: list[CheckFindingDocument]
 
 
@@ -432,11 +425,10 @@ class ChangedFiles(TypedDict):
 
 class _Manifest(WrittenManifest):
     changes: ChangedFiles
-    destination: str | None
 
 
 class ManifestDocument(_Manifest, total=False):
-    """What ``ckptkit manifest`` tells: the manifest, what changed in it, and where it was written (``None``: nowhere).
+    """What ``ckptkit manifest`` tells: the manifest, and what changed in it.
 
     Attributes:
         passed_over: how many files of each kind the folders hold that are not checkpoints, where there are any.

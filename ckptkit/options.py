@@ -15,9 +15,8 @@ from ckptkit.arguments import Option, Options, flag, pairs, path, several, shape
 from ckptkit.errors import RewriteError, VerifyError
 
 if TYPE_CHECKING:
-    from ckptkit.rewrite.device import LocationMap
     from ckptkit.rewrite.like import Like
-    from ckptkit.rewrite.storages import TiedPolicy
+    from ckptkit.rewrite.storages import LocationMap, TiedPolicy
     from ckptkit.transfer.workers import Progress
 
 __all__ = ["ConvertOptions", "DiffOptions", "VerifyOptions"]

@@ -29,7 +29,7 @@ from ckptkit.architectures.index import (
     weights_of,
 )
 from ckptkit.checkpoint import StateDict
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.modules import unwrapped
 
 __all__ = ["Architecture", "identify"]
 

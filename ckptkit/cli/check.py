@@ -36,6 +36,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.config import find_config
 from ckptkit.released.policy import CONTAINERS
+from ckptkit.released.results import exit_code_of, verdict_of
 from ckptkit.report import human_size, printable
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def text(document: CheckDocument, view: View) -> Iterator[str]:
     if not view.quiet:
         if document["passed_over"]:
             yield passed_over_text(document["passed_over"])
-        color = "green" if document["exit_code"] == 0 else "red"
-        yield view.style(document["verdict"], fg=color, bold=True)
+        color = "green" if exit_code_of(document) == 0 else "red"
+        yield view.style(verdict_of(document), fg=color, bold=True)
 
 
 def _head(file: CheckedFile, findings: Sequence[CheckFindingDocument], style: Style) -> str:
@@ -214,7 +215,8 @@ def command(
             **policy,
         )
     code = ending.verdict(report.exit_code)
-    document, view = report.to_dict(), View(styler(color), quiet=quiet)
+    seconds = {result.path: result.seconds for result in report.results}
+    document, view = report.to_dict(), View(styler(color), quiet=quiet, started=report.started, seconds=seconds)
     if wanted in ("text", "json"):
         show(document, wanted, RENDERERS, view)
     else:  # programs that read these expect UTF-8

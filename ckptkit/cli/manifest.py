@@ -39,7 +39,7 @@ _SHOWN_DIGITS = 12
 """Of a content digest: enough to tell files apart."""
 
 
-def document_of(manifest: Manifest, destination: str | None) -> ManifestDocument:
+def document_of(manifest: Manifest) -> ManifestDocument:
     """The document: the manifest, and what became of it."""
     written, changes = manifest.to_dict(), manifest.changes
     document: ManifestDocument = {
@@ -52,7 +52,6 @@ def document_of(manifest: Manifest, destination: str | None) -> ManifestDocument
             "removed": [*changes.removed],
             "kept": [*changes.kept],
         },
-        "destination": destination,
     }
     if manifest.passed_over:
         document["passed_over"] = dict(manifest.passed_over)
@@ -61,7 +60,7 @@ def document_of(manifest: Manifest, destination: str | None) -> ManifestDocument
 
 def text(document: ManifestDocument, view: View) -> Iterator[str]:
     """One line for each file that was added, changed or removed, and one for all; the manifest if it is not written."""
-    if document["destination"] is None:
+    if view.written is None:
         yield from "".join(manifest_text(document)).splitlines()
         return
     if view.quiet:
@@ -71,7 +70,7 @@ def text(document: ManifestDocument, view: View) -> Iterator[str]:
         yield f"{view.style(mark, fg=color)} {printable(path)}{f'  {printable(about)}' if about else ''}"
     if document.get("passed_over"):
         yield passed_over_text(document["passed_over"])
-    yield f"{printable(document['destination'])}: {told(document)}"
+    yield f"{printable(view.written)}: {told(document)}"
 
 
 def changed_files(document: ManifestDocument) -> Iterator[tuple[str, str, str]]:
@@ -162,7 +161,7 @@ def command(
             ignore_checksums=ignore_checksums,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
-    show(document_of(manifest, destination), output, RENDERERS, View(styler(color), quiet=quiet))
+    show(document_of(manifest), output, RENDERERS, View(styler(color), quiet=quiet, written=destination))
     return code
 
 

@@ -159,9 +159,12 @@ def diff(document: DiffDocument, view: View) -> Iterator[str]:
 
 def check(document: CheckDocument, view: View) -> Iterator[str]:
     """The verdict, a table of what is wrong, and the files with their rules folded away."""
-    yield f"## ckptkit check: {'passed' if document['exit_code'] == 0 else '**failed**'}"
+    from ckptkit.released.results import exit_code_of, verdict_of  # checking alone needs them
+
+    verdict = verdict_of(document)
+    yield f"## ckptkit check: {'passed' if exit_code_of(document) == 0 else '**failed**'}"
     yield ""
-    yield f"{document['verdict'][0].upper()}{document['verdict'][1:]}."
+    yield f"{verdict[0].upper()}{verdict[1:]}."
     if document["passed_over"]:
         yield f"\nP{passed_over_text(document['passed_over'])[1:]}."
     found = document["findings"]
@@ -206,7 +209,7 @@ def manifest(document: ManifestDocument, view: View) -> Iterator[str]:
     """The files that were added, changed or removed, and how many there are."""
     from ckptkit.cli.manifest import changed_files, told
 
-    name = document["destination"]
+    name = view.written
     yield f"## {'Manifest' if name is None else code(name)}: {escaped(told(document))}"
     rows = [[what, code(path), escaped(about)] for what, path, about in changed_files(document)]
     if rows:

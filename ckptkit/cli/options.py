@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import click
@@ -70,6 +71,9 @@ class View(NamedTuple):
         depth: levels of a tree; ``None``: as many as are still readable.
         sort: the order of a tree: ``"file"``, ``"name"`` or ``"size"``.
         top: rows of each list.
+        written: the file that was written; ``None``: none.
+        started: when, in UTC, as ISO 8601 without a zone.
+        seconds: how long each file took, by path.
     """
 
     style: Style = lambda text, **_: text
@@ -78,6 +82,9 @@ class View(NamedTuple):
     depth: int | None = None
     sort: str = "file"
     top: int = 10
+    written: str | None = None
+    started: str = "1970-01-01T00:00:00"
+    seconds: Mapping[str, float] = MappingProxyType({})
 
 
 Renderer = Callable[[Any, View], Iterator[str]]

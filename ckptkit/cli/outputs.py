@@ -26,7 +26,7 @@ from urllib.parse import quote
 from ckptkit.codes import CODES
 from ckptkit.extras import __version__
 from ckptkit.formats.folder import passed_over_text
-from ckptkit.released.results import NOT_CHECKED
+from ckptkit.released.results import NOT_CHECKED, exit_code_of, verdict_of
 from ckptkit.report import printable
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def github(document: CheckDocument, view: View) -> Iterator[str]:
     yield from map(_annotation, document["findings"])
     if document["passed_over"]:
         yield passed_over_text(document["passed_over"])
-    yield f"ckptkit check: {document['verdict']}"
+    yield f"ckptkit check: {verdict_of(document)}"
 
 
 def _annotation(finding: CheckFindingDocument) -> str:
@@ -77,20 +77,20 @@ def junit(document: CheckDocument, view: View) -> Iterator[str]:
     yield '<?xml version="1.0" encoding="UTF-8"?>'
     yield "<testsuites>"
     for number, (file, findings) in enumerate(findings_of(document)):
-        yield from _suite(number, file, findings, document["started"])
+        yield from _suite(number, file, findings, view)
     yield "</testsuites>"
 
 
-def _suite(number: int, file: CheckedFile, findings: Sequence[CheckFindingDocument], started: str) -> Iterator[str]:
+def _suite(number: int, file: CheckedFile, findings: Sequence[CheckFindingDocument], view: View) -> Iterator[str]:
     failing = [
         [each for each in findings if each["rule"] == rule and each["severity"] == "error"] for rule in file["rules"]
     ]
     errors = sum(map(_is_unchecked, failing))
     failures = sum(map(bool, failing)) - errors
     yield (
-        f'  <testsuite name="{_xml(file["path"])}" package="ckptkit.check" id="{number}" timestamp="{started}" '
+        f'  <testsuite name="{_xml(file["path"])}" package="ckptkit.check" id="{number}" timestamp="{view.started}" '
         f'hostname="localhost" tests="{len(failing)}" failures="{failures}" errors="{errors}" '
-        f'time="{file["seconds"]:.3f}">'
+        f'time="{view.seconds.get(file["path"], 0):.3f}">'
     )
     yield "    <properties>"
     for name, value in (("size", file["size"]), ("sha256", file["sha256"])):
@@ -148,7 +148,7 @@ def sarif(document: CheckDocument, view: View) -> Iterator[str]:
     codes = sorted({finding["code"] for finding in document["findings"]})
     run = {
         "tool": {"driver": {"name": "ckptkit", "version": __version__, "rules": [_rule(code) for code in codes]}},
-        "invocations": [{"executionSuccessful": document["exit_code"] != 2}],
+        "invocations": [{"executionSuccessful": exit_code_of(document) != 2}],
         "columnKind": "unicodeCodePoints",
         "artifacts": _artifacts(document["files"]),
         "results": [_result(finding, codes) for finding in document["findings"]],

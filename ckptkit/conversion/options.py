@@ -27,10 +27,10 @@ from ckptkit.conversion.changes import (
 )
 from ckptkit.errors import CkptkitError, RewriteError, SectionError
 from ckptkit.formats import read
+from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.selection import paths_listed
-from ckptkit.normalize.wrappers import unwrapped_path
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
 from ckptkit.rewrite.dtype import scaled_pairs

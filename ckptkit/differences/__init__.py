@@ -27,10 +27,10 @@ from ckptkit.differences.rest import (
     training_rows,
 )
 from ckptkit.errors import SectionError
+from ckptkit.normalize.modules import unwrapped
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.selection import paths_listed
 from ckptkit.normalize.tensors import storage_names
-from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.report import Finding, count_of, listed
 from ckptkit.rewrite.names import module_paths
 

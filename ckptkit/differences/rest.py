@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
-from ckptkit.differences.figures import Tolerance
+from ckptkit.differences.figures import Sums, Tolerance
 from ckptkit.differences.pairs import Pair, PairReader, all_sums
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.state import training_document
@@ -263,18 +263,21 @@ class TreeComparison:
             if found is not None and tolerance is not None and not found.outside:
                 within += 1
                 continue
-            a, b = shown(met.a, met.b)
-            if met.how == "order":
-                b = f"{b}, the same keys in another order"
-            figure = None if found is None else found.to_dict()["max_abs"]
-            what: Literal["tensor", "order", "value"] = "order" if met.how == "order" else "value"
-            place, is_tensor = str(met.place), id(met) in tensors
-            rows.append({"path": place, "what": "tensor" if is_tensor else what, "a": a, "b": b, "max_abs": figure})
+            rows.append(_row(met, found, is_tensor=id(met) in tensors))
         bits = sum(key is not None for _, key in differing)
         return tuple(rows[:_MOST_ROWS]), self._count + bits - within, lost
 
     def _is_in_section(self, met: Met) -> bool:
         return id(met.a) in self._in_sections and id(met.b) in self._in_sections
+
+
+def _row(met: Met, found: Sums | None, *, is_tensor: bool) -> TreeRow:
+    a, b = shown(met.a, met.b)
+    if met.how == "order":
+        b = f"{b}, the same keys in another order"
+    figure = None if found is None else found.to_dict()["max_abs"]
+    what: Literal["tensor", "order", "value"] = "order" if met.how == "order" else "value"
+    return {"path": str(met.place), "what": "tensor" if is_tensor else what, "a": a, "b": b, "max_abs": figure}
 
 
 def _of_tensors(found: Iterable[Met]) -> Iterator[Met]:

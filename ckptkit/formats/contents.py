@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ckptkit.bytesource import ByteRange, Source, SourceFile
 from ckptkit.checkpoint import GlobalUse
@@ -76,6 +76,23 @@ _LINKS = frozenset("123456")
 
 _LIST = re.compile(rb"c[^\n]*\n[^\n]*\n\.[^\n]")
 """A list of words, the third of which begins with a dot (``.gitignore``), is a pickle of a name, too."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """What was found of the pickles in a record.
+
+    Attributes:
+        is_one: whether there is one.
+        count: how many were read to their ends.
+        uses: the names in them.
+        error: why the next could not be read.
+    """
+
+    is_one: bool
+    count: int = 0
+    uses: list[GlobalUse] = field(default_factory=list)
+    error: FormatError | None = None
 
 
 class ContentSearch:
@@ -208,61 +225,63 @@ class ContentSearch:
         if self._pickled_left <= 0:
             self.pickles.extend([name] * declared)
             raise LimitError("bytes of pickles", limit=self._limits.pickle_nbytes, actual=area.nbytes)
-        limits = replace(self._limits, pickle_nbytes=self._pickled_left)
-        row = PickleRow(area, limits)
-        if (
-            declared
-            and 2 < area.nbytes <= SCANNED_NBYTES
-            and area.read(0, 2) == b"\x80\x02"
-            and is_plain_pickle(area.read())
-        ):
+        row = PickleRow(area, replace(self._limits, pickle_nbytes=self._pickled_left))
+        is_small = 2 < area.nbytes <= SCANNED_NBYTES
+        if declared and is_small and area.read(0, 2) == b"\x80\x02" and is_plain_pickle(area.read()):
             self.pickles.append(name)
             return True
+        found = _Found(is_one=declared)
         is_list = not declared and _LIST.match(row.source.read(0, min(row.left, _HEAD_NBYTES))) is not None
-        is_one, count, most = declared, 0, None
-        uses: list[GlobalUse] = []
-        error: FormatError | None = None
-        while row.left and count != most and error is None:
+        is_legacy = self._read_row(row, name, area, found, is_list=is_list)
+        rest = b"" if is_legacy else row.source.read(row.pos, min(row.left, SCANNED_NBYTES))
+        if found.error is not None:
+            self._follow(row, rest, found, found.error)
+        is_whole = not rest.strip(PADDING)
+        if not found.is_one and not (is_whole and found.count):
+            return False
+        self.pickles.append(name)
+        self._uses.extend(replace(use, where=(name,) if name else ()) for use in found.uses)
+        if not is_whole:
+            behind = f"{count_of(row.left, 'byte')} behind a pickle"
+            what = behind if found.count else "a pickle that cannot be read to its end"
+            self.unread(name, what if found.error is None else f"{what}: {found.error.message}")
+        return True
+
+    def _read_row(self, row: PickleRow, name: str, area: ByteRange, found: _Found, *, is_list: bool) -> bool:
+        """Read one pickle after the other, up to an error; whether they are all that ``torch.save`` once wrote."""
+        most, most_nbytes = None, self._pickled_left
+        while row.left and found.count != most and found.error is None:
             start = row.pos
             if self._pickled_left <= 0:
-                error = LimitError("bytes of pickles", limit=limits.pickle_nbytes, actual=area.nbytes)
+                found.error = LimitError("bytes of pickles", limit=most_nbytes, actual=area.nbytes)
                 break
             try:
                 pickle = row.pickle(name)
             except FormatError as caught:
-                error = caught
+                found.error = caught
             else:
-                uses += global_uses(pickle.globals)
-                is_one = is_one or (bool(uses) and not is_list) or any(map(runs, uses))
-                most = LEGACY_PICKLES if not count and pickle.root == LEGACY_MAGIC else most
-                count += 1
-            read = row.pos if error is None else (error.offset or row.pos)
+                found.uses += global_uses(pickle.globals)
+                found.is_one = found.is_one or (bool(found.uses) and not is_list) or any(map(runs, found.uses))
+                most = LEGACY_PICKLES if not found.count and pickle.root == LEGACY_MAGIC else most
+                found.count += 1
+            read = row.pos if found.error is None else (found.error.offset or row.pos)
             self._pickled_left -= max(read - start, _LEAST_NBYTES)
-            if isinstance(error, LimitError):  # one pickle took what a whole file may
+            if isinstance(found.error, LimitError):  # one pickle took what a whole file may
                 self._pickled_left = 0
-        rest = row.source.read(row.pos, min(row.left, SCANNED_NBYTES)) if count != most else b""
-        if error is not None:
-            uses += error.globals
-            is_one = is_one or error.called or any(map(runs, error.globals))
-            if is_one:
-                uses += scanned(rest, error.globals)
-            elif passes_over(error, rest, row.left, row.pos):
-                left = self._behind(row.source.part(row.pos, row.left), error)
-                is_one = left is not None
-                uses += left or ()
-                if not is_one and isinstance(error, LimitError):
-                    raise error
-        is_whole = not rest.strip(PADDING)
-        if not is_one and not (is_whole and count):
-            return False
-        self.pickles.append(name)
-        self._uses.extend(replace(use, where=(name,) if name else ()) for use in uses)
-        if not is_whole:
-            what = (
-                f"{count_of(row.left, 'byte')} behind a pickle" if count else "a pickle that cannot be read to its end"
-            )
-            self.unread(name, what if error is None else f"{what}: {error.message}")
-        return True
+        return found.count == most
+
+    def _follow(self, row: PickleRow, rest: bytes, found: _Found, error: FormatError) -> None:
+        """Look at what stands where a pickle could not be read, and behind it."""
+        found.uses += error.globals
+        found.is_one = found.is_one or error.called or any(map(runs, error.globals))
+        if found.is_one:
+            found.uses += scanned(rest, error.globals)
+        elif passes_over(error, rest, row.left, row.pos):
+            left = self._behind(row.source.part(row.pos, row.left), error)
+            found.is_one = left is not None
+            found.uses += left or ()
+            if not found.is_one and isinstance(error, LimitError):
+                raise error
 
     def _behind(self, area: ByteRange, error: FormatError) -> tuple[GlobalUse, ...] | None:
         """The names in what some unpickler may go on reading; ``None``: none of them runs something or is called."""

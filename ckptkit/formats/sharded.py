@@ -69,30 +69,23 @@ def read(probe: Probe) -> RawCheckpoint:
     weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
     allowed = [each.name for each in CONTAINERS if index.has_pickle or each.name == index.shards]
     problems = _Problems()
-    shards: dict[str, Shard] = {}
-    for shard in dict.fromkeys(weight_map.values()):
-        found = _read_shard(shard, probe, allowed, problems)
-        if found is not None:
-            shards[shard] = found
+    read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in dict.fromkeys(weight_map.values())}
+    shards = {name: shard for name, shard in read_ones.items() if shard is not None}
     everything = _assembled(weight_map, shards, problems)
     if len(everything) > probe.limits.entries:
         raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
     problems.check(merged_globals(shards))
     tied = _tied(everything, weight_map) if index.ties_once else {}
-    if tied:
-        others = {key: value for key, value in everything.items() if key not in tied}
-        order = metadata.get(ORDER)
-        everything, is_ordered = in_order(others, tied, order if isinstance(order, str) else None)
-        metadata = {key: value for key, value in metadata.items() if key != ORDER or not is_ordered}
+    everything, metadata = _with_aliases(everything, tied, metadata)
     raws = [shard.raw for shard in shards.values()]
-    protocols = [raw.pickle_protocol for raw in raws if raw.pickle_protocol is not None]
+    writers = {raw.writer for raw in raws}
     return RawCheckpoint(
         root=_root(everything, shards),
         format=index.name,
-        byteorder="big" if raws and all(raw.byteorder == "big" for raw in raws) else "little",
-        pickle_protocol=max(protocols, default=None),
+        byteorder="big" if {raw.byteorder for raw in raws} == {"big"} else "little",
+        pickle_protocol=max((each for raw in raws if (each := raw.pickle_protocol) is not None), default=None),
         has_pickle=any(raw.has_pickle for raw in raws),
-        writer=next((raw.writer for raw in raws if len({raw.writer for raw in raws}) == 1), None),
+        writer=writers.pop() if len(writers) == 1 else None,
         metadata=merged_metadata(metadata, shards),
         globals=merged_globals(shards),
         discarded=tuple(value for raw in raws for value in raw.discarded),
@@ -103,6 +96,18 @@ def read(probe: Probe) -> RawCheckpoint:
             *total_size(metadata, everything),
         ),
     )
+
+
+def _with_aliases(
+    everything: dict[str, object], tied: Mapping[str, object], metadata: dict[str, object]
+) -> tuple[dict[str, object], dict[str, object]]:
+    """The names in the order that the metadata keep for those not listed; the metadata without it."""
+    if not tied:
+        return everything, metadata
+    order = metadata.get(ORDER)
+    others = {key: value for key, value in everything.items() if key not in tied}
+    everything, is_ordered = in_order(others, tied, order if isinstance(order, str) else None)
+    return everything, {key: value for key, value in metadata.items() if key != ORDER or not is_ordered}
 
 
 # The index.

@@ -96,17 +96,12 @@ def _set(frozen: bool, members: Sequence[object]) -> Form:
 def _object(node: Object) -> Form:
     how, cls, args = node.how, node.cls, node.args
     name = _name(cls) if isinstance(cls, Global) else ""
-    is_call = _is_call(node)
     if name == "copyreg._reconstructor" and len(args) == 3 and _is_object(args[1]) and args[2] is None:
         how, cls, args = "newobj", args[0], ()  # of protocols 0 and 1
     elif name == "copyreg.__newobj__" and args:
         how, cls, args = "newobj", args[0], args[1:]
-    elif is_call and name in ("builtins.set", "builtins.frozenset") and len(args) == 1 and isinstance(args[0], list):
-        return _set(name.endswith("frozenset"), args[0])  # before protocol 4
-    elif is_call and name == "builtins.getattr" and (attribute := _attribute(node)):
-        return Form(f"name {attribute}")
-    elif (array := _array(node, name, is_call=is_call)) is not None:
-        return array
+    elif (known := _known_call(node, name, is_call=_is_call(node))) is not None:
+        return known
     pairs = mapping_items(node)
     if pairs is not None and args and isinstance(args[-1], (list, InertDict)):
         args = args[:-1]  # it is among the pairs
@@ -116,6 +111,16 @@ def _object(node: Object) -> Form:
     name = _name(cls, ":") if isinstance(cls, Global) else "?"
     kind = f"{how} {name} {[len(each) for each in inner]} {len(node.items)}"
     return Form(kind, [*parts, *enumerate(node.items)], node.pairs if pairs is None else pairs)
+
+
+def _known_call(node: Object, name: str, *, is_call: bool) -> Form | None:
+    """What a call gives of which it is known what it does."""
+    args = node.args
+    if is_call and name in ("builtins.set", "builtins.frozenset") and len(args) == 1 and isinstance(args[0], list):
+        return _set(name.endswith("frozenset"), args[0])  # before protocol 4
+    if is_call and name == "builtins.getattr" and (attribute := _attribute(node)):
+        return Form(f"name {attribute}")
+    return _array(node, name, is_call=is_call)
 
 
 def _is_call(node: Object) -> bool:

@@ -26,7 +26,7 @@ from typing import Final, Literal, NamedTuple, TypeGuard
 from ckptkit.checkpoint import Checkpoint, Part, StateDict, TensorEntry
 from ckptkit.errors import PartError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.modules import unwrapped
 from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import Finding, count_of

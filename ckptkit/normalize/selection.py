@@ -26,9 +26,9 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Section, StateDict, Tenso
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import SectionError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.modules import unwrapped
 from ckptkit.normalize.sections import Candidate, brief, step
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
-from ckptkit.normalize.wrappers import unwrapped
 from ckptkit.pickling.inert import Object, mapping_items
 from ckptkit.report import count_of, human_size, listed
 

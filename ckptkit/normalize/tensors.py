@@ -15,7 +15,7 @@ yielded under every name it has, but not again below the module or mapping whose
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -277,21 +277,24 @@ class _Walk:
                     stack.append((at, part))
                 continue
             kind = self._kinds.get(place.path) if place.steps is None and place.path is not None else None
-            if kind in WEIGHTS and place.section is not None:
-                values = list(state_values(kind, node))
-                self._kept.append(values)  # some are made for it, and are known by their ids
-                own = _Own([value for _, value in values])
-                for name, value in values:
-                    if is_plain_value(value):
-                        yield FoundTensor(place.section, name, value, True)  # type: ignore[arg-type]
-                yield from self.values(place.section, [pair for pair in values if not is_plain_value(pair[1])], own)
-                above = _further(None, place.section) if place.section else None
-                place = _Place(None, above, place.depth, place.path, own)
+            if kind is not None and kind in WEIGHTS and place.section is not None:
+                place = yield from self._weights(place, place.section, kind, node)
             stack.extend(
                 (place.below(label, key, self._kinds), child)
                 for label, key, child in reversed(_steps(node))
                 if not isinstance(child, _SCALARS)
             )
+
+    def _weights(self, place: _Place, section: str, kind: str, node: object) -> Generator[FoundTensor, None, _Place]:
+        """The values of a section of weights under their names; returns the place of what else stands there."""
+        values = list(state_values(kind, node))
+        self._kept.append(values)  # some are made for it, and are known by their ids
+        own = _Own([value for _, value in values])
+        for name, value in values:
+            if is_plain_value(value):
+                yield FoundTensor(section, name, value, True)  # type: ignore[arg-type]
+        yield from self.values(section, [pair for pair in values if not is_plain_value(pair[1])], own)
+        return _Place(None, _further(None, section) if section else None, place.depth, place.path, own)
 
     def _made(self, node: object) -> Value | None:
         """The value that a node makes of tensors; ``None``: it is something else."""

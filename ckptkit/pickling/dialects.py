@@ -233,6 +233,17 @@ def _is_old(name: Global) -> bool:
     return (name.module, name.name) in _VARIABLES or _is_tensor_class(name)
 
 
+def _members(args: tuple[object, ...], state: object, is_parameter: bool) -> tuple[object, ...] | None:
+    """The data, gradient, hooks and requires_grad of a Variable, by the release that wrote it."""
+    if state is ABSENT and len(args) in (1, 2):
+        return args[0], None, None, args[1] if len(args) == 2 else is_parameter
+    if isinstance(state, tuple) and len(state) == 3 and len(args) == 1:
+        return args[0], None, state[2], state[0]
+    if isinstance(state, tuple) and len(state) == 5 and not args:
+        return state[0], state[1], state[2], state[3]
+    return None
+
+
 def _variable(node: Object, found: dict[int, TensorEntry]) -> tuple[TensorEntry, object] | None:
     """The tensor a Variable held, as saved, and its gradient; ``None``: the node is no Variable, or more than one."""
     cls, args = node.cls, node.args
@@ -241,18 +252,11 @@ def _variable(node: Object, found: dict[int, TensorEntry]) -> tuple[TensorEntry,
     if not isinstance(cls, Global) or (cls.module, cls.name) not in _VARIABLES or node.items or node.pairs:
         return None
     is_parameter = _VARIABLES[cls.module, cls.name]
-    state, grad, hooks = node.state, None, None
-    requires_grad: object = is_parameter
-    if state is ABSENT and len(args) in (1, 2):
-        requires_grad = args[1] if len(args) == 2 else requires_grad
-    elif isinstance(state, tuple) and len(state) == 3 and len(args) == 1:
-        requires_grad, _, hooks = state
-    elif isinstance(state, tuple) and len(state) == 5 and not args:
-        args = (state[0],)
-        _, grad, hooks, requires_grad, _ = state
-    else:
+    members = _members(args, node.state, is_parameter)
+    if members is None:
         return None
-    data = found.get(id(args[0])) if isinstance(args[0], Object) else args[0]
+    held, grad, hooks, requires_grad = members
+    data = found.get(id(held)) if isinstance(held, Object) else held
     if not isinstance(data, TensorEntry) or not isinstance(requires_grad, bool):
         return None
     if data.is_parameter or data.subclass is not None or data.attributes is not None or data.effects or node.effects:

@@ -227,14 +227,16 @@ def device_of(node: object) -> str | None:
     return node if isinstance(node, str) else None
 
 
-def _quantized(args: tuple[object, ...]) -> Layout:
-    storage, offset, sizes, strides, how, requires_grad, hooks = _of(args, 7)
+def _quantized_values(storage: object, offset: object, sizes: object, strides: object) -> TensorEntry:
+    """The numbers that scales and zero points belong to.
+
+    Raises:
+        CorruptError: they do not lie in the storage.
+    """
     size, stride = _counts(sizes, "size"), _counts(strides, "stride")
     dtype = storage.dtype if isinstance(storage, Storage) else None
     if not isinstance(storage, Storage) or dtype is None or DTYPES[dtype].kind != "quantized":
         raise CorruptError("a quantized tensor without a storage of a quantized type")
-    if not no_hooks(hooks):
-        raise CorruptError("a quantized tensor with backward hooks")
     if len(size) != len(stride) or not is_int(offset) or not 0 <= offset < _HUGE:
         raise CorruptError(f"size {size}, stride {stride} and offset {offset!r:.40} of a quantized tensor do not fit")
     reach = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
@@ -244,7 +246,15 @@ def _quantized(args: tuple[object, ...]) -> Layout:
             f"size {size}, stride {stride}, offset {offset} of {dtype} reach to byte {nbytes:,} of a storage of "
             f"{storage.nbytes:,} bytes"
         )
-    numbers = TensorEntry(storage=storage, storage_offset=offset, shape=size, stride=stride, dtype=dtype)
+    return TensorEntry(storage=storage, storage_offset=offset, shape=size, stride=stride, dtype=dtype)
+
+
+def _quantized(args: tuple[object, ...]) -> Layout:
+    *where, how, requires_grad, hooks = _of(args, 7)
+    numbers = _quantized_values(*where)
+    size = numbers.shape
+    if not no_hooks(hooks):
+        raise CorruptError("a quantized tensor with backward hooks")
     scheme = how[0] if isinstance(how, tuple) and how else None
     name = scheme.name if isinstance(scheme, Global) and scheme.module == "torch" else None
     how = how if isinstance(how, tuple) else ()

@@ -29,11 +29,10 @@ from ckptkit.errors import CorruptError, LimitError
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.state import has_optimizer
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.modules import tensor_role
+from ckptkit.normalize.modules import tensor_role, unwrapped_in_digests, wrapper_of
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.sections import join
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, storage_names
-from ckptkit.normalize.wrappers import unwrapped_in_digests, wrapper_of
 from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import InertDict, Object, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like

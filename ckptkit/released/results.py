@@ -110,7 +110,6 @@ class FileResult:
             "ok": self.ok,
             "checked": self.is_checked,
             "rules": list(self.rules),
-            "seconds": round(self.seconds, 6),
         }
 
 
@@ -136,6 +135,11 @@ class CheckReport(Report):
         return f"<CheckReport: {self.verdict}>"
 
     @property
+    def ok(self) -> bool:
+        """Whether something was checked, or need not be, and no finding is an error."""
+        return bool(self.results or self.may_be_empty) and super(CheckReport, self).ok
+
+    @property
     def is_complete(self) -> bool:
         """Whether everything that was to be checked could be."""
         return bool(self.results or self.may_be_empty) and not any(finding.is_unchecked for finding in self.findings)
@@ -143,25 +147,12 @@ class CheckReport(Report):
     @property
     def exit_code(self) -> Literal[0, 1, 2]:
         """As of diff(1): 0 all is as it must be, 1 something is not, 2 something could not be checked."""
-        if not self.is_complete:
-            return 2
-        return 0 if self.ok else 1
+        return exit_code_of(self.to_dict())
 
     @property
     def verdict(self) -> str:
         """The outcome in a sentence."""
-        count = len(self.results)
-        files = f"{count:,} file" + "s" * (count != 1)
-        if not count:
-            return "no checkpoint is among the files" if self.may_be_empty else "nothing was checked"
-        errors = [{f.is_unchecked for f in result.findings if f.severity == "error"} for result in self.results]
-        failed, unchecked = sum(False in kinds for kinds in errors), sum(kinds == {True} for kinds in errors)
-        passed = count - failed - unchecked
-        if not failed and not unchecked:
-            return f"{files} passed"
-        counts = [(failed, "failed"), (unchecked, "could not be checked"), (passed * bool(unchecked), "passed")]
-        (first, what), *others = [(number, what) for number, what in counts if number]
-        return ", ".join([f"{first:,} of {files} {what}", *(f"{number:,} {what}" for number, what in others)])
+        return verdict_of(self.to_dict())
 
     @classmethod
     def of(
@@ -193,9 +184,6 @@ class CheckReport(Report):
         return {
             "schema_version": SCHEMA_VERSION,
             "ok": self.ok,
-            "exit_code": self.exit_code,
-            "verdict": self.verdict,
-            "started": self.started,
             **cast("CheckDetails", self.details),
             "findings": [finding.to_dict() for finding in self.findings],
         }
@@ -287,3 +275,32 @@ def nothing_selected(path: str, message: str) -> FileResult:
         message=message.removeprefix(f"{path}: "),
     )
     return FileResult(path=path or ".", rules=("selection",), findings=(finding,))
+
+
+def exit_code_of(document: CheckDocument) -> Literal[0, 1, 2]:
+    """As of diff(1): 0 all is as it must be, 1 something is not, 2 something could not be checked."""
+    if any(finding["code"] in NOT_CHECKED for finding in document["findings"]):
+        return 2
+    if document["ok"]:
+        return 0
+    return 1 if document["files"] else 2
+
+
+def verdict_of(document: CheckDocument) -> str:
+    """The outcome in a sentence."""
+    count = len(document["files"])
+    if not count:
+        return "no checkpoint is among the files" if document["ok"] else "nothing was checked"
+    files = f"{count:,} file" + "s" * (count != 1)
+    errors: dict[str, set[bool]] = {}
+    for finding in document["findings"]:
+        if finding["severity"] == "error":
+            errors.setdefault(finding["path"], set()).add(finding["code"] in NOT_CHECKED)
+    failed = sum(False in kinds for kinds in errors.values())
+    unchecked = len(errors) - failed
+    passed = count - failed - unchecked
+    if not errors:
+        return f"{files} passed"
+    counts = [(failed, "failed"), (unchecked, "could not be checked"), (passed * bool(unchecked), "passed")]
+    (first, what), *others = [(number, what) for number, what in counts if number]
+    return ", ".join([f"{first:,} of {files} {what}", *(f"{number:,} {what}" for number, what in others)])

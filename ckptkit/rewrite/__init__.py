@@ -10,12 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ckptkit.rewrite.device import MapLocation
     from ckptkit.rewrite.dtype import CastDtype
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
     from ckptkit.rewrite.select import LeaveOut, Select, WeightsOnly
-    from ckptkit.rewrite.storages import Compact, Tied
+    from ckptkit.rewrite.storages import Compact, MapLocation, Tied
 
 __all__ = [
     "REWRITES",
@@ -44,7 +43,7 @@ REWRITES = {
     "LeaveOut": "select",
     "Like": "like",
     "WeightsOnly": "select",
-    "MapLocation": "device",
+    "MapLocation": "storages",
     "Tied": "storages",
     "CastDtype": "dtype",
     "Compact": "storages",

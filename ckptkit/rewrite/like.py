@@ -26,7 +26,7 @@ from typing import Any
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry, tied_groups
 from ckptkit.errors import RewriteError
-from ckptkit.normalize.wrappers import wrapper_of
+from ckptkit.normalize.modules import wrapper_of
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths, moved_versions

@@ -24,7 +24,7 @@ from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import FileAccessError, MissingFileError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.wrappers import MODULE, unwrapped, unwrapped_path
+from ckptkit.normalize.modules import MODULE, unwrapped, unwrapped_path
 from ckptkit.rewrite.names import moved_versions, renamed, wrapper_versions
 
 __all__ = ["AddModule", "AddPrefix", "Rename", "StripModule", "StripPrefix", "parse_rule", "read_rules"]
@@ -34,7 +34,7 @@ __all__ = ["AddModule", "AddPrefix", "Rename", "StripModule", "StripPrefix", "pa
 class StripModule:
     """Take every wrapper off the names: ``module.``, ``_orig_mod.`` and others, nested in any order.
 
-    What a wrapper's prefix is says `ckptkit.normalize.wrappers`.  Names that carry none are left as they are, so it
+    What a wrapper's prefix is says `ckptkit.normalize.modules`.  Names that carry none are left as they are, so it
     is safe to apply twice.
 
     Raises (when applied):

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import read_others
-from ckptkit.normalize.wrappers import unwrapped
+from ckptkit.normalize.modules import unwrapped
 from ckptkit.rewrite.like import Fitting, Like
 from ckptkit.rewrite.names import module_paths
 from ckptkit.verifier.context import Context

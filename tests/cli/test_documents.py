@@ -139,7 +139,8 @@ def test_a_document_is_what_its_type_says_and_gives_every_output_of_its_command(
     document = json.loads(command(name, f"{arguments} --json", folder))
     assert list(problems(document, DOCUMENTS[name], name)) == []
     top, depth = 1 if "--top 1" in arguments else 10, 1 if "--depth 1" in arguments else None
-    view = View(quiet="-q" in arguments, depth=depth, top=top)
+    written = re.search(r"-o (\S+)", arguments)
+    view = View(quiet="-q" in arguments, depth=depth, top=top, written=written and written[1])
     for output in outputs(name):
         text = command(name, f"{arguments} --format {output}", folder)
         made = rendered(name, output, document, view)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ckptkit.cli import COMMANDS, ending, main
+from ckptkit.cli import COMMANDS, check, ending, main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descriptors and signals as on Linux")
 
@@ -231,7 +231,7 @@ def test_whatever_fails_while_the_output_is_made_is_2(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("ckptkit.cli.check.text", fail)
+    monkeypatch.setitem(check.RENDERERS, "text", fail)
     with pytest.raises(SystemExit) as ended:
         main(["check", str(folder / "lin.pth")])
     assert ended.value.code == 2

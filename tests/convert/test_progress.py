@@ -113,8 +113,8 @@ def test_when(monkeypatch, capsys, wanted: bool | None, quiet: bool, terminal: b
 @pytest.mark.parametrize("options", [[], ["--no-check"], ["--dtype", "float16"]], ids=" ".join)
 def test_of_a_conversion(save, convert, monkeypatch, name: str, options: list[str]) -> None:
     monkeypatch.setattr(ending, "_SECONDS", -1)
-    path = save({f"w{i}": torch.ones(10_000).view(100, 100).t() for i in range(20)})
-    sharding = ["--max-shard-size", "200kB"] if name.startswith("sharded") else []
+    path = save({f"w{i}": torch.ones(90_000).view(300, 300).t() for i in range(20)})
+    sharding = ["--max-shard-size", "2MB"] if name.startswith("sharded") else []
     done = convert(path, name, "--progress", *options, *sharding)
     assert done.code == 0
     line, _, findings = done.err.rpartition("\r")
@@ -170,7 +170,7 @@ def test_on_a_terminal(save, tmp_path: Path, options: list[str], there: bool) ->
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
 def test_in_python(save, tmp_path: Path, name: str, check: bool) -> None:
-    path = save({f"w{i}": torch.ones(3000) for i in range(9)})
+    path = save({f"w{i}": torch.ones(30_000) for i in range(9)})
     calls: list[tuple[int, int]] = []
     ckptkit.convert(path, tmp_path / name, check=check, progress=lambda done, total: calls.append((done, total)))
     (total,) = {total for _, total in calls}

@@ -66,9 +66,8 @@ REPORTS = {
 def rendered(output: str, report: CheckReport) -> str:
     """What is made of the document, once it was JSON."""
     text = json.dumps(report.to_dict())
-    return "".join(
-        f"{line}\n" for line in ([text] if output == "json" else RENDERERS[output](json.loads(text), View()))
-    )
+    view = View(started=report.started, seconds={result.path: result.seconds for result in report.results})
+    return "".join(f"{line}\n" for line in ([text] if output == "json" else RENDERERS[output](json.loads(text), view)))
 
 
 @pytest.fixture(params=REPORTS)

@@ -15,7 +15,7 @@ from torch import nn
 import ckptkit
 from ckptkit import AddModule, AddPrefix, KeyCollisionError, RewriteError, StripModule, StripPrefix, rewrite
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.normalize.wrappers import unwrapped, wrapper_of
+from ckptkit.normalize.modules import unwrapped, wrapper_of
 from ckptkit.pickling.inert import mapping_items
 
 Save = Callable[..., Path]
