@@ -275,7 +275,7 @@ def _order(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _devices(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    places = Counter(storage.location for storage in contents.storages.values())
+    places = Counter([storage.location for storage in contents.storages.values()])
     places.pop("cpu", None)
     if not places:
         return

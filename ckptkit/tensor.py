@@ -243,16 +243,9 @@ def tied_groups(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
 
 def unordered(entries: Mapping[str, TensorEntry]) -> list[str]:
     """The names of the tensors whose elements do not lie in C order; see `TensorEntry.is_contiguous`."""
-    known: dict[tuple[int, int], bool] = {}  # readers give tensors of one geometry the same tuples
-    moved = []
-    for name, entry in entries.items():
-        geometry = id(entry.shape), id(entry.stride)
-        is_contiguous = known.get(geometry)
-        if is_contiguous is None:
-            is_contiguous = known[geometry] = entry.is_contiguous
-        if not is_contiguous:
-            moved.append(name)
-    return moved
+    geometries = {(entry.shape, entry.stride): entry for entry in entries.values()}
+    moved = {geometry for geometry, entry in geometries.items() if not entry.is_contiguous}
+    return [name for name, entry in entries.items() if (entry.shape, entry.stride) in moved] if moved else []
 
 
 def unused_nbytes(entries: Iterable[TensorEntry], whole: Iterable[Storage] = ()) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit.cli.options import Style, View, columns, finding_lines, printable, wrapped
 from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
-from ckptkit.inspection.listing import TensorRow
+from ckptkit.inspection.listing import TensorRow, each_kind, where
 from ckptkit.inspection.outline import Outline, OutlineLine
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
 from ckptkit.report import count_of, human_size, listed
@@ -129,7 +129,7 @@ def facts(document: Survey) -> str:
     """Container, kind, size, devices, writer and trust."""
     parts = [document["format"], document["kind"].replace("_", " "), human_size(document["size"])]
     holds_pickle = document["has_pickle"]
-    locations = sorted({row.location for row in document["tensors"] if row.location})
+    locations = sorted({row.location for row in each_kind(document["tensors"]) if row.location})
     if locations and (holds_pickle or locations != ["cpu"]):
         shown = ", ".join(printable(location) for location in locations[:4])
         parts.append(f"saved on {shown}{', ...' if len(locations) > 4 else ''}")
@@ -231,7 +231,7 @@ def weights_line(document: Survey) -> str:
         return ""
     if not summary["tensors"]:
         return "none: it holds no plain tensors under names"
-    inferred = any(row.role_inferred and row.section == summary["path"] for row in document["tensors"])
+    inferred = any(row.role_inferred and row.section == summary["path"] for row in each_kind(document["tensors"]))
     return (
         f"{count_of(summary['tensors'], 'tensor')}, {count_of(summary['parameters'], 'parameter')}, "
         f"{summary['buffers']:,} in buffers{' (told apart by name and dtype)' if inferred else ''}, "
@@ -328,9 +328,9 @@ def outline_of(
 ) -> tuple[list[OutlineLine], int]:
     """The lines of the module tree, and how many are left out."""
     summary, rows, modules = document["state_dict"], document["tensors"], document["modules"]
-    own = [row for row in rows if summary is not None and row.section == summary["path"]]
+    own = where(rows, lambda row: summary is not None and row.section == summary["path"])
     if modules:
-        own = [row for row in own if row.role != "unknown"]  # not gradients and what else hangs on a module
+        own = where(own, lambda row: row.role != "unknown")  # not gradients and what else hangs on a module
     if (summary is not None and len(own) < summary["tensors"]) or not own:
         modules = []  # filtered: modules without tensors would be in the way
     tree = Outline(own or rows, modules, sectioned=not own, sort=sort)

@@ -32,6 +32,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
@@ -127,12 +128,12 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
     metadata = document.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise CorruptError("the metadata of an index must be an object")
-    texts = {shard for shard in weight_map.values() if isinstance(shard, str)}
+    is_odd = bool(set(map(type, weight_map.values())) - {str})
+    texts = {shard for shard in weight_map.values() if isinstance(shard, str)} if is_odd else set(weight_map.values())
     longest = max(map(len, texts), default=0)
     if longest > limits.name_nbytes:
         raise LimitError("length of a shard's file name", limit=limits.name_nbytes, actual=longest)
-    is_odd = set(map(type, weight_map.values())) - {str} or not all(map(is_shard_name, texts))
-    for name, shard in weight_map.items() if is_odd else ():
+    for name, shard in weight_map.items() if is_odd or not all(map(is_shard_name, texts)) else ():
         if not isinstance(shard, str):
             raise CorruptError(f"the weight_map gives {shown(name)} no file name, but {shown(shard)}")
         if not is_shard_name(shard):
@@ -228,7 +229,7 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
     finally:
         file.release()
     pairs = mapping_items(raw.root if raw.is_prefixed else _prefixed(raw.root, part.prefix))
-    if pairs is None or set(map(type, [key for key, _ in pairs])) - {str}:
+    if pairs is None or set(map(type, map(itemgetter(0), pairs))) - {str}:
         problems.add(_NO_STATE_DICT, name, raw.globals)
         return None
     return Shard(name, raw, dict(pairs))  # type: ignore[arg-type]  # text alone

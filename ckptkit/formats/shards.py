@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry, shared_storages
+from ckptkit.dtypes import DTYPES
 from ckptkit.formats.json_text import shown
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
@@ -186,7 +188,8 @@ def total_size(metadata: Mapping[str, object], everything: Mapping[str, object])
     if stated is None:
         return
     entries = [value for value in everything.values() if isinstance(value, TensorEntry)]
-    once = each = sum([entry.nbytes for entry in entries])
+    bits, prod = {name: row.bits or 8 * row.itemsize for name, row in DTYPES.items()}, math.prod
+    once = each = sum([-(-prod(entry.shape) * bits[entry.dtype] // 8) for entry in entries])
     if stated != each and shared_storages(entries):
         once = sum({entry.view: entry.nbytes for entry in entries}.values())
     if isinstance(stated, bool) or not isinstance(stated, (int, float)) or stated not in (once, each):

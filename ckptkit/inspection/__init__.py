@@ -11,7 +11,6 @@ it of a document that was written.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +20,7 @@ from ckptkit.diagnose import diagnose
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.listing import (
     Listing,
+    Rows,
     TensorRow,
     list_tensors,
     natural_key,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     class Survey(FileFacts):
         """An `InspectedFile` whose tensors are rows."""
 
-        tensors: list[TensorRow]
+        tensors: Sequence[TensorRow]
 
 
 __all__ = [
@@ -99,7 +99,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
     listing = list_tensors(checkpoint, everything)
     beside = [found for found in everything if not found.is_value]
     sums, storage = totals(listing.rows, listing.several), storage_document(listing)
-    shown = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
+    shown: Sequence[TensorRow] = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
     if filters:
         shown = [row for row in shown if wanted(row.name, filters)]
     rows = ordered(shown, sort)
@@ -214,11 +214,13 @@ def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
     head, tail = json.dumps({**document, "tensors": []}).split('"tensors": []', 1)
     yield f'{head}"tensors": ['
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
-        yield ", " * (start > 0) + ", ".join([row.to_json() for row in rows[start : start + _ROWS_AT_A_TIME]])
+        part = slice(start, start + _ROWS_AT_A_TIME)
+        texts = rows.to_json(part) if isinstance(rows, Rows) else [row.to_json() for row in rows[part]]
+        yield ", " * (start > 0) + ", ".join(texts)
     yield f"]{tail}"
 
 
-def _with_stats(checkpoint: Checkpoint, rows: list[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
+def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
     """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
     from ckptkit.stats import NO_STATS, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
@@ -278,34 +280,34 @@ class Totals:
         self.tensors = self.parameters = self.buffers = self.nbytes = 0
 
 
-def totals(rows: Sequence[TensorRow], several: set[int]) -> dict[str, Totals]:
+def totals(rows: Rows, several: set[int]) -> dict[str, Totals]:
     """The sums for each section that has parameters or buffers; what is tied across sections counts in each.
 
     Args:
         rows: every tensor of a file.
         several: the storages that several of them view, by ``id``.
     """
-    counted: set[tuple[str | None, tuple[object, ...]]] = set()
-    prod = math.prod
     sums: dict[str, Totals] = {}
-    section, total = None, Totals()
-    for row in rows:
-        where, _, _, shape, _, nbytes, _, _, role, _, _, entry, _, _, _ = row
-        if role == "unknown" or where is None:
-            continue
-        if where is not section:
-            section, total = where, sums.setdefault(where, Totals())
-        total.tensors += 1
-        if several and nbytes and id(entry.storage) in several:  # type: ignore[union-attr]  # arrays are not among these
-            key = (section, row.tensor.view)
-            if key in counted:
-                continue
-            counted.add(key)
-        total.nbytes += nbytes
-        if role == "parameter":
-            total.parameters += prod(shape)
+
+    def count(row: TensorRow, times: int) -> None:
+        total = sums.setdefault(row.section or "", Totals())
+        total.nbytes += row.nbytes * times
+        if row.role == "parameter":
+            total.parameters += row.numel * times
         else:
-            total.buffers += prod(shape)
+            total.buffers += row.numel * times
+
+    for kind, times in rows.counts():
+        if kind.role != "unknown":
+            count(kind, times)
+            sums[kind.section or ""].tensors += times
+    counted: set[tuple[str | None, tuple[object, ...]]] = set()
+    for section, entry, number in zip(rows.sections, rows.entries, rows.kind_of, strict=True) if several else ():
+        kind = rows.kinds[number]
+        if kind.role != "unknown" and kind.nbytes and id(entry.storage) in several:
+            if (section, entry.view) in counted:
+                count(kind, -1)
+            counted.add((section, entry.view))
     return sums
 
 
@@ -333,23 +335,20 @@ def storage_document(listing: Listing) -> StorageDocument:
     """What the bytes of a file are used for: storages, tensors that share them, and bytes nothing uses."""
     rows, several, bare = listing.rows, listing.several, listing.bare
     views: dict[int, set[tuple[object, ...]]] = {}
-    tied = []
-    for row in rows if several else ():
-        key = id(row.tensor.storage)
-        if row.tied_to is not None:
-            tied.append(row)
-        elif key in several:
-            views.setdefault(key, set()).add(row.tensor.view)
-    storages: Collection[Storage] = [*[row.tensor.storage for row in rows], *bare]
+    for at, entry in enumerate(rows.entries) if several else ():
+        if id(entry.storage) in several and at not in rows.tied_to:
+            views.setdefault(id(entry.storage), set()).add(entry.view)
+    storages: Collection[Storage] = [*[entry.storage for entry in rows.entries], *bare]
     if several or bare:
         storages = dict(zip(map(id, storages), storages, strict=True)).values()
     # What is alone in its storage, and is all of it, leaves nothing.
-    others = [row.tensor for row in rows if id(row.tensor.storage) in several] if several else []
+    others = [entry for entry in rows.entries if id(entry.storage) in several] if several else []
     return {
         "storages": len(storages),
         "nbytes": sum([storage.nbytes for storage in storages]),
-        "unique_tensor_nbytes": sum([row.nbytes for row in rows]) - sum(row.nbytes for row in tied),
-        "tied": len(tied),
+        "unique_tensor_nbytes": sum(kind.nbytes * times for kind, times in rows.counts())
+        - sum(rows.kinds[rows.kind_of[at]].nbytes for at in rows.tied_to),
+        "tied": len(rows.tied_to),
         "shared": sum(len(seen) for seen in views.values() if len(seen) > 1),
         "unused_nbytes": unused_nbytes([*listing.partial, *others], bare),
     }

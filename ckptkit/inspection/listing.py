@@ -1,24 +1,27 @@
 """The tensors of a checkpoint, one row each: where it stands, what it is, what it is tied to.
 
 A row has the fields of one element of the inspect document's ``tensors``; `TensorRow.to_dict` is that
-element and `TensorRow.to_json` its text.  Files have 100,000 of them: a row is a tuple, and what
-rows have in common they share.
+element and `TensorRow.to_json` its text.  Files have 100,000 of them, of few kinds: `Rows` tells what the tensors
+of a file are from one row of each kind, and makes the others where somebody asks for them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from json.encoder import encode_basestring_ascii as quoted
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from ckptkit.checkpoint import WEIGHTS, Checkpoint, Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.modules import Role, tensor_role
-from ckptkit.normalize.sections import join
-from ckptkit.normalize.tensors import FoundTensor, other_tensors, plain_tensors
+from ckptkit.normalize.modules import BUFFER_NAMES, Role, role_of
+from ckptkit.normalize.sections import is_plain_value, join
+from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     from ckptkit.inspection.document import StatsDocument, TensorDocument
 
 __all__ = [
-    "Listing", "TensorRow", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of", "wanted",
+    "Listing", "Rows", "TensorRow", "each_kind", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of",
+    "wanted", "where",
 ]  # fmt: skip
 
 
@@ -130,8 +134,121 @@ class TensorRow(NamedTuple):
         return f'{text}, "stats": {json.dumps(stats)}}}'
 
 
-def rows_of(tensors: list[TensorRow] | list[TensorDocument]) -> list[TensorRow]:
+_JSON_GAPS = re.compile(r'(?<="name": )""|(?<="storage": )""')
+"""Where the JSON text of a kind's row has no name and no storage; in strings quotes have a backslash before them."""
+
+
+class Rows(Sequence[TensorRow]):
+    """The rows of a file's tensors, made when they are asked for.
+
+    Attributes:
+        sections, names, entries: where each tensor stands, and the tensor.
+        kinds: a row of each kind: of the tensors that differ in name, storage and what they are tied to alone.  Of
+            some rows of a file they are those of all.
+        kind_of: the kind of each tensor, by its place in ``kinds``.
+        tied_to: the name that a tensor is tied to, by its place in ``names``.
+    """
+
+    __slots__ = ("_made", "entries", "kind_of", "kinds", "names", "sections", "tied_to")
+
+    def __init__(
+        self,
+        sections: Sequence[str | None],
+        names: Sequence[str],
+        entries: Sequence[TensorEntry],
+        kinds: Sequence[TensorRow],
+        kind_of: Sequence[int],
+        tied_to: dict[int, str],
+    ) -> None:
+        self.sections, self.names, self.entries = sections, names, entries
+        self.kinds, self.kind_of, self.tied_to = kinds, kind_of, tied_to
+        self._made: list[TensorRow] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[TensorRow]:
+        if self._made is None:
+            self._made = self._rows(slice(None))
+        return iter(self._made)
+
+    @overload
+    def __getitem__(self, index: int) -> TensorRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TensorRow]: ...
+    def __getitem__(self, index: int | slice) -> TensorRow | list[TensorRow]:
+        if self._made is not None:
+            return self._made[index]
+        if isinstance(index, slice):
+            return self._rows(index)
+        at = range(len(self))[index]
+        return self._rows(slice(at, at + 1))[0]
+
+    def _rows(self, part: slice) -> list[TensorRow]:
+        make, row_class, kinds, tied_to = tuple.__new__, TensorRow, self.kinds, self.tied_to
+        chosen = range(len(self))[part]
+        columns = self.sections[part], self.names[part], self.entries[part], self.kind_of[part], chosen
+        return [
+            make(
+                row_class,
+                (section, name, kind[2], entry.shape, entry.stride, kind[5], kind[6], entry.storage.key, kind[8],
+                 kind[9], tied_to.get(at) if tied_to else None, entry, None, None, None),
+            )
+            for section, name, entry, number, at in zip(*columns, strict=True)
+            for kind in (kinds[number],)
+        ]  # fmt: skip
+
+    def to_json(self, part: slice) -> list[str]:
+        """The JSON text of some rows: of each kind made once, and but name and storage filled in."""
+        columns = self.names[part], self.entries[part], self.kind_of[part]
+        texts = {number: _JSON_GAPS.split(self.kinds[number].to_json()) for number in set(columns[2])}
+        made = [
+            f"{head}{quoted(name)}{middle}{quoted(entry.storage.key)}{tail}"
+            for name, entry, number in zip(*columns, strict=True)
+            for head, middle, tail in (texts[number],)
+        ]
+        for at, index in enumerate(range(len(self))[part]) if self.tied_to else ():
+            if index in self.tied_to:
+                made[at] = self[index].to_json()
+        return made
+
+    def counts(self) -> list[tuple[TensorRow, int]]:
+        """The kinds with the number of tensors of each."""
+        counts = Counter(self.kind_of)
+        return [(kind, counts[number]) for number, kind in enumerate(self.kinds)]
+
+    def where(self, test: Callable[[TensorRow], bool]) -> Rows:
+        """The rows of the kinds that pass a test."""
+        passed = list(map(test, self.kinds))
+        if all(passed):
+            return self
+        chosen = [passed[number] for number in self.kind_of]
+        places = compress(range(len(self)), chosen) if self.tied_to else ()
+        tied_to = {at: self.tied_to[before] for at, before in enumerate(places) if before in self.tied_to}
+        return Rows(
+            list(compress(self.sections, chosen)),
+            list(compress(self.names, chosen)),
+            list(compress(self.entries, chosen)),
+            self.kinds,
+            list(compress(self.kind_of, chosen)),
+            tied_to,
+        )
+
+
+def each_kind(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
+    """Rows among which are all that differ in more than name, storage and what they are tied to."""
+    return rows.kinds if isinstance(rows, Rows) else rows
+
+
+def where(rows: Sequence[TensorRow], test: Callable[[TensorRow], bool]) -> Sequence[TensorRow]:
+    """The rows that pass a test, of what `each_kind` tells apart."""
+    return rows.where(test) if isinstance(rows, Rows) else list(filter(test, rows))
+
+
+def rows_of(tensors: Sequence[TensorRow] | list[TensorDocument]) -> Sequence[TensorRow]:
     """The rows that the elements of a document's ``tensors`` stand for; rows are given back as they are."""
+    if isinstance(tensors, Rows):
+        return tensors
     rows: list[Any] = [*tensors]
     if not rows or isinstance(rows[0], TensorRow):
         return rows
@@ -154,7 +271,7 @@ class Listing(NamedTuple):
         partial: the tensors that are not all of their storage, or repeat its elements.
     """
 
-    rows: list[TensorRow]
+    rows: Rows
     others: list[FoundTensor]
     several: set[int]
     partial: list[TensorEntry]
@@ -180,52 +297,67 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
     Raises:
         LimitError: the names are more, or all together longer, than those of any checkpoint.
     """
-    named: list[_Named] = plain_tensors(checkpoint)  # type: ignore[assignment]  # of tensors alone
+    state_dict = checkpoint.state_dict
+    names, entries = list(state_dict), list(state_dict.values())
+    if not state_dict.is_plain:
+        names = [name for name, entry in state_dict.items() if is_plain_value(entry)]
+        entries = list(filter(is_plain_value, entries))
+    sections: list[str | None] = [checkpoint.origin.state_path or ""] * len(names)
+    are_own = [True] * len(names)
     others: list[FoundTensor] = []
     for found in other_tensors(checkpoint) if beside is None else beside:
-        (named if isinstance(found.node, TensorEntry) else others).append(found)  # type: ignore[arg-type]
-    if len(named) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
-        raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(named) + len(others))
-    characters = sum([len(name) + len(section) if section else len(name) for section, name, _, _ in named])
+        if isinstance(found.node, TensorEntry):
+            sections.append(found.section)
+            names.append(found.name)
+            entries.append(found.node)
+            are_own.append(found.is_own)
+        else:
+            others.append(found)
+    if len(names) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
+        raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(names) + len(others))
+    characters = sum(map(len, names)) + sum(map(len, filter(None, sections)))
     if characters > DEFAULT_LIMITS.name_characters:  # one long key may stand above thousands of tensors
         raise LimitError("characters of names", limit=DEFAULT_LIMITS.name_characters, actual=characters)
-    several = shared_storages([found[2] for found in named])
-    tied_to = _ties(named, several)
-    kinds: dict[str | None, str] = {section.path: section.kind for section in checkpoint.sections}
-    selected = checkpoint.origin.state_path
-    rows: list[TensorRow] = []
+    several = shared_storages(entries)
+    kinds = _Kinds(checkpoint)
+    kind_of = [
+        kinds[section, entry.shape, entry.stride, entry.dtype, storage.location, storage.nbytes, entry.is_parameter,
+              name.rpartition(".")[2] in BUFFER_NAMES, is_own]
+        for section, name, entry, is_own in zip(sections, names, entries, are_own, strict=True)
+        for storage in (entry.storage,)
+    ]  # fmt: skip
     partial: list[TensorEntry] = []
-    make, row_class = tuple.__new__, TensorRow
-    geometries: dict[tuple[int, int, str], tuple[int, bool]] = {}  # readers give those alike the same tuples
-    before: object = None
-    has_roles = known = False
-    for section, name, entry, is_own in named:
+    if True in kinds.are_partial:
+        partial = [entry for entry, kind in zip(entries, kind_of, strict=True) if kinds.are_partial[kind]]
+    tied_to = _ties(sections, names, entries, several)
+    return Listing(Rows(sections, names, entries, kinds.rows, kind_of, tied_to), others, several, partial)
+
+
+class _Kinds(dict[tuple[Any, ...], int]):
+    """The kinds of a file's tensors by what tells them apart; a row is made of each when it is first asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._sections: dict[str | None, str] = {section.path: section.kind for section in checkpoint.sections}
+        self._selected = checkpoint.origin.state_path
+        self._is_walked = checkpoint.module is not None
+        self.rows: list[TensorRow] = []
+        self.are_partial: list[bool] = []
+        """Whether the tensors of each kind are not all of their storage, or repeat its elements."""
+
+    def __missing__(self, key: tuple[Any, ...]) -> int:
+        section, shape, stride, dtype, location, storage_nbytes, is_parameter, is_buffer_name, is_own = key
+        facts = DTYPES[dtype]
+        nbytes = math.prod(shape) * (facts.bits or 8 * facts.itemsize) // 8
+        is_selected = section is not None and section == self._selected
+        kind = self._sections.get(section)
         role: Role = "unknown"
         inferred = False
-        if section is not before or not rows:  # most stand in the one before them
-            before = section
-            is_selected = section is not None and section == selected
-            known = checkpoint.module is not None if is_selected else kinds.get(section) == "whole_model"
-            has_roles = is_selected or kinds.get(section) in WEIGHTS
-        shape, stride, dtype, storage = entry.shape, entry.stride, entry.dtype, entry.storage
-        geometry = geometries.get((id(shape), id(stride), dtype))
-        if geometry is None:
-            row = DTYPES[dtype]
-            nbytes = math.prod(shape) * (row.bits or 8 * row.itemsize) // 8
-            geometry = geometries[id(shape), id(stride), dtype] = nbytes, 0 in stride
-        nbytes, repeats = geometry
-        if repeats or nbytes != storage.nbytes:
-            partial.append(entry)
-        if has_roles and is_own:
-            role, inferred = tensor_role(name, entry, known=known)
-        rows.append(
-            make(
-                row_class,
-                (section, name, dtype, shape, stride, nbytes, storage.location,
-                 storage.key, role, inferred, tied_to.get(len(rows)) if tied_to else None, entry, None, None, None),
-            )
-        )  # fmt: skip
-    return Listing(rows, others, several, partial)
+        if is_own and (is_selected or kind in WEIGHTS):
+            known = self._is_walked if is_selected else kind == "whole_model"
+            role, inferred = role_of(dtype, is_parameter, is_buffer_name, known=known)
+        self.rows.append(TensorRow(section, "", dtype, shape, stride, nbytes, location, "", role, inferred, None, None))
+        self.are_partial.append(0 in stride or nbytes != storage_nbytes)
+        return self.setdefault(key, len(self))
 
 
 def other_rows(listing: Listing) -> Iterator[TensorRow]:
@@ -267,23 +399,20 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
                 )  # fmt: skip
 
 
-_Named = tuple[str | None, str, TensorEntry, bool]
-"""What `FoundTensor` is of a tensor."""
-
-
-def _ties(named: list[_Named], several: set[int]) -> dict[int, str]:
+def _ties(
+    sections: list[str | None], names: list[str], entries: list[TensorEntry], several: set[int]
+) -> dict[int, str]:
     """For each tensor that stands elsewhere already, by its index: the name it is tied to."""
     if not several:
         return {}
     first: dict[tuple[object, ...], int] = {}
     tied: dict[int, str] = {}
-    for index, (section, _, entry, _) in enumerate(named):
+    for index, entry in enumerate(entries):
         if id(entry.storage) in several and entry.nbytes:
             kept = first.setdefault(entry.view, index)
             if kept != index:
-                kept_section, kept_name = named[kept][:2]
-                inside = kept_section == section or not kept_section
-                tied[index] = kept_name if inside else f"{kept_section}.{kept_name}"
+                inside = sections[kept] == sections[index] or not sections[kept]
+                tied[index] = names[kept] if inside else f"{sections[kept]}.{names[kept]}"
     return tied
 
 
@@ -294,7 +423,7 @@ def wanted(name: str, filters: Sequence[str]) -> bool:
     return not filters or any(fnmatchcase(name, pattern) for pattern in filters)
 
 
-def ordered(rows: list[TensorRow], sort: str) -> list[TensorRow]:
+def ordered(rows: Sequence[TensorRow], sort: str) -> Sequence[TensorRow]:
     """The rows in file order (``"file"``), natural order of names (``"name"``) or largest first (``"size"``)."""
     if sort == "name":
         return sorted(rows, key=lambda row: (row.section or "", natural_key(row.name)))
@@ -305,8 +434,6 @@ def ordered(rows: list[TensorRow], sort: str) -> list[TensorRow]:
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sorts ``layer10`` after ``layer2``."""
-    import re
-
     parts = [part for part in re.split(r"([0-9]+)", name) if part]
     # Only these digits: there are characters that are digits and no numbers.
     return [(0, int(part)) if "0" <= part[0] <= "9" and len(part) < 19 else (1, part) for part in parts]

@@ -10,10 +10,10 @@ a gap, and have the same structure (the same names, shapes, dtypes and classes b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptkit.inspection.listing import TensorRow, natural_key
+from ckptkit.inspection.listing import Rows, TensorRow, natural_key
 from ckptkit.report import count_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,14 @@ _Group = list[_Labelled]
 """Branches that are one line: siblings alike, or one."""
 
 _Names = list[Any]
-"""What stands below a name, by label: tensors (`TensorRow`), and what stands below further names; then its branch."""
+"""What stands below a name, each after its label: tensors' branches, and what stands below further names.
+
+Once it is made, the branch of it all is the last item.
+
+Files have 100,000 modules, most with one tensor, below others that are all alike (the experts of a layer, its blocks).
+So the names that follow one another two levels below a name, ``0.weight`` and ``0.bias``, stand as they are, with
+their tensors, after a ``None``, until another comes between: that is an odd number of items.
+"""
 
 
 class Outline:
@@ -116,19 +123,13 @@ class Outline:
         notes: dict[int, str] = {}
         for module in modules:
             notes[id(_below(module["path"], made))] = module["text"].replace("\n", " ")
-        for row in _without_parts(rows):
-            name = f"{row.section}.{row.name}" if sectioned and row.section else row.name
-            above, _, last = name.rpartition(".")
-            if not above:
-                last = name
-            inside = made.get(above)
-            if inside is None:
-                inside = _below(above, made)
-            inside.append((last, row))
+        branches = _Branches(sort)
+        _fill(made, branches.leaves(rows, sectioned), packs=not modules)
         if self._has_classes:
             for inside in made.values():
-                inside.sort(key=lambda item: item[1].__class__ is list)  # as state_dict() gives them
-        self._root = _measured(made, notes, sort)
+                pairs = sorted(zip(inside[::2], inside[1::2], strict=True), key=lambda pair: pair[1].__class__ is list)
+                inside[:] = itertools.chain.from_iterable(pairs)  # as state_dict() gives them
+        self._root = branches.of(made, notes)
 
     def lines(self, depth: int, *, modules_only: bool = False) -> Iterator[OutlineLine]:
         """The tree down to a level.
@@ -224,104 +225,165 @@ def _without_parts(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
     return left
 
 
+def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, packs: bool) -> None:
+    """Put tensors below what stands above them, all of which is made where it is not there yet.
+
+    Args:
+        made: what stands below each name.
+        leaves: the names, with the tensors' branches.
+        packs: whether names two levels below one may stand as they are.
+    """
+    run: _Names | None = None
+    prefix = ""
+    for name, leaf in leaves:
+        if run is not None and name.startswith(prefix):
+            tail = name[len(prefix) :]
+            if tail.count(".") == 1 and tail[0] != ".":
+                run.append(tail)
+                run.append(leaf)
+                continue
+        run = None
+        above, _, last = name.rpartition(".")
+        inside = made.get(above)
+        if inside is None:
+            up, _, label = above.rpartition(".")
+            if packs and up and label and up not in made and up.count(".") < _MAX_LEVELS:
+                below = _below(up, made)
+                if not below:  # else it was among what is unpacked now
+                    run, prefix = below, up + "."
+                    run += None, name[len(prefix) :], leaf
+                    continue
+            inside = _below(above, made)
+        elif len(inside) % 2:
+            inside = _unpacked(above, made)
+        inside += last if above else name, leaf
+
+
+def _unpacked(path: str, made: dict[str, _Names]) -> _Names:
+    """What stands below a path as names two levels below it, level by level."""
+    inside = made[path]
+    tails, leaves = inside[1::2], inside[2::2]
+    inside.clear()
+    for tail, leaf in zip(tails, leaves, strict=True):
+        label, _, last = tail.partition(".")
+        below = made.get(f"{path}.{label}")
+        if below is None:
+            below = made[f"{path}.{label}"] = []
+            inside += label, below
+        below += last, leaf
+    return inside
+
+
 def _below(path: str, made: dict[str, _Names]) -> _Names:
     """What stands below a path, made with all above it where it is not there yet."""
     inside = made.get(path)
     if inside is not None:
-        return inside
+        return _unpacked(path, made) if len(inside) % 2 else inside
     above, _, last = path.rpartition(".")
-    inside = made.get(above)
-    if inside is not None and (len(path) <= _MAX_LEVELS or path.count(".") <= _MAX_LEVELS):  # as nearly always
-        below: _Names = []
-        made[path] = below
-        inside.append((last, below))
-        return below
-    missing = [(path, last)]
     if path.count(".") > _MAX_LEVELS:
-        above, missing = "", [(path, path)]  # one piece
-    while above and above not in made:
-        missing.append((above, above.rpartition(".")[2]))
-        above = above.rpartition(".")[0]
-    inside = made[above]
-    for whole, part in reversed(missing):
-        made[whole] = below = []
-        inside.append((part, below))
-        inside = below
+        above, last = "", path  # one piece
+    outside = _below(above, made)
+    inside = made.get(path)
+    if inside is None:  # else it was among what is unpacked now
+        inside = made[path] = []
+        outside += last, inside
     return inside
 
 
-def _measured(made: dict[str, _Names], notes: dict[int, str], sort: str) -> _Branch:
-    """The branch of all, with what is below each branch in order and summed up, from the bottom."""
-    shapes: dict[tuple[object, ...], int] = {}
-    known: dict[tuple[object, ...], _Branch] = {}
-    orders: dict[tuple[str, ...], list[int] | None] = {}
-    branch: _Branch | None = None
-    for inside in reversed(made.values()):  # what is below was made later
-        note = notes.get(id(inside), "") if notes else ""
-        alike: tuple[object, ...] | None = None
-        if len(inside) == 1:
-            label, item = inside[0]
-            if item.__class__ is not list and item[10] is None and item[13] is None:  # neither tied nor a value
-                alike = label, item[2], item[3], item[5], item[8], note
-                branch = known.get(alike)
-                if branch is not None:
-                    inside.append(branch)
-                    continue
-        elif inside:
-            labels = tuple([label for label, _ in inside])
-            order = orders[labels] if labels in orders else orders.setdefault(labels, _order(labels, sort))
-            if order is not None:
-                inside[:] = [inside[at] for at in order]
-        key: list[object] = [note]
-        for label, item in inside:
-            key += label, (item[-1] if item.__class__ is list else _tensor(item, known, shapes))
-        branch = known.get(tuple(key))
+class _Branches:
+    """Makes branches, one of all that are alike."""
+
+    def __init__(self, sort: str) -> None:
+        self._sort = sort
+        self._tensors: dict[tuple[object, ...], _Branch] = {}
+        self._known: dict[tuple[object, ...], _Branch] = {}
+        self._shapes: dict[tuple[object, ...], int] = {}
+        self._orders: dict[tuple[str, ...], list[int] | None] = {}
+
+    def leaves(self, rows: Sequence[TensorRow], sectioned: bool) -> Iterable[tuple[str, _Branch]]:
+        """The name of each tensor with its branch."""
+        if isinstance(rows, Rows) and not (sectioned and any(rows.sections)):
+            kinds = list(map(self._tensor, rows.kinds))
+            leaves = [kinds[number] for number in rows.kind_of]
+            for at in rows.tied_to:
+                leaves[at] = self._tensor(rows[at])
+            return zip(rows.names, leaves, strict=True)
+        return (
+            (f"{row.section}.{row.name}" if sectioned and row.section else row.name, self._tensor(row))
+            for row in _without_parts(rows)
+        )
+
+    def of(self, made: dict[str, _Names], notes: Mapping[int, str] = {}) -> _Branch:
+        """The branch of all, with what is below each branch in order and summed up, from the bottom."""
+        known = self._known
+        branch: _Branch | None = None
+        for inside in reversed(made.values()):  # what is below was made later
+            note = notes.get(id(inside), "") if notes else ""
+            key = tuple([item[-1] if item.__class__ is list else item for item in inside])
+            if note:
+                key = (note, *key)
+            branch = known.get(key)
+            if branch is None:
+                branch = known[key] = self._made(key, note)
+            inside.append(branch)
+        return branch or _Branch([])
+
+    def _made(self, key: tuple[Any, ...], note: str) -> _Branch:
+        if key[:1] == (None,):
+            below: dict[str, _Names] = {"": []}
+            _fill(below, zip(key[1::2], key[2::2], strict=True), packs=False)
+            return self.of(below)
+        if note:
+            key = key[1:]
+        labels = key[::2]
+        if labels not in self._orders:
+            self._orders[labels] = _order(labels, self._sort)
+        order = self._orders[labels]
+        if order is not None:
+            key = tuple([part for at in order for part in key[2 * at : 2 * at + 2]])
+        in_order = (note, *key) if note else key
+        branch = self._known.get(in_order)
         if branch is None:
-            branch = known[tuple(key)] = _Branch(list(zip(key[1::2], key[2::2], strict=True)), note=note)  # type: ignore[arg-type]
-            _sum_up(branch, shapes)
-        inside.append(branch)
+            branch = self._known[in_order] = _Branch(list(zip(key[::2], key[1::2], strict=True)), note=note)
+            self._sum_up(branch)
+        return branch
+
+    def _tensor(self, row: TensorRow) -> _Branch:
+        alike = None
+        if row.tied_to is None and row.value is None:
+            alike = row.dtype, row.shape, row.role, row.nbytes
+            if alike in self._tensors:
+                return self._tensors[alike]
+        branch = _Branch([], row)
+        branch.tensors = 1
+        if row.tied_to is None:
+            numel = row.numel
+            branch.nbytes = row.nbytes
+            if row.role == "parameter":
+                branch.parameters = numel
+            elif row.role == "buffer":
+                branch.buffers = numel
+            else:
+                branch.others = numel
+        branch.shape = self._shapes.setdefault((row.dtype, row.shape, row.role), len(self._shapes))
+        branch.dtypes = frozenset((row.dtype,))
         if alike is not None:
-            known[alike] = branch
-    return branch or _Branch([])
+            self._tensors[alike] = branch
+        return branch
 
-
-def _tensor(row: Any, known: dict[tuple[object, ...], _Branch], shapes: dict[tuple[object, ...], int]) -> _Branch:
-    alike = None
-    if row.tied_to is None and row.value is None:
-        alike = row.dtype, row.shape, row.role, row.nbytes
-        if alike in known:
-            return known[alike]
-    branch = _Branch([], row)
-    branch.tensors = 1
-    if row.tied_to is None:
-        numel = row.numel
-        branch.nbytes = row.nbytes
-        if row.role == "parameter":
-            branch.parameters = numel
-        elif row.role == "buffer":
-            branch.buffers = numel
-        else:
-            branch.others = numel
-    branch.shape = shapes.setdefault((row.dtype, row.shape, row.role), len(shapes))
-    branch.dtypes = frozenset((row.dtype,))
-    if alike is not None:
-        known[alike] = branch
-    return branch
-
-
-def _sum_up(branch: _Branch, shapes: dict[tuple[object, ...], int]) -> None:
-    below: list[object] = []
-    dtypes: set[str] = set()
-    for label, child in branch.children:
-        dtypes |= child.dtypes
-        branch.tensors += child.tensors
-        branch.parameters += child.parameters
-        branch.buffers += child.buffers
-        branch.others += child.others
-        branch.nbytes += child.nbytes
-        below.append((label, child.shape))
-    branch.shape = shapes.setdefault((branch.note, *below), len(shapes))
-    branch.dtypes = frozenset(dtypes)
+    def _sum_up(self, branch: _Branch) -> None:
+        below: list[object] = []
+        dtypes: set[str] = set()
+        for label, child in branch.children:
+            dtypes |= child.dtypes
+            branch.tensors += child.tensors
+            branch.parameters += child.parameters
+            branch.buffers += child.buffers
+            branch.others += child.others
+            branch.nbytes += child.nbytes
+            below.append((label, child.shape))
+        branch.shape = self._shapes.setdefault((branch.note, *below), len(self._shapes))
+        branch.dtypes = frozenset(dtypes)
 
 
 def _order(labels: Sequence[str], sort: str) -> list[int] | None:

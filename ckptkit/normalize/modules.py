@@ -37,6 +37,7 @@ from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_
 from ckptkit.report import count_of
 
 __all__ = [
+    "BUFFER_NAMES",
     "MODULE",
     "MODULE_MARKS",
     "Role",
@@ -46,6 +47,7 @@ __all__ = [
     "known_versions",
     "may_be_wrapped",
     "module_state",
+    "role_of",
     "tensor_role",
     "unwrapped",
     "unwrapped_in_digests",
@@ -58,7 +60,7 @@ __all__ = [
 Role = Literal["parameter", "buffer", "unknown"]
 """What a tensor is; ``"unknown"``: it is none of a model's."""
 
-_BUFFER_NAMES = frozenset(
+BUFFER_NAMES = frozenset(
     {
         "running_mean", "running_var", "num_batches_tracked", "position_ids", "token_type_ids", "inv_freq",
         "relative_position_index", "relative_coords_table", "relative_position_bucket", "attn_mask", "causal_mask",
@@ -79,12 +81,16 @@ def tensor_role(name: str, entry: TensorEntry, *, known: bool) -> tuple[Role, bo
         known: whether the file says it (whole models do; a state_dict saves both alike, and then
             customary names and whole-number dtypes tell buffers).
     """
-    if entry.is_parameter:
+    return role_of(entry.dtype, entry.is_parameter, name.rpartition(".")[2] in BUFFER_NAMES, known=known)
+
+
+def role_of(dtype: str, is_parameter: bool, is_buffer_name: bool, *, known: bool) -> tuple[Role, bool]:
+    """As `tensor_role`, of what it depends on; the last is whether the name's last segment is in `BUFFER_NAMES`."""
+    if is_parameter:
         return "parameter", False
     if known:
         return "buffer", False
-    is_buffer = name[name.rfind(".") + 1 :] in _BUFFER_NAMES or DTYPES[entry.dtype].kind in ("int", "bool")
-    return ("buffer" if is_buffer else "parameter"), True
+    return ("buffer" if is_buffer_name or DTYPES[dtype].kind in ("int", "bool") else "parameter"), True
 
 
 MODULE_MARKS = ("_parameters", "_buffers", "_modules")

@@ -201,6 +201,8 @@ def _product(numbers: Sequence[int]) -> int:
 
 def _has_flat(own: Mapping[str, object], state_dict: StateDict) -> bool:
     """Whether the weights, or where none are selected any of the file's own, are flat parameters."""
+    if state_dict and "flat_param" not in "\n".join(state_dict):  # as of nearly all files
+        return False
     weights = [state_dict.items()] if state_dict else [_own_keys(value).items() for value in own.values()]
     named = [(name, value) for values in weights for name, value in values if "flat_param" in name]
     return any(isinstance(v, TensorEntry) and len(v.shape) == 1 and re.search(_FLAT, n) is not None for n, v in named)

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from operator import itemgetter
 from typing import Any, Final, Literal
 
 from ckptkit.checkpoint import WEIGHTS, Section, Storage, TensorEntry
@@ -122,7 +123,7 @@ def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
         bound = bound_method(node)
         return walk_module(node if bound is None else bound[0])
     pairs: list[Any] = named_values(node) or []
-    if set(map(type, [key for key, _ in pairs])) - {str}:
+    if set(map(type, map(itemgetter(0), pairs))) - {str}:
         pairs = [pair for pair in pairs if isinstance(pair[0], str)]
     if any(isinstance(value, TensorEntry) for _, value in pairs):
         return iter(pairs)
@@ -251,6 +252,10 @@ class SectionSearch:
         return "parts" if parts(node) else "collection"
 
     def _is_state_dict(self, pairs: list[tuple[object, object]]) -> bool:
+        if set(map(type, map(itemgetter(0), pairs))) == {str} and set(map(type, map(itemgetter(1), pairs))) == {
+            TensorEntry
+        }:
+            return not are_moments(pairs)
         tensors = others = dotted = below = 0
         for key, value in pairs:
             if not isinstance(key, str):
@@ -315,9 +320,11 @@ class SectionSearch:
                 if set(map(type, leaves)) - {TensorEntry}:
                     entries = [leaf for leaf in leaves if isinstance(leaf, TensorEntry)]
                     bare = [leaf for leaf in leaves if isinstance(leaf, Storage)]
-                storages = [*[entry.storage for entry in entries], *bare]
-                once = dict(zip(map(id, storages), storages, strict=True)).values()
-                sizes[id(candidate.node)] = len(set(map(id, entries))), sum([storage.nbytes for storage in once])
+                count, storages = len(entries), [*[entry.storage for entry in entries], *bare]
+                if len(set(map(id, storages))) < len(storages):
+                    count = len(set(map(id, entries)))
+                    storages = list({id(storage): storage for storage in storages}.values())
+                sizes[id(candidate.node)] = count, sum([storage.nbytes for storage in storages])
             count, total = sizes[id(candidate.node)]
             sections.append(
                 Section(

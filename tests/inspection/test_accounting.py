@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import ckptkit
+from ckptkit.inspection.listing import list_tensors
 
 Save = Callable[..., Path]
 
@@ -54,6 +56,20 @@ def test_rnn_weights_of_one_flat_storage(save: Save) -> None:
 def test_across_sections_and_bare_storages(save: Save) -> None:
     saved = {"model": {"w": BASE}, "ema": {"w": BASE}, "part": BASE[:3], "bare": torch.ones(5).untyped_storage()}
     assert storage(save(saved)) == used(2, 420, 412, tied=1, shared=2)
+
+
+def test_rows_go_by_kinds_and_are_the_same_one_by_one(save: Save) -> None:
+    bare = nn.BatchNorm1d(3).state_dict()
+    saved = {"model": {**bare, "tied": BASE, "part": BASE[:7]}, "ema": {"w": BASE, **bare}, "state": BASE[3:].view(97)}
+    with ckptkit.open(save(saved), section="ema") as file:
+        fresh, made = list_tensors(file.checkpoint).rows, list(list_tensors(file.checkpoint).rows)
+    dicts = [row.to_dict() for row in made]
+    assert len({row["tied_to"] for row in dicts}) > 6
+    assert [row.to_dict() for row in (fresh[0], fresh[-1], *fresh[3:6])] == [dicts[0], dicts[-1], *dicts[3:6]]
+    assert list(map(json.loads, fresh.to_json(slice(2, 99)))) == dicts[2:]
+    for test in (lambda row: row.section == "model", lambda row: row.role == "buffer", lambda row: row.nbytes < 0):
+        assert list(fresh.where(test)) == list(filter(test, made))
+    assert sum(kind.nbytes * times for kind, times in fresh.counts()) == sum(row["nbytes"] for row in dicts)
 
 
 def sections(path: Path, **options: Any) -> dict[str, tuple[int | None, int | None]]:

@@ -93,6 +93,21 @@ def test_numbers_are_in_their_order_and_all_else_in_the_files() -> None:
     assert lines(rows, sort="size")[1:3] == [".b11.w", ".b10.w"]
 
 
+def test_the_order_of_names_makes_no_difference_to_what_they_are() -> None:
+    names = [f"{above}.{last}" for above in ("x.0", "x.1", "x.0.a", "x.0.a.b", "x.1.a", "x") for last in "uvw"]
+    rows = {name: row(name, index + 1) for index, name in enumerate(names)}
+    everything = {f".{name}" for name in names}
+    for seed in range(200):
+        shuffled = random.Random(seed).sample(names, len(names))
+        path: list[str] = []
+        found = set()
+        for line in Outline([rows[name] for name in shuffled]).lines(50):
+            path[max(line.level - 1, 0) :] = [line.label] * (line.level > 0)
+            if line.is_tensor:
+                found.add("." + ".".join(path))
+        assert found == everything
+
+
 def test_depth() -> None:
     rows = [*block("a.b.c"), *block("a.d")]
     assert lines(rows, 1) == ["(all)", ".a", "..b.c", "..d"]  # what all names share is not counted
