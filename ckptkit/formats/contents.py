@@ -42,7 +42,7 @@ from ckptkit.formats.magic import (
 )
 from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header, read_members
 from ckptkit.formats.torch_legacy import PickleRow
-from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, ends_like_a_zip, read_directory, read_record
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, Records, ends_like_a_zip, read_directory, read_record
 from ckptkit.formats.zip_records import record_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
@@ -366,7 +366,7 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
     found: list[GlobalUse] = []
     contents = ContentSearch(probe.limits)
     # A directory that was refused is not read again.
-    records: dict[str, Record] | None = vars(probe).get("records")
+    records: Records | None = vars(probe).get("records")
     whole = probe.file.whole
     try:
         if records:

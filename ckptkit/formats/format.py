@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CorruptError, FormatError, RewriteError
-from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, read_directory
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Records, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 
@@ -47,7 +47,7 @@ class Probe:
         self.outcomes: dict[str, RawCheckpoint | FormatError | None] = {}
 
     @cached_property
-    def records(self) -> dict[str, Record] | None:
+    def records(self) -> Records | None:
         """Every record of a zip archive by its full name; ``None``: the file is none.
 
         Raises:

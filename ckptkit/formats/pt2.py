@@ -65,7 +65,7 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: the file is damaged or refused.
     """
-    archive = TorchArchive(probe.records or {}, probe.limits)
+    archive = TorchArchive(probe.records, probe.limits)
     archive.programs = _COMPILED
     reader = _Reader(archive)
     models = reader.old() if _OLD in archive.records else reader.models()

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import get_args
 
 from ckptkit.checkpoint import GlobalUse, Verdict
@@ -272,7 +272,7 @@ _CHECKPOINTS = (".pth", ".pt", ".pt2", ".ckpt", ".bin", ".safetensors", ".pkl", 
 """Endings that checkpoints have."""
 
 
-def describe_zip(records: dict[str, Record]) -> str:
+def describe_zip(records: Mapping[str, Record]) -> str:
     """One sentence: what the archive is, and the remedy where there is one.
 
     Args:

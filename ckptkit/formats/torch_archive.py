@@ -25,7 +25,7 @@ requests 94503, 100994, 143879 and 147788).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -35,7 +35,7 @@ from ckptkit.computed import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
-from ckptkit.formats.zip_records import Record, read_record, record_source
+from ckptkit.formats.zip_records import Record, Records, read_record, record_source
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
@@ -93,7 +93,7 @@ def archive_kind(probe: Probe) -> ArchiveKind | None:
     return "torchscript" if f"{root}constants.pkl" in records else "torch-zip"
 
 
-def _root(records: dict[str, Record]) -> str | None:
+def _root(records: Mapping[str, Record]) -> str | None:
     """The root folder with its slash (``""``: there is none); ``None``: the archive is not torch's."""
     if "serialized_exported_program.json" in records:
         return ""
@@ -113,7 +113,7 @@ def _root(records: dict[str, Record]) -> str | None:
     return found
 
 
-def _has_version(records: dict[str, Record], root: str) -> bool:
+def _has_version(records: Mapping[str, Record], root: str) -> bool:
     """Whether there is what every writer of torch's leaves beside the data."""
     return any(f"{root}{name}" in records for name in ("version", ".data/version", "archive_version"))
 
@@ -132,13 +132,16 @@ class TorchArchive:
 
     Raises:
         AmbiguousError: more than one folder in the archive is torch's.
+        CorruptError: there are no records.
     """
 
-    def __init__(self, records: dict[str, Record], limits: Limits, levels: int = 1) -> None:
+    def __init__(self, records: Records | None, limits: Limits, levels: int = 1) -> None:
+        if not records:
+            raise CorruptError("an archive without records")
         root = _root(records) or ""
         self.limits = limits
         self.programs: tuple[str, ...] = ()
-        self.records = {name[len(root) :]: record for name, record in records.items() if name.startswith(root)}
+        self.records = records.below(root)
         self._root = root
         self._outside: dict[str, Record] = {}
         if len(self.records) < len(records):
@@ -154,7 +157,6 @@ class TorchArchive:
             )
         self._used: set[str] = set()  # what something refers to
         self._known: set[str] = set()  # what is known to be no more than it is read as
-        self._located: list[str] = []  # both: the bytes of tensors
         self._looked = False
         self._levels = levels
         self._pickles = 0
@@ -239,11 +241,11 @@ class TorchArchive:
             folder: of their records, with its slash.
             suffix: that follows the key in their names.
         """
-        records, located = self.records, self._located
+        take = self.records.take
 
         def locate(key: str, nbytes: int) -> tuple[ByteSource, int | None]:
             name = f"{folder}{key}{suffix}"
-            record = records.get(name)
+            record = take(name)
             if record is None:
                 raise CorruptError(f"storage {key!r} has no record {name[:200]}: damaged, or not written by torch")
             _, data, held, is_deflated, crc32 = record
@@ -251,7 +253,6 @@ class TorchArchive:
                 raise CorruptError(
                     f"storage {key!r} is declared as {count_of(nbytes, 'byte')}, its record holds {held:,}"
                 )
-            located.append(name)
             if crc32 is None:
                 self._unrecorded += 1
             return record_source(record) if is_deflated else data, crc32
@@ -286,7 +287,7 @@ class TorchArchive:
                 persistent_load=persistent_load or table.persistent_load,
                 constructors={**table.constructors, **(constructors or {})},
                 limits=self.limits,
-                shortcut=TensorShortcut(table.persistent_load),
+                shortcut=TensorShortcut(table.named),
                 whole=True,
             )
         except FormatError as error:
@@ -349,8 +350,7 @@ class TorchArchive:
 
     def _not_located(self) -> list[str]:
         """The records that are not the bytes of tensors."""
-        located = set(self._located)
-        return [name for name in self.records if name not in located]
+        return self.records.left()
 
     def _others(self) -> list[tuple[str, Record]]:
         """The records that nothing in the file refers to, as far as it was read."""

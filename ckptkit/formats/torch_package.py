@@ -52,7 +52,7 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: the file is damaged or refused.
     """
-    archive = TorchArchive(probe.records or {}, probe.limits)
+    archive = TorchArchive(probe.records, probe.limits)
     version, byteorder = archive.version(), archive.byteorder()
     package = _Package(archive, byteorder)
     resources = [name for name in archive.records if _is_resource(name)]

@@ -43,7 +43,7 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: the file is damaged or refused.
     """
-    archive = TorchArchive(probe.records or {}, probe.limits)
+    archive = TorchArchive(probe.records, probe.limits)
     version, byteorder = archive.version(), archive.byteorder()
     table = StorageTable(archive.locator("data/"), byteorder=byteorder, limits=probe.limits)
     pickle = archive.pickle("data.pkl", table)

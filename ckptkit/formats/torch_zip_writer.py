@@ -18,8 +18,8 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError, UnsupportedError
 from ckptkit.formats.containers import format_named
 from ckptkit.formats.torch_archive import METADATA
-from ckptkit.formats.zip_archive import CENTRAL, LOCAL, LOCAL_SIGNATURE, STORED, UTF8
-from ckptkit.formats.zip_records import END, END64, LOCATOR, MAX16, MAX32
+from ckptkit.formats.zip_archive import UTF8
+from ckptkit.formats.zip_records import CENTRAL, END, END64, LOCAL, LOCAL_SIGNATURE, LOCATOR, MAX16, MAX32, STORED
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.selection import discarded_text, held_instead, paths_listed
 from ckptkit.pickling.tensors import is_rebuilt_alone, lower_storage, lower_tensor

@@ -86,7 +86,7 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: the file is damaged or refused.
     """
-    archive = TorchArchive(probe.records or {}, probe.limits)
+    archive = TorchArchive(probe.records, probe.limits)
     if "model.json" in archive.records:
         raise UnsupportedError(
             "a TorchScript archive of torch 1.0 to 1.3 (model.json), which neither ckptkit nor torch 1.11 and later "

@@ -21,8 +21,8 @@ from typing import NoReturn
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CkptkitError, CorruptError, FormatError
-from ckptkit.formats.zip_archive import CENTRAL, CENTRAL_SIGNATURE, LOCAL, LOCAL_SIGNATURE
-from ckptkit.formats.zip_records import END, MAX32
+from ckptkit.formats.zip_archive import CENTRAL_SIGNATURE
+from ckptkit.formats.zip_records import CENTRAL, END, LOCAL, LOCAL_SIGNATURE, MAX32
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import walk

@@ -22,24 +22,38 @@ import re
 from struct import Struct
 from typing import NamedTuple
 
-from ckptkit.bytesource import ByteRange, Source, byte_range
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
-from ckptkit.formats.zip_records import END, LOCATOR, MAX16, MAX32, Record, find_directory, read_record
+from ckptkit.formats.zip_records import (
+    CENTRAL,
+    DEFLATED,
+    DESCRIPTOR_SIGNATURE,
+    END,
+    FEW,
+    HAS_DESCRIPTOR,
+    LOCAL,
+    LOCAL_SIGNATURE,
+    LOCATOR,
+    MANY,
+    MAX16,
+    MAX32,
+    STORED,
+    UNICODE_PATH,
+    WINDOW_NBYTES,
+    Record,
+    Records,
+    Row,
+    begins_alike,
+    find_directory,
+    read_record,
+    rows_alike,
+)  # fmt: skip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
-__all__ = ["LOCAL_SIGNATURE", "Record", "ends_like_a_zip", "read_directory", "read_record"]
-
-LOCAL_SIGNATURE = b"PK\x03\x04"
-"""First bytes of a record, and so of an archive."""
+__all__ = ["LOCAL_SIGNATURE", "Record", "Records", "ends_like_a_zip", "read_directory", "read_record"]
 
 CENTRAL_SIGNATURE = b"PK\x01\x02"
-_DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
-
-# The headers: of a record (APPNOTE 4.3.7), and in the central directory (4.3.12).
-LOCAL = Struct("<4sHHHHHIIIHH")
-CENTRAL = Struct("<4sHHHHHHIIIHHHHHII")
-
 _LOCAL_BRIEF = Struct("<4s2xHH4xIIIHH")
 _CENTRAL_BRIEF = Struct("<4s4xHH4xIIIHHHH6xI")
 """The same without what tells nothing: versions, times, attributes."""
@@ -47,9 +61,7 @@ _CENTRAL_BRIEF = Struct("<4s4xHH4xIIIHHHH6xI")
 _LATER = [0, 0, 0]
 """Checksum and sizes in a record's own header where a data descriptor follows."""
 
-STORED, DEFLATED = 0, 8
 UTF8 = 0x800
-_HAS_DESCRIPTOR = 0x8
 _REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
 _ANY_REFUSED_FLAG = sum(_REFUSED_FLAGS)
 _ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
@@ -59,11 +71,8 @@ _METHODS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "zstd", 95: "xz", 98: "
 REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
 """What helps where an archive holds a checkpoint in a way that is not read."""
 
-_ZIP64, _UNICODE_PATH = 1, b"\x75\x70"  # tags of extra fields
-
-_WINDOW_NBYTES = 4096
-"""Bytes read around a local header: one page, which costs no more than the header alone and holds
-the headers of the small records that follow."""
+_ZIP64 = 1
+"""Tag of an extra field."""
 
 _MAX_WINDOW_NBYTES = 1 << 20
 """Bytes read at once where header follows header closely."""
@@ -87,7 +96,7 @@ class _Central(NamedTuple):
     nbytes: int
 
 
-def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) -> dict[str, Record]:
+def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) -> Records:
     """Every record by name, in directory order.
 
     Args:
@@ -106,10 +115,12 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     if nbytes > limits.directory_nbytes:
         raise LimitError("bytes of a zip directory", limit=limits.directory_nbytes, actual=nbytes)
     listed = _listed(area.read(offset, nbytes), count, limits)
-    _check_names([record.name for record in listed])
+    _check_names([record[2] for record in listed])
     by_place = sorted(listed)
-    found = _located(area, by_place, offset)
-    return found if by_place == listed else {record.name: found[record.name] for record in listed}
+    begins = _located(area, by_place, offset)
+    _, _, names, _, methods, crcs, packed, sizes = zip(*by_place, strict=True) if by_place else [()] * 8
+    found = Records(area, names, begins, packed, sizes, methods, crcs)
+    return found if by_place == listed else found.ordered(record[2] for record in listed)
 
 
 def ends_like_a_zip(area: ByteRange) -> bool:
@@ -140,7 +151,7 @@ def _check_names(names: list[str]) -> None:
                         f"for slashes; {REPACK}"
                     )
                 raise AmbiguousError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
-    if len({name.casefold() for name in names}) == len(names):
+    if everything.count("\n") == len(names) and len(set(everything.casefold().split("\n"))) == len(names) + 1:
         return
     folded: dict[str, str] = {}
     for name in names:
@@ -157,25 +168,25 @@ class _Window:
         self.area = area
         self.data = b""
         self.start = 0
-        self._ahead = _WINDOW_NBYTES
+        self._ahead = WINDOW_NBYTES
 
     def hold(self, offset: int, nbytes: int) -> int:
         """Where in `data` the byte at ``offset`` is, once it and those behind it are held."""
         start = offset - self.start
         if start < 0 or start + nbytes > len(self.data):
-            close = 0 <= start <= len(self.data) + _WINDOW_NBYTES
-            self._ahead = min(2 * self._ahead, _MAX_WINDOW_NBYTES) if close else _WINDOW_NBYTES
+            close = 0 <= start <= len(self.data) + WINDOW_NBYTES
+            self._ahead = min(2 * self._ahead, _MAX_WINDOW_NBYTES) if close else WINDOW_NBYTES
             self.data = self.area.read(offset, max(nbytes, min(self._ahead, self.area.nbytes - offset)))
             self.start, start = offset, 0
         return start
 
 
-def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
+def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
     """The directory's headers, in its order."""
-    listed: list[_Central] = []
+    listed: list[Row] = []
     pos, nbytes = 0, len(directory)
-    make = tuple.__new__  # which takes half the time of `_Central`
-    for _ in range(count):
+    together, alone_until = FEW, 0
+    while len(listed) < count:
         if pos + CENTRAL.size > nbytes:
             raise CorruptError(f"the zip directory ends after {len(listed)} of {count_of(count, 'record')}")
         (
@@ -208,7 +219,14 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[_Central]:
             size, packed, at = _widened(directory[extra_at : extra_at + extra_nbytes], name, (size, packed, at))
         if method == STORED and packed != size:
             raise AmbiguousError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {size:,}")
-        listed.append(make(_Central, (at, raw, name, flags, method, crc, packed, size)))
+        listed.append((at, raw, name, flags, method, crc, packed, size))
+        if end >= alone_until and end == extra_at:
+            rows = rows_alike(directory, pos, end - pos, min(together, count - len(listed)), flags, method)
+            listed += rows
+            if not rows:
+                alone_until = end + together * (end - pos)
+            together = max(FEW, 2 * len(rows))
+            end += len(rows) * (end - pos)
         pos = end
     if pos != nbytes:
         raise AmbiguousError(
@@ -228,51 +246,57 @@ def _name(raw: bytes, flags: int, limits: Limits) -> str:
         ) from None
 
 
-def _located(area: ByteRange, listed: list[_Central], directory_at: int) -> dict[str, Record]:
-    """The records, once their own headers are known not to contradict the directory.
+def _located(area: ByteRange, listed: list[Row], directory_at: int) -> list[int]:
+    """Where the records' data begins, once their own headers are known not to contradict the directory.
 
     Args:
         area: where the archive lies.
         listed: what the directory says, in order of position.
         directory_at: where the directory begins.
     """
-    window, file, first = _Window(area), area.file, area.offset
-    found: dict[str, Record] = {}
-    make = tuple.__new__
+    window = _Window(area)
+    begins: list[int] = []
     end = 0
     before: _Central | None = None
-    for record in listed:
-        at, raw_name, name, _, method, crc, packed, nbytes = record
+    together, alone_until = FEW, 1
+    while len(begins) < len(listed):
+        if before is not None and len(begins) >= alone_until:
+            found = begins_alike(area, listed, len(begins), together, end, directory_at)
+            if found:
+                begins += found
+                before = _Central(*listed[len(begins) - 1])
+                end = begins[-1] + before.packed
+                together = min(2 * together, MANY)
+                continue
+            alone_until, together = len(begins) + FEW, FEW
+        record = _Central(*listed[len(begins)])
+        at, raw_name, name, _, _, _, packed, _ = record
         header_nbytes = LOCAL.size + len(raw_name)
         if at + header_nbytes > area.nbytes:
             raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {area.nbytes:,} bytes")
         if at < end and before is not None:
             raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
         gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
-        start = at - gap - window.start
-        if start < 0 or start + gap + header_nbytes > len(window.data):
-            start = window.hold(at - gap, gap + header_nbytes)
+        start = window.hold(at - gap, gap + header_nbytes)
         extra_nbytes = _usual_header(window.data, start + gap, record)
         is_usual = extra_nbytes >= 0
         if not is_usual:
             extra_nbytes = _check_header(window, record, start + gap)
         if end != at:
-            layout = _DESCRIPTORS.get(gap) if is_usual and before is not None and before[3] & _HAS_DESCRIPTOR else None
+            layout = _DESCRIPTORS.get(gap) if is_usual and before is not None and before[3] & HAS_DESCRIPTOR else None
             if layout is None or layout.unpack_from(window.data, start) != (
-                _DESCRIPTOR_SIGNATURE,
+                DESCRIPTOR_SIGNATURE,
                 *(before or ())[5:],
             ):
                 _check_gap(before, at - end, window, end)
-        data_at = at + header_nbytes + extra_nbytes
-        end = data_at + packed
+        begins.append(at + header_nbytes + extra_nbytes)
+        end = begins[-1] + packed
         if end > directory_at:
-            raise CorruptError(f"record {name!r} of {packed:,} bytes at {data_at:,} reaches into the zip directory")
-        place = byte_range(file, first + data_at, packed)
-        found[name] = make(Record, (name, place, nbytes, method == DEFLATED, crc if crc or not nbytes else None))
+            raise CorruptError(f"record {name!r} of {packed:,} bytes at {begins[-1]:,} reaches into the zip directory")
         before = record
     if end != directory_at:
         _check_gap(before, directory_at - end, window, end)
-    return found
+    return begins
 
 
 def _usual_header(data: bytes, at: int, record: _Central) -> int:
@@ -296,8 +320,8 @@ def _usual_header(data: bytes, at: int, record: _Central) -> int:
         and own_method == method
         and data[name_at:extra_at] == raw_name
         and extra_at + extra_nbytes <= len(data)
-        and (not extra_nbytes or data.find(_UNICODE_PATH, extra_at, extra_at + extra_nbytes) < 0)
-        and (own == sizes or (flags & _HAS_DESCRIPTOR and own == _LATER))
+        and (not extra_nbytes or data.find(UNICODE_PATH, extra_at, extra_at + extra_nbytes) < 0)
+        and (own == sizes or (flags & HAS_DESCRIPTOR and own == _LATER))
     )
     return int(extra_nbytes) if is_usual else -1
 
@@ -322,20 +346,20 @@ def _check_header(window: _Window, record: _Central, start: int) -> int:
         raise CorruptError(f"record {record.name!r}: no record begins at byte {record.at:,}")
     if window.data[name_at:extra_at] != record.raw_name or method != record.method:
         raise AmbiguousError(f"record {record.name!r}: its own header gives another name or method than the directory")
-    if (flags ^ record.flags) & ~(_HAS_DESCRIPTOR | UTF8) & 0xFFFF:
+    if (flags ^ record.flags) & ~(HAS_DESCRIPTOR | UTF8) & 0xFFFF:
         raise AmbiguousError(f"record {record.name!r}: its own header gives other flags than the directory")
     extra = window.data[extra_at : extra_at + extra_nbytes]
     if len(extra) != extra_nbytes:
         offset = record.at + LOCAL.size + int(name_nbytes)
         extra_at = window.hold(offset, min(extra_nbytes, window.area.nbytes - offset))
         extra = window.data[extra_at : extra_at + extra_nbytes]
-    if _UNICODE_PATH in extra:
+    if UNICODE_PATH in extra:
         _widened(extra, record.name, (0, 0, 0))  # raises where it is a field's tag
     if packed != record.packed or nbytes != record.nbytes or crc != record.crc:
         if MAX32 in (packed, nbytes):
             nbytes, packed, _ = _widened(extra, record.name, (nbytes, packed, 0))
         for local, central in ((crc, record.crc), (packed, record.packed), (nbytes, record.nbytes)):
-            later = local == 0 and flags & _HAS_DESCRIPTOR  # the values follow the data
+            later = local == 0 and flags & HAS_DESCRIPTOR  # the values follow the data
             if local != central and not later:
                 raise AmbiguousError(
                     f"record {record.name!r}: its own header gives another size or checksum than the directory"
@@ -357,13 +381,13 @@ def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -
     if before is None:
         raise AmbiguousError("the file begins with a record that the zip directory does not list")
     layout = _DESCRIPTORS.get(nbytes)
-    if layout is not None and before.flags & _HAS_DESCRIPTOR:
+    if layout is not None and before.flags & HAS_DESCRIPTOR:
         start = window.hold(at, nbytes)  # which may read other data
         found = layout.unpack_from(window.data, start)
         mask = MAX32 if nbytes <= _NARROW_DESCRIPTOR_NBYTES else -1
         # A signature stands before the three values, or nothing does.
         if found[-3:] == (before.crc, before.packed & mask, before.nbytes & mask) and (
-            len(found) == 3 or found[0] == _DESCRIPTOR_SIGNATURE
+            len(found) == 3 or found[0] == DESCRIPTOR_SIGNATURE
         ):
             return
     raise AmbiguousError(
@@ -382,7 +406,7 @@ def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int
     while pos + 4 <= len(extra):
         tag = int.from_bytes(extra[pos : pos + 2], "little")
         size = int.from_bytes(extra[pos + 2 : pos + 4], "little")
-        if extra[pos : pos + 2] == _UNICODE_PATH:
+        if extra[pos : pos + 2] == UNICODE_PATH:
             raise AmbiguousError(f"record {name!r} has a second name in its extra field; readers disagree about it")
         if tag == _ZIP64:
             wide = extra[pos + 4 : pos + 4 + size]

@@ -111,10 +111,10 @@ class LegacyTable(StorageTable):
             self.sources.append((cls, file, source))
         return cls
 
-    def _named(self, cls: object, key: str, location: str, numel: int) -> Storage:
+    def named(self, cls: object, key: str, location: str, numel: int) -> Storage:
         if key in self._views:
             raise AmbiguousError(f"storage {key!r:.80} is also named as a view of another")
-        return super()._named(cls, key, location, numel)
+        return super().named(cls, key, location, numel)
 
     def _view(self, root: Storage, view_metadata: object) -> Storage:
         if not isinstance(view_metadata, tuple) or len(view_metadata) != 3:
@@ -315,8 +315,8 @@ class ScriptStorageTable(StorageTable):
             return PersistentId(pid)
         return super().persistent_load(pid)
 
-    def _named(self, cls: object, key: str, location: str, numel: int) -> Storage:
-        storage = super()._named(cls, key, location, numel)
+    def named(self, cls: object, key: str, location: str, numel: int) -> Storage:
+        storage = super().named(cls, key, location, numel)
         name = _script_dtype(cls)
         if self._declared.setdefault(id(storage), (name, storage))[0] != name:
             raise CorruptError(f"storage {key!r} is named with two types of elements")

@@ -11,7 +11,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping
 from struct import Struct
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
@@ -26,8 +26,18 @@ __all__ = ["BATCH", "LOADER", "NO_FRAME", "RARE_OPCODES", "Constructor", "Machin
 Constructor = Callable[[tuple[object, ...]], object]
 """Understands one call: from its arguments to a leaf, or ``NotImplemented`` to keep an `Object`."""
 
-Shortcut = Callable[[bytes, int, dict[int, object]], tuple[int, object] | None]
-"""Understands the call that a MARK at a position begins: see `ckptkit.pickling.shortcut`."""
+
+class Shortcut(Protocol):
+    """Understands the call that a MARK at a position begins, and those that follow: see `ckptkit.pickling.shortcut`."""
+
+    def __call__(self, data: bytes, at: int, memo: dict[int, object], /) -> tuple[int, object] | None:
+        """The position after the call, and what it makes."""
+
+    def follow(
+        self, data: bytes, at: int, memo: dict[int, object], stack: list[object], callee: Global, most: int, /
+    ) -> tuple[int, int]:
+        """The position after those that follow it under names, and how many they are."""
+
 
 _Node = TypeVar("_Node")
 

@@ -16,13 +16,14 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from struct import Struct
 
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references
 from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
-from ckptkit.pickling.shortcut import REBUILD
+from ckptkit.pickling.shortcut import OPCODES, REBUILD
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of
 
@@ -219,7 +220,8 @@ def _run(machine: Machine) -> object:
     at, rare, left, shortcut = pos, RARE_OPCODES, machine.opcodes_left, machine.shortcut
     most_marks = machine.limits.marks
     try:
-        for left in range(machine.opcodes_left, 0, -1):  # noqa: B007 - it is kept where the loop is left
+        countdown = iter(range(machine.opcodes_left, 0, -1))
+        for left in countdown:
             at = pos
             op = data[pos]
             pos += 1
@@ -241,6 +243,10 @@ def _run(machine: Machine) -> object:
                         callee.calls += 1
                         pos, stack[-1] = found
                         machine.skipped = True
+                        pos, count = shortcut.follow(data, pos, memo, stack, callee, left // OPCODES)
+                        if count:
+                            callee.calls += count
+                            next(islice(countdown, count * OPCODES, count * OPCODES), None)
                         continue
                 marks.append(stack)
                 if len(marks) > most_marks:

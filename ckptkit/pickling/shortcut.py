@@ -10,6 +10,9 @@
 make, at a third of the time and memory: the arguments, which nothing refers to, are not kept.  What
 differs in anything is left to the opcodes; so is a pickle that does refer to them, from its beginning
 (`ckptkit.pickling.reader`).
+
+In a state_dict the next tensor follows with its name, BINUNICODE LONG_BINPUT GET ``_rebuild_tensor_v2``: as long as
+that goes on, `TensorShortcut.follow` does not come back to the opcodes.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from ckptkit.errors import FormatError
 from ckptkit.pickling.inert import Global, is_global
 from ckptkit.tensor import tensor_of
 
-__all__ = ["REBUILD", "TensorShortcut"]
+__all__ = ["OPCODES", "REBUILD", "TensorShortcut"]
 
 REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 """The name whose call is recognized."""
@@ -37,7 +40,11 @@ _GET = rb"h.|j...."
 _INT = rb"K.|M..|J....|\x8a\x05.....|\x8a\x06......"
 _SIZE = rb"\)|(?:%(i)s)\x85|(?:(?:%(i)s)){2}\x86|(?:(?:%(i)s)){3}\x87|\((?:%(i)s)(?:(?:%(i)s)){3,5}t" % {b"i": _INT}
 _SHORT_PUT, _LONG_PUT = rb"q(.)", rb"r(....)"
+_NAME_PUT = rb"r(....)(%b)" % _GET
+"""What follows a tensor's name: its PUT, and the GET of `REBUILD`."""
+
 _INDICES = Struct("<7I").unpack
+_NAMED_INDICES = Struct("<8I").unpack
 
 _waiting = [100]
 """How many tensors are left to the opcodes, of all files together: making the pattern takes as long as these."""
@@ -52,17 +59,22 @@ _Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 """Shape, stride, and how many elements after its offset the last one touched ends."""
 
 
+OPCODES = 4
+"""Opcodes that a tensor in a state_dict counts for: its name, PUT, GET, and what the shortcut understands."""
+
+
 @functools.cache
-def _pattern(put: bytes) -> Callable[[bytes, int], re.Match[bytes] | None]:
+def _pattern(put: bytes, before: bytes = b"") -> Callable[[bytes, int], re.Match[bytes] | None]:
     """Each alternative begins with another opcode: it can be read in one way, the opcodes' own."""
     return re.compile(
-        rb"\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
+        rb"%(before)s\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
         rb"(?:X(.)\0\0\0([0-9]{1,18})%(put)s|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
         rb"(%(get)s)(%(int)s)N?t%(put)sQ"  # 7 to 9: location, number of elements, PUT
         rb"(%(int)s)(?:(%(size)s)%(size_put)s|(%(get)s))"  # 10 to 13: offset, size and PUT, or its GET
         rb"(?:(%(size)s)%(size_put)s|(%(get)s))"  # 14 to 16: stride and PUT, or its GET
         rb"([\x88\x89])(%(get)s)\)R%(put)st%(put)sR%(put)s"  # 17 to 21: requires_grad, OrderedDict, PUTs
         % {
+            b"before": before,
             b"get": _GET,
             b"int": _INT,
             b"size": _SIZE,
@@ -77,12 +89,12 @@ class TensorShortcut:
     """Recognizes whole tensors in the pickle of one file.
 
     Args:
-        persistent_load: from a persistent id to the `Storage` it names.
+        named: gives a storage by class, key, location and number of elements: `StorageTable.named`.
         after: tensors that are left to the opcodes; ``None``: those that are left of what a process leaves to them.
     """
 
-    def __init__(self, persistent_load: Callable[[object], object], after: int | None = None) -> None:
-        self._persistent_load = persistent_load
+    def __init__(self, named: Callable[[object, str, str, int], Storage], after: int | None = None) -> None:
+        self._named = named
         self._after = _waiting if after is None else [after]
         self._puts = _SHORT_PUT
         self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
@@ -114,6 +126,8 @@ class TensorShortcut:
         if puts is None:
             return None
         text = memo.get(_index(get_key)) if key is None else _key(key, key_size)
+        if not isinstance(text, str):
+            return None
         spelled = shape or get_shape, stride or get_stride
         known_sizes = self._geometries.get(spelled)
         if known_sizes is not None and get_shape is get_stride is None:
@@ -122,29 +136,121 @@ class TensorShortcut:
             geometry = self._geometry(spelled, memo)
         if geometry is None:
             return None
+        entry = self._entry(known, text, numel, offset, geometry, needs_grad)
+        if entry is None:
+            return None
+        if key is not None:
+            memo[puts[0]] = text
+        if known_sizes is None:
+            _keep_sizes(memo, put_shape, put_stride, geometry)
+        memo[puts[-1]] = entry
+        known.made.calls += 1
+        return found.end(), entry
+
+    def follow(
+        self, data: bytes, at: int, memo: dict[int, object], stack: list[object], callee: Global, most: int
+    ) -> tuple[int, int]:
+        """The names and tensors that follow a tensor, as far as they are like others; they are pushed.
+
+        Args:
+            data: the pickle.
+            at: the position after the tensor.
+            memo: gets what the names and tensors write; see `__call__`.
+            stack: gets them.
+            callee: what makes the tensors.
+            most: how many they may be.
+
+        Returns:
+            The position after the last of them, and how many they are.
+        """
+        count = 0
+        if self._puts is not _LONG_PUT:
+            return at, count
+        if len(memo) > self._size:
+            self._see(memo)
+        match, last, load = _pattern(_LONG_PUT, _NAME_PUT), self._last, int.from_bytes
+        # What GETs name stays as it is meanwhile: nothing is written to entries that there are.
+        kinds: dict[tuple[bytes, ...], _Names] = {}
+        geometries: dict[tuple[bytes, bytes], _Geometry] = {}
+        while count < most and data[at : at + 1] == b"X":
+            start = at + 5
+            end = start + load(data[at + 1 : start], "little")
+            found = match(data, end)
+            if found is None:
+                break
+            (
+                put_name, get_callee, get_storage, get_class, key_size, key, put_key, _, get_location, numel, put_id,
+                offset, shape, put_shape, get_shape, stride, put_stride, get_stride,
+                needs_grad, get_dict, put_dict, put_args, put_tensor,
+            ) = found.groups()  # fmt: skip
+            names = get_storage, get_class, get_location, get_dict, get_callee
+            known = kinds.get(names)
+            if known is None:
+                known = _Names(memo, *map(_index, names[:4]))
+                if not known.are_usual or memo.get(_index(get_callee)) is not callee:
+                    break
+                kinds[names] = known
+            if put_key is None or len(key) != key_size[0]:
+                break
+            if put_shape is not None and put_stride is not None:
+                a, b, c, d, e, f, g, h = _NAMED_INDICES(
+                    b"".join((put_name, put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor))
+                )
+                if not last < a < b < c < d < e < f < g < h:
+                    break
+            else:
+                puts = put_name, put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor
+                a, b, *_, h = indices = [load(put, "little") for put in filter(None, puts)]
+                if not all(map(operator.lt, (last, *indices), indices)):
+                    break
+            spelled = shape or get_shape, stride or get_stride
+            geometry = geometries.get(spelled)
+            is_new = geometry is None and spelled not in self._geometries
+            if geometry is None:
+                geometry = self._geometry(spelled, memo)
+                if geometry is None:
+                    break
+                geometries[spelled] = geometry
+            text = key.decode("ascii")
+            entry = self._entry(known, text, numel, offset, geometry, needs_grad)
+            if entry is None:
+                break
+            try:
+                name = str(data[start:end], "utf-8", "surrogatepass")
+            except UnicodeDecodeError:
+                break
+            memo[a] = name
+            memo[b] = text
+            if is_new:
+                _keep_sizes(memo, put_shape, put_stride, geometry)
+            memo[h] = entry
+            stack += (name, entry)
+            known.made.calls += 1
+            last, at = h, found.end()
+            count += 1
+        self._last, self._size = last, len(memo)
+        return at, count
+
+    def _entry(
+        self, known: _Names, key: str, numel: bytes, offset: bytes, geometry: _Geometry, needs_grad: bytes
+    ) -> TensorEntry | None:
+        """The tensor; ``None``: the opcodes are to say what is wrong with it."""
         numbers = self._numbers
         count = numbers[numel] if numel in numbers else self._number(numel)
         first = numbers[offset] if offset in numbers else self._number(offset)
+        if count < 0 or first < 0:
+            return None
         try:
-            storage = self._persistent_load(("storage", known.cls, text, known.location, count))
+            storage = self._named(known.cls, key, known.location, count)
         except FormatError:
             return None  # the opcodes will say where
-        if not isinstance(storage, Storage) or storage.dtype is None or first < 0:
+        if storage.dtype is None:
             return None
         sizes, strides, reach = geometry
         row = DTYPES[storage.dtype]
         if (first + reach) * row.itemsize > storage.nbytes or row.kind == "quantized":
             return None  # it does not lie inside its storage, or is no plain tensor
-        entry = tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
-        if key is not None:
-            memo[puts[0]] = text
-        if known_sizes is None:  # `ckptkit.pickling.writer` writes sizes that tensors have in common once
-            memo.update(
-                (int.from_bytes(put, "little"), n) for put, n in ((put_shape, sizes), (put_stride, strides)) if put
-            )
-        memo[puts[-1]] = entry
-        known.made.calls += 1
-        return found.end(), entry
+        return tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
 
     def _found(self, data: bytes, at: int) -> re.Match[bytes] | None:
         """The tensor's opcodes; ``None``: they are others, or those that follow are not worth a pattern yet."""
@@ -209,9 +315,12 @@ class _Names:
 
     def __init__(self, memo: dict[int, object], *indices: int) -> None:
         self._get = operator.itemgetter(*indices)
-        self._found = storage, self.cls, self.location, found = tuple(map(memo.get, indices))
+        self._found = storage, self.cls, location, found = tuple(map(memo.get, indices))
+        self.location = location if isinstance(location, str) else ""
         self.made = found if isinstance(found, Global) else Global("", "")
-        self.are_usual = storage == "storage" and is_global(found, "collections", "OrderedDict")
+        self.are_usual = (
+            storage == "storage" and isinstance(location, str) and is_global(found, "collections", "OrderedDict")
+        )
 
     def hold(self, memo: dict[int, object]) -> bool:
         """Whether the memo still has them all."""
@@ -221,6 +330,11 @@ class _Names:
 def _key(text: bytes, size: bytes) -> str | None:
     """A storage's key; ``None``: it is longer or shorter than it is said to be, and names no storage."""
     return text.decode("ascii") if size[0] == len(text) else None
+
+
+def _keep_sizes(memo: dict[int, object], put_shape: bytes | None, put_stride: bytes | None, of: _Geometry) -> None:
+    """Write sizes to the memo: `ckptkit.pickling.writer` writes those that tensors have in common once."""
+    memo.update((int.from_bytes(put, "little"), n) for put, n in ((put_shape, of[0]), (put_stride, of[1])) if put)
 
 
 def _sizes(known: object) -> tuple[int, ...] | None:

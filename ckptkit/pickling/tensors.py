@@ -101,22 +101,32 @@ class StorageTable:
         if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage":
             _, cls, key, location, numel = pid
             if key.__class__ is str and location.__class__ is str and numel.__class__ is int and 0 <= numel < _HUGE:
-                return self._named(cls, key, location, numel)
+                return self.named(cls, key, location, numel)
         if not (isinstance(pid, tuple) and len(pid) in (5, 6) and isinstance(pid[0], str) and pid[0] == "storage"):
             raise UnsupportedError("a persistent id that is not a torch storage")
         _, cls, key, location, numel, *_ = pid
         if not isinstance(key, str) or not isinstance(location, str) or not _is_count(numel):
             raise CorruptError("a storage's persistent id without key, location or size")
-        storage = self._named(cls, key, location, numel)
+        storage = self.named(cls, key, location, numel)
         return storage if len(pid) == 5 or pid[5] is None else self._view(storage, pid[5])
 
     def _view(self, root: Storage, view_metadata: object) -> Storage:
         """The part of a storage that is one itself; torch-zip has none (``torch/serialization.py`` ``_load``)."""
         raise UnsupportedError("a storage that is a view of another (view_metadata)")
 
-    def _named(self, cls: object, key: str, location: str, numel: int) -> Storage:
-        """The storage of a key, made when it is first named."""
-        dtype, itemsize = self._dtype(cls)
+    def named(self, cls: object, key: str, location: str, numel: int) -> Storage:
+        """The storage of a key, made when it is first named.
+
+        Args:
+            cls: the node of its class.
+            key: its key.
+            location: its device tag.
+            numel: how many elements it has, from 0 to less than 62 bits count.
+
+        Raises:
+            As `persistent_load`.
+        """
+        dtype, itemsize = (self._classes.get(cls) if isinstance(cls, Global) else None) or self._dtype(cls)
         known = self._storages.get(key)
         if known is None:
             nbytes = numel * itemsize
@@ -135,9 +145,7 @@ class StorageTable:
         """Declared dtype (``None``: untyped) and element size in bytes of a storage class."""
         if not isinstance(cls, Global):
             raise UnsupportedError(f"a storage whose class is a {type(cls).__name__}, not a name")
-        known = self._classes.get(cls)
-        if known is None:
-            known = self._classes[cls] = _storage_dtype(cls)
+        known = self._classes[cls] = _storage_dtype(cls)
         return known
 
     @property

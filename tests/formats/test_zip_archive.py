@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import struct
 import zipfile
 import zlib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.files import source_of
 from support.zip_samples import (
     CENTRAL,
@@ -34,6 +36,7 @@ from support.zip_samples import (
 
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats import zip_archive
 from ckptkit.formats.torch_zip_writer import ZipWriter
 from ckptkit.formats.zip_archive import Record, read_directory, read_record
 from ckptkit.limits import Limits
@@ -351,3 +354,65 @@ def test_every_flipped_byte_gives_the_records_or_an_error_of_ours(name: str, ope
                     assert list(found.values()) == list(expected.values()) or found.keys() != expected.keys()
             os.pwrite(out.fileno(), data[at : at + 1], at)
     assert refused > len(data)
+
+
+# Records that are written alike are checked many at a time.
+
+
+def many(style: str) -> bytes:
+    """An archive of so many records that most of them are."""
+    names = [f"root/data/{number}" for number in range(150)]
+    if style == "torch":
+        buffer = io.BytesIO()
+        torch.save({f"layer.{number}": torch.full((number % 3 + 1,), number) for number in range(150)}, buffer)
+        return buffer.getvalue()
+    if style == "descriptors":
+        with zipfile.ZipFile(buffer := Unseekable(), "w") as out:
+            for name in names:
+                out.writestr(name, name)
+        return buffer.getvalue()
+    compression = zipfile.ZIP_DEFLATED if style == "deflated" else zipfile.ZIP_STORED
+    return archive({name: name.encode() * 3 for name in names}, compression=compression)
+
+
+class Unseekable(io.BytesIO):
+    """What makes zipfile write data descriptors."""
+
+    def tell(self) -> int:
+        raise OSError
+
+
+def found_in(data: bytes, opened: Opened) -> object:
+    """Each record's place and content, or the error."""
+    try:
+        records = read_directory(opened(data))
+        return [(name, record.data.offset, record.nbytes, record.crc32) for name, record in records.items()]
+    except FormatError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("style", ["torch", "descriptors", "stored", "deflated"])
+def test_records_alike_are_read_as_one_by_one(style: str, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = many(style)
+    together = []
+    fast = zip_archive.begins_alike
+    monkeypatch.setattr(zip_archive, "begins_alike", lambda *args: together.append(fast(*args)) or together[-1])
+    assert len(content(read_directory(opened(honest)))) >= 150
+    assert sum(map(len, together)) >= 80
+    chance = random.Random(style)
+    headers = [at for at in range(len(honest)) if honest.startswith((LOCAL, CENTRAL, b"PK\x07\x08"), at)]
+    changes = []
+    for _ in range(150):
+        changed = bytearray(honest)
+        at = chance.choice(headers) + chance.randrange(60)
+        changed[at] = chance.choice((0, 1, 8, changed[at] ^ 1, chance.randrange(256)))
+        changes.append(bytes(changed))
+    for extra in (b"up", b"FB"):  # a second name, in a field that is as long as before
+        at = honest.find(b"FB", len(honest) // 3)
+        changes.append(honest[:at] + extra + honest[at + 2 :])
+    quick = [found_in(data, opened) for data in changes]
+    monkeypatch.setattr(zip_archive, "begins_alike", lambda *_: [])
+    monkeypatch.setattr(zip_archive, "rows_alike", lambda *_: [])
+    assert quick == [found_in(data, opened) for data in changes]
+    refused = sum(isinstance(found, tuple) for found in quick)
+    assert 20 < refused < len(quick)

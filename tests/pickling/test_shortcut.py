@@ -37,6 +37,11 @@ class Counting(TensorShortcut):
         self.taken += found is not None
         return found
 
+    def follow(self, *args: Any) -> tuple[int, int]:
+        end, count = super().follow(*args)
+        self.taken += count
+        return end, count
+
 
 def pickle_of(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
@@ -46,7 +51,7 @@ def pickle_of(path: Path) -> bytes:
 def read(data: bytes, *, short: bool) -> tuple[PickleResult, int]:
     """What the pickle says, and how many tensors were read in one step."""
     table = StorageTable(lambda key, nbytes: (ByteRange(None, 0, nbytes), None))  # type: ignore[arg-type]
-    shortcut = Counting(table.persistent_load, after=0)
+    shortcut = Counting(table.named, after=0)
     result = read_pickle(
         data,
         persistent_load=table.persistent_load,
