@@ -99,6 +99,8 @@ class TensorShortcut:
         self._puts = _SHORT_PUT
         self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
+        self._spelled: dict[tuple[bytes, bytes], tuple[bytes | None, bytes | None]] = {}
+        """Of known sizes the PUTs where they were spelled last: their entries are made when a GET asks for them."""
         self._numbers: dict[bytes, int] = {}
         self._names: dict[tuple[bytes, ...], _Names] = {}
 
@@ -143,6 +145,8 @@ class TensorShortcut:
             memo[puts[0]] = text
         if known_sizes is None:
             _keep_sizes(memo, put_shape, put_stride, geometry)
+        elif put_shape or put_stride:
+            self._spelled[spelled] = put_shape, put_stride
         memo[puts[-1]] = entry
         known.made.calls += 1
         return found.end(), entry
@@ -223,6 +227,8 @@ class TensorShortcut:
             memo[b] = text
             if is_new:
                 _keep_sizes(memo, put_shape, put_stride, geometry)
+            elif put_shape or put_stride:
+                self._spelled[spelled] = put_shape, put_stride
             memo[h] = entry
             stack += (name, entry)
             known.made.calls += 1
@@ -277,6 +283,8 @@ class TensorShortcut:
             if self._last < a < b < c < d < e < f < g:
                 return indices
         found = tuple(int.from_bytes(put, "little") for put in puts if put)
+        if found[0] <= self._last or sorted(found) != [*found]:
+            self._spelled.clear()  # an entry may take the place of one that was left out
         return found if len(set(found)) == len(found) and memo.keys().isdisjoint(found) else None
 
     def _number(self, opcode: bytes) -> int:
@@ -285,14 +293,23 @@ class TensorShortcut:
         number = self._numbers[opcode] = _ints(opcode)[0]
         return number
 
+    def _there(self, index: int, memo: dict[int, object]) -> object:
+        """What stands in the memo, or would if the tensor that spelled sizes last had been left to the opcodes."""
+        for spelled, puts in self._spelled.items() if index not in memo else ():
+            for put, sizes in zip(puts, self._geometries[spelled], strict=False):
+                if put and int.from_bytes(put, "little") == index:
+                    memo[index] = sizes
+        return memo.get(index)
+
     def _geometry(self, spelled: tuple[bytes, bytes], memo: dict[int, object]) -> _Geometry | None:
         """The geometry two sizes spell, or are in the memo; ``None``: an empty tensor, or one that is none."""
-        shape, stride = ((memo.get(_index(get)) if get[0] in b"hj" else None) for get in spelled)
+        shape, stride = ((self._there(_index(get), memo) if get[0] in b"hj" else None) for get in spelled)
         known = self._geometries.get(spelled)
         if known is not None and (shape is None or shape is known[0]) and (stride is None or stride is known[1]):
             return known
         if len(self._geometries) >= _MOST_KNOWN:
             self._geometries.clear()
+            self._spelled.clear()
         sizes, strides = (
             _sizes(there) if opcodes[0] in b"hj" else _ints(opcodes)
             for opcodes, there in zip(spelled, (shape, stride), strict=True)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+import ckptkit
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.errors import FormatError
+from ckptkit.pickling import shortcut
 from ckptkit.pickling.inert import Global, InertDict, Object, walk
 from ckptkit.pickling.reader import PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
@@ -173,6 +175,18 @@ def test_what_is_left_out_can_be_referred_to(data: bytes) -> None:
     assert isinstance(result.root, tuple)
     assert result.root[1] == (50 % 5 + 1,)
     assert outcome(changed, short=True) == outcome(changed, short=False)
+
+
+def test_sizes_spelled_several_times_can_be_referred_to(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the output of a conversion whose source spelled them for each tensor, and was read in both ways."""
+    monkeypatch.setattr(shortcut, "_waiting", [30])
+    ckptkit.convert(save({f"layer{i}.weight": torch.zeros(3, 2) for i in range(200)}), tmp_path / "out.pth")
+    written = pickle_of(tmp_path / "out.pth")
+    assert written.count(b"K\x03K\x02\x86") in range(31, 100)
+    assert read(written, short=True)[1] > 190
+    assert outcome(written, short=True) == outcome(written, short=False)
 
 
 def test_entries_are_counted_with_what_is_left_out(data: bytes) -> None:
