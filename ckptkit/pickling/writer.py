@@ -210,10 +210,10 @@ class _Writer:
         if self.common is None or self.tensors <= _WRITTEN_OUT or 0 in shape:
             self.alive.append(sizes := ((*shape,), (*stride,)))
             return sizes
-        sizes = self.common.get((shape, stride))
-        if sizes is None:
-            sizes = self.common[shape, stride] = (*shape,), (*stride,)
-        return sizes
+        known = self.common.get((shape, stride))
+        if known is None:
+            known = self.common[shape, stride] = (*shape,), (*stride,)
+        return known
 
     def _tensor(self, entry: TensorEntry, storage: Storage, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
         """Write a plain tensor as the other methods would write `ckptkit.pickling.tensors.lower_tensor` of it.
