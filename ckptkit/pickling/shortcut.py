@@ -188,14 +188,10 @@ class TensorShortcut:
                 needs_grad, get_dict, put_dict, put_args, put_tensor,
             ) = found.groups()  # fmt: skip
             names = get_storage, get_class, get_location, get_dict, get_callee
-            known = kinds.get(names)
-            if known is None:
-                known = _Names(memo, *map(_index, names[:4]))
-                if not known.are_usual or memo.get(_index(get_callee)) is not callee:
-                    break
-                kinds[names] = known
-            if put_key is None or len(key) != key_size[0]:
+            known = kinds.get(names) or _usual_names(memo, names, callee)
+            if known is None or put_key is None or len(key) != key_size[0]:
                 break
+            kinds[names] = known
             if put_shape is not None and put_stride is not None:
                 a, b, c, d, e, f, g, h = _NAMED_INDICES(
                     b"".join((put_name, put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor))
@@ -296,7 +292,7 @@ class TensorShortcut:
     def _there(self, index: int, memo: dict[int, object]) -> object:
         """What stands in the memo, or would if the tensor that spelled sizes last had been left to the opcodes."""
         for spelled, puts in self._spelled.items() if index not in memo else ():
-            for put, sizes in zip(puts, self._geometries[spelled], strict=False):
+            for put, sizes in zip(puts, self._geometries.get(spelled, ()), strict=False):
                 if put and int.from_bytes(put, "little") == index:
                     memo[index] = sizes
         return memo.get(index)
@@ -347,6 +343,12 @@ class _Names:
 def _key(text: bytes, size: bytes) -> str | None:
     """A storage's key; ``None``: it is longer or shorter than it is said to be, and names no storage."""
     return text.decode("ascii") if size[0] == len(text) else None
+
+
+def _usual_names(memo: dict[int, object], names: tuple[bytes, ...], callee: Global) -> _Names | None:
+    """What GETs name, the last of them what makes the tensors; ``None``: it is not what is usual."""
+    known = _Names(memo, *map(_index, names[:4]))
+    return known if known.are_usual and memo.get(_index(names[4])) is callee else None
 
 
 def _keep_sizes(memo: dict[int, object], put_shape: bytes | None, put_stride: bytes | None, of: _Geometry) -> None:
