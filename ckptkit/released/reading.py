@@ -370,11 +370,12 @@ def other_values_in(
             yield OtherValue(name=name, array=numbers, is_parameter=is_parameter)
     listing = list_tensors(checkpoint, beside)
     selected = checkpoint.origin.state_path
-    for row in listing.rows:
-        if id(row.tensor) not in known:
-            known.add(id(row.tensor))
-            is_parameter = own.get(id(row.tensor), row.role == "parameter")
-            yield OtherValue(name=row.path, entry=row.tensor, is_parameter=is_parameter)
+    for at, entry in enumerate(listing.rows.entries):
+        if id(entry) not in known:
+            known.add(id(entry))
+            row = listing.rows[at]
+            is_parameter = own.get(id(entry), row.role == "parameter")
+            yield OtherValue(name=row.path, entry=entry, is_parameter=is_parameter)
     for found, array in listing.arrays:
         is_own = selected is None or found.section == selected
         if is_own or not is_numpy_scalar(array):  # a metric is a number like any other
