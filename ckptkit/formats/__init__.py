@@ -150,19 +150,13 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpo
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Reading makes objects by the million and no cyclic garbage; looking for it takes two fifths of the time.
-
-    Nor are they looked through once the collector goes on: they count as old from the beginning.
-    """
+    """Reading makes objects by the million and no cyclic garbage; looking for it takes two fifths of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
-            if not gc.get_freeze_count():  # else a program keeps its own there
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()
 
 
