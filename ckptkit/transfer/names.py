@@ -236,21 +236,28 @@ def remove_stale(folder: str) -> None:
         for start in range(0, len(ours), _AT_ONCE):
             with contextlib.ExitStack() as stack:
                 some = itertools.islice(ours.items(), start, start + _AT_ONCE)
-                won = {path: digits for path, digits in some if _won(path, stack)}
+                held: set[tuple[int, int]] = set()
+                won = {path: digits for path, digits in some if _won(path, stack, held)}
                 # Only now: whoever had them open is gone, and changes no index any more.
                 for path in won and _named_by_no_index(folder, won):
                     with contextlib.suppress(OSError):
                         os.unlink(path)
 
 
-def _won(path: str, stack: contextlib.ExitStack) -> bool:
-    """Whether nobody has the file open to write it; it is locked until the stack ends."""
+def _won(path: str, stack: contextlib.ExitStack, held: set[tuple[int, int]]) -> bool:
+    """Whether nobody has the file open to write it; it is locked until the stack ends, and ``held`` names it.
+
+    A shard has two names for a moment, and a lock is one file's: the other name of what is held is won with it.
+    """
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(OSError):
         fd = os.open(path, flags)
         stack.callback(os.close, fd)
         status = os.fstat(fd)
-        return stat.S_ISREG(status.st_mode) and _locked(fd) and _has_name(status, path)
+        file = status.st_dev, status.st_ino
+        if stat.S_ISREG(status.st_mode) and (file in held or _locked(fd)):
+            held.add(file)
+            return _has_name(status, path)
     return False
 
 

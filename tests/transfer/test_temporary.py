@@ -117,6 +117,21 @@ def test_many_that_a_killed_run_left(out: Path) -> None:
     assert only(out) == []
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_shard_that_was_left_under_two_names(out: Path, is_named: bool) -> None:
+    """As of a run that was killed between the two: the one that an index names stays, whichever is met first."""
+    folder = out.parent
+    for _ in range(8):
+        first = left(out)
+        second = f"{first[:8]}{'0' * 8}{first[16:]}"
+        os.link(folder / first, folder / second)
+        (folder / "m.json").write_text(f'{{"weight_map": {{"w": "{first}"}}}}' if is_named else "{}")
+        remove_stale(str(folder))
+        assert set(only(out)) - {"m.json"} == ({first} if is_named else set())
+        for name in (first, "m.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
 def test_an_index_that_cannot_be_read_names_anything(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stale = left(out)
     (out.parent / "index.json").write_text("{}")
