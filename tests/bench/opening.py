@@ -14,7 +14,7 @@ import sys
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storage, TensorEntry
 from ckptkit.formats import safetensors_writer, torch_zip_writer
-from ckptkit.plan import Literal
+from ckptkit.plan import LiteralBytes
 
 # What the writers would write, with holes where the tensors' bytes would be.
 nbytes, count = int(sys.argv[1]), 500
@@ -32,7 +32,7 @@ for container, path in ((torch_zip_writer, sys.argv[2]), (safetensors_writer, sy
     with open(path, "wb") as output:
         output.truncate(plan.nbytes)
         for step in plan.steps:
-            if isinstance(step, Literal):
+            if isinstance(step, LiteralBytes):
                 output.seek(step.target)
                 output.write(step.data)
 """
