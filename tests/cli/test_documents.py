@@ -7,6 +7,7 @@ import re
 import types
 from collections.abc import Iterator
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -103,6 +104,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}))
+"""Keeps stderr apart, which click does by itself since 8.2."""
+
+
 def command(name: str, arguments: str, folder: Path) -> str:
     """What a command writes to stdout, run in a folder."""
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +116,7 @@ def command(name: str, arguments: str, folder: Path) -> str:
             Path(written).unlink(missing_ok=True)
         lock = Path("lock.json").read_bytes() if Path("lock.json").exists() else None
         found = import_module(f"ckptkit.cli.{name}").command
-        done = CliRunner().invoke(found, arguments.split(), standalone_mode=False)
+        done = RUNNER.invoke(found, arguments.split(), standalone_mode=False)
         if lock is not None:
             Path("lock.json").write_bytes(lock)
     if done.exception is not None:
