@@ -142,7 +142,7 @@ class CheckReport(Report):
     @property
     def is_complete(self) -> bool:
         """Whether everything that was to be checked could be."""
-        return bool(self.results or self.may_be_empty) and not any(finding.is_unchecked for finding in self.findings)
+        return self.exit_code != 2
 
     @property
     def exit_code(self) -> Literal[0, 1, 2]:
