@@ -15,7 +15,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
@@ -23,6 +23,7 @@ __all__ = [
     "CHUNK_NBYTES",
     "GAP_NBYTES",
     "ByteRange",
+    "Readable",
     "Source",
     "SourceFile",
     "byte_range",
@@ -42,7 +43,6 @@ _PAGE = 4096
 """What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
 
 _Record = TypeVar("_Record")
-
 _position = threading.Lock()
 """Held while a file's own position is used, on systems without positioned reads and writes."""
 
@@ -82,8 +82,7 @@ class Source:
 
     All else reads through this protocol, so that a source of another kind is one subclass in one module.  It says how
     some bytes are got (`_some`); whether it can have changed (`stamp`) and what lies beside it (`sibling`), where
-    anything can and does; and overrides what it does better than here.  Copies in the kernel, maps and locks are for
-    those with a descriptor (`fileno`).
+    anything can and does.  Copies in the kernel, maps and locks are for those with a descriptor (`fileno`).
 
     Args:
         path: what messages call it, and what it is called by: its last segment is the file's name.
@@ -284,6 +283,10 @@ class Source:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {self.size:,} bytes)"
+
+
+Readable = str | os.PathLike[str] | Source | BinaryIO | bytes | bytearray | memoryview
+"""What a checkpoint may be read from: a path, a source, an open file, or the bytes themselves."""
 
 
 class SourceFile(Source):
