@@ -28,6 +28,7 @@ __all__ = [
     "SourceFile",
     "byte_range",
     "made_by_position",
+    "outside",
     "read_at",
     "write_at",
 ]
@@ -165,10 +166,7 @@ class Source:
             FileAccessError: the operating system could not read it.
         """
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise CorruptError(
-                f"bytes {offset:,} to {offset + nbytes:,} were asked of a file of {self.size:,} bytes",
-                path=self.path,
-            )
+            raise outside(offset, nbytes, self.size, self.path, "were asked of a file")
         parts = []
         while nbytes:
             if self._closed:
@@ -433,6 +431,11 @@ class _Spool(SourceFile):
         return False
 
 
+def outside(start: int, nbytes: int, whole: int, path: str, told: str = "are not inside a range") -> CorruptError:
+    """The error that not all of so many bytes from ``start`` are among the ``whole`` number of a range or a file."""
+    return CorruptError(f"bytes {start:,} to {start + nbytes:,} {told} of {whole:,} bytes", path=path)
+
+
 @dataclass(frozen=True, slots=True)
 class ByteRange:
     """``nbytes`` bytes at ``offset`` of ``file``."""
@@ -449,10 +452,7 @@ class ByteRange:
         """
         wanted = self.nbytes - start if nbytes is None else nbytes
         if start < 0 or wanted < 0 or start + wanted > self.nbytes:
-            raise CorruptError(
-                f"bytes {start:,} to {start + wanted:,} were asked of a range of {self.nbytes:,} bytes",
-                path=self.file.path,
-            )
+            raise outside(start, wanted, self.nbytes, self.file.path, "were asked of a range")
         return self.file.read(self.offset + start, wanted)
 
     def tail(self, nbytes: int) -> bytes:
@@ -464,10 +464,7 @@ class ByteRange:
     def part(self, start: int, nbytes: int) -> ByteRange:
         """The range of ``nbytes`` bytes that begins at ``start`` of this one."""
         if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
-            raise CorruptError(
-                f"bytes {start:,} to {start + nbytes:,} are not inside a range of {self.nbytes:,} bytes",
-                path=self.file.path,
-            )
+            raise outside(start, nbytes, self.nbytes, self.file.path)
         return ByteRange(self.file, self.offset + start, nbytes)
 
     def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:
