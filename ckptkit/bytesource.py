@@ -150,6 +150,10 @@ class Source:
         """
         return None
 
+    def located(self, area: ByteRange) -> ByteRange:
+        """The same bytes as a range of what has a descriptor, where this lies inside another source that does."""
+        return area
+
     def release(self) -> None:
         """Let go of what a system has few of, until something is read again.  No other thread may be reading."""
 
@@ -196,8 +200,7 @@ class Source:
         Raises:
             As `read`.
         """
-        start = max(0, self.size - nbytes)
-        return self.read(start, self.size - start)
+        return self.read(max(0, self.size - nbytes), min(nbytes, self.size))
 
     def ranges(self, wanted: Sequence[tuple[int, int]]) -> Iterator[bytes]:
         """The bytes of several ranges, in the order asked for; those that nearly touch are read at once.

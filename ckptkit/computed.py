@@ -28,32 +28,47 @@ DEFLATE_MOST = 1032
 distance code of one bit)."""
 
 
-def spooled(parts: Iterable[bytes], nbytes: int, source: Source, what: str) -> ByteRange:
+def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: str) -> ByteRange:
     """The parts in the temporary file of the source, which is closed with it.
 
+    Args:
+        parts: the bytes.
+        nbytes: how many they are; ``None``: that is known after the last, and nothing else is spooled meanwhile.
+        source: whose they are.
+        what: begins the message where they do not fit.
+
     Raises:
-        FileAccessError: the temporary file could not be written; ``what`` begins the message.
+        FileAccessError: the temporary file could not be written.
     """
     import shutil
     import tempfile
 
-    needs = f"{source.path}: {what} {nbytes:,} bytes in the temporary folder"
-    remedy = "set TMPDIR to a folder with room for it"
-    try:
+    remedy, needs = "set TMPDIR to a folder with room for it", ""
+
+    def reserve(more: int) -> tuple[int, ByteRange]:
+        nonlocal needs
+        needs = f"{source.path}: {what} {done + more:,} bytes in the temporary folder"
         free = shutil.disk_usage(tempfile.gettempdir()).free
-        if nbytes > free:  # before a small file fills the disk
+        if more > free:  # before a small file fills the disk
             raise FileAccessError(f"{needs}, which has {free:,}; {remedy}")
-        spool, room = source.spool(nbytes)
-        done = 0
+        return source.spool(more)
+
+    done = 0
+    try:
+        spool, room = reserve(CHUNK_NBYTES if nbytes is None else nbytes)
         for part in parts:
-            fitting = memoryview(part)[: nbytes - done]  # bytes that are too many are told by whoever makes them
-            write_at(spool, fitting, room.offset + done)
-            done += len(fitting)
+            # Bytes that are too many are told by whoever makes them.
+            piece = memoryview(part) if nbytes is None else memoryview(part)[: nbytes - done]
+            if done + len(piece) > room.nbytes:
+                _, further = reserve(-(-len(piece) // CHUNK_NBYTES) * CHUNK_NBYTES)
+                room = ByteRange(room.file, room.offset, room.nbytes + further.nbytes)
+            write_at(spool, piece, room.offset + done)
+            done += len(piece)
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
         raise FileAccessError(f"{needs}: {error.strerror}; {remedy}") from error
-    return room
+    return room if nbytes is not None else room.part(0, done)
 
 
 class _Computed:

@@ -1,4 +1,5 @@
-"""What is installed: this version of ckptkit, and the optional packages torch, torchvision, timm and transformers.
+"""What is installed: this version of ckptkit, and the optional packages torch, torchvision, timm, transformers and
+zstandard.
 
 Imports none.  Whoever is about to import a layer that does (`ckptkit.torch_bridge`,
 `ckptkit.verifier`) calls `require` first, so that the message is the same everywhere.
@@ -20,6 +21,7 @@ OLDEST_TORCH = (2, 1)
 """The first with ``Module.load_state_dict(assign=True)``; pyproject.toml asks for it too."""
 
 _INSTALL = {package: f"pip install '.[{package}]'" for package in ("timm", "transformers")}
+_INSTALL["zstandard"] = "pip install '.[zstd]'"
 """Installs what is an extra of its own."""
 
 
@@ -27,7 +29,7 @@ def require(package: str) -> None:
     """Make sure that an optional package can be imported.
 
     Args:
-        package: ``"torch"``, ``"torchvision"``, ``"timm"`` or ``"transformers"``.
+        package: ``"torch"``, ``"torchvision"``, ``"timm"``, ``"transformers"`` or ``"zstandard"``.
 
     Raises:
         MissingDependencyError: it is not installed, or does not import; the message holds the

@@ -112,6 +112,17 @@ class Limits:
     looked_nbytes: int = 1 << 30
     """Bytes that are inflated for that, or searched for names: some seconds, and room on the disk."""
 
+    unpacked_nbytes: int = 256 << 20
+    """Bytes that a compressed file, or member of an archive, may become however small it is: a second or two, and room
+    on the disk.  The spool of one that claims more ends here."""
+
+    unpacked_ratio: int = 100
+    """How many times its own bytes a larger one may become.  Weights shrink by a tenth to a half, those of a model that
+    was pruned by ten, text by four; deflate alone makes 1,032 of one, bzip2, xz and zstd tens of thousands."""
+
+    levels: int = 4
+    """Files inside one another that are gone through: ``.tar.gz`` is two; archives can hold themselves."""
+
     overlap: int = 64
     """How many times the bytes of its storage a view may have and still be gone through: sliding windows of 64 still
     count, and a few bytes of a file cannot ask for terabytes to be read."""

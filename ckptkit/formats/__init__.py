@@ -10,15 +10,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Readable, Source, SourceFile
-from ckptkit.checkpoint import GRAVITY, Checkpoint, Part, Storage, TensorEntry
+from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
-from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, identify
+from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards import may_tell_a_part
+from ckptkit.formats.sources import STDIN, around_of, given_of, opened, standard_input
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.normalize.parts import part_in
 from ckptkit.pickling.inert import TreeMap
+from ckptkit.pickling.trust import merge_uses
 
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
@@ -30,8 +32,10 @@ __all__ = [
     "detect",
     "format_for",
     "format_named",
+    "given_of",
     "plan",
     "read",
+    "reread",
     "source_of",
     "target",
 ]
@@ -62,7 +66,7 @@ def read(
     """Open a file and read what is in it, not its tensors.
 
     Args:
-        source: path of the file, or what holds its bytes, which is closed where they cannot be read.
+        source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
         section: path of the weights to select, where the file holds several.
         ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
@@ -74,54 +78,126 @@ def read(
         FileAccessError: the file cannot be opened.
         FormatError: its content is not what it claims to be; the path is in the message.
         SectionError: the section is not there.
+        MissingDependencyError: it is compressed, and what decompresses it is not installed.
     """
-    file = source_of(source)
+    file = source_of(source, limits)
+    try:
+        inner = _entered(file, limits)
+    except BaseException:
+        file.close()
+        raise
+    try:
+        return reread(inner, section=section, ignore_checksums=ignore_checksums, limits=limits), inner
+    except BaseException:
+        inner.close()
+        raise
+
+
+def _entered(file: Source, limits: Limits) -> Source:
+    """What lies in a file that is compressed or an archive; any other as it is."""
+    probe: Probe | None = None
+    try:
+        probe = Probe(file, limits)
+        if not holds_files(probe):
+            return file
+        from ckptkit.formats.inside import entered
+
+        return entered(file, limits)
+    except FormatError as error:
+        seen = _names_left(probe, error)
+        raise error.at(path=file.path, seen=seen) from error.__cause__
+
+
+def reread(
+    file: Source,
+    *,
+    section: str | None = None,
+    ignore_checksums: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Checkpoint:
+    """The checkpoint in a source that is open, and stays open: as `read` gave it, or with another section selected.
+
+    Raises:
+        As `read`.
+    """
     probe: Probe | None = None
     raw: RawCheckpoint | None = None
+    around = around_of(file)
     try:
         with collector_paused():
             probe = Probe(file, limits)
-            raw = detect(probe).read(probe)
+            own = raw = detect(probe).read(probe)
             if ignore_checksums:
-                raw = replace(raw, root=_without_checksums(raw.root))
-            checkpoint = _placed(normalize(raw, file, section=section), raw, file)
+                own = raw = replace(raw, root=_without_checksums(raw.root))
+            if around is not None:
+                raw = replace(
+                    raw,
+                    findings=(*around.findings, *raw.findings),
+                    globals=merge_uses(raw.globals, around.uses),
+                    has_pickle=raw.has_pickle or around.has_pickle,
+                )
+            checkpoint = _placed(normalize(raw, file, section=section), own, file)
             options = [*(("--section", section) if section else ()), *["--ignore-checksums"] * ignore_checksums]
-            return checkpoint.replace(origin=replace(checkpoint.origin, options=tuple(options))), file
+            return checkpoint.replace(origin=replace(checkpoint.origin, options=tuple(options)))
     except FormatError as error:
-        seen = raw.globals if raw is not None else ()
-        if probe is not None and raw is None:
-            from ckptkit.formats.contents import names_left
-
-            known = {use.name: GRAVITY[use.verdict] for use in error.globals}
-            left = names_left(probe, error.globals)
-            seen = tuple(use for use in left if GRAVITY[use.verdict] > known.get(use.name, -1))
-        file.close()
+        seen = raw.globals if raw is not None else _names_left(probe, error)
         cause = error.__cause__
         if raw is None and file.path.endswith(".distcp"):  # archives end to end, one a tensor; compressed ones too
             from ckptkit.formats.shard_parts import part_error
 
             seen, cause, error = (*seen, *error.globals), error, part_error(file)
+        if around is not None:
+            seen = (*seen, *(use for use in around.uses if use.kind == "name" and raw is None))
+            error.where = f"{around.where}: {error.where}" if error.where else around.where
         raise error.at(path=file.path, seen=seen) from cause
-    except BaseException:
-        file.close()
-        raise
 
 
-def source_of(path: Readable) -> Source:
-    """What holds the bytes of the file that a path means: here alone is decided what may be given as one.
+def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...]:
+    """What a file that was refused names beyond what its reader found."""
+    if probe is None:
+        return ()
+    from ckptkit.formats.contents import names_left
+
+    known = {use.name: GRAVITY[use.verdict] for use in error.globals}
+    return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
+
+
+def source_of(path: Readable, limits: Limits = DEFAULT_LIMITS) -> Source:
+    """What holds the bytes of the file that is meant: here alone is decided what may be given as one.
+
+    Args:
+        path: a path, of a file or (``FILE/MEMBER``, ``FILE!MEMBER``) of a member of an archive, where no file has that
+            path; ``"-"``: standard input.  An open binary file: from its present position, where it then still
+            stands unless it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be
+            resized before the source is closed.  A source: itself.
+        limits: bounds on what an archive may ask for.
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
+        FormatError: an archive in which it lies is damaged.
     """
     if isinstance(path, Source):
         return path
     if not isinstance(path, (str, os.PathLike)):
-        raise FileAccessError(f"a {type(path).__name__} is not the path of a file")
+        return opened(path)
+    name = os.fsdecode(path)
+    if name == STDIN:
+        return standard_input()
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder
 
-        raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
-    return SourceFile(path)
+        raise FileAccessError(f"{name}: {describe_folder(name)}")
+    try:
+        return SourceFile(path)
+    except FileAccessError:
+        if os.path.lexists(path):
+            raise
+        from ckptkit.formats.inside import member_of
+
+        member = member_of(name, limits)
+        if member is None:
+            raise
+        return member
 
 
 def _without_checksums(root: object) -> object:

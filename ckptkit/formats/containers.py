@@ -23,6 +23,7 @@ __all__ = [
     "SHARED_SUFFIXES",
     "SUFFIXES",
     "format_named",
+    "holds_files",
     "identify",
     "index_of",
     "index_over",
@@ -150,6 +151,24 @@ def format_named(name: str) -> Format:
 def index_over(container: Format) -> Format | None:
     """The container that makes one checkpoint of several files of this one; ``None``: there is none."""
     return next((each for each in FORMATS if each.shards == container.name), None)
+
+
+_COMPRESSED = (
+    *(b"\x1f\x8b\x08", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f\xfd"),
+    *(bytes((first,)) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)),
+)
+"""First bytes of what is decompressed: gzip, xz, bzip2, zstd, and zstd's frames that are skipped."""
+
+
+def holds_files(probe: Probe) -> bool:
+    """Whether a file is compressed, or an archive of other files than torch's records; `ckptkit.formats.inside`."""
+    if probe.head.startswith(LOCAL_SIGNATURE):
+        from ckptkit.formats.torch_archive import archive_kind
+
+        return bool(probe.records) and archive_kind(probe) is None
+    if probe.head.startswith(_COMPRESSED):
+        return not _safetensors(probe)
+    return _tar(probe)
 
 
 def identify(probe: Probe, containers: Sequence[Format]) -> Format:

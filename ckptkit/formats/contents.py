@@ -40,6 +40,7 @@ from ckptkit.formats.magic import (
     runs,
     scanned,
 )
+from ckptkit.formats.sources import Held
 from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header, read_members
 from ckptkit.formats.torch_legacy import PickleRow
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, Records, ends_like_a_zip, read_directory, read_record
@@ -49,7 +50,7 @@ from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import count_of
 
-__all__ = ["ContentSearch", "Inside", "look_inside", "names_left"]
+__all__ = ["ContentSearch", "Inside", "head_of", "look_inside", "names_left"]
 
 _HEAD_NBYTES = BLOCK_NBYTES
 """First bytes that tell what a record is: as many as a tar archive's header has."""
@@ -151,7 +152,7 @@ class ContentSearch:
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=why, kind="unread"))
 
     def _look(self, name: str, held: Record | ByteRange, is_program: bool) -> None:
-        head = _head(held)
+        head = head_of(held)
         if not head:
             return
         is_zip = head.startswith(LOCAL_SIGNATURE)
@@ -190,7 +191,7 @@ class ContentSearch:
             raise LimitError("bytes once inflated", limit=self._limits.looked_nbytes, actual=held.nbytes)
         self._looked_left -= held.nbytes
         if max(held.nbytes, held.data.nbytes) <= _SMALL_NBYTES:
-            return _Held(read_record(held, _SMALL_NBYTES), held.data.file.path).whole
+            return Held(read_record(held, _SMALL_NBYTES), held.data.file.path).whole
         try:
             return record_source(held).plain()
         except FileAccessError as error:  # no room in the temporary folder
@@ -324,7 +325,7 @@ class ContentSearch:
             self._levels += 1
 
 
-def _head(held: Record | ByteRange) -> bytes:
+def head_of(held: Record | ByteRange) -> bytes:
     """The first bytes of a record."""
     if not isinstance(held, Record):
         return held.read(0, min(_HEAD_NBYTES, held.nbytes))
@@ -335,19 +336,6 @@ def _head(held: Record | ByteRange) -> bytes:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, _HEAD_NBYTES)
     except zlib.error as error:
         raise FormatError(f"it cannot be inflated: {error}") from None
-
-
-class _Held(Source):
-    """Bytes in memory that are read like a file."""
-
-    __slots__ = ("_data",)
-
-    def __init__(self, data: bytes, path: str) -> None:
-        super().__init__(path, len(data))
-        self._data = data
-
-    def _some(self, offset: int, nbytes: int) -> bytes:
-        return self._data[offset : offset + nbytes]
 
 
 # Of files that were refused.
@@ -402,21 +390,21 @@ class Inside:
     beyond: tuple[tuple[str, str], ...] = ()
 
 
-def look_inside(path: str, limits: Limits = DEFAULT_LIMITS) -> Inside:
+def look_inside(path: str | Source, limits: Limits = DEFAULT_LIMITS) -> Inside:
     """The pickles in a file that is not a checkpoint.
 
     Args:
-        path: the file.
+        path: the file, or its source, which is closed.
         limits: bounds; what is past them stands in `Inside.beyond`.
 
     Raises:
         FileAccessError: it cannot be opened or read.
     """
-    file = SourceFile(path)
+    file = path if isinstance(path, Source) else SourceFile(path)
     contents = ContentSearch(limits)
     try:
         contents.look("", file.whole)
-        if not _head(file.whole).startswith(LOCAL_SIGNATURE) and ends_like_a_zip(file.whole):
+        if not head_of(file.whole).startswith(LOCAL_SIGNATURE) and ends_like_a_zip(file.whole):
             contents.unread("", "a zip archive behind something else")
     finally:
         file.close()

@@ -24,6 +24,7 @@ from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Part
 from ckptkit.errors import FileAccessError, PartError
 from ckptkit.formats.shards import CUSTOMARY, indexes_in
+from ckptkit.formats.sources import name_of
 from ckptkit.normalize.parts import part_text
 
 __all__ = ["known_as", "names_in", "part_error", "part_of"]
@@ -125,7 +126,7 @@ def part_error(file: Source) -> PartError:
 
 def _shard(file: Source) -> Part | None:
     """As one of the shards of an index, or by a shard's customary name."""
-    folder, name = os.path.split(file.path)
+    folder, name = os.path.split(name_of(file))
     customary = re.fullmatch(CUSTOMARY, name)
     count = int(customary[3]) if customary is not None else 0
     layout, lacks = "a sharded checkpoint", "the other tensors lie in the other shards"
@@ -200,7 +201,7 @@ def _by_name(file: Source) -> Part | None:
 
 def _split(file: Source) -> tuple[str, str]:
     """The folder a file lies in, by its whole path, and its name."""
-    return os.path.split(file.path if file.folder is None else os.path.abspath(file.path))
+    return os.path.split(name_of(file) if file.folder is None else os.path.abspath(name_of(file)))
 
 
 def _names(file: Source, folder: str) -> list[str]:
@@ -217,7 +218,7 @@ def _placed(part: Part, file: Source) -> Part:
     """The part with the folder of the files that belong together, or with what was made of them."""
     if part.instead is not None or file.folder is None:
         return part
-    folder, name = os.path.split(file.path)
+    folder, name = os.path.split(name_of(file))
     above = os.path.dirname(folder)
     if os.path.basename(folder) == "sharded" and (indexes := indexes_in(above)):  # of consolidate_safetensors_files
         return replace(part, instead=os.path.join(above, indexes[0]), opens=True)
@@ -233,7 +234,7 @@ def _placed(part: Part, file: Source) -> Part:
 
 def _alike(file: Source) -> list[str]:
     """Names in a file's folder that differ from its own in a rank's (shard's, layer's) number alone, and its own."""
-    folder, name = os.path.split(file.path)
+    folder, name = os.path.split(name_of(file))
     pattern = re.escape(re.sub(_NUMBERED, "\\1\0", name)).replace("\0", "[0-9]+")
     return [each for each in _names(file, folder) if re.fullmatch(pattern, each)]
 

@@ -14,6 +14,7 @@ from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.json_text import shown
+from ckptkit.formats.sources import name_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.trust import merge_uses
@@ -52,7 +53,7 @@ _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "comm
 
 def may_tell_a_part(file: Source) -> bool:
     """Whether a file's name, or an index beside it, is worth a look: most files are whole, and opened at once."""
-    folder, name = os.path.split(file.path)
+    folder, name = os.path.split(name_of(file))
     if any(word in name for word in _WORDS) or "_rank_" in folder or "zero" in folder or name == "fp32.pt":
         return True
     return file.folder is not None and bool(indexes_in(file.folder))

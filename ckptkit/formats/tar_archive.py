@@ -75,12 +75,15 @@ class Member:
             that it is something else, or somewhere else, than its own header does.
         start: of its data in the file.
         nbytes: of its data, as declared; the file may be shorter.
+        path: the name of a regular file, also where it is too long for the header: a pax header, or before it a member
+            of type ``L`` (GNU tar), has it.  ``None``: it is no regular file, or one is said to be more than renamed.
     """
 
     name: str
     kind: str
     start: int
     nbytes: int
+    path: str | None = None
 
     def data(self, area: ByteRange) -> ByteRange:
         """Its bytes, or those of them that are there, where the archive lies."""
@@ -100,7 +103,7 @@ def read_members(area: ByteRange, limits: Limits, most: int) -> Iterator[Member]
         AmbiguousError: something follows its end.
         LimitError: it has more members.
     """
-    pos, size, as_stated = 0, None, True
+    pos, size, path, as_stated = 0, None, "", True
     for _ in range(2 * most + 1):
         block = area.read(pos, max(0, min(BLOCK_NBYTES, area.nbytes - pos)))
         if block == bytes(BLOCK_NBYTES):
@@ -111,10 +114,12 @@ def read_members(area: ByteRange, limits: Limits, most: int) -> Iterator[Member]
         member = _member(block, pos, size)
         following = member.start + -(-member.nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
         if member.kind == "x":
-            size, as_stated = _pax(member, area, limits)
+            size, path, as_stated = _pax(member, area, limits)
         else:
-            yield member if as_stated else replace(member, kind="x")
-            size, as_stated = None, True
+            is_named = member.kind == "0" and (as_stated or path)
+            kind = member.kind if as_stated else "x"
+            yield replace(member, kind=kind, path=(path or member.name) if is_named else None)
+            size, path, as_stated = None, _long_name(member, area, limits) if member.kind == "L" else "", True
         if following > area.nbytes:
             raise CorruptError(
                 f"truncated: the file has {area.nbytes:,} bytes, {following:,} are expected up to the end of member "
@@ -130,31 +135,45 @@ def _member(block: bytes, pos: int, size: int | None) -> Member:
     nbytes = _OCTAL.match(block[124:136])
     if stated is None or int(stated[1], 8) not in checksums(block):
         raise CorruptError("a member's header does not have the checksum it states: damaged", offset=pos)
-    if nbytes is None:
+    if nbytes is None and block[124] != 0x80:  # in binary, as GNU tar writes it from 8 GiB on
         raise CorruptError("a member's size is not an octal number", offset=pos)
+    own = int(nbytes[1], 8) if nbytes is not None else int.from_bytes(block[125:136], "big")
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
     return Member(
         name=(prefix + b"/" + name if prefix else name).decode("utf-8", "backslashreplace"),
         kind=chr(block[156] or ord("0")),
         start=pos + BLOCK_NBYTES,
-        nbytes=int(nbytes[1], 8) if size is None else size,
+        nbytes=own if size is None else size,
     )
 
 
-def _pax(member: Member, area: ByteRange, limits: Limits) -> tuple[int | None, bool]:
-    """The size that a pax header gives the next member, and whether all else stays as its own header states it."""
+def _long_name(member: Member, area: ByteRange, limits: Limits) -> str:
+    """The name that a member of GNU tar's own gives the next one."""
+    if member.nbytes > limits.name_nbytes:
+        raise LimitError("length of a member's name", limit=limits.name_nbytes, actual=member.nbytes)
+    return member.data(area).read().split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+
+
+def _pax(member: Member, area: ByteRange, limits: Limits) -> tuple[int | None, str, bool]:
+    """The size and the name that a pax header gives the next member (``""``: none), and whether all is as stated.
+
+    That is what the member's own header states.  A name counts where nothing else is said to be otherwise.
+    """
     if member.nbytes > limits.record_nbytes:
         raise LimitError("bytes of a pax header", limit=limits.record_nbytes, actual=member.nbytes)
     data = member.data(area).read()
-    pos, size, as_stated = 0, None, True
+    pos, size, path, others = 0, None, "", False
     while pos < len(data):
         record = _RECORD.match(data, pos)
         end = pos + int(record[1]) if record else 0
         if record is None or end > len(data) or end <= record.end() or data[end - 1 : end] != b"\n":
             raise CorruptError("a pax header that is not a list of records: damaged", offset=member.start + pos)
         key, value = record[2].decode("ascii"), data[record.end() : end - 1]
-        as_stated = as_stated and key in _PAX_KEYS
+        others = others or key not in (*_PAX_KEYS, "path")
+        if key == "path":
+            others = others or bool(path)
+            path = value.decode("utf-8", "backslashreplace")
         if key == "size":
             if size is not None or not re.fullmatch(rb"[0-9]{1,19}", value):
                 raise CorruptError(
@@ -162,7 +181,7 @@ def _pax(member: Member, area: ByteRange, limits: Limits) -> tuple[int | None, b
                 )
             size = int(value)
         pos = end
-    return size, as_stated
+    return size, "" if others else path, not (others or path)
 
 
 def _check_end(area: ByteRange, pos: int) -> None:

@@ -214,6 +214,7 @@ class Loader:
 
     def _map(self, source: ByteRange) -> torch.UntypedStorage | None:
         """The bytes where they lie in the file; ``None`` where they have to be read."""
+        source = source.file.located(source)
         if source.offset % _ALIGNMENT or not source.nbytes:
             return None
         if id(source.file) not in self._maps:

@@ -92,6 +92,7 @@ class Copier:
             CorruptError: the source ended early.
             OSError: it could not be written.
         """
+        source = source.file.located(source)
         while source.nbytes:
             fd = source.file.fileno()
             way = self._read_write if fd is None else self._way(source.nbytes)
