@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.arguments import documented, several, unexpected
+from ckptkit.bytesource import Readable
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.normalize.parts import require_whole
@@ -47,7 +48,7 @@ __all__ = [
 
 
 def inspect(
-    path: PathLike,
+    path: Readable,
     *,
     section: str | None = None,
     filters: str | Sequence[str] = (),
@@ -58,7 +59,7 @@ def inspect(
     """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
 
     Args:
-        path: the file.
+        path: the file, or what else can be read; see `open`.
         section: path of the weights to select.
         filters: glob patterns of tensor names to list; none lists all.
         sort: ``"file"``, ``"name"`` or ``"size"``.
@@ -77,7 +78,7 @@ def inspect(
 
 
 def load_state_dict(
-    path: PathLike,
+    path: Readable,
     *,
     map_location: Any = None,
     section: str | None = None,
@@ -91,7 +92,7 @@ def load_state_dict(
     offsets, axes and sizes are checked first, which torch does not do.
 
     Args:
-        path: the file.
+        path: the file, or what else can be read; see `open`.
         map_location: as in ``torch.load``: a string, a ``torch.device``, a dict, a callable.
         section: path of the weights to select, where the file holds several.
         allow_part: whether the file may be a part of a checkpoint that lies in several.
@@ -127,14 +128,14 @@ def load_state_dict(
 
 
 @documented(ConvertOptions)
-def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report:
+def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report:
     """Rewrite a checkpoint into another file.
 
     A ``.pth`` keeps everything that is in the source; what a safetensors file or shards cannot hold is an
     error unless it is named to be left out.
 
     Args:
-        source: any readable checkpoint.
+        source: any readable checkpoint; see `open`.
         destination: the output; its ending chooses the container.
         **options: those of `ckptkit.options.ConvertOptions`.
 
@@ -175,11 +176,11 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
 
 
 @documented(DiffOptions)
-def diff(a: PathLike, b: PathLike, **options: Unpack[DiffKeywords]) -> Difference:
+def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Difference:
     """What changed from one checkpoint to another, whatever their containers.
 
     Args:
-        a: the file that is compared.
+        a: the file that is compared; see `open`.
         b: the file that it is compared with.
         **options: those of `ckptkit.options.DiffOptions`.
 
@@ -266,11 +267,11 @@ def manifest(
 
 
 @documented(VerifyOptions)
-def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report:
+def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report:
     """Load into a reference model, strictly, and examine what it computes.
 
     Args:
-        path: the checkpoint; it is read by ckptkit, never executed (but see ``unsafe_load``).
+        path: the checkpoint; see `open`.  It is read by ckptkit, never executed (but see ``unsafe_load``).
         **options: those of `ckptkit.options.VerifyOptions`.
 
     Raises:
@@ -297,12 +298,13 @@ def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report:
         from ckptkit.verifier import verify as run
 
         subject = file.rewrite(StripModule()) if asked.strip_module else file
-        return run(subject.checkpoint, asked, against=None if other is None else other.checkpoint)
+        against = None if other is None else other.checkpoint
+        return run(subject.checkpoint, asked, file=file._file, against=against)
 
 
 @contextlib.contextmanager
 def _weights(
-    path: PathLike, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
+    path: Readable, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
 ) -> Iterator[CheckpointFile]:
     """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:

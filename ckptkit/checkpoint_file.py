@@ -171,15 +171,23 @@ def open(  # noqa: A001 - the name users expect
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 
+    A file that is compressed (gzip, xz, bzip2, zstd) is decompressed into the temporary folder, and of an archive of
+    other files the one checkpoint in it is opened; a finding says so.
+
     Args:
-        path: the file.
+        path: a file; a member of a zip or tar archive as ``FILE/MEMBER`` or ``FILE!MEMBER``, where no file has that
+            path; ``"-"``: standard input.  An open binary file is read from its present position to its end; its
+            position is then what it was, but for one that cannot seek, which is read to its end.  Bytes, a bytearray
+            and a memoryview are not copied; a bytearray cannot be resized until this is closed.  What was given open
+            stays open.
         section: path of the weights to select, where the file holds several.
         ignore_checksums: whether to forget the recorded checksums of its tensors, so that nothing holds them: those of
             a file that was edited in place are stale.
 
     Raises:
         FileAccessError: the file cannot be opened.
-        FormatError: it is not a checkpoint, or damaged.
+        FormatError: it is not a checkpoint, or damaged; or an archive of several, which the message names.
         SectionError: there is no such section.
+        MissingDependencyError: it is compressed by zstd, and nothing that decompresses it is installed.
     """
     return CheckpointFile(*formats.read(path, section=section, ignore_checksums=ignore_checksums))

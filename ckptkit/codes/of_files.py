@@ -32,6 +32,18 @@ CODES: dict[str, Explanation] = {
         "know these names.",
         "ckptkit convert FILE OUT --strip-module",
     ),
+    "compressed": Explanation(
+        "the checkpoint is compressed as a whole",
+        "torch.load, safetensors and most loaders do not decompress gzip, xz, bzip2 or zstd. ckptkit does, into the "
+        "temporary folder, and shows what comes of it; weights shrink little by it.",
+        "ckptkit convert FILE.gz OUT.safetensors writes it as it is to be loaded.",
+    ),
+    "inside-an-archive": Explanation(
+        "the checkpoint is a member of an archive",
+        "The file is a zip or tar of other files (a .nemo, a model of stable-baselines3, a release), and one checkpoint "
+        "in it is the model. What else lies there is looked at for pickles, and counts for the trust in the file.",
+        "ckptkit convert FILE OUT.safetensors writes the model; FILE!MEMBER names another member.",
+    ),
     "no-tensors": Explanation(
         "the file holds no tensor",
         "It is a readable pickle of plain values or objects (arguments, a scheduler, a vocabulary) without weights.",

@@ -20,14 +20,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
-from ckptkit.conversion.options import Conversion, needs_weights, section_like
+from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.parts import require_whole
@@ -193,42 +192,32 @@ def run(
         As `ckptkit.convert`.
     """
     require_whole(checkpoint, allow_part=options.allow_part)
-    with _section_meant(checkpoint, file, options) as (source, file):
-        if rewrite:
-            _require_weights(source, destination, options)
-        conversion = Conversion(source, options) if rewrite else None
-        job = Job.of(source if conversion is None else conversion.result, file, destination, options)
-        findings: list[Finding] = []
-        if conversion is not None:
-            findings += job.findings()
-            findings += conversion.findings(job.plan, None if options.dry_run else job.path)
-        if not options.dry_run:
-            tally = job.carry_out(options)
-            findings += () if conversion is None else conversion.losses(tally)
-        return Outcome(
-            section=source.origin.state_path,
-            options=options,
-            job=job,
-            conversion=conversion,
-            findings=tuple(findings),
-        )
+    source = _section_meant(checkpoint, file, options)
+    if rewrite:
+        _require_weights(source, destination, options)
+    conversion = Conversion(source, options) if rewrite else None
+    job = Job.of(source if conversion is None else conversion.result, file, destination, options)
+    findings: list[Finding] = []
+    if conversion is not None:
+        findings += job.findings()
+        findings += conversion.findings(job.plan, None if options.dry_run else job.path)
+    if not options.dry_run:
+        tally = job.carry_out(options)
+        findings += () if conversion is None else conversion.losses(tally)
+    return Outcome(
+        section=source.origin.state_path,
+        options=options,
+        job=job,
+        conversion=conversion,
+        findings=tuple(findings),
+    )
 
 
-@contextmanager
-def _section_meant(
-    checkpoint: Checkpoint, file: Source, options: ConvertOptions
-) -> Iterator[tuple[Checkpoint, Source]]:
+def _section_meant(checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> Checkpoint:
     """The checkpoint with the section selected that is like the model asked for, where none is named."""
     selected = checkpoint.origin.state_path
-    path = section_like(checkpoint, options) if options.section is None else selected
-    if path == selected:
-        yield checkpoint, file
-        return
-    checkpoint, file = formats.read(file.path, section=path, ignore_checksums=options.ignore_checksums)
-    try:
-        yield checkpoint, file
-    finally:
-        file.close()
+    path = section_like(checkpoint, file, options) if options.section is None else selected
+    return checkpoint if path == selected else read_section(file, path, ignore_checksums=options.ignore_checksums)
 
 
 def _require_weights(checkpoint: Checkpoint, destination: str | os.PathLike[str], options: ConvertOptions) -> None:

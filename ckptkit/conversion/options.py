@@ -11,6 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ckptkit import rewrite  # each rewriter is imported when it is used
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.computed import ConvertedRange
 from ckptkit.conversion.changes import (
@@ -25,8 +26,8 @@ from ckptkit.conversion.changes import (
     diagnose_trust,
     diagnose_wrappers,
 )
-from ckptkit.errors import CkptkitError, RewriteError, SectionError
-from ckptkit.formats import read
+from ckptkit.errors import CkptkitError, CorruptError, RewriteError, SectionError
+from ckptkit.formats import read, reread
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
@@ -45,7 +46,15 @@ if TYPE_CHECKING:
 
     Renamer = rewrite.StripModule | rewrite.AddModule | rewrite.StripPrefix | rewrite.AddPrefix | rewrite.Rename
 
-__all__ = ["Conversion", "like_checkpoint", "needs_weights", "read_others", "section_like", "unselected_weights"]
+__all__ = [
+    "Conversion",
+    "like_checkpoint",
+    "needs_weights",
+    "read_others",
+    "read_section",
+    "section_like",
+    "unselected_weights",
+]
 
 
 def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
@@ -248,21 +257,40 @@ def unselected_weights(checkpoint: Checkpoint) -> list[str]:
     return [s.path for s in checkpoint.sections if s.is_weights and not s.selected]
 
 
-def read_others(checkpoint: Checkpoint, *, ignore_checksums: bool = False) -> Iterator[tuple[str, Checkpoint]]:
-    """The checkpoint with each other section selected, as far as it can be; each is closed before the next."""
+def read_section(file: Source, section: str | None, *, ignore_checksums: bool = False) -> Checkpoint:
+    """The checkpoint in an open source with another section selected.
+
+    Raises:
+        CorruptError: the file was changed since it was opened.
+        CkptkitError: the section cannot be selected.
+    """
+    checkpoint = reread(file, section=section, ignore_checksums=ignore_checksums)
+    if file.changed():
+        raise CorruptError("the file was changed while it was read", path=file.path)
+    return checkpoint
+
+
+def read_others(
+    checkpoint: Checkpoint, file: Source, *, ignore_checksums: bool = False
+) -> Iterator[tuple[str, Checkpoint]]:
+    """The checkpoint in a source with each other section selected, as far as it can be; the source stays open."""
     for path in unselected_weights(checkpoint)[:_MAX_SECTIONS]:
         try:
-            other, file = read(checkpoint.origin.path, section=path, ignore_checksums=ignore_checksums)
+            other = read_section(file, path, ignore_checksums=ignore_checksums)
         except CkptkitError:
+            if file.changed():
+                raise
             continue  # it cannot be chosen
-        try:
-            yield path, other
-        finally:
-            file.close()
+        yield path, other
 
 
-def section_like(checkpoint: Checkpoint, options: ConvertOptions) -> str | None:
+def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str | None:
     """The section whose weights are those of the model of ``options.like``; where none is, the selected one.
+
+    Args:
+        checkpoint: what the file holds.
+        file: the file; it stays open.
+        options: what is asked for.
 
     Raises:
         RewriteError: several are, of different tensors; or none is, and none is selected.
@@ -274,7 +302,7 @@ def section_like(checkpoint: Checkpoint, options: ConvertOptions) -> str | None:
     labels: list[str] = []
     problems: list[str] = []
     mine = [(selected, checkpoint)] if selected is not None else []
-    for path, each in chain(mine, read_others(checkpoint, ignore_checksums=options.ignore_checksums)):
+    for path, each in chain(mine, read_others(checkpoint, file, ignore_checksums=options.ignore_checksums)):
         try:
             named = as_named(each, options)
         except RewriteError as error:

@@ -80,7 +80,7 @@ def read(
         SectionError: the section is not there.
         MissingDependencyError: it is compressed, and what decompresses it is not installed.
     """
-    file = source_of(source, limits)
+    file = source_of(source)
     try:
         inner = _entered(file, limits)
     except BaseException:
@@ -162,7 +162,7 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
     return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
 
 
-def source_of(path: Readable, limits: Limits = DEFAULT_LIMITS) -> Source:
+def source_of(path: Readable) -> Source:
     """What holds the bytes of the file that is meant: here alone is decided what may be given as one.
 
     Args:
@@ -170,7 +170,6 @@ def source_of(path: Readable, limits: Limits = DEFAULT_LIMITS) -> Source:
             path; ``"-"``: standard input.  An open binary file: from its present position, where it then still
             stands unless it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be
             resized before the source is closed.  A source: itself.
-        limits: bounds on what an archive may ask for.
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
@@ -194,7 +193,7 @@ def source_of(path: Readable, limits: Limits = DEFAULT_LIMITS) -> Source:
             raise
         from ckptkit.formats.inside import member_of
 
-        member = member_of(name, limits)
+        member = member_of(name, DEFAULT_LIMITS)
         if member is None:
             raise
         return member

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
-from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, SHARED_SUFFIXES, SUFFIXES
+from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, SHARED_SUFFIXES, SUFFIXES, holds_files
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards import indexes_in
 from ckptkit.formats.zip_archive import ends_like_a_zip
@@ -48,8 +48,12 @@ PICKLE = "pickle"
 
 UNFINISHED = "unfinished ckptkit output"
 
-_PLAIN_SUFFIXES = (*sorted(SUFFIXES - SHARED_SUFFIXES), ".distcp", *INDEX_SUFFIXES)
-_TARRED_SUFFIXES = tuple(f"{suffix}.tar" for suffix in sorted(SUFFIXES - SHARED_SUFFIXES))
+_PLAIN_SUFFIXES = (*sorted(SUFFIXES - SHARED_SUFFIXES), ".distcp", ".nemo", *INDEX_SUFFIXES)
+_TARRED_SUFFIXES = tuple(
+    f"{suffix}{ending}"
+    for suffix in sorted(SUFFIXES - SHARED_SUFFIXES)
+    for ending in (".tar", ".gz", ".xz", ".bz2", ".zst")
+)
 
 _UNREADABLE_KINDS = frozenset(("empty file", "zero-filled file", "git-lfs pointer", "HTML page", "unknown file"))
 """What under an ending of both is more likely a checkpoint that did not arrive than a file of another kind."""
@@ -290,7 +294,9 @@ class Surveyor:
         elif not says_checkpoint(name):
             try:
                 claims = [container for container in FORMATS if container.claims(probe)]
-                if not claims:
+                if (not claims or claims[0].reader == "torch_tar") and holds_files(probe) and _holds_one(probe):
+                    claims = []
+                elif not claims:
                     kind = self._other_kind(probe, path, name)
                 elif [container.name for container in claims] == ["torch-tar"] and not _is_torchs_tar(probe):
                     kind = self._others[path] = "tar archive"
@@ -373,6 +379,12 @@ def _identity(path: str) -> tuple[int, int] | None:
 def _rank(path: str) -> int:
     """How well a name says what the file is, from 0; an order of equals stays."""
     return 0 if says_checkpoint(path) else 1 if os.path.splitext(path)[1].lower() in SUFFIXES else 2
+
+
+def _holds_one(probe: Probe) -> bool:
+    from ckptkit.formats.inside import begins_like_one
+
+    return begins_like_one(probe)
 
 
 def _is_torchs_tar(probe: Probe) -> bool:

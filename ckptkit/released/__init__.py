@@ -25,7 +25,7 @@ from ckptkit.architectures import Architecture
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FormatError, VerifyError
 from ckptkit.extras import require_torch
-from ckptkit.formats import collector_paused
+from ckptkit.formats import collector_paused, source_of
 from ckptkit.formats.folder import PICKLE
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
@@ -335,7 +335,7 @@ def _pickles(task: _Task, uses: Sequence[GlobalUse] = ()) -> Iterator[CheckFindi
     from ckptkit.formats.contents import look_inside
 
     try:
-        inside = look_inside(task.path)
+        inside = look_inside(source_of(task.path))
     except CkptkitError as error:
         yield unreadable_finding(task.path, error, task.policy.allow_part)
     else:

@@ -186,9 +186,10 @@ class Examined:
 
     Attributes:
         path: as it was given.
-        size: in bytes, with its shards.
+        size: in bytes, with its shards; of what is compressed or in an archive, that of the file as it is.
         sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for.
         format: container name.
+        is_inside: whether the container is compressed, or in an archive.
         kind: what it holds.
         trust: what a loader that executes pickles would have to be trusted with.
         globals: every Python name in its pickles.
@@ -208,6 +209,7 @@ class Examined:
     size: int
     sha256: str | None
     format: str
+    is_inside: bool
     kind: Kind
     trust: Trust
     globals: tuple[GlobalUse, ...]
@@ -318,23 +320,28 @@ def examine_file(
         held = [storage for storage in contents.storages if checksums and storage.crc32 is not None]
         if checkpoint.origin.state_path is None:
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
-        reading = Reading()
+        reading, given = Reading(), formats.given_of(file)
+        is_whole = given is file  # else a file that is compressed or an archive, and what is in it
         if hash_file or digest or values or held:
             reading = read_through(
                 [file, *file.parts.values()],
                 _digested(contents, whole) if digest else (),
-                hash_files=hash_file,
+                hash_files=hash_file and is_whole,
                 digest=digest,
                 counted=_counted(contents) if values else (),
                 held=held,
                 threads=threads,
             )
+        hashes = reading.files
+        if hash_file and not is_whole:
+            hashes = read_through([given], (), hash_files=True, digest=False).files
         origin = checkpoint.origin
         return Examined(
             path=path,
-            size=origin.size,
-            sha256=reading.files.get(id(file)),
+            size=origin.size if is_whole else given.size,
+            sha256=hashes.get(id(given)),
             format=origin.format,
+            is_inside=not is_whole,
             kind=origin.kind,
             trust=checkpoint.trust,
             globals=checkpoint.globals,
@@ -343,7 +350,7 @@ def examine_file(
             is_program=origin.is_program,
             shards=tuple(
                 ShardFact(name=name, size=shard.size, sha256=reading.files.get(id(shard)))
-                for name, shard in file.parts.items()
+                for name, shard in (file.parts if is_whole else {}).items()
             ),
             damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
             malformed=tuple(_malformed(contents.values)),

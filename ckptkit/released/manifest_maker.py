@@ -20,7 +20,8 @@ from ckptkit.errors import (
     RewriteError,
     UnsupportedError,
 )
-from ckptkit.formats import collector_paused
+from ckptkit.formats import collector_paused, source_of
+from ckptkit.formats.sources import STDIN
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import (
@@ -297,6 +298,12 @@ def make_at(
         raise RewriteError(f"digests is {digests!r:.40}; expected 'total' or 'tensor'")
     if update and destination is None:
         raise FileAccessError("there is no manifest to update; name it with -o")
+    for path in paths:
+        if path == STDIN:
+            raise FileAccessError(f"{path}: a manifest records files by their paths, and standard input has none")
+        if not os.path.lexists(path):
+            source_of(path).close()  # which tells where there is none
+            raise FileAccessError(f"{path}: a manifest records files; record the archive, or unpack it")
     folder = _folder_of(paths) if destination is None else os.path.dirname(os.path.abspath(destination))
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):

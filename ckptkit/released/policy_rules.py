@@ -126,7 +126,8 @@ def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[Che
 
 
 def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    if {examined.format, format_named(examined.format).shards} & {*policy.require_format}:
+    is_meant = bool({examined.format, format_named(examined.format).shards} & {*policy.require_format})
+    if is_meant and not examined.is_inside:
         return
     fix = _convert(examined, pickled=False)
     yield _found(
@@ -135,7 +136,8 @@ def _require_format(examined: Examined, policy: Policy) -> Iterator[CheckFinding
         rule="require-format",
         expected=list(policy.require_format),
         found=examined.format,
-        message=f"the container is {examined.format}; allowed: {', '.join(policy.require_format)}",
+        message=f"the container is {examined.format}{', compressed or in an archive' * examined.is_inside}; allowed: "
+        f"{', '.join(policy.require_format)}",
         fix=fix if fix is not None and _written_by(fix).name in policy.require_format else None,
     )
 

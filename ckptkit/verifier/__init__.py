@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ckptkit.architectures import identify
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
@@ -53,13 +54,20 @@ CHECKS: tuple[Check, ...] = (
 """Every check, in the order they run.  The last fills the model with other weights."""
 
 
-def verify(checkpoint: Checkpoint, options: VerifyOptions, *, against: Checkpoint | None = None) -> Report:
+def verify(
+    checkpoint: Checkpoint,
+    options: VerifyOptions,
+    *,
+    file: Source | None = None,
+    against: Checkpoint | None = None,
+) -> Report:
     """Load a checkpoint's weights into a reference model and examine what it computes.
 
     Args:
         checkpoint: the checkpoint, wrappers' prefixes taken off where ``strip_module`` asks for it; the file it lies
             in must still be open.
         options: what `ckptkit.verify` was asked for.  A module given is copied, not changed.
+        file: that file, where advice may come of its other sections.
         against: the checkpoint that ``against`` names, whose outputs must agree; its file must be open.
 
     Returns:
@@ -93,6 +101,7 @@ def verify(checkpoint: Checkpoint, options: VerifyOptions, *, against: Checkpoin
             inputs=_inputs(reference, options, recorded) if options.forward else None,
             against=against,
             golden=recorded,
+            file=file,
             given=_given(checkpoint, options.strip_module),
         )
         seconds = time.perf_counter() - started

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from ckptkit.architectures import Architecture, identify
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import read_others
 from ckptkit.normalize.modules import unwrapped
@@ -54,17 +55,20 @@ def head_classes(mismatches: Sequence[ShapeMismatch]) -> tuple[int, int] | None:
     return ours, theirs
 
 
-def sections_that_fit(checkpoint: Checkpoint, like: Like, already: int) -> list[tuple[str, Fitting]]:
+def sections_that_fit(
+    checkpoint: Checkpoint, file: Source | None, like: Like, already: int
+) -> list[tuple[str, Fitting]]:
     """The other sections of which most tensors fit, equally many: their paths, and how.
 
     Args:
         checkpoint: with the section that was selected.
+        file: the file, which is open; ``None``: nobody can look at another.
         like: the model.
         already: how many of the selected section's tensors fit; another has to have more, and more than half.
     """
     found = [
         (path, max(like.fittings(other.state_dict), key=lambda fitting: len(fitting.sources)))
-        for path, other in read_others(checkpoint)
+        for path, other in (() if file is None else read_others(checkpoint, file))
     ]
     most = max((len(fitting.sources) for _, fitting in found), default=0)
     if most <= max(len(like.expected) // 2, already):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ckptkit.arguments import device_problem
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.normalize.selection import holding_suffix, other_parts
@@ -64,6 +65,7 @@ class Context:
         inputs: what the model is given; ``None``: no forward check is asked for.
         against: another checkpoint of the same model, to compare outputs with; its file is open.
         golden: outputs recorded earlier, to compare with.
+        file: the file of the checkpoint, for a look at its other sections; ``None``: there is none.
         given: options of ``verify`` and ``convert`` by which these weights were taken from the file.
         failed: whether a check has found an error.
         fit: set by the fit check.
@@ -85,6 +87,7 @@ class Context:
     inputs: Inputs | None = None
     against: Checkpoint | None = None
     golden: Any = None
+    file: Source | None = None
     given: tuple[str, ...] = ()
     failed: bool = False
     fit: Fit | None = None

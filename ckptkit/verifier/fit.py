@@ -129,7 +129,7 @@ def _old_names(fit: Fit, checkpoint: Checkpoint, fittings: Sequence[Fitting], co
 
 def _section(fit: Fit, checkpoint: Checkpoint, like: Like, already: int, context: Context) -> Finding | None:
     """Other weights in the file that fit better."""
-    found = sections_that_fit(checkpoint, like, already)
+    found = sections_that_fit(checkpoint, context.file, like, already)
     if not found:
         return None
     path, fitting = found[0]

@@ -23,7 +23,7 @@ NOT_LOADED = ("info", "not-loaded")
 def check_file(path: Path, *, section: str | None = None, **options: Any) -> Report:
     checkpoint, file = read(path, section=section)
     try:
-        return verify(checkpoint, VerifyOptions(**{"forward": False, "device": "cpu", **options}))
+        return verify(checkpoint, VerifyOptions(**{"forward": False, "device": "cpu", **options}), file=file)
     finally:
         file.close()
 
