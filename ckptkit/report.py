@@ -173,12 +173,18 @@ _ENDINGS = frozenset(
 def convert_command(path: str, *options: str, suffix: str = ".safetensors", taken: Container[str] = ()) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
-    The destination is named after the source, beside it, and is none of ``taken`` and nothing that is there.
+    The destination is named after the source, beside it or the archive it lies in, and is none of ``taken`` and nothing
+    that is there.  What is neither a file nor standard input is called FILE.
     """
     import shlex
     from itertools import chain, count
 
+    member = split_member(path)
     folder, name = os.path.split(path.rstrip("/"))
+    if member is not None:
+        folder, name = os.path.dirname(member[0]), re.split("[/!]", member[1].rstrip("/"))[-1]
+    elif path[:1] in ("-", "<") and not os.path.lexists(path):
+        name, path = "model", "-" if path == "-" else "FILE"
     stem, ending = os.path.splitext(name.removesuffix(".index.json"))  # of model.safetensors.index.json: the whole
     if ending[1:].isdigit():  # a version: model_v1.5
         stem, ending = stem + ending, ""
@@ -190,6 +196,20 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors", take
     paths = chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in count(2)))
     destination = next(each for each in paths if each not in taken and not os.path.lexists(each))
     return shlex.join(["ckptkit", "convert", path, destination, *options])
+
+
+def split_member(path: str) -> tuple[str, str] | None:
+    """The archive and the member that ``FILE/MEMBER`` or ``FILE!MEMBER`` means: ``None``: it is the path of something.
+
+    The longest beginning that is a file counts; there need be no such member.
+    """
+    if os.path.lexists(path) or re.match(r"[A-Za-z][\w.+-]+:", path):  # a file, or of some other system's
+        return None
+    separators = "/!" + (os.sep if os.sep != "/" else "")
+    for at in range(len(path) - 2, 0, -1):
+        if path[at] in separators and os.path.isfile(path[:at]):
+            return path[:at], path[at + 1 :]
+    return None
 
 
 def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_Finding]:

@@ -267,6 +267,8 @@ def command(
     With --atol or --rtol an element is unchanged where |b - a| <= atol + rtol * max(|a|, |b|).
     """
     as_json = output == "json"
+    if a == b == "-":
+        raise click.UsageError("standard input can be one of the two, not both")
     with ui.json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
         difference = api.diff(a, b, progress=update, **options)
     code = ending.verdict(0 if difference.ok else 1)

@@ -40,8 +40,9 @@ CODES: dict[str, Explanation] = {
     ),
     "inside-an-archive": Explanation(
         "the checkpoint is a member of an archive",
-        "The file is a zip or tar of other files (a .nemo, a model of stable-baselines3, a release), and one checkpoint "
-        "in it is the model. What else lies there is looked at for pickles, and counts for the trust in the file.",
+        "The file is a zip or tar of other files (a .nemo, a model of stable-baselines3, a release), and one "
+        "checkpoint in it is the model. What else lies there is looked at for pickles, and counts for the trust in "
+        "the file.",
         "ckptkit convert FILE OUT.safetensors writes the model; FILE!MEMBER names another member.",
     ),
     "no-tensors": Explanation(

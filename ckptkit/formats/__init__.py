@@ -13,9 +13,8 @@ from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
-from ckptkit.formats.format import Format, Probe
+from ckptkit.formats.format import Around, Format, Probe
 from ckptkit.formats.shards import may_tell_a_part
-from ckptkit.formats.sources import STDIN, around_of, given_of, opened, standard_input
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.normalize.parts import part_in
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "STDIN",
     "SUFFIXES",
     "collector_paused",
     "detect",
@@ -41,6 +41,9 @@ __all__ = [
 ]
 
 _INDEX = ".index.json"
+
+STDIN = "-"
+"""The path that means standard input; a file of that name is ``./-``."""
 
 SHARD_NBYTES = 5 * 10**9
 """Bytes of a shard where an index is to be written and no size is given; what huggingface_hub takes."""
@@ -122,7 +125,7 @@ def reread(
     """
     probe: Probe | None = None
     raw: RawCheckpoint | None = None
-    around = around_of(file)
+    around: Around | None = getattr(file, "around", None)
     try:
         with collector_paused():
             probe = Probe(file, limits)
@@ -162,6 +165,12 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
     return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
 
 
+def given_of(file: Source) -> Source:
+    """The file that was given: of what was found in one that is compressed or an archive, that one."""
+    around: Around | None = getattr(file, "around", None)
+    return file if around is None else around.given
+
+
 def source_of(path: Readable) -> Source:
     """What holds the bytes of the file that is meant: here alone is decided what may be given as one.
 
@@ -178,9 +187,13 @@ def source_of(path: Readable) -> Source:
     if isinstance(path, Source):
         return path
     if not isinstance(path, (str, os.PathLike)):
+        from ckptkit.formats.sources import opened
+
         return opened(path)
     name = os.fsdecode(path)
     if name == STDIN:
+        from ckptkit.formats.sources import standard_input
+
         return standard_input()
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder

@@ -9,16 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.errors import CorruptError, FormatError, RewriteError
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Records, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.report import Finding
 
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["HEAD_NBYTES", "TORCH_MARKS", "Format", "Probe"]
+__all__ = ["HEAD_NBYTES", "TORCH_MARKS", "Around", "Format", "Probe"]
 
 HEAD_NBYTES = 512
 """First bytes of a file that sniffing looks at."""
@@ -71,6 +72,25 @@ class Probe:
         """The whole file where it begins like a JSON object and is no larger than an index of shards may be."""
         begins = self.head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
         return self.file.read(0, self.file.size) if begins and self.file.size <= self.limits.index_nbytes else None
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What a checkpoint was found in.
+
+    Attributes:
+        given: the file that was given: one that is compressed, or an archive.
+        findings: what is to be told of the way.
+        uses: the names in the pickles beside it, and what could not be looked into.
+        has_pickle: whether there may be any.
+        where: the way, for messages.
+    """
+
+    given: Source
+    findings: tuple[Finding, ...]
+    uses: tuple[GlobalUse, ...]
+    has_pickle: bool
+    where: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

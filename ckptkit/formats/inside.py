@@ -1,14 +1,4 @@
-"""What lies inside a file: what it decompresses to, the members of an archive, and which of them is meant.
-
-Compressed files are known by their first bytes, whatever they are called, and decompressed once, into a temporary file:
-
-- gzip (RFC 1952): members one behind the other; zeros may follow the last
-- xz (``xz-file-format.txt``): streams, with zeros in fours between and behind them
-- bzip2: streams one behind the other
-- zstd (RFC 8878): frames, some of which are skipped; Python 3.14 reads them, before it the package zstandard
-
-Each has checksums or lengths that are held.  What is cut off, damaged or followed by something else is refused, as is
-what becomes many times what it was (`Limits.unpacked_ratio`).
+"""What lies inside a file: the members of an archive, what they decompress to, and which of them is meant.
 
 The members of a zip or tar archive are files; those of torch's own archives are records, and none is a file.  Archives
 that hold several checkpoints of which one is the model are in `_LAYOUTS`:
@@ -16,7 +6,8 @@ that hold several checkpoints of which one is the model are in `_LAYOUTS`:
 - ``.nemo`` (NeMo, ``nemo/core/connectors/save_restore_connector.py``): a tar, compressed or not, with
   ``model_config.yaml`` and ``model_weights.ckpt``
 - stable-baselines3 (``stable_baselines3/common/save_util.py`` ``save_to_zip_file``): a zip with ``policy.pth``, the
-  optimizers and other tensors in ``.pth`` files beside it, and ``data``: JSON with pickles as base64, which loading runs
+  optimizers and other tensors in ``.pth`` files beside it, and ``data``: JSON with pickles in base64, which loading
+  runs
 
 What else lies in an archive whose one member is opened is looked at for pickles all the same.
 """
@@ -26,240 +17,51 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import importlib
 import json
 import os
 import posixpath
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, SourceFile
+from ckptkit.bytesource import ByteRange, Source, SourceFile
 from ckptkit.checkpoint import GlobalUse
-from ckptkit.computed import spooled
 from ckptkit.errors import (
     AmbiguousError,
-    CorruptError,
     FileAccessError,
     FormatError,
     LimitError,
     MissingFileError,
     UnknownFormatError,
-    UnsupportedError,
 )
-from ckptkit.extras import require
 from ckptkit.formats.containers import FORMATS, SUFFIXES, holds_files, identify
 from ckptkit.formats.contents import ContentSearch, head_of
-from ckptkit.formats.format import Probe
+from ckptkit.formats.format import Around, Probe
 from ckptkit.formats.magic import guess_pickle
 from ckptkit.formats.sharded import shard_names
-from ckptkit.formats.sources import Around, Held, Inner, name_of
-from ckptkit.formats.tar_archive import read_members
+from ckptkit.formats.shards import name_of
+from ckptkit.formats.sources import (
+    ENDINGS,
+    FRAME_NBYTES,
+    Compression,
+    Held,
+    Inner,
+    compression_of,
+    decompressed,
+)
+from ckptkit.formats.tar_archive import is_header, read_members
 from ckptkit.formats.torch_archive import archive_kind
 from ckptkit.formats.torch_legacy import begins_one
 from ckptkit.formats.torch_tar import holds_one
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record
 from ckptkit.formats.zip_records import read_record, record_source
 from ckptkit.limits import Limits
-from ckptkit.report import Finding, count_of, listed
+from ckptkit.report import Finding, count_of, listed, split_member
 
-__all__ = ["ENDINGS", "entered", "begins_like_one", "member_of"]
-
-_PACKED_NBYTES = 256 << 10
-"""Bytes that are given to a decompressor at a time."""
-
-_FRAME_NBYTES = 8 << 10
-"""The same where what comes of them cannot be bounded: zstd makes at most 32,768 of one (RFC 8878 3.1.1.2, RLE_Block)."""
-
-_MEMORY_NBYTES = 256 << 20
-"""Memory that a decompressor may take for what it looks back to: xz -9 takes 65 MiB, zstd --long 128 MiB."""
+__all__ = ["ENDINGS", "begins_like_one", "entered", "member_of"]
 
 _DATA_NBYTES = 64 << 20
 """Bytes of the JSON in an archive of stable-baselines3 that are looked at."""
-
-
-# What is compressed.
-
-
-class _Gzip:
-    """A gzip member, with the attributes that Python's other decompressors have."""
-
-    def __init__(self) -> None:
-        self._stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        self.needs_input = True
-
-    def decompress(self, data: bytes, most: int) -> bytes:
-        part = self._stream.decompress(self._stream.unconsumed_tail + data, most)
-        self.needs_input = not self._stream.unconsumed_tail and len(part) < most
-        return part
-
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._stream.unused_data
-
-
-class _Zstandard:
-    """The same of a frame of zstd, by the package zstandard."""
-
-    def __init__(self) -> None:
-        require("zstandard")
-        package = importlib.import_module("zstandard")
-        self._stream: Any = package.ZstdDecompressor(max_window_size=_MEMORY_NBYTES // 2).decompressobj()
-        self._data = b""
-
-    def decompress(self, data: bytes, most: int) -> bytes:
-        self._data += data
-        part: bytes = self._stream.decompress(self._data[:_FRAME_NBYTES])
-        self._data = self._data[_FRAME_NBYTES:]
-        return part
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._data
-
-    @property
-    def eof(self) -> bool:
-        return bool(self._stream.eof)
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._stream.unused_data + self._data  # type: ignore[no-any-return]
-
-
-def _xz() -> Any:
-    lzma = importlib.import_module("lzma")
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_NBYTES)
-
-
-def _zstd() -> Any:
-    if sys.version_info >= (3, 14):
-        zstd = importlib.import_module("compression.zstd")
-        return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 27})
-    return _Zstandard()
-
-
-@dataclass(frozen=True, slots=True)
-class _Compression:
-    """A way of compressing.
-
-    Attributes:
-        name: as it is told.
-        endings: of what is compressed so.
-        begins: how it begins, and whatever follows what is complete.
-        stream: a new decompressor, as those of the module ``bz2``.
-        padding: zeros behind it come in so many; 0: none may.
-        is_padded_between: whether more may follow them.
-    """
-
-    name: str
-    endings: tuple[str, ...]
-    begins: re.Pattern[bytes]
-    stream: Callable[[], Any]
-    padding: int = 0
-    is_padded_between: bool = False
-
-    def parts(self, file: Source, limits: Limits) -> Iterator[bytes]:
-        """The bytes as they are decompressed.
-
-        Raises:
-            CorruptError: they are damaged, cut off, or followed by something else.
-            LimitError: they are many times what they were.
-            UnsupportedError: it would take too much memory.
-        """
-        allowed = max(limits.unpacked_nbytes, limits.unpacked_ratio * file.size)
-        at = made = zeros = 0
-        data, stream, is_first = b"", None, True
-        while True:
-            if not data and (stream is None or stream.needs_input):
-                data = file.read(at, min(_PACKED_NBYTES, file.size - at))
-                at += len(data)
-                if not data:
-                    break
-            if stream is None:
-                bare = data if is_first else data.lstrip(b"\0")
-                zeros, data = zeros + len(data) - len(bare), bare
-                if not data:
-                    continue
-                self._check_next(data + file.read(at, min(8, file.size - at)), zeros, at - len(data))
-                stream, is_first, zeros = self.stream(), False, 0
-            part = self._made(stream, data, made)
-            data, made = b"", made + len(part)
-            if made > allowed:
-                raise LimitError(f"bytes of what is {self.name}-compressed", limit=allowed, actual=made)
-            yield part
-            if stream.eof:
-                data, stream = stream.unused_data, None
-        if stream is not None:
-            raise CorruptError(
-                f"truncated: what is {self.name}-compressed goes on behind the file's {file.size:,} bytes, which hold "
-                f"{made:,}. Get the file again"
-            )
-        if zeros and (not self.padding or zeros % self.padding):
-            raise self._followed(zeros, file.size - zeros)
-
-    def _made(self, stream: Any, data: bytes, made: int) -> bytes:
-        try:
-            part: bytes = stream.decompress(data, CHUNK_NBYTES)
-        except (zlib.error, OSError, ValueError, EOFError, MemoryError, *_errors()) as error:
-            if "memory" in str(error).lower():
-                raise UnsupportedError(
-                    f"{self.name}-compressed so that decompressing it takes more than {_MEMORY_NBYTES:,} bytes of "
-                    "memory; decompress it first"
-                ) from None
-            raise CorruptError(
-                f"{self.name}-compressed, and damaged behind {made:,} bytes that it decompresses to: {error}. Get the "
-                "file again"
-            ) from None
-        return part
-
-    def _check_next(self, data: bytes, zeros: int, at: int) -> None:
-        """See that what follows is compressed likewise."""
-        is_apart = zeros and not (self.is_padded_between and zeros % self.padding == 0)
-        if is_apart or not self.begins.match(data):
-            raise self._followed(len(data), at)
-
-    def _followed(self, nbytes: int, at: int) -> AmbiguousError:
-        return AmbiguousError(
-            f"something follows what is {self.name}-compressed, and is not: some readers would go on there", offset=at
-        )
-
-
-def _errors() -> Iterator[type[Exception]]:
-    """What the decompressors raise that are imported by now."""
-    for module, name in (("lzma", "LZMAError"), ("zstandard", "ZstdError"), ("compression.zstd", "ZstdError")):
-        if module in sys.modules:
-            yield getattr(sys.modules[module], name)
-
-
-_COMPRESSIONS = (
-    _Compression("gzip", (".gz", ".tgz"), re.compile(rb"\x1f\x8b\x08"), _Gzip, 1),
-    _Compression("xz", (".xz", ".txz"), re.compile(rb"\xfd7zXZ\0"), _xz, 4, True),
-    _Compression(
-        "bzip2", (".bz2", ".tbz2"), re.compile(rb"BZh[1-9]"), lambda: importlib.import_module("bz2").BZ2Decompressor()
-    ),
-    _Compression("zstd", (".zst", ".tzst"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstd),
-)
-
-ENDINGS = tuple(ending for compression in _COMPRESSIONS for ending in compression.endings)
-"""Of compressed files; they never decide what a file is."""
-
-
-def _compression_of(head: bytes) -> _Compression | None:
-    return next((each for each in _COMPRESSIONS if each.begins.match(head)), None)
-
-
-def _decompressed(file: Source, compression: _Compression, limits: Limits) -> Inner:
-    area = spooled(compression.parts(file, limits), None, file, f"is {compression.name}-compressed, and takes")
-    stem, ending = os.path.splitext(name_of(file))
-    name = stem if ending.lower() in compression.endings else name_of(file)
-    return Inner(file.path, area, file, name=name, folder=file.folder, sibling=file.sibling)
 
 
 # What is an archive.
@@ -375,11 +177,11 @@ class _Archive:
         is_named = (os.path.splitext(stem)[1] if ending in ENDINGS else ending).lower() in SUFFIXES
         try:
             head = head_of(held)
-            if _compression_of(head) is not None:
+            if compression_of(head) is not None:
                 return is_named
-            may_be = head.startswith(LOCAL_SIGNATURE) or head[8:9] == b"{" or begins_one(head) or head[257:262] == b"ustar"
-            may_be = may_be or (name.endswith(".index.json") and head[:1] == b"{")
-            if not may_be and guess_pickle(head, held.nbytes) is None:
+            is_index = name.endswith(".index.json") and head[:1] == b"{"
+            may_be = is_index or head[8:9] == b"{" or head.startswith(LOCAL_SIGNATURE) or begins_one(head)
+            if not (may_be or is_header(head)) and guess_pickle(head, held.nbytes) is None:
                 return False
             probe = Probe(self.open(name, owns=False), self.limits)
             claims = [container.name for container in FORMATS if container.claims(probe)]
@@ -490,11 +292,11 @@ def entered(file: Source, limits: Limits) -> Source:
             break
         if level == limits.levels:
             raise LimitError("files inside one another", limit=limits.levels, actual=level + 1)
-        compression = _compression_of(probe.head)
+        compression = compression_of(probe.head)
         if compression is not None:
-            found = _decompressed(probe.file, compression, limits)
+            found = decompressed(probe.file, compression, limits)
             told = f"{compression.name}-compressed: its {probe.file.size:,} bytes decompress to {found.size:,}"
-            findings.append(Finding(code="compressed", severity="info", message=f"{where}{told}"))
+            findings.append(Finding(code="compressed", severity="info", message=told))
             where += "decompressed: "
         else:
             archive = _archive_in(probe)
@@ -506,9 +308,10 @@ def entered(file: Source, limits: Limits) -> Source:
             contents = archive.judged(name, layout)
             uses, has_pickle = (*uses, *contents.uses()), has_pickle or bool(contents.pickles or contents.beyond)
             others = [repr(other) for other in archive.members if other != name]
-            told = f"{name!r:.200} of this archive is shown" + (f", which is {layout.what}" if layout else "")
+            what = f" ({layout.what})" if layout is not None else ""
+            told = f"{name!r:.200} of this archive{what} is shown"
             told += f"; others: {listed(others, characters=80)}" if others else ""
-            findings.append(Finding(code="inside-an-archive", severity="info", message=f"{where}{told}"))
+            findings.append(Finding(code="inside-an-archive", severity="info", message=told))
             where += f"{name:.200}: "
         probe = Probe(found, limits)
     if isinstance(found, Inner) and found is not file:
@@ -524,26 +327,25 @@ def member_of(path: str, limits: Limits) -> Source | None:
         FileAccessError: the file is no archive of files.
         FormatError: it is damaged.
     """
-    separators = "/!" + (os.sep if os.sep != "/" else "")
-    for at in range(len(path) - 1, 0, -1):
-        if path[at] in separators and path[at + 1 :] and os.path.isfile(path[:at]):
-            file = SourceFile(path[:at])
-            try:
-                return _member(file, path[at + 1 :], path, limits)
-            except FormatError as error:
-                file.close()
-                raise error.at(path=path[:at]) from error.__cause__
-            except BaseException:
-                file.close()
-                raise
-    return None
+    split = split_member(path)
+    if split is None:
+        return None
+    file = SourceFile(split[0])
+    try:
+        return _member(file, split[1], path, limits)
+    except FormatError as error:
+        file.close()
+        raise error.at(path=split[0]) from error.__cause__
+    except BaseException:
+        file.close()
+        raise
 
 
 def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     """What a file's member is; of one in an archive inside it, the archive is opened first."""
     probe = Probe(file, limits)
-    while holds_files(probe) and (compression := _compression_of(probe.head)) is not None:
-        probe = Probe(_decompressed(probe.file, compression, limits), limits)
+    while holds_files(probe) and (compression := compression_of(probe.head)) is not None:
+        probe = Probe(decompressed(probe.file, compression, limits), limits)
     archive = _archive_in(probe) if holds_files(probe) else None
     if archive is None:
         claims = [container.name for container in FORMATS if container.claims(probe)]
@@ -569,12 +371,12 @@ def begins_like_one(probe: Probe) -> bool:
     """
     if probe.records is not None:
         return _layout_of(dict.fromkeys(map(_tidy, probe.records))) is not None
-    compression = _compression_of(probe.head)
+    compression = compression_of(probe.head)
     if compression is None:
         return _begins_a_layout(probe.file.whole, probe.limits)
     try:
         head = b"".join(_first(compression, probe))
-    except Exception:  # noqa: BLE001 - it cannot be looked into, so nothing is known of it
+    except Exception:  # it cannot be looked into, so nothing is known of it
         return False
     inner = Probe(Held(head, probe.file.path), probe.limits)
     if inner.head.startswith(LOCAL_SIGNATURE):
@@ -591,14 +393,14 @@ _MOST_NAMES = 64
 """Members of an archive in a folder whose names are looked at."""
 
 
-def _first(compression: _Compression, probe: Probe) -> Iterator[bytes]:
+def _first(compression: Compression, probe: Probe) -> Iterator[bytes]:
     """The first bytes that a compressed file decompresses to."""
     made = 0
     with_all = compression.name == "bzip2"
     nbytes = min(probe.file.size, (1 << 20) if with_all else _BEGINNING_NBYTES)
     stream = compression.stream()
-    for start in range(0, nbytes, _FRAME_NBYTES):
-        part = stream.decompress(probe.file.read(start, min(_FRAME_NBYTES, nbytes - start)), _BEGINNING_NBYTES)
+    for start in range(0, nbytes, FRAME_NBYTES):
+        part = stream.decompress(probe.file.read(start, min(FRAME_NBYTES, nbytes - start)), _BEGINNING_NBYTES)
         made += len(part)
         yield part
         if made >= _BEGINNING_NBYTES or stream.eof:

@@ -23,8 +23,7 @@ from typing import Literal, NamedTuple
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Part
 from ckptkit.errors import FileAccessError, PartError
-from ckptkit.formats.shards import CUSTOMARY, indexes_in
-from ckptkit.formats.sources import name_of
+from ckptkit.formats.shards import CUSTOMARY, indexes_in, name_of
 from ckptkit.normalize.parts import part_text
 
 __all__ = ["known_as", "names_in", "part_error", "part_of"]

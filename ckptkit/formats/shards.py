@@ -14,7 +14,6 @@ from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.json_text import shown
-from ckptkit.formats.sources import name_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.trust import merge_uses
@@ -31,6 +30,7 @@ __all__ = [
     "merged_findings",
     "merged_globals",
     "merged_metadata",
+    "name_of",
     "odd_shards",
     "total_size",
     "unnamed_shards",
@@ -49,6 +49,12 @@ def is_shard_name(name: str) -> bool:
 
 _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "common.pt", "meta.pt")
 """What stands in names that `ckptkit.formats.shard_parts` knows."""
+
+
+def name_of(file: Source) -> str:
+    """The path by which a source is known: of what lies in another, with the member's, without how it is compressed."""
+    name: str = getattr(file, "name", file.path)
+    return name
 
 
 def may_tell_a_part(file: Source) -> bool:

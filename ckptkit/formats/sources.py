@@ -1,49 +1,52 @@
-"""What a checkpoint may be read from beside a local file: what lies inside another source, open files, bytes, stdin.
+"""What a checkpoint may be read from beside a local file: a part of another source, open files, bytes, stdin.
 
 Each is a `ckptkit.bytesource.Source` of its own; nothing else knows the difference.  The position of a file that is
 given open stays where it was, unless it can only be read from beginning to end: that one is read to its end.
+
+Compressed files are known by their first bytes, whatever they are called, and decompressed once, into a temporary file:
+
+- gzip (RFC 1952): members one behind the other; zeros may follow the last
+- xz (``xz-file-format.txt``): streams, with zeros in fours between and behind them
+- bzip2: streams one behind the other
+- zstd (RFC 8878): frames, some of which are skipped; Python 3.14 reads them, before it the package zstandard
+
+Each has checksums or lengths that are held.  What is cut off, damaged or followed by something else is refused, as is
+what becomes many times what it was (`Limits.unpacked_ratio`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
+import re
 import stat
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, SourceFile
-from ckptkit.checkpoint import GlobalUse
 from ckptkit.computed import spooled
-from ckptkit.errors import FileAccessError, MissingFileError
-from ckptkit.report import Finding
+from ckptkit.errors import (
+    AmbiguousError,
+    CorruptError,
+    FileAccessError,
+    LimitError,
+    MissingFileError,
+    UnsupportedError,
+)  # fmt: skip
+from ckptkit.extras import require
+from ckptkit.formats.format import Around
+from ckptkit.formats.shards import name_of
+from ckptkit.limits import Limits
 
-__all__ = ["STDIN", "Around", "Held", "Inner", "around_of", "given_of", "name_of", "opened", "standard_input"]
-
-STDIN = "-"
-"""The path that means standard input; a file of that name is ``./-``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Around:
-    """What a checkpoint was found in.
-
-    Attributes:
-        given: the file that was given: one that is compressed, or an archive.
-        findings: what is to be told of the way.
-        uses: the names in the pickles beside it, and what could not be looked into.
-        has_pickle: whether there may be any.
-        where: the way, for messages.
-    """
-
-    given: Source
-    findings: tuple[Finding, ...]
-    uses: tuple[GlobalUse, ...]
-    has_pickle: bool
-    where: str
+__all__ = [
+    "ENDINGS", "FRAME_NBYTES", "Compression", "Held", "Inner", "compression_of", "decompressed", "opened",
+    "standard_input",
+]  # fmt: skip
 
 
 class Inner(Source):
@@ -116,22 +119,6 @@ class Inner(Source):
             self._outer.close()
 
 
-def given_of(file: Source) -> Source:
-    """The file that was given, where a source is what was found in it."""
-    around = around_of(file)
-    return file if around is None else around.given
-
-
-def around_of(file: Source) -> Around | None:
-    """What a source was found in, where it is not what was given."""
-    return file.around if isinstance(file, Inner) else None
-
-
-def name_of(file: Source) -> str:
-    """The path of a source by which it is known: of what lies in another, without how that is compressed."""
-    return file.name if isinstance(file, Inner) else file.path
-
-
 class Held(Source):
     """Bytes in memory that are read like a file; they are not copied.
 
@@ -171,6 +158,7 @@ class _OpenFile(SourceFile):
     """A regular file that somebody else opened, by a descriptor of our own."""
 
     __slots__ = ("_has_name",)
+    _has_name: bool
 
     @classmethod
     def of(cls, descriptor: int, name: object) -> _OpenFile:
@@ -180,8 +168,9 @@ class _OpenFile(SourceFile):
             has_name = path is name and os.path.samestat(os.stat(path), os.fstat(descriptor))
         except (OSError, ValueError):
             has_name = False
-        file._has_name = has_name  # type: ignore[attr-defined]  # it is of this class
-        return file  # type: ignore[return-value]
+        made = cast("_OpenFile", file)
+        made._has_name = has_name
+        return made
 
     @property
     def folder(self) -> str | None:  # type: ignore[override]  # without its name nothing is known of it
@@ -304,9 +293,9 @@ def standard_input() -> Source:
     global _read
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None or stream.closed:
-        raise FileAccessError(f"{STDIN}: there is no standard input")
+        raise FileAccessError("-: there is no standard input")
     if stream.isatty():
-        raise FileAccessError(f"{STDIN}: standard input is a terminal; pipe a checkpoint into it: cat FILE | ckptkit ...")
+        raise FileAccessError("-: standard input is a terminal; pipe a checkpoint into it: ... | ckptkit ...")
     if _read is None or _read[0] is not stream:
         try:
             is_regular = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
@@ -314,8 +303,195 @@ def standard_input() -> Source:
             is_regular = False
         if is_regular:
             file = opened(stream)
-            file.path = STDIN
+            file.path = "-"
             return file
-        holder = Source(STDIN, 0)
+        holder = Source("-", 0)
         _read = stream, _spooled_stream(stream, holder), holder
-    return Inner(STDIN, _read[1], _read[2], name=STDIN, owns=False)
+    return Inner("-", _read[1], _read[2], name="-", owns=False)
+
+
+_PACKED_NBYTES = 256 << 10
+"""Bytes that are given to a decompressor at a time."""
+
+FRAME_NBYTES = 8 << 10
+"""The same where what comes of them cannot be bounded: zstd makes at most 32,768 of one (RFC 8878, RLE_Block)."""
+
+_MEMORY_NBYTES = 256 << 20
+"""Memory that a decompressor may take for what it looks back to: xz -9 takes 65 MiB, zstd --long 128 MiB."""
+
+
+class _Gzip:
+    """A gzip member, with the attributes that Python's other decompressors have."""
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        self.needs_input = True
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        part = self._stream.decompress(self._stream.unconsumed_tail + data, most)
+        self.needs_input = not self._stream.unconsumed_tail and len(part) < most
+        return part
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._stream.unused_data
+
+
+class _Zstandard:
+    """The same of a frame of zstd, by the package zstandard."""
+
+    def __init__(self) -> None:
+        require("zstandard")
+        package = importlib.import_module("zstandard")
+        self._stream: Any = package.ZstdDecompressor(max_window_size=_MEMORY_NBYTES // 2).decompressobj()
+        self._data = b""
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        self._data += data
+        part: bytes = self._stream.decompress(self._data[:FRAME_NBYTES])
+        self._data = self._data[FRAME_NBYTES:]
+        return part
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._data
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._stream.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._stream.unused_data + self._data  # type: ignore[no-any-return]
+
+
+def _xz() -> Any:
+    lzma = importlib.import_module("lzma")
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_NBYTES)
+
+
+def _zstd() -> Any:
+    if sys.version_info >= (3, 14):
+        zstd = importlib.import_module("compression.zstd")
+        return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 27})
+    return _Zstandard()
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """A way of compressing.
+
+    Attributes:
+        name: as it is told.
+        endings: of what is compressed so.
+        begins: how it begins, and whatever follows what is complete.
+        stream: a new decompressor, as those of the module ``bz2``.
+        padding: zeros behind it come in so many; 0: none may.
+        is_padded_between: whether more may follow them.
+    """
+
+    name: str
+    endings: tuple[str, ...]
+    begins: re.Pattern[bytes]
+    stream: Callable[[], Any]
+    padding: int = 0
+    is_padded_between: bool = False
+
+    def parts(self, file: Source, limits: Limits) -> Iterator[bytes]:
+        """The bytes as they are decompressed.
+
+        Raises:
+            CorruptError: they are damaged, cut off, or followed by something else.
+            LimitError: they are many times what they were.
+            UnsupportedError: it would take too much memory.
+        """
+        allowed = max(limits.unpacked_nbytes, limits.unpacked_ratio * file.size)
+        at = made = zeros = 0
+        data, stream, is_first = b"", None, True
+        while True:
+            if not data and (stream is None or stream.needs_input):
+                data = file.read(at, min(_PACKED_NBYTES, file.size - at))
+                at += len(data)
+                if not data:
+                    break
+            if stream is None:
+                bare = data if is_first else data.lstrip(b"\0")
+                zeros, data = zeros + len(data) - len(bare), bare
+                if not data:
+                    continue
+                is_apart = zeros and not (self.is_padded_between and zeros % self.padding == 0)
+                if is_apart or not self.begins.match(data + file.read(at, min(8, file.size - at))):
+                    raise self._followed(at - len(data))
+                stream, is_first, zeros = self.stream(), False, 0
+            part = self._made(stream, data, made)
+            data, made = b"", made + len(part)
+            if made > allowed:
+                raise LimitError(f"bytes of what is {self.name}-compressed", limit=allowed, actual=made)
+            yield part
+            if stream.eof:
+                data, stream = stream.unused_data, None
+        if stream is not None:
+            raise CorruptError(
+                f"truncated: what is {self.name}-compressed goes on behind the file's {file.size:,} bytes, which hold "
+                f"{made:,}. Get the file again"
+            )
+        if zeros and (not self.padding or zeros % self.padding):
+            raise self._followed(file.size - zeros)
+
+    def _made(self, stream: Any, data: bytes, made: int) -> bytes:
+        errors: tuple[type[Exception], ...] = (zlib.error, OSError, ValueError, EOFError, MemoryError, *_errors())
+        try:
+            part: bytes = stream.decompress(data, CHUNK_NBYTES)
+        except errors as error:
+            told = f"{self.name}-compressed, and damaged behind {made:,} bytes that it decompresses to"
+            if isinstance(error, MemoryError) or "memory" in str(error).lower():
+                told = f"{self.name}-compressed so that it takes over {_MEMORY_NBYTES:,} bytes of memory"
+                raise UnsupportedError(f"{told}; decompress it first") from None
+            raise CorruptError(f"{told}: {error}. Get the file again") from None
+        return part
+
+    def _followed(self, at: int) -> AmbiguousError:
+        return AmbiguousError(
+            f"something follows what is {self.name}-compressed, and is not: some readers would go on there", offset=at
+        )
+
+
+def _errors() -> Iterator[type[Exception]]:
+    """What the decompressors raise that are imported by now."""
+    for module, name in (("lzma", "LZMAError"), ("zstandard", "ZstdError"), ("compression.zstd", "ZstdError")):
+        if module in sys.modules:
+            yield getattr(sys.modules[module], name)
+
+
+_COMPRESSIONS = (
+    Compression("gzip", (".gz", ".tgz"), re.compile(rb"\x1f\x8b\x08"), _Gzip, 1),
+    Compression("xz", (".xz", ".txz"), re.compile(rb"\xfd7zXZ\0"), _xz, 4, True),
+    Compression(
+        "bzip2", (".bz2", ".tbz2"), re.compile(rb"BZh[1-9]"), lambda: importlib.import_module("bz2").BZ2Decompressor()
+    ),
+    Compression("zstd", (".zst", ".tzst"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstd),
+)
+
+ENDINGS = tuple(ending for compression in _COMPRESSIONS for ending in compression.endings)
+"""Of compressed files; they never decide what a file is."""
+
+
+def compression_of(head: bytes) -> Compression | None:
+    """How a file with these first bytes is compressed."""
+    return next((each for each in _COMPRESSIONS if each.begins.match(head)), None)
+
+
+def decompressed(file: Source, compression: Compression, limits: Limits) -> Inner:
+    """What a file decompresses to; it is closed with it.
+
+    Raises:
+        As `Compression.parts`; MissingDependencyError; FileAccessError: the temporary folder has no room for it.
+    """
+    area = spooled(compression.parts(file, limits), None, file, f"is {compression.name}-compressed, and takes")
+    stem, ending = os.path.splitext(name_of(file))
+    name = stem if ending.lower() in compression.endings else name_of(file)
+    return Inner(file.path, area, file, name=name, folder=file.folder, sibling=file.sibling)

@@ -20,8 +20,7 @@ from ckptkit.errors import (
     RewriteError,
     UnsupportedError,
 )
-from ckptkit.formats import collector_paused, source_of
-from ckptkit.formats.sources import STDIN
+from ckptkit.formats import STDIN, collector_paused, source_of
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import (

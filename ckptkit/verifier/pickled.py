@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import VerifyError
 from ckptkit.formats import format_named
@@ -53,6 +54,9 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
         raise VerifyError(
             f"{path}: holds no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF"
         )
+    files = {entry.storage.source.file for entry in checkpoint.state_dict.values()}
+    if not all(isinstance(file, SourceFile) and file.folder is not None for file in files):
+        raise VerifyError(f"{path}: is no file of its own, and --unsafe-load loads no other; unpack it first")
     tensors(checkpoint.state_dict, map_location="cpu", mapped=True, checksums=True)
     sys.stderr.write(f"{_printable(path)}: --unsafe-load runs code; loading it imports:\n")
     sys.stderr.writelines(f"  {_printable(use.name)}\n" for use in checkpoint.globals)
