@@ -183,7 +183,7 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors", take
     folder, name = os.path.split(path.rstrip("/"))
     if member is not None:
         folder, name = os.path.dirname(member[0]), re.split("[/!]", member[1].rstrip("/"))[-1]
-    elif path[:1] in ("-", "<") and not os.path.lexists(path):
+    elif path == "-" or (path.startswith("<") and not os.path.lexists(path)):
         name, path = "model", "-" if path == "-" else "FILE"
     stem, ending = os.path.splitext(name.removesuffix(".index.json"))  # of model.safetensors.index.json: the whole
     if ending[1:].isdigit():  # a version: model_v1.5

@@ -149,9 +149,7 @@ def reread(
             from ckptkit.formats.shard_parts import part_error
 
             seen, cause, error = (*seen, *error.globals), error, part_error(file)
-        if around is not None:
-            seen = (*seen, *(use for use in around.uses if use.kind == "name" and raw is None))
-            error.where = f"{around.where}: {error.where}" if error.where else around.where
+        error = error if around is None else around.at(error)
         raise error.at(path=file.path, seen=seen) from cause
 
 

@@ -92,6 +92,24 @@ class Around:
     has_pickle: bool
     where: str
 
+    def further(
+        self, where: str, finding: Finding, uses: tuple[GlobalUse, ...] = (), *, has_pickle: bool = False
+    ) -> Around:
+        """The same one step further in."""
+        return Around(
+            self.given,
+            (*self.findings, finding),
+            (*self.uses, *uses),
+            self.has_pickle or has_pickle,
+            f"{self.where}: {where}" if self.where else where,
+        )
+
+    def at(self, error: FormatError) -> FormatError:
+        """The error with the way before where it is, and with the names beside it."""
+        error.where = f"{self.where}: {error.where}" if error.where else self.where
+        error.globals = (*error.globals, *(use for use in self.uses if use.kind == "name"))
+        return error
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptkit.bytesource import ByteRange, Source, SourceFile
-from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import (
     AmbiguousError,
     FileAccessError,
@@ -283,40 +282,47 @@ def entered(file: Source, limits: Limits) -> Source:
         MissingDependencyError: what decompresses it is not installed.
     """
     found: Source = file
-    findings: list[Finding] = []
-    uses: tuple[GlobalUse, ...] = ()
-    where, has_pickle = "", False
-    probe = Probe(file, limits)
-    for level in range(limits.levels + 1):
-        if not holds_files(probe):
-            break
-        if level == limits.levels:
-            raise LimitError("files inside one another", limit=limits.levels, actual=level + 1)
-        compression = compression_of(probe.head)
-        if compression is not None:
-            found = decompressed(probe.file, compression, limits)
-            told = f"{compression.name}-compressed: its {probe.file.size:,} bytes decompress to {found.size:,}"
-            findings.append(Finding(code="compressed", severity="info", message=told))
-            where += "decompressed: "
-        else:
-            archive = _archive_in(probe)
-            meant = None if archive is None else archive.meant()
-            if archive is None or meant is None:
+    around = Around(file, (), (), False, "")
+    try:
+        probe = Probe(file, limits)
+        for level in range(limits.levels + 1):
+            if not holds_files(probe):
                 break
-            name, layout = meant
-            found = archive.open(name, file.path)
-            contents = archive.judged(name, layout)
-            uses, has_pickle = (*uses, *contents.uses()), has_pickle or bool(contents.pickles or contents.beyond)
-            others = [repr(other) for other in archive.members if other != name]
-            what = f" ({layout.what})" if layout is not None else ""
-            told = f"{name!r:.200} of this archive{what} is shown"
-            told += f"; others: {listed(others, characters=80)}" if others else ""
-            findings.append(Finding(code="inside-an-archive", severity="info", message=told))
-            where += f"{name:.200}: "
-        probe = Probe(found, limits)
+            if level == limits.levels:
+                raise LimitError("files inside one another", limit=limits.levels, actual=level + 1)
+            step = _step(probe, file.path, around)
+            if step is None:
+                break
+            found, around = step
+            probe = Probe(found, limits)
+    except FormatError as error:
+        raise around.at(error) if around.where else error from error.__cause__
     if isinstance(found, Inner) and found is not file:
-        found.around = Around(file, tuple(findings), uses, has_pickle, where.removesuffix(": "))
+        found.around = around
     return found
+
+
+def _step(probe: Probe, path: str, around: Around) -> tuple[Inner, Around] | None:
+    """What a file decompresses to, or the member of it that is meant, and the way to it; ``None``: none is."""
+    compression = compression_of(probe.head)
+    if compression is not None:
+        found = decompressed(probe.file, compression, probe.limits)
+        told = f"{compression.name}-compressed: its {probe.file.size:,} bytes decompress to {found.size:,}"
+        return found, around.further("decompressed", Finding(code="compressed", severity="info", message=told))
+    archive = _archive_in(probe)
+    meant = None if archive is None else archive.meant()
+    if archive is None or meant is None:
+        return None
+    name, layout = meant
+    found = archive.open(name, path)
+    contents = archive.judged(name, layout)
+    others = [repr(other) for other in archive.members if other != name]
+    what = f" ({layout.what})" if layout is not None else ""
+    told = f"{name!r:.200} of this archive{what} is shown"
+    told += f"; others: {listed(others, characters=80)}" if others else ""
+    finding = Finding(code="inside-an-archive", severity="info", message=told)
+    has_pickle = bool(contents.pickles or contents.beyond)
+    return found, around.further(f"{name:.200}", finding, contents.uses(), has_pickle=has_pickle)
 
 
 def member_of(path: str, limits: Limits) -> Source | None:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
 import json
+import mmap
 import os
 import pickle
 import posixpath
+import pty
 import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from support.tar_samples import archive, members
@@ -359,3 +370,319 @@ def test_a_member_of_an_archive_is_read_where_it_lies(outer: str, folder: Path, 
                 each.save(tmp_path / out, force=True)
         assert (tmp_path / "ours.pth").read_bytes() == (tmp_path / "same.pth").read_bytes()
     file.close()
+
+
+# Open files, bytes, standard input.
+
+STATE = {"a": torch.arange(40_000.0), "b": torch.ones(3, dtype=torch.int8)}
+
+
+def saved(state: object = STATE, **options: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+class Pipe(io.RawIOBase):
+    """A file that cannot seek, and gives a few bytes at a time."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self.data[self.at : self.at + min(len(buffer), 70_001)]
+        buffer[: len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+
+class Remote(Pipe):
+    """One that can, as fsspec's do, and has no descriptor."""
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, len(self.data))[whence]
+        return self.at
+
+
+OPENED: dict[str, Callable[[bytes, Path], Any]] = {
+    "bytes": lambda data, _: data,
+    "bytearray": lambda data, _: bytearray(data),
+    "memoryview": lambda data, _: memoryview(b"--" + data)[2:],
+    "mmap": lambda data, path: mapped_file(data, path),
+    "array": lambda data, _: numpy.frombuffer(data, dtype=numpy.uint8),
+    "BytesIO": lambda data, _: io.BytesIO(data),
+    "file": lambda data, path: named(data, path),
+    "raw file": lambda data, path: named(data, path, buffering=0),
+    "temporary file": lambda data, _: filled(tempfile.TemporaryFile(), data),  # noqa: SIM115
+    "named temporary file": lambda data, _: filled(tempfile.NamedTemporaryFile(), data),  # noqa: SIM115
+    "pipe": lambda data, _: Pipe(data),
+    "seekable": lambda data, _: Remote(data),
+    "gzip": lambda data, _: gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(data))),
+}
+
+
+def named(data: bytes, path: Path, **options: Any) -> Any:
+    path.write_bytes(data)
+    return path.open("rb", **options)
+
+
+def mapped_file(data: bytes, path: Path) -> mmap.mmap:
+    with named(data, path) as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def filled(file: Any, data: bytes) -> Any:
+    file.write(data)  # and is not flushed
+    file.seek(0)
+    return file
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Iterator[Callable[[str, bytes], Any]]:
+    """What is open and has these bytes, by its kind."""
+    with contextlib.ExitStack() as stack:
+
+        def made(kind: str, data: bytes) -> Any:
+            file = OPENED[kind](data, tmp_path / f"{len(stack._exit_callbacks)}.pth")  # type: ignore[attr-defined]
+            stack.callback(getattr(file, "close", bool))
+            return file
+
+        yield made
+
+
+Given = Callable[[str, bytes], Any]
+
+UNMOVED = ("BytesIO", "file", "raw file", "temporary file", "named temporary file", "seekable")
+
+
+@pytest.mark.parametrize("kind", OPENED)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_whatever_is_open_is_read(kind: str, legacy: bool, given: Given, tmp_path: Path) -> None:
+    data = saved(_use_new_zipfile_serialization=not legacy)
+    opened = partial(given, kind, data)
+    state = ckptkit.load_state_dict(opened())
+    assert [*state] == [*STATE] and all(torch.equal(state[name], STATE[name]) for name in STATE)
+    (tmp_path / "own.pth").write_bytes(data)
+    ckptkit.convert(tmp_path / "own.pth", tmp_path / "own.safetensors")
+    ckptkit.convert(opened(), tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "own.safetensors").read_bytes()
+    assert ckptkit.diff(opened(), opened()).ok
+    assert ckptkit.diff(opened(), tmp_path / "own.pth").ok
+    document = ckptkit.inspect(opened(), stats=True)
+    assert (document["size"], document["error"]) == (len(data), None)
+    report = ckptkit.verify(opened(), model=lambda: _Holder(STATE), forward=False)
+    assert report.ok, report.findings
+
+
+class _Holder(nn.Module):
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, value in state.items():
+            self.register_buffer(name, torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("kind", [*UNMOVED, "pipe", "gzip"])
+def test_from_the_present_position_which_stays(kind: str, given: Given, tmp_path: Path) -> None:
+    first, second = saved({"first": torch.ones(9)}), saved({"second": torch.ones(9)})
+    file = given(kind, b"%" * 100 + second)
+    file.read(100)
+    with ckptkit.open(file) as opened:
+        assert [*opened.state_dict] == ["second"]
+        assert kind == "pipe" or file.tell() == 100 + (kind not in UNMOVED) * len(second)
+        ckptkit.convert(opened._file, tmp_path / "out.safetensors")
+    if kind in UNMOVED:
+        assert file.tell() == 100 and torch.load(io.BytesIO(file.read()))["second"].sum() == 9
+    assert not file.closed, "it is not ours to close"
+    whole = given(kind, first)
+    whole.read()
+    with pytest.raises(CkptkitError, match="the file is empty"):
+        ckptkit.open(whole)
+
+
+def test_what_is_open_need_not_stay_so(tmp_path: Path) -> None:
+    with named(saved(), tmp_path / "m.pth") as file:
+        opened = ckptkit.open(file)
+    (tmp_path / "m.pth").unlink()
+    assert torch.equal(loading.tensors(opened.state_dict)["a"], STATE["a"])
+    opened.close()
+    with pytest.raises(FileAccessError, match="was closed"):
+        loading.tensors(opened.state_dict)
+    data = bytearray(saved())
+    with ckptkit.open(data) as opened, pytest.raises(BufferError):
+        data.append(1)
+    data.append(1)
+    buffer = io.BytesIO(saved())
+    with ckptkit.open(buffer):
+        buffer.write(b"it may be written to")
+
+
+def test_an_open_file_has_a_descriptor_and_what_lies_beside_it(folder: Path, tmp_path: Path) -> None:
+    with (folder / "linear.pth").open("rb") as file:
+        source = formats.source_of(file)
+        assert source.fileno() not in (None, file.fileno()) and source.folder == str(folder)
+        state = loading.tensors(formats.read(source)[0].state_dict, mapped=True)
+        assert state["weight"].shape == (2, 3)
+    with (folder / "hub" / "model.safetensors.index.json").open("rb") as file, ckptkit.open(file) as opened:
+        opened.save(tmp_path / "out.safetensors")
+    with (folder / "hub" / "model-00001-of-00002.safetensors").open("rb") as file, ckptkit.open(file) as opened:
+        assert opened.checkpoint.part is not None
+    shutil.copy(folder / "linear.pth", tmp_path / "linear.pth")
+    with (tmp_path / "linear.pth").open("rb") as file:
+        (tmp_path / "linear.pth").unlink()
+        source = formats.source_of(file)
+        assert (source.folder, source.path) == (None, str(tmp_path / "linear.pth"))
+        with pytest.raises(MissingFileError, match="nothing is known of what lies beside an open file"):
+            source.sibling("x")
+        with ckptkit.open(source) as opened:
+            assert len(opened.state_dict) == 2
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.pth").write_bytes(saved())
+    closed = io.BytesIO(saved())
+    closed.close()
+    with (tmp_path / "m.pth").open(encoding="latin-1") as text, (tmp_path / "new").open("wb") as writable:
+        for file, words in (
+            (text, r"m.pth: is open as text; open it in binary mode"),
+            (writable, r"new: the file is e"),
+        ):
+            with pytest.raises(CkptkitError, match=words):
+                ckptkit.open(file)  # type: ignore[arg-type]
+    for given, words in (
+        (io.StringIO("x"), r"<file>: is open as text"),
+        (closed, r"<file>: cannot be read: I/O operation on closed file"),
+        (Typed(), r"<file>: gives text; open it in binary mode"),
+        (7, r"a int is not the path of a file, an open binary file or bytes"),
+        (None, r"a NoneType is not the path"),
+        (memoryview(saved())[::2], r"<bytes>: a view with gaps"),
+    ):
+        with pytest.raises(FileAccessError, match=words):
+            ckptkit.open(given)  # type: ignore[arg-type]
+
+
+class Typed:
+    def read(self, nbytes: int) -> str:
+        return "x"
+
+
+@pytest.mark.parametrize("kind", ["BytesIO", "pipe", "bytes", "file"])
+def test_other_sections_are_read_from_what_was_given(kind: str, given: Given, tmp_path: Path) -> None:
+    state = {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(3)}
+    ema = {f"module.{name}": value * 2 for name, value in state.items()}
+    data = saved({"model": {"z": torch.ones(9)}, "ema": ema, "g": {"y": torch.ones(1)}})
+    torch.save(state, tmp_path / "like.pth")
+    out, like = tmp_path / "out.safetensors", tmp_path / "like.pth"
+    report = ckptkit.convert(given(kind, data), out, like=like, strip_module=True)
+    assert report.details["section"] == "ema"
+    assert ckptkit.load_state_dict(tmp_path / "out.safetensors")["a.bias"].tolist() == [2, 2, 2]
+    report = ckptkit.verify(given(kind, data), model=_like, forward=False, section="g")
+    (found,) = (finding for finding in report.findings if finding.code == "another-section")
+    assert found.message == "section 'ema' has 2 of the reference's 2 tensors, the selected 'g' 0"
+
+
+def _like() -> nn.Module:
+    model = nn.Module()
+    model.a = nn.Linear(2, 3)
+    return model
+
+
+def test_a_file_that_changes_between_its_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.pth"
+    path.write_bytes(saved({"model": {"z": torch.ones(9)}, "ema": {"a": torch.ones(3)}}))
+    torch.save({"a": torch.ones(3)}, tmp_path / "like.pth")
+    real = formats.reread
+
+    def reread(file: Source, **options: Any) -> object:
+        os.utime(path, (len(options), 1))
+        return real(file, **options)
+
+    monkeypatch.setattr("ckptkit.conversion.options.reread", reread)
+    with pytest.raises(CorruptError, match=r"m.pth: the file was changed while it was read"):
+        ckptkit.convert(path, tmp_path / "out.safetensors", like=tmp_path / "like.pth")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def piped(data: bytes, *arguments: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    if not options:
+        options["input"] = data
+    env = {**os.environ, "PYTHONPATH": str(FIXTURES.parent)}
+    command = [sys.executable, "-m", "ckptkit", *arguments]
+    return subprocess.run(command, capture_output=True, cwd=folder, env=env, **options)
+
+
+def test_standard_input(tmp_path: Path) -> None:
+    data = saved()
+    (tmp_path / "m.pth").write_bytes(data)
+    (tmp_path / "like.pth").write_bytes(data)
+    done = piped(data, "inspect", "-", "--json", folder=tmp_path)
+    (document,) = json.loads(done.stdout)["files"]
+    assert (done.returncode, document["path"], document["size"], done.stderr) == (0, "-", len(data), b"")
+    with (tmp_path / "m.pth").open("rb") as file:
+        assert json.loads(piped(b"", "inspect", "-", "--json", folder=tmp_path, stdin=file).stdout)["files"] == [
+            document
+        ]
+    assert piped(gzip.compress(data), "convert", "-", "out.safetensors", folder=tmp_path).returncode == 0
+    assert ckptkit.diff(tmp_path / "out.safetensors", tmp_path / "m.pth").ok
+    sections = saved({"model": {"z": torch.ones(9)}, "ema": STATE})
+    done = piped(sections, "convert", "-", "ema.safetensors", "--like", "like.pth", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ckptkit.diff(tmp_path / "ema.safetensors", tmp_path / "m.pth").ok
+    assert piped(data, "diff", "-", "m.pth", folder=tmp_path).returncode == 0
+    assert piped(data, "diff", "m.pth", "-", folder=tmp_path).returncode == 0
+    done = piped(data, "diff", "-", "-", folder=tmp_path)
+    assert (done.returncode, b"standard input can be one of the two" in done.stderr) == (2, True)
+    done = piped(data, "check", "-", "m.pth", "--no-nan", "--json", folder=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["checked"]) == (0, 2)
+    done = piped(b"words", "check", "-", folder=tmp_path)
+    assert (done.returncode, b"-: NOT CHECKED" in done.stdout) == (2, True)
+    done = piped(data, "manifest", "-", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"-: a manifest records files by their paths, and standard input has none" in done.stderr
+    for content in (b"", b"words"):
+        assert piped(content, "inspect", "-", folder=tmp_path).returncode == 2
+    (tmp_path / "-").write_bytes(saved({"named": torch.ones(1)}))
+    done = piped(data, "inspect", "./-", "-", "--json", folder=tmp_path)
+    assert [len(each["tensors"]) for each in json.loads(done.stdout)["files"]] == [1, 2]
+    model = saved(nn.Linear(2, 1))
+    findings = json.loads(piped(model, "inspect", "-", "--json", folder=tmp_path).stdout)["files"][0]["findings"]
+    fix = next(finding["fix"] for finding in findings if finding["fix"])
+    assert fix.startswith("ckptkit convert - model.")
+    assert piped(model, *fix.split()[1:], folder=tmp_path).returncode == 0
+
+
+def test_standard_input_of_verify_is_no_file_that_is_run(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 1), tmp_path / "-")
+    for given in (saved(nn.Linear(2, 1)), gzip.compress(saved(nn.Linear(2, 1)))):
+        done = piped(given, "verify", "-", "--unsafe-load", "--input-shape", "1,2", folder=tmp_path)
+        assert done.returncode == 2
+        assert b"-: is no file of its own, and --unsafe-load loads no other; unpack it first" in done.stderr
+    given = saved(nn.Linear(3, 2).state_dict())
+    done = piped(given, "verify", "-", "--model", "torch.nn:Identity", "--no-forward", "--json", folder=tmp_path)
+    assert (done.returncode, json.loads(done.stdout)["path"]) == (1, "-")
+
+
+def test_a_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = pty.openpty()
+    with os.fdopen(second, "rb", buffering=0) as terminal, os.fdopen(first, "rb", buffering=0):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(terminal)))
+        with pytest.raises(FileAccessError, match=r"-: standard input is a terminal; pipe a checkpoint into it"):
+            ckptkit.open("-")
+        monkeypatch.setattr(sys, "stdin", None)
+        with pytest.raises(FileAccessError, match=r"-: there is no standard input"):
+            ckptkit.open("-")
+
+
+def test_standard_input_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for state in ({"a": torch.ones(2)}, {"b": torch.ones(3)}):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Pipe(saved(state)))))
+        for _ in range(3):
+            assert [*ckptkit.load_state_dict("-")] == [*state]
