@@ -108,7 +108,10 @@ def _entered(file: Source, limits: Limits) -> Source:
         return entered(file, limits)
     except FormatError as error:
         seen = _names_left(probe, error)
-        raise error.at(path=file.path, seen=seen) from error.__cause__
+        cause = error.__cause__
+        if file.path.endswith(".distcp"):
+            seen, cause, error = _part_instead(file, seen, error)
+        raise error.at(path=file.path, seen=seen) from cause
 
 
 def reread(
@@ -145,12 +148,19 @@ def reread(
     except FormatError as error:
         seen = raw.globals if raw is not None else _names_left(probe, error)
         cause = error.__cause__
-        if raw is None and file.path.endswith(".distcp"):  # archives end to end, one a tensor; compressed ones too
-            from ckptkit.formats.shard_parts import part_error
-
-            seen, cause, error = (*seen, *error.globals), error, part_error(file)
+        if raw is None and file.path.endswith(".distcp"):
+            seen, cause, error = _part_instead(file, seen, error)
         error = error if around is None else around.at(error)
         raise error.at(path=file.path, seen=seen) from cause
+
+
+def _part_instead(
+    file: Source, seen: tuple[GlobalUse, ...], error: FormatError
+) -> tuple[tuple[GlobalUse, ...], FormatError, FormatError]:
+    """What is told of archives end to end, one a tensor, compressed ones too: names, cause and error."""
+    from ckptkit.formats.shard_parts import part_error
+
+    return (*seen, *error.globals), error, part_error(file)
 
 
 def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...]:

@@ -355,7 +355,7 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     archive = _archive_in(probe) if holds_files(probe) else None
     if archive is None:
         claims = [container.name for container in FORMATS if container.claims(probe)]
-        what = f"is a checkpoint itself ({claims[0]}), and what lies in it is no file" if claims else "is no archive"
+        what = f"is a checkpoint itself ({claims[0]}), and holds records, not files" if claims else "is not an archive"
         raise FileAccessError(f"{file.path}: {what}; there is no {wanted!r:.200} to open. Give the file: {file.path}")
     if wanted in archive.members:
         return archive.open(wanted, path)

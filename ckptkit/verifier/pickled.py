@@ -56,7 +56,7 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
         )
     files = {entry.storage.source.file for entry in checkpoint.state_dict.values()}
     if not all(isinstance(file, SourceFile) and file.folder is not None for file in files):
-        raise VerifyError(f"{path}: is no file of its own, and --unsafe-load loads no other; unpack it first")
+        raise VerifyError(f"{path}: is not a file of its own, as --unsafe-load needs it; unpack it first")
     tensors(checkpoint.state_dict, map_location="cpu", mapped=True, checksums=True)
     sys.stderr.write(f"{_printable(path)}: --unsafe-load runs code; loading it imports:\n")
     sys.stderr.writelines(f"  {_printable(use.name)}\n" for use in checkpoint.globals)

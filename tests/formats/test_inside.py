@@ -371,7 +371,7 @@ def test_what_is_no_member_is_told_with_those_there_are(put: Put) -> None:
         ckptkit.open(f"{path}!x.pth")
     with pytest.raises(MissingFileError, match=r"all.zip: 'r3' is a folder in it; it holds 'r3/m.pth'$"):
         ckptkit.open(f"{path}/r3")
-    with pytest.raises(FileAccessError, match=r"is no archive; there is no 'x' to open"):
+    with pytest.raises(FileAccessError, match=r"is not an archive; there is no 'x' to open"):
         ckptkit.open(f"{put('notes.txt', b'words')}!x")
     with pytest.raises(MissingFileError, match=r"no such file"):
         ckptkit.open(f"{path}.not/there.pth")

@@ -664,7 +664,7 @@ def test_standard_input_of_verify_is_no_file_that_is_run(tmp_path: Path) -> None
     for given in (saved(nn.Linear(2, 1)), gzip.compress(saved(nn.Linear(2, 1)))):
         done = piped(given, "verify", "-", "--unsafe-load", "--input-shape", "1,2", folder=tmp_path)
         assert done.returncode == 2
-        assert b"-: is no file of its own, and --unsafe-load loads no other; unpack it first" in done.stderr
+        assert b"-: is not a file of its own, as --unsafe-load needs it; unpack it first" in done.stderr
     given = saved(nn.Linear(3, 2).state_dict())
     done = piped(given, "verify", "-", "--model", "torch.nn:Identity", "--no-forward", "--json", folder=tmp_path)
     assert (done.returncode, json.loads(done.stdout)["path"]) == (1, "-")
