@@ -23,6 +23,7 @@ from ckptkit.arguments import documented, several, unexpected
 from ckptkit.bytesource import Readable
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, RewriteError
+from ckptkit.formats import require_sound
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
 from ckptkit.options import ConvertOptions, DiffOptions, VerifyOptions
@@ -201,6 +202,8 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
     reading = partial(open, ignore_checksums=asked.ignore_checksums)
     tolerance = None if asked.atol is None and asked.rtol is None else Tolerance(asked.atol or 0.0, asked.rtol or 0.0)
     with reading(a, section=chosen[0]) as ours, reading(b, section=chosen[1]) as theirs:
+        for file in (ours, theirs) if not asked.ignore_checksums else ():
+            require_sound(file._file)
         rewriters = (StripModule(),) if asked.strip_module else ()
         difference = differ(
             ours.rewrite(*rewriters).checkpoint,
@@ -310,6 +313,8 @@ def _weights(
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
         require_state_dict(file.checkpoint, purpose)
+        if not ignore_checksums:
+            require_sound(file._file)
         yield file
 
 

@@ -151,7 +151,8 @@ def command(
     DST's ending chooses the container: .safetensors, or .pth .pt .pkl .ckpt .bin. A .pth keeps
     everything that is in SRC (optimizer, epoch, arguments, unknown objects). DST is either the old
     file or the complete new one, whatever happens. Before it gets its name every tensor is compared
-    with its source, byte for byte.
+    with its source, byte for byte. SRC may be FILE/MEMBER of a zip or tar archive, - for standard
+    input, and compressed (.gz .xz .bz2 .zst).
     """
     with ui.json_errors(output == "json"), progress_line(progress, quiet=quiet) as moved:
         report = api.convert(

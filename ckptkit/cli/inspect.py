@@ -33,6 +33,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
         "ckptkit inspect model.pth",
         "ckptkit inspect --flat --filter '*.bias' model.pth",
         "ckptkit inspect --json runs/ | jq '.files[].state_dict'",
+        "ckptkit inspect archive.zip/a/model.pth",
     ),
 )
 @ui.path_argument("paths", nargs=-1, required=True)
@@ -69,7 +70,8 @@ def command(
 
     Nothing in a file is executed, and no tensor is read but a few single numbers, such as step counts
     (all are with --stats). A folder stands for the checkpoints below it, whatever their names; what else lies there is
-    counted.
+    counted. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar archive, - is standard input, and what is compressed
+    by gzip, xz, bzip2 or zstd is read through.
     """
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     passed_over: Counter[str] = Counter()

@@ -202,6 +202,8 @@ def run(
         findings += job.findings()
         findings += conversion.findings(job.plan, None if options.dry_run else job.path)
     if not options.dry_run:
+        if options.check and not options.ignore_checksums:
+            formats.require_sound(file)
         tally = job.carry_out(options)
         findings += () if conversion is None else conversion.losses(tally)
     return Outcome(

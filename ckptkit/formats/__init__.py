@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
-from ckptkit.errors import FileAccessError, FormatError, RewriteError
+from ckptkit.errors import CorruptError, FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe
 from ckptkit.formats.shards import may_tell_a_part
@@ -35,6 +36,7 @@ __all__ = [
     "given_of",
     "plan",
     "read",
+    "require_sound",
     "reread",
     "source_of",
     "target",
@@ -171,6 +173,25 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
 
     known = {use.name: GRAVITY[use.verdict] for use in error.globals}
     return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
+
+
+def require_sound(file: Source) -> None:
+    """Hold what is read of a member that lies in a zip archive as it is against the checksum that is recorded there.
+
+    Raises:
+        CorruptError: its bytes are others.
+    """
+    for each in (file, *file.parts.values()):
+        recorded: int | None = getattr(each, "crc32", None)
+        if recorded is None:
+            continue
+        found = 0
+        for chunk in each.whole.chunks():
+            found = zlib.crc32(chunk, found)
+        if found != recorded:
+            told = f"its CRC-32 is {found:08x}, recorded in the archive is {recorded:08x}: damaged"
+            raise CorruptError(told, path=each.path)
+        each.crc32 = None  # type: ignore[attr-defined]  # once is enough
 
 
 def given_of(file: Source) -> Source:

@@ -145,15 +145,17 @@ class _Archive:
             allowed = max(self.limits.unpacked_nbytes, self.limits.unpacked_ratio * held.data.nbytes)
             if held.nbytes > allowed:
                 raise LimitError(f"bytes of member {name!r}, which is compressed", limit=allowed, actual=held.nbytes)
-            held = record_source(held).plain()
-        return Inner(
+        data = record_source(held).plain() if isinstance(held, Record) else held
+        made = Inner(
             path or f"{self.file.path}!{name}",
-            held,
+            data,
             self.file,
             name=f"{name_of(self.file)}/{name}",
             owns=owns,
             sibling=lambda other: self._beside(name, other),
         )
+        made.crc32 = held.crc32 if isinstance(held, Record) and not held.deflated else None
+        return made
 
     def _beside(self, name: str, other: str) -> Source:
         found = posixpath.normpath(posixpath.join(posixpath.dirname(name), other))

@@ -63,10 +63,11 @@ class Inner(Source):
 
     Attributes:
         area, name: as above.
+        crc32: that an archive records for it, as long as its bytes were not held against it.
         around: what it was found in, where it is not what was given.
     """
 
-    __slots__ = ("_folder", "_outer", "_owns", "_sibling", "area", "around", "name")
+    __slots__ = ("_folder", "_outer", "_owns", "_sibling", "area", "around", "crc32", "name")
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class Inner(Source):
         self._outer, self._owns, self._folder, self._sibling = outer, owns, folder, sibling
         self.area, self.name = area, name
         self.around: Around | None = None
+        self.crc32: int | None = None
 
     def _some(self, offset: int, nbytes: int) -> bytes:
         return self.area.read(offset, nbytes)

@@ -323,6 +323,8 @@ def examine_file(
         reading, given = Reading(), formats.given_of(file)
         is_whole = given is file  # else a file that is compressed or an archive, and what is in it
         if hash_file or digest or values or held:
+            if checksums and not ignore_checksums:
+                formats.require_sound(file)
             reading = read_through(
                 [file, *file.parts.values()],
                 _digested(contents, whole) if digest else (),

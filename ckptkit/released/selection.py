@@ -7,8 +7,9 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.errors import CkptkitError, FileAccessError
+from ckptkit.formats import STDIN
 from ckptkit.formats.folder import Surveyor, indexes_by_shard
-from ckptkit.report import count_of
+from ckptkit.report import count_of, split_member
 from ckptkit.transfer.names import is_temporary_name
 
 __all__ = ["Selected", "Selection", "name_of", "select", "size_of"]
@@ -112,7 +113,7 @@ def select(
         if index is not None:
             shards.setdefault(index, []).append(path)
             surveyor.named(index)
-        elif skip_others:
+        elif skip_others and path != STDIN and split_member(path) is None:
             surveyor.candidate(path)
         else:
             surveyor.named(path)

@@ -446,6 +446,27 @@ def test_damaged_archives(put: Put) -> None:
             ckptkit.open(put(name, data))
 
 
+@pytest.mark.parametrize("container", ["legacy", "safetensors"])
+def test_what_a_zip_records_of_a_member_is_held(container: str, put: Put, tmp_path: Path) -> None:
+    data = bytearray(zipped({"m": CONTENTS[container]}))
+    data[len(data) // 2] ^= 1
+    path = put("all.zip", bytes(data))
+    own, out = put("own", CONTENTS[container]), tmp_path / "out.safetensors"
+    for named in (path, f"{path}!m"):
+        assert len(ckptkit.inspect(named)["tensors"]) == 2
+        for work in (
+            lambda: ckptkit.load_state_dict(named),  # noqa: B023 - called at once
+            lambda: ckptkit.convert(named, out),  # noqa: B023
+            lambda: ckptkit.diff(own, named),  # noqa: B023
+            lambda: ckptkit.verify(named, model=lambda: nn.Linear(2, 3), forward=False),  # noqa: B023
+        ):
+            with pytest.raises(CorruptError, match=r"its CRC-32 is \w{8}, recorded in the archive is \w{8}: damaged"):
+                work()
+        assert ckptkit.check(named, no_nan=True).exit_code == 2
+        ckptkit.convert(named, out, ignore_checksums=True)
+        out.unlink()
+
+
 def test_an_archive_that_is_two_things(put: Put) -> None:
     with pytest.raises(AmbiguousError, match=r"at once"):
         ckptkit.open(put("all.tar", tarred({"m.pth": MODEL}) + zipped({"m.pth": MODEL})))
@@ -696,6 +717,7 @@ def test_commands(put: Put, run: Callable[..., Any], tmp_path: Path) -> None:
     assert done.returncode == 2 and "give one of them: archive.zip!a/model.pth, archive.zip!b/model.pth" in done.stderr
     assert run("diff", "archive.zip/a/model.pth", "x.safetensors").returncode == 0
     assert run("check", "archive.zip!a/model.pth", "model.pth.gz", "--no-nan").returncode == 0
+    assert run("check", "--skip-others", "archive.zip!a/model.pth", "archive.zip").returncode == 0
     done = run("manifest", "archive.zip!a/model.pth")
     assert done.returncode == 2 and "a manifest records files; record the archive, or unpack it" in done.stderr
     for option in ("archive.zip!a/model.pth", "archive.zip/a/model.pth"):
