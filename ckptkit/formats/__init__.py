@@ -87,27 +87,37 @@ def read(
     """
     file = source_of(source)
     try:
-        inner = _entered(file, limits)
+        probe = _entered(file, limits)
     except BaseException:
         file.close()
         raise
     try:
-        return reread(inner, section=section, ignore_checksums=ignore_checksums, limits=limits), inner
+        return _checkpoint(probe, section, ignore_checksums=ignore_checksums), probe.file
     except BaseException:
-        inner.close()
+        probe.file.close()
         raise
 
 
-def _entered(file: Source, limits: Limits) -> Source:
+def reread(file: Source, *, section: str | None = None, ignore_checksums: bool = False) -> Checkpoint:
+    """The checkpoint in a source that `read` gave, with another section selected; the source stays open.
+
+    Raises:
+        As `read`.
+    """
+    return _checkpoint(Probe(file, DEFAULT_LIMITS), section, ignore_checksums=ignore_checksums)
+
+
+def _entered(file: Source, limits: Limits) -> Probe:
     """What lies in a file that is compressed or an archive; any other as it is."""
     probe: Probe | None = None
     try:
-        probe = Probe(file, limits)
-        if not holds_files(probe):
-            return file
-        from ckptkit.formats.inside import entered
+        with collector_paused():
+            probe = Probe(file, limits)
+            if not holds_files(probe):
+                return probe
+            from ckptkit.formats.inside import entered
 
-        return entered(file, limits)
+            return entered(probe)
     except FormatError as error:
         seen = _names_left(probe, error)
         cause = error.__cause__
@@ -116,24 +126,13 @@ def _entered(file: Source, limits: Limits) -> Source:
         raise error.at(path=file.path, seen=seen) from cause
 
 
-def reread(
-    file: Source,
-    *,
-    section: str | None = None,
-    ignore_checksums: bool = False,
-    limits: Limits = DEFAULT_LIMITS,
-) -> Checkpoint:
-    """The checkpoint in a source that is open, and stays open: as `read` gave it, or with another section selected.
-
-    Raises:
-        As `read`.
-    """
-    probe: Probe | None = None
+def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) -> Checkpoint:
+    """What is in a file, normalized."""
+    file = probe.file
     raw: RawCheckpoint | None = None
     around: Around | None = getattr(file, "around", None)
     try:
         with collector_paused():
-            probe = Probe(file, limits)
             own = raw = detect(probe).read(probe)
             if ignore_checksums:
                 own = raw = replace(raw, root=_without_checksums(raw.root))

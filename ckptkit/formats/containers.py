@@ -20,6 +20,7 @@ __all__ = [
     "CONTAINERS",
     "FORMATS",
     "INDEX_SUFFIXES",
+    "PACKED",
     "SHARED_SUFFIXES",
     "SUFFIXES",
     "format_named",
@@ -158,6 +159,9 @@ _COMPRESSED = (
     *(bytes((first,)) + b"\x2a\x4d\x18" for first in range(0x50, 0x60)),
 )
 """First bytes of what is decompressed: gzip, xz, bzip2, zstd, and zstd's frames that are skipped."""
+
+PACKED = (LOCAL_SIGNATURE, *_COMPRESSED)
+"""First bytes of all that may hold files, but for tar archives, which have none of their own."""
 
 
 def holds_files(probe: Probe) -> bool:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
-from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, SHARED_SUFFIXES, SUFFIXES, holds_files
+from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, PACKED, SHARED_SUFFIXES, SUFFIXES, holds_files
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards import indexes_in
 from ckptkit.formats.zip_archive import ends_like_a_zip
@@ -294,7 +294,8 @@ class Surveyor:
         elif not says_checkpoint(name):
             try:
                 claims = [container for container in FORMATS if container.claims(probe)]
-                if (not claims or claims[0].reader == "torch_tar") and holds_files(probe) and _holds_one(probe):
+                may_hold = claims[0].reader == "torch_tar" if claims else probe.head.startswith(PACKED)
+                if may_hold and holds_files(probe) and _holds_one(probe):
                     claims = []
                 elif not claims:
                     kind = self._other_kind(probe, path, name)

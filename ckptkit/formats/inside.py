@@ -276,32 +276,30 @@ def _archive_in(probe: Probe) -> _Archive | None:
 # Which file is meant.
 
 
-def entered(file: Source, limits: Limits) -> Source:
+def entered(probe: Probe) -> Probe:
     """The checkpoint in a file that is compressed or an archive, with what is to be told of the way; else the file.
 
     Raises:
         FormatError: it is damaged, too large, or an archive of several checkpoints.
         MissingDependencyError: what decompresses it is not installed.
     """
-    found: Source = file
-    around = Around(file, (), (), False, "")
+    given, limits = probe.file, probe.limits
+    around = Around(given, (), (), False, "")
     try:
-        probe = Probe(file, limits)
         for level in range(limits.levels + 1):
             if not holds_files(probe):
                 break
             if level == limits.levels:
                 raise LimitError("files inside one another", limit=limits.levels, actual=level + 1)
-            step = _step(probe, file.path, around)
+            step = _step(probe, given.path, around)
             if step is None:
                 break
             found, around = step
+            found.around = around
             probe = Probe(found, limits)
     except FormatError as error:
         raise around.at(error) if around.where else error from error.__cause__
-    if isinstance(found, Inner) and found is not file:
-        found.around = around
-    return found
+    return probe
 
 
 def _step(probe: Probe, path: str, around: Around) -> tuple[Inner, Around] | None:
