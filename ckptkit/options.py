@@ -86,6 +86,11 @@ class ConvertOptions(Options):
         "new device tags; see `ckptkit.MapLocation`",
         "LOC",
     )
+    densify = flag(
+        "Make dense tensors of sparse, nested, quantized and block-scaled ones.",
+        "make dense tensors of the values that are sparse, nested, quantized or scaled by blocks; see "
+        "`ckptkit.Densify`",
+    )
     dtype = text(
         "DTYPE",
         "Cast floating-point weights: float16, bfloat16, float32, float8_...",
@@ -321,6 +326,7 @@ if TYPE_CHECKING:
         weights_only: bool
         leave_out: str | Sequence[str]
         map_location: LocationMap | None
+        densify: bool
         dtype: str | None
         keep_dtype: str | Sequence[str]
         cast_scaled: bool
