@@ -111,8 +111,8 @@ CONVERSION: dict[str, Explanation] = {
         "Weights of a few bits (FP8, int8, 4 bits) are values only together with the scales of their blocks or rows, "
         "which stand beside them: weight_scale_inv, absmax, scales, SCB. Cast by themselves they are garbage to "
         "whoever multiplies them, and rounded scales change all values of a block.",
-        "Dequantize with --densify, which knows those in FP8 and torch's own, or with the library that made them; or leave "
-        "them as they are: --keep-dtype GLOB",
+        "Dequantize with --densify, which knows those in FP8 and torch's own, or with the library that made them; or "
+        "leave them as they are: --keep-dtype GLOB",
     ),
     "cast-overflow": Explanation(
         "values too large for the new dtype",

@@ -292,9 +292,10 @@ def can_be_dense(name: str, value: object) -> bool:
         return name.endswith(PACKED_DTYPE)
     parts = packed_parts(name, value)
     try:
-        return any([dense_form(part) is not None for part in ({name: value} if parts is None else parts).values()])
+        forms = [dense_form(part) for part in ({name: value} if parts is None else parts).values()]
     except (UnsupportedError, CorruptError):
         return False
+    return parts is not None or forms != [None]
 
 
 PACKED_DTYPE = "_packed_params.dtype"
