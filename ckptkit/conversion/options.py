@@ -152,18 +152,7 @@ class Conversion:
         self.dropped = [name for name in source.state_dict.everything if name not in kept and name not in taken]
         self._scaled: dict[str, str] = {}
         if options.dtype is not None:
-            pairs = scaled_pairs(source.state_dict)  # scales that are left out were scales all the same
-            cast = rewrite.CastDtype(
-                options.dtype,
-                options.keep_dtype,
-                rename=final,
-                cast_scaled=options.cast_scaled,
-                scaled={name: of for name, of in pairs.items() if taken.isdisjoint((name, of))},
-            )
-            if unmatched := cast.unmatched(result):
-                raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
-            self._scaled = cast.scaled_in(result) if options.cast_scaled else {}
-            result = result.rewrite(cast)
+            result = self._cast(result, final, taken)
         result = result.rewrite(*renamers, *(() if self._like is None else (self._like,)))
         self.renames = {name: new for name in kept if (new := final(name)) != name}
         self._moves: rewrite.MapLocation | None = None
@@ -178,6 +167,22 @@ class Conversion:
         if options.metadata:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
+
+    def _cast(self, result: Checkpoint, final: Callable[[str], str], taken: frozenset[str]) -> Checkpoint:
+        """The checkpoint with its weights cast; ``taken`` are names whose values are others by now."""
+        options = self._options
+        pairs = scaled_pairs(self.source.state_dict)  # scales that are left out were scales all the same
+        cast = rewrite.CastDtype(
+            options.dtype or "",
+            options.keep_dtype,
+            rename=final,
+            cast_scaled=options.cast_scaled,
+            scaled={name: of for name, of in pairs.items() if taken.isdisjoint((name, of))},
+        )
+        if unmatched := cast.unmatched(result):
+            raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
+        self._scaled = cast.scaled_in(result) if options.cast_scaled else {}
+        return result.rewrite(cast)
 
     def findings(self, plan: Plan, written: str | None = None) -> Iterator[Finding]:
         """What can be told before anything is written.

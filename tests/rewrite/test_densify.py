@@ -108,8 +108,8 @@ def compressed(draw: Callable[..., Any]) -> torch.Tensor:
     keep = torch.rand(rows // high, columns // wide, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     mask = (keep > 0.5).repeat_interleave(high, 0).repeat_interleave(wide, 1)
     values = numbers(draw, (*batch, rows, columns, *inner), dtype)
-    whole = torch.where(mask.reshape(rows, columns, *[1] * len(inner)), values + 1, torch.zeros((), dtype=dtype))
-    whole = torch.nan_to_num(whole) if dtype.is_floating_point else whole
+    values = torch.where((values == 0) | (values != values), torch.ones((), dtype=dtype), values)
+    whole = torch.where(mask.reshape(rows, columns, *[1] * len(inner)), values, torch.zeros((), dtype=dtype))
     options: dict[str, Any] = {"dense_dim": len(inner)} if inner else {}
     if layout in ("bsr", "bsc"):
         return getattr(whole, f"to_sparse_{layout}")((high, wide), **options)
@@ -374,7 +374,9 @@ def test_scales_are_found_though_they_are_left_out(tmp_path: Path) -> None:
     save_file(saved, tmp_path / "in.safetensors")
     for options, names in (({"include": "*.weight"}, {"a.weight"}), ({}, {"a.weight", "a.input_scale"})):
         out = tmp_path / "out.safetensors"
-        report = ckptkit.convert(tmp_path / "in.safetensors", out, densify=True, dtype="bfloat16", force=True, **options)
+        report = ckptkit.convert(
+            tmp_path / "in.safetensors", out, densify=True, dtype="bfloat16", force=True, **options
+        )
         assert load_file(out).keys() == names
         assert_equal(load_file(out)["a.weight"], torch.full((4, 4), 0.5, dtype=torch.bfloat16))
         assert "cast-scaled" not in [finding.code for finding in report.findings]
@@ -405,7 +407,9 @@ def mixed() -> dict[str, Any]:
 
 def test_what_stands_beside_is_not_touched(save: Save) -> None:
     saved = mixed()
-    path = save({"model": OrderedDict(saved), "optimizer": {"state": {0: {"m": saved["s"]}}, "param_groups": []}, "e": 3})
+    path = save(
+        {"model": OrderedDict(saved), "optimizer": {"state": {0: {"m": saved["s"]}}, "param_groups": []}, "e": 3}
+    )
     ckptkit.convert(path, path.with_name("out.pth"), densify=True)
     got = torch.load(path.with_name("out.pth"), weights_only=True)
     for name, value in saved.items():
@@ -505,7 +509,10 @@ def test_damage_of_what_it_is_made_of_is_found(dtype: str | None, save: Save, tm
         parts = [each for each in checkpoint.state_dict.extra["s"].args[1][:2]]  # type: ignore[attr-defined]
         places = [entry.storage.source.offset for entry in parts]
     good = path.read_bytes()
-    for at, message in ((places[1], "tensor 's': the bytes have CRC-32"), (places[0] + 1, "index .* of a sparse tensor")):
+    for at, message in (
+        (places[1], "tensor 's': the bytes have CRC-32"),
+        (places[0] + 1, "index .* of a sparse tensor"),
+    ):
         path.write_bytes(good)
         flipped(path, at)
         with pytest.raises(CorruptError, match=message):
