@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import gc
 import os
 import re
 import signal
@@ -62,6 +63,13 @@ def saved_from(device: str | Callable[[Any], str]) -> Iterator[None]:
     tag = device if callable(device) else lambda storage: device
     with mock.patch("torch.serialization.location_tag", tag):
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all of torch stay to the end: without them the collector has little to go through."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)
