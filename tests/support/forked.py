@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -90,6 +91,8 @@ def preload(*modules: str) -> None:
     for module in [*without_torch, "decimal", "fractions", "tabulate", "numpy", "ml_dtypes", *modules]:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # hundreds of torch's, which no child needs to undo
     gc.freeze()
 
 
