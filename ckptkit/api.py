@@ -41,17 +41,9 @@ if TYPE_CHECKING:
     from ckptkit.rewrite import Like
 
 __all__ = [
-    "CheckpointFile",
-    "Rewriter",
-    "check",
-    "convert",
-    "diff",
-    "inspect",
-    "load_state_dict",
-    "manifest",
-    "open",
-    "verify",
-]
+    "CheckpointFile", "Rewriter",
+    "check", "convert", "diff", "inspect", "load_state_dict", "manifest", "open", "verify",
+]  # fmt: skip
 
 
 def inspect(
@@ -264,8 +256,8 @@ def manifest(
     return make_at(
         [os.fsdecode(path) for path in several(paths)],
         None if destination is None else os.fsdecode(destination),
-        digests=digests,
-        golden=golden,
+        digests,
+        golden,
         allow_part=allow_part,
         update=update,
         force=force,

@@ -15,7 +15,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
@@ -23,10 +23,12 @@ __all__ = [
     "CHUNK_NBYTES",
     "GAP_NBYTES",
     "ByteRange",
+    "Readable",
     "Source",
     "SourceFile",
     "byte_range",
     "made_by_position",
+    "outside",
     "read_at",
     "write_at",
 ]
@@ -42,7 +44,6 @@ _PAGE = 4096
 """What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
 
 _Record = TypeVar("_Record")
-
 _position = threading.Lock()
 """Held while a file's own position is used, on systems without positioned reads and writes."""
 
@@ -82,8 +83,7 @@ class Source:
 
     All else reads through this protocol, so that a source of another kind is one subclass in one module.  It says how
     some bytes are got (`_some`); whether it can have changed (`stamp`) and what lies beside it (`sibling`), where
-    anything can and does; and overrides what it does better than here.  Copies in the kernel, maps and locks are for
-    those with a descriptor (`fileno`).
+    anything can and does.  Copies in the kernel, maps and locks are for those with a descriptor (`fileno`).
 
     Args:
         path: what messages call it, and what it is called by: its last segment is the file's name.
@@ -166,10 +166,7 @@ class Source:
             FileAccessError: the operating system could not read it.
         """
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise CorruptError(
-                f"bytes {offset:,} to {offset + nbytes:,} were asked of a file of {self.size:,} bytes",
-                path=self.path,
-            )
+            raise outside(offset, nbytes, self.size, self.path, "were asked of a file")
         parts = []
         while nbytes:
             if self._closed:
@@ -284,6 +281,10 @@ class Source:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, {self.size:,} bytes)"
+
+
+Readable = str | os.PathLike[str] | Source | BinaryIO | bytes | bytearray | memoryview
+"""What a checkpoint may be read from: a path, a source, an open file, or the bytes themselves."""
 
 
 class SourceFile(Source):
@@ -430,6 +431,11 @@ class _Spool(SourceFile):
         return False
 
 
+def outside(start: int, nbytes: int, whole: int, path: str, told: str = "are not inside a range") -> CorruptError:
+    """The error that not all of so many bytes from ``start`` are among the ``whole`` number of a range or a file."""
+    return CorruptError(f"bytes {start:,} to {start + nbytes:,} {told} of {whole:,} bytes", path=path)
+
+
 @dataclass(frozen=True, slots=True)
 class ByteRange:
     """``nbytes`` bytes at ``offset`` of ``file``."""
@@ -446,10 +452,7 @@ class ByteRange:
         """
         wanted = self.nbytes - start if nbytes is None else nbytes
         if start < 0 or wanted < 0 or start + wanted > self.nbytes:
-            raise CorruptError(
-                f"bytes {start:,} to {start + wanted:,} were asked of a range of {self.nbytes:,} bytes",
-                path=self.file.path,
-            )
+            raise outside(start, wanted, self.nbytes, self.file.path, "were asked of a range")
         return self.file.read(self.offset + start, wanted)
 
     def tail(self, nbytes: int) -> bytes:
@@ -461,10 +464,7 @@ class ByteRange:
     def part(self, start: int, nbytes: int) -> ByteRange:
         """The range of ``nbytes`` bytes that begins at ``start`` of this one."""
         if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
-            raise CorruptError(
-                f"bytes {start:,} to {start + nbytes:,} are not inside a range of {self.nbytes:,} bytes",
-                path=self.file.path,
-            )
+            raise outside(start, nbytes, self.nbytes, self.file.path)
         return ByteRange(self.file, self.offset + start, nbytes)
 
     def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:

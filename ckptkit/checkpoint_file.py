@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit import formats
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Readable, Source
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
 from ckptkit.report import Finding, count_of
 
@@ -167,7 +167,7 @@ class CheckpointFile:
 
 
 def open(  # noqa: A001 - the name users expect
-    path: PathLike, *, section: str | None = None, ignore_checksums: bool = False
+    path: Readable, *, section: str | None = None, ignore_checksums: bool = False
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 

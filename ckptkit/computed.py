@@ -11,10 +11,13 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, write_at
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, outside, write_at
 from ckptkit.errors import CorruptError, FileAccessError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["DEFLATE_MOST", "ByteSource", "ConvertedRange", "DTypeConversion", "DeflatedRange", "Inflation", "spooled"]
 
@@ -53,7 +56,39 @@ def spooled(parts: Iterable[bytes], nbytes: int, source: Source, what: str) -> B
     return room
 
 
-class Inflation:
+class _Computed:
+    """Bytes that are made of others at most once, and only when they are asked for."""
+
+    __slots__ = ("_lock", "_plain", "file", "name", "nbytes")
+
+    how: ClassVar[str]
+    """What the others are, for messages."""
+
+    def __init__(self, file: Source, nbytes: int, name: str) -> None:
+        self.file = file
+        self.nbytes = nbytes
+        self.name = name
+        self._lock = threading.Lock()
+        self._plain: ByteRange | None = None
+
+    def plain(self) -> ByteRange:
+        """The bytes as they are wanted, in a temporary file that is closed with the file they came from.
+
+        Raises:
+            CorruptError: what they are made of is damaged.
+            FileAccessError: the temporary file could not be written.
+        """
+        with self._lock:
+            if self._plain is None:
+                self._plain = spooled(self._parts(), self.nbytes, self.file, f"{self.name} is {self.how} and takes")
+            return self._plain
+
+    def _parts(self) -> Iterator[bytes]:
+        """The bytes in pieces, as they are made."""
+        raise NotImplementedError
+
+
+class Inflation(_Computed):
     """Deflated bytes of a file (RFC 1951), inflated at most once, and only when they are asked for.
 
     Args:
@@ -63,42 +98,25 @@ class Inflation:
         name: what the bytes are, for messages.
     """
 
-    __slots__ = ("_lock", "_plain", "crc32", "deflated", "name", "nbytes")
+    __slots__ = ("crc32", "deflated")
+
+    how = "compressed"
 
     def __init__(self, deflated: ByteRange, nbytes: int, crc32: int | None, name: str) -> None:
+        super().__init__(deflated.file, nbytes, name)
         self.deflated = deflated
-        self.nbytes = nbytes
         self.crc32 = crc32
-        self.name = name
-        self._lock = threading.Lock()
-        self._plain: ByteRange | None = None
-
-    def plain(self) -> ByteRange:
-        """The inflated bytes, in a temporary file that is closed with the file they came from.
-
-        Raises:
-            CorruptError: they cannot be inflated, or their size or checksum is another.
-            FileAccessError: the temporary file could not be written.
-        """
-        with self._lock:
-            if self._plain is None:
-                self._plain = self._inflated()
-            return self._plain
 
     def check(self) -> None:
         """Inflate, count and sum, and keep nothing; what is there already was.
 
         Raises:
-            CorruptError: as `plain`.
+            CorruptError: they cannot be inflated, or their size or checksum is another.
         """
         with self._lock:
             if self._plain is None:
                 for _ in self._parts():
                     pass
-
-    def _inflated(self) -> ByteRange:
-        what = f"{self.name} is compressed and takes"
-        return spooled(self._parts(), self.nbytes, self.deflated.file, what)
 
     def _parts(self) -> Iterator[bytes]:
         """The inflated bytes in pieces of at most a chunk, counted and summed on the way."""
@@ -121,42 +139,46 @@ class Inflation:
             raise self._corrupt(f"its CRC-32 is {crc:08x}, recorded is {self.crc32:08x}: damaged")
 
     def _corrupt(self, what: str) -> CorruptError:
-        return CorruptError(f"{self.name}: {what}", path=self.deflated.file.path)
+        return CorruptError(f"{self.name}: {what}", path=self.file.path)
 
 
 @dataclass(frozen=True, slots=True)
-class DeflatedRange:
-    """``nbytes`` bytes at ``offset`` of what ``whole`` inflates to; read like a `ByteRange`."""
+class _ComputedRange:
+    """``nbytes`` bytes at ``offset`` of what ``whole`` makes; read like a `ByteRange`."""
 
-    whole: Inflation
+    whole: _Computed
     offset: int
     nbytes: int
 
     @property
     def file(self) -> Source:
-        """The file the compressed bytes lie in."""
-        return self.whole.deflated.file
+        """The file that holds what they are made of."""
+        return self.whole.file
 
     def plain(self) -> ByteRange:
-        """The range once inflated.
+        """The range as it is wanted, in a temporary file.
 
         Raises:
-            As `Inflation.plain`.
+            CorruptError, FileAccessError: as `Inflation.plain`.
         """
         return self.whole.plain().part(self.offset, self.nbytes)
+
+    def part(self, start: int, nbytes: int) -> Self:
+        """As `ByteRange.part`; nothing is made for it."""
+        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
+            raise outside(start, nbytes, self.nbytes, self.file.path)
+        return type(self)(self.whole, self.offset + start, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class DeflatedRange(_ComputedRange):
+    """``nbytes`` bytes at ``offset`` of what ``whole`` inflates to; read like a `ByteRange`."""
+
+    whole: Inflation
 
     def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
         """As `ByteRange.read`."""
         return self.plain().read(start, nbytes)
-
-    def part(self, start: int, nbytes: int) -> DeflatedRange:
-        """As `ByteRange.part`; nothing is inflated for it."""
-        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
-            raise CorruptError(
-                f"bytes {start:,} to {start + nbytes:,} are not inside a range of {self.nbytes:,} bytes",
-                path=self.file.path,
-            )
-        return DeflatedRange(self.whole, self.offset + start, nbytes)
 
     def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:
         """As `ByteRange.chunks`."""
@@ -175,7 +197,7 @@ class Function(Protocol):
         ...
 
 
-class DTypeConversion:
+class DTypeConversion(_Computed):
     """Values that are converted to another dtype as they are read; nothing of them is kept.
 
     Args:
@@ -186,56 +208,28 @@ class DTypeConversion:
         dtype: torch name of the values' type before.
     """
 
-    __slots__ = ("_lock", "_plain", "after", "before", "dtype", "function", "name", "original")
+    __slots__ = ("after", "before", "dtype", "function", "original")
+
+    how = "converted"
 
     def __init__(
-        self,
-        original: ByteSource,
-        before: int,
-        after: int,
-        function: Function,
-        name: str,
-        dtype: str,
+        self, original: ByteSource, before: int, after: int, function: Function, name: str, dtype: str
     ) -> None:
+        super().__init__(original.file, original.nbytes // before * after, name)
         self.original = original
-        self.before = before
-        self.after = after
+        self.before, self.after = before, after
         self.function = function
-        self.name = name
         self.dtype = dtype
-        self._lock = threading.Lock()
-        self._plain: ByteRange | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all converted values."""
-        return self.original.nbytes // self.before * self.after
-
-    def plain(self) -> ByteRange:
-        """The converted values, in a temporary file that is closed with the file they came from.
-
-        Raises:
-            FileAccessError: the temporary file could not be written.
-        """
-        with self._lock:
-            if self._plain is None:
-                parts = ConvertedRange(self, 0, self.nbytes).chunks()
-                self._plain = spooled(parts, self.nbytes, self.original.file, f"{self.name} is converted and takes")
-            return self._plain
+    def _parts(self) -> Iterator[bytes]:
+        return ConvertedRange(self, 0, self.nbytes).chunks()
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertedRange:
+class ConvertedRange(_ComputedRange):
     """``nbytes`` bytes at ``offset`` of what ``whole`` converts to; read like a `ByteRange`."""
 
     whole: DTypeConversion
-    offset: int
-    nbytes: int
-
-    @property
-    def file(self) -> Source:
-        """The file the original values lie in."""
-        return self.whole.original.file
 
     @property
     def original(self) -> ByteSource:
@@ -249,23 +243,6 @@ class ConvertedRange:
         if rest or more:
             raise CorruptError("a part of a converted value was asked for", path=self.file.path)
         return self.whole.original.part(first * self.whole.before, count * self.whole.before)
-
-    def plain(self) -> ByteRange:
-        """The range once converted.
-
-        Raises:
-            As `DTypeConversion.plain`.
-        """
-        return self.whole.plain().part(self.offset, self.nbytes)
-
-    def part(self, start: int, nbytes: int) -> ConvertedRange:
-        """As `ByteRange.part`; nothing is converted for it."""
-        if start < 0 or nbytes < 0 or start + nbytes > self.nbytes:
-            raise CorruptError(
-                f"bytes {start:,} to {start + nbytes:,} are not inside a range of {self.nbytes:,} bytes",
-                path=self.file.path,
-            )
-        return ConvertedRange(self.whole, self.offset + start, nbytes)
 
     def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
         """As `ByteRange.read`."""

@@ -255,23 +255,17 @@ def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
         if any(pattern.fullmatch(name) for name in names)
     ]
     if found:
-        yield Finding(
-            code="other-system",
-            severity="info",
-            message=f"objects that load only on the system or with the versions they come from: {'; '.join(found)}",
-            fix=_weights(checkpoint, "--weights-only"),
-        )
+        told = f"objects that load only on the system or with the versions they come from: {'; '.join(found)}"
+        fix = _weights(checkpoint, "--weights-only")
+        yield Finding(code="other-system", severity="info", message=told, fix=fix)
 
 
 def _order(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     moved = unordered(checkpoint.state_dict)
     if moved:
-        yield Finding(
-            code="not-contiguous",
-            severity="info",
-            message=f"{share_of(len(moved), len(checkpoint.state_dict), 'tensor', 'is', 'are')} not contiguous: "
-            f"transposed, sliced or expanded, such as {moved[0]!r:.80}",
-        )
+        share = share_of(len(moved), len(checkpoint.state_dict), "tensor", "is", "are")
+        told = f"{share} not contiguous: transposed, sliced or expanded, such as {moved[0]!r:.80}"
+        yield Finding(code="not-contiguous", severity="info", message=told)
 
 
 def _devices(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:

@@ -370,7 +370,7 @@ class ManifestTensor(TypedDict):
 
 
 class ManifestShard(TypedDict):
-    """What one file of a sharded checkpoint must be: bytes, and SHA-256 in hexadecimal."""
+    """What one file must be, alone or of a sharded checkpoint: bytes, and SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
@@ -391,12 +391,10 @@ class ManifestOptions(TypedDict, total=False):
     others: list[str]
 
 
-class ManifestFile(ManifestOptions):
+class ManifestFile(ManifestShard, ManifestOptions):
     """What one checkpoint must be; `ckptkit.released.manifest_file` says more of each field."""
 
     path: str
-    size: int
-    sha256: str
     format: str
     kind: str
     trust: str

@@ -13,24 +13,8 @@ import click
 
 from ckptkit import api
 from ckptkit.cli import ending
+from ckptkit.cli import options as ui
 from ckptkit.cli.explain import complete_reference
-from ckptkit.cli.options import (
-    COLORS,
-    Renderer,
-    Style,
-    View,
-    checked_devices,
-    common_options,
-    ignore_checksums,
-    input_shape,
-    json_errors,
-    key_values,
-    later,
-    path_argument,
-    show,
-    styler,
-    with_examples,
-)
 from ckptkit.cli.outputs import findings_of, github, junit, sarif
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.folder import passed_over_text
@@ -48,7 +32,7 @@ _MOST = 160
 """Characters of an expected or found value."""
 
 
-def text(document: CheckDocument, view: View) -> Iterator[str]:
+def text(document: CheckDocument, view: ui.View) -> Iterator[str]:
     """The lines; with ``quiet`` only those of what is wrong."""
     for file, findings in findings_of(document):
         if view.quiet and not findings:
@@ -63,7 +47,7 @@ def text(document: CheckDocument, view: View) -> Iterator[str]:
         yield view.style(verdict_of(document), fg=color, bold=True)
 
 
-def _head(file: CheckedFile, findings: Sequence[CheckFindingDocument], style: Style) -> str:
+def _head(file: CheckedFile, findings: Sequence[CheckFindingDocument], style: ui.Style) -> str:
     outcome, color = ("ok", "green") if file["ok"] else ("FAILED", "red")
     if not file["checked"] and not file["ok"]:
         outcome = "FAILED" if any(f["code"] == "file-missing" for f in findings) else "NOT CHECKED"
@@ -71,9 +55,9 @@ def _head(file: CheckedFile, findings: Sequence[CheckFindingDocument], style: St
     return f"{printable(file['path'])}: {style(outcome, fg=color, bold=outcome != 'ok')}{size}"
 
 
-def _finding(finding: CheckFindingDocument, style: Style) -> Iterator[str]:
+def _finding(finding: CheckFindingDocument, style: ui.Style) -> Iterator[str]:
     severity = finding["severity"]
-    label = style(severity, fg=COLORS[severity], bold=severity == "error")
+    label = style(severity, fg=ui.COLORS[severity], bold=severity == "error")
     yield f"  {label}: {finding['rule']}: {printable(finding['message'])} [{finding['code']}]"
     for name, value in (("expected", finding["expected"]), ("found", finding["found"])):
         if value is not None:
@@ -87,12 +71,12 @@ def _value(value: object) -> str:
     return shown if len(shown) <= _MOST else f"{shown[: _MOST - 1]}…"
 
 
-RENDERERS: dict[str, Renderer] = {
+RENDERERS: dict[str, ui.Renderer] = {
     "text": text,
     "junit": junit,
     "sarif": sarif,
     "github": github,
-    "markdown": later("markdown.check"),
+    "markdown": ui.later("markdown.check"),
 }
 
 _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
@@ -100,7 +84,7 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 
 @click.command(
     "check",
-    epilog=with_examples(
+    epilog=ui.with_examples(
         "ckptkit check --manifest weights/weights.lock.json",
         "ckptkit check weights/ --no-pickle --max-size 2GB --no-nan",
         "ckptkit check model.pth --max-trust safe --allow-dtype float32 --allow-dtype int64 --location cpu",
@@ -109,7 +93,7 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
         "git diff --name-only -z HEAD~1 | xargs -0 ckptkit check --no-pickle --skip-others",
     ),
 )
-@path_argument("paths", nargs=-1)
+@ui.path_argument("paths", nargs=-1)
 @click.option("--manifest", metavar="FILE", help="What the files must be, as ckptkit manifest wrote it.")
 @click.option("--no-pickle", is_flag=True, default=None, help="No file may hold a pickle.")
 @click.option(
@@ -140,7 +124,7 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 @click.option(
     "--location",
     multiple=True,
-    callback=checked_devices,
+    callback=ui.checked_devices,
     metavar="DEV",
     help="A device tag storages may have: cpu; repeatable.",
 )
@@ -165,8 +149,8 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
     "--skip-others", is_flag=True, help="Pass over named files that are not checkpoints; it is fine if none is left."
 )
 @click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
-@ignore_checksums
-@common_options(
+@ui.ignore_checksums
+@ui.common_options(
     RENDERERS,
     multiple=True,
     default=(),
@@ -204,21 +188,21 @@ def command(
     for name in ("require_format", "allow_dtype", "location", "ignore_checksums"):
         policy[name] = policy[name] or None  # not given: what is configured stands
     ending.keep_stdout()
-    with json_errors(wanted == "json"):
+    with ui.json_errors(wanted == "json"):
         report = api.check(
             paths,
             manifest=manifest,
             config=config if config is not None else find_config(os.curdir),
-            model_args=key_values("--model-arg", model_args) or None,
-            input_shapes=[input_shape(shape) for shape in shapes] or None,
+            model_args=ui.key_values("--model-arg", model_args) or None,
+            input_shapes=[ui.input_shape(shape) for shape in shapes] or None,
             skip_others=skip_others,
             **policy,
         )
     code = ending.verdict(report.exit_code)
     seconds = {result.path: result.seconds for result in report.results}
-    document, view = report.to_dict(), View(styler(color), quiet=quiet, started=report.started, seconds=seconds)
+    document, view = report.to_dict(), ui.View(ui.styler(color), quiet=quiet, started=report.started, seconds=seconds)
     if wanted in ("text", "json"):
-        show(document, wanted, RENDERERS, view)
+        ui.show(document, wanted, RENDERERS, view)
     else:  # programs that read these expect UTF-8
         ending.write("".join(f"{line}\n" for line in RENDERERS[wanted](document, view)).encode("utf-8"))
     return code

@@ -10,25 +10,10 @@ import click
 from ckptkit import api
 from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
+from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
-from ckptkit.cli.options import (
-    Renderer,
-    View,
-    columns,
-    common_options,
-    finding_lines,
-    json_errors,
-    keywords_of,
-    later,
-    options_of,
-    path_argument,
-    printable,
-    show,
-    styler,
-    with_examples,
-)
 from ckptkit.options import ConvertOptions
-from ckptkit.report import count_of, human_size
+from ckptkit.report import count_of, human_size, printable
 
 if TYPE_CHECKING:
     from ckptkit.documents import ConvertDocument
@@ -39,7 +24,7 @@ _SHOWN = 10
 """Lines of each kind; ``--json`` has them all."""
 
 
-def text(document: ConvertDocument, view: View) -> Iterator[str]:
+def text(document: ConvertDocument, view: ui.View) -> Iterator[str]:
     """What was written in a line, or the plan."""
     plan = document["plan"]
     head = f"{printable(document['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
@@ -50,7 +35,7 @@ def text(document: ConvertDocument, view: View) -> Iterator[str]:
             yield f"{head}{human_size(plan['nbytes'])}{shards}, {checked}"
         return
     yield f"{head}{plan['nbytes']:,} bytes"
-    yield from columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr")
+    yield from ui.columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr")
     for kind, items in changes(document):
         yield from (f"{kind}: {item}" for item in items[:_SHOWN])
         if len(items) > _SHOWN:
@@ -86,7 +71,7 @@ def changes(document: ConvertDocument) -> Iterator[tuple[str, list[str]]]:
             yield kind, [*map(printable, items)]
 
 
-RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.convert")}
+RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.convert")}
 
 _RULES = ("rename", "rename_file")
 """Options whose values the command is given together, as ``rules``."""
@@ -131,7 +116,7 @@ _rename_file = click.option(
 @click.command(
     "convert",
     cls=_InOrder,
-    epilog=with_examples(
+    epilog=ui.with_examples(
         "ckptkit convert ddp.pth clean.safetensors --strip-module",
         "ckptkit convert resume.pth weights.safetensors --weights-only --dtype bfloat16 --keep-dtype '*norm*'",
         "ckptkit convert ddp.pth clean.pth --strip-module --map-location cpu",
@@ -141,15 +126,15 @@ _rename_file = click.option(
         "ckptkit convert moco.pth backbone.safetensors --like torchvision:resnet50",
     ),
 )
-@path_argument("source", metavar="SRC")
-@path_argument("destination", metavar="DST")
-@options_of(
+@ui.path_argument("source", metavar="SRC")
+@ui.path_argument("destination", metavar="DST")
+@ui.options_of(
     ConvertOptions,
     behind={"rename": _rename_file},
     rename={"expose_value": False},
     like={"shell_complete": _complete_reference},
 )
-@common_options(RENDERERS)
+@ui.common_options(RENDERERS)
 def command(
     source: str,
     destination: str,
@@ -168,22 +153,22 @@ def command(
     file or the complete new one, whatever happens. Before it gets its name every tensor is compared
     with its source, byte for byte.
     """
-    with json_errors(output == "json"), progress_line(progress, quiet=quiet) as moved:
+    with ui.json_errors(output == "json"), progress_line(progress, quiet=quiet) as moved:
         report = api.convert(
             source,
             destination,
             rename=_rename_rules(rules),
             map_location=_map_location(map_location),
             progress=moved,
-            **keywords_of(ConvertOptions, given),
+            **ui.keywords_of(ConvertOptions, given),
         )
     document = cast("ConvertDocument", report.to_dict())
     written = f"{printable(document['destination'])} was written" if document["written"] else ""
     code = ending.verdict(0, written)
-    view = View(styler(color), quiet=quiet)
-    show(document, output, RENDERERS, view)
+    view = ui.View(ui.styler(color), quiet=quiet)
+    ui.show(document, output, RENDERERS, view)
     if output == "text" and not quiet:
-        for line in finding_lines(document["findings"], view.style):
+        for line in ui.finding_lines(document["findings"], view.style):
             ending.say(line)
     return code
 

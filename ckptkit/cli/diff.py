@@ -9,26 +9,10 @@ import click
 
 from ckptkit import api
 from ckptkit.cli import ending
+from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
-from ckptkit.cli.options import (
-    Renderer,
-    View,
-    columns,
-    common_options,
-    finding_lines,
-    json_errors,
-    later,
-    options_of,
-    path_argument,
-    printable,
-    show,
-    styler,
-    terminal_width,
-    with_examples,
-    wrapped,
-)
 from ckptkit.options import DiffOptions
-from ckptkit.report import count_of, human_size
+from ckptkit.report import count_of, human_size, printable
 
 if TYPE_CHECKING:
     from ckptkit.differences.difference import ChangedRow, DiffDocument, DiffFile, ModuleRow, SectionRow
@@ -61,18 +45,18 @@ class Table(NamedTuple):
     left_out: int
 
 
-def text(document: DiffDocument, view: View) -> Iterator[str]:
+def text(document: DiffDocument, view: ui.View) -> Iterator[str]:
     """Both files, the verdict, what changed by module, and the largest changes."""
     style, width = view.style, view.width
     for side, facts in (("A", document["a"]), ("B", document["b"])):
-        yield from wrapped(f"{style(side, bold=True)}  {file_line(facts)}", width)
+        yield from ui.wrapped(f"{style(side, bold=True)}  {file_line(facts)}", width)
     label = style("same", fg="green", bold=True) if document["ok"] else style("different", fg="red", bold=True)
-    yield from wrapped(f"{label}: {printable(document['summary'])}", width)
+    yield from ui.wrapped(f"{label}: {printable(document['summary'])}", width)
     for table in tables(document, view.top):
         yield ""
         yield style(table.title, bold=True)
         if table.rows:
-            lines = columns(table.rows, table.headers, table.align, None if width is None else width - 2)
+            lines = ui.columns(table.rows, table.headers, table.align, None if width is None else width - 2)
             yield "  " + style(lines[0], dim=True)
             yield from (f"  {line}" for line in lines[1:])
         if table.left_out:
@@ -81,7 +65,7 @@ def text(document: DiffDocument, view: View) -> Iterator[str]:
             )
     if document["findings"]:
         yield ""
-    yield from finding_lines(document["findings"], style, width)
+    yield from ui.finding_lines(document["findings"], style, width)
 
 
 def file_line(facts: DiffFile) -> str:
@@ -240,7 +224,7 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= _MAX_VALUE else shown[:_MAX_VALUE] + "…"
 
 
-RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.diff")}
+RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.diff")}
 
 
 _top = click.option(
@@ -250,7 +234,7 @@ _top = click.option(
 
 @click.command(
     "diff",
-    epilog=with_examples(
+    epilog=ui.with_examples(
         "ckptkit diff epoch10.pth epoch11.pth",
         "ckptkit diff original.pth converted.safetensors",
         "ckptkit diff ddp.pth clean.safetensors --strip-module",
@@ -259,10 +243,10 @@ _top = click.option(
         "ckptkit diff main.pth pull_request.pth --format markdown",
     ),
 )
-@path_argument("a")
-@path_argument("b")
-@options_of(DiffOptions, behind={"rtol": _top})
-@common_options(RENDERERS)
+@ui.path_argument("a")
+@ui.path_argument("b")
+@ui.options_of(DiffOptions, behind={"rtol": _top})
+@ui.common_options(RENDERERS)
 def command(
     a: str,
     b: str,
@@ -283,8 +267,8 @@ def command(
     With --atol or --rtol an element is unchanged where |b - a| <= atol + rtol * max(|a|, |b|).
     """
     as_json = output == "json"
-    with json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
+    with ui.json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
         difference = api.diff(a, b, progress=update, **options)
     code = ending.verdict(0 if difference.ok else 1)
-    show(difference.to_dict(), output, RENDERERS, View(styler(color), terminal_width(), top=top))
+    ui.show(difference.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), top=top))
     return code

@@ -15,7 +15,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 
 from ckptkit.architectures.index import LIBRARIES, load
 from ckptkit.cli import ending
-from ckptkit.cli.options import Renderer, View, columns, common_options, later, show, styler, with_examples
+from ckptkit.cli import options as ui
 from ckptkit.codes import CODES
 from ckptkit.report import SCHEMA_VERSION
 
@@ -80,25 +80,23 @@ def register(wanted: str) -> None:
         raise click.UsageError(f"completion for {wanted!r}: expected bash_source, zsh_source or fish_source")
 
 
-def text(document: ExplainDocument, view: View) -> Iterator[str]:
+def text(document: ExplainDocument, view: ui.View) -> Iterator[str]:
     """A code, or the list of all with their titles."""
     codes = document["codes"]
     if len(codes) > 1:
-        yield from columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
+        yield from ui.columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
         return
     for name, said in codes.items():
         yield f"{view.style(name, bold=True)}: {said['title']}"
-        yield f"\n{said['meaning']}"
-        if said["remedy"] != "-":
-            yield f"\n{said['remedy']}"
+        yield from (f"\n{part}" for part in (said["meaning"], said["remedy"]) if part != "-")
 
 
-RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.explain")}
+RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.explain")}
 
 
-@click.command("explain", epilog=with_examples("ckptkit explain module-prefix", "ckptkit explain"))
+@click.command("explain", epilog=ui.with_examples("ckptkit explain module-prefix", "ckptkit explain"))
 @click.argument("code", required=False, shell_complete=complete_code)
-@common_options(RENDERERS)
+@ui.common_options(RENDERERS)
 def command(code: str | None, output: str, quiet: bool, color: str) -> int:
     """Explain a finding's CODE; without one, list all codes."""
     if code is not None and code not in CODES:
@@ -113,5 +111,5 @@ def command(code: str | None, output: str, quiet: bool, color: str) -> int:
             name: {"title": said.title, "meaning": said.meaning, "remedy": said.remedy} for name, said in shown.items()
         },
     }
-    show(document, output, RENDERERS, View(styler(color)))
+    ui.show(document, output, RENDERERS, ui.View(ui.styler(color)))
     return verdict

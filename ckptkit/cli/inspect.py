@@ -12,23 +12,10 @@ import click
 
 from ckptkit import api
 from ckptkit.cli import ending, inspect_text
-from ckptkit.cli.options import (
-    Renderer,
-    View,
-    common_options,
-    echo,
-    echo_json,
-    ignore_checksums,
-    later,
-    path_argument,
-    printable,
-    styler,
-    terminal_width,
-    with_examples,
-)
+from ckptkit.cli import options as ui
 from ckptkit.errors import CkptkitError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
-from ckptkit.report import SCHEMA_VERSION, Severity, at_least
+from ckptkit.report import SCHEMA_VERSION, Severity, at_least, printable
 
 if TYPE_CHECKING:
     from ckptkit.inspection import Survey
@@ -36,19 +23,19 @@ if TYPE_CHECKING:
 
 __all__ = ["RENDERERS", "command", "lines"]
 
-RENDERERS: dict[str, Renderer] = {"text": inspect_text.text, "markdown": later("markdown.inspect")}
+RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.later("markdown.inspect")}
 """Of one file."""
 
 
 @click.command(
     "inspect",
-    epilog=with_examples(
+    epilog=ui.with_examples(
         "ckptkit inspect model.pth",
         "ckptkit inspect --flat --filter '*.bias' model.pth",
         "ckptkit inspect --json runs/ | jq '.files[].state_dict'",
     ),
 )
-@path_argument("paths", nargs=-1, required=True)
+@ui.path_argument("paths", nargs=-1, required=True)
 @click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as are readable.")
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
@@ -62,8 +49,8 @@ RENDERERS: dict[str, Renderer] = {"text": inspect_text.text, "markdown": later("
     show_default=True,
     help="Exit 1 from this severity on.",
 )
-@ignore_checksums
-@common_options(RENDERERS)
+@ui.ignore_checksums
+@ui.common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
     depth: int | None,
@@ -103,24 +90,27 @@ def command(
     if output == "json":
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
-    view = View(styler(color), terminal_width(), quiet, depth, sort)
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort)
     if flat:
         for document in documents():
             if document["error"] is None:
                 for line in inspect_text.flat(document, view):
-                    echo(line)
+                    ui.echo(line)
         if passed_over and not quiet:
             from ckptkit.formats.folder import passed_over_text
 
             ending.say(passed_over_text(passed_over))
         return _exit_code(seen, fail_on)
     for line in lines(documents(), passed_over, RENDERERS[output], view):
-        echo(line)
+        ui.echo(line)
     return _exit_code(seen, fail_on)
 
 
 def lines(
-    files: Iterable[InspectedFile | Survey | UnreadFile], passed_over: Mapping[str, int], render: Renderer, view: View
+    files: Iterable[InspectedFile | Survey | UnreadFile],
+    passed_over: Mapping[str, int],
+    render: ui.Renderer,
+    view: ui.View,
 ) -> Iterator[str]:
     """The files of a document, an empty line before each but the first, and what was passed over."""
     for number, document in enumerate(files):
@@ -172,7 +162,7 @@ def _echo_documents(documents: Iterator[Survey | UnreadFile], passed_over: Mappi
             "passed_over": dict(passed_over),
             "files": plain,
         }
-        echo_json(whole)
+        ui.echo_json(whole)
         return
     write = ending.stdout().write
     write(f'{{"schema_version": {SCHEMA_VERSION}, "passed_over": {json.dumps(passed_over)}, "files": [')

@@ -9,23 +9,10 @@ import click
 
 from ckptkit import api
 from ckptkit.cli import ending
-from ckptkit.cli.options import (
-    Renderer,
-    View,
-    allow_part_option,
-    common_options,
-    ignore_checksums,
-    json_errors,
-    later,
-    path_argument,
-    printable,
-    show,
-    styler,
-    with_examples,
-)
+from ckptkit.cli import options as ui
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.manifest_file import manifest_text
-from ckptkit.report import count_of, human_size
+from ckptkit.report import count_of, human_size, printable
 
 if TYPE_CHECKING:
     from ckptkit.documents import ManifestDocument, ManifestFile
@@ -58,7 +45,7 @@ def document_of(manifest: Manifest) -> ManifestDocument:
     return document
 
 
-def text(document: ManifestDocument, view: View) -> Iterator[str]:
+def text(document: ManifestDocument, view: ui.View) -> Iterator[str]:
     """One line for each file that was added, changed or removed, and one for all; the manifest if it is not written."""
     if view.written is None:
         yield from "".join(manifest_text(document)).splitlines()
@@ -99,19 +86,19 @@ def told(document: ManifestDocument) -> str:
     return f"{count_of(len(document['files']), 'file')} ({', '.join(parts)})"
 
 
-RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.manifest")}
+RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.manifest")}
 
 
 @click.command(
     "manifest",
-    epilog=with_examples(
+    epilog=ui.with_examples(
         "ckptkit manifest weights/ -o weights/weights.lock.json",
         "ckptkit manifest --update -o weights/weights.lock.json",
         "ckptkit manifest model.pth -o model.lock.json --golden golden.safetensors --digests total",
         "ckptkit check --manifest weights/weights.lock.json",
     ),
 )
-@path_argument("paths", nargs=-1)
+@ui.path_argument("paths", nargs=-1)
 @click.option("-o", "--output", "destination", metavar="FILE", help="The manifest; default: print it.")
 @click.option(
     "--digests",
@@ -122,10 +109,10 @@ RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.mani
 @click.option(
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
-@allow_part_option
+@ui.allow_part_option
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
-@ignore_checksums
-@common_options(RENDERERS)
+@ui.ignore_checksums
+@ui.common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
     destination: str | None,
@@ -149,7 +136,7 @@ def command(
         raise click.UsageError("Missing argument 'PATH...'; only --update does without")
     if update and destination is None:
         raise click.UsageError("--update needs the manifest: -o FILE")
-    with json_errors(output == "json"):
+    with ui.json_errors(output == "json"):
         manifest = api.manifest(
             paths,
             destination,
@@ -161,7 +148,7 @@ def command(
             ignore_checksums=ignore_checksums,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
-    show(document_of(manifest), output, RENDERERS, View(styler(color), quiet=quiet, written=destination))
+    ui.show(document_of(manifest), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet, written=destination))
     return code
 
 

@@ -227,9 +227,7 @@ def explain(document: ExplainDocument, view: View) -> Iterator[str]:
         return
     for name, said in codes.items():
         yield f"## {code(name)}: {escaped(said['title'])}"
-        yield f"\n{escaped(said['meaning'])}"
-        if said["remedy"] != "-":
-            yield f"\n{escaped(said['remedy'])}"
+        yield from (f"\n{escaped(part)}" for part in (said["meaning"], said["remedy"]) if part != "-")
 
 
 # The vocabulary.

@@ -9,24 +9,10 @@ import click
 
 from ckptkit import api
 from ckptkit.cli import ending
+from ckptkit.cli import options as ui
 from ckptkit.cli.explain import complete_reference
-from ckptkit.cli.options import (
-    COLORS,
-    Renderer,
-    View,
-    common_options,
-    json_errors,
-    keywords_of,
-    later,
-    options_of,
-    padded,
-    path_argument,
-    printable,
-    show,
-    styler,
-    with_examples,
-)
 from ckptkit.options import VerifyOptions
+from ckptkit.report import printable
 
 if TYPE_CHECKING:
     from ckptkit.documents import VerifyDocument
@@ -61,16 +47,16 @@ class Row(NamedTuple):
     fix: str | None = None
 
 
-def text(document: VerifyDocument, view: View) -> Iterator[str]:
+def text(document: VerifyDocument, view: ui.View) -> Iterator[str]:
     """Each check that was run on a line of its own, aligned; further findings and fixes below it; the verdict last."""
     style, rows = view.style, list(check_rows(document))
     width = max((len(check["name"]) for check in document["checks"] if check["run"]), default=0)
     is_partial = any(finding["code"] == "not-loaded" for finding in document["findings"])
     labels = len("not loaded") if is_partial else len("warning")
     for row in rows:
-        color = {"ok": "green", "failed": "red"}.get(row.label, COLORS.get(f"{row.severity}"))
-        label = style(padded(row.label, labels), fg=color, bold=row.severity == "error")
-        yield f"{padded(row.name, width)}{_GAP}{label}{_GAP}{printable(row.text)}"
+        color = {"ok": "green", "failed": "red"}.get(row.label, ui.COLORS.get(f"{row.severity}"))
+        label = style(ui.padded(row.label, labels), fg=color, bold=row.severity == "error")
+        yield f"{ui.padded(row.name, width)}{_GAP}{label}{_GAP}{printable(row.text)}"
         if row.fix:
             yield " " * (width + len(_GAP) + labels) + _GAP + _GAP + printable(row.fix)
     if not view.quiet:
@@ -94,12 +80,12 @@ def check_rows(document: VerifyDocument) -> Iterator[Row]:
             yield Row(check["name"], None, "ok", check["note"] or _SOUND.get(check["name"], ""))
 
 
-RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.verify")}
+RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.verify")}
 
 
 @click.command(
     "verify",
-    epilog=with_examples(
+    epilog=ui.with_examples(
         "ckptkit verify clean.safetensors --model torchvision:resnet18",
         "ckptkit verify head10.pth --model torchvision:resnet18 --model-arg num_classes=10",
         "ckptkit verify net.pth --model models/net.py:build --input-shape 1,3,64,64",
@@ -108,9 +94,9 @@ RENDERERS: dict[str, Renderer] = {"text": text, "markdown": later("markdown.veri
         "ckptkit verify released.safetensors --golden golden.safetensors",
     ),
 )
-@path_argument("path")
-@options_of(VerifyOptions, model={"shell_complete": complete_reference})
-@common_options(RENDERERS)
+@ui.path_argument("path")
+@ui.options_of(VerifyOptions, model={"shell_complete": complete_reference})
+@ui.common_options(RENDERERS)
 def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> int:
     """Load PATH into a reference model, strictly, and examine what it computes.
 
@@ -123,9 +109,9 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
     another number of threads, in another batch and with other rounding; a golden keeps that of when it was written.
     """
     ending.keep_stdout()
-    with json_errors(output == "json"):
-        report = api.verify(path, **keywords_of(VerifyOptions, given))
+    with ui.json_errors(output == "json"):
+        report = api.verify(path, **ui.keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
-    show(cast("VerifyDocument", report.to_dict()), output, RENDERERS, View(styler(color), quiet=quiet))
+    ui.show(cast("VerifyDocument", report.to_dict()), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet))
     return code

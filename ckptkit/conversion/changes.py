@@ -321,11 +321,8 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
     storages, nbytes = dead
     each_apart = format_named(plan.format).tensors_alone
     if nbytes and not each_apart:
-        yield Finding(
-            code="compacted",
-            severity="info",
-            message=f"{human_size(nbytes)} in {count_of(storages, 'storage')} belong to no tensor and are left out",
-        )
+        told = f"{human_size(nbytes)} in {count_of(storages, 'storage')} belong to no tensor and are left out"
+        yield Finding(code="compacted", severity="info", message=told)
     if not each_apart:
         return
     gathered = sum(isinstance(made, Gather) for made in plan.all_steps())

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, Part, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, identify
@@ -53,7 +53,7 @@ def detect(probe: Probe) -> Format:
 
 
 def read(
-    source: str | os.PathLike[str] | Source,
+    source: Readable,
     *,
     section: str | None = None,
     ignore_checksums: bool = False,
@@ -75,7 +75,7 @@ def read(
         FormatError: its content is not what it claims to be; the path is in the message.
         SectionError: the section is not there.
     """
-    file = source if isinstance(source, Source) else source_of(source)
+    file = source_of(source)
     probe: Probe | None = None
     raw: RawCheckpoint | None = None
     try:
@@ -107,12 +107,16 @@ def read(
         raise
 
 
-def source_of(path: str | os.PathLike[str]) -> Source:
+def source_of(path: Readable) -> Source:
     """What holds the bytes of the file that a path means: here alone is decided what may be given as one.
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
     """
+    if isinstance(path, Source):
+        return path
+    if not isinstance(path, (str, os.PathLike)):
+        raise FileAccessError(f"a {type(path).__name__} is not the path of a file")
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder
 

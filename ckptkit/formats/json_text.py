@@ -86,7 +86,7 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
         LimitError: more values than any checkpoint needs.
     """
     check_count(raw, limits, what)
-    if len(raw) > limits.json_wide_nbytes and re.search(rb"[\xf0-\xf4]", raw):
+    if len(raw) > limits.json_wide_nbytes and not raw.isascii() and re.search(rb"[\xf0-\xf4]", raw):
         most = limits.json_wide_nbytes
         raise LimitError(f"bytes of {what} with characters beyond U+FFFF", limit=most, actual=len(raw))
     try:

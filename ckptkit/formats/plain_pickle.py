@@ -86,7 +86,6 @@ def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
         root=root,
         format=_NAME,
         pickle_protocol=pickle.protocol if _needs_protocol([root, pickle.discarded]) else None,
-        metadata={},
         globals=global_uses(pickle.globals),
         discarded=pickle.discarded,
         findings=tuple(legacy_findings(table)),

@@ -80,7 +80,6 @@ def read(probe: Probe) -> RawCheckpoint:
         format_version=archive.small("archive_version") or archive.small("version"),
         byteorder=reader.byteorder,
         writer=reader.writer,
-        metadata={},
         globals=vouched(archive.uses()),
         has_pickle=archive.has_pickle,
         discarded=archive.discarded,

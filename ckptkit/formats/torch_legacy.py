@@ -240,7 +240,6 @@ def _read_row(row: PickleRow, limits: Limits, window: int) -> RawCheckpoint:
         format_version=str(_PROTOCOL),
         pickle_protocol=pickle.protocol,
         writer=writing_release(pickle.globals),
-        metadata={},
         globals=merge_uses(row.uses),
         discarded=pickle.discarded,
         findings=(*legacy_findings(table), *_text_ids(pickle, row.source.file.path)),

@@ -75,7 +75,6 @@ def read(probe: Probe) -> RawCheckpoint:
         byteorder=byteorder,
         pickle_protocol=package.protocol,
         writer=archive.writer(),
-        metadata={},
         globals=_vouched(vouched(archive.uses())),
         has_pickle=archive.has_pickle,
         discarded=archive.discarded,

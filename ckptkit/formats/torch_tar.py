@@ -120,7 +120,6 @@ class _Reader:
             format_version=str(_PROTOCOL),
             pickle_protocol=pickle.protocol,
             writer="torch 0.1, of early 2017 or before",
-            metadata={},
             globals=merge_uses(self._uses),
             discarded=pickle.discarded,
             findings=tuple(legacy_findings(self._table)),

@@ -120,7 +120,6 @@ def read(probe: Probe) -> RawCheckpoint:
         byteorder=byteorder,
         pickle_protocol=data.protocol,
         writer=archive.writer(),
-        metadata={},
         globals=vouched(archive.uses()),
         discarded=archive.discarded,
         findings=(*archive.findings(), *_findings(data.root, classes, attributes, held)),

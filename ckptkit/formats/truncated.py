@@ -273,7 +273,7 @@ class _Remains:
     def _name(self, entry: TensorEntry) -> str:
         """The name a tensor has in the state_dict, or the storage it lies in."""
         if self._pickle is not None:
-            raw = RawCheckpoint(root=self._pickle.root, format="torch-zip", metadata={})
+            raw = RawCheckpoint(root=self._pickle.root, format="torch-zip")
             for name, other in normalize(raw, self._file).state_dict.items():
                 if other is entry:
                     return f"{name!r:.200}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -53,7 +53,7 @@ class RawCheckpoint:
     byteorder: Literal["little", "big"] = "little"
     pickle_protocol: int | None = None
     writer: str | None = None
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
     globals: tuple[GlobalUse, ...] = ()
     findings: tuple[Finding, ...] = ()
     discarded: tuple[object, ...] = ()

@@ -110,29 +110,17 @@ def _require_recordable(wanted: Collection[str], golden: Collection[str], folder
             raise FileAccessError(f"{name}: a golden file is named for it, but it is not among the checkpoints")
 
 
-def _renewed(
-    wanted: Mapping[str, str], listed: Collection[str], *, allow_part: bool, ignore_checksums: bool
-) -> dict[str, FileRecord]:
+def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool) -> dict[str, FileRecord]:
     """The records of files as they are now.
 
     Args:
         wanted: paths by name.
         listed: the names of those whose tensors are listed.
-        allow_part: as of `make`.
-        ignore_checksums: as of `make`.
+        **reading: ``allow_part`` and ``ignore_checksums``, as of `make`.
     """
 
     def record(name: str, path: str, threads: int) -> FileRecord | CkptkitError:
-        found = _looked_at(
-            path,
-            hash_file=True,
-            digest=True,
-            values=False,
-            ignore_checksums=ignore_checksums,
-            allow_part=allow_part,
-            whole=True,
-            threads=threads,
-        )
+        found = _looked_at(path, hash_file=True, digest=True, values=False, whole=True, threads=threads, **reading)
         if isinstance(found, CkptkitError):
             return found
         if found.damage is not None:
@@ -296,9 +284,9 @@ Golden = Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str] | None
 def make_at(
     paths: Sequence[str],
     destination: str | None,
-    *,
     digests: Digests | None,
     golden: Golden,
+    *,
     allow_part: bool,
     update: bool,
     force: bool,

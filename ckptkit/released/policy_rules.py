@@ -180,44 +180,24 @@ def _no_nan(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
     every = (*examined.tensors, *examined.beside)
     bad = [tensor for tensor in every if tensor.nan or (tensor.inf and not _may_be_infinite(tensor))]
     if bad:
-        yield _found(
-            examined,
-            code="values-not-finite",
-            rule="no-nan",
-            expected="finite values",
-            found=[_counts(tensor) for tensor in bad[:_MOST_LISTED]],
-            message=f"{_tensors(bad)} with NaN or Inf: {listed(map(_counts, bad))}",
-        )
+        told = f"{_tensors(bad)} with NaN or Inf: {listed(map(_counts, bad))}"
+        yield _not_finite(examined, "values-not-finite", [_counts(tensor) for tensor in bad[:_MOST_LISTED]], told)
     unknown = [tensor for tensor in every if _may_be_nan(tensor)]
     if unknown:
         dtypes = sorted({tensor.dtype for tensor in unknown})
-        yield _found(
-            examined,
-            code="check-not-run",
-            rule="no-nan",
-            expected="finite values",
-            found=dtypes,
-            message=f"values of {', '.join(dtypes)} cannot be computed, so {_tensors(unknown)} could not be checked: "
-            f"{listed(tensor.name for tensor in unknown)}",
-        )
+        names = listed(tensor.name for tensor in unknown)
+        told = f"values of {', '.join(dtypes)} cannot be computed, so {_tensors(unknown)} could not be checked: {names}"
+        yield _not_finite(examined, "check-not-run", dtypes, told)
     if examined.unseen:
-        yield _found(
-            examined,
-            code="check-not-run",
-            rule="no-nan",
-            expected="finite values",
-            found=list(examined.unseen[:_MOST_LISTED]),
-            message=f"objects among the weights could not be looked into: {listed(examined.unseen)}",
-        )
+        told = f"objects among the weights could not be looked into: {listed(examined.unseen)}"
+        yield _not_finite(examined, "check-not-run", list(examined.unseen[:_MOST_LISTED]), told)
     if not every:
-        yield _found(
-            examined,
-            code="check-not-run",
-            rule="no-nan",
-            expected="finite values",
-            found="no tensor",
-            message="the file holds no tensor: there is nothing to look at",
-        )
+        told = "the file holds no tensor: there is nothing to look at"
+        yield _not_finite(examined, "check-not-run", "no tensor", told)
+
+
+def _not_finite(examined: Examined, code: str, found: object, message: str) -> CheckFinding:
+    return _found(examined, code=code, rule="no-nan", expected="finite values", found=found, message=message)
 
 
 def _may_be_infinite(tensor: TensorFact) -> bool:

@@ -143,11 +143,8 @@ def _shapes(outputs: Mapping[str, torch.Tensor], context: Context) -> Iterator[F
             wanted = "x".join("?" if size is None else str(size) for size in shape) or "a scalar"
             wrong.append(f"{path or 'the output'} is {'x'.join(map(str, found)) or 'a scalar'}, expected {wanted}")
     if wrong:
-        yield Finding(
-            code="output-shape",
-            severity="error",
-            message=f"the outputs are not those of {context.reference.label}: {listed(wrong)}",
-        )
+        told = f"the outputs are not those of {context.reference.label}: {listed(wrong)}"
+        yield Finding(code="output-shape", severity="error", message=told)
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def measure_fit(
     expected = model_values(model)
     probed = try_load(model, expected, state_dict)
     sources = dict(probed.sources)
-    special, opaque, unloadable = _not_plain(state_dict, expected)
+    not_plain = _not_plain(state_dict, expected)
     counters = tuple(n for n, source in sources.items() if source is None and n not in state_dict and is_counter(n))
     missing = [n for n in dict.fromkeys(probed.missing) if n not in state_dict.everything]  # torch may say it twice
     twins = _tied(missing, sources, expected)
@@ -168,7 +168,7 @@ def measure_fit(
     unexpected_left = _Sieve(probed.unexpected, lambda name: False)
     allowed_unexpected = unexpected_left.take(_matcher(allow_unexpected))
     wanted = [n for n, v in expected.items() if isinstance(v, torch.Tensor) and not is_extra_state(n)]
-    filled = {n for n in wanted if n in tied or n in special or n in sources} - {*counters}
+    filled = {n for n in wanted if n in tied or n in not_plain["special"] or n in sources} - {*counters}
     return Fit(
         sources=sources,
         missing=tuple(missing_left.names),
@@ -180,21 +180,22 @@ def measure_fit(
         counters=counters,
         allowed_missing=allowed_missing,
         allowed_unexpected=allowed_unexpected,
-        special=special,
-        opaque=opaque,
-        unloadable=unloadable,
+        **not_plain,
         tensors=len(filled),
         of=len(wanted),
         parameters_share=_share(filled, wanted, expected),
     )
 
 
-def _not_plain(state_dict: StateDict, expected: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """The values that are not plain tensors: those like the model's, those it takes as they are, those it cannot."""
+def _not_plain(state_dict: StateDict, expected: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The values that are not plain tensors: those like the model's, those it takes as they are, those it cannot.
+
+    By the names that a `Fit` has for them.
+    """
     opaque = tuple(n for n in state_dict.extra if n in expected and not isinstance(expected[n], torch.Tensor))
     others = {n: v for n, v in state_dict.extra.items() if isinstance(expected.get(n), torch.Tensor)}
     special = tuple(n for n, value in others.items() if _is_alike(expected[n], value))
-    return special, opaque, tuple(n for n in others if n not in special)
+    return {"special": special, "opaque": opaque, "unloadable": tuple(n for n in others if n not in special)}
 
 
 def _is_alike(ours: torch.Tensor, node: object) -> bool:
