@@ -369,9 +369,6 @@ class DenseRange(_ComputedRange):
 ByteSource = ByteRange | DeflatedRange | ConvertedRange | DenseRange
 """Where bytes lie: as they are, compressed, as values of another dtype, or as those that they are made of."""
 
-_CONVERTED_NBYTES = 256 << 10
-"""Bytes that conversion makes at a time: with what they are made from they fit into a core's own cache."""
-
 
 def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
     """Whether the bytes are made as they are read, and lie nowhere."""
@@ -393,13 +390,12 @@ def read_into(source: ByteSource, out: bytearray | memoryview) -> None:
         run.file.read_into(run.offset, out)
 
 
-def piece_nbytes(source: ConvertedRange | DenseRange) -> int:
-    """Bytes that are made at a time, by one thread; whole values."""
+def piece_nbytes(source: ConvertedRange | DenseRange, converted: int) -> int:
+    """Bytes that are made at a time, by one thread, in whole values: a block, or about ``converted`` that are."""
     if isinstance(source, DenseRange):
         return source.whole.block_nbytes
-    before, after = source.whole.before, source.whole.after
-    original = source.whole.original
-    return (piece_nbytes(original) // before if is_made(original) else _CONVERTED_NBYTES // after) * after
+    before, after, original = source.whole.before, source.whole.after, source.whole.original
+    return (piece_nbytes(original, converted) // before if is_made(original) else converted // after) * after
 
 
 def files_of(source: ByteSource) -> tuple[Source, ...]:

@@ -173,6 +173,9 @@ _CACHED_NBYTES = 1 << 20
 _FEW = 16
 """Checksums of bytes that begin in one such piece of a file, and are computed and filled in one by one."""
 
+_CONVERTED_NBYTES = 256 << 10
+"""Bytes that conversion makes at a time: with what they are made from they fit there too."""
+
 Progress = Callable[[int], object]
 """Called with the number of bytes that were just dealt with; from several threads."""
 
@@ -391,7 +394,7 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
 
     def pieces() -> Iterator[Callable[[], None]]:
         for step in casts:
-            size = piece_nbytes(step.source)
+            size = piece_nbytes(step.source, _CONVERTED_NBYTES)
             for start in range(0, step.nbytes, size):
                 part = step.source.part(start, min(size, step.nbytes - start))
                 yield lambda part=part, target=step.target + start: convert(part, target)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""Dense values are those of torch's own `to_dense()` and `dequantize()`, and of block scales the formula's, bit for bit."""
+"""Dense values are those of torch's `to_dense()` and `dequantize()`, and of block scales the formula's, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from safetensors.torch import load_file, save_file
-from support.files import extents, flipped, opened, with_data, written
+from support.files import extents, flipped, opened, written
 from support.generated_tensors import SOME
 from torch import nn
 
@@ -479,7 +479,7 @@ def test_it_is_offered_where_it_helps(save: Save, tmp_path: Path) -> None:
     save_file(
         {"w": torch.ones(2, 2).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1, 1)}, tmp_path / "in.safetensors"
     )
-    with pytest.raises(DTypeError, match="garbage. Make dense values of them with --densify, leave them as they are"):
+    with pytest.raises(DTypeError, match=r"garbage\. Make dense values of them with --densify, leave them"):
         ckptkit.convert(tmp_path / "in.safetensors", tmp_path / "out.safetensors", dtype="bfloat16")
 
 
@@ -506,7 +506,7 @@ def test_any_flipped_bit_of_what_was_made_is_found(suffix: str, dtype: str | Non
 def test_damage_of_what_it_is_made_of_is_found(dtype: str | None, save: Save, tmp_path: Path) -> None:
     path = save({"s": torch.eye(3).to_sparse(), "a": torch.ones(2)})
     with opened(path) as checkpoint:
-        parts = [each for each in checkpoint.state_dict.extra["s"].args[1][:2]]  # type: ignore[attr-defined]
+        parts = list(checkpoint.state_dict.extra["s"].args[1][:2])  # type: ignore[attr-defined]
         places = [entry.storage.source.offset for entry in parts]
     good = path.read_bytes()
     for at, message in (
@@ -535,7 +535,7 @@ def test_indices_outside_are_an_error(save: Save, tmp_path: Path) -> None:
 def test_a_size_beyond_all_use_is_refused(size: tuple[int, ...], save: Save, tmp_path: Path) -> None:
     value = torch.sparse_coo_tensor(torch.zeros(len(size), 1, dtype=torch.int64), torch.ones(1), size)
     for dry_run in (True, False):
-        with pytest.raises(RewriteError, match="would take 3,999,999,999,.* over the limit .* --exclude s"):
+        with pytest.raises(RewriteError, match=r"would take 3,999,999,999,.* over the limit .* --exclude s"):
             ckptkit.convert(save({"s": value}), tmp_path / "out.pth", densify=True, dry_run=dry_run)
     assert list(tmp_path.glob("out*")) == []
 
