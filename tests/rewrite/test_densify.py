@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hypothesis.strategies as st
@@ -566,3 +568,154 @@ def test_views_of_a_rewritten_checkpoint_read_like_others(save: Save) -> None:
         assert whole == bits(mixed()["q"].dequantize().bfloat16())
         with pytest.raises(CorruptError, match="are not inside a range"):
             entry.storage.source.part(1, entry.nbytes)
+
+
+# torchao's tensors: stand-ins that are pickled as its own are, and, where it is installed, those.
+
+
+class Wrapper(torch.Tensor):
+    """A tensor that keeps others in its ``__dict__`` and has no bytes of its own."""
+
+    @staticmethod
+    def __new__(cls, shape: Any, dtype: torch.dtype, **kept: Any) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, shape: Any, dtype: torch.dtype, **kept: Any) -> None:
+        vars(self).update(kept)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = args[0]
+        return type(own)(own.shape, own.dtype, **vars(own)) if func is torch.ops.aten.detach.default else NotImplemented
+
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``torchao("quantization.Int8Tensor")``: a class of that name."""
+
+    def named(path: str) -> Any:
+        module, _, name = f"torchao.{path}".rpartition(".")
+        made = type(name, (Wrapper,), {"__module__": module})
+        for count in range(1, module.count(".") + 2):
+            above = ".".join(module.split(".")[:count])
+            monkeypatch.setitem(sys.modules, above, sys.modules.get(above) or ModuleType(above))
+        monkeypatch.setattr(sys.modules[module], name, made, raising=False)
+        return made
+
+    return named
+
+
+def affine(numbers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """``dequantize_affine`` of torchao 0.13 to 0.18, of groups of columns."""
+    groups = numbers.reshape(len(numbers), scale.shape[-1] if scale.dim() > 1 else 1, -1).to(dtype)
+    groups = groups if zero is None else groups - zero.reshape(len(numbers), -1, 1).to(dtype)
+    return (groups * scale.reshape(len(numbers), -1, 1)).reshape(numbers.shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_torchao_by_its_tensors(torchao: Any, save: Save, groups: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    numbers = torch.randint(-128, 127, (6, 32)).to(torch.int8)
+    scale, zero = (torch.rand(6, groups) + 0.01).to(dtype), torch.randint(-9, 9, (6, groups))
+    block = {"block_size": (1, 32 // groups)}
+    eighths = torch.randn(6, 32).to(torch.float8_e4m3fn)
+    plain = torchao("dtypes.uintx.plain_layout.PlainAQTTensorImpl")
+    whole = torchao("dtypes.affine_quantized_tensor.AffineQuantizedTensor")
+    int8 = torchao("quantization.Int8Tensor")
+    float8 = torchao("quantization.Float8Tensor")
+    dynamic = torchao("quantization.linear_activation_quantized_tensor.LinearActivationQuantizedTensor")
+    lying = plain((6, 32), torch.int8, int_data=numbers, scale=scale, zero_point=zero, _layout=None)
+    aqt = whole((6, 32), dtype, tensor_impl=lying, quant_min=None, quant_max=None, zero_point_domain=None, **block)
+    old = whole((6, 32), dtype, layout_tensor=lying, zero_point_domain=None, **block)
+    wide = scale.float()
+    tensors_of = {
+        "aqt": aqt, "old": old, "dynamic": dynamic((6, 32), dtype, original_weight_tensor=aqt, input_quant_func=None),
+        "int8": int8((6, 32), dtype, qdata=numbers, scale=scale, zero_point=zero.to(torch.int8), **block),
+        "symmetric": int8((6, 32), dtype, qdata=numbers, scale=wide, zero_point=None, act_pre_scale=None, **block),
+        "float8": float8((6, 32), dtype, qdata=eighths, scale=wide, mm_config=None, **block),
+    }  # fmt: skip
+    expected = {
+        **dict.fromkeys(("aqt", "old", "dynamic", "int8"), affine(numbers, scale, zero, dtype)),
+        "symmetric": affine(numbers, wide, None, dtype),
+        "float8": affine(eighths.float(), wide, None, torch.float32).to(dtype),
+    }
+    path = save({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors_of.items()})
+    ckptkit.convert(path, path.with_name("out.safetensors"), densify=True)
+    got = load_file(path.with_name("out.safetensors"))
+    for name, tensor in expected.items():
+        assert_equal(got[name], tensor, name)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another": (
+        "quantization.Int4Tensor",
+        {"qdata": torch.ones(2, 4), "scale": torch.ones(2)},
+        "Int4Tensor, which the",
+    ),
+    "inputs scaled": (
+        "quantization.Int8Tensor",
+        {"qdata": torch.ones(4, 4, dtype=torch.int8), "scale": torch.ones(4), "act_pre_scale": torch.ones(4)},
+        "whose inputs are scaled too",
+    ),
+    "does not fit": (
+        "quantization.Int8Tensor",
+        {"qdata": torch.ones(4, 4, dtype=torch.int8), "scale": torch.ones(3)},
+        "do not fit each other",
+    ),
+    "no layout": (
+        "dtypes.AffineQuantizedTensor",
+        {"tensor_impl": torch.ones(4, 4)},
+        "how its numbers lie is not known",
+    ),
+    "of another type": (
+        "quantization.Int8Tensor",
+        {"qdata": torch.ones(4, 4, dtype=torch.int32), "scale": torch.ones(4)},
+        "of int32 with scales of float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_torchao_that_is_not_known_is_refused_by_name(torchao: Any, save: Save, case: str) -> None:
+    cls, parts, message = REFUSED[case]
+    path = save({"w": torchao(cls)((4, 4), torch.float32, block_size=(1, 4), **parts), "a": torch.ones(1)})
+    with pytest.raises(RewriteError, match=rf"1 value: w \(.*{message}.*\); --exclude w"):
+        ckptkit.convert(path, path.with_name("out.safetensors"), densify=True)
+    with pytest.raises(RewriteError, match=r"tensors of other classes \(w"):
+        ckptkit.convert(path, path.with_name("out.safetensors"))
+
+
+# With other options.
+
+
+def test_like_the_float_model(save: Save) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(torch.ao.nn.quantized.Linear(6, 5), nn.ReLU(), torch.ao.nn.quantized.Linear(5, 2))
+    path = save(module.state_dict())
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    like = save(model.state_dict(), "like.pth")
+    out = path.with_name("out.safetensors")
+    report = ckptkit.convert(path, out, densify=True, like=str(like), dtype="bfloat16")
+    assert report.details["dropped"] == ["0.scale", "0.zero_point", "2.scale", "2.zero_point"]
+    model.bfloat16().load_state_dict(load_file(out))
+    assert_equal(model[0].weight.detach(), module[0].weight().dequantize().bfloat16())
+
+
+@pytest.mark.parametrize("to", ["safetensors-sharded", "torch-sharded"])
+def test_in_shards(to: str, save: Save) -> None:
+    saved = mixed()
+    ending = "safetensors" if to.startswith("s") else "bin"
+    out = save(saved).with_name(f"out.{ending}.index.json")
+    ckptkit.convert(out.with_name("model.pth"), out, densify=True, to=to, max_shard_size=4000, dtype="float16")
+    got = ckptkit.load_state_dict(out)
+    for name, value in saved.items():
+        expected = dense_of(value)
+        assert_equal(got[name], expected.half() if expected.is_floating_point() else expected, name)
+
+
+def test_keep_dtype_keeps_what_was_made(save: Save) -> None:
+    path = save(mixed())
+    ckptkit.convert(path, path.with_name("out.safetensors"), densify=True, dtype="bfloat16", keep_dtype="q")
+    got = load_file(path.with_name("out.safetensors"))
+    assert (got["q"].dtype, got["a"].dtype) == (torch.float32, torch.bfloat16)
