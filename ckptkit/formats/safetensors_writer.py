@@ -81,8 +81,8 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
     if others:
         leaves_out = f"{_exclude(list(others), checkpoint)} leaves them out"
         made = "them" if len(dense) == len(others) else _listed(dense)
-        makes = f"--densify makes dense tensors of {made}; " if dense else ""
-        yield f"values that are not plain tensors ({_kinds(others)}): {makes}{leaves_out}"
+        makes = f", --densify makes dense tensors of {made}" if dense else ""
+        yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}{makes}"
 
 
 def _kinds(values: Mapping[str, object]) -> str:

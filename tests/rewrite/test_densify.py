@@ -469,7 +469,7 @@ def test_nothing_to_make_is_told(save: Save) -> None:
 
 def test_it_is_offered_where_it_helps(save: Save, tmp_path: Path) -> None:
     path = save({"q": torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8), "a": torch.ones(1)})
-    with pytest.raises(RewriteError, match="--densify makes dense tensors of them; --exclude q leaves them out"):
+    with pytest.raises(RewriteError, match="--exclude q leaves them out, --densify makes dense tensors of them"):
         ckptkit.convert(path, tmp_path / "out.safetensors")
     [found] = [f for f in ckptkit.inspect(path)["findings"] if f["code"] == "not-a-plain-tensor"]
     assert found["fix"].endswith(" --densify")
