@@ -135,7 +135,7 @@ def diagnose_dense(made: Mapping[str, str], padded: Collection[str]) -> Iterator
     """
     if not made:
         yield Finding(
-            code="densified", severity="info", message="every value is a plain tensor with values of its own already"
+            code="densified", severity="info", message="no value is sparse, nested, quantized or scaled by blocks"
         )
         return
     shown = [f"{name} ({of})" for name, of in made.items()]

@@ -308,7 +308,9 @@ class _SparseValues:
     def _near(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """The runs of stored values of which some may lie in these cells."""
         with self._lock:
-            table = self._table = self._table or self._checked()
+            if self._table is None:
+                self._table = self._checked()
+            table = self._table
         for number, (low, high) in enumerate(table):
             if low < end and high >= begin:
                 start = number * self._step

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from safetensors.torch import load_file, save_file
-from support.files import extents, flipped, opened, written
+from support.files import extents, flipped, opened, with_data, written
 from support.generated_tensors import SOME
 from torch import nn
 
@@ -344,8 +344,11 @@ SCALES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None
 }
 
 
+POWERS = [torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []
+
+
 @pytest.mark.parametrize("case", SCALES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *POWERS])
 def test_scales_by_their_shape(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     shape, grid, block = SCALES[case]
     torch.manual_seed(0)
@@ -540,6 +543,33 @@ def test_a_size_beyond_all_use_is_refused(size: tuple[int, ...], save: Save, tmp
         with pytest.raises(RewriteError, match=r"would take 3,999,999,999,.* over the limit .* --exclude s"):
             ckptkit.convert(save({"s": value}), tmp_path / "out.pth", densify=True, dry_run=dry_run)
     assert list(tmp_path.glob("out*")) == []
+
+
+def test_elements_that_are_repeated_are_bounded(save: Save, tmp_path: Path) -> None:
+    one = torch.quantize_per_tensor(torch.ones(1), 0.5, 0, torch.qint8).expand(10**12)
+    with pytest.raises(RewriteError, match=r"would take 3,999,999,999,999 bytes more .* --exclude q"):
+        ckptkit.convert(save({"q": one}), tmp_path / "out.pth", densify=True)
+    few = torch.quantize_per_tensor(torch.ones(1), 0.5, 0, torch.qint8).expand(1000)
+    assert_dense(save({"q": few}), {"q": few})
+    many = torch.sparse_coo_tensor(torch.zeros(0, 10**12, dtype=torch.int64), torch.ones(1).expand(10**12), ())
+    with pytest.raises(RewriteError, match="tensor 's': its values repeat themselves"):
+        ckptkit.convert(save({"s": many}), tmp_path / "out.pth", densify=True)
+    none = torch.sparse_coo_tensor(torch.zeros(0, 3, dtype=torch.int64), torch.tensor([1.0, 2.0, 4.5]), ())
+    assert_dense(save({"s": none}), {"s": none})
+
+
+def test_files_of_the_other_byte_order(save: Save) -> None:
+    value = torch.sparse_coo_tensor(torch.tensor([[0, 2, 2]]), torch.randn(3, 2, dtype=torch.float64), (4, 2))
+
+    def swapped(name: str, data: bytes) -> bytes:
+        if name.endswith("byteorder"):
+            return b"big"
+        words = [data[at : at + 8][::-1] for at in range(0, len(data), 8)]
+        return b"".join(words) if name.startswith("data/") else data
+
+    path = with_data(save({"s": value}), swapped)
+    ckptkit.convert(path, path.with_name("out.safetensors"), densify=True)
+    assert_equal(load_file(path.with_name("out.safetensors"))["s"], value.to_dense())
 
 
 def test_memory_is_bounded(save: Save, tmp_path: Path) -> None:
