@@ -24,7 +24,7 @@ from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.normalize.parts import spread_text
 from ckptkit.pickling.arrays import is_array, is_numpy_scalar, layout_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
-from ckptkit.pickling.layouts import Jagged, Layout, Meta, Nested, OnDevice, Quantized, Sparse, call_of, rebuilt
+from ckptkit.pickling.layouts import PACKED, Jagged, Layout, Meta, Nested, OnDevice, Quantized, Sparse, call_of, rebuilt
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import count_of
 
@@ -281,6 +281,8 @@ def dense_form(node: object) -> Dense | None:
     layout, own = found.layout, getattr(found.layout, "requires_grad", False)
     if isinstance(layout, Meta):
         raise UnsupportedError("a meta tensor is a shape without values")
+    if isinstance(layout, Quantized) and layout.numbers.dtype in PACKED and not layout.numbers.is_contiguous:
+        raise UnsupportedError(f"numbers of {layout.numbers.dtype} that do not lie in a row")
     if isinstance(layout, Sparse) and DTYPES[layout.values.dtype].numpy is None:
         raise UnsupportedError(f"values of {layout.values.dtype} cannot be computed")
     return Dense(layout, call.is_parameter, own if call.requires_grad is None else call.requires_grad)

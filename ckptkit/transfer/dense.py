@@ -27,7 +27,7 @@ from ckptkit.computed import DenseRange, DenseValues, files_of
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError
 from ckptkit.normalize.not_plain import Form, Scaled
-from ckptkit.pickling.layouts import Jagged, Nested, Quantized, Sparse
+from ckptkit.pickling.layouts import PACKED, Jagged, Nested, Quantized, Sparse
 from ckptkit.transfer.values import check_indices, stream, values_of
 
 __all__ = ["dense_entry"]
@@ -203,7 +203,7 @@ class _ScaledValues:
         """The numbers as they are counted: packed ones unpacked."""
         import numpy
 
-        per_byte = {"quint4x2": 2, "quint2x4": 4}.get(self.numbers.dtype)
+        per_byte = PACKED.get(self.numbers.dtype)
         if per_byte is None:
             data = flat(self.numbers, first, count)
             kind = {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}.get(self.numbers.dtype, self.numbers.dtype)
