@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptkit import formats
 from ckptkit.bytesource import Readable, Source
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
+from ckptkit.normalize.parts import require_whole
+from ckptkit.normalize.selection import require_state_dict
 from ckptkit.report import Finding, count_of
 
 if TYPE_CHECKING:
+    from collections import OrderedDict
+
     from typing_extensions import Unpack
 
     from ckptkit.options import ConvertKeywords
@@ -30,6 +34,10 @@ class CheckpointFile:
     """An open checkpoint: what is in it, and the file its bytes lie in.
 
     Use it as a context manager, or call `close`.  What `rewrite` returns shares the open file.
+
+    It does not change, and any number of threads may use one at once: read entries, rewrite, save, load.  Nothing is
+    read by a position that they would share, what is compressed is inflated by one of them, and no values are kept.
+    It belongs to its process: to another, hand the path.
 
     Attributes:
         checkpoint: the common representation that rewriters work on.
@@ -152,8 +160,37 @@ class CheckpointFile:
 
         return run(self.checkpoint, self._file, destination, ConvertOptions(**options), rewrite=False).job.plan
 
+    def load(self, *, map_location: Any = "cpu", allow_part: bool = False) -> OrderedDict[str, Any]:
+        """The weights as torch's tensors, as `ckptkit.load_state_dict` gives what `save` writes; no file is made.
+
+        What rewriters cast, renamed or left out is so here; each storage is read once, into memory that torch has.
+
+        Args:
+            map_location: as in ``torch.load``, but that they lie on the CPU by default; ``None`` puts them where
+                `ckptkit.MapLocation` says, or else the file.
+            allow_part: whether it may be a part of a checkpoint that lies in several files.
+
+        Returns:
+            Name to value, with the module versions as ``_metadata``.
+
+        Raises:
+            As `ckptkit.load_state_dict`.
+        """
+        from ckptkit.extras import require_torch
+
+        require_whole(self.checkpoint, allow_part=allow_part)
+        require_state_dict(self.checkpoint, "to load")
+        require_torch()
+        from ckptkit.torch_bridge import state_dict_of
+
+        state = state_dict_of(self.state_dict, self.path, map_location=map_location, checksums=True)
+        if self.checkpoint.module is not None:  # as Module.state_dict() gives them
+            for name, value in state.items():
+                state[name] = value.detach() if hasattr(value, "detach") else value
+        return state
+
     def close(self) -> None:
-        """Close the file; entries stay readable as records, their bytes do not."""
+        """Close the file; entries stay readable as records, their bytes do not.  No other thread may be reading."""
         self._file.close()
 
     def __enter__(self) -> CheckpointFile:
@@ -161,6 +198,9 @@ class CheckpointFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.path}: an open checkpoint cannot be copied or pickled; open it where it is needed")
 
     def __repr__(self) -> str:
         return f"<{self.format} {self.kind} {self.path!r}, {count_of(len(self.state_dict), 'tensor')}>"
