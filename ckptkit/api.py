@@ -197,9 +197,10 @@ def save(
 ) -> Plan:
     """Write what is in memory, with all that `convert` guarantees: the old file or the complete new one, compared.
 
-    Tensors of torch, on any device, and arrays of numpy may be mixed.  They are written from where they lie: no second
-    copy of them is made, and nobody may write to them meanwhile.  What shares memory is written once, and what is
-    tied stays so.  The same values give the same bytes.  torch is not imported for arrays.
+    Tensors of torch, on any device, arrays of numpy, and entries of open checkpoints or parts of such may be mixed.
+    They are written from where they lie: no second copy of them is made, and nobody may write to them meanwhile.  What
+    shares memory is written once, and what is tied stays so.  The same values give the same bytes.  torch is not
+    imported for arrays.
 
     A ``.safetensors`` and shards hold tensors under names.  A ``.pth`` holds also a tree of dicts, lists, tuples, sets
     and plain values with tensors anywhere, such as ``{"model": model.state_dict(), "epoch": 3}``, as it stands;
@@ -207,7 +208,7 @@ def save(
     are not written.
 
     Args:
-        state: tensors and arrays by name, or such a tree.  A state_dict keeps its module versions (``_metadata``).
+        state: tensors by name, or such a tree.  A state_dict keeps its module versions (``_metadata``).
         path: the output; its ending chooses the container.
         metadata: strings to set in the output's metadata.
         force: whether an existing file may be replaced.

@@ -30,6 +30,8 @@ __all__ = ["node_of", "read"]
 def read(entry: TensorEntry, device: str | torch.device | None) -> torch.Tensor:
     """The values of a tensor; see `TensorEntry.torch`."""
     element = dtype_of(entry.dtype)
+    if DTYPES[entry.dtype].kind == "quantized":
+        raise DTypeError(f"elements of {entry.dtype} are values only with the scales of their tensor")
     lying, stride = least(entry)
     none = replace(entry.storage, nbytes=0, source=entry.storage.source.part(0, 0), crc32=None, original=None)
     nothing = replace(entry, storage=none, storage_offset=0, shape=(0,), stride=(1,), is_parameter=False)

@@ -312,6 +312,8 @@ class _Tree:
         return self._made[id(value)][1]
 
     def _leaf(self, value: object) -> object:
+        if isinstance(value, TensorEntry):  # of an open checkpoint
+            return value
         if type(value) in self._arrays:
             return _array_entry(value, self._storages)
         found = self._tensors(value, self._storages)
@@ -362,7 +364,7 @@ def checkpoint_of(
     """What is in memory as a checkpoint.
 
     Args:
-        state: tensors and arrays by name, or a tree of plain values with such in it.
+        state: tensors, arrays and entries by name, or a tree of plain values with such in it.
         memory: takes their bytes.
         tensors: makes nodes of torch's objects.
         format_name: the container that is to hold it.
@@ -376,8 +378,8 @@ def checkpoint_of(
     tree = _Tree(Storages(memory), tensors)
     root = tree.node(state, "")
     if tree.problems:
-        told = [f"{name} ({what:.200})" for name, what in tree.problems.items()]
-        raise RewriteError(f"what is no plain tensor, array or plain value cannot be saved: {listed(told, 8)}")
+        problems = [f"{name} ({what:.200})" for name, what in tree.problems.items()]
+        raise RewriteError(f"what is no plain tensor, array or plain value cannot be saved: {listed(problems, 8)}")
     pairs = mapping_items(root) or []
     if pairs and all(isinstance(key, str) and isinstance(value, TensorEntry) for key, value in pairs):
         versions = mapping_items(_attribute(root, "_metadata"))
@@ -389,14 +391,14 @@ def checkpoint_of(
         origin = Origin(path=memory.path, size=memory.size, format=format_name, kind="state_dict", state_path="")
         return Checkpoint(state_dict=state_dict, rest=STATE_DICT, origin=origin)
     if alone is not None:
-        found = [f"a {type(state).__name__}"]
+        others = [f"a {type(state).__name__}"]
         if isinstance(state, Mapping):
-            found = [
-                f"{key!s:.100} ({type(value).__name__})"
+            others = [
+                f"{key!r:.100} ({type(value).__name__})"
                 for (key, value), (_, node) in zip(state.items(), pairs, strict=True)
                 if not isinstance(key, str) or not isinstance(node, TensorEntry)
             ]
-        told = f", not {listed(found, 8)}" if found else "; there is none"
+        told = f", not {listed(others, 8)}" if others else "; there is none"
         raise RewriteError(
             f"{alone} holds tensors under names and nothing else{told}; save the dict of tensors alone, or write a "
             ".pth, which holds it all"
