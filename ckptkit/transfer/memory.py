@@ -52,21 +52,21 @@ def read(entry: TensorEntry) -> NDArray[Any]:
     if DTYPES[entry.dtype].numpy is None:
         raise DTypeError(f"numpy has no dtype {entry.dtype}; entry.torch() gives its values")
     import numpy
-    from numpy.lib.stride_tricks import as_strided
 
     lying, strides = least(entry)
     data = numpy.empty(lying.nbytes, numpy.uint8)
     fill(data.data, lying)
-    dtype = numpy_dtype(entry.dtype)
-    values = data.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
-    repeats = entry.numel > lying.numel
-    steps = [
-        step * dtype.itemsize if size > 1 else dtype.itemsize for size, step in zip(entry.shape, strides, strict=True)
-    ]
+    dtype, row = numpy_dtype(entry.dtype), DTYPES[entry.dtype]
+    if sys.byteorder == "big":
+        data = data.view(f"u{row.itemsize // (2 if row.kind == 'complex' else 1)}").byteswap().view(numpy.uint8)
+    # The stride of a dimension of one element says nothing, and may be any number.
+    steps = [(step if n > 1 else 1) * row.itemsize for n, step in zip(entry.shape, strides, strict=True)]
     try:
-        return as_strided(values, entry.shape, steps, writeable=not repeats)
-    except ValueError as error:
+        values: NDArray[Any] = numpy.ndarray(entry.shape, dtype, data, 0, steps)
+    except (ValueError, OverflowError) as error:
         raise UnsupportedError(f"numpy cannot hold a tensor of shape {entry.shape}: {error}") from None
+    values.flags.writeable = entry.numel <= lying.numel
+    return values
 
 
 def least(entry: TensorEntry) -> tuple[TensorEntry, tuple[int, ...]]:
