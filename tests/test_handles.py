@@ -270,7 +270,10 @@ def test_devices(save: Save) -> None:
             with bytes_read() as sizes, pytest.raises(RewriteError, match="cannot be put on"):
                 entry.torch(device=device)
             assert sizes == []
-    with pytest.raises(RewriteError, match="cannot be put on 'cuda:7'"), ckptkit.open(save({"w": torch.ones(1)})) as file:
+    with (
+        pytest.raises(RewriteError, match="cannot be put on 'cuda:7'"),
+        ckptkit.open(save({"w": torch.ones(1)})) as file,
+    ):
         file.rewrite(ckptkit.MapLocation("cuda:7")).load(map_location=None)
 
 
