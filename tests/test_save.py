@@ -93,7 +93,7 @@ def test_what_shares_memory_is_written_once(tmp_path: Path) -> None:
     assert set(ckptkit.load_state_dict(tmp_path / "tied.safetensors", map_location="cpu")) == {"a", "b"}
     ckptkit.save({"a": base, "b": base}, tmp_path / "copies.safetensors", tied="duplicate")
     assert set(load_file(tmp_path / "copies.safetensors")) == {"a", "b"}
-    with pytest.raises(RewriteError, match="have several names|has several names"):
+    with pytest.raises(RewriteError, match="1 tensor has several names"):
         ckptkit.save({"a": base, "b": base}, tmp_path / "none.pth", tied="error")
     assert not (tmp_path / "none.pth").exists()
 
@@ -141,7 +141,8 @@ class _Wrapped(torch.Tensor):
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     bad = {
         "number": np.float64(3), "object": object(), "sparse": torch.eye(2).to_sparse(), "text": np.array(["x"]),
-        "meta": torch.ones(1, device="meta"), "wrapped": torch.ones(1).as_subclass(_Wrapped), "deep": {"er": [1, {2: 1j}]},
+        "meta": torch.ones(1, device="meta"), "wrapped": torch.ones(1).as_subclass(_Wrapped),
+        "deep": {"er": [1, {2: 1j}]},
     }  # fmt: skip
     masked = np.ma.masked_array([1.0], [True])
     for path in (tmp_path / "a.pth", tmp_path / "a.safetensors"):

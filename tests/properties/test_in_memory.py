@@ -1,4 +1,4 @@
-"""What goes to memory and comes from it: one tensor, a part of one, all of a rewritten checkpoint, and what is saved."""
+"""What goes to memory and comes from it: a tensor, a part of one, a rewritten checkpoint, and what is saved."""
 
 from __future__ import annotations
 
