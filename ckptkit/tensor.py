@@ -217,6 +217,13 @@ class TensorEntry:
         values: NDArray[Any] = _reader("numpy")(self)
         return values
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """For ``numpy.asarray(entry)`` and all of numpy that takes arrays: as `numpy`."""
+        if copy is False:
+            raise ValueError("the values of a tensor in a file are read anew each time; there is nothing to share")
+        values = self.numpy()
+        return values if dtype is None else values.astype(dtype, copy=False)
+
     def torch(self, *, device: str | device | None = "cpu") -> Tensor:
         """The values, read from the file as `numpy` does; imports torch.
 

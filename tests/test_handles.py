@@ -130,6 +130,29 @@ def test_dtypes_of_arrays(tmp_path: Path) -> None:
             assert entry.numpy().astype(np.float32).tolist() == state[name].float().tolist()
 
 
+def test_where_numpy_takes_arrays(save: Save) -> None:
+    with ckptkit.open(save({"w": torch.arange(6).reshape(2, 3)})) as file:
+        entry = file.state_dict["w"]
+        assert np.asarray(entry).tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert np.asarray(entry[1], np.float32).dtype == np.float32
+        assert (np.mean(entry), np.array_equal(entry[0], [0, 1, 2])) == (2.5, True)
+        with pytest.raises(ValueError, match="read anew"):
+            entry.__array__(copy=False)
+
+
+def test_large_values_are_read_by_several_threads(tmp_path: Path) -> None:
+    tensor = torch.randn(12 << 20)
+    torch.save({"w": tensor}, tmp_path / "a.pth")
+    with ckptkit.open(tmp_path / "a.pth") as file:
+        assert np.array_equal(file.state_dict["w"].numpy(), tensor.numpy())
+        assert torch.equal(file.state_dict["w"][7:-7].torch(), tensor[7:-7])
+    data = bytearray((tmp_path / "a.pth").read_bytes())
+    data[40 << 20] ^= 4
+    (tmp_path / "a.pth").write_bytes(data)
+    with ckptkit.open(tmp_path / "a.pth") as file, pytest.raises(CorruptError, match="is damaged"):
+        file.state_dict["w"].numpy()
+
+
 def test_elements_that_fill_no_byte(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F6_E2M3", "shape": [8], "data_offsets": [0, 6]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(6))

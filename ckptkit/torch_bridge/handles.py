@@ -33,9 +33,11 @@ def read(entry: TensorEntry, device: str | torch.device | None) -> torch.Tensor:
     if DTYPES[entry.dtype].kind == "quantized":
         raise DTypeError(f"elements of {entry.dtype} are values only with the scales of their tensor")
     lying, stride = least(entry)
-    none = replace(entry.storage, nbytes=0, source=entry.storage.source.part(0, 0), crc32=None, original=None)
-    nothing = replace(entry, storage=none, storage_offset=0, shape=(0,), stride=(1,), is_parameter=False)
-    where = tensors(StateDict({"": nothing}), map_location=device)[""].device  # or it is told before a byte is read
+    where = torch.device("cpu")
+    if str(device) != "cpu" or entry.requires_grad:  # what cannot be is told before a byte is read
+        none = replace(entry.storage, nbytes=0, source=entry.storage.source.part(0, 0), crc32=None, original=None)
+        nothing = replace(entry, storage=none, storage_offset=0, shape=(0,), stride=(1,), is_parameter=False)
+        where = tensors(StateDict({"": nothing}), map_location=device)[""].device
     if where.type == "meta":
         tensor = torch.empty_strided(entry.shape, stride, dtype=element, device=where)
     else:

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source
@@ -35,8 +36,9 @@ from ckptkit.errors import CkptkitError, CorruptError, DTypeError, RewriteError,
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.pickling.inert import Global, InertDict, Object, attributes, mapping_items
 from ckptkit.report import listed
-from ckptkit.transfer.checksums import Checksums
+from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums
 from ckptkit.transfer.values import stream
+from ckptkit.transfer.workers import in_parallel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,15 +116,24 @@ def fill(memory: memoryview, entry: TensorEntry) -> None:
             at += len(chunk)
     elif entry.nbytes:
         run = source.plain().part(entry.storage_offset * entry.itemsize, entry.nbytes)
-        passing = sums.passing(run) if sums.wanted else None
-        for start in range(0, run.nbytes, _READ_NBYTES if passing else CHUNK_NBYTES):
-            piece = memory[start : min(start + (_READ_NBYTES if passing else CHUNK_NBYTES), run.nbytes)]
-            run.file.read_into(run.offset + start, piece)
-            if passing is not None:
-                passing.update(piece)
+        pieces = [run.part(at, min(SUMMED_NBYTES, run.nbytes - at)) for at in range(0, run.nbytes, SUMMED_NBYTES)]
+        tasks = (
+            partial(_read_into, memory[piece.offset - run.offset :][: piece.nbytes], piece, sums) for piece in pieces
+        )
+        in_parallel(tasks, nbytes=run.nbytes)
     sums.require(lambda: {id(storage.original or storage): "a tensor"})
     if entry.nbytes and source.file.changed():
         raise CorruptError("the file was changed while it was being read; read it again", path=source.file.path)
+
+
+def _read_into(memory: memoryview, run: ByteRange, sums: Checksums) -> None:
+    """Read a range, summed on the way where a checksum is to be held."""
+    passing = sums.passing(run) if sums.wanted else None
+    for start in range(0, run.nbytes, _READ_NBYTES):
+        piece = memory[start : start + _READ_NBYTES]
+        run.file.read_into(run.offset + start, piece)
+        if passing is not None:
+            passing.update(piece)
 
 
 # The other way: what lies in memory, as bytes of a file.
