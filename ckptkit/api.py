@@ -184,7 +184,7 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
 
 
 def save(
-    state: Mapping[str, Any] | object,
+    state: object,
     path: PathLike,
     *,
     metadata: Mapping[str, str] | None = None,
@@ -222,7 +222,7 @@ def save(
         The plan that was carried out.
 
     Raises:
-        RewriteError: the container cannot hold it; the message names what is no plain tensor or value.
+        RewriteError: the container cannot hold it; the message names what is not a plain tensor or value.
         DestinationExistsError: it exists and ``force`` is false.
         FileAccessError: it cannot be written.
         CorruptError: it was written to meanwhile.

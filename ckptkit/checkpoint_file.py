@@ -211,6 +211,8 @@ def open(  # noqa: A001 - the name users expect
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 
+    Several threads may use what it gives at once, and open one path each for themselves; see `CheckpointFile`.
+
     Args:
         path: the file.
         section: path of the weights to select, where the file holds several.

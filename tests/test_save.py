@@ -125,6 +125,15 @@ def test_a_model_and_its_training_state(tmp_path: Path) -> None:
     assert again._metadata == model.state_dict()._metadata
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_was_loaded_is_saved_again(suffix: str, save, tmp_path: Path) -> None:
+    for name, state in (("plain.pth", {"w": torch.ones(2)}), ("model.pth", nn.Linear(2, 1).state_dict())):
+        loaded = ckptkit.load_state_dict(save(state, name), map_location="cpu")  # a dict too has module versions: none
+        ckptkit.save(loaded, tmp_path / f"again{suffix}", force=True)
+        again = ckptkit.load_state_dict(tmp_path / f"again{suffix}", map_location="cpu")
+        Same()(loaded, again)
+
+
 def test_parameters_stay_parameters(tmp_path: Path) -> None:
     tied = nn.Parameter(torch.ones(2))
     state = OrderedDict(a=tied, b=tied, frozen=nn.Parameter(torch.ones(1), requires_grad=False))
@@ -154,7 +163,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
             r"sparse (a tensor of layout sparse_coo; .to_dense() makes it a plain one)",
             r"text (torch has no dtype for numpy's <U1)",
             r"meta (a tensor on the device meta, which has no values)",
-            "_Wrapped; the plain one it stands for can be saved",
+            "_Wrapped; a plain one can be saved",
             r"deep.er.1.2 (of class builtins.complex)",
         ):
             assert told in str(caught.value)
@@ -169,6 +178,8 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
             quantized = quantizer(torch.ones(2), 1.0, 0, torch.qint8)
         with pytest.raises(RewriteError, match=r"\.dequantize\(\) makes it"):
             ckptkit.save({"q": quantized}, tmp_path / "a.pth")
+    with pytest.raises(RewriteError, match=r"the state itself \(of class .*Linear; save its state_dict\(\)\)"):
+        ckptkit.save(nn.Linear(1, 1), tmp_path / "a.pth")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -125,7 +125,8 @@ def _problem(tensor: torch.Tensor) -> str | None:
         return "a tensor on the device meta, which has no values"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
-        return f"a tensor of class {kind}; the plain one it stands for can be saved"
+        plain = ".full_tensor() gives the plain one" if hasattr(tensor, "full_tensor") else "a plain one can be saved"
+        return f"a tensor of class {kind}; {plain}"
     return None
 
 

@@ -331,6 +331,7 @@ class _Tree:
         if found is None:
             name = f"{type(value).__module__}.{type(value).__qualname__}"
             remedy = "; .item() makes it a plain one" if name.startswith("numpy.") and hasattr(value, "item") else ""
+            remedy = "; save its state_dict()" if hasattr(value, "state_dict") else remedy
             raise UnsupportedError(f"of class {name}{remedy}")
         return found
 
@@ -390,7 +391,7 @@ def checkpoint_of(
     root = tree.node(state, "")
     if tree.problems:
         problems = [f"{name} ({what:.200})" for name, what in tree.problems.items()]
-        raise RewriteError(f"what is no plain tensor, array or plain value cannot be saved: {listed(problems, 8)}")
+        raise RewriteError(f"only plain tensors, arrays and plain values can be saved, not {listed(problems, 8)}")
     pairs = mapping_items(root) or []
     if pairs and all(isinstance(key, str) and isinstance(value, TensorEntry) for key, value in pairs):
         versions = mapping_items(_attribute(root, "_metadata"))
