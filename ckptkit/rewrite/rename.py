@@ -150,6 +150,9 @@ def _renamed_versions(versions: Mapping[str, object], rename_path: Callable[[str
 
 _ARROW = "=>"
 
+_MAX_NAMES = 64
+"""Names of a dict that a receipt lists."""
+
 _MAX_SHOWN = 200
 """Characters of an expression, a replacement or a name in a message."""
 
@@ -198,6 +201,16 @@ class Rename:
                 where = "replacement" if _compiles(pattern) else "regular expression"
                 reason = str(error) or type(error).__name__
                 raise RewriteError(f"rule {_shown(pattern, replacement)}: bad {where}: {reason}") from None
+
+    def __repr__(self) -> str:
+        """As it stands in receipts, which the header of each output carries: of a large dict its digest."""
+        rules = self.rules
+        if isinstance(rules, Mapping) and len(rules) > _MAX_NAMES:
+            from hashlib import sha256
+
+            digest = sha256(repr(sorted(rules.items())).encode("utf-8", "surrogatepass")).hexdigest()
+            return f"Rename(rules=<dict of {len(rules):,} names, SHA-256 {digest}>)"
+        return f"Rename(rules={rules!r})"
 
     @property
     def _expressions(self) -> tuple[tuple[str, str], ...]:

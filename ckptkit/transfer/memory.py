@@ -330,8 +330,11 @@ class _Tree:
         found = self._tensors(value, self._storages)
         if found is None:
             name = f"{type(value).__module__}.{type(value).__qualname__}"
-            remedy = "; .item() makes it a plain one" if name.startswith("numpy.") and hasattr(value, "item") else ""
-            remedy = "; save its state_dict()" if hasattr(value, "state_dict") else remedy
+            remedy = "; save its state_dict()" if hasattr(value, "state_dict") else ""
+            if isinstance(value, Mapping):
+                remedy = "; dict(...) makes it a plain one"
+            elif name.startswith("numpy.") and hasattr(value, "item"):
+                remedy = "; .item() makes it a plain one"
             raise UnsupportedError(f"of class {name}{remedy}")
         return found
 

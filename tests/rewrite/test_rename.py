@@ -406,3 +406,7 @@ def test_receipts_say_who_renamed(save: Save, tmp_path: Path) -> None:
     assert written[:2] == written[2:]
     assert b"<function shout>" in written[0]
     assert b"Rename(rules={'a': 'b'})" in written[1]
+    many = {f"w{number}": f"x{number}" for number in range(1000)}
+    told = repr(Rename(many))
+    assert re.fullmatch(r"Rename\(rules=<dict of 1,000 names, SHA-256 [0-9a-f]{64}>\)", told)
+    assert told == repr(Rename(dict(reversed(many.items())))) != repr(Rename({**many, "w0": "y"}))
