@@ -209,7 +209,7 @@ class Rename:
             from hashlib import sha256
 
             digest = sha256(repr(sorted(rules.items())).encode("utf-8", "surrogatepass")).hexdigest()
-            return f"Rename(rules=<dict of {len(rules):,} names, SHA-256 {digest}>)"
+            return f"Rename(rules=<dict of {count_of(len(rules), 'name')}, SHA-256 {digest}>)"
         return f"Rename(rules={rules!r})"
 
     @property
