@@ -19,15 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.arguments import documented, several, unexpected
-from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
+from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, RewriteError
-from ckptkit.formats import target
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
 from ckptkit.options import ConvertOptions, DiffOptions, VerifyOptions
@@ -41,13 +39,10 @@ if TYPE_CHECKING:
     from ckptkit.differences import Difference
     from ckptkit.inspection.document import InspectedFile
     from ckptkit.options import ConvertKeywords, DiffKeywords, VerifyKeywords
-    from ckptkit.plan import Plan
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.policy import PolicyKeywords
     from ckptkit.released.results import CheckReport
     from ckptkit.rewrite import Like
-    from ckptkit.rewrite.storages import TiedPolicy
-    from ckptkit.transfer.workers import Progress
 
 __all__ = [
     "CheckpointFile", "Rewriter",
@@ -181,73 +176,6 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
     if args:
         raise RewriteError(f"--like {path}: is a checkpoint, and takes no --model-arg")
     return like_checkpoint(path)
-
-
-def save(
-    state: object,
-    path: PathLike,
-    *,
-    metadata: Mapping[str, str] | None = None,
-    force: bool = False,
-    check: bool = True,
-    max_shard_size: int | str | None = None,
-    to: str | None = None,
-    tied: TiedPolicy = "alias",
-    progress: Progress | None = None,
-) -> Plan:
-    """Write what is in memory, with all that `convert` guarantees: the old file or the complete new one, compared.
-
-    Tensors of torch, on any device, arrays of numpy, and entries of open checkpoints or parts of such may be mixed.
-    They are written from where they lie: no second copy of them is made, and nobody may write to them meanwhile.  What
-    shares memory is written once, and what is tied stays so.  The same values give the same bytes.  torch is not
-    imported for arrays.
-
-    A ``.safetensors`` and shards hold tensors under names.  A ``.pth`` holds also a tree of dicts, lists, tuples, sets
-    and plain values with tensors anywhere, such as ``{"model": model.state_dict(), "epoch": 3}``, as it stands;
-    arrays become tensors.  ``torch.load(path, weights_only=True)`` loads it.  Python attributes and hooks of tensors
-    are not written.
-
-    Args:
-        state: tensors by name, or such a tree.  A state_dict keeps its module versions (``_metadata``).
-        path: the output; its ending chooses the container.
-        metadata: strings to set in the output's metadata.
-        force: whether an existing file may be replaced.
-        check: whether to open the output again and compare every byte before it gets its name.
-        max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
-        to: container name that overrides the ending.
-        tied: what becomes of tensors with several names; see `ckptkit.Tied`.
-        progress: called with the bytes dealt with so far, and those to deal with in all.
-
-    Returns:
-        The plan that was carried out.
-
-    Raises:
-        RewriteError: the container cannot hold it; the message names what is not a plain tensor or value.
-        DestinationExistsError: it exists and ``force`` is false.
-        FileAccessError: it cannot be written.
-        CorruptError: it was written to meanwhile.
-    """
-    from ckptkit.conversion import run
-    from ckptkit.transfer.memory import Memory, checkpoint_of
-
-    options = ConvertOptions(
-        metadata=metadata, force=force, check=check, max_shard_size=max_shard_size, to=to, tied=tied,
-        progress=progress, receipt=False,
-    )  # fmt: skip
-    _, container, most = target(path, to)
-    shards = most is not None or max_shard_size is not None
-    if "torch" in sys.modules:  # whoever has a tensor has imported it
-        from ckptkit.torch_bridge.handles import node_of as tensors
-    else:
-        tensors = _none
-    memory = Memory("<memory>")
-    alone = f"a {container.name} file" if container.tensors_alone else "a sharded checkpoint" if shards else None
-    checkpoint = checkpoint_of(state, memory, tensors, container.name, alone=alone)
-    return run(checkpoint, memory, path, options).job.plan
-
-
-def _none(value: object, storages: object) -> None:
-    """What no torch is asked for."""
 
 
 @documented(DiffOptions)
