@@ -163,7 +163,9 @@ class CheckpointFile:
 
         return run(self.checkpoint, self._file, destination, ConvertOptions(**options), rewrite=False).job.plan
 
-    def load(self, *, map_location: Any = "cpu", allow_part: bool = False) -> OrderedDict[str, Any]:
+    def load(
+        self, *, map_location: Any = "cpu", mapped: bool = False, allow_part: bool = False
+    ) -> OrderedDict[str, Any]:
         """The weights as torch's tensors, as `ckptkit.load_state_dict` gives what `save` writes; no file is made.
 
         What rewriters cast, renamed or left out is so here; each storage is read once, into memory that torch has.
@@ -171,6 +173,8 @@ class CheckpointFile:
         Args:
             map_location: as in ``torch.load``, but that they lie on the CPU by default; ``None`` puts them where
                 `ckptkit.MapLocation` says, or else the file.
+            mapped: whether tensors lie in the file where its bytes are as torch wants them, which takes no memory; the
+                file must not be overwritten then, and checksums are not held.
             allow_part: whether it may be a part of a checkpoint that lies in several files.
 
         Returns:
@@ -186,7 +190,9 @@ class CheckpointFile:
         require_torch()
         from ckptkit.torch_bridge import state_dict_of
 
-        state = state_dict_of(self.state_dict, self.path, map_location=map_location, checksums=True)
+        state = state_dict_of(
+            self.state_dict, self.path, map_location=map_location, mapped=mapped, checksums=not mapped
+        )
         if self.checkpoint.module is not None:  # as Module.state_dict() gives them
             for name, value in state.items():
                 state[name] = value.detach() if hasattr(value, "detach") else value

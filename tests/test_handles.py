@@ -304,6 +304,8 @@ def test_load_of_a_rewritten_checkpoint(save: Save, tmp_path: Path, same_bits) -
         state = file.rewrite(ckptkit.StripModule(), ckptkit.CastDtype("float64")).load()
         model.double().load_state_dict(state, strict=True)
         assert all(same_bits(file.load()[f"module.{name}"], value.float()) for name, value in state.items())
+        mapped = file.load(mapped=True)
+        assert all(same_bits(mapped[name], value) for name, value in file.load().items())
     whole = save(model, "whole.pth")
     with ckptkit.open(whole) as file:
         assert not any(value.requires_grad for value in file.load().values())
