@@ -32,7 +32,19 @@ place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.api import CheckpointFile, Rewriter, check, convert, diff, inspect, load_state_dict, manifest, open, verify  # noqa: A004 - ckptkit.open
+from ckptkit.api import (
+    CheckpointFile,
+    Rewriter,
+    check,
+    convert,
+    diff,
+    inspect,
+    load_state_dict,
+    manifest,
+    open,  # noqa: A004 - ckptkit.open
+    save,
+    verify,
+)
 from ckptkit.checkpoint import Checkpoint, Origin, Part, Section, StateDict, Storage, TensorEntry
 from ckptkit.errors import (
     AmbiguousError,
@@ -146,6 +158,7 @@ __all__ = [
     "load_state_dict",
     "manifest",
     "open",
+    "save",
     "verify",
 ]
 
