@@ -31,7 +31,7 @@ from ckptkit.errors import CkptkitError, CorruptError, RewriteError, SectionErro
 from ckptkit.formats import read, reread
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
-from ckptkit.normalize.parts import part_findings, require_whole
+from ckptkit.normalize.parts import part_findings, require_whole, way_findings
 from ckptkit.normalize.selection import paths_listed
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
@@ -201,6 +201,7 @@ class Conversion:
             written: where that will be; ``None``: it is not going to be written.
         """
         yield from part_findings(self.source)
+        yield from way_findings(self.source)
         strips = self._options.strip_module or self._options.strip_prefix is not None
         stripped = self._changed_by(rewrite.StripModule, rewrite.StripPrefix) if strips else None
         ruled = self._changed_by(rewrite.Rename) if self._options.rename else None

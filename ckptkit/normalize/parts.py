@@ -31,7 +31,17 @@ from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import Finding, count_of
 
-__all__ = ["CODE", "WHOLE", "part_findings", "part_in", "part_text", "require_whole", "spread_text", "way_out"]
+__all__ = [
+    "CODE",
+    "WHOLE",
+    "part_findings",
+    "part_in",
+    "part_text",
+    "require_whole",
+    "spread_text",
+    "way_findings",
+    "way_out",
+]
 
 CODE = "part-of-a-checkpoint"
 
@@ -321,6 +331,11 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
 
             fix = f"ckptkit inspect {shlex.quote(part.instead)}"
         yield Finding(code=CODE, severity="warning", message=part_text(part), fix=fix)
+
+
+def way_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Which member of an archive it is, where the archive was given."""
+    yield from (finding for finding in checkpoint.findings if finding.code == "inside-an-archive")
 
 
 def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:

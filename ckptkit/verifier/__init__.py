@@ -20,7 +20,7 @@ from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
-from ckptkit.normalize.parts import part_findings
+from ckptkit.normalize.parts import part_findings, way_findings
 from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, Report, listed, worst
 from ckptkit.verifier.against import check_against, check_devices, without_wrappers, wrapper_told
@@ -107,7 +107,11 @@ def verify(
         seconds = time.perf_counter() - started
         context.seconds["build"] = seconds
         context.steps.append({"name": "build", "seconds": round(seconds, 6), "peak_memory_nbytes": peak_memory()})
-        told = [*part_findings(checkpoint), *(() if against is None else part_findings(against))]
+        told = [
+            *part_findings(checkpoint),
+            *way_findings(checkpoint),
+            *(() if against is None else part_findings(against)),
+        ]
         if options.unsafe_load:
             told += unsafe_findings(checkpoint, built)
         elif options.model is None and recorded is None:

@@ -573,6 +573,13 @@ def test_a_nemo_file(mode: str, put: Put, tmp_path: Path) -> None:
             "safe",
         )
         assert ("compressed" in told) == (mode == "w:gz")
+        way = told["inside-an-archive"]
+    for report in (
+        ckptkit.convert(path, tmp_path / "out.safetensors"),
+        ckptkit.convert(path, tmp_path / "out.safetensors", dry_run=True),
+        ckptkit.verify(path, model=lambda: nn.Linear(2, 3), forward=False),
+    ):
+        assert way in [finding.message for finding in report.findings]
     manifest = ckptkit.manifest(path, tmp_path / "lock.json")
     (record,) = manifest.files
     assert (record.size, record.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
