@@ -35,6 +35,7 @@ from ckptkit.errors import (
     CorruptError,
     FileAccessError,
     LimitError,
+    MissingDependencyError,
     MissingFileError,
     UnsupportedError,
 )  # fmt: skip
@@ -327,20 +328,13 @@ class _Gzip:
 
     def __init__(self) -> None:
         self._stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        self.needs_input = True
+        self.needs_input, self.eof, self.unused_data = True, False, b""
 
     def decompress(self, data: bytes, most: int) -> bytes:
         part = self._stream.decompress(self._stream.unconsumed_tail + data, most)
         self.needs_input = not self._stream.unconsumed_tail and len(part) < most
+        self.eof, self.unused_data = self._stream.eof, self._stream.unused_data
         return part
-
-    @property
-    def eof(self) -> bool:
-        return self._stream.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._stream.unused_data
 
 
 class _Zstandard:
@@ -351,34 +345,33 @@ class _Zstandard:
         package = importlib.import_module("zstandard")
         self._stream: Any = package.ZstdDecompressor(max_window_size=_MEMORY_NBYTES // 2).decompressobj()
         self._data = b""
+        self.needs_input, self.eof, self.unused_data = True, False, b""
 
     def decompress(self, data: bytes, most: int) -> bytes:
         self._data += data
         part: bytes = self._stream.decompress(self._data[:FRAME_NBYTES])
         self._data = self._data[FRAME_NBYTES:]
+        self.needs_input, self.eof = not self._data, bool(self._stream.eof)
+        self.unused_data = self._stream.unused_data + self._data
         return part
 
-    @property
-    def needs_input(self) -> bool:
-        return not self._data
 
-    @property
-    def eof(self) -> bool:
-        return bool(self._stream.eof)
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._stream.unused_data + self._data  # type: ignore[no-any-return]
+def _standard(name: str) -> Any:
+    """A module of Python's own that it can be built without."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(f"this Python cannot decompress such files: {error}", name=name) from None
 
 
 def _xz() -> Any:
-    lzma = importlib.import_module("lzma")
+    lzma = _standard("lzma")
     return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_NBYTES)
 
 
 def _zstd() -> Any:
     if sys.version_info >= (3, 14):
-        zstd = importlib.import_module("compression.zstd")
+        zstd = _standard("compression.zstd")
         return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 27})
     return _Zstandard()
 
@@ -472,9 +465,7 @@ def _errors() -> Iterator[type[Exception]]:
 _COMPRESSIONS = (
     Compression("gzip", (".gz", ".tgz"), re.compile(rb"\x1f\x8b\x08"), _Gzip, 1),
     Compression("xz", (".xz", ".txz"), re.compile(rb"\xfd7zXZ\0"), _xz, 4, True),
-    Compression(
-        "bzip2", (".bz2", ".tbz2"), re.compile(rb"BZh[1-9]"), lambda: importlib.import_module("bz2").BZ2Decompressor()
-    ),
+    Compression("bzip2", (".bz2", ".tbz2"), re.compile(rb"BZh[1-9]"), lambda: _standard("bz2").BZ2Decompressor()),
     Compression("zstd", (".zst", ".tzst"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstd),
 )
 

@@ -287,6 +287,14 @@ def test_zstd_says_what_to_install(put: Put, monkeypatch: pytest.MonkeyPatch) ->
         ckptkit.open(path)
 
 
+@pytest.mark.parametrize("compression", ["xz", "bzip2"])
+def test_a_python_that_was_built_without(compression: str, put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put("m", COMPRESS[compression](MODEL))
+    monkeypatch.setitem(sys.modules, {"xz": "lzma", "bzip2": "bz2"}[compression], None)
+    with pytest.raises(MissingDependencyError, match=r"this Python cannot decompress such files: "):
+        ckptkit.open(path)
+
+
 def test_safetensors_whose_length_looks_like_gzip(put: Put) -> None:
     header = b'{"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     data = (0x088B1F).to_bytes(8, "little") + header.ljust(0x088B1F) + bytes(4)
