@@ -113,12 +113,13 @@ class Limits:
     """Bytes that are inflated for that, or searched for names: some seconds, and room on the disk."""
 
     unpacked_nbytes: int = 256 << 20
-    """Bytes that a compressed file, or member of an archive, may become however small it is: a second or two, and room
-    on the disk.  The spool of one that claims more ends here."""
+    """Bytes that a compressed file, or the members of an archive, may become however small it is: a second or two, and
+    room on the disk.  The spool of one that claims more ends here."""
 
     unpacked_ratio: int = 100
-    """How many times its own bytes a larger one may become.  Weights shrink by a tenth to a half, those of a model that
-    was pruned by ten, text by four; deflate alone makes 1,032 of one, bzip2, xz and zstd tens of thousands."""
+    """How many times its own bytes a larger one may become, by all that lies in it.  Weights shrink by a tenth to a
+    half, those of a model that was pruned by ten, text by four; deflate alone makes 1,032 of one, bzip2, xz and zstd
+    tens of thousands."""
 
     levels: int = 4
     """Files inside one another that are gone through: ``.tar.gz`` is two; archives can hold themselves."""

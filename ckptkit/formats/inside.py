@@ -47,6 +47,7 @@ from ckptkit.formats.sources import (
     Inner,
     compression_of,
     decompressed,
+    room_for,
 )
 from ckptkit.formats.tar_archive import is_header, read_members
 from ckptkit.formats.torch_archive import archive_kind
@@ -117,6 +118,7 @@ class _Archive:
         self.members: dict[str, Record | ByteRange] = {}
         self.twice: set[str] = set()
         self.others: dict[str, str] = {}
+        self._plain: dict[str, ByteRange] = {}
 
     def add(self, name: str, held: Record | ByteRange) -> None:
         """Add a member."""
@@ -135,17 +137,13 @@ class _Archive:
 
         Raises:
             AmbiguousError: there are two of the name.
-            LimitError: it is many times as large as its packed bytes.
+            LimitError: all that were opened are many times as large as the archive.
             CorruptError: it cannot be inflated.
         """
         if name in self.twice:
             raise AmbiguousError(f"two members are named {name!r}; readers disagree about which counts")
         held = self.members[name]
-        if isinstance(held, Record):
-            allowed = max(self.limits.unpacked_nbytes, self.limits.unpacked_ratio * held.data.nbytes)
-            if held.nbytes > allowed:
-                raise LimitError(f"bytes of member {name!r}, which is compressed", limit=allowed, actual=held.nbytes)
-        data = record_source(held).plain() if isinstance(held, Record) else held
+        data = self._inflated(name, held) if isinstance(held, Record) else held
         made = Inner(
             path or f"{self.file.path}!{name}",
             data,
@@ -156,6 +154,18 @@ class _Archive:
         )
         made.crc32 = held.crc32 if isinstance(held, Record) and not held.deflated else None
         return made
+
+    def _inflated(self, name: str, record: Record) -> ByteRange:
+        """The bytes of a member of a zip archive; what is deflated is inflated once."""
+        if not record.deflated:
+            return record.data
+        if name not in self._plain:
+            allowed = room_for(self.file, self.limits)
+            actual = record.nbytes + sum(area.nbytes for area in self._plain.values())
+            if actual > allowed:
+                raise LimitError("bytes of an archive's members, which are compressed", limit=allowed, actual=actual)
+            self._plain[name] = record_source(record).plain()
+        return self._plain[name]
 
     def _beside(self, name: str, other: str) -> Source:
         found = posixpath.normpath(posixpath.join(posixpath.dirname(name), other))
@@ -187,7 +197,9 @@ class _Archive:
             probe = Probe(self.open(name, owns=False), self.limits)
             claims = [container.name for container in FORMATS if container.claims(probe)]
             return claims != [] and (claims != ["torch-tar"] or holds_one(probe))
-        except FormatError:  # damaged, or readers disagree about it, which opening it tells
+        except FormatError as error:  # damaged, or readers disagree about it, which opening it tells
+            if isinstance(error, LimitError) and not is_named:
+                raise  # it may be one
             return is_named
 
     def meant(self) -> tuple[str, _Layout | None] | None:

@@ -46,7 +46,7 @@ from ckptkit.limits import Limits
 
 __all__ = [
     "ENDINGS", "FRAME_NBYTES", "Compression", "Held", "Inner", "compression_of", "decompressed", "opened",
-    "standard_input",
+    "room_for", "standard_input",
 ]  # fmt: skip
 
 
@@ -120,6 +120,13 @@ class Inner(Source):
         super().close()
         if self._owns:
             self._outer.close()
+
+
+def room_for(file: Source, limits: Limits) -> int:
+    """Bytes that what lies in a file may become, however deep: by the size of the outermost one."""
+    while isinstance(file, Inner):
+        file = file._outer
+    return max(limits.unpacked_nbytes, limits.unpacked_ratio * file.size)
 
 
 class Held(Source):
@@ -280,7 +287,9 @@ def _spooled_stream(file: Any, holder: Source) -> ByteRange:
                 return
             yield data
 
-    return spooled(parts(), None, holder, "is read from beginning to end, and takes")
+    area = spooled(parts(), None, holder, "is read from beginning to end, and takes")
+    holder.size = area.nbytes
+    return area
 
 
 _read: tuple[object, ByteRange, Source] | None = None
@@ -404,7 +413,7 @@ class Compression:
             LimitError: they are many times what they were.
             UnsupportedError: it would take too much memory.
         """
-        allowed = max(limits.unpacked_nbytes, limits.unpacked_ratio * file.size)
+        allowed = room_for(file, limits)
         at = made = zeros = 0
         data, stream, is_first = b"", None, True
         while True:

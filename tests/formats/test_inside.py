@@ -229,6 +229,9 @@ def test_bombs_end_soon_and_take_little_room(put: Put, monkeypatch: pytest.Monke
             {"a.safetensors": b"\x08" + bytes(7) + b"{" + bytes(most + (64 << 20))}, zipfile.ZIP_DEFLATED
         ),
     }
+    inner = b"\x08" + bytes(7) + b"{" + bytes(most // 8)
+    bombs["many"] = zipped({f"{number}.dat": inner for number in range(20)}, zipfile.ZIP_DEFLATED)
+    bombs["nested"] = gzip.compress(b"".join([gzip.compress(zeros)] * 40))
     rooms: list[int] = []
     real = sources.Source.spool
     monkeypatch.setattr(sources.Source, "spool", lambda self, nbytes: rooms.append(nbytes) or real(self, nbytes))
