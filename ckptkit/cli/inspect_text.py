@@ -13,6 +13,7 @@ from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
 from ckptkit.inspection.listing import TensorRow, each_kind, where
 from ckptkit.inspection.outline import Outline, OutlineLine
+from ckptkit.normalize.adapters import adapter_text
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
 from ckptkit.report import count_of, human_size, listed
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         ArchitectureDocument,
         InspectedFile,
         OptimizerDocument,
+        QuantizationDocument,
         SchedulerDocument,
     )
 
@@ -219,6 +221,8 @@ def fact_lines(document: Survey) -> Iterator[tuple[str, str]]:
     """The totals, each with its label; lines that have nothing to say are empty."""
     yield "weights", weights_line(document)
     yield "storage", storage_line(document)
+    yield "adapter", "" if document["adapter"] is None else adapter_text(document["adapter"])
+    yield "quantized", quantized_line(document["quantization"])
     yield architecture_line(document["architecture"])
     yield "names", names_line(document)
     yield "made by", receipt_line(document["metadata"])
@@ -252,6 +256,15 @@ def storage_line(document: Survey) -> str:
     if not parts:
         return ""
     return f"{count_of(storage['storages'], 'storage')} of {human_size(storage['nbytes'])}; {', '.join(parts)}"
+
+
+def quantized_line(found: QuantizationDocument | None) -> str:
+    """How the weights are quantized, and which names belong together; empty where they are not."""
+    if found is None:
+        return ""
+    from ckptkit.normalize.quantized import quantized_text  # few files are
+
+    return quantized_text(found)
 
 
 def architecture_line(known: Sequence[ArchitectureDocument]) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Storage
-from ckptkit.diagnose import diagnose
+from ckptkit.diagnose import diagnose, everything_in
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.listing import (
     Listing,
@@ -30,6 +30,7 @@ from ckptkit.inspection.listing import (
     wanted,
 )
 from ckptkit.inspection.state import list_modules, training_document, training_state
+from ckptkit.normalize.adapters import adapter_in
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.tensors import other_tensors, storage_names
 from ckptkit.pickling.trust import merge_uses
@@ -99,6 +100,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
     listing = list_tensors(checkpoint, everything)
     beside = [found for found in everything if not found.is_value]
     sums, storage = totals(listing.rows, listing.several), storage_document(listing)
+    contents = everything_in(checkpoint, beside, storage["unused_nbytes"])
     shown: Sequence[TensorRow] = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
     if filters:
         shown = [row for row in shown if wanted(row.name, filters)]
@@ -126,9 +128,9 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "modules": list_modules(checkpoint.module),
         "part": None if checkpoint.part is None else _part(checkpoint.part),
         "architecture": [_architecture(found) for found in identify(checkpoint.state_dict)],
-        "findings": [
-            finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside, storage["unused_nbytes"]))
-        ],
+        "adapter": adapter_in(checkpoint, contents.names),
+        "quantization": contents.quantization,
+        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, contents))],
         "error": None,
     }
 
@@ -179,6 +181,8 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
         "modules": [],
         "part": None,
         "architecture": [],
+        "adapter": None,
+        "quantization": None,
         "findings": [],
         "error": {"type": type(error).__name__, "message": message},
     }
