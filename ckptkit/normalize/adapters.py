@@ -390,7 +390,7 @@ def adapter_text(found: AdapterDocument) -> str:
     """It in a line."""
     parts = [_CALLED.get(found["kind"], found["kind"])]
     if found["layout"] is not None:
-        parts[0] += f" (as {found['layout']} names it)"
+        parts[0] += f" ({found['layout']}'s names)"
     if found["rank"] is not None:
         parts.append(f"rank{'s' * (len(found['ranks']) > 1)} {listed(map(str, found['ranks']), 6)}")
     if found["alpha"] is not None:
