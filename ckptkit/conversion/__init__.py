@@ -104,7 +104,7 @@ class Job:
                 return check_output(self.checkpoint, path, compared)
 
         if not options.force and os.path.lexists(self.asked):
-            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it")
+            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
         return write_atomically(
             self.path,
             self.plan,

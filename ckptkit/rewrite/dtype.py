@@ -119,7 +119,7 @@ class CastDtype:
         """What takes the place of each storage that is cast, by the ``id`` of the old one."""
         first = self._first(checkpoint)
         if first and not self.cast_scaled and (scaled := self.scaled_in(checkpoint)):
-            raise DTypeError(_refusal(scaled))
+            raise DTypeError(_refusal(scaled), names=scaled)
         if first:
             _require_one_meaning(checkpoint, first)
         return {storage: self._cast(name, entry) for storage, (name, entry) in first.items()}
@@ -130,17 +130,19 @@ class CastDtype:
         if isinstance(storage.source, ConvertedRange):
             raise DTypeError(
                 f"tensor {name!r} is cast from {storage.source.whole.dtype} to {before.name} already, and would be "
-                f"rounded twice; cast it once, or {_remedy(name)}"
+                f"rounded twice; cast it once, or {_remedy(name)}",
+                names=[name],
             )
         if storage.nbytes % before.itemsize:
             raise DTypeError(
                 f"tensor {name!r}: its storage {storage.key!r} of {storage.nbytes:,} bytes is not a whole number of "
-                f"{before.name} values and cannot be cast; {_remedy(name)}"
+                f"{before.name} values and cannot be cast; {_remedy(name)}",
+                names=[name],
             )
         try:
             function = caster(before.name, after.name, byteorder=storage.byteorder)
         except DTypeError as error:
-            raise DTypeError(f"tensor {name!r}: {error}; {_remedy(name)}") from None
+            raise DTypeError(f"tensor {name!r}: {error}; {_remedy(name)}", names=[name]) from None
         conversion = DTypeConversion(
             storage.source,
             before=before.itemsize,
@@ -180,7 +182,8 @@ def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, Tens
             continue
         raise DTypeError(
             f"tensor {name!r} is {entry.dtype} in storage {storage.key!r}, but {other}; "
-            f"a cast would change what that is; {_remedy(name)}"
+            f"a cast would change what that is; {_remedy(name)}",
+            names=[name],
         )
 
 

@@ -310,9 +310,7 @@ def test_it_is_said_in_text_and_in_markdown(tmp_path: Path, run: Any) -> None:
     save_file(PEFT, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a\x1bb", "lora_alpha": 16}))
     text = run("inspect", tmp_path / "adapter_model.safetensors").stdout
-    assert (
-        "adapter: LoRA (peft's names), rank 8, alpha 16, on 2 modules: q_proj (2); for a\\x1bb, says adapter_c" in text
-    )
+    assert "adapter: LoRA (peft's names), rank 8, alpha 16, on 2 modules: q_proj (2); for a\\x1bb, says" in text
     assert "**adapter**: LoRA" in run("inspect", "--format", "markdown", tmp_path / "adapter_model.safetensors").stdout
     save_file({f"{i}.{k}": t for i in range(2) for k, t in awq().items()} | PLAIN, tmp_path / "q.safetensors")
     text = run("inspect", tmp_path / "q.safetensors").stdout
