@@ -36,7 +36,7 @@ from ckptkit.verifier.pickled import load_pickled, unsafe_findings
 from ckptkit.verifier.references import ModelLike, Reference, build
 
 if TYPE_CHECKING:
-    from ckptkit.documents import InputsDocument, VerifyCheckDocument, VerifyDetails
+    from ckptkit.documents import InputsDocument, VerifyCheckDocument, VerifyDetails, VerifyDocument
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 
@@ -53,7 +53,9 @@ CHECKS: tuple[Check, ...] = (
 """Every check, in the order they run.  The last fills the model with other weights."""
 
 
-def verify(checkpoint: Checkpoint, options: VerifyOptions, *, against: Checkpoint | None = None) -> Report:
+def verify(
+    checkpoint: Checkpoint, options: VerifyOptions, *, against: Checkpoint | None = None
+) -> Report[VerifyDocument]:
     """Load a checkpoint's weights into a reference model and examine what it computes.
 
     Args:
