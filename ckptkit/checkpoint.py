@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Final, Literal, get_args
 
 from ckptkit.errors import KeyCollisionError
-from ckptkit.report import Finding, count_of
+from ckptkit.report import Finding, count_of, printable
 from ckptkit.tensor import Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages, tied_groups
 
 __all__ = [
@@ -35,6 +36,14 @@ __all__ = [
     "tied_groups",
     "trust_of",
 ]
+
+_MAX_SHOWN = 10
+"""Tensors of a state_dict that its ``repr`` shows."""
+
+_MAX_NAME = 60
+"""Characters of their names, before those that cannot be printed are escaped."""
+
+_MAX_LINE = 160
 
 Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]
 """What a file holds: a pickled ``nn.Module``; a state_dict; weights beside training state; one bare
@@ -110,7 +119,12 @@ class StateDict(Mapping[str, TensorEntry]):
         return self._tensors.values()
 
     def __repr__(self) -> str:
-        return f"StateDict({count_of(len(self), 'tensor')})"
+        told = f"StateDict({count_of(len(self), 'tensor')})"
+        shown = [(printable(name[:_MAX_NAME]), entry) for name, entry in islice(self.items(), _MAX_SHOWN)]
+        width = max((len(name) for name, _ in shown), default=0)
+        lines = [f"  {name:{width}}  {entry.dtype} {[*entry.shape]}"[:_MAX_LINE] for name, entry in shown]
+        more = [f"  and {len(self) - len(shown):,} more"] * (len(self) > len(shown))
+        return "\n".join([told, *lines, *more])
 
     @property
     def is_plain(self) -> bool:

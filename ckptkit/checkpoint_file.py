@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ckptkit import formats
 from ckptkit.bytesource import Readable, Source
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.report import Finding, count_of
+from ckptkit.errors import CkptkitError
+from ckptkit.report import Finding, count_of, human_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -163,7 +164,18 @@ class CheckpointFile:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{self.format} {self.kind} {self.path!r}, {count_of(len(self.state_dict), 'tensor')}>"
+        origin, count = self.checkpoint.origin, count_of(len(self.state_dict), "tensor")
+        of = f" of {origin.state_path!r:.80}" if origin.state_path else ""
+        return f"<{self.format} {self.kind} {self.path!r:.300}, {human_size(origin.size)}, {count}{of}>"
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows of it, in one screen; ``None``: no more than ``repr`` does."""
+        from ckptkit.inspection import html_screen
+
+        try:
+            return html_screen(self.checkpoint)
+        except CkptkitError:  # of names that are more, or longer, than those of any checkpoint
+            return None
 
 
 def open(  # noqa: A001 - the name users expect

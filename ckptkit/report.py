@@ -35,6 +35,7 @@ __all__ = [
     "count_of",
     "glob_of",
     "gravest_first",
+    "html_block",
     "human_size",
     "listed",
     "parse_size",
@@ -134,6 +135,12 @@ class Report(Generic[_Document]):
         codes = listed(dict.fromkeys(f.code for f in self.findings if f.severity == "error"), 3)
         state = f"failed: {codes}" if codes else f"ok, {count_of(len(self.findings), 'finding')}"
         return f"<{type(self).__name__}: {state}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        rows = [(each.severity, each.code, each.message, each.fix or "") for each in gravest_first(self.findings)]
+        headers = ("", "code", "", "fix") if rows else ()
+        return html_block(repr(self)[1:-1], (), headers, rows[:_MAX_ROWS], len(rows) - _MAX_ROWS)
 
     def raise_if_failed(self) -> None:
         """Raise when the report is not ok.
@@ -242,6 +249,48 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+_MAX_ROWS = 20
+"""Findings that a notebook shows."""
+
+_MAX_CELL = 300
+"""Characters of a cell, and of a line, that a notebook shows."""
+
+
+def html_block(
+    title: str,
+    lines: Iterable[str] = (),
+    headers: Sequence[str] = (),
+    rows: Iterable[Sequence[str]] = (),
+    left_out: int = 0,
+) -> str:
+    """A title, lines and a table as HTML for a notebook, light or dark.
+
+    Nothing in the text is markup, nothing is loaded, and nothing runs.
+
+    Args:
+        title: what it is about.
+        lines: below it, above the table.
+        headers: of the columns; none: there is no table.
+        rows: of the table, as many as are to be shown.
+        left_out: how many are not.
+    """
+    from html import escape  # few look at it
+
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        style = ' style="text-align:left;white-space:pre-wrap"'
+        return "<tr>" + "".join(f"<{tag}{style}>{shown(text)}</{tag}>" for text in texts) + "</tr>"
+
+    def shown(text: str) -> str:
+        return escape(printable(text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"))
+
+    parts = [f"<div><strong>{shown(title)}</strong></div>", *(f"<div>{shown(line)}</div>" for line in lines)]
+    if headers:
+        parts += ["<table>", cells("th", headers), *(cells("td", row) for row in rows), "</table>"]
+    if left_out > 0:
+        parts.append(f"<div>and {left_out:,} more</div>")
+    return f"<div>{''.join(parts)}</div>"
 
 
 def count_of(count: int, thing: str, *verb: str) -> str:

@@ -17,7 +17,7 @@ from ckptkit.bytesource import made_by_position
 from ckptkit.computed import ByteSource, DeflatedRange, Inflation
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError
-from ckptkit.report import count_of
+from ckptkit.report import count_of, human_size, printable
 
 __all__ = [
     "Storage",
@@ -76,7 +76,7 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stride)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class TensorEntry:
     """A tensor: a strided view of a `Storage`.
 
@@ -108,6 +108,12 @@ class TensorEntry:
     subclass: object = None
     attributes: object = None
     effects: tuple[object, ...] = ()
+
+    def __repr__(self) -> str:
+        order = "" if self.is_contiguous else f", stride {[*self.stride]}"
+        place = f" on {printable(self.location[:40])}" if self.location else ""
+        kind = "parameter" if self.is_parameter else "tensor"
+        return f"<{kind} {self.dtype} {[*self.shape]}{order}, {human_size(self.nbytes)}{place}>"
 
     @property
     def numel(self) -> int:

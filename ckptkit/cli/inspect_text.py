@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit.cli.options import Style, View, columns, finding_lines, printable, wrapped
 from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
-from ckptkit.inspection.listing import TensorRow, each_kind, where
-from ckptkit.inspection.outline import Outline, OutlineLine
+from ckptkit.inspection.listing import TensorRow, each_kind
+from ckptkit.inspection.outline import OutlineLine, outline_of
 from ckptkit.normalize.adapters import adapter_text
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
 from ckptkit.report import count_of, human_size, listed
@@ -57,9 +57,6 @@ _TELLING = frozenset({
 
 _MAX_VALUE = 80
 """Characters of a scalar of the training state."""
-
-_TREE_LINES = 40
-"""Lines of the module tree where no depth is asked for."""
 
 _WORD = re.compile(r"[a-z]+")
 _PROGRESS = frozenset({"epoch", "step", "iter", "iteration", "updates"})
@@ -334,20 +331,6 @@ def receipt_line(metadata: Mapping[str, Any]) -> str:
 
 def _receipt_text(value: object) -> str:
     return printable(f"{value}"[:40]) if isinstance(value, str) else "?"
-
-
-def outline_of(
-    document: Survey, depth: int | None, sort: str, most: int = _TREE_LINES
-) -> tuple[list[OutlineLine], int]:
-    """The lines of the module tree, and how many are left out."""
-    summary, rows, modules = document["state_dict"], document["tensors"], document["modules"]
-    own = where(rows, lambda row: summary is not None and row.section == summary["path"])
-    if modules:
-        own = where(own, lambda row: row.role != "unknown")  # not gradients and what else hangs on a module
-    if (summary is not None and len(own) < summary["tensors"]) or not own:
-        modules = []  # filtered: modules without tensors would be in the way
-    tree = Outline(own or rows, modules, sectioned=not own, sort=sort)
-    return (list(tree.lines(depth)), 0) if depth is not None else tree.fitting(most)
 
 
 def tree_table(lines: Sequence[OutlineLine]) -> tuple[list[list[str]], list[str], str]:

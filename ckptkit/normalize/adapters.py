@@ -43,7 +43,7 @@ _PART = re.compile(
     r"lora(?:_linear_layer|[0-9]+)?[._](?P<lora>A|B|up|down|mid|embedding_[AB]|magnitude_vector)|"
     r"(?P<kin>hada|lokr)_(?P<factor>[wt][12](?:_[ab])?)|"
     r"(?P<other>ia3_l|b?oft_(?:R|r|s|blocks|diag)|vera_lambda_[bd]|dora_scale)|"
-    r"(?:linear|processor)[\w.]*_lora(?![._](?:down|up)))(?:[._]|$)"
+    r"(?:linear|processor)[\w.]{0,99}_lora(?![._](?:down|up)))(?:[._]|$)"
 )
 """The part of a name that is an adapter's; what stands before it is the module."""
 
@@ -71,8 +71,8 @@ _CONFIG_NBYTES = 1 << 20
 _MAX_TARGETS = 50
 """Kinds of modules, and ranks, that are listed."""
 
-_MAX_READ = 2_000
-"""Alphas that are read: more than the modules of any adapter."""
+_MAX_READ = 10_000
+"""Alphas that are read; the largest adapters have some thousand modules."""
 
 _BASE_KEYS = (
     "base_model_name_or_path",
@@ -246,7 +246,7 @@ def _one(values: set[Any]) -> Any:
 def _target(module: str) -> str:
     """The kind of a module: its last name, with numbers that follow; of names without dots what follows the last."""
     if "." not in module:
-        return re.sub(r".*_[0-9]+_(?=[^0-9])", "", _SCRIPTS.sub("", module))
+        return re.sub(r"(?s)\A.*_[0-9]+_(?=[^0-9])", "", _SCRIPTS.sub("", module))
     parts = module.split(".")
     at = next((at for at in range(len(parts) - 1, 0, -1) if not parts[at].isdecimal()), 0)
     return ".".join(parts[at:])
@@ -267,9 +267,9 @@ def _base(modules: Mapping[str, _Module]) -> str | None:
 
 
 def _alphas(entries: Mapping[str, TensorEntry | None]) -> set[float]:
-    """The values of alphas that stand beside each module; none where one cannot be read."""
+    """The values of alphas that stand beside each module; none where one cannot be read, or they are too many."""
     listed = [entry for entry in entries.values() if entry is not None]
-    values = [small_values(entry, 1) for entry in listed[:_MAX_READ]]
+    values = [small_values(entry, 1) for entry in listed] if len(listed) <= _MAX_READ else [None]
     return set() if None in values else {float(value[0]) for value in values if value is not None}
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from ckptkit.checkpoint import StateDict, TensorEntry
@@ -41,14 +42,24 @@ _ALONE = re.compile(
 )
 """Names of scales of whatever is beside them, or bears them."""
 
+_PACKING = re.compile(r"_(?:packed|blocks?|q)\Z|\Aq_?(?=weight)")
+"""What in a weight's name says that it is packed."""
+
 _PACKED = re.compile(r"q_?weight|.*_packed|W_q|codes|Qidxs|B\Z", re.IGNORECASE)
 """Names of weights that may be packed in wider integers."""
 
 _WEIGHT = re.compile(r"weights?(?:\Z|_)|q_?weight|.*_(?:packed|blocks)\Z|W_q|_data\Z|codes|Qidxs|B\Z")
 """Names of what a tensor that is but called a scale may be the scale of."""
 
+_CACHED = 1 << 12
+"""Last parts of names about which is remembered what they say: a model has a dozen."""
+
 _NARROW = ("int8", "uint8")
 _WIDE = ("int32", "int16", "int64", "uint32", "uint16")
+
+
+_Beside = dict[tuple[str, str | None], list[str]]
+"""Names by what they stand below, and either what they are called or, all of them, ``None``."""
 
 
 def scaled_pairs(state_dict: StateDict) -> dict[str, str]:
@@ -66,10 +77,12 @@ def scaled_pairs(state_dict: StateDict) -> dict[str, str]:
 def _scalings(state_dict: StateDict, *, alike: bool = False) -> Iterator[tuple[str, str]]:
     """Each scale with each tensor that it scales; with ``alike`` those too that have the dtype of their scale."""
     scaled = [name for name, value in state_dict.everything.items() if _is_scaled(name, value)]
-    beside: dict[str, list[str]] = {}
+    beside: _Beside = {}
     for name in scaled:
-        beside.setdefault(_parent(name), []).append(name)
-        beside.setdefault(name, []).append(name)  # what it bears
+        bare = _bare(name.rpartition(".")[2])
+        for place in (_parent(name), name):  # what stands beside it, and what it bears
+            beside.setdefault((place, None), []).append(name)
+            beside.setdefault((place, bare), []).append(name)
     for name, entry in state_dict.items() if scaled else ():
         for of in _scales(name, beside):
             other = state_dict.everything[of]
@@ -91,21 +104,20 @@ def _parent(name: str) -> str:
     return name.partition("._packed_params")[0] if "._packed_params" in name else name.rpartition(".")[0]
 
 
-def _scales(name: str, beside: Mapping[str, list[str]]) -> list[str]:
+def _scales(name: str, beside: _Beside) -> list[str]:
     """What a tensor is the scale of, by its name."""
     parent, _, last = name.rpartition(".")
-    near = beside.get(parent, [])
     if _ALONE.match(last):
+        near = beside.get((parent, None), [])
         return [of for of in near if of == parent or _WEIGHT.match(of.rpartition(".")[2]) or "._packed_params" in of]
     named = _NAMED.match(last)
-    if named is None:
-        return []
-    return [of for of in near if _bare(of.rpartition(".")[2]) == _bare(named["of"])]
+    return [] if named is None else beside.get((parent, _bare(named["of"])), [])
 
 
-def _bare(name: str) -> str:
+@lru_cache(_CACHED)
+def _bare(last: str) -> str:
     """What a weight is called, however it is packed: ``qweight``, ``weight_packed``, ``W_q``, ``w1_blocks``."""
-    return re.sub(r"_(?:packed|blocks?|q)\Z|\Aq_?(?=weight)", "", name)
+    return _PACKING.sub("", last)
 
 
 # What made them.
@@ -188,8 +200,11 @@ _MAX_LAYOUTS = 20
 
 _STATE = ".quant_state.bitsandbytes__"
 
-_KIN = re.compile(r"qzeros|g_idx|perm|weight_format|.+_(?:shape|g_idx)|nbits|group_size")
-"""Names of what belongs to a weight and is no scale."""
+_KIN = re.compile(r"qzeros|g_idx|perm|weight_format|nbits|group_size")
+"""Names of what belongs to whatever weight is beside it and is no scale."""
+
+_SIZED = re.compile(r"(?P<of>.+)_(?:shape|g_idx)")
+"""Names that say which weight they belong to, and are no scales."""
 
 _FIRST = re.compile(r"_?scales?|scale_weight|(?!input_|output_|act|.+_global_).+_scales?(?:_inv)?")
 """Names of what a weight is multiplied by, not of scales of scales nor of inputs."""
@@ -217,23 +232,28 @@ def quantization_in(state_dict: StateDict) -> QuantizationDocument | None:
     weights = _weights(state_dict)
     if not weights:
         return None
-    places: dict[str, list[str]] = {weight: [] for weight in weights}
-    places.update((_parent(weight), []) for weight in weights)
+    beside: _Beside = {}
+    wanted = {*weights, *map(_parent, weights)}
     for name in state_dict.everything:
         place = name.partition(_STATE)[0] if _STATE in name else _parent(name)
-        if place in places:
-            places[place].append(name)
+        if place in wanted and (place in weights or (key := _whose(name.rpartition(".")[2])) is not None):
+            beside.setdefault((place, None if place in weights else key), []).append(name)
     shapes = _Shapes()
     layouts: dict[tuple[object, ...], LayoutDocument] = {}
     for weight in weights:
-        module = _parent(weight)
-        others = {name for name in places[module] if _is_kin(name, weight)}.union(places[weight]) - {weight}
-        parts = {name[len(module) + bool(module) :]: state_dict.everything[name] for name in (weight, *sorted(others))}
+        module, bare = _parent(weight), _bare(weight.rpartition(".")[2])
+        near = {name for own in ("", bare) for name in beside.get((module, own), [])[:_MAX_COMPANIONS]}
+        names = [weight, *sorted({*near, *beside.get((weight, None), [])[:_MAX_COMPANIONS]} - {weight})]
+        start, stem = f"{module}." if module else "", ""
+        named = f"{start}{bare}"
+        if bare not in ("weight", "W") and len(names) > 1 and all(f"{name}_".startswith(f"{named}_") for name in names):
+            module, start, stem = named, named, "*"  # several stand beside one another, each with its own
+        parts = {stem + name[len(start) :]: state_dict.everything[name] for name in names}
         found = shapes.facts(parts)
-        layout = layouts.get(key := (found, *parts))
+        layout = layouts.get(alike := (found, *parts))
         if layout is None:
             block = None if found.block is None else [*found.block]
-            layouts[key] = {
+            layouts[alike] = {
                 "method": found.method,
                 "dtype": found.dtype,
                 "bits": found.bits,
@@ -284,20 +304,20 @@ def _weights(state_dict: StateDict) -> dict[str, None]:
     return dict.fromkeys(name for name in own if not _KIN.fullmatch(name.rpartition(".")[2]))
 
 
-def _is_kin(name: str, weight: str) -> bool:
-    """Whether a name beside a weight belongs to it."""
-    last, of = name.rpartition(".")[2], weight.rpartition(".")[2]
-    named = _NAMED.match(last)
+@lru_cache(_CACHED)
+def _whose(last: str) -> str | None:
+    """What the weight beside it is called that a name belongs to; ``""``: to each; ``None``: to none."""
     if _ALONE.match(last) or _KIN.fullmatch(last):
-        return True
-    return named is not None and _bare(named["of"]) == _bare(of)
+        return ""
+    named = _NAMED.match(last) or _SIZED.fullmatch(last)
+    return None if named is None else _bare(named["of"])
 
 
 class _Shapes:
-    """Tells from shapes how weights are quantized; sizes that stand in tensors are read once for all that are alike."""
+    """Tells how weights are quantized, once for all that are alike; sizes that stand in tensors are read for it."""
 
     def __init__(self) -> None:
-        self._rows: dict[object, int | None] = {}
+        self._known: dict[tuple[object, ...], _Facts] = {}
 
     def facts(self, parts: Mapping[str, object]) -> _Facts:
         """How a weight is quantized that has these parts, by their names in its module, the weight first."""
@@ -305,6 +325,12 @@ class _Shapes:
         if not isinstance(value, TensorEntry):
             return _of_torch(value)
         tensors = {name: part for name, part in parts.items() if isinstance(part, TensorEntry)}
+        key = (*tensors, *[(part.dtype, part.shape) for part in tensors.values()])
+        if key not in self._known:
+            self._known[key] = self._told(last, value, tensors)
+        return self._known[key]
+
+    def _told(self, last: str, value: TensorEntry, tensors: Mapping[str, TensorEntry]) -> _Facts:
         found = _by_names(last, value, tensors)
         if found is not None:
             return found
@@ -325,11 +351,9 @@ class _Shapes:
 
     def _in_rows(self, packed: tuple[int, ...], scales: tuple[int, ...], shape: TensorEntry | None) -> _Facts:
         """Of compressed-tensors: [out, in * bits / 32] beside scales [out, in / group] and the shape as values."""
-        if (packed, scales) not in self._rows:
-            values = None if shape is None or len(self._rows) >= _MAX_READ else small_values(shape, 2)
-            self._rows[packed, scales] = None if values is None else int(values[1])
-        wide = self._rows[packed, scales]
-        if not wide or len(packed) != 2 or len(scales) != 2:
+        values = None if shape is None or len(self._known) >= _MAX_READ else small_values(shape, 2)
+        wide = None if values is None else int(values[1])
+        if not wide or wide < 0 or len(packed) != 2 or len(scales) != 2:
             return _Facts("compressed-tensors")
         bits = next((bits for bits in (4, 8, 2) if packed[1] == -(-wide // (32 // bits))), None)
         spread = _spread((packed[0], wide), scales)

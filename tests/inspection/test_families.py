@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -237,7 +238,7 @@ COMPRESSED = {
           "weight_global_scale": torch.zeros(1), "input_global_scale": torch.zeros(1)},
          {"method": "nvfp4", "bits": 4, "group_size": 16}),
         ({"experts_blocks": byte(4, 64, 2, 16), "experts_scales": byte(4, 64, 2)},
-         {"method": "mxfp4", "bits": 4, "group_size": 32, "companions": ["experts_blocks", "experts_scales"]}),
+         {"method": "mxfp4", "bits": 4, "group_size": 32, "companions": ["*_blocks", "*_scales"]}),
         ({"W_q": byte(32, 32), "scale": torch.zeros(32, 1), "zero": torch.zeros(32, 1), "nbits": torch.tensor(2),
           "group_size": torch.tensor(64)}, {"method": "hqq", "bits": 2, "group_size": 64}),
         ({"codes": torch.zeros(4, 8, 1).char(), "codebooks": torch.zeros(1, 256, 1, 8), "scales": torch.zeros(4)},
@@ -255,7 +256,7 @@ def test_quantized_weights_are_told_by_names_and_shapes(
     assert found is not None
     assert {key: found[key] for key in expected} == expected  # type: ignore[literal-required]
     assert (found["modules"], found["plain"], len(found["layouts"])) == (4, 1, 1)
-    assert found["layouts"][0]["example"] == "model.layers.0.k"
+    assert found["layouts"][0]["example"] == "model.layers.0.k" + ".experts" * ("experts_blocks" in tensors)
 
 
 def test_blocks_have_one_size_however_small_or_ragged_the_weight_is(tmp_path: Path) -> None:
@@ -271,6 +272,31 @@ def test_blocks_have_one_size_however_small_or_ragged_the_weight_is(tmp_path: Pa
     assert [(layout["strategy"], layout["block"], layout["modules"]) for layout in found["layouts"]] == [
         ("block", [128, 128], 5)
     ]
+
+
+def test_weights_beside_one_another_have_their_own_scales(tmp_path: Path) -> None:
+    flat = {f"{p}_{name}": t for p in ("gate", "up") for name, t in fp8(300, 1).items()}
+    experts = {
+        f"experts.{p}_{n}": byte(*s) for p in "ab" for n, s in (("blocks", (4, 8, 2, 16)), ("scales", (4, 8, 2)))
+    }
+    for tensors, companions in ((flat, ["*", "*_scale"]), (experts, ["*_blocks", "*_scales"])):
+        save_file(tensors, tmp_path / "model.safetensors")
+        found = ckptkit.inspect(tmp_path / "model.safetensors")["quantization"]
+        assert found is not None
+        assert [(layout["companions"], layout["modules"]) for layout in found["layouts"]] == [(companions, 2)]
+
+
+def test_a_hostile_file_costs_no_more_time_than_another(tmp_path: Path) -> None:
+    files: list[Tensors] = [
+        {f"w{i}{end}": torch.zeros(1).char() for i in range(20_000) for end in ("", "_scale")},  # all beside all
+        {"lora_A." + "linear" * 100_000 + "_lora" * 9: torch.zeros(1), "_1_1" * 100_000 + ".lora_A": torch.zeros(1)},
+        {"w": torch.zeros(1).char(), "_scale" * 50_000: torch.zeros(1), "q_" * 50_000: torch.zeros(1).char()},
+    ]
+    for tensors in files:
+        save_file(tensors, tmp_path / "model.safetensors")
+        start = time.process_time()
+        ckptkit.inspect(tmp_path / "model.safetensors")
+        assert time.process_time() - start < 20  # seconds; pairs of all with all, or regexes that go back, are hours
 
 
 def test_layouts_that_differ_are_mixed(tmp_path: Path) -> None:
