@@ -27,6 +27,10 @@ Rewriter = Callable[[Checkpoint], Checkpoint]
 PathLike = str | os.PathLike[str]
 
 
+_SHOWN = 90
+"""Characters of a long path that a ``repr`` shows: its end."""
+
+
 class CheckpointFile:
     """An open checkpoint: what is in it, and the file its bytes lie in.
 
@@ -165,8 +169,8 @@ class CheckpointFile:
 
     def __repr__(self) -> str:
         origin, count = self.checkpoint.origin, count_of(len(self.state_dict), "tensor")
-        of = f" of {origin.state_path!r:.80}" if origin.state_path else ""
-        return f"<{self.format} {self.kind} {self.path!r:.300}, {human_size(origin.size)}, {count}{of}>"
+        path = self.path if len(self.path) <= _SHOWN else f"…{self.path[-_SHOWN:]}"
+        return f"<{self.format} {self.kind} {path!r:.120}, {human_size(origin.size)}, {count}>"
 
     def _repr_html_(self) -> str | None:
         """What a notebook shows of it, in one screen; ``None``: no more than ``repr`` does."""

@@ -113,7 +113,7 @@ class TensorEntry:
         order = "" if self.is_contiguous else f", stride {[*self.stride]}"
         place = f" on {printable(self.location[:40])}" if self.location else ""
         kind = "parameter" if self.is_parameter else "tensor"
-        return f"<{kind} {self.dtype} {[*self.shape]}{order}, {human_size(self.nbytes)}{place}>"
+        return f"<{kind} {self.dtype} {[*self.shape]!s:.80}{order:.40}, {human_size(self.nbytes)}{place:.60}>"
 
     @property
     def numel(self) -> int:

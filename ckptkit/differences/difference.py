@@ -299,7 +299,7 @@ class Difference:
     strict: bool = False
 
     def __repr__(self) -> str:
-        return f"<Difference: {printable(self.summary):.500}>"
+        return f"<Difference: {printable(self.summary):.180}>"
 
     def _repr_html_(self) -> str:
         """What a notebook shows of it: the verdict, and the modules that differ."""
