@@ -257,7 +257,7 @@ def _adapted(path: str, names: Sequence[str]) -> str:
 
 def _quantized(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     found = contents.quantization
-    if found is not None:
+    if found is not None and len(found["companions"]) > 1:
         names = listed([repr(name) for name in found["companions"]], 6, last=" and ", characters=80)
         yield Finding(
             code="quantized-weights",

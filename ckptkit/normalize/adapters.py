@@ -84,11 +84,12 @@ _BASE_KEYS = (
 """In the metadata, the most telling first."""
 
 _BASES = (
-    (re.compile(r"(?:^|[._])(?:double_blocks|single_transformer_blocks)[._]"), "FLUX.1"),
-    (re.compile(r"(?:^|[._])joint_(?:transformer_)?blocks[._]"), "Stable Diffusion 3"),
-    (re.compile(r"(?:lora_te2_|text_encoder_2\.)"), "Stable Diffusion XL"),
+    (re.compile(r"(?:^|[._])(?:double_blocks|single_transformer_blocks)[._]"), "FLUX.1 or a relative of it"),
+    (re.compile(r"(?:^|[._])joint_(?:transformer_)?blocks[._]"), "Stable Diffusion 3 or a relative of it"),
 )
 """Models that have modules of these names."""
+
+_UNET = ("down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "middle_block")
 
 _CROSS_ATTENTION = re.compile(r"(?:^|[._])attn2[._](?:processor\.)?to_[kv]$")
 
@@ -261,7 +262,7 @@ def _base(modules: Mapping[str, _Module]) -> str | None:
         module.shapes[part][1]
         for name, module in modules.items()
         for part in ("A", "down")
-        if part in module.shapes and _CROSS_ATTENTION.search(name)
+        if part in module.shapes and _CROSS_ATTENTION.search(name) and any(block in name for block in _UNET)
     }
     return _CONTEXTS.get(widths.pop()) if len(widths) == 1 else None
 

@@ -345,8 +345,10 @@ class _Shapes:
             return _Facts(method, value.dtype, 8, *_spread(value.shape, scale.shape, first))
         if scale.dtype.startswith("float8") or (scale.dtype == "uint8" and last.endswith(("_packed", "_blocks"))):
             micro = scale.dtype in ("uint8", "float8_e8m0fnu")  # exponents alone
-            width = value.shape[-1] if last.endswith("_blocks") else _exact(value.shape[-1], scale.shape[-1])
-            return _Facts("mxfp4" if micro else "nvfp4", "float4_e2m1fn", 4, "group", 2 * width if width else None)
+            bytes_each = _exact(value.numel, scale.numel)  # which hold two values
+            return _Facts(
+                "mxfp4" if micro else "nvfp4", "float4_e2m1fn", 4, "group", 2 * bytes_each if bytes_each else None
+            )
         return _Facts("quanto" if last == "_data" else "other")
 
     def _in_rows(self, packed: tuple[int, ...], scales: tuple[int, ...], shape: TensorEntry | None) -> _Facts:
@@ -405,8 +407,9 @@ def _in_columns(shapes: Mapping[str, tuple[int, ...]]) -> _Facts:
         method, wide = "gptq", 32 * packed[0] // bits if bits else None
     elif bits and 32 * packed[1] == out * bits:
         method, wide = "awq", packed[0]
-    elif len(zeros) == 2 and packed[0] == groups:  # for the kernels for one row, whose scales are padded
-        return _Facts("awq", dtype, bits, "group")
+    elif bits and packed[0] == groups:  # of the kernels for one row: all lies the other way, and scales may be padded
+        size = _exact(32 * packed[1] // bits, out)
+        return _Facts("awq", dtype, bits, "group", size if size in (32, 64, 128, 256) else None)
     else:
         return _Facts("other", dtype, bits)
     size = _exact(wide, groups) if wide and groups > 1 else None
