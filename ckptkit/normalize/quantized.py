@@ -345,10 +345,9 @@ class _Shapes:
             return _Facts(method, value.dtype, 8, *_spread(value.shape, scale.shape, first))
         if scale.dtype.startswith("float8") or (scale.dtype == "uint8" and last.endswith(("_packed", "_blocks"))):
             micro = scale.dtype in ("uint8", "float8_e8m0fnu")  # exponents alone
-            bytes_each = _exact(value.numel, scale.numel)  # which hold two values
-            return _Facts(
-                "mxfp4" if micro else "nvfp4", "float4_e2m1fn", 4, "group", 2 * bytes_each if bytes_each else None
-            )
+            nbytes = _exact(value.numel, scale.numel)  # each holds two values
+            size = 2 * nbytes if nbytes else None
+            return _Facts("mxfp4" if micro else "nvfp4", "float4_e2m1fn", 4, "group", size)
         return _Facts("quanto" if last == "_data" else "other")
 
     def _in_rows(self, packed: tuple[int, ...], scales: tuple[int, ...], shape: TensorEntry | None) -> _Facts:

@@ -76,7 +76,7 @@ def adapter(tmp_path: Path) -> Callable[..., Any]:
          {"layout": "diffusers", "rank": 4, "targets": {"to_out.0": 2}}),
         (lora("unet.blocks.{}.attn1.processor.to_q_lora.{}.weight", 4, "down up"), {"rank": 4, "targets": {"to_q": 2}}),
         (lora("text_encoder.layers.{}.q_proj.lora_linear_layer.{}.weight", 4, "down up"), {"targets": {"q_proj": 2}}),
-        (lora("double_blocks.{}.processor.qkv_lora1.{}.weight", 4, "down up"), {"rank": 4, "base": "FLUX.1 or a relative of it"}),
+        (lora("double_blocks.{}.processor.qkv_lora1.{}.weight", 4, "down up"), {"rank": 4, "told_by": "names"}),
         (lora("transformer.single_transformer_blocks.{}.attn.to_q.lora_{}.weight", 32),
          {"layout": "diffusers", "rank": 32, "base": "FLUX.1 or a relative of it"}),
         (LOHA, {"kind": "loha", "rank": 4, "modules": 2}),
