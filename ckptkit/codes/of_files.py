@@ -58,7 +58,8 @@ CODES: dict[str, Explanation] = {
         "values of the state_dict that are not plain tensors",
         "Quantized, sparse, nested, distributed and subclass tensors, and what modules keep as `_extra_state`, cannot "
         "be described by dtype, shape and stride. They are kept as they are in .pth; safetensors cannot hold them.",
-        "Convert to .pth, which holds them all. A DTensor or ShardedTensor is made whole by gathering it where it was "
+        "Convert to .pth, which holds them all, or make dense tensors of sparse, nested and quantized ones with "
+        "--densify. A DTensor or ShardedTensor is made whole by gathering it where it was "
         "saved; values that the model can do without are left out with --exclude.",
     ),
     "quantized-weights": Explanation(
@@ -69,7 +70,8 @@ CODES: dict[str, Explanation] = {
         "`weight_packed`, `weight_scale` and `weight_shape` (compressed-tensors). ckptkit inspect says which it is, "
         "how many bits a value has and how many values share a scale. Cast or left out alone, such a tensor is "
         "garbage, and a model that is not quantized reports missing and unexpected keys.",
-        "Load it with the library that made it. Conversions keep all of them as they are; --dtype does not cast them.",
+        "Load it with the library that made it. Conversions keep all of them as they are: --dtype does not cast them, "
+        "--densify makes dense values of those of torch and of fp8 with scales.",
     ),
     "discarded-call": Explanation(
         "the pickle makes something and drops it",
