@@ -331,6 +331,7 @@ def test_errors_have_what_they_say_as_fields(save: SaveAs, tmp_path: Path) -> No
          {"path": str(foreign), "names": ("x", "y")}),
         (errors.RewriteError, lambda: ckptkit.convert(save({"a": weights["b"], "b": weights["b"]}, "tied.pth"), out,
                                                       tied="error"), {"names": ("a", "b")}),
+        (errors.RewriteError, lambda: ckptkit.save({"a": torch.ones(1), "x": object()}, out), {"names": ("x",)}),
     ]  # fmt: skip
     for kind, call, fields in cases:
         with pytest.raises(kind) as caught:
