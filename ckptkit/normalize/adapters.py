@@ -33,7 +33,16 @@ from ckptkit.normalize.selection import EMBEDDINGS
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.report import count_of, listed, printable
 
-__all__ = ["AdapterDocument", "adapter_in", "adapter_text", "customs", "is_adapter", "is_embedding", "small_values"]
+__all__ = [
+    "SMALL_FORMATS",
+    "AdapterDocument",
+    "adapter_in",
+    "adapter_text",
+    "customs",
+    "is_adapter",
+    "is_embedding",
+    "small_values",
+]
 
 _SAMPLED = 32
 """Names by which a state_dict is told from what else has names and tensors."""
@@ -99,7 +108,9 @@ _CONTEXTS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stabl
 _ENCODERS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL"}
 """By how wide the text encoder is that an embedding is for; of several the widest."""
 
-_FORMATS = {"float32": "f", "float64": "d", "float16": "e", "int64": "q", "int32": "i"}
+SMALL_FORMATS = {"float32": "f", "float64": "d", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
+                 "uint8": "B", "bool": "?"}  # fmt: skip
+"""The dtypes whose values `small_values` tells, as `struct` has them; those of bfloat16 it makes of their halves."""
 
 _MAX_SHOWN = 8
 """Kinds of modules, and words, in a line of text."""
@@ -276,7 +287,7 @@ def _alphas(entries: Mapping[str, TensorEntry | None]) -> set[float]:
 
 def small_values(entry: TensorEntry, count: int) -> tuple[float, ...] | None:
     """The values of a tensor of so few elements; ``None``: it has others, or they cannot be read as they lie."""
-    source, code = entry.storage.source, _FORMATS.get(entry.dtype)
+    source, code = entry.storage.source, SMALL_FORMATS.get(entry.dtype)
     if entry.numel != count or not isinstance(source, ByteRange) or not entry.is_contiguous:
         return None
     order = "<" if entry.storage.byteorder == "little" else ">"
