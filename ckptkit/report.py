@@ -138,8 +138,8 @@ class Report(Generic[_Document]):
 
     def _repr_html_(self) -> str:
         """What a notebook shows of it."""
-        rows = [(each.severity, each.code, each.message, each.fix or "") for each in gravest_first(self.findings)]
-        headers = ("", "code", "", "fix") if rows else ()
+        rows = [(each.severity, each.line) for each in gravest_first(self.findings)]
+        headers = ("", "finding") if rows else ()
         return html_block(repr(self)[1:-1], (), headers, rows[:_MAX_ROWS], len(rows) - _MAX_ROWS)
 
     def raise_if_failed(self) -> None:
@@ -254,7 +254,7 @@ def printable(text: str) -> str:
 _MAX_ROWS = 20
 """Findings that a notebook shows."""
 
-_MAX_CELL = 300
+_MAX_CELL = 500
 """Characters of a cell, and of a line, that a notebook shows."""
 
 

@@ -233,7 +233,7 @@ def test_what_a_notebook_shows(ddp_resume: Path, save) -> None:
     assert "torch-zip, resume" in text and "314 tensors, 98,890 parameters" in text and "features" in text
     assert "[module-prefix]" in text and "'state_dict' (selected)" in text
     report = ckptkit.Report(findings=(ckptkit.Finding(code="damaged", severity="error", message="<b>", fix="a & b"),))
-    assert Tags(report._repr_html_()).text == "Report: failed: damagedcodefixerrordamaged<b>a & b"
+    assert Tags(report._repr_html_()).text == "Report: failed: damagedfindingerrordamaged: <b> (fix: a & b)"
     with ckptkit.open(save({"epoch": 3})) as ckpt:
         assert "no-tensors" in Tags(ckpt._repr_html_()).text
     with ckptkit.open(save({"t": torch.ones(3, 2).T})) as ckpt:
