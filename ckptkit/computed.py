@@ -65,7 +65,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
         needs = f"{source.path}: {what} {done + more:,} bytes in the temporary folder"
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if more > free:  # before a small file fills the disk
-            raise FileAccessError(f"{needs}, which has {free:,}; {remedy}")
+            raise FileAccessError(f"{needs}, which has {free:,}; {remedy}", path=source.path)
         return source.spool(more)
 
     done = 0
@@ -82,7 +82,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
-        raise FileAccessError(f"{needs}: {error.strerror}; {remedy}") from error
+        raise FileAccessError(f"{needs}: {error.strerror}; {remedy}", path=source.path) from error
     return room if nbytes is not None else room.part(0, done)
 
 

@@ -226,7 +226,7 @@ def source_of(path: Readable) -> Source:
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder
 
-        raise FileAccessError(f"{name}: {describe_folder(name)}")
+        raise FileAccessError(f"{name}: {describe_folder(name)}", path=name)
     try:
         return SourceFile(path)
     except FileAccessError:
@@ -301,7 +301,8 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     if name is not None:
         raise RewriteError(f"no container {name!r}; one of: {', '.join(c.name for c in writable)}")
     raise RewriteError(
-        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to"
+        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to",
+        path=os.fsdecode(destination),
     )
 
 

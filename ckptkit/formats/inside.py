@@ -170,7 +170,7 @@ class _Archive:
     def _beside(self, name: str, other: str) -> Source:
         found = posixpath.normpath(posixpath.join(posixpath.dirname(name), other))
         if found not in self.members:
-            raise MissingFileError(f"{self.file.path}: no member {found!r}")
+            raise MissingFileError(f"{self.file.path}: no member {found!r}", path=self.file.path)
         return self.open(found, owns=False)
 
     def checkpoints(self) -> list[str]:
@@ -215,7 +215,8 @@ class _Archive:
         if len(found) > 1:
             each = [f"{self.file.path}!{name:.200}" for name in found]
             raise UnknownFormatError(
-                f"an archive with {count_of(len(found), 'checkpoint')} in it; give one of them: {listed(each, 8)}"
+                f"an archive with {count_of(len(found), 'checkpoint')} in it; give one of them: {listed(each, 8)}",
+                names=found,
             )
         return (found[0], None) if found else None
 
@@ -368,7 +369,8 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     if archive is None:
         claims = [container.name for container in FORMATS if container.claims(probe)]
         what = f"is a checkpoint itself ({claims[0]}), and holds records, not files" if claims else "is not an archive"
-        raise FileAccessError(f"{file.path}: {what}; there is no {wanted!r:.200} to open. Give the file: {file.path}")
+        told = f"{file.path}: {what}; there is no {wanted!r:.200} to open. Give the file: {file.path}"
+        raise FileAccessError(told, path=file.path)
     if wanted in archive.members:
         return archive.open(wanted, path)
     for separator in re.finditer(r"[/!]", wanted):
@@ -379,7 +381,7 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     what = f"{wanted!r:.200} is a folder in it" if below else f"it has no member {wanted!r:.200}"
     names = below or sorted(archive.members, key=lambda name: os.path.splitext(name)[1].lower() not in SUFFIXES)
     told = listed([f"{name!r:.200}" for name in names], 10) or "nothing"
-    raise MissingFileError(f"{file.path}: {what}; it holds {told}")
+    raise MissingFileError(f"{file.path}: {what}; it holds {told}", path=file.path, names=names)
 
 
 def begins_like_one(probe: Probe) -> bool:

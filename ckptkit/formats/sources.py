@@ -145,7 +145,7 @@ class Held(Source):
     def __init__(self, data: Any, path: str) -> None:
         view = memoryview(data)
         if not view.c_contiguous:
-            raise FileAccessError(f"{path}: a view with gaps, which is not the content of a file")
+            raise FileAccessError(f"{path}: a view with gaps, which is not the content of a file", path=path)
         self._data = view.cast("B")
         super().__init__(path, self._data.nbytes)
 
@@ -188,7 +188,7 @@ class _OpenFile(SourceFile):
 
     def sibling(self, name: str) -> SourceFile:
         if not self._has_name:
-            raise MissingFileError(f"{self.path}: nothing is known of what lies beside an open file, {name!r} neither")
+            raise MissingFileError(f"{self.path}: nothing lies beside an open file, {name!r} neither", path=self.path)
         return super().sibling(name)
 
     def release(self) -> None:
@@ -216,7 +216,7 @@ class _Seekable(Source):
                 data = self._file.read(nbytes)
                 self._file.seek(before)
             except (OSError, ValueError) as error:
-                raise FileAccessError(f"{self.path}: cannot be read: {error}") from error
+                raise FileAccessError(f"{self.path}: cannot be read: {error}", path=self.path) from error
         return _binary(data, self.path)
 
 
@@ -232,7 +232,7 @@ def opened(file: Any) -> Source:
     """
     path = _path_of(file)
     if isinstance(file, io.TextIOBase):
-        raise FileAccessError(f"{path}: is open as text; open it in binary mode: open(PATH, 'rb')")
+        raise FileAccessError(f"{path}: is open as text; open it in binary mode: open(PATH, 'rb')", path=path)
     with contextlib.suppress(TypeError):
         return Held(file, "<bytes>")
     if not callable(getattr(file, "read", None)):
@@ -255,7 +255,7 @@ def opened(file: Any) -> Source:
         if is_seekable and type(file).__module__.partition(".")[0] not in _REREADING:
             return _Seekable(file, path)
     except (OSError, ValueError) as error:  # closed, or not open for reading
-        raise FileAccessError(f"{path}: cannot be read: {error}") from error
+        raise FileAccessError(f"{path}: cannot be read: {error}", path=path) from error
     holder = Source(path, 0)
     return Inner(path, _spooled_stream(file, holder), holder, name=path)
 
@@ -268,7 +268,7 @@ def _path_of(file: Any) -> str:
 def _binary(data: object, path: str) -> bytes:
     if not isinstance(data, (bytes, bytearray, memoryview)):
         what = "gives text; open it in binary mode" if isinstance(data, str) else "gives no bytes"
-        raise FileAccessError(f"{path}: {what}")
+        raise FileAccessError(f"{path}: {what}", path=path)
     return bytes(data)
 
 
@@ -282,7 +282,7 @@ def _spooled_stream(file: Any, holder: Source) -> ByteRange:
             except (OSError, ValueError, EOFError) as error:
                 if isinstance(error, FileAccessError):
                     raise
-                raise FileAccessError(f"{holder.path}: cannot be read: {error}") from error
+                raise FileAccessError(f"{holder.path}: cannot be read: {error}", path=holder.path) from error
             if not data:
                 return
             yield data
@@ -305,9 +305,9 @@ def standard_input() -> Source:
     global _read
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None or stream.closed:
-        raise FileAccessError("-: there is no standard input")
+        raise FileAccessError("-: there is no standard input", path="-")
     if stream.isatty():
-        raise FileAccessError("-: standard input is a terminal; pipe a checkpoint into it: ... | ckptkit ...")
+        raise FileAccessError("-: standard input is a terminal; pipe a checkpoint into it", path="-")
     if _read is None or _read[0] is not stream:
         try:
             is_regular = stat.S_ISREG(os.fstat(stream.fileno()).st_mode)

@@ -378,8 +378,11 @@ def test_a_path_that_exists_wins(put: Put) -> None:
 
 def test_what_is_no_member_is_told_with_those_there_are(put: Put) -> None:
     path = put("all.zip", zipped({"notes": b"", **{f"r{n}/m.pth": b"" for n in range(12)}, "z.txt": b""}))
-    with pytest.raises(MissingFileError, match=r"it has no member 'x.pth'; it holds 'r0/m.pth', .* and 4 more"):
+    with pytest.raises(
+        MissingFileError, match=r"it has no member 'x.pth'; it holds 'r0/m.pth', .* and 4 more"
+    ) as caught:
         ckptkit.open(f"{path}!x.pth")
+    assert (caught.value.path, len(caught.value.names)) == (str(path), 14)
     with pytest.raises(MissingFileError, match=r"all.zip: 'r3' is a folder in it; it holds 'r3/m.pth'$"):
         ckptkit.open(f"{path}/r3")
     with pytest.raises(FileAccessError, match=r"is not an archive; there is no 'x' to open"):

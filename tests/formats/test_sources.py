@@ -540,7 +540,7 @@ def test_an_open_file_has_a_descriptor_and_what_lies_beside_it(folder: Path, tmp
         (tmp_path / "linear.pth").unlink()
         source = formats.source_of(file)
         assert (source.folder, source.path) == (None, str(tmp_path / "linear.pth"))
-        with pytest.raises(MissingFileError, match="nothing is known of what lies beside an open file"):
+        with pytest.raises(MissingFileError, match="nothing lies beside an open file"):
             source.sibling("x")
         with ckptkit.open(source) as opened:
             assert len(opened.state_dict) == 2
