@@ -324,7 +324,7 @@ def _training(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]
         return
     storages = [entry.storage for entry in checkpoint.state_dict.values()]
     weighty = {None, *(section.path for section in checkpoint.sections if section.is_weights)}
-    for section, _, node, _ in contents.beside:
+    for section, _, node, *_ in contents.beside:
         if section in weighty and not isinstance(node, Object):
             storages.append(node.storage if isinstance(node, TensorEntry) else node)
     weights = {id(storage): storage.nbytes for storage in storages}
