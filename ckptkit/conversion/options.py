@@ -11,9 +11,11 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ckptkit import rewrite  # each rewriter is imported when it is used
-from ckptkit.checkpoint import Checkpoint, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, TensorEntry
 from ckptkit.computed import ConvertedRange
 from ckptkit.conversion.changes import (
+    diagnose_all_tensors,
+    diagnose_beside,
     diagnose_casts,
     diagnose_fitting,
     diagnose_layout,
@@ -30,9 +32,14 @@ from ckptkit.formats import read
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
+from ckptkit.normalize.sections import above_tensors, step
 from ckptkit.normalize.selection import paths_listed
+from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
+from ckptkit.rewrite.beside import KEY as BESIDE
+from ckptkit.rewrite.beside import plain_extra, without_plain_values
+from ckptkit.rewrite.beside import restored as values_restored
 from ckptkit.rewrite.dtype import scaled_pairs
 from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
@@ -73,7 +80,16 @@ def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
 def needs_weights(options: ConvertOptions) -> bool:
     """Whether options make no sense without a state_dict."""
     others = options.include or options.exclude or options.weights_only or options.dtype
-    return bool(renamers_of(options) or others or options.like is not None)
+    return bool(renamers_of(options) or others or options.like is not None or options.as_key is not None)
+
+
+def tensorless_parts(checkpoint: Checkpoint) -> list[str]:
+    """The keys of the file's own dict or list, and the names in its state_dict, of what holds no tensor."""
+    rest = checkpoint.rest
+    pairs = mapping_items(rest) or (list(enumerate(rest)) if isinstance(rest, (list, tuple)) else [])
+    pairs = [*pairs, *checkpoint.state_dict.extra.items()]
+    holding = above_tensors([value for _, value in pairs])
+    return [step(key) for key, value in pairs if value is not STATE_DICT and id(value) not in holding]
 
 
 def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
@@ -104,6 +120,9 @@ class Conversion:
     Args:
         source: the checkpoint as it was read.
         options: what to do to it.
+        tensors_alone: whether what is written holds tensors and strings alone.
+        weights_alone: whether it holds a state_dict alone.
+        restored: whether values of its metadata were brought back to their places, and are to be kept.
 
     Attributes:
         source: that.
@@ -116,9 +135,24 @@ class Conversion:
         RewriteError: an option cannot be applied.
     """
 
-    def __init__(self, source: Checkpoint, options: ConvertOptions) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: Checkpoint,
+        options: ConvertOptions,
+        *,
+        tensors_alone: bool = False,
+        weights_alone: bool = False,
+        restored: bool = False,
+    ) -> None:
         self._options = options
+        result, self._tensorless = source, list[str]()
+        # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
+        if options.leave_out:
+            result = result.rewrite(rewrite.LeaveOut(options.leave_out))
+        if options.all_tensors:
+            self._tensorless = tensorless_parts(result)
+            source = result = result.rewrite(rewrite.AllTensors())
+        self.source = source
         renamers = renamers_of(options)
         rename = _in_turn(renamers)
         self._like = options.like
@@ -129,12 +163,14 @@ class Conversion:
             renamed = rename(name)
             return fitted.get(renamed, renamed)
 
-        result = source
-        # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
-        if options.leave_out:
-            result = result.rewrite(rewrite.LeaveOut(options.leave_out))
+        self._kept_beside: list[str] = []
+        self._not_kept: dict[str, str] = {}
         if options.weights_only:
+            if options.keep_beside:
+                result = self._keep_beside(result, among=False)
             result = result.rewrite(rewrite.WeightsOnly())
+            if options.keep_beside and not tensors_alone:
+                result = values_restored(result)
         self._unmatched: tuple[str, ...] = ()
         if options.include or options.exclude:
             select = rewrite.Select(options.include, options.exclude, rename=rename)
@@ -164,12 +200,35 @@ class Conversion:
             result = result.rewrite(self._moves)
         if options.tied != "alias":
             result = result.rewrite(rewrite.Tied(options.tied))
+        self._put: str | None = None
+        if options.as_key is not None:
+            if weights_alone:
+                raise RewriteError(
+                    "--as puts the weights under a key of a .pth; what is to be written holds the weights alone"
+                )
+            put = rewrite.PutUnder(options.as_key)
+            self._put = put.replaced(result)
+            result = result.rewrite(put)
+        self._plain: list[str] = []
+        if tensors_alone:
+            if options.keep_beside or (restored and not options.weights_only):
+                result = self._keep_beside(result, among=True)
+            self._plain = plain_extra(result.state_dict)
+            if self._plain:
+                result = result.rewrite(without_plain_values)
         self._dead = dead_bytes(result)
         if self._dead[1]:
             result = result.rewrite(rewrite.Compact())
         if options.metadata:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
+
+    def _keep_beside(self, checkpoint: Checkpoint, *, among: bool) -> Checkpoint:
+        keep = rewrite.KeepBeside(among)
+        kept, left = keep.kept_of(checkpoint)
+        self._kept_beside += kept
+        self._not_kept.update(left)
+        return checkpoint.rewrite(keep) if kept else checkpoint
 
     def findings(self, plan: Plan, written: str | None = None) -> Iterator[Finding]:
         """What can be told before anything is written.
@@ -198,7 +257,15 @@ class Conversion:
                 "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
             )
             yield Finding(code="nested-names", severity="info", message=told)
-        yield from diagnose_losses(self.source, self.result, plan, leave_out=self._options.leave_out)
+        kept = self._kept_beside
+        yield from diagnose_losses(self.source, self.result, plan, leave_out=self._options.leave_out, kept=kept)
+        yield from diagnose_beside(kept, self._not_kept, self._plain, self.result.metadata.get(BESIDE))
+        if self._options.all_tensors:
+            yield from diagnose_all_tensors(self.source, self._tensorless)
+        if self._put is not None:
+            place = f"the weights stand under {self._options.as_key!r:.200}"
+            told = f"{place}; what was there is not in the output: {self._put}"
+            yield Finding(code="replaced", severity="info", message=told)
         yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)
 
@@ -268,7 +335,7 @@ def section_like(checkpoint: Checkpoint, options: ConvertOptions) -> str | None:
         RewriteError: several are, of different tensors; or none is, and none is selected.
     """
     like, selected = options.like, checkpoint.origin.state_path
-    if like is None or not unselected_weights(checkpoint):
+    if like is None or options.all_tensors or not unselected_weights(checkpoint):
         return selected
     found: dict[object, str] = {}
     labels: list[str] = []

@@ -30,7 +30,7 @@ from ckptkit.normalize.modules import unwrapped
 from ckptkit.normalize.sections import Candidate, brief, step
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
 from ckptkit.pickling.inert import Object, mapping_items
-from ckptkit.report import count_of, human_size, listed
+from ckptkit.report import convert_command, count_of, human_size, listed
 
 __all__ = [
     "EMBEDDINGS",
@@ -55,6 +55,9 @@ _RANK = {key: rank for rank, key in enumerate(CUSTOMARY_KEYS)}
 
 _WRAPPERS = frozenset({"module", "model", "ema_model", "ema", "shadow"})
 """First segments of names that copies of a model differ by, beside what `unwrapped` takes off."""
+
+_WRITING = ("to write", "to rewrite")
+"""Purposes of weights that all tensors serve as well."""
 
 _MAX_LISTED = 20
 """Sections named in a message."""
@@ -159,10 +162,15 @@ def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
     if checkpoint.origin.state_path is not None:
         return
     path = checkpoint.origin.path
+    writes = purpose in _WRITING
+    all_named = f"{convert_command(path, '--all-tensors')} takes all there are, each named by its keys"
     if weights := paths_listed(checkpoint.sections):
-        raise SectionError(f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section")
+        message = f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section"
+        raise SectionError(f"{message}, or {all_named}" if writes else message)
     kind = f"its kind is {checkpoint.origin.kind!r}"
-    raise SectionError(f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}")
+    message = f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}"
+    has_tensors = any(section.tensors for section in checkpoint.sections)
+    raise SectionError(f"{message}; {all_named}" if has_tensors else message)
 
 
 def paths_listed(sections: Sequence[Section]) -> str:

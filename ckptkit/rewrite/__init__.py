@@ -10,21 +10,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptkit.rewrite.beside import KeepBeside, PutUnder
     from ckptkit.rewrite.dtype import CastDtype
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
-    from ckptkit.rewrite.select import LeaveOut, Select, WeightsOnly
+    from ckptkit.rewrite.select import AllTensors, LeaveOut, Select, WeightsOnly
     from ckptkit.rewrite.storages import Compact, MapLocation, Tied
 
 __all__ = [
     "REWRITES",
     "AddModule",
     "AddPrefix",
+    "AllTensors",
     "CastDtype",
     "Compact",
+    "KeepBeside",
     "LeaveOut",
     "Like",
     "MapLocation",
+    "PutUnder",
     "Rename",
     "Select",
     "StripModule",
@@ -39,10 +43,13 @@ REWRITES = {
     "StripPrefix": "rename",
     "AddPrefix": "rename",
     "Rename": "rename",
+    "AllTensors": "select",
     "Select": "select",
     "LeaveOut": "select",
     "Like": "like",
     "WeightsOnly": "select",
+    "KeepBeside": "beside",
+    "PutUnder": "beside",
     "MapLocation": "storages",
     "Tied": "storages",
     "CastDtype": "dtype",

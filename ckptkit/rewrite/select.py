@@ -1,4 +1,4 @@
-"""Selecting tensors of the state_dict, and leaving out parts that stand beside it.
+"""Selecting tensors of the state_dict or of the whole file, and leaving out parts that stand beside the weights.
 
 A glob is matched as `fnmatch.fnmatchcase` does: ``*`` crosses dots, and case counts.
 """
@@ -6,25 +6,38 @@ A glob is matched as `fnmatch.fnmatchcase` does: ``*`` crosses dots, and case co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from ckptkit.arguments import several
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
-from ckptkit.errors import RewriteError
+from ckptkit.bytesource import Source
+from ckptkit.checkpoint import (
+    STATE_DICT,
+    Checkpoint,
+    Section,
+    StateDict,
+    Storage,
+    TensorEntry,
+    as_tensor,
+    contiguous_stride,
+)
+from ckptkit.errors import CorruptError, KeyCollisionError, LimitError, RewriteError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.nested import NestedDicts
-from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
+from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, step
 from ckptkit.normalize.shapes import is_optimizer, parts
-from ckptkit.pickling.inert import SCALARS, InertDict, Object, holds, mapping_items, states, tensors_in
+from ckptkit.normalize.tensors import FoundTensor, keys_of, tensors_with_keys
+from ckptkit.pickling.arrays import is_array, is_numpy_scalar, layout_of
+from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, holds, mapping_items, states, tensors_in
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
 from ckptkit.rewrite.storages import with_tensors_replaced
 
-__all__ = ["LeaveOut", "Select", "WeightsOnly"]
+__all__ = ["AllTensors", "LeaveOut", "Select", "WeightsOnly", "pair_lists", "places"]
 
 _MAX_LISTED = 5
 """Names in a message."""
@@ -214,18 +227,18 @@ class LeaveOut:
         if not self.paths:
             return checkpoint
         result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # what it holds is ours to change
-        places = {path: _place(checkpoint, result.rest, path) for path in self.paths}
+        found = {path: _place(checkpoint, result.rest, path) for path in self.paths}
         rest = result.rest
-        for path, place in places.items():
+        for path, place in found.items():
             if place.node is rest and isinstance(rest, tuple):
                 continue
             if not _removed(place):
                 stands = "stands in a tuple" if isinstance(place.node, tuple) else "is what an object is made from"
                 raise RewriteError(f"{path[:_MAX_PATH]!r} cannot be left out: it {stands}; leave out what holds it")
         if isinstance(rest, tuple):
-            gone = {place.key for place in places.values() if place.node is rest}
+            gone = {place.key for place in found.values() if place.node is rest}
             rest = tuple(part for index, part in enumerate(rest) if index not in gone)
-        for place in places.values():
+        for place in found.values():
             if isinstance(place.node, list):
                 place.node[:] = [item for item in place.node if item is not _GONE]
             elif isinstance(place.node, Object):
@@ -238,7 +251,7 @@ class LeaveOut:
     def _stays(self, section: str, rest: object) -> bool:
         """Whether a section is still there; keys hold dots, so one that seems to lie below a path need not."""
         below = any(section.startswith(f"{path}.") for path in self.paths)
-        return section not in self.paths and (not below or any(True for _ in _places(rest, "", section, 1, set())))
+        return section not in self.paths and (not below or any(True for _ in places(rest, "", section, 1, set())))
 
 
 class _Place(NamedTuple):
@@ -256,11 +269,11 @@ def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
         RewriteError: nowhere, or it is the weights.
     """
     shown = f"{path[:_MAX_PATH]!r}"
-    found = list(_places(rest, "", path, 1, set()))
+    found = list(places(rest, "", path, 1, set()))
     number = 1
     bare, mark, digits = path.rpartition("#")  # as sections of one path are told apart
     if not found and mark and digits.isdecimal() and len(digits) < 9:
-        found, number = list(_places(rest, "", bare, 1, set())), int(digits)
+        found, number = list(places(rest, "", bare, 1, set())), int(digits)
     if len(found) > 1:
         # A section's path is that of the first with tensors, or with the number, of those with tensors.
         found = [place for place in found if _holds_tensors(place.value)] or found
@@ -280,7 +293,7 @@ def _parts_listed(checkpoint: Checkpoint) -> str:
     return listed([repr(path[:_MAX_PATH]) for path in paths], _MAX_PATHS) or "nothing beside the weights"
 
 
-def _places(node: object, above: str, path: str, depth: int, seen: set[tuple[int, str]]) -> Iterator[_Place]:
+def places(node: object, above: str, path: str, depth: int, seen: set[tuple[int, str]]) -> Iterator[_Place]:
     """Every place that a path can mean (keys hold dots, too), in file order."""
     for key, value in parts(node):
         here = join(above, key)
@@ -288,7 +301,7 @@ def _places(node: object, above: str, path: str, depth: int, seen: set[tuple[int
             yield _Place(node, key, value)
         elif depth < MAX_SECTION_DEPTH and (not here or path.startswith(f"{here}.")) and (id(value), here) not in seen:
             seen.add((id(value), here))
-            yield from _places(value, here, path, depth + 1, seen)
+            yield from places(value, here, path, depth + 1, seen)
 
 
 def _holds_tensors(root: object) -> bool:
@@ -303,14 +316,14 @@ def _removed(place: _Place) -> bool:
         items[key] = _GONE
         return True
     removed = False
-    for pairs in _pair_lists(node):
+    for pairs in pair_lists(node):
         kept = [pair for pair in pairs if not _same(_key(pair), key)]
         removed = removed or len(kept) < len(pairs)
         pairs[:] = kept
     return removed
 
 
-def _pair_lists(node: object) -> Iterator[list[Any]]:
+def pair_lists(node: object) -> Iterator[list[Any]]:
     """The lists of pairs of a mapping, or of an object's items and attributes."""
     holders: tuple[object, ...] = (node,)
     if isinstance(node, Object):
@@ -332,3 +345,138 @@ def _same(one: object, other: object) -> bool:
     if isinstance(one, str) or isinstance(other, str):
         return isinstance(one, str) and one == other
     return one is other or (type(one) is type(other) and step(one) == step(other) != "?")
+
+
+@dataclass(frozen=True, slots=True)
+class AllTensors:
+    """Take every tensor of the file, whatever it stands in, for the state_dict; nothing else stays.
+
+    Each is named by the keys that lead to it: ``{"generator": {"conv.weight": …}, "optimizer": {"state": {3:
+    {"exp_avg": …}}}}`` gives ``generator.conv.weight`` and ``optimizer.state.3.exp_avg``, a list ``0``, ``1``, …, and
+    what is all of the file is called ``tensor``.  Names are whole: modules have those of their state_dict, attributes
+    are keys, and what a call is given goes by its position.  A tensor has the name of every dict or list that it
+    stands in, and stays tied.
+
+    Tensors are plain ones afterwards (no parameters, nothing hangs on them), and those that were tied stay so.
+    Storages that stand by themselves become one-dimensional tensors of the elements that they declare, of bytes where
+    they declare none, and numpy's arrays tensors where torch has their dtype.  Values that are no plain tensors
+    (quantized, sparse, …) stay what they are, each under its path: a container that cannot hold them says so.
+
+    Raises (when applied):
+        KeyCollisionError: two paths are spelled alike: those of ``{"a": {"b": …}, "a.b": …}``.
+        LimitError: more tensors than any file has.
+        RewriteError: there is no tensor at all.
+    """
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        everything: dict[str, object] = {}
+        plain: dict[int, TensorEntry] = {}
+        for name, node in _by_path(checkpoint).items():
+            if isinstance(node, Object):
+                if not is_numpy_scalar(node):
+                    everything[name] = _array_tensor(node, name) or node
+            else:
+                everything[name] = plain.setdefault(id(node), _bare(as_tensor(node, typed=True)))
+        if not everything:
+            raise RewriteError(f"{checkpoint.origin.path}: the file holds no tensor at all")
+        state_dict = StateDict(everything, container=InertDict())
+        storages = {id(entry.storage): entry.storage.nbytes for entry in state_dict.values()}
+        whole = Section(
+            path="", kind="state_dict", tensors=len(state_dict), nbytes=sum(storages.values()), selected=True
+        )
+        return checkpoint.replace(
+            state_dict=state_dict,
+            rest=STATE_DICT,
+            module=None,
+            discarded=(),
+            sections=(whole,),
+            origin=replace(checkpoint.origin, state_path="", kind="state_dict"),
+        )
+
+
+_WHOLE_FILE = "tensor"
+"""What a tensor is called that is all of the file."""
+
+_MAX_KEYS = 300
+"""Characters of keys in a message."""
+
+
+def _by_path(checkpoint: Checkpoint) -> dict[str, TensorEntry | Storage | Object]:
+    """Every tensor, bare storage, array and value made of tensors, by its keys, joined with dots.
+
+    Raises:
+        As `AllTensors`.
+    """
+    found: dict[str, FoundTensor] = {}
+    limits, steps = DEFAULT_LIMITS, 0
+    for each in tensors_with_keys(checkpoint):
+        keys = keys_of(each.keys)
+        name = ".".join(map(_named, keys)) if keys else _WHOLE_FILE
+        other = found.setdefault(name, each)
+        if other.node is not each.node:
+            raise KeyCollisionError(_subscripts(other), _subscripts(each), name[:_MAX_KEYS])
+        steps += len(keys)
+        if len(found) > limits.entries:
+            raise LimitError("tensors in one file", limit=limits.entries, actual=len(found))
+        if steps > limits.references:  # of lists in lists, say
+            raise LimitError("keys that lead to all tensors", limit=limits.references, actual=steps)
+    return {name: each.node for name, each in found.items()}
+
+
+def _named(key: object) -> str:
+    """A key in a name, as Python's ``str`` has it."""
+    if isinstance(key, (str, Global)):
+        return key if isinstance(key, str) else key.qualified
+    if isinstance(key, tuple):
+        return f"({', '.join(repr(part) if isinstance(part, str) else _named(part) for part in key)})"
+    return repr(key) if isinstance(key, SCALARS) else step(key)
+
+
+def _subscripts(found: FoundTensor) -> str:
+    """Where a tensor stands, as Python would get there: ``["model"]["conv.weight"]``."""
+    return "".join(f"[{key!r:.100}]" for key in keys_of(found.keys))[:_MAX_KEYS]
+
+
+def _bare(entry: TensorEntry) -> TensorEntry:
+    """The plain tensor of the same values."""
+    if is_plain_value(entry) and not entry.is_parameter and not entry.requires_grad:
+        return entry
+    return replace(entry, is_parameter=False, requires_grad=False, subclass=None, attributes=None, effects=())
+
+
+class _Held(Source):
+    """Bytes that are in memory: an array's, which its pickle holds."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, name: str, data: bytes | bytearray) -> None:
+        super().__init__(name, len(data))
+        self._data = data
+
+    def _some(self, offset: int, nbytes: int) -> bytes:
+        return bytes(self._data[offset : offset + nbytes])
+
+
+def _array_tensor(node: Object, name: str) -> TensorEntry | None:
+    """The tensor of an array's values; ``None``: it is no array, or torch has no dtype for it.
+
+    Raises:
+        CorruptError: it has fewer bytes than its shape takes.
+    """
+    if not is_array(node):
+        return None
+    layout = layout_of(node)
+    if layout.dtype is None or layout.shape is None or layout.data is None or not layout.is_plain:
+        return None
+    order: Literal["little", "big"] = "big" if layout.swapped else "little"
+    source = _Held(name, layout.data).whole
+    storage = Storage(key=name, dtype=None, nbytes=source.nbytes, location="cpu", source=source, byteorder=order)
+    stride = contiguous_stride(layout.shape)
+    if layout.is_fortran:
+        stride = contiguous_stride(layout.shape[::-1])[::-1]
+    try:
+        return TensorEntry(
+            storage=storage, storage_offset=0, shape=layout.shape, stride=stride, dtype=layout.dtype
+        ).check()
+    except CorruptError as error:
+        raise CorruptError(f"{name!r:.200}: {error.message}") from None
