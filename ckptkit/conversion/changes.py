@@ -181,7 +181,7 @@ def diagnose_losses(
     plan: Plan,
     *,
     leave_out: Collection[str] = (),
-    kept: Collection[str] = (),
+    beside: Checkpoint | None = None,
 ) -> Iterator[Finding]:
     """What the output does not hold.
 
@@ -190,14 +190,14 @@ def diagnose_losses(
         result: as it is written.
         plan: of the output.
         leave_out: paths of parts that were to be left out.
-        kept: parts that the metadata hold.
+        beside: the checkpoint without what of it the metadata hold; ``None``: they hold nothing of it.
     """
     if source.origin.is_program:
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
     else:
-        stays = {*other_parts(result), *kept}
-        left_out = [key for key in other_parts(source) if key not in stays]
+        kept = set(other_parts(result))
+        left_out = [key for key in other_parts(source if beside is None else beside) if key not in kept]
     if source.discarded:  # what would keep them is refused
         left_out.append(discarded_text(source.discarded))
     if left_out:

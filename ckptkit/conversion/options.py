@@ -33,7 +33,7 @@ from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.sections import above_tensors, step
-from ckptkit.normalize.selection import paths_listed
+from ckptkit.normalize.selection import other_parts, paths_listed
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
@@ -163,14 +163,14 @@ class Conversion:
             renamed = rename(name)
             return fitted.get(renamed, renamed)
 
+        self._is_restored = restored
+        self._beside: Checkpoint | None = None
         self._kept_beside: list[str] = []
         self._not_kept: dict[str, str] = {}
         if options.weights_only:
-            if options.keep_beside:
-                result = self._keep_beside(result, among=False)
-            result = result.rewrite(rewrite.WeightsOnly())
-            if options.keep_beside and not tensors_alone:
-                result = values_restored(result)
+            kept_beside = self._keep_beside(result, among=False) if options.keep_beside else result
+            result = kept_beside.rewrite(rewrite.WeightsOnly())
+            result = values_restored(result) if self._kept_beside and not tensors_alone else result
         self._unmatched: tuple[str, ...] = ()
         if options.include or options.exclude:
             select = rewrite.Select(options.include, options.exclude, rename=rename)
@@ -201,6 +201,18 @@ class Conversion:
         if options.tied != "alias":
             result = result.rewrite(rewrite.Tied(options.tied))
         self._put: str | None = None
+        self._plain: list[str] = []
+        result = self._placed(result, tensors_alone=tensors_alone, weights_alone=weights_alone)
+        self._dead = dead_bytes(result)
+        if self._dead[1]:
+            result = result.rewrite(rewrite.Compact())
+        if options.metadata:
+            result = result.replace(metadata={**result.metadata, **options.metadata})
+        self.result = result
+
+    def _placed(self, result: Checkpoint, *, tensors_alone: bool, weights_alone: bool) -> Checkpoint:
+        """The weights where they are to be, and what stands beside and among them where it can be."""
+        options = self._options
         if options.as_key is not None:
             if weights_alone:
                 raise RewriteError(
@@ -209,26 +221,22 @@ class Conversion:
             put = rewrite.PutUnder(options.as_key)
             self._put = put.replaced(result)
             result = result.rewrite(put)
-        self._plain: list[str] = []
         if tensors_alone:
-            if options.keep_beside or (restored and not options.weights_only):
+            if options.keep_beside or (self._is_restored and not options.weights_only):
                 result = self._keep_beside(result, among=True)
             self._plain = plain_extra(result.state_dict)
             if self._plain:
                 result = result.rewrite(without_plain_values)
-        self._dead = dead_bytes(result)
-        if self._dead[1]:
-            result = result.rewrite(rewrite.Compact())
-        if options.metadata:
-            result = result.replace(metadata={**result.metadata, **options.metadata})
-        self.result = result
+        return result
 
     def _keep_beside(self, checkpoint: Checkpoint, *, among: bool) -> Checkpoint:
         keep = rewrite.KeepBeside(among)
         kept, left = keep.kept_of(checkpoint)
         self._kept_beside += kept
         self._not_kept.update(left)
-        return checkpoint.rewrite(keep) if kept else checkpoint
+        if kept:
+            checkpoint = self._beside = checkpoint.rewrite(keep)
+        return checkpoint
 
     def findings(self, plan: Plan, written: str | None = None) -> Iterator[Finding]:
         """What can be told before anything is written.
@@ -257,8 +265,11 @@ class Conversion:
                 "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
             )
             yield Finding(code="nested-names", severity="info", message=told)
+        leave_out, beside = self._options.leave_out, self._beside
+        yield from diagnose_losses(self.source, self.result, plan, leave_out=leave_out, beside=beside)
         kept = self._kept_beside
-        yield from diagnose_losses(self.source, self.result, plan, leave_out=self._options.leave_out, kept=kept)
+        if self._is_restored and BESIDE not in self.result.metadata:
+            kept = [key for key in [*other_parts(self.result), *self.result.state_dict.extra] if key not in kept] + kept
         yield from diagnose_beside(kept, self._not_kept, self._plain, self.result.metadata.get(BESIDE))
         if self._options.all_tensors:
             yield from diagnose_all_tensors(self.source, self._tensorless)

@@ -34,6 +34,7 @@ from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.tensors import other_tensors, storage_names
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
+from ckptkit.rewrite.beside import KEY, restored
 from ckptkit.tensor import unused_nbytes
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         shown = [row for row in shown if wanted(row.name, filters)]
     rows = ordered(shown, sort)
     origin = checkpoint.origin
-    training = training_document(checkpoint.rest, checkpoint.sections)
+    whole = restored(checkpoint) if KEY in checkpoint.metadata else checkpoint
+    training = training_document(whole.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:
         rows, damages = _with_stats(checkpoint, rows)
@@ -118,7 +120,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "sections": section_documents(checkpoint.sections, sums, origin.size),
         "storage": storage,
         "tensors": rows,
-        "metadata": {**checkpoint.metadata, **training_state(checkpoint.rest)},
+        "metadata": {**whole.metadata, **training_state(whole.rest)},
         "training": training,
         "has_pickle": origin.has_pickle,
         "trust": checkpoint.trust,

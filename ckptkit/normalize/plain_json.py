@@ -145,21 +145,28 @@ def _members(node: object) -> tuple[str, Sequence[object]]:
     if isinstance(node, Global) and node.module == "torch" and node.name in DTYPES and not node.effects:
         return "$dtype", [node.name]
     if effects_of(node):
-        raise NotPlainError(brief(node))
+        raise NotPlainError(f"holds {brief(node)}")
     if isinstance(node, InertSet):
         return "$frozenset" if node.frozen else "$set", node.members
-    if isinstance(node, Object) and not (node.items or node.pairs or node.kwargs):
-        (given,) = node.args if len(node.args) == 1 else (None,)
-        if node.state is ABSENT and isinstance(given, (list, tuple)):
-            tags = {"torch.Size": "$size", **{f"{m}.{n}": f"${n}" for m in _BUILTINS for n in ("set", "frozenset")}}
-            if node.how == "reduce" and node.class_name in tags:
-                return tags[node.class_name], given
-        state = attributes(node)
-        if state is node.state and state is not None and _is_namespace(node):
-            pairs = plain_pairs(state)
-            if pairs is not None and all(isinstance(key, str) and not key.startswith("__") for key, _ in pairs):
-                return "$namespace", [[key, value] for key, value in pairs]
-    raise NotPlainError(brief(node))
+    found = _of_object(node) if isinstance(node, Object) and not (node.items or node.pairs or node.kwargs) else None
+    if found is None:
+        raise NotPlainError(f"holds {brief(node)}")
+    return found
+
+
+def _of_object(node: Object) -> tuple[str, Sequence[object]] | None:
+    """The same of an object of a class that is known."""
+    (given,) = node.args if len(node.args) == 1 else (None,)
+    if node.state is ABSENT and isinstance(given, (list, tuple)):
+        tags = {"torch.Size": "$size", **{f"{m}.{n}": f"${n}" for m in _BUILTINS for n in ("set", "frozenset")}}
+        if node.how == "reduce" and node.class_name in tags:
+            return tags[node.class_name], given
+    state = attributes(node)
+    if state is node.state and state is not None and _is_namespace(node):
+        pairs = plain_pairs(state)
+        if pairs is not None and all(isinstance(key, str) and not key.startswith("__") for key, _ in pairs):
+            return "$namespace", [[key, value] for key, value in pairs]
+    return None
 
 
 _BUILTINS = ("builtins", "__builtin__")

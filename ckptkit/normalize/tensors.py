@@ -256,9 +256,9 @@ class _Own:
     def _views(self) -> set[tuple[object, ...]]:
         return {value.view for value in self._ids.values()}
 
-    def has(self, storage: Storage) -> bool:
-        """Whether a storage that stands by itself is one of the values."""
-        return id(storage) in self._bare
+    def has(self, node: object) -> bool:
+        """Whether a node is a storage that is one of the values by itself."""
+        return isinstance(node, Storage) and id(node) in self._bare
 
     def __contains__(self, entry: TensorEntry) -> bool:
         """Whether a tensor is one of them: a parameter and what stands for it in its module are two objects."""
@@ -358,19 +358,13 @@ class _Walk:
                 yield FoundTensor(place.section, place.name(), found, False, place.keys)
             if self._whole and (node is STATE_DICT or id(node) in self._seen):
                 yield from self._again(place, node)
-            if id(node) in self._seen or (isinstance(node, Storage) and place.own is not None and place.own.has(node)):
+            if id(node) in self._seen or (place.own is not None and place.own.has(node)):
                 continue
             self._seen.add(id(node))
             if isinstance(node, Storage) or is_array(node):
                 yield FoundTensor(place.section, place.name(), node, False, place.keys)
             elif made is not None:
-                rest = place._replace(own=_Own([part for _, part in made.parts], place.own))
-                rest = rest.inside("?", self._whole)  # by whole names it stands for its parts
-                stack.extend((rest, child) for child in reversed(children(node)))
-                for name, part in reversed(made.parts) if not self._whole else ():
-                    # A quantized value has the name of its storage.
-                    at = place if isinstance(part, Storage) else place.below(name, name, self._kinds, False)
-                    stack.append((at, part))
+                stack.extend(self._in_value(place, node, made))
                 continue
             kind = self._kinds.get(place.path) if place.steps is None and place.path is not None else None
             if kind is not None and kind in WEIGHTS and place.section is not None:
@@ -380,6 +374,14 @@ class _Walk:
                 for label, key, child in reversed(_steps(node))
                 if not isinstance(child, _SCALARS)
             )
+
+    def _in_value(self, place: _Place, node: object, made: Value) -> Iterator[tuple[_Place, object]]:
+        """What a value is made of, under torch's names; where it stands for that, what else is in it."""
+        rest = place._replace(own=_Own([part for _, part in made.parts], place.own)).inside("?", self._whole)
+        yield from ((rest, child) for child in reversed(children(node)))
+        for name, part in reversed(made.parts) if not self._whole else ():
+            # A quantized value has the name of its storage.
+            yield (place if isinstance(part, Storage) else place.below(name, name, self._kinds, False)), part
 
     def _weights(self, place: _Place, section: str, kind: str, node: object) -> Generator[FoundTensor, None, _Place]:
         """The values of a section of weights under their names; returns the place of what else stands there."""

@@ -155,7 +155,7 @@ def _around(
     if pairs is None and isinstance(node, (list, tuple)):
         pairs = list(enumerate(node))
     if pairs is None or depth >= MOST_DEEP:
-        raise NotPlainError(brief(node))
+        raise NotPlainError(f"holds {brief(node)}")
     kept: list[tuple[object, object]] = []
     rest: list[tuple[object, object]] = []
     for key, value in pairs:
