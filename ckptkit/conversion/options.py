@@ -145,10 +145,9 @@ class Conversion:
         restored: bool = False,
     ) -> None:
         self._options = options
-        result, self._tensorless = source, list[str]()
         # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
-        if options.leave_out:
-            result = result.rewrite(rewrite.LeaveOut(options.leave_out))
+        result = source.rewrite(rewrite.LeaveOut(options.leave_out)) if options.leave_out else source
+        self._tensorless: list[str] = []
         if options.all_tensors:
             self._tensorless = tensorless_parts(result)
             source = result = result.rewrite(rewrite.AllTensors())
@@ -168,9 +167,7 @@ class Conversion:
         self._kept_beside: list[str] = []
         self._not_kept: dict[str, str] = {}
         if options.weights_only:
-            kept_beside = self._keep_beside(result, among=False) if options.keep_beside else result
-            result = kept_beside.rewrite(rewrite.WeightsOnly())
-            result = values_restored(result) if self._kept_beside and not tensors_alone else result
+            result = self._weights_only(result, tensors_alone=tensors_alone)
         self._unmatched: tuple[str, ...] = ()
         if options.include or options.exclude:
             select = rewrite.Select(options.include, options.exclude, rename=rename)
@@ -209,6 +206,12 @@ class Conversion:
         if options.metadata:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
+
+    def _weights_only(self, result: Checkpoint, *, tensors_alone: bool) -> Checkpoint:
+        if self._options.keep_beside:
+            result = self._keep_beside(result, among=False)
+        result = result.rewrite(rewrite.WeightsOnly())
+        return values_restored(result) if self._kept_beside and not tensors_alone else result
 
     def _placed(self, result: Checkpoint, *, tensors_alone: bool, weights_alone: bool) -> Checkpoint:
         """The weights where they are to be, and what stands beside and among them where it can be."""
