@@ -41,7 +41,7 @@ CONVERSION: dict[str, Explanation] = {
     "all-tensors": Explanation(
         "every tensor of the file, named by the keys that lead to it",
         "--all-tensors takes what stands in dicts, lists, tuples, objects and several sections for one flat "
-        "state_dict: optimizer.state.3.exp_avg, 0, generator.conv.weight. What is no tensor is not in it.",
+        "state_dict: optimizer.state.3.exp_avg, 0, generator.conv.weight. Nothing else is in it.",
         "A .pth written without --all-tensors keeps everything in its place.",
     ),
     "kept-beside": Explanation(
@@ -51,7 +51,7 @@ CONVERSION: dict[str, Explanation] = {
         "-",
     ),
     "not-kept": Explanation(
-        "parts beside the weights that are no plain values",
+        "parts beside the weights that are more than plain values",
         "--keep-beside keeps what Python itself can make of text. Tensors, optimizers with state and objects of other "
         "classes are more, and so is what takes more than one MiB of text.",
         "Write a .pth, which keeps everything, or leave them out by name: --leave-out KEY",

@@ -242,8 +242,8 @@ def diagnose_all_tensors(everything: Checkpoint, tensorless: Collection[str]) ->
         tensorless: what holds none.
     """
     count = count_of(len(everything.state_dict.everything), "tensor")
-    beside = f": {listed(tensorless, 8, characters=100)}" if tensorless else ""
-    told = f"{count} named by the keys that lead to each; what is no tensor is not in the output{beside}"
+    beside = f" ({listed(tensorless, 8, characters=100)})" if tensorless else ""
+    told = f"{count} named by the keys that lead to each; nothing else is in the output{beside}"
     yield Finding(code="all-tensors", severity="info", message=told)
 
 

@@ -32,14 +32,15 @@ from ckptkit.formats import read
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
+from ckptkit.normalize.plain_json import plain_extra
 from ckptkit.normalize.sections import above_tensors, step
 from ckptkit.normalize.selection import other_parts, paths_listed
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
 from ckptkit.rewrite.beside import KEY as BESIDE
-from ckptkit.rewrite.beside import plain_extra, without_plain_values
 from ckptkit.rewrite.beside import restored as values_restored
+from ckptkit.rewrite.beside import without_plain_values
 from ckptkit.rewrite.dtype import scaled_pairs
 from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
@@ -227,7 +228,8 @@ class Conversion:
         if tensors_alone:
             if options.keep_beside or (self._is_restored and not options.weights_only):
                 result = self._keep_beside(result, among=True)
-            self._plain = plain_extra(result.state_dict)
+            # What a module keeps as a number is a tensor in its state_dict.
+            self._plain = plain_extra(result.state_dict) if self.source.module is None else []
             if self._plain:
                 result = result.rewrite(without_plain_values)
         return result

@@ -23,7 +23,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from ckptkit.checkpoint import STATE_DICT
+from ckptkit.checkpoint import STATE_DICT, StateDict
 from ckptkit.dtypes import DTYPES
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.content import meant, token_of
@@ -49,6 +49,7 @@ __all__ = [
     "WrongTextError",
     "is_plain",
     "parsed",
+    "plain_extra",
     "plain_pairs",
 ]
 
@@ -187,6 +188,12 @@ def is_plain(node: object) -> bool:
     except NotPlainError:
         return False
     return True
+
+
+def plain_extra(state_dict: StateDict) -> list[str]:
+    """The names of plain values among the tensors of a state_dict, but for those a module made (``_extra_state``)."""
+    extra = state_dict.extra
+    return [name for name, value in extra.items() if not name.endswith("_extra_state") and is_plain(value)]
 
 
 def plain_pairs(node: object) -> list[tuple[object, object]] | None:

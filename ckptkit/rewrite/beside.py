@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
+from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.errors import RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.plain_json import (
@@ -30,8 +30,8 @@ from ckptkit.normalize.plain_json import (
     PlainReader,
     PlainWriter,
     WrongTextError,
-    is_plain,
     parsed,
+    plain_extra,
     plain_pairs,
 )
 from ckptkit.normalize.sections import brief, join
@@ -41,7 +41,7 @@ from ckptkit.report import count_of
 from ckptkit.rewrite.select import pair_lists, places
 from ckptkit.rewrite.storages import with_tensors_replaced
 
-__all__ = ["KEY", "KeepBeside", "PutUnder", "plain_extra", "restored", "without_plain_values"]
+__all__ = ["KEY", "KeepBeside", "PutUnder", "restored", "without_plain_values"]
 
 KEY = "ckptkit_beside"
 """The key of the metadata."""
@@ -282,12 +282,6 @@ def _put(node: object, path: str, at: int | None) -> None:
         value = InertDict()
         _put(value, path[len(head) + 1 :], None)
     lists[0].insert(len(lists[0]) if at is None else at, (path if head is None else head, value))
-
-
-def plain_extra(state_dict: StateDict) -> list[str]:
-    """The names of plain values among the tensors of a state_dict, but for those a module made (``_extra_state``)."""
-    extra = state_dict.extra
-    return [name for name, value in extra.items() if not name.endswith("_extra_state") and is_plain(value)]
 
 
 def without_plain_values(checkpoint: Checkpoint) -> Checkpoint:
