@@ -31,10 +31,9 @@ from ckptkit.conversion.options import Conversion, needs_weights, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.parts import require_whole
-from ckptkit.normalize.selection import KEY, earlier, require_state_dict
+from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
-from ckptkit.rewrite.beside import KEY as BESIDE
 from ckptkit.rewrite.beside import restored
 from ckptkit.transfer import Tally, write_atomically
 from ckptkit.transfer.names import is_temporary_name

@@ -34,11 +34,12 @@ from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.plain_json import plain_extra
 from ckptkit.normalize.sections import above_tensors, step
-from ckptkit.normalize.selection import other_parts, paths_listed
+from ckptkit.normalize.selection import BESIDE, other_parts, paths_listed
+from ckptkit.normalize.tensors import other_tensors
+from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
-from ckptkit.rewrite.beside import KEY as BESIDE
 from ckptkit.rewrite.beside import restored as values_restored
 from ckptkit.rewrite.beside import without_plain_values
 from ckptkit.rewrite.dtype import scaled_pairs
@@ -85,12 +86,16 @@ def needs_weights(options: ConvertOptions) -> bool:
 
 
 def tensorless_parts(checkpoint: Checkpoint) -> list[str]:
-    """The keys of the file's own dict or list, and the names in its state_dict, of what holds no tensor."""
+    """What is no tensor: keys of the file's own dict or list, names in its state_dict, arrays of types torch lacks."""
     rest = checkpoint.rest
     pairs = mapping_items(rest) or (list(enumerate(rest)) if isinstance(rest, (list, tuple)) else [])
     pairs = [*pairs, *checkpoint.state_dict.extra.items()]
     holding = above_tensors([value for _, value in pairs])
-    return [step(key) for key, value in pairs if value is not STATE_DICT and id(value) not in holding]
+    arrays = (found for found in other_tensors(checkpoint) if is_array(found.node))
+    return [
+        *(step(key) for key, value in pairs if value is not STATE_DICT and id(value) not in holding),
+        *(each.path for each in arrays if layout_of(each.node).dtype is None),  # type: ignore[arg-type]
+    ]
 
 
 def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:

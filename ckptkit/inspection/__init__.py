@@ -31,10 +31,10 @@ from ckptkit.inspection.listing import (
 )
 from ckptkit.inspection.state import list_modules, training_document, training_state
 from ckptkit.normalize.modules import tensor_role
+from ckptkit.normalize.selection import BESIDE
 from ckptkit.normalize.tensors import other_tensors, storage_names
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
-from ckptkit.rewrite.beside import KEY, restored
 from ckptkit.tensor import unused_nbytes
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         shown = [row for row in shown if wanted(row.name, filters)]
     rows = ordered(shown, sort)
     origin = checkpoint.origin
-    whole = restored(checkpoint) if KEY in checkpoint.metadata else checkpoint
+    whole = checkpoint
+    if BESIDE in checkpoint.metadata:
+        from ckptkit.rewrite.beside import restored  # most files have none
+
+        whole = restored(checkpoint)
     training = training_document(whole.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:

@@ -33,6 +33,7 @@ from ckptkit.pickling.inert import Object, mapping_items
 from ckptkit.report import convert_command, count_of, human_size, listed
 
 __all__ = [
+    "BESIDE",
     "EMBEDDINGS",
     "KEY",
     "choose",
@@ -228,6 +229,9 @@ def held_instead(checkpoint: Checkpoint) -> str:
 
 KEY = "ckptkit_receipts"
 """The key of the metadata."""
+
+BESIDE = "ckptkit_beside"
+"""The key of the metadata under which plain values beside the weights are kept (`ckptkit.rewrite.beside`)."""
 
 
 def earlier(metadata: Mapping[str, object]) -> list[object]:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FoundTensor",
+    "Nameless",
     "every_tensor",
     "keys_of",
     "other_tensors",
@@ -69,6 +70,22 @@ _HIDDEN: Final = object()
 """What leads to the parameters, buffers and modules of a module, which no name shows."""
 
 _SCALARS = (*SCALARS, bytearray)
+
+
+class Nameless(str):
+    """A key of a dict that is no text and no number: a parameter, by which old optimizers keep their state.
+
+    Attributes:
+        position: its place in the dict.
+    """
+
+    position: int
+
+    def __new__(cls, position: int) -> Nameless:
+        """What is shown of such a key, with its place."""
+        made = super().__new__(cls, "?")
+        made.position = position
+        return made
 
 
 class FoundTensor(NamedTuple):
@@ -463,7 +480,9 @@ def _of_pairs(
     pairs: list[tuple[object, object]], hidden: tuple[str, ...] = ()
 ) -> Iterator[tuple[object, object, object]]:
     """The values of a mapping with their keys, and the keys that are no scalars."""
-    for key, value in pairs:
+    for position, (key, value) in enumerate(pairs):
+        shown = key
         if not isinstance(key, _SCALARS):
-            yield _NO_STEP, "?", key
-        yield (_HIDDEN if key in hidden else key), key, value
+            shown = key if isinstance(key, (tuple, Global)) else Nameless(position)
+            yield _NO_STEP, Nameless(position), key
+        yield (_HIDDEN if key in hidden else key), shown, value

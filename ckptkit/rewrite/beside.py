@@ -1,6 +1,6 @@
 """Plain values beside the weights, kept as text where a container holds tensors and strings alone, and brought back.
 
-They stand in the string metadata under `KEY`, as JSON::
+They stand in the string metadata under `BESIDE`, as JSON::
 
     {"version": 1, "tree": {"dims": {"n_mels": 80}, "model_state_dict": {"$weights": true}}, "among": [[2, "size", 64]]}
 
@@ -35,16 +35,14 @@ from ckptkit.normalize.plain_json import (
     plain_pairs,
 )
 from ckptkit.normalize.sections import brief, join
+from ckptkit.normalize.selection import BESIDE
 from ckptkit.normalize.shapes import parts
 from ckptkit.pickling.inert import SCALARS, InertDict, Object, holds, mapping_items
 from ckptkit.report import count_of
 from ckptkit.rewrite.select import pair_lists, places
 from ckptkit.rewrite.storages import with_tensors_replaced
 
-__all__ = ["KEY", "KeepBeside", "PutUnder", "restored", "without_plain_values"]
-
-KEY = "ckptkit_beside"
-"""The key of the metadata."""
+__all__ = ["KeepBeside", "PutUnder", "restored", "without_plain_values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class KeepBeside:
         if kept.among:
             everything = {name: value for name, value in state_dict.everything.items() if name not in kept.among}
             state_dict = state_dict.holding(everything, state_dict.versions)
-        metadata = {**checkpoint.metadata, KEY: kept.text}
+        metadata = {**checkpoint.metadata, BESIDE: kept.text}
         return checkpoint.replace(state_dict=state_dict, rest=kept.rest, metadata=metadata)
 
     def kept_of(self, checkpoint: Checkpoint) -> tuple[list[str], dict[str, str]]:
@@ -299,7 +297,7 @@ def restored(checkpoint: Checkpoint) -> Checkpoint:
 
     Nothing is restored where something stands beside the weights already, or the text is not as described above.
     """
-    text = checkpoint.metadata.get(KEY)
+    text = checkpoint.metadata.get(BESIDE)
     if text is None or checkpoint.rest is not STATE_DICT or not checkpoint.state_dict:
         return checkpoint
     try:
@@ -314,7 +312,7 @@ def restored(checkpoint: Checkpoint) -> Checkpoint:
     state_dict = checkpoint.state_dict
     if len(everything) > len(state_dict.everything):
         state_dict = state_dict.holding(everything, state_dict.versions)
-    metadata = {key: value for key, value in checkpoint.metadata.items() if key != KEY}
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key != BESIDE}
     path = _place_of_weights(rest)
     sections = tuple(replace(each, path=path) if each.selected else each for each in checkpoint.sections)
     origin = replace(checkpoint.origin, state_path=path)
@@ -336,7 +334,7 @@ def _place_of_weights(rest: object) -> str:
 def _tree_of(metadata: Mapping[str, str]) -> object:
     """The tree that the metadata hold already; ``None``: none that can be read."""
     try:
-        document = parsed(metadata.get(KEY, ""))
+        document = parsed(metadata.get(BESIDE, ""))
         reader = PlainReader()
         reader.value(document["tree"])
     except WrongTextError:

@@ -29,7 +29,7 @@ from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, step
 from ckptkit.normalize.shapes import is_optimizer, parts
-from ckptkit.normalize.tensors import FoundTensor, keys_of, tensors_with_keys
+from ckptkit.normalize.tensors import FoundTensor, Nameless, keys_of, tensors_with_keys
 from ckptkit.pickling.arrays import is_array, is_numpy_scalar, layout_of
 from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, holds, mapping_items, states, tensors_in
 from ckptkit.pickling.tensors import is_tensor_like
@@ -359,8 +359,9 @@ class AllTensors:
 
     Tensors are plain ones afterwards (no parameters, nothing hangs on them), and those that were tied stay so.
     Storages that stand by themselves become one-dimensional tensors of the elements that they declare, of bytes where
-    they declare none, and numpy's arrays tensors where torch has their dtype.  Values that are no plain tensors
-    (quantized, sparse, …) stay what they are, each under its path: a container that cannot hold them says so.
+    they declare none, and numpy's arrays tensors where torch has their dtype; others are left out.  Values that are
+    no plain tensors (quantized, sparse, …) stay what they are, each under its path: a container that cannot hold them
+    says so.
 
     Raises (when applied):
         KeyCollisionError: two paths are spelled alike: those of ``{"a": {"b": …}, "a.b": …}``.
@@ -372,9 +373,11 @@ class AllTensors:
         everything: dict[str, object] = {}
         plain: dict[int, TensorEntry] = {}
         for name, node in _by_path(checkpoint).items():
-            if isinstance(node, Object):
-                if not is_numpy_scalar(node):
-                    everything[name] = _array_tensor(node, name) or node
+            if is_array(node):
+                tensor = None if is_numpy_scalar(node) else _array_tensor(node, name)
+                everything.update({} if tensor is None else {name: tensor})
+            elif isinstance(node, Object):
+                everything[name] = node
             else:
                 everything[name] = plain.setdefault(id(node), _bare(as_tensor(node, typed=True)))
         if not everything:
@@ -425,6 +428,8 @@ def _by_path(checkpoint: Checkpoint) -> dict[str, TensorEntry | Storage | Object
 
 def _named(key: object) -> str:
     """A key in a name, as Python's ``str`` has it."""
+    if isinstance(key, Nameless):
+        return f"?{key.position}"
     if isinstance(key, (str, Global)):
         return key if isinstance(key, str) else key.qualified
     if isinstance(key, tuple):
@@ -458,13 +463,11 @@ class _Held(Source):
 
 
 def _array_tensor(node: Object, name: str) -> TensorEntry | None:
-    """The tensor of an array's values; ``None``: it is no array, or torch has no dtype for it.
+    """The tensor of an array's values; ``None``: torch has no dtype for it, or it is of a class of its own.
 
     Raises:
         CorruptError: it has fewer bytes than its shape takes.
     """
-    if not is_array(node):
-        return None
     layout = layout_of(node)
     if layout.dtype is None or layout.shape is None or layout.data is None or not layout.is_plain:
         return None
