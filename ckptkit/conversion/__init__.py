@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
@@ -34,7 +34,7 @@ from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
-from ckptkit.rewrite.beside import restored
+from ckptkit.rewrite.beside import KeepBeside, restored
 from ckptkit.transfer import Tally, write_atomically
 from ckptkit.transfer.names import is_temporary_name
 
@@ -202,6 +202,8 @@ def run(
         read = source
         if BESIDE in source.metadata and (rewrite or not weights_alone):
             source = restored(source)
+            if weights_alone and KeepBeside()(source).rest is not STATE_DICT:  # it could not be kept again
+                source = read
         conversion = None
         if rewrite:
             conversion = Conversion(

@@ -217,7 +217,7 @@ class Conversion:
         if self._options.keep_beside:
             result = self._keep_beside(result, among=False)
         result = result.rewrite(rewrite.WeightsOnly())
-        return values_restored(result) if self._kept_beside and not tensors_alone else result
+        return values_restored(result) if self._beside is not None and not tensors_alone else result
 
     def _placed(self, result: Checkpoint, *, tensors_alone: bool, weights_alone: bool) -> Checkpoint:
         """The weights where they are to be, and what stands beside and among them where it can be."""
@@ -244,8 +244,9 @@ class Conversion:
         kept, left = keep.kept_of(checkpoint)
         self._kept_beside += kept
         self._not_kept.update(left)
-        if kept:
-            checkpoint = self._beside = checkpoint.rewrite(keep)
+        if keep(checkpoint) is not checkpoint:
+            checkpoint = checkpoint.rewrite(keep)
+            self._beside = self._beside or checkpoint
         return checkpoint
 
     def findings(self, plan: Plan, written: str | None = None) -> Iterator[Finding]:

@@ -80,15 +80,15 @@ class PlainWriter:
     def __init__(self) -> None:
         self._left = _MOST_VALUES
 
-    def part(self, node: object) -> Any:
-        """A plain value as JSON; where it is none, what was seen of it does not count.
+    def part(self, node: object, depth: int = 0) -> Any:
+        """A plain value as JSON, at a depth below the top; where it is none, what was seen of it does not count.
 
         Raises:
             NotPlainError: it is none, or there are too many.
         """
         left = self._left
         try:
-            return self._value(node, 0)
+            return self._value(node, depth)
         except NotPlainError:
             self._left = left
             raise
@@ -256,7 +256,7 @@ class PlainReader:
             WrongTextError: it is none, or there are too many.
         """
         self._left -= 1
-        if self._left < 0 or depth > 2 * MOST_DEEP:
+        if self._left < 0 or depth >= MOST_DEEP:
             raise WrongTextError
         if isinstance(given, list):
             return [self.value(item, depth + 1) for item in given]
@@ -271,7 +271,7 @@ class PlainReader:
         if len(given) > 1:
             raise WrongTextError
         ((tag, inner),) = given.items()
-        if given == WEIGHTS:
+        if tag in WEIGHTS and inner is True:
             self.places += 1
             if self.places > _MOST_PLACES:
                 raise WrongTextError
@@ -283,16 +283,24 @@ class PlainReader:
             return made(inner)
         if not isinstance(inner, list):
             raise WrongTextError
-        if tag not in ("$dict", "$ordered", "$namespace"):
-            return made([self.value(item, depth + 1) for item in inner])
+        places = self.places
+        if tag in ("$dict", "$ordered", "$namespace"):
+            node = made(self._pairs(inner, depth + 1))
+        else:
+            node = made([self.value(item, depth + 1) for item in inner])
+        if self.places > places and tag not in ("$tuple", "$dict", "$ordered"):
+            raise WrongTextError
+        return node
+
+    def _pairs(self, given: list[object], depth: int) -> list[tuple[object, object]]:
         pairs = []
-        for pair in inner:
+        for pair in given:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise WrongTextError
-            pairs.append((self.value(pair[0], depth + 1), self.value(pair[1], depth + 1)))
+            pairs.append((self.value(pair[0], depth), self.value(pair[1], depth)))
         if any(token_of(key) is None for key, _ in pairs):
             raise WrongTextError
-        return made(pairs)
+        return pairs
 
     def _text(self, text: str) -> str:
         if not is_unicode(text):

@@ -112,7 +112,7 @@ class _Kept(NamedTuple):
             with contextlib.suppress(NotPlainError):
                 rows.append([place, name, room.value(value)])
                 moved[name] = value
-        if not parts and not moved:
+        if tree == WEIGHTS and not moved:
             return cls(None, checkpoint.rest, [], left, {})
         document = {"version": 1, "tree": tree, **({"among": rows} if rows else {})}
         return cls(json.dumps(document, separators=(",", ":")), rest, parts, left, moved)
@@ -125,13 +125,13 @@ class _Room:
         self._nbytes = DEFAULT_LIMITS.beside_nbytes
         self.writer = PlainWriter()
 
-    def value(self, node: object) -> object:
-        """A plain value as JSON.
+    def value(self, node: object, depth: int = 0) -> object:
+        """A plain value as JSON, at a depth below the top.
 
         Raises:
             NotPlainError: it is none, or there is no room for it.
         """
-        made = self.writer.part(node)
+        made = self.writer.part(node, depth)
         nbytes = len(json.dumps(made, separators=(",", ":")))
         if nbytes > self._nbytes:
             raise NotPlainError("too large")
@@ -164,7 +164,7 @@ def _around(
             rest.append((key, remaining))
             continue
         try:
-            kept.append((key, room.value(value)))
+            kept.append((key, room.value(value, depth + 1)))
             parts.append(here)
         except NotPlainError as error:
             if isinstance(node, (list, tuple)):  # what follows would have another place
