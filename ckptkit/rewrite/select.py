@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ckptkit.arguments import several
 from ckptkit.bytesource import Source
@@ -30,7 +30,7 @@ from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, step
 from ckptkit.normalize.shapes import is_optimizer, parts
 from ckptkit.normalize.tensors import FoundTensor, Nameless, keys_of, tensors_with_keys
-from ckptkit.pickling.arrays import is_array, is_numpy_scalar, layout_of
+from ckptkit.pickling.arrays import bytes_reversed, is_array, is_numpy_scalar, layout_of
 from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, holds, mapping_items, states, tensors_in
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import count_of, listed
@@ -471,9 +471,9 @@ def _array_tensor(node: Object, name: str) -> TensorEntry | None:
     layout = layout_of(node)
     if layout.dtype is None or layout.shape is None or layout.data is None or not layout.is_plain:
         return None
-    order: Literal["little", "big"] = "big" if layout.swapped else "little"
-    source = _Held(name, layout.data).whole
-    storage = Storage(key=name, dtype=None, nbytes=source.nbytes, location="cpu", source=source, byteorder=order)
+    data = bytes_reversed(bytes(layout.data), layout.dtype) if layout.swapped else layout.data
+    source = _Held(name, data).whole
+    storage = Storage(key=name, dtype=None, nbytes=source.nbytes, location="cpu", source=source)
     stride = contiguous_stride(layout.shape)
     if layout.is_fortran:
         stride = contiguous_stride(layout.shape[::-1])[::-1]
