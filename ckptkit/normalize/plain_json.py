@@ -323,8 +323,10 @@ def _from_hex(given: object) -> bytes:
 
 
 def _data(given: object) -> bytes:
+    if not isinstance(given, str):
+        raise WrongTextError
     try:
-        return base64.b64decode(given, validate=True) if isinstance(given, str) else b""
+        return base64.b64decode(given, validate=True)
     except (ValueError, binascii.Error):
         raise WrongTextError from None
 
