@@ -168,7 +168,7 @@ class Conversion:
             renamed = rename(name)
             return fitted.get(renamed, renamed)
 
-        self._is_restored = restored
+        self._is_restored, self._tensors_alone = restored, tensors_alone
         self._beside: Checkpoint | None = None
         self._kept_beside: list[str] = []
         self._not_kept: dict[str, str] = {}
@@ -278,10 +278,10 @@ class Conversion:
             yield Finding(code="nested-names", severity="info", message=told)
         leave_out, beside = self._options.leave_out, self._beside
         yield from diagnose_losses(self.source, self.result, plan, leave_out=leave_out, beside=beside)
-        kept = self._kept_beside
-        if self._is_restored and BESIDE not in self.result.metadata:
+        kept, text = self._kept_beside, self.result.metadata.get(BESIDE, "")
+        if self._is_restored and not self._tensors_alone:
             kept = [key for key in [*other_parts(self.result), *self.result.state_dict.extra] if key not in kept] + kept
-        yield from diagnose_beside(kept, self._not_kept, self._plain, self.result.metadata.get(BESIDE))
+        yield from diagnose_beside(kept, self._not_kept, self._plain, text if self._tensors_alone else None)
         if self._options.all_tensors:
             yield from diagnose_all_tensors(self.source, self._tensorless)
         if self._put is not None:

@@ -33,6 +33,7 @@ from ckptkit.inspection.state import list_modules, training_document, training_s
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.selection import BESIDE
 from ckptkit.normalize.tensors import other_tensors, storage_names
+from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding
 from ckptkit.tensor import unused_nbytes
@@ -110,6 +111,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         from ckptkit.rewrite.beside import restored  # most files have none
 
         whole = restored(checkpoint)
+    among = InertDict(list(whole.state_dict.extra.items()) if whole is not checkpoint else [])
     training = training_document(whole.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:
@@ -124,7 +126,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "sections": section_documents(checkpoint.sections, sums, origin.size),
         "storage": storage,
         "tensors": rows,
-        "metadata": {**whole.metadata, **training_state(whole.rest)},
+        "metadata": {**whole.metadata, **training_state(whole.rest), **training_state(among)},
         "training": training,
         "has_pickle": origin.has_pickle,
         "trust": checkpoint.trust,

@@ -5,8 +5,9 @@ They stand in the string metadata under `BESIDE`, as JSON::
     {"version": 1, "tree": {"dims": {"n_mels": 80}, "model_state_dict": {"$weights": true}}, "among": [[2, "size", 64]]}
 
 ``tree`` is the file's own dict; ``{"$weights": true}`` stands where the state_dict stood.  ``among`` are values that
-stood among the tensors of the state_dict: the place that each had in it, its name and it.  How values are spelled says
-`ckptkit.normalize.plain_json`.
+stood among the tensors of the state_dict: the place that each had in it, its name and it.  ``attributes`` are those of
+the module that the weights were walked from (``names``, ``yaml``); they have no place in a state_dict, and stay in the
+metadata of a ``.pth`` too.  How values are spelled says `ckptkit.normalize.plain_json`.
 
 A part of the file (a key beside the weights) is kept whole or not at all.  Text that is anything else than described
 here, or far more than `Limits.beside_nbytes`, stays what it is, a string of the metadata.
@@ -18,11 +19,12 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.errors import RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.modules import MODULE_MARKS, module_state
 from ckptkit.normalize.plain_json import (
     MOST_DEEP,
     WEIGHTS,
@@ -53,7 +55,8 @@ class KeepBeside:
     the result, or from a file that holds it, has the values in their places again.
 
     Args:
-        among: whether plain values among the tensors of the state_dict are moved, too.
+        among: whether plain values among the tensors of the state_dict are moved, too, and plain attributes of the
+            module that it was walked from.
     """
 
     among: bool = True
@@ -112,10 +115,43 @@ class _Kept(NamedTuple):
             with contextlib.suppress(NotPlainError):
                 rows.append([place, name, room.value(value)])
                 moved[name] = value
-        if tree == WEIGHTS and not moved:
+        own, path = _attributes(checkpoint, room) if among else {}, checkpoint.origin.state_path or ""
+        if tree == WEIGHTS and not moved and not own:
             return cls(None, checkpoint.rest, [], left, {})
-        document = {"version": 1, "tree": tree, **({"among": rows} if rows else {})}
-        return cls(json.dumps(document, separators=(",", ":")), rest, parts, left, moved)
+        parts += [join(path, name) for name in own]
+        return cls(_text(tree, rows, own), rest, parts, left, moved)
+
+
+def _attributes(checkpoint: Checkpoint, room: _Room) -> dict[str, object]:
+    """The plain attributes of the module that the weights were walked from, and those that the metadata hold."""
+    found: dict[str, object] = {}
+    if BESIDE in checkpoint.metadata:
+        with contextlib.suppress(WrongTextError):
+            found |= _own(parsed(checkpoint.metadata[BESIDE]))
+    state = module_state(checkpoint.module)
+    for name, value in (plain_pairs(state) or []) if state is not None else []:
+        if isinstance(name, str) and name not in MODULE_MARKS and name != "training" and not name.startswith("_"):
+            with contextlib.suppress(NotPlainError):
+                found[name] = room.value(value)
+    return found
+
+
+def _own(document: Mapping[str, Any]) -> dict[str, object]:
+    """The attributes in a document, as they are there.
+
+    Raises:
+        WrongTextError: they are no plain values by name.
+    """
+    own: object = document.get("attributes", {})
+    reader = PlainReader()
+    if not isinstance(own, dict) or not isinstance(reader.value({"": list(own.values())}), InertDict) or reader.places:
+        raise WrongTextError
+    return own
+
+
+def _text(tree: object, among: list[list[object]], attributes: Mapping[str, object]) -> str:
+    document = {"version": 1, "tree": tree, "among": among, "attributes": attributes}
+    return json.dumps({key: value for key, value in document.items() if value}, separators=(",", ":"))
 
 
 class _Room:
@@ -307,12 +343,17 @@ def restored(checkpoint: Checkpoint) -> Checkpoint:
         if not reader.places:
             raise WrongTextError
         everything = _with_among(checkpoint.state_dict.everything, document.get("among", []))
+        own = _own(document)
     except WrongTextError:
         return checkpoint
     state_dict = checkpoint.state_dict
     if len(everything) > len(state_dict.everything):
         state_dict = state_dict.holding(everything, state_dict.versions)
+    elif rest is STATE_DICT and own:
+        return checkpoint
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != BESIDE}
+    if own:
+        metadata[BESIDE] = _text(WEIGHTS, [], own)
     path = _place_of_weights(rest)
     sections = tuple(replace(each, path=path) if each.selected else each for each in checkpoint.sections)
     origin = replace(checkpoint.origin, state_path=path)

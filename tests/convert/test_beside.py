@@ -102,9 +102,10 @@ def test_there_and_back(name: str, protocol: int, tmp_path: Path) -> None:
 
 
 def test_inspect_shows_them(save: Save) -> None:
-    source = save({**WHISPER, "epoch": 3})
+    source = save({**WHISPER, "model_state_dict": {**SD, "height": 64}, "epoch": 3})
     there(source)
     document = ckptkit.inspect(source.with_name("there.safetensors"))
+    assert document["metadata"]["height"] == 64
     assert document["metadata"]["dims.n_mels"] == 80
     assert document["training"]["scalars"]["epoch"] == 3
     assert "ckptkit_beside" not in document["metadata"]
@@ -136,6 +137,35 @@ def test_a_pth_keeps_them_in_their_places(save: Save) -> None:
     assert list(torch.load(out, weights_only=True)) == ["model", "epoch"]
     ckptkit.convert(source, out := source.with_name("all.pth"), keep_beside=True)
     assert list(torch.load(out, weights_only=False)) == ["model", "optimizer", "epoch", "e"]
+
+
+class Detector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 1)
+        self.names = {0: "person", 1: "car"}
+        self.stride = torch.tensor([8.0, 16.0])
+        self.yaml = {"nc": 2, "anchors": ((1, 2), (3, 4))}
+        self.criterion = nn.MSELoss()
+
+
+def test_plain_attributes_of_a_model(save: Save) -> None:
+    source = save({"epoch": -1, "model": Detector(), "optimizer": None})
+    metadata, found = there(source)
+    anchors = {"$tuple": [{"$tuple": [1, 2]}, {"$tuple": [3, 4]}]}
+    own = {"names": {"$dict": [[0, "person"], [1, "car"]]}, "yaml": {"nc": 2, "anchors": anchors}}
+    assert json.loads(metadata["ckptkit_beside"])["attributes"] == own
+    assert found["kept-beside"].endswith("epoch, optimizer, model.names, model.yaml")
+    loaded = back(source)
+    assert (list(loaded), list(loaded["model"])) == (["epoch", "model", "optimizer"], ["head.weight", "head.bias"])
+    for name in ("back.pth", "there.safetensors"):
+        ckptkit.convert(
+            source.with_name(name), out := source.with_name("again.safetensors"), keep_beside=True, force=True
+        )
+        with ckptkit.open(out) as file:
+            assert file.metadata["ckptkit_beside"] == metadata["ckptkit_beside"]
+    metadata, _ = there(save(Detector()), force=True)
+    assert json.loads(metadata["ckptkit_beside"]) == {"version": 1, "tree": W, "attributes": own}
 
 
 def test_other_options_apply_to_what_came_back(save: Save) -> None:
@@ -191,6 +221,8 @@ HOSTILE = {
     "weights in an object": json.dumps({"version": 1, "tree": {"$namespace": [["m", W]]}}),
     "weights among themselves": json.dumps({"version": 1, "tree": {"m": W}, "among": [[0, "x", W]]}),
     "a tensor's name": json.dumps({"version": 1, "tree": {"m": W}, "among": [[0, "enc.bias", 1]]}),
+    "attributes wrong": json.dumps({"version": 1, "tree": {"m": W}, "attributes": [1]}),
+    "weights in attributes": json.dumps({"version": 1, "tree": {"m": W}, "attributes": {"a": W}}),
     "among wrong": json.dumps({"version": 1, "tree": {"m": W}, "among": [["x", 0, 1]]}),
     "a key twice": '{"version":1,"tree":{"m":{"$weights":true},"m":1}}',
     "half a pair": '{"version":1,"tree":{"m":{"$weights":true},"x":"\\ud800"}}',
