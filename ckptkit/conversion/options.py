@@ -168,12 +168,12 @@ class Conversion:
             renamed = rename(name)
             return fitted.get(renamed, renamed)
 
-        self._is_restored, self._tensors_alone = restored, tensors_alone
+        self._is_restored, self._tensors_alone, self._weights_alone = restored, tensors_alone, weights_alone
         self._beside: Checkpoint | None = None
         self._kept_beside: list[str] = []
         self._not_kept: dict[str, str] = {}
         if options.weights_only:
-            result = self._weights_only(result, tensors_alone=tensors_alone)
+            result = self._weights_only(result)
         self._unmatched: tuple[str, ...] = ()
         if options.include or options.exclude:
             select = rewrite.Select(options.include, options.exclude, rename=rename)
@@ -205,7 +205,7 @@ class Conversion:
             result = result.rewrite(rewrite.Tied(options.tied))
         self._put: str | None = None
         self._plain: list[str] = []
-        result = self._placed(result, tensors_alone=tensors_alone, weights_alone=weights_alone)
+        result = self._placed(result)
         self._dead = dead_bytes(result)
         if self._dead[1]:
             result = result.rewrite(rewrite.Compact())
@@ -213,30 +213,28 @@ class Conversion:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
 
-    def _weights_only(self, result: Checkpoint, *, tensors_alone: bool) -> Checkpoint:
+    def _weights_only(self, result: Checkpoint) -> Checkpoint:
         if self._options.keep_beside:
             result = self._keep_beside(result, among=False)
         result = result.rewrite(rewrite.WeightsOnly())
-        return values_restored(result) if self._beside is not None and not tensors_alone else result
+        return values_restored(result) if self._beside is not None and not self._weights_alone else result
 
-    def _placed(self, result: Checkpoint, *, tensors_alone: bool, weights_alone: bool) -> Checkpoint:
+    def _placed(self, result: Checkpoint) -> Checkpoint:
         """The weights where they are to be, and what stands beside and among them where it can be."""
         options = self._options
         if options.as_key is not None:
-            if weights_alone:
+            if self._weights_alone:
                 raise RewriteError(
                     "--as puts the weights under a key of a .pth; what is to be written holds the weights alone"
                 )
             put = rewrite.PutUnder(options.as_key)
             self._put = put.replaced(result)
             result = result.rewrite(put)
-        if tensors_alone:
-            if options.keep_beside or (self._is_restored and not options.weights_only):
-                result = self._keep_beside(result, among=True)
-            # What a module keeps as a number is a tensor in its state_dict.
-            self._plain = plain_extra(result.state_dict) if self.source.module is None else []
-            if self._plain:
-                result = result.rewrite(without_plain_values)
+        if self._weights_alone and (options.keep_beside or (self._is_restored and not options.weights_only)):
+            result = self._keep_beside(result, among=self._tensors_alone)
+        if self._tensors_alone and self.source.module is None:  # what a module keeps as a number is a tensor in its own
+            self._plain = plain_extra(result.state_dict)
+            result = result.rewrite(without_plain_values) if self._plain else result
         return result
 
     def _keep_beside(self, checkpoint: Checkpoint, *, among: bool) -> Checkpoint:
@@ -279,9 +277,9 @@ class Conversion:
         leave_out, beside = self._options.leave_out, self._beside
         yield from diagnose_losses(self.source, self.result, plan, leave_out=leave_out, beside=beside)
         kept, text = self._kept_beside, self.result.metadata.get(BESIDE, "")
-        if self._is_restored and not self._tensors_alone:
+        if self._is_restored and not self._weights_alone:
             kept = [key for key in [*other_parts(self.result), *self.result.state_dict.extra] if key not in kept] + kept
-        yield from diagnose_beside(kept, self._not_kept, self._plain, text if self._tensors_alone else None)
+        yield from diagnose_beside(kept, self._not_kept, self._plain, text if self._weights_alone else None)
         if self._options.all_tensors:
             yield from diagnose_all_tensors(self.source, self._tensorless)
         if self._put is not None:

@@ -139,6 +139,18 @@ def test_a_pth_keeps_them_in_their_places(save: Save) -> None:
     assert list(torch.load(out, weights_only=False)) == ["model", "optimizer", "epoch", "e"]
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_shards_have_them_in_the_index(ending: str, save: Save) -> None:
+    source = save({**WHISPER, "model_state_dict": {**SD, **{f"w{i}": torch.ones(64, 64) for i in range(3)}}})
+    for more in ({}, {"weights_only": True}):
+        report = ckptkit.convert(
+            source, source.with_name(f"there{ending}"), keep_beside=True, max_shard_size="20KB", force=True, **more
+        )
+        assert len(report.details["plan"]["shards"]) > 2
+        ckptkit.convert(report.details["destination"], out := source.with_name("back.pth"), force=True)
+        assert torch.load(out, weights_only=True)["dims"] == WHISPER["dims"]
+
+
 class Detector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
