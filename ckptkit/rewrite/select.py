@@ -23,6 +23,7 @@ from ckptkit.checkpoint import (
     as_tensor,
     contiguous_stride,
 )
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, KeyCollisionError, LimitError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
@@ -372,6 +373,7 @@ class AllTensors:
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         everything: dict[str, object] = {}
         plain: dict[int, TensorEntry] = {}
+        typed: dict[int, Storage] = {}  # of bare bytes, as tensors of bytes have them
         for name, node in _by_path(checkpoint).items():
             if is_array(node):
                 tensor = None if is_numpy_scalar(node) else _array_tensor(node, name)
@@ -380,6 +382,11 @@ class AllTensors:
                 everything[name] = node
             else:
                 everything[name] = plain.setdefault(id(node), _bare(as_tensor(node, typed=True)))
+                if isinstance(node, Storage) and node.dtype is None:
+                    typed[id(node)] = replace(node, dtype="uint8")
+        for name, value in everything.items() if typed else ():
+            if isinstance(value, TensorEntry) and id(value.storage) in typed:
+                everything[name] = replace(value, storage=typed[id(value.storage)])
         if not everything:
             raise RewriteError(f"{checkpoint.origin.path}: the file holds no tensor at all")
         state_dict = StateDict(everything, container=InertDict())
@@ -473,7 +480,8 @@ def _array_tensor(node: Object, name: str) -> TensorEntry | None:
         return None
     data = bytes_reversed(bytes(layout.data), layout.dtype) if layout.swapped else layout.data
     source = _Held(name, data).whole
-    storage = Storage(key=name, dtype=None, nbytes=source.nbytes, location="cpu", source=source)
+    dtype = layout.dtype if DTYPES[layout.dtype].storage_class else None
+    storage = Storage(key=name, dtype=dtype, nbytes=source.nbytes, location="cpu", source=source)
     stride = contiguous_stride(layout.shape)
     if layout.is_fortran:
         stride = contiguous_stride(layout.shape[::-1])[::-1]
