@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.beside import KeepBeside, PutUnder
+    from ckptkit.rewrite.densify import Densify
     from ckptkit.rewrite.dtype import CastDtype
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
@@ -24,6 +25,7 @@ __all__ = [
     "AllTensors",
     "CastDtype",
     "Compact",
+    "Densify",
     "KeepBeside",
     "LeaveOut",
     "Like",
@@ -52,6 +54,7 @@ REWRITES = {
     "PutUnder": "beside",
     "MapLocation": "storages",
     "Tied": "storages",
+    "Densify": "densify",
     "CastDtype": "dtype",
     "Compact": "storages",
 }

@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from ckptkit.arguments import several
-from ckptkit.bytesource import Source
 from ckptkit.checkpoint import (
     STATE_DICT,
     Checkpoint,
@@ -456,30 +455,19 @@ def _bare(entry: TensorEntry) -> TensorEntry:
     return replace(entry, is_parameter=False, requires_grad=False, subclass=None, attributes=None, effects=())
 
 
-class _Held(Source):
-    """Bytes that are in memory: an array's, which its pickle holds."""
-
-    __slots__ = ("_data",)
-
-    def __init__(self, name: str, data: bytes | bytearray) -> None:
-        super().__init__(name, len(data))
-        self._data = data
-
-    def _some(self, offset: int, nbytes: int) -> bytes:
-        return bytes(self._data[offset : offset + nbytes])
-
-
 def _array_tensor(node: Object, name: str) -> TensorEntry | None:
     """The tensor of an array's values; ``None``: torch has no dtype for it, or it is of a class of its own.
 
     Raises:
         CorruptError: it has fewer bytes than its shape takes.
     """
+    from ckptkit.transfer.memory import Memory  # most files have no arrays
+
     layout = layout_of(node)
     if layout.dtype is None or layout.shape is None or layout.data is None or not layout.is_plain:
         return None
-    data = bytes_reversed(bytes(layout.data), layout.dtype) if layout.swapped else layout.data
-    source = _Held(name, data).whole
+    data = memoryview(bytes_reversed(bytes(layout.data), layout.dtype) if layout.swapped else layout.data)
+    source = Memory(name).add(len(data), lambda start, count: data[start : start + count], node)
     dtype = layout.dtype if DTYPES[layout.dtype].storage_class else None
     storage = Storage(key=name, dtype=dtype, nbytes=source.nbytes, location="cpu", source=source)
     stride = contiguous_stride(layout.shape)
