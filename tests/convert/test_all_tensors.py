@@ -182,6 +182,18 @@ def test_options_go_by_the_names(save: Save) -> None:
     assert report.details["operations"][0] == "AllTensors()"
 
 
+def test_in_python(save: Save, same_bits: SameBits) -> None:
+    source = save({"w": [numbers(2)], "a": np.arange(3.0), "model": module()})
+    with ckptkit.open(source) as file:
+        everything = file.rewrite(ckptkit.AllTensors(), ckptkit.StripPrefix("model"))
+        loaded = everything.load()
+        everything.save(out := source.with_name("out.safetensors"))
+    written = ckptkit.load_state_dict(out)
+    assert {"w.0", "a", "0.weight", "codebook"} < loaded.keys()
+    assert loaded.keys() == written.keys()
+    assert all(same_bits(loaded[name], written[name]) for name in loaded)
+
+
 def test_shards_and_devices(save: Save) -> None:
     source = save({"a": [numbers(64, 64) for _ in range(4)]})
     report = ckptkit.convert(
@@ -203,6 +215,12 @@ def test_values_that_are_no_plain_tensors_are_named(save: Save) -> None:
     loaded = torch.load(out, weights_only=False)
     assert sorted(loaded) == ["0", "1.q", "2"]
     assert loaded["1.q"].q_zero_point() == 3
+    report = ckptkit.convert(source, out := source.with_name("dense.safetensors"), all_tensors=True, densify=True)
+    assert report.details["operations"] == ["AllTensors()", "Densify(dtype=None)"]
+    with ckptkit.open(out) as file:
+        assert {name: entry.dtype for name, entry in file.state_dict.items()} == dict.fromkeys(
+            ["1.q", "0", "2"], "float32"
+        )
     ckptkit.convert(source, out := source.with_name("out.safetensors"), all_tensors=True, exclude=["1.q", "2"])
     with ckptkit.open(out) as file:
         assert list(file.state_dict) == ["0"]
