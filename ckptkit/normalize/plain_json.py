@@ -6,7 +6,7 @@ JSON's own values are what they are in Python; what JSON cannot tell apart is an
     {"$dict": [[key, value], ...]}          a dict with other keys than text, or with one that begins with $
     {"$ordered": [[key, value], ...]}       collections.OrderedDict
     {"$namespace": [[name, value], ...]}    argparse.Namespace: its attributes
-    {"$bytes": base64}   {"$bytearray": base64}   {"$dtype": "float16"} (torch.float16)
+    {"$bytes": base64}   {"$bytearray": base64}   {"$dtype": ["float16"]}   {"$device": ["cuda", 0]} (torch's)
     {"$float": "7ff8000000000000"}          NaN and the infinities: their 64 bits in hexadecimal
     {"$weights": true}                      the place of the state_dict
 
@@ -23,6 +23,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
+from ckptkit.arguments import device_problem
 from ckptkit.checkpoint import STATE_DICT, StateDict
 from ckptkit.dtypes import DTYPES
 from ckptkit.limits import DEFAULT_LIMITS
@@ -162,12 +163,22 @@ def _of_object(node: Object) -> tuple[str, Sequence[object]] | None:
         tags = {"torch.Size": "$size", **{f"{m}.{n}": f"${n}" for m in _BUILTINS for n in ("set", "frozenset")}}
         if node.how == "reduce" and node.class_name in tags:
             return tags[node.class_name], given
+    if node.state is ABSENT and node.how == "reduce" and is_global(node.cls, "torch", "device"):
+        return ("$device", node.args) if _device_told(node.args) else None
     state = attributes(node)
     if state is node.state and state is not None and _is_namespace(node):
         pairs = plain_pairs(state)
         if pairs is not None and all(isinstance(key, str) and not key.startswith("__") for key, _ in pairs):
             return "$namespace", [[key, value] for key, value in pairs]
     return None
+
+
+def _device_told(args: Sequence[object]) -> bool:
+    """Whether these are the type of a device, or that and its number."""
+    kind, *number = args or ("",)
+    if not isinstance(kind, str) or len(number) > 1 or not all(type(each) is int for each in number):
+        return False
+    return device_problem(":".join((kind, *map(str, number)))) is None
 
 
 _BUILTINS = ("builtins", "__builtin__")
@@ -345,6 +356,12 @@ def _size(items: Iterable[object]) -> object:
     return Object("reduce", Global("torch", "Size"), (sizes,))
 
 
+def _device(items: list[object]) -> object:
+    if not _device_told(items):
+        raise WrongTextError
+    return Object("reduce", Global("torch", "device"), tuple(items))
+
+
 def _set(items: list[object]) -> object:
     if any(token_of(item) is None for item in items):
         raise WrongTextError
@@ -370,6 +387,7 @@ _MADE: dict[str, Callable[[Any], object]] = {
     "$set": _set,
     "$frozenset": lambda items: InertSet(_set(items).members, frozen=True),  # type: ignore[attr-defined]
     "$size": _size,
+    "$device": _device,
     "$dict": InertDict,
     "$ordered": _ordered,
     "$namespace": _namespace,

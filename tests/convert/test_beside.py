@@ -63,6 +63,7 @@ ODD = {
     "bytes": b"\x00\xff", "bytearray": bytearray(b"x"), "set": {1, 2}, "frozenset": frozenset("a"),
     "tuple": (1, (2, [3])), "keys": {1: "a", (1, 2): 3.5, None: 0, "$x": 1, False: 2}, "dollar": {"$weights": True},
     "size": torch.Size([1, 2]), "dtype": torch.float16, "ordered": collections.OrderedDict(b=1, a=2),
+    "device": [torch.device("cuda:1"), torch.device("cpu")],
     "args": argparse.Namespace(lr=1e-3, inner=argparse.Namespace(x=[1])), "text": "é😀\x00", "model": SD, "": 5,
 }  # fmt: skip
 TREES: dict[str, Any] = {
@@ -243,7 +244,8 @@ HOSTILE = {
         f"{value}"[:40]: json.dumps({"version": 1, "tree": {"m": W, "x": value}})
         for value in (
             {"$call": ["os.system", "true"]}, {"$bytes": "!"}, {"$bytes": 3}, {"$float": "00"}, {"$float": 1.5},
-            {"$dtype": ["os.system"]}, {"$dtype": "float16"}, {"$size": ["a"]}, {"$set": [[]]}, {"$set": 1},
+            {"$dtype": ["os.system"]}, {"$dtype": "float16"}, {"$device": ["gpu"]}, {"$device": ["cpu", 0, 1]}, {"$device": [1]},
+            {"$size": ["a"]}, {"$set": [[]]}, {"$set": 1},
             {"$dict": [[[], 1]]}, {"$dict": [1]}, {"$namespace": [["__class__", 1]]}, {"$namespace": [[1, 1]]},
             {"$tuple": [1], "$set": [1]}, {"a": 1, "$b": 2}, {"$weights": 1},
         )
