@@ -244,7 +244,8 @@ HOSTILE = {
         f"{value}"[:40]: json.dumps({"version": 1, "tree": {"m": W, "x": value}})
         for value in (
             {"$call": ["os.system", "true"]}, {"$bytes": "!"}, {"$bytes": 3}, {"$float": "00"}, {"$float": 1.5},
-            {"$dtype": ["os.system"]}, {"$dtype": "float16"}, {"$device": ["gpu"]}, {"$device": ["cpu", 0, 1]}, {"$device": [1]},
+            {"$dtype": ["os.system"]}, {"$dtype": "float16"}, {"$device": ["gpu"]}, {"$device": ["cpu", 0, 1]},
+            {"$device": [1]},
             {"$size": ["a"]}, {"$set": [[]]}, {"$set": 1},
             {"$dict": [[[], 1]]}, {"$dict": [1]}, {"$namespace": [["__class__", 1]]}, {"$namespace": [[1, 1]]},
             {"$tuple": [1], "$set": [1]}, {"a": 1, "$b": 2}, {"$weights": 1},
