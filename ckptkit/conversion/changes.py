@@ -12,8 +12,8 @@ from ckptkit.errors import FormatError
 from ckptkit.formats import format_named
 from ckptkit.normalize.modules import inner_module_told, wrapper_of
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.selection import discarded_text, other_parts
-from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
+from ckptkit.normalize.selection import discarded_text, other_parts, other_weights
+from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.pickling.inert import Global, Object, mapping_items, mapping_shell, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Section, StateDict, TensorEntry
 from ckptkit.dtypes import DTYPES
@@ -31,6 +32,9 @@ from ckptkit.normalize.sections import Candidate, brief, step
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
 from ckptkit.pickling.inert import Object, mapping_items
 from ckptkit.report import convert_command, count_of, human_size, listed
+
+if TYPE_CHECKING:
+    from ckptkit.normalize.tensors import FoundTensor
 
 __all__ = [
     "BESIDE",
@@ -43,6 +47,7 @@ __all__ = [
     "holding_suffix",
     "is_copy",
     "other_parts",
+    "other_weights",
     "paths_listed",
     "require_section",
     "require_state_dict",
@@ -98,6 +103,24 @@ def is_copy(names: Iterable[str], weights: Iterable[str]) -> bool:
     """Whether names are those of a copy of some weights, an EMA or an earlier epoch's: at least half of them."""
     bare = set(map(_bare, weights))
     return 2 * len(bare & set(map(_bare, names))) >= len(bare)
+
+
+def other_weights(checkpoint: Checkpoint, found: Iterable[FoundTensor]) -> dict[str, list[FoundTensor]]:
+    """The sections of weights beside the selected ones that are no copies of them, with their own tensors.
+
+    A model may be in two parts: a network and its ``generator``, ``likelihood`` or queue.
+
+    Args:
+        checkpoint: the file.
+        found: what `every_tensor` finds in it, but for the plain tensors of the state_dict, which make no difference.
+    """
+    weights = {section.path for section in checkpoint.sections if section.is_weights and not section.selected}
+    names: dict[str, list[FoundTensor]] = {}
+    for each in found if weights and checkpoint.state_dict.everything else ():
+        if each.is_own and each.section is not None and each.section in weights:
+            names.setdefault(each.section, []).append(each)
+    own = checkpoint.state_dict.everything
+    return {path: inside for path, inside in names.items() if not is_copy((each.name for each in inside), own)}
 
 
 def _rank(candidate: Candidate) -> int:

@@ -26,7 +26,6 @@ from ckptkit.checkpoint import STATE_DICT, WEIGHTS, Checkpoint, Storage, TensorE
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE_MARKS, module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, state_values, step
-from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
 from ckptkit.pickling.inert import (
     SCALARS,
@@ -50,8 +49,8 @@ __all__ = [
     "Nameless",
     "every_tensor",
     "keys_of",
+    "longer",
     "other_tensors",
-    "other_weights",
     "plain_tensors",
     "storage_names",
     "tensors_with_keys",
@@ -143,39 +142,23 @@ def other_tensors(checkpoint: Checkpoint, *, values: bool = False) -> list[Found
     return list(islice(_beside(checkpoint, values), DEFAULT_LIMITS.entries + 1))
 
 
-def tensors_with_keys(checkpoint: Checkpoint) -> Iterator[FoundTensor]:
+def tensors_with_keys(checkpoint: Checkpoint, top: _Steps) -> Iterator[FoundTensor]:
     """The same, and values made of tensors in place of their parts, each with the keys that lead to it.
 
     In the order of `every_tensor`.  A tensor is found in every dict or list that it stands in, and what lies deeper in
     an object that several places share in the first.
+
+    Args:
+        checkpoint: the file.
+        top: the keys that lead to its state_dict, as `longer` puts them together.
     """
-    top = _state_dict_keys(checkpoint)
     for found in plain_tensors(checkpoint):
-        yield found._replace(keys=_longer(top, found.name))
+        yield found._replace(keys=longer(top, found.name))
     yield from _beside(checkpoint, values=True, top=top, whole=True)
 
 
-def _state_dict_keys(checkpoint: Checkpoint) -> _Steps:
-    """The keys that lead to the state_dict; of several places to the one that it was selected at."""
-    stack: list[tuple[_Steps, str, object]] = [(None, "", checkpoint.rest)]
-    seen: set[tuple[int, str]] = set()
-    places: list[_Steps] = []
-    while stack:
-        keys, path, node = stack.pop()
-        if node is STATE_DICT:
-            places.insert(0 if path == checkpoint.origin.state_path else len(places), keys)
-        if (id(node), path) in seen or (keys is not None and keys[2] > MAX_SECTION_DEPTH):
-            continue
-        seen.add((id(node), path))
-        stack.extend(
-            (_longer(keys, key), join(path, key), child)
-            for _, key, child in reversed(_steps(node))
-            if not isinstance(child, _SCALARS)
-        )
-    return places[0] if places else None
-
-
-def _longer(steps: _Steps, key: object) -> _Steps:
+def longer(steps: _Steps, key: object) -> _Steps:
+    """One more key below those that `keys_of` gives of the same."""
     return steps, key, 1 if steps is None else steps[2] + 1
 
 
@@ -207,24 +190,6 @@ def _beside(checkpoint: Checkpoint, values: bool, *, top: _Steps = None, whole: 
     yield from found.below(
         _Place(None, (None, "(dropped)", 1), 0, None, None, (None, "(dropped)", 1)), list(checkpoint.discarded)
     )
-
-
-def other_weights(checkpoint: Checkpoint, found: Iterable[FoundTensor]) -> dict[str, list[FoundTensor]]:
-    """The sections of weights beside the selected ones that are no copies of them, with their own tensors.
-
-    A model may be in two parts: a network and its ``generator``, ``likelihood`` or queue.
-
-    Args:
-        checkpoint: the file.
-        found: what `every_tensor` finds in it, but for the plain tensors of the state_dict, which make no difference.
-    """
-    weights = {section.path for section in checkpoint.sections if section.is_weights and not section.selected}
-    names: dict[str, list[FoundTensor]] = {}
-    for each in found if weights and checkpoint.state_dict.everything else ():
-        if each.is_own and each.section is not None and each.section in weights:
-            names.setdefault(each.section, []).append(each)
-    own = checkpoint.state_dict.everything
-    return {path: inside for path, inside in names.items() if not is_copy((each.name for each in inside), own)}
 
 
 def storage_names(named: Checkpoint | Mapping[str, object]) -> dict[int, str]:
@@ -310,11 +275,11 @@ class _Place(NamedTuple):
 
     def inside(self, key: object, whole: bool) -> _Place:
         """The place of what hangs on what stands here, and has no key."""
-        return self._replace(keys=_longer(self.keys, key)) if whole else self
+        return self._replace(keys=longer(self.keys, key)) if whole else self
 
     def below(self, label: object, key: object, kinds: Mapping[str, str], whole: bool) -> _Place:
         path = None if self.path is None or self.depth >= MAX_SECTION_DEPTH else join(self.path, key)
-        keys = _longer(self.keys, key) if whole and label is not _HIDDEN else self.keys
+        keys = longer(self.keys, key) if whole and label is not _HIDDEN else self.keys
         if path is not None and path in kinds:
             return _Place(path, None, self.depth + 1, path, None, keys)
         if label is _NO_STEP or label is _HIDDEN:
@@ -352,7 +317,7 @@ class _Walk:
         section = at.section
         for name, value in values:
             steps: _Steps = (None, name, 1)
-            keys = _longer(at.keys, name) if self._whole else None
+            keys = longer(at.keys, name) if self._whole else None
             if not isinstance(value, TensorEntry):
                 yield from self.below(_Place(section, steps, 0, None, None, keys), value)
                 continue
@@ -408,7 +373,7 @@ class _Walk:
         own = _Own([value for _, value in values])
         for name, value in values:
             if is_plain_value(value):
-                keys = _longer(place.keys, name) if self._whole else None
+                keys = longer(place.keys, name) if self._whole else None
                 yield FoundTensor(section, name, value, True, keys)  # type: ignore[arg-type]
         yield from self.values(place, [pair for pair in values if not is_plain_value(pair[1])], own)
         return _Place(None, _further(None, section) if section else None, place.depth, place.path, own, place.keys)
@@ -422,7 +387,7 @@ class _Walk:
             pairs = [(key, child) for _, key, child in _steps(node)]
         for key, value in pairs:
             if isinstance(value, TensorEntry):
-                yield FoundTensor(None, "", value, False, _longer(place.keys, key))
+                yield FoundTensor(None, "", value, False, longer(place.keys, key))
 
     def _made(self, node: object) -> Value | None:
         """The value that a node makes of tensors; ``None``: it is something else."""

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from ckptkit.rewrite.beside import KeepBeside, PutUnder
     from ckptkit.rewrite.densify import Densify
     from ckptkit.rewrite.dtype import CastDtype
+    from ckptkit.rewrite.everything import AllTensors
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
-    from ckptkit.rewrite.select import AllTensors, LeaveOut, Select, WeightsOnly
+    from ckptkit.rewrite.select import LeaveOut, Select, WeightsOnly
     from ckptkit.rewrite.storages import Compact, MapLocation, Tied
 
 __all__ = [
@@ -45,7 +46,7 @@ REWRITES = {
     "StripPrefix": "rename",
     "AddPrefix": "rename",
     "Rename": "rename",
-    "AllTensors": "select",
+    "AllTensors": "everything",
     "Select": "select",
     "LeaveOut": "select",
     "Like": "like",
