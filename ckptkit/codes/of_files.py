@@ -61,6 +61,13 @@ CODES: dict[str, Explanation] = {
         "Convert to .pth, which holds them all. A DTensor or ShardedTensor is made whole by gathering it where it was "
         "saved; values that the model can do without are left out with --exclude.",
     ),
+    "arrays-as-tensors": Explanation(
+        "numpy arrays that are read as tensors",
+        "The file holds its weights as numpy arrays, as detectron2, caffe2 and JAX programs save them, and no torch "
+        "tensor that could be weights. Arrays under names are taken for tensors of the same type, shape and order; "
+        "what is converted has tensors in their place. Arrays of text, of objects or of several fields stay arrays.",
+        "ckptkit convert FILE OUT.pth writes tensors, which torch.load reads without trusting numpy's names.",
+    ),
     "discarded-call": Explanation(
         "the pickle makes something and drops it",
         "Loading the file makes a call whose result goes nowhere: it belongs to no object in the file, so it is there "

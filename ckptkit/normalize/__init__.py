@@ -21,9 +21,11 @@ from typing import Literal
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
+from ckptkit.errors import CorruptError
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, SectionSearch, brief, is_plain_value
 from ckptkit.normalize.selection import choose, holding_suffix, require_section, sections_listed
+from ckptkit.pickling.arrays import names_arrays
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
@@ -78,6 +80,8 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
     root, findings = raw.root, list(raw.findings)
     survey = SectionSearch(root)
     found = survey.sections()
+    if not any(candidate.is_weights for candidate in found) and names_arrays(use.name for use in raw.globals):
+        root, survey, found = _with_arrays(root, survey, found, findings, file.path)
     if section is None:
         chosen = choose([candidate for candidate in found if candidate.is_weights])
     else:
@@ -135,6 +139,24 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
             is_program=raw.is_program,
         ),
     )
+
+
+def _with_arrays(
+    root: object, survey: SectionSearch, found: list[Candidate], findings: list[Finding], path: str
+) -> tuple[object, SectionSearch, list[Candidate]]:
+    """The tree and its sections with numpy's arrays as tensors, where that gives it weights; else as they are."""
+    from ckptkit.normalize.made_plain import arrays_made_plain
+
+    try:
+        plain, told = arrays_made_plain(root, path)
+    except CorruptError:  # numpy would not make them either
+        return root, survey, found
+    if told:
+        again = SectionSearch(plain)
+        if any(candidate.is_weights for candidate in (sections := again.sections())):
+            findings += told
+            return plain, again, sections
+    return root, survey, found
 
 
 def _kind(root: object, found: list[Candidate]) -> Kind:

@@ -22,7 +22,7 @@ from struct import Struct
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references
-from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
+from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Hold, Machine, Shortcut
 from ckptkit.pickling.shortcut import OPCODES, REBUILD
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of
@@ -78,7 +78,7 @@ def read_pickle(
     shortcut: Shortcut | None = None,
     whole: bool = False,
     more: Callable[[int], bytes] | None = None,
-    hold: Callable[[int, int], bytes | None] | None = None,
+    hold: Hold | None = None,
 ) -> PickleResult:
     """Read one pickle that begins at ``start``.
 
@@ -93,8 +93,7 @@ def read_pickle(
         whole: whether the pickle must be all there is.
         more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
             to one no longer where there is none.
-        hold: what stands for the bytes that torch's loader is given, by their position and size; ``None``: they
-            themselves.
+        hold: leaves the bytes of tensors and arrays where they lie; ``None``: they are in the tree.
 
     Raises:
         CorruptError: the bytes end early or are not a pickle.
@@ -318,7 +317,7 @@ def _run(machine: Machine) -> object:
                     machine.unknown(op)
                 machine.op_at, machine.pos = at, pos
                 handler(machine)
-                pos, stack, frame_end = machine.pos, machine.stack, machine.frame_end
+                pos, stack, frame_end, data = machine.pos, machine.stack, machine.frame_end, machine.data
             if pos >= frame_end:
                 if pos > frame_end:
                     raise AmbiguousError("an opcode straddles the end of its frame")
