@@ -153,7 +153,8 @@ def _with_arrays(
         return root, survey, found
     if told:
         again = SectionSearch(plain)
-        if any(candidate.is_weights for candidate in (sections := again.sections())):
+        sections = again.sections()
+        if any(candidate.is_weights for candidate in sections):
             findings += told
             return plain, again, sections
     return root, survey, found
