@@ -10,7 +10,8 @@ What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of 
 
 - the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple
 - an argument of the function that makes it anew: ``torch.fx`` (``reduce_graph_module(dict, code)``
-  and its relatives) and classes with a ``__reduce__`` of their own
+  and its relatives) and classes with a ``__reduce__`` of their own; StyleGAN's
+  (``torch_utils/persistence.py`` ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
 - nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
   a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``).
   Their ``__dict__`` is put together here.
@@ -47,6 +48,7 @@ __all__ = [
     "known_versions",
     "may_be_wrapped",
     "module_state",
+    "persistent",
     "role_of",
     "tensor_role",
     "unwrapped",
@@ -127,11 +129,20 @@ def module_state(node: object) -> InertDict | None:
             return part
     if not isinstance(node.cls, Global):
         return None
+    if (kept := persistent(node)) is not None:
+        inside = kept.get("state")
+        return inside if isinstance(inside, InertDict) and _is_module_dict(inside) else None
     if node.cls.name == "OptimizedModule" and node.cls.module.startswith("torch._dynamo.") and node.args:
         return _as_module_dict([("_orig_mod", node.args[0])]) if module_state(node.args[0]) is not None else None
     if isinstance(state, tuple) and len(state) == len(_CONV_STATE) and _is_quantized(node, "Conv"):
         return _as_module_dict([], list(zip(_CONV_STATE, state, strict=True)))
     return None
+
+
+def persistent(node: Object) -> InertDict | None:
+    """What StyleGAN's loader is given of an object: its class's name, its source text and state; ``None``: another."""
+    is_one = isinstance(node.cls, Global) and node.cls.name == "_reconstruct_persistent_obj" and len(node.args) == 1
+    return node.args[0] if is_one and isinstance(node.args[0], InertDict) else None
 
 
 def _is_module_dict(state: InertDict) -> bool:

@@ -21,8 +21,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.checkpoint import WEIGHTS, Checkpoint, Storage, TensorEntry
+from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.modules import MODULE_MARKS, module_state
+from ckptkit.normalize.modules import MODULE_MARKS, module_state, persistent
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, state_values, step
 from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
@@ -30,6 +31,7 @@ from ckptkit.pickling.inert import (
     SCALARS,
     Global,
     InertDict,
+    InertSet,
     Object,
     children,
     mapping_items,
@@ -55,6 +57,8 @@ _NO_STEP: Final = object()
 """What leads to a node that has no key or index, or to one that names do not show."""
 
 _SCALARS = (*SCALARS, bytearray)
+_ONCE = (list, tuple, InertDict, InertSet, Global)
+"""Types of nodes that have the names of the first place they are found in."""
 
 
 class FoundTensor(NamedTuple):
@@ -325,12 +329,24 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
     if isinstance(node, (list, tuple)):
         # A list of ten million numbers is passed over, not copied.
         shown = ((index, index, child) for index, child in enumerate(node) if not isinstance(child, _SCALARS))
-        return list(islice(shown, DEFAULT_LIMITS.tree_nodes))
+        most = DEFAULT_LIMITS.entries
+        if len(node) > most:  # what is there again and again is gone into once
+            met: set[int] = set()
+            shown = (s for s in shown if not isinstance(s[2], _ONCE) or not (id(s[2]) in met or met.add(id(s[2]))))
+        steps = list(islice(shown, most + 1))
+        if len(steps) > most:  # never a part of them: a tensor may be behind
+            raise LimitError("values in a list", limit=most, actual=len(steps))
+        return steps
     if not isinstance(node, Object):
         return [(_NO_STEP, 0, child) for child in children(node)]
     steps = list(_of_pairs(pairs or []))
     if pairs is None:
-        steps.extend((_NO_STEP, index, part) for index, part in enumerate(node.args))
+        state, kept = (module_state(node), persistent(node)) if node.args else (None, None)
+        if state is not None and kept is not None:  # of StyleGAN's, in a dict of its loader's
+            steps.extend(_of_pairs([pair for pair in kept.pairs if pair[1] is not state]))
+            steps.extend(_of_pairs(state.pairs, hidden=MODULE_MARKS))
+        else:
+            steps.extend((_NO_STEP, index, part) for index, part in enumerate(node.args))
         steps.extend((index, index, item) for index, item in enumerate(node.items))
         steps.extend(_of_pairs(node.pairs))
         for index, part in enumerate(states(node)):
