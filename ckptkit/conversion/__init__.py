@@ -30,6 +30,7 @@ from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
+from ckptkit.normalize.made_plain import devices_made_plain
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
@@ -196,6 +197,8 @@ def run(
     with _section_meant(checkpoint, file, options) as (source, file):
         if rewrite:
             _require_weights(source, destination, options)
+        if options.dtype is not None or formats.target(destination, options.to)[1].tensors_alone:
+            source = devices_made_plain(source)
         conversion = Conversion(source, options) if rewrite else None
         job = Job.of(source if conversion is None else conversion.result, file, destination, options)
         findings: list[Finding] = []

@@ -136,43 +136,58 @@ def devices_made_plain(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         DTypeError: one would have to be cast to a dtype that nothing is cast to.
     """
-    storages: dict[int, Storage] = {}
-    known: dict[int, object] = {}
-
-    def made(value: object) -> object:
-        if isinstance(value, Object) and id(value) not in known:
-            known[id(value)] = _of_device(value, checkpoint.origin.path, storages) or value
-        return known.get(id(value), value)
-
+    made = _OfDevices(checkpoint.origin.path)
     state_dict = checkpoint.state_dict
     return checkpoint if state_dict.is_plain else checkpoint.replace(state_dict=state_dict.with_values(made))
 
 
-def _of_device(node: Object, path: str, storages: dict[int, Storage]) -> TensorEntry | None:
-    if call_of(node).kind != "device" or call_of(node).cls:
-        return None
-    try:
-        found = rebuilt(node)
-        layout = found.layout if found is not None else None
-        data = layout.data if isinstance(layout, OnDevice) else None
-        entry = array_entry(data, path, f"array {len(storages)}") if is_array(data) else data
-    except CorruptError:
-        return None
-    if found is None or not isinstance(layout, OnDevice) or not isinstance(entry, TensorEntry):
-        return None
-    if not is_plain_value(entry) or entry.is_conj or entry.is_neg:
-        return None
-    storage = storages.get(id(entry.storage))
-    if storage is None:
-        storage = storages[id(entry.storage)] = _cast(replace(entry.storage, location=layout.device), entry, layout)
-    return replace(
-        entry, storage=storage, dtype=layout.dtype, requires_grad=found.requires_grad, is_parameter=found.is_parameter
-    )
+class _OfDevices:
+    """Makes plain tensors of calls, each once; what shares memory goes on sharing it."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._values: dict[int, object] = {}
+        self._arrays: dict[int, TensorEntry | None] = {}
+        self._storages: dict[tuple[int, str, str], Storage] = {}
+
+    def __call__(self, value: object) -> object:
+        if not isinstance(value, Object):
+            return value
+        if id(value) not in self._values:
+            self._values[id(value)] = self._made(value) or value
+        return self._values[id(value)]
+
+    def _made(self, node: Object) -> TensorEntry | None:
+        call = call_of(node)
+        if call.kind != "device" or call.cls:
+            return None
+        try:
+            found = rebuilt(node)
+            layout = found.layout if found is not None else None
+            entry = self._data(layout.data) if isinstance(layout, OnDevice) else None
+        except CorruptError:
+            return None
+        if found is None or not isinstance(layout, OnDevice) or entry is None or entry.is_conj or entry.is_neg:
+            return None
+        old, key = entry.storage, (id(entry.storage), layout.dtype, layout.device)
+        if key not in self._storages:
+            self._storages[key] = _cast(replace(old, location=layout.device), entry.dtype, layout.dtype)
+        storage, own = self._storages[key], found.requires_grad
+        return replace(
+            entry, storage=storage, dtype=layout.dtype, requires_grad=own, is_parameter=found.is_parameter
+        )
+
+    def _data(self, node: object) -> TensorEntry | None:
+        if not is_array(node):
+            return node if isinstance(node, TensorEntry) and is_plain_value(node) else None
+        if id(node) not in self._arrays:
+            self._arrays[id(node)] = array_entry(node, self._path, f"array {len(self._arrays)}")
+        return self._arrays[id(node)]
 
 
-def _cast(storage: Storage, entry: TensorEntry, layout: OnDevice) -> Storage:
+def _cast(storage: Storage, old: str, new: str) -> Storage:
     """The storage with values of the tensor's dtype: numpy lacks some, and wider ones are pickled."""
-    before, after = DTYPES[entry.dtype], DTYPES[layout.dtype]
+    before, after = DTYPES[old], DTYPES[new]
     if before.name == after.name:
         return storage
     from ckptkit.casting import caster
