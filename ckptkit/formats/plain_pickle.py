@@ -9,9 +9,9 @@ before, it is a text that ``_codecs.encode`` makes bytes of, which are put into 
 Each call gives a storage of its own: tensors that shared one share it no longer, unless pickle saw that they are one
 object.  A call that was given anything else stays the call it is.
 
-Where no torch tensor is weights, numpy's arrays under names are tensors (`ckptkit.normalize.made_plain`).  A pickle
-without torch storages is a checkpoint if there are such weights in it, or if it holds arrays and nothing else, in lists
-and dicts; one array alone is none, and neither is what has arrays in its objects (a table, a scikit-learn model):
+Where there is no torch storage, numpy's arrays under names are tensors (`ckptkit.normalize.made_plain`).  Such a pickle
+is a checkpoint if there are weights in it by that, or if it holds arrays and nothing else, in lists and dicts; one array
+alone is none, and neither is what has arrays in its objects (a table, a scikit-learn model):
 `ckptkit.formats.refused_contents` says what that is.
 
 joblib (``joblib/numpy_pickle.py``) writes of an array a ``NumpyArrayWrapper``, whose BUILD is followed by a byte that
@@ -40,7 +40,7 @@ from ckptkit.normalize.made_plain import arrays_made_plain
 from ckptkit.normalize.sections import SectionSearch
 from ckptkit.pickling.arrays import LocatedBytes, is_array, is_numpy_scalar, itemsize_of, layout_of
 from ckptkit.pickling.dialects import LegacyTable
-from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, attributes, children, is_global, walk
+from ckptkit.pickling.inert import Global, InertDict, Object, attributes, children, is_global, walk
 from ckptkit.pickling.machine import LOADER, NO_FRAME, Constructor, Machine
 from ckptkit.pickling.reader import PickleResult, holds_legacy, read_pickle
 from ckptkit.pickling.tensors import shape_of
@@ -122,13 +122,12 @@ def _read(area: ByteRange, probe: Probe, *, apart: bool) -> RawCheckpoint | None
     table = _Table(area, probe, apart=apart)
     pickle = table.read()
     root, findings = table.understood(pickle), list[Finding]()
-    if table.has_arrays and not (table.storages and _has_weights(root)):
-        alone = not table.storages and _is_arrays_alone(root)
-        root, findings = arrays_made_plain(root, probe.file.path, everything=alone)
-        if not table.storages and not (alone or (findings and _has_weights(root))):
+    if not table.storages:
+        alone = _is_arrays_alone(root)
+        if table.has_arrays:
+            root, findings = arrays_made_plain(root, probe.file.path, everything=alone)
+        if not findings or not (alone or _has_weights(root)):
             raise _NoCheckpointError
-    elif not table.storages:
-        raise _NoCheckpointError
     everything = [root, pickle.discarded]
     if apart and any(isinstance(part, (_Held, LocatedBytes)) for node in walk(everything) for part in children(node)):
         return None
@@ -202,7 +201,7 @@ def _other(module: str, name: str) -> Callable[[bytes, int], bytes]:
     inflater = getattr(import_module(module), name)()
 
     def inflated(data: bytes, most: int) -> bytes:
-        return b"" if inflater.eof else inflater.decompress(data, most)  # type: ignore[no-any-return]
+        return b"" if inflater.eof else inflater.decompress(data, most)
 
     return inflated
 

@@ -1,9 +1,9 @@
 """An archive of torch's that was unpacked: each record is a file of its own below one folder.
 
 ``folder/data.pkl`` with ``folder/data/0``, … and ``version`` or ``byteorder`` beside it is what unzip makes of a
-torch-zip (`ckptkit.formats.torch_archive` says what else such archives hold).  The folder and its ``data.pkl`` stand for
-all of it.  It is read as the archive would be: the files one behind the other, in the order of their names, ``data.pkl``
-first, are the bytes of one `Source`, in which each record has a place.
+torch-zip (`ckptkit.formats.torch_archive` says what else such archives hold).  The folder and its ``data.pkl`` stand
+for all of it.  It is read as the archive would be: the files one behind the other, in the order of their names,
+``data.pkl`` first, are the bytes of one `Source`, in which each record has a place.
 
 Regular files count, and links that lead to some inside the folder.  Nothing outside it is read: a link that leads out
 is an error.  What a file's size and time were when the folder was listed must hold when it is read.

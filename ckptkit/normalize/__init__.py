@@ -77,11 +77,8 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
         SectionError: there is no section of that path that holds weights.
         CorruptError: a module contains itself.
     """
-    root, findings = raw.root, list(raw.findings)
-    survey = SectionSearch(root)
-    found = survey.sections()
-    if not any(candidate.is_weights for candidate in found) and names_arrays(use.name for use in raw.globals):
-        root, survey, found = _with_arrays(root, survey, found, findings, file.path)
+    findings = list(raw.findings)
+    root, survey, found = _surveyed(raw, findings, file.path)
     if section is None:
         chosen = choose([candidate for candidate in found if candidate.is_weights])
     else:
@@ -141,23 +138,24 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
     )
 
 
-def _with_arrays(
-    root: object, survey: SectionSearch, found: list[Candidate], findings: list[Finding], path: str
-) -> tuple[object, SectionSearch, list[Candidate]]:
-    """The tree and its sections with numpy's arrays as tensors, where that gives it weights; else as they are."""
+def _surveyed(raw: RawCheckpoint, findings: list[Finding], path: str) -> tuple[object, SectionSearch, list[Candidate]]:
+    """The tree, what its nodes are, and its parts: of one without a tensor numpy's arrays may be its weights."""
+    survey = SectionSearch(raw.root)
+    found = survey.sections()
+    if found or not names_arrays(use.name for use in raw.globals):
+        return raw.root, survey, found
     from ckptkit.normalize.made_plain import arrays_made_plain
 
     try:
-        plain, told = arrays_made_plain(root, path)
+        root, told = arrays_made_plain(raw.root, path)
     except CorruptError:  # numpy would not make them either
-        return root, survey, found
-    if told:
-        again = SectionSearch(plain)
-        sections = again.sections()
-        if any(candidate.is_weights for candidate in sections):
-            findings += told
-            return plain, again, sections
-    return root, survey, found
+        return raw.root, survey, found
+    again = SectionSearch(root)
+    sections = again.sections()
+    if not any(candidate.is_weights for candidate in sections):
+        return raw.root, survey, found
+    findings += told
+    return root, again, sections
 
 
 def _kind(root: object, found: list[Candidate]) -> Kind:

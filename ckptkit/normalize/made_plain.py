@@ -1,6 +1,6 @@
 """Values that hold a tensor's bytes and say so in another way become plain tensors; nothing is computed.
 
-- numpy's arrays (`ckptkit.pickling.arrays`), where no torch tensor of a file is weights: those that a mapping holds
+- numpy's arrays (`ckptkit.pickling.arrays`), where a file has no torch tensor: those that a mapping holds
   under its keys, if at least half of what it holds are arrays and the others are plain values or mappings.  detectron2
   and caffe2 save ``{"model": {name: array}}`` and ``{"blobs": {name: array}}``, flax dicts in dicts.  An array of
   structured, text or object type, of a subclass or masked is none, and neither is a scalar.
@@ -103,7 +103,7 @@ def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> t
     """The tree with its arrays as tensors, and what is to be said of it; of a tree without any the tree itself.
 
     Args:
-        root: the tree, in which no torch tensor is weights.
+        root: the tree, without a torch tensor.
         path: of the file that it stands in.
         everything: whether arrays become tensors wherever they stand.
 
@@ -173,9 +173,7 @@ class _OfDevices:
         if key not in self._storages:
             self._storages[key] = _cast(replace(old, location=layout.device), entry.dtype, layout.dtype)
         storage, own = self._storages[key], found.requires_grad
-        return replace(
-            entry, storage=storage, dtype=layout.dtype, requires_grad=own, is_parameter=found.is_parameter
-        )
+        return replace(entry, storage=storage, dtype=layout.dtype, requires_grad=own, is_parameter=found.is_parameter)
 
     def _data(self, node: object) -> TensorEntry | None:
         if not is_array(node):

@@ -18,7 +18,18 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
-__all__ = ["Array", "ArrayLayout", "LocatedBytes", "array_of", "is_array", "is_numpy_scalar", "itemsize_of", "layout_of", "names_arrays", "parts_of"]
+__all__ = [
+    "Array",
+    "ArrayLayout",
+    "LocatedBytes",
+    "array_of",
+    "is_array",
+    "is_numpy_scalar",
+    "itemsize_of",
+    "layout_of",
+    "names_arrays",
+    "parts_of",
+]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
