@@ -198,6 +198,12 @@ CODES: dict[str, Explanation] = {
         "are taken for parameters, the others for buffers, plain attributes among them.",
         "-",
     ),
+    "extra-files": Explanation(
+        "files of the author's own in a TorchScript program",
+        "torch.jit.save(model, FILE, _extra_files={name: text}) keeps them beside the program, below extra/: settings, "
+        "names of classes, a vocabulary. They are not weights, and no other container has a place for them.",
+        "Keep the program, or take them out of it: unzip FILE '*/extra/*'.",
+    ),
     "own-script-state": Explanation(
         "modules of a program that save a state of their own making",
         "A script module may have __getstate__ and __setstate__ methods: the file then holds what these give, a tuple "

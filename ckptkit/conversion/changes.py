@@ -187,6 +187,7 @@ def diagnose_losses(
     if result.origin.is_program:
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
+        yield from (finding for finding in source.findings if finding.code == "extra-files")
     else:
         kept = set(other_parts(result))
         left_out = [key for key in other_parts(source) if key not in kept]

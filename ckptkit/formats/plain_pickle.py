@@ -1,4 +1,4 @@
-"""pickle: tensors and arrays that Python's own pickle wrote, or cloudpickle, dill, joblib: ``pickle.dump(state, file)``.
+"""pickle: tensors and arrays that Python's own pickle wrote, or cloudpickle, dill or joblib.
 
 Layout: one pickle of any protocol and nothing after it.  A tensor is the call that torch-zip has for it, too
 (`ckptkit.pickling.tensors`).  Where that names a storage, here stands ``torch.storage._load_from_bytes(data)``
@@ -10,8 +10,8 @@ Each call gives a storage of its own: tensors that shared one share it no longer
 object.  A call that was given anything else stays the call it is.
 
 Where there is no torch storage, numpy's arrays under names are tensors (`ckptkit.normalize.made_plain`).  Such a pickle
-is a checkpoint if there are weights in it by that, or if it holds arrays and nothing else, in lists and dicts; one array
-alone is none, and neither is what has arrays in its objects (a table, a scikit-learn model):
+is a checkpoint if there are weights in it by that, or if it holds arrays and nothing else, in lists and dicts.  One
+array alone is none, and neither is what has arrays in its objects (a table, a scikit-learn model):
 `ckptkit.formats.refused_contents` says what that is.
 
 joblib (``joblib/numpy_pickle.py``) writes of an array a ``NumpyArrayWrapper``, whose BUILD is followed by a byte that

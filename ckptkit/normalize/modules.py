@@ -12,7 +12,8 @@ What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of 
 - an argument of the function that makes it anew: ``torch.fx`` (``reduce_graph_module(dict, code)``
   and its relatives) and classes with a ``__reduce__`` of their own; StyleGAN's
   (``torch_utils/persistence.py`` ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
-- nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
+- nowhere: objects of TorchScript (``__torch__.Net``), whose code is not in the file (libtorch's ``pickle_save``), have
+  attributes alone: a tensor that requires a gradient is a parameter, another a buffer; ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
   a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``).
   Their ``__dict__`` is put together here.
 
@@ -123,7 +124,7 @@ def module_state(node: object) -> InertDict | None:
         return None
     state = node.state
     if isinstance(state, InertDict):
-        return state if _is_module_dict(state) else None
+        return state if _is_module_dict(state) else _script_state(state) if _is_script_module(node) else None
     for part in (*states(node), *(node.args if node.how == "reduce" else ())):
         if isinstance(part, InertDict) and _is_module_dict(part):
             return part
@@ -147,6 +148,25 @@ def persistent(node: Object) -> InertDict | None:
 
 def _is_module_dict(state: InertDict) -> bool:
     return all(mark in state for mark in MODULE_MARKS)
+
+
+def _is_script_module(node: object) -> bool:
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or not isinstance(node.state, InertDict):
+        return False
+    return node.cls.module.partition(".")[0] == "__torch__" and "training" in node.state
+
+
+def _script_state(state: InertDict) -> InertDict:
+    parameters, buffers, modules = (list[tuple[object, object]]() for _ in MODULE_MARKS)
+    settings: list[tuple[object, object]] = []
+    for pair in state.pairs:
+        value = pair[1]
+        if isinstance(value, TensorEntry):
+            (parameters if value.requires_grad else buffers).append(pair)
+        else:
+            (modules if _is_script_module(value) else settings).append(pair)
+    own = zip(MODULE_MARKS, map(InertDict, (parameters, buffers, modules)), strict=True)
+    return InertDict([*own, *settings])
 
 
 def _as_module_dict(
