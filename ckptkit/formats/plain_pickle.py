@@ -427,7 +427,7 @@ class _Table(LegacyTable):
         self._array_room -= nbytes
         if self._array_room < 0:
             most = self._limits.pickle_nbytes
-            raise LimitError("bytes of arrays that are no tensors", limit=most, actual=most - self._array_room)
+            raise LimitError("bytes of arrays that stay arrays", limit=most, actual=most - self._array_room)
         return self._text.area.read(start, nbytes)
 
     def _storage_at(self, start: int, nbytes: int) -> _Held | None:

@@ -12,9 +12,10 @@ What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of 
 - an argument of the function that makes it anew: ``torch.fx`` (``reduce_graph_module(dict, code)``
   and its relatives) and classes with a ``__reduce__`` of their own; StyleGAN's
   (``torch_utils/persistence.py`` ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
-- nowhere: objects of TorchScript (``__torch__.Net``), whose code is not in the file (libtorch's ``pickle_save``), have
-  attributes alone: a tensor that requires a gradient is a parameter, another a buffer; ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
-  a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``).
+- nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
+  a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``); objects of
+  TorchScript (``__torch__.Net``) in a file without their code, as libtorch's ``pickle_save`` writes them, have
+  attributes alone, of which a tensor that requires a gradient is a parameter and another a buffer.
   Their ``__dict__`` is put together here.
 
 Wrappers of a model leave prefixes in names.
