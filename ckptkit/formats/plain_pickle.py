@@ -111,8 +111,8 @@ class _NoCheckpointError(Exception):
     """There is neither a torch storage in it, nor arrays that are weights."""
 
 
-def _read(area: ByteRange, probe: Probe, *, apart: bool) -> RawCheckpoint | None:
-    """What a pickle holds; ``None``: bytes that were left where they lie are wanted as bytes, too.
+def _read(area: ByteRange, probe: Probe, *, apart: bool) -> RawCheckpoint | FormatError | None:
+    """What a pickle holds, or why its arrays do not; ``None``: bytes that were left where they lie are wanted, too.
 
     Args:
         area: where it lies.
@@ -125,7 +125,10 @@ def _read(area: ByteRange, probe: Probe, *, apart: bool) -> RawCheckpoint | None
     if not table.storages:
         alone = _is_arrays_alone(root)
         if table.has_arrays:
-            root, findings = arrays_made_plain(root, probe.file.path, everything=alone)
+            try:
+                root, findings = arrays_made_plain(root, probe.file.path, everything=alone)
+            except CorruptError as error:
+                return error.at(seen=global_uses(pickle.globals))
         if not findings or not (alone or _has_weights(root)):
             raise _NoCheckpointError
     everything = [root, pickle.discarded]

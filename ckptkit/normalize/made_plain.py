@@ -68,7 +68,15 @@ def array_entry(node: Object, path: str, key: str) -> TensorEntry | None:
     stride = contiguous_stride(shape)
     if layout.is_fortran:
         stride = contiguous_stride(shape[::-1])[::-1]
-    storage = storage_of(key, name, held, "cpu", source, None, "big" if layout.swapped else "little")
+    storage = storage_of(
+        key,
+        name if DTYPES[name].storage_class else None,
+        held,
+        "cpu",
+        source,
+        None,
+        "big" if layout.swapped else "little",
+    )
     return TensorEntry(storage=storage, storage_offset=0, shape=shape, stride=stride, dtype=name).check()
 
 
