@@ -251,7 +251,7 @@ def test_joblib_of_objects_is_told_as_before(tmp_path: Path) -> None:
     path = tmp_path / "model.joblib"
     for value in (Table(), {"w": np.ones(3), "o": np.array([{}, 3], object)}):
         joblib.dump(value, path)
-        with pytest.raises(UnknownFormatError, match="a joblib file, not one torch.save wrote; joblib.load reads it"):
+        with pytest.raises(UnknownFormatError, match=r"a joblib file, not one torch.save wrote; joblib.load reads it"):
             formats.read(path)
 
 
