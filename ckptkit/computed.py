@@ -11,7 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, outside, write_at
 from ckptkit.errors import CorruptError, FileAccessError
@@ -19,7 +19,10 @@ from ckptkit.errors import CorruptError, FileAccessError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DEFLATE_MOST", "ByteSource", "ConvertedRange", "DTypeConversion", "DeflatedRange", "Inflation", "spooled"]
+__all__ = [
+    "COMPRESSED", "DEFLATE_MOST", "ByteSource", "ConvertedRange", "DTypeConversion", "DeflatedRange", "Inflation",
+    "decompressed", "spooled",
+]  # fmt: skip
 
 Buffer = bytes | bytearray | memoryview
 
@@ -54,6 +57,37 @@ def spooled(parts: Iterable[bytes], nbytes: int, source: Source, what: str) -> B
             raise
         raise FileAccessError(f"{needs}: {error.strerror}; {remedy}") from error
     return room
+
+
+COMPRESSED = {b"\x78": "zlib", b"\x1f": "gzip", b"B": "bz2", b"\xfd": "lzma", b"]": "lzma"}
+"""First bytes of what may be compressed as a whole, and the module that decompresses it."""
+
+_PIECE_NBYTES = 256 << 10
+
+
+def decompressed(area: ByteRange) -> Iterator[bytes]:
+    """The bytes in pieces of what is compressed as `COMPRESSED` says; damage ends them."""
+    how = COMPRESSED.get(area.read(0, min(1, area.nbytes)), "")
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, zlib.error)
+    inflater: Any = zlib.decompressobj(zlib.MAX_WBITS + 16 * (how == "gzip"))
+    if how == "bz2":
+        import bz2
+
+        inflater = bz2.BZ2Decompressor()
+    elif how == "lzma":
+        import lzma
+
+        inflater, errors = lzma.LZMADecompressor(), (*errors, lzma.LZMAError)
+    try:
+        for chunk in area.chunks(_PIECE_NBYTES):
+            more = True
+            while more and not inflater.eof:
+                piece = inflater.decompress(chunk, _PIECE_NBYTES)
+                chunk, more = getattr(inflater, "unconsumed_tail", b""), len(piece) == _PIECE_NBYTES
+                if piece:
+                    yield piece
+    except errors:
+        return
 
 
 class _Computed:

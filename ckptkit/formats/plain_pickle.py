@@ -25,13 +25,12 @@ What the machine reads is the file without the large arrays and storages in it (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.computed import spooled
+from ckptkit.computed import COMPRESSED, decompressed, spooled
+from ckptkit.dtypes import BY_STORAGE_CLASS
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in
@@ -42,10 +41,11 @@ from ckptkit.pickling.arrays import LocatedBytes, is_array, is_numpy_scalar, ite
 from ckptkit.pickling.dialects import LegacyTable
 from ckptkit.pickling.inert import Global, InertDict, Object, attributes, children, is_global, walk
 from ckptkit.pickling.machine import LOADER, NO_FRAME, Constructor, Machine
-from ckptkit.pickling.reader import PickleResult, holds_legacy, read_pickle
+from ckptkit.pickling.reader import PickleResult, holds_legacy, read_pickle, storage_pickles
 from ckptkit.pickling.tensors import shape_of
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import Finding, count_of
+from ckptkit.tensor import storage_of
 
 __all__ = ["outcome", "read"]
 
@@ -86,7 +86,7 @@ def outcome(probe: Probe) -> RawCheckpoint | FormatError | None:
 
 
 def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
-    area = _inflated(probe) if probe.head[:1] in _COMPRESSED else probe.file.whole
+    area = _inflated(probe) if probe.head[:1] in COMPRESSED else probe.file.whole
     if area is None:
         return None
     head = area.read(0, min(len(probe.head), area.nbytes))
@@ -184,74 +184,27 @@ def _needs_protocol(root: object) -> bool:
     return False
 
 
-# Compressed ones.
-
-
-def _zlib(bits: int) -> Callable[[bytes, int], bytes]:
-    import zlib
-
-    inflater = zlib.decompressobj(bits)
-
-    def inflated(data: bytes, most: int) -> bytes:
-        return b"" if inflater.eof else inflater.decompress(inflater.unconsumed_tail + data, most)
-
-    return inflated
-
-
-def _other(module: str, name: str) -> Callable[[bytes, int], bytes]:
-    from importlib import import_module
-
-    inflater = getattr(import_module(module), name)()
-
-    def inflated(data: bytes, most: int) -> bytes:
-        return b"" if inflater.eof else inflater.decompress(data, most)
-
-    return inflated
-
-
-_COMPRESSED: dict[bytes, Callable[[], Callable[[bytes, int], bytes]]] = {
-    b"\x78": partial(_zlib, 15),
-    b"\x1f": partial(_zlib, 31),
-    b"B": partial(_other, "bz2", "BZ2Decompressor"),
-    b"\xfd": partial(_other, "lzma", "LZMADecompressor"),
-    b"]": partial(_other, "lzma", "LZMADecompressor"),
-}
-"""What inflates a file, by its first byte."""
-
-
 def _inflated(probe: Probe) -> ByteRange | None:
     """What a compressed file holds, in the temporary file; ``None``: nothing that joblib wrote."""
-    first = next(_pieces(probe.file.whole, _COMPRESSED[probe.head[:1]]()), b"")
-    if b"joblib" not in first:
-        return None if probe.head[:1] != b"]" else probe.file.whole
+    whole = probe.file.whole
+    if b"joblib" not in next(decompressed(whole), b""):
+        return whole if probe.head[:1] == b"]" else None  # a list, in a pickle of protocol 0 or 1
     nbytes = 0
-    for piece in _pieces(probe.file.whole, _COMPRESSED[probe.head[:1]]()):
+    for piece in decompressed(whole):
         nbytes += len(piece)
         if nbytes > probe.limits.looked_nbytes:
             raise LimitError("bytes that a compressed pickle holds", limit=probe.limits.looked_nbytes, actual=nbytes)
-    parts = _pieces(probe.file.whole, _COMPRESSED[probe.head[:1]]())
-    return spooled(parts, nbytes, probe.file, "it is compressed and takes")
-
-
-def _pieces(area: ByteRange, inflate: Callable[[bytes, int], bytes]) -> Iterator[bytes]:
-    """The inflated bytes; what is damaged ends them."""
-    try:
-        for chunk in area.chunks(_WINDOW_NBYTES):
-            piece = inflate(chunk, _WINDOW_NBYTES)
-            while piece:
-                yield piece
-                piece = inflate(b"", _WINDOW_NBYTES) if len(piece) == _WINDOW_NBYTES else b""
-    except (OSError, EOFError, ValueError, ArithmeticError):
-        return
-    except Exception as error:  # zlib's and lzma's own are of no common class
-        if type(error).__module__ not in ("zlib", "_lzma", "lzma"):
-            raise
+    return spooled(decompressed(whole), nbytes, probe.file, "it is compressed and takes")
 
 
 # Storages and arrays.
 
-_MOST = 25_000
-"""Storages that are read: each is five small pickles of its own, and takes some 0.4 ms."""
+_MOST = 200_000
+"""Storages that are read: each is five small pickles of its own; as torch writes them, they take some 0.1 ms."""
+
+_PICKLES_NBYTES = 1024
+_COUNT_NBYTES = 8
+"""Bytes that hold these pickles, and of the count that follows them."""
 
 _APART_NBYTES = 64 << 10
 _APART_SHARE = 16
@@ -474,7 +427,15 @@ class _Table(LegacyTable):
 
     def _storage_in(self, source: ByteRange, start: int | None) -> Storage | None:
         """The storage in its file; ``None``: it is none, or holds something else."""
-        if not begins_one(source.read(0, min(source.nbytes, _BEGIN_NBYTES))):
+        begin = source.read(0, min(source.nbytes, _PICKLES_NBYTES))
+        known = storage_pickles(begin)
+        if known is not None and known[0] in BY_STORAGE_CLASS:
+            cls, location, numel, end = known
+            row, raw = BY_STORAGE_CLASS[cls], begin[end : end + _COUNT_NBYTES]
+            nbytes = numel * row.itemsize
+            if int.from_bytes(raw, "little") == numel and end + _COUNT_NBYTES + nbytes == source.nbytes:
+                return storage_of("", row.name, nbytes, location, source.part(end + _COUNT_NBYTES, nbytes))
+        if not begins_one(begin[:_BEGIN_NBYTES]):
             return None
         try:
             return storage_in(source, self._limits)
