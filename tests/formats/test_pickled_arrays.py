@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -350,3 +351,24 @@ def test_both_byte_orders_do_not_fit_one_pth(tmp_path: Path) -> None:
     ckptkit.convert(path, tmp_path / "m.safetensors")
     with pytest.raises(UnsupportedError, match="both byte orders"):
         ckptkit.convert(path, tmp_path / "m.pth")
+
+
+class Runs:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_names_beside_them_are_judged(protocol: int, tmp_path: Path) -> None:
+    for value in ({"m": {"w": np.ones(300)}, "x": Runs()}, [Runs(), {"w": np.ones(300)}]):
+        with ckptkit.open(put(tmp_path, pickle.dumps(value, protocol))) as file:
+            assert (file.format, file.trust) == ("pickle", "hostile")
+        assert not ckptkit.check(file.path).ok
+
+
+def test_names_beside_those_of_joblib_are_judged(tmp_path: Path) -> None:
+    joblib = pytest.importorskip("joblib")
+    for compress in (0, 3):
+        joblib.dump({"m": {"w": np.ones(30_000)}, "x": Runs()}, tmp_path / "m.joblib", compress=compress)
+        with ckptkit.open(tmp_path / "m.joblib") as file:
+            assert file.trust == "hostile"
