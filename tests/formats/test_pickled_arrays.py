@@ -336,6 +336,7 @@ def test_arrays_do_not_count_as_bytes_of_the_pickle(protocol: int, tmp_path: Pat
 
 def test_a_compressed_one_has_a_limit(tmp_path: Path) -> None:
     import joblib
+
     from ckptkit.bytesource import SourceFile
 
     path = tmp_path / "model.joblib"
