@@ -25,14 +25,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
+from ckptkit.normalize.made_plain import devices_made_plain
 from ckptkit.normalize.parts import require_whole
-from ckptkit.normalize.selection import KEY, earlier, require_state_dict
+from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
+from ckptkit.rewrite.beside import KeepBeside, restored
 from ckptkit.transfer import Tally, write_atomically
 from ckptkit.transfer.names import is_temporary_name
 
@@ -193,9 +195,27 @@ def run(
     """
     require_whole(checkpoint, allow_part=options.allow_part)
     source = _section_meant(checkpoint, file, options)
+    _, container, most = formats.target(destination, options.to)
+    weights_alone = container.tensors_alone or most is not None or options.max_shard_size is not None
+    if rewrite and not options.all_tensors:
+        _require_weights(source, options, weights_alone)
+    read = source
+    if BESIDE in source.metadata and (rewrite or not weights_alone):
+        source = restored(source)
+        if weights_alone and KeepBeside()(source).rest is not STATE_DICT:  # it could not be kept again
+            source = read
+    is_restored = source is not read
+    if options.dtype is not None or container.tensors_alone:
+        source = devices_made_plain(source)
+    conversion = None
     if rewrite:
-        _require_weights(source, destination, options)
-    conversion = Conversion(source, options) if rewrite else None
+        conversion = Conversion(
+            source,
+            options,
+            tensors_alone=container.tensors_alone,
+            weights_alone=weights_alone,
+            restored=is_restored,
+        )
     job = Job.of(source if conversion is None else conversion.result, file, destination, options)
     findings: list[Finding] = []
     if conversion is not None:
@@ -222,11 +242,10 @@ def _section_meant(checkpoint: Checkpoint, file: Source, options: ConvertOptions
     return checkpoint if path == selected else read_section(file, path, ignore_checksums=options.ignore_checksums)
 
 
-def _require_weights(checkpoint: Checkpoint, destination: str | os.PathLike[str], options: ConvertOptions) -> None:
+def _require_weights(checkpoint: Checkpoint, options: ConvertOptions, weights_alone: bool) -> None:
     """See that there are weights, where only they can be written or something is to be done to them."""
-    _, container, most = formats.target(destination, options.to)
     is_needed = needs_weights(options)
-    if is_needed or container.tensors_alone or most is not None or options.max_shard_size is not None:
+    if is_needed or weights_alone:
         require_state_dict(checkpoint, "to rewrite" if is_needed else "to write")
 
 

@@ -16,6 +16,7 @@ from ckptkit.errors import CorruptError, FileAccessError, FormatError, RewriteEr
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe
 from ckptkit.formats.shards import may_tell_a_part
+from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.normalize.parts import part_in
@@ -223,6 +224,8 @@ def source_of(path: Readable) -> Source:
         from ckptkit.formats.sources import standard_input
 
         return standard_input()
+    if (unpacked := unpacked_source(name)) is not None:
+        return unpacked
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder
 

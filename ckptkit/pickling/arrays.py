@@ -10,13 +10,27 @@ with ``(3, byteorder, subdtype, names, fields, …)``.  The modules were called 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple, TypeGuard
 
+from ckptkit.bytesource import ByteRange
 from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
-__all__ = ["Array", "ArrayLayout", "array_of", "is_array", "is_numpy_scalar", "layout_of", "parts_of"]
+__all__ = [
+    "Array",
+    "ArrayLayout",
+    "LocatedBytes",
+    "array_of",
+    "bytes_reversed",
+    "is_array",
+    "is_numpy_scalar",
+    "itemsize_of",
+    "layout_of",
+    "names_arrays",
+    "parts_of",
+]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
@@ -51,6 +65,21 @@ class Array(NamedTuple):
 
     dtype: str | None
     data: bytes
+
+
+class LocatedBytes(bytes):
+    """The bytes of an array that were left where they lie: it is empty, and equal to nothing but itself.
+
+    Attributes:
+        source: where that is.
+    """
+
+    source: ByteRange
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class ArrayLayout(NamedTuple):
@@ -92,6 +121,11 @@ def is_numpy_scalar(node: object) -> bool:
     return is_array(node) and node.class_name.endswith(".scalar")
 
 
+def names_arrays(names: Iterable[str]) -> bool:
+    """Whether a pickle with these names may hold an array."""
+    return any(name.startswith("numpy.") and name.endswith(("._reconstruct", "._frombuffer")) for name in names)
+
+
 def layout_of(node: Object) -> ArrayLayout:
     """What is to be known of what `is_array`."""
     dtype, data, sizes, order = parts_of(node)
@@ -119,7 +153,7 @@ def array_of(node: Object) -> Array:
     if name is None or layout.data is None:
         return Array(None, b"")
     data = bytes(layout.data)
-    return Array(name, _reversed(data, name) if layout.swapped else data)
+    return Array(name, bytes_reversed(data, name) if layout.swapped else data)
 
 
 def parts_of(node: Object) -> tuple[object, object, object, object]:
@@ -154,7 +188,14 @@ def _code_of(node: object) -> tuple[str, bool]:
     return (code if isinstance(code, str) else ""), swapped
 
 
-def _reversed(data: bytes, name: str) -> bytes:
+def itemsize_of(code: str) -> int | None:
+    """Bytes of an element of a type, by its code; ``None``: it is not of plain values, or not understood."""
+    if code in DTYPES:
+        return DTYPES[code].itemsize
+    return int(code[1:]) * (4 if code[0] == "U" else 1) if _MADE.match(code) else None
+
+
+def bytes_reversed(data: bytes, name: str) -> bytes:
     """The bytes of each element the other way round, of a complex one those of each part."""
     row = DTYPES[name]
     width = row.itemsize // 2 if row.kind == "complex" else row.itemsize
