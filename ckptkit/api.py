@@ -20,11 +20,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.arguments import documented, several, unexpected
+from ckptkit.bytesource import Readable
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, RewriteError
+from ckptkit.formats import format_named
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
-from ckptkit.options import ConvertOptions, DiffOptions, VerifyOptions
+from ckptkit.options import ConvertOptions, DiffOptions, LoadOptions, VerifyOptions
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from ckptkit.differences import Difference
     from ckptkit.inspection.document import InspectedFile
-    from ckptkit.options import ConvertKeywords, DiffKeywords, VerifyKeywords
+    from ckptkit.options import ConvertKeywords, DiffKeywords, LoadKeywords, VerifyKeywords
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.policy import PolicyKeywords
     from ckptkit.released.results import CheckReport
@@ -76,26 +78,20 @@ def inspect(
         return describe(file.checkpoint, filters=several(filters), sort=sort, stats=stats)
 
 
-def load_state_dict(
-    path: PathLike,
-    *,
-    map_location: Any = None,
-    section: str | None = None,
-    allow_part: bool = False,
-    ignore_checksums: bool = False,
-) -> OrderedDict[str, Any]:
+@documented(LoadOptions)
+def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict[str, Any]:
     """The weights, from any container, without executing the file: every value of the state_dict.
 
     Tensors of every layout (quantized, sparse, nested, on meta), arrays of numpy's and plain values are what
     ``torch.load`` gives; of a tensor of a class with bytes of its own the plain tensor is given.  Their indices,
     offsets, axes and sizes are checked first, which torch does not do.
 
+    What is selected, renamed or cast is what `convert` would write.  A ``.pth`` is copied, and the checksums that it
+    recorded are held; a ``.safetensors`` is mapped.  To a CUDA device bytes go from the file in pieces.
+
     Args:
-        path: the file.
-        map_location: as in ``torch.load``: a string, a ``torch.device``, a dict, a callable.
-        section: path of the weights to select, where the file holds several.
-        allow_part: whether the file may be a part of a checkpoint that lies in several.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        f: the file.
+        **options: those of `ckptkit.options.LoadOptions`.
 
     Returns:
         Name to value, in file order, with the module versions that the file has as ``_metadata``, as
@@ -107,7 +103,8 @@ def load_state_dict(
         SectionError: the file holds no state_dict, or several.
         UnsupportedError: values that only the code they come from can make (objects, DTensor and other wrappers);
             the message names each.
-        DTypeError: the installed torch lacks a dtype.
+        RewriteError: options do not go together, or cannot be applied; this machine lacks the device.
+        DTypeError: the installed torch lacks a dtype, or it cannot be cast.
         CorruptError: a tensor's bytes are not those its checksum was recorded for, or what it consists of does not
             fit together.
         PartError: it is a part of a checkpoint.
@@ -115,15 +112,33 @@ def load_state_dict(
     """
     from ckptkit.extras import require_torch
 
+    asked = LoadOptions(**options)
     require_torch()
     from ckptkit.torch_bridge import state_dict_of
 
-    with _weights(path, "to load", section=section, allow_part=allow_part, ignore_checksums=ignore_checksums) as file:
-        state = state_dict_of(file.state_dict, file.path, map_location=map_location, checksums=True)
+    wanted = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
+    with wanted(f, "to load", section=asked.section) as file:
+        checkpoint = file.checkpoint
+        if asked.conversion is not None:
+            from ckptkit.conversion.options import Conversion
+
+            checkpoint = Conversion(checkpoint, asked.conversion).result
+        state = state_dict_of(
+            checkpoint.state_dict,
+            file.path,
+            map_location=asked.map_location,
+            mapped=_is_mapped(file, asked.mapped),
+            checksums=asked.mapped is not True,
+        )
         if file.checkpoint.module is not None:
             for name, value in state.items():
                 state[name] = value.detach() if hasattr(value, "detach") else value
         return state
+
+
+def _is_mapped(file: CheckpointFile, asked: bool | None) -> bool:
+    """Whether tensors are to lie in the file: where that is not said, those of containers without checksums."""
+    return format_named(file.format).tensors_alone if asked is None else asked
 
 
 @documented(ConvertOptions)
@@ -302,7 +317,7 @@ def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report:
 
 @contextlib.contextmanager
 def _weights(
-    path: PathLike, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
+    path: Readable, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
 ) -> Iterator[CheckpointFile]:
     """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:

@@ -16,6 +16,7 @@ from typing import Any
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry, as_tensor
 from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
 from ckptkit.extras import require_torch
+from ckptkit.formats import collector_paused
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.tensors import storage_names
 from ckptkit.pickling.arrays import is_array, layout_of
@@ -35,14 +36,8 @@ from ckptkit.pickling.layouts import (
 )
 from ckptkit.pickling.tensors import shape_of
 from ckptkit.report import count_of, glob_of, listed
-from ckptkit.torch_bridge.loading import (
-    Loader,
-    TorchLocation,
-    dtype_of,
-    require_dtypes,
-    restore,
-    tensors,
-)
+from ckptkit.torch_bridge.devices import TorchLocation
+from ckptkit.torch_bridge.loading import Loader, dtype_of, require_dtypes, tensors
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import array_from, check_indices, values_of
 
@@ -94,8 +89,9 @@ def state_dict_of(
         state_dict: the names and values; the file they lie in must still be open.
         path: the file, for messages.
         map_location: as `tensors` takes it.
-        mapped: the same.
-        checksums: the same.
+        mapped: as `tensors` takes it, but that the width of an element is alignment enough, as it is to
+            ``safetensors.torch.load_file``.
+        checksums: as `tensors` takes it.
 
     Raises:
         UnsupportedError: values that cannot be made; the message names each.
@@ -104,10 +100,10 @@ def state_dict_of(
     """
     require_dtypes(state_dict)
     sums = Checksums()
-    loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
+    loader = Loader(map_location, alignment=1 if mapped else None, checksums=sums if checksums else None)
     builder = _Builder(loader, map_location)
     foreign: dict[str, str] = {}
-    with sums.held(lambda: storage_names(state_dict.everything)):
+    with collector_paused(), sums.held(lambda: storage_names(state_dict.everything)):
         others: dict[str, object] = {}
         for name, value in state_dict.extra.items():  # before the others are read: one that cannot be made ends it
             try:
@@ -262,14 +258,16 @@ class _Builder:
     def _tensor(self, found: Rebuilt) -> object:
         # Storages are read before torch is asked, so that what is wrong with the file is not told as torch's refusal.
         check_indices(found.layout, self._numbers)
-        made = self._laid_out(found.layout)
+        with self._loader.at_once():
+            made = self._laid_out(found.layout)
         if found.is_parameter:
             return _by_torch(lambda: torch.nn.Parameter(made.detach(), requires_grad=found.requires_grad))
         return made
 
     def _numbers(self, entry: TensorEntry) -> Any:
         """Whole numbers as an array; where all goes to the meta device, out of the file."""
-        tensor = self._loader.tensor(entry).detach()
+        with self._loader.at_once():
+            tensor = self._loader.tensor(entry).detach()
         return values_of(entry) if tensor.is_meta else tensor.cpu().numpy()
 
     def _laid_out(self, layout: Layout) -> Any:
