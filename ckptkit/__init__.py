@@ -31,7 +31,19 @@ place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.api import CheckpointFile, Rewriter, check, convert, diff, inspect, load_state_dict, manifest, open, verify  # noqa: A004 - ckptkit.open
+from ckptkit.api import (
+    CheckpointFile,
+    Rewriter,
+    check,
+    convert,
+    diff,
+    inspect,
+    load,
+    load_state_dict,
+    manifest,
+    open,  # noqa: A004 - ckptkit.open
+    verify,
+)
 from ckptkit.checkpoint import Checkpoint, Origin, Part, Section, StateDict, Storage, TensorEntry
 from ckptkit.errors import (
     AmbiguousError,
@@ -61,6 +73,7 @@ if TYPE_CHECKING:
     from ckptkit.differences.difference import DiffDocument
     from ckptkit.documents import CheckDocument, ConvertDocument, ExplainDocument, ManifestDocument, VerifyDocument
     from ckptkit.inspection.document import InspectDocument, InspectedFile
+    from ckptkit.pickling.foreign import Foreign
     from ckptkit.plan import Plan
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckFinding, CheckReport
@@ -102,6 +115,7 @@ __all__ = [
     "FailedReportError",
     "FileAccessError",
     "Finding",
+    "Foreign",
     "FormatError",
     "InspectDocument",
     "InspectedFile",
@@ -140,6 +154,7 @@ __all__ = [
     "convert",
     "diff",
     "inspect",
+    "load",
     "load_state_dict",
     "manifest",
     "open",
@@ -159,6 +174,10 @@ def __getattr__(name: str) -> Any:
         from ckptkit.released.manifest_file import Manifest
 
         return Manifest
+    if name == "Foreign":
+        from ckptkit.pickling.foreign import Foreign
+
+        return Foreign
     if name in ("CheckFinding", "CheckReport"):
         from ckptkit.released import results
 

@@ -8,7 +8,7 @@
     ckptkit.convert("ddp.pth", "clean.safetensors", strip_module=True)
     ckptkit.verify("clean.safetensors", model="torchvision:resnet18").raise_if_failed()
 
-Nothing here imports torch but `load_state_dict` and `verify`.
+Nothing here imports torch but `load`, `load_state_dict` and `verify`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointFile", "Rewriter",
-    "check", "convert", "diff", "inspect", "load_state_dict", "manifest", "open", "verify",
+    "check", "convert", "diff", "inspect", "load", "load_state_dict", "manifest", "open", "verify",
 ]  # fmt: skip
 
 
@@ -139,6 +139,60 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
 def _is_mapped(file: CheckpointFile, asked: bool | None) -> bool:
     """Whether tensors are to lie in the file: where that is not said, those of containers without checksums."""
     return format_named(file.format).tensors_alone if asked is None else asked
+
+
+def load(
+    f: Readable,
+    *,
+    map_location: Any = "cpu",
+    section: str | None = None,
+    mapped: bool | None = None,
+    allow_part: bool = False,
+    ignore_checksums: bool = False,
+) -> Any:
+    """All that a file holds, as ``torch.load`` gives it, without executing the file.
+
+    Dicts, lists, tuples, sets, tensors of every layout, parameters, arrays and numbers of numpy's, and plain values of
+    Python's are what they are; what is one object in the file is one.  An optimizer's and a scheduler's
+    ``load_state_dict`` take their parts.  For what only code from elsewhere could make (a model, a ``Namespace``, a
+    function) stands a `Foreign`, which shows its name and its attributes.  Of a tensor of a class of its own the plain
+    tensor is given, a ``defaultdict`` with a foreign function has none, and a path looks at no disk.
+
+    Args:
+        f: the file.
+        map_location: where tensors go, as in ``torch.load``; ``None``: where the file says that they lay.
+        section: the keys that lead to the part to load, joined with dots: ``"optimizer"``, ``"args"``; default: all.
+        mapped: whether tensors on the CPU lie in a mapping of the file; see `load_state_dict`.
+        allow_part: whether the file may be a part of a checkpoint that lies in several.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+
+    Returns:
+        What was saved; of a program and of a safetensors file a dict of its tensors.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+        SectionError: no such keys are in the file.
+        UnsupportedError: values nested more than 100 deep, or that this torch does not make.
+        CorruptError: a value that does not fit together, or bytes that are not those their checksum was recorded for.
+        RewriteError: this machine lacks a device.
+        DTypeError: the installed torch lacks a dtype.
+        PartError: it is a part of a checkpoint.
+        FormatError, FileAccessError: as `open`.
+    """
+    from ckptkit.extras import require_torch
+
+    require_torch()
+    from ckptkit.torch_bridge import tree_of
+
+    with open(f, ignore_checksums=ignore_checksums) as file:
+        require_whole(file.checkpoint, allow_part=allow_part)
+        return tree_of(
+            file.checkpoint,
+            section=section,
+            map_location=map_location,
+            mapped=_is_mapped(file, mapped),
+            checksums=mapped is not True,
+        )
 
 
 @documented(ConvertOptions)
