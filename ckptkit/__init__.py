@@ -5,7 +5,7 @@ Importing ckptkit imports neither torch nor numpy.
 The layers, each importing only from those to its right; a test enforces it:
 
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
-        > diagnose, compare, stats, architectures, digests, options > formats, rewrite, transfer > normalize > pickling
+        > diagnose, compare, stats, architectures, digests, options > rewrite > formats, transfer > normalize > pickling
         > plan, casting > checkpoint > tensor > computed > bytesource
         > codes, documents > report, arguments, dtypes, limits, extras > errors
 
@@ -21,7 +21,8 @@ output, and tells what came of it; `checkpoint_file` is what `open` gives.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
 of two trees (`trees`), which everything that shows, compares, counts or digests goes through.
 Bytes that have to be made before they can be moved are `computed`, and `casting` is
-what one way of making them computes.  Inside `formats` stand the containers, one module each, and all that others ask
+what one way of making them computes; what another does, which reads tensors for it, is in `transfer`, which is why
+`rewrite` stands above that.  Inside `formats` stand the containers, one module each, and all that others ask
 about one in its row of the table (`containers`, `format_named`): no other room compares their names; `tar_archive` and
 `zip_archive` are tar and zip as such, `folder` says what lies in a folder, `contents` what pickles and programs stand
 in bytes that no reader reads, and `refused` is what is said of files that are not checkpoints.
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
         AddPrefix,
         CastDtype,
         Compact,
+        Densify,
         LeaveOut,
         Like,
         MapLocation,
@@ -108,6 +110,7 @@ __all__ = [
     "ConvertDocument",
     "CorruptError",
     "DTypeError",
+    "Densify",
     "DestinationExistsError",
     "DiffDocument",
     "Difference",

@@ -86,6 +86,11 @@ class ConvertOptions(Options):
         "new device tags; see `ckptkit.MapLocation`",
         "LOC",
     )
+    densify = flag(
+        "Make dense tensors of sparse, nested, quantized and block-scaled ones.",
+        "make dense tensors of the values that are sparse, nested, quantized or scaled by blocks; see "
+        "`ckptkit.Densify`",
+    )
     dtype = text(
         "DTYPE",
         "Cast floating-point weights: float16, bfloat16, float32, float8_...",
@@ -188,6 +193,7 @@ class LoadOptions(Options):
     rename = ConvertOptions.rename
     include = ConvertOptions.include
     exclude = ConvertOptions.exclude
+    densify = ConvertOptions.densify
     dtype = ConvertOptions.dtype
     keep_dtype = ConvertOptions.keep_dtype
     cast_scaled = ConvertOptions.cast_scaled
@@ -378,6 +384,7 @@ if TYPE_CHECKING:
         weights_only: bool
         leave_out: str | Sequence[str]
         map_location: LocationMap | None
+        densify: bool
         dtype: str | None
         keep_dtype: str | Sequence[str]
         cast_scaled: bool
@@ -408,6 +415,7 @@ if TYPE_CHECKING:
         rename: str | Sequence[str | tuple[str, str]]
         include: str | Sequence[str]
         exclude: str | Sequence[str]
+        densify: bool
         dtype: str | None
         keep_dtype: str | Sequence[str]
         cast_scaled: bool

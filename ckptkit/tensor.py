@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckptkit.bytesource import made_by_position
-from ckptkit.computed import ByteSource, DeflatedRange, Inflation
+from ckptkit.computed import ByteSource, DeflatedRange, DenseRange, Inflation
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError
 from ckptkit.report import count_of
@@ -57,6 +57,16 @@ class Storage:
     crc32: int | None = None
     byteorder: Literal["little", "big"] = "little"
     original: Storage | None = None
+
+    @property
+    def originals(self) -> tuple[Storage, ...]:
+        """The storages of the file that these bytes are, are cut or converted from, or are made of."""
+        whole = self.original or self
+        if isinstance(whole.source, DenseRange):
+            return tuple(
+                each for part in whole.source.whole.parts if isinstance(part, Storage) for each in part.originals
+            )
+        return (whole,)
 
     def without_checksum(self) -> Storage:
         """The same bytes with none recorded, so that nothing is held against them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import gc
 import os
 import re
 import signal
@@ -50,6 +51,9 @@ PACKAGE = Path(ckptkit.__file__).parent
 # Once, and not in every process that tests start: where PYTHONDONTWRITEBYTECODE is set, none of them would keep it.
 compileall.compile_dir(PACKAGE, quiet=2)
 
+# And the tests, with their assertions rewritten: half of the time that collecting takes.
+_writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+
 PYTHON = os.environ.get("CKPTKIT_PYTHON", sys.executable)
 """What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch."""
 
@@ -62,6 +66,14 @@ def saved_from(device: str | Callable[[Any], str]) -> Iterator[None]:
     tag = device if callable(device) else lambda storage: device
     with mock.patch("torch.serialization.location_tag", tag):
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all of torch stay to the end: without them the collector has little to go through."""
+    sys.dont_write_bytecode = _writes_no_bytecode
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)

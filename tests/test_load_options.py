@@ -72,6 +72,17 @@ def test_what_convert_writes_is_loaded(save: Save, tmp_path: Path, asked: str, e
     assert ours._metadata == getattr(theirs, "_metadata", {})  # type: ignore[attr-defined]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_dense_values_are_made(save: Save, tmp_path: Path) -> None:
+    numbers = torch.quantize_per_tensor(torch.randn(40, 50), 0.1, 3, torch.qint8)
+    path = save({"s": torch.eye(300).to_sparse(), "q": numbers, "w": torch.ones(2)})
+    for given in ({"densify": True}, {"densify": True, "dtype": "float16"}):
+        ckptkit.convert(path, tmp_path / "out.pth", force=True, **given)  # type: ignore[arg-type]
+        ours, theirs = ckptkit.load_state_dict(path, **given), torch.load(tmp_path / "out.pth", weights_only=True)  # type: ignore[arg-type]
+        assert same(dict(ours), dict(theirs)) and ours["q"].layout == ours["s"].layout == torch.strided
+    assert torch.equal(ckptkit.load_state_dict(path, densify=True)["s"], torch.eye(300))
+
+
 def test_nothing_is_written(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(ddp())
     monkeypatch.setattr("tempfile.TemporaryFile", None)

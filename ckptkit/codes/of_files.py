@@ -58,7 +58,8 @@ CODES: dict[str, Explanation] = {
         "values of the state_dict that are not plain tensors",
         "Quantized, sparse, nested, distributed and subclass tensors, and what modules keep as `_extra_state`, cannot "
         "be described by dtype, shape and stride. They are kept as they are in .pth; safetensors cannot hold them.",
-        "Convert to .pth, which holds them all. A DTensor or ShardedTensor is made whole by gathering it where it was "
+        "Convert to .pth, which holds them all, or make dense tensors of sparse, nested and quantized ones with "
+        "--densify. A DTensor or ShardedTensor is made whole by gathering it where it was "
         "saved; values that the model can do without are left out with --exclude.",
     ),
     "discarded-call": Explanation(

@@ -232,15 +232,19 @@ def scanned(data: bytes, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ..
         found[module, name] += 1
         # What stands before it may look like its beginning.
         hidden.update((module[at + 1 :], name) for at in range(len(module) - 1) if module[at] in b"ci")
-    names = []
-    for (module, name), count in (*found.items(), *((both, 1) for both in hidden - found.keys())):
-        made = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))
-        made.calls = count
-        made.excused = len(_STORAGE.findall(data)) if (made.module, made.name) == LOADER else 0
-        names.append(made)
     judged = {use.name for use in known}
-    uses = global_uses(names[: len(found)]) + tuple(filter(runs, global_uses(names[len(found) :])))
-    return tuple(use for use in uses if use.name not in judged)
+
+    def uses(names: Iterable[tuple[tuple[bytes, bytes], int]]) -> tuple[GlobalUse, ...]:
+        made = []
+        for (module, name), count in names:
+            node = Global(module.decode("ascii", "replace"), name.decode("ascii", "replace"))
+            if node.qualified not in judged:
+                node.calls = count
+                node.excused = len(_STORAGE.findall(data)) if (node.module, node.name) == LOADER else 0
+                made.append(node)
+        return global_uses(made)
+
+    return uses(found.items()) + tuple(filter(runs, uses((both, 1) for both in hidden - found.keys())))
 
 
 def runs(use: GlobalUse) -> bool:

@@ -20,7 +20,7 @@ from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.formats.json_text import ORDER, VERSIONS, places, versions_from, versions_text
 from ckptkit.formats.safetensors import METADATA, NAME, header_shape
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.not_plain import describe_value
+from ckptkit.normalize.not_plain import can_be_dense, describe_value
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.selection import other_parts
 from ckptkit.plan import Gather, LiteralBytes, Plan, Step, moved
@@ -69,7 +69,8 @@ def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
 def _values(checkpoint: Checkpoint) -> Iterator[str]:
     extra = checkpoint.state_dict.extra
     kinds = {name: described.kind for name, value in extra.items() if (described := describe_value(value)) is not None}
-    wrapped = {name: value for name, value in extra.items() if kinds.get(name) == "wrapper"}
+    dense = [name for name, value in extra.items() if can_be_dense(name, value)]
+    wrapped = {name: value for name, value in extra.items() if kinds.get(name) == "wrapper" and name not in dense}
     others = {name: value for name, value in extra.items() if name not in wrapped}
     if wrapped:
         gathers = any(".DTensor" in use.name for use in checkpoint.globals)
@@ -79,7 +80,9 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
         )
     if others:
         leaves_out = f"{_exclude(list(others), checkpoint)} leaves them out"
-        yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}"
+        made = "them" if len(dense) == len(others) else _listed(dense)
+        makes = f", --densify makes dense tensors of {made}" if dense else ""
+        yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}{makes}"
 
 
 def _kinds(values: Mapping[str, object]) -> str:

@@ -221,36 +221,76 @@ def wrapper_prefixes(module: object) -> list[tuple[str, str]]:
     return found
 
 
-def _modules(root: object) -> Iterator[tuple[str, object, InertDict | None]]:
-    """Every module, depth first: its prefix, node and ``__dict__`` (``None``: it is pickled as no module is)."""
-    count = characters = 0
-    above: set[int] = set()
-    stack: list[tuple[str, object, bool]] = [("", root, True)]
+_MET_AGAIN = 1000
+"""Modules that stand in a second place, after which a model's size is found out first: each level may double it."""
+
+
+def _modules(
+    root: object, known: dict[int, tuple[int, int, int, int]] | None = None
+) -> Iterator[tuple[str, object, InertDict | None]]:
+    """Every module, depth first: its prefix, node and ``__dict__`` (``None``: it is pickled as no module is).
+
+    Args:
+        root: the model.
+        known: given: modules are gone into once, and by id, what each adds with all below: to the count, to the
+            characters for each of its prefix, to the characters beside, to the depth.  Errors are the same.
+    """
+    count = characters = weight = 0
+    above: dict[int, tuple[int, int, int]] = {}
+    met: set[int] = set()
+    again = 0
+    stack: list[tuple[str, object, list[tuple[str, object]] | None]] = [("", root, None)]
     while stack:
-        prefix, node, entering = stack.pop()
-        if not entering:
-            above.remove(id(node))
+        prefix, node, left = stack.pop()
+        if left is not None:
+            before = above.pop(id(node))
+            if known is not None:
+                heavier, depth = weight - before[1], max((known[id(child)][3] for _, child in left), default=0)
+                longer = characters - before[2] - heavier * len(prefix)
+                known[id(node)] = (count - before[0], heavier, longer, depth + 1)
             continue
         state = module_state(node)
         if state is None:
+            if known is not None:
+                known[id(node)] = (0, 0, 0, 0)
             yield prefix, node, None
             continue
+        if known is not None and id(node) in known:
+            more, heavier, longer, depth = known[id(node)]
+            longer += heavier * len(prefix)
+            if (
+                count + more <= DEFAULT_LIMITS.entries
+                and characters + longer <= DEFAULT_LIMITS.pickle_nbytes
+                and len(above) + depth <= DEFAULT_LIMITS.module_depth
+            ):
+                count, weight, characters = count + more, weight + heavier, characters + longer
+                continue
         if len(above) >= DEFAULT_LIMITS.module_depth:
             raise LimitError("modules inside modules", limit=DEFAULT_LIMITS.module_depth, actual=len(above) + 1)
         if id(node) in above:
             raise CorruptError(f"module {prefix.rstrip('.') or 'root'!r} contains itself")
-        above.add(id(node))
+        again += id(node) in met
+        if again == _MET_AGAIN and known is None:
+            for _ in _modules(root, {}):
+                pass
+        met.add(id(node))
+        above[id(node)] = (count, weight, characters)
         below = [(f"{prefix}{name}.", child) for name, child in named_items(state.get("_modules")) if child is not None]
         values = sum(len(mapping_items(state.get(mark)) or ()) for mark in ("_parameters", "_buffers"))
         count += 1 + values
+        weight += values + len(below)
         characters += len(prefix) * values + sum(len(path) for path, _ in below)
-        if count > DEFAULT_LIMITS.entries:
-            raise LimitError("modules and tensors in a model", limit=DEFAULT_LIMITS.entries, actual=count)
-        if characters > DEFAULT_LIMITS.pickle_nbytes:
-            raise LimitError("characters of names in a model", limit=DEFAULT_LIMITS.pickle_nbytes, actual=characters)
+        _check_size(count, characters)
         yield prefix, node, state
-        stack.append(("", node, False))
-        stack.extend((path, child, True) for path, child in reversed(below))
+        stack.append((prefix, node, below))
+        stack.extend((path, child, None) for path, child in reversed(below))
+
+
+def _check_size(count: int, characters: int) -> None:
+    if count > DEFAULT_LIMITS.entries:
+        raise LimitError("modules and tensors in a model", limit=DEFAULT_LIMITS.entries, actual=count)
+    if characters > DEFAULT_LIMITS.pickle_nbytes:
+        raise LimitError("characters of names in a model", limit=DEFAULT_LIMITS.pickle_nbytes, actual=characters)
 
 
 def _saved_values(node: object, state: InertDict) -> list[tuple[str, object]]:

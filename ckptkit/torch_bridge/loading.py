@@ -20,7 +20,7 @@ from functools import partial
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry
-from ckptkit.computed import ConvertedRange
+from ckptkit.computed import ConvertedRange, DenseRange, files_of, is_made, piece_nbytes, read_into
 from ckptkit.dtypes import DTYPES, dtype
 from ckptkit.errors import CorruptError, DTypeError, UnsupportedError
 from ckptkit.extras import require_torch
@@ -35,6 +35,9 @@ require_torch()
 import torch  # noqa: E402 - behind the check, so that its absence is explained
 
 __all__ = ["ALIGNMENT", "Loader", "dtype_of", "require_dtypes", "tensors"]
+
+_Readable = ByteRange | ConvertedRange | DenseRange
+"""What is read as it is, or made as it is read."""
 
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
@@ -226,14 +229,14 @@ class Loader:
         self._read_all()
         return places.moved(storage, memory, location)
 
-    def _noted(self, storage: Storage) -> ByteRange | ConvertedRange:
+    def _noted(self, storage: Storage) -> _Readable:
         """Where the bytes of a storage that is about to be read lie."""
         source = storage.source
-        self._files[id(source.file)] = source.file
+        for file in files_of(source):
+            self._files[id(file)] = file
         if self._checksums is not None:
             self._checksums.want([storage])
-        if not isinstance(source, ConvertedRange):
-            source = source.plain()
+        source = source if is_made(source) else source.plain()
         return source if source.nbytes == storage.nbytes else source.part(0, storage.nbytes)
 
     def _on_the_cpu(self, entry: TensorEntry, width: int) -> torch.UntypedStorage:
@@ -264,7 +267,7 @@ class Loader:
         self._staging.setdefault(device, Staging(device)).fill(memory, read)
         return memory
 
-    def _summed(self, storage: Storage, source: ByteRange | ConvertedRange) -> Checksums | None:
+    def _summed(self, storage: Storage, source: _Readable) -> Checksums | None:
         """What sums the bytes as they pass by: of those that are converted the ones before."""
         whole = (storage.original or storage) if isinstance(source, ConvertedRange) else storage
         return self._checksums if whole.crc32 is not None else None
@@ -330,7 +333,7 @@ def _swap_width(entry: TensorEntry) -> int:
 
 def _reading(
     memory: torch.UntypedStorage | torch.Tensor,
-    source: ByteRange | ConvertedRange,
+    source: _Readable,
     width: int,
     checksums: Checksums | None,
 ) -> list[Callable[[], object]]:
@@ -348,11 +351,10 @@ def _reading(
     if not source.nbytes:
         return []
     view: memoryview = _memory_at(memory.data_ptr(), source.nbytes, _WRITABLE)
-    if source.nbytes <= SUMMED_NBYTES:
-        return [partial(_fill, memory, view, source, width, checksums)]
+    step = piece_nbytes(source, _SUMMED_READ) if is_made(source) else SUMMED_NBYTES
     tasks: list[Callable[[], object]] = []
-    for first in range(0, source.nbytes, SUMMED_NBYTES):
-        part = source.part(first, min(SUMMED_NBYTES, source.nbytes - first))
+    for first in range(0, source.nbytes, step):
+        part = source if source.nbytes <= step else source.part(first, min(step, source.nbytes - first))
         tasks.append(partial(_fill, memory, view[first : first + part.nbytes], part, width, checksums))
     return tasks
 
@@ -360,21 +362,19 @@ def _reading(
 def _fill(
     memory: object,
     view: memoryview,
-    source: ByteRange | ConvertedRange,
+    source: _Readable,
     width: int,
     checksums: Checksums | None,
 ) -> None:
     """Fill a part of the memory, which is kept until that is done."""
     if isinstance(source, ConvertedRange):
-        passing = None if checksums is None else checksums.passing(source.original.plain())
-        for start in range(0, source.nbytes, _SUMMED_READ):
-            part = source.part(start, min(_SUMMED_READ, source.nbytes - start))
-            original = part.original.plain()
-            values = buffer("original", original.nbytes)
-            original.file.read_into(original.offset, values)
-            if passing is not None:
-                passing.update(values)
-            source.whole.function.into(values, view[start : start + part.nbytes])
+        before = buffer("before", source.original.nbytes)
+        source.into(view, before)
+        if checksums is not None and not is_made(source.original):
+            checksums.passing(source.original.plain()).update(before)
+        return
+    if isinstance(source, DenseRange):
+        read_into(source, view)
         return
     if checksums is None:
         source.file.read_into(source.offset, view)

@@ -1,8 +1,8 @@
 """Shared by the attacks: how hostile files are made, and the court they are brought before.
 
 Every test module here holds a table of samples, ``name: (expectation, function)``; the function gets
-`Make` and returns the file's bytes.  A sample goes through all `COMMANDS`, each in a process of its own
-(`support/warden.py` forks it); what must never happen is asserted for each (`Court.judge`), and
+`Make` and returns the file's bytes.  A sample goes through all `COMMANDS`, in a process of its own
+(`support/warden.py` forks it), where they are large each command in one of its own; what must never happen is asserted for each (`Court.judge`), and
 the expectation on top:
 
 - ``HOSTILE``: refused or read, the verdict is ``hostile`` and the exit code is not 0
@@ -205,11 +205,11 @@ class Warden:
         argv = [sys.executable, "-X", "utf8", str(script)]
         self._process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, argv: list[str], folder: Path, output: Path) -> dict[str, Any]:
-        """What became of a command."""
+    def run(self, folder: Path, commands: list[tuple[list[str], Path]]) -> list[dict[str, Any]]:
+        """What became of commands, arguments and the file for what they print, that one process runs in turn."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"argv": argv, "cwd": str(folder), "output": str(output)}
+        job = {"cwd": str(folder), "commands": [{"argv": argv, "output": str(output)} for argv, output in commands]}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())  # type: ignore[no-any-return]
@@ -223,13 +223,14 @@ class Warden:
 class Court:
     """What becomes of each sample under each command; every sample is made and run when it is asked for."""
 
-    def __init__(self, samples: Samples, commands: list[str], root: Path) -> None:
+    def __init__(self, samples: Samples, commands: list[str], apart: bool, root: Path) -> None:
         modules = root / "modules"
         modules.mkdir()
         self._canary = root / "canary"
         (modules / "canary_module.py").write_text(f"open({str(self._canary)!r}, 'w')\nclass Net: pass\n")
         self._samples = samples
         self._commands = commands
+        self._apart = apart
         self._folder = root / "samples"
         self._results: dict[str, dict[str, dict[str, Any]]] = {}
         self._warden = Warden(modules)
@@ -244,11 +245,14 @@ class Court:
             folder = self._folder / name
             folder.mkdir(parents=True)
             (folder / "file.pth").write_bytes(self._samples[name][1](Make(self._canary)))
+            outputs = {
+                command: self._folder.parent / f"output{len(self._results)}.{command}" for command in self._commands
+            }
             found = {}
-            for command in self._commands:
-                output = self._folder.parent / f"output{len(self._results)}.{command}"
-                arguments = [argument.format(file="file.pth") for argument in COMMANDS[command]]
-                found[command] = {**self._warden.run(arguments, folder, output), "output": output}
+            for together in [[command] for command in outputs] if self._apart else [list(outputs)]:
+                jobs = [([word.format(file="file.pth") for word in COMMANDS[each]], outputs[each]) for each in together]
+                for command, result in zip(together, self._warden.run(folder, jobs), strict=True):
+                    found[command] = {**result, "output": outputs[command]}
             self._results[name] = found
         return self._results[name]
 
@@ -305,10 +309,14 @@ class Court:
 
 @pytest.fixture(scope="module")
 def court(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
-    """For the samples of the module's table ``SAMPLES``, under the commands ``ASKED`` for (default: all)."""
+    """For the samples of the module's table ``SAMPLES``, under the commands ``ASKED`` for (default: all).
+
+    Where there is an ``ASKED``, each of them has a process of its own.
+    """
     held = Court(
         request.module.SAMPLES,
         getattr(request.module, "ASKED", list(COMMANDS)),
+        hasattr(request.module, "ASKED"),
         tmp_path_factory.mktemp("attacks"),
     )
     yield held

@@ -22,9 +22,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+import weakref
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 SECONDS = 300
 """What takes longer is killed."""
@@ -88,6 +91,8 @@ def preload(*modules: str) -> None:
     for module in [*without_torch, "decimal", "fractions", "tabulate", "numpy", "ml_dtypes", *modules]:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # hundreds of torch's, which no child needs to undo
     gc.freeze()
 
 
@@ -113,19 +118,11 @@ def act(kind: str, what: str, *rest: str) -> int:
     return 0
 
 
-def begin(asker: socket.socket, listener: socket.socket) -> None:
-    """Be the command; never returns."""
+def begin(asker: socket.socket) -> NoReturn:
+    """Be the command that is asked for."""
     _, streams, _, _ = socket.recv_fds(asker, 1, 3)
     text = b"".join(iter(lambda: asker.recv(1 << 16), b""))
-    child = os.fork()
-    if child:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-        signal.alarm(SECONDS)
-        status = os.waitpid(child, 0)[1]
-        asker.sendall(str(os.waitstatus_to_exitcode(status)).encode())
-        os._exit(0)
     asker.close()
-    listener.close()
     for number, fd in enumerate(streams):
         os.dup2(fd, number)
         os.close(fd)
@@ -146,20 +143,42 @@ def begin(asker: socket.socket, listener: socket.socket) -> None:
 
 
 def serve(listener: socket.socket) -> None:
+    """Fork for everyone who connects, and tell them how it ended."""
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    running: dict[int, tuple[socket.socket, float]] = {}
     while True:
-        ready, _, _ = select.select([listener, 0], [], [])
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:  # so that what they took counts as this process's, too
-                pass
+        ready, _, _ = select.select([listener, heard, 0], [], [], 1 if running else None)
+        if heard in ready:
+            os.read(heard, 4096)
+        while running and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            asker, _ = running.pop(ended[0])
+            with contextlib.suppress(OSError):  # who asked may be gone
+                asker.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
+            asker.close()
+        for child, (_, until) in running.items():
+            if time.monotonic() > until:
+                os.kill(child, signal.SIGKILL)
         if 0 in ready:
             return
+        if listener not in ready:
+            continue
         asker, _ = listener.accept()
-        if os.fork() == 0:
+        child = os.fork()
+        if child == 0:
             try:
-                begin(asker, listener)
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for fd in (heard, told):
+                    os.close(fd)
+                for each in (listener, *(other for other, _ in running.values())):
+                    each.close()
+                begin(asker)
             finally:
                 os._exit(70)
-        asker.close()
+        running[child] = (asker, time.monotonic() + SECONDS)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python warden.py < jobs > results
 
-A job is ``{"argv", "cwd", "output"}``, one line of JSON, answered by one line as soon as it is done.  This process
+A job is ``{"cwd", "commands"}``, one line of JSON, answered by one line as soon as it is done.  This process
 imports ckptkit once; for each job it forks
-a child that may take at most `MEMORY` bytes more than it has and `SECONDS` of time, whose audit
-events are watched, and whose standard output goes to the file ``output``.  An answer is
-``{"code", "signal", "stderr", "events", "peak", "seconds"}``.  This process itself stays small: a
-child's peak of memory begins with what it was forked from.
+a child that may take at most `MEMORY` bytes more than it has, and `SECONDS` of time for each command, whose audit
+events are watched.  It runs the commands, ``{"argv", "output"}`` each, one after the other; what one prints goes to
+its file ``output``.  The answer has
+``{"code", "signal", "stderr", "events", "peak"}`` for each command; a signal that ended the process is the answer of
+all that had not ended before.  This process itself stays small: a child's peak of memory begins with what it was
+forked from.
 
 Events are what Python itself reports (``sys.addaudithook``): programs started, sockets opened, code
 evaluated, modules imported that are neither ckptkit's nor the standard library's, files opened for
@@ -23,7 +25,9 @@ import resource
 import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
+from typing import Any
 
 MEMORY = 1 << 30
 SECONDS = 20
@@ -46,57 +50,77 @@ def main() -> None:
         print(json.dumps(_run(json.loads(line))), flush=True)
 
 
-def _run(job: dict[str, object]) -> dict[str, object]:
-    folder = Path(str(job["cwd"]))
-    out = Path(str(job["output"]))
-    err, seen = (folder / f".{stream}" for stream in ("stderr", "events"))
+def _run(job: dict[str, Any]) -> list[dict[str, object]]:
+    folder, commands = Path(job["cwd"]), job["commands"]
+    files = [[folder / f".{what}{number}" for what in ("stderr", "events", "code")] for number in range(len(commands))]
     child = os.fork()
     if child == 0:
-        _child(job, out, err, seen)
+        _child(folder, commands, files)
     _, status, usage = os.wait4(child, 0)
-    result: dict[str, object] = {
-        "code": os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None,
-        "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-        "stderr": err.read_bytes()[:20_000].decode(errors="replace"),
-        "events": seen.read_text().splitlines() if seen.exists() else [],
-        "peak": usage.ru_maxrss * 1024,
-        "seconds": usage.ru_utime + usage.ru_stime,
-    }
-    for path in (err, seen):
-        path.unlink(missing_ok=True)
-    return result
+    results: list[dict[str, object]] = []
+    for err, seen, code in files:
+        ended = code.read_text()
+        results.append(
+            {
+                "code": int(ended) if ended else None,
+                "signal": os.WTERMSIG(status) if not ended and os.WIFSIGNALED(status) else None,
+                "stderr": err.read_bytes()[:20_000].decode(errors="replace"),
+                "events": seen.read_text().splitlines(),
+                "peak": usage.ru_maxrss * 1024,
+            }
+        )
+        for path in (err, seen, code):
+            path.unlink()
+    return results
 
 
-def _child(job: dict[str, object], out: Path, err: Path, seen: Path) -> None:
+def _child(folder: Path, commands: list[dict[str, Any]], files: list[list[Path]]) -> None:
     """Never returns."""
-    folder = str(job["cwd"])
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    events = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    before = set(sys.modules)
-    tempfile.tempdir = folder  # what is left behind there is seen
-    argv = [str(argument) for argument in job["argv"]]  # type: ignore[attr-defined]
+    tempfile.tempdir = str(folder)  # what is left behind there is seen
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    signal.alarm(12 * SECONDS)  # for what waits without working: a pipe, a lock
-    sys.addaudithook(lambda event, args: _watch(event, args, events, folder))
-    code = 2
+    outputs = [command["output"] for command in commands]
+    streams = [list(map(_created, (output, *paths))) for output, paths in zip(outputs, files, strict=True)]
+    log = os.dup(0)
+    sys.addaudithook(lambda event, args: _watch(event, args, log, str(folder)))
+    before = set(sys.modules)
+    try:
+        for command, (out, err, seen, ended) in zip(commands, streams, strict=True):
+            for number, opened in ((1, out), (2, err), (log, seen)):
+                os.dup2(opened, number)
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            limit = int(used.ru_utime + used.ru_stime) + SECONDS
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+            signal.alarm(12 * SECONDS)  # for what waits without working: a pipe, a lock
+            code = _code([str(argument) for argument in command["argv"]])
+            strangers = {name.partition(".")[0] for name in set(sys.modules) - before} - _KNOWN
+            if strangers:
+                os.write(log, f"modules {sorted(strangers)}\n".encode())
+            os.write(ended, str(code).encode())
+    finally:
+        os._exit(70)
+
+
+def _created(path: str | Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+
+def _code(argv: list[str]) -> int:
+    """The exit status of a command."""
     try:
         from ckptkit.cli import main as command
 
         command(argv)
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 0
+        return error.code if isinstance(error.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        strangers = {name.partition(".")[0] for name in set(sys.modules) - before} - _KNOWN
-        if strangers:
-            os.write(events, f"modules {sorted(strangers)}\n".encode())
-        os._exit(code)
+    return 2
 
 
 def _watch(event: str, args: tuple[object, ...], log: int, folder: str) -> None:
