@@ -163,8 +163,8 @@ class Builder(Protocol):
     def __call__(self, node: object, step: object = None) -> Any:
         """The value of a node; ``step`` is what leads to it, for messages."""
 
-    def key(self, node: object) -> Any:
-        """The value of a key."""
+    def keys(self, nodes: Sequence[object]) -> list[Any]:
+        """The values of a dict's keys."""
 
 
 def stand_in(node: object, build: Builder, keep: Callable[[object], object]) -> Any:
@@ -218,7 +218,8 @@ def _fill(made: Foreign, node: Object, own: InertDict | None, build: Builder) ->
 
 
 def _dict(pairs: Sequence[tuple[object, object]], build: Builder) -> dict[Any, Any]:
-    return {build.key(key): build(value, key) for key, value in pairs}
+    keys = build.keys([key for key, _ in pairs])
+    return {made: build(value, key) for made, (key, value) in zip(keys, pairs, strict=True)}
 
 
 def plain_value(node: Object, build: Builder) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
@@ -61,6 +61,9 @@ __all__ = ["TorchLocation", "dtype_of", "state_dict_of", "tensors", "tree_of"]
 
 _MOST_DEPTH = 100
 """Containers inside one another that are made; a value that is deeper is no honest one."""
+
+_MANY_KEYS = 10_000
+"""Keys of a dict from which it matters that they differ in their hashes."""
 
 _LISTED = 8
 """Values in a message."""
@@ -167,13 +170,15 @@ def tree_of(
             root = _part(root, weights, section, path)
         try:
             made = builder(root)
-        except (_ForeignError, CorruptError, DTypeError) as error:
+        except (_ForeignError, CorruptError, DTypeError, RecursionError) as error:
             place = ".".join(map(step, builder.steps))[:_PLACE] or "the file's own value"
             if isinstance(error, CorruptError):
                 error.where = f"{place}: {error.where}" if error.where else place
                 raise error.at(path=path) from None
-            kind = DTypeError if isinstance(error, DTypeError) else UnsupportedError
-            raise kind(f"{path}: {place}: {error}") from error
+            if isinstance(error, DTypeError):
+                raise DTypeError(f"{path}: {place}: {error}") from error
+            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            raise UnsupportedError(f"{place}: {reason}", path=path) from error
         loader.finish()
     return made
 
@@ -266,7 +271,7 @@ class _Builder:
         if isinstance(node, tuple):
             return tuple(map(self, node))
         if isinstance(node, InertSet):
-            return (frozenset if node.frozen else set)(map(self.key, node.members))
+            return (frozenset if node.frozen else set)(self.keys(node.members))
         if isinstance(node, Storage):
             return self._storage(node)
         if isinstance(node, Global):
@@ -308,21 +313,24 @@ class _Builder:
             empty = {"OrderedDict": OrderedDict, "Counter": Counter, "dict": dict}.get(kind)
             made = defaultdict(_FACTORIES.get(name or "")) if empty is None else empty()
         self._keep(node, made)
-        for key, value in pairs:
-            made[self.key(key)] = self(value, key)
+        for made_key, (key, value) in zip(self.keys([key for key, _ in pairs]), pairs, strict=True):
+            made[made_key] = self(value, key)
         own = attributes(node)
         if own is not None and not isinstance(made, (defaultdict, Counter)) and hasattr(made, "__dict__"):
             vars(made).update({key: self(value, key) for key, value in named_items(own) if not is_dunder(key)})
         return made
 
-    def key(self, node: object) -> Any:
-        """A key, or a member of a set."""
-        value = self(node)
+    def keys(self, nodes: Sequence[object]) -> list[Any]:
+        """The keys of a dict, or the members of a set."""
+        values = list(map(self, nodes))
         try:
-            hash(value)
+            hashes = list(map(hash, values))
         except TypeError:
-            raise _ForeignError(f"a key of type {type(value).__name__}") from None
-        return value
+            kind = next(type(value).__name__ for value in values if getattr(value, "__hash__", None) is None)
+            raise _ForeignError(f"a key of type {kind}") from None
+        if len(hashes) > _MANY_KEYS and 2 * len(set(hashes)) < len(hashes):  # takes time by the square
+            raise _ForeignError(f"{len(hashes):,} keys that are made to collide")
+        return values
 
     def _object(self, node: Object) -> object:
         name = node.class_name
