@@ -332,7 +332,7 @@ class Wrapping(torch.Tensor):
 FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
     "an object": (Thing, "test_loaded_values.Thing"),
     "one in a dict": (lambda: {"a": [Thing()]}, "test_loaded_values.Thing"),
-    "a function": (lambda: same, "test_loaded_values.same"),
+    "a function": (lambda: same, "torch_oracle.same"),
     "a name of torch's": (lambda: torch.load, "torch.serialization.load"),
     "a class": (lambda: nn.Linear, "Linear"),
     "a wrapper": (lambda: Wrapping(torch.ones(2, 3)), r"Wrapping \[2, 3\] float32"),
