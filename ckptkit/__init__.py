@@ -43,6 +43,7 @@ from ckptkit.api import (
     load_state_dict,
     manifest,
     open,  # noqa: A004 - ckptkit.open
+    save,
     verify,
 )
 from ckptkit.checkpoint import Checkpoint, Origin, Part, Section, StateDict, Storage, TensorEntry
@@ -161,6 +162,7 @@ __all__ = [
     "load_state_dict",
     "manifest",
     "open",
+    "save",
     "verify",
 ]
 

@@ -5,10 +5,14 @@
         clean.save("model.safetensors")
 
     state = ckptkit.load_state_dict("anything.pth", map_location="cpu")
+    ckptkit.save(state, "out.safetensors")
     ckptkit.convert("ddp.pth", "clean.safetensors", strip_module=True)
     ckptkit.verify("clean.safetensors", model="torchvision:resnet18").raise_if_failed()
 
 Nothing here imports torch but `load`, `load_state_dict` and `verify`.
+
+Every function may be called from several threads at once.  None of them is a coroutine, and reading and writing leave
+the interpreter lock: ``await asyncio.to_thread(ckptkit.load_state_dict, path)`` keeps an event loop responsive.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.arguments import documented, several, unexpected
 from ckptkit.bytesource import Readable
-from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
+from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.formats import format_named
 from ckptkit.normalize.parts import require_whole
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointFile", "Rewriter",
-    "check", "convert", "diff", "inspect", "load", "load_state_dict", "manifest", "open", "verify",
+    "check", "convert", "diff", "inspect", "load", "load_state_dict", "manifest", "open", "save", "verify",
 ]  # fmt: skip
 
 

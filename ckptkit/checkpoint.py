@@ -65,6 +65,9 @@ class StateDict(Mapping[str, TensorEntry]):
     As a mapping it shows the plain tensors alone.  Values that are none (``_extra_state`` objects,
     quantized and sparse tensors) keep their place in `everything` and are listed by `extra`.
 
+    It does not change and holds no values: any number of threads may read its tensors, and one after another they
+    take no more memory than one.
+
     Attributes:
         everything: every key with its value, in file order; values are `TensorEntry` or inert nodes.
         versions: torch's ``_metadata``: for each module path an inert node (``{"version": 2}``),

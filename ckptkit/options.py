@@ -16,6 +16,7 @@ from ckptkit.errors import RewriteError, VerifyError
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.like import Like
+    from ckptkit.rewrite.rename import Renaming
     from ckptkit.rewrite.storages import LocationMap, TiedPolicy
     from ckptkit.transfer.workers import Progress
 
@@ -52,13 +53,14 @@ class ConvertOptions(Options):
         "P", "Strip one leading prefix of whole segments.", "then strip this one leading prefix of whole segments"
     )
     add_prefix = text("P", "Put a prefix before every name.", "then put this prefix before every name")
-    rename: Option[tuple[str | tuple[str, str], ...]] = Option(
+    rename: Option[Renaming] = Option(
         "texts",
         (),
         "Rename as re.sub does; repeatable, in order.",
-        'then apply rules, in order: ``"REGEX=>REPLACEMENT"`` or pairs of both; see `ckptkit.Rename`',
+        'then apply rules, in order: ``"REGEX=>REPLACEMENT"`` or pairs of both; or a dict of whole names, or a '
+        "function from a name to its new one; see `ckptkit.Rename`",
         "REGEX=>REPLACEMENT",
-        taken=several,
+        taken=lambda given: given if callable(given) or isinstance(given, Mapping) else several(given),
     )
     include = texts(
         "GLOB",
@@ -377,7 +379,7 @@ if TYPE_CHECKING:
         add_module: bool
         strip_prefix: str | None
         add_prefix: str | None
-        rename: str | Sequence[str | tuple[str, str]]
+        rename: Renaming
         include: str | Sequence[str]
         exclude: str | Sequence[str]
         section: str | None
@@ -412,7 +414,7 @@ if TYPE_CHECKING:
         add_module: bool
         strip_prefix: str | None
         add_prefix: str | None
-        rename: str | Sequence[str | tuple[str, str]]
+        rename: Renaming
         include: str | Sequence[str]
         exclude: str | Sequence[str]
         densify: bool

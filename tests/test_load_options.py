@@ -43,6 +43,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "strip_prefix": {"strip_prefix": "module.net"},
     "add_prefix": {"strip_module": True, "add_prefix": "backbone."},
     "rename": {"rename": [r"^module\.=>", ("net", "layers")]},
+    "a dict": {"rename": {"module.net.0.weight": "first"}},
+    "a function": {"rename": str.upper},
     "one rule": {"rename": "module=>model"},
     "include": {"include": "module.net.0.*"},
     "exclude": {"strip_module": True, "exclude": ["net.1.*", "*.steps"]},

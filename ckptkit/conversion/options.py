@@ -67,7 +67,7 @@ def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
     if options.add_prefix is not None:
         found.append(rewrite.AddPrefix(options.add_prefix))
     if options.rename:
-        found.append(rewrite.Rename(options.rename))  # type: ignore[arg-type]  # it reads rules that are text
+        found.append(rewrite.Rename(options.rename))
     return tuple(found)
 
 
