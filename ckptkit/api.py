@@ -118,26 +118,14 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
 
     asked = LoadOptions(**options)
     require_torch()
-    from ckptkit.torch_bridge import state_dict_of
-
-    wanted = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
-    with wanted(f, "to load", section=asked.section) as file:
-        checkpoint = file.checkpoint
+    weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
+    with weights(f, "to load", section=asked.section) as file:
+        mapped = _is_mapped(file, asked.mapped)
         if asked.conversion is not None:
             from ckptkit.conversion.options import Conversion
 
-            checkpoint = Conversion(checkpoint, asked.conversion).result
-        state = state_dict_of(
-            checkpoint.state_dict,
-            file.path,
-            map_location=asked.map_location,
-            mapped=_is_mapped(file, asked.mapped),
-            checksums=asked.mapped is not True,
-        )
-        if file.checkpoint.module is not None:
-            for name, value in state.items():
-                state[name] = value.detach() if hasattr(value, "detach") else value
-        return state
+            file = CheckpointFile(Conversion(file.checkpoint, asked.conversion).result, file._file)
+        return file.load(map_location=asked.map_location, mapped=mapped, allow_part=True)
 
 
 def _is_mapped(file: CheckpointFile, asked: bool | None) -> bool:

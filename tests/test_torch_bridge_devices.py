@@ -156,3 +156,15 @@ def test_buffers_take_turns() -> None:
     assert bytes(memory) == b"".join(bytes([i + 1]) * PIECE for i in range(5))
     staging.finish()
     assert staging._buffers == []
+
+
+def test_memory_that_is_not_pinned_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def refuses(*args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", refuses)
+    assert devices.Staging(torch.device("cuda"), nbytes=PIECE)._buffer().numel() == PIECE

@@ -131,7 +131,8 @@ class Foreign:
         if self.__args__ is None:
             return f"{text}, by name>"
         content = self.__content__ if isinstance(self.__content__, dict) else {}
-        for name, value in [*((None, part) for part in self.__args__), *content.items(), *vars(self).items()]:
+        own = [(name, value) for name, value in vars(self).items() if not name.startswith("_")]
+        for name, value in [*((None, part) for part in self.__args__), *content.items(), *own]:
             if len(text) > _SHOWN:
                 return f"{text} ...>"
             text += " " if name is None else f" {_told(name)}=" if not isinstance(name, str) else f" {name:.{_VALUE}}="

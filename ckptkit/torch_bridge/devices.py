@@ -187,9 +187,17 @@ class Staging:
             self._copied[self._turn] = event
         self._turn, self._used = (self._turn + 1) % self._count, 0
         if self._turn == len(self._buffers):
-            pinned = self._device.type == "cuda"
-            self._buffers.append(torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=pinned))
+            self._buffers.append(self._buffer())
             self._copied.append(None)
         event_before = self._copied[self._turn]
         if event_before is not None:
             event_before.synchronize()
+
+    def _buffer(self) -> torch.Tensor:
+        """Memory that the device may read by itself; where the system pins no more, other memory, which torch copies."""
+        if self._device.type == "cuda":
+            try:
+                return torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                pass
+        return torch.empty(self._nbytes, dtype=torch.uint8)
