@@ -194,7 +194,7 @@ class Staging:
             event_before.synchronize()
 
     def _buffer(self) -> torch.Tensor:
-        """Memory that the device may read by itself; where the system pins no more, other memory, which torch copies."""
+        """Memory that the device may read by itself; where the system pins no more, other, which torch copies."""
         if self._device.type == "cuda":
             try:
                 return torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=True)
