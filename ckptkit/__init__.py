@@ -73,8 +73,21 @@ from ckptkit.report import Finding, Report
 if TYPE_CHECKING:
     from ckptkit.differences import Difference
     from ckptkit.differences.difference import DiffDocument
-    from ckptkit.documents import CheckDocument, ConvertDocument, ExplainDocument, ManifestDocument, VerifyDocument
-    from ckptkit.inspection.document import InspectDocument, InspectedFile
+    from ckptkit.documents import (
+        CheckDocument,
+        ConvertDocument,
+        ExplainDocument,
+        ManifestDocument,
+        VerifyDocument,
+        WrittenManifest,
+    )
+    from ckptkit.inspection.document import (
+        AdapterDocument,
+        InspectDocument,
+        InspectedFile,
+        QuantizationDocument,
+        UnreadFile,
+    )
     from ckptkit.pickling.foreign import Foreign
     from ckptkit.plan import Plan
     from ckptkit.released.manifest_file import Manifest
@@ -97,6 +110,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdapterDocument",
     "AddModule",
     "AddPrefix",
     "AmbiguousError",
@@ -136,6 +150,7 @@ __all__ = [
     "Part",
     "PartError",
     "Plan",
+    "QuantizationDocument",
     "Rename",
     "Report",
     "RewriteError",
@@ -150,10 +165,12 @@ __all__ = [
     "TensorEntry",
     "Tied",
     "UnknownFormatError",
+    "UnreadFile",
     "UnsupportedError",
     "VerifyDocument",
     "VerifyError",
     "WeightsOnly",
+    "WrittenManifest",
     "check",
     "convert",
     "diff",
@@ -187,7 +204,7 @@ def __getattr__(name: str) -> Any:
         from ckptkit.released import results
 
         return getattr(results, name)
-    if name.endswith("Document") or name == "InspectedFile":
+    if name.endswith("Document") or name in ("InspectedFile", "UnreadFile", "WrittenManifest"):
         from ckptkit import documents
         from ckptkit.differences import difference
         from ckptkit.inspection import document

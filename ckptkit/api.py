@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ckptkit.differences import Difference
+    from ckptkit.documents import ConvertDocument, VerifyDocument
     from ckptkit.inspection.document import InspectedFile
     from ckptkit.options import ConvertKeywords, DiffKeywords, LoadKeywords, VerifyKeywords
     from ckptkit.released.manifest_file import Manifest
@@ -188,7 +189,7 @@ def load(
 
 
 @documented(ConvertOptions)
-def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report:
+def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report[ConvertDocument]:
     """Rewrite a checkpoint into another file.
 
     A ``.pth`` keeps everything that is in the source; what a safetensors file or shards cannot hold is an
@@ -327,7 +328,7 @@ def manifest(
 
 
 @documented(VerifyOptions)
-def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report:
+def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report[VerifyDocument]:
     """Load into a reference model, strictly, and examine what it computes.
 
     Args:

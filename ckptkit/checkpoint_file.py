@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ckptkit import formats
 from ckptkit.bytesource import Readable, Source
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
+from ckptkit.errors import CkptkitError
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
-from ckptkit.report import Finding, count_of
+from ckptkit.report import Finding, count_of, human_size
 
 if TYPE_CHECKING:
     from collections import OrderedDict
@@ -31,6 +32,10 @@ Rewriter = Callable[[Checkpoint], Checkpoint]
 """Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
 
 PathLike = str | os.PathLike[str]
+
+
+_SHOWN = 90
+"""Characters of a long path that a ``repr`` shows: its end."""
 
 
 class CheckpointFile:
@@ -212,7 +217,18 @@ class CheckpointFile:
         raise TypeError(f"{self.path}: an open checkpoint cannot be copied or pickled; open it where it is needed")
 
     def __repr__(self) -> str:
-        return f"<{self.format} {self.kind} {self.path!r}, {count_of(len(self.state_dict), 'tensor')}>"
+        origin, count = self.checkpoint.origin, count_of(len(self.state_dict), "tensor")
+        path = self.path if len(self.path) <= _SHOWN else f"…{self.path[-_SHOWN:]}"
+        return f"<{self.format} {self.kind} {path!r:.120}, {human_size(origin.size)}, {count}>"
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows of it, in one screen; ``None``: no more than ``repr`` does."""
+        from ckptkit.inspection import html_screen
+
+        try:
+            return html_screen(self.checkpoint)
+        except CkptkitError:  # of names that are more, or longer, than those of any checkpoint
+            return None
 
 
 def open(  # noqa: A001 - the name users expect

@@ -20,7 +20,7 @@ from ckptkit.bytesource import made_by_position
 from ckptkit.computed import ByteSource, DeflatedRange, DenseRange, Inflation
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, DTypeError
-from ckptkit.report import count_of
+from ckptkit.report import count_of, human_size, printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,7 +100,7 @@ Index = int | slice | EllipsisType | None
 """What picks a part of a tensor: a whole number, a slice, ``...``, and ``None`` for another dimension of size 1."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class TensorEntry:
     """A tensor: a strided view of a `Storage`.
 
@@ -135,6 +135,12 @@ class TensorEntry:
     subclass: object = None
     attributes: object = None
     effects: tuple[object, ...] = ()
+
+    def __repr__(self) -> str:
+        order = "" if self.is_contiguous else f", stride {[*self.stride]}"
+        place = f" on {printable(self.location[:40])}" if self.location else ""
+        kind = "parameter" if self.is_parameter else "tensor"
+        return f"<{kind} {self.dtype} {[*self.shape]!s:.80}{order:.40}, {human_size(self.nbytes)}{place:.60}>"
 
     @property
     def numel(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -162,7 +162,7 @@ def command(
             progress=moved,
             **ui.keywords_of(ConvertOptions, given),
         )
-    document = cast("ConvertDocument", report.to_dict())
+    document = report.to_dict()
     written = f"{printable(document['destination'])} was written" if document["written"] else ""
     code = ending.verdict(0, written)
     view = ui.View(ui.styler(color), quiet=quiet)

@@ -31,7 +31,7 @@ from ckptkit.formats import read
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.selection import paths_listed
+from ckptkit.normalize.selection import paths_listed, weights_paths
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
 from ckptkit.rewrite.dtype import scaled_pairs
@@ -305,10 +305,14 @@ def section_like(checkpoint: Checkpoint, options: ConvertOptions) -> str | None:
     if len(set(found.values())) > 1:
         raise RewriteError(
             f"{checkpoint.origin.path}: {len(found)} sets of tensors fit {like.label} equally: those of "
-            f"{listed(labels, between=', of ')}; name one with --section"
+            f"{listed(labels, between=', of ')}; name one with --section",
+            path=checkpoint.origin.path,
+            names=labels,
         )
     if not found and selected is None:
-        raise RewriteError(f"{checkpoint.origin.path}: no section fits: {listed(problems, between='; ')}")
+        raise RewriteError(
+            f"{checkpoint.origin.path}: no section fits: {listed(problems, between='; ')}", path=checkpoint.origin.path
+        )
     return next(iter(found.values()), selected)
 
 
@@ -324,7 +328,11 @@ def like_checkpoint(path: str) -> Like:
         require_whole(checkpoint)
         if checkpoint.origin.state_path is None:
             weights = paths_listed(checkpoint.sections) or "no section holds any"
-            raise SectionError(f"{path}: has no one set of weights to be like ({weights})")
+            raise SectionError(
+                f"{path}: has no one set of weights to be like ({weights})",
+                path=path,
+                names=weights_paths(checkpoint.sections),
+            )
         return rewrite.Like(checkpoint.state_dict, label=path)
     finally:
         file.close()

@@ -57,7 +57,10 @@ def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
         problems += _values(checkpoint)
     if problems or dtypes:
         error = RewriteError if problems else DTypeError
-        raise error(f"{what} cannot hold {'; nor '.join([*problems, *dtypes])}; or write a .pth, which holds all")
+        odd = {**checkpoint.state_dict.extra, **_odd_dtypes(checkpoint)} if plain else {}
+        told = "; nor ".join([*problems, *dtypes])
+        names = [*other_parts(checkpoint), *odd]
+        raise error(f"{what} cannot hold {told}; or write a .pth, which holds all", names=names)
 
 
 def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
@@ -89,12 +92,16 @@ def _kinds(values: Mapping[str, object]) -> str:
     return _listed([f"{name} ({brief(value)})" for name, value in values.items()])
 
 
-def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
-    odd = {
+def _odd_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
         name: entry.dtype
         for name, entry in checkpoint.state_dict.items()
         if not DTYPES[entry.dtype].safetensors or (entry.dtype == "float4_e2m1fn_x2" and not entry.shape)
     }  # a pair of F4 has a dimension there
+
+
+def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
+    odd = _odd_dtypes(checkpoint)
     if odd:
         kinds = _listed([f"{name} ({dtype})" for name, dtype in odd.items()])
         yield f"these dtypes ({kinds}): {_exclude(list(odd), checkpoint)} leaves them out"
@@ -137,7 +144,8 @@ def require_writable_size(checkpoint: Checkpoint) -> None:
         entry = checkpoint.state_dict[name]
         raise RewriteError(
             f"{name!r} of shape {entry.shape} and stride {entry.stride} would take {entry.nbytes:,} bytes, its storage "
-            f"has {entry.storage.nbytes:,}: safetensors cannot repeat elements; write a .pth, or leave it out"
+            f"has {entry.storage.nbytes:,}: safetensors cannot repeat elements; write a .pth, or leave it out",
+            names=[name],
         )
 
 
@@ -211,7 +219,8 @@ def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, st
     if taken := aliases.keys() & metadata.keys():
         raise RewriteError(
             f"tied tensors are recorded in the metadata under their names, where {', '.join(sorted(taken))} stands "
-            "already; rename them, or write a .pth"
+            "already; rename them, or write a .pth",
+            names=sorted(taken),
         )
     return aliases
 

@@ -166,7 +166,8 @@ class _Work:
             options = " ".join(f"--exclude {glob_of(name)}" for name in islice(self._refused, _LISTED))
             raise RewriteError(
                 f"no dense values can be made of {count_of(len(self._refused), 'value')}: {shown}; {options} leaves "
-                f"{'it' if len(self._refused) == 1 else 'them'} out"
+                f"{'it' if len(self._refused) == 1 else 'them'} out",
+                names=self._refused,
             )
         total = sum(self._grown.values())
         if total > DEFAULT_LIMITS.densified_nbytes:
@@ -174,5 +175,6 @@ class _Work:
             raise RewriteError(
                 f"dense values would take {total:,} bytes more than what they are made of, {name:.200} of them "
                 f"{self._grown[name]:,}, over the limit of {DEFAULT_LIMITS.densified_nbytes:,}; leave it out with "
-                f"--exclude {glob_of(name)}"
+                f"--exclude {glob_of(name)}",
+                names=[name],
             )

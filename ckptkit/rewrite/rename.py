@@ -322,11 +322,13 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
         with Path(name).open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        raise MissingFileError(f"{name}: no such file") from None
+        raise MissingFileError(f"{name}: no such file", path=name) from None
     except (OSError, ValueError) as error:
-        raise FileAccessError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise FileAccessError(
+            f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", path=name
+        ) from error
     if len(data) > most:
-        raise FileAccessError(f"{name}: is larger than {most:,} bytes; a file of rules has one rule a line")
+        raise FileAccessError(f"{name}: is larger than {most:,} bytes; a file of rules has one rule a line", path=name)
     rules = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
@@ -334,7 +336,9 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
             if line.strip() and not line.startswith("#"):
                 rules.append(parse_rule(line))
         except UnicodeDecodeError as error:
-            raise RewriteError(f"{name}, line {number}: is not UTF-8: byte {error.start} of the line") from None
+            raise RewriteError(
+                f"{name}, line {number}: is not UTF-8: byte {error.start} of the line", path=name
+            ) from None
         except RewriteError as error:
-            raise RewriteError(f"{name}, line {number}: {error}") from None
+            raise RewriteError(f"{name}, line {number}: {error}", path=name) from None
     return tuple(rules)

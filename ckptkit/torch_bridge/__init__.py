@@ -122,7 +122,7 @@ def state_dict_of(
                 error.where = f"{name:.200}: {error.where}" if error.where else f"{name:.200}"
                 raise
         if foreign:
-            raise UnsupportedError(_refusal(foreign, len(state_dict.everything)), path=path)
+            raise UnsupportedError(_refusal(foreign, len(state_dict.everything)), path=path, names=foreign)
         made: OrderedDict[str, Any] = OrderedDict()
         for name, value in state_dict.everything.items():
             made[name] = loader.tensor(value) if isinstance(value, TensorEntry) else others[name]
@@ -167,7 +167,7 @@ def tree_of(
     builder = _Builder(loader, map_location, weights, stands_in=True)
     with collector_paused(), sums.held(lambda: storage_names(checkpoint)):
         if section:
-            root = _part(root, weights, section, path)
+            root = _part(root, weights, section, checkpoint)
         try:
             made = builder(root)
         except (_ForeignError, CorruptError, DTypeError, RecursionError) as error:
@@ -176,14 +176,14 @@ def tree_of(
                 error.where = f"{place}: {error.where}" if error.where else place
                 raise error.at(path=path) from None
             if isinstance(error, DTypeError):
-                raise DTypeError(f"{path}: {place}: {error}") from error
+                raise DTypeError(f"{path}: {place}: {error}", path=path, names=(place,)) from error
             reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-            raise UnsupportedError(f"{place}: {reason}", path=path) from error
+            raise UnsupportedError(f"{place}: {reason}", path=path, names=(place,)) from error
         loader.finish()
     return made
 
 
-def _part(root: object, weights: object, section: str, path: str) -> object:
+def _part(root: object, weights: object, section: str, checkpoint: Checkpoint) -> object:
     """The node that keys lead to, which are joined with dots and may have some themselves."""
     stack, known = [("", root)], set[tuple[int, str]]()
     while stack:
@@ -195,7 +195,9 @@ def _part(root: object, weights: object, section: str, path: str) -> object:
             known.add((id(node), above))
             below = ((join(above, key), value) for key, value in parts(node))
             stack += [(at, value) for at, value in below if section == at or section.startswith(f"{at}.")][::-1]
-    raise SectionError(f"{path}: no keys lead to {section!r:.200}")
+    path, names = checkpoint.origin.path, [each.path for each in checkpoint.sections]
+    there = f"; sections: {listed([f'{name:.100}' for name in names], _LISTED)}" if names else ""
+    raise SectionError(f"{path}: no keys lead to {section!r:.200}{there}", path=path, names=names)
 
 
 def _refusal(foreign: Mapping[str, str], count: int) -> str:

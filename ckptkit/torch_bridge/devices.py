@@ -110,7 +110,8 @@ class Places:
             raise RewriteError(
                 f"{storage.source.file.path}: storage {storage.key!r}, saved on {storage.location!r}, cannot be put on "
                 f"{location!r} on this machine, which has {_here()} ({device_problem(location) or reason}); give "
-                'map_location="cpu"'
+                'map_location="cpu"',
+                path=storage.source.file.path,
             ) from error
         if not isinstance(restored, torch.UntypedStorage):
             raise RewriteError(

@@ -91,12 +91,12 @@ def require_dtypes(state_dict: StateDict) -> None:
     lacking: dict[str, list[str]] = {}
     for name, entry in state_dict.items():
         if entry.dtype in lacking or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
-            lacking.setdefault(entry.dtype, []).append(repr(name[:200]))
+            lacking.setdefault(entry.dtype, []).append(name)
     for wanted, names in lacking.items():
         try:
             dtype_of(wanted)
         except DTypeError as error:
-            raise DTypeError(f"{listed(names)}: {error}") from None
+            raise DTypeError(f"{listed([repr(name[:200]) for name in names])}: {error}", names=names) from None
 
 
 def tensors(

@@ -394,7 +394,8 @@ def checkpoint_of(
     root = tree.node(state, "")
     if tree.problems:
         problems = [f"{name} ({what:.200})" for name, what in tree.problems.items()]
-        raise RewriteError(f"only plain tensors, arrays and plain values can be saved, not {listed(problems, 8)}")
+        told = f"only plain tensors, arrays and plain values can be saved, not {listed(problems, 8)}"
+        raise RewriteError(told, names=tree.problems)
     pairs = mapping_items(root) or []
     if pairs and all(isinstance(key, str) and isinstance(value, TensorEntry) for key, value in pairs):
         versions = mapping_items(_attribute(root, "_metadata"))
