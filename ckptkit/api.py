@@ -27,7 +27,6 @@ from ckptkit.arguments import documented, several, unexpected
 from ckptkit.bytesource import Readable
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, RewriteError
-from ckptkit.formats import format_named
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
 from ckptkit.options import ConvertOptions, DiffOptions, LoadOptions, VerifyOptions
@@ -121,17 +120,11 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
     require_torch()
     weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
     with weights(f, "to load", section=asked.section) as file:
-        mapped = _is_mapped(file, asked.mapped)
         if asked.conversion is not None:
             from ckptkit.conversion.options import Conversion
 
             file = CheckpointFile(Conversion(file.checkpoint, asked.conversion).result, file._file)
-        return file.load(map_location=asked.map_location, mapped=mapped, allow_part=True)
-
-
-def _is_mapped(file: CheckpointFile, asked: bool | None) -> bool:
-    """Whether tensors are to lie in the file: where that is not said, those of containers without checksums."""
-    return format_named(file.format).tensors_alone if asked is None else asked
+        return file.load(map_location=asked.map_location, mapped=asked.mapped, allow_part=True)
 
 
 def load(
@@ -183,7 +176,7 @@ def load(
             file.checkpoint,
             section=section,
             map_location=map_location,
-            mapped=_is_mapped(file, mapped),
+            mapped=file._is_mapped(mapped),
             checksums=mapped is not True,
         )
 
