@@ -118,8 +118,10 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
 
     asked = LoadOptions(**options)
     require_torch()
-    weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
-    with weights(f, "to load", section=asked.section) as file:
+    with open(f, section=asked.section, ignore_checksums=asked.ignore_checksums) as file:
+        require_whole(file.checkpoint, allow_part=asked.allow_part)
+        if not asked.all_tensors:
+            require_state_dict(file.checkpoint, "to load")
         if asked.conversion is not None:
             from ckptkit.conversion.options import Conversion
 

@@ -217,6 +217,7 @@ class LoadOptions(Options):
     )
     device: Option[Any] = Option("text", None, "", "the same for one device, in place of ``map_location``")
     section = ConvertOptions.section
+    all_tensors = ConvertOptions.all_tensors
     strip_module = ConvertOptions.strip_module
     add_module = ConvertOptions.add_module
     strip_prefix = ConvertOptions.strip_prefix
@@ -255,7 +256,7 @@ class LoadOptions(Options):
         given = {name: vars(self)[name] for name in shared - {"section", "ignore_checksums"}}
         if all(value == self.declared[name].default for name, value in given.items()):
             return None
-        return ConvertOptions(weights_only=True, **given)
+        return ConvertOptions(weights_only=True, section=self.section, **given)
 
     def _check(self) -> None:
         _ = self.conversion  # which has the same rules for what goes together
@@ -442,6 +443,7 @@ if TYPE_CHECKING:
         map_location: Any
         device: Any
         section: str | None
+        all_tensors: bool
         strip_module: bool
         add_module: bool
         strip_prefix: str | None

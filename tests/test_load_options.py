@@ -85,6 +85,20 @@ def test_dense_values_are_made(save: Save, tmp_path: Path) -> None:
     assert torch.equal(ckptkit.load_state_dict(path, densify=True)["s"], torch.eye(300))
 
 
+def test_all_tensors_of_any_file(save: Save, tmp_path: Path) -> None:
+    path = save([torch.ones(2), {"g": {"w": torch.zeros(3)}, 5: torch.arange(4)}])
+    ckptkit.convert(path, tmp_path / "all.safetensors", all_tensors=True)
+    ours = ckptkit.load_state_dict(path, all_tensors=True)
+    assert same(
+        {name: ours[name] for name in sorted(ours)}, dict(sorted(load_file(tmp_path / "all.safetensors").items()))
+    )
+    assert list(ckptkit.load_state_dict(path, all_tensors=True, include="*g.w", dtype="float16")) == ["1.g.w"]
+    with pytest.raises(SectionError, match="--all-tensors"):
+        ckptkit.load_state_dict(save([torch.ones(2), torch.ones(1)], "list.pth"))
+    with pytest.raises(RewriteError, match="--all-tensors takes every section"):
+        ckptkit.load_state_dict(path, all_tensors=True, section="1")
+
+
 def test_nothing_is_written(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(ddp())
     monkeypatch.setattr("tempfile.TemporaryFile", None)

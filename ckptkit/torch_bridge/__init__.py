@@ -331,7 +331,7 @@ class _Builder:
             kind = next(type(value).__name__ for value in values if getattr(value, "__hash__", None) is None)
             raise _ForeignError(f"a key of type {kind}") from None
         if len(hashes) > _MANY_KEYS and 2 * len(set(hashes)) < len(hashes):  # takes time by the square
-            raise _ForeignError(f"{len(hashes):,} keys that are made to collide")
+            raise _ForeignError(f"{count_of(len(hashes), 'key')} that are made to collide")
         return values
 
     def _object(self, node: Object) -> object:
