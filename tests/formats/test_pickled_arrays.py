@@ -220,6 +220,7 @@ def test_in_other_containers(save: Any, tmp_path: Path, same_bits: SameBits) -> 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_joblib(compress: Any, protocol: int, tmp_path: Path, same_bits: SameBits) -> None:
     import joblib
+
     values = arrays()
     path = tmp_path / "model.joblib"
     joblib.dump({"model": values, "epoch": 3}, path, compress=compress, protocol=protocol)
@@ -237,6 +238,7 @@ def test_joblib(compress: Any, protocol: int, tmp_path: Path, same_bits: SameBit
 
 def test_joblib_with_torch_tensors(tmp_path: Path, same_bits: SameBits) -> None:
     import joblib
+
     path = tmp_path / "model.joblib"
     state = {"w": torch.randn(300, 200), "b": torch.ones(3)}
     joblib.dump({"model": state, "mean": np.arange(40_000.0), "scaler": {"std": np.ones(3)}}, path)
@@ -249,6 +251,7 @@ def test_joblib_with_torch_tensors(tmp_path: Path, same_bits: SameBits) -> None:
 
 def test_joblib_of_objects_is_told_as_before(tmp_path: Path) -> None:
     import joblib
+
     path = tmp_path / "model.joblib"
     for value in (Table(), {"w": np.ones(3), "o": np.array([{}, 3], object)}):
         joblib.dump(value, path)
@@ -369,6 +372,7 @@ def test_names_beside_them_are_judged(protocol: int, tmp_path: Path) -> None:
 
 def test_names_beside_those_of_joblib_are_judged(tmp_path: Path) -> None:
     import joblib
+
     for compress in (0, 3):
         joblib.dump({"m": {"w": np.ones(30_000)}, "x": Runs()}, tmp_path / "m.joblib", compress=compress)
         with ckptkit.open(tmp_path / "m.joblib") as file:
