@@ -175,6 +175,8 @@ def load(
 
     with open(f, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
+        if not mapped and not ignore_checksums:
+            require_sound(file._file)
         return tree_of(
             file.checkpoint,
             section=section,

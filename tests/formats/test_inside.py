@@ -470,6 +470,7 @@ def test_what_a_zip_records_of_a_member_is_held(container: str, put: Put, tmp_pa
         assert len(ckptkit.inspect(named)["tensors"]) == 2
         for work in (
             lambda: ckptkit.load_state_dict(named),  # noqa: B023 - called at once
+            lambda: ckptkit.load(named),  # noqa: B023
             lambda: ckptkit.convert(named, out),  # noqa: B023
             lambda: ckptkit.diff(own, named),  # noqa: B023
             lambda: ckptkit.verify(named, model=lambda: nn.Linear(2, 3), forward=False),  # noqa: B023
@@ -478,6 +479,7 @@ def test_what_a_zip_records_of_a_member_is_held(container: str, put: Put, tmp_pa
                 work()
         assert ckptkit.check(named, no_nan=True).exit_code == 2
         ckptkit.convert(named, out, ignore_checksums=True)
+        assert len(ckptkit.load_state_dict(named, ignore_checksums=True)) == 2
         out.unlink()
 
 
