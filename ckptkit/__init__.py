@@ -57,6 +57,7 @@ from ckptkit.extras import __version__ as __version__
 from ckptkit.report import Finding, Report
 
 if TYPE_CHECKING:
+    from ckptkit.conversion.document import ConvertFolderDocument
     from ckptkit.differences import Difference
     from ckptkit.differences.difference import DiffDocument
     from ckptkit.documents import CheckDocument, ConvertDocument, ExplainDocument, ManifestDocument, VerifyDocument
@@ -93,6 +94,7 @@ __all__ = [
     "CkptkitError",
     "Compact",
     "ConvertDocument",
+    "ConvertFolderDocument",
     "CorruptError",
     "DTypeError",
     "DestinationExistsError",
@@ -165,10 +167,12 @@ def __getattr__(name: str) -> Any:
         return getattr(results, name)
     if name.endswith("Document") or name == "InspectedFile":
         from ckptkit import documents
+        from ckptkit.conversion import document as of_folders
         from ckptkit.differences import difference
         from ckptkit.inspection import document
 
-        return next(getattr(module, name) for module in (documents, document, difference) if hasattr(module, name))
+        modules = (documents, document, difference, of_folders)
+        return next(getattr(module, name) for module in modules if hasattr(module, name))
     from ckptkit import plan, rewrite
 
     return getattr(plan if name == "Plan" else rewrite, name)

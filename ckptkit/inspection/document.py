@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict
 
 from ckptkit.checkpoint import Kind, Trust, Verdict
+from ckptkit.documents import ErrorDocument
 from ckptkit.report import FindingDocument
 
 __all__ = ["FileFacts", "InspectDocument", "InspectedFile", "ModuleDocument", "SectionDocument", "StorageDocument",
            "TensorDocument", "TrainingDocument", "UnreadFile", "WeightsDocument"]  # fmt: skip
 
 _Class = TypedDict("_Class", {"class": str})
-
-
-class ErrorDocument(TypedDict):
-    """Why a file could not be read: the class of the exception, and what it says."""
-
-    type: str
-    message: str
 
 
 class WeightsDocument(TypedDict):
