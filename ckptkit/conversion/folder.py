@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -180,7 +180,8 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
     with names_flushed_together():
         for item in items:
             nbytes = item.nbytes
-            files.append(outcome(convert, item.source, item.destination, nbytes, progress.within(options, nbytes)))
+            file = outcome(convert, item.source, item.destination, nbytes, progress.within(options, nbytes))
+            files.append(_sharing(file, files[-1] if files else file))
     passed = dict(survey.passed) | {path: "other name" for each in survey.checkpoints for path in each.others}
     details: ConvertFolderDetails = {
         "source": source,
@@ -234,6 +235,15 @@ def _unconverted(
         "source_nbytes": nbytes,
         "seconds": seconds,
     }
+
+
+def _sharing(
+    file: ConvertedFile | UnconvertedFile, before: ConvertedFile | UnconvertedFile
+) -> ConvertedFile | UnconvertedFile:
+    """The document with the parts of the one before that it has too: a thousand files of one model, and one list."""
+    known: Mapping[str, object] = before
+    shared = {key: known[key] if known.get(key) == value else value for key, value in file.items()}
+    return cast("ConvertedFile", shared)
 
 
 def error_text(path: str, message: str) -> str:
