@@ -125,7 +125,7 @@ def _ending(folder: str, options: ConvertOptions) -> str:
     """
     if options.to is None:
         raise RewriteError(
-            f"{folder}: is a folder, and no ending says what to write; give --to safetensors or --to torch-zip"
+            f"{folder}: a folder's name does not say what to write into it; give --to safetensors or --to torch-zip"
         )
     _, container, _ = formats.target(folder, options.to)
     asked = f".{options.to}"
@@ -176,10 +176,10 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
     items, refused = _sorted_out(survey, source, destination, ending, options)
     _require_names(items, destination, options)
     files = [_unconverted(path, None, error, 0, 0.0) for path, error in refused.items()]
-    progress = _Progress(options.progress, sum(item.nbytes for item in items))
+    sizes = [item.nbytes for item in items]
+    progress = _Progress(options.progress, sum(sizes))
     with names_flushed_together():
-        for item in items:
-            nbytes = item.nbytes
+        for item, nbytes in zip(items, sizes, strict=True):
             file = outcome(convert, item.source, item.destination, nbytes, progress.within(options, nbytes))
             files.append(_sharing(file, files[-1] if files else file))
     passed = dict(survey.passed) | {path: "other name" for each in survey.checkpoints for path in each.others}
@@ -242,7 +242,7 @@ def _sharing(
 ) -> ConvertedFile | UnconvertedFile:
     """The document with the parts of the one before that it has too: a thousand files of one model, and one list."""
     known: Mapping[str, object] = before
-    shared = {key: known[key] if known.get(key) == value else value for key, value in file.items()}
+    shared = {key: known[key] if key in known and known[key] == value else value for key, value in file.items()}
     return cast("ConvertedFile", shared)
 
 
@@ -347,7 +347,8 @@ def _require_names(items: Sequence[_Item], destination: str, options: ConvertOpt
         above = _existing(folder)
         if not os.path.isdir(above):
             raise FileAccessError(f"{above}: is a file, and outputs are to be put into a folder of that name")
-        if not options.dry_run and not os.access(above, os.W_OK | os.X_OK):
+        is_ours = os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+        if not options.dry_run and not is_ours:
             raise FileAccessError(f"{above}: nothing can be written into this folder")
     is_sharded = options.max_shard_size is not None or formats.target(destination, options.to)[2] is not None
     clashes = [
@@ -356,7 +357,7 @@ def _require_names(items: Sequence[_Item], destination: str, options: ConvertOpt
     if clashes:
         told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
         raise RewriteError("\n  ".join([told, *clashes]))
-    taken = [path for item in items for path in _taken(item.destination, is_sharded)]
+    taken = list(_taken(items, is_sharded))
     if taken and not options.force:
         if len(taken) == 1:
             raise exists(taken[0])
@@ -419,21 +420,19 @@ def _folds_case(folder: str) -> bool:
     return sys.platform in ("win32", "darwin")
 
 
-def _taken(path: str, is_sharded: bool) -> Iterator[str]:
-    """What is there of an output, or of an index and shards in its place."""
-    if os.path.lexists(path):
-        yield path
-    if is_sharded:
-        from ckptkit.formats.shard_writer import index_name
+def _taken(items: Sequence[_Item], is_sharded: bool) -> Iterator[str]:
+    """What is there of outputs, or of indexes and shards in their places."""
+    from ckptkit.formats.shard_writer import index_name
+    from ckptkit.formats.shards import CUSTOMARY
 
-        folder, name = os.path.split(path)
-        stem, ending = os.path.splitext(name)
-        customary = re.compile(rf"{re.escape(stem)}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(ending)}")
+    shards: dict[str, list[str]] = {}
+    for folder in dict.fromkeys(os.path.dirname(item.destination) for item in items if is_sharded):
         with suppress(OSError):
-            names = os.listdir(folder or os.curdir)
-            yield from (os.path.join(folder, each) for each in sorted(names) if customary.fullmatch(each))
-        if os.path.lexists(index_name(path)):
-            yield index_name(path)
+            for match in filter(None, map(CUSTOMARY.fullmatch, sorted(os.listdir(folder or os.curdir)))):
+                shards.setdefault(os.path.join(folder, match[1] + match[4]), []).append(os.path.join(folder, match[0]))
+    for path in (item.destination for item in items):
+        yield from filter(os.path.lexists, [path, index_name(path)] if is_sharded else [path])
+        yield from shards.get(path, ())
 
 
 def _replaced(items: Sequence[_Item]) -> Iterator[str]:
