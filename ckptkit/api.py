@@ -156,7 +156,7 @@ def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKe
     folders.require_file_name(destination)
     if asked.like is not None:
         asked = asked.but(like=_like(asked.like, asked.model_args))
-    if folders.is_folder_of_files(source, destination):
+    if folders.is_folder_of_files(source, destination, asked):
         return folders.convert_folder(os.fsdecode(source), os.fsdecode(destination), asked, convert_file)
     try:
         opened = open(source, section=asked.section, ignore_checksums=asked.ignore_checksums)

@@ -40,11 +40,12 @@ __all__ = ["convert_folder", "destination_of", "is_folder_of_files", "outcome", 
 # What a destination means.
 
 
-def is_folder_of_files(source: object, destination: str | os.PathLike[str]) -> bool:
+def is_folder_of_files(source: object, destination: str | os.PathLike[str], options: ConvertOptions) -> bool:
     """Whether every checkpoint below a folder is meant, and another folder for them."""
     if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
         return False
-    return _is_folder(os.fsdecode(destination)) or not _names_a_file(os.fsdecode(destination))
+    path = os.fsdecode(destination)
+    return _is_folder(path, options) or not _names_a_file(path)
 
 
 def require_file_name(destination: str | os.PathLike[str]) -> None:
@@ -76,7 +77,7 @@ def destination_of(
         FileAccessError: the folder cannot be made.
     """
     folder = os.fsdecode(destination)
-    if not _is_folder(folder):
+    if not _is_folder(folder, options):
         yield destination
         return
     ending = _ending(folder, options)
@@ -104,8 +105,11 @@ def told(error: FileAccessError, source: object, destination: str | os.PathLike[
     return type(error)(f"{error}; or convert each checkpoint below it: {command}")
 
 
-def _is_folder(path: str) -> bool:
-    return path.endswith(("/", os.sep)) or os.path.isdir(path)
+def _is_folder(path: str, options: ConvertOptions) -> bool:
+    """Whether a path means a folder: by its slash, or because it is one and no name for a file either."""
+    if path.endswith(("/", os.sep)):
+        return True
+    return os.path.isdir(path) and (options.to is not None or not _names_a_file(path))
 
 
 def _names_a_file(path: str) -> bool:
