@@ -5,7 +5,7 @@ Importing ckptkit imports neither torch nor numpy.
 The layers, each importing only from those to its right; a test enforces it:
 
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
-        > diagnose, compare, stats, architectures, digests, options > formats, rewrite, transfer > normalize > pickling
+        > diagnose, compare, stats, architectures, digests, options > rewrite > formats, transfer > normalize > pickling
         > plan, casting > checkpoint > tensor > computed > bytesource
         > codes, documents > report, arguments, dtypes, limits, extras > errors
 
@@ -21,7 +21,8 @@ output, and tells what came of it; `checkpoint_file` is what `open` gives.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
 of two trees (`trees`), which everything that shows, compares, counts or digests goes through.
 Bytes that have to be made before they can be moved are `computed`, and `casting` is
-what one way of making them computes.  Inside `formats` stand the containers, one module each, and all that others ask
+what one way of making them computes; what another does, which reads tensors for it, is in `transfer`, which is why
+`rewrite` stands above that.  Inside `formats` stand the containers, one module each, and all that others ask
 about one in its row of the table (`containers`, `format_named`): no other room compares their names; `tar_archive` and
 `zip_archive` are tar and zip as such, `folder` says what lies in a folder, `contents` what pickles and programs stand
 in bytes that no reader reads, and `refused` is what is said of files that are not checkpoints.
@@ -31,7 +32,19 @@ place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.api import CheckpointFile, Rewriter, check, convert, diff, inspect, load_state_dict, manifest, open, verify  # noqa: A004 - ckptkit.open
+from ckptkit.api import (
+    CheckpointFile,
+    Rewriter,
+    check,
+    convert,
+    diff,
+    inspect,
+    load_state_dict,
+    manifest,
+    open,  # noqa: A004 - ckptkit.open
+    save,
+    verify,
+)
 from ckptkit.checkpoint import Checkpoint, Origin, Part, Section, StateDict, Storage, TensorEntry
 from ckptkit.errors import (
     AmbiguousError,
@@ -60,8 +73,21 @@ if TYPE_CHECKING:
     from ckptkit.conversion.document import ConvertFolderDocument
     from ckptkit.differences import Difference
     from ckptkit.differences.difference import DiffDocument
-    from ckptkit.documents import CheckDocument, ConvertDocument, ExplainDocument, ManifestDocument, VerifyDocument
-    from ckptkit.inspection.document import InspectDocument, InspectedFile
+    from ckptkit.documents import (
+        CheckDocument,
+        ConvertDocument,
+        ExplainDocument,
+        ManifestDocument,
+        VerifyDocument,
+        WrittenManifest,
+    )
+    from ckptkit.inspection.document import (
+        AdapterDocument,
+        InspectDocument,
+        InspectedFile,
+        QuantizationDocument,
+        UnreadFile,
+    )
     from ckptkit.plan import Plan
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckFinding, CheckReport
@@ -70,6 +96,7 @@ if TYPE_CHECKING:
         AddPrefix,
         CastDtype,
         Compact,
+        Densify,
         LeaveOut,
         Like,
         MapLocation,
@@ -82,6 +109,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdapterDocument",
     "AddModule",
     "AddPrefix",
     "AmbiguousError",
@@ -97,6 +125,7 @@ __all__ = [
     "ConvertFolderDocument",
     "CorruptError",
     "DTypeError",
+    "Densify",
     "DestinationExistsError",
     "DiffDocument",
     "Difference",
@@ -120,6 +149,7 @@ __all__ = [
     "Part",
     "PartError",
     "Plan",
+    "QuantizationDocument",
     "Rename",
     "Report",
     "RewriteError",
@@ -134,10 +164,12 @@ __all__ = [
     "TensorEntry",
     "Tied",
     "UnknownFormatError",
+    "UnreadFile",
     "UnsupportedError",
     "VerifyDocument",
     "VerifyError",
     "WeightsOnly",
+    "WrittenManifest",
     "check",
     "convert",
     "diff",
@@ -145,6 +177,7 @@ __all__ = [
     "load_state_dict",
     "manifest",
     "open",
+    "save",
     "verify",
 ]
 
@@ -165,7 +198,7 @@ def __getattr__(name: str) -> Any:
         from ckptkit.released import results
 
         return getattr(results, name)
-    if name.endswith("Document") or name == "InspectedFile":
+    if name.endswith("Document") or name in ("InspectedFile", "UnreadFile", "WrittenManifest"):
         from ckptkit import documents
         from ckptkit.conversion import document as of_folders
         from ckptkit.differences import difference

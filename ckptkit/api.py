@@ -5,10 +5,14 @@
         clean.save("model.safetensors")
 
     state = ckptkit.load_state_dict("anything.pth", map_location="cpu")
+    ckptkit.save(state, "out.safetensors")
     ckptkit.convert("ddp.pth", "clean.safetensors", strip_module=True)
     ckptkit.verify("clean.safetensors", model="torchvision:resnet18").raise_if_failed()
 
 Nothing here imports torch but `load_state_dict` and `verify`.
+
+Every function may be called from several threads at once.  None of them is a coroutine, and reading and writing leave
+the interpreter lock: ``await asyncio.to_thread(ckptkit.load_state_dict, path)`` keeps an event loop responsive.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.arguments import documented, several, unexpected
-from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open  # noqa: A004 - the name users expect
+from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ckptkit.differences import Difference
+    from ckptkit.documents import ConvertDocument, VerifyDocument
     from ckptkit.inspection.document import InspectedFile
     from ckptkit.options import ConvertKeywords, DiffKeywords, VerifyKeywords
     from ckptkit.released.manifest_file import Manifest
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointFile", "Rewriter",
-    "check", "convert", "diff", "inspect", "load_state_dict", "manifest", "open", "verify",
+    "check", "convert", "diff", "inspect", "load_state_dict", "manifest", "open", "save", "verify",
 ]  # fmt: skip
 
 
@@ -127,7 +132,7 @@ def load_state_dict(
 
 
 @documented(ConvertOptions)
-def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report:
+def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report[ConvertDocument]:
     """Rewrite a checkpoint into another file, or each one below a folder into another folder.
 
     A ``.pth`` keeps everything that is in the source; what a safetensors file or shards cannot hold is an
@@ -142,27 +147,29 @@ def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKe
 
     Returns:
         A report whose ``details`` hold the plan and what was changed.  Of a folder they hold those of each file, under
-        ``files``, and a file that cannot be converted is a finding of severity ``"error"``; the others are.
+        ``files`` (`ckptkit.ConvertFolderDocument`), and a file that cannot be converted is a finding of severity
+        ``"error"``; the others are converted.
 
     Raises:
         As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
         RewriteError where the weights are not those of ``like``, or several files of a folder would get one name;
         VerifyError where ``like`` names no model.
     """
-    from ckptkit.conversion import convert_file, run  # reading alone starts faster without the writing half
-    from ckptkit.conversion import folder as folders
+    from ckptkit.conversion import convert_file, outputs, run  # reading alone starts faster without the writing half
 
     asked = ConvertOptions(**options)
-    folders.require_file_name(destination)
+    outputs.require_file_name(destination)
     if asked.like is not None:
         asked = asked.but(like=_like(asked.like, asked.model_args))
-    if folders.is_folder_of_files(source, destination, asked):
-        return folders.convert_folder(os.fsdecode(source), os.fsdecode(destination), asked, convert_file)
+    if outputs.is_folder_of_files(source, destination, asked):
+        from ckptkit.conversion.folder import convert_folder
+
+        return convert_folder(os.fsdecode(source), os.fsdecode(destination), asked, convert_file)
     try:
         opened = open(source, section=asked.section, ignore_checksums=asked.ignore_checksums)
     except FileAccessError as error:
-        raise folders.told(error, source, destination) from error.__cause__
-    with opened as file, folders.destination_of(file.path, destination, asked) as path:
+        raise outputs.told(error, source, destination) from error.__cause__
+    with opened as file, outputs.destination_of(file.path, destination, asked) as path:
         return run(file.checkpoint, file._file, path, asked).report()
 
 
@@ -278,7 +285,7 @@ def manifest(
 
 
 @documented(VerifyOptions)
-def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report:
+def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report[VerifyDocument]:
     """Load into a reference model, strictly, and examine what it computes.
 
     Args:

@@ -135,7 +135,7 @@ class Source:
             MissingFileError: there is none.
             FileAccessError: it cannot be opened.
         """
-        raise MissingFileError(f"{self.path}: nothing lies beside it, {name!r} neither")
+        raise MissingFileError(f"{self.path}: nothing lies beside it, {name!r} neither", path=self.path)
 
     @property
     def folder(self) -> str | None:
@@ -265,7 +265,7 @@ class Source:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise FileAccessError(f"{self.path}: the checkpoint was closed; open it again")
+            raise FileAccessError(f"{self.path}: the checkpoint was closed; open it again", path=self.path)
 
     def _shorter(self, offset: int) -> CorruptError:
         return CorruptError(f"the file became shorter while it was read: byte {offset:,}", path=self.path)
@@ -311,16 +311,16 @@ class SourceFile(Source):
             self._fd = os.open(self.path, flags)
             status = os.fstat(self._fd)
         except FileNotFoundError:
-            raise MissingFileError(f"{self.path}: no such file") from None
+            raise MissingFileError(f"{self.path}: no such file", path=self.path) from None
         except (OSError, ValueError) as error:
             if os.path.isdir(self.path):  # Windows refuses to open a folder at all
-                raise FileAccessError(f"{self.path}: is a folder, not a file") from None
+                raise FileAccessError(f"{self.path}: is a folder, not a file", path=self.path) from None
             reason = getattr(error, "strerror", None) or str(error)
-            raise FileAccessError(f"{self.path}: cannot be opened: {reason}") from error
+            raise FileAccessError(f"{self.path}: cannot be opened: {reason}", path=self.path) from error
         if not stat.S_ISREG(status.st_mode):
             what = "is a folder, not a file" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
             self.close()
-            raise FileAccessError(f"{self.path}: {what}")
+            raise FileAccessError(f"{self.path}: {what}", path=self.path)
         self.size = status.st_size
         self.identity = _stamp(status)
 
@@ -357,7 +357,8 @@ class SourceFile(Source):
         except FileAccessError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
                 raise FileAccessError(
-                    f"{self.path}: too many files are open at once for all shards; allow more (ulimit -n 8192)"
+                    f"{self.path}: too many files are open at once for all shards; allow more (ulimit -n 8192)",
+                    path=self.path,
                 ) from error
             raise
         if again.identity != self.identity:
@@ -371,7 +372,7 @@ class SourceFile(Source):
         except FileAccessError:
             raise
         except OSError as error:
-            raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from error
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
         """As `Source.read_into`; no memory is taken for the bytes."""
@@ -387,7 +388,7 @@ class SourceFile(Source):
             except OSError as error:
                 if isinstance(error, FileAccessError):
                     raise
-                raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}") from error
+                raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from error
             if not count:
                 raise self._shorter(offset)
             view, offset = view[count:], offset + count

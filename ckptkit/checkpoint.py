@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Final, Literal, get_args
 
 from ckptkit.errors import KeyCollisionError
-from ckptkit.report import Finding, count_of
+from ckptkit.report import Finding, count_of, html_block, listed, printable
 from ckptkit.tensor import Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages, tied_groups
 
 __all__ = [
@@ -35,6 +36,12 @@ __all__ = [
     "tied_groups",
     "trust_of",
 ]
+
+_SHOWN, _MAX_REPR = 2, 190
+"""Tensors that the ``repr`` of a state_dict names, and its characters."""
+
+_MAX_ROWS = 20
+"""Tensors of it that a notebook shows."""
 
 Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]
 """What a file holds: a pickled ``nn.Module``; a state_dict; weights beside training state; one bare
@@ -64,6 +71,9 @@ class StateDict(Mapping[str, TensorEntry]):
 
     As a mapping it shows the plain tensors alone.  Values that are none (``_extra_state`` objects,
     quantized and sparse tensors) keep their place in `everything` and are listed by `extra`.
+
+    It does not change and holds no values: any number of threads may read its tensors, and one after another they
+    take no more memory than one.
 
     Attributes:
         everything: every key with its value, in file order; values are `TensorEntry` or inert nodes.
@@ -110,7 +120,15 @@ class StateDict(Mapping[str, TensorEntry]):
         return self._tensors.values()
 
     def __repr__(self) -> str:
-        return f"StateDict({count_of(len(self), 'tensor')})"
+        shown = [f"{name:.40} {entry.dtype} {[*entry.shape]}"[:60] for name, entry in islice(self.items(), _SHOWN)]
+        told = f": {listed(shown, total=len(self))}" if shown else ""
+        return printable(f"StateDict({count_of(len(self), 'tensor')}{told}")[:_MAX_REPR] + ")"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it: the first tensors."""
+        rows = [(name, entry.dtype, f"{[*entry.shape]}") for name, entry in islice(self.items(), _MAX_ROWS)]
+        left_out = len(self) - len(rows)
+        return html_block(f"StateDict: {count_of(len(self), 'tensor')}", (), ("name", "dtype", "shape"), rows, left_out)
 
     @property
     def is_plain(self) -> bool:

@@ -1,24 +1,32 @@
-"""An open checkpoint: what is in it, and the file its bytes lie in."""
+"""An open checkpoint: what is in it, and the file its bytes lie in; and a file of what is in memory."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptkit import formats
 from ckptkit.bytesource import Readable, Source
 from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
-from ckptkit.report import Finding, count_of
+from ckptkit.errors import CkptkitError
+from ckptkit.normalize.parts import require_whole
+from ckptkit.normalize.selection import require_state_dict
+from ckptkit.report import Finding, count_of, human_size
 
 if TYPE_CHECKING:
+    from collections import OrderedDict
+
     from typing_extensions import Unpack
 
     from ckptkit.options import ConvertKeywords
     from ckptkit.plan import Plan
+    from ckptkit.rewrite.storages import TiedPolicy
+    from ckptkit.transfer.memory import Storages
     from ckptkit.transfer.workers import Progress
 
-__all__ = ["CheckpointFile", "PathLike", "Rewriter", "open"]
+__all__ = ["CheckpointFile", "PathLike", "Rewriter", "open", "save"]
 
 Rewriter = Callable[[Checkpoint], Checkpoint]
 """Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
@@ -26,10 +34,18 @@ Rewriter = Callable[[Checkpoint], Checkpoint]
 PathLike = str | os.PathLike[str]
 
 
+_SHOWN = 90
+"""Characters of a long path that a ``repr`` shows: its end."""
+
+
 class CheckpointFile:
     """An open checkpoint: what is in it, and the file its bytes lie in.
 
     Use it as a context manager, or call `close`.  What `rewrite` returns shares the open file.
+
+    It does not change, and any number of threads may use one at once: read entries, rewrite, save, load.  Nothing is
+    read by a position that they would share, what is compressed is inflated by one of them, and no values are kept.
+    It belongs to its process: to another, hand the path.
 
     Attributes:
         checkpoint: the common representation that rewriters work on.
@@ -152,8 +168,43 @@ class CheckpointFile:
 
         return run(self.checkpoint, self._file, destination, ConvertOptions(**options), rewrite=False).job.plan
 
+    def load(
+        self, *, map_location: Any = "cpu", mapped: bool = False, allow_part: bool = False
+    ) -> OrderedDict[str, Any]:
+        """The weights as torch's tensors, as `ckptkit.load_state_dict` gives what `save` writes; no file is made.
+
+        What rewriters cast, renamed or left out is so here; each storage is read once, into memory that torch has.
+
+        Args:
+            map_location: as in ``torch.load``, but that they lie on the CPU by default; ``None`` puts them where
+                `ckptkit.MapLocation` says, or else the file.
+            mapped: whether tensors lie in the file where its bytes are as torch wants them, which takes no memory; the
+                file must not be overwritten then, and checksums are not held.
+            allow_part: whether it may be a part of a checkpoint that lies in several files.
+
+        Returns:
+            Name to value, with the module versions as ``_metadata``.
+
+        Raises:
+            As `ckptkit.load_state_dict`.
+        """
+        from ckptkit.extras import require_torch
+
+        require_whole(self.checkpoint, allow_part=allow_part)
+        require_state_dict(self.checkpoint, "to load")
+        require_torch()
+        from ckptkit.torch_bridge import state_dict_of
+
+        state = state_dict_of(
+            self.state_dict, self.path, map_location=map_location, mapped=mapped, checksums=not mapped
+        )
+        if self.checkpoint.module is not None:  # as Module.state_dict() gives them
+            for name, value in state.items():
+                state[name] = value.detach() if hasattr(value, "detach") else value
+        return state
+
     def close(self) -> None:
-        """Close the file; entries stay readable as records, their bytes do not."""
+        """Close the file; entries stay readable as records, their bytes do not.  No other thread may be reading."""
         self._file.close()
 
     def __enter__(self) -> CheckpointFile:
@@ -162,14 +213,30 @@ class CheckpointFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.path}: an open checkpoint cannot be copied or pickled; open it where it is needed")
+
     def __repr__(self) -> str:
-        return f"<{self.format} {self.kind} {self.path!r}, {count_of(len(self.state_dict), 'tensor')}>"
+        origin, count = self.checkpoint.origin, count_of(len(self.state_dict), "tensor")
+        path = self.path if len(self.path) <= _SHOWN else f"…{self.path[-_SHOWN:]}"
+        return f"<{self.format} {self.kind} {path!r:.120}, {human_size(origin.size)}, {count}>"
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows of it, in one screen; ``None``: no more than ``repr`` does."""
+        from ckptkit.inspection import html_screen
+
+        try:
+            return html_screen(self.checkpoint)
+        except CkptkitError:  # of names that are more, or longer, than those of any checkpoint
+            return None
 
 
 def open(  # noqa: A001 - the name users expect
     path: Readable, *, section: str | None = None, ignore_checksums: bool = False
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
+
+    Several threads may use what it gives at once, and open one path each for themselves; see `CheckpointFile`.
 
     Args:
         path: the file.
@@ -183,3 +250,72 @@ def open(  # noqa: A001 - the name users expect
         SectionError: there is no such section.
     """
     return CheckpointFile(*formats.read(path, section=section, ignore_checksums=ignore_checksums))
+
+
+def save(
+    state: object,
+    path: PathLike,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+    check: bool = True,
+    max_shard_size: int | str | None = None,
+    to: str | None = None,
+    tied: TiedPolicy = "alias",
+    progress: Progress | None = None,
+) -> Plan:
+    """Write what is in memory, as `CheckpointFile.save` writes: the old file or the complete new one, and compared.
+
+    Tensors of torch, on any device, arrays of numpy, and entries of open checkpoints or parts of such may be mixed.
+    They are written from where they lie: no second copy of them is made, and nobody may write to them meanwhile.  What
+    shares memory is written once, and what is tied stays so.  The same values give the same bytes.  torch is not
+    imported for arrays.
+
+    A ``.safetensors`` and shards hold tensors under names.  A ``.pth`` holds also a tree of dicts, lists, tuples, sets
+    and plain values with tensors anywhere, such as ``{"model": model.state_dict(), "epoch": 3}``, as it stands;
+    arrays become tensors.  ``torch.load(path, weights_only=True)`` loads it.  Python attributes and hooks of tensors
+    are not written.
+
+    Args:
+        state: tensors by name, or such a tree.  A state_dict keeps its module versions (``_metadata``).
+        path: the output; its ending chooses the container.
+        metadata: strings to set in the output's metadata.
+        force: whether an existing file may be replaced.
+        check: whether to open the output again and compare every byte before it gets its name.
+        max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
+        to: container name that overrides the ending.
+        tied: what becomes of tensors with several names; see `ckptkit.Tied`.
+        progress: called with the bytes dealt with so far, and those to deal with in all.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        RewriteError: the container cannot hold it; the message names what is not a plain tensor or value.
+        DestinationExistsError: it exists and ``force`` is false.
+        FileAccessError: it cannot be written.
+        CorruptError: it was written to meanwhile.
+    """
+    from ckptkit.conversion import run
+    from ckptkit.options import ConvertOptions
+    from ckptkit.transfer.memory import Memory, checkpoint_of
+
+    options = ConvertOptions(
+        metadata=metadata, force=force, check=check, max_shard_size=max_shard_size, to=to, tied=tied,
+        progress=progress, receipt=False,
+    )  # fmt: skip
+    _, container, most = formats.target(path, to)
+    shards = most is not None or max_shard_size is not None
+    memory = Memory("<memory>")
+    alone = f"a {container.name} file" if container.tensors_alone else "a sharded checkpoint" if shards else None
+    checkpoint = checkpoint_of(state, memory, _torch_node, container.name, alone=alone)
+    return run(checkpoint, memory, path, options).job.plan
+
+
+def _torch_node(value: object, storages: Storages) -> object:
+    """The node of what is torch's; ``None`` of anything else."""
+    if "torch" not in sys.modules:  # whoever has a tensor has imported it
+        return None
+    from ckptkit.torch_bridge.handles import node_of
+
+    return node_of(value, storages)

@@ -13,7 +13,7 @@ from functools import partial
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
-from ckptkit.computed import ConvertedRange
+from ckptkit.computed import ConvertedRange, DenseRange
 from ckptkit.errors import CorruptError
 from ckptkit.formats import format_named, read
 from ckptkit.formats.json_text import versions_text
@@ -96,7 +96,7 @@ class _Comparison:
         whole = place, source, written
         if self._storages.setdefault(id(source), whole)[2] is not written:
             self._storages.setdefault((id(source), id(written)), whole)
-        if source.original is not None:
+        if source.original is not None or isinstance(source.source, DenseRange):
             self._places.setdefault(id(source), (place, source))
 
     def tensors(self, place: _At, source: TensorEntry, written: TensorEntry) -> None:
@@ -115,7 +115,7 @@ class _Comparison:
         """
         whole = self._storages.values()
         # Views of larger storages, and what was cut out of some: is that whole which they were cut from?
-        others = {id(s.original or s): (place, s.original or s) for place, s in self._places.values()}
+        others = {id(whole): (place, whole) for place, s in self._places.values() for whole in s.originals}
         checked = {id(s.original or s) for _, s, _ in whole if _covers_original(s)} if others else set()
         unchecked = Checksums()
         unchecked.want(s for key, (_, s) in others.items() if key not in checked)

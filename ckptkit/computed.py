@@ -1,17 +1,18 @@
-"""Bytes that do not lie in a file as they are wanted: compressed ones, and values of another dtype.
+"""Bytes that do not lie in a file as they are wanted: compressed ones, values of another dtype, values made of others.
 
-Both are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
+All are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
 `DeflatedRange` is inflated once, into a temporary file without a name, one for all of a source.  A `ConvertedRange` is
-converted piece by piece as it is read.  `plain` gives of any of the three a `ByteRange`.
+converted piece by piece as it is read, and a `DenseRange` is made block by block: `is_made` tells these two, of which
+nothing is kept, and `read_into` reads any.  `plain` gives of each a `ByteRange`.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeGuard
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, outside, write_at
 from ckptkit.errors import CorruptError, FileAccessError
@@ -19,7 +20,21 @@ from ckptkit.errors import CorruptError, FileAccessError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DEFLATE_MOST", "ByteSource", "ConvertedRange", "DTypeConversion", "DeflatedRange", "Inflation", "spooled"]
+__all__ = [
+    "DEFLATE_MOST",
+    "ByteSource",
+    "ConvertedRange",
+    "DTypeConversion",
+    "DeflatedRange",
+    "DenseRange",
+    "DenseValues",
+    "Inflation",
+    "files_of",
+    "is_made",
+    "piece_nbytes",
+    "read_into",
+    "spooled",
+]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -244,6 +259,11 @@ class ConvertedRange(_ComputedRange):
             raise CorruptError("a part of a converted value was asked for", path=self.file.path)
         return self.whole.original.part(first * self.whole.before, count * self.whole.before)
 
+    def into(self, out: bytearray | memoryview, before: bytearray | memoryview) -> None:
+        """Convert all of it into a buffer; ``before`` is one for the values as they were."""
+        read_into(self.original, before)
+        self.whole.function.into(before, out)
+
     def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
         """As `ByteRange.read`."""
         part = self.part(start, self.nbytes - start if nbytes is None else nbytes)
@@ -261,5 +281,125 @@ class ConvertedRange(_ComputedRange):
             yield self.read(start, min(step, self.nbytes - start))
 
 
-ByteSource = ByteRange | DeflatedRange | ConvertedRange
-"""Where bytes lie: as they are, compressed, or as values of another dtype."""
+class DenseValues(_Computed):
+    """A tensor's values in C order, little-endian, that are made of other tensors' as they are asked for.
+
+    They are made in blocks, of which each thread keeps the last: readers take pieces of any size.
+
+    Args:
+        function: gives the bytes of ``count`` elements from element ``first`` on; may be called from several threads.
+        numel: how many elements there are.
+        itemsize: bytes of one.
+        parts: the storages (`ckptkit.tensor.Storage`) that they are made of; at least one.
+        files: the sources that those lie in.
+        name: what the values are, for messages.
+        block_nbytes: bytes of a block.
+    """
+
+    __slots__ = ("block_nbytes", "files", "function", "itemsize", "parts")
+
+    how = "made of others"
+
+    def __init__(
+        self,
+        function: Callable[[int, int], bytes],
+        numel: int,
+        itemsize: int,
+        parts: tuple[object, ...],
+        files: tuple[Source, ...],
+        name: str,
+        block_nbytes: int = CHUNK_NBYTES,
+    ) -> None:
+        super().__init__(files[0], numel * itemsize, name)
+        self.function = function
+        self.itemsize = itemsize
+        self.parts = parts
+        self.files = files
+        self.block_nbytes = max(block_nbytes // itemsize, 1) * itemsize
+
+    def _parts(self) -> Iterator[bytes]:
+        return DenseRange(self, 0, self.nbytes).chunks()
+
+    def block(self, number: int) -> bytes:
+        """The bytes of a block.
+
+        Raises:
+            CorruptError: what they are made of is damaged.
+        """
+        kept: tuple[DenseValues, int, bytes] | None = getattr(_last, "block", None)
+        if kept is None or kept[0] is not self or kept[1] != number:
+            start = number * self.block_nbytes
+            nbytes = min(self.block_nbytes, self.nbytes - start)
+            made = self.function(start // self.itemsize, nbytes // self.itemsize)
+            kept = _last.block = self, number, made
+        return kept[2]
+
+
+_last = threading.local()
+
+
+@dataclass(frozen=True, slots=True)
+class DenseRange(_ComputedRange):
+    """``nbytes`` bytes at ``offset`` of the values that ``whole`` makes; read like a `ByteRange`."""
+
+    whole: DenseValues
+
+    def read(self, start: int = 0, nbytes: int | None = None) -> bytes:
+        """As `ByteRange.read`."""
+        out = bytearray(self.nbytes - start if nbytes is None else nbytes)
+        self.part(start, len(out)).into(out)
+        return bytes(out)
+
+    def into(self, out: bytearray | memoryview) -> None:
+        """Fill a buffer with all of it."""
+        view, at = memoryview(out), self.offset
+        while view:
+            number, skipped = divmod(at, self.whole.block_nbytes)
+            some = memoryview(self.whole.block(number))[skipped : skipped + len(view)]
+            view[: len(some)] = some
+            view, at = view[len(some) :], at + len(some)
+
+    def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:
+        """As `ByteRange.chunks`; every chunk but the last holds whole values."""
+        step = max(chunk_nbytes // self.whole.itemsize, 1) * self.whole.itemsize
+        for start in range(0, self.nbytes, step):
+            yield self.read(start, min(step, self.nbytes - start))
+
+
+ByteSource = ByteRange | DeflatedRange | ConvertedRange | DenseRange
+"""Where bytes lie: as they are, compressed, as values of another dtype, or as those that they are made of."""
+
+
+def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
+    """Whether the bytes are made as they are read, and lie nowhere."""
+    return isinstance(source, (ConvertedRange, DenseRange))
+
+
+def read_into(source: ByteSource, out: bytearray | memoryview) -> None:
+    """Fill a buffer with all bytes of a range.
+
+    Raises:
+        CorruptError, FileAccessError: they cannot be read or made.
+    """
+    if isinstance(source, DenseRange):
+        source.into(out)
+    elif isinstance(source, ConvertedRange):
+        source.into(out, bytearray(source.original.nbytes))
+    else:
+        run = source.plain()
+        run.file.read_into(run.offset, out)
+
+
+def piece_nbytes(source: ConvertedRange | DenseRange, converted: int) -> int:
+    """Bytes that are made at a time, by one thread, in whole values: a block, or about ``converted`` that are."""
+    if isinstance(source, DenseRange):
+        return source.whole.block_nbytes
+    before, after, original = source.whole.before, source.whole.after, source.whole.original
+    return (piece_nbytes(original, converted) // before if is_made(original) else converted // after) * after
+
+
+def files_of(source: ByteSource) -> tuple[Source, ...]:
+    """The sources that bytes are read from."""
+    if isinstance(source, ConvertedRange):
+        return files_of(source.whole.original)
+    return source.whole.files if isinstance(source, DenseRange) else (source.file,)

@@ -11,20 +11,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, shared_storages, tied_groups
+from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages, tied_groups
+from ckptkit.dtypes import DTYPES
 from ckptkit.formats import format_named
+from ckptkit.normalize.adapters import customs, is_adapter, is_embedding
 from ckptkit.normalize.modules import MODULE, inner_module_told, may_be_wrapped, unwrapped, wrapper_of
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.selection import EMBEDDINGS, discarded_text, holding_suffix, other_parts
+from ckptkit.normalize.selection import discarded_text, holding_suffix, other_parts
 from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
 from ckptkit.tensor import unordered, unused_nbytes
 
-__all__ = ["DIAGNOSES", "Everything", "diagnose"]
+if TYPE_CHECKING:
+    from ckptkit.normalize.quantized import QuantizationDocument
+
+__all__ = ["DIAGNOSES", "Everything", "diagnose", "everything_in"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,7 @@ class Everything:
         is_shared: whether several of these stand in one storage.
         unused: bytes of storages that belong to no tensor.
         names: those of the state_dict, each after a line break: what may be in one is looked for in all at once.
+        quantization: how the weights are quantized; ``None``: they are not.
     """
 
     beside: list[FoundTensor]
@@ -44,6 +51,7 @@ class Everything:
     is_shared: bool
     unused: int
     names: str
+    quantization: QuantizationDocument | None
 
 
 Diagnosis = Callable[[Checkpoint, Everything], Iterator[Finding]]
@@ -51,36 +59,60 @@ Diagnosis = Callable[[Checkpoint, Everything], Iterator[Finding]]
 _SAMPLED = 32
 """Names by which a state_dict is told from what else has names and tensors."""
 
-_ADAPTER = re.compile(
-    r"(?:^|[._])(?:lora_(?:A|B|up|down|mid|embedding_[AB]|magnitude_vector)|lora\.(?:up|down)|hada_[wt][12](?:_[ab])?|"
-    r"lokr_[wt][12](?:_[ab])?|ia3_l|(?:linear|processor)[\w.]*_lora)(?:[._]|$)"
-)
-"""Names in adapters: of peft, diffusers, loralib, kohya's scripts and LyCORIS."""
-
-_PIPELINES = ("unet.", "text_encoder", "transformer.", "lora_unet_", "lora_te", "lora_transformer_")
-"""How names in adapters of diffusion pipelines begin."""
-
-_EMBEDDING = re.compile(r"<[^<>]+>|emb_params|clip_[lg]")
+_SCALES = ("scale", "absmax", "SCB", "codebook", "Qidxs")
+"""Of these one is in the names of every state_dict that has scales."""
 
 _NOTABLE_UNUSED = 1 << 10
 """Bytes below which an oversized storage is not worth a line."""
 
 
-def diagnose(
-    checkpoint: Checkpoint, beside: list[FoundTensor] | None = None, unused: int | None = None
-) -> tuple[Finding, ...]:
+def diagnose(checkpoint: Checkpoint, contents: Everything | None = None) -> tuple[Finding, ...]:
     """The reader's findings and every diagnosis, gravest first.
+
+    Args:
+        checkpoint: as it was read.
+        contents: what `everything_in` finds in it, where it is known.
+    """
+    contents = everything_in(checkpoint) if contents is None else contents
+    found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
+    if checkpoint.part is not None:  # what would fix the whole is refused for a part
+        found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
+    return tuple(apart(gravest_first(found), checkpoint.origin.options))
+
+
+def everything_in(
+    checkpoint: Checkpoint, beside: list[FoundTensor] | None = None, unused: int | None = None
+) -> Everything:
+    """What the diagnoses look at.
 
     Args:
         checkpoint: as it was read.
         beside: what `other_tensors` finds in it, where it is known.
         unused: bytes of storages that belong to no tensor, where that is known.
     """
-    contents = _contents(checkpoint, other_tensors(checkpoint) if beside is None else beside, unused)
-    found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
-    if checkpoint.part is not None:  # what would fix the whole is refused for a part
-        found = [finding if finding.code == CODE else replace(finding, fix=None) for finding in found]
-    return tuple(apart(gravest_first(found), checkpoint.origin.options))
+    beside = other_tensors(checkpoint) if beside is None else beside
+    others = [found.node for found in beside if isinstance(found.node, TensorEntry)]
+    bare = [found.node for found in beside if isinstance(found.node, Storage)]
+    entries = [*checkpoint.state_dict.values(), *others]
+    storages = [*[entry.storage for entry in entries], *bare]
+    unused = unused_nbytes(entries, bare) if unused is None else unused
+    once = dict(zip(map(id, storages), storages, strict=True))
+    names = "\n".join(("", *checkpoint.state_dict.everything))
+    quantization = None
+    if _may_be_quantized(checkpoint.state_dict, names):
+        from ckptkit.normalize.quantized import quantization_in  # inspecting starts faster without
+
+        quantization = quantization_in(checkpoint.state_dict)
+    return Everything(beside, once, len(once) < len(storages), unused, names, quantization)
+
+
+def _may_be_quantized(state_dict: StateDict, names: str) -> bool:
+    """Whether it is worth looking: nearly all files have nothing of these dtypes, or under these names."""
+    if len(state_dict) != len(state_dict.everything):
+        return True
+    rows = [DTYPES[dtype] for dtype in {entry.dtype for entry in state_dict.values()}]
+    is_small = any(row.itemsize == 1 or not row.is_floating for row in rows)
+    return is_small and any(mark in names for mark in _SCALES)
 
 
 def _hostile(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
@@ -193,8 +225,8 @@ def _stale_versions(checkpoint: Checkpoint, contents: Everything) -> Iterator[Fi
 
 
 def _not_a_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    is_embedding = checkpoint.origin.state_path == EMBEDDINGS
-    is_state_dict = checkpoint.origin.kind == "state_dict" or is_embedding
+    embeds = is_embedding(checkpoint)
+    is_state_dict = checkpoint.origin.kind == "state_dict" or embeds
     if not is_state_dict or checkpoint.module is not None or checkpoint.part is not None:
         return
     if checkpoint.origin.is_program:
@@ -202,10 +234,10 @@ def _not_a_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
     path, names = checkpoint.origin.path, list(islice(checkpoint.state_dict.everything, _SAMPLED))
     what = "build the model, then give it these"
     fix = f"model.load_state_dict(ckptkit.load_state_dict({path!r}))"
-    if 2 * sum(_ADAPTER.search(name) is not None for name in names) >= len(names) > 0:
+    if is_adapter(names):
         what = "an adapter (LoRA or a relative of it), which is added to the model it was trained for"
         fix = _adapted(path, names)
-    elif is_embedding or (0 < len(names) <= 2 and all(map(_EMBEDDING.fullmatch, names))):
+    elif embeds:
         what = "a textual inversion, the embedding of a new word for a text encoder"
         fix = f"pipeline.load_textual_inversion({path!r})  # of diffusers"
     elif are_data(names):
@@ -215,11 +247,24 @@ def _not_a_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
 
 def _adapted(path: str, names: Sequence[str]) -> str:
     """What adds an adapter to its model, by the customs that its names follow."""
-    if all(name.startswith("base_model.") for name in names):
+    layout = customs(names)
+    if layout == "peft":
         return f"peft.PeftModel.from_pretrained(base_model, {os.path.dirname(path) or '.'!r})"
-    if all(name.startswith(_PIPELINES) for name in names):
+    if layout is not None:
         return f"pipeline.load_lora_weights({path!r})  # of diffusers"
     return f"model.load_state_dict(ckptkit.load_state_dict({path!r}), strict=False)  # in a model that has its adapters"
+
+
+def _quantized(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
+    found = contents.quantization
+    if found is not None and len(found["companions"]) > 1:
+        names = listed([repr(name) for name in found["companions"]], 6, last=" and ", characters=80)
+        yield Finding(
+            code="quantized-weights",
+            severity="info",
+            message=f"the weights of {count_of(found['modules'], 'module')} are quantized: {names} are values only "
+            "together, and a model that is not quantized does not know these names",
+        )
 
 
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
@@ -397,6 +442,7 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _averaged,
     _elsewhere,
     _not_a_model,
+    _quantized,
     _ties,
     _order,
     _unused,
@@ -406,14 +452,3 @@ DIAGNOSES: tuple[Diagnosis, ...] = (
     _byteorder,
 )
 """Every diagnosis."""
-
-
-def _contents(checkpoint: Checkpoint, beside: list[FoundTensor], unused: int | None) -> Everything:
-    others = [found.node for found in beside if isinstance(found.node, TensorEntry)]
-    bare = [found.node for found in beside if isinstance(found.node, Storage)]
-    entries = [*checkpoint.state_dict.values(), *others]
-    storages = [*[entry.storage for entry in entries], *bare]
-    unused = unused_nbytes(entries, bare) if unused is None else unused
-    once = dict(zip(map(id, storages), storages, strict=True))
-    names = "\n".join(("", *checkpoint.state_dict.everything))
-    return Everything(beside, once, len(once) < len(storages), unused, names)

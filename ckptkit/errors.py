@@ -5,11 +5,12 @@ never an exception; an exception means the work could not be done.
 
 Messages name what, where, expected, found, and what to do about it.  A layer that knows less
 (the pickle reader knows the byte, not the file) leaves an attribute ``None``; the layer above
-fills it in with `FormatError.at`.
+fills it in with `FormatError.at`.  What a message says of path, place and names, an error has as attributes too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
@@ -38,7 +39,26 @@ class CkptkitError(Exception):
     """Base of every error ckptkit raises on purpose.
 
     Each survives pickling with its attributes, as it must to come out of a process pool.
+
+    Attributes:
+        path: the file or folder it is about; ``None``: it is about none, or the layer that raised does not know it.
+        where: the part of the file, such as ``"data.pkl"`` or ``"header"``; ``None``: all of it, or not known.
+        offset: position in bytes inside that part; ``None``: no one position.
+        names: those that the message lists, all of them where it shows but a few: of tensors, or what there is to
+            choose from; see the classes.
     """
+
+    path: str | None = None
+    where: str | None = None
+    offset: int | None = None
+    names: tuple[str, ...] = ()
+
+    def __init__(self, *args: object, path: str | None = None, names: Iterable[str] = (), **others: Any) -> None:
+        super().__init__(*args, **others)  # of ImportError: its name
+        if path is not None:
+            self.path = path
+        if names := tuple(names):
+            self.names = names
 
     def __reduce__(self) -> tuple[Any, ...]:
         reduced: Any = super().__reduce__()
@@ -48,13 +68,13 @@ class CkptkitError(Exception):
 def _revived(cls: type[CkptkitError], args: tuple[Any, ...], state: dict[str, Any] | None = None) -> CkptkitError:
     """An error as it was pickled: its own ``__init__``, which made the message and the attributes, is not called."""
     error = cls.__new__(cls, *args)
-    super(CkptkitError, error).__init__(*args)
+    super(CkptkitError, error).__init__(*args)  # of Exception, OSError or ImportError
     error.__setstate__(state)
     return error
 
 
 class FileAccessError(CkptkitError, OSError):
-    """A file or folder could not be opened, read, written or renamed."""
+    """A file or folder could not be opened, read, written or renamed; ``path`` is the one, where it is one."""
 
 
 class MissingFileError(FileAccessError, FileNotFoundError):
@@ -73,9 +93,8 @@ class FormatError(CkptkitError, ValueError):
     """A file's content is not what its format requires.
 
     Attributes:
-        path: the file, or ``None`` where the layer that raised does not know it.
-        where: the part of the file, such as ``"data.pkl"`` or ``"header"``.
-        offset: position in bytes inside that part.
+        message: what is wrong, without the place, which ``str`` puts before it.
+        path, where, offset, names: as of `CkptkitError`.
         globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave
             before the error: what is refused is still reported.
         called: whether the pickle that has the error calls one of them before it.
@@ -88,8 +107,9 @@ class FormatError(CkptkitError, ValueError):
         path: str | None = None,
         where: str | None = None,
         offset: int | None = None,
+        names: Iterable[str] = (),
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, names=names)
         self.message = message
         self.path = path
         self.where = where
@@ -133,7 +153,7 @@ class AmbiguousError(CorruptError):
 
 
 class UnsupportedError(FormatError):
-    """The content is valid but holds something ckptkit cannot represent or write."""
+    """The content is valid but holds something ckptkit cannot represent or write; ``names`` are those of the values."""
 
 
 class PartError(FormatError):
@@ -155,30 +175,36 @@ class LimitError(FormatError):
 
 
 class SectionError(CkptkitError, LookupError):
-    """The named section is not in the file, or several could be meant and none was named."""
+    """The named section is not in the file, or several could be meant and none was named.
+
+    Attributes:
+        names: the paths of the sections there are to choose from, as ``section=`` and ``--section`` take them.
+    """
 
 
 class RewriteError(CkptkitError, ValueError):
-    """A rewrite cannot be carried out on this checkpoint."""
+    """A rewrite cannot be carried out on this checkpoint; ``names`` are those of the tensors in its way."""
 
 
 class KeyCollisionError(RewriteError):
     """Two tensors would get the same name.
 
     Attributes:
-        first, second: the names they have now.
+        first, second: the names they have now; ``names`` are both.
         target: the name both would get.
     """
 
     def __init__(self, first: str, second: str, target: str) -> None:
-        super().__init__(f"{first!r} and {second!r} would both be named {target!r}; nothing was renamed")
+        super().__init__(
+            f"{first!r} and {second!r} would both be named {target!r}; nothing was renamed", names=(first, second)
+        )
         self.first = first
         self.second = second
         self.target = target
 
 
 class DTypeError(RewriteError):
-    """A tensor's dtype cannot be held by the target."""
+    """A tensor's dtype cannot be held by the target; ``names`` are the tensors'."""
 
 
 class VerifyError(CkptkitError):

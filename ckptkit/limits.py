@@ -120,5 +120,9 @@ class Limits:
     """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real
     expanded views come to megabytes; a stride of 0 lets four bytes claim terabytes of disk."""
 
+    densified_nbytes: int = 256 << 30
+    """Bytes by which values may grow, all together, where sparse and nested ones are made dense.  The adjacency matrix
+    of 250,000 nodes takes 250 GB; a sparse tensor of a few bytes can claim any size."""
+
 
 DEFAULT_LIMITS = Limits()

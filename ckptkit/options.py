@@ -16,6 +16,7 @@ from ckptkit.errors import RewriteError, VerifyError
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.like import Like
+    from ckptkit.rewrite.rename import Renaming
     from ckptkit.rewrite.storages import LocationMap, TiedPolicy
     from ckptkit.transfer.workers import Progress
 
@@ -52,13 +53,14 @@ class ConvertOptions(Options):
         "P", "Strip one leading prefix of whole segments.", "then strip this one leading prefix of whole segments"
     )
     add_prefix = text("P", "Put a prefix before every name.", "then put this prefix before every name")
-    rename: Option[tuple[str | tuple[str, str], ...]] = Option(
+    rename: Option[Renaming] = Option(
         "texts",
         (),
         "Rename as re.sub does; repeatable, in order.",
-        'then apply rules, in order: ``"REGEX=>REPLACEMENT"`` or pairs of both; see `ckptkit.Rename`',
+        'then apply rules, in order: ``"REGEX=>REPLACEMENT"`` or pairs of both; or a dict of whole names, or a '
+        "function from a name to its new one; see `ckptkit.Rename`",
         "REGEX=>REPLACEMENT",
-        taken=several,
+        taken=lambda given: given if callable(given) or isinstance(given, Mapping) else several(given),
     )
     include = texts(
         "GLOB",
@@ -85,6 +87,11 @@ class ConvertOptions(Options):
         "Device tags: 'cpu' for all, or OLD=NEW, repeatable; torch's meaning.",
         "new device tags; see `ckptkit.MapLocation`",
         "LOC",
+    )
+    densify = flag(
+        "Make dense tensors of sparse, nested, quantized and block-scaled ones.",
+        "make dense tensors of the values that are sparse, nested, quantized or scaled by blocks; see "
+        "`ckptkit.Densify`",
     )
     dtype = text(
         "DTYPE",
@@ -314,13 +321,14 @@ if TYPE_CHECKING:
         add_module: bool
         strip_prefix: str | None
         add_prefix: str | None
-        rename: str | Sequence[str | tuple[str, str]]
+        rename: Renaming
         include: str | Sequence[str]
         exclude: str | Sequence[str]
         section: str | None
         weights_only: bool
         leave_out: str | Sequence[str]
         map_location: LocationMap | None
+        densify: bool
         dtype: str | None
         keep_dtype: str | Sequence[str]
         cast_scaled: bool

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.computed import ByteSource, ConvertedRange
+from ckptkit.computed import ByteSource, ConvertedRange, DenseRange, is_made
 from ckptkit.report import count_of
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ class Copy(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """Values that are converted to another dtype on their way to position ``target``."""
+    """Values that are converted to another dtype, or made of others, on their way to position ``target``."""
 
     target: int
-    source: ConvertedRange
+    source: ConvertedRange | DenseRange
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +102,7 @@ Step = Copy | Cast | Gather | LiteralBytes | Digest | Checksum
 
 def moved(target: int, source: ByteSource) -> Copy | Cast:
     """The step that brings these bytes to position ``target``."""
-    return Cast(target, source) if isinstance(source, ConvertedRange) else Copy(target, source)
+    return Cast(target, source) if is_made(source) else Copy(target, source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,16 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
 from ckptkit.errors import FailedReportError, RewriteError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault  # of Python 3.13
+
+    _Document = TypeVarWithDefault("_Document", bound=Mapping[str, Any], covariant=True, default=Mapping[str, Any])
+else:
+    _Document = TypeVar("_Document", covariant=True)
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -28,6 +35,7 @@ __all__ = [
     "count_of",
     "glob_of",
     "gravest_first",
+    "html_block",
     "human_size",
     "listed",
     "parse_size",
@@ -106,8 +114,10 @@ def worst(findings: Iterable[Finding]) -> Severity | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(Generic[_Document]):
     """The outcome of a command: its findings and its figures.
+
+    To type checkers it is generic in its document: ``Report[ckptkit.ConvertDocument]`` is what `ckptkit.convert` gives.
 
     Attributes:
         findings: everything found, in the order it was found.
@@ -127,6 +137,12 @@ class Report:
         state = f"failed: {codes}" if codes else f"ok, {count_of(len(self.findings), 'finding')}"
         return f"<{type(self).__name__}: {state}>"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        rows = [(each.severity, each.line) for each in gravest_first(self.findings)]
+        headers = ("", "finding") if rows else ()
+        return html_block(repr(self)[1:-1], (), headers, rows[:_MAX_ROWS], len(rows) - _MAX_ROWS)
+
     def raise_if_failed(self) -> None:
         """Raise when the report is not ok.
 
@@ -136,14 +152,15 @@ class Report:
         if not self.ok:
             raise FailedReportError("\n".join(f.line for f in self.findings if f.severity == "error"))
 
-    def to_dict(self) -> Mapping[str, Any]:
+    def to_dict(self) -> _Document:
         """The report as one JSON-ready document."""
-        return {
+        document: Any = {
             "schema_version": SCHEMA_VERSION,
             "ok": self.ok,
             **self.details,
             "findings": [finding.to_dict() for finding in self.findings],
         }
+        return document  # type: ignore[no-any-return]  # whoever makes the report says what its details are
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -243,6 +260,48 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+_MAX_ROWS = 20
+"""Findings that a notebook shows."""
+
+_MAX_CELL = 500
+"""Characters of a cell, and of a line, that a notebook shows."""
+
+
+def html_block(
+    title: str,
+    lines: Iterable[str] = (),
+    headers: Sequence[str] = (),
+    rows: Iterable[Sequence[str]] = (),
+    left_out: int = 0,
+) -> str:
+    """A title, lines and a table as HTML for a notebook, light or dark.
+
+    Nothing in the text is markup, nothing is loaded, and nothing runs.
+
+    Args:
+        title: what it is about.
+        lines: below it, above the table.
+        headers: of the columns; none: there is no table.
+        rows: of the table, as many as are to be shown.
+        left_out: how many are not.
+    """
+    from html import escape  # few look at it
+
+    def cells(tag: str, texts: Sequence[str]) -> str:
+        style = ' style="text-align:left;white-space:pre-wrap"'
+        return "<tr>" + "".join(f"<{tag}{style}>{shown(text)}</{tag}>" for text in texts) + "</tr>"
+
+    def shown(text: str) -> str:
+        return escape(printable(text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"))
+
+    parts = [f"<div><strong>{shown(title)}</strong></div>", *(f"<div>{shown(line)}</div>" for line in lines)]
+    if headers:
+        parts += ["<table>", cells("th", headers), *(cells("td", row) for row in rows), "</table>"]
+    if left_out > 0:
+        parts.append(f"<div>and {left_out:,} more</div>")
+    return f"<div>{''.join(parts)}</div>"
 
 
 def count_of(count: int, thing: str, *verb: str) -> str:

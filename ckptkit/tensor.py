@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from importlib import import_module
+from operator import index
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.bytesource import made_by_position
-from ckptkit.computed import ByteSource, DeflatedRange, Inflation
+from ckptkit.computed import ByteSource, DeflatedRange, DenseRange, Inflation
 from ckptkit.dtypes import DTYPES
-from ckptkit.errors import CorruptError
-from ckptkit.report import count_of
+from ckptkit.errors import CorruptError, DTypeError
+from ckptkit.report import count_of, human_size, printable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, device
 
 __all__ = [
     "Storage",
@@ -58,6 +65,16 @@ class Storage:
     byteorder: Literal["little", "big"] = "little"
     original: Storage | None = None
 
+    @property
+    def originals(self) -> tuple[Storage, ...]:
+        """The storages of the file that these bytes are, are cut or converted from, or are made of."""
+        whole = self.original or self
+        if isinstance(whole.source, DenseRange):
+            return tuple(
+                each for part in whole.source.whole.parts if isinstance(part, Storage) for each in part.originals
+            )
+        return (whole,)
+
     def without_checksum(self) -> Storage:
         """The same bytes with none recorded, so that nothing is held against them."""
         source = self.source
@@ -76,9 +93,19 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stride)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+_READERS = {"numpy": "ckptkit.transfer.memory", "torch": "ckptkit.torch_bridge.handles"}
+"""What reads a tensor's values, by name: a record imports neither what reads nor numpy and torch."""
+
+Index = int | slice | EllipsisType | None
+"""What picks a part of a tensor: a whole number, a slice, ``...``, and ``None`` for another dimension of size 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class TensorEntry:
     """A tensor: a strided view of a `Storage`.
+
+    It holds no values.  `numpy` and `torch` read them, each time anew, and only those; ``entry[1000:2000]`` is the
+    record of a part, which reads nothing else.  Any number of threads may read entries of one open file.
 
     Attributes:
         storage: the bytes it views.
@@ -108,6 +135,12 @@ class TensorEntry:
     subclass: object = None
     attributes: object = None
     effects: tuple[object, ...] = ()
+
+    def __repr__(self) -> str:
+        order = "" if self.is_contiguous else f", stride {[*self.stride]}"
+        place = f" on {printable(self.location[:40])}" if self.location else ""
+        kind = "parameter" if self.is_parameter else "tensor"
+        return f"<{kind} {self.dtype} {[*self.shape]!s:.80}{order:.40}, {human_size(self.nbytes)}{place:.60}>"
 
     @property
     def numel(self) -> int:
@@ -179,6 +212,74 @@ class TensorEntry:
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         return start, start + DTYPES[self.dtype].nbytes(last + 1)
 
+    def numpy(self) -> NDArray[Any]:
+        """The values, read from the file.
+
+        Only what lies between the first and the last element is read; where these lie far apart, in several reads.
+        bfloat16 and the types of 8 bits are those of the package ``ml_dtypes``.  Conjugated and negated values are
+        computed.  Where all of a storage is read and the file has its checksum, that is held.
+
+        Returns:
+            An array of its own memory in this machine's byte order, that may be written to; its strides are those of
+            the file where no gaps lie between the elements.  Where elements are repeated (a stride of 0, overlapping
+            rows) they are in the array too, as ``numpy.broadcast_to`` does it, and it is read-only.
+
+        Raises:
+            DTypeError: numpy has no such dtype; `torch` gives the values.
+            UnsupportedError: numpy cannot hold so many dimensions or so large sizes.
+            FileAccessError: the file was closed, or cannot be read.
+            CorruptError: it was changed or became shorter, or its checksum shows damage.
+        """
+        values: NDArray[Any] = _reader("numpy")(self)
+        return values
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """For ``numpy.asarray(entry)`` and all of numpy that takes arrays: as `numpy`."""
+        if copy is False:
+            raise ValueError("the values of a tensor in a file are read anew each time; there is nothing to share")
+        values = self.numpy()
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def torch(self, *, device: str | device | None = "cpu") -> Tensor:
+        """The values, read from the file as `numpy` does; imports torch.
+
+        Args:
+            device: where the tensor is to lie; ``None``: where the file says it lay.
+
+        Returns:
+            A tensor of its own memory, an ``nn.Parameter`` where it was saved as one.  Where elements are repeated
+            it is an expanded one.
+
+        Raises:
+            MissingDependencyError: torch is not installed.
+            DTypeError: the installed torch has no such dtype.
+            RewriteError: this machine lacks the device.
+            FileAccessError, CorruptError: as `numpy`.
+        """
+        values: Tensor = _reader("torch")(self, device)
+        return values
+
+    def __getitem__(self, part: Index | tuple[Index, ...]) -> TensorEntry:
+        """The record of a part, as numpy's basic indexing picks it; nothing is read.
+
+        It is a plain tensor, whatever the whole was saved as: not a parameter, and without gradient.
+
+        Raises:
+            IndexError: it lies outside, or is no such index; steps must be positive, as in torch.
+            DTypeError: elements that fill no whole byte cannot be picked.
+        """
+        offset, shape, stride = _picked(self, part if isinstance(part, tuple) else (part,))
+        return replace(
+            self, storage_offset=offset, shape=shape, stride=stride, requires_grad=False, is_parameter=False,
+            subclass=None, attributes=None, effects=(),
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[TensorEntry]:
+        """The record of each row."""
+        if not self.shape:
+            raise TypeError("a tensor of no dimensions has no rows")
+        return (self[row] for row in range(self.shape[0]))
+
     def check(self) -> TensorEntry:
         """This entry, once its geometry is known to lie inside its storage.
 
@@ -202,6 +303,56 @@ class TensorEntry:
                 f"reach to byte {end:,} of a storage of {count_of(self.storage.nbytes, 'byte')}"
             )
         return self
+
+
+def _reader(name: str) -> Callable[..., Any]:
+    reader: Callable[..., Any] = import_module(_READERS[name]).read
+    return reader
+
+
+def _picked(entry: TensorEntry, items: tuple[Index, ...]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Offset, sizes and strides of what indices pick of a tensor.
+
+    Raises:
+        As `TensorEntry.__getitem__`.
+    """
+    offset, shape, stride, axis = entry.storage_offset, list[int](), list[int](), 0
+    # Compared by identity: an array would compare its elements.
+    known = sum(item is not None and item is not Ellipsis for item in items)
+    several = sum(item is Ellipsis for item in items) > 1
+    if known > len(entry.shape) or several:
+        said = "has several ..." if several else f"is of {count_of(known, 'dimension')}"
+        raise IndexError(f"the index {said}; the tensor is of shape {entry.shape}")
+    rest = [slice(None)] * (len(entry.shape) - known)
+    at = next((number for number, item in enumerate(items) if item is Ellipsis), len(items))
+    for item in (*items[:at], *rest, *items[at + 1 :]):
+        if item is None:
+            shape.append(1)
+            stride.append(1)
+            continue
+        size, step = entry.shape[axis], entry.stride[axis]
+        if isinstance(item, slice):
+            picked = range(*item.indices(size))
+            if picked.step < 0:
+                raise IndexError(f"a step of {picked.step}: a record goes forward; reverse the values, once read")
+            offset += picked.start * step if picked else 0
+            shape.append(len(picked))
+            stride.append(step * picked.step if len(picked) > 1 else step)
+        else:
+            try:
+                number = index("" if isinstance(item, bool) else item)  # type: ignore[arg-type]
+            except TypeError:
+                raise IndexError(
+                    f"{item!r:.60} is of type {type(item).__name__}; whole numbers, slices, ... and None pick a part: "
+                    "for others read it first, entry.numpy()[...]"
+                ) from None
+            if not -size <= number < size:
+                raise IndexError(f"index {number} is outside of dimension {axis} of size {size}")
+            offset += number % size * step
+        axis += 1
+    if DTYPES[entry.dtype].bits and (offset, tuple(shape)) != (entry.storage_offset, entry.shape):
+        raise DTypeError(f"elements of {entry.dtype} fill no whole byte, so that no part can be picked")
+    return offset, tuple(shape), tuple(stride)
 
 
 storage_of = made_by_position(Storage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html.parser
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision.models import get_model
 
 import ckptkit
@@ -161,3 +162,87 @@ def test_without_torch_one_line_with_the_install_command(ddp_resume: Path) -> No
     assert done.stderr.startswith("ckptkit: error: this needs torch, which is not installed")
     assert done.stderr.endswith("run: pip install '.[torch]'\n")
     assert done.stderr.count("\n") == 1
+
+
+# In a shell and in a notebook.
+
+HOSTILE = "<script>alert(1)</script>\x1b[31m\n\u202e&amp;" + "x" * 5000
+
+
+class Tags(html.parser.HTMLParser):
+    """The tags and the text of what a notebook is given, which must be well formed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open.append(tag)
+        self.tags.add(tag)
+        assert {name for name, _ in attrs} <= {"style"}
+        assert "url" not in str(attrs) and "color" not in str(attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def is_a_line(text: str) -> bool:
+    return text.isprintable() and len(text) < 200
+
+
+def test_what_is_shown_is_short_whatever_the_names_are(tmp_path: Path) -> None:
+    weights = {f"{HOSTILE}{i}": torch.ones(2, 3) for i in range(40)}
+    save_file(weights, tmp_path / "a.safetensors", {HOSTILE: HOSTILE})
+    torch.save({HOSTILE: weights, "model": {**weights, "w": torch.ones(3, 2).T}, "epoch": 1}, tmp_path / "b.pth")
+    difference = ckptkit.diff(tmp_path / "a.safetensors", tmp_path / "b.pth", section_b="model")
+    report = ckptkit.convert(tmp_path / "b.pth", tmp_path / "c.safetensors", section="model", weights_only=True)
+    shown = [difference, report, ckptkit.check(tmp_path), ckptkit.manifest(tmp_path / "a.safetensors")]
+    for name in ("a.safetensors", "b.pth"):
+        with ckptkit.open(tmp_path / name) as ckpt:
+            shown += [ckpt, ckpt.state_dict, *ckpt.state_dict.values()]
+            assert len(Tags(ckpt.state_dict._repr_html_()).text) < 12_000
+            page = Tags(ckpt._repr_html_())
+            assert page.tags <= {"div", "strong", "table", "tr", "th", "td"}
+            assert "<script>alert(1)</script>\\x1b[31m\\n\\u202e&amp;" in page.text
+            assert len(page.text) < 40_000
+    assert [each for each in map(repr, shown) if not is_a_line(each)] == []
+    for each in shown[:3]:
+        page = Tags(each._repr_html_())
+        assert page.tags <= {"div", "strong", "table", "tr", "th", "td"}
+        assert len(page.text) < 40_000
+
+
+def test_what_a_notebook_shows(ddp_resume: Path, save) -> None:
+    with ckptkit.open(ddp_resume) as ckpt:
+        text = Tags(ckpt._repr_html_()).text
+        assert repr(ckpt).endswith("ddp_resume.pth', 978 kB, 314 tensors>")
+        entry = ckpt.state_dict["module.features.0.0.weight"]
+        assert repr(entry) == "<tensor float32 [8, 3, 3, 3], 864 B on cuda:0>"
+        stripped = ckpt.rewrite(ckptkit.StripModule()).state_dict
+        shown = "features.0.0.weight float32 [8, 3, 3, 3], features.0.1.weight float32 [8] and 312 more"
+        assert repr(stripped) == f"StateDict(314 tensors: {shown})"
+        assert "features.0.1.weightfloat32[8]" in Tags(stripped._repr_html_()).text
+    assert "torch-zip, resume" in text and "314 tensors, 98,890 parameters" in text and "features" in text
+    assert "[module-prefix]" in text and "'state_dict' (selected)" in text
+    report = ckptkit.Report(findings=(ckptkit.Finding(code="damaged", severity="error", message="<b>", fix="a & b"),))
+    assert Tags(report._repr_html_()).text == "Report: failed: damagedfindingerrordamaged: <b> (fix: a & b)"
+    with ckptkit.open(save({"epoch": 3})) as ckpt:
+        assert "no-tensors" in Tags(ckpt._repr_html_()).text
+    with ckptkit.open(save({"t": torch.ones(3, 2).T})) as ckpt:
+        assert repr(ckpt.state_dict["t"]) == "<tensor float32 [2, 3], stride [1, 2], 24 B on cpu>"
+
+
+def test_a_hundred_thousand_tensors_are_one_screen(tmp_path: Path) -> None:
+    save_file({f"layers.{i}.w": torch.zeros(1 + i % 7) for i in range(100_000)}, tmp_path / "many.safetensors")
+    with ckptkit.open(tmp_path / "many.safetensors") as ckpt:
+        assert is_a_line(repr(ckpt)) and is_a_line(repr(ckpt.state_dict))
+        page = Tags(ckpt._repr_html_()).text
+    assert "100,000 tensors" in page and len(page) < 5000

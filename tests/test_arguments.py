@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import copy
 import pickle
@@ -276,7 +277,7 @@ def every_error() -> list[CkptkitError]:
             error.globals = (use,)
             made.append(error)
         elif kind not in (errors.LimitError, errors.KeyCollisionError):
-            made.append(kind("it is so"))
+            made += [kind("it is so"), kind("it is so", path="a.pth", names=iter("ab"))]
     return made
 
 
@@ -294,6 +295,50 @@ def test_errors_survive_pickling(error: CkptkitError) -> None:
             assert (one.args, vars(one)) == (error.args, vars(error))
             for name in ("errno", "strerror", "filename", "msg", "name"):
                 assert getattr(one, name, None) == getattr(error, name, None)
+
+
+def test_errors_have_no_field_that_is_not_set() -> None:
+    told = CkptkitError("so", path="p", names="ab")
+    for error in (CkptkitError("so"), errors.FileAccessError(13, "no", "x.pth"), told):
+        fields = (error.path, error.where, error.offset, error.names)
+        assert fields == (("p", None, None, ("a", "b")) if error is told else (None, None, None, ()))
+
+
+def test_errors_have_what_they_say_as_fields(save: SaveAs, tmp_path: Path) -> None:
+    twins = {"module.a": torch.ones(2), "a": torch.ones(2)}
+    many = {f"layers.{i}": torch.ones(2).to_sparse() for i in range(30)}
+    weights = {"w.weight": torch.ones(2, 2), "b": torch.ones(2)}
+    both = save({"model": weights, "ema": {name: tensor + 1 for name, tensor in weights.items()}}, "both.pth")
+    scaled = save({"w.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "w.weight_scale": torch.ones(2)}, "fp8.pth")
+    foreign = save({f"{i}": torch.ones(1) for i in range(9)} | {"x": object, "y": argparse.Namespace()}, "foreign.pth")
+    there, gone, out = save(weights, "there.pth"), tmp_path / "gone.pth", tmp_path / "out.safetensors"
+    cases: list[tuple[type[CkptkitError], Callable[[], object], dict[str, object]]] = [
+        (errors.MissingFileError, lambda: ckptkit.open(gone), {"path": str(gone)}),
+        (errors.FileAccessError, lambda: ckptkit.open(tmp_path), {"path": str(tmp_path)}),
+        (errors.DestinationExistsError, lambda: ckptkit.convert(there, there), {"path": str(there)}),
+        (errors.MissingFileError, lambda: ckptkit.convert(there, gone / "a.pth"), {"path": str(gone / "a.pth")}),
+        (errors.RewriteError, lambda: ckptkit.convert(there, tmp_path / "a.xyz"), {"path": str(tmp_path / "a.xyz")}),
+        (errors.SectionError, lambda: ckptkit.load_state_dict(both), {"path": str(both), "names": ("model", "ema")}),
+        (errors.SectionError, lambda: ckptkit.open(both, section="no"), {"names": ("model", "ema")}),
+        (errors.SectionError, lambda: ckptkit.diff(there, both), {"path": str(both), "names": ("model", "ema")}),
+        (errors.SectionError, lambda: ckptkit.convert(there, out, like=both), {"names": ("model", "ema")}),
+        (errors.KeyCollisionError, lambda: ckptkit.convert(save(twins, "twins.pth"), out, strip_module=True),
+         {"names": ("module.a", "a"), "first": "module.a", "second": "a", "target": "a"}),
+        (errors.RewriteError, lambda: ckptkit.convert(save(many, "many.pth"), out), {"names": tuple(many)}),
+        (errors.DTypeError, lambda: ckptkit.convert(scaled, out, dtype="float16"),
+         {"names": ("w.weight_scale", "w.weight")}),
+        (errors.UnsupportedError, lambda: ckptkit.load_state_dict(foreign),
+         {"path": str(foreign), "names": ("x", "y")}),
+        (errors.RewriteError, lambda: ckptkit.convert(save({"a": weights["b"], "b": weights["b"]}, "tied.pth"), out,
+                                                      tied="error"), {"names": ("a", "b")}),
+        (errors.RewriteError, lambda: ckptkit.save({"a": torch.ones(1), "x": object()}, out), {"names": ("x",)}),
+    ]  # fmt: skip
+    for kind, call, fields in cases:
+        with pytest.raises(kind) as caught:
+            call()
+        error = pickle.loads(pickle.dumps(caught.value))
+        assert {name: getattr(error, name) for name in fields} == fields
+    assert list(tmp_path.glob("out*")) == []
 
 
 def test_an_error_of_another_process_is_itself(save: SaveAs, tmp_path: Path) -> None:

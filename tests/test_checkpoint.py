@@ -180,7 +180,8 @@ def test_a_state_dict_is_a_mapping_of_tensors(make: Make) -> None:
     assert (len(state), "extra" in state, state["b"]) == (2, False, bias)
     assert dict(state.items()) == {"w": weight, "b": bias}
     assert state.extra == {"extra": 3}
-    assert repr(state) == "StateDict(2 tensors)"
+    assert repr(state) == "StateDict(2 tensors: w float32 [2], b float32 [1])"
+    assert repr(StateDict()) == "StateDict(0 tensors)"
     assert not StateDict()
     with pytest.raises(KeyError):
         state["extra"]

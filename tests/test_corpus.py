@@ -249,3 +249,26 @@ def test_casts_as_torch_does(path: Path, tmp_path: Path) -> None:
             result = tmp_path / f"{number}{ending}"
             ckptkit.convert(path, result, section=section, weights_only=True, dtype="bfloat16", map_location="cpu")
             assert_same(ckptkit.load_state_dict(result), cast)
+
+
+@files
+def test_values_that_are_not_plain_become_dense(path: Path, tmp_path: Path) -> None:
+    dense = ckptkit.Densify()
+    with ckptkit.open(path) as file:
+        if file.format == "torchscript" or not file.state_dict.extra:
+            return
+        try:
+            dense(file.checkpoint)
+        except ckptkit.RewriteError:
+            return  # of other people's classes
+    if not dense.made:
+        return
+    ckptkit.convert(path, tmp_path / "dense.pth", densify=True, weights_only=True)
+    found = ckptkit.load_state_dict(tmp_path / "dense.pth", map_location="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = ckptkit.load_state_dict(path, map_location="cpu")
+        for name in dense.made:
+            packed = name.removesuffix("weight") + "_packed_params._packed_params"
+            value = wanted[name] if name in wanted else wanted[packed][0]
+            assert content(found[name]) == content(value.dequantize() if value.is_quantized else value.to_dense())

@@ -107,6 +107,10 @@ PROVOKED: dict[str, tuple[Any, Any]] = {
     ),
     "outside-sections": ({"w": noted(torch.ones(2))}, {"w": torch.ones(2), "x": torch.ones(1)}),
     "not-a-model": (WEIGHTS, {"model": WEIGHTS, "epoch": 3}),
+    "quantized-weights": (
+        {"w.weight": torch.ones(2, 2, dtype=torch.int8), "w.weight_scale": torch.ones(2)},
+        {"w.weight": torch.ones(2, 2), "w.weight_scale": torch.ones(2), "ids": torch.ones(2, dtype=torch.int8)},
+    ),
 }
 
 
@@ -154,7 +158,7 @@ def test_every_code_a_diagnosis_gives_is_provoked_here() -> None:
     here = {*PROVOKED, "device-location", "crc-not-recorded", "big-endian"}
     from_conversion = {"left-out", "renamed", "nothing-to-strip", "mixed-prefix", "written-out"}
     given = {const for check in DIAGNOSES for const in check.__code__.co_consts if const in CODES}
-    assert len(DIAGNOSES) == 20
+    assert len(DIAGNOSES) == 21
     assert given <= here
     assert not here & from_conversion
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit.cli.options import Style, View, columns, finding_lines, printable, wrapped
 from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
-from ckptkit.inspection.listing import TensorRow, each_kind, where
-from ckptkit.inspection.outline import Outline, OutlineLine
+from ckptkit.inspection.listing import TensorRow, each_kind
+from ckptkit.inspection.outline import OutlineLine, outline_of
+from ckptkit.normalize.adapters import adapter_text
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
 from ckptkit.report import count_of, human_size, listed
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         ArchitectureDocument,
         InspectedFile,
         OptimizerDocument,
+        QuantizationDocument,
         SchedulerDocument,
     )
 
@@ -55,9 +57,6 @@ _TELLING = frozenset({
 
 _MAX_VALUE = 80
 """Characters of a scalar of the training state."""
-
-_TREE_LINES = 40
-"""Lines of the module tree where no depth is asked for."""
 
 _WORD = re.compile(r"[a-z]+")
 _PROGRESS = frozenset({"epoch", "step", "iter", "iteration", "updates"})
@@ -219,6 +218,8 @@ def fact_lines(document: Survey) -> Iterator[tuple[str, str]]:
     """The totals, each with its label; lines that have nothing to say are empty."""
     yield "weights", weights_line(document)
     yield "storage", storage_line(document)
+    yield "adapter", "" if document["adapter"] is None else adapter_text(document["adapter"])
+    yield "quantized", quantized_line(document["quantization"])
     yield architecture_line(document["architecture"])
     yield "names", names_line(document)
     yield "made by", receipt_line(document["metadata"])
@@ -252,6 +253,15 @@ def storage_line(document: Survey) -> str:
     if not parts:
         return ""
     return f"{count_of(storage['storages'], 'storage')} of {human_size(storage['nbytes'])}; {', '.join(parts)}"
+
+
+def quantized_line(found: QuantizationDocument | None) -> str:
+    """How the weights are quantized, and which names belong together; empty where they are not."""
+    if found is None:
+        return ""
+    from ckptkit.normalize.quantized import quantized_text  # few files are
+
+    return quantized_text(found)
 
 
 def architecture_line(known: Sequence[ArchitectureDocument]) -> tuple[str, str]:
@@ -321,20 +331,6 @@ def receipt_line(metadata: Mapping[str, Any]) -> str:
 
 def _receipt_text(value: object) -> str:
     return printable(f"{value}"[:40]) if isinstance(value, str) else "?"
-
-
-def outline_of(
-    document: Survey, depth: int | None, sort: str, most: int = _TREE_LINES
-) -> tuple[list[OutlineLine], int]:
-    """The lines of the module tree, and how many are left out."""
-    summary, rows, modules = document["state_dict"], document["tensors"], document["modules"]
-    own = where(rows, lambda row: summary is not None and row.section == summary["path"])
-    if modules:
-        own = where(own, lambda row: row.role != "unknown")  # not gradients and what else hangs on a module
-    if (summary is not None and len(own) < summary["tensors"]) or not own:
-        modules = []  # filtered: modules without tensors would be in the way
-    tree = Outline(own or rows, modules, sectioned=not own, sort=sort)
-    return (list(tree.lines(depth)), 0) if depth is not None else tree.fitting(most)
 
 
 def tree_table(lines: Sequence[OutlineLine]) -> tuple[list[list[str]], list[str], str]:

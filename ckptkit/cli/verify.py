@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -113,5 +113,5 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
         report = api.verify(path, **ui.keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
-    ui.show(cast("VerifyDocument", report.to_dict()), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet))
+    ui.show(report.to_dict(), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet))
     return code

@@ -105,12 +105,20 @@ CONVERSION: dict[str, Explanation] = {
         "All of the output fits into one file of the size that a shard may have, and a single file needs no index.",
         "Use the file; --max-shard-size makes shards of less.",
     ),
+    "densified": Explanation(
+        "tensors of another form were made dense",
+        "Sparse tensors were written out with their zeros, nested ones padded with zeros to one size, numbers of a few "
+        "bits multiplied with their scales, as torch's to_dense(), to_padded_tensor(0) and dequantize() do. The "
+        "output holds plain tensors; it is larger, and a quantized module does not load it: the float model does.",
+        "Leave --densify out to keep them as they are in a .pth.",
+    ),
     "cast-scaled": Explanation(
         "weights were cast without their scales",
         "Weights of a few bits (FP8, int8, 4 bits) are values only together with the scales of their blocks or rows, "
         "which stand beside them: weight_scale_inv, absmax, scales, SCB. Cast by themselves they are garbage to "
         "whoever multiplies them, and rounded scales change all values of a block.",
-        "Dequantize with the library that made them, or leave them as they are: --keep-dtype GLOB",
+        "Dequantize with --densify, which knows those in FP8 and torch's own, or with the library that made them; or "
+        "leave them as they are: --keep-dtype GLOB",
     ),
     "cast-overflow": Explanation(
         "values too large for the new dtype",

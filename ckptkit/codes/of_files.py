@@ -58,8 +58,20 @@ CODES: dict[str, Explanation] = {
         "values of the state_dict that are not plain tensors",
         "Quantized, sparse, nested, distributed and subclass tensors, and what modules keep as `_extra_state`, cannot "
         "be described by dtype, shape and stride. They are kept as they are in .pth; safetensors cannot hold them.",
-        "Convert to .pth, which holds them all. A DTensor or ShardedTensor is made whole by gathering it where it was "
+        "Convert to .pth, which holds them all, or make dense tensors of sparse, nested and quantized ones with "
+        "--densify. A DTensor or ShardedTensor is made whole by gathering it where it was "
         "saved; values that the model can do without are left out with --exclude.",
+    ),
+    "quantized-weights": Explanation(
+        "the weights are quantized: several tensors together are one weight",
+        "A weight of 4 or 8 bits is a number to be multiplied by a scale that stands under another name: `qweight`, "
+        "`qzeros`, `scales` and `g_idx` (GPTQ; AWQ has no `g_idx` and packs another way), `weight` with "
+        "`weight.absmax` and `weight.quant_state...` or `SCB` (bitsandbytes), `weight_scale_inv` (fp8 in blocks), "
+        "`weight_packed`, `weight_scale` and `weight_shape` (compressed-tensors). ckptkit inspect says which it is, "
+        "how many bits a value has and how many values share a scale. Cast or left out alone, such a tensor is "
+        "garbage, and a model that is not quantized reports missing and unexpected keys.",
+        "Load it with the library that made it. Conversions keep all of them as they are: --dtype does not cast them, "
+        "--densify makes dense values of those of torch and of fp8 with scales.",
     ),
     "discarded-call": Explanation(
         "the pickle makes something and drops it",
@@ -74,7 +86,10 @@ CODES: dict[str, Explanation] = {
         "a state_dict, not a model",
         "The file maps names to tensors. What torch.load returns has no eval() and cannot be called (\"'OrderedDict' "
         'object has no attribute ..."). Adapters (LoRA), textual inversions and data sets are kept so, too, and are '
-        "told by their names.",
+        "told by their names. ckptkit inspect says of an adapter which kind it is (LoRA, DoRA, LoHa, LoKr), its rank "
+        "(the size that its two projections share), its alpha, which modules it adapts, and the model it was trained "
+        "for as far as names, metadata or an adapter_config.json beside it tell; of a textual inversion the words and "
+        "how many vectors each has. Nothing is merged.",
         "Of weights: build the model from its code, then model.load_state_dict(ckptkit.load_state_dict(FILE)). What "
         "takes an adapter or an embedding is said with the finding.",
     ),

@@ -38,7 +38,7 @@ from ckptkit.transfer import Tally, folder_made, write_atomically
 from ckptkit.transfer.names import is_temporary_name
 
 if TYPE_CHECKING:
-    from ckptkit.documents import ChangesDocument, ConvertDetails
+    from ckptkit.documents import ChangesDocument, ConvertDetails, ConvertDocument
     from ckptkit.options import ConvertOptions
 
 __all__ = ["Job", "Outcome", "Tokens", "convert_file", "run", "with_digests", "with_receipt"]
@@ -104,7 +104,7 @@ class Job:
                 return check_output(self.checkpoint, path, compared)
 
         if not options.force and os.path.lexists(self.asked):
-            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it")
+            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
         return write_atomically(
             self.path,
             self.plan,
@@ -156,7 +156,7 @@ class Outcome:
     conversion: Conversion | None
     findings: tuple[Finding, ...]
 
-    def report(self) -> Report:
+    def report(self) -> Report[ConvertDocument]:
         """What `ckptkit.convert` gives."""
         plan, written = self.job.plan, not self.options.dry_run
         changes = cast("ChangesDocument", {}) if self.conversion is None else self.conversion.details(plan)
@@ -296,7 +296,7 @@ def with_digests(plan: Plan, tokens: Tokens) -> Plan:
     )
 
 
-def convert_file(source: str, destination: str, options: ConvertOptions) -> Report:
+def convert_file(source: str, destination: str, options: ConvertOptions) -> Report[ConvertDocument]:
     """Convert a file by its path into one whose folder is made where it is not there.
 
     Raises:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "diagnose_casts",
+    "diagnose_dense",
     "diagnose_fitting",
     "diagnose_layout",
     "diagnose_losses",
@@ -123,6 +124,33 @@ def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iter
         )
     for glob in unmatched:
         yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
+
+
+def diagnose_dense(made: Mapping[str, str], padded: Collection[str]) -> Iterator[Finding]:
+    """Which tensors were made dense.
+
+    Args:
+        made: each, and what it was made of.
+        padded: those that were nested, and have lost the sizes of what was in them.
+    """
+    if not made:
+        yield Finding(
+            code="densified", severity="info", message="no value is sparse, nested, quantized or scaled by blocks"
+        )
+        return
+    shown = [f"{name} ({of})" for name, of in made.items()]
+    yield Finding(
+        code="densified",
+        severity="info",
+        message=f"{count_of(len(made), 'tensor', 'was', 'were')} made dense: {listed(shown, 8, characters=100)}",
+    )
+    if padded:
+        yield Finding(
+            code="densified",
+            severity="warning",
+            message=f"{count_of(len(padded), 'nested tensor', 'is', 'are')} padded with zeros, and the sizes of the "
+            f"tensors inside are not in the output: {listed(sorted(padded), 8, characters=100)}",
+        )
 
 
 def diagnose_fitting(fitting: Fitting, label: str, source: Checkpoint) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.computed import ConvertedRange
 from ckptkit.conversion.changes import (
     diagnose_casts,
+    diagnose_dense,
     diagnose_fitting,
     diagnose_layout,
     diagnose_losses,
@@ -30,7 +31,7 @@ from ckptkit.formats import read
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.selection import paths_listed
+from ckptkit.normalize.selection import paths_listed, weights_paths
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
 from ckptkit.rewrite.dtype import scaled_pairs
@@ -66,13 +67,13 @@ def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
     if options.add_prefix is not None:
         found.append(rewrite.AddPrefix(options.add_prefix))
     if options.rename:
-        found.append(rewrite.Rename(options.rename))  # type: ignore[arg-type]  # it reads rules that are text
+        found.append(rewrite.Rename(options.rename))
     return tuple(found)
 
 
 def needs_weights(options: ConvertOptions) -> bool:
     """Whether options make no sense without a state_dict."""
-    others = options.include or options.exclude or options.weights_only or options.dtype
+    others = options.include or options.exclude or options.weights_only or options.dtype or options.densify
     return bool(renamers_of(options) or others or options.like is not None)
 
 
@@ -84,7 +85,8 @@ def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     """
     renamers = renamers_of(options)
     select = rewrite.Select(options.include, options.exclude, rename=_in_turn(renamers))
-    return checkpoint.rewrite(rewrite.WeightsOnly(), select, *renamers)
+    dense = [rewrite.Densify(beside=checkpoint.state_dict)] if options.densify else []
+    return checkpoint.rewrite(rewrite.WeightsOnly(), select, *dense, *renamers)
 
 
 def _in_turn(renamers: Sequence[Renamer]) -> Callable[[str], str]:
@@ -140,22 +142,17 @@ class Conversion:
             select = rewrite.Select(options.include, options.exclude, rename=rename)
             self._unmatched = select.unmatched(source)
             result = result.rewrite(select)
+        self._dense = rewrite.Densify(beside=source.state_dict) if options.densify else None
+        taken = frozenset[str]()
+        if self._dense is not None:
+            result = result.rewrite(self._dense)
+            taken = frozenset(self._dense.taken)
         kept = {name: None for name in result.state_dict.everything if not fitted or rename(name) in fitted}
         self._kept = list(kept)
-        self.dropped = [name for name in source.state_dict.everything if name not in kept]
+        self.dropped = [name for name in source.state_dict.everything if name not in kept and name not in taken]
         self._scaled: dict[str, str] = {}
         if options.dtype is not None:
-            cast = rewrite.CastDtype(
-                options.dtype,
-                options.keep_dtype,
-                rename=final,
-                cast_scaled=options.cast_scaled,
-                scaled=scaled_pairs(source.state_dict),  # scales that are left out were scales all the same
-            )
-            if unmatched := cast.unmatched(result):
-                raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
-            self._scaled = cast.scaled_in(result) if options.cast_scaled else {}
-            result = result.rewrite(cast)
+            result = self._cast(result, final, taken)
         result = result.rewrite(*renamers, *(() if self._like is None else (self._like,)))
         self.renames = {name: new for name in kept if (new := final(name)) != name}
         self._moves: rewrite.MapLocation | None = None
@@ -170,6 +167,22 @@ class Conversion:
         if options.metadata:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
+
+    def _cast(self, result: Checkpoint, final: Callable[[str], str], taken: frozenset[str]) -> Checkpoint:
+        """The checkpoint with its weights cast; ``taken`` are names whose values are others by now."""
+        options = self._options
+        pairs = scaled_pairs(self.source.state_dict)  # scales that are left out were scales all the same
+        cast = rewrite.CastDtype(
+            options.dtype or "",
+            options.keep_dtype,
+            rename=final,
+            cast_scaled=options.cast_scaled,
+            scaled={name: of for name, of in pairs.items() if taken.isdisjoint((name, of))},
+        )
+        if unmatched := cast.unmatched(result):
+            raise RewriteError(f"--keep-dtype {unmatched[0]!r} matches no name")
+        self._scaled = cast.scaled_in(result) if options.cast_scaled else {}
+        return result.rewrite(cast)
 
     def findings(self, plan: Plan, written: str | None = None) -> Iterator[Finding]:
         """What can be told before anything is written.
@@ -189,6 +202,8 @@ class Conversion:
         if self.fitting is not None and self._like is not None:
             yield from diagnose_fitting(self.fitting, self._like.label, self.source)
         yield from diagnose_selection(self.dropped, self._unmatched)
+        if self._dense is not None:
+            yield from diagnose_dense(self._dense.made, self._dense.padded)
         yield from diagnose_scaled(self._scaled)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
@@ -290,10 +305,14 @@ def section_like(checkpoint: Checkpoint, options: ConvertOptions) -> str | None:
     if len(set(found.values())) > 1:
         raise RewriteError(
             f"{checkpoint.origin.path}: {len(found)} sets of tensors fit {like.label} equally: those of "
-            f"{listed(labels, between=', of ')}; name one with --section"
+            f"{listed(labels, between=', of ')}; name one with --section",
+            path=checkpoint.origin.path,
+            names=labels,
         )
     if not found and selected is None:
-        raise RewriteError(f"{checkpoint.origin.path}: no section fits: {listed(problems, between='; ')}")
+        raise RewriteError(
+            f"{checkpoint.origin.path}: no section fits: {listed(problems, between='; ')}", path=checkpoint.origin.path
+        )
     return next(iter(found.values()), selected)
 
 
@@ -309,7 +328,11 @@ def like_checkpoint(path: str) -> Like:
         require_whole(checkpoint)
         if checkpoint.origin.state_path is None:
             weights = paths_listed(checkpoint.sections) or "no section holds any"
-            raise SectionError(f"{path}: has no one set of weights to be like ({weights})")
+            raise SectionError(
+                f"{path}: has no one set of weights to be like ({weights})",
+                path=path,
+                names=weights_paths(checkpoint.sections),
+            )
         return rewrite.Like(checkpoint.state_dict, label=path)
     finally:
         file.close()

@@ -29,7 +29,7 @@ from ckptkit.differences.rest import (
 from ckptkit.errors import SectionError
 from ckptkit.normalize.modules import unwrapped
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.selection import paths_listed
+from ckptkit.normalize.selection import paths_listed, weights_paths
 from ckptkit.normalize.tensors import storage_names
 from ckptkit.report import Finding, count_of, listed
 from ckptkit.rewrite.names import module_paths
@@ -130,7 +130,9 @@ def _values(a: Checkpoint, b: Checkpoint, *, strict: bool) -> tuple[Mapping[str,
         if several := paths_listed(lacking.sections):
             raise SectionError(
                 f"{lacking.origin.path}: several sections hold weights ({several}); name the one to compare with "
-                f"{option}"
+                f"{option}",
+                path=lacking.origin.path,
+                names=weights_paths(lacking.sections),
             )
     found = [
         checkpoint.state_dict.everything if has else named_tensors(checkpoint)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from ckptkit.checkpoint import Kind, Trust
 from ckptkit.errors import FailedReportError
-from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, listed, share_of
+from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, html_block, listed, printable, share_of
 
 __all__ = ["DiffDocument", "DiffFile", "Difference", "ModuleRow", "RenamedRow", "TreeRow"]
 
@@ -228,6 +228,9 @@ _Row = TypeVar("_Row")
 _MOST_NAMED = 3
 """Modules that the verdict names."""
 
+_MOST_ROWS = 20
+"""Modules that a notebook shows."""
+
 _VERBS = {
     "changed": "changed",
     "recast": "has another dtype",
@@ -296,7 +299,16 @@ class Difference:
     strict: bool = False
 
     def __repr__(self) -> str:
-        return f"<Difference: {self.summary}>"
+        return f"<Difference: {printable(self.summary):.180}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it: the verdict, and the modules that differ."""
+        rows = [
+            (row["module"] or "(whole)", f"{row['differing']:,} of {row['tensors']:,}", ", ".join(row["statuses"]))
+            for row in self.modules[:_MOST_ROWS]
+        ]
+        headers = ("module", "tensors", "") if rows else ()
+        return html_block(self.summary, (), headers, rows, len(self.modules) - len(rows))
 
     @property
     def equal(self) -> bool:

@@ -120,7 +120,7 @@ def source_of(path: Readable) -> Source:
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder
 
-        raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}")
+        raise FileAccessError(f"{os.fsdecode(path)}: {describe_folder(os.fsdecode(path))}", path=os.fsdecode(path))
     return SourceFile(path)
 
 
@@ -185,7 +185,8 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     if name is not None:
         raise RewriteError(f"no container {name!r}; one of: {', '.join(c.name for c in writable)}")
     raise RewriteError(
-        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to"
+        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to",
+        path=os.fsdecode(destination),
     )
 
 

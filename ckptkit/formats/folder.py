@@ -132,7 +132,7 @@ def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
     if what == "is a folder, not a file":
         others = f"; {passed_over_text(passed_over)}" if any(passed_over.values()) else ""
         what = f"a folder without checkpoint files{others}"
-    return FileAccessError(f"{folder}: {what}")
+    return FileAccessError(f"{folder}: {what}", path=folder)
 
 
 @dataclass(slots=True)
@@ -245,7 +245,9 @@ class Surveyor:
                 with os.scandir(path) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
-                self._unreadable[path] = FileAccessError(f"{path}: the folder cannot be read: {error.strerror}")
+                self._unreadable[path] = FileAccessError(
+                    f"{path}: the folder cannot be read: {error.strerror}", path=path
+                )
                 continue
             folders = []
             for entry in entries:
@@ -348,10 +350,12 @@ class Surveyor:
             mode = os.stat(path).st_mode
         except OSError as error:
             if error.errno not in _LEADS_NOWHERE or not os.path.islink(path):
-                self._unreadable[path] = FileAccessError(f"{path}: cannot be opened: {error.strerror}")
+                self._unreadable[path] = FileAccessError(f"{path}: cannot be opened: {error.strerror}", path=path)
                 return True
             if says_checkpoint(path):
-                self._unreadable[path] = MissingFileError(f"{path}: a link that leads to no file: {error.strerror}")
+                self._unreadable[path] = MissingFileError(
+                    f"{path}: a link that leads to no file: {error.strerror}", path=path
+                )
                 return True
             self._passed[path] = "broken link"
             return False

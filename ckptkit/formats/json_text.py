@@ -171,7 +171,7 @@ def versions_from(text: str | None, limits: Limits) -> dict[str, object] | None:
 
 def versions_text(state_dict: StateDict) -> str | None:
     """The versions as JSON; ``None``: there are none, or JSON cannot hold them."""
-    if state_dict.versions is None:
+    if not state_dict.versions:
         return None
     document: dict[str, dict[str, object]] = {}
     for path, version in state_dict.versions.items():

@@ -20,7 +20,7 @@ from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.formats.json_text import ORDER, VERSIONS, places, versions_from, versions_text
 from ckptkit.formats.safetensors import METADATA, NAME, header_shape
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.not_plain import describe_value
+from ckptkit.normalize.not_plain import can_be_dense, describe_value
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.selection import other_parts
 from ckptkit.plan import Gather, LiteralBytes, Plan, Step, moved
@@ -57,7 +57,10 @@ def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
         problems += _values(checkpoint)
     if problems or dtypes:
         error = RewriteError if problems else DTypeError
-        raise error(f"{what} cannot hold {'; nor '.join([*problems, *dtypes])}; or write a .pth, which holds all")
+        odd = {**checkpoint.state_dict.extra, **_odd_dtypes(checkpoint)} if plain else {}
+        told = "; nor ".join([*problems, *dtypes])
+        names = [*other_parts(checkpoint), *odd]
+        raise error(f"{what} cannot hold {told}; or write a .pth, which holds all", names=names)
 
 
 def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
@@ -69,7 +72,8 @@ def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
 def _values(checkpoint: Checkpoint) -> Iterator[str]:
     extra = checkpoint.state_dict.extra
     kinds = {name: described.kind for name, value in extra.items() if (described := describe_value(value)) is not None}
-    wrapped = {name: value for name, value in extra.items() if kinds.get(name) == "wrapper"}
+    dense = [name for name, value in extra.items() if can_be_dense(name, value)]
+    wrapped = {name: value for name, value in extra.items() if kinds.get(name) == "wrapper" and name not in dense}
     others = {name: value for name, value in extra.items() if name not in wrapped}
     if wrapped:
         gathers = any(".DTensor" in use.name for use in checkpoint.globals)
@@ -79,19 +83,25 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
         )
     if others:
         leaves_out = f"{_exclude(list(others), checkpoint)} leaves them out"
-        yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}"
+        made = "them" if len(dense) == len(others) else _listed(dense)
+        makes = f", --densify makes dense tensors of {made}" if dense else ""
+        yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}{makes}"
 
 
 def _kinds(values: Mapping[str, object]) -> str:
     return _listed([f"{name} ({brief(value)})" for name, value in values.items()])
 
 
-def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
-    odd = {
+def _odd_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
         name: entry.dtype
         for name, entry in checkpoint.state_dict.items()
         if not DTYPES[entry.dtype].safetensors or (entry.dtype == "float4_e2m1fn_x2" and not entry.shape)
     }  # a pair of F4 has a dimension there
+
+
+def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
+    odd = _odd_dtypes(checkpoint)
     if odd:
         kinds = _listed([f"{name} ({dtype})" for name, dtype in odd.items()])
         yield f"these dtypes ({kinds}): {_exclude(list(odd), checkpoint)} leaves them out"
@@ -134,7 +144,8 @@ def require_writable_size(checkpoint: Checkpoint) -> None:
         entry = checkpoint.state_dict[name]
         raise RewriteError(
             f"{name!r} of shape {entry.shape} and stride {entry.stride} would take {entry.nbytes:,} bytes, its storage "
-            f"has {entry.storage.nbytes:,}: safetensors cannot repeat elements; write a .pth, or leave it out"
+            f"has {entry.storage.nbytes:,}: safetensors cannot repeat elements; write a .pth, or leave it out",
+            names=[name],
         )
 
 
@@ -208,7 +219,8 @@ def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, st
     if taken := aliases.keys() & metadata.keys():
         raise RewriteError(
             f"tied tensors are recorded in the metadata under their names, where {', '.join(sorted(taken))} stands "
-            "already; rename them, or write a .pth"
+            "already; rename them, or write a .pth",
+            names=sorted(taken),
         )
     return aliases
 

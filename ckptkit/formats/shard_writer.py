@@ -389,6 +389,7 @@ def _stem_and_ending(name: str, container: Format) -> tuple[str, str]:
         endings = ", ".join(container.suffixes)
         raise RewriteError(
             f"{name}: shards are taken for safetensors by that ending alone; of {container.name} files it must be "
-            f"one of {endings}"
+            f"one of {endings}",
+            path=name,
         )
     return stem, ending.lower()

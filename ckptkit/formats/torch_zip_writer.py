@@ -141,7 +141,8 @@ def written_tree(checkpoint: Checkpoint) -> object:
         if checkpoint.discarded:
             raise RewriteError(
                 f"{checkpoint.origin.path}: its pickle makes {discarded_text(checkpoint.discarded)} and drops the "
-                "result, which a .pth would lose; --weights-only leaves it out, and so does a .safetensors"
+                "result, which a .pth would lose; --weights-only leaves it out, and so does a .safetensors",
+                path=checkpoint.origin.path,
             )
         return checkpoint.rest
     only = f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, and"
@@ -169,7 +170,8 @@ def write(checkpoint: Checkpoint) -> Plan:
         raise DTypeError(
             f"torch has no dtype for {count_of(len(unknown), 'tensor')}: "
             f"{listed([f'{name:.100} ({checkpoint.state_dict[name].dtype})' for name in unknown], 4)}; write a "
-            f".safetensors, which holds all, or leave them out with --exclude {glob_of(unknown[0])}"
+            f".safetensors, which holds all, or leave them out with --exclude {glob_of(unknown[0])}",
+            names=unknown,
         )
     keys: dict[int, str] = {}
     used: list[Storage] = []

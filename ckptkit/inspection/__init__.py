@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Storage
-from ckptkit.diagnose import diagnose
+from ckptkit.diagnose import diagnose, everything_in
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.listing import (
     Listing,
@@ -30,16 +30,16 @@ from ckptkit.inspection.listing import (
     wanted,
 )
 from ckptkit.inspection.state import list_modules, training_document, training_state
+from ckptkit.normalize.adapters import adapter_in
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.tensors import other_tensors, storage_names
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import Finding
+from ckptkit.report import Finding, count_of, html_block, human_size, listed
 from ckptkit.tensor import unused_nbytes
 
 if TYPE_CHECKING:
     from ckptkit.inspection.document import (
         ArchitectureDocument,
-        FileFacts,
         GlobalDocument,
         InspectedFile,
         PartDocument,
@@ -49,17 +49,13 @@ if TYPE_CHECKING:
         UnreadFile,
         WeightsDocument,
     )
-
-    class Survey(FileFacts):
-        """An `InspectedFile` whose tensors are rows."""
-
-        tensors: Sequence[TensorRow]
-
+    from ckptkit.inspection.listing import Survey as Survey
 
 __all__ = [
     "Totals",
     "describe",
     "describe_error",
+    "html_screen",
     "json_chunks",
     "natural_key",
     "plain_document",
@@ -99,6 +95,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
     listing = list_tensors(checkpoint, everything)
     beside = [found for found in everything if not found.is_value]
     sums, storage = totals(listing.rows, listing.several), storage_document(listing)
+    contents = everything_in(checkpoint, beside, storage["unused_nbytes"])
     shown: Sequence[TensorRow] = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
     if filters:
         shown = [row for row in shown if wanted(row.name, filters)]
@@ -126,9 +123,9 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "modules": list_modules(checkpoint.module),
         "part": None if checkpoint.part is None else _part(checkpoint.part),
         "architecture": [_architecture(found) for found in identify(checkpoint.state_dict)],
-        "findings": [
-            finding.to_dict() for finding in (*damages, *diagnose(checkpoint, beside, storage["unused_nbytes"]))
-        ],
+        "adapter": adapter_in(checkpoint, contents.names),
+        "quantization": contents.quantization,
+        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, contents))],
         "error": None,
     }
 
@@ -179,6 +176,8 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
         "modules": [],
         "part": None,
         "architecture": [],
+        "adapter": None,
+        "quantization": None,
         "findings": [],
         "error": {"type": type(error).__name__, "message": message},
     }
@@ -206,6 +205,43 @@ def plain_document(document: Survey) -> InspectedFile:
 def surveyed(document: InspectedFile | Survey) -> Survey:
     """The same as `survey` made it, where it comes out of a JSON document."""
     return {**document, "tensors": rows_of(document["tensors"])}
+
+
+def html_screen(checkpoint: Checkpoint) -> str:
+    """What a notebook shows of a checkpoint: what it is, what is remarkable, and the head of the module tree."""
+    from ckptkit.inspection.outline import outline_of
+    from ckptkit.normalize.adapters import adapter_text
+
+    document = survey(checkpoint)
+    weights, adapter, quantization = document["state_dict"], document["adapter"], document["quantization"]
+    kind, trust = document["kind"].replace("_", " "), document["trust"].replace("_", " ")
+    lines = [f"{document['format']}, {kind}, {human_size(document['size'])}, {trust}"]
+    if weights is not None:
+        counts = f"{count_of(weights['parameters'], 'parameter')}, {weights['buffers']:,} in buffers"
+        lines.append(f"{count_of(weights['tensors'], 'tensor')}, {counts}, {human_size(weights['nbytes'])}")
+    if len(document["sections"]) > 1:
+        paths = [f"{section['path']!r:.60}" + " (selected)" * section["selected"] for section in document["sections"]]
+        lines.append(f"sections: {listed(paths, _MAX_PLACES)}")
+    if adapter is not None:
+        lines.append(adapter_text(adapter))
+    if quantization is not None:
+        from ckptkit.normalize.quantized import quantized_text
+
+        lines.append(quantized_text(quantization))
+    found = document["findings"]
+    lines += [f"{each['severity']}: {each['message']} [{each['code']}]" for each in found[:_MAX_PLACES]]
+    tree, left_out = outline_of(document) if document["tensors"] else ([], 0)
+    rows = [
+        (
+            "  " * line.level + (line.label or "(tensor)") + f"  {line.copies:,} x" * (line.copies > 1),
+            f"{line.tensors:,}",
+            f"{line.parameters + line.buffers + line.others:,}",
+            human_size(line.nbytes),
+            line.note,
+        )
+        for line in tree
+    ]
+    return html_block(document["path"], lines, ("", "tensors", "elements", "bytes", ""), rows, left_out)
 
 
 def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:

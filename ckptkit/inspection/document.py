@@ -6,10 +6,13 @@ from typing import Any, Literal, TypedDict
 
 from ckptkit.checkpoint import Kind, Trust, Verdict
 from ckptkit.documents import ErrorDocument
+from ckptkit.normalize.adapters import AdapterDocument
+from ckptkit.normalize.quantized import LayoutDocument, QuantizationDocument
 from ckptkit.report import FindingDocument
 
-__all__ = ["FileFacts", "InspectDocument", "InspectedFile", "ModuleDocument", "SectionDocument", "StorageDocument",
-           "TensorDocument", "TrainingDocument", "UnreadFile", "WeightsDocument"]  # fmt: skip
+__all__ = ["AdapterDocument", "FileFacts", "InspectDocument", "InspectedFile", "LayoutDocument", "ModuleDocument",
+           "QuantizationDocument", "SectionDocument", "StorageDocument", "TensorDocument", "TrainingDocument",
+           "UnreadFile", "WeightsDocument"]  # fmt: skip
 
 _Class = TypedDict("_Class", {"class": str})
 
@@ -260,6 +263,8 @@ class FileFacts(TypedDict):
     modules: list[ModuleDocument]
     part: PartDocument | None
     architecture: list[ArchitectureDocument]
+    adapter: AdapterDocument | None
+    quantization: QuantizationDocument | None
     findings: list[FindingDocument]
     error: None
 
@@ -284,6 +289,8 @@ class InspectedFile(FileFacts):
         modules: of a whole model, parents first.
         part: of what it is a part; ``None``: it is whole.
         architecture: known models, best first.
+        adapter: what the weights add to a model; ``None``: they are no adapter, and have none in them.
+        quantization: how the weights are quantized; ``None``: they are not, or have no scales beside them.
         findings: what is remarkable, gravest first.
         error: why it could not be read: it could; see `UnreadFile`.
     """
@@ -311,6 +318,8 @@ class UnreadFile(TypedDict):
     modules: list[Any]
     part: None
     architecture: list[Any]
+    adapter: None
+    quantization: None
     findings: list[Any]
     error: ErrorDocument
 

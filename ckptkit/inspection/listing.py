@@ -26,7 +26,13 @@ from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
 if TYPE_CHECKING:
-    from ckptkit.inspection.document import StatsDocument, TensorDocument
+    from ckptkit.inspection.document import FileFacts, StatsDocument, TensorDocument
+
+    class Survey(FileFacts):
+        """An `InspectedFile` whose tensors are rows."""
+
+        tensors: Sequence[TensorRow]
+
 
 __all__ = [
     "Listing", "Rows", "TensorRow", "each_kind", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of",

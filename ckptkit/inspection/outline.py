@@ -13,13 +13,14 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptkit.inspection.listing import Rows, TensorRow, natural_key
+from ckptkit.inspection.listing import Rows, TensorRow, natural_key, where
 from ckptkit.report import count_of
 
 if TYPE_CHECKING:
     from ckptkit.inspection.document import ModuleDocument
+    from ckptkit.inspection.listing import Survey
 
-__all__ = ["Outline", "OutlineLine"]
+__all__ = ["Outline", "OutlineLine", "outline_of"]
 
 _MAX_LEVELS = 48
 """Dots of a name that make levels; what follows stays in one piece."""
@@ -28,6 +29,9 @@ _DIGITS = "0123456789"
 
 _MAX_ON_A_LINE = 8
 """Tensors of a module that are one line rather than one each: a layer has up to eight."""
+
+_TREE_LINES = 40
+"""Lines of the tree where no depth is asked for."""
 
 _MAX_TENSORS_NAMED = 3
 """Tensors of a module that are named on its line."""
@@ -208,6 +212,20 @@ class Outline:
             note=_note(branch, names_tensors),
             is_tensor=branch.row is not None,
         )
+
+
+def outline_of(
+    document: Survey, depth: int | None = None, sort: str = "file", most: int = _TREE_LINES
+) -> tuple[list[OutlineLine], int]:
+    """The lines of the module tree, and how many are left out."""
+    summary, rows, modules = document["state_dict"], document["tensors"], document["modules"]
+    own = where(rows, lambda row: summary is not None and row.section == summary["path"])
+    if modules:
+        own = where(own, lambda row: row.role != "unknown")  # not gradients and what else hangs on a module
+    if (summary is not None and len(own) < summary["tensors"]) or not own:
+        modules = []  # filtered: modules without tensors would be in the way
+    tree = Outline(own or rows, modules, sectioned=not own, sort=sort)
+    return (list(tree.lines(depth)), 0) if depth is not None else tree.fitting(most)
 
 
 def _without_parts(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:

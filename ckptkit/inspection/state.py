@@ -13,14 +13,13 @@ A pickled model's modules are told as ``print(model)`` shows them.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Section, TensorEntry
-from ckptkit.errors import CkptkitError
 from ckptkit.inspection.settings import class_name, is_printed, is_scalar, module_text, plain_value
+from ckptkit.normalize.adapters import SMALL_FORMATS, small_values
 from ckptkit.normalize.modules import module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
@@ -81,9 +80,6 @@ _SCHEDULERS: tuple[tuple[str, str], ...] = (
     ("ExponentialLR", "gamma last_epoch"),
 )
 """Attributes that only one scheduler of ``torch.optim.lr_scheduler`` has, the most telling first."""
-
-_FORMATS = {"float32": "f", "float64": "d", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
-            "uint8": "B", "bool": "?"}  # fmt: skip
 
 
 def training_document(rest: object, sections: Sequence[Section] = ()) -> TrainingDocument:
@@ -261,18 +257,13 @@ class _ScalarReader:
         """The number a node is; ``None``: it is none, or cannot be read."""
         if not isinstance(node, TensorEntry):
             return _number(node)
-        code = _FORMATS.get(node.dtype)
         if not isinstance(node.storage.source, ByteRange):
             return None  # nothing is inflated for it
-        if node.numel != 1 or len(node.shape) > 1 or code is None or not self._left:
+        if node.numel != 1 or len(node.shape) > 1 or node.dtype not in SMALL_FORMATS or not self._left:
             return None
         self._left -= 1
-        order = "<" if node.storage.byteorder == "little" else ">"
-        try:
-            data = node.storage.source.read(node.storage_offset * node.itemsize, node.itemsize)
-            return _shown(struct.unpack(order + code, data)[0])
-        except CkptkitError:
-            return None  # whoever reads the tensor itself will say what is wrong
+        values = small_values(node, 1)
+        return None if values is None else _shown(values[0])
 
 
 _MAX_MODULES = 50_000

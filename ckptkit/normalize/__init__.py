@@ -25,6 +25,7 @@ from ckptkit.normalize.modules import bound_method, known_versions, wrapper_pref
 from ckptkit.normalize.sections import Candidate, SectionSearch, brief, is_plain_value
 from ckptkit.normalize.selection import choose, holding_suffix, require_section, sections_listed
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
+from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.report import listed as enumerated
@@ -184,6 +185,10 @@ def _state_dict(
             )
         )
     if state_dict.extra:
+        from ckptkit.normalize.not_plain import can_be_dense
+
+        dense = {name: can_be_dense(name, value) for name, value in state_dict.extra.items()}
+        helps = any(dense.values()) and all(dense[n] or not is_tensor_like(v) for n, v in state_dict.extra.items())
         names = [f"{name:.100} ({brief(value)})" for name, value in islice(state_dict.extra.items(), 5)]
         are_not = "is not a plain tensor" if len(state_dict.extra) == 1 else "are not plain tensors"
         findings.append(
@@ -192,6 +197,7 @@ def _state_dict(
                 severity="warning",
                 message=f"{count_of(len(state_dict.extra), 'value')} of the state_dict {are_not}: "
                 + enumerated(names, 5, total=len(state_dict.extra)),
+                fix=convert_command(path, "--densify", suffix=".pth") if helps else None,
             )
         )
     return state_dict, module

@@ -4,24 +4,41 @@ They are tensors that torch makes of other tensors (`ckptkit.pickling.layouts` s
 no bytes of its own (`ckptkit.pickling.tensors.Wrapped`: DTensor, torchao's), strided ones with hooks or metadata that
 is not torch's, any of them as a parameter or as a subclass, and numpy's arrays (`ckptkit.pickling.arrays`).  One whose
 parts do not fit each other is told with the reason, and has the tensors that are found in it.
+
+`dense_form` says what dense values each can be made of.  Of torchao's classes (https://github.com/pytorch/ao; 0.5 to
+0.18) those are known whose numbers lie as they are, one in a byte, and whose ``dequantize()`` is ``(number - zero
+point) * scale`` by blocks: AffineQuantizedTensor with a plain, QDQ or float8 layout, Int8Tensor, Float8Tensor,
+IntxUnpackedTensor and IntxUnpackedToInt8Tensor, and LinearActivationQuantizedTensor around any of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.errors import CorruptError
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.normalize.parts import spread_text
 from ckptkit.pickling.arrays import is_array, is_numpy_scalar, layout_of
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
-from ckptkit.pickling.layouts import Jagged, Layout, Meta, Nested, OnDevice, Quantized, Sparse, call_of, rebuilt
-from ckptkit.pickling.tensors import shape_of, wrapped_tensor
+from ckptkit.pickling.layouts import PACKED, Jagged, Layout, Meta, Nested, OnDevice, Quantized, Sparse, call_of, rebuilt
+from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import count_of
 
-__all__ = ["Value", "describe_value"]
+__all__ = [
+    "PACKED_DTYPE",
+    "Dense",
+    "Form",
+    "Scaled",
+    "Value",
+    "can_be_dense",
+    "dense_form",
+    "describe_value",
+    "packed_parts",
+]
 
 _MOST = 100
 """Nodes that are looked at in what one value is made of: a dozen are usual."""
@@ -210,3 +227,159 @@ def _array(node: Object) -> _Facts:
     what = "numpy scalar" if is_numpy_scalar(node) else f"numpy {layout.subclass or 'array'}"
     dtype = layout.dtype or ("object" if layout.code[:1] == "O" else layout.code[:20] or "unknown")
     return _Facts("array", what, dtype, layout.shape, "", parts, "cpu")
+
+
+# What dense values can be made of.
+
+
+class Scaled(NamedTuple):
+    """Numbers of a few bits and the scales of their blocks.
+
+    Attributes:
+        numbers: of 8 bits, one in a byte.
+        scales: floating, one for each block in C order.
+        block: sizes of a block; the last of a dimension may be cut short.
+        zero_points: as many, taken from the numbers first; ``None``: there are none.
+        dtype: of the values that are made.
+    """
+
+    numbers: TensorEntry
+    scales: TensorEntry
+    block: tuple[int, ...]
+    zero_points: TensorEntry | None = None
+    dtype: str = "float32"
+
+
+Form = Quantized | Sparse | Nested | Jagged | Scaled
+"""What dense values are made of."""
+
+
+class Dense(NamedTuple):
+    """What dense values a value can be made of, and what tensor they become."""
+
+    form: Form
+    is_parameter: bool = False
+    requires_grad: bool = False
+
+
+def dense_form(node: object) -> Dense | None:
+    """What dense values can be made of; ``None``: it is a plain tensor, an array, or no tensor at all.
+
+    Raises:
+        UnsupportedError: it is a tensor and none can be made of it; the message says why.
+        CorruptError: its parts do not fit each other.
+    """
+    if not isinstance(node, Object):
+        return None
+    call = call_of(node)
+    wrapped = wrapped_tensor(call.made)
+    if wrapped is not None:
+        return Dense(_scaled(wrapped), call.is_parameter, bool(call.requires_grad))
+    found = rebuilt(call.made)
+    if found is None or isinstance(found.layout, OnDevice):
+        return None
+    layout, own = found.layout, getattr(found.layout, "requires_grad", False)
+    if isinstance(layout, Meta):
+        raise UnsupportedError("a meta tensor is a shape without values")
+    if isinstance(layout, Quantized) and layout.numbers.dtype in PACKED and not layout.numbers.is_contiguous:
+        raise UnsupportedError(f"numbers of {layout.numbers.dtype} that do not lie in a row")
+    if isinstance(layout, Sparse) and DTYPES[layout.values.dtype].numpy is None:
+        raise UnsupportedError(f"values of {layout.values.dtype} cannot be computed")
+    return Dense(layout, call.is_parameter, own if call.requires_grad is None else call.requires_grad)
+
+
+def can_be_dense(name: str, value: object) -> bool:
+    """Whether dense values can be made of a value of a state_dict, or it goes with one of which they can."""
+    if isinstance(value, Global):
+        return name.endswith(PACKED_DTYPE)
+    parts = packed_parts(name, value)
+    try:
+        forms = [dense_form(part) for part in ({name: value} if parts is None else parts).values()]
+    except (UnsupportedError, CorruptError):
+        return False
+    return parts is not None or forms != [None]
+
+
+PACKED_DTYPE = "_packed_params.dtype"
+"""How names end of what stands beside packed parameters."""
+
+_PACKED = ("_packed_params._packed_params", "_packed_params._packed_weight")
+
+
+def packed_parts(name: str, value: object) -> dict[str, object] | None:
+    """The weight and bias that a quantized module of torch's packs, under their names; ``None``: it packs none.
+
+    ``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams`` and ``embedding_ops.py``: a tuple
+    ``(weight, bias or None)`` or the weight alone, with the dtype beside it as ``_packed_params.dtype``.
+    """
+    for ending in _PACKED:
+        stem = name.removesuffix(ending)
+        if stem == name or (stem and not stem.endswith(".")):
+            continue
+        parts = value if isinstance(value, tuple) else (value,)
+        if len(parts) <= 2 and all(part is None or isinstance(part, (TensorEntry, Object)) for part in parts):
+            return {
+                stem + last: part for last, part in zip(("weight", "bias"), parts, strict=False) if part is not None
+            }
+    return None
+
+
+_IMPLEMENTATIONS = {
+    "PlainAQTTensorImpl": "int_data", "PlainAQTLayout": "int_data", "QDQTensorImpl": "int_data",
+    "Float8AQTTensorImpl": "float8_data", "Float8AQTLayout": "float8_data",
+}  # fmt: skip
+"""The parts of torchao's AffineQuantizedTensor whose numbers lie as they are, and what these are called."""
+
+_SCALED = ("Float8Tensor", "Int8Tensor", "IntxUnpackedTensor", "IntxUnpackedToInt8Tensor")
+"""Its later classes of that kind."""
+
+_OUTPUTS = ("float32", "bfloat16", "float16")
+
+
+def _scaled(wrapped: Wrapped) -> Scaled:
+    """What a tensor of torchao's consists of.
+
+    Raises:
+        UnsupportedError: it is another, or is not only numbers and scales.
+    """
+    what = f"{wrapped.cls.qualified:.100}"
+    state = dict(mapping_items(wrapped.state) or [])
+    name = wrapped.cls.name.rpartition(".")[2]
+    is_torchao = wrapped.cls.module.partition(".")[0] == "torchao"
+    if is_torchao and name == "LinearActivationQuantizedTensor":  # of which the input alone is quantized besides
+        inner = wrapped_tensor(call_of(state.get("original_weight_tensor")).made)
+        if inner is not None and inner.cls.name != wrapped.cls.name:
+            return _scaled(inner)
+    if is_torchao and name == "AffineQuantizedTensor":
+        inner = wrapped_tensor(state.get("tensor_impl", state.get("layout_tensor")))
+        kind = "" if inner is None else inner.cls.name.rpartition(".")[2]
+        held = {} if inner is None else dict(mapping_items(inner.state) or [])
+        if kind not in _IMPLEMENTATIONS or held.get("transposed"):
+            raise UnsupportedError(f"a {name} with {kind or 'unknown parts'}: how its numbers lie is not known here")
+        domain = state.get("zero_point_domain")
+        if isinstance(domain, Object) and domain.args != (1,) and held.get("zero_point") is not None:
+            raise UnsupportedError(f"a {name} whose zero points are not whole numbers")
+        return _by_blocks(wrapped, what, held.get(_IMPLEMENTATIONS[kind]), held, state.get("block_size"))
+    if not is_torchao or name not in _SCALED or "qdata" not in state:
+        raise UnsupportedError(f"a tensor of class {what}, which the program that made it turns into a plain one")
+    if state.get("act_pre_scale") is not None:
+        raise UnsupportedError(f"a {name} whose inputs are scaled too (act_pre_scale)")
+    return _by_blocks(wrapped, what, state["qdata"], state, state.get("block_size"))
+
+
+def _by_blocks(wrapped: Wrapped, what: str, numbers: object, parts: dict[Any, object], sizes: object) -> Scaled:
+    scales, zeros, block = parts.get("scale"), parts.get("zero_point"), shape_of(sizes)
+    if not isinstance(numbers, TensorEntry) or not isinstance(scales, TensorEntry) or block is None:
+        raise UnsupportedError(f"a tensor of class {what} without the parts that it has in torchao 0.5 to 0.18")
+    shape, row = numbers.shape, DTYPES[numbers.dtype]
+    fits = shape == wrapped.shape and len(block) == len(shape) and all(
+        size > 0 and whole % size == 0 for size, whole in zip(block, shape, strict=False)
+    )  # fmt: skip
+    grid = math.prod(whole // size for size, whole in zip(block, shape, strict=True)) if fits else -1
+    counts = {part.numel if isinstance(part, TensorEntry) else -1 for part in (scales, zeros) if part is not None}
+    if not fits or counts != {grid}:
+        raise UnsupportedError(f"a tensor of class {what} whose numbers, blocks and scales do not fit each other")
+    is_known = row.name in ("int8", "uint8") or (row.is_floating and row.itemsize == 1 and row.numpy)
+    if not is_known or scales.dtype not in _OUTPUTS or wrapped.dtype not in _OUTPUTS:
+        raise UnsupportedError(f"a tensor of class {what} of {row.name} with scales of {scales.dtype}")
+    return Scaled(numbers, scales, block, zeros if isinstance(zeros, TensorEntry) else None, wrapped.dtype)

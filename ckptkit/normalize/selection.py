@@ -46,6 +46,7 @@ __all__ = [
     "require_section",
     "require_state_dict",
     "sections_listed",
+    "weights_paths",
 ]
 
 _ENVELOPES = frozenset({"checkpoint", "ckpt", "trainer", "learner", "engine", "training_state", "train_state"})
@@ -143,7 +144,8 @@ def require_section(sections: Sequence[Section], path: str) -> None:
         return
     what = f"no section {path[:200]!r} holds weights" if asked is None else f"section {path[:200]!r} holds no weights"
     kind = "" if asked is None else f" (it is of kind {asked.kind!r})"
-    raise SectionError(f"{what}{kind}; sections that do: {sections_listed(sections) or 'none'}")
+    told = sections_listed(sections) or "none"
+    raise SectionError(f"{what}{kind}; sections that do: {told}", names=weights_paths(sections))
 
 
 def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
@@ -160,14 +162,25 @@ def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
         return
     path = checkpoint.origin.path
     if weights := paths_listed(checkpoint.sections):
-        raise SectionError(f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section")
+        raise SectionError(
+            f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section",
+            path=path,
+            names=weights_paths(checkpoint.sections),
+        )
     kind = f"its kind is {checkpoint.origin.kind!r}"
-    raise SectionError(f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}")
+    raise SectionError(
+        f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}", path=path
+    )
+
+
+def weights_paths(sections: Sequence[Section]) -> tuple[str, ...]:
+    """The paths of the sections that hold weights."""
+    return tuple(section.path for section in sections if section.is_weights)
 
 
 def paths_listed(sections: Sequence[Section]) -> str:
     """The paths of the sections that hold weights; empty where there are none."""
-    return listed((repr(section.path[:200]) for section in sections if section.is_weights), _MAX_LISTED)
+    return listed((repr(path[:200]) for path in weights_paths(sections)), _MAX_LISTED)
 
 
 def sections_listed(sections: Sequence[Section]) -> str:

@@ -160,7 +160,8 @@ def storage_names(named: Checkpoint | Mapping[str, object]) -> dict[int, str]:
     for place, name, value in places:
         for node in (value,) if isinstance(value, (TensorEntry, Storage)) else tensors_in(value):
             storage = node.storage if isinstance(node, TensorEntry) else node
-            names.setdefault(id(storage.original or storage), f"tensor {name!r:.200}{place}")
+            for whole in storage.originals:
+                names.setdefault(id(whole), f"tensor {name!r:.200}{place}")
     return names
 
 

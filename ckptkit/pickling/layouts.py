@@ -33,7 +33,7 @@ from ckptkit.pickling.inert import Global, Object, mapping_items
 from ckptkit.pickling.tensors import is_int, no_hooks, shape_of, wrapped_tensor
 
 __all__ = [
-    "Call", "Jagged", "Layout", "Meta", "Nested", "OnDevice", "Quantized", "Rebuilt", "Sparse", "call_of",
+    "PACKED", "Call", "Jagged", "Layout", "Meta", "Nested", "OnDevice", "Quantized", "Rebuilt", "Sparse", "call_of",
     "compressed_counts", "device_of", "layout_name", "rebuilt",
 ]  # fmt: skip
 
@@ -43,7 +43,7 @@ _SUBCLASSES = ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_fr
 _LAYERS = 8
 """Parameters of subclasses of ... tensors: two are usual."""
 
-_PACKED = {"quint4x2": 2, "quint2x4": 4}
+PACKED = {"quint4x2": 2, "quint2x4": 4}
 """Values in one byte of the quantized types that share one."""
 
 _PER_CHANNEL = ("per_channel_affine", "per_channel_affine_float_qparams")
@@ -240,7 +240,7 @@ def _quantized_values(storage: object, offset: object, sizes: object, strides: o
     if len(size) != len(stride) or not is_int(offset) or not 0 <= offset < _HUGE:
         raise CorruptError(f"size {size}, stride {stride} and offset {offset!r:.40} of a quantized tensor do not fit")
     reach = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
-    nbytes = -(-(offset + reach) // _PACKED.get(dtype, 1)) * DTYPES[dtype].itemsize
+    nbytes = -(-(offset + reach) // PACKED.get(dtype, 1)) * DTYPES[dtype].itemsize
     if reach and nbytes > storage.nbytes:
         raise CorruptError(
             f"size {size}, stride {stride}, offset {offset} of {dtype} reach to byte {nbytes:,} of a storage of "

@@ -252,9 +252,9 @@ def _parsed(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:  # noqa: PTH123 - small, and ours
             content = file.read(_MAX_NBYTES + 1)
     except FileNotFoundError:
-        raise MissingFileError(f"{path}: there is no such file") from None
+        raise MissingFileError(f"{path}: there is no such file", path=path) from None
     except OSError as error:
-        raise FileAccessError(f"{path}: {error.strerror or error}") from error
+        raise FileAccessError(f"{path}: {error.strerror or error}", path=path) from error
     if len(content) > _MAX_NBYTES:
         raise LimitError("bytes of a configuration", limit=_MAX_NBYTES, actual=len(content)).at(path=path)
     try:

@@ -16,7 +16,7 @@ from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
 from ckptkit.bytesource import made_by_position
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
-from ckptkit.diagnose import diagnose
+from ckptkit.diagnose import diagnose, everything_in
 from ckptkit.digests import (
     DigestLine,
     content_digest,
@@ -266,7 +266,8 @@ class Examined:
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
         """What is remarkable about it, gravest first."""
-        return diagnose(self._contents.checkpoint, self._contents.beside)
+        checkpoint = self._contents.checkpoint
+        return diagnose(checkpoint, everything_in(checkpoint, self._contents.beside))
 
     @property
     def part(self) -> Finding | None:

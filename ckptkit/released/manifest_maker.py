@@ -107,7 +107,9 @@ def _require_recordable(wanted: Collection[str], golden: Collection[str], folder
         _require_below(name, folder)
     for name in golden:
         if name not in wanted:
-            raise FileAccessError(f"{name}: a golden file is named for it, but it is not among the checkpoints")
+            raise FileAccessError(
+                f"{name}: a golden file is named for it, but it is not among the checkpoints", path=name
+            )
 
 
 def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool) -> dict[str, FileRecord]:
@@ -164,7 +166,8 @@ def _outermost(folders: Collection[str]) -> tuple[str, ...]:
 def _require_below(name: str, folder: str) -> None:
     if name.startswith("../") or os.path.isabs(name) or ":" in name.split("/")[0]:
         raise FileAccessError(
-            f"{name}: is not below the manifest's folder, {folder}; write the manifest beside the files or above them"
+            f"{name}: is not below the manifest's folder, {folder}; write the manifest beside the files or above them",
+            path=name,
         )
     try:
         name.encode()
@@ -301,7 +304,8 @@ def make_at(
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
         raise DestinationExistsError(
-            f"{destination}: exists already; --update renews what has changed in it, --force makes it anew"
+            f"{destination}: exists already; --update renews what has changed in it, --force makes it anew",
+            path=destination,
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
     paths = paths or (_paths_of(previous, folder) if update else ())
@@ -361,6 +365,7 @@ def _goldens(golden: Golden, selected: Sequence[Selected], folder: str) -> dict[
     if len(checkpoints) != 1:
         raise FileAccessError(
             f"{os.fsdecode(golden)}: belongs to one of {count_of(len(checkpoints), 'checkpoint')}; say to which: "
-            "FILE=GOLDEN"
+            "FILE=GOLDEN",
+            path=os.fsdecode(golden),
         )
     return {checkpoints[0]: name}

@@ -114,7 +114,7 @@ class FileResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckReport(Report):
+class CheckReport(Report["CheckDocument"]):
     """The outcome of a check; ``findings`` are those of all files, in the files' order.
 
     Attributes:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptkit.rewrite.densify import Densify
     from ckptkit.rewrite.dtype import CastDtype
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
@@ -22,6 +23,7 @@ __all__ = [
     "AddPrefix",
     "CastDtype",
     "Compact",
+    "Densify",
     "LeaveOut",
     "Like",
     "MapLocation",
@@ -45,6 +47,7 @@ REWRITES = {
     "WeightsOnly": "select",
     "MapLocation": "storages",
     "Tied": "storages",
+    "Densify": "densify",
     "CastDtype": "dtype",
     "Compact": "storages",
 }

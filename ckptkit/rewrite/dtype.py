@@ -3,39 +3,37 @@
 What is cast is the storage, with every tensor that is a view of it: ties, views, strides and offsets
 (which torch counts in elements) stay as they are.
 
-Some weights are values only together with scales beside them.
-A weight of 4 or 8 bits is a number to be multiplied by a scale of its block, row or tensor: cast alone it is garbage,
-and so is what is multiplied by a scale that was rounded.  The names, by those who write them:
+Some weights are values only together with scales beside them (`ckptkit.normalize.quantized`), and are not cast.
 
-- DeepSeek: ``weight`` and ``weight_scale_inv``; compressed-tensors, FBGEMM, ModelOpt: ``weight_scale``,
-  ``weight_scale_2``, ``input_scale``, ``weight_packed`` with ``weight_global_scale``; ComfyUI: ``scale_weight``
-- bitsandbytes: ``SCB`` beside ``weight``; ``weight.absmax``, ``weight.quant_map``, ``weight.nested_absmax``
-- GPTQ and AWQ: ``qweight`` and ``scales``; AQLM: ``codes``, ``codebooks`` and ``scales``; HQQ: ``W_q``, ``scale`` and
-  ``zero``
-- optimum-quanto: ``weight._data`` and ``weight._scale``; torch's quantized modules: ``scale`` beside packed parameters
+Of those in FP8 whose scales multiply them and nothing else does, `scaled_weights` knows the values: ``weight`` with
+``weight_scale_inv`` (DeepSeek's ``inference/kernel.py`` ``weight_dequant``: blocks of 128 by 128, the last ones cut
+short), with ``weight_scale`` (one for the tensor, a row, or a block) or with ComfyUI's ``scale_weight`` (one for it).
 """
 
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import escape
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from ckptkit.arguments import several
-from ckptkit.casting import caster
+from ckptkit.casting import CAST_TARGETS, caster
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry
 from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
+from ckptkit.normalize.quantized import scaled_pairs
 from ckptkit.pickling.inert import walk
-from ckptkit.pickling.layouts import call_of
 from ckptkit.report import count_of, glob_of, listed
 from ckptkit.rewrite.storages import nodes, with_tensors_replaced
 
-__all__ = ["CastDtype", "scaled_pairs"]
+if TYPE_CHECKING:
+    from ckptkit.normalize.not_plain import Scaled
+
+__all__ = ["CastDtype", "cast_storage", "scaled_pairs", "scaled_weights"]
 
 _LISTED = 8
 """Options in a message."""
@@ -59,7 +57,7 @@ class CastDtype:
         rename: from a name to the one it will have once what follows was applied; a glob may match either.
             It is no part of what this is.
         cast_scaled: whether to insist on weights that are values only together with scales beside them, and on
-            such scales; see `ckptkit.rewrite.dtype`.
+            such scales; see `ckptkit.normalize.quantized`.
         scaled: those weights and scales, where some of the names are gone already; ``None``: they are looked for.
 
     Raises:
@@ -129,7 +127,7 @@ class CastDtype:
         """What takes the place of each storage that is cast, by the ``id`` of the old one."""
         first = self._first(checkpoint)
         if first and not self.cast_scaled and (scaled := self.scaled_in(checkpoint)):
-            raise DTypeError(_refusal(scaled))
+            raise DTypeError(_refusal(scaled, checkpoint.state_dict), names=scaled)
         if first:
             _require_one_meaning(checkpoint, first)
         return {storage: self._cast(name, entry) for storage, (name, entry) in first.items()}
@@ -140,34 +138,44 @@ class CastDtype:
         if isinstance(storage.source, ConvertedRange):
             raise DTypeError(
                 f"tensor {name!r} is cast from {storage.source.whole.dtype} to {before.name} already, and would be "
-                f"rounded twice; cast it once, or {_remedy(name)}"
+                f"rounded twice; cast it once, or {_remedy(name)}",
+                names=[name],
             )
         if storage.nbytes % before.itemsize:
             raise DTypeError(
                 f"tensor {name!r}: its storage {storage.key!r} of {storage.nbytes:,} bytes is not a whole number of "
-                f"{before.name} values and cannot be cast; {_remedy(name)}"
+                f"{before.name} values and cannot be cast; {_remedy(name)}",
+                names=[name],
             )
         try:
-            function = caster(before.name, after.name, byteorder=storage.byteorder)
+            return cast_storage(storage, before.name, after.name)
         except DTypeError as error:
-            raise DTypeError(f"tensor {name!r}: {error}; {_remedy(name)}") from None
-        conversion = DTypeConversion(
-            storage.source,
-            before=before.itemsize,
-            after=after.itemsize,
-            function=function,
-            name=f"storage {storage.key!r}",
-            dtype=before.name,
-        )
-        return replace(
-            storage,
-            dtype=after.name if after.storage_class else None,
-            nbytes=conversion.nbytes,
-            source=ConvertedRange(conversion, 0, conversion.nbytes),
-            crc32=None,
-            byteorder="little",
-            original=storage.original or storage,
-        )
+            raise DTypeError(f"tensor {name!r}: {error}; {_remedy(name)}", names=[name]) from None
+
+
+def cast_storage(storage: Storage, before: str, after: str) -> Storage:
+    """The storage with its values cast as they are read.
+
+    Raises:
+        DTypeError: there is no such cast.
+    """
+    conversion = DTypeConversion(
+        storage.source,
+        before=DTYPES[before].itemsize,
+        after=DTYPES[after].itemsize,
+        function=caster(before, after, byteorder=storage.byteorder),
+        name=f"storage {storage.key!r}",
+        dtype=before,
+    )
+    return replace(
+        storage,
+        dtype=after if DTYPES[after].storage_class else None,
+        nbytes=conversion.nbytes,
+        source=ConvertedRange(conversion, 0, conversion.nbytes),
+        crc32=None,
+        byteorder="little",
+        original=storage.original or storage,
+    )
 
 
 def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, TensorEntry]]) -> None:
@@ -190,17 +198,25 @@ def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, Tens
             continue
         raise DTypeError(
             f"tensor {name!r} is {entry.dtype} in storage {storage.key!r}, but {other}; "
-            f"a cast would change what that is; {_remedy(name)}"
+            f"a cast would change what that is; {_remedy(name)}",
+            names=[name],
         )
 
 
-def _refusal(scaled: Mapping[str, str]) -> str:
+def _refusal(scaled: Mapping[str, str], state_dict: StateDict) -> str:
     few = len(scaled) <= _LISTED
     globs = dict.fromkeys(glob_of(name) if few else glob_of(name.rpartition(".")[2], before="*") for name in scaled)
+    from ckptkit.normalize.not_plain import can_be_dense
+
+    known = scaled_weights(state_dict)[0]
+    names = {*known, *(scale for scale, _ in known.values())}
+    others = {of: state_dict.everything.get(of) for name, of in scaled.items() if name not in names}
+    dense = all(of in known or can_be_dense(of, value) for of, value in others.items())
+    helps = "Make dense values of them with --densify" if dense else "Dequantize with the library that made them"
     return (
         f"{count_of(len(scaled), 'tensor', 'has', 'have')} a meaning only together with another, as a weight and "
         f"its scales: {listed([f'{name:.100} (with {other:.100})' for name, other in scaled.items()], 4)}; casting "
-        "one alone makes garbage. Dequantize with the library that made them, leave them as they are with "
+        f"one alone makes garbage. {helps}, leave them as they are with "
         f"{' '.join(f'--keep-dtype {glob}' for glob in list(globs)[:_LISTED])}, or insist with --cast-scaled"
     )
 
@@ -209,73 +225,65 @@ def _remedy(name: str) -> str:
     return f"leave it as it is with --keep-dtype {escape(name)!r}"
 
 
-_NAMED = re.compile(r"(?P<of>.+?)(?:_global)?_(?:scales?|scaling_factor|zeros?|zero_points?)(?:_inv|_[0-9])?\Z")
-"""Names that say what they are the scale of."""
-
-_ALONE = re.compile(
-    r"_?(?:nested_)?(?:scales?|absmax|quant_map|zeros?|zero_points?|amax|codebooks?)\Z|SCB\Z|scale_(?:weight|input)\Z|"
-    r"(?:input|output|act|activation)(?:_global)?_scale\Z|S[UV]\Z"
-)
-"""Names of scales of whatever is beside them, or bears them."""
-
-_PACKED = re.compile(r"q_?weight|.*_packed|W_q|codes|Qidxs|B\Z", re.IGNORECASE)
-"""Names of weights that may be packed in wider integers."""
-
-_WEIGHT = re.compile(r"weights?(?:\Z|_)|q_?weight|.*_(?:packed|blocks)\Z|W_q|_data\Z|codes|Qidxs|B\Z")
-"""Names of what a tensor that is but called a scale may be the scale of."""
-
-_NARROW = ("int8", "uint8")
-_WIDE = ("int32", "int16", "int64", "uint32", "uint16")
+_SIDE = 128
+"""The side of a block of DeepSeek's."""
 
 
-def scaled_pairs(state_dict: StateDict) -> dict[str, str]:
-    """Every tensor that is scaled, with its first scale; and every scale, with what it scales.
+def scaled_weights(state_dict: Mapping[str, TensorEntry]) -> tuple[dict[str, tuple[str, Scaled]], dict[str, str]]:
+    """The weights in FP8 of which the scales are known, each with the name of its scale and what makes values of both.
 
-    A name alone says nothing: ``logit_scale`` is a scale of this kind only beside a ``logit`` of 8 bits or fewer.
+    Returns:
+        Them; and those that have scales which could mean several things, each with the reason.
     """
-    scaled = {name for name, value in state_dict.everything.items() if _is_scaled(name, value)}
-    if not scaled:
-        return {}
-    beside: dict[str, list[str]] = {}
-    for name in scaled:
-        beside.setdefault(_parent(name), []).append(name)
-        beside.setdefault(name, []).append(name)  # what it bears
-    pairs: dict[str, str] = {}
+    from ckptkit.normalize.not_plain import Scaled
+
+    known: dict[str, tuple[str, Scaled]] = {}
+    unknown: dict[str, str] = {}
     for name, entry in state_dict.items():
-        for of in _scales(name, beside):
-            other = state_dict.everything[of]
-            if of != name and (not isinstance(other, TensorEntry) or other.dtype != entry.dtype):
-                pairs.setdefault(name, of)
-                pairs.setdefault(of, name)
-    return pairs
+        if entry.itemsize != 1 or entry.dtype not in CAST_TARGETS:
+            continue
+        parent, dot, last = name.rpartition(".")
+        alone = [f"{parent}{dot}scale_weight"] * (last == "weight")
+        own = [f"{name}{ending}" for ending in ("_scale_inv", "_scale")]
+        others = [f"{name}{ending}" for ending in ("_scale_2", "_global_scale", "_zero_point", "_zeros")]
+        there = [scale for scale in (*own, *alone, *others) if scale in state_dict]
+        if not there:
+            continue
+        scale = state_dict[there[0]]
+        block = None if there[0] in others else _block_of(there[0], entry.shape, scale.shape)
+        if len(there) > 1 or there[0] in others:
+            unknown[name] = f"its scales are several: {listed(there, 4)}"
+        elif not DTYPES[scale.dtype].is_floating or not DTYPES[scale.dtype].numpy or scale.dtype == "float64":
+            unknown[name] = f"{there[0]:.100} is {scale.dtype}"
+        elif block is None:
+            unknown[name] = f"{there[0]:.100} {list(scale.shape)} could be along several dimensions, or none"
+        else:
+            known[name] = there[0], Scaled(entry, scale, block)
+    return known, unknown
 
 
-def _is_scaled(name: str, value: object) -> bool:
-    """Whether a value may be one that has scales: of a few bits, or packed."""
-    if not isinstance(value, TensorEntry):
-        return any(call_of(node).kind == "quantized" for node in walk(value))
-    row = DTYPES[value.dtype]
-    if row.is_floating:
-        return row.itemsize == 1
-    return value.dtype in _NARROW or (value.dtype in _WIDE and _PACKED.match(name.rpartition(".")[2]) is not None)
+def _block_of(scale: str, shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The sizes of the blocks of a tensor that each have one of the scales; ``None``: it is not clear which.
 
-
-def _parent(name: str) -> str:
-    return name.partition("._packed_params")[0] if "._packed_params" in name else name.rpartition(".")[0]
-
-
-def _scales(name: str, beside: Mapping[str, list[str]]) -> list[str]:
-    """What a tensor is the scale of, by its name."""
-    parent, _, last = name.rpartition(".")
-    near = beside.get(parent, [])
-    if _ALONE.match(last):
-        return [of for of in near if of == parent or _WEIGHT.match(of.rpartition(".")[2]) or "._packed_params" in of]
-    named = _NAMED.match(last)
-    if named is None:
-        return []
-    return [of for of in near if _bare(of.rpartition(".")[2]) == _bare(named["of"])]
-
-
-def _bare(name: str) -> str:
-    """What a weight is called, however it is packed: ``qweight``, ``weight_packed``, ``W_q``, ``w1_blocks``."""
-    return re.sub(r"_(?:packed|blocks?|q)\Z|\Aq_?(?=weight)", "", name)
+    Args:
+        scale: the name of the scales.
+        shape: of the tensor.
+        grid: shape of the scales.
+    """
+    if all(count == 1 for count in grid):
+        return tuple(max(size, 1) for size in shape)
+    if scale.endswith("scale_weight"):
+        return None
+    if len(grid) == 1 and len(shape) > 1 and grid[0] == shape[0] and grid[0] not in shape[1:]:  # one for each row
+        grid = (*grid, *[1] * (len(shape) - 1))
+    if len(grid) != len(shape) or 0 in grid or 0 in shape:
+        return None
+    block: list[int] = []
+    for size, count in zip(shape, grid, strict=True):
+        sides = {_SIDE} if count > 1 and count == -(-size // _SIDE) else set()
+        if size % count == 0 and not (sides and scale.endswith("_inv")):
+            sides.add(size // count)
+        if len(sides) != 1:
+            return None
+        block += sides
+    return tuple(block)

@@ -178,11 +178,12 @@ class Like:
         complete = self.complete(found)
         if not complete:
             best = max(found, key=lambda fitting: len(fitting.sources))
-            raise RewriteError(f"{checkpoint.origin.path}: {self.misfit(best)}")
+            raise RewriteError(f"{checkpoint.origin.path}: {self.misfit(best)}", path=checkpoint.origin.path)
         if len(complete) > 1:
             raise RewriteError(
                 f"{checkpoint.origin.path}: {len(complete)} sets of tensors fit {self.label} equally: those of "
-                f"{listed([fitting.label for fitting in complete], between=', of ')}; give one of these options too"
+                f"{listed([fitting.label for fitting in complete], between=', of ')}; give one of these options too",
+                path=checkpoint.origin.path,
             )
         return complete[0]
 

@@ -8,6 +8,8 @@ The module versions (``_metadata``) and the names an optimizer keeps its state b
 A rule is a regular expression and a replacement, as ``re.sub`` takes them: the expression is searched for
 anywhere in a name, and the replacement may hold ``\1`` and ``\g<name>``.
 
+In Python whole names can be given others by a dict or a function too; they are no expressions.
+
 As text a rule is ``REGEX=>REPLACEMENT``, split at the first ``=>``.  Nothing is stripped: spaces around
 the arrow belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``.
 A file of rules has one a line; empty lines and lines that begin with ``#`` are passed over.
@@ -19,12 +21,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import FileAccessError, MissingFileError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE, unwrapped, unwrapped_path
+from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import moved_versions, renamed, wrapper_versions
 
 __all__ = ["AddModule", "AddPrefix", "Rename", "StripModule", "StripPrefix", "parse_rule", "read_rules"]
@@ -146,31 +150,50 @@ def _renamed_versions(versions: Mapping[str, object], rename_path: Callable[[str
 
 _ARROW = "=>"
 
+_MAX_NAMES = 64
+"""Names of a dict that a receipt lists."""
+
 _MAX_SHOWN = 200
 """Characters of an expression, a replacement or a name in a message."""
 
 
+Renaming = str | Sequence[str | tuple[str, str]] | Mapping[str, str] | Callable[[str], str]
+"""What says how names are renamed; see `Rename`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rename:
-    r"""Apply rules to every name, in order, each to what the former made of it.
+    r"""Give names others: by rules, each applied to what the former made of a name; a dict; or a function.
 
     The module versions follow the names of the tensors below them; see
     `ckptkit.rewrite.names.moved_versions`.
 
     Args:
-        rules: pairs of a regular expression and its replacement, as for ``re.sub``, or ``"REGEX=>REPLACEMENT"``.
+        rules: pairs of a regular expression and its replacement, as for ``re.sub``, or ``"REGEX=>REPLACEMENT"``, one
+            or several.  Or a dict from whole names to their new ones, all at once: ``{"a": "b", "b": "a"}`` swaps
+            two.  Or a function from each name to its new one (the same, to keep it); it may be asked several times.
 
     Raises:
-        RewriteError: an expression or replacement is none; (when applied) a name would be empty.
+        RewriteError: an expression or replacement is none; a name of the dict is no text; (when applied) a name would
+            be empty, the checkpoint lacks names of the dict, or the function returns no text.
         KeyCollisionError: (when applied) two names would become one.
     """
 
-    rules: Sequence[tuple[str, str]]
+    rules: Renaming
 
     def __post_init__(self) -> None:
+        if callable(self.rules):
+            return
+        if isinstance(self.rules, Mapping):
+            pairs: dict[Any, Any] = dict(self.rules)
+            object.__setattr__(self, "rules", pairs)
+            for old, new in pairs.items():
+                if not isinstance(old, str) or not isinstance(new, str):
+                    raise RewriteError(f"Rename: {old!r:.80}: {new!r:.80} is not a name and its new one")
+            return
         given = [parse_rule(rule) if isinstance(rule, str) else rule for rule in several(self.rules)]
         object.__setattr__(self, "rules", tuple((pattern, replacement) for pattern, replacement in given))
-        for pattern, replacement in self.rules:
+        for pattern, replacement in self._expressions:
             try:
                 # A replacement is read before anything is searched for, so its errors show here.
                 re.compile(pattern).sub(replacement, "")
@@ -179,21 +202,49 @@ class Rename:
                 reason = str(error) or type(error).__name__
                 raise RewriteError(f"rule {_shown(pattern, replacement)}: bad {where}: {reason}") from None
 
+    def __repr__(self) -> str:
+        """As it stands in receipts, which the header of each output carries: of a large dict its digest."""
+        rules = self.rules
+        if isinstance(rules, Mapping) and len(rules) > _MAX_NAMES:
+            from hashlib import sha256
+
+            digest = sha256(repr(sorted(rules.items())).encode("utf-8", "surrogatepass")).hexdigest()
+            return f"Rename(rules=<dict of {count_of(len(rules), 'name')}, SHA-256 {digest}>)"
+        return f"Rename(rules={rules!r})"
+
+    @property
+    def _expressions(self) -> tuple[tuple[str, str], ...]:
+        """The rules, once they are pairs; those of a dict or a function are none."""
+        return () if callable(self.rules) or isinstance(self.rules, Mapping) else self.rules  # type: ignore[return-value]
+
     def rename(self, name: str) -> str:
         """The new name of what is called ``name``.
 
         Raises:
-            RewriteError: it would be empty.
+            RewriteError: it would be empty, or is no text.
         """
-        new, emptied = self._applied(name)
+        if callable(self.rules):
+            found: object = self.rules(name)
+            if not isinstance(found, str):
+                raise RewriteError(
+                    f"Rename: {_called(self.rules)} returned {found!r:.80} for the name {name[:_MAX_SHOWN]!r}; "
+                    "expected its new name, or the same"
+                )
+            new, emptied = found, _called(self.rules) if name and not found else None
+        elif isinstance(self.rules, Mapping):
+            new = self.rules.get(name, name)
+            emptied = "the dict" if name and not new else None
+        else:
+            new, rule = self._applied(name)
+            emptied = None if rule is None else f"rule {_shown(*rule)}"
         if emptied is not None:
-            raise RewriteError(f"rule {_shown(*emptied)} leaves nothing of the name {name[:_MAX_SHOWN]!r}")
+            raise RewriteError(f"{emptied} leaves nothing of the name {name[:_MAX_SHOWN]!r}")
         return new
 
     def _applied(self, name: str) -> tuple[str, tuple[str, str] | None]:
         """The new name, and where nothing is left of it the rule that took the last of it."""
         emptied = None
-        for pattern, replacement in self.rules:
+        for pattern, replacement in self._expressions:
             new = re.sub(pattern, replacement, name)
             if not new and name:
                 emptied = pattern, replacement
@@ -201,11 +252,31 @@ class Rename:
         return name, None if name else emptied
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
-        targets = {name: self.rename(name) for name in checkpoint.state_dict.everything}
+        names = checkpoint.state_dict.everything
+        if isinstance(self.rules, Mapping):
+            self._require(names)
+        targets = {name: self.rename(name) for name in names}
         versions = checkpoint.state_dict.versions
         if versions is not None:
             versions = moved_versions(versions, targets, lambda path: self._applied(path)[0])
         return renamed(checkpoint, targets.__getitem__, versions)
+
+    def _require(self, names: Mapping[str, object]) -> None:
+        """See that each name of the dict is there."""
+        lacking = [name for name in self.rules if name not in names]  # type: ignore[union-attr]
+        if lacking:
+            from difflib import get_close_matches
+
+            near = get_close_matches(str(lacking[0]), names, n=1)
+            meant = f"; did you mean {near[0]!r:.200}?" if near else ""
+            raise RewriteError(
+                f"Rename: {count_of(len(lacking), 'name')} of the dict {'is' if len(lacking) == 1 else 'are'} not in "
+                f"the state_dict: {listed([repr(name)[:_MAX_SHOWN] for name in lacking], 8)}{meant}"
+            )
+
+
+def _called(function: Callable[..., object]) -> str:
+    return f"{getattr(function, '__qualname__', type(function).__name__)}()"
 
 
 def _compiles(pattern: str) -> bool:
@@ -233,7 +304,8 @@ def parse_rule(text: str) -> tuple[str, str]:
         raise RewriteError(
             f"rule '{text[:_MAX_SHOWN]}' has {missing}; expected 'REGEX=>REPLACEMENT', such as '^model\\.=>encoder.'"
         )
-    return Rename(((pattern, replacement),)).rules[0]
+    Rename(((pattern, replacement),))  # raises
+    return pattern, replacement
 
 
 def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
@@ -250,11 +322,13 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
         with Path(name).open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        raise MissingFileError(f"{name}: no such file") from None
+        raise MissingFileError(f"{name}: no such file", path=name) from None
     except (OSError, ValueError) as error:
-        raise FileAccessError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise FileAccessError(
+            f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", path=name
+        ) from error
     if len(data) > most:
-        raise FileAccessError(f"{name}: is larger than {most:,} bytes; a file of rules has one rule a line")
+        raise FileAccessError(f"{name}: is larger than {most:,} bytes; a file of rules has one rule a line", path=name)
     rules = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
@@ -262,7 +336,9 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
             if line.strip() and not line.startswith("#"):
                 rules.append(parse_rule(line))
         except UnicodeDecodeError as error:
-            raise RewriteError(f"{name}, line {number}: is not UTF-8: byte {error.start} of the line") from None
+            raise RewriteError(
+                f"{name}, line {number}: is not UTF-8: byte {error.start} of the line", path=name
+            ) from None
         except RewriteError as error:
-            raise RewriteError(f"{name}, line {number}: {error}") from None
+            raise RewriteError(f"{name}, line {number}: {error}", path=name) from None
     return tuple(rules)

@@ -135,7 +135,8 @@ def _check_optimizer(checkpoint: Checkpoint, kept: dict[str, object]) -> None:
         remedy = " ".join(f"--leave-out {shlex.quote(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
         raise RewriteError(
             f"{_listed(lost, len(lost))} would be dropped, but the optimizer's state is keyed by position among the "
-            f"parameters; {remedy} drops it"
+            f"parameters; {remedy} drops it",
+            names=lost,
         )
 
 
@@ -231,7 +232,10 @@ class LeaveOut:
             elif isinstance(place.node, Object):
                 place.node.items[:] = [item for item in place.node.items if item is not _GONE]
         if holds(checkpoint.rest, STATE_DICT) and not holds(rest, STATE_DICT):
-            raise RewriteError(f"{', '.join(map(repr, self.paths))}: the weights lie there; they cannot be left out")
+            raise RewriteError(
+                f"{', '.join(map(repr, self.paths))}: the weights lie there; they cannot be left out",
+                names=self.paths,
+            )
         sections = tuple(section for section in checkpoint.sections if self._stays(section.path, rest))
         return result.replace(rest=rest, sections=sections)
 

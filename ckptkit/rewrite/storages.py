@@ -242,7 +242,8 @@ class Tied:
             tied = (listed(map(repr, names), between=" = ", characters=100) for names in groups)
             raise RewriteError(
                 f"{count_of(len(groups), 'tensor', 'has', 'have')} several names: {listed(tied, between='; ')}; write "
-                "them as one ('alias') or as copies ('duplicate')"
+                "them as one ('alias') or as copies ('duplicate')",
+                names=[name for names in groups for name in names],
             )
         again = {name for names in groups for name in names[1:]}
         state_dict = checkpoint.state_dict

@@ -119,7 +119,7 @@ def state_dict_of(
                 error.where = f"{name:.200}: {error.where}" if error.where else f"{name:.200}"
                 raise
         if foreign:
-            raise UnsupportedError(_refusal(foreign, len(state_dict.everything)), path=path)
+            raise UnsupportedError(_refusal(foreign, len(state_dict.everything)), path=path, names=foreign)
         made: OrderedDict[str, Any] = OrderedDict()
         for name, value in state_dict.everything.items():
             made[name] = loader.tensor(value) if isinstance(value, TensorEntry) else others[name]

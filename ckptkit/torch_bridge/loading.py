@@ -91,12 +91,12 @@ def require_dtypes(state_dict: StateDict) -> None:
     lacking: dict[str, list[str]] = {}
     for name, entry in state_dict.items():
         if entry.dtype in lacking or not isinstance(getattr(torch, entry.dtype, None), torch.dtype):
-            lacking.setdefault(entry.dtype, []).append(repr(name[:200]))
+            lacking.setdefault(entry.dtype, []).append(name)
     for wanted, names in lacking.items():
         try:
             dtype_of(wanted)
         except DTypeError as error:
-            raise DTypeError(f"{listed(names)}: {error}") from None
+            raise DTypeError(f"{listed([repr(name[:200]) for name in names])}: {error}", names=names) from None
 
 
 def tensors(
@@ -341,7 +341,8 @@ def _registered(storage: Storage, memory: torch.UntypedStorage, location: str) -
         reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise RewriteError(
             f"{storage.source.file.path}: storage {storage.key!r}, saved on {storage.location!r}, cannot be put on "
-            f'{location!r} on this machine ({device_problem(location) or reason}); give map_location="cpu"'
+            f'{location!r} on this machine ({device_problem(location) or reason}); give map_location="cpu"',
+            path=storage.source.file.path,
         ) from error
     if not isinstance(restored, torch.UntypedStorage):
         raise RewriteError(f"torch restored {location!r} as {type(restored).__name__}, which is not an UntypedStorage")

@@ -133,7 +133,7 @@ def write_atomically(
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
-        raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
+        raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
     finally:
         stop.set()
         with uninterrupted(), contextlib.ExitStack() as stack:  # Ctrl-C is often pressed twice
@@ -192,7 +192,7 @@ def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str
         found = [*shards, (plan, os.path.join(folder, name), shown)]
     for _, path, name in found:
         if os.path.isdir(path):
-            raise FileAccessError(f"{name}: is a folder; name a file")
+            raise FileAccessError(f"{name}: is a folder; name a file", path=name)
         if not force and os.path.lexists(path):
             raise exists(name)
     return found

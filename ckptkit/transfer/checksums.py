@@ -17,12 +17,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.computed import ByteSource, ConvertedRange, DeflatedRange, Inflation
+from ckptkit.computed import ByteSource, ConvertedRange, DeflatedRange, Inflation, is_made, read_into
 from ckptkit.errors import CorruptError
 from ckptkit.report import count_of
 from ckptkit.transfer.workers import buffer, in_parallel
@@ -120,9 +120,8 @@ class Checksums:
 
     def want(self, storages: Iterable[Storage]) -> None:
         """Hold these too, each once; those cut or converted from others stand for them."""
-        for storage in storages:
-            whole = storage.original or storage
-            if whole.crc32 is not None and whole.nbytes and not isinstance(whole.source, ConvertedRange):
+        for whole in chain.from_iterable(storage.originals for storage in storages):
+            if whole.crc32 is not None and whole.nbytes and not is_made(whole.source):
                 place = whole.source.whole.deflated if isinstance(whole.source, DeflatedRange) else whole.source
                 self._wanted.setdefault((id(place.file), place.offset, whole.nbytes), whole)
 
@@ -274,21 +273,20 @@ def first_difference(
     if a.nbytes != b.nbytes:
         return min(a.nbytes, b.nbytes), 0
     b = b.plain()
-    if not isinstance(a, ConvertedRange):
+    if not is_made(a):
         a = a.plain()
     crc = 0
     for start in range(0, a.nbytes, _READ_NBYTES):
         nbytes = min(_READ_NBYTES, a.nbytes - start)
         left, right = _buffers(nbytes)
         b.file.read_into(b.offset + start, right)
-        if isinstance(a, ConvertedRange):
-            source = a.part(start, nbytes).original.plain()
-            original = buffer("original", source.nbytes)
-            source.file.read_into(source.offset, original)
-            a.whole.function.into(original, left)
+        part = a.part(start, nbytes)
+        if isinstance(part, ConvertedRange):
+            original = buffer("original", part.original.nbytes)
+            part.into(left, original)
         else:
             original = memoryview(left)
-            a.file.read_into(a.offset + start, left)
+            read_into(part, left)
         if summed:
             crc = zlib.crc32(original, crc)
         if left != right:

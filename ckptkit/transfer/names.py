@@ -141,10 +141,11 @@ def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None =
             folder = os.path.dirname(shown) or "."
             raise MissingFileError(
                 f"{shown}: cannot be written: the folder {folder} does not exist; create it first: mkdir -p "
-                f"{shlex.quote(folder)}"
+                f"{shlex.quote(folder)}",
+                path=shown,
             ) from error
         except OSError as error:
-            raise FileAccessError(f"{shown}: cannot be written: {error.strerror}") from error
+            raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
         output = Output(plan=plan, path=path, shown=shown, temporary=temporary, fd=fd, host=host, replaced=replaced)
         try:
             if not host or (_locked(fd) and _has_name(os.fstat(fd), temporary)):
@@ -285,7 +286,7 @@ def overwrite(fd: int, data: bytes) -> None:
 
 def exists(shown: str) -> DestinationExistsError:
     """The error for a file that is not to be overwritten."""
-    return DestinationExistsError(f"{shown}: exists already; --force overwrites it")
+    return DestinationExistsError(f"{shown}: exists already; --force overwrites it", path=shown)
 
 
 def replacing(action: Callable[[], None], path: str, source: Source | None) -> None:

@@ -26,7 +26,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, byte_range, read_at, write_at
-from ckptkit.computed import Buffer, ConvertedRange, DTypeConversion
+from ckptkit.computed import Buffer, ConvertedRange, DenseRange, DTypeConversion, files_of, piece_nbytes, read_into
 from ckptkit.errors import CorruptError, FileAccessError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
 from ckptkit.transfer.values import SMALL_NBYTES, Ahead, stream
@@ -288,16 +288,12 @@ def require_unchanged(plan: Plan) -> None:
     """
     sources = {id(file): file for file in digested(plan)}
     for step in plan.all_steps():
-        if isinstance(step, (Copy, Cast)):
-            sources[id(step.source.file)] = step.source.file
-        elif isinstance(step, Gather):
-            file = step.entry.storage.source.file
-            sources[id(file)] = file
-    for source in sources.values():
-        if source.changed():
-            raise CorruptError(
-                "the file was changed while it was being converted; nothing was written", path=source.path
-            )
+        if isinstance(step, (Copy, Cast, Gather)):
+            source = step.entry.storage.source if isinstance(step, Gather) else step.source
+            sources.update((id(file), file) for file in files_of(source))
+    for file in sources.values():
+        if file.changed():
+            raise CorruptError("the file was changed while it was being converted; nothing was written", path=file.path)
 
 
 def reserve(fd: int, nbytes: int) -> None:
@@ -398,17 +394,19 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
 
     def pieces() -> Iterator[Callable[[], None]]:
         for step in casts:
-            size = _CONVERTED_NBYTES // step.source.whole.after * step.source.whole.after
+            size = piece_nbytes(step.source, _CONVERTED_NBYTES)
             for start in range(0, step.nbytes, size):
                 part = step.source.part(start, min(size, step.nbytes - start))
                 yield lambda part=part, target=step.target + start: convert(part, target)  # type: ignore[misc]
 
-    def convert(part: ConvertedRange, target: int) -> None:
-        source = part.original.plain()
-        before, after = buffer("before", source.nbytes), buffer("after", part.nbytes)
-        source.file.read_into(source.offset, before)
-        part.whole.function.into(before, after)
-        tally.add(part.whole, before, after)
+    def convert(part: ConvertedRange | DenseRange, target: int) -> None:
+        after = buffer("after", part.nbytes)
+        if isinstance(part, ConvertedRange):
+            before = buffer("before", part.original.nbytes)
+            part.into(after, before)
+            tally.add(part.whole, before, after)
+        else:
+            read_into(part, after)
         write_at(fd, after, target)
         moved(part.nbytes)
 

@@ -36,7 +36,7 @@ from ckptkit.verifier.pickled import load_pickled, unsafe_findings
 from ckptkit.verifier.references import ModelLike, Reference, build
 
 if TYPE_CHECKING:
-    from ckptkit.documents import InputsDocument, VerifyCheckDocument, VerifyDetails
+    from ckptkit.documents import InputsDocument, VerifyCheckDocument, VerifyDetails, VerifyDocument
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 
@@ -53,7 +53,9 @@ CHECKS: tuple[Check, ...] = (
 """Every check, in the order they run.  The last fills the model with other weights."""
 
 
-def verify(checkpoint: Checkpoint, options: VerifyOptions, *, against: Checkpoint | None = None) -> Report:
+def verify(
+    checkpoint: Checkpoint, options: VerifyOptions, *, against: Checkpoint | None = None
+) -> Report[VerifyDocument]:
     """Load a checkpoint's weights into a reference model and examine what it computes.
 
     Args:
@@ -146,8 +148,12 @@ def _require_weights(checkpoint: Checkpoint) -> None:
         return
     path = checkpoint.origin.path
     if weights := [section.path for section in checkpoint.sections if section.is_weights]:
-        raise SectionError(f"{path}: several sections hold weights; choose one with --section: {listed(weights, 20)}")
-    raise SectionError(f"{path}: holds no state_dict to verify (it is of kind {checkpoint.origin.kind!r})")
+        raise SectionError(
+            f"{path}: several sections hold weights; choose one with --section: {listed(weights, 20)}",
+            path=path,
+            names=weights,
+        )
+    raise SectionError(f"{path}: holds no state_dict to verify (it is of kind {checkpoint.origin.kind!r})", path=path)
 
 
 def _given(checkpoint: Checkpoint, strip_module: bool) -> tuple[str, ...]:
@@ -171,7 +177,9 @@ def _identified(reference: Reference) -> Finding:
 def _golden(path: str, options: VerifyOptions) -> Golden:
     golden = read_golden(path)
     if options.input_shapes or options.input is not None or options.seed not in (0, golden.inputs.seed):
-        raise VerifyError(f"{path}: a golden brings its own inputs; leave --input, --input-shape and --seed out")
+        raise VerifyError(
+            f"{path}: a golden brings its own inputs; leave --input, --input-shape and --seed out", path=path
+        )
     return golden
 
 
@@ -192,18 +200,21 @@ def _model(checkpoint: Checkpoint, options: VerifyOptions, golden: Golden | None
         if likely and likely[0].exact:
             raise VerifyError(
                 f"{path}: looks like {likely[0].label}; take the prefix off with --strip-module where wrappers left "
-                "it, else with convert --strip-prefix, or give --model REF"
+                "it, else with convert --strip-prefix, or give --model REF",
+                path=path,
             )
         if checkpoint.module is not None:
             names = len(checkpoint.globals)
             raise VerifyError(
                 f"{path}: holds a pickled model; give --model REF to verify its weights in a reference model, or "
-                f"--unsafe-load to run the pickled model itself, which imports the names it holds ({names})"
+                f"--unsafe-load to run the pickled model itself, which imports the names it holds ({names})",
+                path=path,
             )
         closest = f" (closest: {', '.join(found.label for found in likely)})" if likely else ""
         raise VerifyError(
             f"{path}: no known architecture has these names and shapes{closest}; give --model REF, such as "
-            "torchvision:resnet18"
+            "torchvision:resnet18",
+            path=path,
         )
     if golden is not None and not args:
         args = golden.args

@@ -106,7 +106,8 @@ class Golden:
         """
         if self.spec is None or self.spec.partition(":")[0] not in _SOURCES:
             raise VerifyError(
-                f"{self.path}: was recorded with {self.label}, which is code of yours; name it with --model"
+                f"{self.path}: was recorded with {self.label}, which is code of yours; name it with --model",
+                path=self.path,
             )
         return self.spec
 
@@ -117,11 +118,15 @@ class Golden:
             VerifyError: it is another one, or has other arguments.
         """
         if spec is not None and self.spec is not None and spec != self.spec:
-            raise VerifyError(f"{self.path}: is the golden of {self.spec}, not of {spec}; leave --model out, or fix it")
+            raise VerifyError(
+                f"{self.path}: is the golden of {self.spec}, not of {spec}; leave --model out, or fix it",
+                path=self.path,
+            )
         if dict(args) != dict(self.args):
             raise VerifyError(
                 f"{self.path}: was recorded with the arguments {told_args(self.args)}, not {told_args(args)}; "
-                "give the same --model-arg"
+                "give the same --model-arg",
+                path=self.path,
             )
 
 
@@ -268,7 +273,8 @@ def _inputs(fields: _Fields, values: Mapping[str, torch.Tensor], path: str) -> I
             raise CorruptError("its inputs are not those it was written with (SHA-256)", path=path)
         raise VerifyError(
             f"{path}: seed {seed} gives other inputs with torch {torch.__version__} than it was recorded with; "
-            "write it again with --input FILE, which keeps the values"
+            "write it again with --input FILE, which keeps the values",
+            path=path,
         )
     return inputs
 

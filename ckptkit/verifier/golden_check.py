@@ -40,9 +40,11 @@ def require_writable(path: str, *, force: bool) -> None:
         FileAccessError: its folder is not there.
     """
     if os.path.lexists(path) and not force:
-        raise DestinationExistsError(f"{path}: exists already; --force replaces it")
+        raise DestinationExistsError(f"{path}: exists already; --force replaces it", path=path)
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise FileAccessError(f"{path}: a golden cannot be written there: expected a file in a folder that exists")
+        raise FileAccessError(
+            f"{path}: a golden cannot be written there: expected a file in a folder that exists", path=path
+        )
 
 
 def check_golden(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
@@ -190,14 +192,16 @@ def _written(
     """Write the golden, and read it back before it gets its name."""
     inputs, reference = context.inputs, context.reference
     if inputs is None:
-        raise VerifyError(f"{path}: there are no inputs to record")
+        raise VerifyError(f"{path}: there are no inputs to record", path=path)
     args = repr(dict(reference.args))
     try:
         kept: object = ast.literal_eval(args)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         kept = None
     if kept != dict(reference.args):
-        raise VerifyError(f"{path}: the arguments {told_args(reference.args)} are not literals and cannot be recorded")
+        raise VerifyError(
+            f"{path}: the arguments {told_args(reference.args)} are not literals and cannot be recorded", path=path
+        )
     is_recipe = inputs.seed is not None
     stored: dict[str, torch.Tensor] = {}
     if not is_recipe:
@@ -234,7 +238,7 @@ def _written(
     try:
         data = save(stored, metadata={KEY: json.dumps(document)})
     except Exception as error:
-        raise VerifyError(f"{path}: the outputs cannot be kept in safetensors: {error}") from error
+        raise VerifyError(f"{path}: the outputs cannot be kept in safetensors: {error}", path=path) from error
     plan = Plan(format=NAME, nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=len(stored), aliases={})
     write_atomically(path, plan, force=context.options.force, check=lambda temporary, _: read_golden(temporary))
     sampled = sum(output["step"] != 1 for output in outputs)

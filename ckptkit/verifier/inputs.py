@@ -226,7 +226,8 @@ def read_inputs(path: str, known: Sequence[Input]) -> Inputs:
         if not entries:
             raise VerifyError(
                 f"{path}: holds no inputs (its kind is {checkpoint.origin.kind!r}); expected tensors named 0, 1 … "
-                "or by the keywords of the model's forward, or a bare tensor"
+                "or by the keywords of the model's forward, or a bare tensor",
+                path=path,
             )
         values = {
             name: value.detach().clone()
@@ -245,12 +246,14 @@ def inputs_of(values: Mapping[str, torch.Tensor], known: Sequence[Input], path: 
     """
     positions = {name: int(found[1]) for name in values if (found := _POSITION.match(name))}
     if sorted(positions.values()) != list(range(len(positions))):
-        raise VerifyError(f"{path}: its inputs {', '.join(sorted(positions))} leave gaps; expected 0, 1, 2 …")
+        raise VerifyError(
+            f"{path}: its inputs {', '.join(sorted(positions))} leave gaps; expected 0, 1, 2 …", path=path
+        )
     is_list = any(each.is_list for each in known)
     names = [*sorted(positions, key=positions.__getitem__), *(name for name in values if name not in positions)]
     if is_list and (len(names) > len(positions) or any(v.dim() not in (3, 4) for v in values.values())):
         raise VerifyError(
-            f"{path}: the model takes a list of images; expected tensors of 3 or 4 dimensions, by position"
+            f"{path}: the model takes a list of images; expected tensors of 3 or 4 dimensions, by position", path=path
         )
     made = tuple(
         Input(shape=tuple(values[name].shape), name=None if name in positions else name, is_list=is_list)

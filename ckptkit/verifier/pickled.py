@@ -47,11 +47,12 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
     dangerous = [use.name for use in checkpoint.globals if use.verdict == "dangerous"]
     if checkpoint.trust == "hostile":
         raise VerifyError(
-            f"{path}: is hostile and is not loaded, with --unsafe-load either: it names {listed(dangerous)}"
+            f"{path}: is hostile and is not loaded, with --unsafe-load either: it names {listed(dangerous)}", path=path
         )
     if checkpoint.module is None or format_named(checkpoint.origin.format).loader != _LOADER:
         raise VerifyError(
-            f"{path}: holds no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF"
+            f"{path}: holds no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF",
+            path=path,
         )
     tensors(checkpoint.state_dict, map_location="cpu", mapped=True, checksums=True)
     sys.stderr.write(f"{_printable(path)}: --unsafe-load runs code; loading it imports:\n")
@@ -64,11 +65,14 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
     except Exception as error:
         raise VerifyError(
             f"{path}: the pickled model cannot be loaded: {error_text(error)}; its classes must be "
-            "importable from here, or give --model REF"
+            "importable from here, or give --model REF",
+            path=path,
         ) from error
     module = _module(loaded, checkpoint.origin.state_path or "")
     if module is None:
-        raise VerifyError(f"{path}: torch.load gave no module at {checkpoint.origin.state_path!r}; give --model REF")
+        raise VerifyError(
+            f"{path}: torch.load gave no module at {checkpoint.origin.state_path!r}; give --model REF", path=path
+        )
     if isinstance(module, nn.DataParallel):
         module.device_ids = []  # it computes where the weights are
     with foreign(f"{path}: the pickled model cannot be put into eval mode"):

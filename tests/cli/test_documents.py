@@ -101,6 +101,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tied = torch.ones(4, 3)
     views = {"a": tied.t(), "b": tied, "c": tied, "d|`é": torch.ones(9)[3:], "重": torch.ones(2)}
     torch.save(views, made / "strided.pth")
+    lora = {f"base_model.model.{i}.q.lora_{side}.weight": torch.ones(2, 2) for i in range(3) for side in "AB"}
+    save_file(lora, made / "lora.safetensors")
+    save_file({"0.weight": torch.ones(4, 3).char(), "0.weight_scale": torch.ones(4)}, made / "int8.safetensors")
     torch.save(nn.Linear(1, 1).state_dict(), made / "gone.pth")
     command("manifest", "ddp.pth gone.pth -o lock.json --digests total", made)
     (made / "gone.pth").unlink()

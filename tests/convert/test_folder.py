@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import ckptkit
-from ckptkit.conversion import convert_file, folder
+from ckptkit.conversion import convert_file, outputs
 from ckptkit.conversion.folder import outcome
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.options import ConvertOptions
@@ -180,7 +180,7 @@ def test_names_that_are_equal_but_for_case(save: Save, tmp_path: Path, monkeypat
         save({"w": torch.ones(1)}, f"in/{name}")
     if len(os.listdir(tmp_path / "in")) < 4:
         pytest.skip("the system folds the names of the sources")
-    monkeypatch.setattr(folder, "_folds_case", lambda path: folds)
+    monkeypatch.setattr(outputs, "_folds_case", lambda path: folds)
     if folds:
         with pytest.raises(RewriteError, match=r"2 outputs would be written(?s:.*)Model\.pth and .*model\.pth"):
             ckptkit.convert(tmp_path / "in", tmp_path / "out", to="safetensors")
@@ -193,10 +193,10 @@ def test_names_that_are_equal_but_for_case(save: Save, tmp_path: Path, monkeypat
 def test_whether_a_system_folds_case_is_seen_from_names_that_are_there(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "Folder" / "123").mkdir(parents=True)
     is_one = (tmp_path / "fOLDER").exists()
-    assert folder._folds_case(str(tmp_path / "Folder" / "123")) is is_one
+    assert outputs._folds_case(str(tmp_path / "Folder" / "123")) is is_one
     monkeypatch.setattr("os.path.exists", lambda path: True)
     monkeypatch.setattr("os.path.samefile", lambda a, b: str(a).swapcase() == str(b) or str(b).endswith("fOLDER"))
-    assert folder._folds_case(str(tmp_path / "Folder" / "123")) is True
+    assert outputs._folds_case(str(tmp_path / "Folder" / "123")) is True
 
 
 def test_outputs_that_exist_are_all_named_before_anything_is_written(convert, runs: Path, tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_one_file_is_converted_by_a_function_of_plain_data(runs: Path, tmp_path:
 
 
 def test_memory_that_runs_out_is_the_error_of_one_file(runs: Path, tmp_path: Path, monkeypatch) -> None:
-    read = folder.formats.read
+    read = outputs.formats.read
 
     def hungry(path: str, **options: Any) -> Any:
         if path.endswith("old.bin"):

@@ -332,3 +332,81 @@ def test_an_optimizers_parameter_names_are_renamed_along(through: Through) -> No
 def test_every_renaming_rewriter_says_how(rewriter: Any) -> None:
     names = ["module.a.b", "c", "module._orig_mod.d", "e.f"]
     assert list(rewriter(checkpoint(names)).state_dict.everything) == [rewriter.rename(name) for name in names]
+
+
+# By a dict, and by a function.
+
+
+def shout(name: str) -> str:
+    return name.upper()
+
+
+def test_by_a_dict_of_whole_names(through: Through) -> None:
+    state = OrderedDict({"a.w": torch.ones(1), "b.w": torch.zeros(1), "a.w.x": torch.ones(2)})
+    state._metadata = {"": {"version": 1}, "a": {"version": 2}, "b": {"version": 3}}
+    swap = {"a.w": "b.w", "b.w": "a.w"}
+    found = through(state, Rename(swap))
+    assert [(name, tensor.tolist()) for name, tensor in found.items()] == [
+        *(("b.w", [1]), ("a.w", [0]), ("a.w.x", [1, 1])),
+    ]
+    rename = Rename(swap)
+    swap.clear()  # it is kept as it was
+    assert rename.rename("a.w") == "b.w"
+    versions = Rename({"a.w": "c.d.w"})(checkpoint(["a.w", "b.w"], ["", "a", "b"])).state_dict.versions
+    assert versions == {"": "version of ", "c.d": "version of a", "b": "version of b"}
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"a.v": "c"}, r"1 name of the dict is not in the state_dict: 'a\.v'; did you mean 'a\.w'\?"),
+        ({"x": "c", "y": "d"}, r"2 names of the dict are not in the state_dict: 'x', 'y'"),
+        ({"a.w": ""}, r"the dict leaves nothing of the name 'a\.w'"),
+        ({"a.w": 3}, r"'a\.w': 3 is not a name and its new one"),
+        (lambda name: None, r"<lambda>\(\) returned None for the name 'a\.w'; expected its new name"),
+        (lambda name: "", r"<lambda>\(\) leaves nothing of the name 'a\.w'"),
+        (len, r"len\(\) returned 3 for the name"),
+    ],
+)
+def test_what_a_dict_or_a_function_may_not_say(rules: Any, message: str) -> None:
+    with pytest.raises(RewriteError, match=message):
+        Rename(rules)(checkpoint(["a.w", "b.w"]))
+    for same in ({"a.w": "b.w"}, lambda name: "x"):
+        with pytest.raises(KeyCollisionError):
+            Rename(same)(checkpoint(["a.w", "b.w"]))
+
+
+def test_by_a_function(through: Through) -> None:
+    assert list(through({"a.w": torch.ones(1), "b": torch.ones(1)}, Rename(shout))) == ["A.W", "B"]
+    versions = Rename(lambda name: f"net.{name}")(checkpoint(["a.w"], ["", "a"])).state_dict.versions
+    assert versions is not None
+    assert list(versions.items())[1:] == [("net", "version of "), ("net.a", "version of a")]
+    only_names = {"a.w": "b.w"}.__getitem__  # it is asked for names alone, and not for what modules are called
+    assert list(Rename(only_names)(checkpoint(["a.w"], ["", "a"])).state_dict.everything) == ["b.w"]
+
+
+def test_convert_takes_a_dict_or_a_function(save: Save, tmp_path: Path) -> None:
+    path = save({"module.a.w": torch.ones(1), "module.b.w": torch.zeros(1)})
+    for rename in ({"a.w": "c"}, lambda name: "c" if name == "a.w" else name):
+        ckptkit.convert(path, tmp_path / "b.pth", strip_module=True, rename=rename, include=["c"], force=True)
+        assert list(torch.load(tmp_path / "b.pth")) == ["c"]
+    report = ckptkit.convert(path, tmp_path / "b.pth", rename={"module.a.w": "a"}, force=True)
+    assert report.details["renames"] == [{"from": "module.a.w", "to": "a"}]
+    with pytest.raises(RewriteError, match="not in the state_dict"):
+        ckptkit.convert(path, tmp_path / "b.pth", rename={"a.w": "c"}, force=True)
+
+
+def test_receipts_say_who_renamed(save: Save, tmp_path: Path) -> None:
+    path, written = save({"a": torch.ones(1)}), []
+    for _ in range(2):
+        ckptkit.convert(path, tmp_path / "b.safetensors", rename=shout, force=True)
+        written.append((tmp_path / "b.safetensors").read_bytes())
+        ckptkit.convert(path, tmp_path / "b.safetensors", rename={"a": "b"}, force=True)
+        written.append((tmp_path / "b.safetensors").read_bytes())
+    assert written[:2] == written[2:]
+    assert b"<function shout>" in written[0]
+    assert b"Rename(rules={'a': 'b'})" in written[1]
+    many = {f"w{number}": f"x{number}" for number in range(1000)}
+    told = repr(Rename(many))
+    assert re.fullmatch(r"Rename\(rules=<dict of 1,000 names, SHA-256 [0-9a-f]{64}>\)", told)
+    assert told == repr(Rename(dict(reversed(many.items())))) != repr(Rename({**many, "w0": "y"}))

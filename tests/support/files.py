@@ -197,3 +197,11 @@ def dumped(obj: object, protocol: int = 2) -> bytes:
     out = io.BytesIO()
     _Pickler(out, protocol).dump(obj)
     return out.getvalue()
+
+
+def deflated_copy(path: Path, target: Path) -> Path:
+    """The same archive, compressed."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    return target
