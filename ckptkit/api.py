@@ -168,7 +168,7 @@ def convert(source: PathLike, destination: PathLike, **options: Unpack[ConvertKe
     try:
         opened = open(source, section=asked.section, ignore_checksums=asked.ignore_checksums)
     except FileAccessError as error:
-        raise outputs.told(error, source, destination) from error.__cause__
+        raise outputs.told(error, source, destination, asked) from error.__cause__
     with opened as file, outputs.destination_of(file.path, destination, asked) as path:
         return run(file.checkpoint, file._file, path, asked).report()
 

@@ -88,7 +88,9 @@ def destination_of(
         yield os.path.join(folder, without_endings(name) + ending)
 
 
-def told(error: FileAccessError, source: object, destination: str | os.PathLike[str]) -> FileAccessError:
+def told(
+    error: FileAccessError, source: object, destination: str | os.PathLike[str], options: ConvertOptions
+) -> FileAccessError:
     """The error for what cannot be opened; of a folder that was to become one file, with what converts its files."""
     from ckptkit.formats.refused_folders import parts_in
 
@@ -97,7 +99,7 @@ def told(error: FileAccessError, source: object, destination: str | os.PathLike[
     source = os.fsdecode(source)
     if parts_in(source) is not None:
         return error
-    path, container, _ = formats.target(destination)
+    path, container, _ = formats.target(destination, options.to)
     into = os.path.join(os.path.dirname(path), without_endings(os.path.basename(path)), "")
     command = shlex.join(["ckptkit", "convert", source, into, "--to", container.name])
     return FileAccessError(f"{error}; or convert each checkpoint below it: {command}", path=source)
@@ -177,17 +179,17 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
     ]
     if clashes:
         told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
-        raise RewriteError("\n  ".join([told, *clashes]))
+        raise RewriteError("\n  ".join([told, *clashes]), path=destination)
     taken = list(_taken(items, is_sharded))
     if taken and not options.force:
         if len(taken) == 1:
             raise exists(taken[0])
         told = f"{count_of(len(taken), 'output')} exist already; --force overwrites them; nothing was written:"
-        raise DestinationExistsError("\n  ".join([told, *taken]))
+        raise DestinationExistsError("\n  ".join([told, *taken]), path=destination)
     replaced = list(_replaced(items)) if taken else ()
     if replaced:
         told = f"{count_of(len(replaced), 'output')} cannot have the name; nothing was written:"
-        raise RewriteError("\n  ".join([told, *replaced]))
+        raise RewriteError("\n  ".join([told, *replaced]), path=destination)
 
 
 def _existing(path: str) -> str:
@@ -230,15 +232,29 @@ def _key_in(folder: str) -> Callable[[str], str]:
 
 
 def _folds_case(folder: str) -> bool:
-    """Whether names that are equal but for case mean one file, as the first name with letters above a folder tells."""
+    """Whether names that are equal but for case mean one file in a folder: a name tells that is there, in it or above.
+
+    Where none has letters, or the folder begins another file system and is empty, the system's own way is taken.
+    """
     path = os.path.realpath(folder)
-    while os.path.dirname(path) != path:
-        above, name = os.path.split(path)
-        if name.swapcase() != name:
-            other = os.path.join(above, name.swapcase())
-            return os.path.exists(other) and os.path.samefile(path, other)
-        path = above
+    with suppress(OSError), os.scandir(path) as listing:
+        inside = next((entry.path for entry in listing if entry.name.swapcase() != entry.name), None)
+        if inside is not None:
+            return _is_one(inside)
+    while not os.path.ismount(path):
+        if os.path.basename(path).swapcase() != os.path.basename(path):
+            return _is_one(path)
+        path = os.path.dirname(path)
     return sys.platform in ("win32", "darwin")
+
+
+def _is_one(path: str) -> bool:
+    """Whether a name with its case changed is that of the same file."""
+    folder, name = os.path.split(path)
+    try:
+        return os.path.samestat(os.lstat(path), os.lstat(os.path.join(folder, name.swapcase())))
+    except OSError:
+        return False
 
 
 def _taken(items: Sequence[Item], is_sharded: bool) -> Iterator[str]:

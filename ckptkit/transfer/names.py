@@ -442,7 +442,13 @@ _waiting: ContextVar[set[str] | None] = ContextVar("_waiting", default=None)
 
 @contextlib.contextmanager
 def names_flushed_together() -> Iterator[None]:
-    """The names of files written in the block are durable at its end: one wait for a folder, not one for each file."""
+    """The names of files written in the block are durable at its end: one wait for a folder, not one for each file.
+
+    A power failure before that may take names back; one that stays is of a whole file, as ever.
+
+    Raises:
+        FileAccessError: the disk does not take them.
+    """
     folders: set[str] = set()
     token = _waiting.set(folders)
     try:
@@ -450,7 +456,10 @@ def names_flushed_together() -> Iterator[None]:
     finally:
         _waiting.reset(token)
         for folder in filter(os.path.isdir, sorted(folders)):  # others are gone again
-            _flush_folder(folder)
+            try:
+                _flush_folder(folder)
+            except OSError as error:
+                raise FileAccessError(f"{folder}: cannot be written: {error.strerror}", path=folder) from error
 
 
 def flush_names(folder: str) -> None:
