@@ -182,6 +182,13 @@ def _surveyed(source: str, destination: str) -> FolderSurvey:
     return surveyor.result()
 
 
+def _is_part(name: str) -> bool:
+    """Whether a file's name is one that is given to parts of a checkpoint, or to what stands for all of them."""
+    from ckptkit.formats.shard_parts import known_as
+
+    return known_as(name) is not None or name in (".metadata", "common.pt", "meta.pt")
+
+
 def _sorted_out(
     survey: FolderSurvey, source: str, destination: str, ending: str, options: ConvertOptions
 ) -> tuple[list[Item], dict[str, CkptkitError]]:
@@ -194,9 +201,12 @@ def _sorted_out(
     from ckptkit.formats.shard_parts import known_as
     from ckptkit.formats.sharded import shard_names
 
-    parts = cache(parts_in)
+    paths = [each.path for each in survey.checkpoints]
+    # One in which something else lies is a folder of files, some of which are parts.
+    mixed = {os.path.dirname(path) for path in paths if not _is_part(os.path.basename(path))}
+    parts = cache(lambda folder: None if folder in mixed else parts_in(folder))
     items, refused = list[Item](), dict(survey.unreadable)
-    for path in (each.path for each in survey.checkpoints):
+    for path in paths:
         folder, name = os.path.split(path)
         above, own = os.path.split(folder)
         wholes = [folder, *([above] if known_as(own) is not None else ())]  # of several ranks, with a folder for each

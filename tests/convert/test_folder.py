@@ -400,7 +400,8 @@ def test_a_folder_of_one_sharded_training_checkpoint_is_refused_with_its_reason(
         save({"w": torch.ones(1)}, f"{place}/model_world_size_2_rank_{rank}.pt")
         (tmp_path / "mega" / f"mp_rank_0{rank}").mkdir(parents=True)
         save({"w": torch.ones(1)}, f"mega/mp_rank_0{rank}/model_optim_rng.pt")
-    save({"w": torch.ones(1)}, "in/other.pth")
+    if deep:
+        save({"w": torch.ones(1)}, "in/other.pth")
     done = convert("in", "out", "--to", "safetensors")
     assert done.code == 2
     assert f"error: {place}: is an FSDP checkpoint of one file a rank (2 parts: model_world_size_2_rank_0" in done.err
@@ -414,7 +415,11 @@ def test_a_folder_of_one_sharded_training_checkpoint_is_refused_with_its_reason(
         assert (entry["source"], entry["destination"]) == ("in/run", None)
     assert "error: mega: is a Megatron checkpoint" in convert("mega", "new2", "--to", "safetensors").err
     assert convert("in", "parts", "--to", "safetensors", "--allow-part").code == 0
-    assert len(below(tmp_path / "parts")) == 3
+    assert len(below(tmp_path / "parts")) == 2 + deep
+    save({"w": torch.ones(1)}, f"{place}/beside.pth")  # a folder of files, some of which are parts
+    done = convert(place, "mixed", "--to", "safetensors")
+    assert (done.code, below(tmp_path / "mixed")) == (2, ["beside.safetensors"])
+    assert done.err.count("error: ") == done.err.count("part-of-a-checkpoint") == 2
 
 
 def test_what_cannot_be_read_is_told(convert, save: Save, tmp_path: Path) -> None:
