@@ -15,7 +15,7 @@ is right must go through the readers, which the mover of bytes must not know; `i
 document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).  `architectures`
 knows which models have a checkpoint's names and shapes, `arguments` what values mean that are given, and `options`
 declares what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one
-output, and tells what came of it; `checkpoint_file` is what `open` gives.
+output, or those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives.
 `documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what
 `ckptkit.manifest` records and `ckptkit.check` holds files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
