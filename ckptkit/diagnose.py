@@ -20,9 +20,9 @@ from ckptkit.normalize.adapters import customs, is_adapter, is_embedding
 from ckptkit.normalize.modules import MODULE, inner_module_told, may_be_wrapped, unwrapped, wrapper_of
 from ckptkit.normalize.parts import CODE, part_findings
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.selection import discarded_text, holding_suffix, other_parts
+from ckptkit.normalize.selection import discarded_text, holding_suffix, other_parts, other_weights
 from ckptkit.normalize.shapes import are_data
-from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
+from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
 from ckptkit.tensor import unordered, unused_nbytes
@@ -369,7 +369,7 @@ def _training(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]
         return
     storages = [entry.storage for entry in checkpoint.state_dict.values()]
     weighty = {None, *(section.path for section in checkpoint.sections if section.is_weights)}
-    for section, _, node, _ in contents.beside:
+    for section, _, node, *_ in contents.beside:
         if section in weighty and not isinstance(node, Object):
             storages.append(node.storage if isinstance(node, TensorEntry) else node)
     weights = {id(storage): storage.nbytes for storage in storages}

@@ -116,6 +116,10 @@ class Limits:
     """How many times the bytes of its storage a view may have and still be gone through: sliding windows of 64 still
     count, and a few bytes of a file cannot ask for terabytes to be read."""
 
+    beside_nbytes: int = 1 << 20
+    """Bytes of the plain values beside the weights that are kept as text in a header: names of classes, settings, a
+    vocabulary of 50,000 words; each reader of the file parses them."""
+
     expanded_nbytes: int = 64 << 30
     """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real
     expanded views come to megabytes; a stride of 0 lets four bytes claim terabytes of disk."""

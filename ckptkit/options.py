@@ -75,7 +75,26 @@ class ConvertOptions(Options):
         "The weights to convert, where the file holds several.",
         "path of the weights, where the file holds several",
     )
+    all_tensors = flag(
+        "Take every tensor of the file, named by the keys that lead to it.",
+        "take every tensor of the file for the weights, each named by the keys that lead to it: ``0``, "
+        "``optimizer.state.3.exp_avg``; see `ckptkit.AllTensors`",
+    )
     weights_only = flag("Drop all but the state_dict.", "drop all but the state_dict")
+    keep_beside = flag(
+        "Keep plain values beside the weights: in the metadata of a .safetensors.",
+        "keep the plain values beside the weights (``epoch``, settings) where a container holds tensors alone, or all "
+        "else is dropped: as text in the metadata, and in their places in a ``.pth``; see `ckptkit.KeepBeside`",
+    )
+    as_key: Option[str | None] = Option(
+        "text",
+        None,
+        "Put the weights under this key of a .pth, in place of what is there.",
+        "put the weights under this key of a ``.pth``, with dots between dicts in dicts, in place of what is there; "
+        "see `ckptkit.PutUnder`",
+        "KEY",
+        switch="--as",
+    )
     leave_out = texts(
         "KEY",
         "Drop a part beside the weights: optimizer, epoch, ...",
@@ -170,8 +189,18 @@ class ConvertOptions(Options):
             raise RewriteError("--cast-scaled is about --dtype, which is not given")
         if self.model_args and self.like is None:
             raise RewriteError("--model-arg is for the model of --like, which is not given")
+        if self.all_tensors:
+            self._check_all_tensors()
         if self.like is not None:
             vars(self)["weights_only"] = True
+
+    def _check_all_tensors(self) -> None:
+        if self.section is not None:
+            raise RewriteError(
+                "--all-tensors takes every section; give --section alone, or --include with the names of one"
+            )
+        if self.keep_beside:
+            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
 
 
 class VerifyOptions(Options):
@@ -325,7 +354,10 @@ if TYPE_CHECKING:
         include: str | Sequence[str]
         exclude: str | Sequence[str]
         section: str | None
+        all_tensors: bool
         weights_only: bool
+        keep_beside: bool
+        as_key: str | None
         leave_out: str | Sequence[str]
         map_location: LocationMap | None
         densify: bool

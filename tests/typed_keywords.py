@@ -22,6 +22,7 @@ def right(path: Path) -> None:
     ckptkit.convert(source=path, destination=path, rename=["^a=>b", ("c", "d")], map_location={"cuda:0": "cpu"})
     ckptkit.convert(path, path, map_location=lambda storage, tag: None, tied="error", max_shard_size="5GB", like=path)
     ckptkit.convert(path, path, progress=lambda done, of: None, metadata={"a": "b"}, model_args=None)
+    ckptkit.convert(path, path, all_tensors=True, keep_beside=False, as_key="model")
     report = ckptkit.verify(path, model="torchvision:resnet18", golden=path, input_shapes=[(1, 3, 64, 64)], seed=1)
     difference: ckptkit.Difference = ckptkit.diff(path, path, section_a="model", atol=1e-6, progress=None)
     checked: ckptkit.CheckReport = ckptkit.check(path, no_pickle=True, max_trust="safe", allow_dtype="float32")

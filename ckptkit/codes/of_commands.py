@@ -44,6 +44,36 @@ CONVERSION: dict[str, Explanation] = {
         "pickle. ckptkit ran nothing of it; it is in the output as it was in the source.",
         "Write a .safetensors, or leave out what holds the names: --weights-only, --leave-out KEY, --exclude GLOB.",
     ),
+    "all-tensors": Explanation(
+        "every tensor of the file, named by the keys that lead to it",
+        "--all-tensors takes what stands in dicts, lists, tuples, objects and several sections for one flat "
+        "state_dict: optimizer.state.3.exp_avg, 0, generator.conv.weight. Nothing else is in it.",
+        "A .pth written without --all-tensors keeps everything in its place.",
+    ),
+    "kept-beside": Explanation(
+        "plain values beside the weights that the output holds",
+        "--keep-beside keeps numbers, text, lists, tuples, dicts, sets and argument namespaces: in a .safetensors as "
+        "JSON in the metadata, under ckptkit_beside. A .pth that is written from it has them in their places again.",
+        "-",
+    ),
+    "not-kept": Explanation(
+        "parts beside the weights that are more than plain values",
+        "--keep-beside keeps what Python itself can make of text. Tensors, optimizers with state and objects of other "
+        "classes are more, and so is what takes more than one MiB of text.",
+        "Write a .pth, which keeps everything, or leave them out by name: --leave-out KEY",
+    ),
+    "plain-values": Explanation(
+        "numbers or text among the tensors of a state_dict",
+        "Some models keep settings among their weights (height, use_mask). A .pth keeps them in their places; a "
+        ".safetensors holds tensors alone.",
+        "--keep-beside writes them into the metadata of the .safetensors, and back into a .pth made from it.",
+    ),
+    "replaced": Explanation(
+        "the weights took the place of what stood under a key",
+        "--as KEY puts the selected weights under a key of the output. What the source held there is not in it: the "
+        "raw weights, where an average of them was promoted.",
+        "Give --as a key that is not taken to keep both.",
+    ),
     "renamed": Explanation(
         "tensors were renamed",
         "The names in the output differ from the source's as the options asked; order and values do not.",

@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.parts import require_whole
-from ckptkit.normalize.selection import KEY, earlier, require_state_dict
+from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
+from ckptkit.rewrite.beside import KeepBeside, restored
 from ckptkit.transfer import Tally, folder_made, write_atomically
 from ckptkit.transfer.names import is_temporary_name
 
@@ -194,9 +195,24 @@ def run(
     """
     require_whole(checkpoint, allow_part=options.allow_part)
     with _section_meant(checkpoint, file, options) as (source, file):
+        _, container, most = formats.target(destination, options.to)
+        weights_alone = container.tensors_alone or most is not None or options.max_shard_size is not None
+        if rewrite and not options.all_tensors:
+            _require_weights(source, options, weights_alone)
+        read = source
+        if BESIDE in source.metadata and (rewrite or not weights_alone):
+            source = restored(source)
+            if weights_alone and KeepBeside()(source).rest is not STATE_DICT:  # it could not be kept again
+                source = read
+        conversion = None
         if rewrite:
-            _require_weights(source, destination, options)
-        conversion = Conversion(source, options) if rewrite else None
+            conversion = Conversion(
+                source,
+                options,
+                tensors_alone=container.tensors_alone,
+                weights_alone=weights_alone,
+                restored=source is not read,
+            )
         job = Job.of(source if conversion is None else conversion.result, file, destination, options)
         findings: list[Finding] = []
         if conversion is not None:
@@ -231,11 +247,10 @@ def _section_meant(
         file.close()
 
 
-def _require_weights(checkpoint: Checkpoint, destination: str | os.PathLike[str], options: ConvertOptions) -> None:
+def _require_weights(checkpoint: Checkpoint, options: ConvertOptions, weights_alone: bool) -> None:
     """See that there are weights, where only they can be written or something is to be done to them."""
-    _, container, most = formats.target(destination, options.to)
     is_needed = needs_weights(options)
-    if is_needed or container.tensors_alone or most is not None or options.max_shard_size is not None:
+    if is_needed or weights_alone:
         require_state_dict(checkpoint, "to rewrite" if is_needed else "to write")
 
 

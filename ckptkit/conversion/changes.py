@@ -12,8 +12,8 @@ from ckptkit.errors import FormatError
 from ckptkit.formats import format_named
 from ckptkit.normalize.modules import inner_module_told, wrapper_of
 from ckptkit.normalize.sections import brief, step
-from ckptkit.normalize.selection import discarded_text, other_parts
-from ckptkit.normalize.tensors import FoundTensor, other_tensors, other_weights
+from ckptkit.normalize.selection import discarded_text, other_parts, other_weights
+from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.pickling.inert import Global, Object, mapping_items, mapping_shell, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ckptkit.rewrite.like import Fitting
 
 __all__ = [
+    "diagnose_all_tensors",
+    "diagnose_beside",
     "diagnose_casts",
     "diagnose_dense",
     "diagnose_fitting",
@@ -202,7 +204,12 @@ def diagnose_scaled(scaled: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def diagnose_losses(
-    source: Checkpoint, result: Checkpoint, plan: Plan, *, leave_out: Collection[str] = ()
+    source: Checkpoint,
+    result: Checkpoint,
+    plan: Plan,
+    *,
+    leave_out: Collection[str] = (),
+    beside: Checkpoint | None = None,
 ) -> Iterator[Finding]:
     """What the output does not hold.
 
@@ -211,13 +218,14 @@ def diagnose_losses(
         result: as it is written.
         plan: of the output.
         leave_out: paths of parts that were to be left out.
+        beside: the checkpoint without what of it the metadata hold; ``None``: they hold nothing of it.
     """
-    if result.origin.is_program:
+    if source.origin.is_program:
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
     else:
         kept = set(other_parts(result))
-        left_out = [key for key in other_parts(source) if key not in kept]
+        left_out = [key for key in other_parts(source if beside is None else beside) if key not in kept]
     if source.discarded:  # what would keep them is refused
         left_out.append(discarded_text(source.discarded))
     if left_out:
@@ -233,7 +241,7 @@ def diagnose_losses(
             message=f"the model{under} is written as its state_dict: its class {cls:.200} and its settings are not in "
             "the output",
         )
-    lost = [] if result.origin.is_program else _lost(source, result, plan)
+    lost = [] if source.origin.is_program else _lost(source, result, plan)
     kinds = {each.path: "a model" if each.kind == "whole_model" else "a state_dict" for each in source.sections}
     for path, inside in other_weights(source, lost).items():
         if path not in leave_out:
@@ -251,6 +259,52 @@ def diagnose_losses(
             severity="warning",
             message=f"{count_of(len(outside), 'tensor')} in attributes or objects not in the output: "
             + listed(outside, 8),
+        )
+
+
+def diagnose_all_tensors(everything: Checkpoint, tensorless: Collection[str]) -> Iterator[Finding]:
+    """That the tensors have the names of their places, and what else there was.
+
+    Args:
+        everything: the checkpoint with all of its tensors for its weights.
+        tensorless: what holds none.
+    """
+    count = count_of(len(everything.state_dict.everything), "tensor")
+    beside = f" ({listed(tensorless, 8, characters=100)})" if tensorless else ""
+    told = f"{count} named by the keys that lead to each; nothing else is in the output{beside}"
+    yield Finding(code="all-tensors", severity="info", message=told)
+
+
+def diagnose_beside(
+    kept: Collection[str], left: Mapping[str, str], plain: Sequence[str], text: str | None
+) -> Iterator[Finding]:
+    """Which plain values beside the weights, or among them, are in the output.
+
+    Args:
+        kept: what was to be kept and is.
+        left: what was to be kept and is no plain value, with what it holds.
+        plain: names of the plain values of the state_dict that are not in the output.
+        text: what the metadata hold of them.
+    """
+    if kept:
+        where = "in their places" if text is None else f"in the metadata, {human_size(len(text))} of text"
+        told = f"kept {where}: {listed(kept, 8, characters=100)}"
+        yield Finding(code="kept-beside", severity="info", message=told)
+    if left:
+        parts = [f"{part:.100} ({why})" for part, why in left.items()]
+        yield Finding(
+            code="not-kept",
+            severity="warning",
+            message=f"{count_of(len(parts), 'part', 'is', 'are')} more than plain values, and not kept: "
+            + listed(parts, 8, characters=160),
+        )
+    if plain:
+        yield Finding(
+            code="plain-values",
+            severity="info",
+            message=f"{count_of(len(plain), 'plain value')} of the state_dict {'is' if len(plain) == 1 else 'are'} not "
+            f"in the output, which holds tensors alone: {listed(plain, 8, characters=100)}",
+            fix="--keep-beside",
         )
 
 

@@ -11,9 +11,11 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ckptkit import rewrite  # each rewriter is imported when it is used
-from ckptkit.checkpoint import Checkpoint, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, TensorEntry
 from ckptkit.computed import ConvertedRange
 from ckptkit.conversion.changes import (
+    diagnose_all_tensors,
+    diagnose_beside,
     diagnose_casts,
     diagnose_dense,
     diagnose_fitting,
@@ -31,9 +33,16 @@ from ckptkit.formats import read
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole
-from ckptkit.normalize.selection import paths_listed, weights_paths
+from ckptkit.normalize.plain_json import plain_extra
+from ckptkit.normalize.sections import above_tensors, step
+from ckptkit.normalize.selection import BESIDE, other_parts, paths_listed, weights_paths
+from ckptkit.normalize.tensors import other_tensors
+from ckptkit.pickling.arrays import is_array, layout_of
+from ckptkit.pickling.inert import mapping_items
 from ckptkit.plan import Gather, Plan
 from ckptkit.report import Finding, listed
+from ckptkit.rewrite.beside import restored as values_restored
+from ckptkit.rewrite.beside import without_plain_values
 from ckptkit.rewrite.dtype import scaled_pairs
 from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
@@ -74,7 +83,20 @@ def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
 def needs_weights(options: ConvertOptions) -> bool:
     """Whether options make no sense without a state_dict."""
     others = options.include or options.exclude or options.weights_only or options.dtype or options.densify
-    return bool(renamers_of(options) or others or options.like is not None)
+    return bool(renamers_of(options) or others or options.like is not None or options.as_key is not None)
+
+
+def tensorless_parts(checkpoint: Checkpoint) -> list[str]:
+    """What is no tensor: keys of the file's own dict or list, names in its state_dict, arrays of types torch lacks."""
+    rest = checkpoint.rest
+    pairs = mapping_items(rest) or (list(enumerate(rest)) if isinstance(rest, (list, tuple)) else [])
+    pairs = [*pairs, *checkpoint.state_dict.extra.items()]
+    holding = above_tensors([value for _, value in pairs])
+    arrays = (found for found in other_tensors(checkpoint) if is_array(found.node))
+    return [
+        *(step(key) for key, value in pairs if value is not STATE_DICT and id(value) not in holding),
+        *(each.path for each in arrays if layout_of(each.node).dtype is None),  # type: ignore[arg-type]
+    ]
 
 
 def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
@@ -106,6 +128,9 @@ class Conversion:
     Args:
         source: the checkpoint as it was read.
         options: what to do to it.
+        tensors_alone: whether what is written holds tensors and strings alone.
+        weights_alone: whether it holds a state_dict alone.
+        restored: whether values of its metadata were brought back to their places, and are to be kept.
 
     Attributes:
         source: that.
@@ -118,9 +143,23 @@ class Conversion:
         RewriteError: an option cannot be applied.
     """
 
-    def __init__(self, source: Checkpoint, options: ConvertOptions) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: Checkpoint,
+        options: ConvertOptions,
+        *,
+        tensors_alone: bool = False,
+        weights_alone: bool = False,
+        restored: bool = False,
+    ) -> None:
         self._options = options
+        # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
+        result = source.rewrite(rewrite.LeaveOut(options.leave_out)) if options.leave_out else source
+        self._tensorless: list[str] = []
+        if options.all_tensors:
+            self._tensorless = tensorless_parts(result)
+            source = result = result.rewrite(rewrite.AllTensors())
+        self.source = source
         renamers = renamers_of(options)
         rename = _in_turn(renamers)
         self._like = options.like
@@ -131,12 +170,12 @@ class Conversion:
             renamed = rename(name)
             return fitted.get(renamed, renamed)
 
-        result = source
-        # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
-        if options.leave_out:
-            result = result.rewrite(rewrite.LeaveOut(options.leave_out))
+        self._is_restored, self._tensors_alone, self._weights_alone = restored, tensors_alone, weights_alone
+        self._beside: Checkpoint | None = None
+        self._kept_beside: list[str] = []
+        self._not_kept: dict[str, str] = {}
         if options.weights_only:
-            result = result.rewrite(rewrite.WeightsOnly())
+            result = self._weights_only(result)
         self._unmatched: tuple[str, ...] = ()
         if options.include or options.exclude:
             select = rewrite.Select(options.include, options.exclude, rename=rename)
@@ -161,12 +200,49 @@ class Conversion:
             result = result.rewrite(self._moves)
         if options.tied != "alias":
             result = result.rewrite(rewrite.Tied(options.tied))
+        self._put: str | None = None
+        self._plain: list[str] = []
+        result = self._placed(result)
         self._dead = dead_bytes(result)
         if self._dead[1]:
             result = result.rewrite(rewrite.Compact())
         if options.metadata:
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
+
+    def _weights_only(self, result: Checkpoint) -> Checkpoint:
+        if self._options.keep_beside:
+            result = self._keep_beside(result, among=False)
+        result = result.rewrite(rewrite.WeightsOnly())
+        return values_restored(result) if self._beside is not None and not self._weights_alone else result
+
+    def _placed(self, result: Checkpoint) -> Checkpoint:
+        """The weights where they are to be, and what stands beside and among them where it can be."""
+        options = self._options
+        if options.as_key is not None:
+            if self._weights_alone:
+                raise RewriteError(
+                    "--as puts the weights under a key of a .pth; what is to be written holds the weights alone"
+                )
+            put = rewrite.PutUnder(options.as_key)
+            self._put = put.replaced(result)
+            result = result.rewrite(put)
+        if self._weights_alone and (options.keep_beside or (self._is_restored and not options.weights_only)):
+            result = self._keep_beside(result, among=self._tensors_alone)
+        if self._tensors_alone and self.source.module is None:  # what a module keeps as a number is a tensor in its own
+            self._plain = plain_extra(result.state_dict)
+            result = result.rewrite(without_plain_values) if self._plain else result
+        return result
+
+    def _keep_beside(self, checkpoint: Checkpoint, *, among: bool) -> Checkpoint:
+        keep = rewrite.KeepBeside(among)
+        kept, left = keep.kept_of(checkpoint)
+        self._kept_beside += kept
+        self._not_kept.update(left)
+        if keep(checkpoint) is not checkpoint:
+            checkpoint = checkpoint.rewrite(keep)
+            self._beside = self._beside or checkpoint
+        return checkpoint
 
     def _cast(self, result: Checkpoint, final: Callable[[str], str], taken: frozenset[str]) -> Checkpoint:
         """The checkpoint with its weights cast; ``taken`` are names whose values are others by now."""
@@ -213,7 +289,18 @@ class Conversion:
                 "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
             )
             yield Finding(code="nested-names", severity="info", message=told)
-        yield from diagnose_losses(self.source, self.result, plan, leave_out=self._options.leave_out)
+        leave_out, beside = self._options.leave_out, self._beside
+        yield from diagnose_losses(self.source, self.result, plan, leave_out=leave_out, beside=beside)
+        kept, text = self._kept_beside, self.result.metadata.get(BESIDE, "")
+        if self._is_restored and not self._weights_alone:
+            kept = [key for key in [*other_parts(self.result), *self.result.state_dict.extra] if key not in kept] + kept
+        yield from diagnose_beside(kept, self._not_kept, self._plain, text if self._weights_alone else None)
+        if self._options.all_tensors:
+            yield from diagnose_all_tensors(self.source, self._tensorless)
+        if self._put is not None:
+            place = f"the weights stand under {self._options.as_key!r:.200}"
+            told = f"{place}; what was there is not in the output: {self._put}"
+            yield Finding(code="replaced", severity="info", message=told)
         yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)
 
@@ -283,7 +370,7 @@ def section_like(checkpoint: Checkpoint, options: ConvertOptions) -> str | None:
         RewriteError: several are, of different tensors; or none is, and none is selected.
     """
     like, selected = options.like, checkpoint.origin.state_path
-    if like is None or not unselected_weights(checkpoint):
+    if like is None or options.all_tensors or not unselected_weights(checkpoint):
         return selected
     found: dict[object, str] = {}
     labels: list[str] = []

@@ -32,7 +32,9 @@ from ckptkit.inspection.listing import (
 from ckptkit.inspection.state import list_modules, training_document, training_state
 from ckptkit.normalize.adapters import adapter_in
 from ckptkit.normalize.modules import tensor_role
+from ckptkit.normalize.selection import BESIDE
 from ckptkit.normalize.tensors import other_tensors, storage_names
+from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding, count_of, html_block, human_size, listed
 from ckptkit.tensor import unused_nbytes
@@ -101,7 +103,13 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         shown = [row for row in shown if wanted(row.name, filters)]
     rows = ordered(shown, sort)
     origin = checkpoint.origin
-    training = training_document(checkpoint.rest, checkpoint.sections)
+    whole = checkpoint
+    if BESIDE in checkpoint.metadata:
+        from ckptkit.rewrite.beside import restored  # most files have none
+
+        whole = restored(checkpoint)
+    among = InertDict(list(whole.state_dict.extra.items()) if whole is not checkpoint else [])
+    training = training_document(whole.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:
         rows, damages = _with_stats(checkpoint, rows)
@@ -115,7 +123,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "sections": section_documents(checkpoint.sections, sums, origin.size),
         "storage": storage,
         "tensors": rows,
-        "metadata": {**checkpoint.metadata, **training_state(checkpoint.rest)},
+        "metadata": {**whole.metadata, **training_state(whole.rest), **training_state(among)},
         "training": training,
         "has_pickle": origin.has_pickle,
         "trust": checkpoint.trust,

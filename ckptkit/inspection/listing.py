@@ -375,7 +375,7 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
     from ckptkit.normalize.not_plain import Value, describe_value
 
     known: dict[int, Value | None] = {}
-    for section, name, node, _ in listing.others:
+    for section, name, node, *_ in listing.others:
         if isinstance(node, Storage):
             if (section, name) in told:  # the value's own
                 continue

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ckptkit.normalize.shapes import CUSTOMARY_KEYS, MOMENTS, are_moments, is_optimizer, is_substantial
+from ckptkit.normalize.shapes import CUSTOMARY_KEYS, MOMENTS, PARAMETERS, are_moments, is_optimizer, is_substantial
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, children, effects_of, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
@@ -30,9 +30,6 @@ _MAX_LEVELS = 16
 
 _MODULES_DEEP = 3
 """Dicts from the top to a tensor where nothing else says that they are a model's."""
-
-_PARAMETERS = frozenset({"weight", "bias", "kernel", "scale", "embedding", "w", "b", "gamma", "beta"})
-"""Names of parameters in torch's modules, flax's and haiku's."""
 
 _OTHERS = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?|teacher|student|optim\w*|opt)(?:[._]|\d*$)")
 """Keys of what is no part of a model: copies of it, and optimizers."""
@@ -208,7 +205,7 @@ def _tree(node: object, visit: Callable[[int], bool]) -> _Tree | None:
             found.levels = max(found.levels, level)
             if level > 1 and not any("." in key for key in tensors):
                 found.is_bare = True
-                found.is_parameters = found.is_parameters or not _PARAMETERS.isdisjoint(tensors)
+                found.is_parameters = found.is_parameters or not PARAMETERS.isdisjoint(tensors)
         for key, value in pairs:
             name = f"{prefix}{key}"
             if _is_value(key, value):

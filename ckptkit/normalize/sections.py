@@ -5,7 +5,8 @@ Decided by shape, never by a file's name:
 - a *whole model* is what `ckptkit.normalize.modules` finds the ``__dict__`` of a module in, or a bound
   method of one
 - a *state_dict* is a mapping with string keys, or a list of (name, tensor) pairs, of which at least
-  half are tensors.  What other values hold tensors must be no weights of their own: else it is a
+  half are tensors, or a fifth, where these are called as parameters of modules are (``encoder.weight``) and all else
+  is plain (``height``, ``version``).  What other values hold tensors must be no weights of their own: else it is a
   file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
   parameter (losses, metrics, random states), or that has the names of a graph (of PyG), is none, unless a
@@ -34,6 +35,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import bound_method, module_state, walk_module
 from ckptkit.normalize.shapes import (
     CUSTOMARY_KEYS,
+    PARAMETERS,
     are_moments,
     is_graph,
     is_optimizer,
@@ -70,6 +72,12 @@ _MAX_PATH_STEP = 1000
 
 _NEAR = 2
 """Keys down that a value of a mapping is searched for weights of its own: ``{"nets": {"g": {...}}}``."""
+
+_MOST_SETTINGS = 4
+"""Plain values for each parameter among them in a state_dict."""
+
+_FEW = 64
+"""Numbers in a list that is a setting."""
 
 _ROOT: Final = object()
 """What leads to the root."""
@@ -256,15 +264,18 @@ class SectionSearch:
             TensorEntry
         }:
             return not are_moments(pairs)
-        tensors = others = dotted = below = 0
+        tensors = others = dotted = below = parameters = 0
+        is_plain = True
         for key, value in pairs:
             if not isinstance(key, str):
                 return False
             if isinstance(value, TensorEntry) or is_tensor_like(value):
                 tensors += 1
                 dotted += "." in key
+                parameters += "." in key and key.rpartition(".")[2] in PARAMETERS
             elif not key.endswith("_extra_state"):
                 others += 1
+                is_plain = is_plain and _is_setting(value)
                 if self._has_tensor(value):
                     weights = self._weights_near(value, _NEAR)
                     if not weights and "." not in key:
@@ -272,7 +283,8 @@ class SectionSearch:
                     below += weights
         if below and (below > tensors or not dotted):
             return False
-        return tensors > 0 and tensors >= others and not are_moments(pairs)
+        enough = tensors >= others or (is_plain and 2 * parameters >= tensors and _MOST_SETTINGS * parameters >= others)
+        return tensors > 0 and enough and not are_moments(pairs)
 
     def _weights_near(self, node: object, depth: int) -> int:
         """Tensors in what looks like weights at, or at most ``depth`` keys below, a node; more than any for modules."""
@@ -345,6 +357,13 @@ def _leaves(candidate: Candidate) -> Iterator[object]:
     if not set(map(type, values)) - {TensorEntry}:
         return iter(values)
     return chain(values, walk([value for value in values if not isinstance(value, TensorEntry)]))
+
+
+def _is_setting(node: object) -> bool:
+    """Whether it is a number, text, or a few of them."""
+    if isinstance(node, (list, tuple)):
+        return len(node) <= _FEW and all(isinstance(item, SCALARS) for item in node)
+    return isinstance(node, SCALARS)
 
 
 def is_plain_value(node: object) -> bool:

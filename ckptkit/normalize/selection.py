@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Section, StateDict, TensorEntry
 from ckptkit.dtypes import DTYPES
@@ -30,9 +31,13 @@ from ckptkit.normalize.modules import unwrapped
 from ckptkit.normalize.sections import Candidate, brief, step
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
 from ckptkit.pickling.inert import Object, mapping_items
-from ckptkit.report import count_of, human_size, listed
+from ckptkit.report import convert_command, count_of, human_size, listed
+
+if TYPE_CHECKING:
+    from ckptkit.normalize.tensors import FoundTensor
 
 __all__ = [
+    "BESIDE",
     "EMBEDDINGS",
     "KEY",
     "choose",
@@ -42,6 +47,7 @@ __all__ = [
     "holding_suffix",
     "is_copy",
     "other_parts",
+    "other_weights",
     "paths_listed",
     "require_section",
     "require_state_dict",
@@ -56,6 +62,9 @@ _RANK = {key: rank for rank, key in enumerate(CUSTOMARY_KEYS)}
 
 _WRAPPERS = frozenset({"module", "model", "ema_model", "ema", "shadow"})
 """First segments of names that copies of a model differ by, beside what `unwrapped` takes off."""
+
+_WRITING = ("to write", "to rewrite")
+"""Purposes of weights that all tensors serve as well."""
 
 _MAX_LISTED = 20
 """Sections named in a message."""
@@ -94,6 +103,24 @@ def is_copy(names: Iterable[str], weights: Iterable[str]) -> bool:
     """Whether names are those of a copy of some weights, an EMA or an earlier epoch's: at least half of them."""
     bare = set(map(_bare, weights))
     return 2 * len(bare & set(map(_bare, names))) >= len(bare)
+
+
+def other_weights(checkpoint: Checkpoint, found: Iterable[FoundTensor]) -> dict[str, list[FoundTensor]]:
+    """The sections of weights beside the selected ones that are no copies of them, with their own tensors.
+
+    A model may be in two parts: a network and its ``generator``, ``likelihood`` or queue.
+
+    Args:
+        checkpoint: the file.
+        found: what `every_tensor` finds in it, but for the plain tensors of the state_dict, which make no difference.
+    """
+    weights = {section.path for section in checkpoint.sections if section.is_weights and not section.selected}
+    names: dict[str, list[FoundTensor]] = {}
+    for each in found if weights and checkpoint.state_dict.everything else ():
+        if each.is_own and each.section is not None and each.section in weights:
+            names.setdefault(each.section, []).append(each)
+    own = checkpoint.state_dict.everything
+    return {path: inside for path, inside in names.items() if not is_copy((each.name for each in inside), own)}
 
 
 def _rank(candidate: Candidate) -> int:
@@ -161,16 +188,17 @@ def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
     if checkpoint.origin.state_path is not None:
         return
     path = checkpoint.origin.path
+    writes = purpose in _WRITING
+    all_named = f"{convert_command(path, '--all-tensors')} takes all there are, each named by its keys"
     if weights := paths_listed(checkpoint.sections):
+        message = f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section"
         raise SectionError(
-            f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section",
-            path=path,
-            names=weights_paths(checkpoint.sections),
+            f"{message}, or {all_named}" if writes else message, path=path, names=weights_paths(checkpoint.sections)
         )
     kind = f"its kind is {checkpoint.origin.kind!r}"
-    raise SectionError(
-        f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}", path=path
-    )
+    message = f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}"
+    has_tensors = any(section.tensors for section in checkpoint.sections)
+    raise SectionError(f"{message}; {all_named}" if has_tensors else message, path=path)
 
 
 def weights_paths(sections: Sequence[Section]) -> tuple[str, ...]:
@@ -233,6 +261,9 @@ def held_instead(checkpoint: Checkpoint) -> str:
 
 KEY = "ckptkit_receipts"
 """The key of the metadata."""
+
+BESIDE = "ckptkit_beside"
+"""The key of the metadata under which plain values beside the weights are kept (`ckptkit.rewrite.beside`)."""
 
 
 def earlier(metadata: Mapping[str, object]) -> list[object]:

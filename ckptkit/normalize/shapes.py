@@ -18,6 +18,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 __all__ = [
     "CUSTOMARY_KEYS",
     "MOMENTS",
+    "PARAMETERS",
     "are_data",
     "are_moments",
     "is_graph",
@@ -50,6 +51,9 @@ CUSTOMARY_KEYS = (
     "module_state_dict",
 )
 """Where training scripts put the weights, most common first."""
+
+PARAMETERS = frozenset({"weight", "bias", "kernel", "scale", "embedding", "w", "b", "gamma", "beta"})
+"""Names of parameters in torch's modules, flax's and haiku's."""
 
 _TELLING = frozenset({
     "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_diff", "exp_inf", "momentum_buffer",

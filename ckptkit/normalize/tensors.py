@@ -11,6 +11,8 @@ What shows, compares, digests, checks or counts the tensors of a file goes throu
 Beside tensors it yields storages that stand by themselves and numpy's arrays (`ckptkit.pickling.arrays`); where it is
 asked for, also the values that are made of tensors (`ckptkit.normalize.not_plain`), before their parts.  A tensor is
 yielded under every name it has, but not again below the module or mapping whose own value it is.
+
+`tensors_with_keys` gives the same with the keys that lead to each from the top of the file.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from ckptkit.checkpoint import WEIGHTS, Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, WEIGHTS, Checkpoint, Storage, TensorEntry
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import MODULE_MARKS, module_state
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, state_values, step
-from ckptkit.normalize.selection import is_copy
 from ckptkit.pickling.arrays import is_array
 from ckptkit.pickling.inert import (
     SCALARS,
@@ -43,7 +44,17 @@ from ckptkit.pickling.tensors import is_tensor_like
 if TYPE_CHECKING:
     from ckptkit.normalize.not_plain import Value
 
-__all__ = ["FoundTensor", "every_tensor", "other_tensors", "other_weights", "plain_tensors", "storage_names"]
+__all__ = [
+    "FoundTensor",
+    "Nameless",
+    "every_tensor",
+    "keys_of",
+    "longer",
+    "other_tensors",
+    "plain_tensors",
+    "storage_names",
+    "tensors_with_keys",
+]
 
 _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
@@ -54,7 +65,26 @@ _MAX_NAME = 1000
 _NO_STEP: Final = object()
 """What leads to a node that has no key or index, or to one that names do not show."""
 
+_HIDDEN: Final = object()
+"""What leads to the parameters, buffers and modules of a module, which no name shows."""
+
 _SCALARS = (*SCALARS, bytearray)
+
+
+class Nameless(str):
+    """A key of a dict that is no text and no number: a parameter, by which old optimizers keep their state.
+
+    Attributes:
+        position: its place in the dict.
+    """
+
+    position: int
+
+    def __new__(cls, position: int) -> Nameless:
+        """What is shown of such a key, with its place."""
+        made = super().__new__(cls, "?")
+        made.position = position
+        return made
 
 
 class FoundTensor(NamedTuple):
@@ -65,12 +95,14 @@ class FoundTensor(NamedTuple):
         name: in its section; of what stands in none its path from the top of the file.
         node: the tensor; a storage that stands by itself; numpy's array; or what makes the value.
         is_own: whether it is one of the section's own values, not somewhere below one.
+        keys: those that lead to it from the top of the file, where they are asked for; see `keys_of`.
     """
 
     section: str | None
     name: str
     node: TensorEntry | Storage | Object
     is_own: bool
+    keys: _Steps = None
 
     @property
     def is_value(self) -> bool:
@@ -94,8 +126,10 @@ def plain_tensors(checkpoint: Checkpoint) -> list[FoundTensor]:
     selected, make = checkpoint.origin.state_path or "", tuple.__new__  # which takes half the time of `FoundTensor`
     everything: Any = checkpoint.state_dict.everything.items()
     if checkpoint.state_dict.is_plain:
-        return [make(FoundTensor, (selected, name, value, True)) for name, value in everything]
-    return [make(FoundTensor, (selected, name, value, True)) for name, value in everything if is_plain_value(value)]
+        return [make(FoundTensor, (selected, name, value, True, None)) for name, value in everything]
+    return [
+        make(FoundTensor, (selected, name, value, True, None)) for name, value in everything if is_plain_value(value)
+    ]
 
 
 def other_tensors(checkpoint: Checkpoint, *, values: bool = False) -> list[FoundTensor]:
@@ -108,15 +142,44 @@ def other_tensors(checkpoint: Checkpoint, *, values: bool = False) -> list[Found
     return list(islice(_beside(checkpoint, values), DEFAULT_LIMITS.entries + 1))
 
 
-def _beside(checkpoint: Checkpoint, values: bool) -> Iterator[FoundTensor]:
+def tensors_with_keys(checkpoint: Checkpoint, top: _Steps) -> Iterator[FoundTensor]:
+    """The same, and values made of tensors in place of their parts, each with the keys that lead to it.
+
+    In the order of `every_tensor`.  A tensor is found in every dict or list that it stands in, and what lies deeper in
+    an object that several places share in the first.
+
+    Args:
+        checkpoint: the file.
+        top: the keys that lead to its state_dict, as `longer` puts them together.
+    """
+    for found in plain_tensors(checkpoint):
+        yield found._replace(keys=longer(top, found.name))
+    yield from _beside(checkpoint, values=True, top=top, whole=True)
+
+
+def longer(steps: _Steps, key: object) -> _Steps:
+    """One more key below those that `keys_of` gives of the same."""
+    return steps, key, 1 if steps is None else steps[2] + 1
+
+
+def keys_of(steps: _Steps) -> list[object]:
+    """The keys that `FoundTensor.keys` are, the first at the top; none of what is all of the file."""
+    keys: list[object] = []
+    while steps is not None:
+        keys.append(steps[1])
+        steps = steps[0]
+    return keys[::-1]
+
+
+def _beside(checkpoint: Checkpoint, values: bool, *, top: _Steps = None, whole: bool = False) -> Iterator[FoundTensor]:
     state_dict, selected = checkpoint.state_dict, checkpoint.origin.state_path or ""
     kinds = {section.path: section.kind for section in checkpoint.sections if not section.selected}
-    found = _Walk(kinds, values)
+    found = _Walk(kinds, values, whole, state_dict.everything, top)
     values_of = state_dict.everything.items() if not state_dict.is_plain else ()
     others = [(name, value) for name, value in values_of if not is_plain_value(value)]
     own = _Own(state_dict.everything.values())
-    yield from found.values(selected, others, own)
-    outside = _Place(None, (None, selected, 1) if selected else None, 0, None, own)
+    yield from found.values(_Place(selected, None, 0, None, None, top), others, own)
+    outside = _Place(None, (None, selected, 1) if selected else None, 0, None, own, top)
     if state_dict.is_module:
         yield from found.below(outside, state_dict.container)
     else:
@@ -124,25 +187,9 @@ def _beside(checkpoint: Checkpoint, values: bool) -> Iterator[FoundTensor]:
         if not checkpoint.operations:  # else it is not written, and its tensors are those before
             yield from found.below(outside, checkpoint.module)
     yield from found.below(_Place("" if "" in kinds else None, None, 0, "", None), checkpoint.rest)
-    yield from found.below(_Place(None, (None, "(dropped)", 1), 0, None, None), list(checkpoint.discarded))
-
-
-def other_weights(checkpoint: Checkpoint, found: Iterable[FoundTensor]) -> dict[str, list[FoundTensor]]:
-    """The sections of weights beside the selected ones that are no copies of them, with their own tensors.
-
-    A model may be in two parts: a network and its ``generator``, ``likelihood`` or queue.
-
-    Args:
-        checkpoint: the file.
-        found: what `every_tensor` finds in it, but for the plain tensors of the state_dict, which make no difference.
-    """
-    weights = {section.path for section in checkpoint.sections if section.is_weights and not section.selected}
-    names: dict[str, list[FoundTensor]] = {}
-    for each in found if weights and checkpoint.state_dict.everything else ():
-        if each.is_own and each.section is not None and each.section in weights:
-            names.setdefault(each.section, []).append(each)
-    own = checkpoint.state_dict.everything
-    return {path: inside for path, inside in names.items() if not is_copy((each.name for each in inside), own)}
+    yield from found.below(
+        _Place(None, (None, "(dropped)", 1), 0, None, None, (None, "(dropped)", 1)), list(checkpoint.discarded)
+    )
 
 
 def storage_names(named: Checkpoint | Mapping[str, object]) -> dict[int, str]:
@@ -185,8 +232,16 @@ class _Own:
         return own
 
     @cached_property
+    def _bare(self) -> set[int]:
+        return {id(value) for value in self._values if isinstance(value, Storage)}
+
+    @cached_property
     def _views(self) -> set[tuple[object, ...]]:
         return {value.view for value in self._ids.values()}
+
+    def has(self, node: object) -> bool:
+        """Whether a node is a storage that is one of the values by itself."""
+        return isinstance(node, Storage) and id(node) in self._bare
 
     def __contains__(self, entry: TensorEntry) -> bool:
         """Whether a tensor is one of them: a parameter and what stands for it in its module are two objects."""
@@ -194,7 +249,7 @@ class _Own:
         return known or (self._also is not None and entry in self._also)
 
 
-_Steps = tuple[Any, str, int] | None
+_Steps = tuple[Any, Any, int] | None
 """The steps that lead to a node: those above, the last one, and how many they are.  Sharing what
 is above keeps 100,000 nested lists from taking 100,000 lists of steps."""
 
@@ -207,6 +262,8 @@ class _Place(NamedTuple):
     """Whole path from the root; ``None`` below the depth at which sections begin."""
     own: _Own | None
     """What is not told again here."""
+    keys: _Steps = None
+    """All keys from the root, as they are."""
 
     def name(self) -> str:
         parts: list[str] = []
@@ -216,13 +273,18 @@ class _Place(NamedTuple):
             steps = steps[0]
         return ".".join(reversed(parts))[:_MAX_NAME] or self.section or ""
 
-    def below(self, label: object, key: object, kinds: Mapping[str, str]) -> _Place:
+    def inside(self, key: object, whole: bool) -> _Place:
+        """The place of what hangs on what stands here, and has no key."""
+        return self._replace(keys=longer(self.keys, key)) if whole else self
+
+    def below(self, label: object, key: object, kinds: Mapping[str, str], whole: bool) -> _Place:
         path = None if self.path is None or self.depth >= MAX_SECTION_DEPTH else join(self.path, key)
+        keys = longer(self.keys, key) if whole and label is not _HIDDEN else self.keys
         if path is not None and path in kinds:
-            return _Place(path, None, self.depth + 1, path, None)
-        if label is _NO_STEP:
-            return self._replace(path=path, depth=self.depth + 1)
-        return _Place(self.section, _further(self.steps, step(label)), self.depth + 1, path, self.own)
+            return _Place(path, None, self.depth + 1, path, None, keys)
+        if label is _NO_STEP or label is _HIDDEN:
+            return self._replace(path=path, depth=self.depth + 1, keys=keys)
+        return _Place(self.section, _further(self.steps, step(label)), self.depth + 1, path, self.own, keys)
 
 
 def _further(steps: _Steps, last: str) -> _Steps:
@@ -233,25 +295,36 @@ def _further(steps: _Steps, last: str) -> _Steps:
 class _Walk:
     """One way through everything: what is above tensors is entered once."""
 
-    def __init__(self, kinds: Mapping[str, str], values: bool) -> None:
+    def __init__(
+        self,
+        kinds: Mapping[str, str],
+        values: bool,
+        whole: bool = False,
+        selected: Mapping[str, object] = {},
+        top: _Steps = None,
+    ) -> None:
         self._kinds = kinds
         self._values = values
+        self._whole = whole
+        self._selected = selected
+        self._top = top
         self._seen: set[int] = set()
         self._known: dict[int, Value | None] = {}
         self._kept: list[object] = []
 
-    def values(self, section: str, values: list[tuple[str, object]], own: _Own) -> Iterator[FoundTensor]:
+    def values(self, at: _Place, values: list[tuple[str, object]], own: _Own) -> Iterator[FoundTensor]:
         """What a section's own values are made of, those that are no plain tensors."""
+        section = at.section
         for name, value in values:
             steps: _Steps = (None, name, 1)
+            keys = longer(at.keys, name) if self._whole else None
             if not isinstance(value, TensorEntry):
-                yield from self.below(_Place(section, steps, 0, None, None), value)
+                yield from self.below(_Place(section, steps, 0, None, None, keys), value)
                 continue
-            yield FoundTensor(section, name, value, True)
-            outside = _Place(None, _further((None, section, 1), name) if section else steps, 0, None, own)
-            yield from self.below(outside, value.subclass)
-            yield from self.below(outside, value.attributes)
-            yield from self.below(outside, value.effects)
+            yield FoundTensor(section, name, value, True, keys)
+            outside = _Place(None, _further((None, section, 1), name) if section else steps, 0, None, own, keys)
+            for label, part in (("?", value.subclass), (_NO_STEP, value.attributes), ("?", value.effects)):
+                yield from self.below(outside if label is _NO_STEP else outside.inside(label, self._whole), part)
 
     def below(self, place: _Place, root: object) -> Iterator[FoundTensor]:
         """Every tensor at or below a node."""
@@ -261,30 +334,37 @@ class _Walk:
             if isinstance(node, _SCALARS):
                 continue
             if isinstance(node, TensorEntry) and (place.own is None or node not in place.own):
-                yield FoundTensor(place.section, place.name(), node, False)
+                yield FoundTensor(place.section, place.name(), node, False, place.keys)
             made = self._made(node)
             if made is not None and self._values and not self._is_told(place, node, made):
-                yield FoundTensor(place.section, place.name(), node, False)  # type: ignore[arg-type]  # an `Object`
-            if id(node) in self._seen:
+                found: Any = node  # an `Object`
+                yield FoundTensor(place.section, place.name(), found, False, place.keys)
+            if self._whole and (node is STATE_DICT or id(node) in self._seen):
+                yield from self._again(place, node)
+            if id(node) in self._seen or (place.own is not None and place.own.has(node)):
                 continue
             self._seen.add(id(node))
             if isinstance(node, Storage) or is_array(node):
-                yield FoundTensor(place.section, place.name(), node, False)
+                yield FoundTensor(place.section, place.name(), node, False, place.keys)
             elif made is not None:
-                rest = place._replace(own=_Own([part for _, part in made.parts], place.own))
-                stack.extend((rest, child) for child in reversed(children(node)))
-                for name, part in reversed(made.parts):  # a quantized value has the name of its storage
-                    at = place if isinstance(part, Storage) else place.below(name, name, self._kinds)
-                    stack.append((at, part))
+                stack.extend(self._in_value(place, node, made))
                 continue
             kind = self._kinds.get(place.path) if place.steps is None and place.path is not None else None
             if kind is not None and kind in WEIGHTS and place.section is not None:
                 place = yield from self._weights(place, place.section, kind, node)
             stack.extend(
-                (place.below(label, key, self._kinds), child)
+                (place.below(label, key, self._kinds, self._whole), child)
                 for label, key, child in reversed(_steps(node))
                 if not isinstance(child, _SCALARS)
             )
+
+    def _in_value(self, place: _Place, node: object, made: Value) -> Iterator[tuple[_Place, object]]:
+        """What a value is made of, under torch's names; where it stands for that, what else is in it."""
+        rest = place._replace(own=_Own([part for _, part in made.parts], place.own)).inside("?", self._whole)
+        yield from ((rest, child) for child in reversed(children(node)))
+        for name, part in reversed(made.parts) if not self._whole else ():
+            # A quantized value has the name of its storage.
+            yield (place if isinstance(part, Storage) else place.below(name, name, self._kinds, False)), part
 
     def _weights(self, place: _Place, section: str, kind: str, node: object) -> Generator[FoundTensor, None, _Place]:
         """The values of a section of weights under their names; returns the place of what else stands there."""
@@ -293,9 +373,21 @@ class _Walk:
         own = _Own([value for _, value in values])
         for name, value in values:
             if is_plain_value(value):
-                yield FoundTensor(section, name, value, True)  # type: ignore[arg-type]
-        yield from self.values(section, [pair for pair in values if not is_plain_value(pair[1])], own)
-        return _Place(None, _further(None, section) if section else None, place.depth, place.path, own)
+                keys = longer(place.keys, name) if self._whole else None
+                yield FoundTensor(section, name, value, True, keys)  # type: ignore[arg-type]
+        yield from self.values(place, [pair for pair in values if not is_plain_value(pair[1])], own)
+        return _Place(None, _further(None, section) if section else None, place.depth, place.path, own, place.keys)
+
+    def _again(self, place: _Place, node: object) -> Iterator[FoundTensor]:
+        """The tensors right in a dict or list that stands in another place too: an EMA that is the model itself."""
+        pairs: Iterable[tuple[object, object]] = ()
+        if node is STATE_DICT:
+            pairs = self._selected.items() if keys_of(place.keys) != keys_of(self._top) else ()
+        elif isinstance(node, (list, tuple)) or mapping_items(node) is not None:
+            pairs = [(key, child) for _, key, child in _steps(node)]
+        for key, value in pairs:
+            if isinstance(value, TensorEntry):
+                yield FoundTensor(None, "", value, False, longer(place.keys, key))
 
     def _made(self, node: object) -> Value | None:
         """The value that a node makes of tensors; ``None``: it is something else."""
@@ -354,7 +446,9 @@ def _of_pairs(
     pairs: list[tuple[object, object]], hidden: tuple[str, ...] = ()
 ) -> Iterator[tuple[object, object, object]]:
     """The values of a mapping with their keys, and the keys that are no scalars."""
-    for key, value in pairs:
+    for position, (key, value) in enumerate(pairs):
+        shown = key
         if not isinstance(key, _SCALARS):
-            yield _NO_STEP, "?", key
-        yield (_NO_STEP if key in hidden else key), key, value
+            shown = key if isinstance(key, (tuple, Global)) else Nameless(position)
+            yield _NO_STEP, Nameless(position), key
+        yield (_HIDDEN if key in hidden else key), shown, value

@@ -16,7 +16,16 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
-__all__ = ["Array", "ArrayLayout", "array_of", "is_array", "is_numpy_scalar", "layout_of", "parts_of"]
+__all__ = [
+    "Array",
+    "ArrayLayout",
+    "array_of",
+    "bytes_reversed",
+    "is_array",
+    "is_numpy_scalar",
+    "layout_of",
+    "parts_of",
+]
 
 _FLOATS = {"f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128"}
 """The floating point types of numpy that torch has, by their codes."""
@@ -119,7 +128,7 @@ def array_of(node: Object) -> Array:
     if name is None or layout.data is None:
         return Array(None, b"")
     data = bytes(layout.data)
-    return Array(name, _reversed(data, name) if layout.swapped else data)
+    return Array(name, bytes_reversed(data, name) if layout.swapped else data)
 
 
 def parts_of(node: Object) -> tuple[object, object, object, object]:
@@ -154,7 +163,7 @@ def _code_of(node: object) -> tuple[str, bool]:
     return (code if isinstance(code, str) else ""), swapped
 
 
-def _reversed(data: bytes, name: str) -> bytes:
+def bytes_reversed(data: bytes, name: str) -> bytes:
     """The bytes of each element the other way round, of a complex one those of each part."""
     row = DTYPES[name]
     width = row.itemsize // 2 if row.kind == "complex" else row.itemsize

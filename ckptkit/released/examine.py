@@ -162,7 +162,7 @@ class _Contents:
     @cached_property
     def storages(self) -> list[Storage]:
         """Every storage, once."""
-        beside = [node.storage if isinstance(node, TensorEntry) else node for _, _, node, _ in self.values]
+        beside = [node.storage if isinstance(node, TensorEntry) else node for _, _, node, *_ in self.values]
         every = [*(entry.storage for entry in self.checkpoint.state_dict.values()), *beside]
         return list({id(storage): storage for storage in every if isinstance(storage, Storage)}.values())
 

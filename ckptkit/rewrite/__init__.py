@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ckptkit.rewrite.beside import KeepBeside, PutUnder
     from ckptkit.rewrite.densify import Densify
     from ckptkit.rewrite.dtype import CastDtype
+    from ckptkit.rewrite.everything import AllTensors
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
     from ckptkit.rewrite.select import LeaveOut, Select, WeightsOnly
@@ -21,12 +23,15 @@ __all__ = [
     "REWRITES",
     "AddModule",
     "AddPrefix",
+    "AllTensors",
     "CastDtype",
     "Compact",
     "Densify",
+    "KeepBeside",
     "LeaveOut",
     "Like",
     "MapLocation",
+    "PutUnder",
     "Rename",
     "Select",
     "StripModule",
@@ -41,10 +46,13 @@ REWRITES = {
     "StripPrefix": "rename",
     "AddPrefix": "rename",
     "Rename": "rename",
+    "AllTensors": "everything",
     "Select": "select",
     "LeaveOut": "select",
     "Like": "like",
     "WeightsOnly": "select",
+    "KeepBeside": "beside",
+    "PutUnder": "beside",
     "MapLocation": "storages",
     "Tied": "storages",
     "Densify": "densify",

@@ -24,7 +24,7 @@ from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
 from ckptkit.rewrite.storages import with_tensors_replaced
 
-__all__ = ["LeaveOut", "Select", "WeightsOnly"]
+__all__ = ["LeaveOut", "Select", "WeightsOnly", "pair_lists", "places"]
 
 _MAX_LISTED = 5
 """Names in a message."""
@@ -215,18 +215,18 @@ class LeaveOut:
         if not self.paths:
             return checkpoint
         result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # what it holds is ours to change
-        places = {path: _place(checkpoint, result.rest, path) for path in self.paths}
+        found = {path: _place(checkpoint, result.rest, path) for path in self.paths}
         rest = result.rest
-        for path, place in places.items():
+        for path, place in found.items():
             if place.node is rest and isinstance(rest, tuple):
                 continue
             if not _removed(place):
                 stands = "stands in a tuple" if isinstance(place.node, tuple) else "is what an object is made from"
                 raise RewriteError(f"{path[:_MAX_PATH]!r} cannot be left out: it {stands}; leave out what holds it")
         if isinstance(rest, tuple):
-            gone = {place.key for place in places.values() if place.node is rest}
+            gone = {place.key for place in found.values() if place.node is rest}
             rest = tuple(part for index, part in enumerate(rest) if index not in gone)
-        for place in places.values():
+        for place in found.values():
             if isinstance(place.node, list):
                 place.node[:] = [item for item in place.node if item is not _GONE]
             elif isinstance(place.node, Object):
@@ -242,7 +242,7 @@ class LeaveOut:
     def _stays(self, section: str, rest: object) -> bool:
         """Whether a section is still there; keys hold dots, so one that seems to lie below a path need not."""
         below = any(section.startswith(f"{path}.") for path in self.paths)
-        return section not in self.paths and (not below or any(True for _ in _places(rest, "", section, 1, set())))
+        return section not in self.paths and (not below or any(True for _ in places(rest, "", section, 1, set())))
 
 
 class _Place(NamedTuple):
@@ -260,11 +260,11 @@ def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
         RewriteError: nowhere, or it is the weights.
     """
     shown = f"{path[:_MAX_PATH]!r}"
-    found = list(_places(rest, "", path, 1, set()))
+    found = list(places(rest, "", path, 1, set()))
     number = 1
     bare, mark, digits = path.rpartition("#")  # as sections of one path are told apart
     if not found and mark and digits.isdecimal() and len(digits) < 9:
-        found, number = list(_places(rest, "", bare, 1, set())), int(digits)
+        found, number = list(places(rest, "", bare, 1, set())), int(digits)
     if len(found) > 1:
         # A section's path is that of the first with tensors, or with the number, of those with tensors.
         found = [place for place in found if _holds_tensors(place.value)] or found
@@ -284,7 +284,7 @@ def _parts_listed(checkpoint: Checkpoint) -> str:
     return listed([repr(path[:_MAX_PATH]) for path in paths], _MAX_PATHS) or "nothing beside the weights"
 
 
-def _places(node: object, above: str, path: str, depth: int, seen: set[tuple[int, str]]) -> Iterator[_Place]:
+def places(node: object, above: str, path: str, depth: int, seen: set[tuple[int, str]]) -> Iterator[_Place]:
     """Every place that a path can mean (keys hold dots, too), in file order."""
     for key, value in parts(node):
         here = join(above, key)
@@ -292,7 +292,7 @@ def _places(node: object, above: str, path: str, depth: int, seen: set[tuple[int
             yield _Place(node, key, value)
         elif depth < MAX_SECTION_DEPTH and (not here or path.startswith(f"{here}.")) and (id(value), here) not in seen:
             seen.add((id(value), here))
-            yield from _places(value, here, path, depth + 1, seen)
+            yield from places(value, here, path, depth + 1, seen)
 
 
 def _holds_tensors(root: object) -> bool:
@@ -307,14 +307,14 @@ def _removed(place: _Place) -> bool:
         items[key] = _GONE
         return True
     removed = False
-    for pairs in _pair_lists(node):
+    for pairs in pair_lists(node):
         kept = [pair for pair in pairs if not _same(_key(pair), key)]
         removed = removed or len(kept) < len(pairs)
         pairs[:] = kept
     return removed
 
 
-def _pair_lists(node: object) -> Iterator[list[Any]]:
+def pair_lists(node: object) -> Iterator[list[Any]]:
     """The lists of pairs of a mapping, or of an object's items and attributes."""
     holders: tuple[object, ...] = (node,)
     if isinstance(node, Object):

@@ -33,7 +33,7 @@ def odd() -> OrderedDict[str, Any]:
         "sparse": torch.eye(3).to_sparse(),
         "csr": torch.eye(3).to_sparse_csr(),
         "layer._extra_state": {"scale": 2.0, "amax": torch.ones(2)},
-        "it's \"quoted\"": (1, 2),
+        "it's \"quoted\"": complex(1, 2),
     })  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_as_does_a_pth(source: Path, convert) -> None:
     for name in ("sparse", "csr"):
         assert torch.equal(before["model"][name].to_dense(), after["model"][name].to_dense())
     assert after["model"]["layer._extra_state"]["scale"] == 2.0
-    assert after["model"]['it\'s "quoted"'] == (1, 2)
+    assert after["model"]['it\'s "quoted"'] == complex(1, 2)
 
 
 def test_only_dtypes_are_another_error(save, tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""Every tensor of a file as one flat state_dict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptkit.checkpoint import (
+    STATE_DICT,
+    Checkpoint,
+    Section,
+    StateDict,
+    Storage,
+    TensorEntry,
+    as_tensor,
+    contiguous_stride,
+)
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CorruptError, KeyCollisionError, LimitError, RewriteError
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, step
+from ckptkit.normalize.shapes import parts
+from ckptkit.normalize.tensors import FoundTensor, Nameless, keys_of, longer, tensors_with_keys
+from ckptkit.pickling.arrays import bytes_reversed, is_array, is_numpy_scalar, layout_of
+from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object
+
+__all__ = ["AllTensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class AllTensors:
+    """Take every tensor of the file, whatever it stands in, for the state_dict; nothing else stays.
+
+    Each is named by the keys that lead to it: ``{"generator": {"conv.weight": …}, "optimizer": {"state": {3:
+    {"exp_avg": …}}}}`` gives ``generator.conv.weight`` and ``optimizer.state.3.exp_avg``, a list ``0``, ``1``, …, and
+    what is all of the file is called ``tensor``.  Names are whole: modules have those of their state_dict, attributes
+    are keys, and what a call is given goes by its position.  A tensor has the name of every dict or list that it
+    stands in, and stays tied.
+
+    Tensors are plain ones afterwards (no parameters, nothing hangs on them), and those that were tied stay so.
+    Storages that stand by themselves become one-dimensional tensors of the elements that they declare, of bytes where
+    they declare none, and numpy's arrays tensors where torch has their dtype; others are left out.  Values that are
+    no plain tensors (quantized, sparse, …) stay what they are, each under its path: a container that cannot hold them
+    says so.
+
+    Raises (when applied):
+        KeyCollisionError: two paths are spelled alike: those of ``{"a": {"b": …}, "a.b": …}``.
+        LimitError: more tensors than any file has.
+        RewriteError: there is no tensor at all.
+    """
+
+    def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        everything: dict[str, object] = {}
+        plain: dict[int, TensorEntry] = {}
+        typed: dict[int, Storage] = {}  # of bare bytes, as tensors of bytes have them
+        for name, node in _by_path(checkpoint).items():
+            if is_array(node):
+                tensor = None if is_numpy_scalar(node) else _array_tensor(node, name)
+                everything.update({} if tensor is None else {name: tensor})
+            elif isinstance(node, Object):
+                everything[name] = node
+            else:
+                everything[name] = plain.setdefault(id(node), _bare(as_tensor(node, typed=True)))
+                if isinstance(node, Storage) and node.dtype is None:
+                    typed[id(node)] = replace(node, dtype="uint8")
+        for name, value in everything.items() if typed else ():
+            if isinstance(value, TensorEntry) and id(value.storage) in typed:
+                everything[name] = replace(value, storage=typed[id(value.storage)])
+        if not everything:
+            raise RewriteError(f"{checkpoint.origin.path}: the file holds no tensor at all")
+        state_dict = StateDict(everything, container=InertDict())
+        storages = {id(entry.storage): entry.storage.nbytes for entry in state_dict.values()}
+        whole = Section(
+            path="", kind="state_dict", tensors=len(state_dict), nbytes=sum(storages.values()), selected=True
+        )
+        return checkpoint.replace(
+            state_dict=state_dict,
+            rest=STATE_DICT,
+            module=None,
+            discarded=(),
+            sections=(whole,),
+            origin=replace(checkpoint.origin, state_path="", kind="state_dict"),
+        )
+
+
+_WHOLE_FILE = "tensor"
+"""What a tensor is called that is all of the file."""
+
+_MAX_KEYS = 300
+"""Characters of keys in a message."""
+
+
+def _by_path(checkpoint: Checkpoint) -> dict[str, TensorEntry | Storage | Object]:
+    """Every tensor, bare storage, array and value made of tensors, by its keys, joined with dots.
+
+    Raises:
+        As `AllTensors`.
+    """
+    found: dict[str, FoundTensor] = {}
+    limits, steps = DEFAULT_LIMITS, 0
+    for each in tensors_with_keys(checkpoint, _keys_above(checkpoint)):
+        keys = keys_of(each.keys)
+        name = ".".join(map(_named, keys)) if keys else _WHOLE_FILE
+        other = found.setdefault(name, each)
+        if other.node is not each.node:
+            raise KeyCollisionError(_subscripts(other), _subscripts(each), name[:_MAX_KEYS])
+        steps += len(keys)
+        if len(found) > limits.entries:
+            raise LimitError("tensors in one file", limit=limits.entries, actual=len(found))
+        if steps > limits.references:  # of lists in lists, say
+            raise LimitError("keys that lead to all tensors", limit=limits.references, actual=steps)
+    return {name: each.node for name, each in found.items()}
+
+
+def _keys_above(checkpoint: Checkpoint) -> Any:
+    """The keys that lead to the state_dict; of several places to the one that it was selected at."""
+    stack: list[tuple[Any, str, object]] = [(None, "", checkpoint.rest)]
+    seen: set[tuple[int, str]] = set()
+    places: list[Any] = []
+    while stack:
+        keys, path, node = stack.pop()
+        if node is STATE_DICT:
+            places.insert(0 if path == checkpoint.origin.state_path else len(places), keys)
+        if (id(node), path) in seen or (keys is not None and keys[2] > MAX_SECTION_DEPTH):
+            continue
+        seen.add((id(node), path))
+        below = ((key, child) for key, child in reversed(parts(node)) if not isinstance(child, SCALARS))
+        stack.extend((longer(keys, key), join(path, key), child) for key, child in below)
+    return places[0] if places else None
+
+
+def _named(key: object) -> str:
+    """A key in a name, as Python's ``str`` has it."""
+    if isinstance(key, Nameless):
+        return f"?{key.position}"
+    if isinstance(key, (str, Global)):
+        return key if isinstance(key, str) else key.qualified
+    if isinstance(key, tuple):
+        return f"({', '.join(repr(part) if isinstance(part, str) else _named(part) for part in key)})"
+    return repr(key) if isinstance(key, SCALARS) else step(key)
+
+
+def _subscripts(found: FoundTensor) -> str:
+    """Where a tensor stands, as Python would get there: ``["model"]["conv.weight"]``."""
+    return "".join(f"[{key!r:.100}]" for key in keys_of(found.keys))[:_MAX_KEYS]
+
+
+def _bare(entry: TensorEntry) -> TensorEntry:
+    """The plain tensor of the same values."""
+    if is_plain_value(entry) and not entry.is_parameter and not entry.requires_grad:
+        return entry
+    return replace(entry, is_parameter=False, requires_grad=False, subclass=None, attributes=None, effects=())
+
+
+def _array_tensor(node: Object, name: str) -> TensorEntry | None:
+    """The tensor of an array's values; ``None``: torch has no dtype for it, or it is of a class of its own.
+
+    Raises:
+        CorruptError: it has fewer bytes than its shape takes.
+    """
+    from ckptkit.transfer.memory import Memory  # most files have no arrays
+
+    layout = layout_of(node)
+    if layout.dtype is None or layout.shape is None or layout.data is None or not layout.is_plain:
+        return None
+    data = memoryview(bytes_reversed(bytes(layout.data), layout.dtype) if layout.swapped else layout.data)
+    source = Memory(name).add(len(data), lambda start, count: data[start : start + count], node)
+    dtype = layout.dtype if DTYPES[layout.dtype].storage_class else None
+    storage = Storage(key=name, dtype=dtype, nbytes=source.nbytes, location="cpu", source=source)
+    stride = contiguous_stride(layout.shape)
+    if layout.is_fortran:
+        stride = contiguous_stride(layout.shape[::-1])[::-1]
+    try:
+        return TensorEntry(
+            storage=storage, storage_offset=0, shape=layout.shape, stride=stride, dtype=layout.dtype
+        ).check()
+    except CorruptError as error:
+        raise CorruptError(f"{name!r:.200}: {error.message}") from None
