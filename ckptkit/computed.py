@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, outside, write_at
 from ckptkit.errors import CorruptError, FileAccessError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "COMPRESSED",
     "DEFLATE_MOST",
     "ByteSource",
     "ConvertedRange",
@@ -29,6 +30,7 @@ __all__ = [
     "DenseRange",
     "DenseValues",
     "Inflation",
+    "decompressed",
     "files_of",
     "is_made",
     "piece_nbytes",
@@ -69,6 +71,37 @@ def spooled(parts: Iterable[bytes], nbytes: int, source: Source, what: str) -> B
             raise
         raise FileAccessError(f"{needs}: {error.strerror}; {remedy}") from error
     return room
+
+
+COMPRESSED = {b"\x78": "zlib", b"\x1f": "gzip", b"B": "bz2", b"\xfd": "lzma", b"]": "lzma"}
+"""First bytes of what may be compressed as a whole, and the module that decompresses it."""
+
+_PIECE_NBYTES = 256 << 10
+
+
+def decompressed(area: ByteRange) -> Iterator[bytes]:
+    """The bytes in pieces of what is compressed as `COMPRESSED` says; damage ends them."""
+    how = COMPRESSED.get(area.read(0, min(1, area.nbytes)), "")
+    errors: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, zlib.error)
+    inflater: Any = zlib.decompressobj(zlib.MAX_WBITS + 16 * (how == "gzip"))
+    if how == "bz2":
+        import bz2
+
+        inflater = bz2.BZ2Decompressor()
+    elif how == "lzma":
+        import lzma
+
+        inflater, errors = lzma.LZMADecompressor(), (*errors, lzma.LZMAError)
+    try:
+        for chunk in area.chunks(_PIECE_NBYTES):
+            more = True
+            while more and not inflater.eof:
+                piece = inflater.decompress(chunk, _PIECE_NBYTES)
+                chunk, more = getattr(inflater, "unconsumed_tail", b""), len(piece) == _PIECE_NBYTES
+                if piece:
+                    yield piece
+    except errors:
+        return
 
 
 class _Computed:

@@ -136,7 +136,13 @@ def test_one_is_not_said_as_several(one_of_each: dict[str, Path], run: Any, tmp_
 
 def test_a_folder_around_an_unpacked_archive_is_told(save: Save, run: Any, tmp_path: Path) -> None:
     shutil.unpack_archive(save({"w": torch.ones(2)}), tmp_path / "unpacked", "zip")
-    for given in ("unpacked", "unpacked/model", "unpacked/model/data.pkl"):
+    paths = ("unpacked", "unpacked/model", "unpacked/model/data.pkl")
+    for given in paths:
+        assert "torch-zip, state dict" in run("inspect", given).stdout
+    for name in ("version", "byteorder"):  # without what tells the archive's format
+        (tmp_path / "unpacked" / "model" / name).unlink()
+    shutil.rmtree(tmp_path / "unpacked" / "model" / ".data")
+    for given in paths:
         done = run("inspect", given)
         assert done.returncode == 2
         assert "an archive of torch that was unpacked; pack it again, stored: cd " in done.stderr

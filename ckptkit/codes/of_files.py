@@ -62,6 +62,13 @@ CODES: dict[str, Explanation] = {
         "--densify. A DTensor or ShardedTensor is made whole by gathering it where it was "
         "saved; values that the model can do without are left out with --exclude.",
     ),
+    "arrays-as-tensors": Explanation(
+        "numpy arrays that are read as tensors",
+        "The file holds its weights as numpy arrays, as detectron2, caffe2 and JAX programs save them, and no torch "
+        "tensor that could be weights. Arrays under names are taken for tensors of the same type, shape and order; "
+        "what is converted has tensors in their place. Arrays of text, of objects or of several fields stay arrays.",
+        "ckptkit convert FILE OUT.pth writes tensors, which torch.load reads without trusting numpy's names.",
+    ),
     "quantized-weights": Explanation(
         "the weights are quantized: several tensors together are one weight",
         "A weight of 4 or 8 bits is a number to be multiplied by a scale that stands under another name: `qweight`, "
@@ -205,6 +212,12 @@ CODES: dict[str, Explanation] = {
         "What tells parameters from buffers is each class's source, which is missing. Tensors that require a gradient "
         "are taken for parameters, the others for buffers, plain attributes among them.",
         "-",
+    ),
+    "extra-files": Explanation(
+        "files of the author's own in a TorchScript program",
+        "torch.jit.save(model, FILE, _extra_files={name: text}) keeps them beside the program, below extra/: settings, "
+        "names of classes, a vocabulary. They are not weights, and no other container has a place for them.",
+        "Keep the program, or take them out of it: unzip FILE '*/extra/*'.",
     ),
     "own-script-state": Explanation(
         "modules of a program that save a state of their own making",

@@ -30,6 +30,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
+from ckptkit.normalize.made_plain import devices_made_plain
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
@@ -204,6 +205,9 @@ def run(
             source = restored(source)
             if weights_alone and KeepBeside()(source).rest is not STATE_DICT:  # it could not be kept again
                 source = read
+        is_restored = source is not read
+        if options.dtype is not None or container.tensors_alone:
+            source = devices_made_plain(source)
         conversion = None
         if rewrite:
             conversion = Conversion(
@@ -211,7 +215,7 @@ def run(
                 options,
                 tensors_alone=container.tensors_alone,
                 weights_alone=weights_alone,
-                restored=source is not read,
+                restored=is_restored,
             )
         job = Job.of(source if conversion is None else conversion.result, file, destination, options)
         findings: list[Finding] = []

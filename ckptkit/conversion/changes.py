@@ -223,6 +223,7 @@ def diagnose_losses(
     if source.origin.is_program:
         pairs = mapping_items(source.rest) or []
         left_out = [step(key) for key, value in pairs if value is not STATE_DICT]
+        yield from (finding for finding in source.findings if finding.code == "extra-files")
     else:
         kept = set(other_parts(result))
         left_out = [key for key in other_parts(source if beside is None else beside) if key not in kept]

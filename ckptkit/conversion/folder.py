@@ -200,6 +200,7 @@ def _sorted_out(
     from ckptkit.formats.refused_folders import parts_in
     from ckptkit.formats.shard_parts import known_as
     from ckptkit.formats.sharded import shard_names
+    from ckptkit.formats.unpacked import is_unpacked
 
     paths = [each.path for each in survey.checkpoints]
     # One in which something else lies is a folder of files, some of which are parts.
@@ -212,11 +213,15 @@ def _sorted_out(
         wholes = [folder, *([above] if known_as(own) is not None else ())]  # of several ranks, with a folder for each
         whole = None if options.allow_part else next((each for each in wholes if parts(each) is not None), None)
         if whole is None:
-            beside = os.path.dirname(os.path.relpath(path, source))
-            output = os.path.join(destination, beside, without_endings(name) + ending)
             shards = sorted(shard_names(path)) if name.endswith(".json") else ()
-            files = (path, *(os.path.join(folder, *shard.split("/")) for shard in shards))
-            items.append(Item(path, output, files))
+            files = [path, *(os.path.join(folder, *shard.split("/")) for shard in shards)]
+            if is_unpacked(folder) and name == "data.pkl":  # the folder is the checkpoint
+                path, (folder, name) = folder, os.path.split(folder)
+                files = [os.path.join(inside, each) for inside, _, names in os.walk(path) for each in names]
+            beside = os.path.relpath(folder, source)
+            within = destination if beside == os.curdir else os.path.join(destination, beside)
+            output = os.path.join(within, without_endings(name) + ending)
+            items.append(Item(path, output, tuple(files)))
         elif whole not in refused:
             refused[whole] = FileAccessError(f"{whole}: {parts(whole)}", path=whole)
             if os.path.samefile(whole, source):

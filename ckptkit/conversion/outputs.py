@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit import formats
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
+from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.report import count_of, listed, without_endings
 from ckptkit.transfer import folder_made
 from ckptkit.transfer.names import exists
@@ -39,7 +40,7 @@ __all__ = [
 
 def is_folder_of_files(source: object, destination: str | os.PathLike[str], options: ConvertOptions) -> bool:
     """Whether every checkpoint below a folder is meant, and another folder for them."""
-    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
+    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or is_unpacked(os.fsdecode(source)):
         return False
     path = os.fsdecode(destination)
     return _is_folder(path, options) or not _names_a_file(path)
@@ -79,7 +80,7 @@ def destination_of(
         yield destination
         return
     ending = ending_of(folder, options)
-    name = os.path.basename(path)
+    name = os.path.basename(os.path.abspath(path))
     if not os.path.lexists(path):  # in an archive, or nowhere
         name = "" if path == "-" or path.startswith("<") else re.split("[/!]", path)[-1]
     if not name:
@@ -140,7 +141,7 @@ def ending_of(folder: str, options: ConvertOptions) -> str:
 
 
 class Item(NamedTuple):
-    """A file to convert, its output, and all files it is read from: itself and its shards."""
+    """A file to convert, its output, and all files it is read from: itself and its shards, or what is in its folder."""
 
     source: str
     destination: str

@@ -27,6 +27,7 @@ from ckptkit.differences.rest import (
     training_rows,
 )
 from ckptkit.errors import SectionError
+from ckptkit.normalize.made_plain import devices_made_plain
 from ckptkit.normalize.modules import unwrapped
 from ckptkit.normalize.parts import part_findings, require_whole
 from ckptkit.normalize.selection import paths_listed, weights_paths
@@ -85,6 +86,8 @@ def differ(
     """
     for checkpoint in (a, b):
         require_whole(checkpoint, allow_part=allow_part)
+    if a.state_dict.is_plain != b.state_dict.is_plain:  # one is converted, and has no tensors of devices any more
+        a, b = devices_made_plain(a), devices_made_plain(b)
     ours, theirs, selected = _values(a, b, strict=strict)
     given = [*["--strict"] * strict, *["--allow-part"] * allow_part]
     if tolerance is not None:

@@ -15,6 +15,7 @@ from ckptkit.errors import FileAccessError, FormatError, RewriteError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, identify
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards import may_tell_a_part
+from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.normalize.parts import part_in
@@ -117,6 +118,8 @@ def source_of(path: Readable) -> Source:
         return path
     if not isinstance(path, (str, os.PathLike)):
         raise FileAccessError(f"a {type(path).__name__} is not the path of a file")
+    if (unpacked := unpacked_source(os.fsdecode(path))) is not None:
+        return unpacked
     if os.path.isdir(path):
         from ckptkit.formats.refused_folders import describe_folder
 

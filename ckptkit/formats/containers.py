@@ -60,7 +60,10 @@ def _safetensors(probe: Probe) -> bool:
 
 
 def _pickle(probe: Probe) -> bool:
-    if probe.head[:1] not in (b"\x80", b"(", b"c", b"}", b"]"):  # a tuple, call, dict or list of protocol 0 or 1
+    # A tuple, call, dict or list of protocol 0 or 1; what joblib compresses with zlib, gzip, bz2, xz.
+    if probe.head[:1] not in (b"\x80", b"(", b"c", b"}", b"]", b"\x78", b"\x1f", b"B", b"\xfd"):
+        return False
+    if probe.records:  # an archive's that was unpacked
         return False
     from ckptkit.formats.plain_pickle import outcome
 

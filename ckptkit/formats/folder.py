@@ -28,6 +28,7 @@ from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFi
 from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards import indexes_in
+from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
@@ -242,6 +243,9 @@ class Surveyor:
                 if key in self._skipped:
                     self._passed[path] = self._skipped[key]
                     continue
+                if is_unpacked(path):
+                    met |= self._file(os.path.join(path, "data.pkl"))
+                    continue
                 with os.scandir(path) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
@@ -303,7 +307,9 @@ class Surveyor:
         probe = Probe(file, self._limits)
         claims: list[Format] = []
         kind: str | None = None
-        if name.startswith("._") and probe.head.startswith(_APPLE_DOUBLE):
+        if name == "data.pkl" and is_unpacked(os.path.dirname(path) or os.curdir):
+            pass  # of an archive that was unpacked, and all of it
+        elif name.startswith("._") and probe.head.startswith(_APPLE_DOUBLE):
             kind = "AppleDouble file"
         elif not says_checkpoint(name):
             try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import CorruptError, FormatError, RewriteError
+from ckptkit.formats.unpacked import UnpackedSource
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Records, read_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
@@ -48,12 +49,14 @@ class Probe:
 
     @cached_property
     def records(self) -> Records | None:
-        """Every record of a zip archive by its full name; ``None``: the file is none.
+        """Every record of a zip archive, or of one that was unpacked, by its full name; ``None``: the file is none.
 
         Raises:
             CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
                 the message says what is left of it.
         """
+        if isinstance(self.file, UnpackedSource):
+            return self.file.records()
         if not self.head.startswith(LOCAL_SIGNATURE):
             return None
         try:

@@ -1,4 +1,4 @@
-"""pickle: tensors that Python's own pickle wrote, or cloudpickle: ``pickle.dump(model.state_dict(), file)``.
+"""pickle: tensors and arrays that Python's own pickle wrote, or cloudpickle, dill or joblib.
 
 Layout: one pickle of any protocol and nothing after it.  A tensor is the call that torch-zip has for it, too
 (`ckptkit.pickling.tensors`).  Where that names a storage, here stands ``torch.storage._load_from_bytes(data)``
@@ -9,28 +9,43 @@ before, it is a text that ``_codecs.encode`` makes bytes of, which are put into 
 Each call gives a storage of its own: tensors that shared one share it no longer, unless pickle saw that they are one
 object.  A call that was given anything else stays the call it is.
 
-A pickle without a torch storage is no checkpoint, whatever it names (`ckptkit.formats.refused_contents`).
+Where there is no torch storage, numpy's arrays under names are tensors (`ckptkit.normalize.made_plain`).  Such a pickle
+is a checkpoint if there are weights in it by that, or if it holds arrays and nothing else, in lists and dicts.  One
+array alone is none, and neither is what has arrays in its objects (a table, a scikit-learn model):
+`ckptkit.formats.refused_contents` says what that is.
+
+joblib (``joblib/numpy_pickle.py``) writes of an array a ``NumpyArrayWrapper``, whose BUILD is followed by a byte that
+counts padding, the padding, and the array's bytes; where ``numpy_array_alignment_bytes`` is not there, by the bytes
+alone.  In an array of objects a pickle of its own stands there, and such a file is not read.  joblib compresses all of
+it: zlib, gzip, bz2, xz or lzma; what that holds is put into a temporary file.
+
+What the machine reads is the file without the large arrays and storages in it (`_Text`): gigabytes are passed over.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from functools import partial
 
-from ckptkit.bytesource import ByteRange, Source
+from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.computed import spooled
-from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError
+from ckptkit.computed import COMPRESSED, decompressed, spooled
+from ckptkit.dtypes import BY_STORAGE_CLASS
+from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in
-from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.normalize.made_plain import arrays_made_plain
+from ckptkit.normalize.sections import SectionSearch
+from ckptkit.pickling.arrays import LocatedBytes, is_array, is_numpy_scalar, itemsize_of, layout_of
 from ckptkit.pickling.dialects import LegacyTable
-from ckptkit.pickling.inert import Global, InertDict, Object, children, walk
-from ckptkit.pickling.machine import LOADER, Constructor
-from ckptkit.pickling.reader import PickleResult, holds_legacy, read_pickle
+from ckptkit.pickling.inert import Global, InertDict, Object, attributes, children, is_global, walk
+from ckptkit.pickling.machine import LOADER, NO_FRAME, Constructor, Machine
+from ckptkit.pickling.reader import PickleResult, holds_legacy, read_pickle, storage_pickles
+from ckptkit.pickling.tensors import shape_of
 from ckptkit.pickling.trust import global_uses
-from ckptkit.report import count_of
+from ckptkit.report import Finding, count_of
+from ckptkit.tensor import storage_of
 
 __all__ = ["outcome", "read"]
 
@@ -41,6 +56,14 @@ _TEXT = 8
 
 _BEGIN_NBYTES = 64
 """First bytes of a storage's file that tell what it is."""
+
+_WINDOW_NBYTES = 256 << 10
+"""Bytes that are read at a time, at least."""
+
+_MARKS = (LOADER[1].encode(), b"numpy")
+"""Names without one of which there is neither a tensor nor an array."""
+
+_WRAPPERS = ("joblib.numpy_pickle.NumpyArrayWrapper", "sklearn.externals.joblib.numpy_pickle.NumpyArrayWrapper")
 
 
 def read(probe: Probe) -> RawCheckpoint:
@@ -63,33 +86,91 @@ def outcome(probe: Probe) -> RawCheckpoint | FormatError | None:
 
 
 def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
-    if begins_one(probe.head):
+    area = _inflated(probe) if probe.head[:1] in COMPRESSED else probe.file.whole
+    if area is None:
+        return None
+    head = area.read(0, min(len(probe.head), area.nbytes))
+    if begins_one(head):
         return None
     from ckptkit.formats.magic import guess_pickle  # only here, as many patterns take a moment to compile
 
-    if guess_pickle(probe.head, probe.file.size) is None:
+    if guess_pickle(head, area.nbytes) is None or not _holds(area, _MARKS, probe.limits.pickle_nbytes):
         return None
-    data = probe.file.read(0, min(probe.file.size, probe.limits.pickle_nbytes))
-    if LOADER[1].encode() not in data:
-        return None
-    table = _Table(probe.file, probe.limits)
     try:
-        pickle = table.read(data)
+        return _read(area, probe, apart=True) or _read(area, probe, apart=False)
     except FormatError as error:
-        from ckptkit.formats.refused_contents import names_joblib  # whose arrays stand between the opcodes
+        from ckptkit.formats.refused_contents import names_joblib
 
+        data = area.read(0, min(area.nbytes, probe.limits.pickle_nbytes))
         return error if holds_legacy(data) and not names_joblib(error.globals) else None
-    if not table.storages:
+    except _NoCheckpointError:
         return None
-    root = table.understood(pickle)
+
+
+class _NoCheckpointError(Exception):
+    """There is neither a torch storage in it, nor arrays that are weights."""
+
+
+def _read(area: ByteRange, probe: Probe, *, apart: bool) -> RawCheckpoint | FormatError | None:
+    """What a pickle holds, or why its arrays do not; ``None``: bytes that were left where they lie are wanted, too.
+
+    Args:
+        area: where it lies.
+        probe: the file.
+        apart: whether those of arrays and storages are to be left there.
+    """
+    table = _Table(area, probe, apart=apart)
+    pickle = table.read()
+    root, findings = table.understood(pickle), list[Finding]()
+    if not table.storages:
+        alone = _is_arrays_alone(root)
+        if table.has_arrays:
+            try:
+                root, findings = arrays_made_plain(root, probe.file.path, everything=alone)
+            except CorruptError as error:
+                return error.at(seen=global_uses(pickle.globals))
+        if not findings or not (alone or _has_weights(root)):
+            raise _NoCheckpointError
+    everything = [root, pickle.discarded]
+    if apart and any(isinstance(part, (_Held, LocatedBytes)) for node in walk(everything) for part in children(node)):
+        return None
     return RawCheckpoint(
         root=root,
         format=_NAME,
-        pickle_protocol=pickle.protocol if _needs_protocol([root, pickle.discarded]) else None,
+        pickle_protocol=pickle.protocol if _needs_protocol(everything) else None,
         globals=global_uses(pickle.globals),
         discarded=pickle.discarded,
-        findings=tuple(legacy_findings(table)),
+        findings=(*legacy_findings(table), *findings),
     )
+
+
+def _has_weights(root: object) -> bool:
+    return any(candidate.is_weights for candidate in SectionSearch(root).sections())
+
+
+def _is_arrays_alone(root: object) -> bool:
+    """Whether a tree holds arrays and nothing else, in lists, tuples and dicts; not where it is one array."""
+    found, stack, seen = False, [root], set[int]()
+    while stack:
+        node = stack.pop()
+        if is_array(node) and not is_numpy_scalar(node):
+            found = node is not root
+        elif not isinstance(node, (list, tuple, InertDict)):
+            return False
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack += [value for _, value in node.pairs] if isinstance(node, InertDict) else node
+    return found
+
+
+def _holds(area: ByteRange, marks: tuple[bytes, ...], most: int) -> bool:
+    """Whether one of the names is in the first bytes, as many as a pickle may have."""
+    before = b""
+    for chunk in area.part(0, min(area.nbytes, most)).chunks():
+        if any(mark in before + chunk for mark in marks):
+            return True
+        before = chunk[-_BEGIN_NBYTES:]
+    return False
 
 
 def _needs_protocol(root: object) -> bool:
@@ -103,8 +184,32 @@ def _needs_protocol(root: object) -> bool:
     return False
 
 
-_MOST = 25_000
-"""Storages that are read: each is five small pickles of its own, and takes some 0.4 ms."""
+def _inflated(probe: Probe) -> ByteRange | None:
+    """What a compressed file holds, in the temporary file; ``None``: nothing that joblib wrote."""
+    whole = probe.file.whole
+    if b"joblib" not in next(decompressed(whole), b""):
+        return whole if probe.head[:1] == b"]" else None  # a list, in a pickle of protocol 0 or 1
+    nbytes = 0
+    for piece in decompressed(whole):
+        nbytes += len(piece)
+        if nbytes > probe.limits.looked_nbytes:
+            raise LimitError("bytes that a compressed pickle holds", limit=probe.limits.looked_nbytes, actual=nbytes)
+    return spooled(decompressed(whole), nbytes, probe.file, "it is compressed and takes")
+
+
+# Storages and arrays.
+
+_MOST = 200_000
+"""Storages that are read: each is five small pickles of its own; as torch writes them, they take some 0.1 ms."""
+
+_PICKLES_NBYTES = 1024
+_COUNT_NBYTES = 8
+"""Bytes that hold these pickles, and of the count that follows them."""
+
+_APART_NBYTES = 64 << 10
+_APART_SHARE = 16
+"""Bytes from which on what stays where it lies is left out of what the machine reads, and how many times them may be
+copied for that."""
 
 
 class _Held(bytes):
@@ -117,63 +222,183 @@ class _Held(bytes):
     storage: Storage
 
 
-class _Table(LegacyTable):
-    """The storages of a plain pickle, in the order of their calls."""
+class _Text:
+    """The bytes of a pickle without some that stay where they lie.
 
-    def __init__(self, file: Source, limits: Limits) -> None:
-        super().__init__(file, limits)
-        self._file = file
+    Attributes:
+        area: where it lies, with them.
+        data: its first bytes, without them.
+    """
+
+    def __init__(self, area: ByteRange, most: int) -> None:
+        self.area = area
+        self.data = area.read(0, min(area.nbytes, _WINDOW_NBYTES, most))
+        self._gaps: list[tuple[int, int]] = [(0, 0)]  # position in the data, and how many bytes were left out by then
+
+    @property
+    def left(self) -> int:
+        """Bytes behind those that were read."""
+        return self.area.nbytes - self.place(len(self.data))
+
+    def place(self, at: int) -> int:
+        """Where in the area a position of the data is."""
+        return at + next(gone for begin, gone in reversed(self._gaps) if begin <= at)
+
+    def longer(self) -> bytes:
+        """The data with as many bytes more, where there are any."""
+        start = self.place(len(self.data))
+        self.data += self.area.read(start, min(self.area.nbytes - start, max(len(self.data), _WINDOW_NBYTES)))
+        return self.data
+
+    def without(self, at: int, nbytes: int) -> bytes:
+        """The data without so many bytes from a position on, which are in the area."""
+        start = self.place(at) + nbytes
+        behind = self.data[at + nbytes :] or self.area.read(start, min(self.area.nbytes - start, _WINDOW_NBYTES))
+        self._gaps.append((at, start - at))
+        self.data = self.data[:at] + behind
+        return self.data
+
+
+class _Table(LegacyTable):
+    """The storages of a plain pickle, in the order of their calls; leaves bytes where they lie."""
+
+    def __init__(self, area: ByteRange, probe: Probe, *, apart: bool) -> None:
+        super().__init__(probe.file, probe.limits)
+        self._file = probe.file
+        self._text = _Text(area, probe.limits.pickle_nbytes)
+        self._apart = apart
         self._held: dict[int, _Held | None] = {}  # by where it begins
-        self._room = _TEXT * limits.pickle_nbytes
+        self._room = _TEXT * probe.limits.pickle_nbytes
         self._spooled: dict[bytes, Storage | None] = {}
+        self._array_room = probe.limits.pickle_nbytes
+        self.has_arrays = False
 
     @property
     def constructors(self) -> dict[tuple[str, str], Constructor]:
         """As `StorageTable.constructors`, and the call that makes a storage."""
         return {**super().constructors, LOADER: self._load}
 
-    def read(self, data: bytes) -> PickleResult:
-        """The pickle that begins with the data.
+    def read(self) -> PickleResult:
+        """The pickle, which must be all there is.
 
         Raises:
             FormatError: it is damaged or refused.
         """
-        read = partial(read_pickle, data, constructors=self.constructors, limits=self._limits, more=self._more)
-        result = read(hold=self._hold)
-        nodes = walk([result.root, result.discarded])
-        if any(isinstance(part, _Held) for node in nodes for part in children(node)):  # it is wanted as bytes, too
-            self._storages.clear()
-            result = read()
-        left = self._file.size - result.end
+        text = self._text
+        try:
+            result = read_pickle(
+                text.data, constructors=self.constructors, limits=self._limits, more=self._more, hold=self
+            )
+        except FormatError as error:
+            if error.offset is not None:
+                error.offset = text.place(error.offset)
+            raise
+        end = text.place(result.end)
+        left = text.area.nbytes - end
         if left:
             follow = count_of(left, "byte", "follows", "follow")
             raise AmbiguousError(
                 f"{follow} the pickle, which pickle.load does not read; save each pickle into a file of its own",
-                offset=result.end,
+                offset=end,
             )
+        names = [name for name in result.globals if name.module.startswith("numpy")]
+        self.has_arrays = self.has_arrays or any(name.name in ("_reconstruct", "_frombuffer") for name in names)
         return result
 
     def _more(self, nbytes: int) -> bytes:
-        """The file up to a later position; storages that stay where they lie do not count as bytes of the pickle."""
-        size = self._file.size
-        if nbytes < size and self._room <= nbytes:
+        """The text up to a later position; what stays where it lies does not count as bytes of the pickle."""
+        if self._text.left and self._room <= nbytes:
             raise LimitError("bytes of a pickle beside its storages", limit=self._room, actual=nbytes + 1)
-        return self._file.read(0, min(size, 2 * nbytes))
+        return self._text.longer()
 
-    def _hold(self, start: int, nbytes: int) -> bytes | None:
+    def data(self, machine: Machine, nbytes: int) -> bool:
+        """See `ckptkit.pickling.machine.Hold`."""
+        start, given = self._text.place(machine.pos), (machine.stack or [*machine.marks[-1:], []][0])[-1:]
+        if not self._apart or not given:
+            return False
+        if machine.stack and is_global(given[0], *LOADER):
+            held: bytes | None = self._storage_at(start, nbytes)
+        elif _is_of_array(machine.stack, given[0]) and start + nbytes <= self._text.area.nbytes:
+            held = self._located(start, nbytes)
+        else:
+            held = None
+        if held is None or not self._pass(machine, nbytes):
+            return False
+        machine.stack.append(held)
+        return True
+
+    def _located(self, start: int, nbytes: int) -> bytes:
+        found = LocatedBytes()
+        found.source = self._text.area.part(start, nbytes)
+        return found
+
+    def _pass(self, machine: Machine, nbytes: int, *, always: bool = False) -> bool:
+        """Go on behind bytes that stay where they lie; not where they must be read up to their end first."""
+        is_worth_it = nbytes >= _APART_NBYTES and nbytes * _APART_SHARE >= machine.pos
+        is_here = machine.pos + nbytes <= len(machine.data)
+        if machine.frame_end == NO_FRAME and (is_worth_it or (always and not is_here)):
+            machine.data = self._text.without(machine.pos, nbytes)
+        elif is_here:
+            machine.pos += nbytes
+            self._room += nbytes
+        else:
+            return False
+        return True
+
+    def built(self, machine: Machine, target: Object) -> None:
+        """Take the array that follows joblib's wrapper for it; see `ckptkit.pickling.machine.Hold`.
+
+        Raises:
+            CorruptError: it does not follow.
+            UnsupportedError: it is one of objects.
+        """
+        if target.class_name not in _WRAPPERS:
+            return
+        state = attributes(target) or InertDict()
+        if machine.frame_end not in (machine.pos, NO_FRAME):
+            raise CorruptError("an array of joblib's inside a frame: damaged")
+        machine.frame_end = NO_FRAME
+        shape, dtype, area = shape_of(state.get("shape")), state.get("dtype"), self._text.area
+        start = self._text.place(machine.pos)
+        if state.get("numpy_array_alignment_bytes") is not None and start < area.nbytes:
+            start += 1 + area.read(start, 1)[0]
+        node = Object("reduce", Global("numpy._core.multiarray", "_reconstruct"), (state.get("subclass"), (0,), b"b"))
+        node.state = (1, state.get("shape"), dtype, state.get("order") == "F", b"")
+        itemsize = itemsize_of(layout_of(node).code)
+        if itemsize is None or shape is None or min(shape, default=0) < 0:
+            raise UnsupportedError("an array of joblib's whose elements are objects or have fields")
+        nbytes = itemsize * math.prod(shape)
+        if start + nbytes > area.nbytes:
+            raise CorruptError(
+                f"{nbytes:,} bytes of an array of joblib's are declared, {max(area.nbytes - start, 0):,} are left: "
+                "damaged or truncated"
+            )
+        held = self._located(start, nbytes) if self._apart else self._read(start, nbytes)
+        node.state = (*node.state[:4], held)
+        self._pass(machine, start + nbytes - self._text.place(machine.pos), always=True)
+        machine.stack[-1] = node
+        self.has_arrays = True
+
+    def _read(self, start: int, nbytes: int) -> bytes:
+        self._array_room -= nbytes
+        if self._array_room < 0:
+            most = self._limits.pickle_nbytes
+            raise LimitError("bytes of arrays that stay arrays", limit=most, actual=most - self._array_room)
+        return self._text.area.read(start, nbytes)
+
+    def _storage_at(self, start: int, nbytes: int) -> _Held | None:
         if start not in self._held:
             self._held[start] = None
-            left = self._file.size - start
+            left = self._text.area.nbytes - start
             if left < nbytes:
-                if begins_one(self._file.read(start, min(left, _BEGIN_NBYTES))):
+                if begins_one(self._text.area.read(start, min(left, _BEGIN_NBYTES))):
                     raise CorruptError(f"a storage's {nbytes:,} bytes are declared, {left:,} are left: truncated")
                 return None
-            source = ByteRange(self._file, start, nbytes)
+            source = self._text.area.part(start, nbytes)
             storage = self._storage_in(source, start)
             if storage is not None:
                 held = self._held[start] = _Held(source.read(0, nbytes - storage.nbytes))
                 held.storage = storage
-                self._room += nbytes
         return self._held[start]
 
     def _load(self, args: tuple[object, ...]) -> object:
@@ -202,10 +427,25 @@ class _Table(LegacyTable):
 
     def _storage_in(self, source: ByteRange, start: int | None) -> Storage | None:
         """The storage in its file; ``None``: it is none, or holds something else."""
-        if not begins_one(source.read(0, min(source.nbytes, _BEGIN_NBYTES))):
+        begin = source.read(0, min(source.nbytes, _PICKLES_NBYTES))
+        known = storage_pickles(begin)
+        if known is not None and known[0] in BY_STORAGE_CLASS:
+            cls, location, numel, end = known
+            row, raw = BY_STORAGE_CLASS[cls], begin[end : end + _COUNT_NBYTES]
+            nbytes = numel * row.itemsize
+            if int.from_bytes(raw, "little") == numel and end + _COUNT_NBYTES + nbytes == source.nbytes:
+                return storage_of("", row.name, nbytes, location, source.part(end + _COUNT_NBYTES, nbytes))
+        if not begins_one(begin[:_BEGIN_NBYTES]):
             return None
         try:
             return storage_in(source, self._limits)
         except FormatError as error:
             error.offset = None if start is None or error.offset is None else error.offset + start
             raise error.at(where="a storage") from error.__cause__
+
+
+def _is_of_array(stack: list[object], before: object) -> bool:
+    """Whether the bytes that follow are an array's: those that BUILD or ``_frombuffer`` is given."""
+    if not stack:
+        return isinstance(before, Global) and before.name == "_frombuffer" and before.module.startswith("numpy")
+    return before.__class__ is bool and len(stack) >= 2 and getattr(stack[-2], "class_name", "") == "numpy.dtype"

@@ -46,10 +46,22 @@ from ckptkit.report import Finding, convert_command, count_of, human_size, liste
 if TYPE_CHECKING:
     from ckptkit.formats.contents import ContentSearch
 
-__all__ = ["METADATA", "ArchiveKind", "TorchArchive", "archive_kind"]
+__all__ = ["METADATA", "PICKLE_FUNCTIONS", "ArchiveKind", "TorchArchive", "archive_kind"]
 
 METADATA = "ckptkit/metadata.json"
 """The record in which ckptkit keeps a checkpoint's string metadata, a JSON object; torch passes over it."""
+
+PICKLE_FUNCTIONS = frozenset(
+    {"build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_tensor_from_id",
+     "restore_type_tag"}
+)  # fmt: skip
+"""What the pickles of libtorch call (``torch/jit/_pickle.py``)."""
+
+_CONSTRUCTORS: dict[tuple[str, str], Constructor] = {
+    ("torch.jit._pickle", name): lambda args: args[0] if args else NotImplemented
+    for name in PICKLE_FUNCTIONS - {"build_tensor_from_id"}
+}
+"""Those that give their first argument."""
 
 ArchiveKind = Literal["torch-zip", "torchscript", "torch-package", "pt2"]
 
@@ -264,7 +276,6 @@ class TorchArchive:
         name: str,
         table: StorageTable,
         persistent_load: Callable[[object], object] | None = None,
-        constructors: dict[tuple[str, str], Constructor] | None = None,
     ) -> PickleResult:
         """Read the pickle in a record, which must be all there is in it.
 
@@ -272,7 +283,6 @@ class TorchArchive:
             name: of the record.
             table: the storages it may name.
             persistent_load: understands persistent ids that are no storages too.
-            constructors: calls that are understood beside those that make tensors.
 
         Raises:
             FormatError: the pickle is damaged or refused; the record's name is in the message.
@@ -285,7 +295,7 @@ class TorchArchive:
             pickle = read_pickle(
                 data,
                 persistent_load=persistent_load or table.persistent_load,
-                constructors={**table.constructors, **(constructors or {})},
+                constructors={**table.constructors, **_CONSTRUCTORS},
                 limits=self.limits,
                 shortcut=TensorShortcut(table.named),
                 whole=True,

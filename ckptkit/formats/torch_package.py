@@ -28,7 +28,7 @@ from ckptkit.checkpoint import GlobalUse, Kind
 from ckptkit.errors import CorruptError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.torch_archive import TorchArchive
-from ckptkit.formats.torchscript import JIT_CONSTRUCTORS, as_modules, vouched
+from ckptkit.formats.torchscript import as_modules, vouched
 from ckptkit.formats.torchscript_code import ScriptClasses
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import SectionSearch
@@ -158,12 +158,8 @@ class _Package:
         """A TorchScript module of the package."""
         if number not in self.scripts:
             load = self._load_from_script
-            pickle = self._archive.pickle(
-                f"{_SCRIPTS}{number}/data.pkl", self._table, persistent_load=load, constructors=JIT_CONSTRUCTORS
-            )
-            self._archive.pickle(
-                f"{_SCRIPTS}{number}/constants.pkl", self._table, persistent_load=load, constructors=JIT_CONSTRUCTORS
-            )
+            pickle = self._archive.pickle(f"{_SCRIPTS}{number}/data.pkl", self._table, persistent_load=load)
+            self._archive.pickle(f"{_SCRIPTS}{number}/constants.pkl", self._table, persistent_load=load)
             as_modules(pickle.root, self._classes)
             self.scripts[number] = pickle.root
         return self.scripts[number]

@@ -25,6 +25,9 @@ What `ckptkit.formats.torch_archive` says is common to all of torch's archives i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CorruptError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse
@@ -55,10 +58,16 @@ def read(probe: Probe) -> RawCheckpoint:
         pickle_protocol=pickle.protocol,
         writer=archive.writer(),
         metadata=_metadata(archive),
-        globals=archive.uses(),
+        globals=_without_code(archive.uses()),
         discarded=archive.discarded,
         findings=tuple(archive.findings()),
     )
+
+
+def _without_code(uses: tuple[GlobalUse, ...]) -> tuple[GlobalUse, ...]:
+    """The verdicts: objects of TorchScript's, as libtorch's ``pickle_save`` writes them, have no code in the file."""
+    reason = "an object of TorchScript's, whose code is not in the file; whoever loads it brings that along"
+    return tuple(replace(use, reason=reason) if use.name.startswith("__torch__.") else use for use in uses)
 
 
 def _metadata(archive: TorchArchive) -> dict[str, str]:

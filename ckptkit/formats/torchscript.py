@@ -41,43 +41,28 @@ from dataclasses import replace
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.format import Probe
-from ckptkit.formats.torch_archive import TorchArchive
+from ckptkit.formats.torch_archive import PICKLE_FUNCTIONS, TorchArchive
 from ckptkit.formats.torchscript_code import ScriptClass, ScriptClasses
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.sections import above_tensors, join
 from ckptkit.pickling.dialects import ScriptStorageTable
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, PersistentId, mapping_items, walk
-from ckptkit.pickling.reader import Constructor
 from ckptkit.pickling.tensors import is_tensor_like
-from ckptkit.report import Finding, count_of, listed
+from ckptkit.report import Finding, count_of, human_size, listed
 
-__all__ = ["JIT_CONSTRUCTORS", "as_modules", "read", "vouched"]
+__all__ = ["as_modules", "read", "vouched"]
 
 _NAME = "torchscript"
 _SIDE_PICKLES = ("bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl")
-_FOLDERS = ("code/", "extra/", "traced_inputs/", "bytecode/")
+_EXTRA = "extra/"
+_FOLDERS = ("code/", _EXTRA, "traced_inputs/", "bytecode/")
 
 _MAX_ATTRIBUTE_DEPTH = 32
 """Lists and dicts inside one another that an attribute's parts are looked for in; deeper ones stay whole."""
 
 _MANGLED = re.compile(r"\.___torch_mangle_[0-9]+")
 _QUANTIZED = re.compile(r"__torch__\.torch\.(?:ao\.)?nn\.(?:intrinsic\.|sparse\.)?quantized\.")
-
-_PICKLE_FUNCTIONS = frozenset(
-    {"build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_tensor_from_id",
-     "restore_type_tag"}
-)  # fmt: skip
-
-
-def _first(args: tuple[object, ...]) -> object:
-    return args[0] if args else NotImplemented
-
-
-JIT_CONSTRUCTORS: dict[tuple[str, str], Constructor] = {
-    ("torch.jit._pickle", name): _first for name in _PICKLE_FUNCTIONS - {"build_tensor_from_id"}
-}
-"""The calls in a JIT pickle that give their first argument."""
 
 
 def read(probe: Probe) -> RawCheckpoint:
@@ -98,8 +83,8 @@ def read(probe: Probe) -> RawCheckpoint:
         ScriptStorageTable(archive.locator(folder), byteorder=byteorder, limits=probe.limits)
         for folder in ("data/", "constants/")
     ]
-    data = archive.pickle("data.pkl", tables[0], constructors=JIT_CONSTRUCTORS)
-    constants = archive.pickle("constants.pkl", tables[1], constructors=JIT_CONSTRUCTORS)
+    data = archive.pickle("data.pkl", tables[0])
+    constants = archive.pickle("constants.pkl", tables[1])
     for name in _SIDE_PICKLES:
         if name in archive.records:
             archive.pickle(name, tables[0], persistent_load=_marking(archive))
@@ -122,8 +107,21 @@ def read(probe: Probe) -> RawCheckpoint:
         writer=archive.writer(),
         globals=vouched(archive.uses()),
         discarded=archive.discarded,
-        findings=(*archive.findings(), *_findings(data.root, classes, attributes, held)),
+        findings=(*archive.findings(), *_findings(data.root, classes, attributes, held), *_extra_files(archive)),
     )
+
+
+def _extra_files(archive: TorchArchive) -> Iterator[Finding]:
+    """What the program's author put beside it; nothing that is converted can hold it."""
+    files = [(name, archive.records[name].nbytes) for name in archive.records if name.startswith(_EXTRA)]
+    if files:
+        shown = listed([f"{name.removeprefix(_EXTRA)[:80]!r} ({human_size(nbytes)})" for name, nbytes in files], 8)
+        yield Finding(
+            code="extra-files",
+            severity="info",
+            message=f"{count_of(len(files), 'file')} of the author's own beside the program (_extra_files): {shown}; "
+            "only the weights are written when it is converted",
+        )
 
 
 def _marking(archive: TorchArchive) -> Callable[[object], object]:
@@ -139,7 +137,7 @@ def _marking(archive: TorchArchive) -> Callable[[object], object]:
 
 def vouched(uses: tuple[GlobalUse, ...]) -> tuple[GlobalUse, ...]:
     """The verdicts, with the names that TorchScript's own unpickler makes nothing but data of as torch's."""
-    own = {f"torch.jit._pickle.{name}" for name in _PICKLE_FUNCTIONS}
+    own = {f"torch.jit._pickle.{name}" for name in PICKLE_FUNCTIONS}
     return tuple(
         replace(use, verdict="torch")
         if use.verdict == "unknown" and (use.name in own or use.name.startswith("__torch__."))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
+from ckptkit.normalize.modules import persistent
 from ckptkit.pickling.inert import Global, InertDict, Object, named_items
 
 __all__ = ["class_name", "is_printed", "is_scalar", "module_text", "plain_value"]
@@ -193,9 +194,15 @@ _FAMILIES: tuple[tuple[frozenset[str], tuple[_Part, ...]], ...] = tuple(
 _CONTAINERS = frozenset({"ParameterList", "ParameterDict"})
 
 
+_MAX_CLASS = 200
+"""Characters of a class's name that a file gives as text."""
+
+
 def class_name(node: Object) -> str:
-    """``"module.Class"`` of a pickled module; an FX GraphModule is pickled as a call of a function."""
-    name = node.class_name
+    """``"module.Class"`` of a pickled module; an FX GraphModule is pickled as a call of a function, StyleGAN's too."""
+    name, kept = node.class_name, persistent(node)
+    if kept is not None and isinstance(own := kept.get("class_name"), str):
+        return own[:_MAX_CLASS]
     return "torch.fx.graph_module.GraphModule" if name.startswith("torch.fx.graph_module.reduce_") else name
 
 

@@ -21,9 +21,11 @@ from typing import Literal
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
+from ckptkit.errors import CorruptError
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, SectionSearch, brief, is_plain_value
 from ckptkit.normalize.selection import choose, holding_suffix, require_section, sections_listed
+from ckptkit.pickling.arrays import names_arrays
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.pickling.trust import with_places
@@ -76,9 +78,8 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
         SectionError: there is no section of that path that holds weights.
         CorruptError: a module contains itself.
     """
-    root, findings = raw.root, list(raw.findings)
-    survey = SectionSearch(root)
-    found = survey.sections()
+    findings = list(raw.findings)
+    root, survey, found = _surveyed(raw, findings, file.path)
     if section is None:
         chosen = choose([candidate for candidate in found if candidate.is_weights])
     else:
@@ -136,6 +137,26 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
             is_program=raw.is_program,
         ),
     )
+
+
+def _surveyed(raw: RawCheckpoint, findings: list[Finding], path: str) -> tuple[object, SectionSearch, list[Candidate]]:
+    """The tree, what its nodes are, and its parts: of one without a tensor numpy's arrays may be its weights."""
+    survey = SectionSearch(raw.root)
+    found = survey.sections()
+    if found or not names_arrays(use.name for use in raw.globals):
+        return raw.root, survey, found
+    from ckptkit.normalize.made_plain import arrays_made_plain
+
+    try:
+        root, told = arrays_made_plain(raw.root, path)
+    except CorruptError:  # numpy would not make them either
+        return raw.root, survey, found
+    again = SectionSearch(root)
+    sections = again.sections()
+    if not any(candidate.is_weights for candidate in sections):
+        return raw.root, survey, found
+    findings += told
+    return root, again, sections
 
 
 def _kind(root: object, found: list[Candidate]) -> Kind:

@@ -10,9 +10,12 @@ What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of 
 
 - the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple
 - an argument of the function that makes it anew: ``torch.fx`` (``reduce_graph_module(dict, code)``
-  and its relatives) and classes with a ``__reduce__`` of their own
+  and its relatives) and classes with a ``__reduce__`` of their own; StyleGAN's
+  (``torch_utils/persistence.py`` ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
 - nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
-  a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``).
+  a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``); objects of
+  TorchScript (``__torch__.Net``) in a file without their code, as libtorch's ``pickle_save`` writes them, have
+  attributes alone, of which a tensor that requires a gradient is a parameter and another a buffer.
   Their ``__dict__`` is put together here.
 
 Wrappers of a model leave prefixes in names.
@@ -47,6 +50,7 @@ __all__ = [
     "known_versions",
     "may_be_wrapped",
     "module_state",
+    "persistent",
     "role_of",
     "tensor_role",
     "unwrapped",
@@ -121,12 +125,15 @@ def module_state(node: object) -> InertDict | None:
         return None
     state = node.state
     if isinstance(state, InertDict):
-        return state if _is_module_dict(state) else None
+        return state if _is_module_dict(state) else _script_state(state) if _is_script_module(node) else None
     for part in (*states(node), *(node.args if node.how == "reduce" else ())):
         if isinstance(part, InertDict) and _is_module_dict(part):
             return part
     if not isinstance(node.cls, Global):
         return None
+    if (kept := persistent(node)) is not None:
+        inside = kept.get("state")
+        return inside if isinstance(inside, InertDict) and _is_module_dict(inside) else None
     if node.cls.name == "OptimizedModule" and node.cls.module.startswith("torch._dynamo.") and node.args:
         return _as_module_dict([("_orig_mod", node.args[0])]) if module_state(node.args[0]) is not None else None
     if isinstance(state, tuple) and len(state) == len(_CONV_STATE) and _is_quantized(node, "Conv"):
@@ -134,8 +141,33 @@ def module_state(node: object) -> InertDict | None:
     return None
 
 
+def persistent(node: Object) -> InertDict | None:
+    """What StyleGAN's loader is given of an object: its class's name, its source text and state; ``None``: another."""
+    is_one = isinstance(node.cls, Global) and node.cls.name == "_reconstruct_persistent_obj" and len(node.args) == 1
+    return node.args[0] if is_one and isinstance(node.args[0], InertDict) else None
+
+
 def _is_module_dict(state: InertDict) -> bool:
     return all(mark in state for mark in MODULE_MARKS)
+
+
+def _is_script_module(node: object) -> bool:
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or not isinstance(node.state, InertDict):
+        return False
+    return node.cls.module.partition(".")[0] == "__torch__" and "training" in node.state
+
+
+def _script_state(state: InertDict) -> InertDict:
+    parameters, buffers, modules = (list[tuple[object, object]]() for _ in MODULE_MARKS)
+    settings: list[tuple[object, object]] = []
+    for pair in state.pairs:
+        value = pair[1]
+        if isinstance(value, TensorEntry):
+            (parameters if value.requires_grad else buffers).append(pair)
+        else:
+            (modules if _is_script_module(value) else settings).append(pair)
+    own = zip(MODULE_MARKS, map(InertDict, (parameters, buffers, modules)), strict=True)
+    return InertDict([*own, *settings])
 
 
 def _as_module_dict(

@@ -23,14 +23,16 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ckptkit.checkpoint import STATE_DICT, WEIGHTS, Checkpoint, Storage, TensorEntry
+from ckptkit.errors import LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.normalize.modules import MODULE_MARKS, module_state
+from ckptkit.normalize.modules import MODULE_MARKS, module_state, persistent
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, state_values, step
 from ckptkit.pickling.arrays import is_array
 from ckptkit.pickling.inert import (
     SCALARS,
     Global,
     InertDict,
+    InertSet,
     Object,
     children,
     mapping_items,
@@ -69,6 +71,8 @@ _HIDDEN: Final = object()
 """What leads to the parameters, buffers and modules of a module, which no name shows."""
 
 _SCALARS = (*SCALARS, bytearray)
+_ONCE = (list, tuple, InertDict, InertSet, Global)
+"""Types of nodes that have the names of the first place they are found in."""
 
 
 class Nameless(str):
@@ -416,14 +420,12 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
     if isinstance(node, InertDict) and pairs is not None:
         return [*_of_pairs(pairs), *((_NO_STEP, "?", call) for call in node.effects)]
     if isinstance(node, (list, tuple)):
-        # A list of ten million numbers is passed over, not copied.
-        shown = ((index, index, child) for index, child in enumerate(node) if not isinstance(child, _SCALARS))
-        return list(islice(shown, DEFAULT_LIMITS.tree_nodes))
+        return _of_list(node)
     if not isinstance(node, Object):
         return [(_NO_STEP, 0, child) for child in children(node)]
     steps = list(_of_pairs(pairs or []))
     if pairs is None:
-        steps.extend((_NO_STEP, index, part) for index, part in enumerate(node.args))
+        steps.extend(_of_arguments(node))
         steps.extend((index, index, item) for index, item in enumerate(node.items))
         steps.extend(_of_pairs(node.pairs))
         for index, part in enumerate(states(node)):
@@ -440,6 +442,36 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
     others = (child for child in (*children(node), *called) if not isinstance(child, (*_SCALARS, Global)))
     steps.extend((_NO_STEP, "?", child) for child in others if id(child) not in known)
     return steps
+
+
+def _of_list(node: list[object] | tuple[object, ...]) -> list[tuple[object, object, object]]:
+    """As `_steps`.  A list of ten million numbers is passed over, not copied."""
+    most, met = DEFAULT_LIMITS.entries, set[int]()
+
+    def is_new(child: object) -> bool:
+        """Not where it is there again: in a long list, it is gone into once."""
+        if len(node) <= most or not isinstance(child, _ONCE):
+            return True
+        before = len(met)
+        met.add(id(child))
+        return len(met) > before
+
+    shown = ((i, i, child) for i, child in enumerate(node) if not isinstance(child, _SCALARS) and is_new(child))
+    steps = list(islice(shown, most + 1))
+    if len(steps) > most:  # never a part of them: a tensor may be behind
+        raise LimitError("values in a list", limit=most, actual=len(steps))
+    return steps  # type: ignore[return-value]
+
+
+def _of_arguments(node: Object) -> Iterator[tuple[object, object, object]]:
+    """What an object was made from; of StyleGAN's modules the state is in a dict of their loader's."""
+    kept = persistent(node)
+    state = module_state(node) if kept is not None else None
+    if kept is None or state is None:
+        yield from ((_NO_STEP, index, part) for index, part in enumerate(node.args))
+        return
+    yield from _of_pairs([pair for pair in kept.pairs if pair[1] is not state])
+    yield from _of_pairs(state.pairs, hidden=MODULE_MARKS)
 
 
 def _of_pairs(

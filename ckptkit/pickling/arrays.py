@@ -10,8 +10,10 @@ with ``(3, byteorder, subdtype, names, fields, …)``.  The modules were called 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple, TypeGuard
 
+from ckptkit.bytesource import ByteRange
 from ckptkit.dtypes import DTYPES
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
@@ -19,11 +21,14 @@ from ckptkit.pickling.tensors import shape_of
 __all__ = [
     "Array",
     "ArrayLayout",
+    "LocatedBytes",
     "array_of",
     "bytes_reversed",
     "is_array",
     "is_numpy_scalar",
+    "itemsize_of",
     "layout_of",
+    "names_arrays",
     "parts_of",
 ]
 
@@ -60,6 +65,21 @@ class Array(NamedTuple):
 
     dtype: str | None
     data: bytes
+
+
+class LocatedBytes(bytes):
+    """The bytes of an array that were left where they lie: it is empty, and equal to nothing but itself.
+
+    Attributes:
+        source: where that is.
+    """
+
+    source: ByteRange
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class ArrayLayout(NamedTuple):
@@ -99,6 +119,11 @@ def is_array(node: object) -> TypeGuard[Object]:
 def is_numpy_scalar(node: object) -> bool:
     """Whether an array is but a number."""
     return is_array(node) and node.class_name.endswith(".scalar")
+
+
+def names_arrays(names: Iterable[str]) -> bool:
+    """Whether a pickle with these names may hold an array."""
+    return any(name.startswith("numpy.") and name.endswith(("._reconstruct", "._frombuffer")) for name in names)
 
 
 def layout_of(node: Object) -> ArrayLayout:
@@ -161,6 +186,13 @@ def _code_of(node: object) -> tuple[str, bool]:
     if isinstance(code, Global):  # bfloat16 and the like
         return (code.name if code.module == "ml_dtypes" and code.name in DTYPES else ""), swapped
     return (code if isinstance(code, str) else ""), swapped
+
+
+def itemsize_of(code: str) -> int | None:
+    """Bytes of an element of a type, by its code; ``None``: it is not of plain values, or not understood."""
+    if code in DTYPES:
+        return DTYPES[code].itemsize
+    return int(code[1:]) * (4 if code[0] == "U" else 1) if _MADE.match(code) else None
 
 
 def bytes_reversed(data: bytes, name: str) -> bytes:

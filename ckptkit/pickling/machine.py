@@ -17,11 +17,11 @@ from ckptkit.errors import AmbiguousError, CorruptError, LimitError, Unsupported
 from ckptkit.limits import Limits
 from ckptkit.pickling.calls import CallsThatReach
 from ckptkit.pickling.dangerous import is_dangerous
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, is_global
+from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
 from ckptkit.pickling.popped import Popped
 from ckptkit.report import listed
 
-__all__ = ["BATCH", "LOADER", "NO_FRAME", "RARE_OPCODES", "Constructor", "Machine", "Shortcut"]
+__all__ = ["BATCH", "LOADER", "NO_FRAME", "RARE_OPCODES", "Constructor", "Hold", "Machine", "Shortcut"]
 
 Constructor = Callable[[tuple[object, ...]], object]
 """Understands one call: from its arguments to a leaf, or ``NotImplemented`` to keep an `Object`."""
@@ -37,6 +37,16 @@ class Shortcut(Protocol):
         self, data: bytes, at: int, memo: dict[int, object], stack: list[object], callee: Global, most: int, /
     ) -> tuple[int, int]:
         """The position after those that follow it under names, and how many they are."""
+
+
+class Hold(Protocol):
+    """Leaves bytes where they lie: what stands for them is pushed, and the machine's position and data are behind."""
+
+    def data(self, machine: Machine, nbytes: int, /) -> bool:
+        """Whether that was done with the argument of such an opcode, at the machine's position."""
+
+    def built(self, machine: Machine, target: Object, /) -> None:
+        """After BUILD of what is on top of the stack, which joblib's arrays follow."""
 
 
 _Node = TypeVar("_Node")
@@ -110,7 +120,7 @@ class Machine:
         self.opcodes_left = limits.opcodes
         self.cut = False  # whether the bytes end inside an opcode's argument
         self.shortcut: Shortcut | None = None
-        self.hold: Callable[[int, int], bytes | None] | None = None  # see `read_pickle`
+        self.hold: Hold | None = None
         self.skipped = False  # whether the shortcut left memo entries out
         self.text_ids = False  # whether a persistent id was a tuple's text
 
@@ -310,6 +320,8 @@ class Machine:
         target.state = state
         if self.reach.is_watchful:
             self.reach.changed(target)
+        if self.hold is not None:
+            self.hold.built(self, target)
 
     def global_text(self) -> None:
         limit = self.limits.name_nbytes
@@ -399,15 +411,10 @@ class Machine:
             raise AmbiguousError("a STRING with escapes that no pickler writes")
         self.stack.append(_python2_str(codecs.escape_decode(text[1:-1])[0]))
 
-    def bytes_(self, nbytes: int) -> None:
-        """BINBYTES and BINBYTES8; what torch's loader is given may stay where it lies."""
-        if self.hold is not None and self.stack and is_global(self.stack[-1], *LOADER):
-            held = self.hold(self.pos, nbytes)
-            if held is not None and self.pos + nbytes <= len(self.data):
-                self.pos += nbytes
-                self.stack.append(held)
-                return
-        self.stack.append(self.take(nbytes))
+    def bytes_(self, nbytes: int, make: Callable[[bytes], object] = bytes) -> None:
+        """BINBYTES and its kin; what torch or numpy is given may stay where it lies."""
+        if self.hold is None or not self.hold.data(self, nbytes):
+            self.stack.append(make(self.take(nbytes)))
 
     def unicode_text(self) -> None:
         try:
@@ -479,8 +486,8 @@ RARE_OPCODES: dict[int, Callable[[Machine], None]] = {
     0x53: Machine.string_text,
     0x54: lambda r: r.stack.append(_python2_str(r.take(_I32(r.take(4))[0]))),
     0x55: lambda r: r.stack.append(_python2_str(r.take(r.take(1)[0]))),
-    0x42: lambda r: r.bytes_(_U32(r.take(4))[0]), 0x43: lambda r: r.stack.append(r.take(r.take(1)[0])),
-    0x8E: lambda r: r.bytes_(_U64(r.take(8))[0]), 0x96: lambda r: r.stack.append(bytearray(r.take(_U64(r.take(8))[0]))),
+    0x42: lambda r: r.bytes_(_U32(r.take(4))[0]), 0x43: lambda r: r.bytes_(r.take(1)[0]),
+    0x8E: lambda r: r.bytes_(_U64(r.take(8))[0]), 0x96: lambda r: r.bytes_(_U64(r.take(8))[0], bytearray),
     0x56: Machine.unicode_text, 0x8D: lambda r: r.stack.append(r.text8(_U64(r.take(8))[0])),
     0x70: Machine.put_text, 0x67: Machine.get_text, 0x50: Machine.persistent_text,
 }  # fmt: skip

@@ -12,22 +12,25 @@ object given state twice.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from struct import Struct
 
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.inert import Global, InertDict, PersistentId, check_references
-from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Machine, Shortcut
+from ckptkit.pickling.machine import LOADER, NO_FRAME, RARE_OPCODES, Constructor, Hold, Machine, Shortcut
 from ckptkit.pickling.shortcut import OPCODES, REBUILD
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of
 
-__all__ = ["LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "holds_legacy", "read_pickle"]
+__all__ = [
+    "LEGACY_MAGIC", "LEGACY_PICKLES", "Constructor", "PickleResult", "holds_legacy", "read_pickle", "storage_pickles",
+]  # fmt: skip
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 5
@@ -78,7 +81,7 @@ def read_pickle(
     shortcut: Shortcut | None = None,
     whole: bool = False,
     more: Callable[[int], bytes] | None = None,
-    hold: Callable[[int, int], bytes | None] | None = None,
+    hold: Hold | None = None,
 ) -> PickleResult:
     """Read one pickle that begins at ``start``.
 
@@ -93,8 +96,7 @@ def read_pickle(
         whole: whether the pickle must be all there is.
         more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
             to one no longer where there is none.
-        hold: what stands for the bytes that torch's loader is given, by their position and size; ``None``: they
-            themselves.
+        hold: leaves the bytes of tensors and arrays where they lie; ``None``: they are in the tree.
 
     Raises:
         CorruptError: the bytes end early or are not a pickle.
@@ -162,6 +164,36 @@ def holds_legacy(data: bytes) -> bool:
     return any(magic in data for magic in _MAGICS)
 
 
+@cache
+def _one_storage() -> re.Pattern[bytes]:
+    """The five pickles of a file with one storage in it, as ``torch.save`` writes them for ``pickle.dump``."""
+    name = rb"X(.)\0{3}([0-9]+)"
+    first = rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.\x80\x02M\xe9\x03\."
+    info = rb"\x80\x02}q\0\(X\x10\0{3}protocol_versionq\x01M\xe9\x03X\x0d\0{3}little_endianq\x02\x88"
+    sizes = rb"X\x0a\0{3}type_sizesq\x03}q\x04\(X\x05\0{3}shortq\x05K\x02X\x03\0{3}intq\x06K\x04X\x04\0{3}longq\x07K"
+    cls = rb"\x04uu\.\x80\x02\(X\x07\0{3}storageq\0ctorch\n([A-Z]\w+Storage)\nq\x01"
+    rest = rb"q\x02X(.)\0{3}([\w:]+)q\x03(?:K(.)|M(..)|J(...[\0-\x7f]))Ntq\x04Q\."
+    keys = rb"\x80\x02\]q\0" + name + rb"q\x01a\."
+    return re.compile(first + info + sizes + cls + name + rest + keys, re.DOTALL)
+
+
+def storage_pickles(data: bytes) -> tuple[str, str, int, int] | None:
+    """What the pickles of a file of torch's before 1.6 say where it holds one storage and is as torch writes it.
+
+    Returns:
+        The class's name in ``torch``, the location, how many elements, and the position after the pickles; ``None``: it
+        is another file, or is to be read pickle by pickle.
+    """
+    found = _one_storage().match(data)
+    if found is None:
+        return None
+    cls, nbytes, key, location_nbytes, location, *numel, again_nbytes, again = found.groups()
+    if (*nbytes, *again_nbytes, *location_nbytes) != (len(key), len(again), len(location)) or key != again:
+        return None
+    count = int.from_bytes(next(number for number in numel if number is not None), "little")
+    return cls.decode(), location.decode(), count, found.end()
+
+
 def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global], bool]:
     """The names in a file of torch's before 1.6, and whether it is one: five pickles, then its storages' bytes.
 
@@ -174,6 +206,9 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
     limits = replace(limits, pickle_nbytes=limits.pickle_nbytes // 4)
     if left[0] <= 0 or not limits.pickle_nbytes:
         return names, False
+    if (known := storage_pickles(data)) is not None:
+        left[0] -= known[3]
+        return [Global("torch", known[0])], True
     at = 0
     for number in range(LEGACY_PICKLES):
         machine = Machine(data, at, PersistentId, {}, limits, partial(_nested, limits, left))
@@ -318,7 +353,7 @@ def _run(machine: Machine) -> object:
                     machine.unknown(op)
                 machine.op_at, machine.pos = at, pos
                 handler(machine)
-                pos, stack, frame_end = machine.pos, machine.stack, machine.frame_end
+                pos, stack, frame_end, data = machine.pos, machine.stack, machine.frame_end, machine.data
             if pos >= frame_end:
                 if pos > frame_end:
                     raise AmbiguousError("an opcode straddles the end of its frame")

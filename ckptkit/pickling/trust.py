@@ -67,6 +67,10 @@ _REASONS = (
         re.compile(r"torch\.fx\.graph_module\.reduce_(?:package_)?graph_module"),
         "runs Python text that the file holds",
     ),
+    (
+        re.compile(r"(?:\w+\.)*persistence\._reconstruct_persistent_obj"),
+        "runs the source text of a module that the file holds",
+    ),
     (re.compile(r"__torch__\..*"), "TorchScript that the archive holds; torch.jit.load runs it"),
 )
 """Names that honest files have and that are code all the same."""

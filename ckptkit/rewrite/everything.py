@@ -13,15 +13,14 @@ from ckptkit.checkpoint import (
     Storage,
     TensorEntry,
     as_tensor,
-    contiguous_stride,
 )
-from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, KeyCollisionError, LimitError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize.made_plain import array_entry
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, step
 from ckptkit.normalize.shapes import parts
 from ckptkit.normalize.tensors import FoundTensor, Nameless, keys_of, longer, tensors_with_keys
-from ckptkit.pickling.arrays import bytes_reversed, is_array, is_numpy_scalar, layout_of
+from ckptkit.pickling.arrays import is_array, is_numpy_scalar
 from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object
 
 __all__ = ["AllTensors"]
@@ -55,7 +54,7 @@ class AllTensors:
         typed: dict[int, Storage] = {}  # of bare bytes, as tensors of bytes have them
         for name, node in _by_path(checkpoint).items():
             if is_array(node):
-                tensor = None if is_numpy_scalar(node) else _array_tensor(node, name)
+                tensor = None if is_numpy_scalar(node) else _array_tensor(node, name, checkpoint.origin.path)
                 everything.update({} if tensor is None else {name: tensor})
             elif isinstance(node, Object):
                 everything[name] = node
@@ -152,27 +151,13 @@ def _bare(entry: TensorEntry) -> TensorEntry:
     return replace(entry, is_parameter=False, requires_grad=False, subclass=None, attributes=None, effects=())
 
 
-def _array_tensor(node: Object, name: str) -> TensorEntry | None:
+def _array_tensor(node: Object, name: str, path: str) -> TensorEntry | None:
     """The tensor of an array's values; ``None``: torch has no dtype for it, or it is of a class of its own.
 
     Raises:
         CorruptError: it has fewer bytes than its shape takes.
     """
-    from ckptkit.transfer.memory import Memory  # most files have no arrays
-
-    layout = layout_of(node)
-    if layout.dtype is None or layout.shape is None or layout.data is None or not layout.is_plain:
-        return None
-    data = memoryview(bytes_reversed(bytes(layout.data), layout.dtype) if layout.swapped else layout.data)
-    source = Memory(name).add(len(data), lambda start, count: data[start : start + count], node)
-    dtype = layout.dtype if DTYPES[layout.dtype].storage_class else None
-    storage = Storage(key=name, dtype=dtype, nbytes=source.nbytes, location="cpu", source=source)
-    stride = contiguous_stride(layout.shape)
-    if layout.is_fortran:
-        stride = contiguous_stride(layout.shape[::-1])[::-1]
     try:
-        return TensorEntry(
-            storage=storage, storage_offset=0, shape=layout.shape, stride=stride, dtype=layout.dtype
-        ).check()
+        return array_entry(node, path, name, native=True)
     except CorruptError as error:
         raise CorruptError(f"{name!r:.200}: {error.message}") from None

@@ -282,6 +282,19 @@ def test_outputs_inside_the_source_are_never_sources(convert, runs: Path, tmp_pa
     ]  # fmt: skip
 
 
+def test_an_archive_that_was_unpacked_is_one_checkpoint(convert, save: Save, tmp_path: Path) -> None:
+    save({"w": torch.rand(3), "b": torch.rand(4)}, "model.pth")
+    shutil.unpack_archive(tmp_path / "model.pth", tmp_path / "in/deep", "zip")
+    nbytes = sum(path.stat().st_size for path in (tmp_path / "in").rglob("*") if path.is_file())
+    done = convert("in", "out", "--to", "safetensors", "--json")
+    assert done.code == 0 and below(tmp_path / "out") == ["deep/model.safetensors"]
+    (file,) = json.loads(done.out)["files"]
+    assert (file["source"], file["source_nbytes"]) == ("in/deep/model", nbytes)
+    assert convert("in/deep/model/", "new/", "--to", "safetensors").code == 0
+    assert below(tmp_path / "new") == ["model.safetensors"]
+    assert load_file(tmp_path / "new/model.safetensors").keys() == {"w", "b"}
+
+
 def test_other_names_of_a_checkpoint_are_counted(convert, save: Save, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     save({"w": torch.ones(1)}, "in/epoch_3.pth")

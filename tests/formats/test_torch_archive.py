@@ -550,6 +550,10 @@ def test_an_unpacked_archive_is_packed_again_by_what_is_told(given: str, save: S
     if given == "constants.pkl":
         torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "model.pt")
     unpacked(tmp_path / "model.pt" if given == "constants.pkl" else save(state()), folder)
+    if given != "constants.pkl":  # else it is read as it lies
+        (folder / "model" / ".data" / "serialization_id").rename(folder / "model" / "id")
+        (folder / "model" / "version").rename(folder / "model" / ".data" / "Version")
+        (folder / "model" / "byteorder").unlink()
     path = folder / "model" if given == "folder" else folder / "model" / given
     with pytest.raises(CkptkitError, match="an archive of torch that was unpacked; pack it again") as caught:
         formats.read(path)

@@ -433,3 +433,14 @@ def test_a_storage_named_with_two_types(path: Path) -> None:
         table.persistent_load(("storage", Global("torch", "UInt16Storage"), "0", "cpu", 4))
         with pytest.raises(CorruptError, match="'0' is named with two types of elements"):
             table.persistent_load(("storage", Global("torch", "Bits16Storage"), "0", "cpu", 4))
+
+
+def test_files_of_the_authors_own_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.jit.save(
+        torch.jit.script(nn.Linear(2, 2)), path, _extra_files={"labels.txt": "cat", "config.json": '{"a": 1}'}
+    )
+    told = [finding for finding in ckptkit.inspect(path)["findings"] if finding["code"] == "extra-files"]
+    assert len(told) == 1 and all(name in told[0]["message"] for name in ("'labels.txt' (3 B)", "'config.json' (8 B)"))
+    report = ckptkit.convert(path, tmp_path / "m.safetensors")
+    assert [finding.message for finding in report.findings if finding.code == "extra-files"] == [told[0]["message"]]

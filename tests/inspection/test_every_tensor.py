@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import ckptkit
+from ckptkit.errors import LimitError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch: what is deprecated, or a prototype
@@ -127,6 +128,11 @@ def assert_all_listed(path: Path) -> None:
     assert document["error"] is None, document["error"]
     rows = document["tensors"]
     storages, tensors, arrays = expected(path)
+    if arrays and not storages:  # with no tensor beside them they are tensors, each of a storage of its own
+        assert {row.get("form") for row in rows} == {None}
+        assert sorted(tuple(row["shape"]) for row in rows) == sorted(arrays)
+        assert len({row["storage"] for row in rows}) == len(arrays)
+        return
     assert {row["storage"] for row in rows} - {""} == storages
     assert {(row["storage"], tuple(row["shape"])) for row in rows if row.get("form") is None} == tensors
     assert sorted(tuple(row["shape"]) for row in rows if row.get("form") == "numpy") == sorted(arrays)
@@ -270,3 +276,14 @@ def test_a_storage_and_an_array_say_what_they_are(save: Callable[..., Path]) -> 
         "v": ("int16", [3, 2], [1, 3], 12, "numpy"),
         "s": ("float32", [4], [1], 16, "storage"),
     }
+
+
+def test_no_list_is_gone_through_in_part(tmp_path: Path) -> None:
+    same = (1, "a")
+    for before in ([same] * 300_001, [same] * 299_999 + [{}] * 2):
+        path = tmp_path / "m.pth"
+        torch.save([*before, T(2)], path)
+        assert [row["name"] for row in ckptkit.inspect(path)["tensors"]] == [str(len(before))]
+    torch.save([T(1)] * 300_001, path)
+    with pytest.raises(LimitError, match="values in a list: 300,001 is over the limit"):
+        ckptkit.inspect(path)

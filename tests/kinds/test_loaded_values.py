@@ -203,6 +203,50 @@ def test_tensors_of_devices_without_storages(save: Save) -> None:
         ckptkit.load_state_dict(path, map_location=lambda storage, tag: storage)
 
 
+def test_tensors_of_devices_are_converted(save: Save, tmp_path: Path) -> None:
+    single, copied = numpy.arange(6, dtype="f4").reshape(2, 3), torch.arange(5.0)
+    on_device = torch._utils._rebuild_device_tensor_from_cpu_tensor
+    moved = Call(on_device, copied, torch.float32, "maia:0", True)
+    calls: dict[str, Any] = {
+        "half": Call(torch._utils._rebuild_device_tensor_from_numpy, single, torch.bfloat16, "xla:0", False),
+        "whole": Call(torch._utils._rebuild_device_tensor_from_numpy, single, torch.float32, "xla:1", True),
+        "copied": moved,
+        "part": Call(on_device, copied[1:3], torch.float32, "maia:0", False),
+        "kept": Call(torch._utils._rebuild_parameter, moved, True, OrderedDict()),
+        "plain": torch.ones(1),
+    }
+    path = save(calls)
+    wanted = torch.load(path, "cpu", weights_only=False)
+    ckptkit.convert(path, tmp_path / "m.safetensors", tied="duplicate")
+    found = ckptkit.load_state_dict(tmp_path / "m.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(found[k].dtype == v.dtype and torch.equal(found[k], v.detach()) for k, v in wanted.items())
+    assert ckptkit.diff(path, tmp_path / "m.safetensors").equal
+    ckptkit.convert(path, tmp_path / "kept.pth")  # the calls stay what they are
+    assert same(torch.load(tmp_path / "kept.pth", "cpu", weights_only=False), wanted)
+    assert b"_rebuild_device_tensor_from_numpy" in (tmp_path / "kept.pth").read_bytes()
+    ckptkit.convert(path, tmp_path / "cast.pth", dtype="float16", keep_dtype=["half"], map_location="cpu")
+    cast = torch.load(tmp_path / "cast.pth", weights_only=True)
+    assert {name: value.dtype for name, value in cast.items()} == {
+        name: torch.bfloat16 if name == "half" else torch.float16 for name in calls
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (numpy.ones(3), torch.qint8, "xla:0", False),
+        (numpy.ones(3), torch.float32, 3, False),
+        ("x", torch.float32, "xla:0", False),
+        (numpy.array(["x"]), torch.float32, "xla:0", False),
+    ],
+)
+def test_tensors_of_devices_that_do_not_fit_are_refused(arguments: Any, save: Save, tmp_path: Path) -> None:
+    path = save({"n": Call(torch._utils._rebuild_device_tensor_from_numpy, *arguments), "w": torch.ones(1)})
+    with pytest.raises(RewriteError):
+        ckptkit.convert(path, tmp_path / "m.safetensors")
+
+
 # What a file must not make torch do.
 
 
