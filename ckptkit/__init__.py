@@ -39,6 +39,7 @@ from ckptkit.api import (
     convert,
     diff,
     inspect,
+    load,
     load_state_dict,
     manifest,
     open,  # noqa: A004 - ckptkit.open
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
         QuantizationDocument,
         UnreadFile,
     )
+    from ckptkit.pickling.foreign import Foreign
     from ckptkit.plan import Plan
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckFinding, CheckReport
@@ -137,6 +139,7 @@ __all__ = [
     "FailedReportError",
     "FileAccessError",
     "Finding",
+    "Foreign",
     "FormatError",
     "InspectDocument",
     "InspectedFile",
@@ -180,6 +183,7 @@ __all__ = [
     "convert",
     "diff",
     "inspect",
+    "load",
     "load_state_dict",
     "manifest",
     "open",
@@ -200,6 +204,10 @@ def __getattr__(name: str) -> Any:
         from ckptkit.released.manifest_file import Manifest
 
         return Manifest
+    if name == "Foreign":
+        from ckptkit.pickling.foreign import Foreign
+
+        return Foreign
     if name in ("CheckFinding", "CheckReport"):
         from ckptkit.released import results
 

@@ -9,7 +9,7 @@
     ckptkit.convert("ddp.pth", "clean.safetensors", strip_module=True)
     ckptkit.verify("clean.safetensors", model="torchvision:resnet18").raise_if_failed()
 
-Nothing here imports torch but `load_state_dict` and `verify`.
+Nothing here imports torch but `load`, `load_state_dict` and `verify`.
 
 Every function may be called from several threads at once.  None of them is a coroutine, and reading and writing leave
 the interpreter lock: ``await asyncio.to_thread(ckptkit.load_state_dict, path)`` keeps an event loop responsive.
@@ -24,11 +24,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.arguments import documented, several, unexpected
+from ckptkit.bytesource import Readable
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
-from ckptkit.options import ConvertOptions, DiffOptions, VerifyOptions
+from ckptkit.options import ConvertOptions, DiffOptions, LoadOptions, VerifyOptions
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from ckptkit.differences import Difference
     from ckptkit.documents import ConvertDocument, VerifyDocument
     from ckptkit.inspection.document import InspectedFile
-    from ckptkit.options import ConvertKeywords, DiffKeywords, VerifyKeywords
+    from ckptkit.options import ConvertKeywords, DiffKeywords, LoadKeywords, VerifyKeywords
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.policy import PolicyKeywords
     from ckptkit.released.results import CheckReport
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointFile", "Rewriter",
-    "check", "convert", "diff", "inspect", "load_state_dict", "manifest", "open", "save", "verify",
+    "check", "convert", "diff", "inspect", "load", "load_state_dict", "manifest", "open", "save", "verify",
 ]  # fmt: skip
 
 
@@ -81,26 +82,20 @@ def inspect(
         return describe(file.checkpoint, filters=several(filters), sort=sort, stats=stats)
 
 
-def load_state_dict(
-    path: PathLike,
-    *,
-    map_location: Any = None,
-    section: str | None = None,
-    allow_part: bool = False,
-    ignore_checksums: bool = False,
-) -> OrderedDict[str, Any]:
+@documented(LoadOptions)
+def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict[str, Any]:
     """The weights, from any container, without executing the file: every value of the state_dict.
 
     Tensors of every layout (quantized, sparse, nested, on meta), arrays of numpy's and plain values are what
     ``torch.load`` gives; of a tensor of a class with bytes of its own the plain tensor is given.  Their indices,
     offsets, axes and sizes are checked first, which torch does not do.
 
+    What is selected, renamed or cast is what `convert` would write.  A ``.pth`` is copied, and the checksums that it
+    recorded are held; a ``.safetensors`` is mapped.  To a CUDA device bytes go from the file in pieces.
+
     Args:
-        path: the file.
-        map_location: as in ``torch.load``: a string, a ``torch.device``, a dict, a callable.
-        section: path of the weights to select, where the file holds several.
-        allow_part: whether the file may be a part of a checkpoint that lies in several.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        f: the file.
+        **options: those of `ckptkit.options.LoadOptions`.
 
     Returns:
         Name to value, in file order, with the module versions that the file has as ``_metadata``, as
@@ -112,7 +107,8 @@ def load_state_dict(
         SectionError: the file holds no state_dict, or several.
         UnsupportedError: values that only the code they come from can make (objects, DTensor and other wrappers);
             the message names each.
-        DTypeError: the installed torch lacks a dtype.
+        RewriteError: options do not go together, or cannot be applied; this machine lacks the device.
+        DTypeError: the installed torch lacks a dtype, or it cannot be cast.
         CorruptError: a tensor's bytes are not those its checksum was recorded for, or what it consists of does not
             fit together.
         PartError: it is a part of a checkpoint.
@@ -120,15 +116,71 @@ def load_state_dict(
     """
     from ckptkit.extras import require_torch
 
+    asked = LoadOptions(**options)
     require_torch()
-    from ckptkit.torch_bridge import state_dict_of
+    with open(f, section=asked.section, ignore_checksums=asked.ignore_checksums) as file:
+        require_whole(file.checkpoint, allow_part=asked.allow_part)
+        if not asked.all_tensors:
+            require_state_dict(file.checkpoint, "to load")
+        if asked.conversion is not None:
+            from ckptkit.conversion.options import Conversion
 
-    with _weights(path, "to load", section=section, allow_part=allow_part, ignore_checksums=ignore_checksums) as file:
-        state = state_dict_of(file.state_dict, file.path, map_location=map_location, checksums=True)
-        if file.checkpoint.module is not None:
-            for name, value in state.items():
-                state[name] = value.detach() if hasattr(value, "detach") else value
-        return state
+            file = CheckpointFile(Conversion(file.checkpoint, asked.conversion).result, file._file)
+        return file.load(map_location=asked.map_location, mapped=asked.mapped, allow_part=True)
+
+
+def load(
+    f: Readable,
+    *,
+    map_location: Any = "cpu",
+    section: str | None = None,
+    mapped: bool | None = None,
+    allow_part: bool = False,
+    ignore_checksums: bool = False,
+) -> Any:
+    """All that a file holds, as ``torch.load`` gives it, without executing the file.
+
+    Dicts, lists, tuples, sets, tensors of every layout, parameters, arrays and numbers of numpy's, and plain values of
+    Python's are what they are; what is one object in the file is one.  An optimizer's and a scheduler's
+    ``load_state_dict`` take their parts.  For what only code from elsewhere could make (a model, a ``Namespace``, a
+    function) stands a `Foreign`, which shows its name and its attributes.  Of a tensor of a class of its own the plain
+    tensor is given, a ``defaultdict`` with a foreign function has none, and a path looks at no disk.
+
+    Args:
+        f: the file.
+        map_location: where tensors go, as in ``torch.load``; ``None``: where the file says that they lay.
+        section: the keys that lead to the part to load, joined with dots: ``"optimizer"``, ``"args"``; default: all.
+        mapped: whether tensors on the CPU lie in a mapping of the file; see `load_state_dict`.
+        allow_part: whether the file may be a part of a checkpoint that lies in several.
+        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+
+    Returns:
+        What was saved; of a program and of a safetensors file a dict of its tensors.
+
+    Raises:
+        MissingDependencyError: torch is not installed.
+        SectionError: no such keys are in the file.
+        UnsupportedError: values nested more than 100 deep, or that this torch does not make.
+        CorruptError: a value that does not fit together, or bytes that are not those their checksum was recorded for.
+        RewriteError: this machine lacks a device.
+        DTypeError: the installed torch lacks a dtype.
+        PartError: it is a part of a checkpoint.
+        FormatError, FileAccessError: as `open`.
+    """
+    from ckptkit.extras import require_torch
+
+    require_torch()
+    from ckptkit.torch_bridge import tree_of
+
+    with open(f, ignore_checksums=ignore_checksums) as file:
+        require_whole(file.checkpoint, allow_part=allow_part)
+        return tree_of(
+            file.checkpoint,
+            section=section,
+            map_location=map_location,
+            mapped=file._is_mapped(mapped),
+            checksums=mapped is not True,
+        )
 
 
 @documented(ConvertOptions)
@@ -321,7 +373,7 @@ def verify(path: PathLike, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
 
 @contextlib.contextmanager
 def _weights(
-    path: PathLike, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
+    path: Readable, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
 ) -> Iterator[CheckpointFile]:
     """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
     with open(path, section=section, ignore_checksums=ignore_checksums) as file:

@@ -169,7 +169,7 @@ class CheckpointFile:
         return run(self.checkpoint, self._file, destination, ConvertOptions(**options), rewrite=False).job.plan
 
     def load(
-        self, *, map_location: Any = "cpu", mapped: bool = False, allow_part: bool = False
+        self, *, map_location: Any = "cpu", mapped: bool | None = None, allow_part: bool = False
     ) -> OrderedDict[str, Any]:
         """The weights as torch's tensors, as `ckptkit.load_state_dict` gives what `save` writes; no file is made.
 
@@ -179,7 +179,7 @@ class CheckpointFile:
             map_location: as in ``torch.load``, but that they lie on the CPU by default; ``None`` puts them where
                 `ckptkit.MapLocation` says, or else the file.
             mapped: whether tensors lie in the file where its bytes are as torch wants them, which takes no memory; the
-                file must not be overwritten then, and checksums are not held.
+                file must not be overwritten then, and checksums are not held.  Default: those of safetensors files do.
             allow_part: whether it may be a part of a checkpoint that lies in several files.
 
         Returns:
@@ -196,12 +196,16 @@ class CheckpointFile:
         from ckptkit.torch_bridge import state_dict_of
 
         state = state_dict_of(
-            self.state_dict, self.path, map_location=map_location, mapped=mapped, checksums=not mapped
+            self.state_dict, self.path, map_location=map_location, mapped=self._is_mapped(mapped), checksums=not mapped
         )
         if self.checkpoint.module is not None:  # as Module.state_dict() gives them
             for name, value in state.items():
                 state[name] = value.detach() if hasattr(value, "detach") else value
         return state
+
+    def _is_mapped(self, asked: bool | None) -> bool:
+        """Whether tensors are to lie in the file: where that is not said, those of containers without checksums do."""
+        return formats.format_named(self.format).tensors_alone if asked is None else asked
 
     def close(self) -> None:
         """Close the file; entries stay readable as records, their bytes do not.  No other thread may be reading."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckptkit.rewrite.storages import LocationMap, TiedPolicy
     from ckptkit.transfer.workers import Progress
 
-__all__ = ["ConvertOptions", "DiffOptions", "VerifyOptions"]
+__all__ = ["ConvertOptions", "DiffOptions", "LoadOptions", "VerifyOptions"]
 
 
 def _progress(meaning: str) -> Option[Progress | None]:
@@ -203,6 +203,65 @@ class ConvertOptions(Options):
             raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
 
 
+class LoadOptions(Options):
+    """What `ckptkit.load_state_dict` can be asked for: of what `ConvertOptions` declares what is about the weights."""
+
+    command = "load_state_dict"
+
+    map_location: Option[Any] = Option(
+        "text",
+        "cpu",
+        "",
+        "where the tensors go, as in ``torch.load``: a string, a ``torch.device``, a dict, a callable; ``None``: where "
+        "the file says that they lay",
+    )
+    device: Option[Any] = Option("text", None, "", "the same for one device, in place of ``map_location``")
+    section = ConvertOptions.section
+    all_tensors = ConvertOptions.all_tensors
+    strip_module = ConvertOptions.strip_module
+    add_module = ConvertOptions.add_module
+    strip_prefix = ConvertOptions.strip_prefix
+    add_prefix = ConvertOptions.add_prefix
+    rename = ConvertOptions.rename
+    include = ConvertOptions.include
+    exclude = ConvertOptions.exclude
+    densify = ConvertOptions.densify
+    dtype = ConvertOptions.dtype
+    keep_dtype = ConvertOptions.keep_dtype
+    cast_scaled = ConvertOptions.cast_scaled
+    mapped: Option[bool | None] = Option(
+        "switch",
+        None,
+        "",
+        "whether tensors on the CPU lie in a private mapping of the file, for which nothing is read, and no checksum "
+        "held.  Writing to them never reaches the file; the file must not be overwritten nor shortened while they are "
+        "in use, which would change them or end the process.  Default: those of safetensors files do, as with the "
+        "library's ``load_file``, and others are copied",
+    )
+    allow_part = _allow_part("the file")
+    ignore_checksums = ConvertOptions.ignore_checksums
+
+    def __init__(self, **given: Any) -> None:
+        device = given.pop("device", None)
+        if device is not None:
+            if "map_location" in given:
+                raise RewriteError("device and map_location both say where tensors go; give one of them")
+            given["map_location"] = device
+        super().__init__(**given)
+
+    @property
+    def conversion(self) -> ConvertOptions | None:
+        """What is to be done to the weights, as `ckptkit.convert` is told; ``None``: nothing."""
+        shared = {name for name, option in self.declared.items() if ConvertOptions.declared.get(name) is option}
+        given = {name: vars(self)[name] for name in shared - {"section", "ignore_checksums"}}
+        if all(value == self.declared[name].default for name, value in given.items()):
+            return None
+        return ConvertOptions(weights_only=True, section=self.section, **given)
+
+    def _check(self) -> None:
+        _ = self.conversion  # which has the same rules for what goes together
+
+
 class VerifyOptions(Options):
     """What `ckptkit.verify` can be asked for, in the order of ``ckptkit verify --help``."""
 
@@ -376,6 +435,28 @@ if TYPE_CHECKING:
         force: bool
         check: bool
         progress: Progress | None
+        ignore_checksums: bool
+
+    class LoadKeywords(TypedDict, total=False):
+        """What `ckptkit.load_state_dict` takes as keywords."""
+
+        map_location: Any
+        device: Any
+        section: str | None
+        all_tensors: bool
+        strip_module: bool
+        add_module: bool
+        strip_prefix: str | None
+        add_prefix: str | None
+        rename: Renaming
+        include: str | Sequence[str]
+        exclude: str | Sequence[str]
+        densify: bool
+        dtype: str | None
+        keep_dtype: str | Sequence[str]
+        cast_scaled: bool
+        mapped: bool | None
+        allow_part: bool
         ignore_checksums: bool
 
     class VerifyKeywords(TypedDict, total=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import nn
 
 import ckptkit
 from ckptkit import CorruptError
-from ckptkit.transfer.checksums import Checksums, combined
+from ckptkit.transfer.checksums import _LAGS, _ONE, Checksums, _shift, combined, crc32
 
 SaveAs = Callable[..., Path]
 Run = Callable[..., Any]
@@ -327,3 +328,20 @@ def test_bytes_that_pass_by_are_not_read_again(save: SaveAs, monkeypatch: pytest
         checksums.note(run.part(0, 400), 7)  # type: ignore[arg-type]
         (damage,) = checksums.damages()
         assert damage.storage is storage
+
+
+@pytest.mark.parametrize("nbytes", [0, 5, 91_639, (512 << 10) - 1, 512 << 10, (1 << 20) + 13, 3 << 20])
+@pytest.mark.parametrize("crc", [0, 1, 0xFFFFFFFF, 0x12345678])
+def test_sums_are_those_of_zlib(nbytes: int, crc: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(nbytes).randbytes(nbytes)
+    for given in (data, bytearray(data), memoryview(data)):
+        assert crc32(given, crc) == zlib.crc32(data, crc)
+    monkeypatch.setattr(zlib, "crc32", lambda data, crc: len(data))
+    assert crc32(data, crc) == (nbytes if nbytes < 512 << 10 else 91_639)  # the rest was folded
+    monkeypatch.delitem(sys.modules, "numpy")
+    assert crc32(data, crc) == nbytes
+
+
+def test_the_lags_are_those_of_the_polynomial() -> None:
+    near, far = _LAGS
+    assert _shift(far) == _shift(far - near) ^ _ONE

@@ -25,9 +25,9 @@ SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of what was read into memory instead."""
     seen: list[int] = []
-    into = loading._read_into
+    reading = loading._reading
     monkeypatch.setattr(
-        loading, "_read_into", lambda m, source, sums: seen.append(source.nbytes) or into(m, source, sums)
+        loading, "_reading", lambda m, source, *rest: seen.append(source.nbytes) or reading(m, source, *rest)
     )
     return seen
 

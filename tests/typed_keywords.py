@@ -26,7 +26,11 @@ def right(path: Path) -> None:
     report = ckptkit.verify(path, model="torchvision:resnet18", golden=path, input_shapes=[(1, 3, 64, 64)], seed=1)
     difference: ckptkit.Difference = ckptkit.diff(path, path, section_a="model", atol=1e-6, progress=None)
     checked: ckptkit.CheckReport = ckptkit.check(path, no_pickle=True, max_trust="safe", allow_dtype="float32")
-    print(report.ok, difference.equal, checked.ok)
+    state = ckptkit.load_state_dict(
+        path, strip_module=True, rename=["^a=>b"], dtype="float16", device="cuda", mapped=None
+    )
+    foreign: ckptkit.Foreign = ckptkit.load(path, section="args", map_location=None)
+    print(report.ok, difference.equal, checked.ok, state["w"], foreign.lr)
 
 
 def handed_on(path: Path, **options: Unpack[ConvertKeywords]) -> ckptkit.Report:
@@ -45,4 +49,7 @@ def wrong(path: Path) -> None:
     ckptkit.diff(path, path, rtol="small")  # type: ignore[arg-type]
     ckptkit.check(path, no_pickel=True)  # type: ignore[call-arg]
     ckptkit.check(path, max_trust="hostile")  # type: ignore[arg-type]
+    ckptkit.load_state_dict(path, strip_modul=True)  # type: ignore[call-arg]
+    ckptkit.load_state_dict(path, mapped="yes")  # type: ignore[arg-type]
+    ckptkit.load(path, sektion="args")  # type: ignore[call-arg]
     handed_on(path, include=3)  # type: ignore[arg-type]

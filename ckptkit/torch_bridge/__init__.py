@@ -10,16 +10,29 @@ from __future__ import annotations
 
 import io
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ckptkit.checkpoint import StateDict, Storage, TensorEntry, as_tensor
-from ckptkit.errors import CorruptError, RewriteError, UnsupportedError
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
+from ckptkit.errors import CorruptError, DTypeError, RewriteError, SectionError, UnsupportedError
 from ckptkit.extras import require_torch
-from ckptkit.normalize.sections import brief
+from ckptkit.formats import collector_paused
+from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.sections import brief, join, step
+from ckptkit.normalize.shapes import parts
 from ckptkit.normalize.tensors import storage_names
 from ckptkit.pickling.arrays import is_array, layout_of
-from ckptkit.pickling.inert import ABSENT, SCALARS, Global, InertSet, Object, attributes, mapping_items
+from ckptkit.pickling.foreign import is_dunder, plain_value, stand_in
+from ckptkit.pickling.inert import (
+    ABSENT,
+    SCALARS,
+    Global,
+    InertSet,
+    Object,
+    attributes,
+    mapping_items,
+    named_items,
+)
 from ckptkit.pickling.layouts import (
     Jagged,
     Layout,
@@ -35,14 +48,8 @@ from ckptkit.pickling.layouts import (
 )
 from ckptkit.pickling.tensors import shape_of
 from ckptkit.report import count_of, glob_of, listed
-from ckptkit.torch_bridge.loading import (
-    Loader,
-    TorchLocation,
-    dtype_of,
-    require_dtypes,
-    restore,
-    tensors,
-)
+from ckptkit.torch_bridge.devices import TorchLocation
+from ckptkit.torch_bridge.loading import Loader, dtype_of, require_dtypes, tensors
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import array_from, check_indices, values_of
 
@@ -50,28 +57,23 @@ require_torch()
 
 import torch  # noqa: E402 - behind the check, so that its absence is explained
 
-__all__ = ["TorchLocation", "dtype_of", "state_dict_of", "tensors"]
+__all__ = ["TorchLocation", "dtype_of", "state_dict_of", "tensors", "tree_of"]
 
 _MOST_DEPTH = 100
 """Containers inside one another that are made; a value that is deeper is no honest one."""
 
+_MANY_KEYS = 10_000
+"""Keys of a dict from which it matters that they differ in their hashes."""
+
 _LISTED = 8
 """Values in a message."""
+
+_PLACE = 400
+"""Characters of the keys that lead to a value in a message."""
 
 _BUILTIN = ("builtins", "__builtin__")
 _FACTORIES = {"list": list, "int": int, "dict": dict, "float": float, "str": str, "set": set, "bool": bool}
 """What a ``defaultdict`` may call."""
-
-_MADE: dict[str, tuple[Callable[..., object], tuple[type, ...]]] = {
-    **dict.fromkeys(("range", "xrange"), (range, (int,))),
-    "slice": (slice, (int, type(None))),
-    "complex": (complex, (int, float)),
-    "bytes": (bytes, ()),
-    "bytearray": (bytearray, (bytes, str)),
-    **{kind.__name__: (kind, (list, tuple)) for kind in (set, frozenset, list, tuple)},
-}
-"""Python's own types that are made by a call, and the types of its arguments: with a number for its size,
-``bytearray`` would take any memory."""
 
 _LAZY = ("torch.nn.parameter.UninitializedParameter", "torch.nn.parameter.UninitializedBuffer")
 
@@ -94,8 +96,9 @@ def state_dict_of(
         state_dict: the names and values; the file they lie in must still be open.
         path: the file, for messages.
         map_location: as `tensors` takes it.
-        mapped: the same.
-        checksums: the same.
+        mapped: as `tensors` takes it, but that the width of an element is alignment enough, as it is to
+            ``safetensors.torch.load_file``.
+        checksums: as `tensors` takes it.
 
     Raises:
         UnsupportedError: values that cannot be made; the message names each.
@@ -104,10 +107,10 @@ def state_dict_of(
     """
     require_dtypes(state_dict)
     sums = Checksums()
-    loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
+    loader = Loader(map_location, alignment=1 if mapped else None, checksums=sums if checksums else None)
     builder = _Builder(loader, map_location)
     foreign: dict[str, str] = {}
-    with sums.held(lambda: storage_names(state_dict.everything)):
+    with collector_paused(), sums.held(lambda: storage_names(state_dict.everything)):
         others: dict[str, object] = {}
         for name, value in state_dict.extra.items():  # before the others are read: one that cannot be made ends it
             try:
@@ -132,6 +135,71 @@ def state_dict_of(
     return made
 
 
+def tree_of(
+    checkpoint: Checkpoint,
+    *,
+    section: str | None = None,
+    map_location: TorchLocation = None,
+    mapped: bool = False,
+    checksums: bool = False,
+) -> Any:
+    """All that a file holds, or a part of it, with a `Foreign` for what only code from elsewhere can make.
+
+    Args:
+        checkpoint: the file, which must still be open.
+        section: the keys that lead to the part, joined with dots; ``None``: all of it.
+        map_location: as `tensors` takes it.
+        mapped: as `state_dict_of` takes it.
+        checksums: as `tensors` takes it.
+
+    Raises:
+        SectionError: nothing is there.
+        UnsupportedError: it is nested too deep, or this torch does not make a value; the message says where.
+        CorruptError: a value does not fit together; the same.
+        RewriteError, DTypeError, FileAccessError: as `tensors`.
+    """
+    path, module = checkpoint.origin.path, checkpoint.module
+    is_walked = module is not None and checkpoint.state_dict.container is None and not checkpoint.operations
+    weights = module if is_walked and not checkpoint.origin.is_program else lower_state_dict(checkpoint.state_dict)
+    root = STATE_DICT if checkpoint.origin.is_program else checkpoint.rest
+    sums = Checksums()
+    loader = Loader(map_location, alignment=1 if mapped else None, checksums=sums if checksums else None)
+    builder = _Builder(loader, map_location, weights, stands_in=True)
+    with collector_paused(), sums.held(lambda: storage_names(checkpoint)):
+        if section:
+            root = _part(root, weights, section, checkpoint)
+        try:
+            made = builder(root)
+        except (_ForeignError, CorruptError, DTypeError, RecursionError) as error:
+            place = ".".join(map(step, builder.steps))[:_PLACE] or "the file's own value"
+            if isinstance(error, CorruptError):
+                error.where = f"{place}: {error.where}" if error.where else place
+                raise error.at(path=path) from None
+            if isinstance(error, DTypeError):
+                raise DTypeError(f"{path}: {place}: {error}", path=path, names=(place,)) from error
+            reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            raise UnsupportedError(f"{place}: {reason}", path=path, names=(place,)) from error
+        loader.finish()
+    return made
+
+
+def _part(root: object, weights: object, section: str, checkpoint: Checkpoint) -> object:
+    """The node that keys lead to, which are joined with dots and may have some themselves."""
+    stack, known = [("", root)], set[tuple[int, str]]()
+    while stack:
+        above, node = stack.pop()
+        if above == section and above:
+            return node
+        node = weights if node is STATE_DICT else node
+        if (id(node), above) not in known:
+            known.add((id(node), above))
+            below = ((join(above, key), value) for key, value in parts(node))
+            stack += [(at, value) for at, value in below if section == at or section.startswith(f"{at}.")][::-1]
+    path, names = checkpoint.origin.path, [each.path for each in checkpoint.sections]
+    there = f"; sections: {listed([f'{name:.100}' for name in names], _LISTED)}" if names else ""
+    raise SectionError(f"{path}: no keys lead to {section!r:.200}{there}", path=path, names=names)
+
+
 def _refusal(foreign: Mapping[str, str], count: int) -> str:
     shown = listed([f"{name:.100} ({what:.200})" for name, what in foreign.items()], _LISTED)
     options = " ".join(f"--exclude {glob_of(name)}" for name in list(foreign)[:_LISTED] if len(name) < 200)
@@ -142,16 +210,32 @@ def _refusal(foreign: Mapping[str, str], count: int) -> str:
 
 
 class _Builder:
-    """Makes values of nodes; what is one node in the file is one object."""
+    """Makes values of nodes; what is one node in the file is one object.
 
-    def __init__(self, loader: Loader, map_location: TorchLocation) -> None:
+    Args:
+        loader: makes the tensors.
+        map_location: where they go.
+        weights: what stands where the marker `STATE_DICT` is.
+        stands_in: whether something stands for what only code from elsewhere can make.
+    """
+
+    def __init__(
+        self, loader: Loader, map_location: TorchLocation, weights: object = None, *, stands_in: bool = False
+    ) -> None:
         self._loader = loader
+        self._weights = weights
+        self._stands_in = stands_in
+        self.steps: list[object] = []
         self._map_location = map_location
         self._made: dict[int, tuple[object, object]] = {}  # the node is kept so that its id stays taken
         self._depth = 0
 
-    def __call__(self, node: object) -> Any:
+    def __call__(self, node: object, step: object = None) -> Any:
         """What a node stands for.
+
+        Args:
+            node: it.
+            step: what leads to it; while it is made, and where that fails, it is the last of ``steps``.
 
         Raises:
             _ForeignError: only code from elsewhere can make it.
@@ -159,23 +243,29 @@ class _Builder:
         """
         if isinstance(node, (*SCALARS, bytearray)):
             return node
-        if isinstance(node, TensorEntry):
-            return self._loader.tensor(node)
         if id(node) in self._made:
             return self._made[id(node)][1]
+        self.steps += () if step is None else (step,)
         self._depth += 1
-        if self._depth > _MOST_DEPTH:
-            raise _ForeignError(f"nested more than {_MOST_DEPTH} deep")
         try:
-            return self._keep(node, self._make(node))
+            if self._depth > _MOST_DEPTH:
+                raise _ForeignError(f"nested more than {_MOST_DEPTH} deep")
+            made = self._loader.tensor(node) if isinstance(node, TensorEntry) else self._make(node)
         finally:
             self._depth -= 1
+        if step is not None:
+            self.steps.pop()
+        if id(node) in self._made:  # it was met again below itself
+            return self._made[id(node)][1]
+        return self._keep(node, made)
 
     def _keep(self, node: object, value: object) -> object:
         self._made[id(node)] = node, value
         return value
 
     def _make(self, node: object) -> object:
+        if node is STATE_DICT:
+            return self(self._weights)
         if isinstance(node, list):
             made = self._keep(node, [])
             made.extend(map(self, node))  # type: ignore[attr-defined]
@@ -183,11 +273,11 @@ class _Builder:
         if isinstance(node, tuple):
             return tuple(map(self, node))
         if isinstance(node, InertSet):
-            return (frozenset if node.frozen else set)(map(self._key, node.members))
+            return (frozenset if node.frozen else set)(self.keys(node.members))
         if isinstance(node, Storage):
             return self._storage(node)
         if isinstance(node, Global):
-            return _torch_constant(node)
+            return self._constant(node)
         pairs = mapping_items(node)
         if pairs is not None:
             return self._mapping(node, pairs)
@@ -198,7 +288,21 @@ class _Builder:
             return array_from(array)
         if isinstance(node, Object):
             return self._object(node)
-        raise _ForeignError(brief(node))
+        return self._foreign(node)
+
+    def _foreign(self, node: object) -> object:
+        if not self._stands_in:
+            raise _ForeignError(brief(node))
+        return stand_in(node, self, lambda made: self._keep(node, made))
+
+    def _constant(self, node: Global) -> object:
+        """A dtype, layout, quantization scheme or memory format of torch's."""
+        found = vars(torch).get(node.name) if node.module == "torch" else None
+        if isinstance(found, (torch.dtype, torch.layout, torch.qscheme, torch.memory_format)):
+            return found
+        if not self._stands_in:
+            raise _ForeignError(f"{node!r:.120}")
+        return self._foreign(node)
 
     def _mapping(self, node: object, pairs: list[tuple[object, object]]) -> object:
         made: Any = {}
@@ -206,51 +310,47 @@ class _Builder:
             kind = node.class_name.rpartition(".")[2]
             factory = node.args[0] if kind == "defaultdict" and node.args else None
             name = factory.name if isinstance(factory, Global) and factory.module in _BUILTIN else None
-            if factory is not None and name not in _FACTORIES:
+            if factory is not None and name not in _FACTORIES and not self._stands_in:
                 raise _ForeignError(f"a defaultdict of {factory!r:.80}")
             empty = {"OrderedDict": OrderedDict, "Counter": Counter, "dict": dict}.get(kind)
             made = defaultdict(_FACTORIES.get(name or "")) if empty is None else empty()
         self._keep(node, made)
-        for key, value in pairs:
-            made[self._key(key)] = self(value)
+        for made_key, (key, value) in zip(self.keys([key for key, _ in pairs]), pairs, strict=True):
+            made[made_key] = self(value, key)
         own = attributes(node)
         if own is not None and not isinstance(made, (defaultdict, Counter)) and hasattr(made, "__dict__"):
-            vars(made).update({key: self(value) for key, value in own.pairs if isinstance(key, str)})
+            vars(made).update({key: self(value, key) for key, value in named_items(own) if not is_dunder(key)})
         return made
 
-    def _key(self, node: object) -> Any:
-        """A key, or a member of a set."""
-        value = self(node)
+    def keys(self, nodes: Sequence[object]) -> list[Any]:
+        """The keys of a dict, or the members of a set."""
+        values = list(map(self, nodes))
         try:
-            hash(value)
+            hashes = list(map(hash, values))
         except TypeError:
-            raise _ForeignError(f"a key of type {type(value).__name__}") from None
-        return value
+            kind = next(type(value).__name__ for value in values if getattr(value, "__hash__", None) is None)
+            raise _ForeignError(f"a key of type {kind}") from None
+        if len(hashes) > _MANY_KEYS and 2 * len(set(hashes)) < len(hashes):  # takes time by the square
+            raise _ForeignError(f"{count_of(len(hashes), 'key')} that are made to collide")
+        return values
 
     def _object(self, node: Object) -> object:
         name = node.class_name
-        module, _, short = name.rpartition(".")
         plain = not (node.items or node.pairs or node.kwargs)
         if layout_name(node) is not None:
-            return _torch_constant(Global("torch", layout_name(node) or ""))
+            return self._constant(Global("torch", layout_name(node) or ""))
         if name == "torch.device" and (tag := device_of(node)) is not None:
             return _by_torch(lambda: torch.device(tag))
         if name == "torch.Size" and (shape := shape_of(node)) is not None:
             return torch.Size(shape)
         if name in _LAZY and plain and len(node.args) <= 1 and all(isinstance(arg, bool) for arg in node.args):
-            return getattr(torch.nn.parameter, short)(*node.args)
+            return getattr(torch.nn.parameter, name.rpartition(".")[2])(*node.args)
         if name in ("_io.BytesIO", "io.BytesIO"):
             data = node.state[0] if isinstance(node.state, tuple) and node.state else (*node.args, b"")[0]
             if isinstance(data, (bytes, bytearray)):
                 return io.BytesIO(data)
-        if module in _BUILTIN and short in _MADE and plain and node.state is ABSENT:
-            make, types = _MADE[short]
-            if all(isinstance(arg, types) for arg in node.args):
-                try:
-                    return make(*map(self, node.args))
-                except (TypeError, ValueError):
-                    pass
-        raise _ForeignError(brief(node))
+        made = plain_value(node, self)
+        return self._foreign(node) if made is ABSENT else made
 
     def _storage(self, storage: Storage) -> object:
         """A bare storage, of the type that the file declares."""
@@ -262,14 +362,16 @@ class _Builder:
     def _tensor(self, found: Rebuilt) -> object:
         # Storages are read before torch is asked, so that what is wrong with the file is not told as torch's refusal.
         check_indices(found.layout, self._numbers)
-        made = self._laid_out(found.layout)
+        with self._loader.at_once():
+            made = self._laid_out(found.layout)
         if found.is_parameter:
             return _by_torch(lambda: torch.nn.Parameter(made.detach(), requires_grad=found.requires_grad))
         return made
 
     def _numbers(self, entry: TensorEntry) -> Any:
         """Whole numbers as an array; where all goes to the meta device, out of the file."""
-        tensor = self._loader.tensor(entry).detach()
+        with self._loader.at_once():
+            tensor = self._loader.tensor(entry).detach()
         return values_of(entry) if tensor.is_meta else tensor.cpu().numpy()
 
     def _laid_out(self, layout: Layout) -> Any:
@@ -383,15 +485,3 @@ def _by_torch(make: Callable[[], Any]) -> Any:
 
 def _typed(memory: torch.UntypedStorage, dtype: str) -> Any:
     return torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype_of(dtype), _internal=True)  # type: ignore[no-untyped-call]
-
-
-def _torch_constant(node: Global) -> object:
-    """A dtype, layout, quantization scheme or memory format of torch's.
-
-    Raises:
-        _ForeignError: the name is another.
-    """
-    found = vars(torch).get(node.name) if node.module == "torch" else None
-    if not isinstance(found, (torch.dtype, torch.layout, torch.qscheme, torch.memory_format)):
-        raise _ForeignError(f"{node!r:.120}")
-    return found

@@ -14,30 +14,30 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
-from ckptkit.arguments import device_problem
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry
+from ckptkit.computed import ConvertedRange, DenseRange, files_of, is_made, piece_nbytes, read_into
 from ckptkit.dtypes import DTYPES, dtype
-from ckptkit.errors import CorruptError, DTypeError, RewriteError, UnsupportedError
+from ckptkit.errors import CorruptError, DTypeError, UnsupportedError
 from ckptkit.extras import require_torch
 from ckptkit.normalize.tensors import storage_names
 from ckptkit.report import listed
-from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums, Passing
-from ckptkit.transfer.workers import in_parallel
+from ckptkit.torch_bridge.devices import STAGED, Places, Staging, TorchLocation, allocated
+from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums
+from ckptkit.transfer.workers import buffer, in_parallel
 
 require_torch()
 
 import torch  # noqa: E402 - behind the check, so that its absence is explained
 
-__all__ = ["Loader", "TorchLocation", "dtype_of", "require_dtypes", "restore", "tensors"]
+__all__ = ["ALIGNMENT", "Loader", "dtype_of", "require_dtypes", "tensors"]
 
-TorchLocation = (
-    str | torch.device | Mapping[str, str] | Callable[[torch.UntypedStorage, str], "torch.UntypedStorage | None"] | None
-)
-"""All that ``torch.load`` takes as ``map_location``."""
+_Readable = ByteRange | ConvertedRange | DenseRange
+"""What is read as it is, or made as it is read."""
 
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
@@ -45,15 +45,15 @@ _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize
 _WRITABLE = 0x200
 """``PyBUF_WRITE``."""
 
-_ONE_READ = 1 << 30
-"""Bytes asked of one read: well under the 2 GiB a single call gives on Linux."""
-
 _SUMMED_READ = 1 << 20
 """Bytes of one read that are summed while they are in a core's own cache."""
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 """Bytes: as torch allocates.  Kernels choose by alignment how they sum up, so that the last bits of a product may
 differ between a tensor in a file and its copy in memory; aligned, they were the same wherever it was measured."""
+
+_WIDEST = max(row.itemsize for row in DTYPES.values())
+"""Bytes of the widest element."""
 
 _SINCE = {
     **dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz"), "2.2"),
@@ -131,7 +131,7 @@ def tensors(
     """
     require_dtypes(state_dict)
     sums = Checksums()
-    loader = Loader(restore(map_location), mapped=mapped, checksums=sums if checksums else None)
+    loader = Loader(map_location, alignment=ALIGNMENT if mapped else None, checksums=sums if checksums else None)
     with sums.held(lambda: storage_names(state_dict.everything)):
         loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
         loader.finish()
@@ -139,38 +139,51 @@ def tensors(
 
 
 class Loader:
-    """Makes each storage and each tensor once."""
+    """Makes each storage and each tensor once.
+
+    The bytes of storages on the CPU are read all together by `finish`, on several cores; `at_once` is for whoever
+    looks at values before.
+
+    Args:
+        map_location: as `tensors` takes it.
+        alignment: bytes at a multiple of which a tensor of the CPU must begin in the file to lie in a mapping of it,
+            at least those of an element; ``None``: all are copied.
+        checksums: what holds the recorded checksums of what is read; ``None``: nothing does.
+    """
 
     def __init__(
-        self,
-        restore: Callable[[Storage, Callable[[], torch.UntypedStorage]], torch.UntypedStorage],
-        *,
-        mapped: bool,
-        checksums: Checksums | None,
+        self, map_location: TorchLocation, *, alignment: int | None = None, checksums: Checksums | None = None
     ) -> None:
-        self._restore = restore
-        self._mapped = mapped
+        self._places = Places(map_location)
+        self._alignment = alignment
         self._checksums = checksums
-        self._maps: dict[int, mmap.mmap | None] = {}
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._widths: dict[int, int] = {}
+        self._maps: dict[int, tuple[mmap.mmap, torch.UntypedStorage] | None] = {}
+        self._storages: dict[int, tuple[torch.UntypedStorage, int, Storage]] = {}  # which keeps every id taken
+        self._tensors: dict[int, tuple[torch.Tensor, TensorEntry]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._files: dict[int, Source] = {}
-        self._kept: list[object] = []  # keeps every id taken
+        self._staging: dict[torch.device, Staging] = {}
+        self._tasks: list[Callable[[], object]] = []
+        self._nbytes = 0
+        self._is_patient = True
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """The entry's tensor; for one entry always the same object, as a pickle's memo gives it."""
-        if id(entry) not in self._tensors:
-            self._tensors[id(entry)] = self._view(entry)
-            self._kept.append(entry)
-        return self._tensors[id(entry)]
+        known = self._tensors.get(id(entry))
+        if known is None:
+            known = self._tensors[id(entry)] = self._view(entry), entry
+        return known[0]
 
     def _view(self, entry: TensorEntry) -> torch.Tensor:
-        element = dtype_of(entry.dtype)
+        element = self._dtypes.get(entry.dtype)
+        if element is None:
+            element = self._dtypes[entry.dtype] = dtype_of(entry.dtype)
         storage = self.storage(entry)
-        # Not empty() of the dtype itself, which warns of complex32.
-        view = torch.empty((0,), dtype=torch.uint8, device=storage.device).view(element)
-        view = view.set_(storage, entry.storage_offset, entry.shape, entry.stride)
+        if entry.dtype == "complex32":  # of which empty() warns
+            view = torch.empty((0,), dtype=torch.uint8, device=storage.device).view(element)
+        else:
+            view = torch.empty((0,), dtype=element, device=storage.device)
+        view.set_(storage, entry.storage_offset, entry.shape, entry.stride)
         # The bits torch keeps beside the bytes.
         view = torch._neg_view(view) if entry.is_neg else view
         view = view.conj() if entry.is_conj else view
@@ -181,74 +194,133 @@ class Loader:
             )
         if entry.is_parameter:
             return torch.nn.Parameter(view, requires_grad=entry.requires_grad)
-        return view.requires_grad_(entry.requires_grad)
+        return view.requires_grad_() if entry.requires_grad else view
 
     def storage(self, entry: TensorEntry) -> torch.UntypedStorage:
         """The storage that an entry views, in this machine's byte order."""
         storage = entry.storage
-        width = _swap_width(entry)
-        if self._widths.setdefault(id(storage), width) != width:
+        known = self._storages.get(id(storage))
+        width = 1 if storage.byteorder == sys.byteorder else _swap_width(entry)
+        if known is None:
+            known = self._storages[id(storage)] = self._placed(entry, width), width, storage
+        if known[1] != width:
             raise UnsupportedError(
                 f"storage {storage.key!r} is viewed as elements of different widths, in a byte order foreign to "
                 "this machine",
                 path=storage.source.file.path,
             )
-        if id(storage) not in self._storages:
-            self._storages[id(storage)] = self._restore(storage, lambda: self._read(storage, width))
-            self._kept.append(storage)
-        return self._storages[id(storage)]
+        return known[0]
 
-    def _read(self, storage: Storage, width: int) -> torch.UntypedStorage:
-        self._files[id(storage.source.file)] = storage.source.file
+    def _placed(self, entry: TensorEntry, width: int) -> torch.UntypedStorage:
+        storage, places = entry.storage, self._places
+        if places.asks:
+            memory = self._on_the_cpu(entry, width)
+            self._read_all()
+            return places.asked(storage, memory)
+        location = places.location(storage)
+        if location == "cpu":
+            return self._on_the_cpu(entry, width)
+        if location == "meta":
+            return allocated(storage.nbytes, "meta")
+        device = places.device(storage, location)
+        if device.type in STAGED:
+            return self._staged(storage, width, device)
+        memory = self._on_the_cpu(entry, width)
+        self._read_all()
+        return places.moved(storage, memory, location)
+
+    def _noted(self, storage: Storage) -> _Readable:
+        """Where the bytes of a storage that is about to be read lie."""
+        source = storage.source
+        for file in files_of(source):
+            self._files[id(file)] = file
         if self._checksums is not None:
             self._checksums.want([storage])
-        source = storage.source.plain().part(0, storage.nbytes)
-        found = self._map(source) if self._mapped and width == 1 else None
-        if found is not None:
-            return found
-        memory = _allocated(storage.nbytes)
-        _read_into(memory, source, self._checksums if storage.crc32 is not None else None)
-        if width > 1:
-            memory.byteswap(_SAME_WIDTH[width])  # type: ignore[no-untyped-call]
+        source = source if is_made(source) else source.plain()
+        return source if source.nbytes == storage.nbytes else source.part(0, storage.nbytes)
+
+    def _on_the_cpu(self, entry: TensorEntry, width: int) -> torch.UntypedStorage:
+        storage = entry.storage
+        source = self._noted(storage)
+        if self._alignment is not None and width == 1 and isinstance(source, ByteRange):
+            # What others view the storage as is not known; what the file declares is all that they do.
+            widest = DTYPES[entry.dtype].itemsize if storage.dtype == entry.dtype else _WIDEST
+            found = self._mapped(source, max(self._alignment, widest))
+            if found is not None:
+                return found
+        memory = allocated(storage.nbytes)
+        self._tasks += _reading(memory, source, width, self._summed(storage, source))
+        self._nbytes += storage.nbytes
+        if not self._is_patient:
+            self._read_all()
         return memory
 
-    def _map(self, source: ByteRange) -> torch.UntypedStorage | None:
+    def _staged(self, storage: Storage, width: int, device: torch.device) -> torch.UntypedStorage:
+        source = self._noted(storage)
+        memory = allocated(storage.nbytes, str(device))
+        checksums = self._summed(storage, source)
+
+        def read(start: int, piece: torch.Tensor) -> None:
+            part = source.part(start, piece.numel())
+            in_parallel(_reading(piece, part, width, checksums), nbytes=part.nbytes)
+
+        self._staging.setdefault(device, Staging(device)).fill(memory, read)
+        return memory
+
+    def _summed(self, storage: Storage, source: _Readable) -> Checksums | None:
+        """What sums the bytes as they pass by: of those that are converted the ones before."""
+        whole = (storage.original or storage) if isinstance(source, ConvertedRange) else storage
+        return self._checksums if whole.crc32 is not None else None
+
+    def _mapped(self, source: ByteRange, alignment: int) -> torch.UntypedStorage | None:
         """The bytes where they lie in the file; ``None`` where they have to be read."""
-        if source.offset % _ALIGNMENT or not source.nbytes:
+        if source.offset % alignment or not source.nbytes:
             return None
-        if id(source.file) not in self._maps:
-            self._maps[id(source.file)] = _private_map(source.file)
-            self._kept.append(source.file)
-        mapping, offset = self._maps[id(source.file)], source.offset
-        if mapping is not None and offset + source.nbytes > len(mapping):  # a spool has grown since
+        key, offset = id(source.file), source.offset
+        if key not in self._maps:
+            self._maps[key] = _private_map(source.file)
+        found = self._maps[key]
+        if found is not None and offset + source.nbytes > len(found[0]):  # a spool has grown since
             begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-            mapping, offset = _private_map(source.file, begin, offset - begin + source.nbytes), offset - begin
-        if mapping is None:
-            return None
-        return torch.frombuffer(mapping, dtype=torch.uint8, count=source.nbytes, offset=offset).untyped_storage()
+            found, offset = _private_map(source.file, begin, offset - begin + source.nbytes), offset - begin
+        return None if found is None else found[1][offset : offset + source.nbytes]
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What the block asks for has its values at once, and so has all that was asked for before."""
+        self._read_all()
+        self._is_patient, before = False, self._is_patient
+        try:
+            yield
+        finally:
+            self._is_patient = before
+
+    def _read_all(self) -> None:
+        tasks, nbytes, self._tasks, self._nbytes = self._tasks, self._nbytes, [], 0
+        in_parallel(tasks, nbytes=nbytes)
 
     def finish(self) -> None:
-        """Make sure that what was read is one state of the file."""
+        """Read what is left, and make sure that all is one state of the file."""
+        self._read_all()
+        for staging in self._staging.values():
+            staging.finish()
         for file in self._files.values():
             if file.changed():
                 raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
 
 
-def _private_map(file: Source, begin: int = 0, nbytes: int = 0) -> mmap.mmap | None:
+def _private_map(file: Source, begin: int = 0, nbytes: int = 0) -> tuple[mmap.mmap, torch.UntypedStorage] | None:
     """A part of a file (default: all) as memory that may be written to without changing it.
 
     ``None`` where the bytes can only be read, or the system refuses, as it does where the file has become shorter.
     """
     fd = file.fileno()
     try:
-        return None if fd is None else mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY, offset=begin)
+        mapping = None if fd is None else mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY, offset=begin)
     except (OSError, ValueError):
         return None
-
-
-def _allocated(nbytes: int, device: str = "cpu") -> torch.UntypedStorage:
-    """Memory of torch's own, not yet filled."""
-    return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
+    # Made a storage once, of which tensors take slices: in half the time.
+    return None if mapping is None else (mapping, torch.frombuffer(mapping, dtype=torch.uint8).untyped_storage())
 
 
 def _swap_width(entry: TensorEntry) -> int:
@@ -259,91 +331,59 @@ def _swap_width(entry: TensorEntry) -> int:
     return row.itemsize // 2 if row.kind == "complex" else row.itemsize
 
 
-def _read_into(memory: torch.UntypedStorage, source: ByteRange, checksums: Checksums | None) -> None:
-    """Fill torch's memory from the file, with no copy in between where the system can; ``checksums`` gets its sums."""
-    if not source.nbytes:
-        return
-    view: memoryview = _memory_at(memory.data_ptr(), source.nbytes, _WRITABLE)
-    if checksums is None:
-        _fill(view, source, _ONE_READ)
-        return
-    tasks = []
-    for start in range(0, source.nbytes, SUMMED_NBYTES):
-        part = source.part(start, min(SUMMED_NBYTES, source.nbytes - start))
-        tasks.append(partial(_fill, view[start : start + part.nbytes], part, _SUMMED_READ, checksums.passing(part)))
-    in_parallel(tasks, nbytes=source.nbytes)
+def _reading(
+    memory: torch.UntypedStorage | torch.Tensor,
+    source: _Readable,
+    width: int,
+    checksums: Checksums | None,
+) -> list[Callable[[], object]]:
+    """What fills memory of the CPU with bytes of a file, with no copy in between where the system can.
 
+    Args:
+        memory: where they go.
+        source: the bytes.
+        width: of the elements whose bytes are reversed; 1: none are.
+        checksums: gets their sums.
 
-def _fill(view: memoryview, source: ByteRange, step: int, passing: Passing | None = None) -> None:
-    for start in range(0, source.nbytes, step):
-        piece = view[start : start + step]
-        source.file.read_into(source.offset + start, piece)
-        if passing is not None:
-            passing.update(piece)
-
-
-# Where a storage goes: torch.serialization's ``_get_restore_location``, with errors that say what to do.
-
-
-def restore(
-    map_location: TorchLocation,
-) -> Callable[[Storage, Callable[[], torch.UntypedStorage]], torch.UntypedStorage]:
-    """From a storage and the function that reads it to the torch storage at its place."""
-    if map_location is None:
-        return lambda storage, read: _place(storage, read, storage.location)
-    if isinstance(map_location, (str, torch.device)):
-        return lambda storage, read: _place(storage, read, str(map_location))
-    if isinstance(map_location, Mapping):
-        table = map_location
-        return lambda storage, read: _place(storage, read, str(table.get(storage.location, storage.location)))
-    if not callable(map_location):
-        raise RewriteError(
-            f"map_location is of type {type(map_location).__name__}; "
-            "expected a string, a torch.device, a dict or a callable"
-        )
-    function = map_location
-
-    def restore(storage: Storage, read: Callable[[], torch.UntypedStorage]) -> torch.UntypedStorage:
-        memory = read()
-        result: object = function(memory, storage.location)
-        if result is None:
-            return _place(storage, lambda: memory, storage.location)
-        if not isinstance(result, torch.UntypedStorage) or result.nbytes() != storage.nbytes:
-            raise RewriteError(
-                f"map_location returned {result!r:.80} for storage {storage.key!r}; "
-                f"expected a torch.UntypedStorage of {storage.nbytes:,} bytes, such as storage.cuda(1), or None"
-            )
-        return result
-
-    return restore
-
-
-def _place(storage: Storage, read: Callable[[], torch.UntypedStorage], location: str) -> torch.UntypedStorage:
-    """The storage at a location.
-
-    Raises:
-        RewriteError: this machine, or this torch, lacks the location.
+    Returns:
+        Tasks that may be carried out side by side, before the memory is let go of.
     """
-    if location == "meta":
-        return _allocated(storage.nbytes, "meta")
-    if location == "cpu":
-        return read()
-    # An empty storage finds out, before anything is read, whether the location is there.
-    _registered(storage, _allocated(0), location)
-    return _registered(storage, read(), location)
+    if not source.nbytes:
+        return []
+    view: memoryview = _memory_at(memory.data_ptr(), source.nbytes, _WRITABLE)
+    step = piece_nbytes(source, _SUMMED_READ) if is_made(source) else SUMMED_NBYTES
+    tasks: list[Callable[[], object]] = []
+    for first in range(0, source.nbytes, step):
+        part = source if source.nbytes <= step else source.part(first, min(step, source.nbytes - first))
+        tasks.append(partial(_fill, memory, view[first : first + part.nbytes], part, width, checksums))
+    return tasks
 
 
-def _registered(storage: Storage, memory: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-    """The storage where torch's own registry of locations puts it."""
-    try:
-        restored = torch.serialization.default_restore_location(memory, location)  # type: ignore[no-untyped-call]
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
-        raise RewriteError(
-            f"{storage.source.file.path}: storage {storage.key!r}, saved on {storage.location!r}, cannot be put on "
-            f'{location!r} on this machine ({device_problem(location) or reason}); give map_location="cpu"',
-            path=storage.source.file.path,
-        ) from error
-    if not isinstance(restored, torch.UntypedStorage):
-        raise RewriteError(f"torch restored {location!r} as {type(restored).__name__}, which is not an UntypedStorage")
-    return restored
+def _fill(
+    memory: object,
+    view: memoryview,
+    source: _Readable,
+    width: int,
+    checksums: Checksums | None,
+) -> None:
+    """Fill a part of the memory, which is kept until that is done."""
+    if isinstance(source, ConvertedRange):
+        before = buffer("before", source.original.nbytes)
+        source.into(view, before)
+        if checksums is not None and not is_made(source.original):
+            checksums.passing(source.original.plain()).update(before)
+        return
+    if isinstance(source, DenseRange):
+        read_into(source, view)
+        return
+    if checksums is None:
+        source.file.read_into(source.offset, view)
+    else:
+        passing = checksums.passing(source)
+        for start in range(0, source.nbytes, _SUMMED_READ):
+            piece = view[start : start + _SUMMED_READ]
+            source.file.read_into(source.offset + start, piece)
+            passing.update(piece)
+    if width > 1:
+        swapped = torch.frombuffer(view, dtype=torch.uint8)
+        swapped.untyped_storage().byteswap(_SAME_WIDTH[width])  # type: ignore[no-untyped-call]

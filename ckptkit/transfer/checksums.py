@@ -12,13 +12,14 @@ which bytes that follow multiply by a power of x.
 
 from __future__ import annotations
 
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
@@ -32,6 +33,7 @@ __all__ = [
     "Checksums",
     "Damage",
     "combined",
+    "crc32",
     "damage_error",
     "damage_of",
     "damage_text",
@@ -49,6 +51,13 @@ _SMALL_NBYTES = 64 << 10
 
 _MANY = 1024
 """Small storages that one thread sums before it looks for other work."""
+
+_LAGS = 49_961, 91_639
+"""Bytes: a byte may stand these two numbers of bytes later instead, since x^(8 * 91639) is
+x^(8 * (91639 - 49961)) + 1 modulo the polynomial.  They are the least such pair."""
+
+_BLOCK_NBYTES, _FOLDED_NBYTES = 48 << 10, 512 << 10
+"""Bytes that are folded at a time, fewer than the first lag, and those from which that is worth its calls."""
 
 _POLYNOMIAL = 0xEDB88320
 """Of CRC-32, its bits reversed."""
@@ -105,7 +114,7 @@ class Passing:
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
         """Take the next bytes."""
-        self._crc = zlib.crc32(data, self._crc)
+        self._crc = crc32(data, self._crc)
         self._nbytes += len(data)
         self._known[self._place] = self._nbytes, self._crc
 
@@ -308,6 +317,35 @@ def _inflate(storage: Storage, whole: Inflation, broken: dict[int, Damage], keep
         (whole.plain if keep else whole.check)()
     except CorruptError as error:
         broken[id(storage)] = Damage(storage, error.message)
+
+
+def crc32(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """As ``zlib.crc32``, in half the time where numpy is there already.
+
+    All but the last bytes are folded into later ones, by two exclusive ors of vectors, where zlib looks up tables:
+    S. Russell, "Chorba: A novel CRC32 implementation", arXiv:2412.16398, with a zero polynomial of its own.
+    """
+    numpy: Any = sys.modules.get("numpy")
+    nbytes = len(data)
+    if numpy is None or nbytes < _FOLDED_NBYTES or not hasattr(numpy, "bitwise_xor"):
+        return zlib.crc32(data, crc)
+    near, far = _LAGS
+    folded = getattr(_kept, "folded", None)
+    if folded is None or len(folded) < far + nbytes:
+        folded = _kept.folded = numpy.zeros(
+            far + nbytes, numpy.uint8
+        )  # the first are those before the data, and stay 0
+    source, last = numpy.frombuffer(data, numpy.uint8), nbytes - (far - near)
+    for start in range(0, last, _BLOCK_NBYTES):
+        end = min(start + _BLOCK_NBYTES, last)
+        out = folded[far + start : far + end]
+        numpy.bitwise_xor(source[start:end], folded[start:end], out=out)
+        numpy.bitwise_xor(out, folded[far - near + start : far - near + end], out=out)
+        if start == 0:  # the register's state is as good as in the first bytes
+            out[:4] ^= numpy.frombuffer((crc ^ 0xFFFFFFFF).to_bytes(4, "little"), numpy.uint8)
+    # What would be folded beyond the end by one lag stays where it is.
+    numpy.bitwise_xor(source[last:], folded[last:nbytes], out=folded[far + last : far + nbytes])
+    return zlib.crc32(folded[nbytes : nbytes + far], 0xFFFFFFFF)
 
 
 def combined(first: int, second: int, nbytes: int) -> int:

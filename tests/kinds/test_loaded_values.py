@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from support.torch_oracle import same
 from torch import nn
 
 import ckptkit
@@ -97,41 +98,6 @@ if rebuild_jagged is not None:
     VALUES["jagged"] = lambda: torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
 
 
-def same(ours: Any, theirs: Any) -> bool:
-    """Whether two values are one, in everything that torch decides about them."""
-    if type(ours) is not type(theirs):
-        return False
-    if isinstance(theirs, dict):
-        return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in theirs)
-    if isinstance(theirs, (list, tuple)):
-        return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    if isinstance(theirs, io.BytesIO):
-        return ours.getvalue() == theirs.getvalue()
-    if isinstance(theirs, numpy.ndarray):
-        flags = [(a.flags.f_contiguous, a.flags.c_contiguous, a.flags.writeable) for a in (ours, theirs)]
-        return ours.dtype == theirs.dtype and numpy.array_equal(ours, theirs) and flags[0] == flags[1]
-    if not isinstance(theirs, torch.Tensor):
-        return bool(ours == theirs)
-    if nn.parameter.is_lazy(theirs):
-        return True
-    facts = [(t.dtype, t.layout, t.device, t.requires_grad, t.is_nested, t.is_quantized) for t in (ours, theirs)]
-    if facts[0] != facts[1]:
-        return False
-    if theirs.is_nested:
-        return all(map(torch.equal, ours.unbind(), theirs.unbind()))
-    if ours.shape != theirs.shape:
-        return False
-    if theirs.is_sparse:
-        return ours.is_coalesced() == theirs.is_coalesced() and torch.equal(ours.to_dense(), theirs.to_dense())
-    if theirs.layout != torch.strided:
-        return torch.equal(ours.to_dense(), theirs.to_dense())
-    if (ours.stride(), ours.storage_offset()) != (theirs.stride(), theirs.storage_offset()):
-        return False
-    if theirs.is_quantized:
-        return ours.qscheme() == theirs.qscheme() and torch.equal(ours.dequantize(), theirs.dequantize())
-    return theirs.is_meta or torch.equal(ours, theirs)
-
-
 @pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("name", VALUES)
 def test_what_torch_loads(tmp_path: Path, name: str, protocol: int) -> None:
@@ -170,7 +136,7 @@ def test_everything_is_put_where_it_is_asked_for(save: Save, location: Any, tmp_
     ours = ckptkit.load_state_dict(tmp_path / "gpu.pth", map_location=location)
     assert same(dict(ours), state)
     with pytest.raises(RewriteError, match="cannot be put on 'cuda:7'"):
-        ckptkit.load_state_dict(tmp_path / "gpu.pth")
+        ckptkit.load_state_dict(tmp_path / "gpu.pth", map_location=None)
     with pytest.raises(UnsupportedError, match=r"2 of 3 values .*q .torch .* does not make it"):
         ckptkit.load_state_dict(tmp_path / "gpu.pth", map_location="meta")  # torch has no quantized ones there
     ckptkit.convert(tmp_path / "gpu.pth", tmp_path / "s.pth", include="s")
@@ -198,7 +164,7 @@ def test_tensors_of_devices_without_storages(save: Save) -> None:
     rows = [row["name"] for row in ckptkit.inspect(path)["tensors"]]
     assert sorted(rows) == sorted([*calls, *(f"{name}.data" for name in calls if name != "w")])
     with pytest.raises(RewriteError, match=r"saved on 'xla:0' cannot be put .* give map_location=\"cpu\""):
-        ckptkit.load_state_dict(path)
+        ckptkit.load_state_dict(path, map_location=None)
     with pytest.raises(RewriteError, match="a function has nothing"):
         ckptkit.load_state_dict(path, map_location=lambda storage, tag: storage)
 
@@ -410,7 +376,7 @@ class Wrapping(torch.Tensor):
 FOREIGN: dict[str, tuple[Callable[[], Any], str]] = {
     "an object": (Thing, "test_loaded_values.Thing"),
     "one in a dict": (lambda: {"a": [Thing()]}, "test_loaded_values.Thing"),
-    "a function": (lambda: same, "test_loaded_values.same"),
+    "a function": (lambda: same, "torch_oracle.same"),
     "a name of torch's": (lambda: torch.load, "torch.serialization.load"),
     "a class": (lambda: nn.Linear, "Linear"),
     "a wrapper": (lambda: Wrapping(torch.ones(2, 3)), r"Wrapping \[2, 3\] float32"),

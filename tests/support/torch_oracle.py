@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import io
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -280,3 +281,38 @@ def _parts(node: object) -> Iterator[object]:
         names = [name for kind in type(node).__mro__ for name in getattr(kind, "__slots__", ())]
         unchanging = [name for name in names if name not in ("_lock", "_index", "_plain", "__weakref__")]
         yield from (getattr(node, name) for name in unchanging if hasattr(node, name))
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two values are one, in everything that torch decides about them."""
+    if type(ours) is not type(theirs):
+        return False
+    if isinstance(theirs, dict):
+        return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    if isinstance(theirs, io.BytesIO):
+        return ours.getvalue() == theirs.getvalue()
+    if isinstance(theirs, np.ndarray):
+        flags = [(a.flags.f_contiguous, a.flags.c_contiguous, a.flags.writeable) for a in (ours, theirs)]
+        return ours.dtype == theirs.dtype and np.array_equal(ours, theirs) and flags[0] == flags[1]
+    if not isinstance(theirs, torch.Tensor):
+        return bool(ours == theirs)
+    if torch.nn.parameter.is_lazy(theirs):
+        return True
+    facts = [(t.dtype, t.layout, t.device, t.requires_grad, t.is_nested, t.is_quantized) for t in (ours, theirs)]
+    if facts[0] != facts[1]:
+        return False
+    if theirs.is_nested:
+        return all(map(torch.equal, ours.unbind(), theirs.unbind()))
+    if ours.shape != theirs.shape:
+        return False
+    if theirs.is_sparse:
+        return ours.is_coalesced() == theirs.is_coalesced() and torch.equal(ours.to_dense(), theirs.to_dense())
+    if theirs.layout != torch.strided:
+        return torch.equal(ours.to_dense(), theirs.to_dense())
+    if (ours.stride(), ours.storage_offset()) != (theirs.stride(), theirs.storage_offset()):
+        return False
+    if theirs.is_quantized:
+        return ours.qscheme() == theirs.qscheme() and torch.equal(ours.dequantize(), theirs.dequantize())
+    return theirs.is_meta or torch.equal(ours, theirs)
