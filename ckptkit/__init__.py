@@ -15,7 +15,7 @@ is right must go through the readers, which the mover of bytes must not know; `i
 document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).  `architectures`
 knows which models have a checkpoint's names and shapes, `arguments` what values mean that are given, and `options`
 declares what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one
-output, and tells what came of it; `checkpoint_file` is what `open` gives.
+output, or those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives.
 `documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what
 `ckptkit.manifest` records and `ckptkit.check` holds files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
@@ -71,6 +71,7 @@ from ckptkit.extras import __version__ as __version__
 from ckptkit.report import Finding, Report
 
 if TYPE_CHECKING:
+    from ckptkit.conversion.document import ConvertFolderDocument
     from ckptkit.differences import Difference
     from ckptkit.differences.difference import DiffDocument
     from ckptkit.documents import (
@@ -127,6 +128,7 @@ __all__ = [
     "CkptkitError",
     "Compact",
     "ConvertDocument",
+    "ConvertFolderDocument",
     "CorruptError",
     "DTypeError",
     "Densify",
@@ -212,10 +214,12 @@ def __getattr__(name: str) -> Any:
         return getattr(results, name)
     if name.endswith("Document") or name in ("InspectedFile", "UnreadFile", "WrittenManifest"):
         from ckptkit import documents
+        from ckptkit.conversion import document as of_folders
         from ckptkit.differences import difference
         from ckptkit.inspection import document
 
-        return next(getattr(module, name) for module in (documents, document, difference) if hasattr(module, name))
+        modules = (documents, document, difference, of_folders)
+        return next(getattr(module, name) for module in modules if hasattr(module, name))
     from ckptkit import plan, rewrite
 
     return getattr(plan if name == "Plan" else rewrite, name)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit.arguments import documented, several, unexpected
 from ckptkit.bytesource import Readable
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
-from ckptkit.errors import CorruptError, RewriteError
+from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.formats import require_sound
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
@@ -188,30 +188,44 @@ def load(
 
 @documented(ConvertOptions)
 def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report[ConvertDocument]:
-    """Rewrite a checkpoint into another file.
+    """Rewrite a checkpoint into another file, or each one below a folder into another folder.
 
     A ``.pth`` keeps everything that is in the source; what a safetensors file or shards cannot hold is an
     error unless it is named to be left out.
 
     Args:
-        source: any readable checkpoint; see `open`.
-        destination: the output; its ending chooses the container.
+        source: any readable checkpoint (see `open`), or a folder.
+        destination: the output; its ending chooses the container.  A folder, which is there or has a slash at its end:
+            the output is put into it and named after the source, with the ending of ``to``.  Of a source folder each
+            checkpoint goes to the same place below it; the folder is made where it is not there.
         **options: those of `ckptkit.options.ConvertOptions`.
 
     Returns:
-        A report whose ``details`` hold the plan and what was changed.
+        A report whose ``details`` hold the plan and what was changed.  Of a folder they hold those of each file, under
+        ``files`` (`ckptkit.ConvertFolderDocument`), and a file that cannot be converted is a finding of severity
+        ``"error"``; the others are converted.
 
     Raises:
         As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
-        RewriteError where the weights are not those of ``like``; VerifyError where ``like`` names no model.
+        RewriteError where the weights are not those of ``like``, or several files of a folder would get one name;
+        VerifyError where ``like`` names no model.
     """
-    from ckptkit.conversion import run  # reading alone starts faster without the writing half
+    from ckptkit.conversion import convert_file, outputs, run  # reading alone starts faster without the writing half
 
     asked = ConvertOptions(**options)
+    outputs.require_file_name(destination)
     if asked.like is not None:
         asked = asked.but(like=_like(asked.like, asked.model_args))
-    with open(source, section=asked.section, ignore_checksums=asked.ignore_checksums) as file:
-        return run(file.checkpoint, file._file, destination, asked).report()
+    if outputs.is_folder_of_files(source, destination, asked):
+        from ckptkit.conversion.folder import convert_folder
+
+        return convert_folder(os.fsdecode(source), os.fsdecode(destination), asked, convert_file)
+    try:
+        opened = open(source, section=asked.section, ignore_checksums=asked.ignore_checksums)
+    except FileAccessError as error:
+        raise outputs.told(error, source, destination, asked) from error.__cause__
+    with opened as file, outputs.destination_of(file.path, destination, asked) as path:
+        return run(file.checkpoint, file._file, path, asked).report()
 
 
 def _like(like: Any, args: Mapping[str, Any]) -> Like:

@@ -1,7 +1,7 @@
 """The documents: what each command prints with ``--json``, and every other output is rendered from, field by field.
 
 Here are those of reports and manifests; `ckptkit.inspection.document` has that of ``inspect``,
-`ckptkit.differences.difference` that of ``diff``.
+`ckptkit.differences.difference` that of ``diff``, `ckptkit.conversion.document` that of a folder that is converted.
 
 A document is a dict of what JSON has: text, numbers, lists, ``None``.  Those who make one return the type that stands
 here, and `ckptkit.cli` renders it.  Fields are added, never changed or taken away, within one ``schema_version``.
@@ -22,9 +22,9 @@ from ckptkit.report import FindingDocument, Severity
 
 __all__ = [
     "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
-    "ConvertDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile", "ManifestOptions",
-    "OutputDocument", "PlanDocument", "StepsDocument", "TimedDocument", "VerifyCheckDocument", "VerifyDetails",
-    "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
+    "ConvertDocument", "ErrorDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile",
+    "ManifestOptions", "OutputDocument", "PlanDocument", "StepsDocument", "TimedDocument", "VerifyCheckDocument",
+    "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
 ]  # fmt: skip
 
 _From = TypedDict("_From", {"from": str})
@@ -42,6 +42,13 @@ class _Report(TypedDict):
     schema_version: int
     ok: bool
     findings: list[FindingDocument]
+
+
+class ErrorDocument(TypedDict):
+    """Why a file could not be read or converted: the class of the exception, and what it says."""
+
+    type: str
+    message: str
 
 
 # ckptkit convert

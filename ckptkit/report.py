@@ -41,6 +41,7 @@ __all__ = [
     "parse_size",
     "printable",
     "share_of",
+    "without_endings",
     "worst",
 ]
 
@@ -182,9 +183,23 @@ _ENDINGS = frozenset(
         ".zst",
         ".pt2",
         ".th",
+        ".nemo",
+        ".pickle",
+        ".joblib",
+        ".jit",
+        ".ptl",
+        ".torchscript",
     }
 )
 """Endings of checkpoints and of what they are packed in."""
+
+
+def without_endings(name: str) -> str:
+    """A file's name without the endings of checkpoints and of what they are packed in: of best.pth.tar best is left."""
+    stem, ending = os.path.splitext(name.removesuffix(".index.json"))
+    while ending.lower() in _ENDINGS:
+        stem, ending = os.path.splitext(stem)
+    return stem + ending
 
 
 def convert_command(path: str, *options: str, suffix: str = ".safetensors", taken: Container[str] = ()) -> str:
@@ -206,10 +221,9 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors", take
     if ending[1:].isdigit():  # a version: model_v1.5
         stem, ending = stem + ending, ""
     endings = {ending} if stem + ending == name else set()
-    while os.path.splitext(stem)[1].lower() in _ENDINGS:  # of best.pth.tar
-        stem, ending = os.path.splitext(stem)
-        endings.add(ending)
-    stem = os.path.join(folder, f"{stem}.clean" if suffix in endings else stem)
+    bare = without_endings(stem)
+    endings.update(f".{each}" for each in stem[len(bare) :].split("."))
+    stem = os.path.join(folder, f"{bare}.clean" if suffix in endings else bare)
     paths = chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in count(2)))
     destination = next(each for each in paths if each not in taken and not os.path.lexists(each))
     return shlex.join(["ckptkit", "convert", path, destination, *options])

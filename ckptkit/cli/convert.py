@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -13,34 +13,85 @@ from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
 from ckptkit.options import ConvertOptions
-from ckptkit.report import count_of, human_size, printable
+from ckptkit.report import count_of, human_size, printable, share_of
 
 if TYPE_CHECKING:
+    from ckptkit.conversion.document import ConvertFolderDocument
     from ckptkit.documents import ConvertDocument
+    from ckptkit.report import FindingDocument
 
-__all__ = ["RENDERERS", "changes", "command", "step_rows", "text"]
+__all__ = ["RENDERERS", "changes", "command", "findings_of", "step_rows", "summary", "text"]
 
 _SHOWN = 10
 """Lines of each kind; ``--json`` has them all."""
 
 
-def text(document: ConvertDocument, view: ui.View) -> Iterator[str]:
-    """What was written in a line, or the plan."""
-    plan = document["plan"]
-    head = f"{printable(document['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
-    if document["written"]:
-        checked = "compared byte for byte" if document["checked"] else "not checked"
-        shards = f" in {count_of(len(plan['shards']), 'shard')}" if plan["shards"] else ""
-        if not view.quiet:
-            yield f"{head}{human_size(plan['nbytes'])}{shards}, {checked}"
+def text(document: ConvertDocument | ConvertFolderDocument, view: ui.View) -> Iterator[str]:
+    """What was written in a line, or the plan; of a folder a line a file, and how many there are."""
+    if "files" in document:
+        yield from _folder_text(cast("ConvertFolderDocument", document), view)
         return
-    yield f"{head}{plan['nbytes']:,} bytes"
+    if not document["written"] or not view.quiet:
+        yield _line(document)
+    if document["written"]:
+        return
     yield from ui.columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr")
     for kind, items in changes(document):
         yield from (f"{kind}: {item}" for item in items[:_SHOWN])
         if len(items) > _SHOWN:
             yield f"{kind}: and {len(items) - _SHOWN:,} more (--json lists all)"
-    yield "dry run: nothing was written"
+    yield _DRY
+
+
+def _line(document: ConvertDocument) -> str:
+    plan = document["plan"]
+    head = f"{printable(document['destination'])}: {plan['format']}, {count_of(plan['tensors'], 'tensor')}, "
+    if not document["written"]:
+        return f"{head}{plan['nbytes']:,} bytes"
+    shards = f" in {count_of(len(plan['shards']), 'shard')}" if plan["shards"] else ""
+    checked = "compared byte for byte" if document["checked"] else "not checked"
+    return f"{head}{human_size(plan['nbytes'])}{shards}, {checked}"
+
+
+def _folder_text(document: ConvertFolderDocument, view: ui.View) -> Iterator[str]:
+    if document["written"] and view.quiet:
+        return
+    yield from (_line(file) for file in document["files"] if file["error"] is None)
+    yield from summary(document)
+    if not document["written"]:
+        yield _DRY
+
+
+_DRY = "dry run: nothing was written"
+
+
+def summary(document: ConvertFolderDocument) -> Iterator[str]:
+    """What was passed over; how many files were converted, their bytes before and after, and the time it took."""
+    if document["passed_over"]:
+        from ckptkit.formats.folder import passed_over_text
+
+        yield passed_over_text(document["passed_over"])
+    files = document["files"]
+    done = [file for file in files if file["error"] is None]
+    sizes = sum(file["source_nbytes"] for file in done), sum(file["plan"]["nbytes"] for file in done)
+    count = len(files), "file", *(() if document["written"] else ("can be", "can be"))
+    told = count_of(*count) if len(done) == len(files) else share_of(len(done), *count)
+    yield f"{told} converted, {human_size(sizes[0])} to {human_size(sizes[1])}, in {document['seconds']:.1f} s"
+
+
+def findings_of(document: ConvertFolderDocument) -> list[FindingDocument]:
+    """What was found about the files that were converted: each code once, with the first file that has it."""
+    found: dict[tuple[str, str], list[tuple[str, FindingDocument]]] = {}
+    for file in document["files"]:
+        for finding in file["findings"] if file["error"] is None else ():
+            found.setdefault((finding["code"], finding["severity"]), []).append((file["source"], finding))
+    merged: list[FindingDocument] = []
+    for (path, first), *others in found.values():
+        more = (
+            f" (and likewise in {count_of(len({name for name, _ in others} - {path}), 'other file')})" if others else ""
+        )
+        merged.append({**first, "message": f"{path}: {first['message']}{more}"})
+    return merged
 
 
 def step_rows(document: ConvertDocument) -> list[list[str]]:
@@ -121,6 +172,7 @@ _rename_file = click.option(
         "ckptkit convert resume.pth weights.safetensors --weights-only --dtype bfloat16 --keep-dtype '*norm*'",
         "ckptkit convert ddp.pth clean.pth --strip-module --map-location cpu",
         "ckptkit convert big.pth out/model.safetensors --max-shard-size 5GB",
+        "ckptkit convert runs/ converted/ --to safetensors --weights-only",
         "ckptkit convert old.pth new.pth --rename '^features\\.=>backbone.' --exclude 'head.*' --leave-out optimizer",
         "ckptkit convert model.pth model2.pth --map-location cuda:1=cuda:0 --dry-run",
         "ckptkit convert moco.pth backbone.safetensors --like torchvision:resnet50",
@@ -153,6 +205,12 @@ def command(
     file or the complete new one, whatever happens. Before it gets its name every tensor is compared
     with its source, byte for byte. SRC may be FILE/MEMBER of a zip or tar archive, - for standard
     input, and compressed (.gz .xz .bz2 .zst).
+
+    DST may be a folder (one that is there, or with a slash at its end): the output is named after SRC, with the
+    ending of --to. Of a folder SRC each checkpoint below it is converted to the same place below DST; --to is
+    needed. What is no checkpoint is passed over and counted, and a file that cannot be converted stops no other.
+
+    Exit code 0: all is converted; 2: something could not be.
     """
     with ui.json_errors(output == "json"), progress_line(progress, quiet=quiet) as moved:
         report = api.convert(
@@ -163,14 +221,28 @@ def command(
             progress=moved,
             **ui.keywords_of(ConvertOptions, given),
         )
-    document = report.to_dict()
-    written = f"{printable(document['destination'])} was written" if document["written"] else ""
-    code = ending.verdict(0, written)
+    document = cast("ConvertDocument | ConvertFolderDocument", report.to_dict())
+    if "files" in document:
+        of_folder = cast("ConvertFolderDocument", document)
+        code, found = _verdict(of_folder), findings_of(of_folder)
+    else:
+        written = f"{printable(document['destination'])} was written" if document["written"] else ""
+        code, found = ending.verdict(0, written), document["findings"]
     view = ui.View(ui.styler(color), quiet=quiet)
     ui.show(document, output, RENDERERS, view)
     if output == "text" and not quiet:
-        for line in ui.finding_lines(document["findings"], view.style):
+        for line in ui.finding_lines(found, view.style):
             ending.say(line)
+    return code
+
+
+def _verdict(document: ConvertFolderDocument) -> int:
+    """The exit code for a folder, with what could not be converted told."""
+    count = sum(file["written"] for file in document["files"])
+    written = f"{count_of(count, 'file', 'was', 'were')} written below {printable(document['destination'])}"
+    code = ending.verdict(0 if document["ok"] else 2, written if count else "")
+    for finding in document["findings"]:
+        ending.say(f"ckptkit: error: {printable(finding['message'])}")
     return code
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit.cli import inspect_text as as_text
 from ckptkit.cli.options import View, printable
@@ -18,6 +18,7 @@ from ckptkit.inspection.state import printed_model
 from ckptkit.report import FindingDocument, count_of, human_size
 
 if TYPE_CHECKING:
+    from ckptkit.conversion.document import ConvertFolderDocument
     from ckptkit.differences.difference import DiffDocument
     from ckptkit.documents import CheckDocument, ConvertDocument, ExplainDocument, ManifestDocument, VerifyDocument
     from ckptkit.inspection import Survey
@@ -103,10 +104,13 @@ def _indented(label: str) -> str:
     return "&nbsp;" * (len(label) - len(bare)) + code(bare)
 
 
-def convert(document: ConvertDocument, view: View) -> Iterator[str]:
-    """What was written, or would be, how its bytes are moved, and what changes."""
+def convert(document: ConvertDocument | ConvertFolderDocument, view: View) -> Iterator[str]:
+    """What was written, or would be, how its bytes are moved, and what changes; of a folder a row a file."""
     from ckptkit.cli.convert import changes, step_rows
 
+    if "files" in document:
+        yield from _converted_folder(cast("ConvertFolderDocument", document))
+        return
     plan = document["plan"]
     state = (
         "the plan" if not document["written"] else "written, " + ("compared" if document["checked"] else "unchecked")
@@ -120,6 +124,33 @@ def convert(document: ConvertDocument, view: View) -> Iterator[str]:
     for kind, items in changes(document):
         yield from folded(f"{kind} ({len(items):,})", _first([f"- {code(item)}" for item in items], _MAX_ROWS))
     yield from findings(document["findings"])
+
+
+def _converted_folder(document: ConvertFolderDocument) -> Iterator[str]:
+    from ckptkit.cli.convert import findings_of, summary
+
+    failed = any(file["error"] is not None for file in document["files"])
+    state = "**some files could not be converted**" if failed else "written" if document["written"] else "the plan"
+    yield f"## {code(document['destination'])}: {state}"
+    yield ""
+    yield f"From {code(document['source'])}."
+    yield from (f"\n{line[0].upper()}{escaped(line[1:])}." for line in summary(document))
+    yield ""
+    rows = [
+        [
+            code(file["source"], _MAX_CELL),
+            code(file["destination"] or "", _MAX_CELL),
+            *(
+                [f"{file['plan']['tensors']:,}", human_size(file["plan"]["nbytes"]), ""]
+                if file["error"] is None
+                else ["", "", f"**error**: {escaped(file['error']['message'])}"]
+            ),
+        ]
+        for file in document["files"][:_MAX_ROWS]
+    ]
+    yield from table(rows, ["file", "output", "tensors", "bytes", ""], "llrrl")
+    yield from and_more(len(document["files"]) - len(rows))
+    yield from findings(findings_of(document))
 
 
 def verify(document: VerifyDocument, view: View) -> Iterator[str]:

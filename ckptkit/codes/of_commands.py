@@ -32,6 +32,12 @@ CONVERSION: dict[str, Explanation] = {
         "state_dict, so that is what is written.",
         "Without --weights-only, renaming, --dtype, --include and --exclude, a .pth keeps the model as it is.",
     ),
+    "not-converted": Explanation(
+        "a file of a folder could not be converted",
+        "It is damaged, holds several sections or none, or has what the output cannot hold; the message says which. "
+        "Nothing was written for it, and the other files were converted.",
+        "Convert the file alone, with the option that the message names: ckptkit convert FILE DST/.",
+    ),
     "hostile-output": Explanation(
         "the output names what runs, imports or opens",
         "A .pth keeps everything that is in the source, and with it what the source would run when it is loaded with "

@@ -35,14 +35,14 @@ from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
-from ckptkit.transfer import Tally, write_atomically
+from ckptkit.transfer import Tally, folder_made, write_atomically
 from ckptkit.transfer.names import is_temporary_name
 
 if TYPE_CHECKING:
     from ckptkit.documents import ChangesDocument, ConvertDetails, ConvertDocument
     from ckptkit.options import ConvertOptions
 
-__all__ = ["Job", "Outcome", "Tokens", "run", "with_digests", "with_receipt"]
+__all__ = ["Job", "Outcome", "Tokens", "convert_file", "run", "with_digests", "with_receipt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,3 +304,17 @@ def with_digests(plan: Plan, tokens: Tokens) -> Plan:
         steps=(*others, *found, *checksums),
         shards={name: with_digests(shard, tokens) for name, shard in plan.shards.items()},
     )
+
+
+def convert_file(source: str, destination: str, options: ConvertOptions) -> Report[ConvertDocument]:
+    """Convert a file by its path into one whose folder is made where it is not there.
+
+    Raises:
+        As `ckptkit.convert`.
+    """
+    checkpoint, file = formats.read(source, section=options.section, ignore_checksums=options.ignore_checksums)
+    try:
+        with folder_made("" if options.dry_run else os.path.dirname(destination), flush=options.check):
+            return run(checkpoint, file, destination, options).report()
+    finally:
+        file.close()

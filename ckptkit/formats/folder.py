@@ -92,15 +92,20 @@ class FolderSurvey:
 
     Attributes:
         checkpoints: files to open, in the order of the walk; some of them may be unreadable.
-        passed_over: how many files (and folders) of each kind were passed over.
+        passed: the files (and folders) that were passed over, with their kinds.
         others: those among them that may hold pickles, with their kinds.
         unreadable: files and folders of which nothing is known, and why.
     """
 
     checkpoints: tuple[FoundFile, ...] = ()
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    passed: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
     unreadable: tuple[tuple[str, CkptkitError], ...] = ()
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many of each kind were passed over."""
+        return dict(Counter(self.passed.values()))
 
 
 def passed_over_text(passed_over: Mapping[str, int]) -> str:
@@ -158,8 +163,10 @@ class Surveyor:
         self._is_unfinished = is_unfinished
         self._limits = limits
         self._found: dict[object, _File] = {}
-        self._passed: dict[object, str] = {}
-        self._count: Counter[str] = Counter()
+        self._met: dict[object, str] = {}
+        """The files that are no checkpoints, and what they are called."""
+        self._passed: dict[str, str] = {}
+        self._skipped: dict[object, str] = {}
         self._dcp: set[str] = set()
         self._others: dict[str, str] = {}
         self._unreadable: dict[str, CkptkitError] = {}
@@ -184,7 +191,7 @@ class Surveyor:
             checkpoints=tuple(
                 FoundFile(path=paths[0], others=tuple(paths[1:])) for key, paths in ranked.items() if key not in parts
             ),
-            passed_over=dict(+self._count),
+            passed=dict(self._passed),
             others=dict(self._others),
             unreadable=tuple(self._unreadable.items()),
         )
@@ -200,7 +207,11 @@ class Surveyor:
 
     def know(self, path: str) -> None:
         """A file that is neither a checkpoint nor passed over: the manifest."""
-        self._passed[_identity(path)] = "manifest"
+        self._met[_identity(path)] = path
+
+    def skip(self, folder: str, kind: str) -> None:
+        """A folder that is passed over as one of a kind, whatever it holds."""
+        self._skipped[_identity(folder)] = kind
 
     def candidate(self, path: str) -> bool:
         """A file that is a checkpoint or is passed over.
@@ -217,7 +228,7 @@ class Surveyor:
         Returns:
             What is to be said where there is no checkpoint, and nothing that could be one.
         """
-        before, passed = len(self._unreadable), Counter(self._count)
+        before, passed = len(self._unreadable), Counter(self._passed.values())
         met = False
         # A link to a folder that holds this one leads out of it, and back in.
         above: set[object] = {
@@ -233,6 +244,9 @@ class Surveyor:
                 if key is not None and key in seen:
                     continue
                 seen.add(key)
+                if key in self._skipped:
+                    self._passed[path] = self._skipped[key]
+                    continue
                 if is_unpacked(path):
                     met |= self._file(os.path.join(path, "data.pkl"))
                     continue
@@ -250,15 +264,17 @@ class Surveyor:
                 elif not _is(entry.is_dir):
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
-                    self._count[".git folder"] += 1
+                    self._passed[entry.path] = ".git folder"
                 elif not entry.is_symlink():
                     folders.append(entry.path)
                 elif _identity(entry.path) in above:
-                    self._count["link to a folder above"] += 1
+                    self._passed[entry.path] = "link to a folder above"
                 else:
                     linked.append(entry.path)
             below += reversed(folders)
-        return None if met or len(self._unreadable) > before else nothing_in(folder, self._count - passed)
+        if met or len(self._unreadable) > before:
+            return None
+        return nothing_in(folder, Counter(self._passed.values()) - passed)
 
     def _file(self, path: str) -> bool:
         name = os.path.basename(path)
@@ -274,7 +290,7 @@ class Surveyor:
             if known is not None:
                 known.paths += [path] * (path not in known.paths)
                 return True
-            before = self._passed.get(key)
+            before = self._met.get(key)
             if before is not None and not says_checkpoint(name):
                 return False
             kind = UNFINISHED if self._is_unfinished(name) else self._kind(file, path, name)
@@ -283,11 +299,11 @@ class Surveyor:
             return True
         finally:
             file.close()
-        if before is not None and before in self._count:  # by a name that says less
-            self._count[before] -= 1
+        if before is not None:  # by a name that says less
+            self._passed.pop(before, None)
         if kind is not None:
-            self._passed[key] = kind
-            self._count[kind] += 1
+            self._met[key] = path
+            self._passed[path] = kind
         return kind is None
 
     def _kind(self, file: SourceFile, path: str, name: str) -> str | None:
@@ -354,9 +370,9 @@ class Surveyor:
                     f"{path}: a link that leads to no file: {error.strerror}", path=path
                 )
                 return True
-            self._count["broken link"] += 1
+            self._passed[path] = "broken link"
             return False
-        self._count[_SPECIAL.get(stat.S_IFMT(mode), "special file")] += 1
+        self._passed[path] = _SPECIAL.get(stat.S_IFMT(mode), "special file")
         return False
 
 

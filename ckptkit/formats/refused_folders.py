@@ -19,7 +19,7 @@ from ckptkit.formats.shard_parts import known_as, names_in
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import count_of
 
-__all__ = ["describe_folder"]
+__all__ = ["describe_folder", "parts_in"]
 
 _TAGS = ("latest", "latest_universal", "latest_checkpointed_iteration.txt")
 """Files that say in which folder beside them the last checkpoint is: DeepSpeed's two, Megatron's."""
@@ -54,6 +54,15 @@ def describe_folder(path: str) -> str:
     files = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
     which = f"; give one of the {len(files):,} files in it, such as" if len(files) > 1 else "; give the file in it:"
     return f"is a folder, not a file{which} {os.path.join(path, files[0])}" if files else "is a folder, not a file"
+
+
+def parts_in(path: str) -> str | None:
+    """What a folder is whose files are parts of one checkpoint, and what to give instead; ``None``: each is its own."""
+    names = names_in(path)
+    known = [found for name in names if (found := known_as(name)) is not None]
+    if len(known) == 1 and not known[0][1]:  # in one part that is the whole
+        return None
+    return _distributed(path, names)
 
 
 def _whole(path: str, names: Sequence[str]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict
 
 from ckptkit.checkpoint import Kind, Trust, Verdict
+from ckptkit.documents import ErrorDocument
 from ckptkit.normalize.adapters import AdapterDocument
 from ckptkit.normalize.quantized import LayoutDocument, QuantizationDocument
 from ckptkit.report import FindingDocument
@@ -14,13 +15,6 @@ __all__ = ["AdapterDocument", "FileFacts", "InspectDocument", "InspectedFile", "
            "UnreadFile", "WeightsDocument"]  # fmt: skip
 
 _Class = TypedDict("_Class", {"class": str})
-
-
-class ErrorDocument(TypedDict):
-    """Why a file could not be read: the class of the exception, and what it says."""
-
-    type: str
-    message: str
 
 
 class WeightsDocument(TypedDict):

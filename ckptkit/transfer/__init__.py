@@ -22,7 +22,17 @@ from functools import partial
 from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, IndexFile, Plan
-from ckptkit.transfer.names import Output, created, exists, overwrite, publish, remove_stale, replacing
+from ckptkit.transfer.names import (
+    Output,
+    created,
+    exists,
+    flush_names,
+    names_flushed_together,
+    overwrite,
+    publish,
+    remove_stale,
+    replacing,
+)
 from ckptkit.transfer.steps import (
     DigestsInPassing,
     Tally,
@@ -36,7 +46,7 @@ from ckptkit.transfer.steps import (
 from ckptkit.transfer.values import stream
 from ckptkit.transfer.workers import Progress, Stopped, in_parallel, uninterrupted
 
-__all__ = ["Tally", "execute", "stream", "write_atomically"]
+__all__ = ["Tally", "execute", "folder_made", "names_flushed_together", "stream", "write_atomically"]
 
 _SWEEPING_SECONDS = 60.0
 """Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
@@ -132,6 +142,38 @@ def write_atomically(
             if digests is not None:
                 digests.join()
     return tally
+
+
+@contextlib.contextmanager
+def folder_made(path: str, *, flush: bool) -> Iterator[None]:
+    """A folder for what the block writes; where the block fails, those that were made and are empty go again.
+
+    Args:
+        path: the folder; ``""`` is the working directory.
+        flush: whether to make the names of those that are made durable.
+
+    Raises:
+        FileAccessError: it cannot be made.
+    """
+    made: list[str] = []
+    above = path.rstrip("/" + os.sep)
+    while above and not os.path.isdir(above):
+        made.append(above)
+        above = os.path.dirname(above)
+    try:
+        try:
+            if made:
+                os.makedirs(made[0], exist_ok=True)
+            for folder in made if flush else ():
+                flush_names(os.path.dirname(folder) or os.curdir)
+        except OSError as error:
+            raise FileAccessError(f"{path}: the folder cannot be created: {error.strerror}") from error
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        raise
 
 
 def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:

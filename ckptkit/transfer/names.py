@@ -27,6 +27,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -44,7 +45,10 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["Output", "created", "exists", "is_temporary_name", "overwrite", "publish", "remove_stale", "replacing"]
+__all__ = [
+    "Output", "created", "exists", "flush_names", "is_temporary_name", "names_flushed_together", "overwrite", "publish",
+    "remove_stale", "replacing",
+]  # fmt: skip
 
 _TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
 """Names of temporary files: what they will be called, random digits, those of the host, and the ending."""
@@ -332,7 +336,7 @@ def publish(files: list[Output], index: bytes, *, force: bool, flush: bool, sour
         else:
             _publish_shards(shards, main, index, source, force=force, flush=flush)
     if flush:
-        _flush_folder(folder)
+        flush_names(folder)
 
 
 def _publish_shards(
@@ -430,6 +434,41 @@ def _rename(file: Output, source: Source | None, *, force: bool) -> None:
         if os.path.lexists(file.path):
             raise exists(file.shown) from None
         os.replace(file.temporary, file.path)
+
+
+_waiting: ContextVar[set[str] | None] = ContextVar("_waiting", default=None)
+"""Folders whose names are to be made durable together; ``None``: each at once."""
+
+
+@contextlib.contextmanager
+def names_flushed_together() -> Iterator[None]:
+    """The names of files written in the block are durable at its end: one wait for a folder, not one for each file.
+
+    A power failure before that may take names back; one that stays is of a whole file, as ever.
+
+    Raises:
+        FileAccessError: the disk does not take them.
+    """
+    folders: set[str] = set()
+    token = _waiting.set(folders)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+        for folder in filter(os.path.isdir, sorted(folders)):  # others are gone again
+            try:
+                _flush_folder(folder)
+            except OSError as error:
+                raise FileAccessError(f"{folder}: cannot be written: {error.strerror}", path=folder) from error
+
+
+def flush_names(folder: str) -> None:
+    """Make the names in a folder durable, at once or with others."""
+    waiting = _waiting.get()
+    if waiting is None:
+        _flush_folder(folder)
+    else:
+        waiting.add(folder)
 
 
 def _flush_folder(path: str) -> None:

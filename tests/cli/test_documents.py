@@ -21,6 +21,7 @@ from torch import nn
 from ckptkit.cli import COMMANDS, inspect_text
 from ckptkit.cli.inspect import lines as inspect_lines
 from ckptkit.cli.options import View, columns
+from ckptkit.conversion.document import ConvertFolderDocument
 from ckptkit.differences.difference import DiffDocument
 from ckptkit.documents import CheckDocument, ConvertDocument, ExplainDocument, ManifestDocument, VerifyDocument
 from ckptkit.inspection.document import InspectDocument
@@ -55,6 +56,9 @@ CASES = [
     "convert ddp.pth out/b.safetensors --dry-run --rename 0=>first --exclude *.bias --max-shard-size 100",
     "convert resume.pth out/c.pth -q",
     "convert strided.pth out/d.safetensors --dry-run",
+    "convert . new --to torch-zip --dry-run",
+    "convert . out/folder --to torch-zip --weights-only",
+    "convert . out/folder --to torch-zip -q",
     "diff ddp.pth half.safetensors --strip-module",
     "diff ddp.pth resume.pth --top 1",
     "diff ddp.pth ddp.pth",
@@ -103,7 +107,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(nn.Linear(1, 1).state_dict(), made / "gone.pth")
     command("manifest", "ddp.pth gone.pth -o lock.json --digests total", made)
     (made / "gone.pth").unlink()
-    (made / "out").mkdir()
+    (made / "out" / "folder").mkdir(parents=True)
     return made
 
 
@@ -145,7 +149,8 @@ def test_a_document_is_what_its_type_says_and_gives_every_output_of_its_command(
     name, _, arguments = case.partition(" ")
     arguments += " --force" if name == "convert" else ""
     document = json.loads(command(name, f"{arguments} --json", folder))
-    assert list(problems(document, DOCUMENTS[name], name)) == []
+    kind = ConvertFolderDocument if name == "convert" and "files" in document else DOCUMENTS[name]
+    assert list(problems(document, kind, name)) == []
     top, depth = 1 if "--top 1" in arguments else 10, 1 if "--depth 1" in arguments else None
     written = re.search(r"-o (\S+)", arguments)
     view = View(quiet="-q" in arguments, depth=depth, top=top, written=written and written[1])

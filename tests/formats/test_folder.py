@@ -177,6 +177,9 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
         "zip archive": 1, "numpy archive": 1, "tar archive": 1, "gzip-compressed file": 1, "unknown file": 1,
         "pickle": 2, "AppleDouble file": 1,
     }  # fmt: skip
+    kinds = {os.path.basename(path): kind for path, kind in result.passed.items()}
+    assert kinds.keys() == contents.keys()
+    assert (kinds["a.png"], kinds["p"], kinds["._x.pth"]) == ("PNG image", "pickle", "AppleDouble file")
     assert {os.path.basename(path) for path in result.others} == {
         "data.zip",
         "arrays.npz",

@@ -475,6 +475,7 @@ def test_whatever_is_open_is_read(kind: str, legacy: bool, given: Given, tmp_pat
     ckptkit.convert(tmp_path / "own.pth", tmp_path / "own.safetensors")
     ckptkit.convert(opened(), tmp_path / "out.safetensors")
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "own.safetensors").read_bytes()
+    assert torch.equal(ckptkit.load(opened())["a"], STATE["a"])
     assert ckptkit.diff(opened(), opened()).ok
     assert ckptkit.diff(opened(), tmp_path / "own.pth").ok
     document = ckptkit.inspect(opened(), stats=True)

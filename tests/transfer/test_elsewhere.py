@@ -144,3 +144,11 @@ def test_goldens_are_written_over(folder: Path) -> None:
         [*verify[:4], "--golden", "g.safetensors"],
     )
     assert set(codes) == {"0"}, codes
+
+
+@linux_only
+def test_folders(folder: Path) -> None:
+    into = ["convert", ".", "out/new", "--to", "safetensors"]
+    assert run(folder, into, ["convert", ".", ".", "--to", "torch-zip", "--force"]) == ["0", "0"]
+    assert run(folder, into)[0].startswith("2 ")
+    assert same(folder / "out/new/a.safetensors") and same(folder / "old.pth") and same(folder / "out/new/a.pth")

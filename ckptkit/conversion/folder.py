@@ -1,0 +1,229 @@
+"""Folder to folder: each checkpoint below one is converted to the same place below another.
+
+What lies in the source folder is listed first (`ckptkit.formats.folder`), so that no output is taken for a source, and
+all names are settled (`ckptkit.conversion.outputs`).  Then one file is converted after the other, each with the
+guarantees of a conversion of its own; one that cannot be is told, and the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, cast
+
+from ckptkit import rewrite
+from ckptkit.conversion.options import renamers_of
+from ckptkit.conversion.outputs import Item, ending_of, require_names
+from ckptkit.errors import CkptkitError, FileAccessError
+from ckptkit.report import Finding, Report, parse_size, without_endings
+from ckptkit.transfer import names_flushed_together
+from ckptkit.transfer.names import is_temporary_name
+
+if TYPE_CHECKING:
+    from ckptkit.conversion.document import ConvertedFile, ConvertFolderDetails, UnconvertedFile
+    from ckptkit.documents import ConvertDocument
+    from ckptkit.formats.folder import FolderSurvey
+    from ckptkit.options import ConvertOptions
+
+    Convert = Callable[[str, str, ConvertOptions], Report[ConvertDocument]]
+    """Converts one file."""
+
+__all__ = ["convert_folder", "outcome"]
+
+
+def convert_folder(source: str, destination: str, options: ConvertOptions, convert: Convert) -> Report[Any]:
+    """Convert each checkpoint below a folder.
+
+    Args:
+        source: the folder.
+        destination: the folder for the outputs, which is made where it is not there.
+        options: for each file; ``progress`` is called with the bytes of the sources.
+        convert: converts one file.
+
+    Returns:
+        A report of the files, with a finding of severity ``"error"`` for each that could not be converted.
+
+    Raises:
+        RewriteError: two files would get one name, or options are wrong whatever the files hold.
+        DestinationExistsError: outputs exist and are not to be replaced.
+        FileAccessError: there is no checkpoint, the files are together one checkpoint, or nothing can be written.
+    """
+    started = time.monotonic()
+    ending = ending_of(destination, options)
+    _require_options(options)
+    survey = _surveyed(source, destination)
+    items, refused = _sorted_out(survey, source, destination, ending, options)
+    require_names(items, destination, options)
+    files = [_unconverted(path, None, error, 0, 0.0) for path, error in refused.items()]
+    sizes = [item.nbytes for item in items]
+    progress = _Progress(options.progress, sum(sizes))
+    with names_flushed_together():
+        for item, nbytes in zip(items, sizes, strict=True):
+            file = outcome(convert, item.source, item.destination, nbytes, progress.within(options, nbytes))
+            files.append(_sharing(file, files[-1] if files else file))
+    passed = dict(survey.passed) | {path: "other name" for each in survey.checkpoints for path in each.others}
+    details: ConvertFolderDetails = {
+        "source": source,
+        "destination": destination,
+        "written": not options.dry_run,
+        "files": files,
+        "passed_over": dict(Counter(passed.values())),
+        "passed_over_files": passed,
+        "seconds": time.monotonic() - started,
+    }
+    failures = (
+        Finding(code="not-converted", severity="error", message=error_text(file["source"], file["error"]["message"]))
+        for file in files
+        if file["error"] is not None
+    )
+    return Report(findings=tuple(failures), details=details)
+
+
+def outcome(
+    convert: Convert, source: str, destination: str, nbytes: int, options: ConvertOptions
+) -> ConvertedFile | UnconvertedFile:
+    """What came of one file of a folder, as it stands in JSON documents.
+
+    Args:
+        convert: converts one file.
+        source: the file.
+        destination: its output.
+        nbytes: of the source.
+        options: what is asked for.
+    """
+    started = time.monotonic()
+    try:
+        document = convert(source, destination, options).to_dict()
+    except MemoryError:
+        error = CkptkitError("out of memory")
+        return _unconverted(source, destination, error, nbytes, time.monotonic() - started)
+    except CkptkitError as error:
+        return _unconverted(source, destination, error, nbytes, time.monotonic() - started)
+    own = {"error": None, "source_nbytes": nbytes, "seconds": time.monotonic() - started}
+    return cast("ConvertedFile", {**document, **own})
+
+
+def _unconverted(
+    source: str, destination: str | None, error: CkptkitError, nbytes: int, seconds: float
+) -> ConvertedFile | UnconvertedFile:
+    return {
+        "source": source,
+        "destination": destination,
+        "written": False,
+        "error": {"type": type(error).__name__, "message": str(error)},
+        "source_nbytes": nbytes,
+        "seconds": seconds,
+    }
+
+
+def _sharing(
+    file: ConvertedFile | UnconvertedFile, before: ConvertedFile | UnconvertedFile
+) -> ConvertedFile | UnconvertedFile:
+    """The document with the parts of the one before that it has too: a thousand files of one model, and one list."""
+    known: Mapping[str, object] = before
+    shared = {key: known[key] if key in known and known[key] == value else value for key, value in file.items()}
+    return cast("ConvertedFile", shared)
+
+
+def error_text(path: str, message: str) -> str:
+    """What is wrong with a file, and which one."""
+    return message if message.startswith(path) else f"{path}: {message}"
+
+
+class _Progress:
+    """Adds up the progress of files to that of all, in bytes of the sources."""
+
+    def __init__(self, progress: Callable[[int, int], object] | None, nbytes: int) -> None:
+        self._progress = progress
+        self._nbytes = nbytes
+        self._done = 0
+
+    def within(self, options: ConvertOptions, nbytes: int) -> ConvertOptions:
+        """The options for the next file, of so many bytes."""
+        before, self._done = self._done, self._done + nbytes
+        return options if self._progress is None else options.but(progress=partial(self._tell, before, nbytes))
+
+    def _tell(self, before: int, nbytes: int, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(before + nbytes * done // max(total, 1), self._nbytes)
+
+
+def _require_options(options: ConvertOptions) -> None:
+    """Raise what is wrong with options whatever a file holds: once, not for each file.
+
+    Raises:
+        RewriteError: an option's value makes no sense.
+    """
+    renamers_of(options)
+    if options.dtype is not None:
+        rewrite.CastDtype(options.dtype, options.keep_dtype)
+    if options.map_location is not None:
+        rewrite.MapLocation(options.map_location)
+    if isinstance(options.max_shard_size, str):
+        parse_size(options.max_shard_size)
+
+
+def _surveyed(source: str, destination: str) -> FolderSurvey:
+    """What lies in the source folder; the destination folder is passed over where it is inside.
+
+    Raises:
+        FileAccessError: there is no checkpoint.
+    """
+    from ckptkit.formats.folder import Surveyor
+
+    surveyor = Surveyor(is_unfinished=is_temporary_name)
+    if os.path.isdir(destination) and not os.path.samefile(source, destination):
+        surveyor.skip(destination, "output folder")
+    if (nothing := surveyor.folder(source)) is not None:
+        raise nothing
+    return surveyor.result()
+
+
+def _is_part(name: str) -> bool:
+    """Whether a file's name is one that is given to parts of a checkpoint, or to what stands for all of them."""
+    from ckptkit.formats.shard_parts import known_as
+
+    return known_as(name) is not None or name in (".metadata", "common.pt", "meta.pt")
+
+
+def _sorted_out(
+    survey: FolderSurvey, source: str, destination: str, ending: str, options: ConvertOptions
+) -> tuple[list[Item], dict[str, CkptkitError]]:
+    """The files to convert; and those, and folders of files that are together one checkpoint, that cannot be.
+
+    Raises:
+        FileAccessError: the source is such a folder.
+    """
+    from ckptkit.formats.refused_folders import parts_in
+    from ckptkit.formats.shard_parts import known_as
+    from ckptkit.formats.sharded import shard_names
+    from ckptkit.formats.unpacked import is_unpacked
+
+    paths = [each.path for each in survey.checkpoints]
+    # One in which something else lies is a folder of files, some of which are parts.
+    mixed = {os.path.dirname(path) for path in paths if not _is_part(os.path.basename(path))}
+    parts = cache(lambda folder: None if folder in mixed else parts_in(folder))
+    items, refused = list[Item](), dict(survey.unreadable)
+    for path in paths:
+        folder, name = os.path.split(path)
+        above, own = os.path.split(folder)
+        wholes = [folder, *([above] if known_as(own) is not None else ())]  # of several ranks, with a folder for each
+        whole = None if options.allow_part else next((each for each in wholes if parts(each) is not None), None)
+        if whole is None:
+            shards = sorted(shard_names(path)) if name.endswith(".json") else ()
+            files = [path, *(os.path.join(folder, *shard.split("/")) for shard in shards)]
+            if is_unpacked(folder) and name == "data.pkl":  # the folder is the checkpoint
+                path, (folder, name) = folder, os.path.split(folder)
+                files = [os.path.join(inside, each) for inside, _, names in os.walk(path) for each in names]
+            beside = os.path.relpath(folder, source)
+            within = destination if beside == os.curdir else os.path.join(destination, beside)
+            output = os.path.join(within, without_endings(name) + ending)
+            items.append(Item(path, output, tuple(files)))
+        elif whole not in refused:
+            refused[whole] = FileAccessError(f"{whole}: {parts(whole)}", path=whole)
+            if os.path.samefile(whole, source):
+                raise refused[whole]
+    return items, refused

@@ -1,0 +1,297 @@
+"""Where outputs go: what a destination means, and whether each output of a folder has a name of its own.
+
+A destination is a file, by its ending or that of ``--to``, or a folder, in which an output is named after its source.
+All names are settled before anything is written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+
+from ckptkit import formats
+from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
+from ckptkit.formats.unpacked import is_unpacked
+from ckptkit.report import count_of, listed, without_endings
+from ckptkit.transfer import folder_made
+from ckptkit.transfer.names import exists
+
+if TYPE_CHECKING:
+    from ckptkit.options import ConvertOptions
+
+__all__ = [
+    "Item",
+    "destination_of",
+    "ending_of",
+    "is_folder_of_files",
+    "require_file_name",
+    "require_names",
+    "told",
+]
+
+
+# What a destination means.
+
+
+def is_folder_of_files(
+    source: object, destination: str | os.PathLike[str], options: ConvertOptions
+) -> TypeGuard[str | os.PathLike[str]]:
+    """Whether every checkpoint below a folder is meant, and another folder for them."""
+    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or is_unpacked(os.fsdecode(source)):
+        return False
+    path = os.fsdecode(destination)
+    return _is_folder(path, options) or not _names_a_file(path)
+
+
+def require_file_name(destination: str | os.PathLike[str]) -> None:
+    """Refuse what means standard output.
+
+    Raises:
+        FileAccessError: it does.
+    """
+    if os.fsdecode(destination) == "-":
+        raise FileAccessError(
+            "-: nothing is written to standard output: an output is compared with its source before it gets its name; "
+            "name a file (one that is called so is ./-)",
+            path="-",
+        )
+
+
+@contextmanager
+def destination_of(
+    path: str, destination: str | os.PathLike[str], options: ConvertOptions
+) -> Iterator[str | os.PathLike[str]]:
+    """The file that a destination means, which may be the folder to put it into; that is made where it is not there.
+
+    Args:
+        path: the source's.
+        destination: a file, a folder that is there, or one with a slash at its end.
+        options: the container.
+
+    Raises:
+        RewriteError: the container is not known, or the source has no name.
+        FileAccessError: the folder cannot be made.
+    """
+    folder = os.fsdecode(destination)
+    if not _is_folder(folder, options):
+        yield destination
+        return
+    ending = ending_of(folder, options)
+    name = os.path.basename(os.path.abspath(path))
+    if not os.path.lexists(path):  # in an archive, or nowhere
+        name = "" if path == "-" or path.startswith("<") else re.split("[/!]", path)[-1]
+    if not name:
+        raise RewriteError(f"{folder}: is a folder, and the source has no name to give to a file in it; name a file")
+    with folder_made("" if options.dry_run else folder, flush=options.check):
+        yield os.path.join(folder, without_endings(name) + ending)
+
+
+def told(
+    error: FileAccessError, source: object, destination: str | os.PathLike[str], options: ConvertOptions
+) -> FileAccessError:
+    """The error for what cannot be opened; of a folder that was to become one file, with what converts its files."""
+    from ckptkit.formats.refused_folders import parts_in
+
+    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
+        return error
+    source = os.fsdecode(source)
+    if parts_in(source) is not None:
+        return error
+    path, container, _ = formats.target(destination, options.to)
+    into = os.path.join(os.path.dirname(path), without_endings(os.path.basename(path)), "")
+    command = shlex.join(["ckptkit", "convert", source, into, "--to", container.name])
+    return FileAccessError(f"{error}; or convert each checkpoint below it: {command}", path=source)
+
+
+def _is_folder(path: str, options: ConvertOptions) -> bool:
+    """Whether a path means a folder: by its slash, or because it is one and no name for a file either."""
+    if path.endswith(("/", os.sep)):
+        return True
+    return os.path.isdir(path) and (options.to is not None or not _names_a_file(path))
+
+
+def _names_a_file(path: str) -> bool:
+    """Whether a path that is no folder has the ending of an output."""
+    try:
+        formats.target(path)
+    except RewriteError:
+        return False
+    return True
+
+
+def ending_of(folder: str, options: ConvertOptions) -> str:
+    """The ending of outputs in a folder.
+
+    Raises:
+        RewriteError: no container is asked for, or there is none of that name.
+    """
+    if options.to is None:
+        raise RewriteError(
+            f"{folder}: a folder's name does not say what to write into it; give --to safetensors or --to torch-zip"
+        )
+    _, container, _ = formats.target(folder, options.to)
+    asked = f".{options.to}"
+    return asked if asked in container.suffixes else container.suffixes[0]
+
+
+# Outputs of a folder.
+
+
+class Item(NamedTuple):
+    """A file to convert, its output, and all files it is read from: itself and its shards, or what is in its folder."""
+
+    source: str
+    destination: str
+    files: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these files; nothing of what cannot be asked, which opening it will tell."""
+        sizes = 0
+        for path in self.files:
+            with suppress(OSError):
+                sizes += os.stat(path).st_size
+        return sizes
+
+
+def require_names(items: Sequence[Item], destination: str, options: ConvertOptions) -> None:
+    """See that each output has a name of its own, which nothing has that it may not replace.
+
+    Raises:
+        RewriteError: two sources would get one name, or replace another; all of them are named.
+        DestinationExistsError: outputs exist; all of them are named.
+        FileAccessError: the outputs' folders cannot be made, or written to.
+    """
+    for folder in dict.fromkeys((destination, *(os.path.dirname(item.destination) for item in items))):
+        above = _existing(folder)
+        if not os.path.isdir(above):
+            raise FileAccessError(
+                f"{above}: is a file, and outputs are to be put into a folder of that name", path=above
+            )
+        is_ours = os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+        if not options.dry_run and not is_ours:
+            raise FileAccessError(f"{above}: nothing can be written into this folder", path=above)
+    is_sharded = options.max_shard_size is not None or formats.target(destination, options.to)[2] is not None
+    clashes = [
+        f"{output}: from {listed(names, len(names), last=' and ')}" for output, names in _clashes(items, is_sharded)
+    ]
+    if clashes:
+        told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
+        raise RewriteError("\n  ".join([told, *clashes]), path=destination)
+    taken = list(_taken(items, is_sharded))
+    if taken and not options.force:
+        if len(taken) == 1:
+            raise exists(taken[0])
+        told = f"{count_of(len(taken), 'output')} exist already; --force overwrites them; nothing was written:"
+        raise DestinationExistsError("\n  ".join([told, *taken]), path=destination)
+    replaced = list(_replaced(items)) if taken else ()
+    if replaced:
+        told = f"{count_of(len(replaced), 'output')} cannot have the name; nothing was written:"
+        raise RewriteError("\n  ".join([told, *replaced]), path=destination)
+
+
+def _existing(path: str) -> str:
+    """The path, or what above it exists."""
+    path = os.path.abspath(path)
+    while not os.path.lexists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return path
+
+
+def _clashes(items: Sequence[Item], is_sharded: bool) -> Iterator[tuple[str, list[str]]]:
+    """Each output that several files would be written to, or one as a file and others into a folder of its name."""
+    from ckptkit.formats.shards import CUSTOMARY
+
+    wanted: dict[str, list[Item]] = {}
+    key = _key_in(_existing(items[0].destination)) if items else str
+    for item in items:
+        wanted.setdefault(key(item.destination), []).append(item)
+    for path, same in wanted.items():
+        names = [each.source for each in same]
+        above = os.path.dirname(path)
+        while above != os.path.dirname(above):
+            names += [f"{each.source} (as the folder's name)" for each in wanted.get(above, ())]
+            above = os.path.dirname(above)
+        shard = CUSTOMARY.fullmatch(os.path.basename(path)) if is_sharded else None
+        if shard is not None:
+            whole = os.path.join(os.path.dirname(path), shard[1] + shard[4])
+            names += [f"{each.source} (as a shard's name)" for each in wanted.get(whole, ())]
+        if len(names) > 1:
+            yield same[0].destination, names
+
+
+def _key_in(folder: str) -> Callable[[str], str]:
+    """A function that is equal for paths of one file: where the system folds the case of names, of all such."""
+    if not _folds_case(folder):
+        return os.path.realpath
+    from unicodedata import normalize
+
+    return lambda path: normalize("NFC", os.path.realpath(path)).casefold()
+
+
+def _folds_case(folder: str) -> bool:
+    """Whether names that are equal but for case mean one file in a folder: a name tells that is there, in it or above.
+
+    Where none has letters, or the folder begins another file system and is empty, the system's own way is taken.
+    """
+    path = os.path.realpath(folder)
+    with suppress(OSError), os.scandir(path) as listing:
+        inside = next((entry.path for entry in listing if entry.name.swapcase() != entry.name), None)
+        if inside is not None:
+            return _is_one(inside)
+    while not os.path.ismount(path):
+        if os.path.basename(path).swapcase() != os.path.basename(path):
+            return _is_one(path)
+        path = os.path.dirname(path)
+    return sys.platform in ("win32", "darwin")
+
+
+def _is_one(path: str) -> bool:
+    """Whether a name with its case changed is that of the same file."""
+    folder, name = os.path.split(path)
+    try:
+        return os.path.samestat(os.lstat(path), os.lstat(os.path.join(folder, name.swapcase())))
+    except OSError:
+        return False
+
+
+def _taken(items: Sequence[Item], is_sharded: bool) -> Iterator[str]:
+    """What is there of outputs, or of indexes and shards in their places."""
+    from ckptkit.formats.shard_writer import index_name
+    from ckptkit.formats.shards import CUSTOMARY
+
+    shards: dict[str, list[str]] = {}
+    for folder in dict.fromkeys(os.path.dirname(item.destination) for item in items if is_sharded):
+        with suppress(OSError):
+            for match in filter(None, map(CUSTOMARY.fullmatch, sorted(os.listdir(folder or os.curdir)))):
+                shards.setdefault(os.path.join(folder, match[1] + match[4]), []).append(os.path.join(folder, match[0]))
+    for path in (item.destination for item in items):
+        yield from filter(os.path.lexists, [path, index_name(path)] if is_sharded else [path])
+        yield from shards.get(path, ())
+
+
+def _replaced(items: Sequence[Item]) -> Iterator[str]:
+    """Outputs that would replace a folder, or what another file is read from."""
+    owners: dict[tuple[int, int], Item] = {}
+    for item in items:
+        for path in item.files:
+            with suppress(OSError):
+                owners.setdefault(_identity(path), item)
+    for item in items:
+        if os.path.isdir(item.destination):
+            yield f"{item.destination}: is a folder"
+        elif os.path.lexists(item.destination):
+            with suppress(OSError):
+                owner = owners.get(_identity(item.destination), item)
+                if owner is not item:
+                    yield f"{item.destination}: from {item.source}, but {owner.source} is read from it"
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
