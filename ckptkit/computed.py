@@ -1,6 +1,6 @@
-"""Bytes that do not lie in a file as they are wanted: compressed ones, values of another dtype, values made of others.
+"""Bytes that do not lie in a file as they are wanted: compressed, of another dtype, made of others, or in memory.
 
-All are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
+The first three are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
 `DeflatedRange` is inflated once, into a temporary file without a name, one for all of a source.  A `ConvertedRange` is
 converted piece by piece as it is read, and a `DenseRange` is made block by block: `is_made` tells these two, of which
 nothing is kept, and `read_into` reads any.  `plain` gives of each a `ByteRange`.
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
-    "COMPRESSED",
     "DEFLATE_MOST",
     "ByteSource",
     "ConvertedRange",
@@ -29,8 +28,8 @@ __all__ = [
     "DeflatedRange",
     "DenseRange",
     "DenseValues",
+    "Held",
     "Inflation",
-    "decompressed",
     "files_of",
     "is_made",
     "piece_nbytes",
@@ -85,38 +84,45 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
         if isinstance(error, FileAccessError):
             raise
         raise FileAccessError(f"{needs}: {error.strerror}; {remedy}", path=source.path) from error
-    return room if nbytes is not None else room.part(0, done)
+    if nbytes is None:  # who reads ahead goes by the size of the whole
+        room.file.size = room.offset + done
+        return room.part(0, done)
+    return room
 
 
-COMPRESSED = {b"\x78": "zlib", b"\x1f": "gzip", b"B": "bz2", b"\xfd": "lzma", b"]": "lzma"}
-"""First bytes of what may be compressed as a whole, and the module that decompresses it."""
+class Held(Source):
+    """Bytes in memory that are read like a file; they are not copied.
 
-_PIECE_NBYTES = 256 << 10
+    Args:
+        data: whatever gives its bytes as a buffer; it cannot be resized until this is closed.
+        path: what messages call it.
 
+    Raises:
+        FileAccessError: they do not lie one behind the other.
+    """
 
-def decompressed(area: ByteRange) -> Iterator[bytes]:
-    """The bytes in pieces of what is compressed as `COMPRESSED` says; damage ends them."""
-    how = COMPRESSED.get(area.read(0, min(1, area.nbytes)), "")
-    errors: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, zlib.error)
-    inflater: Any = zlib.decompressobj(zlib.MAX_WBITS + 16 * (how == "gzip"))
-    if how == "bz2":
-        import bz2
+    __slots__ = ("_data",)
 
-        inflater = bz2.BZ2Decompressor()
-    elif how == "lzma":
-        import lzma
+    def __init__(self, data: Any, path: str) -> None:
+        view = memoryview(data)
+        if not view.c_contiguous:
+            raise FileAccessError(f"{path}: a view with gaps, which is not the content of a file", path=path)
+        self._data = view.cast("B")
+        super().__init__(path, self._data.nbytes)
 
-        inflater, errors = lzma.LZMADecompressor(), (*errors, lzma.LZMAError)
-    try:
-        for chunk in area.chunks(_PIECE_NBYTES):
-            more = True
-            while more and not inflater.eof:
-                piece = inflater.decompress(chunk, _PIECE_NBYTES)
-                chunk, more = getattr(inflater, "unconsumed_tail", b""), len(piece) == _PIECE_NBYTES
-                if piece:
-                    yield piece
-    except errors:
-        return
+    def _some(self, offset: int, nbytes: int) -> bytes:
+        return bytes(self._data[offset : offset + nbytes])
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """As `Source.read_into`; no memory is taken for the bytes."""
+        if self._closed or offset < 0 or offset + len(buffer) > self.size:
+            self.read(offset, len(buffer))  # raises
+        memoryview(buffer)[:] = self._data[offset : offset + len(buffer)]
+
+    def close(self) -> None:
+        """As `Source.close`; whoever holds the bytes may resize them again."""
+        super().close()
+        self._data.release()
 
 
 class _Computed:

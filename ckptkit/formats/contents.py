@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptkit.bytesource import ByteRange, Source, SourceFile
 from ckptkit.checkpoint import GlobalUse
+from ckptkit.computed import Held
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, LimitError
 from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.magic import (
@@ -40,7 +41,6 @@ from ckptkit.formats.magic import (
     runs,
     scanned,
 )
-from ckptkit.formats.sources import Held
 from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header, read_members
 from ckptkit.formats.torch_legacy import PickleRow
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, Records, ends_like_a_zip, read_directory, read_record

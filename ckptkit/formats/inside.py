@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptkit.bytesource import ByteRange, Source, SourceFile
+from ckptkit.computed import Held
 from ckptkit.errors import (
     AmbiguousError,
     FileAccessError,
@@ -43,7 +44,6 @@ from ckptkit.formats.sources import (
     ENDINGS,
     FRAME_NBYTES,
     Compression,
-    Held,
     Inner,
     compression_of,
     decompressed,

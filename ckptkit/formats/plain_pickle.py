@@ -29,9 +29,17 @@ from dataclasses import replace
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.computed import COMPRESSED, decompressed, spooled
+from ckptkit.computed import spooled
 from ckptkit.dtypes import BY_STORAGE_CLASS
-from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnknownFormatError, UnsupportedError
+from ckptkit.errors import (
+    AmbiguousError,
+    CorruptError,
+    FormatError,
+    LimitError,
+    MissingDependencyError,
+    UnknownFormatError,
+    UnsupportedError,
+)
 from ckptkit.formats.format import Probe
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in
 from ckptkit.normalize import RawCheckpoint
@@ -63,6 +71,9 @@ _WINDOW_NBYTES = 256 << 10
 _MARKS = (LOADER[1].encode(), b"numpy")
 """Names without one of which there is neither a tensor nor an array."""
 
+_PACKED = (b"\x78", b"\x1f", b"B", b"\xfd", b"\x5d", b"\x28")
+"""First bytes of what joblib may have compressed."""
+
 _WRAPPERS = ("joblib.numpy_pickle.NumpyArrayWrapper", "sklearn.externals.joblib.numpy_pickle.NumpyArrayWrapper")
 
 
@@ -86,7 +97,7 @@ def outcome(probe: Probe) -> RawCheckpoint | FormatError | None:
 
 
 def _attempt(probe: Probe) -> RawCheckpoint | FormatError | None:
-    area = _inflated(probe) if probe.head[:1] in COMPRESSED else probe.file.whole
+    area = _inflated(probe)
     if area is None:
         return None
     head = area.read(0, min(len(probe.head), area.nbytes))
@@ -185,16 +196,21 @@ def _needs_protocol(root: object) -> bool:
 
 
 def _inflated(probe: Probe) -> ByteRange | None:
-    """What a compressed file holds, in the temporary file; ``None``: nothing that joblib wrote."""
+    """What a compressed file holds, in the temporary file; all of one that is not; ``None``: nothing of joblib's."""
     whole = probe.file.whole
-    if b"joblib" not in next(decompressed(whole), b""):
-        return whole if probe.head[:1] == b"]" else None  # a list, in a pickle of protocol 0 or 1
-    nbytes = 0
-    for piece in decompressed(whole):
-        nbytes += len(piece)
-        if nbytes > probe.limits.looked_nbytes:
-            raise LimitError("bytes that a compressed pickle holds", limit=probe.limits.looked_nbytes, actual=nbytes)
-    return spooled(decompressed(whole), nbytes, probe.file, "it is compressed and takes")
+    if probe.head[:1] not in _PACKED:
+        return whole
+    from ckptkit.formats.sources import PACKED_PICKLES, compression_of
+
+    compression = compression_of(probe.head, PACKED_PICKLES)
+    if compression is None:
+        return whole
+    try:
+        if b"joblib" not in next(compression.parts(probe.file, probe.limits), b""):
+            return None
+    except (FormatError, MissingDependencyError):  # damaged, or something else
+        return None
+    return spooled(compression.parts(probe.file, probe.limits), None, probe.file, "is compressed and takes")
 
 
 # Storages and arrays.

@@ -24,12 +24,12 @@ import re
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, SourceFile
-from ckptkit.computed import spooled
+from ckptkit.computed import Held, spooled
 from ckptkit.errors import (
     AmbiguousError,
     CorruptError,
@@ -45,7 +45,7 @@ from ckptkit.formats.shards import name_of
 from ckptkit.limits import Limits
 
 __all__ = [
-    "ENDINGS", "FRAME_NBYTES", "Compression", "Held", "Inner", "compression_of", "decompressed", "opened",
+    "ENDINGS", "FRAME_NBYTES", "PACKED_PICKLES", "Compression", "Inner", "compression_of", "decompressed", "opened",
     "room_for", "standard_input",
 ]  # fmt: skip
 
@@ -127,41 +127,6 @@ def room_for(file: Source, limits: Limits) -> int:
     while isinstance(file, Inner):
         file = file._outer
     return max(limits.unpacked_nbytes, limits.unpacked_ratio * file.size)
-
-
-class Held(Source):
-    """Bytes in memory that are read like a file; they are not copied.
-
-    Args:
-        data: whatever gives its bytes as a buffer; it cannot be resized until this is closed.
-        path: what messages call it.
-
-    Raises:
-        FileAccessError: they do not lie one behind the other.
-    """
-
-    __slots__ = ("_data",)
-
-    def __init__(self, data: Any, path: str) -> None:
-        view = memoryview(data)
-        if not view.c_contiguous:
-            raise FileAccessError(f"{path}: a view with gaps, which is not the content of a file", path=path)
-        self._data = view.cast("B")
-        super().__init__(path, self._data.nbytes)
-
-    def _some(self, offset: int, nbytes: int) -> bytes:
-        return bytes(self._data[offset : offset + nbytes])
-
-    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
-        if self._closed or offset < 0 or offset + len(buffer) > self.size:
-            self.read(offset, len(buffer))  # raises
-        memoryview(buffer)[:] = self._data[offset : offset + len(buffer)]
-
-    def close(self) -> None:
-        """As `Source.close`; whoever holds the bytes may resize them again."""
-        super().close()
-        self._data.release()
 
 
 class _OpenFile(SourceFile):
@@ -332,11 +297,11 @@ _MEMORY_NBYTES = 256 << 20
 """Memory that a decompressor may take for what it looks back to: xz -9 takes 65 MiB, zstd --long 128 MiB."""
 
 
-class _Gzip:
-    """A gzip member, with the attributes that Python's other decompressors have."""
+class _Zlib:
+    """A gzip member, or a stream of zlib's, with the attributes that Python's other decompressors have."""
 
-    def __init__(self) -> None:
-        self._stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    def __init__(self, *, is_gzip: bool = True) -> None:
+        self._stream = zlib.decompressobj(16 * is_gzip + zlib.MAX_WBITS)
         self.needs_input, self.eof, self.unused_data = True, False, b""
 
     def decompress(self, data: bytes, most: int) -> bytes:
@@ -373,9 +338,9 @@ def _standard(name: str) -> Any:
         raise MissingDependencyError(f"this Python cannot decompress such files: {error}", name=name) from None
 
 
-def _xz() -> Any:
+def _lzma(form: str) -> Any:
     lzma = _standard("lzma")
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_NBYTES)
+    return lzma.LZMADecompressor(getattr(lzma, form), memlimit=_MEMORY_NBYTES)
 
 
 def _zstd() -> Any:
@@ -472,19 +437,26 @@ def _errors() -> Iterator[type[Exception]]:
 
 
 _COMPRESSIONS = (
-    Compression("gzip", (".gz", ".tgz"), re.compile(rb"\x1f\x8b\x08"), _Gzip, 1),
-    Compression("xz", (".xz", ".txz"), re.compile(rb"\xfd7zXZ\0"), _xz, 4, True),
+    Compression("gzip", (".gz", ".tgz"), re.compile(rb"\x1f\x8b\x08"), _Zlib, 1),
+    Compression("xz", (".xz", ".txz"), re.compile(rb"\xfd7zXZ\0"), lambda: _lzma("FORMAT_XZ"), 4, True),
     Compression("bzip2", (".bz2", ".tbz2"), re.compile(rb"BZh[1-9]"), lambda: _standard("bz2").BZ2Decompressor()),
     Compression("zstd", (".zst", ".tzst"), re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstd),
 )
+
+PACKED_PICKLES = (
+    *_COMPRESSIONS,
+    Compression("zlib", (), re.compile(rb"\x78[\x01\x5e\x9c\xda]"), lambda: _Zlib(is_gzip=False)),
+    Compression("lzma", (), re.compile(rb"\x5d\0\0"), lambda: _lzma("FORMAT_ALONE")),
+)
+"""How joblib compresses: in two ways more, whose first bytes alone tell too little to take any file for one."""
 
 ENDINGS = tuple(ending for compression in _COMPRESSIONS for ending in compression.endings)
 """Of compressed files; they never decide what a file is."""
 
 
-def compression_of(head: bytes) -> Compression | None:
+def compression_of(head: bytes, among: Sequence[Compression] = _COMPRESSIONS) -> Compression | None:
     """How a file with these first bytes is compressed."""
-    return next((each for each in _COMPRESSIONS if each.begins.match(head)), None)
+    return next((each for each in among if each.begins.match(head)), None)
 
 
 def decompressed(file: Source, compression: Compression, limits: Limits) -> Inner:

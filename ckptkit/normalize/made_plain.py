@@ -17,9 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
-from ckptkit.computed import ConvertedRange, DTypeConversion
+from ckptkit.computed import ConvertedRange, DTypeConversion, Held
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError
 from ckptkit.normalize.sections import is_plain_value
@@ -30,19 +29,6 @@ from ckptkit.report import Finding, convert_command, count_of, listed
 from ckptkit.tensor import contiguous_stride, storage_of
 
 __all__ = ["array_entry", "arrays_made_plain", "devices_made_plain"]
-
-
-class _Bytes(Source):
-    """Bytes in memory."""
-
-    __slots__ = ("_data",)
-
-    def __init__(self, path: str, data: bytes) -> None:
-        super().__init__(path, len(data))
-        self._data = data
-
-    def _some(self, offset: int, nbytes: int) -> bytes:
-        return self._data[offset : offset + nbytes]
 
 
 def array_entry(node: Object, path: str, key: str, *, native: bool = False) -> TensorEntry | None:
@@ -70,7 +56,7 @@ def array_entry(node: Object, path: str, key: str, *, native: bool = False) -> T
         source = data.source
     else:
         swapped = swapped and not native
-        source = _Bytes(path, bytes_reversed(bytes(data), name) if layout.swapped and native else bytes(data)).whole
+        source = Held(bytes_reversed(bytes(data), name) if layout.swapped and native else data, path).whole
     stride = contiguous_stride(shape)
     if layout.is_fortran:
         stride = contiguous_stride(shape[::-1])[::-1]

@@ -345,8 +345,8 @@ def test_a_compressed_one_has_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "model.joblib"
     joblib.dump({"w": np.zeros(10_000_000)}, path, compress=9)
     file = SourceFile(path)
-    with pytest.raises(LimitError, match="bytes that a compressed pickle holds"):
-        formats.detect(formats.Probe(file, Limits(looked_nbytes=1 << 20)))
+    with pytest.raises(LimitError, match="bytes of what is zlib-compressed"):
+        formats.detect(formats.Probe(file, Limits(unpacked_nbytes=5 << 20, unpacked_ratio=2)))
     file.close()
 
 
