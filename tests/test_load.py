@@ -52,6 +52,13 @@ class Slots:
         self.a, self.b = 1, torch.ones(2)
 
 
+class Called:
+    """Is a dict that is made of pairs, all at once."""
+
+    def __reduce__(self) -> Any:
+        return dict, (((1, "a"), ("b", [2])),)
+
+
 class Config(dict):  # type: ignore[type-arg]
     pass
 
@@ -74,11 +81,17 @@ PLAIN: dict[str, Any] = {
     "dict": {"a": 1, 2: "b", (3, "c"): None, None: True},
     "ordered": OrderedDict(b=1, a=[1.5, (2, "x")]),
     "default": collections.defaultdict(list, a=[1]),
+    "factories": [
+        collections.defaultdict(kind, a=kind())
+        for kind in (int, tuple, frozenset, complex, bytes, OrderedDict, collections.Counter, collections.deque)
+    ],
+    "called": {"of pairs": Called()},
     "counter": collections.Counter("abca"),
     "sets": [{1, "a"}, frozenset({2.0})],
     "bytes": [b"\x00\xff", bytearray(b"ab"), "\ud800é", 1 << 70, -0.0, 1j, range(3), slice(1, None)],
     "torch": [torch.Size([2, 3]), torch.device("cuda:1"), torch.float16],
     "numpy": [numpy.arange(6.0).reshape(2, 3).T, numpy.float64(0.5), numpy.array(["a", "bc"]), numpy.int64(3)],
+    "arrays alone": {"a": numpy.arange(6.0).reshape(2, 3).T, "b": {"c": numpy.ones(2, "f2"), "d": numpy.array(True)}},
     "times": [
         datetime.datetime(2026, 1, 2, 3, 4, 5, 6),
         datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=2), "x")),
@@ -100,6 +113,13 @@ def test_plain_values_are_what_torch_loads(tmp_path: Path, name: str, protocol: 
     torch.save(PLAIN[name], path, pickle_protocol=protocol)
     ours, theirs = ckptkit.load(path), torch.load(path, weights_only=False)
     assert same(ours, theirs), ours
+
+
+def test_arrays_of_a_plain_pickle_are_arrays(tmp_path: Path) -> None:
+    saved = {"model": {"a": numpy.arange(6.0).reshape(2, 3), "b": numpy.ones(2, "f2")}, "epoch": 3}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(saved))
+    assert same(ckptkit.load(tmp_path / "model.pkl"), saved)
+    assert torch.equal(ckptkit.load_state_dict(tmp_path / "model.pkl")["a"], torch.arange(6.0).double().view(2, 3))
 
 
 def test_the_dict_of_a_safetensors_file(tmp_path: Path) -> None:

@@ -147,11 +147,15 @@ class _Wrapped(torch.Tensor):
     pass
 
 
+class _Viewed(np.ndarray):
+    pass
+
+
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     bad = {
         "number": np.float64(3), "object": object(), "sparse": torch.eye(2).to_sparse(), "text": np.array(["x"]),
         "meta": torch.ones(1, device="meta"), "wrapped": torch.ones(1).as_subclass(_Wrapped),
-        "deep": {"er": [1, {2: 1j}]},
+        "deep": {"er": [1, {2: 1j}]}, "zeros": torch._efficientzerotensor((2, 3)),
     }  # fmt: skip
     masked = np.ma.masked_array([1.0], [True])
     for path in (tmp_path / "a.pth", tmp_path / "a.safetensors"):
@@ -163,12 +167,17 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
             r"sparse (a tensor of layout sparse_coo; .to_dense() makes it a plain one)",
             r"text (torch has no dtype for numpy's <U1)",
             r"meta (a tensor on the device meta, which has no values)",
-            "_Wrapped; a plain one can be saved",
+            "_Wrapped; .as_subclass(torch.Tensor) makes it a plain one",
+            "zeros (a tensor without memory of its own; .clone() makes it a plain one)",
             r"deep.er.1.2 (of class builtins.complex)",
         ):
             assert told in str(caught.value)
-        with pytest.raises(RewriteError, match=r"m \(of class numpy\.ma"):
+        with pytest.raises(RewriteError, match=r"m \(of class numpy\.ma.*; \.filled\(\) makes it"):
             ckptkit.save({"m": masked}, path)
+        with pytest.raises(RewriteError, match=r"n \(a nested tensor; \.to_padded_tensor\(0\)"):
+            ckptkit.save({"n": torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged)}, path)
+        with pytest.raises(RewriteError, match=r"v \(of class .*; numpy\.asarray\(\.\.\.\) makes it"):
+            ckptkit.save({"v": np.arange(3).view(_Viewed)}, path)
     quantizer = getattr(torch, "quantize_per_tensor", None)
     if quantizer is not None:
         import warnings

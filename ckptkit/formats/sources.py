@@ -16,7 +16,6 @@ what becomes many times what it was (`Limits.unpacked_ratio`).
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import os
@@ -198,10 +197,14 @@ def opened(file: Any) -> Source:
     path = _path_of(file)
     if isinstance(file, io.TextIOBase):
         raise FileAccessError(f"{path}: is open as text; open it in binary mode: open(PATH, 'rb')", path=path)
-    with contextlib.suppress(TypeError):
+    try:
         return Held(file, "<bytes>")
+    except ValueError as error:  # a view that was released
+        raise FileAccessError(f"<bytes>: cannot be read: {error}", path="<bytes>") from error
+    except TypeError:
+        pass
     if not callable(getattr(file, "read", None)):
-        raise FileAccessError(f"a {type(file).__name__} is not the path of a file, an open binary file or bytes")
+        raise FileAccessError(f"{type(file).__name__} is not the path of a file, an open binary file or bytes")
     temporary = getattr(sys.modules.get("tempfile"), "_TemporaryFileWrapper", ())
     inner = file.file if isinstance(file, temporary) else file
     raw = inner.raw if isinstance(inner, (io.BufferedReader, io.BufferedRandom)) else inner

@@ -28,7 +28,10 @@ from ckptkit.pickling.layouts import OnDevice, call_of, rebuilt
 from ckptkit.report import Finding, convert_command, count_of, listed
 from ckptkit.tensor import contiguous_stride, storage_of
 
-__all__ = ["array_entry", "arrays_made_plain", "devices_made_plain"]
+__all__ = ["array_entry", "arrays_made_plain", "devices_made_plain", "is_from_array"]
+
+_KEY = "array "
+"""How the keys of storages begin that are an array's."""
 
 
 def array_entry(node: Object, path: str, key: str, *, native: bool = False) -> TensorEntry | None:
@@ -113,7 +116,7 @@ def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> t
     made: list[tuple[object, object]] = []
     kept: list[str] = []
     for node in _wanted(root, everything=everything):
-        entry = array_entry(node, path, f"array {len(made)}")
+        entry = array_entry(node, path, f"{_KEY}{len(made)}")
         if entry is None:
             layout = layout_of(node)
             kept.append(layout.subclass or layout.code or "structured")
@@ -128,6 +131,11 @@ def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> t
         code="arrays-as-tensors", severity="info", message=message, fix=convert_command(path, suffix=".pth")
     )
     return TreeMap(lambda leaf: leaf, made)(root), [finding]
+
+
+def is_from_array(entry: TensorEntry) -> bool:
+    """Whether a tensor of a file that was read is an array there."""
+    return entry.storage.key.startswith(_KEY)
 
 
 def devices_made_plain(checkpoint: Checkpoint) -> Checkpoint:
@@ -179,7 +187,7 @@ class _OfDevices:
         if not is_array(node):
             return node if isinstance(node, TensorEntry) and is_plain_value(node) else None
         if id(node) not in self._arrays:
-            self._arrays[id(node)] = array_entry(node, self._path, f"array {len(self._arrays)}")
+            self._arrays[id(node)] = array_entry(node, self._path, f"{_KEY}{len(self._arrays)}")
         return self._arrays[id(node)]
 
 

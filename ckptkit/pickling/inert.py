@@ -213,14 +213,17 @@ def mapping_items(node: object) -> list[tuple[object, object]] | None:
     if node.cls.module not in ("collections", "builtins", "__builtin__") or node.cls.name not in _MAPPING_CLASSES:
         return None
     pairs: list[tuple[object, object]] = []
-    initial = node.args[-1] if node.args else None
-    if isinstance(initial, list):
+    args = node.args[1:] if node.cls.name == "defaultdict" else node.args
+    initial = args[-1] if args else None
+    if isinstance(initial, (list, tuple)) and node.cls.name != "Counter":
         for pair in initial:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 return None
             pairs.append((pair[0], pair[1]))
     elif isinstance(initial, InertDict):
         pairs.extend(initial.pairs)
+    elif initial is not None:
+        return None
     pairs.extend(node.pairs)
     return pairs
 
@@ -267,7 +270,8 @@ def mapping_shell(node: object) -> Object | InertDict | None:
     if not isinstance(node, Object):
         return None
     # The initial pairs some picklers pass as an argument are among the pairs.
-    args = tuple(arg for arg in node.args if not isinstance(arg, (list, InertDict)))
+    initial = (list, InertDict) if mapping_items(node) is None else (list, tuple, InertDict)
+    args = tuple(arg for arg in node.args if not isinstance(arg, initial))
     shell = Object(node.how, node.cls, args, node.kwargs)
     shell.items, shell.state, shell.effects = list(node.items), node.state, node.effects
     return shell

@@ -9,7 +9,7 @@ plain values as they are.  No name in a file is looked up: what is made is liste
 from __future__ import annotations
 
 import io
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +18,7 @@ from ckptkit.errors import CorruptError, DTypeError, RewriteError, SectionError,
 from ckptkit.extras import require_torch
 from ckptkit.formats import collector_paused
 from ckptkit.normalize import lower_state_dict
+from ckptkit.normalize.made_plain import is_from_array
 from ckptkit.normalize.sections import brief, join, step
 from ckptkit.normalize.shapes import parts
 from ckptkit.normalize.tensors import storage_names
@@ -72,8 +73,13 @@ _PLACE = 400
 """Characters of the keys that lead to a value in a message."""
 
 _BUILTIN = ("builtins", "__builtin__")
-_FACTORIES = {"list": list, "int": int, "dict": dict, "float": float, "str": str, "set": set, "bool": bool}
-"""What a ``defaultdict`` may call."""
+_PLAIN = (list, int, dict, float, str, set, bool, tuple, frozenset, complex, bytes, bytearray)
+_FACTORIES: dict[str, Callable[[], object]] = {
+    **{f"{module}.{kind.__name__}": kind for module in _BUILTIN for kind in _PLAIN},
+    **{f"{module}.{name}": kind for module in _BUILTIN for name, kind in (("long", int), ("unicode", str))},
+    **{f"collections.{kind.__name__}": kind for kind in (OrderedDict, Counter, deque, defaultdict)},
+}
+"""What a ``defaultdict`` may call; protocol 2 has Python 2's names."""
 
 _LAZY = ("torch.nn.parameter.UninitializedParameter", "torch.nn.parameter.UninitializedBuffer")
 
@@ -250,7 +256,7 @@ class _Builder:
         try:
             if self._depth > _MOST_DEPTH:
                 raise _ForeignError(f"nested more than {_MOST_DEPTH} deep")
-            made = self._loader.tensor(node) if isinstance(node, TensorEntry) else self._make(node)
+            made = self._entry(node) if isinstance(node, TensorEntry) else self._make(node)
         finally:
             self._depth -= 1
         if step is not None:
@@ -262,6 +268,9 @@ class _Builder:
     def _keep(self, node: object, value: object) -> object:
         self._made[id(node)] = node, value
         return value
+
+    def _entry(self, entry: TensorEntry) -> object:
+        return entry.numpy() if self._stands_in and is_from_array(entry) else self._loader.tensor(entry)
 
     def _make(self, node: object) -> object:
         if node is STATE_DICT:
@@ -309,7 +318,7 @@ class _Builder:
         if isinstance(node, Object):
             kind = node.class_name.rpartition(".")[2]
             factory = node.args[0] if kind == "defaultdict" and node.args else None
-            name = factory.name if isinstance(factory, Global) and factory.module in _BUILTIN else None
+            name = factory.qualified if isinstance(factory, Global) else None
             if factory is not None and name not in _FACTORIES and not self._stands_in:
                 raise _ForeignError(f"a defaultdict of {factory!r:.80}")
             empty = {"OrderedDict": OrderedDict, "Counter": Counter, "dict": dict}.get(kind)

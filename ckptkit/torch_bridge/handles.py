@@ -82,8 +82,11 @@ def _entry(tensor: torch.Tensor, storages: Storages) -> TensorEntry:
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise DTypeError(f"a tensor of {tensor.dtype}, which no container is known to hold")
-    memory = tensor.untyped_storage()
-    address, nbytes = memory.data_ptr(), memory.nbytes()
+    try:
+        memory = tensor.untyped_storage()
+        address, nbytes = memory.data_ptr(), memory.nbytes()
+    except RuntimeError:  # of zeros that are not there, or that a transformation wraps
+        raise UnsupportedError("a tensor without memory of its own; .clone() makes it a plain one") from None
     if nbytes and not address:
         raise UnsupportedError("a tensor whose memory was let go of")
     on_cpu = tensor.device.type == "cpu"
@@ -115,17 +118,21 @@ def _entry(tensor: torch.Tensor, storages: Storages) -> TensorEntry:
 
 def _problem(tensor: torch.Tensor) -> str | None:
     """What makes a tensor one that is not plain, and what helps."""
+    if tensor.is_nested:
+        return "a nested tensor; .to_padded_tensor(0) or .unbind() gives plain ones"
     if tensor.layout != torch.strided:
         return f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}; .to_dense() makes it a plain one"
     if tensor.is_quantized:
         return "a quantized tensor; .dequantize() makes it a plain one"
-    if tensor.is_nested:
-        return "a nested tensor; .to_padded_tensor(0) or .unbind() gives plain ones"
     if tensor.device.type == "meta":
         return "a tensor on the device meta, which has no values"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
-        plain = ".full_tensor() gives the plain one" if hasattr(tensor, "full_tensor") else "a plain one can be saved"
+        plain = ".as_subclass(torch.Tensor) makes it a plain one"
+        if hasattr(tensor, "full_tensor"):
+            plain = ".full_tensor() gives the plain one"
+        elif hasattr(tensor, "__tensor_flatten__"):
+            plain = "a plain one can be saved"
         return f"a tensor of class {kind}; {plain}"
     return None
 

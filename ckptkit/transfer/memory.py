@@ -333,6 +333,10 @@ class _Tree:
             remedy = "; save its state_dict()" if hasattr(value, "state_dict") else ""
             if isinstance(value, Mapping):
                 remedy = "; dict(...) makes it a plain one"
+            elif name.startswith("numpy.") and hasattr(value, "filled"):
+                remedy = "; .filled() makes it a plain one"
+            elif self._arrays and isinstance(value, self._arrays):
+                remedy = "; numpy.asarray(...) makes it a plain one"
             elif name.startswith("numpy.") and hasattr(value, "item"):
                 remedy = "; .item() makes it a plain one"
             raise UnsupportedError(f"of class {name}{remedy}")

@@ -551,6 +551,8 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.pth").write_bytes(saved())
     closed = io.BytesIO(saved())
     closed.close()
+    released = memoryview(saved())
+    released.release()
     with (tmp_path / "m.pth").open(encoding="latin-1") as text, (tmp_path / "new").open("wb") as writable:
         for file, words in (
             (text, r"m.pth: is open as text; open it in binary mode"),
@@ -562,9 +564,10 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         (io.StringIO("x"), r"<file>: is open as text"),
         (closed, r"<file>: cannot be read: I/O operation on closed file"),
         (Typed(), r"<file>: gives text; open it in binary mode"),
-        (7, r"a int is not the path of a file, an open binary file or bytes"),
-        (None, r"a NoneType is not the path"),
+        (7, r"^int is not the path of a file, an open binary file or bytes"),
+        (None, r"^NoneType is not the path"),
         (memoryview(saved())[::2], r"<bytes>: a view with gaps"),
+        (released, r"<bytes>: cannot be read: operation forbidden on released memoryview"),
     ):
         with pytest.raises(FileAccessError, match=words):
             ckptkit.open(given)  # type: ignore[arg-type]

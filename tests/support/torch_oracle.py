@@ -288,6 +288,8 @@ def same(ours: Any, theirs: Any) -> bool:
     if type(ours) is not type(theirs):
         return False
     if isinstance(theirs, dict):
+        if getattr(ours, "default_factory", None) is not getattr(theirs, "default_factory", None):
+            return False
         return list(ours) == list(theirs) and all(same(ours[key], theirs[key]) for key in theirs)
     if isinstance(theirs, (list, tuple)):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
