@@ -88,8 +88,9 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
     """The weights, from any container, without executing the file: every value of the state_dict.
 
     Tensors of every layout (quantized, sparse, nested, on meta), arrays of numpy's and plain values are what
-    ``torch.load`` gives; of a tensor of a class with bytes of its own the plain tensor is given.  Their indices,
-    offsets, axes and sizes are checked first, which torch does not do.
+    ``torch.load`` gives; of a tensor of a class with bytes of its own the plain tensor is given, and in a file without
+    any tensor of torch's arrays under names are the weights, as tensors.  Indices, offsets, axes and sizes are checked
+    first, which torch does not do.
 
     What is selected, renamed or cast is what `convert` would write.  A ``.pth`` is copied, and the checksums that it
     recorded are held; a ``.safetensors`` is mapped.  To a CUDA device bytes go from the file in pieces.

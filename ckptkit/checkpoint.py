@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Final, Literal, get_args
 
-from ckptkit.errors import KeyCollisionError
+from ckptkit.errors import KeyCollisionError, RewriteError
 from ckptkit.report import Finding, count_of, html_block, listed, printable
 from ckptkit.tensor import Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages, tied_groups
 
@@ -341,10 +341,23 @@ class Checkpoint:
         return trust_of((*self.globals, *self.unvouched))
 
     def rewrite(self, *rewriters: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
-        """The checkpoint with each rewriter applied in turn; this one stays as it is."""
+        """The checkpoint with each rewriter applied in turn; this one stays as it is.
+
+        Raises:
+            RewriteError: one cannot be applied, or gives no checkpoint.
+        """
         result = self
         for rewriter in rewriters:
-            result = rewriter(result)
+            try:
+                result = rewriter(result)
+            except RewriteError as error:
+                error.path = self.origin.path if error.path is None else error.path
+                raise
+            if not isinstance(result, Checkpoint):
+                kind = type(result).__name__
+                raise RewriteError(
+                    f"{_called(rewriter)} returned {kind}; a rewriter returns a Checkpoint", path=self.origin.path
+                )
             result = result.replace(operations=(*result.operations, _called(rewriter)))
         return result
 

@@ -322,8 +322,9 @@ def save(
     shards = most is not None or max_shard_size is not None
     memory = Memory("<memory>")
     alone = f"a {container.name} file" if container.tensors_alone else "a sharded checkpoint" if shards else None
-    checkpoint = checkpoint_of(state, memory, _torch_node, container.name, alone=alone)
-    return run(checkpoint, memory, path, options).job.plan
+    with formats.collector_paused():
+        checkpoint = checkpoint_of(state, memory, _torch_node, container.name, alone=alone)
+        return run(checkpoint, memory, path, options).job.plan
 
 
 def _torch_node(value: object, storages: Storages) -> object:

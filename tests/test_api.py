@@ -50,6 +50,8 @@ def test_a_rewriter_of_ones_own(save, tmp_path: Path) -> None:
     with ckptkit.open(path) as ckpt:
         ckpt.rewrite(upper).save(tmp_path / "b.pth")
     assert list(torch.load(tmp_path / "b.pth")) == ["A.W", "B.W"]
+    with ckptkit.open(path) as ckpt, pytest.raises(ckptkit.RewriteError, match=r"<lambda>\(\) returned NoneType; a r"):
+        ckpt.rewrite(lambda _: None)
 
 
 def test_a_closed_file_says_so(save, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -326,7 +327,22 @@ def test_errors_have_what_they_say_as_fields(save: SaveAs, tmp_path: Path) -> No
         (errors.MissingFileError, lambda: ckptkit.convert(there, gone / "a.pth"), {"path": str(gone / "a.pth")}),
         (errors.RewriteError, lambda: ckptkit.convert(there, tmp_path / "a.xyz"), {"path": str(tmp_path / "a.xyz")}),
         (errors.SectionError, lambda: ckptkit.load_state_dict(both), {"path": str(both), "names": ("model", "ema")}),
-        (errors.SectionError, lambda: ckptkit.open(both, section="no"), {"names": ("model", "ema")}),
+        (errors.SectionError, lambda: ckptkit.open(both, section="no"), {"path": str(both), "names": ("model", "ema")}),
+        *(
+            (RewriteError, partial(ckptkit.load_state_dict, there, **given), {"path": str(there), "names": names})
+            for given, names in (
+                ({"include": "no"}, ("w.weight", "b")),
+                ({"exclude": "*"}, ("w.weight", "b")),
+                ({"rename": "^b$=>"}, ("b",)),
+                ({"rename": {"lacking": "x"}}, ("lacking",)),
+            )
+        ),
+        (
+            errors.RewriteError,
+            lambda: ckptkit.open(there).rewrite(ckptkit.Rename(lambda _: 3)),  # type: ignore[arg-type, return-value]
+            {"path": str(there), "names": ("w.weight",)},
+        ),
+        (errors.RewriteError, lambda: ckptkit.save({"\ud800": torch.ones(1)}, out), {"names": ("\ud800",)}),
         (errors.SectionError, lambda: ckptkit.diff(there, both), {"path": str(both), "names": ("model", "ema")}),
         (errors.SectionError, lambda: ckptkit.convert(there, out, like=both), {"names": ("model", "ema")}),
         (errors.KeyCollisionError, lambda: ckptkit.convert(save(twins, "twins.pth"), out, strip_module=True),

@@ -173,6 +173,7 @@ class Outcome:
         return Report(findings=self.findings, details=details)
 
 
+@formats.collector_paused()
 def run(
     checkpoint: Checkpoint,
     file: Source,

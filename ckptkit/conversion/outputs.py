@@ -177,12 +177,12 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
         if not options.dry_run and not is_ours:
             raise FileAccessError(f"{above}: nothing can be written into this folder", path=above)
     is_sharded = options.max_shard_size is not None or formats.target(destination, options.to)[2] is not None
-    clashes = [
-        f"{output}: from {listed(names, len(names), last=' and ')}" for output, names in _clashes(items, is_sharded)
-    ]
+    found = list(_clashes(items, is_sharded))
+    clashes = [f"{output}: from {listed(names, len(names), last=' and ')}" for output, names in found]
+    names = [name.removesuffix(_AS_FOLDER) for _, sources in found for name in sources]
     if clashes:
         told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
-        raise RewriteError("\n  ".join([told, *clashes]), path=destination)
+        raise RewriteError("\n  ".join([told, *clashes]), path=destination, names=names)
     taken = list(_taken(items, is_sharded))
     if taken and not options.force:
         if len(taken) == 1:
@@ -203,6 +203,9 @@ def _existing(path: str) -> str:
     return path
 
 
+_AS_FOLDER = " (as the folder's name)"
+
+
 def _clashes(items: Sequence[Item], is_sharded: bool) -> Iterator[tuple[str, list[str]]]:
     """Each output that several files would be written to, or one as a file and others into a folder of its name."""
     from ckptkit.formats.shards import CUSTOMARY
@@ -215,7 +218,7 @@ def _clashes(items: Sequence[Item], is_sharded: bool) -> Iterator[tuple[str, lis
         names = [each.source for each in same]
         above = os.path.dirname(path)
         while above != os.path.dirname(above):
-            names += [f"{each.source} (as the folder's name)" for each in wanted.get(above, ())]
+            names += [f"{each.source}{_AS_FOLDER}" for each in wanted.get(above, ())]
             above = os.path.dirname(above)
         shard = CUSTOMARY.fullmatch(os.path.basename(path)) if is_sharded else None
         if shard is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
-from ckptkit.errors import CorruptError, FileAccessError, FormatError, RewriteError
+from ckptkit.errors import CorruptError, FileAccessError, FormatError, RewriteError, SectionError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe
 from ckptkit.formats.shards import may_tell_a_part
@@ -147,6 +147,9 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
             checkpoint = _placed(normalize(raw, file, section=section), own, file)
             options = [*(("--section", section) if section else ()), *["--ignore-checksums"] * ignore_checksums]
             return checkpoint.replace(origin=replace(checkpoint.origin, options=tuple(options)))
+    except SectionError as error:
+        error.path = file.path if error.path is None else error.path
+        raise
     except FormatError as error:
         seen = raw.globals if raw is not None else _names_left(probe, error)
         cause = error.__cause__

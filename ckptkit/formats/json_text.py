@@ -37,6 +37,7 @@ __all__ = [
     "check_count",
     "check_ignored",
     "in_order",
+    "lone_surrogates",
     "parse",
     "places",
     "shown",
@@ -223,3 +224,8 @@ def in_order(
     if not aliases or len(tied) < len(aliases) or not 0 <= min(tied) <= max(tied) < count:
         return {**stored, **aliases}, False
     return dict(tied[place] if place in tied else next(others) for place in range(count)), True
+
+
+def lone_surrogates(names: Iterable[str]) -> list[str]:
+    """Those of the names that no UTF-8 can hold."""
+    return [name for name in names if any("\ud800" <= character <= "\udfff" for character in name)]

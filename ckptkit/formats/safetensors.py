@@ -252,6 +252,7 @@ def check_extents(layouts: Mapping[str, TensorLayout], nbytes: int) -> None:
             f"{share_of(len(extents) - len(cut), len(extents), 'tensor', 'is', 'are')} whole, the first incomplete one "
             f"is {shown(cut[0])}. Get the file again",
             where="data",
+            names=cut,
         )
 
 

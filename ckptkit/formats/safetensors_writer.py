@@ -17,7 +17,7 @@ from struct import pack
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, tied_groups
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
-from ckptkit.formats.json_text import ORDER, VERSIONS, places, versions_from, versions_text
+from ckptkit.formats.json_text import ORDER, VERSIONS, lone_surrogates, places, versions_from, versions_text
 from ckptkit.formats.safetensors import METADATA, NAME, header_shape
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.not_plain import can_be_dense, describe_value
@@ -238,6 +238,8 @@ def _header(stored: Mapping[str, TensorEntry], offsets: Mapping[str, int], metad
     try:
         text = f"{{{','.join(parts)}}}".encode()
     except UnicodeEncodeError:
-        raise RewriteError("a name that is not valid Unicode cannot stand in a safetensors header") from None
+        raise RewriteError(
+            "a name that is not valid Unicode cannot stand in a safetensors header", names=lone_surrogates(stored)
+        ) from None
     text += b" " * (-len(text) % _ALIGNMENT)
     return pack("<Q", len(text)) + text

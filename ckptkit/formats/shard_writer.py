@@ -38,7 +38,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, Tenso
 from ckptkit.errors import RewriteError
 from ckptkit.formats.containers import index_over
 from ckptkit.formats.format import Format
-from ckptkit.formats.json_text import ORDER, VERSIONS, places, versions_text
+from ckptkit.formats.json_text import ORDER, VERSIONS, lone_surrogates, places, versions_text
 from ckptkit.formats.safetensors import NAME
 from ckptkit.formats.safetensors_writer import require_storable
 from ckptkit.formats.shards import is_shard_name
@@ -359,7 +359,9 @@ def _index_plan(
     try:
         str(data, "utf-8")
     except UnicodeDecodeError:
-        raise RewriteError("a name that is not valid Unicode cannot stand in an index of shards") from None
+        raise RewriteError(
+            "a name that is not valid Unicode cannot stand in an index of shards", names=lone_surrogates(weight_map)
+        ) from None
     if len(data) > DEFAULT_LIMITS.index_nbytes:
         raise RewriteError(
             f"the index of {count_of(len(weight_map), 'name')} would have {len(data):,} bytes, and readers take at "

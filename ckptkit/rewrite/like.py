@@ -178,7 +178,9 @@ class Like:
         complete = self.complete(found)
         if not complete:
             best = max(found, key=lambda fitting: len(fitting.sources))
-            raise RewriteError(f"{checkpoint.origin.path}: {self.misfit(best)}", path=checkpoint.origin.path)
+            raise RewriteError(
+                f"{checkpoint.origin.path}: {self.misfit(best)}", path=checkpoint.origin.path, names=best.missing
+            )
         if len(complete) > 1:
             raise RewriteError(
                 f"{checkpoint.origin.path}: {len(complete)} sets of tensors fit {self.label} equally: those of "

@@ -228,7 +228,8 @@ class Rename:
             if not isinstance(found, str):
                 raise RewriteError(
                     f"Rename: {_called(self.rules)} returned {found!r:.80} for the name {name[:_MAX_SHOWN]!r}; "
-                    "expected its new name, or the same"
+                    "expected its new name, or the same",
+                    names=(name,),
                 )
             new, emptied = found, _called(self.rules) if name and not found else None
         elif isinstance(self.rules, Mapping):
@@ -238,7 +239,7 @@ class Rename:
             new, rule = self._applied(name)
             emptied = None if rule is None else f"rule {_shown(*rule)}"
         if emptied is not None:
-            raise RewriteError(f"{emptied} leaves nothing of the name {name[:_MAX_SHOWN]!r}")
+            raise RewriteError(f"{emptied} leaves nothing of the name {name[:_MAX_SHOWN]!r}", names=(name,))
         return new
 
     def _applied(self, name: str) -> tuple[str, tuple[str, str] | None]:
@@ -271,7 +272,8 @@ class Rename:
             meant = f"; did you mean {near[0]!r:.200}?" if near else ""
             raise RewriteError(
                 f"Rename: {count_of(len(lacking), 'name')} of the dict {'is' if len(lacking) == 1 else 'are'} not in "
-                f"the state_dict: {listed([repr(name)[:_MAX_SHOWN] for name in lacking], 8)}{meant}"
+                f"the state_dict: {listed([repr(name)[:_MAX_SHOWN] for name in lacking], 8)}{meant}",
+                names=lacking,
             )
 
 

@@ -68,14 +68,16 @@ class Select:
         included = self._matching(self.include, names)
         for pattern, found in included.items():
             if not found:
-                raise RewriteError(f"no name matches {pattern!r}; {_suggestions(pattern, names)}")
+                raise RewriteError(f"no name matches {pattern!r}; {_suggestions(pattern, names)}", names=names)
         wanted = set().union(*included.values()) if self.include else set(names)
         wanted.difference_update(*self._matching(self.exclude, names).values())
         everything = {name: value for name, value in state_dict.everything.items() if name in wanted}
         if len(everything) == len(names):
             return checkpoint
         if not everything:
-            raise RewriteError(f"none of {count_of(len(names), 'name')} is left; {_suggestions('', names)}")
+            raise RewriteError(
+                f"none of {count_of(len(names), 'name')} is left; {_suggestions('', names)}", names=names
+            )
         _check_optimizer(checkpoint, everything)
         versions = state_dict.versions
         if versions is not None:

@@ -106,7 +106,7 @@ def _entry(tensor: torch.Tensor, storages: Storages) -> TensorEntry:
         stride=tuple(tensor.stride()),
         dtype=name,
         requires_grad=tensor.requires_grad,
-        is_parameter=isinstance(tensor, torch.nn.Parameter),
+        is_parameter=type(tensor) is torch.nn.Parameter,
         is_conj=tensor.is_conj(),
         is_neg=tensor.is_neg(),
     )
