@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from ckptkit.errors import VerifyError
 
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEVICE_TYPES",
+    "BinaryFile",
     "Option",
     "Options",
     "device_problem",
+    "dtype",
     "documented",
     "flag",
     "pairs",
@@ -213,6 +215,13 @@ def unexpected(function: str, name: str, known: Iterable[str]) -> TypeError:
     return TypeError(f"{function}() got an unexpected keyword argument {name!r}{meant}")
 
 
+class BinaryFile(Protocol):
+    """A file that was opened in binary mode: of ``open``, ``gzip.open``, a member of an archive, a ``mmap``."""
+
+    def read(self, nbytes: int, /) -> bytes | None:
+        """As many bytes as are there, at most so many; ``b""`` at the end."""
+
+
 class Options:
     """The options of one command: those given, and the defaults of the others.  They do not change.
 
@@ -297,6 +306,11 @@ def text(metavar: str, line: str, meaning: str) -> Option[str | None]:
 def path(metavar: str, line: str, meaning: str) -> Option[str | None]:
     """One with a file."""
     return Option("text", None, line, meaning, metavar, taken=os.fsdecode)
+
+
+def dtype(line: str, meaning: str) -> Option[str | None]:
+    """One with a dtype, torch's own or by its name."""
+    return Option("text", None, line, meaning, "DTYPE", taken=lambda given: str(given).removeprefix("torch."))
 
 
 def texts(metavar: str, line: str, meaning: str) -> Option[tuple[str, ...]]:

@@ -14,8 +14,9 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from ckptkit.arguments import BinaryFile
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
 __all__ = [
@@ -33,8 +34,7 @@ __all__ = [
 ]
 
 CHUNK_NBYTES = 4 << 20
-"""Bytes moved through memory at a time: large enough that the calls cost nothing, small enough
-that a handful of buffers stay far below the memory bound."""
+"""Bytes moved at a time: large enough that calls cost nothing, and some such buffers are far below the memory bound."""
 
 GAP_NBYTES = 8 << 10
 """Bytes between two wanted ones that take longer to read along than another read does to begin."""
@@ -285,7 +285,7 @@ class Source:
         return f"{type(self).__name__}({self.path!r}, {self.size:,} bytes)"
 
 
-Readable = str | os.PathLike[str] | Source | BinaryIO | bytes | bytearray | memoryview
+Readable = str | os.PathLike[str] | Source | BinaryFile | bytes | bytearray | memoryview
 """What a checkpoint may be read from: a path, a source, an open file, or the bytes themselves."""
 
 

@@ -11,10 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ckptkit.arguments import Option, Options, flag, pairs, path, several, shapes, text, texts, within
+from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, several, shapes, text, texts, within
 from ckptkit.errors import RewriteError, VerifyError
 
 if TYPE_CHECKING:
+    import torch
+
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.rename import Renaming
     from ckptkit.rewrite.storages import LocationMap, TiedPolicy
@@ -112,8 +114,7 @@ class ConvertOptions(Options):
         "make dense tensors of the values that are sparse, nested, quantized or scaled by blocks; see "
         "`ckptkit.Densify`",
     )
-    dtype = text(
-        "DTYPE",
+    dtype = dtype(
         "Cast floating-point weights: float16, bfloat16, float32, float8_...",
         "cast the floating-point weights to it; see `ckptkit.CastDtype`",
     )
@@ -288,9 +289,7 @@ class VerifyOptions(Options):
         "DEV",
         shows_default=True,
     )
-    dtype = text(
-        "DTYPE", "Run the forward pass in this dtype, such as bfloat16.", "torch name to run the forward pass in"
-    )
+    dtype = dtype("Run the forward pass in this dtype, such as bfloat16.", "torch name to run the forward pass in")
     input_shapes: Option[tuple[tuple[int, ...], ...]] = Option(
         "shapes",
         (),
@@ -420,7 +419,7 @@ if TYPE_CHECKING:
         leave_out: str | Sequence[str]
         map_location: LocationMap | None
         densify: bool
-        dtype: str | None
+        dtype: str | torch.dtype | None
         keep_dtype: str | Sequence[str]
         cast_scaled: bool
         tied: TiedPolicy
@@ -452,7 +451,7 @@ if TYPE_CHECKING:
         include: str | Sequence[str]
         exclude: str | Sequence[str]
         densify: bool
-        dtype: str | None
+        dtype: str | torch.dtype | None
         keep_dtype: str | Sequence[str]
         cast_scaled: bool
         mapped: bool | None
@@ -465,7 +464,7 @@ if TYPE_CHECKING:
         model: Any
         model_args: Mapping[str, Any] | None
         device: str
-        dtype: str | None
+        dtype: str | torch.dtype | None
         input_shapes: Sequence[Sequence[int]]
         input: str | os.PathLike[str] | None
         seed: int

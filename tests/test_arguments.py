@@ -305,6 +305,15 @@ def test_errors_survive_pickling(error: CkptkitError) -> None:
                 assert getattr(one, name, None) == getattr(error, name, None)
 
 
+@pytest.mark.parametrize("given", [torch.bfloat16, "bfloat16", "torch.bfloat16"], ids=repr)
+def test_dtypes_are_torchs_or_their_names(save: SaveAs, tmp_path: Path, given: Any) -> None:
+    path = save(nn.Linear(2, 2).state_dict(), "model.pth")
+    assert {value.dtype for value in ckptkit.load_state_dict(path, dtype=given).values()} == {torch.bfloat16}
+    assert "bfloat16" in ckptkit.convert(path, tmp_path / "out.safetensors", dtype=given).to_json()
+    report = ckptkit.verify(path, model=lambda: nn.Linear(2, 2), dtype=given, input_shapes=[(1, 2)])
+    assert report.ok and report.details["dtype"] == "bfloat16"
+
+
 def test_errors_have_no_field_that_is_not_set() -> None:
     told = CkptkitError("so", path="p", names="ab")
     for error in (CkptkitError("so"), errors.FileAccessError(13, "no", "x.pth"), told):

@@ -5,8 +5,14 @@ Each wrong call is one that mypy must refuse: strict as it is here, it tells of 
 
 from __future__ import annotations
 
+import gzip
+import io
+import mmap
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 import ckptkit
 
@@ -29,6 +35,14 @@ def right(path: Path) -> None:
     state = ckptkit.load_state_dict(
         path, strip_module=True, rename=["^a=>b"], dtype="float16", device="cuda", mapped=None
     )
+    ckptkit.load_state_dict(path, dtype=torch.float16)
+    ckptkit.convert(path, path, dtype=torch.bfloat16)
+    with zipfile.ZipFile(path) as archive, archive.open("m.pth") as member, gzip.open(path) as unzipped:
+        ckptkit.load_state_dict(member)
+        ckptkit.load(unzipped)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
+        ckptkit.inspect(mapping)
+        ckptkit.diff(file, io.BytesIO(mapping[:]))
     foreign: ckptkit.Foreign = ckptkit.load(path, section="args", map_location=None)
     print(report.ok, difference.equal, checked.ok, state["w"], foreign.lr)
 
@@ -51,5 +65,6 @@ def wrong(path: Path) -> None:
     ckptkit.check(path, max_trust="hostile")  # type: ignore[arg-type]
     ckptkit.load_state_dict(path, strip_modul=True)  # type: ignore[call-arg]
     ckptkit.load_state_dict(path, mapped="yes")  # type: ignore[arg-type]
+    ckptkit.load(path.open())  # type: ignore[arg-type]
     ckptkit.load(path, sektion="args")  # type: ignore[call-arg]
     handed_on(path, include=3)  # type: ignore[arg-type]

@@ -273,7 +273,7 @@ class Rename:
             raise RewriteError(
                 f"Rename: {count_of(len(lacking), 'name')} of the dict {'is' if len(lacking) == 1 else 'are'} not in "
                 f"the state_dict: {listed([repr(name)[:_MAX_SHOWN] for name in lacking], 8)}{meant}",
-                names=lacking,
+                names=map(str, lacking),
             )
 
 
