@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import pickle
 import struct
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from support.files import deflated_copy
 
 import ckptkit
+from ckptkit import formats
 
 Save = Callable[..., Path]
 
@@ -199,3 +201,13 @@ print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 24 << 10
+
+
+def test_the_collector_is_as_it_was_once_all_are_done() -> None:
+    assert gc.isenabled()
+    first, second = formats.collector_paused(), formats.collector_paused()
+    with first:
+        second.__enter__()
+    assert not gc.isenabled()  # another reads on
+    second.__exit__(None, None, None)
+    assert gc.isenabled()

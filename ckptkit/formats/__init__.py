@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -274,16 +275,31 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpo
     return checkpoint.replace(part=part_of(file, said))
 
 
+class _Pauses:
+    """What several threads do at once: the last that ends lets the collector be as it was before the first."""
+
+    lock = threading.Lock()
+    count = 0
+    was_enabled = True
+
+
+_pauses = _Pauses()
+
+
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
     """Reading makes objects by the million and no cyclic garbage; looking for it takes two fifths of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    with _pauses.lock:
+        _pauses.was_enabled = gc.isenabled() if not _pauses.count else _pauses.was_enabled
+        _pauses.count += 1
+        gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _pauses.lock:
+            _pauses.count -= 1
+            if not _pauses.count and _pauses.was_enabled:
+                gc.enable()
 
 
 def format_for(destination: str | os.PathLike[str], name: str | None = None) -> Format:
