@@ -289,7 +289,7 @@ class Conversion:
             yield from diagnose_fitting(self.fitting, self._like.label, self.source)
         yield from diagnose_selection(self.dropped, self._unmatched)
         if self._dense is not None:
-            yield from diagnose_dense(self._dense.made, self._dense.padded)
+            yield from diagnose_dense(self._dense.made, self._dense.padded, self.result)
         yield from diagnose_scaled(self._scaled)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)

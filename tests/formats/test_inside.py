@@ -673,9 +673,7 @@ def test_one_checkpoint_by_its_content_is_meant(kind: str, put: Put) -> None:
     ):
         ckptkit.open(path)
     same(f"{path}!b/y")
-    with pytest.raises(
-        UnknownFormatError, match=r"by a path: .* no member can be named: FILE!a/x, FILE!b/y"
-    ):
+    with pytest.raises(UnknownFormatError, match=r"by a path: .* no member can be named: FILE!a/x, FILE!b/y"):
         ckptkit.open(Path(path).read_bytes())
     path = put("release.zip", ARCHIVES[kind](others))
     with pytest.raises(UnknownFormatError, match=r"archive without a torch checkpoint|tar archive that is not a che"):
