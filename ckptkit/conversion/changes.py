@@ -140,9 +140,7 @@ def diagnose_dense(made: Mapping[str, str], padded: Collection[str], result: Che
     left = quantization_in(result.state_dict)
     if left is not None:
         stay = f"{count_of(left['modules'], 'module', 'stays', 'stay')} quantized"
-        told = (
-            f"{stay}: {quantized_text(left)}; --densify unpacks no such weights, the library that made them does"
-        )
+        told = f"{stay}: {quantized_text(left)}; --densify unpacks no such weights, the library that made them does"
         yield Finding(code="densified", severity="warning", message=told)
         if not made:
             return
