@@ -435,6 +435,7 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
                 steps.append((_NO_STEP, index, part))
     known = {id(node.state)} if pairs is None else set(map(id, node.args))  # initial pairs are among the pairs
     known.update(id(child) for _, _, child in steps)
+    known.add(id(persistent(node)))  # whose parts these are
     called: list[object] = []
     if pairs is None:  # what the calls for its effect are given is among its states
         known.update(map(id, node.effects))
