@@ -130,6 +130,11 @@ def test_what_safetensors_cannot_hold_of_one_is_to_be_had_with_all_tensors(save:
     assert "model.0._all_weight_values.0.param.0.1.0" in load_file(out)
 
 
+def test_all_tensors_of_a_module_have_one_name_each(save: Save, tmp_path: Path) -> None:
+    ckptkit.convert(save(static()), out := tmp_path / "out.safetensors", all_tensors=True, densify=True)
+    assert sorted(load_file(out)) == ["0.scale", "0.zero_point", "1.bias", "1.weight"]
+
+
 def test_settings_of_a_convolution_come_from_its_tuple(save: Save, opened: Opened) -> None:
     from ckptkit.normalize.modules import module_state
 
