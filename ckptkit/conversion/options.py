@@ -102,10 +102,11 @@ def tensorless_parts(checkpoint: Checkpoint) -> list[str]:
     pairs = [*pairs, *checkpoint.state_dict.extra.items()]
     holding = above_tensors([value for _, value in pairs])
     arrays = (found for found in other_tensors(checkpoint) if is_array(found.node))
-    return [
+    found = [
         *(step(key) for key, value in pairs if value is not STATE_DICT and id(value) not in holding),
         *(each.path for each in arrays if layout_of(each.node).dtype is None),  # type: ignore[arg-type]
     ]
+    return list(dict.fromkeys(found))
 
 
 def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
@@ -216,6 +217,8 @@ class Conversion:
         if self._dead[1]:
             result = result.rewrite(rewrite.Compact())
         if options.metadata:
+            if BESIDE in options.metadata and BESIDE in result.metadata:
+                raise RewriteError(f"--metadata {BESIDE} would replace the plain values that are kept there")
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
 
