@@ -218,7 +218,7 @@ class Conversion:
             result = result.rewrite(rewrite.Compact())
         if options.metadata:
             if BESIDE in options.metadata and BESIDE in result.metadata:
-                raise RewriteError(f"--metadata {BESIDE} would replace the plain values that are kept there")
+                raise RewriteError(f"--metadata {BESIDE}: that key holds the plain values that are kept")
             result = result.replace(metadata={**result.metadata, **options.metadata})
         self.result = result
 
