@@ -425,7 +425,7 @@ class Compression:
 
     def _followed(self, at: int) -> AmbiguousError:
         return AmbiguousError(
-            f"something follows what is {self.name}-compressed, and is not: some readers would go on there", offset=at
+            f"other bytes follow the {self.name} data: some readers stop before them, and some do not", offset=at
         )
 
 
