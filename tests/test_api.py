@@ -240,9 +240,9 @@ def test_what_a_notebook_shows(ddp_resume: Path, save) -> None:
         assert repr(ckpt.state_dict["t"]) == "<tensor float32 [2, 3], stride [1, 2], 24 B on cpu>"
 
 
-def test_a_hundred_thousand_tensors_are_one_screen(tmp_path: Path) -> None:
-    save_file({f"layers.{i}.w": torch.zeros(1 + i % 7) for i in range(100_000)}, tmp_path / "many.safetensors")
+def test_many_tensors_are_one_screen(tmp_path: Path) -> None:
+    save_file({f"layers.{i}.w": torch.zeros(1 + i % 7) for i in range(20_000)}, tmp_path / "many.safetensors")
     with ckptkit.open(tmp_path / "many.safetensors") as ckpt:
         assert is_a_line(repr(ckpt)) and is_a_line(repr(ckpt.state_dict))
         page = Tags(ckpt._repr_html_()).text
-    assert "100,000 tensors" in page and len(page) < 5000
+    assert "20,000 tensors" in page and len(page) < 5000

@@ -203,13 +203,10 @@ def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Findi
 def diagnose_scaled(scaled: Mapping[str, str]) -> Iterator[Finding]:
     """Which weights were cast without the scales they belong to, or which scales, because that was insisted on."""
     if scaled:
-        pairs = [f"{name} (with {other})" for name, other in scaled.items()]
-        yield Finding(
-            code="cast-scaled",
-            severity="warning",
-            message=f"{count_of(len(scaled), 'tensor', 'is', 'are')} cast that {'has' if len(scaled) == 1 else 'have'} "
-            f"a meaning only together with another: {listed(pairs, 8, characters=100)}",
-        )
+        pairs = listed([f"{name} (with {other})" for name, other in scaled.items()], 8, characters=100)
+        have = "is cast that has" if len(scaled) == 1 else "are cast that have"
+        told = f"{count_of(len(scaled), 'tensor')} {have} a meaning only together with another: {pairs}"
+        yield Finding(code="cast-scaled", severity="warning", message=told)
 
 
 def diagnose_losses(

@@ -188,16 +188,6 @@ class _Facts(NamedTuple):
     block: tuple[int, int] | None = None
 
 
-_CALLED = {
-    "gptq": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "aqlm": "AQLM", "nvfp4": "NVFP4", "mxfp4": "MXFP4",
-    "int8": "scaled int8", "fp8": "scaled fp8", "other": "scaled in a way that is not known here",
-}  # fmt: skip
-
-_MAX_SHOWN = 3
-"""Layouts in a line of text."""
-
-_MAX_LAYOUTS = 20
-
 _STATE = ".quant_state.bitsandbytes__"
 
 _KIN = re.compile(r"qzeros|g_idx|perm|weight_format|nbits|group_size")
