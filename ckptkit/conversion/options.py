@@ -6,7 +6,7 @@ Which of a file's weights are those of a model: each section is tried as if it h
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -93,6 +93,17 @@ def needs_weights(options: ConvertOptions) -> bool:
     """Whether options make no sense without a state_dict."""
     others = options.include or options.exclude or options.weights_only or options.dtype or options.densify
     return bool(renamers_of(options) or others or options.like is not None or options.as_key is not None)
+
+
+def _described(result: Checkpoint, metadata: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint with these strings in its metadata.
+
+    Raises:
+        RewriteError: they would replace the plain values that are kept there.
+    """
+    if BESIDE in metadata and BESIDE in result.metadata:
+        raise RewriteError(f"--metadata {BESIDE}: that key holds the plain values that are kept")
+    return result.replace(metadata={**result.metadata, **metadata})
 
 
 def tensorless_parts(checkpoint: Checkpoint) -> list[str]:
@@ -217,9 +228,7 @@ class Conversion:
         if self._dead[1]:
             result = result.rewrite(rewrite.Compact())
         if options.metadata:
-            if BESIDE in options.metadata and BESIDE in result.metadata:
-                raise RewriteError(f"--metadata {BESIDE}: that key holds the plain values that are kept")
-            result = result.replace(metadata={**result.metadata, **options.metadata})
+            result = _described(result, options.metadata)
         self.result = result
 
     def _weights_only(self, result: Checkpoint) -> Checkpoint:

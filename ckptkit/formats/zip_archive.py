@@ -210,7 +210,9 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
             raise UnsupportedError(f"record {name!r:.200} is {what}; {REPACK.replace(' -o', f'{password} -o')}")
         if method != STORED and method != DEFLATED:
             called = f" ({_METHODS[method]})" if method in _METHODS else ""
-            raise UnsupportedError(f"record {name!r:.200} uses compression method {method}{called}; {REPACK}")
+            raise UnsupportedError(
+                f"record {name!r:.200} uses compression method {method}{called}; torch stores or deflates; {REPACK}"
+            )
         if disk and disk != MAX16:
             raise UnsupportedError("an archive in several volumes")
         if extra_nbytes or size == MAX32 or packed == MAX32 or at == MAX32:
