@@ -203,8 +203,8 @@ def command(
     DST's ending chooses the container: .safetensors, or .pth .pt .pkl .ckpt .bin. A .pth keeps
     everything that is in SRC (optimizer, epoch, arguments, unknown objects). DST is either the old
     file or the complete new one, whatever happens. Before it gets its name every tensor is compared
-    with its source, byte for byte. SRC may be FILE/MEMBER of a zip or tar archive, - for standard
-    input, and compressed (.gz .xz .bz2 .zst).
+    with its source, byte for byte. SRC may be FILE/MEMBER or FILE!MEMBER of a zip or tar archive,
+    - for standard input, and compressed (.gz .xz .bz2 .zst).
 
     DST may be a folder (one that is there, or with a slash at its end): the output is named after SRC, with the
     ending of --to. Of a folder SRC each checkpoint below it is converted to the same place below DST; --to is

@@ -139,7 +139,8 @@ CONVERSION: dict[str, Explanation] = {
         "tensors of another form were made dense",
         "Sparse tensors were written out with their zeros, nested ones padded with zeros to one size, numbers of a few "
         "bits multiplied with their scales, as torch's to_dense(), to_padded_tensor(0) and dequantize() do. The "
-        "output holds plain tensors; it is larger, and a quantized module does not load it: the float model does.",
+        "output holds plain tensors; it is larger, and a quantized module does not load it: the float model does. What "
+        "GPTQ, AWQ, bitsandbytes and their kin pack is not unpacked here, and a warning says so.",
         "Leave --densify out to keep them as they are in a .pth.",
     ),
     "cast-scaled": Explanation(

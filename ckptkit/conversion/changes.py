@@ -11,6 +11,7 @@ from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.errors import FormatError
 from ckptkit.formats import format_named
 from ckptkit.normalize.modules import inner_module_told, wrapper_of
+from ckptkit.normalize.quantized import quantization_in, quantized_text
 from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import discarded_text, other_parts, other_weights
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
@@ -128,13 +129,21 @@ def diagnose_selection(dropped: Sequence[str], unmatched: Sequence[str]) -> Iter
         yield Finding(code="nothing-excluded", severity="warning", message=f"--exclude {glob!r} matches no name")
 
 
-def diagnose_dense(made: Mapping[str, str], padded: Collection[str]) -> Iterator[Finding]:
-    """Which tensors were made dense.
+def diagnose_dense(made: Mapping[str, str], padded: Collection[str], result: Checkpoint) -> Iterator[Finding]:
+    """Which tensors were made dense, and which weights are still packed.
 
     Args:
         made: each, and what it was made of.
         padded: those that were nested, and have lost the sizes of what was in them.
+        result: what is written.
     """
+    left = quantization_in(result.state_dict)
+    if left is not None:
+        stay = f"{count_of(left['modules'], 'module', 'stays', 'stay')} quantized"
+        told = f"{stay}: {quantized_text(left)}; --densify unpacks no such weights, the library that made them does"
+        yield Finding(code="densified", severity="warning", message=told)
+        if not made:
+            return
     if not made:
         yield Finding(
             code="densified", severity="info", message="no value is sparse, nested, quantized or scaled by blocks"

@@ -6,7 +6,7 @@ Which of a file's weights are those of a model: each section is tried as if it h
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,17 @@ def needs_weights(options: ConvertOptions) -> bool:
     return bool(renamers_of(options) or others or options.like is not None or options.as_key is not None)
 
 
+def _described(result: Checkpoint, metadata: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint with these strings in its metadata.
+
+    Raises:
+        RewriteError: they would replace the plain values that are kept there.
+    """
+    if BESIDE in metadata and BESIDE in result.metadata:
+        raise RewriteError(f"--metadata {BESIDE}: that key holds the plain values that are kept")
+    return result.replace(metadata={**result.metadata, **metadata})
+
+
 def tensorless_parts(checkpoint: Checkpoint) -> list[str]:
     """What is no tensor: keys of the file's own dict or list, names in its state_dict, arrays of types torch lacks."""
     rest = checkpoint.rest
@@ -102,10 +113,11 @@ def tensorless_parts(checkpoint: Checkpoint) -> list[str]:
     pairs = [*pairs, *checkpoint.state_dict.extra.items()]
     holding = above_tensors([value for _, value in pairs])
     arrays = (found for found in other_tensors(checkpoint) if is_array(found.node))
-    return [
+    found = [
         *(step(key) for key, value in pairs if value is not STATE_DICT and id(value) not in holding),
         *(each.path for each in arrays if layout_of(each.node).dtype is None),  # type: ignore[arg-type]
     ]
+    return list(dict.fromkeys(found))
 
 
 def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
@@ -216,7 +228,7 @@ class Conversion:
         if self._dead[1]:
             result = result.rewrite(rewrite.Compact())
         if options.metadata:
-            result = result.replace(metadata={**result.metadata, **options.metadata})
+            result = _described(result, options.metadata)
         self.result = result
 
     def _weights_only(self, result: Checkpoint) -> Checkpoint:
@@ -289,7 +301,7 @@ class Conversion:
             yield from diagnose_fitting(self.fitting, self._like.label, self.source)
         yield from diagnose_selection(self.dropped, self._unmatched)
         if self._dense is not None:
-            yield from diagnose_dense(self._dense.made, self._dense.padded)
+            yield from diagnose_dense(self._dense.made, self._dense.padded, self.result)
         yield from diagnose_scaled(self._scaled)
         if self._moves is not None:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)

@@ -213,9 +213,11 @@ class _Archive:
             return layout.meant, layout
         found = self.checkpoints()
         if len(found) > 1:
-            each = [f"{self.file.path}!{name:.200}" for name in found]
+            is_path = split_member(f"{self.file.path}!{found[0]}") is not None
+            each = [f"{self.file.path if is_path else 'FILE'}!{name:.200}" for name in found]
+            how = "" if is_path else ", by a path: of standard input or what is open already no member can be named"
             raise UnknownFormatError(
-                f"an archive with {count_of(len(found), 'checkpoint')} in it; give one of them: {listed(each, 8)}",
+                f"an archive with {count_of(len(found), 'checkpoint')} in it; give one of them{how}: {listed(each, 8)}",
                 names=found,
             )
         return (found[0], None) if found else None

@@ -28,7 +28,7 @@ import math
 from dataclasses import replace
 
 from ckptkit.bytesource import ByteRange
-from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.checkpoint import Storage
 from ckptkit.computed import spooled
 from ckptkit.dtypes import BY_STORAGE_CLASS
 from ckptkit.errors import (
@@ -42,7 +42,7 @@ from ckptkit.errors import (
 )
 from ckptkit.formats.format import Probe
 from ckptkit.formats.torch_legacy import begins_one, legacy_findings, storage_in
-from ckptkit.normalize import RawCheckpoint
+from ckptkit.normalize import RawCheckpoint, needs_protocol
 from ckptkit.normalize.made_plain import arrays_made_plain
 from ckptkit.normalize.sections import SectionSearch
 from ckptkit.pickling.arrays import LocatedBytes, is_array, is_numpy_scalar, itemsize_of, layout_of
@@ -148,7 +148,7 @@ def _read(area: ByteRange, probe: Probe, *, apart: bool) -> RawCheckpoint | Form
     return RawCheckpoint(
         root=root,
         format=_NAME,
-        pickle_protocol=pickle.protocol if _needs_protocol(everything) else None,
+        pickle_protocol=pickle.protocol if needs_protocol(everything) else None,
         globals=global_uses(pickle.globals),
         discarded=pickle.discarded,
         findings=(*legacy_findings(table), *findings),
@@ -181,17 +181,6 @@ def _holds(area: ByteRange, marks: tuple[bytes, ...], most: int) -> bool:
         if any(mark in before + chunk for mark in marks):
             return True
         before = chunk[-_BEGIN_NBYTES:]
-    return False
-
-
-def _needs_protocol(root: object) -> bool:
-    """Whether anything might mean something else in the protocol of torch's own files; torch warns of every other."""
-    for node in walk(root):
-        if isinstance(node, Global):
-            if node.module.partition(".")[0] not in ("torch", "collections") or "." in node.name:
-                return True
-        elif not isinstance(node, (list, tuple, InertDict, TensorEntry, Storage, Object)):
-            return True
     return False
 
 

@@ -21,8 +21,10 @@ from ckptkit.formats.json_text import ORDER, VERSIONS, lone_surrogates, places, 
 from ckptkit.formats.safetensors import METADATA, NAME, header_shape
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.not_plain import can_be_dense, describe_value
+from ckptkit.normalize.plain_json import plain_parts
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.selection import other_parts
+from ckptkit.normalize.shapes import tensor_at_a_glance
 from ckptkit.plan import Gather, LiteralBytes, Plan, Step, moved
 from ckptkit.report import glob_of, listed
 
@@ -66,7 +68,11 @@ def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
 def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
     beside = other_parts(checkpoint)
     if beside:
-        yield f"what is beside the weights ({_listed(beside)}): --weights-only leaves it out, --leave-out KEY a part"
+        plain = plain_parts(checkpoint.rest)
+        kept = "it" if len(plain) == len(beside) else _listed(plain)
+        keeps = f", --keep-beside keeps {kept} as text" if plain else ""
+        leaves_out = "--weights-only leaves it out, --leave-out KEY a part"
+        yield f"what is beside the weights ({_listed(beside)}): {leaves_out}{keeps}"
 
 
 def _values(checkpoint: Checkpoint) -> Iterator[str]:
@@ -85,11 +91,13 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
         leaves_out = f"{_exclude(list(others), checkpoint)} leaves them out"
         made = "them" if len(dense) == len(others) else _listed(dense)
         makes = f", --densify makes dense tensors of {made}" if dense else ""
-        yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}{makes}"
+        inside = [name for name, value in others.items() if name not in dense and tensor_at_a_glance(value)]
+        takes = f", --all-tensors takes the tensors inside {_listed(inside)}" if inside else ""
+        yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}{makes}{takes}"
 
 
 def _kinds(values: Mapping[str, object]) -> str:
-    return _listed([f"{name} ({brief(value)})" for name, value in values.items()])
+    return listed([f"{name:.100} ({brief(value):.100})" for name, value in values.items()], _LISTED)
 
 
 def _odd_dtypes(checkpoint: Checkpoint) -> dict[str, str]:

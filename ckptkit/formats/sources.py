@@ -408,7 +408,7 @@ class Compression:
                 data, stream = stream.unused_data, None
         if stream is not None:
             raise CorruptError(
-                f"truncated: what is {self.name}-compressed goes on behind the file's {file.size:,} bytes, which hold "
+                f"truncated: the {self.name} data goes on past the file's {file.size:,} bytes, which decompress to "
                 f"{made:,}. Get the file again"
             )
         if zeros and (not self.padding or zeros % self.padding):
@@ -419,7 +419,7 @@ class Compression:
         try:
             part: bytes = stream.decompress(data, CHUNK_NBYTES)
         except errors as error:
-            told = f"{self.name}-compressed, and damaged behind {made:,} bytes that it decompresses to"
+            told = f"{self.name}-compressed, and damaged after {made:,} bytes that it decompresses to"
             if isinstance(error, MemoryError) or "memory" in str(error).lower():
                 told = f"{self.name}-compressed so that it takes over {_MEMORY_NBYTES:,} bytes of memory"
                 raise UnsupportedError(f"{told}; decompress it first") from None
@@ -428,7 +428,7 @@ class Compression:
 
     def _followed(self, at: int) -> AmbiguousError:
         return AmbiguousError(
-            f"something follows what is {self.name}-compressed, and is not: some readers would go on there", offset=at
+            f"other bytes follow the {self.name} data: some readers stop before them, and some do not", offset=at
         )
 
 

@@ -198,7 +198,8 @@ def write(checkpoint: Checkpoint) -> Plan:
     data = write_pickle(written_tree(checkpoint), lower=lower, protocol=protocol, common_sizes=has_pickle)
     byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
     if len(byteorders) > 1:
-        raise UnsupportedError("storages of both byte orders cannot be written into one file")
+        told = "storages of both byte orders cannot be written into one file of torch's"
+        raise UnsupportedError(f"{told}; a .safetensors has one order alone: write that, and a .pth from it")
     archive = ZipWriter("archive")
     archive.add_literal("data.pkl", data)
     archive.add_literal("byteorder", (byteorders.pop() if byteorders else "little").encode())

@@ -211,7 +211,7 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
         if method != STORED and method != DEFLATED:
             called = f" ({_METHODS[method]})" if method in _METHODS else ""
             raise UnsupportedError(
-                f"record {name!r:.200} uses compression method {method}{called}; torch stores or deflates. {REPACK}"
+                f"record {name!r:.200} uses compression method {method}{called}; torch stores or deflates; {REPACK}"
             )
         if disk and disk != MAX16:
             raise UnsupportedError("an archive in several volumes")

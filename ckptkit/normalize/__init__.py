@@ -20,19 +20,29 @@ from itertools import islice
 from typing import Literal
 
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, Storage, TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, SectionSearch, brief, is_plain_value
 from ckptkit.normalize.selection import choose, holding_suffix, require_section, sections_listed
 from ckptkit.pickling.arrays import names_arrays
-from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, TreeMap, attributes, mapping_items, mapping_shell
+from ckptkit.pickling.inert import (
+    ABSENT,
+    Global,
+    InertDict,
+    Object,
+    TreeMap,
+    attributes,
+    mapping_items,
+    mapping_shell,
+    walk,
+)
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.report import listed as enumerated
 
-__all__ = ["RawCheckpoint", "lower_state_dict", "normalize"]
+__all__ = ["RawCheckpoint", "lower_state_dict", "needs_protocol", "normalize", "origin_alone"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +276,24 @@ def _same(leaf: object) -> object:
 
 
 # And back.
+
+
+def needs_protocol(root: object) -> bool:
+    """Whether anything might mean something else in the protocol of torch's own files; torch refuses every other."""
+    for node in walk(root):
+        if isinstance(node, Global):
+            if node.module.partition(".")[0] not in ("torch", "collections") or "." in node.name:
+                return True
+        elif not isinstance(node, (list, tuple, InertDict, TensorEntry, Storage, Object)):
+            return True
+    return False
+
+
+def origin_alone(origin: Origin, state_dict: StateDict) -> Origin:
+    """The origin of a state_dict with nothing beside it: what is gone asks for no protocol, and torch refuses most."""
+    if (origin.pickle_protocol or 2) <= 2 or needs_protocol(lower_state_dict(state_dict)):
+        return origin
+    return replace(origin, pickle_protocol=None)
 
 
 def lower_state_dict(state_dict: StateDict) -> object:

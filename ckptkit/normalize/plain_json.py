@@ -28,7 +28,7 @@ from ckptkit.checkpoint import STATE_DICT, StateDict
 from ckptkit.dtypes import DTYPES
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.content import meant, token_of
-from ckptkit.normalize.sections import brief
+from ckptkit.normalize.sections import brief, step
 from ckptkit.pickling.inert import (
     ABSENT,
     Global,
@@ -52,6 +52,7 @@ __all__ = [
     "parsed",
     "plain_extra",
     "plain_pairs",
+    "plain_parts",
 ]
 
 MOST_DEEP = 32
@@ -205,6 +206,11 @@ def plain_extra(state_dict: StateDict) -> list[str]:
     """The names of plain values among the tensors of a state_dict, but for those a module made (``_extra_state``)."""
     extra = state_dict.extra
     return [name for name, value in extra.items() if not name.endswith("_extra_state") and is_plain(value)]
+
+
+def plain_parts(rest: object) -> list[str]:
+    """The keys of what is beside the weights that lead to plain values."""
+    return [step(key) for key, value in plain_pairs(rest) or () if is_plain(value)]
 
 
 def plain_pairs(node: object) -> list[tuple[object, object]] | None:

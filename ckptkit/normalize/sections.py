@@ -39,6 +39,7 @@ from ckptkit.normalize.shapes import (
     are_moments,
     is_graph,
     is_optimizer,
+    is_packed,
     is_sliced,
     is_substantial,
     named_values,
@@ -273,6 +274,8 @@ class SectionSearch:
                 tensors += 1
                 dotted += "." in key
                 parameters += "." in key and key.rpartition(".")[2] in PARAMETERS
+            elif is_packed(key, value):
+                tensors += 1
             elif not key.endswith("_extra_state"):
                 others += 1
                 is_plain = is_plain and _is_setting(value)

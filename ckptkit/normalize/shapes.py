@@ -12,7 +12,18 @@ from collections.abc import Iterable
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.modules import bound_method, module_state
-from ckptkit.pickling.inert import ABSENT, ITSELF, SCALARS, Global, InertDict, Object, attributes, mapping_items, states
+from ckptkit.pickling.inert import (
+    ABSENT,
+    ITSELF,
+    SCALARS,
+    Global,
+    InertDict,
+    Object,
+    attributes,
+    is_global,
+    mapping_items,
+    states,
+)
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
@@ -23,6 +34,7 @@ __all__ = [
     "are_moments",
     "is_graph",
     "is_optimizer",
+    "is_packed",
     "is_sliced",
     "is_substantial",
     "named_values",
@@ -180,6 +192,17 @@ def is_substantial(value: object) -> bool:
     if not isinstance(value, TensorEntry):
         return not isinstance(value, SCALARS)
     return bool(value.shape) and DTYPES[value.dtype].kind not in ("int", "bool")
+
+
+def is_packed(name: str, node: object) -> bool:
+    """Whether it is what torch's quantized modules keep in place of tensors.
+
+    A tuple of weight and bias (``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams``), or an object of
+    torch's own C++ classes (``dynamic/modules/rnn.py`` there, ``PackedParameter``).
+    """
+    if isinstance(node, tuple):
+        return name.endswith("._packed_params") and any(map(is_tensor_like, node))
+    return "." in name and isinstance(node, Object) and is_global(node.cls, "torch", "ScriptObject")
 
 
 def named_values(node: object) -> list[tuple[object, object]] | None:

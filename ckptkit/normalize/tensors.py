@@ -314,6 +314,7 @@ class _Walk:
         self._top = top
         self._seen: set[int] = set()
         self._known: dict[int, Value | None] = {}
+        self._parts: set[int] = set()
         self._kept: list[object] = []
 
     def values(self, at: _Place, values: list[tuple[str, object]], own: _Own) -> Iterator[FoundTensor]:
@@ -365,6 +366,7 @@ class _Walk:
     def _in_value(self, place: _Place, node: object, made: Value) -> Iterator[tuple[_Place, object]]:
         """What a value is made of, under torch's names; where it stands for that, what else is in it."""
         rest = place._replace(own=_Own([part for _, part in made.parts], place.own)).inside("?", self._whole)
+        self._parts.update(id(part) for _, part in made.parts)
         yield from ((rest, child) for child in reversed(children(node)))
         for name, part in reversed(made.parts) if not self._whole else ():
             # A quantized value has the name of its storage.
@@ -410,7 +412,8 @@ class _Walk:
             return own is not None
         parts = [part for _, part in made.parts]
         return bool(parts) and all(
-            part in own if isinstance(part, TensorEntry) else id(part) in self._seen for part in parts
+            part in own if isinstance(part, TensorEntry) else id(part) in self._parts or id(part) in self._seen
+            for part in parts
         )
 
 
@@ -435,6 +438,7 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
                 steps.append((_NO_STEP, index, part))
     known = {id(node.state)} if pairs is None else set(map(id, node.args))  # initial pairs are among the pairs
     known.update(id(child) for _, _, child in steps)
+    known.add(id(persistent(node)))  # whose parts these are
     called: list[object] = []
     if pairs is None:  # what the calls for its effect are given is among its states
         known.update(map(id, node.effects))

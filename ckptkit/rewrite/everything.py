@@ -16,6 +16,7 @@ from ckptkit.checkpoint import (
 )
 from ckptkit.errors import CorruptError, KeyCollisionError, LimitError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize import origin_alone
 from ckptkit.normalize.made_plain import array_entry
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, is_plain_value, join, step
 from ckptkit.normalize.shapes import parts
@@ -78,7 +79,7 @@ class AllTensors:
             module=None,
             discarded=(),
             sections=(whole,),
-            origin=replace(checkpoint.origin, state_path="", kind="state_dict"),
+            origin=replace(origin_alone(checkpoint.origin, state_dict), state_path="", kind="state_dict"),
         )
 
 

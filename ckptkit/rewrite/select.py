@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from ckptkit.arguments import several
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import RewriteError
+from ckptkit.normalize import origin_alone
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.sections import MAX_SECTION_DEPTH, join, step
@@ -181,7 +182,8 @@ class WeightsOnly:
         elif isinstance(state_dict.container, NestedDicts):
             container = state_dict.container.flat(state_dict.versions)
             state_dict = StateDict(state_dict.everything, versions=state_dict.versions, container=container)
-        return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT, discarded=())
+        origin = origin_alone(checkpoint.origin, state_dict)
+        return checkpoint.replace(state_dict=state_dict, rest=STATE_DICT, discarded=(), origin=origin)
 
 
 _MAX_PATHS = 20

@@ -389,3 +389,12 @@ def test_as_typed(save: Save, convert: Any) -> None:
     assert list(torch.load("out.pth", weights_only=True)) == ["model", "epoch"]
     done = convert(source, "out.safetensors", "--keep-beside")
     assert (done.code, "kept in the metadata" in done.err) == (0, True)
+
+
+def test_what_is_kept_is_not_replaced_by_metadata(save: Callable[..., Path], tmp_path: Path) -> None:
+    path = save({"model": {"w.weight": torch.ones(2)}, "dims": {"n": 4}})
+    with pytest.raises(RewriteError, match="--metadata ckptkit_beside: that key holds the plain values"):
+        ckptkit.convert(
+            path, out := tmp_path / "out.safetensors", keep_beside=True, metadata={"ckptkit_beside": "something"}
+        )
+    assert not out.exists()

@@ -112,6 +112,18 @@ def test_many_of_one_kind_take_one_option(save, refused, converted, agree) -> No
     agree(converted(path, "some.safetensors", *remedies(line)), kept, ordered=False)
 
 
+def test_what_could_be_kept_as_text_is_named(save, refused) -> None:
+    weights = {"w.weight": torch.ones(2)}
+    line = refused(save({"model": weights, "dims": {"n": 4}, "sr": "40k"}), "out.safetensors")
+    assert (
+        "(dims, sr): --weights-only leaves it out, --leave-out KEY a part, --keep-beside keeps it as text; or" in line
+    )
+    line = refused(save({"model": weights, "epoch": 3, "stride": torch.ones(3)}, "some.pth"), "out.safetensors")
+    assert "a part, --keep-beside keeps epoch as text; or" in line
+    line = refused(save({"model": weights, "stride": torch.ones(3)}, "none.pth"), "out.safetensors")
+    assert "--keep-beside" not in line
+
+
 def test_names_are_given_as_they_will_be(save, refused, converted) -> None:
     path = save({"module.w": torch.ones(1), "module.z": COMPLEX})
     line = refused(path, "out.safetensors", "--strip-module")

@@ -126,6 +126,25 @@ def test_a_pth_keeps_them_as_they_are(tmp_path: Path, same_bits: SameBits) -> No
 
 
 @pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_all_tensors_have_one_name_each_and_torch_loads_them(protocol: int, tmp_path: Path) -> None:
+    path, saved = tmp_path / "network-snapshot.pkl", networks()
+    path.write_bytes(pickle.dumps(saved, protocol))
+    expected = {f"{name}.{key}" for name in ("G", "D", "G_ema") for key in saved[name].state_dict()}
+    expected |= {"G.mapping.noise", "D.noise", "G_ema.mapping.noise"}
+    ckptkit.convert(path, out := tmp_path / "all.safetensors", all_tensors=True)
+    with ckptkit.open(out) as file:
+        assert set(file.state_dict) == expected
+    ckptkit.convert(path, out := tmp_path / "all.pth", all_tensors=True)
+    assert set(torch.load(out, weights_only=True)) == expected  # which takes protocol 2 alone
+    ckptkit.convert(path, out, section="G", weights_only=True, force=True)
+    assert list(torch.load(out, weights_only=True)) == list(saved["G"].state_dict())
+    ckptkit.convert(path, out := tmp_path / "shards.pth", all_tensors=True, max_shard_size="2KB")
+    parts = [torch.load(part, weights_only=True) for part in tmp_path.glob("shards-*.pth")]
+    assert len(parts) > 1 and {name for part in parts for name in part} == expected
+
+
+@pytest.mark.usefixtures("stub")
 def test_one_that_contains_itself(tmp_path: Path) -> None:
     path = tmp_path / "m.pkl"
     generator = Generator(4)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.ao import quantization
 from torch.ao.nn import quantized
 
 import ckptkit
 from ckptkit.checkpoint import Checkpoint, TensorEntry
+from ckptkit.errors import RewriteError
 from ckptkit.pickling.inert import Global, Object
 
 Save = Callable[..., Path]
@@ -109,7 +111,7 @@ def test_what_is_written_loads_into_the_model(save: Save, model: str, tmp_path: 
             assert same, name
 
 
-@pytest.mark.parametrize("model", ["linear", "static", "dynamic", "embedding"])
+@pytest.mark.parametrize("model", ["linear", "static", "dynamic", "embedding", "recurrent"])
 def test_a_saved_state_dict_of_one(save: Save, opened: Opened, model: str, tmp_path: Path) -> None:
     expected = MODELS[model]().state_dict()
     path = save(expected)
@@ -118,6 +120,19 @@ def test_a_saved_state_dict_of_one(save: Save, opened: Opened, model: str, tmp_p
         assert list(checkpoint.state_dict.everything) == list(expected)
     ckptkit.convert(path, tmp_path / "out.pth")
     MODELS[model]().load_state_dict(torch.load(tmp_path / "out.pth", weights_only=False), strict=True)
+
+
+def test_what_safetensors_cannot_hold_of_one_is_to_be_had_with_all_tensors(save: Save, tmp_path: Path) -> None:
+    path = save({"model": recurrent().state_dict(), "epoch": 1})
+    with pytest.raises(RewriteError, match=r"--all-tensors takes the tensors inside 0\._all_weight_values\.0\.param"):
+        ckptkit.convert(path, out := tmp_path / "out.safetensors", weights_only=True, densify=True)
+    ckptkit.convert(path, out, all_tensors=True, densify=True)
+    assert "model.0._all_weight_values.0.param.0.1.0" in load_file(out)
+
+
+def test_all_tensors_of_a_module_have_one_name_each(save: Save, tmp_path: Path) -> None:
+    ckptkit.convert(save(static()), out := tmp_path / "out.safetensors", all_tensors=True, densify=True)
+    assert sorted(load_file(out)) == ["0.scale", "0.zero_point", "1.bias", "1.weight"]
 
 
 def test_settings_of_a_convolution_come_from_its_tuple(save: Save, opened: Opened) -> None:

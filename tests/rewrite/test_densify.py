@@ -470,6 +470,21 @@ def test_nothing_to_make_is_told(save: Save) -> None:
         Densify("int8")
 
 
+def test_what_stays_packed_is_told(tmp_path: Path) -> None:
+    packed = {
+        "q.qweight": torch.zeros(32, 64, dtype=torch.int32),
+        "q.qzeros": torch.zeros(2, 8, dtype=torch.int32),
+        "q.scales": torch.ones(2, 64).half(),
+        "q.g_idx": (torch.arange(256) // 128).int(),
+    }
+    save_file(packed, path := tmp_path / "gptq.safetensors")
+    report = ckptkit.convert(path, out := tmp_path / "out.safetensors", densify=True)
+    (told,) = [finding for finding in report.findings if finding.code == "densified"]
+    assert told.severity == "warning"
+    assert told.message.startswith("1 module stays quantized: GPTQ, 4 bits, groups of 128 (1 module of qweight, ")
+    assert all(torch.equal(tensor, packed[name]) for name, tensor in load_file(out).items())
+
+
 def test_it_is_offered_where_it_helps(save: Save, tmp_path: Path) -> None:
     path = save({"q": torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8), "a": torch.ones(1)})
     with pytest.raises(RewriteError, match="--exclude q leaves them out, --densify makes dense tensors of them"):
