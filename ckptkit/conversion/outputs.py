@@ -128,7 +128,7 @@ def ending_of(folder: str, options: ConvertOptions) -> str:
     """The ending of outputs in a folder.
 
     Raises:
-        RewriteError: no container is asked for, or there is none of that name.
+        RewriteError: no container is asked for, or none has that name.
     """
     if options.to is None:
         raise RewriteError(

@@ -153,7 +153,7 @@ def format_named(name: str) -> Format:
 
 
 def index_over(container: Format) -> Format | None:
-    """The container that makes one checkpoint of several files of this one; ``None``: there is none."""
+    """The container that makes one checkpoint of several files of this one; ``None``: none does."""
     return next((each for each in FORMATS if each.shards == container.name), None)
 
 

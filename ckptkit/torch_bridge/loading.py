@@ -11,7 +11,6 @@ out: both would need the file's classes.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from ckptkit.normalize.tensors import storage_names
 from ckptkit.report import listed
 from ckptkit.torch_bridge.devices import STAGED, Places, Staging, TorchLocation, allocated
 from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums
+from ckptkit.transfer.memory import memory_at
 from ckptkit.transfer.workers import buffer, in_parallel
 
 require_torch()
@@ -38,12 +38,6 @@ __all__ = ["ALIGNMENT", "Loader", "dtype_of", "require_dtypes", "tensors"]
 
 _Readable = ByteRange | ConvertedRange | DenseRange
 """What is read as it is, or made as it is read."""
-
-_memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
-    ("PyMemoryView_FromMemory", ctypes.pythonapi)
-)
-_WRITABLE = 0x200
-"""``PyBUF_WRITE``."""
 
 _SUMMED_READ = 1 << 20
 """Bytes of one read that are summed while they are in a core's own cache."""
@@ -351,7 +345,7 @@ def _reading(
     """
     if not source.nbytes:
         return []
-    view: memoryview = _memory_at(memory.data_ptr(), source.nbytes, _WRITABLE)
+    view = memory_at(memory.data_ptr(), source.nbytes, writable=True)
     step = piece_nbytes(source, _SUMMED_READ) if is_made(source) else SUMMED_NBYTES
     tasks: list[Callable[[], object]] = []
     for first in range(0, source.nbytes, step):
