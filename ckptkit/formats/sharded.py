@@ -94,7 +94,7 @@ def read(probe: Probe) -> RawCheckpoint:
             *merged_findings(shards),
             *odd_shards(shards),
             *extra_keys([key for key in everything if key not in tied], weight_map),
-            *total_size(metadata, everything),
+            *total_size(metadata, everything, are_storages=index.tensors_alone),
         ),
     )
 

@@ -189,12 +189,22 @@ def odd_shards(shards: Mapping[str, Shard]) -> Iterator[Finding]:
         )
 
 
-def total_size(metadata: Mapping[str, object], everything: Mapping[str, object]) -> Iterator[Finding]:
-    """Whether ``total_size`` is what the tensors take, ties counted once (as now) or each (as before)."""
+def total_size(
+    metadata: Mapping[str, object], everything: Mapping[str, object], *, are_storages: bool
+) -> Iterator[Finding]:
+    """Whether ``total_size`` is what the tensors take, ties counted once (as now) or each (as before).
+
+    Args:
+        metadata: of the index.
+        everything: the values of all shards.
+        are_storages: whether each tensor is all of its storage, which is then not computed anew.
+    """
     stated = metadata.get("total_size")
     if stated is None:
         return
     entries = [value for value in everything.values() if isinstance(value, TensorEntry)]
+    if are_storages and stated == sum([entry.storage.nbytes for entry in entries]):
+        return
     bits, prod = {name: row.bits or 8 * row.itemsize for name, row in DTYPES.items()}, math.prod
     once = each = sum([-(-prod(entry.shape) * bits[entry.dtype] // 8) for entry in entries])
     if stated != each and shared_storages(entries):
