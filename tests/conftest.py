@@ -223,3 +223,16 @@ def unprivileged() -> Callable[..., Any]:
             os.setegid(0)
 
     return call
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of what was read into memory, where it was not mapped."""
+    from ckptkit.torch_bridge import loading
+
+    seen: list[int] = []
+    reading = loading._reading
+    monkeypatch.setattr(
+        loading, "_reading", lambda m, source, *rest: seen.append(source.nbytes) or reading(m, source, *rest)
+    )
+    return seen

@@ -22,7 +22,6 @@ from ckptkit import options
 from ckptkit.errors import CorruptError, DTypeError, KeyCollisionError, RewriteError, SectionError
 from ckptkit.formats import format_named
 from ckptkit.options import ConvertOptions, LoadOptions
-from ckptkit.torch_bridge import loading
 
 Save = Callable[..., Path]
 
@@ -185,17 +184,6 @@ def test_a_compressed_file_and_another_byte_order_are_cast_too(save: Save) -> No
 
 
 # In the file's own memory.
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of what was read into memory."""
-    seen: list[int] = []
-    reading = loading._reading
-    monkeypatch.setattr(
-        loading, "_reading", lambda m, source, *rest: seen.append(source.nbytes) or reading(m, source, *rest)
-    )
-    return seen
 
 
 def test_safetensors_files_are_mapped_and_others_copied(save: Save, tmp_path: Path, reads: list[int]) -> None:

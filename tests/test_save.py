@@ -199,7 +199,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
         ({3: torch.ones(1)}, "not 3 (Tensor)"),
         ([torch.ones(1)], "not a list"),
         (torch.ones(1), "not a Tensor"),
-        ({}, "; there is none"),
+        ({}, ", and none is given"),
     ],
 )
 def test_what_safetensors_and_shards_cannot_hold(state: Any, told: str, tmp_path: Path) -> None:

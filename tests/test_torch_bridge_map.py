@@ -15,21 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from ckptkit.formats import read
-from ckptkit.torch_bridge import loading, tensors
+from ckptkit.torch_bridge import tensors
 
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of what was read into memory instead."""
-    seen: list[int] = []
-    reading = loading._reading
-    monkeypatch.setattr(
-        loading, "_reading", lambda m, source, *rest: seen.append(source.nbytes) or reading(m, source, *rest)
-    )
-    return seen
 
 
 def mapped(path: Path, **options: Any) -> dict[str, torch.Tensor]:

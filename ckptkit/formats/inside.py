@@ -109,7 +109,7 @@ class _Archive:
     Attributes:
         members: by name, without ``./`` before it.
         twice: names of which there are several.
-        others: what is no file and no folder, with its kind.
+        others: members that are neither files nor folders, with their kinds.
     """
 
     def __init__(self, file: Source, limits: Limits) -> None:

@@ -181,7 +181,7 @@ class Records(Mapping[str, Record]):
         self._taken = bytearray(len(names))
 
     def get(self, name: str, default: object = None) -> Record | None:  # type: ignore[override]
-        """The record of a name; ``None``: there is none."""
+        """The record of that name; ``None``: no record has it."""
         number = self._numbers.get(self._root + name)
         return None if number is None else self._record(number, self._root + name)
 

@@ -305,7 +305,7 @@ def make_at(
             told = f"{path}: a manifest records files by their paths, and standard input has none"
             raise FileAccessError(told, path=path)
         if not os.path.lexists(path):
-            source_of(path).close()  # which tells where there is none
+            source_of(path).close()  # it says so where the file is missing
             told = f"{path}: a manifest records files; record the archive, or unpack it"
             raise FileAccessError(told, path=path)
     folder = _folder_of(paths) if destination is None else os.path.dirname(os.path.abspath(destination))

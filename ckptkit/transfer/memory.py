@@ -224,7 +224,7 @@ class Storages:
         self._known: dict[object, Storage] = {}
 
     def get(self, key: object, dtype: str, take: Callable[[], ByteRange], location: str = "cpu") -> Storage:
-        """The storage that is known by a key; where there is none, of the bytes that ``take`` gives."""
+        """The storage that is known by a key; where none is, one of the bytes that ``take`` gives."""
         if key not in self._known:
             source = take()
             declared = dtype if DTYPES[dtype].storage_class else None
@@ -418,7 +418,7 @@ def checkpoint_of(
                 for (key, value), (_, node) in zip(state.items(), pairs, strict=True)
                 if not isinstance(key, str) or not isinstance(node, TensorEntry)
             ]
-        told = f", not {listed(others, 8)}" if others else "; there is none"
+        told = f", not {listed(others, 8)}" if others else ", and none is given"
         raise RewriteError(
             f"{alone} holds tensors under names and nothing else{told}; save the dict of tensors alone, or write a "
             ".pth, which holds it all"

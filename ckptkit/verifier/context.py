@@ -65,7 +65,7 @@ class Context:
         inputs: what the model is given; ``None``: no forward check is asked for.
         against: another checkpoint of the same model, to compare outputs with; its file is open.
         golden: outputs recorded earlier, to compare with.
-        file: the file of the checkpoint, for a look at its other sections; ``None``: there is none.
+        file: the file of the checkpoint, for a look at its other sections; ``None``: no file is open.
         given: options of ``verify`` and ``convert`` by which these weights were taken from the file.
         failed: whether a check has found an error.
         fit: set by the fit check.
