@@ -1,0 +1,1 @@
+"""Checkpoints that several ranks wrote together, a folder each."""
