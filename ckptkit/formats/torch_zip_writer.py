@@ -203,7 +203,8 @@ def archive_of(
     Args:
         root: the tree.
         state_dict: what stands for the marker `STATE_DICT` in it.
-        protocol, common_sizes: see `ckptkit.pickling.writer.write_pickle`.
+        protocol: see `ckptkit.pickling.writer.write_pickle`.
+        common_sizes: likewise.
 
     Returns:
         It, and the number of tensors in it.

@@ -1,7 +1,7 @@
 """torch.distributed.checkpoint: a folder that its ``load`` reads, as ranks would have written it.
 
-The folder has a file for each rank, ``__0_0.distcp``, and ``.metadata``, which says what lies where.  What is written is
-what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``default_planner.py``), seen in its files:
+The folder has a file for each rank, ``__0_0.distcp``, and ``.metadata``, which says what lies where.  What is written
+is what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``default_planner.py``), seen in its files:
 
 - The tree of dicts becomes names as `flattened` says; the planner's data lead back from them to the tree.
 - A tensor is one item or, of several ranks, one for each part along its first dimension, cut as ``torch.chunk`` cuts it
