@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, several, shapes, text, texts, within
 from ckptkit.errors import RewriteError, VerifyError
+from ckptkit.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +151,16 @@ class ConvertOptions(Options):
     )
     to = text(
         "FORMAT",
-        "torch-zip, safetensors, or either -sharded; overrides DST's ending.",
-        "container name that overrides the ending",
+        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's ending.",
+        'container name that overrides the ending; ``"dcp"``: a folder that ``torch.distributed.checkpoint.load`` '
+        "reads, which is new or empty",
+    )
+    ranks: Option[int | None] = Option(
+        "integer",
+        None,
+        "With --to dcp: a file for each of N ranks, with rows of every tensor.",
+        "how many ranks share a ``dcp`` folder: each has rows of every tensor, in a file of its own",
+        "N",
     )
     max_shard_size: Option[int | str | None] = Option(
         "text",
@@ -190,6 +199,9 @@ class ConvertOptions(Options):
             raise RewriteError("--cast-scaled is about --dtype, which is not given")
         if self.model_args and self.like is None:
             raise RewriteError("--model-arg is for the model of --like, which is not given")
+        most, ranks = DEFAULT_LIMITS.shards, self.ranks
+        if ranks is not None and (not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= most):
+            raise RewriteError(f"--ranks {ranks!r:.40}: expected a whole number from 1 to {most:,}")
         if self.all_tensors:
             self._check_all_tensors()
         if self.like is not None:
@@ -426,6 +438,7 @@ if TYPE_CHECKING:
         like: Any
         model_args: Mapping[str, Any] | None
         to: str | None
+        ranks: int | None
         max_shard_size: int | str | None
         metadata: Mapping[str, str] | None
         allow_part: bool

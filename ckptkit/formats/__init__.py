@@ -36,6 +36,7 @@ __all__ = [
     "format_for",
     "format_named",
     "given_of",
+    "is_folder",
     "plan",
     "read",
     "require_sound",
@@ -360,6 +361,11 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     )
 
 
+def is_folder(to: str | None) -> bool:
+    """Whether a container name is that of one that is a folder."""
+    return to is not None and any(each.is_folder for each in FORMATS if each.name == to)
+
+
 def target(
     destination: str | os.PathLike[str], to: str | None = None, shard_nbytes: int | None = None
 ) -> tuple[str, Format, int | None]:
@@ -367,19 +373,21 @@ def target(
 
     Args:
         destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
-            shards.
+            shards.  Of a container that is a folder it is that, whatever its name.
         to: container name that overrides the ending; ``safetensors-sharded`` and ``torch-sharded`` ask for shards.
         shard_nbytes: the most bytes of a file; what has more becomes shards and an index.
 
     Returns:
-        The path of the one file, or that the shards are named after; the container of it or of them; and the
-        most bytes of a shard, ``None``: no shards are asked for.
+        The path of the one file or folder, or that the shards are named after; the container of it or of them; and
+        the most bytes of a shard, ``None``: no shards are asked for.
 
     Raises:
         RewriteError: no container is meant by it.
     """
     path = os.fsdecode(destination)
     default = None
+    if is_folder(to):
+        return path, format_for(path, to), None
     if path.endswith(_INDEX):
         path, default = path.removesuffix(_INDEX), SHARD_NBYTES
     shards = next((index.shards for index in FORMATS if index.name == to), None)
@@ -394,6 +402,7 @@ def plan(
     *,
     to: str | None = None,
     shard_nbytes: int | None = None,
+    ranks: int | None = None,
 ) -> tuple[str, Plan]:
     """What would be written, and the file it would be.
 
@@ -402,16 +411,17 @@ def plan(
         destination: the output.
         to: container name that overrides its ending.
         shard_nbytes: the most bytes of a file; see `target`.
+        ranks: how many share a folder; ``None``: one, or it is no folder.
 
     Returns:
-        The file, which is the index of ``destination`` where there are shards, and its plan.
+        The file, which is the index of ``destination`` where there are shards, or the folder, and its plan.
 
     Raises:
         RewriteError: no container is meant, or it cannot hold the checkpoint.
     """
     path, container, most = target(destination, to, shard_nbytes)
     if most is None:
-        return path, container.write(checkpoint)
+        return path, container.write(checkpoint, ranks)
     from ckptkit.formats.shard_writer import index_name, plan_shards
 
     made = plan_shards(checkpoint, container, os.path.basename(path), most)

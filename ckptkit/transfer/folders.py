@@ -30,7 +30,7 @@ from ckptkit.transfer.names import (
 )
 from ckptkit.transfer.workers import uninterrupted
 
-__all__ = ["OutputFolder", "created_folder", "folder_made"]
+__all__ = ["OutputFolder", "created_folder", "folder_made", "is_empty_folder", "not_empty"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,7 +93,7 @@ class OutputFolder:
                 os.rename(self.temporary, self.path)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise _not_empty(self.shown) from None
+                    raise not_empty(self.shown) from None
                 raise
             self.is_ours = False
         if flush:
@@ -121,8 +121,8 @@ def created_folder(path: str, shown: str) -> OutputFolder:
     old = None
     try:
         if os.path.lexists(path):
-            if not os.path.isdir(path) or os.listdir(path):
-                raise _not_empty(shown)
+            if not is_empty_folder(path):
+                raise not_empty(shown)
             old = os.stat(path)
             if os.path.ismount(path) or os.path.samefile(path, os.curdir):
                 why = "a file system begins here" if os.path.ismount(path) else "it is the working directory"
@@ -165,7 +165,12 @@ def _is_locked(output: OutputFolder) -> bool:
     return False
 
 
-def _not_empty(shown: str) -> DestinationExistsError:
+def is_empty_folder(path: str) -> bool:
+    """Whether it is a folder with nothing in it."""
+    return os.path.isdir(path) and not os.listdir(path)
+
+
+def not_empty(shown: str) -> DestinationExistsError:
     """The error for a folder that is not to be replaced, nor a file by one."""
     told = "a folder is written that is new or empty, and --force replaces none; name another"
     return DestinationExistsError(f"{shown}: exists already and is not an empty folder; {told}", path=shown)

@@ -88,6 +88,8 @@ class Flat:
         if isinstance(value, TensorEntry) and not (is_plain_value(value) and value.attributes is None):
             cls = value.subclass.qualified if isinstance(value.subclass, Global) else "its attributes"
             self.lost.append(f"{name[-100:]} (a plain tensor is written, without {cls:.100})")
+        elif not isinstance(value, TensorEntry) and is_tensor_like(value):
+            self.lost.append(f"{name[-100:]} (no plain tensor: written as a pickled value)")
 
 
 def flattened(checkpoint: Checkpoint) -> Flat:
@@ -116,20 +118,20 @@ def flattened(checkpoint: Checkpoint) -> Flat:
             within.discard(id(node))
             continue
         pairs = mapping_items(node)
-        if pairs is None and not (isinstance(node, list) and _is_gone_into(node)):
+        below: list[tuple[Path, object, bool]] = []
+        if pairs is not None:
+            below = [((*path, _text(key, path)), value, False) for key, value in pairs]
+            found.lost += _lost(node, path, pairs)
+        elif isinstance(node, list) and _is_gone_into(node):
+            below = [((*path, at), value, False) for at, value in enumerate(node)]
+        else:
             found.add(path, node)
             continue
         if id(node) in within or len(path) > _MAX_LEVELS:
             told = "holds itself" if id(node) in within else f"has over {_MAX_LEVELS} levels"
             raise RewriteError(f"{_name(path):.200}: {told}, which nothing in a {NAME} folder can")
         within.add(id(node))
-        stack.append((path, node, True))
-        if pairs is None:
-            below = [((*path, at), value, False) for at, value in enumerate(node)]  # type: ignore[call-overload]
-        else:
-            below = [((*path, _text(key, path)), value, False) for key, value in pairs]
-            found.lost += _lost(node, path, pairs)
-        stack.extend(reversed(below))
+        stack += [(path, node, True), *reversed(below)]
     if not found.values:
         raise RewriteError(f"there is nothing to write: a {NAME} folder holds values under names, and it has none")
     return found
@@ -193,13 +195,13 @@ class _Item(NamedTuple):
 
     Attributes:
         name: of the value.
-        index: the number of the part.
+        number: of the part.
         first: its first row.
         value: the rows as an entry of their own, or the value.
     """
 
     name: str
-    index: int
+    number: int
     first: int
     value: object
 
@@ -271,23 +273,24 @@ def _tensor_steps(start: int, entry: TensorEntry) -> tuple[list[Step], int]:
     end = at + nbytes + len(after)
     if not nbytes:
         return [LiteralBytes(at, after)], end
-    values: Step
+    values: list[Step] = []
     crc: int | None = None
     if not entry.is_plain_bytes:
-        values = Gather(at, entry)
+        values.append(Gather(at, entry))
     elif nbytes == storage.source.nbytes:
-        values, crc = moved(at, storage.source), storage.crc32
+        values += moved(at, storage.source)
+        crc = storage.crc32
     else:
-        values = moved(at, storage.source.part(entry.storage_offset * entry.itemsize, nbytes))
+        values += moved(at, storage.source.part(entry.storage_offset * entry.itemsize, nbytes))
     if crc is None:
         fields = [Checksum(start + target, at, nbytes) for target in checksums]
-        return [LiteralBytes(start, before), values, LiteralBytes(at + nbytes, after), *fields], end
+        return [LiteralBytes(start, before), *values, LiteralBytes(at + nbytes, after), *fields], end
     known = bytearray(before + after)
     for target in checksums:
         target -= nbytes if target > len(before) else 0
         known[target : target + 4] = crc.to_bytes(4, "little")
     first, last = bytes(known[: len(before)]), bytes(known[len(before) :])
-    return [LiteralBytes(start, first), values, LiteralBytes(at + nbytes, last)], end
+    return [LiteralBytes(start, first), *values, LiteralBytes(at + nbytes, last)], end
 
 
 def _other_steps(start: int, value: object, protocol: int | None) -> tuple[list[Step], int, int]:
@@ -330,19 +333,18 @@ def write(checkpoint: Checkpoint, ranks: int = 1) -> Plan:
         end = tensors = 0
         for item in items:
             start, value = end, item.value
-            index: list[tuple[object, object]] = [("fqn", item.name), ("index", None)]
+            index = _made(_INDEX, fqn=item.name, index=None)
             if isinstance(value, TensorEntry):
                 made, end = _tensor_steps(start, value)
-                tensors += not item.index
+                tensors += not item.number
                 offsets = _size((item.first, *(0,) * (len(value.shape) - 1))[: len(value.shape)])
-                chunks[item.name].append(_made(_CHUNK, [("offsets", offsets), ("sizes", _size(value.shape))]))
-                index = [("fqn", item.name), ("index", item.index), ("offset", offsets)]
+                chunks[item.name].append(_made(_CHUNK, offsets=offsets, sizes=_size(value.shape)))
+                index = _made(_INDEX, fqn=item.name, index=item.number, offset=offsets)
             else:
                 made, end, inside = _other_steps(start, value, protocol)
                 tensors += inside
             steps += made
-            place = [("relative_path", file), ("offset", start), ("length", end - start)]
-            stored.append((_made(_INDEX, index), _made(_STORED, place)))
+            stored.append((index, _made(_STORED, relative_path=file, offset=start, length=end - start)))
         if items:
             shards[file] = Plan(format=NAME, nbytes=end, steps=tuple(steps), tensors=tensors, aliases={})
     data = _metadata(flat, chunks, stored, checkpoint.metadata)
@@ -371,11 +373,11 @@ _STRIDED = Object("reduce", Global("torch.serialization", "_get_layout"), ("torc
 _CONTIGUOUS = Object("reduce", Global(_OLD, "MEM_FORMAT_ENCODING"), (0,))
 
 
-def _made(cls: Global, pairs: list[tuple[object, object]]) -> Object:
+def _made(cls: Global, **state: object) -> Object:
     """An instance of a dataclass with these attributes."""
     node = Object("newobj", cls, ())
-    if pairs:
-        node.state = InertDict(pairs)
+    if state:
+        node.state = InertDict(list(state.items()))
     return node
 
 
@@ -400,18 +402,18 @@ def _metadata(
     described: list[tuple[object, object]] = []
     for name, value in flat.values.items():
         if not isinstance(value, TensorEntry):
-            described.append((name, _made(_BYTES, [])))
+            described.append((name, _made(_BYTES)))
             continue
         properties = Object("newobj", _PROPERTIES, ())
         properties.state = (Global("torch", value.dtype), _STRIDED, value.requires_grad, _CONTIGUOUS, False)
-        about = [("properties", properties), ("size", _size(value.shape)), ("chunks", chunks[name])]
-        described.append((name, _made(_TENSOR, about)))
-    pairs: list[tuple[object, object]] = [
-        ("state_dict_metadata", InertDict(described)),
-        ("planner_data", InertDict(list(flat.paths.items()))),
-        ("storage_data", InertDict(stored)),
-        ("version", "1.0.0"),
-    ]
-    if metadata:
-        pairs.append((METADATA, InertDict(list(metadata.items()))))
-    return write_pickle(_made(_ROOT, pairs), lower=lambda node: node, protocol=4)
+        about = _made(_TENSOR, properties=properties, size=_size(value.shape), chunks=chunks[name])
+        described.append((name, about))
+    root = _made(
+        _ROOT,
+        state_dict_metadata=InertDict(described),
+        planner_data=InertDict(list(flat.paths.items())),
+        storage_data=InertDict(stored),
+        version="1.0.0",
+        **({METADATA: InertDict(list(metadata.items()))} if metadata else {}),
+    )
+    return write_pickle(root, lower=lambda node: node, protocol=4)
