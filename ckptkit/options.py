@@ -11,9 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, several, shapes, text, texts, within
+from ckptkit.arguments import Option, Options, count, dtype, flag, pairs, path, several, shapes, text, texts, within
 from ckptkit.errors import RewriteError, VerifyError
-from ckptkit.limits import DEFAULT_LIMITS
 
 if TYPE_CHECKING:
     import torch
@@ -152,15 +151,12 @@ class ConvertOptions(Options):
     to = text(
         "FORMAT",
         "torch-zip, safetensors, either -sharded, or dcp; overrides DST's ending.",
-        'container name that overrides the ending; ``"dcp"``: a folder that ``torch.distributed.checkpoint.load`` '
-        "reads, which is new or empty",
+        'container name that overrides the ending; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
     )
-    ranks: Option[int | None] = Option(
-        "integer",
-        None,
+    ranks = count(
+        "--ranks",
         "With --to dcp: a file for each of N ranks, with rows of every tensor.",
         "how many ranks share a ``dcp`` folder: each has rows of every tensor, in a file of its own",
-        "N",
     )
     max_shard_size: Option[int | str | None] = Option(
         "text",
@@ -199,21 +195,13 @@ class ConvertOptions(Options):
             raise RewriteError("--cast-scaled is about --dtype, which is not given")
         if self.model_args and self.like is None:
             raise RewriteError("--model-arg is for the model of --like, which is not given")
-        most, ranks = DEFAULT_LIMITS.shards, self.ranks
-        if ranks is not None and (not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= most):
-            raise RewriteError(f"--ranks {ranks!r:.40}: expected a whole number from 1 to {most:,}")
-        if self.all_tensors:
-            self._check_all_tensors()
+        if self.all_tensors and self.section is not None:
+            told = "--all-tensors takes every section; give --section alone, or --include with the names of one"
+            raise RewriteError(told)
+        if self.all_tensors and self.keep_beside:
+            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
         if self.like is not None:
             vars(self)["weights_only"] = True
-
-    def _check_all_tensors(self) -> None:
-        if self.section is not None:
-            raise RewriteError(
-                "--all-tensors takes every section; give --section alone, or --include with the names of one"
-            )
-        if self.keep_beside:
-            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
 
 
 class LoadOptions(Options):
