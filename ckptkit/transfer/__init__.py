@@ -102,18 +102,10 @@ def write_atomically(
     digests = None
     try:
         _remove_stale_now_and_then(folder)
-        if plan.in_folder is not None:
-            with uninterrupted():
-                whole = created_folder(path, shown)
-        old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
-        like = next(filter(None, old), None)  # a new shard of a checkpoint that few may read is not for others
         with uninterrupted():  # no file without a record of it
-            if whole is None:
-                for each, path, name in wanted:
-                    files.append(created(each, path, name, _status(path) or like))
-            else:
-                for name, each in whole.contents(plan):
-                    files.append(whole.created(each, name))
+            whole = None if plan.in_folder is None else created_folder(path, shown)
+            for file in _created(wanted, folder, replaces) if whole is None else whole.created(plan):
+                files.append(file)
         for file in files:
             reserve(file.fd, file.plan.nbytes)
         counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
@@ -136,13 +128,11 @@ def write_atomically(
             written()
         require_unchanged(plan)
         counted.finish()
-        if whole is None:
-            publish(files, index, force=force, flush=check is not None, source=source)
-        else:
+        if whole is not None:
             whole.publish(files, flush=check is not None)
-        for path in (os.path.join(folder, name) for name in replaces):
-            with contextlib.suppress(OSError):
-                replacing(partial(os.unlink, path), path, source)
+        else:
+            publish(files, index, force=force, flush=check is not None, source=source)
+            _remove_stale_shards(folder, replaces, source)
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
@@ -183,11 +173,25 @@ def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str
     return found
 
 
+def _created(wanted: list[tuple[Plan, str, str]], folder: str, replaces: tuple[str, ...]) -> Iterator[Output]:
+    """The files of `_places` in which something is written; a new one of a checkpoint that few may read is for them."""
+    old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
+    like = next(filter(None, old), None)
+    for plan, path, name in wanted:
+        yield created(plan, path, name, _status(path) or like)
+
+
 def _remove_stale_now_and_then(folder: str) -> None:
     """Remove what killed runs left in the folder, unless it was looked through a moment ago."""
     if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
         _swept[folder] = time.monotonic()
         remove_stale(folder)
+
+
+def _remove_stale_shards(folder: str, names: tuple[str, ...], source: Source | None) -> None:
+    for path in (os.path.join(folder, name) for name in names):
+        with contextlib.suppress(OSError):
+            replacing(partial(os.unlink, path), path, source)
 
 
 def _status(path: str) -> os.stat_result | None:

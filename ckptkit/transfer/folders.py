@@ -51,24 +51,20 @@ class OutputFolder:
     fd: int = -1
     is_ours: bool = True
 
-    @staticmethod
-    def contents(plan: Plan) -> list[tuple[str, Plan]]:
-        """The files that a plan puts into its folder, by their names; what says what is in the others is the last."""
-        return [*plan.shards.items(), (plan.in_folder or "", plan)]
-
-    def created(self, plan: Plan, name: str) -> Output:
-        """An empty file in it, under the name that it keeps.
+    def created(self, plan: Plan) -> Iterator[Output]:
+        """The files in it, still empty and under the names that they keep; what says what is in the others is the last.
 
         Raises:
-            FileAccessError: it cannot be made.
+            FileAccessError: one cannot be made.
         """
-        path, shown = os.path.join(self.temporary, name), os.path.join(self.shown, name)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        try:
-            fd = os.open(path, flags, 0o666)
-        except OSError as error:
-            raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
-        return Output(plan=plan, path=path, shown=shown, temporary=path, fd=fd, is_ours=False)
+        for name, each in (*plan.shards.items(), (plan.in_folder or "", plan)):
+            path, shown = os.path.join(self.temporary, name), os.path.join(self.shown, name)
+            try:
+                fd = os.open(path, flags, 0o666)
+            except OSError as error:
+                raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
+            yield Output(plan=each, path=path, shown=shown, temporary=path, fd=fd, is_ours=False)
 
     def publish(self, files: list[Output], *, flush: bool) -> None:
         """Give the folder its name, and make that and the names in it durable.
