@@ -215,14 +215,14 @@ def _tensors(ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry],
 
 def _items(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
     """A folder of torch.distributed.checkpoint: names, what leads to each, and values."""
-    from ckptkit.formats.distributed.dcp_writer import flattened
+    from ckptkit.formats.distributed.dcp_writer import flattened, values_at
 
-    ours, theirs = flattened(source), flattened(output)
-    if list(ours.paths.items()) != list(theirs.paths.items()):
-        raise CorruptError("the output does not hold the same values under the same names; nothing was written")
-    _tensors(ours.tensors, theirs.tensors, comparison)
-    others = ((Place().below(name), value, theirs.values[name]) for name, value in ours.values.items())
-    for pair in _paired_storages([each for each in others if not isinstance(each[1], TensorEntry)]):
+    ours = flattened(source)
+    tensors, theirs = ours.tensors, values_at(output, ours.paths)
+    written = {name: theirs[name] for name in theirs if name in tensors}
+    _tensors(tensors, {name: node for name, node in written.items() if isinstance(node, TensorEntry)}, comparison)
+    others = [(Place().below(name), node, theirs.get(name)) for name, node in ours.values.items()]
+    for pair in _paired_storages([each for each in others if each[0].label not in tensors]):
         comparison.storages(*pair)
 
 

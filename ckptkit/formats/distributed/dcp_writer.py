@@ -39,15 +39,16 @@ from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Checksum, Copy, Gather, LiteralBytes, Plan, Step, moved
 
-__all__ = ["METADATA", "NAME", "Flat", "flattened", "write"]
+__all__ = ["METADATA", "NAME", "Flat", "flattened", "values_at", "write"]
 
 NAME = "dcp"
 
 METADATA = "ckptkit_metadata"
 """The attribute of torch's ``Metadata`` that holds a checkpoint's string metadata, a dict."""
 
-_MAX_LEVELS = 500
-"""Dicts and lists inside one another: torch's planner recurses for each, twice, and stops before 1,000."""
+_MAX_LEVELS = 100
+"""Dicts and lists inside one another: torch's planner recurses for each, and `ckptkit.formats.distributed.dcp` reads
+as many."""
 
 Path = tuple[str | int, ...]
 """The keys that lead to a value: text those of dicts, numbers those of lists."""
@@ -142,6 +143,25 @@ def _weights(checkpoint: Checkpoint) -> object:
     state_dict = checkpoint.state_dict
     lowered = None if state_dict.is_module else lower_state_dict(state_dict)
     return InertDict(list(state_dict.everything.items())) if mapping_items(lowered) is None else lowered
+
+
+def values_at(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> dict[str, object]:
+    """What stands in a checkpoint's tree where paths lead; nothing of those that lead nowhere."""
+    weights, dicts = _weights(checkpoint), dict[int, dict[object, object]]()
+    found: dict[str, object] = {}
+    for name, path in paths.items():
+        node = checkpoint.rest
+        for key in path:
+            node = weights if node is STATE_DICT else node
+            if isinstance(key, int):
+                node = node[key] if isinstance(node, list) and key < len(node) else ABSENT
+            else:
+                if id(node) not in dicts:
+                    dicts[id(node)] = {_text(each, ()): value for each, value in mapping_items(node) or ()}
+                node = dicts[id(node)].get(key, ABSENT)
+        if node is not ABSENT:
+            found[name] = node
+    return found
 
 
 def _is_gone_into(node: list[object]) -> bool:
