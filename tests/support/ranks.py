@@ -1,11 +1,12 @@
 """Writes the checkpoints of trainings on several processes, as torch itself writes them: ``python ranks.py FOLDER``.
 
-Each case is a function that every rank of a gloo group calls, with the folder to write into; it returns what one process
-would have saved: the whole state, from values that are known before anything is sharded. Seeds are names, the learning
-rate is 0, and moments are computed from the weights element by element, so that a shard of them is the shard of the whole.
+Each case is a function that every rank of a gloo group calls, with the folder to write into; it returns what one
+process would have saved: the whole state, from values that are known before anything is sharded. Seeds are names, the
+learning rate is 0, and moments are computed from the weights element by element, so that a shard of them is the shard
+of the whole.
 
-FOLDER/CASE/ckpt is the checkpoint, FOLDER/CASE/expected.pt its state, written by torch.save. The ranks are forks of one
-process that has imported torch: two of them, then four.
+FOLDER/CASE/ckpt is the checkpoint, FOLDER/CASE/expected.pt its state, written by torch.save. `support.sharded` runs
+this program and has the cases by name. The ranks are forks of one process that has imported torch: two, then four.
 """
 
 from __future__ import annotations
@@ -490,6 +491,7 @@ def as_rank(root: Path, rank: int, world: int) -> None:
 def main(root: Path) -> int:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    adam(Net())  # imports what an optimizer's step needs, once for all ranks
     failed = 0
     for world in CASES:
         ranks = []
