@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.files import SameBits
@@ -42,6 +43,7 @@ def test_torch_reads_what_was_to_be_saved(sharded: Samples, same_bits: SameBits)
     assert read >= 16
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_reads_the_sharded_safetensors(sharded: Samples, same_bits: SameBits) -> None:
     for case in ("hf_sharded_2", "hf_sharded_4", "hf_several_files"):
         sample = sharded[case]
