@@ -177,7 +177,7 @@ def load(
     with open(f, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
         if not mapped and not ignore_checksums:
-            require_sound(file._file)
+            require_sound(file._file, file.checkpoint)
         return tree_of(
             file.checkpoint,
             section=section,
@@ -276,7 +276,7 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
     tolerance = None if asked.atol is None and asked.rtol is None else Tolerance(asked.atol or 0.0, asked.rtol or 0.0)
     with reading(a, section=chosen[0]) as ours, reading(b, section=chosen[1]) as theirs:
         for file in (ours, theirs) if not asked.ignore_checksums else ():
-            require_sound(file._file)
+            require_sound(file._file, file.checkpoint)
         rewriters = (StripModule(),) if asked.strip_module else ()
         difference = differ(
             ours.rewrite(*rewriters).checkpoint,
@@ -387,7 +387,7 @@ def _weights(
         require_whole(file.checkpoint, allow_part=allow_part)
         require_state_dict(file.checkpoint, purpose)
         if not ignore_checksums:
-            require_sound(file._file)
+            require_sound(file._file, file.checkpoint)
         yield file
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Final, Literal, get_args
+from typing import Final, Literal, NamedTuple, Protocol, get_args
 
 from ckptkit.errors import KeyCollisionError, RewriteError
 from ckptkit.report import Finding, count_of, html_block, listed, printable
@@ -25,11 +25,13 @@ __all__ = [
     "Kind",
     "Origin",
     "Part",
+    "Replica",
     "Section",
     "StateDict",
     "Storage",
     "TensorEntry",
     "Trust",
+    "Unread",
     "as_tensor",
     "contiguous_stride",
     "shared_storages",
@@ -299,6 +301,34 @@ class Part:
     opens: bool = False
 
 
+class Replica(NamedTuple):
+    """Values that lie in two places and must be the same.
+
+    Attributes:
+        name: of the tensor.
+        value: the one that was taken.
+        copy: the other; where it is of another dtype, it is ``value`` converted to that.
+        where: whose they are, for messages: ``"rank 0 and rank 2"``.
+    """
+
+    name: str
+    value: TensorEntry
+    copy: TensorEntry
+    where: str
+
+
+class Unread(Protocol):
+    """Parts of a checkpoint that are pickles of their own, and that are read when their values are."""
+
+    def judge(self) -> tuple[GlobalUse, ...]:
+        """Read them all; the verdict on every name in them.
+
+        Raises:
+            FormatError: one is damaged, or is not what it should be.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Checkpoint:
     """A checkpoint in the common representation.
@@ -316,6 +346,8 @@ class Checkpoint:
         findings: what the reader noticed.
         discarded: inert nodes of what its pickles make and drop, and that belongs to nothing they keep.
         part: what it is of a checkpoint that lies in several files; ``None``: it is whole.
+        replicas: what lies in several of its files and must be the same; whoever reads its bytes compares it.
+        unread: what was not looked into when it was opened; ``unvouched`` says that there is something.
         operations: what `rewrite` did to it, in order.
     """
 
@@ -330,6 +362,8 @@ class Checkpoint:
     findings: tuple[Finding, ...] = ()
     discarded: tuple[object, ...] = ()
     part: Part | None = None
+    replicas: tuple[Replica, ...] = ()
+    unread: Unread | None = None
     operations: tuple[str, ...] = ()
 
     def __repr__(self) -> str:

@@ -196,7 +196,7 @@ class CheckpointFile:
         from ckptkit.torch_bridge import state_dict_of
 
         if not mapped and "--ignore-checksums" not in self.checkpoint.origin.options:
-            formats.require_sound(self._file)
+            formats.require_sound(self._file, self.checkpoint)
         state = state_dict_of(
             self.state_dict, self.path, map_location=map_location, mapped=self._is_mapped(mapped), checksums=not mapped
         )

@@ -100,9 +100,12 @@ class Checksum(NamedTuple):
 Step = Copy | Cast | Gather | LiteralBytes | Digest | Checksum
 
 
-def moved(target: int, source: ByteSource) -> Copy | Cast:
-    """The step that brings these bytes to position ``target``."""
-    return Cast(target, source) if is_made(source) else Copy(target, source)
+def moved(target: int, source: ByteSource) -> list[Copy | Cast]:
+    """The steps that bring these bytes to position ``target``: one, or several copies of what lies in pieces."""
+    if not is_made(source):
+        return [Copy(target, source)]
+    copies = source.whole.copies(source.offset, source.nbytes) if isinstance(source, DenseRange) else None
+    return [Cast(target, source)] if copies is None else [Copy(target + at, run) for at, run in copies]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

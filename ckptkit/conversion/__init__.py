@@ -224,7 +224,7 @@ def run(
         findings += conversion.findings(job.plan, None if options.dry_run else job.path)
     if not options.dry_run:
         if options.check and not options.ignore_checksums:
-            formats.require_sound(file)
+            formats.require_sound(file, checkpoint)
         tally = job.carry_out(options)
         findings += () if conversion is None else conversion.losses(tally)
     return Outcome(
@@ -279,7 +279,8 @@ def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tok
     """
     receipt: dict[str, object] = {"ckptkit": version, "format": checkpoint.origin.format}
     if tokens is not None:
-        named = {os.path.basename(file.path): file, **file.parts}
+        own = {} if formats.format_named(checkpoint.origin.format).is_folder else {os.path.basename(file.path): file}
+        named = {**own, **file.parts}
         receipt["sha256"] = (
             {name: tokens.of(part) for name, part in sorted(named.items())} if file.parts else tokens.of(file)
         )

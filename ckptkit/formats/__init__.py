@@ -67,6 +67,7 @@ def read(
     source: Readable,
     *,
     section: str | None = None,
+    tag: str | None = None,
     ignore_checksums: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Checkpoint, Source]:
@@ -75,6 +76,7 @@ def read(
     Args:
         source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
         section: path of the weights to select, where the file holds several.
+        tag: which of several steps is meant, where a folder holds such.
         ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
 
@@ -87,7 +89,7 @@ def read(
         SectionError: the section is not there.
         MissingDependencyError: it is compressed, and what decompresses it is not installed.
     """
-    file = source_of(source)
+    file = source_of(source, tag)
     try:
         probe = _entered(file, limits)
     except BaseException:
@@ -179,11 +181,18 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
     return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
 
 
-def require_sound(file: Source) -> None:
-    """Hold what is read of a member that lies in a zip archive as it is against the checksum that is recorded there.
+def require_sound(file: Source, checkpoint: Checkpoint) -> Checkpoint:
+    """Look into all that was not looked into when the checkpoint was opened: whoever reads its bytes, begins here.
+
+    What is read of a member that lies in a zip archive as it is, is held against the checksum that is recorded there;
+    pickles that were left for later are judged; and what lies in several files of a folder is compared.
+
+    Returns:
+        The checkpoint with the names in what was left for later.
 
     Raises:
-        CorruptError: its bytes are others.
+        CorruptError: bytes are others than recorded, or differ where they must be the same.
+        FormatError: what was left for later is damaged or refused.
     """
     for each in (file, *file.parts.values()):
         recorded: int | None = getattr(each, "crc32", None)
@@ -196,6 +205,21 @@ def require_sound(file: Source) -> None:
             told = f"its CRC-32 is {found:08x}, recorded in the archive is {recorded:08x}: damaged"
             raise CorruptError(told, path=each.path)
         each.crc32 = None  # type: ignore[attr-defined]  # once is enough
+    if checkpoint.unread is not None:
+        uses = checkpoint.unread.judge()
+        checkpoint = checkpoint.replace(
+            globals=merge_uses(checkpoint.globals, (use for use in uses if use.kind == "name")),
+            unvouched=(
+                *(use for use in checkpoint.unvouched if use.kind != "unread"),
+                *(use for use in uses if use.kind != "name"),
+            ),
+            unread=None,
+        )
+    if checkpoint.replicas:
+        from ckptkit.transfer.replicas import require_equal
+
+        require_equal(checkpoint.replicas)
+    return checkpoint
 
 
 def given_of(file: Source) -> Source:
@@ -204,14 +228,16 @@ def given_of(file: Source) -> Source:
     return file if around is None else around.given
 
 
-def source_of(path: Readable) -> Source:
+def source_of(path: Readable, tag: str | None = None) -> Source:
     """What holds the bytes of the file that is meant: here alone is decided what may be given as one.
 
     Args:
         path: a path, of a file or (``FILE/MEMBER``, ``FILE!MEMBER``) of a member of an archive, where no file has that
             path; ``"-"``: standard input.  An open binary file: from its present position, where it then still
             stands unless it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be
-            resized before the source is closed.  A source: itself.
+            resized before the source is closed.  A source: itself.  A folder that several processes wrote, or that
+            leads to one.
+        tag: which of several steps in the folder is meant.
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
@@ -231,7 +257,11 @@ def source_of(path: Readable) -> Source:
     if (unpacked := unpacked_source(name)) is not None:
         return unpacked
     if os.path.isdir(path):
+        from ckptkit.formats.distributed import folder_source
         from ckptkit.formats.refused_folders import describe_folder
+
+        if (together := folder_source(name, tag)) is not None:
+            return together
 
         raise FileAccessError(f"{name}: {describe_folder(name)}", path=name)
     try:
@@ -263,6 +293,8 @@ def _without_checksums(root: object) -> object:
 def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpoint:
     """The checkpoint with the size of all its shards, or with what it is itself a part of."""
     names = [use.name for use in raw.globals]
+    if format_named(raw.format).is_folder:
+        return checkpoint.replace(origin=replace(checkpoint.origin, size=file.total_size))
     if format_named(raw.format).shards is not None:  # an index makes its shards whole, not what they hold
         said = part_in(raw.root, checkpoint.state_dict, {}, names)
         origin = replace(checkpoint.origin, size=file.total_size)

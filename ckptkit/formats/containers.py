@@ -72,6 +72,11 @@ def _pickle(probe: Probe) -> bool:
     return outcome(probe) is not None
 
 
+def _folder(layout: str) -> Callable[[Probe], bool]:
+    """Whether a folder is of this layout (`ckptkit.formats.distributed`)."""
+    return lambda probe: getattr(probe.file, "layout", None) == layout
+
+
 def _index(of: str) -> Callable[[Probe], bool]:
     """Whether a file is an index of shards of this container."""
     return lambda probe: index_of(probe) == of
@@ -126,8 +131,16 @@ FORMATS: tuple[Format, ...] = (
         has_pickle=False, tensors_alone=True, ties_once=True,
     ),
     Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
+    Format(name="dcp", claims=_folder("dcp"), reader="distributed.dcp", is_folder=True),
+    Format(name="fsdp", claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True),
+    Format(name="deepspeed", claims=_folder("deepspeed"), reader="distributed.deepspeed", is_folder=True),
+    Format(name="megatron", claims=_folder("megatron"), reader="distributed.megatron", is_folder=True),
+    Format(
+        name="safetensors-dcp", claims=_folder("safetensors-dcp"), reader="distributed.safetensors_dcp", is_folder=True,
+        has_pickle=False, tensors_alone=True,
+    ),
 )  # fmt: skip
-"""Every container: these, and the indexes that make one checkpoint of several of them."""
+"""Every container: these, and the indexes and folders that make one checkpoint of several files."""
 
 _BY_NAME = {container.name: container for container in FORMATS}
 

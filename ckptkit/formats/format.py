@@ -130,6 +130,7 @@ class Format:
         tensors_alone: whether tensors under names are all that it can hold, each with bytes of its own; else there is
             a tree, and tensors share storages in it.
         shards: of an index, the container that its shards are written in.
+        is_folder: whether it is a folder that several processes wrote, and that is one checkpoint.
         ties_once: whether tied tensors stand in it under one name alone, and who loads it fills in the others.
         loader: the function that programs load it with, where that is one for everything in it.
         maps_location: whether ``loader`` takes a ``map_location``.
@@ -147,6 +148,7 @@ class Format:
     is_program: bool = False
     tensors_alone: bool = False
     shards: str | None = None
+    is_folder: bool = False
     ties_once: bool = False
     loader: str | None = None
     maps_location: bool = False

@@ -203,9 +203,9 @@ def write(checkpoint: Checkpoint) -> Plan:
         if not entry.is_plain_bytes:
             steps.append(Gather(target, entry))
         elif nbytes == source.nbytes:
-            steps.append(moved(target, source))
+            steps += moved(target, source)
         else:
-            steps.append(moved(target, source.part(entry.storage_offset * entry.itemsize, nbytes)))
+            steps += moved(target, source.part(entry.storage_offset * entry.itemsize, nbytes))
     return Plan(
         format=NAME, nbytes=len(header) + position, steps=tuple(steps), tensors=len(state_dict), aliases=aliases
     )

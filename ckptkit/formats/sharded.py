@@ -31,11 +31,10 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from operator import itemgetter
 
 from ckptkit.bytesource import Source, SourceFile
-from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
+from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.containers import CONTAINERS, format_named, identify, index_of
 from ckptkit.formats.format import Probe
@@ -49,11 +48,12 @@ from ckptkit.formats.shards import (
     merged_globals,
     merged_metadata,
     odd_shards,
+    prefixed,
     total_size,
 )
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import TreeMap, attributes, mapping_items
+from ckptkit.pickling.inert import attributes, mapping_items
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import listed
 
@@ -228,28 +228,11 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
         return None
     finally:
         file.release()
-    pairs = mapping_items(raw.root if raw.is_prefixed else _prefixed(raw.root, part.prefix))
+    pairs = mapping_items(prefixed(raw, part.prefix).root)
     if pairs is None or set(map(type, map(itemgetter(0), pairs))) - {str}:
         problems.add(_NO_STATE_DICT, name, raw.globals)
         return None
     return Shard(name, raw, dict(pairs))  # type: ignore[arg-type]  # text alone
-
-
-def _prefixed(root: object, prefix: str) -> object:
-    """The tree with the shard's name before the key of every storage."""
-    known: dict[int, Storage] = {}
-
-    def named(storage: Storage) -> Storage:
-        if id(storage) not in known:
-            known[id(storage)] = replace(storage, key=prefix + storage.key)
-        return known[id(storage)]
-
-    def leaf(node: object) -> object:
-        if isinstance(node, TensorEntry):
-            return replace(node, storage=named(node.storage))
-        return named(node) if isinstance(node, Storage) else node
-
-    return TreeMap(leaf)(root)
 
 
 def _assembled(weight_map: Mapping[str, str], shards: Mapping[str, Shard], problems: _Problems) -> dict[str, object]:

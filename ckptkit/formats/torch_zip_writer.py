@@ -64,7 +64,7 @@ class ZipWriter:
         """
         target = self._header(name, source.nbytes, crc32)
         if source.nbytes:
-            self._steps.append(moved(target, source))
+            self._steps += moved(target, source)
         return target
 
     def _header(self, name: str, nbytes: int, crc: int | None) -> int:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
-from ckptkit.bytesource import made_by_position
+from ckptkit.bytesource import Source, made_by_position
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose, everything_in
 from ckptkit.digests import (
@@ -323,9 +323,9 @@ def examine_file(
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
         reading, given = Reading(), formats.given_of(file)
         is_whole = given is file  # else a file that is compressed or an archive, and what is in it
+        if checksums and not ignore_checksums:
+            checkpoint = _looked_into(file, checkpoint, is_read=bool(hash_file or digest or values or held))
         if hash_file or digest or values or held:
-            if checksums and not ignore_checksums:
-                formats.require_sound(file)
             reading = read_through(
                 [file, *file.parts.values()],
                 _digested(contents, whole) if digest else (),
@@ -364,6 +364,12 @@ def examine_file(
         )
     finally:
         file.close()
+
+
+def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool) -> Checkpoint:
+    """The checkpoint once nothing in it is unread, where its bytes are read or something was left for later."""
+    left = is_read or checkpoint.unread is not None or checkpoint.replicas
+    return formats.require_sound(file, checkpoint) if left else checkpoint
 
 
 def _digested(contents: _Contents, whole: bool) -> Iterator[TensorEntry]:

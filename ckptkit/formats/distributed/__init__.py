@@ -1,0 +1,87 @@
+"""Sharded training checkpoints: folders that several processes wrote, each opened as one checkpoint.
+
+`LAYOUTS` says by which names a folder is known; the module of each layout has its specification and reads it.
+`folder` is the folder as the one file that was given.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckptkit.formats.distributed.folder import FolderSource, listing
+
+__all__ = ["LAYOUTS", "Layout", "folder_source"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a folder shows that it is one of a layout.
+
+    Attributes:
+        format: name of its format (`ckptkit.formats.containers`).
+        claims: whether the files are those of one, by their paths below the folder and, where names do not tell, by
+            what is in them.
+    """
+
+    format: str
+    claims: Callable[[str, tuple[str, ...]], bool]
+
+
+def _named(pattern: str, least: int = 1) -> Callable[[str, tuple[str, ...]], bool]:
+    """Whether so many files have such names."""
+    compiled = re.compile(pattern, re.ASCII)
+    return lambda folder, names: sum(compiled.fullmatch(name) is not None for name in names) >= least
+
+
+def _dcp(folder: str, names: tuple[str, ...]) -> bool:
+    own = [name for name in names if "/" not in name]
+    return any(name.endswith(".distcp") for name in own) and not _megatron(folder, names)
+
+
+def _megatron(folder: str, names: tuple[str, ...]) -> bool:
+    del folder
+    is_dist = "metadata.json" in names and ("common.pt" in names or ".metadata" in names)
+    return is_dist or any(re.fullmatch(_RANKED, name, re.ASCII) for name in names) or _is_llama(names)
+
+
+def _is_llama(names: tuple[str, ...]) -> bool:
+    found = [name for name in names if re.fullmatch(r"consolidated\.\d+\.pth", name, re.ASCII)]
+    return len(found) > 1
+
+
+_RANKED = r"(?:mp|tp)_rank_\d+(?:_(?:pp_rank_)?\d+)?(?:_\d+)?/(?:model_optim_rng|model_rng)\.pt"
+"""The files of Megatron's ranks, each in a folder of its own."""
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("dcp", _dcp),
+    Layout("megatron", _megatron),
+    Layout(
+        "deepspeed",
+        _named(r"(?:\w+_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt|layer_\d+-model.*_states\.pt"),
+    ),
+    Layout("fsdp", _named(r".*world_size_\d+_rank_\d+\.\w+|.*[._]rank_?\d+\.(?:bin|pth|pt)")),
+    Layout("safetensors-dcp", _named(r"shard-\d{5}-.+\.safetensors")),
+)
+"""In the order in which a folder is held against them: the first that claims it, reads it."""
+
+
+def folder_source(path: str, tag: str | None = None) -> FolderSource | None:
+    """What stands for a folder that is one checkpoint; ``None``: it is none, or no folder.
+
+    Args:
+        path: the folder.
+        tag: which of several steps in it is meant.
+
+    Raises:
+        FileAccessError: it cannot be listed.
+    """
+    if not os.path.isdir(path):
+        return None
+    names = listing(path)
+    for layout in LAYOUTS:
+        if layout.claims(path, names):
+            return FolderSource(path, path, layout.format, names, tag)
+    return None
