@@ -21,6 +21,7 @@ somewhere, nothing lies anywhere for no chunk, files are called by plain names, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -208,6 +209,7 @@ class _Reader:
         self._columns = columns
         self._limits = limits
         self._seen: set[int] = set()
+        self._dtypes: dict[tuple[int, int], str] = {}
         self._rows = 0
 
     def read(self, pickle: PickleResult) -> Metadata | None:
@@ -317,23 +319,24 @@ class _Reader:
             CorruptError: they do not, or its dtype is none of torch's.
             UnsupportedError: it is not strided.
         """
-        what = f"tensor {_shown(row.name)}"
-        if not isinstance(row.dtype, Global) or row.dtype.module != "torch" or row.dtype.name not in DTYPES:
-            raise CorruptError(f"{what}: its dtype is {_kind(row.dtype)}, none of torch's")
-        layout = row.layout
-        if isinstance(layout, Object) and is_global(layout.cls, "torch.serialization", "_get_layout"):
-            layout = layout.args[0] if layout.args else None
-        name = layout.qualified if isinstance(layout, Global) else layout
-        if name not in ("torch.strided", None):
-            raise UnsupportedError(f"{what}: its layout is {str(name)[:40]}; strided is read")
-        if len(row.shape) > self._limits.dimensions:
-            raise CorruptError(f"{what}: {count_of(len(row.shape), 'dimension')}; torch knows {self._limits.dimensions}")
-        if not all(0 <= size < _HUGE for size in row.shape):
-            raise CorruptError(f"{what}: its size is no tensor's")
+        kind = id(row.dtype), id(row.layout)
+        try:
+            dtype = self._dtypes.get(kind)
+            if dtype is None:
+                dtype = self._dtypes[kind] = _dtype(row.dtype, row.layout)
+            if len(row.shape) > self._limits.dimensions:
+                count = count_of(len(row.shape), "dimension")
+                raise CorruptError(f"{count}; torch knows {self._limits.dimensions}")
+            if min(row.shape, default=0) < 0 or math.prod(row.shape) >= _HUGE:
+                raise CorruptError(f"no tensor has the size {[*row.shape]}"[:200])
+        except FormatError as error:
+            error.message = f"tensor {_shown(row.name)}: {error.message}"
+            raise
         offsets = self._columns.offsets[row.start : row.stop]
         sizes = self._columns.sizes[row.start : row.stop]
-        require_cover(row.name, row.shape, [*zip(offsets, sizes, strict=True)])
-        return TensorMetadata(row.name, row.dtype.name, row.shape, row.requires_grad is True, offsets, sizes, [])
+        if sizes != [row.shape] or any(offsets[0]):
+            require_cover(row.name, row.shape, [*zip(offsets, sizes, strict=True)])
+        return TensorMetadata(row.name, dtype, row.shape, row.requires_grad is True, offsets, sizes, [])
 
     # Where they lie.
 
@@ -473,6 +476,23 @@ def _properties(node: object) -> tuple[object, object, object]:
         return node.state[0], node.state[1], node.state[2]
     state = _state(node, "TensorProperties")
     return state.get("dtype"), state.get("layout"), state.get("requires_grad")
+
+
+def _dtype(dtype: object, layout: object) -> str:
+    """torch name of a dtype, of a tensor that is strided.
+
+    Raises:
+        CorruptError: torch has no such dtype.
+        UnsupportedError: it is not strided.
+    """
+    if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in DTYPES:
+        raise CorruptError(f"its dtype is {_kind(dtype)}, none of torch's")
+    if isinstance(layout, Object) and is_global(layout.cls, "torch.serialization", "_get_layout"):
+        layout = layout.args[0] if layout.args else None
+    name = layout.qualified if isinstance(layout, Global) else layout
+    if name not in ("torch.strided", None):
+        raise UnsupportedError(f"its layout is {name!r:.40}; strided is read")
+    return dtype.name
 
 
 def _kind(node: object) -> str:

@@ -27,6 +27,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ckptkit.errors import LimitError
 from ckptkit.pickling.inert import Global, Object
@@ -43,6 +44,12 @@ _TEXT = rb"(\x8c.[^\x94]*\x94|X....[^\x94]*\x94|h.|j....)"
 """A string and its PUT, whose length is held against its bytes after the match; or a GET."""
 
 _DIMENSIONS = rb"\)|%(i)s\x85\x94|%(i)s{2}\x86\x94|%(i)s{3}\x87\x94|\(%(i)s{4,64}t\x94" % {b"i": _INT}
+
+_KEYS = frozenset(
+    {"fqn", "index", "offset", "offsets", "sizes", "relative_path", "length", "transform_descriptors", "properties",
+     "size", "chunks", "type", "bytes_io_data", "tensor_data", "chunk"}
+)  # fmt: skip
+"""Attributes of all these objects."""
 
 _MOST_TRIES = 4
 """How often a pattern is looked for: what it needs may be named only later."""
@@ -121,12 +128,13 @@ class Memo(dict[int, object]):
 
     Attributes:
         count: entries, with those.
+        made: entries that there are.
         is_odd: whether an entry was replaced, or a `Run` kept: no pickler of these files does either.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.made = 0
         self.is_odd = False
         self.bases = array("Q")
         self.positions = array("Q")
@@ -139,6 +147,12 @@ class Memo(dict[int, object]):
         if index != self.count or value.__class__ is Run:
             self.is_odd = True
         self.count += 1
+        self.made += 1
+        super().__setitem__(index, value)
+
+    def keep(self, index: int, value: object) -> None:
+        """Make an entry that was left out: most pickles ask for it."""
+        self.made += 1
         super().__setitem__(index, value)
 
     def __missing__(self, index: int) -> object:
@@ -168,9 +182,10 @@ class Runs:
         self._most = most
         self._data = b""
         self._frame_end = 0
+        self._looked = 0
         self._tries: dict[str, int] = {}
         self._patterns: dict[str, tuple[_Match, bytes]] = {}
-        self._gets: dict[object, bytes] = {}
+        self._gets: dict[tuple[bool, str], bytes] = {}
         self._classes: dict[str, Global] = {}
         self._sizes: dict[bytes, tuple[int, ...]] = {}
         self._texts: dict[bytes, str] = {}
@@ -210,13 +225,13 @@ class Runs:
         self._tries[kind] = self._tries.get(kind, 0) + 1
         if self._tries[kind] > _MOST_TRIES:
             return False
-        for index, value in self.memo.items():
-            if isinstance(value, (str, Global)):
-                key = value.name if isinstance(value, Global) else value
-                if (isinstance(value, Global), key) not in self._gets:
-                    self._gets[isinstance(value, Global), key] = _spelled(index)
-                if isinstance(value, Global):
-                    self._classes.setdefault(key, value)
+        looked, self._looked = self._looked, self.memo.made
+        for index, value in islice(self.memo.items(), looked, None):
+            if isinstance(value, Global):
+                self._classes.setdefault(value.name, value)
+                self._gets.setdefault((True, value.name), _spelled(index))
+            elif isinstance(value, str) and value in _KEYS:
+                self._gets.setdefault((False, value), _spelled(index))
         try:
             for needed in ("chunk", kind):
                 if needed not in self._patterns:
@@ -231,8 +246,8 @@ class Runs:
         Raises:
             KeyError: a name that it needs is not in the memo yet.
         """
-        key = {name: re.escape(get) for (is_class, name), get in self._gets.items() if not is_class}  # type: ignore[misc]
-        cls = {name: re.escape(get) for (is_class, name), get in self._gets.items() if is_class}  # type: ignore[misc]
+        key = {name: re.escape(get) for (is_class, name), get in self._gets.items() if not is_class}
+        cls = {name: re.escape(get) for (is_class, name), get in self._gets.items() if is_class}
         size = rb"(?:%b(%b)\x85\x94R\x94|(%b))" % (cls["Size"], _DIMENSIONS, _GET)
         begin = rb"\)\x81\x94}\x94\("
         index = b"".join(
@@ -352,6 +367,8 @@ class Runs:
                 del memo.bases[before[1] :], memo.positions[before[1] :]
                 memo.count = before[2]
                 break
+            if name[0] in b"\x8cX":
+                memo.keep(before[2], row.name)
             columns.tensors.append(row)
             at = end
         return start, len(columns.tensors), at
