@@ -15,8 +15,8 @@ that package; Megatron's root is a subclass), and of whose attributes four are r
 as all are.  torch 1.12 and 1.13 had the classes in ``torch.distributed._shard``.  Attributes that are ``None`` may be
 left out.  A run of 1,024 processes has some 3.4 million chunks in 480 MB: see `ckptkit.formats.distributed.dcp_runs`.
 
-A reader must hold what is written against itself: chunks cover their tensor once, each chunk that holds anything lies
-somewhere, nothing lies anywhere for no chunk, files are called by plain names, and no two items share bytes.
+A reader must hold what is written against itself: chunks cover their tensor once (`ckptkit.transfer.pieces`), each that
+holds anything lies somewhere, nothing is stored of no chunk, files have plain names, and no two items share bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from ckptkit.pickling.reader import PickleResult, read_pickle
 from ckptkit.pickling.tensors import is_int
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of, listed
-from ckptkit.transfer.pieces import require_cover
 
 __all__ = ["METADATA_NBYTES", "Items", "Metadata", "TensorMetadata", "parse_metadata"]
 
@@ -313,10 +312,10 @@ class _Reader:
         return node  # type: ignore[return-value]
 
     def _tensor(self, row: TensorRow) -> TensorMetadata:
-        """A tensor whose chunks cover it.
+        """A tensor; `ckptkit.transfer.pieces` sees whether its chunks cover it.
 
         Raises:
-            CorruptError: they do not, or its dtype is none of torch's.
+            CorruptError: its dtype is none of torch's, or its size no tensor's.
             UnsupportedError: it is not strided.
         """
         kind = id(row.dtype), id(row.layout)
@@ -334,8 +333,6 @@ class _Reader:
             raise
         offsets = self._columns.offsets[row.start : row.stop]
         sizes = self._columns.sizes[row.start : row.stop]
-        if sizes != [row.shape] or any(offsets[0]):
-            require_cover(row.name, row.shape, [*zip(offsets, sizes, strict=True)])
         return TensorMetadata(row.name, dtype, row.shape, row.requires_grad is True, offsets, sizes, [])
 
     # Where they lie.
