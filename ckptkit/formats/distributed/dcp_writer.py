@@ -11,7 +11,7 @@ is what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``def
   contiguous, little-endian and on the CPU.  What is no tensor is pickled as ``torch.save`` does it.
 - ``.metadata`` is a pickle of protocol 4.  Neither the path nor a random id is in it: the same checkpoint gives the
   same bytes.  The properties of tensors are of the class that torch had for them until 2.2, and still has: so torch
-  2.1 reads it, too.  Strings that a checkpoint has as its metadata are an attribute of their own, `METADATA`, which
+  2.1 reads it, too.  Strings that a checkpoint has as its metadata are an attribute of their own (`STRINGS`), which
   torch passes over.
 
 What torch's planner does not keep is told (`Flat.lost`): the classes of dicts, keys that are no text, empty dicts.
@@ -30,6 +30,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, Tenso
 from ckptkit.computed import Held
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import KeyCollisionError, RewriteError
+from ckptkit.formats.distributed.dcp_metadata import STRINGS
 from ckptkit.formats.safetensors_writer import require_writable_size
 from ckptkit.formats.torch_zip_writer import archive_of, finished, require_torch_dtypes, written_tree
 from ckptkit.normalize import lower_state_dict
@@ -39,12 +40,9 @@ from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Checksum, Copy, Gather, LiteralBytes, Plan, Step, moved
 
-__all__ = ["METADATA", "NAME", "Flat", "flattened", "values_at", "write"]
+__all__ = ["NAME", "Flat", "flattened", "values_at", "write"]
 
 NAME = "dcp"
-
-METADATA = "ckptkit_metadata"
-"""The attribute of torch's ``Metadata`` that holds a checkpoint's string metadata, a dict."""
 
 _MAX_LEVELS = 100
 """Dicts and lists inside one another: torch's planner recurses for each, and `ckptkit.formats.distributed.dcp` reads
@@ -434,6 +432,6 @@ def _metadata(
         planner_data=InertDict(list(flat.paths.items())),
         storage_data=InertDict(stored),
         version="1.0.0",
-        **({METADATA: InertDict(list(metadata.items()))} if metadata else {}),
+        **({STRINGS: InertDict(list(metadata.items()))} if metadata else {}),
     )
     return write_pickle(root, lower=lambda node: node, protocol=4)
