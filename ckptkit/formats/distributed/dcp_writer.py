@@ -194,7 +194,7 @@ def _lost(node: object, path: Path, pairs: list[tuple[object, object]]) -> Itera
     if not pairs and path:
         yield f"{where} (an empty dict)"
     if keys := [key for key, _ in pairs if not isinstance(key, str)]:
-        yield f"{where} (keys that are no text, such as {keys[0]!r:.40}, become text)"
+        yield f"{where} (keys that are not text, such as {keys[0]!r:.40}, become text)"
     if isinstance(node, Object):
         if node.class_name not in ("collections.OrderedDict", "builtins.dict", "__builtin__.dict"):
             yield f"{where} (a {node.class_name:.100}, becomes a dict)"

@@ -324,7 +324,7 @@ def test_what_torch_does_not_keep_is_told(save: Save, tmp_path: Path) -> None:
     report = ckptkit.convert(save(tree), tmp_path / "out", to="dcp", section="model")
     found = {finding.code: finding.message for finding in report.findings}
     assert "x.a = x.b" in found["untied"]
-    lost = ("model (its attributes: _metadata)", "numbers (keys that are no text, such as 0", "nothing (an empty dict)")
+    lost = ("model (its attributes: _metadata)", "numbers (keys that are not text, such as 0", "nothing (an empty dict)")
     for told in lost:
         assert told in found["flattened"]
     kept = {"model": dict(weights), "x": tree["x"], "numbers": {"0": 1, "1": 2}}
