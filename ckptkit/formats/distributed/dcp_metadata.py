@@ -54,6 +54,19 @@ _MOST_KEYS = 2_000_000
 _HUGE = 1 << 62
 """Elements and bytes that nothing has."""
 
+_OWN_NAMES = frozenset(
+    {f"{package}.metadata.{name}" for package in ("torch.distributed.checkpoint", "torch.distributed._shard.checkpoint")
+     for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "MetadataIndex",
+                  "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "StorageMeta")}
+    | {f"{package}.{name}" for package in ("torch.distributed.checkpoint", "torch.distributed._shard.checkpoint")
+       for name in ("filesystem._StorageInfo", "planner.SavePlan", "planner.WriteItem", "planner.WriteItemType",
+                    "planner.TensorWriteData")}
+    | {f"torch.distributed._shard.sharded_tensor.metadata.{name}" for name in ("TensorProperties",
+                                                                               "MEM_FORMAT_ENCODING")}
+    | {f"pathlib.{module}{name}" for module in ("", "_local.") for name in ("PosixPath", "WindowsPath")}
+)  # fmt: skip
+"""What torch itself names in a ``.metadata``: records without behaviour, and the path that it was saved to."""
+
 _WRITERS = ("Metadata", "MCoreMetadata")
 """Names of the root's class."""
 
@@ -171,15 +184,16 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
     """
     limits = replace(limits, pickle_nbytes=METADATA_NBYTES, tree_nodes=METADATA_NBYTES, nodes=_MOST_NODES)
     runs = Runs(_MOST_CHUNKS)
-    pickle = read_pickle(
-        data, constructors=_CONSTRUCTORS, limits=limits, whole=True, hold=runs, memo=runs.memo
-    )  # fmt: skip
-    uses = global_uses(pickle.globals)
+    uses: tuple[GlobalUse, ...] = ()
     try:
+        pickle = read_pickle(
+            data, constructors=_CONSTRUCTORS, limits=limits, whole=True, hold=runs, memo=runs.memo
+        )  # fmt: skip
+        uses = _uses(pickle)
         read = None if runs.memo.is_odd else _Reader(runs.columns, limits).read(pickle)
         if read is None:  # what was left out is used as no pickler does
             pickle = read_pickle(data, constructors=_CONSTRUCTORS, limits=limits, whole=True)
-            uses = global_uses(pickle.globals)
+            uses = _uses(pickle)
             read = _Reader(Columns(), limits).read(pickle)
             if read is None:
                 raise CorruptError("chunks or items that are none of DCP's")
@@ -187,6 +201,16 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
         return read
     except FormatError as error:
         raise error.at(seen=uses) from error.__cause__
+
+
+def _uses(pickle: PickleResult) -> tuple[GlobalUse, ...]:
+    """The verdicts on its names: its own classes are what torch's loader is made for."""
+    found = global_uses(pickle.globals, ".metadata")
+    return tuple(replace(use, verdict="torch") if _is_own(use) else use for use in found)
+
+
+def _is_own(use: GlobalUse) -> bool:
+    return use.verdict == "unknown" and not use.reason and use.name in _OWN_NAMES
 
 
 def _size(args: tuple[object, ...]) -> object:
