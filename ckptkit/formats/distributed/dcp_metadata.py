@@ -22,13 +22,14 @@ holds anything lies somewhere, nothing is stored of no chunk, files have plain n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.distributed.dcp_items import Items, Wanted
 from ckptkit.formats.distributed.dcp_runs import BYTES, Columns, Run, Runs, TensorRow
 from ckptkit.limits import Limits
 from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items
@@ -37,7 +38,7 @@ from ckptkit.pickling.tensors import is_int
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of, listed
 
-__all__ = ["METADATA_NBYTES", "Items", "Metadata", "TensorMetadata", "parse_metadata"]
+__all__ = ["METADATA_NBYTES", "Metadata", "TensorMetadata", "parse_metadata"]
 
 METADATA_NBYTES = 1 << 30
 """Bytes of a ``.metadata``: twice that of 1,024 processes with Adam, at some 143 bytes a chunk."""
@@ -96,22 +97,6 @@ class TensorMetadata:
     rows: list[int]
 
 
-@dataclass(slots=True, eq=False)
-class Items:
-    """Where the stored items lie, a row each.
-
-    Attributes:
-        paths: the file.
-        starts, lengths: first byte and number of bytes in it.
-        transforms: what the bytes went through: ``("stream.zstd/1",)``.
-    """
-
-    paths: Sequence[str]
-    starts: Sequence[int]
-    lengths: Sequence[int]
-    transforms: Sequence[tuple[str, ...]]
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class Metadata:
     """What a ``.metadata`` says.
@@ -135,6 +120,13 @@ class Metadata:
     version: str | None
     protocol: int
     globals: tuple[GlobalUse, ...]
+
+    def chunks(self) -> Iterator[Wanted]:
+        """What the items of all tensors must be."""
+        for tensor in self.tensors.values():
+            for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
+                if row >= 0:
+                    yield Wanted(row, tensor.name, tensor.dtype, offsets, sizes)
 
     def check_files(self, sizes: dict[str, int | None]) -> None:
         """Hold the items against the files of the folder.
@@ -333,7 +325,7 @@ class _Reader:
             node = tuple(node)
         if not isinstance(node, tuple) or not all(map(is_int, node)):
             raise CorruptError(f"a size or an offset is {_kind(node)}, not whole numbers")
-        return node  # type: ignore[return-value]
+        return node
 
     def _tensor(self, row: TensorRow) -> TensorMetadata:
         """A tensor; `ckptkit.transfer.pieces` sees whether its chunks cover it.
@@ -500,7 +492,7 @@ def _properties(node: object) -> tuple[object, object, object]:
 
 
 def _dtype(dtype: object, layout: object) -> str:
-    """torch name of a dtype, of a tensor that is strided.
+    """Torch name of a dtype, of a tensor that is strided.
 
     Raises:
         CorruptError: torch has no such dtype.
