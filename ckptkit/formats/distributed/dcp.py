@@ -236,8 +236,10 @@ def _nested(metadata: Metadata, values: dict[str, object]) -> InertDict:
     if metadata.paths is None:
         return InertDict([(name, values[name]) for name in metadata.order])
     root, spare = _Branch(InertDict()), [len(values) + _SPARE]
-    for name in metadata.order:
-        path = metadata.paths[name]
+    # Names are described in the order in which ranks wrote them, and planned in that of what was saved.
+    for name, path in metadata.paths.items():
+        if name not in values:
+            continue
         if len(path) > _MOST_KEYS:
             raise LimitError("keys that lead to a value", limit=_MOST_KEYS, actual=len(path))
         branch = root

@@ -140,7 +140,7 @@ class Metadata:
         missing = [path for path, size in sizes.items() if size is None]
         if missing:
             raise CorruptError(
-                f"{count_of(len(missing), 'file is', 'files are')} missing: {listed(missing, _LISTED)}; "
+                f"{count_of(len(missing), 'file', 'is', 'are')} missing: {listed(missing, _LISTED)}; "
                 f"the checkpoint has {len(sizes):,}",
                 names=missing,
             )
@@ -151,7 +151,7 @@ class Metadata:
         if short:
             end = max(end for _, end in placed[short[0]])
             raise CorruptError(
-                f"{count_of(len(short), 'file is', 'files are')} cut short: {listed(short, _LISTED)}; {short[0]} has "
+                f"{count_of(len(short), 'file', 'is', 'are')} cut short: {listed(short, _LISTED)}; {short[0]} has "
                 f"{sizes[short[0]]:,} bytes, and its items end at byte {end:,}",
                 names=short,
             )
@@ -428,7 +428,7 @@ class _Reader:
                 extra.append(name)
         extra += by_name
         if lost:
-            raise CorruptError(f"nothing says where {count_of(len(lost), 'chunk')} lie: {_first(lost)}", names=lost)
+            raise CorruptError(f"nothing says where {count_of(len(lost), 'chunk', 'lies', 'lie')}: {_first(lost)}", names=lost)
         if extra:
             raise CorruptError(f"items are stored of what is not described: {_first(map(_shown, extra))}", names=extra)
 
