@@ -1,7 +1,7 @@
 """Sharded training checkpoints: folders that several processes wrote, each opened as one checkpoint.
 
 `LAYOUTS` says by which names a folder is known; the module of each layout has its specification and reads it.
-`folder` is the folder as the one file that was given.
+`around` finds the folder that is meant by one that was given; `folder` is it as the one file that was given.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ckptkit.formats.distributed.folder import FolderSource, listing
+from ckptkit.bytesource import Source, SourceFile
+from ckptkit.formats.distributed.folder import FolderSource
+from ckptkit.formats.format import HEAD_NBYTES
 
-__all__ = ["LAYOUTS", "Layout", "folder_source"]
+__all__ = ["DCP_MARK", "LAYOUTS", "Layout", "folder_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,26 @@ class Layout:
 def _named(pattern: str, least: int = 1) -> Callable[[str, tuple[str, ...]], bool]:
     """Whether so many files have such names."""
     compiled = re.compile(pattern, re.ASCII)
-    return lambda folder, names: sum(compiled.fullmatch(name) is not None for name in names) >= least
+    return lambda folder, names: sum("/" not in name and compiled.fullmatch(name) is not None for name in names) >= least
 
 
 def _dcp(folder: str, names: tuple[str, ...]) -> bool:
     own = [name for name in names if "/" not in name]
-    return any(name.endswith(".distcp") for name in own) and not _megatron(folder, names)
+    is_one = any(name.endswith(".distcp") for name in own) or (".metadata" in own and _is_metadata(folder))
+    return is_one and not _megatron(folder, names)
+
+
+def _is_metadata(folder: str) -> bool:
+    """Whether the ``.metadata`` of a folder without items is that of torch.distributed.checkpoint."""
+    try:
+        with open(os.path.join(folder, ".metadata"), "rb") as file:  # noqa: PTH123 - its first bytes
+            return DCP_MARK.search(file.read(HEAD_NBYTES)) is not None
+    except OSError:
+        return False
+
+
+DCP_MARK = re.compile(rb"torch\.distributed\.(?:_shard\.)?checkpoint\.")
+"""In the first bytes of a ``.metadata`` of torch.distributed.checkpoint, a plain pickle."""
 
 
 def _megatron(folder: str, names: tuple[str, ...]) -> bool:
@@ -68,20 +84,34 @@ LAYOUTS: tuple[Layout, ...] = (
 """In the order in which a folder is held against them: the first that claims it, reads it."""
 
 
-def folder_source(path: str, tag: str | None = None) -> FolderSource | None:
-    """What stands for a folder that is one checkpoint; ``None``: it is none, or no folder.
+def folder_source(path: str, tag: str | None = None) -> Source | None:
+    """What stands for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is no folder.
 
     Args:
         path: the folder.
         tag: which of several steps in it is meant.
 
     Raises:
-        FileAccessError: it cannot be listed.
+        FileAccessError: it cannot be listed; there are several checkpoints in it, or no such step.
+        CorruptError: it points to a step that is not there, or outside of it.
     """
     if not os.path.isdir(path):
         return None
-    names = listing(path)
-    for layout in LAYOUTS:
-        if layout.claims(path, names):
-            return FolderSource(path, path, layout.format, names, tag)
-    return None
+    from ckptkit.formats.distributed.around import found_in
+
+    found = found_in(path, tag)
+    if found is None:
+        return None
+    if found.layout is None:
+        return SourceFile(found.root)
+    return FolderSource(
+        path,
+        found.root,
+        found.layout,
+        found.names,
+        found.tag,
+        own=found.own,
+        members=found.members,
+        asked=tag,
+        findings=found.findings,
+    )
