@@ -36,6 +36,7 @@ __all__ = [
     "format_for",
     "format_named",
     "given_of",
+    "hashed_parts",
     "judged",
     "plan",
     "read",
@@ -266,6 +267,19 @@ def judged(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
+def hashed_parts(file: Source) -> dict[str, Source]:
+    """The files that a checkpoint of several consists of, by name: shards and their index, all files of a folder.
+
+    Raises:
+        FileAccessError: one cannot be opened.
+    """
+    if is_folder(file):
+        from ckptkit.formats.distributed.folder import FolderSource
+
+        return dict(file.whole_parts()) if isinstance(file, FolderSource) else {}
+    return {os.path.basename(file.path): file, **file.parts} if file.parts else {}
+
+
 def given_of(file: Source) -> Source:
     """The file that was given: of what was found in one that is compressed or an archive, that one."""
     around: Around | None = getattr(file, "around", None)
@@ -305,7 +319,7 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
         return unpacked
     if os.path.isdir(path):
         from ckptkit.formats.distributed import folder_source
-        from ckptkit.formats.refused_folders import describe_folder
+        from ckptkit.formats.distributed.around import describe_folder
 
         if (together := folder_source(name, tag)) is not None:
             return together

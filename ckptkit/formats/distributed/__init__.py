@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.formats.distributed.folder import FolderSource
 from ckptkit.formats.format import HEAD_NBYTES
+from ckptkit.formats.unpacked import unpacked_source
 
-__all__ = ["DCP_MARK", "LAYOUTS", "Layout", "folder_source"]
+__all__ = ["LAYOUTS", "Layout", "folder_source", "is_metadata"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,14 @@ def _is_metadata(folder: str) -> bool:
     """Whether the ``.metadata`` of a folder without items is that of torch.distributed.checkpoint."""
     try:
         with open(os.path.join(folder, ".metadata"), "rb") as file:  # noqa: PTH123 - its first bytes
-            return DCP_MARK.search(file.read(HEAD_NBYTES)) is not None
+            return is_metadata(file.read(HEAD_NBYTES))
     except OSError:
         return False
 
 
-DCP_MARK = re.compile(rb"torch\.distributed\.(?:_shard\.)?checkpoint\.")
-"""In the first bytes of a ``.metadata`` of torch.distributed.checkpoint, a plain pickle."""
+def is_metadata(head: bytes) -> bool:
+    """Whether the first bytes of a plain pickle are those of a ``.metadata`` of torch.distributed.checkpoint."""
+    return re.search(rb"torch\.distributed\.(?:_shard\.)?checkpoint\.", head) is not None
 
 
 def _megatron(folder: str, names: tuple[str, ...]) -> bool:
@@ -103,7 +105,7 @@ def folder_source(path: str, tag: str | None = None) -> Source | None:
     if found is None:
         return None
     if found.layout is None:
-        return SourceFile(found.root)
+        return unpacked_source(found.root) or SourceFile(found.root)
     return FolderSource(
         path,
         found.root,

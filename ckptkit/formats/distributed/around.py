@@ -23,13 +23,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
+from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
 from ckptkit.formats.containers import SUFFIXES
+from ckptkit.formats.refused_contents import unpacked
+from ckptkit.formats.shard_parts import names_in
 from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
+from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import Finding, count_of, listed
 
-__all__ = ["POINTERS", "Found", "found_in", "pointed", "sharded_at", "sharded_in"]
+__all__ = ["POINTERS", "Found", "describe_folder", "found_in", "pointed", "sharded_at", "sharded_in"]
 
 POINTERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
 """Files that name the last step: DeepSpeed's, Megatron's, and DeepSpeed's of universal checkpoints."""
@@ -42,6 +45,9 @@ _DEEPEST = 8
 
 _MOST_FOLDERS = 1000
 """Folders in one that are looked into."""
+
+_MOST_LOOKED_AT = 8
+"""Names in a folder in which there is no checkpoint that are looked at as folders themselves."""
 
 _LISTED = 8
 """Checkpoints that a message lists."""
@@ -100,8 +106,12 @@ class Found(NamedTuple):
 # The folder itself.
 
 
-def sharded_at(folder: str) -> Found | None:
+def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None:
     """The sharded checkpoint that a folder is by its own files; ``None``: it is none.
+
+    Args:
+        folder: its path.
+        inside: the names in it, where they are known.
 
     Raises:
         FileAccessError: it cannot be listed.
@@ -110,12 +120,12 @@ def sharded_at(folder: str) -> Found | None:
     from ckptkit.formats.distributed import LAYOUTS
     from ckptkit.formats.distributed.folder import listing
 
-    try:
-        with os.scandir(folder or os.curdir) as entries:
-            may_be_one = any(_NAMED.fullmatch(entry.name) is not None for entry in entries)
-    except OSError as error:
-        raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
-    if not may_be_one:
+    if inside is None:
+        try:
+            inside = os.listdir(folder or os.curdir)
+        except OSError as error:
+            raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
+    if not any(map(_NAMED.fullmatch, inside)):
         return None
     names = listing(folder)
     for layout in LAYOUTS:
@@ -166,7 +176,7 @@ def _stems(names: Sequence[str]) -> dict[str, list[str]]:
     for match in filter(None, map(CUSTOMARY.fullmatch, names)):
         is_plain = "/" not in match[0] and os.path.splitext(match[0])[1] in SUFFIXES
         if is_plain and 1 < int(match[3]) <= DEFAULT_LIMITS.shards:
-            stems.setdefault(f"{match[1]}{match[4]} of {int(match[3])}", []).append(match[0])
+            stems.setdefault(f"{match[1]}{match[4]} of {match[3]}", []).append(match[0])
     return stems
 
 
@@ -305,8 +315,6 @@ def _tagged(path: str, tag: str) -> Found:
         raise MissingFileError(f"{path}: no step {tag!r:.80} is in this folder{told}", path=path, names=there)
     found = _standing(chosen, 0)
     if found is None:
-        from ckptkit.formats.refused_folders import describe_folder
-
         raise FileAccessError(f"{chosen}: {describe_folder(chosen)}", path=chosen)
     return found._replace(tag=os.path.basename(chosen) if found.tag is None else found.tag)
 
@@ -316,14 +324,16 @@ def _standing(path: str, depth: int) -> Found | None:
     own = sharded_at(path)
     if own is not None:
         return own
+    if is_unpacked(path):
+        return Found(path)
+    if unpacked(path) is not None:
+        return None
     last = pointed(path)
     if last is not None:
         _require_end(path, depth)
         step = os.path.join(path, *last[1].split("/"))
         found = _standing(step, depth + 1)
         if found is None:
-            from ckptkit.formats.refused_folders import describe_folder
-
             told = f"names {last[1]!r:.80}, which {describe_folder(step)}"
             raise CorruptError(told, path=os.path.join(path, last[0]))
         return _chosen(path, last, found)
@@ -396,3 +406,22 @@ def _choices(path: str, depth: int) -> Iterator[tuple[str, Found | None]]:
     yield from ((name, Found(os.path.join(path, name))) for name in files)
     if not depth:  # what "sharded" holds was consolidated under the index
         yield from (step for step in _steps(path, depth) if not (indexes and step[0] == "sharded"))
+
+
+def describe_folder(path: str) -> str:
+    """What a folder is that was given, and in which there is no checkpoint."""
+    names = names_in(path)
+    if packing := unpacked(path):
+        return f"is {packing}"
+    for name in names[:_MOST_LOOKED_AT]:  # unzip makes a folder around it
+        if packing := unpacked(os.path.join(path, name)):
+            return f"holds {name}, {packing}"
+    try:
+        pointed(path)
+    except CkptkitError as error:
+        return f"holds no checkpoint: {error}"
+    if "saved_model.pb" in names:
+        return "is a TensorFlow SavedModel, no torch checkpoint"
+    if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
+        return "is an orbax checkpoint (JAX), no torch checkpoint"
+    return "is a folder, not a file"
