@@ -428,7 +428,8 @@ class _Reader:
                 extra.append(name)
         extra += by_name
         if lost:
-            raise CorruptError(f"nothing says where {count_of(len(lost), 'chunk', 'lies', 'lie')}: {_first(lost)}", names=lost)
+            told = count_of(len(lost), "chunk", "lies", "lie")
+            raise CorruptError(f"nothing says where {told}: {_first(lost)}", names=lost)
         if extra:
             raise CorruptError(f"items are stored of what is not described: {_first(map(_shown, extra))}", names=extra)
 
