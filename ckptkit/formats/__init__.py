@@ -20,7 +20,7 @@ from ckptkit.formats.shards import may_tell_a_part
 from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
-from ckptkit.normalize.parts import part_in
+from ckptkit.normalize.parts import flat_part, part_in
 from ckptkit.pickling.inert import TreeMap
 from ckptkit.pickling.trust import merge_uses
 
@@ -294,7 +294,8 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpo
     """The checkpoint with the size of all its shards, or with what it is itself a part of."""
     names = [use.name for use in raw.globals]
     if format_named(raw.format).is_folder:
-        return checkpoint.replace(origin=replace(checkpoint.origin, size=file.total_size))
+        origin = replace(checkpoint.origin, size=file.total_size)
+        return checkpoint.replace(origin=origin, part=flat_part(raw.root, checkpoint.state_dict))
     if format_named(raw.format).shards is not None:  # an index makes its shards whole, not what they hold
         said = part_in(raw.root, checkpoint.state_dict, {}, names)
         origin = replace(checkpoint.origin, size=file.total_size)

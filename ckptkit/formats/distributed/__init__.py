@@ -13,7 +13,13 @@ from dataclasses import dataclass
 
 from ckptkit.formats.distributed.folder import FolderSource, listing
 
-__all__ = ["LAYOUTS", "Layout", "folder_source"]
+__all__ = ["LAYOUTS", "RANKED", "Layout", "folder_source"]
+
+RANKED = (
+    r"(?:(?P<stem>[^/]*?)(?:(?:^|(?<=[._-]))world_size_(?P<of>\d+))?[._-])?"
+    r"rank[_-]?(?P<rank>\d+)(?P<end>\.(?:bin|ckpt|pkl|pth|pt|tar))"
+)
+"""What the files of FSDP's ranks are called: the stem is what those of one checkpoint have in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "deepspeed",
         _named(r"(?:\w+_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt|layer_\d+-model.*_states\.pt"),
     ),
-    Layout("fsdp", _named(r".*world_size_\d+_rank_\d+\.\w+|.*[._]rank_?\d+\.(?:bin|pth|pt)")),
+    Layout("fsdp", _named(RANKED)),
     Layout("safetensors-dcp", _named(r"shard-\d{5}-.+\.safetensors")),
 )
 """In the order in which a folder is held against them: the first that claims it, reads it."""
