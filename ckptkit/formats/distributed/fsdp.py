@@ -113,6 +113,8 @@ def read(probe: Probe) -> RawCheckpoint:
         discarded=tuple(value for raw in raws for value in raw.discarded),
         findings=(*merged_findings(shards), *findings),
         replicas=tuple(replica for ranks in merged for replica in ranks.replicas),
+        world_size=len(sets[0].files),
+        mesh=_mesh(mesh for ranks in merged for mesh in ranks.meshes),
     )
 
 
@@ -291,8 +293,6 @@ class _Ranks:
         own: places of what each rank has of its own.
         ranks: how many the files' content says that there are; 0: it does not say.
         meshes: those that its tensors lie on.
-        spread: how many tensors have parts in several files.
-        copies: how many plain tensors each has.
 
     Raises:
         FormatError: they do not belong together.
@@ -311,7 +311,6 @@ class _Ranks:
         start = Place().below(key) if key else Place()
         for rank, root in enumerate(self._roots):
             self._meet(rank, side_by_side([(start, self._roots[0], root)], _SamePlaces()))
-        self.spread, self.copies = len(self._spread), len(self._copied)
 
     def _meet(self, rank: int, mets: Iterable[Met]) -> None:
         known: dict[int, Mesh] = {}
@@ -365,7 +364,9 @@ class _Ranks:
     def _is_state_of_flat(self, met: Met) -> bool:
         """Whether it is the state of a parameter of which a rank has nothing: so it is with flat parameters."""
         is_absent = met.a is ABSENT or met.b is ABSENT
-        return is_absent and "optim" in str(met.place) and any(is_flat_name(each.name) for each in self._spread.values())
+        return (
+            is_absent and "optim" in str(met.place) and any(is_flat_name(each.name) for each in self._spread.values())
+        )
 
     def _differs(self, rank: int, met: Met) -> None:
         place = str(met.place) or "the whole"
@@ -540,15 +541,6 @@ def _findings(sets: Sequence[_Set], merged: Sequence[_Ranks], count: int, folder
     files = len(sets[0].files)
     if told > files:
         _require_ranks(sets[0], told)
-    meshes = [_mesh_text(mesh) for mesh in dict.fromkeys(mesh for ranks in merged for mesh in ranks.meshes)]
-    on = f", on {'a mesh' if len(meshes) == 1 else 'meshes'} of {listed(meshes, _LISTED)}" if meshes else ""
-    spread, copies = (sum(getattr(ranks, what) for ranks in merged) for what in ("spread", "copies"))
-    yield Finding(
-        code="saved-by-ranks",
-        severity="info",
-        message=f"{count_of(files, 'rank')} saved it{on}: {count_of(spread, 'tensor')} in parts, "
-        f"{count_of(copies, 'tensor')} that each of them has",
-    )
     if not count and not told:
         yield Finding(
             code="completeness-unknown",
@@ -572,6 +564,10 @@ def _findings(sets: Sequence[_Set], merged: Sequence[_Ranks], count: int, folder
         )
 
 
-def _mesh_text(mesh: Mesh) -> str:
-    names = mesh.names or ("",) * len(mesh.sizes)
-    return " × ".join(f"{name} {size}".strip() for name, size in zip(names, mesh.sizes, strict=True))
+def _mesh(meshes: Iterable[Mesh]) -> dict[str, int] | None:
+    """The sizes of the mesh of most dimensions, by their names, or numbers where it has none; ``None``: there is none."""
+    largest = max(meshes, key=lambda mesh: (len(mesh.sizes), mesh.ranks), default=None)
+    if largest is None:
+        return None
+    names = largest.names or map(str, range(len(largest.sizes)))
+    return dict(zip(names, largest.sizes, strict=True))

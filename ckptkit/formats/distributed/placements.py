@@ -328,7 +328,10 @@ def boxes_of(runs: Sequence[Runs], local: TensorEntry) -> tuple[tuple[Box, Tenso
     found = []
     begins = [list(itertools.accumulate((size for _, size in each), initial=0)) for each in runs]
     for index in itertools.product(*map(range, map(len, runs))):
-        box = tuple(runs[dim][at][0] for dim, at in enumerate(index)), tuple(runs[d][at][1] for d, at in enumerate(index))
+        box = (
+            tuple(runs[dim][at][0] for dim, at in enumerate(index)),
+            tuple(runs[d][at][1] for d, at in enumerate(index)),
+        )
         offset = sum(begins[dim][at] * local.stride[dim] for dim, at in enumerate(index))
         found.append((box, replace(local, storage_offset=local.storage_offset + offset, shape=box[1])))
     return tuple(found)
@@ -379,4 +382,3 @@ def _placed(node: object) -> tuple[Box, int | None]:
         raise CorruptError("a shard has no offsets or sizes")
     rank = members(said.get("placement")).get("_rank")
     return (offsets, sizes), rank if isinstance(rank, int) else None
-
