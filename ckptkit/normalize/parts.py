@@ -117,7 +117,9 @@ def flat_part(root: object, state_dict: StateDict) -> Part | None:
     """
     if not _has_flat(_own_keys(root), state_dict):
         return None
-    return replace(_FLAT_PART, remedy="give --like REF, a file of the same model or the model, by which they are cut")
+    return replace(
+        _FLAT_PART, remedy="ckptkit convert --like REF cuts them, by a file of the same model or by the model"
+    )
 
 
 def is_flat_name(name: str) -> bool:

@@ -109,7 +109,8 @@ def _require_all(numbers: Mapping[str, re.Match[str]]) -> None:
             names = [what.format(number) for number in missing]
             verb = "is" if left == 1 else "are"
             raise CorruptError(
-                f"{count_of(left, 'file')} {verb} missing: {listed(names, _LISTED, total=left)}; get all of them into the folder"
+                f"{count_of(left, 'file')} {verb} missing: {listed(names, _LISTED, total=left)}; "
+                "get all of them into the folder"
             )
 
 
