@@ -57,16 +57,10 @@ def cut_flat(
     if not flats or checkpoint.part is None or not checkpoint.part.remedy:
         return checkpoint
     path = checkpoint.origin.path
-    if not is_ordered:
-        raise RewriteError(
-            f"{path}: has flat parameters, which are cut in the order of the model's parameters; {label} is a file "
-            "that does not keep it: give a .pth of the model, or the model itself",
-            path=path,
-        )
     refused: RewriteError | None = None
     for prefix in _prefixes(flats):
         try:
-            everything = _cut(checkpoint.state_dict, flats, prefix, expected, tied, label)
+            everything = _cut(checkpoint.state_dict, flats, prefix, expected, tied, label, is_ordered)
         except RewriteError as error:
             refused = refused or error
             continue
@@ -96,6 +90,7 @@ def _cut(
     expected: _Shapes,
     tied: Sequence[Sequence[str]],
     label: str,
+    is_ordered: bool,
 ) -> dict[str, object]:
     """Every value by its name, those of the model's units cut.
 
@@ -104,13 +99,15 @@ def _cut(
     """
     before = f"{prefix}." if prefix else ""
     units = {unit: name for name in flats if f"{(unit := _unit(name))}.".startswith(before) or not before}
-    there = {unwrapped(name): name for name in state_dict.everything}
+    own = {id(flats[name].storage) for name in units.values()}
     views = {
-        full: (shape, entry)
-        for name, shape in expected.items()
-        if shape is not None and isinstance(entry := state_dict.get(there.get(full := before + name, "")), TensorEntry)
-        and any(entry.storage is flat.storage for flat in flats.values())
-    }  # fmt: skip
+        name: entry for name, entry in state_dict.items() if id(entry.storage) in own and name not in units.values()
+    }
+    has_views = {id(entry.storage) for entry in views.values()}
+    there = set(map(unwrapped, state_dict.everything))
+    shapes = {before + name: shape for name, shape in expected.items()}
+    if views and not any(unwrapped(name) in shapes for name in views):
+        raise RewriteError(f"{label} has none of the names of what is joined in flat parameters")
     place = {name: number for number, name in enumerate(expected)}
     again = {name for group in tied for name in sorted(filter(place.__contains__, group), key=place.__getitem__)[1:]}
     members: dict[str, list[tuple[str, tuple[int, ...]]]] = {unit: [] for unit in units}
@@ -121,14 +118,18 @@ def _cut(
             members[max(of, key=len)].append((full, shape))
     everything: dict[str, object] = {}
     for name, value in state_dict.everything.items():
-        found = members.get(_unit(name), []) if name in flats else []
-        if unwrapped(name) in views:
-            shape, entry = views[unwrapped(name)]
-            everything[name] = _part(unwrapped(name), entry, shape, label)
-        elif name in flats and (found or not views) and _unit(name) in units:
-            everything.update(_parts(name, flats[name], found, label))
-        elif name not in flats or _unit(name) not in units:
+        shape = shapes.get(unwrapped(name))
+        if name in views and shape is not None:
+            everything[name] = _part(name, views[name], shape, label)
+        elif name not in units.values():
             everything[name] = value
+        elif id(flats[name].storage) not in has_views:
+            everything.update(_parts(name, flats[name], members[_unit(name)], label))
+            if not is_ordered:
+                raise RewriteError(
+                    f"flat parameters are cut in the order of the model's parameters, and {label} is a file that does "
+                    "not keep it: give a .pth of the model, or the model itself"
+                )
     return everything
 
 
