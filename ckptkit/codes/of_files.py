@@ -317,6 +317,13 @@ CODES: dict[str, Explanation] = {
         "Nothing needs to be done to use the weights. To resume on as many ranks with the same random numbers, keep "
         "the ranks' files.",
     ),
+    "flat-optimizer": Explanation(
+        "an optimizer's state is that of FSDP's flat parameters",
+        "optimizer.state_dict() of a model in FSDP's first version has the moments of flat parameters, of each rank a "
+        "run of one dimension. They are put together in the order of the ranks; names and shapes of the parameters "
+        "are not in the files. Only the same model in FSDP with the same units can go on with them.",
+        "The weights are not concerned. To have the state by parameter save FSDP.optim_state_dict(model, optimizer).",
+    ),
     "saved-apart": Explanation(
         "files of one checkpoint were written more than a day apart",
         "Ranks save at about the same time. Files that are days apart may be left from another run or step, where a "

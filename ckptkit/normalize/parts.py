@@ -352,12 +352,15 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The warning about a checkpoint that is a part, with what to give instead."""
     part = checkpoint.part
     if part is not None:
-        fix = way_out(part)
+        fix: str | None = way_out(part)
         if part.opens and part.instead is not None:
             import shlex
 
             fix = f"ckptkit inspect {shlex.quote(part.instead)}"
-        yield Finding(code=CODE, severity="warning", message=part_text(part), fix=fix)
+        told = part_text(part)
+        if part.remedy:
+            told, fix = f"{told}; {part.remedy}", None
+        yield Finding(code=CODE, severity="warning", message=told, fix=fix)
 
 
 def way_findings(checkpoint: Checkpoint) -> Iterator[Finding]:

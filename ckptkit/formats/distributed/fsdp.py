@@ -89,11 +89,17 @@ def read(probe: Probe) -> RawCheckpoint:
     shards = _read_all(probe, [name for each in sets for name in each.names])
     raws = [shard.raw for shard in shards.values()]
     try:
+        is_sharded = any(use.name.endswith(".ShardedTensor") for raw in raws for use in raw.globals)
         merged = [
-            Ranks({name: shards[name].raw.root for name in each.names}, "" if len(sets) == 1 else each.key)
+            Ranks(
+                {name: shards[name].raw.root for name in each.names},
+                "" if len(sets) == 1 else each.key,
+                is_sharded=is_sharded,
+            )
             for each in sets
         ]
-        roots = [(each.key, ranks.root()) for each, ranks in zip(sets, merged, strict=True)]
+        shapes = [shape for ranks in merged for shape in ranks.shapes]
+        roots = [(each.key, ranks.root(shapes)) for each, ranks in zip(sets, merged, strict=True)]
         findings = list(_findings(sets, merged, count, folder))
     except FormatError as error:
         error.globals = merge_uses(error.globals, merged_globals(shards))
@@ -253,6 +259,13 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
             code="rank-values",
             severity="info",
             message=f"each rank has its own of {listed(own, _LISTED)}; those of rank 0 are taken",
+        )
+    if flat := [place for ranks in merged for place in ranks.flat]:
+        yield Finding(
+            code="flat-optimizer",
+            severity="warning",
+            message=f"{count_of(len(flat), 'tensor')} of the optimizer's state are of flat parameters, put together "
+            f"from what each rank has, padding and all: {listed(flat, _LISTED, characters=100)}",
         )
     times = {name: file.identity[3] for name, file in folder.parts.items() if isinstance(file, SourceFile)}
     first, last = (choose(times, key=lambda name: times[name]) for choose in (min, max))

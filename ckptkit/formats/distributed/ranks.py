@@ -3,15 +3,17 @@
 All have the same places.  What is at one is a distributed tensor, of which each has parts; a plain tensor, of which
 each has a copy; a value, which must be equal; or something that each rank has of its own.
 
-With flat parameters it is a little different.  What an optimizer keeps for one is a plain tensor, of which each rank
-has a run, or nothing; and with ``use_orig_params`` the parameters' own names are there, too: under each is the rank's
-view of its part, which says where in the flat parameter it begins and how many elements it has, but not its shape.
+FSDP's first version has flat parameters, and what an optimizer's own ``state_dict()`` keeps for one, or with
+``use_orig_params`` for the part of one that a parameter is, is a plain tensor: each rank has a run of it, or nothing.
+Where flat parameters are saved (LOCAL_STATE_DICT), and with ``use_orig_params`` the parameters' own names too, each is
+a rank's view of its part, which says where in the flat one it begins and how many elements it has, but not its shape.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptkit.checkpoint import Replica, Storage, TensorEntry
@@ -20,7 +22,7 @@ from ckptkit.formats.distributed.placements import Box, Distributed, Mesh, Share
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.parts import is_flat_name
 from ckptkit.normalize.trees import Met, Place, SameContent, shown, side_by_side
-from ckptkit.pickling.inert import ABSENT, Object, TreeMap, attributes, mapping_items, walk
+from ckptkit.pickling.inert import ABSENT, InertDict, Object, TreeMap, attributes, mapping_items, named_items, walk
 from ckptkit.report import listed
 from ckptkit.tensor import tensor_of
 from ckptkit.transfer.pieces import Piece, pieced
@@ -75,11 +77,11 @@ class _Spread:
 
 @dataclass(slots=True)
 class _Copied:
-    """A plain tensor in the first rank's tree, and those of the other ranks in its place."""
+    """A plain tensor in the tree, and those that the ranks have in its place."""
 
-    entry: TensorEntry
+    node: object
     place: Place
-    others: list[tuple[int, TensorEntry]] = field(default_factory=list)
+    each: list[tuple[int, TensorEntry]] = field(default_factory=list)
 
 
 class Ranks:
@@ -88,10 +90,13 @@ class Ranks:
     Args:
         trees: of each rank's file, by its name, in the order of the ranks.
         key: of what they hold; ``""``: they are all there is.
+        is_sharded: whether the model's parameters are ShardedTensors; an optimizer's own state_dict() has none of them.
 
     Attributes:
         replicas: tensors that must be the same.
         own: places of what each rank has of its own.
+        flat: places of what was put together from runs of flat parameters, and has no shape.
+        shapes: those of parameters that are ShardedTensors, in order.
         ranks: how many the files' content says that there are; 0: it does not say.
         meshes: those that its tensors lie on.
 
@@ -99,38 +104,43 @@ class Ranks:
         FormatError: they do not belong together.
     """
 
-    def __init__(self, trees: Mapping[str, object], key: str) -> None:
+    def __init__(self, trees: Mapping[str, object], key: str, *, is_sharded: bool = False) -> None:
         self._files = list(trees)
         self._roots = list(trees.values())
         self._spread: dict[int, _Spread] = {}
         self._copied: dict[int, _Copied] = {}
         self._problems: list[str] = []
+        self._frame, self._optimizers = _frame(self._roots, is_sharded=is_sharded)
         self.replicas: list[Replica] = []
         self.own: dict[str, None] = {}
+        self.flat: list[str] = []
         self.ranks = 0
         self.meshes: dict[Mesh, None] = {}
         start = Place().below(key) if key else Place()
+        self._optimizers = {str(start.below(each)) if each else str(start) for each in self._optimizers}
         for rank, root in enumerate(self._roots):
-            self._meet(rank, side_by_side([(start, self._roots[0], root)], _SamePlaces()))
+            self._meet(rank, side_by_side([(start, self._frame, root)], _SamePlaces()))
+        found = (each for each in self._spread.values() if each.found.kind == "ShardedTensor")
+        self.shapes = [each.shares[0][1].shape for each in found if not is_flat_name(each.name)]
 
     def _meet(self, rank: int, mets: Iterable[Met]) -> None:
         known: dict[int, Mesh] = {}
         for met in mets:
-            if met.how == "order":
-                continue
             a, b = _as_entry(met.a), _as_entry(met.b)
             if met.how == "spread":
                 self._share(rank, met, known)
             elif isinstance(a, TensorEntry) and isinstance(b, TensorEntry):
-                copied = self._copied.setdefault(id(met.a), _Copied(a, met.place))
-                if rank:
-                    copied.others.append((rank, b))
-            elif (own := _own(met.place)) is not None or self._is_state_of_flat(met):
-                self.own[own or str(met.place)] = None
-            else:
+                self._copied.setdefault(id(met.a), _Copied(met.a, met.place)).each.append((rank, b))
+            elif (own := _own(met.place)) is not None:
+                self.own[own] = None
+            elif met.how != "order" and not (met.b is ABSENT and self._is_run(met.place)):
                 self._differs(rank, met)
         if len(self._problems) >= _LISTED:
             self._check()
+
+    def _is_run(self, place: Place) -> bool:
+        """Whether it is in an optimizer's state for flat parameters."""
+        return any(f"{place}.".startswith(f"{each}.state." if each else "state.") for each in self._optimizers)
 
     def _share(self, rank: int, met: Met, known: dict[int, Mesh]) -> None:
         """What a rank has of a distributed tensor.
@@ -162,13 +172,6 @@ class Ranks:
             self.meshes.setdefault(share.mesh._replace(place=None, rank=None))
         spread.shares.append((rank, share))
 
-    def _is_state_of_flat(self, met: Met) -> bool:
-        """Whether it is the state of a parameter of which a rank has nothing: so it is with flat parameters."""
-        is_absent = met.a is ABSENT or met.b is ABSENT
-        return (
-            is_absent and "optim" in str(met.place) and any(is_flat_name(each.name) for each in self._spread.values())
-        )
-
     def _differs(self, rank: int, met: Met) -> None:
         place = str(met.place) or "the whole"
         if met.a is ABSENT or met.b is ABSENT:
@@ -190,27 +193,30 @@ class Ranks:
                 "files of different runs or steps were mixed"
             )
 
-    def root(self) -> object:
+    def root(self, shapes: Sequence[tuple[int, ...]] = ()) -> object:
         """The tree, with every tensor whole.
+
+        Args:
+            shapes: of the model's parameters, in order, where they are known.
 
         Raises:
             FormatError: tensors have parts that are missing, overlap or do not fit.
         """
         self._check()
-        flat = {id(spread): spread for spread in self._spread.values() if is_flat_name(spread.name)}
-        replaced: list[tuple[object, object]] = []
-        wholes: dict[int, TensorEntry] = {}
-        for spread in self._spread.values():
-            wholes[id(spread)] = self._whole(spread)
-            replaced.append((spread.node, wholes[id(spread)]))
+        flat = {number: spread for number, spread in self._spread.items() if is_flat_name(spread.name)}
+        wholes = {number: self._whole(spread) for number, spread in self._spread.items()}
+        replaced: list[tuple[object, object]] = [(self._spread[number].node, new) for number, new in wholes.items()]
+        known = self._known_shapes(shapes)
         for copied in self._copied.values():
-            new = (self._view(copied, flat, wholes) or self._joined(copied)) if flat else None
+            new = self._view(copied, flat, wholes) if flat else None
+            if new is None and self._is_run(copied.place):
+                new = self._joined(copied, known)
             if new is not None:
-                replaced.append((copied.entry, new))
+                replaced.append((copied.node, new))
             else:
                 self._compare(copied)
         self._check()
-        root = TreeMap(lambda leaf: leaf, replaced)(self._roots[0])
+        root = TreeMap(lambda leaf: leaf, replaced)(self._frame)
         _unwrap_versions(root)
         return root
 
@@ -223,13 +229,15 @@ class Ranks:
         name, first = spread.name, spread.shares[0][1]
         boxes: dict[Box, tuple[int, TensorEntry]] = {}
         for rank, share in spread.shares:
-            for what in ("shape", "dtype", "every"):
-                if getattr(share, what) != getattr(first, what):
-                    told = f" ({getattr(first, what)} and {getattr(share, what)})" if what != "every" else ""
-                    what = "list of shards" if what == "every" else what
+            for what, ours, theirs in (
+                ("shape", first.shape, share.shape),
+                ("dtype", first.dtype, share.dtype),
+                ("list of shards", set(first.every or ()), set(share.every or ())),
+            ):
+                if ours != theirs:
                     raise CorruptError(
-                        f"tensor {name!r:.200}: {self._files[0]} and {self._files[rank]} give it another {what}{told}: "
-                        "files of different runs were mixed"
+                        f"tensor {name!r:.200}: {self._files[0]} and {self._files[rank]} do not give it the same "
+                        f"{what}: files of different runs were mixed"
                     )
             for box, entry in share.pieces:
                 other, known = boxes.setdefault(box, (rank, entry))
@@ -260,15 +268,15 @@ class Ranks:
         """Note a plain tensor's copies, which must be the same."""
         own = _own(copied.place)
         if own is not None:
-            if copied.others:
+            if len(copied.each) > 1:
                 self.own[own] = None
             return
-        name, entry = str(copied.place), copied.entry
-        for rank, other in copied.others:
+        (first, entry), *others = copied.each
+        for rank, other in others:
             if (other.dtype, other.shape) != (entry.dtype, entry.shape):
                 self._differs(rank, Met(copied.place, entry, other))
             else:
-                self.replicas.append(Replica(name, entry, other, f"rank 0 and rank {rank}"))
+                self.replicas.append(Replica(str(copied.place), entry, other, f"rank {first} and rank {rank}"))
 
     def _view(
         self, copied: _Copied, flat: Mapping[int, _Spread], wholes: Mapping[int, TensorEntry]
@@ -280,7 +288,7 @@ class Ranks:
         """
         runs: list[tuple[int, int]] = []
         of: set[int] = set()
-        for rank, entry in [(0, copied.entry), *copied.others]:
+        for rank, entry in copied.each:
             if len(entry.shape) != 1:
                 return None
             held = self._held(rank, entry, flat) if entry.numel else None
@@ -308,16 +316,74 @@ class Ranks:
                         return number, offsets[0] + entry.storage_offset - local.storage_offset
         return None
 
-    def _joined(self, copied: _Copied) -> TensorEntry | None:
-        """What an optimizer keeps for a flat parameter, each rank a run of it; ``None``: it is something else."""
-        each = [(0, copied.entry), *copied.others]
-        if "optim" not in str(copied.place) or any(len(entry.shape) != 1 for _, entry in each):
+    def _joined(self, copied: _Copied, known: Mapping[object, tuple[int, ...]]) -> TensorEntry | None:
+        """What an optimizer keeps of a flat parameter, each rank a run of it; ``None``: it is something else."""
+        if any(len(entry.shape) != 1 for _, entry in copied.each):
             return None
         pieces, at = [], 0
-        for rank, entry in each:
+        for rank, entry in copied.each:
             pieces.append(Piece((at,), entry.shape, entry, self._files[rank]))
             at += entry.numel
-        return pieced(str(copied.place), (at,), copied.entry.dtype, pieces)
+        shape = known.get(copied.place.above.label) if copied.place.above is not None else None
+        if shape is None:
+            self.flat.append(str(copied.place))
+        return pieced(str(copied.place), (at,), copied.each[0][1].dtype, pieces, view=shape)
+
+    def _known_shapes(self, shapes: Sequence[tuple[int, ...]]) -> dict[object, tuple[int, ...]]:
+        """The shapes of the parameters by the keys of an optimizer's state, where its runs are of as many elements.
+
+        An optimizer of one group numbers the parameters in the model's order.
+        """
+        numels: dict[object, set[int]] = {}
+        for copied in self._copied.values():
+            if self._is_run(copied.place) and copied.place.above is not None and len(copied.each[0][1].shape) == 1:
+                total = sum(entry.numel for _, entry in copied.each)
+                numels.setdefault(copied.place.above.label, set()).add(total)
+        known: dict[object, tuple[int, ...]] = dict(enumerate(shapes))
+        fits = all(isinstance(key, int) and numels[key] == {math.prod(known.get(key, (-1,)))} for key in numels)
+        return known if fits and self._has_one_group() else {}
+
+    def _has_one_group(self) -> bool:
+        """Whether the optimizer that has runs of flat parameters has one group of them."""
+        nodes = [self._frame, *(value for _, value in mapping_items(self._frame) or ())]
+        groups = [node.get("param_groups") for node in nodes if isinstance(node, InertDict) and "param_groups" in node]
+        return len(groups) == 1 and isinstance(groups[0], list) and len(groups[0]) == 1
+
+
+def _frame(roots: Sequence[object], *, is_sharded: bool) -> tuple[object, set[str]]:
+    """The first tree, with what others alone have in the state of an optimizer, and the keys of optimizers there.
+
+    ``""``: the tree itself is one.  Only those count that have runs of flat parameters.
+    """
+    if not is_sharded:
+        return roots[0], set()
+    if _is_optimizer(roots[0]):
+        return _with_all_states(roots), {""}
+    pairs = mapping_items(roots[0]) if isinstance(roots[0], InertDict) else None
+    keys = {key for key, value in pairs or () if isinstance(key, str) and _is_optimizer(value)}
+    if pairs is None or not keys:
+        return roots[0], set()
+    others = [dict(named_items(root)) for root in roots]
+    wholes = {key: _with_all_states([other.get(key) for other in others]) for key in keys}
+    return InertDict([(key, wholes.get(key, value) if isinstance(key, str) else value) for key, value in pairs]), keys
+
+
+def _is_optimizer(node: object) -> bool:
+    """Whether it is what an optimizer's own state_dict() gives, which has no distributed tensors."""
+    is_one = isinstance(node, InertDict) and isinstance(node.get("state"), InertDict) and "param_groups" in node
+    return is_one and not any(distributed(each) for each in walk(node))
+
+
+def _with_all_states(optimizers: Sequence[object]) -> InertDict:
+    """The first rank's, with the state of parameters of which it has nothing, and another rank has."""
+    first = optimizers[0]
+    pairs: dict[object, object] = {}
+    for each in optimizers:
+        for key, value in mapping_items(each.get("state")) or () if isinstance(each, InertDict) else ():
+            if isinstance(key, (int, str)):
+                pairs.setdefault(key, value)
+    state = InertDict(list(pairs.items()))
+    return InertDict([(key, state if key == "state" else value) for key, value in mapping_items(first) or ()])
 
 
 def _as_entry(node: object) -> object:
