@@ -40,9 +40,9 @@ CODES: dict[str, Explanation] = {
     ),
     "unproven-weights": Explanation(
         "weights that only one file has",
-        "Of ZeRO's stages 1 and 2 a folder has the weights twice, in fp32 and in the precision of the forward pass: each "
-        "must be the other converted, which finds files of another run, or ranks that were swapped. Stage 3 keeps no "
-        "second copy; what can be held against each other (sizes, steps, buffers) still is.",
+        "Of ZeRO's stages 1 and 2 a folder has the weights twice, in fp32 and in the precision of the forward pass: "
+        "each must be the other converted, which finds files of another run, or ranks that were swapped. Stage 3 keeps "
+        "no second copy; what can be held against each other (sizes, steps, buffers) still is.",
         "Nothing is wrong. ckptkit verify FOLDER --model REF tries the weights in a model.",
     ),
     "optimizer-by-rank": Explanation(

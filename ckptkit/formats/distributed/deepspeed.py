@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 from ckptkit.checkpoint import Replica, TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
+from ckptkit.formats.distributed.deepspeed_modules import layers_of, modules_of, shape_in_module, tensor_parallel
 from ckptkit.formats.distributed.deepspeed_parts import (
     File,
     Models,
@@ -51,6 +52,7 @@ from ckptkit.formats.distributed.zero import (
     Flats,
     Kept,
     Moments,
+    Shapes,
     Slot,
     by_name,
     joined_slots,
@@ -62,14 +64,13 @@ from ckptkit.formats.distributed.zero import (
 )
 from ckptkit.formats.format import Probe
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import InertDict, Object
+from ckptkit.pickling.inert import InertDict, Object, attributes
 from ckptkit.pickling.tensors import is_int
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["read"]
 
 _OPTIMIZER = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d{1,7})_mp_rank_(\d{1,7})_optim_states\.pt", re.ASCII)
-_LAYER = re.compile(r"layer_(\d{1,7})(?:-model_(\d{1,7}))?-model_states\.pt", re.ASCII)
 _EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_.*|expp_rank_\d+_.*", re.ASCII)
 
 _JOINED, _SPLIT = "single_partition_of_fp32_groups", "fp32_flat_groups"
@@ -104,37 +105,18 @@ def read(probe: Probe) -> RawCheckpoint:
             "them together"
         )
     models = models_of(parts, names)
-    layers = _layers(parts, names)
+    layers = layers_of(parts, names)
     degree = named(models.first.own.get("checkpoint_parallel_dimensions")).get("tp_degree")
     if (is_int(degree) and degree > 1) or (len(models.files) > 1 and not layers):
-        raise _tensor_parallel(f"{len(models.files)} mp_rank files")
+        raise tensor_parallel(f"{len(models.files)} mp_rank files")
     optimizers = by_rank(parts, names, _OPTIMIZER)
     if not optimizers:
         return _without_masters(parts, models, layers)
     require_ranks(optimizers, len(models.files), "optim_states files of each mp_rank")
-    zeros = [_zero_of(models.files[stage], files) for stage, files in optimizers.items()]
+    zeros = [_zero_of(models.files[stage], files, layers) for stage, files in optimizers.items()]
     files = [file for ranks in optimizers.values() for file in ranks.values()]
     require_alike("ds_version", {file.name: file.own.get("ds_version") for file in (models.first, *files)})
     return _with_masters(parts, models, layers, zeros)
-
-
-def _tensor_parallel(which: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"its tensors are split over tensor-parallel ranks ({which}), and the files do not say how: ckptkit does not "
-        "put them together"
-    )
-
-
-def _layers(parts: Parts, names: Sequence[str]) -> dict[int, File]:
-    """The files of a pipeline's layers, by their numbers."""
-    found: dict[int, File] = {}
-    for name in names:
-        match = _LAYER.fullmatch(name)
-        if match is not None:
-            if int(match[2] or 0):
-                raise _tensor_parallel(name)
-            found[int(match[1])] = parts.read(name)
-    return dict(sorted(found.items()))
 
 
 # Without ZeRO.
@@ -151,7 +133,7 @@ def _without_masters(parts: Parts, models: Models, layers: Mapping[int, File]) -
         alone = f"; {first.name}, given alone, has the module's" * (first.own.get("module") is not None)
         raise CorruptError(f"the ranks' optim_states files, which have the fp32 weights, are missing{alone}")
     weights = Weights({}, {})
-    for where, module in _modules(first, layers, {}):
+    for where, module in modules_of(first, layers, {}):
         weights.add(module, where)
     optimizers: list[object] = [next(iter(ranks.values())).own.get("optimizer") for ranks in models.files.values()]
     findings = []
@@ -194,12 +176,13 @@ class _Zero(NamedTuple):
     told: str
 
 
-def _zero_of(models: Mapping[int, File], files: Mapping[int, File]) -> _Zero:
+def _zero_of(models: Mapping[int, File], files: Mapping[int, File], layers: Mapping[int, File]) -> _Zero:
     """Put the buffers of all ranks together.
 
     Args:
         models: the model files by rank; of stages 1 and 2 there is one.
         files: the optimizer files by rank.
+        layers: the files of a pipeline's layers.
 
     Raises:
         CorruptError: a rank is missing, or its buffers are not what they should be.
@@ -219,7 +202,8 @@ def _zero_of(models: Mapping[int, File], files: Mapping[int, File]) -> _Zero:
     for own, name in zip(buffers, where, strict=True):
         if len(own) != count:
             raise CorruptError(f"it has {count_of(len(own), 'flat buffer')}, and {where[0]} has {count}", where=name)
-    groups = shapes_of(model.own.get("param_shapes"), model.name)
+    shapes = model.own.get("param_shapes")
+    groups = shapes_of(shapes, model.name) if shapes is not None else _shapes_by_mappings(owns, model, layers)
     if is_split:
         totals = [flat.numel for flat in buffers[0]]
         slots = split_slots(groups, totals, world)
@@ -239,6 +223,28 @@ def _zero_of(models: Mapping[int, File], files: Mapping[int, File]) -> _Zero:
     names = [[slot.name for slot in slots if slot.flat == flat] for flat in range(count)]
     named_groups = [(pairs, [name for flat in flats for name in names[flat]]) for pairs, flats in kept[0].groups]
     return _Zero(slots, masters, moments, named_groups, first, _left(moments, ranks, kept), told)
+
+
+def _shapes_by_mappings(owns: Sequence[Mapping[str, object]], model: File, layers: Mapping[int, File]) -> list[Shapes]:
+    """The parameters in flat order, where ``param_shapes`` is ``None``: of BF16_Optimizer at stage 0.
+
+    Which run of a rank's part is of which parameter stands in ``param_slice_mappings``, and shapes in the module.
+
+    Raises:
+        CorruptError: it does not, or the module has no weight of so many elements.
+    """
+    mappings = [found if isinstance(found := own.get("param_slice_mappings"), list) else [] for own in owns]
+    groups: list[Shapes] = []
+    for flat in range(len(mappings[0])):
+        sizes: dict[str, int] = {}
+        for mapping in mappings:
+            for name, fragment in named(mapping[flat] if flat < len(mapping) else None).items():
+                numel = (attributes(fragment) or InertDict()).get("numel")
+                sizes[name] = sizes.get(name, 0) + (numel if is_int(numel) else 0)
+        groups.append([(name, shape_in_module(name, numel, model, layers)) for name, numel in sizes.items()])
+    if not groups:
+        raise CorruptError("neither param_shapes nor param_slice_mappings say which parameters the buffers hold")
+    return groups
 
 
 def _number(value: object) -> object:
@@ -312,7 +318,7 @@ def _with_masters(parts: Parts, models: Models, layers: Mapping[int, File], zero
     for ranks in models.files.values():
         masters |= frozen_weights(ranks)
     weights = Weights(masters, holders, models.first.own.get("shared_params"))
-    for where, module in _modules(models.first, layers, masters):
+    for where, module in modules_of(models.first, layers, masters):
         weights.add(module, where, stubs=is_split)
     for file in [file for ranks in models.files.values() for file in ranks.values()][1:]:
         weights.add(named(file.own.get("module")), file.name, stubs=is_split)
@@ -358,34 +364,3 @@ def _left_findings(zeros: Sequence[_Zero]) -> Iterator[Finding]:
             message=f"{what} of the optimizer is not laid out as the parameters are: it stands by rank, as it was "
             "saved, under optimizer.by_rank",
         )
-
-
-# The modules.
-
-
-def _modules(
-    first: File, layers: Mapping[int, File], masters: Mapping[str, TensorEntry]
-) -> Iterator[tuple[str, dict[str, object]]]:
-    """The module's state_dict with the file that it is from; of a pipeline those of its layers, by names in the model.
-
-    A layer that several places share has its values under ``tied_modules``: by names and shapes, since no file says it.
-    """
-    if not layers:
-        yield first.name, named(first.own.get("module"))
-        return
-    tied: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, master in masters.items():
-        if name.startswith(_TIED) and name.count(".") > 1:
-            key, _, own = name.removeprefix(_TIED).partition(".")
-            tied.setdefault(key, {})[own] = master.shape
-    for number, file in layers.items():
-        prefix = f"{number}."
-        shapes = {name: value.shape for name, value in file.own.items() if isinstance(value, TensorEntry)}
-        if shapes and not any(prefix + name in masters for name in shapes):
-            keys = [key for key, own in tied.items() if own.items() <= shapes.items()]
-            if len(keys) == 1:
-                prefix = f"{_TIED}{keys[0]}."
-        yield file.name, {prefix + name: value for name, value in file.own.items()}
-
-
-_TIED = "tied_modules."

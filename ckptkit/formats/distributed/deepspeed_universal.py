@@ -1,11 +1,11 @@
 """DeepSpeed's universal checkpoints: one file a parameter and value, as ``ds_to_universal`` writes them.
 
-Layout (``deepspeed/checkpoint/ds_to_universal.py``, DeepSpeed 0.19.8): the ``model_states`` files of the step it was made
-of, and below ``zero/``
+Layout (``deepspeed/checkpoint/ds_to_universal.py``, DeepSpeed 0.19.8): the ``model_states`` files of the step it was
+made of, and below ``zero/``
 
 - ``NAME/fp32.pt``, ``NAME/exp_avg.pt``, ``NAME/exp_avg_sq.pt``: of stages 1 and 2 a dict whose ``param`` is the whole
-  parameter, put together from all tensor-parallel ranks (``cat_dim`` and the like say how; ``vocab_tensor``: without the
-  rows that pad a vocabulary); of stage 3 its elements in one dimension
+  parameter, put together from all tensor-parallel ranks (``cat_dim`` and the like say how; ``vocab_tensor``: without
+  the rows that pad a vocabulary); of stage 3 its elements in one dimension
 - ``NAME/step.pt``: a number; not of stage 3
 - ``optimizer_state.pt``: what else an optimizer file of rank 0 has, with ``param_groups``, whose parameters are numbers
 
