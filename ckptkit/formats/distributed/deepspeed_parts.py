@@ -16,7 +16,7 @@ from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.selection import MASTERS
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
 from ckptkit.pickling.tensors import shape_of
-from ckptkit.report import Finding, count_of, listed
+from ckptkit.report import Finding, count_of, listed, share_of
 
 __all__ = [
     "File",
@@ -189,7 +189,7 @@ def require_ranks(files: Mapping[int, object], count: int, what: str) -> None:
     if missing:
         lacking = count - sum(rank < count for rank in files)
         raise CorruptError(
-            f"{lacking:,} of the {count_of(count, 'rank')} have no file among the {what}: "
+            f"{share_of(lacking, count, 'rank', 'has', 'have')} no file among the {what}: "
             f"{listed(missing, _LISTED, total=lacking)}; get all files into the folder"
         )
     if len(files) > count:
