@@ -38,6 +38,19 @@ CODES: dict[str, Explanation] = {
         "temporary folder, and shows what comes of it; weights shrink little by it.",
         "ckptkit convert FILE.gz OUT.safetensors writes it as it is to be loaded.",
     ),
+    "unproven-weights": Explanation(
+        "weights that only one file has",
+        "Of ZeRO's stages 1 and 2 a folder has the weights twice, in fp32 and in the precision of the forward pass: "
+        "each must be the other converted, which finds files of another run, or ranks that were swapped. Stage 3 keeps "
+        "no second copy; what can be held against each other (sizes, steps, buffers) still is.",
+        "Nothing is wrong. ckptkit verify FOLDER --model REF tries the weights in a model.",
+    ),
+    "optimizer-by-rank": Explanation(
+        "optimizer state that stands as it was saved, not under the parameters' names",
+        "The file does not say to which parameters it belongs: it is not laid out as their flat buffers are, or has "
+        "numbers in place of names. Nothing of it is lost, and the weights do not depend on it.",
+        "To run the model, --weights-only leaves it out. To go on training from it, load the folder with DeepSpeed.",
+    ),
     "inside-an-archive": Explanation(
         "the checkpoint is a member of an archive",
         "The file is a zip or tar of other files (a .nemo, a model of stable-baselines3, a release), and one "
