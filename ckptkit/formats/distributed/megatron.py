@@ -15,7 +15,8 @@ Slices are joined by the rules of `ckptkit.formats.distributed.tensor_parallel`.
 stage, and experts in each rank: they get the numbers that they have in the whole.  What two stages hold, and the copy
 of tied embeddings that the last stage has for its outputs, is compared and kept once.  Before ``checkpoint_version`` 1
 the rows of a rank's queries, keys and values were three matrices, and in version 1 otherwise ordered than now: they are
-joined, stay in that order, and a finding says so.  An optimizer's state is not merged.
+joined, stay in that order, and a finding says so.  An optimizer's state is not merged.  ``args`` say of how many ranks a
+model is the whole, and are made to say one.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.formats.distributed import ranks as of_ranks
 from ckptkit.formats.distributed.folder import FolderSource
-from ckptkit.formats.distributed.ranks import beside, flat, member, merged, nested, read_ranks
+from ckptkit.formats.distributed.ranks import args_of, as_of_one, beside, flat, member, merged, nested, read_ranks
 from ckptkit.formats.distributed.tensor_parallel import INSIDE, MEGATRON, Joiner, Rule, ending, shown_name
 from ckptkit.formats.format import Probe
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import InertDict, attributes, mapping_items, named_items
+from ckptkit.pickling.inert import InertDict, mapping_items, named_items
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["RANKED", "read"]
@@ -98,9 +99,9 @@ def read(probe: Probe) -> RawCheckpoint:
     if not isinstance(folder, FolderSource):
         raise TypeError("a folder is read")
     if ".metadata" in folder.names or "metadata.json" in folder.names:
-        from ckptkit.formats.distributed import megatron_dist
+        from ckptkit.formats.distributed.megatron_dist import read as read_dist
 
-        return megatron_dist.read(probe)
+        return read_dist(probe)
     rules: tuple[Rule, ...] = getattr(folder, "tp_rules", ())
     found = [match for name in folder.names if (match := re.fullmatch(RANKED, name, re.ASCII))]
     return _of_ranks(probe, found, rules) if found else of_ranks.read(probe, rules)
@@ -113,7 +114,7 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
         raise CorruptError(f"the folders of ranks hold files of several names: {listed(names, _LISTED)}", names=names)
     raws = read_ranks(probe, {match[1]: match[0] for match in found})
     first = raws[found[0][1]].root
-    args = _args(first)
+    args = args_of(first)
     grid = _grid(found, args)
     _require_one_run({rank: raw.root for rank, raw in raws.items()})
     version = member(first, "checkpoint_version")
@@ -142,18 +143,11 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
     if keys == [None]:
         return merged(raws, model, joiner, findings)
     named = "model" if len(keys) > 1 or keys[0] is None else keys[0]
-    pairs = beside(first, keys, joiner, is_whole=len(raws) == 1)
+    pairs = as_of_one(beside(first, keys, joiner, is_whole=len(raws) == 1))
     return merged(raws, InertDict([*pairs, (named, model)]), joiner, findings)
 
 
 # Which ranks there are, and whether they belong together.
-
-
-def _args(root: object) -> Mapping[str, Any]:
-    """What a rank's file says of its run: a Namespace, or a dict."""
-    args = member(root, "args")
-    state = attributes(args)
-    return dict(named_items(args if state is None else state))
 
 
 def _grid(found: Sequence[re.Match[str]], args: Mapping[str, Any]) -> dict[tuple[int, int, int], str]:
@@ -205,7 +199,7 @@ def _require_one_run(roots: Mapping[str, object]) -> None:
         for key in ("iteration", "checkpoint_version", "global_step"):
             if not _same(a := member(own, key), b := member(root, key)):
                 raise CorruptError(f"{first} says {key} {a!r:.60}, {rank} says {b!r:.60}: of different steps or runs")
-        a_args, b_args = _args(own), _args(root)
+        a_args, b_args = args_of(own), args_of(root)
         for key in sorted(a_args.keys() | b_args.keys()):
             if _OF_A_RANK.search(key) is None and not _same(a := a_args.get(key), b := b_args.get(key)):
                 raise CorruptError(f"{first} says args.{key} {a!r:.60}, {rank} says {b!r:.60}: of different runs")

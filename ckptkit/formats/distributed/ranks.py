@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, LimitError
@@ -19,10 +20,22 @@ from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown, state_dict_node
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import InertDict, attributes, mapping_items, named_items, tensors_in
+from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items, named_items, tensors_in
 from ckptkit.report import Finding, count_of, listed
 
-__all__ = ["beside", "flat", "is_llama", "member", "merged", "nested", "numbered", "read", "read_ranks"]
+__all__ = [
+    "args_of",
+    "as_of_one",
+    "beside",
+    "flat",
+    "is_llama",
+    "member",
+    "merged",
+    "nested",
+    "numbered",
+    "read",
+    "read_ranks",
+]
 
 _LISTED = 5
 """Names that a message lists."""
@@ -124,6 +137,38 @@ def beside(
             if tensors:
                 joiner.taken.append(shown(key))
     return kept
+
+
+_ONE = re.compile(r"(?:tensor_|pipeline_|expert_|expert_tensor_)?model_parallel_size|expert_tensor_parallel_size")
+"""Megatron's arguments that say over how many ranks a model is split."""
+
+
+def args_of(root: object) -> Mapping[str, Any]:
+    """What Megatron's file says of its run: a Namespace, or a dict."""
+    args = member(root, "args")
+    state = attributes(args)
+    return dict(named_items(args if state is None else state))
+
+
+def as_of_one(pairs: Sequence[tuple[object, object]]) -> list[tuple[object, object]]:
+    """Megatron's values beside a model with ``args`` that say of one rank what they say of several."""
+    return [(key, _of_one(value) if key == "args" else value) for key, value in pairs]
+
+
+def _of_one(args: object) -> object:
+    state = args if isinstance(args, InertDict) else attributes(args)
+    if state is None or not any(isinstance(key, str) and _ONE.fullmatch(key) for key, _ in state.pairs):
+        return args
+    changed = InertDict()
+    for key, value in state.pairs:
+        is_size = isinstance(key, str) and _ONE.fullmatch(key) is not None and type(value) is int
+        virtual = key == "virtual_pipeline_model_parallel_size"
+        changed.pairs.append((key, None if virtual else 1 if is_size else value))
+    if not isinstance(args, Object):
+        return changed
+    copy = Object(args.how, args.cls, args.args, args.kwargs)
+    copy.items, copy.pairs, copy.state, copy.effects = args.items, args.pairs, changed, args.effects
+    return copy
 
 
 # Folders that consist of ranks alone.
