@@ -333,7 +333,7 @@ class _Reader:
             node = tuple(node)
         if not isinstance(node, tuple) or not all(map(is_int, node)):
             raise CorruptError(f"a size or an offset is {_kind(node)}, not whole numbers")
-        return node  # type: ignore[return-value]
+        return node
 
     def _tensor(self, row: TensorRow) -> TensorMetadata:
         """A tensor; `ckptkit.transfer.pieces` sees whether its chunks cover it.
