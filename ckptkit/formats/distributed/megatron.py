@@ -15,8 +15,8 @@ Slices are joined by the rules of `ckptkit.formats.distributed.tensor_parallel`.
 stage, and experts in each rank: they get the numbers that they have in the whole.  What two stages hold, and the copy
 of tied embeddings that the last stage has for its outputs, is compared and kept once.  Before ``checkpoint_version`` 1
 the rows of a rank's queries, keys and values were three matrices, and in version 1 otherwise ordered than now: they are
-joined, stay in that order, and a finding says so.  An optimizer's state is not merged.  ``args`` say of how many ranks a
-model is the whole, and are made to say one.
+joined, stay in that order, and a finding says so.  An optimizer's state is not merged.  ``args`` say over how many
+ranks a model is split, and are made to say one.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _grid(found: Sequence[re.Match[str]], args: Mapping[str, Any]) -> dict[tuple
             for t, p, e in itertools.islice((place for place in every if place not in grid), _MOST_MISSING)
         ]
         raise CorruptError(
-            f"{count_of(count - len(grid), 'rank is', 'ranks are')} missing, of {words}: {listed(missing, _LISTED)}",
+            f"{count_of(count - len(grid), 'rank', 'is', 'are')} missing, of {words}: {listed(missing, _LISTED)}",
             names=missing,
         )
     return grid

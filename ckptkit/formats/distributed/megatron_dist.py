@@ -129,7 +129,7 @@ def _arrays(objects: Mapping[str, object]) -> dict[str, dict[tuple[int, ...], ob
         if len(values) < math.prod(shapes[key]):
             missing = math.prod(shapes[key]) - len(values)
             raise CorruptError(
-                f"{count_of(missing, 'object is', 'objects are')} missing of {shown(key)}, of {shapes[key]}"
+                f"{count_of(missing, 'object', 'is', 'are')} missing of {shown(key)}, of {shapes[key]}"
             )
         if set(shapes[key]) <= {1}:
             found[key] = {(): next(iter(values.values()))}

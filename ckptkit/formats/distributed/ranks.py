@@ -242,10 +242,8 @@ def numbered(names: Iterable[str]) -> list[str]:
     (group,) = several
     first = 0 if is_llama(names) else min(min(group), 1)
     if missing := [number for number in range(first, max(group)) if number not in group]:
-        example = group[max(group)]
-        raise CorruptError(
-            f"{count_of(len(missing), 'rank')} missing before {example}: {listed(map(str, missing), _LISTED)}"
-        )
+        told = f"{count_of(len(missing), 'rank', 'is', 'are')} missing before {group[max(group)]}"
+        raise CorruptError(f"{told}: {listed(map(str, missing), _LISTED)}")
     return [group[number] for number in sorted(group)]
 
 
