@@ -57,6 +57,7 @@ def inspect(
     path: Readable,
     *,
     section: str | None = None,
+    tag: str | None = None,
     filters: str | Sequence[str] = (),
     sort: str = "file",
     stats: bool = False,
@@ -67,6 +68,7 @@ def inspect(
     Args:
         path: the file, or what else can be read; see `open`.
         section: path of the weights to select.
+        tag: which of several steps, where ``path`` is a training folder; see `open`.
         filters: glob patterns of tensor names to list; none lists all.
         sort: ``"file"``, ``"name"`` or ``"size"``.
         stats: whether to read the data and add statistics of each tensor listed; a damaged one is a finding.
@@ -79,7 +81,7 @@ def inspect(
 
     if sort not in ("file", "name", "size"):
         raise RewriteError(f"sort is {sort!r:.40}; expected 'file', 'name' or 'size'")
-    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
+    with open(path, section=section, tag=tag, ignore_checksums=ignore_checksums) as file:
         return describe(file.checkpoint, filters=several(filters), sort=sort, stats=stats)
 
 
@@ -120,7 +122,7 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
 
     asked = LoadOptions(**options)
     require_torch()
-    with open(f, section=asked.section, ignore_checksums=asked.ignore_checksums) as file:
+    with open(f, section=asked.section, tag=asked.tag, ignore_checksums=asked.ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=asked.allow_part)
         if not asked.all_tensors:
             require_state_dict(file.checkpoint, "to load")
@@ -136,6 +138,7 @@ def load(
     *,
     map_location: Any = "cpu",
     section: str | None = None,
+    tag: str | None = None,
     mapped: bool | None = None,
     allow_part: bool = False,
     ignore_checksums: bool = False,
@@ -152,6 +155,7 @@ def load(
         f: the file.
         map_location: where tensors go, as in ``torch.load``; ``None``: where the file says that they lay.
         section: the keys that lead to the part to load, joined with dots: ``"optimizer"``, ``"args"``; default: all.
+        tag: which of several steps, where ``f`` is a training folder; see `open`.
         mapped: whether tensors on the CPU lie in a mapping of the file; see `load_state_dict`.
         allow_part: whether the file may be a part of a checkpoint that lies in several.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
@@ -174,10 +178,9 @@ def load(
     require_torch()
     from ckptkit.torch_bridge import tree_of
 
-    with open(f, ignore_checksums=ignore_checksums) as file:
+    with open(f, tag=tag, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
-        if not mapped and not ignore_checksums:
-            require_sound(file._file, file.checkpoint)
+        require_sound(file._file, file.checkpoint, held=not mapped and not ignore_checksums)
         return tree_of(
             file.checkpoint,
             section=section,
@@ -222,7 +225,7 @@ def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKe
 
         return convert_folder(os.fsdecode(source), os.fsdecode(destination), asked, convert_file)
     try:
-        opened = open(source, section=asked.section, ignore_checksums=asked.ignore_checksums)
+        opened = open(source, section=asked.section, tag=asked.tag, ignore_checksums=asked.ignore_checksums)
     except FileAccessError as error:
         raise outputs.told(error, source, destination, asked) from error.__cause__
     with opened as file, outputs.destination_of(file.path, destination, asked) as path:
@@ -274,9 +277,10 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
     chosen = asked.section_a or asked.section, asked.section_b or asked.section
     reading = partial(open, ignore_checksums=asked.ignore_checksums)
     tolerance = None if asked.atol is None and asked.rtol is None else Tolerance(asked.atol or 0.0, asked.rtol or 0.0)
-    with reading(a, section=chosen[0]) as ours, reading(b, section=chosen[1]) as theirs:
-        for file in (ours, theirs) if not asked.ignore_checksums else ():
-            require_sound(file._file, file.checkpoint)
+    tags = _tags(a, b, asked)
+    with reading(a, section=chosen[0], tag=tags[0]) as ours, reading(b, section=chosen[1], tag=tags[1]) as theirs:
+        for file in (ours, theirs):
+            require_sound(file._file, file.checkpoint, held=not asked.ignore_checksums)
         rewriters = (StripModule(),) if asked.strip_module else ()
         difference = differ(
             ours.rewrite(*rewriters).checkpoint,
@@ -293,12 +297,20 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
         return difference
 
 
+def _tags(a: Readable, b: Readable, asked: DiffOptions) -> tuple[str | None, str | None]:
+    """The steps that are meant: of a tag for both, in each that is a folder."""
+    folders = [isinstance(path, (str, os.PathLike)) and os.path.isdir(path) for path in (a, b)]
+    both = [asked.tag if is_folder or not any(folders) else None for is_folder in folders]
+    return asked.tag_a or both[0], asked.tag_b or both[1]
+
+
 def manifest(
     paths: PathLike | Sequence[PathLike] = (),
     destination: PathLike | None = None,
     *,
     digests: Literal["total", "tensor"] | None = None,
     golden: Mapping[str, PathLike] | PathLike | None = None,
+    tag: str | None = None,
     allow_part: bool = False,
     update: bool = False,
     force: bool = False,
@@ -315,6 +327,7 @@ def manifest(
             lists them.
         golden: a file that `verify` wrote with ``write_golden``, for the one checkpoint there is; or such files by
             the paths of theirs.
+        tag: which of several steps, where ``paths`` are training folders; see `open`.
         allow_part: whether a file may be a part of a checkpoint that lies in several.
         update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
         force: whether to replace an existing manifest as a whole.
@@ -335,6 +348,7 @@ def manifest(
         None if destination is None else os.fsdecode(destination),
         digests,
         golden,
+        tag=tag,
         allow_part=allow_part,
         update=update,
         force=force,
@@ -363,7 +377,7 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
     section = asked.section
     with contextlib.ExitStack() as stack:
         weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
-        file = stack.enter_context(weights(path, "to verify", section=section))
+        file = stack.enter_context(weights(path, "to verify", section=section, tag=asked.tag))
         other = None
         if asked.against is not None:
             with open(asked.against, ignore_checksums=asked.ignore_checksums) as opened:
@@ -380,14 +394,19 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
 
 @contextlib.contextmanager
 def _weights(
-    path: Readable, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
+    path: Readable,
+    purpose: str,
+    *,
+    section: str | None,
+    tag: str | None = None,
+    allow_part: bool,
+    ignore_checksums: bool,
 ) -> Iterator[CheckpointFile]:
     """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
-    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
+    with open(path, section=section, tag=tag, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
         require_state_dict(file.checkpoint, purpose)
-        if not ignore_checksums:
-            require_sound(file._file, file.checkpoint)
+        require_sound(file._file, file.checkpoint, held=not ignore_checksums)
         yield file
 
 
@@ -396,6 +415,7 @@ def check(
     *,
     manifest: PathLike | None = None,
     config: PathLike | None = None,
+    tag: str | None = None,
     skip_others: bool = False,
     **policy: Unpack[PolicyKeywords],
 ) -> CheckReport:
@@ -409,6 +429,7 @@ def check(
             all of them where its index lies beside it.
         manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
         config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here wins over it.
+        tag: which of several steps, where ``paths`` are training folders; see `open`.
         no_pickle: whether a file may hold no pickle at all.
         max_trust: the most a loader may have to be trusted with: ``"safe"`` or ``"needs_trust"``.
         require_format: the containers that files may be.
@@ -443,9 +464,10 @@ def check(
 
     for name in policy:
         if name not in POLICY_FIELDS:
-            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "skip_others"))
+            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "tag", "skip_others"))
     return run(
         [os.fsdecode(path) for path in several(paths)],
+        tag=tag,
         skip_others=skip_others,
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),

@@ -98,6 +98,7 @@ class FormatError(CkptkitError, ValueError):
         globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave
             before the error: what is refused is still reported.
         called: whether the pickle that has the error calls one of them before it.
+        is_hostile: whether it is a sharded checkpoint that was refused since its pickles would run something.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class FormatError(CkptkitError, ValueError):
         self.offset = offset
         self.globals: tuple[Any, ...] = ()
         self.called = False
+        self.is_hostile = False
 
     def at(self, *, path: str | None = None, where: str | None = None, seen: tuple[Any, ...] = ()) -> FormatError:
         """Fill in what the raising layer did not know; what is known stays.

@@ -300,8 +300,27 @@ CODES: dict[str, Explanation] = {
         "Shards of an index, the files that FSDP, DeepSpeed, Megatron and torch.distributed.checkpoint write for each "
         "rank, slices of tensors and empty stubs hold some of the values. Taken for the whole they give a model that "
         "lacks the rest: convert, verify, diff, check, manifest and load_state_dict refuse them.",
-        "Give what the finding names: the index of the shards, or all files of the folder. ckptkit does not merge the "
-        "files of several ranks yet; --allow-part takes the part as it is.",
+        "Give what the finding names: the index of the shards, or the folder that the files of all ranks lie in, which "
+        "ckptkit opens as one checkpoint. --allow-part takes the part as it is.",
+    ),
+    "items-not-read": Explanation(
+        "pickles of a sharded checkpoint that were not read",
+        "In a folder of torch.distributed.checkpoint each slice of a tensor is a pickle of its own. inspect reads what "
+        "says where they lie, and none of the slices themselves: what they name is not known, and the trust in the "
+        "folder is needs_trust at best.",
+        "ckptkit check FOLDER reads and judges every one; convert, verify, diff and load do so before they begin.",
+    ),
+    "copies-not-compared": Explanation(
+        "values that several files have, and that inspect does not compare",
+        "What every rank has a copy of, is taken from one file. Where a copy differs, ranks of different runs or steps "
+        "were mixed, or a file is damaged: so are a DeepSpeed weight and its fp32 master that differ.",
+        "ckptkit check FOLDER compares them all; convert, verify, diff and load do so before they begin.",
+    ),
+    "step-chosen": Explanation(
+        "the folder holds several steps, and one was chosen",
+        "DeepSpeed and Megatron write the name of the last step into a file beside the steps (latest, "
+        "latest_checkpointed_iteration.txt). A folder that has one stands for that step.",
+        "--tag NAME chooses another.",
     ),
     "not-merged": Explanation(
         "state of several ranks that is left out, or kept as the flat buffers it lies in",

@@ -1,7 +1,7 @@
 """Sharded training checkpoints: folders that several processes wrote, each opened as one checkpoint.
 
 `LAYOUTS` says by which names a folder is known; the module of each layout has its specification and reads it.
-`folder` is the folder as the one file that was given.
+`around` finds the folder that is meant by one that was given; `folder` is it as the one file that was given.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ckptkit.formats.distributed.folder import FolderSource, listing
+from ckptkit.bytesource import Source, SourceFile
+from ckptkit.formats.distributed.folder import FolderSource
+from ckptkit.formats.format import HEAD_NBYTES
+from ckptkit.formats.unpacked import unpacked_source
 
-__all__ = ["LAYOUTS", "Layout", "folder_source"]
+__all__ = ["LAYOUTS", "Layout", "folder_source", "is_metadata"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,27 @@ class Layout:
 def _named(pattern: str, least: int = 1) -> Callable[[str, tuple[str, ...]], bool]:
     """Whether so many files have such names."""
     compiled = re.compile(pattern, re.ASCII)
-    return lambda folder, names: sum(compiled.fullmatch(name) is not None for name in names) >= least
+    return lambda folder, names: sum("/" not in name and compiled.fullmatch(name) is not None for name in names) >= least
 
 
 def _dcp(folder: str, names: tuple[str, ...]) -> bool:
     own = [name for name in names if "/" not in name]
-    return any(name.endswith(".distcp") for name in own) and not _megatron(folder, names)
+    is_one = any(name.endswith(".distcp") for name in own) or (".metadata" in own and _is_metadata(folder))
+    return is_one and not _megatron(folder, names)
+
+
+def _is_metadata(folder: str) -> bool:
+    """Whether the ``.metadata`` of a folder without items is that of torch.distributed.checkpoint."""
+    try:
+        with open(os.path.join(folder, ".metadata"), "rb") as file:  # noqa: PTH123 - its first bytes
+            return is_metadata(file.read(HEAD_NBYTES))
+    except OSError:
+        return False
+
+
+def is_metadata(head: bytes) -> bool:
+    """Whether the first bytes of a plain pickle are those of a ``.metadata`` of torch.distributed.checkpoint."""
+    return re.search(rb"torch\.distributed\.(?:_shard\.)?checkpoint\.", head) is not None
 
 
 def _megatron(folder: str, names: tuple[str, ...]) -> bool:
@@ -68,20 +86,34 @@ LAYOUTS: tuple[Layout, ...] = (
 """In the order in which a folder is held against them: the first that claims it, reads it."""
 
 
-def folder_source(path: str, tag: str | None = None) -> FolderSource | None:
-    """What stands for a folder that is one checkpoint; ``None``: it is none, or no folder.
+def folder_source(path: str, tag: str | None = None) -> Source | None:
+    """What stands for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is no folder.
 
     Args:
         path: the folder.
         tag: which of several steps in it is meant.
 
     Raises:
-        FileAccessError: it cannot be listed.
+        FileAccessError: it cannot be listed; there are several checkpoints in it, or no such step.
+        CorruptError: it points to a step that is not there, or outside of it.
     """
     if not os.path.isdir(path):
         return None
-    names = listing(path)
-    for layout in LAYOUTS:
-        if layout.claims(path, names):
-            return FolderSource(path, path, layout.format, names, tag)
-    return None
+    from ckptkit.formats.distributed.around import found_in
+
+    found = found_in(path, tag)
+    if found is None:
+        return None
+    if found.layout is None:
+        return unpacked_source(found.root) or SourceFile(found.root)
+    return FolderSource(
+        path,
+        found.root,
+        found.layout,
+        found.names,
+        found.tag,
+        own=found.own,
+        members=found.members,
+        asked=tag,
+        findings=found.findings,
+    )
