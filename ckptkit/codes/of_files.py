@@ -336,6 +336,12 @@ CODES: dict[str, Explanation] = {
         "numbers, `_extra_state`) one process would have saved one, and the first rank's is it.",
         "Give rules with --tp-rules FILE where such a tensor is cut after all.",
     ),
+    "empty-extra-state": Explanation(
+        "modules that say of their extra state that there is none",
+        "Megatron's layers save an `_extra_state` for scaling factors of FP8 even where there are none: it is None. No "
+        "value is lost with it, and safetensors has no place for it.",
+        "Nothing; a model that is loaded strictly and asks for it takes load_state_dict(..., strict=False).",
+    ),
     "padded-vocabulary": Explanation(
         "the embeddings have more rows than there are tokens",
         "Megatron adds rows to the vocabulary until its ranks can share it out. They are kept: which are tokens, the "

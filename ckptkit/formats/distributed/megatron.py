@@ -32,7 +32,17 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.formats.distributed import ranks as of_ranks
 from ckptkit.formats.distributed.folder import FolderSource
-from ckptkit.formats.distributed.ranks import args_of, as_of_one, beside, flat, member, merged, nested, read_ranks
+from ckptkit.formats.distributed.ranks import (
+    args_of,
+    as_of_one,
+    beside,
+    flat,
+    member,
+    merged,
+    nested,
+    read_ranks,
+    stated,
+)
 from ckptkit.formats.distributed.tensor_parallel import INSIDE, MEGATRON, Joiner, Rule, ending, shown_name
 from ckptkit.formats.format import Probe
 from ckptkit.normalize import RawCheckpoint
@@ -137,7 +147,13 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
     several = [stages[place] for place in sorted(stages)]
     _require_layers(several, args)
     values, versions = _whole(several, joiner)
-    findings = [*_tied(values, args, len(several), joiner), *_vocabulary(values, args), *_order(values, version)]
+    values, empty = stated(values)
+    findings = [
+        *empty,
+        *_tied(values, args, len(several), joiner),
+        *_vocabulary(values, args),
+        *_order(values, version),
+    ]
     findings += _buffers(probe, names[0])
     model = nested(values, versions)
     if keys == [None]:
@@ -350,7 +366,7 @@ def _tied(values: dict[str, object], args: Mapping[str, Any], stages: int, joine
 
 
 def _vocabulary(values: Mapping[str, object], args: Mapping[str, Any]) -> Iterator[Finding]:
-    padded, true = args.get("padded_vocab_size"), args.get("vocab_size")
+    padded, true = args.get("padded_vocab_size"), args.get("vocab_size", args.get("orig_vocab_size"))
     embedding = next((value for name, value in values.items() if _EMBEDDING.fullmatch(name)), None)
     if not isinstance(embedding, TensorEntry) or type(padded) is not int or padded == true:
         return

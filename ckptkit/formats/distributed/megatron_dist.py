@@ -26,7 +26,7 @@ from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.distributed.dcp import Opened, open_folder
 from ckptkit.formats.distributed.dcp_metadata import TensorMetadata
 from ckptkit.formats.distributed.folder import FolderSource, read_part
-from ckptkit.formats.distributed.ranks import args_of, as_of_one
+from ckptkit.formats.distributed.ranks import args_of, as_of_one, stated
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
@@ -128,9 +128,7 @@ def _arrays(objects: Mapping[str, object]) -> dict[str, dict[tuple[int, ...], ob
     for key, values in found.items():
         if len(values) < math.prod(shapes[key]):
             missing = math.prod(shapes[key]) - len(values)
-            raise CorruptError(
-                f"{count_of(missing, 'object', 'is', 'are')} missing of {shown(key)}, of {shapes[key]}"
-            )
+            raise CorruptError(f"{count_of(missing, 'object', 'is', 'are')} missing of {shown(key)}, of {shapes[key]}")
         if set(shapes[key]) <= {1}:
             found[key] = {(): next(iter(values.values()))}
     return found
@@ -163,6 +161,7 @@ class _Tree:
         self._most = most
         self._is_grouped = args_of(common).get("moe_grouped_gemm") is True
         self._flat: list[str] = []
+        self._empty: list[Finding] = []
 
     def root(self, objects: dict[str, dict[tuple[int, ...], object]]) -> InertDict:
         """The tree: what all have alike, the model, the optimizer's state, what else there is."""
@@ -193,6 +192,7 @@ class _Tree:
                 others[key] = _listed(values)
         if model and all(name.startswith("model.") for name in model):
             model = {name.removeprefix("model."): value for name, value in model.items()}
+        model, self._empty = stated(model)
         return self._joined(model, moments, optimizer, others)
 
     def _joined(
@@ -212,6 +212,7 @@ class _Tree:
             inner.update((key, value) for key, value in groups if key == "param_groups" and "param_groups" not in inner)
             state: list[tuple[object, object]]
             state = [(name, InertDict(list(values.items()))) for name, values in moments.items()]
+            inner.setdefault("param_groups", [])
             pairs["optimizer"] = InertDict([("state", InertDict(state)), *optimizer.items(), *inner.items()])
         for key, value in others.items():
             pairs.setdefault(key, value)
@@ -285,6 +286,7 @@ class _Tree:
 
     def findings(self) -> Iterator[Finding]:
         """What is to be told of it."""
+        yield from self._empty
         if self._flat:
             yield Finding(
                 code="not-merged",

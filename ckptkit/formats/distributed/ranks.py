@@ -109,6 +109,18 @@ def nested(values: Mapping[str, object], versions: Mapping[str, Mapping[str, obj
     return made(values, "")
 
 
+def stated(values: Mapping[str, object]) -> tuple[dict[str, object], list[Finding]]:
+    """The values of a model without what is the state of no module: an ``_extra_state`` that is ``None``."""
+    empty = [name for name, value in values.items() if value is None and name.endswith("_extra_state")]
+    if not empty:
+        return dict(values), []
+    names = [shown_name(name) for name in empty]
+    message = f"{count_of(len(names), '`_extra_state`', 'that is', 'that are')} None: {listed(names, _LISTED)}"
+    found = Finding(code="empty-extra-state", severity="info", message=f"left out: {message}")
+    gone = set(empty)
+    return {name: value for name, value in values.items() if name not in gone}, [found]
+
+
 def beside(
     root: object, models: Sequence[str | None], joiner: Joiner, *, is_whole: bool = False
 ) -> list[tuple[object, object]]:
