@@ -32,6 +32,7 @@ __all__ = [
     "UnknownFormatError",
     "UnsupportedError",
     "VerifyError",
+    "is_hostile",
 ]
 
 
@@ -137,6 +138,11 @@ class FormatError(CkptkitError, ValueError):
         if self.offset is not None:
             place = f"{place}, byte {self.offset}" if place else f"byte {self.offset}"
         return ": ".join(part for part in (self.path, place, self.message) if part)
+
+
+def is_hostile(error: BaseException) -> bool:
+    """Whether a sharded checkpoint was refused since its pickles would run something."""
+    return isinstance(error, FormatError) and error.is_hostile
 
 
 class UnknownFormatError(FormatError):

@@ -34,6 +34,10 @@ def _allow_part(which: str) -> Option[bool]:
     return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
 
 
+def _section(verb: str, told: str = "where the file holds several") -> Option[str | None]:
+    return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
+
+
 def _tag(which: str) -> Option[str | None]:
     return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
 
@@ -76,11 +80,7 @@ class ConvertOptions(Options):
     exclude = texts(
         "GLOB", "Drop names that match, before or after renaming.", "globs of the names to drop, in the same way"
     )
-    section = text(
-        "NAME",
-        "The weights to convert, where the file holds several.",
-        "path of the weights, where the file holds several",
-    )
+    section = _section("convert")
     tag = _tag("the source is a training folder; see `open`")
     all_tensors = flag(
         "Take every tensor of the file, named by the keys that lead to it.",
@@ -313,11 +313,7 @@ class VerifyOptions(Options):
     seed = Option(
         "integer", 0, "Seed of the input.", "of the input, and of whatever the factory draws", shows_default=True
     )
-    section = text(
-        "NAME",
-        "The weights to verify, where the file holds several.",
-        "path of the weights, where the file holds several",
-    )
+    section = _section("verify")
     tag = _tag("``path`` is a training folder; see `open`")
     strip_module = flag("Take off wrapper prefixes first, as convert does.", "take off wrapper prefixes first")
     allow_missing = texts(

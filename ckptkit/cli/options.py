@@ -47,6 +47,7 @@ __all__ = [
     "printable",
     "show",
     "styler",
+    "tag_option",
     "terminal_width",
     "width_of",
     "with_examples",
@@ -245,6 +246,10 @@ allow_part_option = click.option(
     "--allow-part", is_flag=True, help="Take one part of a sharded checkpoint as it is, without the others."
 )
 """For whatever else refuses a part."""
+
+
+tag_option = click.option("--tag", metavar="NAME", help="Which of several steps in a training folder.")
+"""For whatever else reads folders."""
 
 
 def with_examples(*examples: str) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ckptkit import rewrite
 from ckptkit.conversion.options import renamers_of
 from ckptkit.conversion.outputs import Item, ending_of, require_names
-from ckptkit.errors import CkptkitError, FileAccessError
+from ckptkit.errors import CkptkitError
 from ckptkit.report import Finding, Report, parse_size, without_endings
 from ckptkit.transfer import names_flushed_together
 from ckptkit.transfer.names import is_temporary_name

@@ -163,8 +163,7 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
         if raw is None and file.path.endswith(".distcp"):
             seen, cause, error = _part_instead(file, seen, error)
         error = (error if around is None else around.at(error)).at(path=file.path, seen=seen)
-        error.is_hostile = is_folder(file) and any(use.verdict == "dangerous" for use in error.globals)
-        raise error from cause
+        raise (_judged(error) if is_folder(file) else error) from cause
 
 
 def _read(probe: Probe) -> RawCheckpoint:
@@ -227,13 +226,7 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
         each.crc32 = None  # type: ignore[attr-defined]  # once is enough
     checkpoint = judged(checkpoint)
     if checkpoint.trust == "hostile" and format_named(checkpoint.origin.format).is_folder:
-        from ckptkit.report import listed
-
-        names = [use.name for use in (*checkpoint.globals, *checkpoint.unvouched) if use.verdict == "dangerous"]
-        told = f"hostile: its pickles name {listed(names)}, which a loader that executes them would run; refused"
-        error = CorruptError(told, path=checkpoint.origin.path).at(seen=checkpoint.globals)
-        error.is_hostile = True
-        raise error
+        raise _judged(CorruptError("", path=checkpoint.origin.path).at(seen=checkpoint.globals))
     if checkpoint.replicas and held:
         from ckptkit.transfer.replicas import require_equal
 
@@ -242,6 +235,18 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
         except CorruptError as error:
             raise error.at(path=checkpoint.origin.path) from None
     return checkpoint
+
+
+def _judged(error: FormatError) -> FormatError:
+    """The error of a sharded checkpoint, which says so where that is hostile."""
+    from ckptkit.report import listed
+
+    names = dict.fromkeys(use.name for use in error.globals if use.verdict == "dangerous")
+    if names and not error.is_hostile:
+        told = f"hostile: a loader that executes its pickles would run {listed(names)}; refused"
+        error.message = f"{error.message}; {told}" if error.message else told
+        error.is_hostile = True
+    return error
 
 
 def judged(checkpoint: Checkpoint) -> Checkpoint:
@@ -255,8 +260,7 @@ def judged(checkpoint: Checkpoint) -> Checkpoint:
     try:
         uses = checkpoint.unread.judge()
     except FormatError as error:
-        error.is_hostile = any(use.verdict == "dangerous" for use in error.globals)
-        raise error.at(path=checkpoint.origin.path) from error.__cause__
+        raise _judged(error.at(path=checkpoint.origin.path)) from error.__cause__
     return checkpoint.replace(
         globals=merge_uses(checkpoint.globals, (use for use in uses if use.kind == "name")),
         unvouched=(

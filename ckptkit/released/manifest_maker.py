@@ -35,7 +35,7 @@ from ckptkit.released.manifest_file import (
 )
 from ckptkit.released.manifest_rules import is_same_file
 from ckptkit.released.reading import file_sha256
-from ckptkit.released.selection import Selected, name_of, select, size_of
+from ckptkit.released.selection import Selected, name_of, select, size_of, step_of
 from ckptkit.report import count_of
 from ckptkit.transfer import write_atomically
 from ckptkit.transfer.workers import each_file
@@ -125,8 +125,9 @@ def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool
         found = _looked_at(path, hash_file=True, digest=True, values=False, whole=True, threads=threads, **reading)
         if isinstance(found, CkptkitError):
             return found
-        if found.damage is not None:
-            return CorruptError(found.damage, path=found.path)
+        wrong = found.damage or found.unlike
+        if wrong is not None:
+            return CorruptError(wrong, path=found.path)
         return _record(name, found, name in listed)
 
     made = _of_each(wanted, record)
@@ -164,7 +165,7 @@ def _outermost(folders: Collection[str]) -> tuple[str, ...]:
 
 
 def _require_below(name: str, folder: str) -> None:
-    if name.startswith("../") or os.path.isabs(name) or ":" in name.split("/")[0]:
+    if name == "." or name.startswith("../") or os.path.isabs(name) or ":" in name.split("/")[0]:
         raise FileAccessError(
             f"{name}: is not below the manifest's folder, {folder}; write the manifest beside the files or above them",
             path=name,
@@ -242,7 +243,7 @@ def _record(name: str, found: Examined, listed: bool) -> FileRecord:
     return FileRecord(
         path=name,
         size=found.size,
-        sha256=found.sha256 or "",
+        sha256=found.sha256,
         format=found.format,
         kind=found.kind,
         trust=found.trust,
@@ -290,6 +291,7 @@ def make_at(
     digests: Digests | None,
     golden: Golden,
     *,
+    tag: str | None = None,
     allow_part: bool,
     update: bool,
     force: bool,
@@ -316,7 +318,10 @@ def make_at(
             path=destination,
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
-    paths = paths or (_paths_of(previous, folder) if update else ())
+    paths = [
+        step_of(path, tag) if os.path.isdir(path) else path
+        for path in paths or (_paths_of(previous, folder) if update else ())
+    ]
     selection = select(paths, relative_to=folder, manifest=destination)
     selection.require_all()
     selected = selection.checkpoints
@@ -354,12 +359,21 @@ def _claimed(name: str) -> str:
 def _folder_of(paths: Sequence[str]) -> str:
     """The working directory; where files lie elsewhere, the folder they have in common."""
     folder = os.getcwd()
-    if not any(name_of(path, folder).startswith("../") for path in paths):
+    if not any(name_of(path, folder).startswith("../") or _is_one(path, folder) for path in paths):
         return folder
     try:
         return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     except ValueError:  # several drives
         return folder
+
+
+def _is_one(path: str, folder: str) -> bool:
+    """Whether a folder is itself the checkpoint that is to be recorded: it is recorded beside it."""
+    if name_of(path, folder) != "." or not os.path.isdir(path):
+        return False
+    from ckptkit.formats.distributed.around import sharded_at
+
+    return sharded_at(path) is not None
 
 
 def _goldens(golden: Golden, selected: Sequence[Selected], folder: str) -> dict[str, str]:

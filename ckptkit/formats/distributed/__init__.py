@@ -36,7 +36,9 @@ class Layout:
 def _named(pattern: str, least: int = 1) -> Callable[[str, tuple[str, ...]], bool]:
     """Whether so many files have such names."""
     compiled = re.compile(pattern, re.ASCII)
-    return lambda folder, names: sum("/" not in name and compiled.fullmatch(name) is not None for name in names) >= least
+    return lambda folder, names: (
+        sum("/" not in name and compiled.fullmatch(name) is not None for name in names) >= least
+    )
 
 
 def _dcp(folder: str, names: tuple[str, ...]) -> bool:

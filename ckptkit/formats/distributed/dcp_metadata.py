@@ -500,7 +500,7 @@ def _properties(node: object) -> tuple[object, object, object]:
 
 
 def _dtype(dtype: object, layout: object) -> str:
-    """torch name of a dtype, of a tensor that is strided.
+    """Torch name of a dtype, of a tensor that is strided.
 
     Raises:
         CorruptError: torch has no such dtype.
