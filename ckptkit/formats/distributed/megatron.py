@@ -41,6 +41,8 @@ from ckptkit.formats.distributed.ranks import (
     merged,
     nested,
     read_ranks,
+    require_one_run,
+    same_said,
     stated,
 )
 from ckptkit.formats.distributed.tensor_parallel import INSIDE, MEGATRON, Joiner, Rule, ending, shown_name
@@ -112,7 +114,7 @@ def read(probe: Probe) -> RawCheckpoint:
         from ckptkit.formats.distributed.megatron_dist import read as read_dist
 
         return read_dist(probe)
-    rules: tuple[Rule, ...] = getattr(folder, "tp_rules", ())
+    rules: tuple[Rule, ...] = folder.tp_rules
     found = [match for name in folder.names if (match := re.fullmatch(RANKED, name, re.ASCII))]
     return _of_ranks(probe, found, rules) if found else of_ranks.read(probe, rules)
 
@@ -210,23 +212,15 @@ def _require_one_run(roots: Mapping[str, object]) -> None:
     Raises:
         CorruptError: they say different things.
     """
+    require_one_run(roots)
     (first, own), *others = roots.items()
     for rank, root in others:
-        for key in ("iteration", "checkpoint_version", "global_step"):
-            if not _same(a := member(own, key), b := member(root, key)):
-                raise CorruptError(f"{first} says {key} {a!r:.60}, {rank} says {b!r:.60}: of different steps or runs")
         a_args, b_args = args_of(own), args_of(root)
         for key in sorted(a_args.keys() | b_args.keys()):
-            if _OF_A_RANK.search(key) is None and not _same(a := a_args.get(key), b := b_args.get(key)):
+            if _OF_A_RANK.search(key) is None and not same_said(a := a_args.get(key), b := b_args.get(key)):
                 raise CorruptError(f"{first} says args.{key} {a!r:.60}, {rank} says {b!r:.60}: of different runs")
         if _models(own) != _models(root):
             raise CorruptError(f"{first} and {rank} do not hold models under the same keys: of different runs")
-
-
-def _same(a: object, b: object) -> bool:
-    """Whether two values say the same, where they are plain."""
-    plain = (bool, int, float, str, type(None))
-    return not isinstance(a, plain) or not isinstance(b, plain) or a == b or (a != a and b != b)
 
 
 def _models(root: object) -> list[str | None]:

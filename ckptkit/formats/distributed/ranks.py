@@ -14,6 +14,7 @@ from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, LimitError
+from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.distributed.folder import FolderSource, read_part
 from ckptkit.formats.distributed.tensor_parallel import INSIDE, LLAMA, Joiner, Rule, ending, shown_name
 from ckptkit.formats.format import Probe
@@ -24,24 +25,18 @@ from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items,
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = [
-    "args_of",
-    "as_of_one",
-    "beside",
-    "flat",
-    "is_llama",
-    "member",
-    "merged",
-    "nested",
-    "numbered",
-    "read",
-    "read_ranks",
-]
+    "args_of", "as_of_one", "beside", "flat", "is_llama", "member", "merged", "nested", "numbered", "read",
+    "read_ranks", "require_one_run", "same_said", "stated",
+]  # fmt: skip
 
 _LISTED = 5
 """Names that a message lists."""
 
 _LLAMA = r"consolidated\.\d+\.pth"
 """The files of Llama's ranks; one alone is a file like any other."""
+
+_OTHERS = ("optim", "rng", "random_state", "scheduler")
+"""Words in the names of what ranks have beside the weights."""
 
 _LEVELS = 16
 """Dicts inside dicts, as in `ckptkit.normalize.nested`."""
@@ -185,6 +180,15 @@ def _of_one(args: object) -> object:
 
 # Folders that consist of ranks alone.
 
+_OF_A_RUN = (
+    *("iteration", "checkpoint_version", "step", "global_step", "global_steps", "epoch"),
+    *("ds_version", "dp_world_size", "mp_world_size"),
+)
+"""Keys of what is the same in the files of all ranks."""
+
+_COUNTS = ("mp_world_size",)
+"""Keys under which DeepSpeed says how many ranks a model is split over."""
+
 
 def read_ranks(probe: Probe, files: Mapping[str, str]) -> dict[str, RawCheckpoint]:
     """What is in the files of ranks.
@@ -236,7 +240,8 @@ def is_llama(names: Iterable[str]) -> bool:
 def numbered(names: Iterable[str]) -> list[str]:
     """The files of a folder that differ in one number of their names alone, in its order; none where they are no ranks.
 
-    Files of optimizers are passed over, and so is all that lies beside Llama's.
+    What is no checkpoint by its ending, and files of optimizers and the like, are passed over; and so is all that lies
+    beside Llama's.
 
     Raises:
         CorruptError: a number is left out.
@@ -246,7 +251,8 @@ def numbered(names: Iterable[str]) -> list[str]:
         names = [name for name in names if re.fullmatch(_LLAMA, name, re.ASCII)]
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
-        for found in re.finditer("[0-9]{1,6}", name) if "/" not in name and "optim" not in name else ():
+        is_one = "/" not in name and name.endswith(tuple(SUFFIXES)) and not any(word in name for word in _OTHERS)
+        for found in re.finditer("[0-9]{1,6}", name) if is_one else ():
             groups.setdefault((name[: found.start()], name[found.end() :]), {})[int(found[0])] = name
     several = [group for group in groups.values() if len(group) > 1]
     if len(several) != 1:
@@ -257,6 +263,25 @@ def numbered(names: Iterable[str]) -> list[str]:
         told = f"{count_of(len(missing), 'rank', 'is', 'are')} missing before {group[max(group)]}"
         raise CorruptError(f"{told}: {listed(map(str, missing), _LISTED)}")
     return [group[number] for number in sorted(group)]
+
+
+def require_one_run(roots: Mapping[str, object]) -> None:
+    """See that the files of ranks are of one run and step, as far as they say it.
+
+    Raises:
+        CorruptError: they say different things.
+    """
+    (first, own), *others = roots.items()
+    for rank, root in others:
+        for key in _OF_A_RUN:
+            if not same_said(a := member(own, key), b := member(root, key)):
+                raise CorruptError(f"{first} says {key} {a!r:.60}, {rank} says {b!r:.60}: of different steps or runs")
+
+
+def same_said(a: object, b: object) -> bool:
+    """Whether two values say the same, where they are plain."""
+    plain = (bool, int, float, str, type(None))
+    return not isinstance(a, plain) or not isinstance(b, plain) or a == b or (a != a and b != b)
 
 
 def read(probe: Probe, rules: Sequence[Rule]) -> RawCheckpoint:
@@ -271,6 +296,10 @@ def read(probe: Probe, rules: Sequence[Rule]) -> RawCheckpoint:
         raise CorruptError("the files of the folder are not those of several ranks")
     raws = read_ranks(probe, {name: name for name in names})
     first = raws[names[0]].root
+    require_one_run({name: raw.root for name, raw in raws.items()})
+    for said in _COUNTS:
+        if type(count := member(first, said)) is int and count != len(names):
+            raise CorruptError(f"{names[0]} says {said} {count:,}, and there are {count_of(len(names), 'file')}")
     key = next((key for key in ("module", "model", "state_dict") if mapping_items(member(first, key))), None)
     trees = {rank: raw.root if key is None else member(raw.root, key) for rank, raw in raws.items()}
     ranks = {rank: flat(tree, rank) for rank, tree in trees.items()}
@@ -281,7 +310,8 @@ def read(probe: Probe, rules: Sequence[Rule]) -> RawCheckpoint:
     model = nested(joiner.join(values), ranks[names[0]][1])
     if key is None:
         return merged(raws, model, joiner)
-    return merged(raws, InertDict([*beside(first, (key,), joiner), (key, model)]), joiner)
+    pairs = [(name, 1 if name in _COUNTS else value) for name, value in beside(first, (key,), joiner)]
+    return merged(raws, InertDict([*pairs, (key, model)]), joiner)
 
 
 def member(node: object, key: str) -> object:

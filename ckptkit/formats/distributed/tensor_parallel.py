@@ -188,7 +188,7 @@ class Joiner:
             joined[name] = self._joined(name, values, own, unknown)
         if unknown:
             raise UnsupportedError(
-                f"no rule says how the slices of {count_of(len(unknown), 'tensor')} are joined: "
+                f"no rule says how to join the slices of {count_of(len(unknown), 'tensor')}: "
                 f"{listed(unknown, _LISTED)}; --tp-rules FILE gives rules",
                 names=unknown,
             )
