@@ -28,6 +28,7 @@ __all__ = [
     "identify",
     "index_of",
     "index_over",
+    "writes_folder",
 ]
 
 
@@ -83,7 +84,10 @@ def _index(of: str) -> Callable[[Probe], bool]:
 
 
 def index_of(probe: Probe) -> str | None:
-    """The container that the file is an index of; ``None``: it is no index."""
+    """The container that the file is an index of, or a folder without one has shards of; ``None``: it is no index."""
+    layout: str | None = getattr(probe.file, "layout", None)
+    if layout is not None:
+        return layout if _BY_NAME[layout].shards else None
     text = probe.json_object
     if text is None or b'"weight_map"' not in text:
         return None
@@ -166,6 +170,11 @@ def format_named(name: str) -> Format:
         KeyError: there is none.
     """
     return _BY_NAME[name]
+
+
+def writes_folder(name: str | None) -> bool:
+    """Whether it is the name of a container that is a folder."""
+    return name in _BY_NAME and _BY_NAME[name].is_folder
 
 
 def index_over(container: Format) -> Format | None:
