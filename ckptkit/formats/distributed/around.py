@@ -27,7 +27,7 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
 from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.distributed.folder import listing
-from ckptkit.formats.distributed.layouts import LAYOUTS
+from ckptkit.formats.distributed.layouts import LAYOUTS, RANKED, SHARDED
 from ckptkit.formats.format import Probe
 from ckptkit.formats.refused_contents import unpacked
 from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
@@ -72,8 +72,8 @@ _OWN = {
     "megatron": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|common\.pt|(?:mp|tp)_rank_[^/]*/[^/]*"
     r"|consolidated\.\d+\.\w+|modelopt_state/[^/]*",
     "deepspeed": r"[^/]*_states\.pt|zero/.*",
-    "fsdp": r".*world_size_\d+_rank_\d+\.\w+|.*[._]rank_?\d+\.(?:bin|pth|pt)",
-    "safetensors-dcp": r"shard-\d{5}-.+\.safetensors",
+    "fsdp": RANKED,
+    "safetensors-dcp": SHARDED,
 }
 """Which files in a folder of each layout are its own; so are texts beside them."""
 
