@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 from ckptkit import formats
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
-from ckptkit.formats.containers import writes_folder
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.report import count_of, listed, without_endings
 from ckptkit.transfer import folder_made
@@ -51,7 +50,7 @@ def is_folder_of_files(
     path = os.fsdecode(destination)
     if options.tag is not None or options.tp_rules is not None:
         return False
-    if not writes_folder(options.to) and _names_a_file(path) and not _is_folder(path, options):
+    if not formats.makes_folder(options.to) and _names_a_file(path) and not _is_folder(path, options):
         return False
     from ckptkit.formats.distributed.around import sharded_in
 
@@ -88,7 +87,7 @@ def destination_of(
         FileAccessError: the folder cannot be made.
     """
     folder = os.fsdecode(destination)
-    if writes_folder(options.to):
+    if formats.makes_folder(options.to):
         above = os.path.dirname(folder.rstrip("/" + os.sep))
         with folder_made("" if options.dry_run else above, flush=options.check):
             yield destination
@@ -212,7 +211,7 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
         told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
         raise RewriteError("\n  ".join([told, *clashes]), path=destination, names=names)
     taken = list(_taken(items, is_sharded))
-    if writes_folder(options.to):
+    if formats.makes_folder(options.to):
         full = [path for path in taken if not is_empty_folder(path)]
         if full:
             raise not_empty(listed(full, 4))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, RewriteError, SectionError
-from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify, writes_folder
+from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe, is_folder
 from ckptkit.formats.shards import may_tell_a_part
 from ckptkit.formats.unpacked import unpacked_source
@@ -38,6 +38,7 @@ __all__ = [
     "given_of",
     "hashed_parts",
     "judged",
+    "makes_folder",
     "plan",
     "read",
     "require_sound",
@@ -437,6 +438,11 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     )
 
 
+def makes_folder(to: str | None) -> bool:
+    """Whether a container of this name is written as a folder."""
+    return to is not None and any(each.is_folder for each in FORMATS if each.name == to)
+
+
 def target(
     destination: str | os.PathLike[str], to: str | None = None, shard_nbytes: int | None = None
 ) -> tuple[str, Format, int | None]:
@@ -457,7 +463,7 @@ def target(
     """
     path = os.fsdecode(destination)
     default = None
-    if writes_folder(to):
+    if makes_folder(to):
         return path, format_for(path, to), None
     if path.endswith(_INDEX):
         path, default = path.removesuffix(_INDEX), SHARD_NBYTES

@@ -28,7 +28,6 @@ __all__ = [
     "identify",
     "index_of",
     "index_over",
-    "writes_folder",
 ]
 
 
@@ -170,11 +169,6 @@ def format_named(name: str) -> Format:
         KeyError: there is none.
     """
     return _BY_NAME[name]
-
-
-def writes_folder(name: str | None) -> bool:
-    """Whether it is the name of a container that is a folder."""
-    return name in _BY_NAME and _BY_NAME[name].is_folder
 
 
 def index_over(container: Format) -> Format | None:

@@ -62,7 +62,6 @@ class Opened:
         items: what reads the items.
         tensors: by name, each in pieces that were not read yet.
         objects: by name, as they were pickled.
-        protocol: of their pickles, the highest, by which names in them are understood; ``None``: there are none.
         unread: how many items are of tensors, and were not read.
         globals: the verdicts on all names that were read so far, and what tells that there are more.
         findings: what is remarkable.
@@ -79,8 +78,6 @@ class Opened:
         for file in files.values():
             file.release()
         self.objects = {name: shard.raw.root for name, shard in shards.items()}
-        protocols = (shard.raw.pickle_protocol for shard in shards.values())
-        self.protocol = max((each for each in protocols if each is not None), default=None)
         self.discarded = tuple(part for shard in shards.values() for part in shard.raw.discarded)
         self.globals = merge_uses(metadata.globals, merged_globals(shards), self._unread())
         self.findings = (*merged_findings(shards), *self._foreign(folder))
@@ -131,7 +128,6 @@ def read(probe: Probe) -> RawCheckpoint:
         format=NAME,
         format_version=metadata.version,
         metadata=metadata.strings,
-        pickle_protocol=opened.protocol,
         globals=opened.globals,
         findings=opened.findings,
         discarded=opened.discarded,

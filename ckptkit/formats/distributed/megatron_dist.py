@@ -77,7 +77,7 @@ def read(probe: Probe) -> RawCheckpoint:
         root=root,
         format="megatron",
         format_version=opened.metadata.version,
-        pickle_protocol=opened.protocol,
+        pickle_protocol=opened.metadata.protocol,
         globals=merge_uses(opened.globals, merged_globals(shards)),
         discarded=(*opened.discarded, *(part for shard in shards.values() for part in shard.raw.discarded)),
         findings=(*opened.findings, *merged_findings(shards), *tree.findings()),
