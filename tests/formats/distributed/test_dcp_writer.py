@@ -404,6 +404,17 @@ def test_options_that_do_not_go_with_it(run: Run, save: Save, tmp_path: Path) ->
     assert sorted(os.listdir(tmp_path)) == ["model.pth"]
 
 
+def test_tensors_that_are_put_in_order_are_told_once(save: Save, tmp_path: Path) -> None:
+    base = torch.rand(6, 4)
+    tree = {"model": {"across": base.T, "other": torch.rand(6)[::2]}, "more": [base[:, 1:]]}
+    report = ckptkit.convert(save(tree), tmp_path / "out", to="dcp", ranks=2, section="model", dtype="bfloat16")
+    told = {finding.code: finding.message for finding in report.findings}["written-out"]
+    assert told == "3 tensors were not contiguous and 1 tensor shared a storage; each has its own bytes in the output"
+    assert report.to_dict()["gathered"] == ["model.across", "model.other", "more.0"]
+    model = {"across": base.T.bfloat16(), "other": tree["model"]["other"].bfloat16()}  # type: ignore[call-overload]
+    assert is_same(loaded(tmp_path / "out"), {"model": model, "more": [base[:, 1:].bfloat16()]})
+
+
 def test_the_plan_is_shown(run: Run, save: Save, tmp_path: Path) -> None:
     path = save({"w": torch.rand(4, 1000), "n": torch.arange(3)})
     asked = ["convert", path, "out/", "--to", "dcp", "--ranks", "2", "--no-receipt", "--json"]
