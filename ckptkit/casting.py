@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
+from ckptkit.tensor import Storage
 
-__all__ = ["CAST_SOURCES", "CAST_TARGETS", "Caster", "Losses", "caster", "numpy_dtype"]
+__all__ = ["CAST_SOURCES", "CAST_TARGETS", "Caster", "Losses", "cast_storage", "caster", "numpy_dtype"]
 
 CAST_TARGETS = (
     "float64", "float32", "float16", "bfloat16",
@@ -169,6 +171,31 @@ def caster(before: str, after: str, *, byteorder: Literal["little", "big"] = "li
 
 
 # One block at a time, as bits in this machine's byte order.
+
+
+def cast_storage(storage: Storage, before: str, after: str) -> Storage:
+    """The storage with its values cast as they are read.
+
+    Raises:
+        DTypeError: there is no such cast.
+    """
+    conversion = DTypeConversion(
+        storage.source,
+        before=DTYPES[before].itemsize,
+        after=DTYPES[after].itemsize,
+        function=caster(before, after, byteorder=storage.byteorder),
+        name=f"storage {storage.key!r}",
+        dtype=before,
+    )
+    return replace(
+        storage,
+        dtype=after if DTYPES[after].storage_class else None,
+        nbytes=conversion.nbytes,
+        source=ConvertedRange(conversion, 0, conversion.nbytes),
+        crc32=None,
+        byteorder="little",
+        original=storage.original or storage,
+    )
 
 
 def _cast(before: str, after: str, source: Any, target: Any) -> None:

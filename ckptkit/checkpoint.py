@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Final, Literal, get_args
+from typing import Final, Literal, NamedTuple, Protocol, get_args
 
 from ckptkit.errors import KeyCollisionError, RewriteError
 from ckptkit.report import Finding, count_of, html_block, listed, printable
@@ -25,11 +25,14 @@ __all__ = [
     "Kind",
     "Origin",
     "Part",
+    "Replica",
     "Section",
+    "Spread",
     "StateDict",
     "Storage",
     "TensorEntry",
     "Trust",
+    "Unread",
     "as_tensor",
     "contiguous_stride",
     "shared_storages",
@@ -246,6 +249,22 @@ def trust_of(uses: Iterable[GlobalUse]) -> Trust:
     return order[worst]
 
 
+class Spread(NamedTuple):
+    """How a checkpoint that several processes wrote is spread over files.
+
+    Attributes:
+        world_size: how many processes wrote it; ``None``: not known.
+        mesh: sizes of the dimensions of the mesh that they form, by name; ``None``: not known.
+        files: how many files are its own.
+        tag: the name of the step, where the folder that was given holds several.
+    """
+
+    world_size: int | None
+    mesh: Mapping[str, int] | None
+    files: int
+    tag: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """Where a checkpoint came from.
@@ -264,6 +283,7 @@ class Origin:
         has_pickle: whether there is a pickle in the file.
         is_program: whether it holds a program, of which only the weights can be written.
         options: those of the command line by which it was read so: ``("--section", "model")``.
+        spread: of a folder that several processes wrote, how; ``None``: it is one file, or shards under an index.
     """
 
     path: str
@@ -278,6 +298,7 @@ class Origin:
     has_pickle: bool = True
     is_program: bool = False
     options: tuple[str, ...] = ()
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,6 +311,7 @@ class Part:
         lacks: what is not in this file.
         instead: the index that opens them all, or the folder of the files that belong together; ``None``: not there.
         opens: whether ckptkit opens ``instead`` as one checkpoint.
+        remedy: what helps, where it is not to give other files.
     """
 
     layout: str
@@ -297,6 +319,35 @@ class Part:
     lacks: str
     instead: str | None = None
     opens: bool = False
+    remedy: str = ""
+
+
+class Replica(NamedTuple):
+    """Values that lie in two places and must be the same.
+
+    Attributes:
+        name: of the tensor.
+        value: the one that was taken.
+        copy: the other; where it is of another dtype, it is ``value`` converted to that.
+        where: whose they are, for messages: ``"rank 0 and rank 2"``.
+    """
+
+    name: str
+    value: TensorEntry
+    copy: TensorEntry
+    where: str
+
+
+class Unread(Protocol):
+    """Parts of a checkpoint that are pickles of their own, and that are read when their values are."""
+
+    def judge(self) -> tuple[GlobalUse, ...]:
+        """Read them all; the verdict on every name in them.
+
+        Raises:
+            FormatError: one is damaged, or is not what it should be.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -316,6 +367,8 @@ class Checkpoint:
         findings: what the reader noticed.
         discarded: inert nodes of what its pickles make and drop, and that belongs to nothing they keep.
         part: what it is of a checkpoint that lies in several files; ``None``: it is whole.
+        replicas: what lies in several of its files and must be the same; whoever reads its bytes compares it.
+        unread: what was not looked into when it was opened; ``unvouched`` says that there is something.
         operations: what `rewrite` did to it, in order.
     """
 
@@ -330,6 +383,8 @@ class Checkpoint:
     findings: tuple[Finding, ...] = ()
     discarded: tuple[object, ...] = ()
     part: Part | None = None
+    replicas: tuple[Replica, ...] = ()
+    unread: Unread | None = None
     operations: tuple[str, ...] = ()
 
     def __repr__(self) -> str:

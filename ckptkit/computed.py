@@ -30,6 +30,7 @@ __all__ = [
     "DenseValues",
     "Held",
     "Inflation",
+    "can_be_looked_at",
     "files_of",
     "is_made",
     "piece_nbytes",
@@ -374,6 +375,19 @@ class DenseValues(_Computed):
     def _parts(self) -> Iterator[bytes]:
         return DenseRange(self, 0, self.nbytes).chunks()
 
+    def copies(self, offset: int, nbytes: int) -> list[tuple[int, ByteRange]] | None:
+        """The bytes of a range as runs of files, each with where in it that begins; ``None``: they have to be made."""
+        del offset, nbytes
+        return None
+
+    def fill(self, offset: int, out: memoryview) -> None:
+        """Fill a buffer with the bytes from a position on."""
+        while out:
+            number, skipped = divmod(offset, self.block_nbytes)
+            some = memoryview(self.block(number))[skipped : skipped + len(out)]
+            out[: len(some)] = some
+            out, offset = out[len(some) :], offset + len(some)
+
     def block(self, number: int) -> bytes:
         """The bytes of a block.
 
@@ -406,12 +420,7 @@ class DenseRange(_ComputedRange):
 
     def into(self, out: bytearray | memoryview) -> None:
         """Fill a buffer with all of it."""
-        view, at = memoryview(out), self.offset
-        while view:
-            number, skipped = divmod(at, self.whole.block_nbytes)
-            some = memoryview(self.whole.block(number))[skipped : skipped + len(view)]
-            view[: len(some)] = some
-            view, at = view[len(some) :], at + len(some)
+        self.whole.fill(self.offset, memoryview(out))
 
     def chunks(self, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[bytes]:
         """As `ByteRange.chunks`; every chunk but the last holds whole values."""
@@ -427,6 +436,11 @@ ByteSource = ByteRange | DeflatedRange | ConvertedRange | DenseRange
 def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
     """Whether the bytes are made as they are read, and lie nowhere."""
     return isinstance(source, (ConvertedRange, DenseRange))
+
+
+def can_be_looked_at(source: ByteSource) -> bool:
+    """Whether a few bytes can be read alone, without others being inflated or computed for them."""
+    return isinstance(source, ByteRange) or (isinstance(source, DenseRange) and source.whole.how == "in pieces")
 
 
 def read_into(source: ByteSource, out: bytearray | memoryview) -> None:

@@ -100,9 +100,12 @@ class Checksum(NamedTuple):
 Step = Copy | Cast | Gather | LiteralBytes | Digest | Checksum
 
 
-def moved(target: int, source: ByteSource) -> Copy | Cast:
-    """The step that brings these bytes to position ``target``."""
-    return Cast(target, source) if is_made(source) else Copy(target, source)
+def moved(target: int, source: ByteSource) -> list[Copy | Cast]:
+    """The steps that bring these bytes to position ``target``: one, or several copies of what lies in pieces."""
+    if not is_made(source):
+        return [Copy(target, source)]
+    copies = source.whole.copies(source.offset, source.nbytes) if isinstance(source, DenseRange) else None
+    return [Cast(target, source)] if copies is None else [Copy(target + at, run) for at, run in copies]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +139,8 @@ class Plan:
         aliases: names recorded as another name's tensor (safetensors).
         shards: the files that are written beside this one, by their names.
         index: of a sharded checkpoint, what this file says; its one step writes exactly that.
+        in_folder: the name of this file in a folder of its own, in which the shards lie too, and which is what is asked
+            for; ``None``: it lies where it is asked for.
     """
 
     format: str
@@ -145,6 +150,7 @@ class Plan:
     aliases: Mapping[str, str]
     shards: Mapping[str, Plan] = field(default_factory=dict)
     index: IndexFile | None = None
+    in_folder: str | None = None
 
     def __repr__(self) -> str:
         shards = f" in {count_of(len(self.shards), 'shard')}" if self.shards else ""

@@ -37,6 +37,7 @@ for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.
 
 if TYPE_CHECKING:
     from support.forked import Forks
+    from support.sharded import Samples
 
 pytest.register_assert_rewrite("support")
 
@@ -161,6 +162,14 @@ def forks() -> Iterator[Callable[..., Forks]]:
     yield fork
     for each in started.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    """``sharded["fsdp2_4"].folder`` and ``.expected``: checkpoints of several ranks, and what one would have saved."""
+    from support.sharded import made
+
+    return made(tmp_path_factory)
 
 
 @pytest.fixture

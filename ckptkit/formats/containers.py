@@ -72,13 +72,21 @@ def _pickle(probe: Probe) -> bool:
     return outcome(probe) is not None
 
 
+def _folder(layout: str) -> Callable[[Probe], bool]:
+    """Whether a folder is of this layout (`ckptkit.formats.distributed`)."""
+    return lambda probe: getattr(probe.file, "layout", None) == layout
+
+
 def _index(of: str) -> Callable[[Probe], bool]:
     """Whether a file is an index of shards of this container."""
     return lambda probe: index_of(probe) == of
 
 
 def index_of(probe: Probe) -> str | None:
-    """The container that the file is an index of; ``None``: it is no index."""
+    """The container that the file is an index of, or a folder without one has shards of; ``None``: it is no index."""
+    layout: str | None = getattr(probe.file, "layout", None)
+    if layout is not None:
+        return layout if _BY_NAME[layout].shards else None
     text = probe.json_object
     if text is None or b'"weight_map"' not in text:
         return None
@@ -126,8 +134,19 @@ FORMATS: tuple[Format, ...] = (
         has_pickle=False, tensors_alone=True, ties_once=True,
     ),
     Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
+    Format(
+        name="dcp", claims=_folder("dcp"), reader="distributed.dcp", writer="distributed.dcp_writer", is_folder=True,
+        loader="torch.distributed.checkpoint.load",
+    ),
+    Format(name="fsdp", claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True),
+    Format(name="deepspeed", claims=_folder("deepspeed"), reader="distributed.deepspeed", is_folder=True),
+    Format(name="megatron", claims=_folder("megatron"), reader="distributed.megatron", is_folder=True),
+    Format(
+        name="safetensors-dcp", claims=_folder("safetensors-dcp"), reader="distributed.safetensors_dcp", is_folder=True,
+        has_pickle=False, tensors_alone=True,
+    ),
 )  # fmt: skip
-"""Every container: these, and the indexes that make one checkpoint of several of them."""
+"""Every container: these, and the indexes and folders that make one checkpoint of several files."""
 
 _BY_NAME = {container.name: container for container in FORMATS}
 

@@ -31,11 +31,10 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from operator import itemgetter
 
 from ckptkit.bytesource import Source, SourceFile
-from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry
+from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.containers import CONTAINERS, format_named, identify, index_of
 from ckptkit.formats.format import Probe
@@ -49,11 +48,12 @@ from ckptkit.formats.shards import (
     merged_globals,
     merged_metadata,
     odd_shards,
+    prefixed,
     total_size,
 )
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import TreeMap, attributes, mapping_items
+from ckptkit.pickling.inert import attributes, mapping_items
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import listed
 
@@ -67,12 +67,13 @@ def read(probe: Probe) -> RawCheckpoint:
         FormatError: the index or a shard is damaged or refused.
     """
     index = format_named(index_of(probe) or "")
-    weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
+    weight_map, names, metadata = _named(probe)
     allowed = [each.name for each in CONTAINERS if index.has_pickle or each.name == index.shards]
     problems = _Problems()
-    read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in dict.fromkeys(weight_map.values())}
+    read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in names}
     shards = {name: shard for name, shard in read_ones.items() if shard is not None}
     everything = _assembled(weight_map, shards, problems)
+    weight_map = weight_map or {name: shard.name for shard in shards.values() for name in shard.values}
     if len(everything) > probe.limits.entries:
         raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
     problems.check(merged_globals(shards))
@@ -112,6 +113,15 @@ def _with_aliases(
 
 
 # The index.
+
+
+def _named(probe: Probe) -> tuple[dict[str, str], dict[str, None], dict[str, object]]:
+    """The weight_map, the shards in order and the metadata; of a folder without an index its shards alone."""
+    own: tuple[str, ...] | None = getattr(probe.file, "own", None)
+    if own is not None:
+        return {}, dict.fromkeys(own), {}
+    weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
+    return weight_map, dict.fromkeys(weight_map.values()), metadata
 
 
 def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object]]:
@@ -228,28 +238,11 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
         return None
     finally:
         file.release()
-    pairs = mapping_items(raw.root if raw.is_prefixed else _prefixed(raw.root, part.prefix))
+    pairs = mapping_items(prefixed(raw, part.prefix).root)
     if pairs is None or set(map(type, map(itemgetter(0), pairs))) - {str}:
         problems.add(_NO_STATE_DICT, name, raw.globals)
         return None
     return Shard(name, raw, dict(pairs))  # type: ignore[arg-type]  # text alone
-
-
-def _prefixed(root: object, prefix: str) -> object:
-    """The tree with the shard's name before the key of every storage."""
-    known: dict[int, Storage] = {}
-
-    def named(storage: Storage) -> Storage:
-        if id(storage) not in known:
-            known[id(storage)] = replace(storage, key=prefix + storage.key)
-        return known[id(storage)]
-
-    def leaf(node: object) -> object:
-        if isinstance(node, TensorEntry):
-            return replace(node, storage=named(node.storage))
-        return named(node) if isinstance(node, Storage) else node
-
-    return TreeMap(leaf)(root)
 
 
 def _assembled(weight_map: Mapping[str, str], shards: Mapping[str, Shard], problems: _Problems) -> dict[str, object]:

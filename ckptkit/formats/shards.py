@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import GlobalUse, TensorEntry, shared_storages
+from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry, shared_storages
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.json_text import shown
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.inert import TreeMap
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding, count_of, listed
 
@@ -32,6 +33,7 @@ __all__ = [
     "merged_metadata",
     "name_of",
     "odd_shards",
+    "prefixed",
     "total_size",
     "unnamed_shards",
 ]
@@ -117,6 +119,25 @@ class Shard:
     name: str
     raw: RawCheckpoint
     values: Mapping[str, object]
+
+
+def prefixed(raw: RawCheckpoint, prefix: str) -> RawCheckpoint:
+    """What a file of several holds, with its name before the key of every storage."""
+    if raw.is_prefixed:
+        return raw
+    known: dict[int, Storage] = {}
+
+    def named(storage: Storage) -> Storage:
+        if id(storage) not in known:
+            known[id(storage)] = replace(storage, key=prefix + storage.key)
+        return known[id(storage)]
+
+    def leaf(node: object) -> object:
+        if isinstance(node, TensorEntry):
+            return replace(node, storage=named(node.storage))
+        return named(node) if isinstance(node, Storage) else node
+
+    return replace(raw, root=TreeMap(leaf)(raw.root), is_prefixed=True)
 
 
 def merged_metadata(metadata: Mapping[str, object], shards: Mapping[str, Shard]) -> dict[str, str]:

@@ -20,7 +20,18 @@ from itertools import islice
 from typing import Literal
 
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Kind, Origin, StateDict, Storage, TensorEntry
+from ckptkit.checkpoint import (
+    STATE_DICT,
+    Checkpoint,
+    GlobalUse,
+    Kind,
+    Origin,
+    Replica,
+    StateDict,
+    Storage,
+    TensorEntry,
+    Unread,
+)
 from ckptkit.errors import CorruptError
 from ckptkit.normalize.modules import bound_method, known_versions, wrapper_prefixes
 from ckptkit.normalize.sections import Candidate, SectionSearch, brief, is_plain_value
@@ -58,6 +69,8 @@ class RawCheckpoint:
         has_pickle, is_program: as in `Origin`.
         kind: what the file holds, where the container says it; ``None``: the tree tells.
         is_prefixed: of a shard, whether the keys of its storages have the shard's name before them already.
+        replicas, unread: as in `Checkpoint`.
+        world_size, mesh: as in `ckptkit.checkpoint.Spread`.
     """
 
     root: object
@@ -74,6 +87,10 @@ class RawCheckpoint:
     is_program: bool = False
     kind: Kind | None = None
     is_prefixed: bool = False
+    replicas: tuple[Replica, ...] = ()
+    unread: Unread | None = None
+    world_size: int | None = None
+    mesh: Mapping[str, int] | None = None
 
 
 def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -> Checkpoint:
@@ -132,6 +149,8 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
         unvouched=tuple(use for use in raw.globals if use.kind != "name"),
         findings=tuple(findings),
         discarded=raw.discarded,
+        replicas=raw.replicas,
+        unread=raw.unread,
         sections=sections,
         origin=Origin(
             path=file.path,

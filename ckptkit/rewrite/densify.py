@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from ckptkit.casting import caster
+from ckptkit.casting import cast_storage, caster
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, KeyCollisionError, RewriteError, UnsupportedError
@@ -20,7 +20,7 @@ from ckptkit.normalize.sections import brief
 from ckptkit.pickling.inert import Global
 from ckptkit.pickling.layouts import Jagged, Nested
 from ckptkit.report import count_of, glob_of, listed
-from ckptkit.rewrite.dtype import cast_storage, scaled_weights
+from ckptkit.rewrite.dtype import scaled_weights
 from ckptkit.transfer.dense import dense_entry
 
 __all__ = ["Densify"]

@@ -20,9 +20,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ckptkit.arguments import several
-from ckptkit.casting import CAST_TARGETS, caster
+from ckptkit.casting import CAST_TARGETS, cast_storage, caster
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry
-from ckptkit.computed import ConvertedRange, DTypeConversion
+from ckptkit.computed import ConvertedRange
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
 from ckptkit.normalize.quantized import scaled_pairs
@@ -33,7 +33,7 @@ from ckptkit.rewrite.storages import nodes, with_tensors_replaced
 if TYPE_CHECKING:
     from ckptkit.normalize.not_plain import Scaled
 
-__all__ = ["CastDtype", "cast_storage", "scaled_pairs", "scaled_weights"]
+__all__ = ["CastDtype", "scaled_pairs", "scaled_weights"]
 
 _LISTED = 8
 """Options in a message."""
@@ -151,31 +151,6 @@ class CastDtype:
             return cast_storage(storage, before.name, after.name)
         except DTypeError as error:
             raise DTypeError(f"tensor {name!r}: {error}; {_remedy(name)}", names=[name]) from None
-
-
-def cast_storage(storage: Storage, before: str, after: str) -> Storage:
-    """The storage with its values cast as they are read.
-
-    Raises:
-        DTypeError: there is no such cast.
-    """
-    conversion = DTypeConversion(
-        storage.source,
-        before=DTYPES[before].itemsize,
-        after=DTYPES[after].itemsize,
-        function=caster(before, after, byteorder=storage.byteorder),
-        name=f"storage {storage.key!r}",
-        dtype=before,
-    )
-    return replace(
-        storage,
-        dtype=after if DTYPES[after].storage_class else None,
-        nbytes=conversion.nbytes,
-        source=ConvertedRange(conversion, 0, conversion.nbytes),
-        crc32=None,
-        byteorder="little",
-        original=storage.original or storage,
-    )
 
 
 def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, TensorEntry]]) -> None:

@@ -55,7 +55,7 @@ def write(checkpoint):
     steps, offset = [LiteralBytes(0, data)], len(data)
     for entry in tensors.values():
         whole = entry.covers_storage and entry.is_plain_bytes
-        steps.append(moved(offset, entry.storage.source) if whole else Gather(offset, entry))
+        steps += moved(offset, entry.storage.source) if whole else [Gather(offset, entry)]
         offset += entry.nbytes
     return Plan(format="box", nbytes=offset, steps=tuple(steps), tensors=len(tensors), aliases={})
 '''

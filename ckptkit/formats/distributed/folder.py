@@ -1,0 +1,189 @@
+"""The folder of a sharded training checkpoint as the one file that was given.
+
+What several processes wrote is one checkpoint: a `FolderSource` stands for its folder, has no bytes of its own, and
+opens the files in it, each once.  A file is named by its path below the folder, with slashes; a name that leads out of
+it is refused, whoever says it.  A file that is itself a symbolic link is followed, since caches consist of such links.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+from ckptkit.bytesource import Source, SourceFile
+from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError
+from ckptkit.formats.containers import CONTAINERS, identify
+from ckptkit.formats.format import Probe
+from ckptkit.formats.shards import is_shard_name, prefixed
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.report import Finding
+
+__all__ = ["FolderSource", "listing", "read_part"]
+
+_DEEPEST = 4
+"""Folders below the given one that are looked into: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
+
+
+class FolderSource(Source):
+    """A folder whose files are one checkpoint.
+
+    Args:
+        path: what messages call it: as it was given.
+        root: the folder that the files lie in: the given one, or the one that it points to.
+        layout: name of its format (`ckptkit.formats.format.Format`).
+        names: the files, by their paths below ``root``, with slashes.
+        tag: which of several steps it is, as it is called; ``None``: the folder holds one.
+        own: those of the files that belong to the checkpoint; ``None``: all.
+        members: what it is put together from (`ckptkit.formats.distributed.joined`).
+        asked: the tag that was asked for.
+        findings: what is to be told of the way to it.
+
+    Attributes:
+        root, layout, names, tag, own, members, asked, findings: as above.
+        parts: the files that were opened, by name.
+        tp_rules: by which slices of ranks are joined (`ckptkit.formats.distributed.tensor_parallel.Rule`).
+        rules: the file that they were read from.
+    """
+
+    __slots__ = ("asked", "findings", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules")
+
+    def __init__(
+        self,
+        path: str,
+        root: str,
+        layout: str,
+        names: tuple[str, ...],
+        tag: str | None = None,
+        *,
+        own: tuple[str, ...] | None = None,
+        members: tuple[str, ...] = (),
+        asked: str | None = None,
+        findings: tuple[Finding, ...] = (),
+    ) -> None:
+        super().__init__(path, 0)
+        self.root = root
+        self.layout = layout
+        self.names = names
+        self.tag = tag
+        self.own = names if own is None else own
+        self.members = members
+        self.asked = asked
+        self.findings = findings
+        self.tp_rules: tuple[Any, ...] = ()
+        self.rules: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """As `Source.folder`: its own files lie in it."""
+        return self.root
+
+    def part(self, name: str) -> Source:
+        """The file of a name in the folder; closed with it.
+
+        Raises:
+            CorruptError: the name leads out of the folder.
+            MissingFileError: there is none.
+            FileAccessError: it cannot be opened.
+        """
+        known = self.parts.get(name)
+        if known is None:
+            if not is_shard_name(name):
+                raise CorruptError(f"{name!r:.200} is not a path inside the folder", path=self.path)
+            known = self.parts[name] = self.sibling(name)
+        return known
+
+    def sibling(self, name: str) -> Source:
+        """As `Source.sibling`, of a name in the folder."""
+        return SourceFile(os.path.join(self.root, *name.split("/")))
+
+    def whole_parts(self) -> dict[str, Source]:
+        """All the files that belong to the checkpoint, by name; those that nobody has read yet too.
+
+        Raises:
+            As `part`.
+        """
+        for name in self.own:
+            if name not in self.parts:
+                self.part(name).release()
+        return self.parts
+
+    @property
+    def total_size(self) -> int:
+        """Size in bytes of the files that belong to the checkpoint."""
+        sizes = {name: part.size for name, part in self.parts.items()}
+        for name in self.own:
+            if name not in sizes:
+                try:
+                    sizes[name] = os.stat(os.path.join(self.root, *name.split("/"))).st_size
+                except OSError:  # who needs it says that it is missing
+                    continue
+        return sum(sizes.values())
+
+    def changed(self) -> bool:
+        """As `Source.changed`, of any file that was opened."""
+        self._require_open()
+        return any(part.changed() for part in self.parts.values())
+
+
+def listing(folder: str) -> tuple[str, ...]:
+    """The files below a folder, by their paths from there, with slashes, sorted; hidden ones too.
+
+    Raises:
+        FileAccessError: it cannot be listed.
+        LimitError: there are more than any checkpoint has.
+    """
+    try:
+        found = []
+        for name in _files(folder, "", 0):
+            found.append(name)
+            if len(found) > DEFAULT_LIMITS.entries:
+                raise LimitError("files in a folder", limit=DEFAULT_LIMITS.entries, actual=len(found))
+    except OSError as error:
+        raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
+    return tuple(sorted(found))
+
+
+def _files(folder: str, inside: str, depth: int) -> Iterator[str]:
+    with os.scandir(os.path.join(folder, *inside.split("/")) if inside else folder or os.curdir) as entries:
+        for entry in entries:
+            name = f"{inside}/{entry.name}" if inside else entry.name
+            try:
+                mode = entry.stat().st_mode
+            except OSError:  # a link that leads nowhere: who needs it says that it is missing
+                continue
+            if stat.S_ISREG(mode):
+                yield name
+            elif stat.S_ISDIR(mode) and depth < _DEEPEST and not entry.is_symlink():
+                yield from _files(folder, name, depth + 1)
+
+
+def read_part(probe: Probe, name: str) -> RawCheckpoint:
+    """What is in one file of the folder: the whole tree that its container's reader gives.
+
+    The keys of its storages begin with the file's name and a colon.
+
+    Args:
+        probe: of the folder.
+        name: of the file.
+
+    Raises:
+        MissingFileError: it is not there.
+        FormatError: it is damaged or refused; the message begins with its name.
+    """
+    folder = probe.file
+    if not isinstance(folder, FolderSource):
+        raise TypeError("a folder is read")
+    file = folder.part(name)
+    part = Probe(file, probe.limits, f"{name}:")
+    try:
+        if not file.size:
+            raise CorruptError("the file is empty")
+        return prefixed(identify(part, CONTAINERS).read(part), part.prefix)
+    except FormatError as error:
+        error.where = f"{name}: {error.where}" if error.where else name
+        raise
+    finally:
+        file.release()

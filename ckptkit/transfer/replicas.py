@@ -1,0 +1,56 @@
+"""The comparison of values that lie in several files and must be the same.
+
+What each rank has a copy of, is taken from one and held against the others; and what is stored at two precisions, as
+DeepSpeed's weights and their fp32 masters are, is converted to the lesser and held against that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from ckptkit.casting import cast_storage
+from ckptkit.checkpoint import Replica
+from ckptkit.errors import CorruptError
+from ckptkit.report import count_of, listed
+from ckptkit.transfer.values import same_values
+from ckptkit.transfer.workers import in_parallel
+
+__all__ = ["require_equal"]
+
+_LISTED = 5
+"""Tensors that a message lists."""
+
+
+def require_equal(replicas: Sequence[Replica]) -> None:
+    """Compare each pair bit for bit, the first of another dtype converted to that of the second.
+
+    Raises:
+        CorruptError: some differ; the message lists them, each with the ranks.
+        DTypeError: one cannot be converted.
+    """
+    differing: dict[int, str] = {}
+
+    def compare(number: int, replica: Replica) -> None:
+        if not _is_equal(replica):
+            differing[number] = f"{replica.name} ({replica.where})"
+
+    tasks: list[Callable[[], object]] = [partial(compare, number, replica) for number, replica in enumerate(replicas)]
+    in_parallel(tasks, nbytes=sum(replica.value.nbytes for replica in replicas))
+    if differing:
+        names = [differing[number] for number in sorted(differing)]
+        raise CorruptError(
+            f"{count_of(len(names), 'tensor')} of which two files do not hold the same values, though each is a copy: "
+            f"{listed(names, _LISTED)}; files of different runs or steps were mixed, or one is damaged",
+            names=names,
+        )
+
+
+def _is_equal(replica: Replica) -> bool:
+    value, copy = replica.value, replica.copy
+    if value.shape != copy.shape:
+        return False
+    if value.dtype != copy.dtype:
+        value = replace(value, storage=cast_storage(value.storage, value.dtype, copy.dtype), dtype=copy.dtype)
+    return same_values(value, copy)
