@@ -464,7 +464,13 @@ class _Attributes(dict[str, object]):
 
 
 def _is_a(node: object, *names: str) -> bool:
-    return isinstance(node, Object) and isinstance(node.cls, Global) and node.cls.name in names
+    """Whether a node is an object of a class of one of these names, made by NEWOBJ or, in protocols 0 and 1, a call."""
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.items or node.pairs or node.effects:
+        return False
+    cls, args = node.cls, node.args
+    if cls.qualified in ("copyreg._reconstructor", "copy_reg._reconstructor") and args[2:] == (None,):
+        return isinstance(args[0], Global) and args[0].name in names
+    return cls.name in names and not args
 
 
 def _state(node: object, *names: str) -> _Attributes:
@@ -474,7 +480,7 @@ def _state(node: object, *names: str) -> _Attributes:
         CorruptError: it is something else.
     """
     found = attributes(node) if _is_a(node, *names) else None
-    if found is None or (isinstance(node, Object) and (node.args or node.items or node.pairs or node.effects)):
+    if found is None:
         if not isinstance(node, (Object, Global, str, int, list, tuple, type(None))):
             raise _OddError
         raise CorruptError(f"{_kind(node)} where a {names[0]} belongs: not what torch.distributed.checkpoint writes")
