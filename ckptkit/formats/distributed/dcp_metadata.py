@@ -30,7 +30,7 @@ from ckptkit.checkpoint import GlobalUse
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.distributed.dcp_items import Items, Wanted
-from ckptkit.formats.distributed.dcp_runs import BYTES, Columns, Run, Runs, TensorRow
+from ckptkit.formats.distributed.dcp_runs import BYTES, LEFT_OUT, Columns, Run, Runs, TensorRow
 from ckptkit.limits import Limits
 from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items
 from ckptkit.pickling.reader import PickleResult, read_pickle
@@ -428,7 +428,9 @@ class _Reader:
                 extra.append(name)
         extra += by_name
         if lost:
-            raise CorruptError(f"nothing says where {count_of(len(lost), 'chunk', 'lies', 'lie')}: {_first(lost)}", names=lost)
+            raise CorruptError(
+                f"nothing says where {count_of(len(lost), 'chunk', 'lies', 'lie')}: {_first(lost)}", names=lost
+            )
         if extra:
             raise CorruptError(f"items are stored of what is not described: {_first(map(_shown, extra))}", names=extra)
 
@@ -481,7 +483,7 @@ def _state(node: object, *names: str) -> _Attributes:
     """
     found = attributes(node) if _is_a(node, *names) else None
     if found is None:
-        if not isinstance(node, (Object, Global, str, int, list, tuple, type(None))):
+        if isinstance(node, Run) or node is LEFT_OUT:
             raise _OddError
         raise CorruptError(f"{_kind(node)} where a {names[0]} belongs: not what torch.distributed.checkpoint writes")
     return _Attributes((key, value) for key, value in found.pairs if isinstance(key, str))
@@ -518,7 +520,8 @@ def _kind(node: object) -> str:
     """A node in a message: never its content, which may be endless."""
     if isinstance(node, (Global, Object)):
         return repr(node)[:120]
-    return "None" if node is None else f"a {type(node).__name__.lower()}"
+    name = type(node).__name__.lower().removeprefix("inert")
+    return "None" if node is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _shown(name: str) -> str:

@@ -269,7 +269,7 @@ class Runs:
             pattern = b"".join((index, *info, key["length"], b"(%b)" % _INT, transforms, b"ub"))
         elif kind == "tensor":
             head = b""
-            properties = rb"%b\)\x81\x94\(((%b)(%b)([\x88\x89])%b[\x88\x89])t\x94b" % (
+            properties = rb"%b\)\x81\x94\((%b)(%b)([\x88\x89])(%b)[\x88\x89]t\x94b" % (
                 cls["TensorProperties"], _GET, _GET, _GET,
             )  # fmt: skip
             metadata = (cls["TensorStorageMetadata"], begin, key["properties"], properties, key["size"], size)
@@ -277,14 +277,14 @@ class Runs:
             pattern = b"".join((_TEXT, rb"(?:", nothing, rb"|", *metadata, key["chunks"], rb"\]\x94)"))
         else:
             head = self._gets[True, "WriteItem"]
-            properties = rb"(?:(%b)\)\x81\x94\(%b%b[\x88\x89]%b[\x88\x89]t\x94b|%b)" % (
+            properties = rb"(?:(%b)\)\x81\x94\((%b)(%b)[\x88\x89](%b)[\x88\x89]t\x94b|(%b))" % (
                 cls["TensorProperties"], _GET, _GET, _GET, _GET,
             )  # fmt: skip
             chunk = (cls["ChunkStorageMetadata"], begin, key["offsets"], size, key["sizes"], size, b"ub")
-            written = (cls["TensorWriteData"], begin, key["chunk"], rb"(?:(", *chunk, rb")|%b)" % _GET)
+            written = (cls["TensorWriteData"], begin, key["chunk"], rb"(?:(", *chunk, rb")|(%b))" % _GET)
             tensor = (*written, key["properties"], properties, key["size"], size, b"ub")
             pattern = b"".join(
-                (re.escape(head), begin, key["index"], index, key["type"], _GET, key["bytes_io_data"], b"N",
+                (re.escape(head), begin, key["index"], index, key["type"], b"(%b)" % _GET, key["bytes_io_data"], b"N",
                  key["tensor_data"], rb"(?:N|(", *tensor, b"))ub")
             )  # fmt: skip
         return re.compile(pattern, re.DOTALL).match, head
@@ -354,7 +354,7 @@ class Runs:
         match, calls = self._patterns["tensor"][0], self._calls
         start = len(columns.tensors)
         while (found := match(data, at)) is not None and found.end() <= self._frame_end:
-            name, nothing, _, dtype, layout, grad, size, get_size = found.groups()
+            name, nothing, dtype, layout, grad, memory_format, size, get_size = found.groups()
             before = len(columns.offsets), len(memo.bases), memo.count
             called = calls["ChunkStorageMetadata"], calls["Size"]
             memo.bases.append(memo.count)
@@ -369,7 +369,7 @@ class Runs:
                 memo.count += 5 + _puts(size)
                 end = self._listed(found.end())
                 row = None
-                if text is not None and shape is not None and end:
+                if text is not None and shape is not None and end and _index(memory_format) < before[2]:
                     row = TensorRow(
                         text, memo[_index(dtype)], memo[_index(layout)], grad == b"\x88", shape, before[0],
                         len(columns.offsets),
@@ -413,16 +413,17 @@ class Runs:
         memo, count = self.memo, 0
         match = self._patterns["write"][0]
         while (found := match(self._data, at)) is not None and found.end() <= self._frame_end:
-            if not all(map(self._is_text, found.groups()[:1])):
+            entries = self._written(found)
+            gets = found.group(3, 4, 8, 10, 11, 13, 14, 15, 16, 18)
+            if self._text(found[1]) is None or any(get and _index(get) >= memo.count + len(entries) for get in gets):
                 break
             memo.bases.append(memo.count)
             memo.positions.append(at)
-            memo.count += len(self._written(found))
-            _, place, _, tensor, chunk, offset, _, size, _, properties, shape, _ = found.groups()
+            memo.count += len(entries)
             self._calls.update(
-                WriteItem=1, MetadataIndex=1, TensorWriteData=tensor is not None, ChunkStorageMetadata=chunk is not None,
-                TensorProperties=properties is not None,
-                Size=sum(each is not None for each in (place, offset, size, shape)),
+                WriteItem=1, MetadataIndex=1, TensorWriteData=found[5] is not None,
+                ChunkStorageMetadata=found[6] is not None, TensorProperties=found[12] is not None,
+                Size=sum(each is not None for each in found.group(2, 7, 9, 17)),
             )  # fmt: skip
             at = found.end()
             count += 1
@@ -468,9 +469,6 @@ class Runs:
         self._texts[raw] = text
         return text
 
-    def _is_text(self, raw: bytes) -> bool:
-        return self._text(raw) is not None
-
     def _kept_number(self, raw: bytes) -> int:
         if len(self._numbers) >= _MOST_KNOWN:
             self._numbers.clear()
@@ -506,7 +504,7 @@ class Runs:
         return [*self._put_text(found[1]), *[LEFT_OUT] * 4, *self._put_size(found[7]), LEFT_OUT]
 
     def _written(self, found: re.Match[bytes]) -> list[object]:
-        name, place, _, tensor, chunk, offset, _, size, _, properties, shape, _ = found.groups()
+        name, place, tensor, chunk, offset, size, properties, shape = found.group(1, 2, 5, 6, 7, 9, 12, 17)
         entries = [*[LEFT_OUT] * 4, *self._put_text(name), *self._put_size(place)]
         if tensor is not None:
             entries += [LEFT_OUT, LEFT_OUT]

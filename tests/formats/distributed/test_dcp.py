@@ -1,4 +1,4 @@
-"""dcp: folders that torch.distributed.checkpoint wrote, whole, damaged and hostile; what one process would have saved."""
+"""dcp: folders that torch.distributed.checkpoint wrote, whole, damaged and hostile."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def same(found: object, expected: object, same_bits: SameBits, path: str = "") -
 @pytest.mark.parametrize("case", CASES)
 def test_the_tree_is_what_one_process_would_have_saved(case: str, sharded: Samples, same_bits: SameBits) -> None:
     found = dict(flat(ckptkit.load(sharded[case].folder)))
-    expected = {name: value for name, value in flat(sharded[case].expected) if value != {}}  # torch writes no such dicts
+    expected = {
+        name: value for name, value in flat(sharded[case].expected) if value != {}
+    }  # torch writes no such dicts
     assert found.keys() == expected.keys()
     same({name: found[name] for name in expected}, expected, same_bits)
 
