@@ -26,7 +26,7 @@ from itertools import pairwise
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry
-from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, MissingFileError
+from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.distributed.dcp_items import ItemReader
 from ckptkit.formats.distributed.dcp_metadata import METADATA_NBYTES, Metadata, TensorMetadata, parse_metadata
 from ckptkit.formats.distributed.folder import FolderSource
@@ -80,7 +80,7 @@ class Opened:
         self.objects = {name: shard.raw.root for name, shard in shards.items()}
         self.discarded = tuple(part for shard in shards.values() for part in shard.raw.discarded)
         self.globals = merge_uses(metadata.globals, merged_globals(shards), self._unread())
-        self.findings = (*merged_findings(shards), *self._remarkable(folder))
+        self.findings = (*merged_findings(shards), *self._foreign(folder))
 
     def _tensor(self, tensor: TensorMetadata, files: dict[str, Source]) -> TensorEntry:
         paths, row_of = self.metadata.items.paths, self.items.tensor
@@ -102,16 +102,7 @@ class Opened:
                 reason="pickles that are read when their values are",
             )  # fmt: skip
 
-    def _remarkable(self, folder: FolderSource) -> Iterator[Finding]:
-        count = self.unread
-        if count:
-            yield Finding(
-                code="unread-items",
-                severity="info",
-                message=f"{count_of(count, 'item')} of tensors, each a pickle of its own, "
-                f"{'was' if count == 1 else 'were'} not looked into; check, convert and load judge every one",
-                fix=f"ckptkit check {folder.path}",
-            )
+    def _foreign(self, folder: FolderSource) -> Iterator[Finding]:
         named = set(self.metadata.items.paths)
         foreign = [name for name in folder.names if name.endswith(".distcp") and "/" not in name and name not in named]
         if foreign:
@@ -136,7 +127,7 @@ def read(probe: Probe) -> RawCheckpoint:
         root=_nested(metadata, values),
         format=NAME,
         format_version=metadata.version,
-        pickle_protocol=metadata.protocol,
+        metadata=metadata.strings,
         globals=opened.globals,
         findings=opened.findings,
         discarded=opened.discarded,
@@ -175,7 +166,7 @@ def _metadata_name(folder: FolderSource) -> str:
     """The ``.metadata`` that is meant.
 
     Raises:
-        AmbiguousError: each rank has its own, and none was chosen.
+        FileAccessError: each rank has its own, and none was chosen.
         CorruptError: there is none.
     """
     ranks = {int(found[1]): name for name in folder.names if (found := _OWN_METADATA.fullmatch(name))}
@@ -189,9 +180,10 @@ def _metadata_name(folder: FolderSource) -> str:
             return ranks[int(tag[:10])]
         known = [str(rank) for rank in sorted(ranks)]
         asked = f"there is no rank {folder.tag!r:.40}: " if folder.tag else ""
-        raise AmbiguousError(
-            f"{asked}each of {len(ranks):,} ranks saved a checkpoint of its own here, without the others; choose one "
-            f"with --tag: {listed(known, _LISTED)}",
+        raise FileAccessError(
+            f"{folder.path}: {asked}each of {len(ranks):,} ranks saved a checkpoint of its own here, without the "
+            f"others; choose one with --tag: {listed(known, _LISTED)}",
+            path=folder.path,
             names=known,
         )
     raise CorruptError("there is no .metadata, which is written last: the save never finished, or the file was lost")
