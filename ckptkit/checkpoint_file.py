@@ -238,7 +238,12 @@ class CheckpointFile:
 
 
 def open(  # noqa: A001 - the name users expect
-    path: Readable, *, section: str | None = None, tag: str | None = None, ignore_checksums: bool = False
+    path: Readable,
+    *,
+    section: str | None = None,
+    tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
+    ignore_checksums: bool = False,
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 
@@ -257,6 +262,9 @@ def open(  # noqa: A001 - the name users expect
             checkpoint; one that names its last step stands for that, and any other for the one checkpoint in it.
         section: path of the weights to select, where the file holds several.
         tag: which of several steps is meant, where ``path`` is a folder that holds such: ``"checkpoint-10"``.
+        tp_rules: a file of rules by which slices of tensor-parallel ranks are joined, a JSON object of globs of names:
+            ``{"*.wq.weight": 0, "*.wo.weight": 1, "*.norm.weight": "replicated", "*.w13.weight": "swiglu"}``.  They go
+            before those that are known, and make one checkpoint of any folder of files that differ in one number.
         ignore_checksums: whether to forget the recorded checksums of its tensors, so that nothing holds them: those of
             a file that was edited in place are stale.
 
@@ -266,7 +274,9 @@ def open(  # noqa: A001 - the name users expect
         SectionError: there is no such section.
         MissingDependencyError: it is compressed by zstd, and nothing that decompresses it is installed.
     """
-    return CheckpointFile(*formats.read(path, section=section, tag=tag, ignore_checksums=ignore_checksums))
+    return CheckpointFile(
+        *formats.read(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
+    )
 
 
 def save(

@@ -155,8 +155,8 @@ def _checked(checkpoint: Checkpoint) -> str:
     import shlex
 
     options = checkpoint.origin.options
-    tag = options[options.index("--tag") :][:2] if "--tag" in options else ()
-    return shlex.join(["ckptkit", "check", checkpoint.origin.path, *tag])
+    typed = [word for name in ("--tag", "--tp-rules") if name in options for word in options[options.index(name) :][:2]]
+    return shlex.join(["ckptkit", "check", checkpoint.origin.path, *typed])
 
 
 def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:

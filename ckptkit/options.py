@@ -43,6 +43,11 @@ def _tag(which: str) -> Option[str | None]:
     return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
 
 
+def _tp_rules() -> Option[str | None]:
+    line = "Rules by which slices of tensor-parallel ranks are joined."
+    return path("FILE", line, "file of rules by which slices of tensor-parallel ranks are joined; see `open`")
+
+
 def _ignore_checksums() -> Option[bool]:
     return flag(
         "Accept bytes that recorded checksums show to be others.",
@@ -83,6 +88,7 @@ class ConvertOptions(Options):
     )
     section = _section("convert")
     tag = _tag("the source is a training folder; see `open`")
+    tp_rules = _tp_rules()
     all_tensors = flag(
         "Take every tensor of the file, named by the keys that lead to it.",
         "take every tensor of the file for the weights, each named by the keys that lead to it: ``0``, "
@@ -225,6 +231,7 @@ class LoadOptions(Options):
     device: Option[Any] = Option("text", None, "", "the same for one device, in place of ``map_location``")
     section = ConvertOptions.section
     tag = ConvertOptions.tag
+    tp_rules = ConvertOptions.tp_rules
     all_tensors = ConvertOptions.all_tensors
     strip_module = ConvertOptions.strip_module
     add_module = ConvertOptions.add_module
@@ -261,7 +268,7 @@ class LoadOptions(Options):
     def conversion(self) -> ConvertOptions | None:
         """What is to be done to the weights, as `ckptkit.convert` is told; ``None``: nothing."""
         shared = {name for name, option in self.declared.items() if ConvertOptions.declared.get(name) is option}
-        given = {name: vars(self)[name] for name in shared - {"section", "tag", "ignore_checksums"}}
+        given = {name: vars(self)[name] for name in shared - {"section", "tag", "tp_rules", "ignore_checksums"}}
         if all(value == self.declared[name].default for name, value in given.items()):
             return None
         return ConvertOptions(weights_only=True, section=self.section, **given)
@@ -316,6 +323,7 @@ class VerifyOptions(Options):
     )
     section = _section("verify")
     tag = _tag("``path`` is a training folder; see `open`")
+    tp_rules = _tp_rules()
     strip_module = flag("Take off wrapper prefixes first, as convert does.", "take off wrapper prefixes first")
     allow_missing = texts(
         "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
@@ -383,6 +391,7 @@ class DiffOptions(Options):
     section_a = text("NAME", "The weights of A.", "the same of ``a`` alone")
     section_b = text("NAME", "The weights of B.", "the same of ``b`` alone")
     tag = _tag("``a`` or ``b``, or each, is a training folder")
+    tp_rules = _tp_rules()
     tag_a = text("NAME", "The step of A.", "the same of ``a`` alone")
     tag_b = text("NAME", "The step of B.", "the same of ``b`` alone")
     strip_module = flag("Take wrapper prefixes off the names of both first.", "take off wrapper prefixes of both first")
@@ -413,6 +422,7 @@ if TYPE_CHECKING:
 
         section: str | None
         tag: str | None
+        tp_rules: str | os.PathLike[str] | None
         allow_part: bool
         ignore_checksums: bool
 

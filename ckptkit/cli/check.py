@@ -146,6 +146,7 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 )
 @click.option("--input-shape", "shapes", multiple=True, metavar="N,C,H,W", help="Shape of an input; repeatable.")
 @ui.tag_option
+@ui.tp_rules_option
 @click.option(
     "--skip-others", is_flag=True, help="Pass over named files that are not checkpoints; it is fine if none is left."
 )

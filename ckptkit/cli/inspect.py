@@ -43,6 +43,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
 @click.option("--sort", type=click.Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
 @click.option("--section", metavar="NAME", help="The weights to select, where a file holds several.")
 @ui.tag_option
+@ui.tp_rules_option
 @click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, zeros, NaN, Inf of each tensor.")
 @click.option(
     "--fail-on",
@@ -61,6 +62,7 @@ def command(
     sort: str,
     section: str | None,
     tag: str | None,
+    tp_rules: str | None,
     stats: bool,
     ignore_checksums: bool,
     fail_on: str,
@@ -76,17 +78,17 @@ def command(
     checkpoint, and one that names its last step stands for that. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar
     archive, - is standard input, and what is compressed by gzip, xz, bzip2 or zstd is read through.
     """
-    opening: dict[str, Any] = {"section": section, "tag": tag, "ignore_checksums": ignore_checksums}
+    opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
+    of_folders = {"tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()
-    files = [each for path in paths for each in _expanded(path, tag, passed_over)]
+    files = [each for path in paths for each in _expanded(path, tag or tp_rules, passed_over)]
     seen: list[_Seen] = []
 
     def documents() -> Iterator[Survey | UnreadFile]:
         """Each file's document; before the last is shown, the verdict is known."""
         for found, error in files:
-            asked = (
-                opening if found in paths and (len(paths) == 1 or os.path.isdir(found)) else {**opening, "tag": None}
-            )
+            is_given = found in paths and (len(paths) == 1 or os.path.isdir(found))
+            asked = {**opening, **of_folders} if is_given else opening
             document = _survey(found, asked, filters, sort, stats) if error is None else describe_error(found, error)
             seen.append(_told(document))
             if filters and not quiet and document["error"] is None and not document["tensors"]:
@@ -143,7 +145,7 @@ def _survey(
         return describe_error(path, error)
 
 
-def _expanded(path: str, tag: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
+def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
     """The path itself, or the checkpoints below a folder; and what cannot be read, with the reason."""
     if not os.path.isdir(path):
         yield path, None
@@ -153,7 +155,7 @@ def _expanded(path: str, tag: str | None, passed_over: Counter[str]) -> Iterator
     from ckptkit.transfer.names import is_temporary_name
 
     try:
-        if tag is not None or sharded_in(path) is not None:
+        if asked is not None or sharded_in(path) is not None:
             yield path, None
             return
     except CkptkitError as error:

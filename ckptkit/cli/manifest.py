@@ -110,6 +110,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
 @ui.tag_option
+@ui.tp_rules_option
 @ui.allow_part_option
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
 @ui.ignore_checksums
@@ -121,6 +122,7 @@ def command(
     update: bool,
     goldens: tuple[str, ...],
     tag: str | None,
+    tp_rules: str | None,
     allow_part: bool,
     force: bool,
     ignore_checksums: bool,
@@ -147,6 +149,7 @@ def command(
             update=update,
             force=force,
             tag=tag,
+            tp_rules=tp_rules,
             allow_part=allow_part,
             ignore_checksums=ignore_checksums,
         )

@@ -322,7 +322,11 @@ def convert_file(source: str, destination: str, options: ConvertOptions) -> Repo
         As `ckptkit.convert`.
     """
     checkpoint, file = formats.read(
-        source, section=options.section, tag=options.tag, ignore_checksums=options.ignore_checksums
+        source,
+        section=options.section,
+        tag=options.tag,
+        tp_rules=options.tp_rules,
+        ignore_checksums=options.ignore_checksums,
     )
     try:
         with folder_made("" if options.dry_run else os.path.dirname(destination), flush=options.check):

@@ -45,7 +45,9 @@ def is_folder_of_files(
     if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or is_unpacked(os.fsdecode(source)):
         return False
     path = os.fsdecode(destination)
-    if options.tag is not None or not (_is_folder(path, options) or not _names_a_file(path)):
+    if options.tag is not None or options.tp_rules is not None:
+        return False
+    if _names_a_file(path) and not _is_folder(path, options):
         return False
     from ckptkit.formats.distributed.around import sharded_in
 

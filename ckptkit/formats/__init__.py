@@ -70,6 +70,7 @@ def read(
     *,
     section: str | None = None,
     tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
     ignore_checksums: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Checkpoint, Source]:
@@ -79,6 +80,8 @@ def read(
         source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
         section: path of the weights to select, where the file holds several.
         tag: which of several steps is meant, where a folder holds such.
+        tp_rules: the file of rules by which slices of ranks in a folder are joined
+            (`ckptkit.formats.distributed.tensor_parallel`).
         ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
 
@@ -91,7 +94,7 @@ def read(
         SectionError: the section is not there.
         MissingDependencyError: it is compressed, and what decompresses it is not installed.
     """
-    file = source_of(source, tag)
+    file = source_of(source, tag, tp_rules)
     try:
         probe = _entered(file, limits)
     except BaseException:
@@ -151,7 +154,9 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
                 )
             checkpoint = _placed(normalize(raw, file, section=section), own, file)
             tag: str | None = getattr(file, "asked", None)
+            rules: str | None = getattr(file, "rules", None)
             options = [*(("--section", section) if section else ()), *(("--tag", tag) if tag else ())]
+            options += ["--tp-rules", rules] if rules else []
             options += ["--ignore-checksums"] * ignore_checksums
             return checkpoint.replace(origin=replace(checkpoint.origin, options=tuple(options)))
     except SectionError as error:
@@ -290,7 +295,7 @@ def given_of(file: Source) -> Source:
     return file if around is None else around.given
 
 
-def source_of(path: Readable, tag: str | None = None) -> Source:
+def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source:
     """What holds the bytes of the file that is meant: here alone is decided what may be given as one.
 
     Args:
@@ -300,6 +305,7 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
             resized before the source is closed.  A source: itself.  A folder that several processes wrote, or that
             leads to one, or with one checkpoint in it (`ckptkit.formats.distributed.around`).
         tag: which of several steps in the folder is meant.
+        tp_rules: as of `read`.
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
@@ -308,6 +314,10 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
     if tag is not None and (not isinstance(path, (str, os.PathLike)) or os.path.isfile(path) or path == STDIN):
         what = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else "what was given"
         raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
+    if tp_rules is not None and not (isinstance(path, (str, os.PathLike)) and os.path.isdir(path)):
+        raise FileAccessError(
+            f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is none"
+        )
     if isinstance(path, Source):
         return path
     if not isinstance(path, (str, os.PathLike)):
@@ -325,7 +335,7 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
         from ckptkit.formats.distributed import folder_source
         from ckptkit.formats.distributed.around import describe_folder
 
-        if (together := folder_source(name, tag)) is not None:
+        if (together := folder_source(name, tag, tp_rules)) is not None:
             return together
         raise FileAccessError(f"{name}: {describe_folder(name)}", path=name)
     try:

@@ -185,6 +185,7 @@ def _selected(
         known=set() if manifest is None else paths_of(manifest.files),
         manifest=manifest_path,
         every_pickle=config.every_pickle,
+        are_whole=config.typed.get("tp_rules") is not None,
     )
 
 
@@ -292,6 +293,7 @@ def _held(task: _Task, threads: int) -> tuple[FileResult, Architecture | None]:
         look = partial(
             examine_file,
             path,
+            tp_rules=policy.tp_rules if os.path.isdir(path) else None,
             ignore_checksums=policy.ignore_checksums,
             whole=record is not None and record.whole_digest is not None,
             threads=threads,

@@ -293,6 +293,7 @@ def examine_file(
     digest: bool,
     values: bool,
     checksums: bool = True,
+    tp_rules: str | None = None,
     ignore_checksums: bool = False,
     allow_part: bool = True,
     whole: bool = False,
@@ -306,6 +307,7 @@ def examine_file(
         digest: whether to digest the tensors' values.
         values: whether to count NaN and Inf in them.
         checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether to forget them.
         allow_part: whether it may be a part of a checkpoint.
         whole: whether to digest everything else in the file too.
@@ -317,7 +319,7 @@ def examine_file(
         FormatError: it is not a checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
         DTypeError: values that would have to be computed are of a type that numpy does not know.
     """
-    checkpoint, file = formats.read(path, ignore_checksums=ignore_checksums)
+    checkpoint, file = formats.read(path, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
     try:
         require_whole(checkpoint, allow_part=allow_part)
         contents = _Contents(checkpoint)

@@ -54,6 +54,7 @@ def make(
     golden: Mapping[str, str] | None = None,
     allow_part: bool = False,
     previous: Manifest | None = None,
+    tp_rules: str | None = None,
     ignore_checksums: bool = False,
 ) -> Manifest:
     """The manifest of these checkpoints.
@@ -67,6 +68,7 @@ def make(
         allow_part: whether a file may be a part of a checkpoint.
         previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
             that are not selected do too, as long as they exist.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
 
     Raises:
@@ -79,7 +81,7 @@ def make(
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
-    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part)
+    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part, tp_rules)
     renewed = _renewed(
         {name: path for name, path in wanted.items() if name not in kept},
         {
@@ -88,6 +90,7 @@ def make(
             if (digests == "tensor" if digests else name not in old or old[name].tensors is not None)
         },
         allow_part=allow_part,
+        tp_rules=tp_rules,
         ignore_checksums=ignore_checksums,
     )
     records = {**_unselected(old, wanted, folder), **kept, **renewed}
@@ -112,13 +115,13 @@ def _require_recordable(wanted: Collection[str], golden: Collection[str], folder
             )
 
 
-def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool) -> dict[str, FileRecord]:
+def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool | str | None) -> dict[str, FileRecord]:
     """The records of files as they are now.
 
     Args:
         wanted: paths by name.
         listed: the names of those whose tensors are listed.
-        **reading: ``allow_part`` and ``ignore_checksums``, as of `make`.
+        **reading: ``allow_part``, ``tp_rules`` and ``ignore_checksums``, as of `make`.
     """
 
     def record(name: str, path: str, threads: int) -> FileRecord | CkptkitError:
@@ -177,15 +180,20 @@ def _require_below(name: str, folder: str) -> None:
 
 
 def _unchanged(
-    wanted: Mapping[str, str], old: Mapping[str, FileRecord], digests: Digests | None, allow_part: bool
+    wanted: Mapping[str, str],
+    old: Mapping[str, FileRecord],
+    digests: Digests | None,
+    allow_part: bool,
+    tp_rules: str | None,
 ) -> dict[str, FileRecord]:
     """The records of files that are what they were, by their sizes and hashes."""
 
     def same(name: str, path: str, threads: int) -> FileRecord | None:
         before = old[name]
         found = _looked_at(
-            path, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part, threads=threads
-        )
+            path, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part,
+            tp_rules=tp_rules, threads=threads,
+        )  # fmt: skip
         is_same = not isinstance(found, CkptkitError) and is_same_file(found, before)
         if not is_same or (digests == "tensor" and before.tensors is None):
             return None
@@ -292,6 +300,7 @@ def make_at(
     golden: Golden,
     *,
     tag: str | None = None,
+    tp_rules: str | None = None,
     allow_part: bool,
     update: bool,
     force: bool,
@@ -319,10 +328,10 @@ def make_at(
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
     paths = [
-        step_of(path, tag) if os.path.isdir(path) else path
+        step_of(path, tag) if os.path.isdir(path) and tp_rules is None else path
         for path in paths or (_paths_of(previous, folder) if update else ())
     ]
-    selection = select(paths, relative_to=folder, manifest=destination)
+    selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
     selection.require_all()
     selected = selection.checkpoints
     manifest = make(
@@ -333,6 +342,7 @@ def make_at(
         golden=_goldens(golden, selected, folder),
         allow_part=allow_part,
         previous=previous,
+        tp_rules=tp_rules,
         ignore_checksums=ignore_checksums,
     )
     if destination is not None and (

@@ -73,6 +73,7 @@ def select(
     known: Container[str] = (),
     manifest: str | None = None,
     every_pickle: bool = False,
+    are_whole: bool = False,
 ) -> Selection:
     """The checkpoints that paths stand for.
 
@@ -88,6 +89,7 @@ def select(
         whole: whether a shard that is named stands for all, where its index lies beside it.
         known: names of files that no index stands for, since they are known by their own.
         manifest: the file that says what they must be, which is none of them.
+        are_whole: whether each folder is one checkpoint, since rules were given by which its files are joined.
         every_pickle: whether outputs that ckptkit did not complete are taken for what is in them.
 
     Raises:
@@ -104,6 +106,9 @@ def select(
     if manifest is not None:
         surveyor.know(manifest)
     for path in given:
+        if os.path.isdir(path) and are_whole:
+            surveyor.named(path)
+            continue
         if os.path.isdir(path):
             try:
                 step = step_of(path, tag)

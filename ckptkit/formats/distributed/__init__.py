@@ -9,19 +9,23 @@ from __future__ import annotations
 import os
 
 from ckptkit.bytesource import Source, SourceFile
-from ckptkit.formats.distributed.around import found_in
-from ckptkit.formats.distributed.folder import FolderSource
+from ckptkit.errors import FileAccessError
+from ckptkit.formats.distributed.around import Found, found_in
+from ckptkit.formats.distributed.folder import FolderSource, listing
+from ckptkit.formats.distributed.layouts import LAYOUTS
 from ckptkit.formats.unpacked import unpacked_source
 
 __all__ = ["folder_source"]
 
 
-def folder_source(path: str, tag: str | None = None) -> Source | None:
+def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source | None:
     """What stands for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is no folder.
 
     Args:
         path: the folder.
         tag: which of several steps in it is meant.
+        tp_rules: the file of rules by which slices of ranks are joined; with one, files that differ in one number of
+            their names alone are one checkpoint.
 
     Raises:
         FileAccessError: it cannot be listed; there are several checkpoints in it, or no such step.
@@ -29,15 +33,21 @@ def folder_source(path: str, tag: str | None = None) -> Source | None:
     """
     if not os.path.isdir(path):
         return None
+    if tp_rules is not None:
+        return _by_rules(path, tag, os.fsdecode(tp_rules))
     found = found_in(path, tag)
     if found is None:
         return None
     if found.layout is None:
         return unpacked_source(found.root) or SourceFile(found.root)
+    return _source(path, found, found.layout, tag)
+
+
+def _source(path: str, found: Found, layout: str, tag: str | None) -> FolderSource:
     return FolderSource(
         path,
         found.root,
-        found.layout,
+        layout,
         found.names,
         found.tag,
         own=found.own,
@@ -45,3 +55,29 @@ def folder_source(path: str, tag: str | None = None) -> Source | None:
         asked=tag,
         findings=found.findings,
     )
+
+
+def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
+    """The folder of ranks whose slices are joined by rules that are given.
+
+    Raises:
+        As `folder_source`.
+        FileAccessError: it holds none, or the rules cannot be read.
+        FormatError: the rules are none.
+    """
+    from ckptkit.formats.distributed.slices import numbered
+    from ckptkit.formats.distributed.tensor_parallel import rules_in
+
+    rules, names = rules_in(tp_rules), listing(path)
+    is_placed = any(layout.claims(path, names) for layout in LAYOUTS if layout.format in _PLACED)
+    is_it = not is_placed and tag is None and bool(numbered(names))
+    found = Found(path, "megatron", names, tuple(numbered(names))) if is_it else found_in(path, tag)
+    if found is None or (found.layout != "megatron" and (found.layout in _PLACED or not numbered(found.names))):
+        raise FileAccessError(f"{path}: --tp-rules joins the files of ranks, and this is no folder of such", path=path)
+    source = _source(path, found, "megatron", tag)
+    source.tp_rules, source.rules = rules, tp_rules
+    return source
+
+
+_PLACED = ("dcp", "megatron", "safetensors-dcp")
+"""Layouts whose readers say themselves what belongs together."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError
@@ -43,9 +44,11 @@ class FolderSource(Source):
     Attributes:
         root, layout, names, tag, own, members, asked, findings: as above.
         parts: the files that were opened, by name.
+        tp_rules: by which slices of ranks are joined (`ckptkit.formats.distributed.tensor_parallel.Rule`).
+        rules: the file that they were read from.
     """
 
-    __slots__ = ("asked", "findings", "layout", "members", "names", "own", "root", "tag")
+    __slots__ = ("asked", "findings", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules")
 
     def __init__(
         self,
@@ -69,6 +72,8 @@ class FolderSource(Source):
         self.members = members
         self.asked = asked
         self.findings = findings
+        self.tp_rules: tuple[Any, ...] = ()
+        self.rules: str | None = None
 
     @property
     def folder(self) -> str:
