@@ -34,8 +34,7 @@ def _allow_part(which: str) -> Option[bool]:
     return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
 
 
-def _section(verb: str) -> Option[str | None]:
-    told = "where the file holds several"
+def _section(verb: str, told: str = "where the file holds several") -> Option[str | None]:
     return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
 
 
