@@ -197,6 +197,10 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
         return ()
     from ckptkit.formats.contents import names_left
 
+    if is_folder(probe.file):  # in the files that the error is about
+        told = str(error)
+        parts = [part for name, part in probe.file.parts.items() if name in told]
+        return merge_uses(*(names_left(Probe(part, probe.limits), error.globals) for part in parts))
     known = {use.name: GRAVITY[use.verdict] for use in error.globals}
     return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
 
