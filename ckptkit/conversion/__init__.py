@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
-from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like
+from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
@@ -197,9 +197,9 @@ def run(
     if options.like is None:
         require_whole(checkpoint, allow_part=options.allow_part)
     source = _section_meant(checkpoint, file, options)
-    if options.like is not None:
-        source = options.like.cut(source)
-        require_whole(source, allow_part=options.allow_part)
+    if rewrite:
+        source = with_flat_cut(source, options)
+    require_whole(source, allow_part=options.allow_part)
     _, container, most = formats.target(destination, options.to)
     weights_alone = container.tensors_alone or most is not None or options.max_shard_size is not None
     if rewrite and not options.all_tensors:

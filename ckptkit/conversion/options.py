@@ -64,6 +64,7 @@ __all__ = [
     "read_section",
     "section_like",
     "unselected_weights",
+    "with_flat_cut",
 ]
 
 
@@ -130,6 +131,15 @@ def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     select = rewrite.Select(options.include, options.exclude, rename=_in_turn(renamers))
     dense = [rewrite.Densify(beside=checkpoint.state_dict)] if options.densify else []
     return checkpoint.rewrite(rewrite.WeightsOnly(), select, *dense, *renamers)
+
+
+def with_flat_cut(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    """The checkpoint with flat parameters cut by ``options.like``, where there are any, and that is given.
+
+    Raises:
+        RewriteError: they are not the model's.
+    """
+    return checkpoint if options.like is None else options.like.cut(checkpoint, _in_turn(renamers_of(options)))
 
 
 def _in_turn(renamers: Sequence[Renamer]) -> Callable[[str], str]:
@@ -419,7 +429,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
     mine = [(selected, checkpoint)] if selected is not None else []
     for path, each in chain(mine, read_others(checkpoint, file, ignore_checksums=options.ignore_checksums)):
         try:
-            named = as_named(like.cut(each), options)
+            named = as_named(with_flat_cut(each, options), options)
         except RewriteError as error:
             problems.append(f"{path!r}: {error}")
             continue

@@ -16,7 +16,7 @@ are must agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, contiguous_stride
@@ -24,7 +24,7 @@ from ckptkit.computed import files_of
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.modules import unwrapped, unwrapped_path
 from ckptkit.normalize.parts import is_flat_name
-from ckptkit.report import count_of
+from ckptkit.report import count_of, listed
 
 __all__ = ["cut_flat"]
 
@@ -38,7 +38,13 @@ _Shapes = Mapping[str, tuple[int, ...] | None]
 
 
 def cut_flat(
-    checkpoint: Checkpoint, expected: _Shapes, tied: Sequence[Sequence[str]], label: str, *, is_ordered: bool
+    checkpoint: Checkpoint,
+    expected: _Shapes,
+    tied: Sequence[Sequence[str]],
+    label: str,
+    *,
+    is_ordered: bool,
+    rename: Callable[[str], str] | None,
 ) -> Checkpoint:
     """The checkpoint with the flat parameters of its state_dict that are the model's cut; one without as it is.
 
@@ -49,21 +55,38 @@ def cut_flat(
         tied: groups of names that are one tensor in the model.
         label: the model, for messages.
         is_ordered: whether the order is known to be the model's.
+        rename: from the names in the checkpoint to those that they are to have; of several parts that the model may
+            be it chooses one.
 
     Raises:
-        RewriteError: the parameters of the model are not as many elements, or their order is not known.
+        RewriteError: the model's parameters are not as many elements, several parts fit, or the order is not known.
     """
     flats = {name: entry for name, entry in checkpoint.state_dict.items() if is_flat_name(name)}
     if not flats or checkpoint.part is None or not checkpoint.part.remedy:
         return checkpoint
     path = checkpoint.origin.path
     refused: RewriteError | None = None
+    fits: dict[str, dict[str, object]] = {}
     for prefix in _prefixes(flats):
         try:
-            everything = _cut(checkpoint.state_dict, flats, prefix, expected, tied, label, is_ordered)
+            fits[prefix] = _cut(checkpoint.state_dict, flats, prefix, expected, tied, label, is_ordered)
         except RewriteError as error:
             refused = refused or error
-            continue
+        if "" in fits:
+            break
+    if len(fits) > 1 and rename is not None:
+        fits = {
+            prefix: everything
+            for prefix, everything in fits.items()
+            if all(rename(f"{prefix}.{name}") == name for name in expected)
+        } or fits
+    if len(fits) > 1:
+        raise RewriteError(
+            f"{path}: {len(fits)} parts of what was saved fit {label} equally: {listed(fits)}; choose one with "
+            f"--strip-prefix {next(iter(fits))}.",
+            path=path,
+        )
+    for everything in fits.values():
         whole = checkpoint.state_dict.holding(everything, checkpoint.state_dict.versions)
         return checkpoint.replace(state_dict=whole, part=None)
     raise RewriteError(f"{path}: {refused}", path=path)

@@ -267,7 +267,9 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
             message=f"{count_of(len(flat), 'tensor')} of the optimizer's state are of flat parameters, put together "
             f"from what each rank has, padding and all: {listed(flat, _LISTED, characters=100)}",
         )
-    times = {name: file.identity[3] for name, file in folder.parts.items() if isinstance(file, SourceFile)}
+    names = {name for each in sets for name in each.names}
+    opened = ((name, file) for name, file in folder.parts.items() if name in names)
+    times = {name: file.identity[3] for name, file in opened if isinstance(file, SourceFile)}
     first, last = (choose(times, key=lambda name: times[name]) for choose in (min, max))
     if times[last] - times[first] > _DAY_NS:
         days = (times[last] - times[first]) / _DAY_NS
