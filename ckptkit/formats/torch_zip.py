@@ -32,10 +32,12 @@ from ckptkit.errors import CorruptError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse
 from ckptkit.formats.torch_archive import METADATA, TorchArchive
+from ckptkit.formats.zip_archive import Records
+from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.tensors import StorageTable
 
-__all__ = ["read"]
+__all__ = ["read", "read_archive"]
 
 NAME = "torch-zip"
 
@@ -46,9 +48,22 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: the file is damaged or refused.
     """
-    archive = TorchArchive(probe.records, probe.limits)
+    return read_archive(probe.records, probe.limits)
+
+
+def read_archive(records: Records | None, limits: Limits) -> RawCheckpoint:
+    """The same of an archive wherever it lies.
+
+    Args:
+        records: that it has.
+        limits: bounds on what it may ask for.
+
+    Raises:
+        FormatError: it is damaged or refused.
+    """
+    archive = TorchArchive(records, limits)
     version, byteorder = archive.version(), archive.byteorder()
-    table = StorageTable(archive.locator("data/"), byteorder=byteorder, limits=probe.limits)
+    table = StorageTable(archive.locator("data/"), byteorder=byteorder, limits=limits)
     pickle = archive.pickle("data.pkl", table)
     return RawCheckpoint(
         root=pickle.root,

@@ -82,6 +82,7 @@ def read_pickle(
     whole: bool = False,
     more: Callable[[int], bytes] | None = None,
     hold: Hold | None = None,
+    memo: dict[int, object] | None = None,
 ) -> PickleResult:
     """Read one pickle that begins at ``start``.
 
@@ -97,6 +98,7 @@ def read_pickle(
         more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
             to one no longer where there is none.
         hold: leaves the bytes of tensors and arrays where they lie; ``None``: they are in the tree.
+        memo: an empty one to use; it may make entries that ``hold`` left out when they are asked for.
 
     Raises:
         CorruptError: the bytes end early or are not a pickle.
@@ -110,7 +112,7 @@ def read_pickle(
     machine = Machine(
         data, start, persistent_load, constructors or {}, limits, partial(_nested, limits, [limits.pickle_nbytes])
     )
-    machine.shortcut, machine.hold = shortcut, hold
+    machine.shortcut, machine.hold, machine.memo = shortcut, hold, {} if memo is None else memo
     try:
         root = _run_on(machine, more)
         discarded = machine.popped.settle(root, machine.data, machine.memo)

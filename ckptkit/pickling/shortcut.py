@@ -31,7 +31,7 @@ from ckptkit.errors import FormatError
 from ckptkit.pickling.inert import Global, is_global
 from ckptkit.tensor import tensor_of
 
-__all__ = ["OPCODES", "REBUILD", "TensorShortcut"]
+__all__ = ["OPCODES", "REBUILD", "TensorShortcut", "whole_numbers"]
 
 REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 """The name whose call is recognized."""
@@ -286,7 +286,7 @@ class TensorShortcut:
     def _number(self, opcode: bytes) -> int:
         if len(self._numbers) >= _MOST_KNOWN:
             self._numbers.clear()
-        number = self._numbers[opcode] = _ints(opcode)[0]
+        number = self._numbers[opcode] = whole_numbers(opcode)[0]
         return number
 
     def _there(self, index: int, memo: dict[int, object]) -> object:
@@ -307,7 +307,7 @@ class TensorShortcut:
             self._geometries.clear()
             self._spelled.clear()
         sizes, strides = (
-            _sizes(there) if opcodes[0] in b"hj" else _ints(opcodes)
+            _sizes(there) if opcodes[0] in b"hj" else whole_numbers(opcodes)
             for opcodes, there in zip(spelled, (shape, stride), strict=True)
         )
         if sizes is None or strides is None:
@@ -368,7 +368,7 @@ def _index(get: bytes) -> int:
     return get[1] if len(get) == 2 else int.from_bytes(get[1:], "little")
 
 
-def _ints(opcodes: bytes) -> tuple[int, ...]:
+def whole_numbers(opcodes: bytes) -> tuple[int, ...]:
     """The numbers that BININT1, BININT2, BININT and LONG1 push; other opcodes are passed over."""
     numbers = []
     at, end = 0, len(opcodes)
