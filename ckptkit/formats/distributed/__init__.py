@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
-from ckptkit.formats.distributed.folder import FolderSource, listing
+from ckptkit.formats.distributed.folder import RANKED, SHARDED, FolderSource, listing
 from ckptkit.formats.format import HEAD_NBYTES
 from ckptkit.formats.unpacked import unpacked_source
 
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from ckptkit.formats.distributed.around import Found
 
 __all__ = ["LAYOUTS", "RANKED", "SHARDED", "Layout", "folder_source", "is_metadata"]
-
-RANKED = (
-    r"(?:(?P<stem>[^/]*?)(?:(?:^|(?<=[._-]))world_size_(?P<of>\d+))?[._-])?"
-    r"rank[_-]?(?P<rank>\d+)(?P<end>\.(?:bin|ckpt|pkl|pth|pt|tar))"
-)
-"""What the files of FSDP's ranks are called: the stem is what those of one checkpoint have in common."""
-
-SHARDED = r"shard-(?P<n>\d{5})-model-(?P<file>\d{5})-of-(?P<of>\d{5})\.safetensors"
-"""What the files of the hub's writer are called: of which rank, from 1, and of which file once consolidated."""
 
 
 @dataclass(frozen=True, slots=True)

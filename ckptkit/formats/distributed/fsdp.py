@@ -26,8 +26,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CorruptError, FormatError
-from ckptkit.formats.distributed import RANKED
-from ckptkit.formats.distributed.folder import FolderSource, read_part
+from ckptkit.formats.distributed.folder import RANKED, FolderSource, read_part
 from ckptkit.formats.distributed.placements import Mesh
 from ckptkit.formats.distributed.ranks import Ranks
 from ckptkit.formats.format import Probe
@@ -270,8 +269,8 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
     names = {name for each in sets for name in each.names}
     opened = ((name, file) for name, file in folder.parts.items() if name in names)
     times = {name: file.identity[3] for name, file in opened if isinstance(file, SourceFile)}
-    first, last = (choose(times, key=lambda name: times[name]) for choose in (min, max))
-    if times[last] - times[first] > _DAY_NS:
+    first, last = (choose(times, key=lambda name: times[name], default="") for choose in (min, max))
+    if times and times[last] - times[first] > _DAY_NS:
         days = (times[last] - times[first]) / _DAY_NS
         yield Finding(
             code="saved-apart",
