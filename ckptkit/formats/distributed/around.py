@@ -117,8 +117,8 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
         FileAccessError: it cannot be listed.
         LimitError: it holds more files than any checkpoint.
     """
-    from ckptkit.formats.distributed import LAYOUTS
     from ckptkit.formats.distributed.folder import listing
+    from ckptkit.formats.distributed.layouts import LAYOUTS
 
     if inside is None:
         try:

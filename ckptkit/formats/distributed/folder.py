@@ -21,16 +21,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.report import Finding
 
-__all__ = ["RANKED", "SHARDED", "FolderSource", "listing", "read_part"]
-
-RANKED = (
-    r"(?:(?P<stem>[^/]*?)(?:(?:^|(?<=[._-]))world_size_(?P<of>\d+))?[._-])?"
-    r"rank[_-]?(?P<rank>\d+)(?P<end>\.(?:bin|ckpt|pkl|pth|pt|tar))"
-)
-"""What the files of FSDP's ranks are called: the stem is what those of one checkpoint have in common."""
-
-SHARDED = r"shard-(?P<n>\d{5})-model-(?P<file>\d{5})-of-(?P<of>\d{5})\.safetensors"
-"""What the files of the hub's writer are called: of which rank, from 1, and of which file once consolidated."""
+__all__ = ["FolderSource", "listing", "read_part"]
 
 _DEEPEST = 4
 """Folders below the given one that are looked into: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
