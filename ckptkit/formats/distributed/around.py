@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
 from ckptkit.formats.containers import SUFFIXES
+from ckptkit.formats.distributed.layouts import LAYOUTS, RANKED
 from ckptkit.formats.refused_contents import unpacked
 from ckptkit.formats.shard_parts import names_in
 from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
@@ -66,7 +67,7 @@ _OWN = {
     "megatron": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|common\.pt|(?:mp|tp)_rank_[^/]*/[^/]*"
     r"|consolidated\.\d+\.\w+|modelopt_state/[^/]*",
     "deepspeed": r"[^/]*_states\.pt|zero/.*",
-    "fsdp": r".*world_size_\d+_rank_\d+\.\w+|.*[._]rank_?\d+\.(?:bin|pth|pt)",
+    "fsdp": RANKED,
     "safetensors-dcp": r"shard-\d{5}-.+\.safetensors",
 }
 """Which files in a folder of each layout are its own; so are texts beside them."""
@@ -74,7 +75,7 @@ _OWN = {
 _TEXTS = (".json", ".txt", ".py", ".md", ".yaml", ".yml")
 
 _NAMED = re.compile(
-    r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank_?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
+    r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank[_-]?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
     r"|metadata\.json|.*-\d{5}-of-\d{5}\.\w+|pytorch_model_fsdp_\d+",
     re.ASCII,
 )
@@ -118,7 +119,6 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
         LimitError: it holds more files than any checkpoint.
     """
     from ckptkit.formats.distributed.folder import listing
-    from ckptkit.formats.distributed.layouts import LAYOUTS
 
     if inside is None:
         try:
@@ -298,7 +298,7 @@ def found_in(path: str, tag: str | None = None) -> Found | None:
 
 def _tagged(path: str, tag: str) -> Found:
     own = sharded_at(path)
-    per_rank = own is not None and own.layout == "dcp" and ".metadata" not in own.names
+    per_rank = own is not None and (own.layout == "fsdp" or (own.layout == "dcp" and ".metadata" not in own.names))
     if own is not None and (per_rank or os.path.basename(os.path.abspath(path)) == tag):
         return own._replace(tag=tag)
     if not is_shard_name(tag):

@@ -20,6 +20,7 @@ What several sets of files have in one folder is one dict: ``{model, optimizer, 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,12 +146,15 @@ def _chosen(folder: FolderSource) -> list[_Set]:
             files.worlds.add(int(match["of"]))
     sets = sorted(found.values(), key=lambda each: [*dict.fromkeys(_SECTIONS.values()), each.key].index(each.key))
     steps = list(dict.fromkeys(each.step for each in sets))
-    if len({each.key for each in sets}) == len(sets):
+    is_itself = folder.root == folder.path and os.path.basename(os.path.abspath(folder.root)) != folder.asked
+    asked = folder.asked if is_itself else None  # not what leads to the folder
+    if asked in steps:
+        return [each for each in sets if each.step == asked]
+    if len({each.key for each in sets}) == len(sets) and asked is None:
         return sets
-    if folder.tag in steps:
-        return [each for each in sets if each.step == folder.tag]
-    said = f"{folder.tag!r:.80} is none of them" if folder.tag is not None else "name one with --tag"
-    raise CorruptError(f"the files of {count_of(len(steps), 'step')} lie here ({listed(steps, _LISTED)}); {said}")
+    said = "name one with --tag" if asked is None else f"{asked!r:.80} is not one of them"
+    lie = "lies" if len(steps) == 1 else "lie"
+    raise CorruptError(f"{count_of(len(steps), 'step')} {lie} here ({listed(steps, _LISTED)}); {said}", names=steps)
 
 
 def _key_and_step(stem: str) -> tuple[str, str]:

@@ -367,8 +367,15 @@ def test_what_lies_beside_a_model_is_told_by_its_name(tmp_path: Path) -> None:
 def test_of_several_steps_none_is_taken(tmp_path: Path) -> None:
     for step in (4, 40):
         saved(tmp_path, f"model_{step:04}.rank_{{}}.pth", step=step)
-    with pytest.raises(CorruptError, match=r"the files of 2 steps lie here \(0004, 0040\)"):
+    with pytest.raises(CorruptError, match=r"2 steps lie here \(0004, 0040\); name one with --tag"):
         ckptkit.open(tmp_path)
+    with pytest.raises(CorruptError, match=r"'0400' is not one of them"):
+        ckptkit.open(tmp_path, tag="0400")
+    assert ckptkit.load(tmp_path, tag="0040")["step"] == 40
+    (tmp_path / "global_step_7" / "actor").mkdir(parents=True)
+    saved(tmp_path / "global_step_7" / "actor", "model_world_size_2_rank_{}.pt", step=7)
+    assert ckptkit.load(tmp_path / "global_step_7", tag="actor")["step"] == 7
+    assert ckptkit.load(tmp_path / "global_step_7")["step"] == 7
 
 
 # Flat parameters.
