@@ -31,7 +31,7 @@ from ckptkit.conversion.changes import (
     diagnose_wrappers,
 )
 from ckptkit.errors import CkptkitError, CorruptError, RewriteError, SectionError
-from ckptkit.formats import format_named, read, reread
+from ckptkit.formats import read, reread
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole, way_findings
@@ -481,6 +481,8 @@ def like_checkpoint(path: str) -> Like:
         SectionError: it has no one set of weights.
         PartError: it is a part of a checkpoint.
     """
+    from ckptkit.rewrite.flat_parameters import keeps_order
+
     checkpoint, file = read(path)
     try:
         require_whole(checkpoint)
@@ -491,19 +493,9 @@ def like_checkpoint(path: str) -> Like:
                 path=path,
                 names=weights_paths(checkpoint.sections),
             )
-        return rewrite.Like(checkpoint.state_dict, label=path, is_ordered=not _is_sorted(checkpoint))
+        return rewrite.Like(checkpoint.state_dict, label=path, is_ordered=keeps_order(checkpoint))
     finally:
         file.close()
-
-
-def _is_sorted(checkpoint: Checkpoint) -> bool:
-    """Whether the names may be in the order of the safetensors library: by dtype, then sorted."""
-    if not format_named(checkpoint.origin.format).tensors_alone:
-        return False
-    names: dict[str, list[str]] = {}
-    for name, entry in checkpoint.state_dict.items():
-        names.setdefault(entry.dtype, []).append(name)
-    return all(each == sorted(each) for each in names.values())
 
 
 def _tensors(checkpoint: Checkpoint, fitting: Fitting) -> object:

@@ -16,17 +16,18 @@ are must agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, contiguous_stride
 from ckptkit.computed import files_of
 from ckptkit.errors import RewriteError
+from ckptkit.formats import format_named
 from ckptkit.normalize.modules import unwrapped, unwrapped_path
 from ckptkit.normalize.parts import is_flat_name
 from ckptkit.report import count_of, listed
 
-__all__ = ["cut_flat"]
+__all__ = ["cut_flat", "keeps_order"]
 
 _ALIGNED_NBYTES = 16
 """What each parameter in a padded flat one begins at a multiple of."""
@@ -35,6 +36,16 @@ _COUNTER = "num_batches_tracked"
 """What no parameter is called: a buffer that old files lack."""
 
 _Shapes = Mapping[str, tuple[int, ...] | None]
+
+
+def keeps_order(checkpoint: Checkpoint) -> bool:
+    """Whether names are in the order in which they were saved, not in that of safetensors: by dtype, then sorted."""
+    if not format_named(checkpoint.origin.format).tensors_alone:
+        return True
+    names: dict[str, list[str]] = {}
+    for name, entry in checkpoint.state_dict.items():
+        names.setdefault(entry.dtype, []).append(name)
+    return any(each != sorted(each) for each in names.values())
 
 
 def cut_flat(
@@ -131,14 +142,7 @@ def _cut(
     shapes = {before + name: shape for name, shape in expected.items()}
     if views and not any(unwrapped(name) in shapes for name in views):
         raise RewriteError(f"{label} has none of the names of what is joined in flat parameters")
-    place = {name: number for number, name in enumerate(expected)}
-    again = {name for group in tied for name in sorted(filter(place.__contains__, group), key=place.__getitem__)[1:]}
-    members: dict[str, list[tuple[str, tuple[int, ...]]]] = {unit: [] for unit in units}
-    for name, shape in expected.items():
-        full = before + name
-        of = [unit for unit in units if not unit or full.startswith(f"{unit}.")]
-        if shape is not None and of and full not in there and name not in again and not name.endswith(_COUNTER):
-            members[max(of, key=len)].append((full, shape))
+    members = _members(units, before, there, expected, tied)
     everything: dict[str, object] = {}
     for name, value in state_dict.everything.items():
         shape = shapes.get(unwrapped(name))
@@ -154,6 +158,29 @@ def _cut(
                     "not keep it: give a .pth of the model, or the model itself"
                 )
     return everything
+
+
+def _members(
+    units: Collection[str], before: str, there: Collection[str], expected: _Shapes, tied: Sequence[Sequence[str]]
+) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """The parameters of each unit, with their shapes, in order.
+
+    Args:
+        units: paths of the modules that have flat parameters.
+        before: what stands before the model's names.
+        there: names that stand in the file themselves.
+        expected: of the model.
+        tied: of the model.
+    """
+    place = {name: number for number, name in enumerate(expected)}
+    again = {name for group in tied for name in sorted(filter(place.__contains__, group), key=place.__getitem__)[1:]}
+    members: dict[str, list[tuple[str, tuple[int, ...]]]] = {unit: [] for unit in units}
+    for name, shape in expected.items():
+        full = before + name
+        of = [unit for unit in units if not unit or full.startswith(f"{unit}.")]
+        if shape is not None and of and full not in there and name not in again and not name.endswith(_COUNTER):
+            members[max(of, key=len)].append((full, shape))
+    return members
 
 
 def _part(name: str, view: TensorEntry, shape: tuple[int, ...], label: str) -> TensorEntry:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
@@ -88,29 +88,22 @@ def read(probe: Probe) -> RawCheckpoint:
     sets = _chosen(folder)
     count = _world_size(sets, folder)
     shards = _read_all(probe, [name for each in sets for name in each.names])
-    raws = [shard.raw for shard in shards.values()]
     try:
-        is_sharded = any(use.name.endswith(".ShardedTensor") for raw in raws for use in raw.globals)
-        merged = [
-            Ranks(
-                {name: shards[name].raw.root for name in each.names},
-                "" if len(sets) == 1 else each.key,
-                is_sharded=is_sharded,
-            )
-            for each in sets
-        ]
+        merged = _merged(sets, shards)
         shapes = [shape for ranks in merged for shape in ranks.shapes]
         roots = [(each.key, ranks.root(shapes)) for each, ranks in zip(sets, merged, strict=True)]
         findings = list(_findings(sets, merged, count, folder))
     except FormatError as error:
         error.globals = merge_uses(error.globals, merged_globals(shards))
         raise
+    raws = [shard.raw for shard in shards.values()]
+    protocols = [raw.pickle_protocol for raw in raws if raw.pickle_protocol is not None]
     writers = {raw.writer for raw in raws}
     return RawCheckpoint(
         root=roots[0][1] if len(roots) == 1 else InertDict(list(roots)),
         format=folder.layout,
         byteorder="big" if {raw.byteorder for raw in raws} == {"big"} else "little",
-        pickle_protocol=max((each for raw in raws if (each := raw.pickle_protocol) is not None), default=None),
+        pickle_protocol=max(protocols, default=None),
         has_pickle=any(raw.has_pickle for raw in raws),
         writer=writers.pop() if len(writers) == 1 else None,
         globals=merged_globals(shards),
@@ -120,6 +113,16 @@ def read(probe: Probe) -> RawCheckpoint:
         world_size=len(sets[0].files),
         mesh=_mesh(mesh for ranks in merged for mesh in ranks.meshes),
     )
+
+
+def _merged(sets: Sequence[_Set], shards: Mapping[str, Shard]) -> list[Ranks]:
+    """The ranks of each set."""
+    is_sharded = any(use.name.endswith(".ShardedTensor") for shard in shards.values() for use in shard.raw.globals)
+    found = []
+    for each in sets:
+        trees = {name: shards[name].raw.root for name in each.names}
+        found.append(Ranks(trees, "" if len(sets) == 1 else each.key, is_sharded=is_sharded))
+    return found
 
 
 # The files.
