@@ -7,16 +7,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
+from ckptkit.formats.distributed.around import Found, found_in
 from ckptkit.formats.distributed.folder import FolderSource, listing
 from ckptkit.formats.distributed.layouts import LAYOUTS
 from ckptkit.formats.unpacked import unpacked_source
-
-if TYPE_CHECKING:
-    from ckptkit.formats.distributed.around import Found
 
 __all__ = ["folder_source"]
 
@@ -36,8 +33,6 @@ def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike
     """
     if not os.path.isdir(path):
         return None
-    from ckptkit.formats.distributed.around import found_in
-
     if tp_rules is not None:
         return _by_rules(path, tag, os.fsdecode(tp_rules))
     found = found_in(path, tag)
@@ -70,7 +65,6 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
         FileAccessError: it holds none, or the rules cannot be read.
         FormatError: the rules are none.
     """
-    from ckptkit.formats.distributed.around import Found, found_in
     from ckptkit.formats.distributed.slices import numbered
     from ckptkit.formats.distributed.tensor_parallel import rules_in
 

@@ -1,7 +1,4 @@
-"""The layouts of sharded training checkpoints: by which names, or else by which bytes, a folder is known as one.
-
-Each layout has a module that reads it, whose docstring is its specification.
-"""
+"""Which layout a folder is of, by the names of its files and, where they do not tell, by what is in them."""
 
 from __future__ import annotations
 
@@ -48,7 +45,12 @@ def _named(pattern: str, least: int = 1) -> Callable[[str, tuple[str, ...]], boo
 
 def _dcp(folder: str, names: tuple[str, ...]) -> bool:
     own = [name for name in names if "/" not in name]
-    is_one = any(name.endswith(".distcp") for name in own) or (".metadata" in own and _is_metadata(folder))
+    has_metadata = any(re.fullmatch(r"(?:__\d+)?\.metadata", name, re.ASCII) for name in own)
+    is_one = (
+        any(re.fullmatch(r"__\d+_\d+\.distcp", name, re.ASCII) for name in own)
+        or (has_metadata and any(name.endswith(".distcp") for name in own))
+        or (".metadata" in own and _is_metadata(folder))
+    )
     return is_one and not _megatron(folder, names)
 
 
