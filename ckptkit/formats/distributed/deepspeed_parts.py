@@ -239,7 +239,7 @@ def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
             found[name] = entries[0]
             continue
         slot = Slot(name, shape, 0, 0)
-        flats = Flats(f"the frozen weight {name}", [entries], [file.name for file in models.values()], True)
+        flats = Flats(f"the frozen weight {name}", [entries], [[file.name for file in models.values()]], True)
         found[name] = flats.require({0: slot.share(len(entries))}).tensor(slot, key=f"frozen:{name}")
     return found
 
