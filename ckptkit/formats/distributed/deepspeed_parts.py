@@ -361,9 +361,9 @@ class Weights:
         versions = named(state.get("_metadata")) if state is not None else None
         others = {name: master for name, master in self.masters.items() if name not in self._full}
         full, saved = self._full | others, self._module | others
-        if all(saved[name] is value for name, value in full.items()):
+        if self._module and all(saved[name] is value for name, value in full.items()):
             return [("module", state_dict_node(full, versions))]
         found: list[tuple[object, object]] = [(MASTERS, state_dict_node(full, versions))]
-        if all(value is not None for value in saved.values()):
+        if self._module and all(value is not None for value in saved.values()):
             found.insert(0, ("module", state_dict_node(saved, versions)))
         return found

@@ -32,7 +32,7 @@ from ckptkit.formats.distributed.deepspeed_parts import (
 )
 from ckptkit.formats.distributed.zero import by_name, kept_of, named
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import SCALARS, InertDict
+from ckptkit.pickling.inert import InertDict
 from ckptkit.report import listed
 from ckptkit.tensor import tensor_of
 
@@ -104,17 +104,15 @@ def _has_stubs(module: Mapping[str, object], shapes: Mapping[str, tuple[int, ...
 
 def _values(
     parts: Parts, name: str, shape: tuple[int, ...], files: Mapping[str, str]
-) -> Iterator[tuple[str, TensorEntry | object]]:
+) -> Iterator[tuple[str, object]]:
     """What there is of a parameter: its master as ``"fp32"``, and what the optimizer keeps of it.
 
     Raises:
-        CorruptError: a file is not what it should be.
+        CorruptError: a tensor is of another size than the parameter.
     """
     for key in sorted(files, key=lambda key: (key != "fp32", key != "step", key)):
         file = parts.read(files[key])
         value = file.own.get("param", file.root)
-        if not isinstance(value, (TensorEntry, *SCALARS)):
-            raise CorruptError("it holds neither a tensor nor a dict with one under param", where=file.name)
         if isinstance(value, TensorEntry) and key != "step" and "param" not in file.own:
             if not value.is_contiguous or value.numel != prod(shape):
                 raise CorruptError(
