@@ -195,8 +195,8 @@ class CheckpointFile:
         require_torch()
         from ckptkit.torch_bridge import state_dict_of
 
-        if not mapped and "--ignore-checksums" not in self.checkpoint.origin.options:
-            formats.require_sound(self._file, self.checkpoint)
+        held = not mapped and "--ignore-checksums" not in self.checkpoint.origin.options
+        formats.require_sound(self._file, self.checkpoint, held=held)
         state = state_dict_of(
             self.state_dict, self.path, map_location=map_location, mapped=self._is_mapped(mapped), checksums=not mapped
         )
@@ -238,7 +238,12 @@ class CheckpointFile:
 
 
 def open(  # noqa: A001 - the name users expect
-    path: Readable, *, section: str | None = None, ignore_checksums: bool = False
+    path: Readable,
+    *,
+    section: str | None = None,
+    tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
+    ignore_checksums: bool = False,
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 
@@ -253,7 +258,13 @@ def open(  # noqa: A001 - the name users expect
             position is then what it was, but for one that cannot seek, which is read to its end.  Bytes, a bytearray
             and a memoryview are not copied; a bytearray cannot be resized until this is closed.  What was given open
             stays open.
+            A folder that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one
+            checkpoint; one that names its last step stands for that, and any other for the one checkpoint in it.
         section: path of the weights to select, where the file holds several.
+        tag: which of several steps is meant, where ``path`` is a folder that holds such: ``"checkpoint-10"``.
+        tp_rules: a file of rules by which slices of tensor-parallel ranks are joined, a JSON object of globs of names:
+            ``{"*.wq.weight": 0, "*.wo.weight": 1, "*.norm.weight": "replicated", "*.w13.weight": "swiglu"}``.  They go
+            before those that are known, and make one checkpoint of any folder of files that differ in one number.
         ignore_checksums: whether to forget the recorded checksums of its tensors, so that nothing holds them: those of
             a file that was edited in place are stale.
 
@@ -263,7 +274,9 @@ def open(  # noqa: A001 - the name users expect
         SectionError: there is no such section.
         MissingDependencyError: it is compressed by zstd, and nothing that decompresses it is installed.
     """
-    return CheckpointFile(*formats.read(path, section=section, ignore_checksums=ignore_checksums))
+    return CheckpointFile(
+        *formats.read(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
+    )
 
 
 def save(

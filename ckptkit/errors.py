@@ -32,6 +32,7 @@ __all__ = [
     "UnknownFormatError",
     "UnsupportedError",
     "VerifyError",
+    "is_hostile",
 ]
 
 
@@ -98,6 +99,7 @@ class FormatError(CkptkitError, ValueError):
         globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave
             before the error: what is refused is still reported.
         called: whether the pickle that has the error calls one of them before it.
+        is_hostile: whether it is a sharded checkpoint that was refused since its pickles would run something.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class FormatError(CkptkitError, ValueError):
         self.offset = offset
         self.globals: tuple[Any, ...] = ()
         self.called = False
+        self.is_hostile = False
 
     def at(self, *, path: str | None = None, where: str | None = None, seen: tuple[Any, ...] = ()) -> FormatError:
         """Fill in what the raising layer did not know; what is known stays.
@@ -135,6 +138,11 @@ class FormatError(CkptkitError, ValueError):
         if self.offset is not None:
             place = f"{place}, byte {self.offset}" if place else f"byte {self.offset}"
         return ": ".join(part for part in (self.path, place, self.message) if part)
+
+
+def is_hostile(error: BaseException) -> bool:
+    """Whether a sharded checkpoint was refused since its pickles would run something."""
+    return isinstance(error, FormatError) and error.is_hostile
 
 
 class UnknownFormatError(FormatError):

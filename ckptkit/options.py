@@ -34,6 +34,19 @@ def _allow_part(which: str) -> Option[bool]:
     return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
 
 
+def _section(verb: str, told: str = "where the file holds several") -> Option[str | None]:
+    return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
+
+
+def _tag(which: str) -> Option[str | None]:
+    return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
+
+
+def _tp_rules() -> Option[str | None]:
+    line = "Rules by which slices of tensor-parallel ranks are joined."
+    return path("FILE", line, "file of rules by which slices of tensor-parallel ranks are joined; see `open`")
+
+
 def _ignore_checksums() -> Option[bool]:
     return flag(
         "Accept bytes that recorded checksums show to be others.",
@@ -72,11 +85,9 @@ class ConvertOptions(Options):
     exclude = texts(
         "GLOB", "Drop names that match, before or after renaming.", "globs of the names to drop, in the same way"
     )
-    section = text(
-        "NAME",
-        "The weights to convert, where the file holds several.",
-        "path of the weights, where the file holds several",
-    )
+    section = _section("convert")
+    tag = _tag("the source is a training folder; see `open`")
+    tp_rules = _tp_rules()
     all_tensors = flag(
         "Take every tensor of the file, named by the keys that lead to it.",
         "take every tensor of the file for the weights, each named by the keys that lead to it: ``0``, "
@@ -218,6 +229,8 @@ class LoadOptions(Options):
     )
     device: Option[Any] = Option("text", None, "", "the same for one device, in place of ``map_location``")
     section = ConvertOptions.section
+    tag = ConvertOptions.tag
+    tp_rules = ConvertOptions.tp_rules
     all_tensors = ConvertOptions.all_tensors
     strip_module = ConvertOptions.strip_module
     add_module = ConvertOptions.add_module
@@ -254,7 +267,7 @@ class LoadOptions(Options):
     def conversion(self) -> ConvertOptions | None:
         """What is to be done to the weights, as `ckptkit.convert` is told; ``None``: nothing."""
         shared = {name for name, option in self.declared.items() if ConvertOptions.declared.get(name) is option}
-        given = {name: vars(self)[name] for name in shared - {"section", "ignore_checksums"}}
+        given = {name: vars(self)[name] for name in shared - {"section", "tag", "tp_rules", "ignore_checksums"}}
         if all(value == self.declared[name].default for name, value in given.items()):
             return None
         return ConvertOptions(weights_only=True, section=self.section, **given)
@@ -307,11 +320,9 @@ class VerifyOptions(Options):
     seed = Option(
         "integer", 0, "Seed of the input.", "of the input, and of whatever the factory draws", shows_default=True
     )
-    section = text(
-        "NAME",
-        "The weights to verify, where the file holds several.",
-        "path of the weights, where the file holds several",
-    )
+    section = _section("verify")
+    tag = _tag("``path`` is a training folder; see `open`")
+    tp_rules = _tp_rules()
     strip_module = flag("Take off wrapper prefixes first, as convert does.", "take off wrapper prefixes first")
     allow_missing = texts(
         "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
@@ -378,6 +389,10 @@ class DiffOptions(Options):
     )
     section_a = text("NAME", "The weights of A.", "the same of ``a`` alone")
     section_b = text("NAME", "The weights of B.", "the same of ``b`` alone")
+    tag = _tag("``a`` or ``b``, or each, is a training folder")
+    tp_rules = _tp_rules()
+    tag_a = text("NAME", "The step of A.", "the same of ``a`` alone")
+    tag_b = text("NAME", "The step of B.", "the same of ``b`` alone")
     strip_module = flag("Take wrapper prefixes off the names of both first.", "take off wrapper prefixes of both first")
     atol = within(
         "--atol",
@@ -401,7 +416,16 @@ class DiffOptions(Options):
 
 if TYPE_CHECKING:
 
-    class ConvertKeywords(TypedDict, total=False):
+    class _ReadKeywords(TypedDict, total=False):
+        """What every one of them takes."""
+
+        section: str | None
+        tag: str | None
+        tp_rules: str | os.PathLike[str] | None
+        allow_part: bool
+        ignore_checksums: bool
+
+    class ConvertKeywords(_ReadKeywords, total=False):
         """What `ckptkit.convert` takes as keywords."""
 
         strip_module: bool
@@ -411,7 +435,6 @@ if TYPE_CHECKING:
         rename: Renaming
         include: str | Sequence[str]
         exclude: str | Sequence[str]
-        section: str | None
         all_tensors: bool
         weights_only: bool
         keep_beside: bool
@@ -428,20 +451,17 @@ if TYPE_CHECKING:
         to: str | None
         max_shard_size: int | str | None
         metadata: Mapping[str, str] | None
-        allow_part: bool
         receipt: bool
         dry_run: bool
         force: bool
         check: bool
         progress: Progress | None
-        ignore_checksums: bool
 
-    class LoadKeywords(TypedDict, total=False):
+    class LoadKeywords(_ReadKeywords, total=False):
         """What `ckptkit.load_state_dict` takes as keywords."""
 
         map_location: Any
         device: Any
-        section: str | None
         all_tensors: bool
         strip_module: bool
         add_module: bool
@@ -455,10 +475,8 @@ if TYPE_CHECKING:
         keep_dtype: str | Sequence[str]
         cast_scaled: bool
         mapped: bool | None
-        allow_part: bool
-        ignore_checksums: bool
 
-    class VerifyKeywords(TypedDict, total=False):
+    class VerifyKeywords(_ReadKeywords, total=False):
         """What `ckptkit.verify` takes as keywords."""
 
         model: Any
@@ -468,11 +486,9 @@ if TYPE_CHECKING:
         input_shapes: Sequence[Sequence[int]]
         input: str | os.PathLike[str] | None
         seed: int
-        section: str | None
         strip_module: bool
         allow_missing: str | Sequence[str]
         allow_unexpected: str | Sequence[str]
-        allow_part: bool
         against: str | os.PathLike[str] | None
         golden: str | os.PathLike[str] | None
         write_golden: str | os.PathLike[str] | None
@@ -481,18 +497,16 @@ if TYPE_CHECKING:
         force: bool
         forward: bool
         unsafe_load: bool
-        ignore_checksums: bool
 
-    class DiffKeywords(TypedDict, total=False):
+    class DiffKeywords(_ReadKeywords, total=False):
         """What `ckptkit.diff` takes as keywords."""
 
-        section: str | None
         section_a: str | None
         section_b: str | None
+        tag_a: str | None
+        tag_b: str | None
         strip_module: bool
         atol: float | None
         rtol: float | None
-        allow_part: bool
         strict: bool
         progress: Progress | None
-        ignore_checksums: bool

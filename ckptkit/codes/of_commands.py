@@ -233,6 +233,13 @@ CHECKS: dict[str, Explanation] = {
         "the observers of quantization hold it on purpose.",
         "Release an earlier checkpoint, or cast to bfloat16 in place of float16.",
     ),
+    "copies-differ": Explanation(
+        "files of a sharded checkpoint hold different copies of one value",
+        "What every rank has a copy of must be the same in all files, and a DeepSpeed weight must be its fp32 master "
+        "in the weight's dtype. Where they differ, ranks of different runs or steps lie in one folder, two files were "
+        "swapped, or one is damaged.",
+        "Get the files of all ranks again, from the same step of the same run.",
+    ),
     "damaged": Explanation(
         "bytes of a tensor are not those that their checksum was recorded for",
         "torch's archives record a CRC-32 of every storage, and torch.load passes over it: one flipped bit loads as a "

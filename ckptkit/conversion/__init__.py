@@ -194,8 +194,12 @@ def run(
     Raises:
         As `ckptkit.convert`.
     """
-    require_whole(checkpoint, allow_part=options.allow_part)
+    if options.like is None:
+        require_whole(checkpoint, allow_part=options.allow_part)
     source = _section_meant(checkpoint, file, options)
+    if options.like is not None:
+        source = options.like.cut(source)
+        require_whole(source, allow_part=options.allow_part)
     _, container, most = formats.target(destination, options.to)
     weights_alone = container.tensors_alone or most is not None or options.max_shard_size is not None
     if rewrite and not options.all_tensors:
@@ -223,8 +227,7 @@ def run(
         findings += job.findings()
         findings += conversion.findings(job.plan, None if options.dry_run else job.path)
     if not options.dry_run:
-        if options.check and not options.ignore_checksums:
-            formats.require_sound(file, checkpoint)
+        formats.require_sound(file, checkpoint, held=options.check and not options.ignore_checksums)
         tally = job.carry_out(options)
         findings += () if conversion is None else conversion.losses(tally)
     return Outcome(
@@ -279,10 +282,9 @@ def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tok
     """
     receipt: dict[str, object] = {"ckptkit": version, "format": checkpoint.origin.format}
     if tokens is not None:
-        own = {} if formats.format_named(checkpoint.origin.format).is_folder else {os.path.basename(file.path): file}
-        named = {**own, **file.parts}
+        named = formats.hashed_parts(file)
         receipt["sha256"] = (
-            {name: tokens.of(part) for name, part in sorted(named.items())} if file.parts else tokens.of(file)
+            {name: tokens.of(part) for name, part in sorted(named.items())} if named else tokens.of(file)
         )
     receipt["operations"] = list(checkpoint.operations)
     text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them
@@ -314,7 +316,13 @@ def convert_file(source: str, destination: str, options: ConvertOptions) -> Repo
     Raises:
         As `ckptkit.convert`.
     """
-    checkpoint, file = formats.read(source, section=options.section, ignore_checksums=options.ignore_checksums)
+    checkpoint, file = formats.read(
+        source,
+        section=options.section,
+        tag=options.tag,
+        tp_rules=options.tp_rules,
+        ignore_checksums=options.ignore_checksums,
+    )
     try:
         with folder_made("" if options.dry_run else os.path.dirname(destination), flush=options.check):
             return run(checkpoint, file, destination, options).report()

@@ -45,7 +45,13 @@ def is_folder_of_files(
     if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or is_unpacked(os.fsdecode(source)):
         return False
     path = os.fsdecode(destination)
-    return _is_folder(path, options) or not _names_a_file(path)
+    if options.tag is not None or options.tp_rules is not None:
+        return False
+    if _names_a_file(path) and not _is_folder(path, options):
+        return False
+    from ckptkit.formats.distributed.around import sharded_in
+
+    return sharded_in(os.fsdecode(source)) is None
 
 
 def require_file_name(destination: str | os.PathLike[str]) -> None:
@@ -95,13 +101,9 @@ def told(
     error: FileAccessError, source: object, destination: str | os.PathLike[str], options: ConvertOptions
 ) -> FileAccessError:
     """The error for what cannot be opened; of a folder that was to become one file, with what converts its files."""
-    from ckptkit.formats.refused_folders import parts_in
-
-    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
+    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or options.tag is not None:
         return error
     source = os.fsdecode(source)
-    if parts_in(source) is not None:
-        return error
     path, container, _ = formats.target(destination, options.to)
     into = os.path.join(os.path.dirname(path), without_endings(os.path.basename(path)), "")
     command = shlex.join(["ckptkit", "convert", source, into, "--to", container.name])

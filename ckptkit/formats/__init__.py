@@ -15,12 +15,12 @@ from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, RewriteError, SectionError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
-from ckptkit.formats.format import Around, Format, Probe
+from ckptkit.formats.format import Around, Format, Probe, is_folder
 from ckptkit.formats.shards import may_tell_a_part
 from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
-from ckptkit.normalize.parts import part_in
+from ckptkit.normalize.parts import flat_part, part_in
 from ckptkit.pickling.inert import TreeMap
 from ckptkit.pickling.trust import merge_uses
 
@@ -36,6 +36,8 @@ __all__ = [
     "format_for",
     "format_named",
     "given_of",
+    "hashed_parts",
+    "judged",
     "plan",
     "read",
     "require_sound",
@@ -68,6 +70,7 @@ def read(
     *,
     section: str | None = None,
     tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
     ignore_checksums: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Checkpoint, Source]:
@@ -77,6 +80,8 @@ def read(
         source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
         section: path of the weights to select, where the file holds several.
         tag: which of several steps is meant, where a folder holds such.
+        tp_rules: the file of rules by which slices of ranks in a folder are joined
+            (`ckptkit.formats.distributed.tensor_parallel`).
         ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
 
@@ -89,7 +94,7 @@ def read(
         SectionError: the section is not there.
         MissingDependencyError: it is compressed, and what decompresses it is not installed.
     """
-    file = source_of(source, tag)
+    file = source_of(source, tag, tp_rules)
     try:
         probe = _entered(file, limits)
     except BaseException:
@@ -137,7 +142,7 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
     around: Around | None = getattr(file, "around", None)
     try:
         with collector_paused():
-            own = raw = detect(probe).read(probe)
+            own = raw = _read(probe)
             if ignore_checksums:
                 own = raw = replace(raw, root=_without_checksums(raw.root))
             if around is not None:
@@ -148,7 +153,11 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
                     has_pickle=raw.has_pickle or around.has_pickle,
                 )
             checkpoint = _placed(normalize(raw, file, section=section), own, file)
-            options = [*(("--section", section) if section else ()), *["--ignore-checksums"] * ignore_checksums]
+            tag: str | None = getattr(file, "asked", None)
+            rules: str | None = getattr(file, "rules", None)
+            options = [*(("--section", section) if section else ()), *(("--tag", tag) if tag else ())]
+            options += ["--tp-rules", rules] if rules else []
+            options += ["--ignore-checksums"] * ignore_checksums
             return checkpoint.replace(origin=replace(checkpoint.origin, options=tuple(options)))
     except SectionError as error:
         error.path = file.path if error.path is None else error.path
@@ -158,8 +167,18 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
         cause = error.__cause__
         if raw is None and file.path.endswith(".distcp"):
             seen, cause, error = _part_instead(file, seen, error)
-        error = error if around is None else around.at(error)
-        raise error.at(path=file.path, seen=seen) from cause
+        error = (error if around is None else around.at(error)).at(path=file.path, seen=seen)
+        raise (_judged(error) if is_folder(file) else error) from cause
+
+
+def _read(probe: Probe) -> RawCheckpoint:
+    """What the container's reader finds, and what was found on the way to a folder."""
+    container, file = detect(probe), probe.file
+    if not is_folder(file):
+        return container.read(probe)
+    from ckptkit.formats.distributed.joined import read_folder
+
+    return read_folder(probe, container)
 
 
 def _part_instead(
@@ -181,20 +200,25 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
     return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
 
 
-def require_sound(file: Source, checkpoint: Checkpoint) -> Checkpoint:
+def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) -> Checkpoint:
     """Look into all that was not looked into when the checkpoint was opened: whoever reads its bytes, begins here.
 
     What is read of a member that lies in a zip archive as it is, is held against the checksum that is recorded there;
     pickles that were left for later are judged; and what lies in several files of a folder is compared.
+
+    Args:
+        file: the source.
+        checkpoint: what is in it.
+        held: whether bytes are held against checksums and copies; what is left for later is judged in any case.
 
     Returns:
         The checkpoint with the names in what was left for later.
 
     Raises:
         CorruptError: bytes are others than recorded, or differ where they must be the same.
-        FormatError: what was left for later is damaged or refused.
+        FormatError: what was left for later is damaged, or a sharded checkpoint is hostile.
     """
-    for each in (file, *file.parts.values()):
+    for each in (file, *file.parts.values()) if held else ():
         recorded: int | None = getattr(each, "crc32", None)
         if recorded is None:
             continue
@@ -205,21 +229,64 @@ def require_sound(file: Source, checkpoint: Checkpoint) -> Checkpoint:
             told = f"its CRC-32 is {found:08x}, recorded in the archive is {recorded:08x}: damaged"
             raise CorruptError(told, path=each.path)
         each.crc32 = None  # type: ignore[attr-defined]  # once is enough
-    if checkpoint.unread is not None:
-        uses = checkpoint.unread.judge()
-        checkpoint = checkpoint.replace(
-            globals=merge_uses(checkpoint.globals, (use for use in uses if use.kind == "name")),
-            unvouched=(
-                *(use for use in checkpoint.unvouched if use.kind != "unread"),
-                *(use for use in uses if use.kind != "name"),
-            ),
-            unread=None,
-        )
-    if checkpoint.replicas:
+    checkpoint = judged(checkpoint)
+    if checkpoint.trust == "hostile" and format_named(checkpoint.origin.format).is_folder:
+        raise _judged(CorruptError("", path=checkpoint.origin.path).at(seen=checkpoint.globals))
+    if checkpoint.replicas and held:
         from ckptkit.transfer.replicas import require_equal
 
-        require_equal(checkpoint.replicas)
+        try:
+            require_equal(checkpoint.replicas)
+        except CorruptError as error:
+            raise error.at(path=checkpoint.origin.path) from None
     return checkpoint
+
+
+def _judged(error: FormatError) -> FormatError:
+    """The error of a sharded checkpoint, which says so where that is hostile."""
+    from ckptkit.report import listed
+
+    names = dict.fromkeys(use.name for use in error.globals if use.verdict == "dangerous")
+    if names and not error.is_hostile:
+        told = f"hostile: a loader that executes its pickles would run {listed(names)}; refused"
+        error.message = f"{error.message}; {told}" if error.message else told
+        error.is_hostile = True
+    return error
+
+
+def judged(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the names in the pickles that were left for later when it was opened.
+
+    Raises:
+        FormatError: one is damaged.
+    """
+    if checkpoint.unread is None:
+        return checkpoint
+    try:
+        uses = checkpoint.unread.judge()
+    except FormatError as error:
+        raise _judged(error.at(path=checkpoint.origin.path)) from error.__cause__
+    return checkpoint.replace(
+        globals=merge_uses(checkpoint.globals, (use for use in uses if use.kind == "name")),
+        unvouched=(
+            *(use for use in checkpoint.unvouched if use.kind != "unread"),
+            *(use for use in uses if use.kind != "name"),
+        ),
+        unread=None,
+    )
+
+
+def hashed_parts(file: Source) -> dict[str, Source]:
+    """The files that a checkpoint of several consists of, by name: shards and their index, all files of a folder.
+
+    Raises:
+        FileAccessError: one cannot be opened.
+    """
+    if is_folder(file):
+        from ckptkit.formats.distributed.folder import FolderSource
+
+        return dict(file.whole_parts()) if isinstance(file, FolderSource) else {}
+    return {os.path.basename(file.path): file, **file.parts} if file.parts else {}
 
 
 def given_of(file: Source) -> Source:
@@ -228,7 +295,7 @@ def given_of(file: Source) -> Source:
     return file if around is None else around.given
 
 
-def source_of(path: Readable, tag: str | None = None) -> Source:
+def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source:
     """What holds the bytes of the file that is meant: here alone is decided what may be given as one.
 
     Args:
@@ -236,13 +303,21 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
             path; ``"-"``: standard input.  An open binary file: from its present position, where it then still
             stands unless it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be
             resized before the source is closed.  A source: itself.  A folder that several processes wrote, or that
-            leads to one.
+            leads to one, or with one checkpoint in it (`ckptkit.formats.distributed.around`).
         tag: which of several steps in the folder is meant.
+        tp_rules: as of `read`.
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
-        FormatError: an archive in which it lies is damaged.
+        FormatError: an archive in which it lies is damaged, or a folder is.
     """
+    if tag is not None and (not isinstance(path, (str, os.PathLike)) or os.path.isfile(path) or path == STDIN):
+        what = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else "what was given"
+        raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
+    if tp_rules is not None and not (isinstance(path, (str, os.PathLike)) and os.path.isdir(path)):
+        raise FileAccessError(
+            f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is none"
+        )
     if isinstance(path, Source):
         return path
     if not isinstance(path, (str, os.PathLike)):
@@ -258,11 +333,10 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
         return unpacked
     if os.path.isdir(path):
         from ckptkit.formats.distributed import folder_source
-        from ckptkit.formats.refused_folders import describe_folder
+        from ckptkit.formats.distributed.around import describe_folder
 
-        if (together := folder_source(name, tag)) is not None:
+        if (together := folder_source(name, tag, tp_rules)) is not None:
             return together
-
         raise FileAccessError(f"{name}: {describe_folder(name)}", path=name)
     try:
         return SourceFile(path)
@@ -294,7 +368,10 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpo
     """The checkpoint with the size of all its shards, or with what it is itself a part of."""
     names = [use.name for use in raw.globals]
     if format_named(raw.format).is_folder:
-        return checkpoint.replace(origin=replace(checkpoint.origin, size=file.total_size))
+        from ckptkit.formats.distributed.joined import spread_of
+
+        origin = replace(checkpoint.origin, size=file.total_size, spread=spread_of(file, raw))
+        return checkpoint.replace(origin=origin, part=flat_part(raw.root, checkpoint.state_dict))
     if format_named(raw.format).shards is not None:  # an index makes its shards whole, not what they hold
         said = part_in(raw.root, checkpoint.state_dict, {}, names)
         origin = replace(checkpoint.origin, size=file.total_size)

@@ -83,7 +83,10 @@ def _index(of: str) -> Callable[[Probe], bool]:
 
 
 def index_of(probe: Probe) -> str | None:
-    """The container that the file is an index of; ``None``: it is no index."""
+    """The container that the file is an index of, or a folder without one has shards of; ``None``: it is no index."""
+    layout: str | None = getattr(probe.file, "layout", None)
+    if layout is not None:
+        return layout if _BY_NAME[layout].shards else None
     text = probe.json_object
     if text is None or b'"weight_map"' not in text:
         return None

@@ -20,13 +20,18 @@ from ckptkit.report import Finding
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["HEAD_NBYTES", "TORCH_MARKS", "Around", "Format", "Probe"]
+__all__ = ["HEAD_NBYTES", "TORCH_MARKS", "Around", "Format", "Probe", "is_folder"]
 
 HEAD_NBYTES = 512
 """First bytes of a file that sniffing looks at."""
 
 TORCH_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
 """Records by which the root folder of one of torch's archives is known."""
+
+
+def is_folder(file: Source) -> bool:
+    """Whether a source stands for a folder of files (`ckptkit.formats.distributed.folder`), and has no bytes itself."""
+    return hasattr(file, "layout")
 
 
 class Probe:

@@ -67,12 +67,16 @@ def read(probe: Probe) -> RawCheckpoint:
         FormatError: the index or a shard is damaged or refused.
     """
     index = format_named(index_of(probe) or "")
-    weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
+    alone: tuple[str, ...] | None = getattr(probe.file, "own", None)  # of a folder without an index
+    weight_map, metadata = ({}, {}) if alone is not None else _parse(probe.json_object or b"", probe.limits)
     allowed = [each.name for each in CONTAINERS if index.has_pickle or each.name == index.shards]
     problems = _Problems()
-    read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in dict.fromkeys(weight_map.values())}
+    names = dict.fromkeys(weight_map.values() if alone is None else alone)
+    read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in names}
     shards = {name: shard for name, shard in read_ones.items() if shard is not None}
     everything = _assembled(weight_map, shards, problems)
+    if alone is not None:
+        weight_map = {name: shard.name for shard in shards.values() for name in shard.values}
     if len(everything) > probe.limits.entries:
         raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
     problems.check(merged_globals(shards))

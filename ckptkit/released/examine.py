@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
-from ckptkit.bytesource import Source, made_by_position
+from ckptkit.bytesource import made_by_position
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose, everything_in
 from ckptkit.digests import (
@@ -27,6 +27,7 @@ from ckptkit.digests import (
     whole_nodes,
 )
 from ckptkit.errors import CorruptError, LimitError
+from ckptkit.formats.format import is_folder
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.state import has_optimizer
 from ckptkit.limits import DEFAULT_LIMITS
@@ -187,7 +188,7 @@ class Examined:
     Attributes:
         path: as it was given.
         size: in bytes, with its shards; of what is compressed or in an archive, that of the file as it is.
-        sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for.
+        sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for, or it is a folder.
         format: container name.
         is_inside: whether the container is compressed, or in an archive.
         kind: what it holds.
@@ -196,8 +197,9 @@ class Examined:
         unvouched: its parts that are code, or could not be looked into.
         has_pickle: whether it has any.
         is_program: whether it holds a program, of which only the weights can be written.
-        shards: of a sharded checkpoint, in the order of the index.
+        shards: of a sharded checkpoint, in the order of the index; of a folder its own files.
         damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
+        unlike: which copies are not what they are copies of; ``None``: none, or they were not compared.
         malformed: quantized, sparse and nested tensors whose parts do not fit each other, with what is wrong.
         content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
         former_digest: the same in version 1.
@@ -218,6 +220,7 @@ class Examined:
     is_program: bool
     shards: tuple[ShardFact, ...]
     damage: str | None
+    unlike: str | None
     malformed: tuple[str, ...]
     content_digest: str | None = None
     former_digest: str | None = None
@@ -290,6 +293,7 @@ def examine_file(
     digest: bool,
     values: bool,
     checksums: bool = True,
+    tp_rules: str | None = None,
     ignore_checksums: bool = False,
     allow_part: bool = True,
     whole: bool = False,
@@ -303,6 +307,7 @@ def examine_file(
         digest: whether to digest the tensors' values.
         values: whether to count NaN and Inf in them.
         checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether to forget them.
         allow_part: whether it may be a part of a checkpoint.
         whole: whether to digest everything else in the file too.
@@ -314,7 +319,7 @@ def examine_file(
         FormatError: it is not a checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
         DTypeError: values that would have to be computed are of a type that numpy does not know.
     """
-    checkpoint, file = formats.read(path, ignore_checksums=ignore_checksums)
+    checkpoint, file = formats.read(path, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
     try:
         require_whole(checkpoint, allow_part=allow_part)
         contents = _Contents(checkpoint)
@@ -323,11 +328,18 @@ def examine_file(
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
         reading, given = Reading(), formats.given_of(file)
         is_whole = given is file  # else a file that is compressed or an archive, and what is in it
-        if checksums and not ignore_checksums:
-            checkpoint = _looked_into(file, checkpoint, is_read=bool(hash_file or digest or values or held))
-        if hash_file or digest or values or held:
+        is_read = bool(hash_file or digest or values or held)
+        unlike = None
+        if not is_folder(file):
+            if checksums and not ignore_checksums and is_read:
+                checkpoint = formats.require_sound(file, checkpoint)
+        elif checksums:
+            checkpoint = formats.judged(checkpoint)
+            unlike = None if ignore_checksums else _unlike(checkpoint)
+        parts = formats.hashed_parts(file) if is_folder(file) else file.parts
+        if is_read:
             reading = read_through(
-                [file, *file.parts.values()],
+                [*parts.values()] if is_folder(file) else [file, *parts.values()],
                 _digested(contents, whole) if digest else (),
                 hash_files=hash_file and is_whole,
                 digest=digest,
@@ -353,9 +365,10 @@ def examine_file(
             is_program=origin.is_program,
             shards=tuple(
                 ShardFact(name=name, size=shard.size, sha256=reading.files.get(id(shard)))
-                for name, shard in (file.parts if is_whole else {}).items()
+                for name, shard in (parts if is_whole else {}).items()
             ),
             damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
+            unlike=unlike,
             malformed=tuple(_malformed(contents.values)),
             **(_digests(contents, reading, whole) if digest else {}),
             is_counted=values,
@@ -366,10 +379,17 @@ def examine_file(
         file.close()
 
 
-def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool) -> Checkpoint:
-    """The checkpoint once nothing in it is unread, where its bytes are read or something was left for later."""
-    left = is_read or checkpoint.unread is not None or checkpoint.replicas
-    return formats.require_sound(file, checkpoint) if left else checkpoint
+def _unlike(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with the copies in several files of a folder; ``None``: they are what they are copies of."""
+    if not checkpoint.replicas:
+        return None
+    from ckptkit.transfer.replicas import require_equal
+
+    try:
+        require_equal(checkpoint.replicas)
+    except CorruptError as error:
+        return error.message
+    return None
 
 
 def _digested(contents: _Contents, whole: bool) -> Iterator[TensorEntry]:
