@@ -199,14 +199,15 @@ def require_ranks(files: Mapping[int, object], count: int, what: str) -> None:
         )
 
 
-def shapes_of(node: object, where: str) -> list[Shapes]:
-    """``param_shapes``: names and shapes by group, in flat order.
+def shapes_of(file: File, key: str = "param_shapes") -> list[Shapes]:
+    """Names and shapes by group, in flat order; nothing where the file has none.
 
     Raises:
-        CorruptError: they are not.
+        CorruptError: what it has are not names and shapes.
     """
+    node = file.own.get(key)
     groups: list[Shapes] = []
-    for group in node if isinstance(node, (list, tuple)) else [node]:
+    for group in node if isinstance(node, (list, tuple)) else [] if node is None else [node]:
         pairs = mapping_items(group)
         shapes = [
             (name, shape)
@@ -214,7 +215,7 @@ def shapes_of(node: object, where: str) -> list[Shapes]:
             if isinstance(name, str) and (shape := shape_of(size)) is not None and min(shape, default=0) >= 0
         ]
         if pairs is None or len(shapes) != len(pairs):
-            raise CorruptError("its param_shapes do not map names to shapes", where=where)
+            raise CorruptError(f"its {key} do not map names to shapes", where=file.name)
         groups.append(shapes)
     return groups
 
@@ -225,12 +226,10 @@ def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
     Raises:
         CorruptError: a rank's share is missing or of another size.
     """
-    first = next(iter(models.values()))
-    if mapping_items(first.own.get("frozen_param_shapes")) is None:
-        return {}
+    shapes = shapes_of(next(iter(models.values())), "frozen_param_shapes")
     fragments = [named(file.own.get("frozen_param_fragments")) for file in models.values()]
     found: dict[str, TensorEntry] = {}
-    for name, shape in shapes_of(first.own["frozen_param_shapes"], first.name)[0]:
+    for name, shape in (pair for group in shapes for pair in group):
         values = [fragment.get(name) for fragment in fragments]
         entries = [value for value in values if isinstance(value, TensorEntry)]
         if len(entries) < len(values):

@@ -78,6 +78,11 @@ class _Buffer(NamedTuple):
     ranks: Sequence[int]
     experts: int | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """What messages call the ranks."""
+        return [f"rank {rank}" for rank in self.ranks]
+
 
 def zero_of(models: Mapping[int, File], files: Mapping[int, File], layers: Mapping[int, File]) -> Zero:
     """Put the buffers of all ranks together.
@@ -97,49 +102,54 @@ def zero_of(models: Mapping[int, File], files: Mapping[int, File], layers: Mappi
     where = [file.name for file in files.values()]
     for key in ("zero_stage", "partition_count"):
         require_alike(key, dict(zip(where, (_number(own.get(key)) for own in owns), strict=True)))
-    buffers = [_buffers(own.get(_SPLIT if is_split else _JOINED), name) for own, name in zip(owns, where, strict=True)]
-    count = len(buffers[0])
-    for own, name in zip(buffers, where, strict=True):
-        if len(own) != count:
-            raise CorruptError(f"it has {count_of(len(own), 'flat buffer')}, and {where[0]} has {count}", where=name)
-    counts = _counts(first.get("partition_count"), count, len(files))
+    buffers = _buffers([own.get(_SPLIT if is_split else _JOINED) for own in owns], where)
+    counts = _counts(first.get("partition_count"), len(buffers[0]), len(files))
     world = max(counts, default=len(files))
     require_ranks(files, world, "optim_states files")
     if is_split:
         require_ranks(models, world, "model_states files")
-    shapes = model.own.get("param_shapes")
-    groups = shapes_of(shapes, model.name) if shapes is not None else _shapes_by_mappings(owns, model, layers)
-    shared = [each for flat in range(count) for each in _shared(flat, counts[flat], world, model)]
+    groups = shapes_of(model) or _shapes_by_mappings(owns, model, layers)
+    shared = [each for flat, count in enumerate(counts) for each in _shared(flat, count, world, model)]
     if is_split:
         totals = [flat.numel for flat in buffers[0]]
         slots = split_slots(groups, totals, world)
     else:
-        if len(groups) != count:
-            raise CorruptError(f"param_shapes has {len(groups)} groups, and there are {count} flat buffers")
-        paddings = _paddings(first.get("param_alignment_paddings"), count)
-        slots, totals = joined_slots(
-            [_renamed(groups[each.number], each.experts) for each in shared],
-            None if paddings is None else [paddings[each.number] for each in shared],
-        )
-    masters = Flats(
-        "fp32",
-        [[buffers[rank][each.number] for rank in each.ranks] for each in shared],
-        [[f"rank {rank}" for rank in each.ranks] for each in shared],
-        is_split,
-    ).require(dict(enumerate(totals)))
+        slots, totals = _joined(groups, shared, _paddings(first.get("param_alignment_paddings")), len(counts))
+    parts = [[buffers[rank][each.number] for rank in each.ranks] for each in shared]
+    masters = Flats("fp32", parts, [each.names for each in shared], is_split).require(dict(enumerate(totals)))
     stage = _number(first.get("zero_stage"))
     told = f"ZeRO stage {stage if is_int(stage) else '1 (BF16_Optimizer)'}, {count_of(world, 'rank')}"
     bases = [own.get("optimizer_state_dict" if is_split else "base_optimizer_state") for own in owns]
-    kept = [found for base in bases if (found := kept_of(base, count)) is not None]
-    if len(kept) < len(bases):
+    kept = _kept(bases, where, len(counts))
+    if not kept:
         left: list[tuple[object, object]] = [(f"rank {rank}", base) for rank, base in enumerate(bases)]
         return Zero(slots, masters, None, [], first, left, told)
-    for rank, other in enumerate(kept[1:], 1):
-        require_settings(kept[0], other, where[0], where[rank])
     moments = moments_of([[kept[rank].states[e.number] for rank in e.ranks] for e in shared], masters, totals)
-    names = [[slot.name for slot in slots if shared[slot.flat].number == flat] for flat in range(count)]
-    named_groups = [(pairs, [name for flat in flats for name in names[flat]]) for pairs, flats in kept[0].groups]
-    return Zero(slots, masters, moments, named_groups, first, _left(moments, shared, kept), told)
+    return Zero(slots, masters, moments, _groups(slots, shared, kept[0]), first, _left(moments, shared, kept), told)
+
+
+def _kept(bases: Sequence[object], where: Sequence[str], count: int) -> list[Kept]:
+    """What the optimizers keep; nothing where one does not say to which buffers it belongs.
+
+    Raises:
+        CorruptError: they are of different steps.
+    """
+    kept = [found for base in bases if (found := kept_of(base, count)) is not None]
+    if len(kept) < len(bases):
+        return []
+    for name, other in zip(where[1:], kept[1:], strict=True):
+        require_settings(kept[0], other, where[0], name)
+    return kept
+
+
+def _groups(
+    slots: Sequence[Slot], shared: Sequence[_Buffer], kept: Kept
+) -> list[tuple[list[tuple[object, object]], list[str]]]:
+    """The optimizer's groups, with the names of their parameters."""
+    names: dict[int, list[str]] = {}
+    for slot in slots:
+        names.setdefault(shared[slot.flat].number, []).append(slot.name)
+    return [(pairs, [name for flat in flats for name in names.get(flat, ())]) for pairs, flats in kept.groups]
 
 
 def _number(value: object) -> object:
@@ -149,11 +159,39 @@ def _number(value: object) -> object:
     return value if isinstance(value, (int, list)) else None
 
 
-def _buffers(node: object, where: str) -> list[TensorEntry]:
-    found = [flat for flat in node if isinstance(flat, TensorEntry)] if isinstance(node, (list, tuple)) else []
-    if not isinstance(node, (list, tuple)) or len(found) < len(node):
-        raise CorruptError(f"it has no flat buffers of the fp32 weights ({_JOINED}, {_SPLIT})", where=where)
+def _buffers(nodes: Sequence[object], where: Sequence[str]) -> list[list[TensorEntry]]:
+    """The flat buffers of each rank, as many of each.
+
+    Raises:
+        CorruptError: a rank has none, or another number.
+    """
+    found: list[list[TensorEntry]] = []
+    for node, name in zip(nodes, where, strict=True):
+        flats = [flat for flat in node if isinstance(flat, TensorEntry)] if isinstance(node, (list, tuple)) else []
+        if not isinstance(node, (list, tuple)) or len(flats) < len(node):
+            raise CorruptError(f"it has no flat buffers of the fp32 weights ({_JOINED}, {_SPLIT})", where=name)
+        if found and len(flats) != len(found[0]):
+            first = count_of(len(found[0]), "flat buffer")
+            raise CorruptError(f"{where[0]} has {first}, and this has {len(flats)}", where=name)
+        found.append(flats)
     return found
+
+
+def _joined(
+    groups: Sequence[Shapes], shared: Sequence[_Buffer], paddings: list[list[int]] | None, count: int
+) -> tuple[list[Slot], list[int]]:
+    """As `joined_slots`, of groups of which some are in several sets of experts.
+
+    Raises:
+        CorruptError: there are not as many groups as buffers.
+    """
+    for what, found in (("param_shapes", groups), ("param_alignment_paddings", paddings)):
+        if found is not None and len(found) != count:
+            raise CorruptError(
+                f"{what} has {count_of(len(found), 'group')}, and there are {count_of(count, 'flat buffer')}"
+            )
+    renamed = [_renamed(groups[each.number], each.experts) for each in shared]
+    return joined_slots(renamed, None if paddings is None else [paddings[each.number] for each in shared])
 
 
 def _counts(partitions: object, count: int, files: int) -> list[int]:
@@ -164,7 +202,7 @@ def _counts(partitions: object, count: int, files: int) -> list[int]:
     return counts if len(counts) == len(partitions) == count else [files] * count
 
 
-def _paddings(node: object, count: int) -> list[list[int]] | None:
+def _paddings(node: object) -> list[list[int]] | None:
     """``param_alignment_paddings``, which DeepSpeed writes since 0.19.
 
     Raises:
@@ -172,12 +210,13 @@ def _paddings(node: object, count: int) -> list[list[int]] | None:
     """
     if node is None:
         return None
-    groups = [group for group in node if isinstance(group, (list, tuple))] if isinstance(node, (list, tuple)) else []
-    if len(groups) != count or not all(
-        is_int(number) and 0 <= number < _MOST_PADDING for group in groups for number in group
-    ):
-        raise CorruptError("param_alignment_paddings are not numbers of elements, for each group and parameter")
-    return [list(group) for group in groups]
+    groups: list[list[int]] = []
+    for group in node if isinstance(node, list) else ():
+        numbers = group if isinstance(group, (list, tuple)) else ()
+        groups.append([number for number in numbers if is_int(number) and 0 <= number < _MOST_PADDING])
+        if len(groups[-1]) < len(numbers):
+            raise CorruptError("param_alignment_paddings are not numbers of elements")
+    return groups
 
 
 def _shared(flat: int, count: int, world: int, model: File) -> list[_Buffer]:

@@ -291,8 +291,7 @@ def moments_of(states: Sequence[Sequence[Mapping[str, object]]], masters: Flats,
             dims = {len(entry.shape) for entry in entries} if len(entries) == len(values) else set()
             if dims == {0}:
                 shared[flat][key] = entries[0]
-                for rank, other in zip(ranks[1:], entries[1:], strict=True):
-                    replicas.append(Replica(f"the optimizer's {key}", entries[0], other, f"{ranks[0]} and {rank}"))
+                replicas += _alike(f"the optimizer's {key}", entries, ranks)
             elif dims == {1} and (key in MOMENTS or _fits(entries, masters, flat, total)):
                 found.setdefault(key, {})[flat] = entries
             elif not entries and all(isinstance(value, SCALARS) for value in values):
@@ -307,6 +306,11 @@ def moments_of(states: Sequence[Sequence[Mapping[str, object]]], masters: Flats,
         made = Flats(key, [by_flat.get(flat, []) for flat in range(len(totals))], masters.ranks, masters.is_split)
         flats[key] = made.require({flat: totals[flat] for flat in by_flat}), frozenset(by_flat)
     return Moments(flats, shared, left, tuple(replicas))
+
+
+def _alike(name: str, entries: Sequence[TensorEntry], ranks: Sequence[str]) -> list[Replica]:
+    others = zip(ranks[1:], entries[1:], strict=True)
+    return [Replica(name, entries[0], other, f"{ranks[0]} and {rank}") for rank, other in others]
 
 
 def _fits(entries: Sequence[TensorEntry], masters: Flats, flat: int, total: int) -> bool:
