@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, several, shapes, text, texts, within
+from ckptkit.arguments import Option, Options, count, dtype, flag, pairs, path, several, shapes, text, texts, within
 from ckptkit.errors import RewriteError, VerifyError
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def _allow_part(which: str) -> Option[bool]:
     return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
 
 
-def _section(verb: str, told: str = "where the file holds several") -> Option[str | None]:
+def _section(verb: str) -> Option[str | None]:
+    told = "where the file holds several"
     return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
 
 
@@ -161,8 +162,13 @@ class ConvertOptions(Options):
     )
     to = text(
         "FORMAT",
-        "torch-zip, safetensors, or either -sharded; overrides DST's ending.",
-        "container name that overrides the ending",
+        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's ending.",
+        'container name that overrides the ending; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
+    )
+    ranks = count(
+        "--ranks",
+        "With --to dcp: a file for each of N ranks, with rows of every tensor.",
+        "how many ranks share a ``dcp`` folder: each has rows of every tensor, in a file of its own",
     )
     max_shard_size: Option[int | str | None] = Option(
         "text",
@@ -201,18 +207,13 @@ class ConvertOptions(Options):
             raise RewriteError("--cast-scaled is about --dtype, which is not given")
         if self.model_args and self.like is None:
             raise RewriteError("--model-arg is for the model of --like, which is not given")
-        if self.all_tensors:
-            self._check_all_tensors()
+        if self.all_tensors and self.section is not None:
+            told = "--all-tensors takes every section; give --section alone, or --include with the names of one"
+            raise RewriteError(told)
+        if self.all_tensors and self.keep_beside:
+            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
         if self.like is not None:
             vars(self)["weights_only"] = True
-
-    def _check_all_tensors(self) -> None:
-        if self.section is not None:
-            raise RewriteError(
-                "--all-tensors takes every section; give --section alone, or --include with the names of one"
-            )
-        if self.keep_beside:
-            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
 
 
 class LoadOptions(Options):
@@ -425,9 +426,10 @@ if TYPE_CHECKING:
         allow_part: bool
         ignore_checksums: bool
 
-    class ConvertKeywords(_ReadKeywords, total=False):
-        """What `ckptkit.convert` takes as keywords."""
+    class _RewriteKeywords(_ReadKeywords, total=False):
+        """What says how the weights are selected, renamed and cast."""
 
+        all_tensors: bool
         strip_module: bool
         add_module: bool
         strip_prefix: str | None
@@ -435,20 +437,24 @@ if TYPE_CHECKING:
         rename: Renaming
         include: str | Sequence[str]
         exclude: str | Sequence[str]
-        all_tensors: bool
+        densify: bool
+        dtype: str | torch.dtype | None
+        keep_dtype: str | Sequence[str]
+        cast_scaled: bool
+
+    class ConvertKeywords(_RewriteKeywords, total=False):
+        """What `ckptkit.convert` takes as keywords."""
+
         weights_only: bool
         keep_beside: bool
         as_key: str | None
         leave_out: str | Sequence[str]
         map_location: LocationMap | None
-        densify: bool
-        dtype: str | torch.dtype | None
-        keep_dtype: str | Sequence[str]
-        cast_scaled: bool
         tied: TiedPolicy
         like: Any
         model_args: Mapping[str, Any] | None
         to: str | None
+        ranks: int | None
         max_shard_size: int | str | None
         metadata: Mapping[str, str] | None
         receipt: bool
@@ -457,23 +463,11 @@ if TYPE_CHECKING:
         check: bool
         progress: Progress | None
 
-    class LoadKeywords(_ReadKeywords, total=False):
+    class LoadKeywords(_RewriteKeywords, total=False):
         """What `ckptkit.load_state_dict` takes as keywords."""
 
         map_location: Any
         device: Any
-        all_tensors: bool
-        strip_module: bool
-        add_module: bool
-        strip_prefix: str | None
-        add_prefix: str | None
-        rename: Renaming
-        include: str | Sequence[str]
-        exclude: str | Sequence[str]
-        densify: bool
-        dtype: str | torch.dtype | None
-        keep_dtype: str | Sequence[str]
-        cast_scaled: bool
         mapped: bool | None
 
     class VerifyKeywords(_ReadKeywords, total=False):

@@ -288,7 +288,7 @@ def test_an_index_stands_for_its_shards_whatever_they_are_called(tmp_path: Path)
 
 def test_unfinished_outputs_and_folders_of_git(tmp_path: Path) -> None:
     for name in ("model.safetensors", "weights", "x" * 300 + ".pth", "w.lock.json"):
-        made = os.path.basename(names._beside(str(tmp_path / name), ""))
+        made = os.path.basename(names.beside(str(tmp_path / name), ""))
         assert is_temporary_name(made)
         (tmp_path / made).write_bytes(saved()[:500])
     for name in (".model.tmp.pth", "model.0123abcd.tmp.pth", ".m.0123ABCD.tmp", ".m.0123abcd.tmp.tar.gz"):
@@ -303,12 +303,17 @@ def test_unfinished_outputs_and_folders_of_git(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_of_torch_distributed_checkpoint_is_not_silently_passed_over(tmp_path: Path) -> None:
     dcp.save({"model": WEIGHTS}, checkpoint_id=tmp_path / "step")
-    assert found(tmp_path) == ["step/.metadata"]
+    assert found(tmp_path) == ["step"] and survey(tmp_path).passed_over == {}
     assert "torch.distributed.checkpoint" in str(_error(tmp_path / "step" / ".metadata"))
+    (tmp_path / "step" / "beside.pth").write_bytes(saved())
+    (tmp_path / "step" / "notes.csv").write_text("1,2")
+    assert found(tmp_path) == ["step", "step/beside.pth"], "no name hides another file"
+    assert survey(tmp_path).passed_over == {"text file": 1}
     (tmp_path / "step" / ".metadata").unlink()  # the save was never finished
-    assert found(tmp_path) == ["step/__0_0.distcp"]
+    assert found(tmp_path) == ["step", "step/beside.pth"]
+    assert "the save never finished" in str(_error(tmp_path / "step"))
     (tmp_path / "step" / ".metadata").write_bytes(saved())
-    assert found(tmp_path) == ["step/.metadata", "step/__0_0.distcp"], "no name hides another file"
+    assert found(tmp_path) == ["step", "step/beside.pth"]
 
 
 def _error(path: Path) -> Exception:

@@ -127,7 +127,7 @@ def read(probe: Probe) -> RawCheckpoint:
         root=_nested(metadata, values),
         format=NAME,
         format_version=metadata.version,
-        pickle_protocol=metadata.protocol,
+        metadata=metadata.strings,
         globals=opened.globals,
         findings=opened.findings,
         discarded=opened.discarded,

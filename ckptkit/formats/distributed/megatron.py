@@ -30,7 +30,6 @@ from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
-from ckptkit.formats.distributed import slices
 from ckptkit.formats.distributed.folder import FolderSource
 from ckptkit.formats.distributed.slices import (
     args_of,
@@ -45,6 +44,7 @@ from ckptkit.formats.distributed.slices import (
     same_said,
     stated,
 )
+from ckptkit.formats.distributed.slices import read as read_slices
 from ckptkit.formats.distributed.tensor_parallel import INSIDE, MEGATRON, Joiner, Rule, ending, shown_name
 from ckptkit.formats.format import Probe
 from ckptkit.normalize import RawCheckpoint
@@ -116,7 +116,7 @@ def read(probe: Probe) -> RawCheckpoint:
         return read_dist(probe)
     rules: tuple[Rule, ...] = folder.tp_rules
     found = [match for name in folder.names if (match := re.fullmatch(RANKED, name, re.ASCII))]
-    return _of_ranks(probe, found, rules) if found else slices.read(probe, rules)
+    return _of_ranks(probe, found, rules) if found else read_slices(probe, rules)
 
 
 def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, ...]) -> RawCheckpoint:
