@@ -237,9 +237,9 @@ def _with_masters(parts: Parts, models: Models, modules: _Modules, zeros: Sequen
         masters |= frozen_weights(ranks)
     weights = Weights(masters, holders, models.first.own.get("shared_params"))
     for where, module in _states_of(models.first, modules, masters):
-        weights.add(module, where, stubs=is_split)
+        weights.add(module, where, buffers=models.first.own.get("buffer_names"), stubs=is_split)
     for file in [file for ranks in models.files.values() for file in ranks.values()][1:]:
-        weights.add(named(file.own.get("module")), file.name, stubs=is_split)
+        weights.add(named(file.own.get("module")), file.name, buffers=file.own.get("buffer_names"), stubs=is_split)
     if (modules.layers or modules.experts) and weights.unproven:
         raise CorruptError(
             f"no layer_ file has {listed(weights.unproven, _LISTED)}: it is missing, or of another run",

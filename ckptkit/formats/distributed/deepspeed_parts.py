@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,6 +13,7 @@ from ckptkit.formats.distributed.zero import Flats, Shapes, Slot, named, require
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import state_dict_node
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.selection import MASTERS
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
@@ -49,6 +51,9 @@ _OF_THE_BUFFERS = frozenset({
     "param_groups",
 })  # fmt: skip
 """Keys of an optimizer file likewise."""
+
+_MOST_ELEMENTS = 1 << 62
+"""More than any tensor has, as torch counts them."""
 
 _LISTED = 5
 """Files that a message lists."""
@@ -210,14 +215,20 @@ def shapes_of(file: File, key: str = "param_shapes") -> list[Shapes]:
     for group in node if isinstance(node, (list, tuple)) else [] if node is None else [node]:
         pairs = mapping_items(group)
         shapes = [
-            (name, shape)
-            for name, size in pairs or ()
-            if isinstance(name, str) and (shape := shape_of(size)) is not None and min(shape, default=0) >= 0
+            (name, shape) for name, size in pairs or () if isinstance(name, str) and (shape := _shape(size)) is not None
         ]
         if pairs is None or len(shapes) != len(pairs):
             raise CorruptError(f"its {key} do not map names to shapes", where=file.name)
         groups.append(shapes)
     return groups
+
+
+def _shape(node: object) -> tuple[int, ...] | None:
+    """A shape that a tensor can have; ``None``: it is none."""
+    shape = shape_of(node)
+    if shape is None or min(shape, default=0) < 0 or len(shape) > DEFAULT_LIMITS.dimensions:
+        return None
+    return shape if math.prod(shape) < _MOST_ELEMENTS else None
 
 
 def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
@@ -299,17 +310,19 @@ class Weights:
         """The masters of which there is no other copy."""
         return [name for name in self.masters if name not in self.proven]
 
-    def add(self, module: Mapping[str, object], where: str, *, stubs: bool = False) -> None:
+    def add(self, module: Mapping[str, object], where: str, *, buffers: object = None, stubs: bool = False) -> None:
         """Take in a module's state_dict, or that of another rank or layer.
 
         Args:
             module: it.
             where: the file it is from.
+            buffers: the names of those of its values that are none of the weights.
             stubs: whether its weights may be empty, since the values lie elsewhere (stage 3).
 
         Raises:
-            CorruptError: a weight is not of the shape that ``param_shapes`` says.
+            CorruptError: a weight is not of the shape that ``param_shapes`` says, or has no values anywhere.
         """
+        known = buffers if isinstance(buffers, list) else []
         for name, value in module.items():
             if isinstance(value, TensorEntry) and value.nbytes and name in self.masters:
                 self._views[value.view] = name
@@ -317,6 +330,10 @@ class Weights:
             own = self._master_of(name, value)
             if own is not None:
                 self._add_weight(name, own, value, where, stubs=stubs)
+            elif stubs and isinstance(value, TensorEntry) and not value.numel and name not in known:
+                raise CorruptError(
+                    f"the weight {name} is an empty stub, and no file says where its values lie", where=where
+                )
             elif name not in self._full:
                 self._full[name] = self._module[name] = value
             else:

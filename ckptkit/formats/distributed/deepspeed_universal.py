@@ -70,7 +70,8 @@ def read_universal(parts: Parts, names: Sequence[str]) -> RawCheckpoint:
         buffers = file.own.get("buffer_names")
         if are_others:
             module = {name: module[name] for name in (buffers if isinstance(buffers, list) else ()) if name in module}
-        weights.add(module, file.name, stubs=len(ranks) > 1 or _has_stubs(module, shapes))
+        is_stub = len(ranks) > 1 or _has_stubs(module, shapes)
+        weights.add(module, file.name, buffers=buffers, stubs=is_stub)
     root = models.tree(weights, _optimizer(parts, names, groups, state))
     return parts.raw(root, f"{models.writer}, universal checkpoint", unproven(weights), weights.replicas)
 

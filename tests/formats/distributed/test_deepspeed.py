@@ -173,6 +173,22 @@ def test_steps_of_ranks_are_compared(tmp_path: Path) -> None:
         ckptkit.load_state_dict(folder)
 
 
+def test_a_damaged_rank_is_told_and_can_be_insisted_on(tmp_path: Path) -> None:
+    zero = Zero.small(stage=3)
+    folder = zero.save(tmp_path / "step")
+    file = folder / OPTIMIZER.format(1)
+    data = bytearray(file.read_bytes())
+    at = data.index(zero.moment("emb.weight", "exp_avg").numpy().tobytes()[44:80])
+    data[at] ^= 1
+    file.write_bytes(data)
+    same(ckptkit.load_state_dict(folder), zero.full)
+    with pytest.raises(CorruptError, match=r"state\.emb\.weight\.exp_avg' of 'optimizer': the bytes have CRC-32"):
+        ckptkit.load(folder)
+    found: Any = ckptkit.load(folder, ignore_checksums=True)
+    state = found["optimizer"]["state"]["emb.weight"]
+    assert int((state["exp_avg"] != zero.moment("emb.weight", "exp_avg")).sum()) == 1
+
+
 # What is refused when it is opened.
 
 
@@ -266,6 +282,10 @@ def test_what_does_not_fit_together_is_refused(
         (
             lambda files: files[MODEL_3.format(1)]["frozen_param_fragments"].popitem(),
             "not every rank's file has its share of the frozen weight frozen",
+        ),
+        (
+            lambda files: files[MODEL_3.format(0)]["module"].update(lost=torch.ones(0)),
+            "the weight lost is an empty stub, and no file says where its values lie",
         ),
         (
             lambda files: files[MODEL_3.format(1)]["frozen_param_fragments"].update(frozen=torch.ones(9)),
