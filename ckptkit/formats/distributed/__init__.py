@@ -67,9 +67,20 @@ def is_metadata(head: bytes) -> bool:
 
 
 def _megatron(folder: str, names: tuple[str, ...]) -> bool:
-    del folder
-    is_dist = "metadata.json" in names and ("common.pt" in names or ".metadata" in names)
+    is_dist = ".metadata" in names and ("common.pt" in names or _names_backend(folder, names))
+    is_dist = is_dist or ("common.pt" in names and _names_backend(folder, names))
     return is_dist or any(re.fullmatch(_RANKED, name, re.ASCII) for name in names) or _is_llama(names)
+
+
+def _names_backend(folder: str, names: tuple[str, ...]) -> bool:
+    """Whether the ``metadata.json`` of a folder is Megatron's, which says how the tensors were written."""
+    if "metadata.json" not in names:
+        return False
+    try:
+        with open(os.path.join(folder, "metadata.json"), "rb") as file:  # noqa: PTH123 - its first bytes
+            return b'"sharded_backend"' in file.read(HEAD_NBYTES)
+    except OSError:
+        return False
 
 
 def _is_llama(names: tuple[str, ...]) -> bool:
@@ -77,7 +88,10 @@ def _is_llama(names: tuple[str, ...]) -> bool:
     return len(found) > 1
 
 
-_RANKED = r"(?:mp|tp)_rank_\d+(?:_(?:pp_rank_)?\d+)?(?:_\d+)?/(?:model_optim_rng|model_rng)\.pt"
+_RANKED = (
+    r"(?:mp|tp)_rank_\d+(?:_(?:pp_rank_)?\d+)?(?:_(?:ep_rank_)?\d+)?/"
+    r"(?:model_optim_rng\.pt|model_rng\.pt|[^/]+\.ckpt)"
+)
 """The files of Megatron's ranks, each in a folder of its own."""
 
 LAYOUTS: tuple[Layout, ...] = (

@@ -147,6 +147,7 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
             stage = _stage(together, key, expert, joiner)
             stages.setdefault((keys.index(key), pipeline), []).append(stage)
     several = [stages[place] for place in sorted(stages)]
+    _require_order(several, {place: args_of(raws[rank].root).get("rank") for place, rank in grid.items()})
     _require_layers(several, args)
     values, versions = _whole(several, joiner)
     values, empty = stated(values)
@@ -269,6 +270,36 @@ def _layers(stage: _Stage) -> dict[str, set[int]]:
         if match is not None and len(match[3]) < 7:
             found.setdefault(match[1], set()).add(int(match[3]))
     return found
+
+
+def _require_order(stages: Sequence[Sequence[_Stage]], ranks: Mapping[tuple[int, int, int], object]) -> None:
+    """See that the stages, and the ranks of each, are where they belong.
+
+    Args:
+        stages: in the order of their layers.
+        ranks: what ``args`` say of each place's number among all processes: it grows along each kind of parallelism.
+
+    Raises:
+        CorruptError: some are not; as far as it can be told.
+    """
+    for number, (stage, *_) in enumerate(stages):
+        for name in stage.values:
+            if (_OUTPUT.fullmatch(name) or _HEAD.fullmatch(name)) and number + 1 < len(stages):
+                raise CorruptError(
+                    f"{stage.where} holds {shown_name(name)}, which is the last stage's: ranks were mixed"
+                )
+    inputs = [number for number, stage in enumerate(stages) if any(map(_EMBEDDING.fullmatch, stage[0].values))]
+    if inputs and inputs[0]:
+        where = stages[inputs[0]][0].where
+        raise CorruptError(f"{where} holds the word embeddings, which are the first stage's: ranks were mixed")
+    if len(set(ranks.values())) < len(ranks):  # what converters write says nothing of ranks
+        return
+    for axis in range(3):
+        for place, rank in ranks.items():
+            following = (*place[:axis], place[axis] + 1, *place[axis + 1 :])
+            after = ranks.get(following)
+            if isinstance(rank, int) and isinstance(after, int) and after < rank:
+                raise CorruptError(f"args say that rank {rank} is at {place}, and rank {after} at {following}: mixed")
 
 
 def _require_layers(stages: Sequence[Sequence[_Stage]], args: Mapping[str, Any]) -> None:

@@ -172,6 +172,8 @@ def refused(folder: Path, error: type[CkptkitError], text: str) -> None:
         (lambda f: change(f / "mp_rank_00_000", lambda m: cut_rows(m, "embedding.word_embeddings.weight")), "15"),
         (lambda f: change(f / "mp_rank_00_000", lambda m: cut_rows(m, "decoder.layers.0.mlp.linear_fc1.weight")),
          "linear_fc1"),
+        (lambda f: swap(f, "mp_rank_00_000", "mp_rank_01_000"), "args say that rank 1 is at .0, 0, 0., and rank 0"),
+        (lambda f: [swap(f, f"mp_rank_0{r}_000", f"mp_rank_0{r}_001") for r in range(2)], "which is the last stage's"),
         (lambda f: [without_model(p) for p in f.iterdir()], "no model in the files"),
     ],
 )  # fmt: skip
@@ -185,6 +187,12 @@ def test_what_is_no_whole_is_refused(tmp_path: Path, damage: Callable[[Path], ob
 def drop_layer(model: dict[str, torch.Tensor]) -> None:
     for name in [name for name in model if name.startswith("decoder.layers.1.")]:
         del model[name]
+
+
+def swap(folder: Path, a: str, b: str) -> None:
+    (folder / a).rename(folder / "c")
+    (folder / b).rename(folder / a)
+    (folder / "c").rename(folder / b)
 
 
 def without_model(folder: Path) -> None:

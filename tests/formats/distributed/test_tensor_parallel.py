@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from support.megatron import Shape, whole, write_llama, write_ranks
 
 import ckptkit
-from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, UnsupportedError
+from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, PartError, UnsupportedError
 
 State = dict[str, torch.Tensor]
 
@@ -265,3 +265,11 @@ def test_rules_that_fit_nothing_are_refused(tmp_path: Path) -> None:
         ckptkit.open(folder, tp_rules=given)
     with pytest.raises(FileAccessError):
         ckptkit.open(folder, tp_rules=tmp_path / "nothing.json")
+
+
+def test_a_slice_of_llama_alone_is_a_part(tmp_path: Path) -> None:
+    write_llama(tmp_path / "a", 2, version=2)
+    (tmp_path / "a" / "consolidated.01.pth").unlink()
+    for given in (tmp_path / "a", tmp_path / "a" / "consolidated.00.pth"):
+        with pytest.raises(PartError, match="of a Llama checkpoint in tensor-parallel parts, not the whole"):
+            ckptkit.load_state_dict(given)
