@@ -311,6 +311,7 @@ class Part:
         lacks: what is not in this file.
         instead: the index that opens them all, or the folder of the files that belong together; ``None``: not there.
         opens: whether ckptkit opens ``instead`` as one checkpoint.
+        remedy: what helps, where it is not to give other files.
     """
 
     layout: str
@@ -318,6 +319,7 @@ class Part:
     lacks: str
     instead: str | None = None
     opens: bool = False
+    remedy: str = ""
 
 
 class Replica(NamedTuple):

@@ -38,6 +38,19 @@ CODES: dict[str, Explanation] = {
         "temporary folder, and shows what comes of it; weights shrink little by it.",
         "ckptkit convert FILE.gz OUT.safetensors writes it as it is to be loaded.",
     ),
+    "unproven-weights": Explanation(
+        "weights that only one file has",
+        "Of ZeRO's stages 1 and 2 a folder has the weights twice, in fp32 and in the precision of the forward pass: "
+        "each must be the other converted, which finds files of another run, or ranks that were swapped. Stage 3 keeps "
+        "no second copy; what can be held against each other (sizes, steps, buffers) still is.",
+        "Nothing is wrong. ckptkit verify FOLDER --model REF tries the weights in a model.",
+    ),
+    "optimizer-by-rank": Explanation(
+        "optimizer state that stands as it was saved, not under the parameters' names",
+        "The file does not say to which parameters it belongs: it is not laid out as their flat buffers are, or has "
+        "numbers in place of names. Nothing of it is lost, and the weights do not depend on it.",
+        "To run the model, --weights-only leaves it out. To go on training from it, load the folder with DeepSpeed.",
+    ),
     "inside-an-archive": Explanation(
         "the checkpoint is a member of an archive",
         "The file is a zip or tar of other files (a .nemo, a model of stable-baselines3, a release), and one "
@@ -332,8 +345,8 @@ CODES: dict[str, Explanation] = {
     "taken-of-one-rank": Explanation(
         "values of which one rank's copy was taken",
         "Several ranks have a tensor under one name and no rule says how it was cut, but all begin with the same "
-        "values: it is taken for a copy, and compared wherever values are read. Of other values (generators of random "
-        "numbers, `_extra_state`) one process would have saved one, and the first rank's is it.",
+        "values: it is taken for a copy, and compared wherever values are read. So is what the last stage of a "
+        "pipeline has of tied embeddings.",
         "Give rules with --tp-rules FILE where such a tensor is cut after all.",
     ),
     "empty-extra-state": Explanation(
@@ -353,6 +366,34 @@ CODES: dict[str, Explanation] = {
         "Before checkpoint_version 2.0 the rows of the joined projection were ordered otherwise, and Megatron moves "
         "them when it loads such a file. They are joined and kept in the order of the file.",
         "Load the file with Megatron and save it again, or move the rows: see fix_query_key_value_ordering there.",
+    ),
+    "completeness-unknown": Explanation(
+        "nothing in the files proves that all of them are there",
+        "The files of a folder that several ranks wrote fit together, and leave nothing out in between. How many ranks "
+        "there were stands neither in their names nor in them; the hub's sharded safetensors do not even have the "
+        "shapes of whole tensors. If the last files are missing, tensors are shorter than they should be.",
+        "Compare with the run's settings, or hold the shapes against the model: ckptkit verify FOLDER --model REF",
+    ),
+    "rank-values": Explanation(
+        "values that each rank has of its own",
+        "States of random generators, of samplers and the like differ from rank to rank. A checkpoint of one process "
+        "has one of each: those of rank 0 are taken.",
+        "Nothing needs to be done to use the weights. To resume on as many ranks with the same random numbers, keep "
+        "the ranks' files.",
+    ),
+    "flat-optimizer": Explanation(
+        "an optimizer's state is that of FSDP's flat parameters",
+        "optimizer.state_dict() of a model in FSDP's first version has the moments of flat parameters, of each rank a "
+        "run of one dimension. They are put together in the order of the ranks; names and shapes of the parameters "
+        "are not in the files. Only the same model in FSDP with the same units can go on with them.",
+        "The weights are not concerned. To have the state by parameter save FSDP.optim_state_dict(model, optimizer).",
+    ),
+    "saved-apart": Explanation(
+        "files of one checkpoint were written more than a day apart",
+        "Ranks save at about the same time. Files that are days apart may be left from another run or step, where a "
+        "save did not overwrite all of them; equal shapes do not show that.",
+        "ckptkit check FOLDER compares what the ranks have in common. If the files were copied or touched since, the "
+        "times say nothing.",
     ),
     "shard-extra-keys": Explanation(
         "shards hold tensors that the index does not list",

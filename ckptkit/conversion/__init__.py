@@ -194,8 +194,12 @@ def run(
     Raises:
         As `ckptkit.convert`.
     """
-    require_whole(checkpoint, allow_part=options.allow_part)
+    if options.like is None:
+        require_whole(checkpoint, allow_part=options.allow_part)
     source = _section_meant(checkpoint, file, options)
+    if options.like is not None:
+        source = options.like.cut(source)
+        require_whole(source, allow_part=options.allow_part)
     _, container, most = formats.target(destination, options.to)
     weights_alone = container.tensors_alone or most is not None or options.max_shard_size is not None
     if rewrite and not options.all_tensors:

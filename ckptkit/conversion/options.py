@@ -30,7 +30,7 @@ from ckptkit.conversion.changes import (
     diagnose_wrappers,
 )
 from ckptkit.errors import CkptkitError, CorruptError, RewriteError, SectionError
-from ckptkit.formats import read, reread
+from ckptkit.formats import format_named, read, reread
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole, way_findings
@@ -419,7 +419,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
     mine = [(selected, checkpoint)] if selected is not None else []
     for path, each in chain(mine, read_others(checkpoint, file, ignore_checksums=options.ignore_checksums)):
         try:
-            named = as_named(each, options)
+            named = as_named(like.cut(each), options)
         except RewriteError as error:
             problems.append(f"{path!r}: {error}")
             continue
@@ -461,9 +461,19 @@ def like_checkpoint(path: str) -> Like:
                 path=path,
                 names=weights_paths(checkpoint.sections),
             )
-        return rewrite.Like(checkpoint.state_dict, label=path)
+        return rewrite.Like(checkpoint.state_dict, label=path, is_ordered=not _is_sorted(checkpoint))
     finally:
         file.close()
+
+
+def _is_sorted(checkpoint: Checkpoint) -> bool:
+    """Whether the names may be in the order of the safetensors library: by dtype, then sorted."""
+    if not format_named(checkpoint.origin.format).tensors_alone:
+        return False
+    names: dict[str, list[str]] = {}
+    for name, entry in checkpoint.state_dict.items():
+        names.setdefault(entry.dtype, []).append(name)
+    return all(each == sorted(each) for each in names.values())
 
 
 def _tensors(checkpoint: Checkpoint, fitting: Fitting) -> object:

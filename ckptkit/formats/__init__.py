@@ -20,7 +20,7 @@ from ckptkit.formats.shards import may_tell_a_part
 from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
-from ckptkit.normalize.parts import part_in
+from ckptkit.normalize.parts import flat_part, part_in
 from ckptkit.pickling.inert import TreeMap
 from ckptkit.pickling.trust import merge_uses
 
@@ -371,7 +371,7 @@ def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpo
         from ckptkit.formats.distributed.joined import spread_of
 
         origin = replace(checkpoint.origin, size=file.total_size, spread=spread_of(file, raw))
-        return checkpoint.replace(origin=origin)
+        return checkpoint.replace(origin=origin, part=flat_part(raw.root, checkpoint.state_dict))
     if format_named(raw.format).shards is not None:  # an index makes its shards whole, not what they hold
         said = part_in(raw.root, checkpoint.state_dict, {}, names)
         origin = replace(checkpoint.origin, size=file.total_size)

@@ -21,7 +21,16 @@ from ckptkit.formats.unpacked import unpacked_source
 if TYPE_CHECKING:
     from ckptkit.formats.distributed.around import Found
 
-__all__ = ["LAYOUTS", "Layout", "folder_source", "is_metadata"]
+__all__ = ["LAYOUTS", "RANKED", "SHARDED", "Layout", "folder_source", "is_metadata"]
+
+RANKED = (
+    r"(?:(?P<stem>[^/]*?)(?:(?:^|(?<=[._-]))world_size_(?P<of>\d+))?[._-])?"
+    r"rank[_-]?(?P<rank>\d+)(?P<end>\.(?:bin|ckpt|pkl|pth|pt|tar))"
+)
+"""What the files of FSDP's ranks are called: the stem is what those of one checkpoint have in common."""
+
+SHARDED = r"shard-(?P<n>\d{5})-model-(?P<file>\d{5})-of-(?P<of>\d{5})\.safetensors"
+"""What the files of the hub's writer are called: of which rank, from 1, and of which file once consolidated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +110,8 @@ LAYOUTS: tuple[Layout, ...] = (
         "deepspeed",
         _named(r"(?:\w+_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt|layer_\d+-model.*_states\.pt"),
     ),
-    Layout("fsdp", _named(r".*world_size_\d+_rank_\d+\.\w+|.*[._]rank_?\d+\.(?:bin|pth|pt)")),
-    Layout("safetensors-dcp", _named(r"shard-\d{5}-.+\.safetensors")),
+    Layout("fsdp", _named(RANKED)),
+    Layout("safetensors-dcp", _named(SHARDED)),
 )
 """In the order in which a folder is held against them: the first that claims it, reads it."""
 
@@ -157,7 +166,7 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
         FormatError: the rules are none.
     """
     from ckptkit.formats.distributed.around import Found, found_in
-    from ckptkit.formats.distributed.ranks import numbered
+    from ckptkit.formats.distributed.rank_files import numbered
     from ckptkit.formats.distributed.tensor_parallel import rules_in
 
     rules, names = rules_in(tp_rules), listing(path)

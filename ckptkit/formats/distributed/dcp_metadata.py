@@ -22,13 +22,14 @@ holds anything lies somewhere, nothing is stored of no chunk, files have plain n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.distributed.dcp_items import Items, Wanted
 from ckptkit.formats.distributed.dcp_runs import BYTES, Columns, Run, Runs, TensorRow
 from ckptkit.limits import Limits
 from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items
@@ -37,7 +38,7 @@ from ckptkit.pickling.tensors import is_int
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of, listed
 
-__all__ = ["METADATA_NBYTES", "Items", "Metadata", "TensorMetadata", "parse_metadata"]
+__all__ = ["METADATA_NBYTES", "Metadata", "TensorMetadata", "parse_metadata"]
 
 METADATA_NBYTES = 1 << 30
 """Bytes of a ``.metadata``: twice that of 1,024 processes with Adam, at some 143 bytes a chunk."""
@@ -96,22 +97,6 @@ class TensorMetadata:
     rows: list[int]
 
 
-@dataclass(slots=True, eq=False)
-class Items:
-    """Where the stored items lie, a row each.
-
-    Attributes:
-        paths: the file.
-        starts, lengths: first byte and number of bytes in it.
-        transforms: what the bytes went through: ``("stream.zstd/1",)``.
-    """
-
-    paths: Sequence[str]
-    starts: Sequence[int]
-    lengths: Sequence[int]
-    transforms: Sequence[tuple[str, ...]]
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class Metadata:
     """What a ``.metadata`` says.
@@ -136,6 +121,13 @@ class Metadata:
     protocol: int
     globals: tuple[GlobalUse, ...]
 
+    def chunks(self) -> Iterator[Wanted]:
+        """What the items of all tensors must be."""
+        for tensor in self.tensors.values():
+            for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
+                if row >= 0:
+                    yield Wanted(row, tensor.name, tensor.dtype, offsets, sizes)
+
     def check_files(self, sizes: dict[str, int | None]) -> None:
         """Hold the items against the files of the folder.
 
@@ -148,7 +140,7 @@ class Metadata:
         missing = [path for path, size in sizes.items() if size is None]
         if missing:
             raise CorruptError(
-                f"{count_of(len(missing), 'file is', 'files are')} missing: {listed(missing, _LISTED)}; "
+                f"{count_of(len(missing), 'file', 'is', 'are')} missing: {listed(missing, _LISTED)}; "
                 f"the checkpoint has {len(sizes):,}",
                 names=missing,
             )
@@ -159,7 +151,7 @@ class Metadata:
         if short:
             end = max(end for _, end in placed[short[0]])
             raise CorruptError(
-                f"{count_of(len(short), 'file is', 'files are')} cut short: {listed(short, _LISTED)}; {short[0]} has "
+                f"{count_of(len(short), 'file', 'is', 'are')} cut short: {listed(short, _LISTED)}; {short[0]} has "
                 f"{sizes[short[0]]:,} bytes, and its items end at byte {end:,}",
                 names=short,
             )
@@ -436,7 +428,8 @@ class _Reader:
                 extra.append(name)
         extra += by_name
         if lost:
-            raise CorruptError(f"nothing says where {count_of(len(lost), 'chunk')} lie: {_first(lost)}", names=lost)
+            told = count_of(len(lost), "chunk", "lies", "lie")
+            raise CorruptError(f"nothing says where {told}: {_first(lost)}", names=lost)
         if extra:
             raise CorruptError(f"items are stored of what is not described: {_first(map(_shown, extra))}", names=extra)
 

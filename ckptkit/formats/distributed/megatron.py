@@ -30,9 +30,9 @@ from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
-from ckptkit.formats.distributed import ranks as of_ranks
+from ckptkit.formats.distributed import rank_files
 from ckptkit.formats.distributed.folder import FolderSource
-from ckptkit.formats.distributed.ranks import (
+from ckptkit.formats.distributed.rank_files import (
     args_of,
     as_of_one,
     beside,
@@ -116,7 +116,7 @@ def read(probe: Probe) -> RawCheckpoint:
         return read_dist(probe)
     rules: tuple[Rule, ...] = folder.tp_rules
     found = [match for name in folder.names if (match := re.fullmatch(RANKED, name, re.ASCII))]
-    return _of_ranks(probe, found, rules) if found else of_ranks.read(probe, rules)
+    return _of_ranks(probe, found, rules) if found else rank_files.read(probe, rules)
 
 
 def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, ...]) -> RawCheckpoint:

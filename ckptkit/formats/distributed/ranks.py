@@ -1,358 +1,414 @@
-"""Files of ranks as one checkpoint: what several of them hold, by name, joined to one tree.
+"""The trees of several ranks, put together into the one that a single process would have saved.
 
-A folder whose files differ in one number of their names alone is read here as it is: Llama's ``consolidated.00.pth``,
-``consolidated.01.pth``, ... beside ``params.json``, and any for which rules are given
-(`ckptkit.formats.distributed.tensor_parallel`).  The weights are the file's own dict, or what lies under ``module``,
-``model`` or ``state_dict``; what lies beside them is the first rank's, but for an optimizer's state, which is left out.
+All have the same places.  What is at one is a distributed tensor, of which each has parts; a plain tensor, of which
+each has a copy; a value, which must be equal; or something that each rank has of its own.
+
+FSDP's first version has flat parameters, and what an optimizer's own ``state_dict()`` keeps for one, or with
+``use_orig_params`` for the part of one that a parameter is, is a plain tensor: each rank has a run of it, or nothing.
+Where flat parameters are saved (LOCAL_STATE_DICT), and with ``use_orig_params`` the parameters' own names too, each is
+a rank's view of its part, which says where in the flat one it begins and how many elements it has, but not its shape.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from ckptkit.checkpoint import TensorEntry
-from ckptkit.errors import CorruptError, LimitError
-from ckptkit.formats.containers import SUFFIXES
-from ckptkit.formats.distributed.folder import FolderSource, read_part
-from ckptkit.formats.distributed.tensor_parallel import INSIDE, LLAMA, Joiner, Rule, ending, shown_name
-from ckptkit.formats.format import Probe
-from ckptkit.formats.json_text import parse, shown, state_dict_node
-from ckptkit.formats.shards import Shard, merged_findings, merged_globals
-from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items, named_items, tensors_in
-from ckptkit.report import Finding, count_of, listed
+from ckptkit.checkpoint import Replica, Storage, TensorEntry
+from ckptkit.errors import CorruptError, FormatError
+from ckptkit.formats.distributed.placements import Box, Distributed, Mesh, Share, distributed, share_of
+from ckptkit.normalize.modules import unwrapped_path
+from ckptkit.normalize.parts import is_flat_name
+from ckptkit.normalize.trees import Met, Place, SameContent, shown, side_by_side
+from ckptkit.pickling.inert import ABSENT, InertDict, Object, TreeMap, attributes, mapping_items, named_items, walk
+from ckptkit.report import listed
+from ckptkit.tensor import tensor_of
+from ckptkit.transfer.pieces import Piece, pieced
 
-__all__ = [
-    "args_of", "as_of_one", "beside", "flat", "is_llama", "member", "merged", "nested", "numbered", "read",
-    "read_ranks", "require_one_run", "same_said", "stated",
-]  # fmt: skip
+__all__ = ["Ranks"]
+
+_OWN = frozenset((
+    "rng", "random", "generator", "generators", "seed", "seeds", "sampler", "dataloader", "loader", "rank", "device",
+    "host", "hostname", "pid", "time", "elapsed", "duration", "throughput", "memory", "loss", "losses",
+))  # fmt: skip
+"""Words in keys of what each rank has of its own."""
 
 _LISTED = 5
-"""Names that a message lists."""
-
-_LLAMA = r"consolidated\.\d+\.pth"
-"""The files of Llama's ranks; one alone is a file like any other."""
-
-_OTHERS = ("optim", "rng", "random_state", "scheduler")
-"""Words in the names of what ranks have beside the weights."""
-
-_LEVELS = 16
-"""Dicts inside dicts, as in `ckptkit.normalize.nested`."""
-
-# Trees of dicts, and what lies beside them.
+"""Differences that a message lists."""
 
 
-def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
-    """The values of a state_dict, or of dicts inside dicts, by the keys that lead to them (`INSIDE` between).
+class _SamePlaces(SameContent):
+    """Two ranks' trees; what each has a part of is one thing, and not looked into."""
 
-    Args:
-        node: the outermost dict.
-        where: whose it is, for messages.
+    def __init__(self) -> None:
+        super().__init__(flags=False)
+        self._seen: set[int] = set()
 
-    Returns:
-        The values; and torch's ``_metadata`` of each dict that has such, by the keys that lead to it.
+    def met(self, a: object, b: object) -> bool | None:
+        """As of `SameContent`; a tree is gone through beside itself."""
+        if a is not b:
+            return super().met(a, b)
+        if id(a) in self._seen:
+            return True
+        self._seen.add(id(a))
+        return None
 
-    Raises:
-        CorruptError: it is none, or is nested too deeply.
-    """
-    values: dict[str, object] = {}
-    versions: dict[str, dict[str, object]] = {}
-
-    def gather(node: object, pairs: list[tuple[object, object]], path: str, level: int) -> None:
-        state = attributes(node)
-        if state is not None and (known := named_items(state.get("_metadata"))):
-            versions[path.removesuffix(INSIDE)] = dict(known)
-        for key, value in pairs:
-            if not isinstance(key, str) or INSIDE in key or level > _LEVELS:
-                raise CorruptError(f"the model in {where} is no state_dict: {shown(key)} is a key in it")
-            below = None if key.endswith("_extra_state") else mapping_items(value)
-            if below:
-                gather(value, below, f"{path}{key}{INSIDE}", level + 1)
-            else:
-                values[path + key] = value
-
-    pairs = mapping_items(node)
-    if pairs is None:
-        raise CorruptError(f"there is no state_dict in {where}")
-    gather(node, pairs, "", 1)
-    return values, versions
+    def compare(self, place: Place, a: object, b: object) -> tuple[Iterable[Met], list[tuple[Place, object, object]]]:
+        """As of `SameContent`."""
+        ours, theirs = distributed(a), distributed(b)
+        if ours is not None or theirs is not None:
+            return [Met(place, a, b, "differs" if ours is None or theirs is None else "spread")], []
+        if isinstance(a, Object) and isinstance(b, Object) and a.class_name == b.class_name == "torch.device":
+            return [], []
+        return super().compare(place, a, b)
 
 
-def nested(values: Mapping[str, object], versions: Mapping[str, Mapping[str, object]]) -> object:
-    """The dicts that `flat` was given, of other values.
+@dataclass(slots=True)
+class _Spread:
+    """A distributed tensor in the first rank's tree, and what each rank has of it."""
 
-    Raises:
-        CorruptError: a name is that of a tensor and of a dict of tensors.
-    """
-
-    def made(values: Mapping[str, object], at: str) -> object:
-        pairs: dict[str, object] = {}
-        groups: dict[str, dict[str, object]] = {}
-        for name, value in values.items():
-            key, inside, rest = name.partition(INSIDE)
-            if key in pairs and not (inside and key in groups):
-                raise CorruptError(f"the name {shown(shown_name(at + name))} stands twice")
-            if inside:
-                groups.setdefault(key, {})[rest] = value
-            pairs[key] = value
-        for key, inner in groups.items():
-            pairs[key] = made(inner, f"{at}{key}{INSIDE}")
-        return state_dict_node(pairs, versions.get(at.removesuffix(INSIDE)))
-
-    return made(values, "")
+    node: object
+    found: Distributed
+    name: str
+    shares: list[tuple[int, Share]] = field(default_factory=list)
 
 
-def stated(values: Mapping[str, object]) -> tuple[dict[str, object], list[Finding]]:
-    """The values of a model without what is the state of no module: an ``_extra_state`` that is ``None``."""
-    empty = [name for name, value in values.items() if value is None and name.endswith("_extra_state")]
-    if not empty:
-        return dict(values), []
-    names = [shown_name(name) for name in empty]
-    message = f"{count_of(len(names), '`_extra_state`', 'that is', 'that are')} None: {listed(names, _LISTED)}"
-    found = Finding(code="empty-extra-state", severity="info", message=f"left out: {message}")
-    gone = set(empty)
-    return {name: value for name, value in values.items() if name not in gone}, [found]
+@dataclass(slots=True)
+class _Copied:
+    """A plain tensor in the tree, and those that the ranks have in its place."""
+
+    node: object
+    place: Place
+    each: list[tuple[int, TensorEntry]] = field(default_factory=list)
 
 
-def beside(
-    root: object, models: Sequence[str | None], joiner: Joiner, *, is_whole: bool = False
-) -> list[tuple[object, object]]:
-    """What stands in a rank's dict beside its weights and belongs to no rank alone.
-
-    Tensors of numbers are some rank's share of an optimizer's state, and are left out, which the joiner tells; what
-    has others (the state of generators of random numbers) is taken.
+class Ranks:
+    """The trees of all ranks, put together into one.
 
     Args:
-        root: the dict.
-        models: the keys of the weights.
-        joiner: of the weights.
-        is_whole: whether there is one rank alone, so that all is taken.
-    """
-    kept = []
-    for key, value in mapping_items(root) or []:
-        if key in models:
-            continue
-        tensors = [node for node in tensors_in(value) if isinstance(node, TensorEntry) and node.numel > 1]
-        if is_whole:
-            kept.append((key, value))
-        elif any("float" in tensor.dtype for tensor in tensors):
-            joiner.left.append(shown(key))
-        else:
-            kept.append((key, value))
-            if tensors:
-                joiner.taken.append(shown(key))
-    return kept
+        trees: of each rank's file, by its name, in the order of the ranks.
+        key: of what they hold; ``""``: they are all there is.
+        is_sharded: whether the model's parameters are ShardedTensors; an optimizer's own state_dict() has none of them.
 
-
-_ONE = re.compile(r"(?:tensor_|pipeline_|expert_|expert_tensor_)?model_parallel_size|expert_tensor_parallel_size")
-"""Megatron's arguments that say over how many ranks a model is split."""
-
-
-def args_of(root: object) -> Mapping[str, Any]:
-    """What Megatron's file says of its run: a Namespace, or a dict."""
-    args = member(root, "args")
-    state = attributes(args)
-    return dict(named_items(args if state is None else state))
-
-
-def as_of_one(pairs: Sequence[tuple[object, object]]) -> list[tuple[object, object]]:
-    """Megatron's values beside a model with ``args`` that say of one rank what they say of several."""
-    return [(key, _of_one(value) if key == "args" else value) for key, value in pairs]
-
-
-def _of_one(args: object) -> object:
-    state = args if isinstance(args, InertDict) else attributes(args)
-    if state is None or not any(isinstance(key, str) and _ONE.fullmatch(key) for key, _ in state.pairs):
-        return args
-    changed = InertDict()
-    for key, value in state.pairs:
-        is_size = isinstance(key, str) and _ONE.fullmatch(key) is not None and type(value) is int
-        virtual = key == "virtual_pipeline_model_parallel_size"
-        changed.pairs.append((key, None if virtual else 1 if is_size else value))
-    if not isinstance(args, Object):
-        return changed
-    copy = Object(args.how, args.cls, args.args, args.kwargs)
-    copy.items, copy.pairs, copy.state, copy.effects = args.items, args.pairs, changed, args.effects
-    return copy
-
-
-# Folders that consist of ranks alone.
-
-_OF_A_RUN = (
-    *("iteration", "checkpoint_version", "step", "global_step", "global_steps", "epoch"),
-    *("ds_version", "dp_world_size", "mp_world_size"),
-)
-"""Keys of what is the same in the files of all ranks."""
-
-_COUNTS = ("mp_world_size",)
-"""Keys under which DeepSpeed says how many ranks a model is split over."""
-
-
-def read_ranks(probe: Probe, files: Mapping[str, str]) -> dict[str, RawCheckpoint]:
-    """What is in the files of ranks.
-
-    Args:
-        probe: of the folder.
-        files: by what messages call the rank.
+    Attributes:
+        replicas: tensors that must be the same.
+        own: places of what each rank has of its own.
+        flat: places of what was put together from runs of flat parameters, and has no shape.
+        shapes: those of parameters that are ShardedTensors, in order.
+        ranks: how many the files' content says that there are; 0: it does not say.
+        meshes: those that its tensors lie on.
 
     Raises:
-        LimitError: they are more than any checkpoint has.
-        FormatError: one is damaged or refused.
+        FormatError: they do not belong together.
     """
-    if len(files) > probe.limits.shards:
-        raise LimitError("ranks of one checkpoint", limit=probe.limits.shards, actual=len(files))
-    return {rank: read_part(probe, name) for rank, name in files.items()}
 
+    def __init__(self, trees: Mapping[str, object], key: str, *, is_sharded: bool = False) -> None:
+        self._files = list(trees)
+        self._roots = list(trees.values())
+        self._spread: dict[int, _Spread] = {}
+        self._copied: dict[int, _Copied] = {}
+        self._problems: list[str] = []
+        self._frame, self._optimizers = _frame(self._roots, is_sharded=is_sharded)
+        self.replicas: list[Replica] = []
+        self.own: dict[str, None] = {}
+        self.flat: list[str] = []
+        self.ranks = 0
+        self.meshes: dict[Mesh, None] = {}
+        start = Place().below(key) if key else Place()
+        self._optimizers = {str(start.below(each)) if each else str(start) for each in self._optimizers}
+        for rank, root in enumerate(self._roots):
+            self._meet(rank, side_by_side([(start, self._frame, root)], _SamePlaces()))
+        found = (each for each in self._spread.values() if each.found.kind == "ShardedTensor")
+        self.shapes = [each.shares[0][1].shape for each in found if not is_flat_name(each.name)]
 
-def merged(
-    raws: Mapping[str, RawCheckpoint], root: object, joiner: Joiner, findings: Iterable[Finding] = ()
-) -> RawCheckpoint:
-    """The checkpoint that ranks make up.
+    def _meet(self, rank: int, mets: Iterable[Met]) -> None:
+        known: dict[int, Mesh] = {}
+        for met in mets:
+            a, b = _as_entry(met.a), _as_entry(met.b)
+            if met.how == "spread":
+                self._share(rank, met, known)
+            elif isinstance(a, TensorEntry) and isinstance(b, TensorEntry):
+                self._copied.setdefault(id(met.a), _Copied(met.a, met.place)).each.append((rank, b))
+            elif (own := _own(met.place)) is not None:
+                self.own[own] = None
+            elif met.how != "order" and not (met.b is ABSENT and self._is_run(met.place)):
+                self._differs(rank, met)
+        if len(self._problems) >= _LISTED:
+            self._check()
 
-    Args:
-        raws: what is in their files.
-        root: the tree of all.
-        joiner: what their tensors were joined by.
-        findings: what else is to be told.
-    """
-    shards = {rank: Shard(rank, raw, {}) for rank, raw in raws.items()}
-    writers = {raw.writer for raw in raws.values()}
-    return RawCheckpoint(
-        root=root,
-        format="megatron",
-        byteorder="big" if {raw.byteorder for raw in raws.values()} == {"big"} else "little",
-        writer=writers.pop() if len(writers) == 1 else None,
-        globals=merged_globals(shards),
-        discarded=tuple(value for raw in raws.values() for value in raw.discarded),
-        has_pickle=any(raw.has_pickle for raw in raws.values()),
-        findings=(*merged_findings(shards), *joiner.findings(), *findings),
-        replicas=tuple(joiner.replicas),
-    )
+    def _is_run(self, place: Place) -> bool:
+        """Whether it is in an optimizer's state for flat parameters."""
+        return any(f"{place}.".startswith(f"{each}.state." if each else "state.") for each in self._optimizers)
 
+    def _share(self, rank: int, met: Met, known: dict[int, Mesh]) -> None:
+        """What a rank has of a distributed tensor.
 
-def is_llama(names: Iterable[str]) -> bool:
-    """Whether a folder holds several of ``consolidated.00.pth``, ``consolidated.01.pth``, ..."""
-    return sum(re.fullmatch(_LLAMA, name, re.ASCII) is not None for name in names) > 1
-
-
-def numbered(names: Iterable[str]) -> list[str]:
-    """The files of a folder that differ in one number of their names alone, in its order; none where they are no ranks.
-
-    What is no checkpoint by its ending, and files of optimizers and the like, are passed over; and so is all that lies
-    beside Llama's.
-
-    Raises:
-        CorruptError: a number is left out.
-    """
-    names = list(names)
-    if is_llama(names):
-        names = [name for name in names if re.fullmatch(_LLAMA, name, re.ASCII)]
-    groups: dict[tuple[str, str], dict[int, str]] = {}
-    for name in names:
-        is_one = "/" not in name and name.endswith(tuple(SUFFIXES)) and not any(word in name for word in _OTHERS)
-        for found in re.finditer("[0-9]{1,6}", name) if is_one else ():
-            groups.setdefault((name[: found.start()], name[found.end() :]), {})[int(found[0])] = name
-    several = [group for group in groups.values() if len(group) > 1]
-    if len(several) != 1:
-        return []
-    (group,) = several
-    first = 0 if is_llama(names) else min(min(group), 1)
-    if missing := [number for number in range(first, max(group)) if number not in group]:
-        told = f"{count_of(len(missing), 'rank', 'is', 'are')} missing before {group[max(group)]}"
-        raise CorruptError(f"{told}: {listed(map(str, missing), _LISTED)}")
-    return [group[number] for number in sorted(group)]
-
-
-def require_one_run(roots: Mapping[str, object]) -> None:
-    """See that the files of ranks are of one run and step, as far as they say it.
-
-    Raises:
-        CorruptError: they say different things.
-    """
-    (first, own), *others = roots.items()
-    for rank, root in others:
-        for key in _OF_A_RUN:
-            if not same_said(a := member(own, key), b := member(root, key)):
-                raise CorruptError(f"{first} says {key} {a!r:.60}, {rank} says {b!r:.60}: of different steps or runs")
-
-
-def same_said(a: object, b: object) -> bool:
-    """Whether two values say the same, where they are plain."""
-    plain = (bool, int, float, str, type(None))
-    return not isinstance(a, plain) or not isinstance(b, plain) or a == b or (a != a and b != b)
-
-
-def read(probe: Probe, rules: Sequence[Rule]) -> RawCheckpoint:
-    """The checkpoint of a folder whose files differ in one number of their names: Llama's, or any by its rules.
-
-    Raises:
-        FormatError: a file is missing, damaged or refused, or no rule says how tensors are joined.
-    """
-    folder = probe.file
-    names = numbered(folder.names if isinstance(folder, FolderSource) else ())
-    if not names:
-        raise CorruptError("the files of the folder are not those of several ranks")
-    raws = read_ranks(probe, {name: name for name in names})
-    first = raws[names[0]].root
-    require_one_run({name: raw.root for name, raw in raws.items()})
-    for said in _COUNTS:
-        if type(count := member(first, said)) is int and count != len(names):
-            raise CorruptError(f"{names[0]} says {said} {count:,}, and there are {count_of(len(names), 'file')}")
-    key = next((key for key in ("module", "model", "state_dict") if mapping_items(member(first, key))), None)
-    trees = {rank: raw.root if key is None else member(raw.root, key) for rank, raw in raws.items()}
-    ranks = {rank: flat(tree, rank) for rank, tree in trees.items()}
-    values = {rank: found for rank, (found, _) in ranks.items()}
-    if is_llama(names):
-        rules = (*rules, *LLAMA, *_embeddings(probe, values))
-    joiner = Joiner(rules)
-    model = nested(joiner.join(values), ranks[names[0]][1])
-    if key is None:
-        return merged(raws, model, joiner)
-    pairs = [(name, 1 if name in _COUNTS else value) for name, value in beside(first, (key,), joiner)]
-    return merged(raws, InertDict([*pairs, (key, model)]), joiner)
-
-
-def member(node: object, key: str) -> object:
-    """The value under a key of a dict; ``None``: there is none."""
-    return dict(named_items(node)).get(key)
-
-
-def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iterator[Rule]:
-    """How Llama's embeddings are cut: told by the model's width, which all its norms have.
-
-    Raises:
-        CorruptError: the slices are not those of so many ranks.
-    """
-    values = next(iter(ranks.values()))
-    shapes = {name: value.shape for name, value in values.items() if isinstance(value, TensorEntry)}
-    norm, rows = shapes.get("norm.weight", ()), shapes.get("tok_embeddings.weight", ())
-    given = _params(probe)
-    dim = given.get("dim", norm[0] if len(norm) == 1 else None)
-    outputs = shapes.get("layers.0.attention.wo.weight", ())
-    if "head_dim" not in given and len(outputs) == 2 and outputs[0] == dim and outputs[1] * len(ranks) != dim:
-        raise CorruptError(
-            f"{count_of(len(ranks), 'file')}, each with {outputs[1]:,} of {dim:,} inputs of "
-            "layers.0.attention.wo.weight: some are missing, or do not belong to it"
-        )
-    if len(rows) == 2 and isinstance(dim, int):
-        if rows[1] != dim and rows[1] * len(ranks) != dim:
+        Raises:
+            FormatError: it does not fit together, or is another rank's.
+        """
+        spread = self._spread.get(id(met.a))
+        if spread is None:
+            found = distributed(met.a)
+            if found is None:
+                return
+            spread = self._spread[id(met.a)] = _Spread(met.a, found, str(met.place))
+        own = distributed(met.b)
+        if own is None or own.kind != spread.found.kind:
+            self._differs(rank, met)
+            return
+        try:
+            share = share_of(own, spread.name, rank, known)
+        except FormatError as error:
+            raise error.at(where=self._files[rank]) from error.__cause__
+        if share.rank is not None and share.rank != rank:
             raise CorruptError(
-                f"{count_of(len(ranks), 'file')}, each with {[*rows]} of tok_embeddings.weight, of a model of width "
-                f"{dim:,}: some are missing, or do not belong to it"
+                f"its content is rank {share.rank}'s, its name says rank {rank}: files were swapped or renamed",
+                where=self._files[rank],
             )
-        yield ending(r"tok_embeddings\.weight", 0 if rows[1] == dim else 1)
+        self.ranks = max(self.ranks, share.ranks)
+        if share.mesh is not None:
+            self.meshes.setdefault(share.mesh._replace(place=None, rank=None))
+        spread.shares.append((rank, share))
+
+    def _differs(self, rank: int, met: Met) -> None:
+        place = str(met.place) or "the whole"
+        if met.a is ABSENT or met.b is ABSENT:
+            who = self._files[rank if met.a is ABSENT else 0]
+            self._problems.append(f"{place:.200} is only in {who}")
+        else:
+            ours, theirs = shown(met.a, met.b)
+            self._problems.append(f"{place:.200} is {ours} in {self._files[0]} and {theirs} in {self._files[rank]}")
+
+    def _check(self) -> None:
+        """Raise for what differs between the ranks' trees.
+
+        Raises:
+            CorruptError: something does.
+        """
+        if self._problems:
+            raise CorruptError(
+                f"the files of the ranks do not belong together: {listed(self._problems, _LISTED, between='; ')}; "
+                "files of different runs or steps were mixed"
+            )
+
+    def root(self, shapes: Sequence[tuple[int, ...]] = ()) -> object:
+        """The tree, with every tensor whole.
+
+        Args:
+            shapes: of the model's parameters, in order, where they are known.
+
+        Raises:
+            FormatError: tensors have parts that are missing, overlap or do not fit.
+        """
+        self._check()
+        flat = {number: spread for number, spread in self._spread.items() if is_flat_name(spread.name)}
+        wholes = {number: self._whole(spread) for number, spread in self._spread.items()}
+        replaced: list[tuple[object, object]] = [(self._spread[number].node, new) for number, new in wholes.items()]
+        known = self._known_shapes(shapes)
+        for copied in self._copied.values():
+            new = self._view(copied, flat, wholes) if flat else None
+            if new is None and self._is_run(copied.place):
+                new = self._joined(copied, known)
+            if new is not None:
+                replaced.append((copied.node, new))
+            else:
+                self._compare(copied)
+        self._check()
+        root = TreeMap(lambda leaf: leaf, replaced)(self._frame)
+        _unwrap_versions(root)
+        return root
+
+    def _whole(self, spread: _Spread) -> TensorEntry:
+        """The tensor that the ranks' parts make up.
+
+        Raises:
+            CorruptError: they do not.
+        """
+        name, first = spread.name, spread.shares[0][1]
+        boxes: dict[Box, tuple[int, TensorEntry]] = {}
+        for rank, share in spread.shares:
+            for what, ours, theirs in (
+                ("shape", first.shape, share.shape),
+                ("dtype", first.dtype, share.dtype),
+                ("list of shards", set(first.every or ()), set(share.every or ())),
+            ):
+                if ours != theirs:
+                    raise CorruptError(
+                        f"tensor {name!r:.200}: {self._files[0]} and {self._files[rank]} do not give it the same "
+                        f"{what}: files of different runs were mixed"
+                    )
+            for box, entry in share.pieces:
+                other, known = boxes.setdefault(box, (rank, entry))
+                if known is not entry:
+                    self.replicas.append(Replica(name, known, entry, f"rank {other} and rank {rank}"))
+        for box, owner in (first.every or {}).items():
+            if box not in boxes and 0 not in box[1]:
+                raise CorruptError(
+                    f"tensor {name!r:.200}: its shard at {[*box[0]]} of sizes {[*box[1]]} is in none of the files"
+                    + (f"; it was rank {owner}'s" if owner is not None else "")
+                )
+        found = spread.found
+        if len(boxes) == 1:
+            ((box, (_, entry)),) = boxes.items()
+            if box[1] == first.shape == entry.shape and entry.dtype == first.dtype and not any(box[0]):
+                return replace(entry, requires_grad=found.requires_grad, is_parameter=found.is_parameter)
+        pieces = [Piece(*box, entry, self._files[rank]) for box, (rank, entry) in boxes.items()]
+        return pieced(
+            name,
+            first.shape,
+            first.dtype,
+            pieces,
+            requires_grad=found.requires_grad,
+            is_parameter=found.is_parameter,
+        )
+
+    def _compare(self, copied: _Copied) -> None:
+        """Note a plain tensor's copies, which must be the same."""
+        own = _own(copied.place)
+        if own is not None:
+            if len(copied.each) > 1:
+                self.own[own] = None
+            return
+        (first, entry), *others = copied.each
+        for rank, other in others:
+            if (other.dtype, other.shape) != (entry.dtype, entry.shape):
+                self._differs(rank, Met(copied.place, entry, other))
+            else:
+                self.replicas.append(Replica(str(copied.place), entry, other, f"rank {first} and rank {rank}"))
+
+    def _view(
+        self, copied: _Copied, flat: Mapping[int, _Spread], wholes: Mapping[int, TensorEntry]
+    ) -> TensorEntry | None:
+        """What is joined in a flat parameter, where the ranks have views of it; ``None``: it is something else.
+
+        Raises:
+            CorruptError: the views do not follow each other.
+        """
+        runs: list[tuple[int, int]] = []
+        of: set[int] = set()
+        for rank, entry in copied.each:
+            if len(entry.shape) != 1:
+                return None
+            held = self._held(rank, entry, flat) if entry.numel else None
+            if held is not None:
+                of.add(held[0])
+                runs.append((held[1], entry.numel))
+            elif entry.numel:
+                return None
+        if not runs:
+            return None
+        begin, total = min(runs)[0], sum(numel for _, numel in runs)
+        ends = [first + numel for first, numel in sorted(runs)]
+        whole = wholes[of.pop()]
+        if of or [begin, *ends[:-1]] != [first for first, _ in sorted(runs)] or begin + total > whole.numel:
+            raise CorruptError(f"tensor {copied.place!s:.200}: what the ranks have of it in a flat parameter has gaps")
+        offset = whole.storage_offset + begin
+        return replace(whole, storage_offset=offset, shape=(total,), stride=(1,), requires_grad=False)
+
+    def _held(self, rank: int, entry: TensorEntry, flat: Mapping[int, _Spread]) -> tuple[int, int] | None:
+        """Which flat parameter a rank's tensor is a view of, and from which element on."""
+        for number, spread in flat.items():
+            for each, share in spread.shares:
+                for (offsets, _), local in share.pieces if each == rank else ():
+                    if local.storage is entry.storage and local.dtype == entry.dtype:
+                        return number, offsets[0] + entry.storage_offset - local.storage_offset
+        return None
+
+    def _joined(self, copied: _Copied, known: Mapping[object, tuple[int, ...]]) -> TensorEntry | None:
+        """What an optimizer keeps of a flat parameter, each rank a run of it; ``None``: it is something else."""
+        if any(len(entry.shape) != 1 for _, entry in copied.each):
+            return None
+        pieces, at = [], 0
+        for rank, entry in copied.each:
+            pieces.append(Piece((at,), entry.shape, entry, self._files[rank]))
+            at += entry.numel
+        shape = known.get(copied.place.above.label) if copied.place.above is not None else None
+        if shape is None:
+            self.flat.append(str(copied.place))
+        return pieced(str(copied.place), (at,), copied.each[0][1].dtype, pieces, view=shape)
+
+    def _known_shapes(self, shapes: Sequence[tuple[int, ...]]) -> dict[object, tuple[int, ...]]:
+        """The shapes of the parameters by the keys of an optimizer's state, where its runs are of as many elements.
+
+        An optimizer of one group numbers the parameters in the model's order.
+        """
+        numels: dict[object, set[int]] = {}
+        for copied in self._copied.values():
+            if self._is_run(copied.place) and copied.place.above is not None and len(copied.each[0][1].shape) == 1:
+                total = sum(entry.numel for _, entry in copied.each)
+                numels.setdefault(copied.place.above.label, set()).add(total)
+        known: dict[object, tuple[int, ...]] = dict(enumerate(shapes))
+        fits = all(isinstance(key, int) and numels[key] == {math.prod(known.get(key, (-1,)))} for key in numels)
+        return known if fits and self._has_one_group() else {}
+
+    def _has_one_group(self) -> bool:
+        """Whether the optimizer that has runs of flat parameters has one group of them."""
+        nodes = [self._frame, *(value for _, value in mapping_items(self._frame) or ())]
+        groups = [node.get("param_groups") for node in nodes if isinstance(node, InertDict) and "param_groups" in node]
+        return len(groups) == 1 and isinstance(groups[0], list) and len(groups[0]) == 1
 
 
-def _params(probe: Probe) -> dict[str, object]:
-    """What ``params.json`` says, where there is one."""
-    folder = probe.file
-    if not isinstance(folder, FolderSource) or "params.json" not in folder.names:
-        return {}
-    file = folder.part("params.json")
-    if file.size > probe.limits.record_nbytes:
-        raise LimitError("bytes of params.json", limit=probe.limits.record_nbytes, actual=file.size)
-    document = parse(file.read(0, file.size), probe.limits, "params.json")
-    file.release()
-    return document if isinstance(document, dict) else {}
+def _frame(roots: Sequence[object], *, is_sharded: bool) -> tuple[object, set[str]]:
+    """The first tree, with what others alone have in the state of an optimizer, and the keys of optimizers there.
+
+    ``""``: the tree itself is one.  Only those count that have runs of flat parameters.
+    """
+    if not is_sharded:
+        return roots[0], set()
+    if _is_optimizer(roots[0]):
+        return _with_all_states(roots), {""}
+    pairs = mapping_items(roots[0]) if isinstance(roots[0], InertDict) else None
+    keys = {key for key, value in pairs or () if isinstance(key, str) and _is_optimizer(value)}
+    if pairs is None or not keys:
+        return roots[0], set()
+    others = [dict(named_items(root)) for root in roots]
+    wholes = {key: _with_all_states([other.get(key) for other in others]) for key in keys}
+    return InertDict([(key, wholes.get(key, value) if isinstance(key, str) else value) for key, value in pairs]), keys
+
+
+def _is_optimizer(node: object) -> bool:
+    """Whether it is what an optimizer's own state_dict() gives, which has no distributed tensors."""
+    is_one = isinstance(node, InertDict) and isinstance(node.get("state"), InertDict) and "param_groups" in node
+    return is_one and not any(distributed(each) for each in walk(node))
+
+
+def _with_all_states(optimizers: Sequence[object]) -> InertDict:
+    """The first rank's, with the state of parameters of which it has nothing, and another rank has."""
+    first = optimizers[0]
+    pairs: dict[object, object] = {}
+    for each in optimizers:
+        for key, value in mapping_items(each.get("state")) or () if isinstance(each, InertDict) else ():
+            if isinstance(key, (int, str)):
+                pairs.setdefault(key, value)
+    state = InertDict(list(pairs.items()))
+    return InertDict([(key, state if key == "state" else value) for key, value in mapping_items(first) or ()])
+
+
+def _as_entry(node: object) -> object:
+    """A storage that stands by itself as the bytes that it is."""
+    return tensor_of(node, 0, (node.nbytes,), (1,), "uint8", False, False) if isinstance(node, Storage) else node
+
+
+def _own(place: Place) -> str | None:
+    """The place of what each rank has of its own, in which this one is; ``None``: all ranks have the same."""
+    step: Place | None = place
+    found = None
+    while step is not None:
+        if isinstance(step.label, str) and _OWN & set(re.split(r"[^a-z]+", step.label.lower())):
+            found = step
+        step = step.above
+    return None if found is None else str(found)
+
+
+def _unwrap_versions(root: object) -> None:
+    """Leave out FSDP's wrappers in the names of module versions, which names of tensors have no more."""
+    for node in walk(root):
+        state = attributes(node)
+        versions = None if state is None else state.get("_metadata")
+        if isinstance(versions, Object) and mapping_items(versions) is not None:
+            names: dict[object, object] = {}
+            for key, value in versions.pairs:
+                names.setdefault(unwrapped_path(key) if isinstance(key, str) else key, value)
+            versions.pairs[:] = list(names.items())

@@ -299,9 +299,7 @@ class Joiner:
             )
         if self.taken:
             message = f"{count_of(len(self.taken), 'value')} of which the first rank's is taken"
-            yield Finding(
-                code="taken-of-one-rank", severity="info", message=f"{message}: {listed(self.taken, _LISTED)}"
-            )
+            yield Finding(code="rank-values", severity="info", message=f"{message}: {listed(self.taken, _LISTED)}")
 
 
 def shown_name(name: str) -> str:
