@@ -164,7 +164,7 @@ def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _foreign(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    names = [use.name for use in checkpoint.globals if use.verdict == "unknown"]
+    names = _in_values(checkpoint, [use.name for use in checkpoint.globals if use.verdict == "unknown"])
     if not names or checkpoint.module is not None:
         return
     places = _places(checkpoint.rest)
@@ -175,6 +175,12 @@ def _foreign(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
         message=f"objects that torch.load refuses by default: {shown}; never executed here",
         fix=_weights(checkpoint, "--weights-only"),
     )
+
+
+def _in_values(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    """The names that stand in what was saved: those by which a folder says where it lies do not."""
+    is_folder = format_named(checkpoint.origin.format).is_folder
+    return [name for name in names if name in _places(checkpoint.rest)] if is_folder and names else names
 
 
 def _places(root: object) -> dict[str, str]:
@@ -327,7 +333,7 @@ _ELSEWHERE = (
 
 
 def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    names = [use.name for use in checkpoint.globals]
+    names = _in_values(checkpoint, [use.name for use in checkpoint.globals])
     found = [
         f"{what} ({next(name for name in names if pattern.fullmatch(name))})"
         for pattern, what in _ELSEWHERE

@@ -34,7 +34,8 @@ def _allow_part(which: str) -> Option[bool]:
     return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
 
 
-def _section(verb: str, told: str = "where the file holds several") -> Option[str | None]:
+def _section(verb: str) -> Option[str | None]:
+    told = "where the file holds several"
     return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
 
 
@@ -425,9 +426,10 @@ if TYPE_CHECKING:
         allow_part: bool
         ignore_checksums: bool
 
-    class ConvertKeywords(_ReadKeywords, total=False):
-        """What `ckptkit.convert` takes as keywords."""
+    class _RewriteKeywords(_ReadKeywords, total=False):
+        """What says how the weights are selected, renamed and cast."""
 
+        all_tensors: bool
         strip_module: bool
         add_module: bool
         strip_prefix: str | None
@@ -435,16 +437,19 @@ if TYPE_CHECKING:
         rename: Renaming
         include: str | Sequence[str]
         exclude: str | Sequence[str]
-        all_tensors: bool
+        densify: bool
+        dtype: str | torch.dtype | None
+        keep_dtype: str | Sequence[str]
+        cast_scaled: bool
+
+    class ConvertKeywords(_RewriteKeywords, total=False):
+        """What `ckptkit.convert` takes as keywords."""
+
         weights_only: bool
         keep_beside: bool
         as_key: str | None
         leave_out: str | Sequence[str]
         map_location: LocationMap | None
-        densify: bool
-        dtype: str | torch.dtype | None
-        keep_dtype: str | Sequence[str]
-        cast_scaled: bool
         tied: TiedPolicy
         like: Any
         model_args: Mapping[str, Any] | None
@@ -457,23 +462,11 @@ if TYPE_CHECKING:
         check: bool
         progress: Progress | None
 
-    class LoadKeywords(_ReadKeywords, total=False):
+    class LoadKeywords(_RewriteKeywords, total=False):
         """What `ckptkit.load_state_dict` takes as keywords."""
 
         map_location: Any
         device: Any
-        all_tensors: bool
-        strip_module: bool
-        add_module: bool
-        strip_prefix: str | None
-        add_prefix: str | None
-        rename: Renaming
-        include: str | Sequence[str]
-        exclude: str | Sequence[str]
-        densify: bool
-        dtype: str | torch.dtype | None
-        keep_dtype: str | Sequence[str]
-        cast_scaled: bool
         mapped: bool | None
 
     class VerifyKeywords(_ReadKeywords, total=False):

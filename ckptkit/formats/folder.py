@@ -361,7 +361,7 @@ class Surveyor:
         if kind in _UNREADABLE_KINDS and os.path.splitext(name)[1].lower() in SHARED_SUFFIXES:
             return None
         if guess and name == ".metadata":
-            from ckptkit.formats.distributed import is_metadata
+            from ckptkit.formats.distributed.layouts import is_metadata
 
             if is_metadata(probe.head):
                 return None

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
-from ckptkit.bytesource import made_by_position
+from ckptkit.bytesource import Source, made_by_position
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose, everything_in
 from ckptkit.digests import (
@@ -328,18 +328,13 @@ def examine_file(
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
         reading, given = Reading(), formats.given_of(file)
         is_whole = given is file  # else a file that is compressed or an archive, and what is in it
-        is_read = bool(hash_file or digest or values or held)
-        unlike = None
-        if not is_folder(file):
-            if checksums and not ignore_checksums and is_read:
-                checkpoint = formats.require_sound(file, checkpoint)
-        elif checksums:
-            checkpoint = formats.judged(checkpoint)
-            unlike = None if ignore_checksums else _unlike(checkpoint)
+        is_read, unlike = bool(hash_file or digest or values or held), None
+        if checksums:
+            checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=not ignore_checksums)
         parts = formats.hashed_parts(file) if is_folder(file) else file.parts
         if is_read:
             reading = read_through(
-                [*parts.values()] if is_folder(file) else [file, *parts.values()],
+                [*([] if is_folder(file) else [file]), *parts.values()],
                 _digested(contents, whole) if digest else (),
                 hash_files=hash_file and is_whole,
                 digest=digest,
@@ -379,17 +374,19 @@ def examine_file(
         file.close()
 
 
-def _unlike(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the copies in several files of a folder; ``None``: they are what they are copies of."""
-    if not checkpoint.replicas:
-        return None
-    from ckptkit.transfer.replicas import require_equal
+def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool, held: bool) -> tuple[Checkpoint, str | None]:
+    """The checkpoint once nothing in it is unread; and of a folder, which copies are not what they are copies of."""
+    if not is_folder(file):
+        return (formats.require_sound(file, checkpoint) if is_read and held else checkpoint), None
+    checkpoint = formats.judged(checkpoint)
+    if held and checkpoint.replicas:
+        from ckptkit.transfer.replicas import require_equal
 
-    try:
-        require_equal(checkpoint.replicas)
-    except CorruptError as error:
-        return error.message
-    return None
+        try:
+            require_equal(checkpoint.replicas)
+        except CorruptError as error:
+            return checkpoint, error.message
+    return checkpoint, None
 
 
 def _digested(contents: _Contents, whole: bool) -> Iterator[TensorEntry]:

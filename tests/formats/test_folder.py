@@ -303,12 +303,17 @@ def test_unfinished_outputs_and_folders_of_git(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_of_torch_distributed_checkpoint_is_not_silently_passed_over(tmp_path: Path) -> None:
     dcp.save({"model": WEIGHTS}, checkpoint_id=tmp_path / "step")
-    assert found(tmp_path) == ["step/.metadata"]
+    assert found(tmp_path) == ["step"] and survey(tmp_path).passed_over == {}
     assert "torch.distributed.checkpoint" in str(_error(tmp_path / "step" / ".metadata"))
+    (tmp_path / "step" / "beside.pth").write_bytes(saved())
+    (tmp_path / "step" / "notes.csv").write_text("1,2")
+    assert found(tmp_path) == ["step", "step/beside.pth"], "no name hides another file"
+    assert survey(tmp_path).passed_over == {"text file": 1}
     (tmp_path / "step" / ".metadata").unlink()  # the save was never finished
-    assert found(tmp_path) == ["step/__0_0.distcp"]
+    assert found(tmp_path) == ["step", "step/beside.pth"]
+    assert "the save never finished" in str(_error(tmp_path / "step"))
     (tmp_path / "step" / ".metadata").write_bytes(saved())
-    assert found(tmp_path) == ["step/.metadata", "step/__0_0.distcp"], "no name hides another file"
+    assert found(tmp_path) == ["step", "step/beside.pth"]
 
 
 def _error(path: Path) -> Exception:

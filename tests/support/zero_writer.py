@@ -33,7 +33,7 @@ class LossScaler:
 
 
 @dataclass
-class fragment_address:  # noqa: N801 - as in DeepSpeed
+class fragment_address:
     numel: int
     start: int
 

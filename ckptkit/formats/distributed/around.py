@@ -23,10 +23,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
-from ckptkit.formats.containers import SUFFIXES
+from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
+from ckptkit.formats.distributed.folder import listing
+from ckptkit.formats.distributed.layouts import LAYOUTS, RANKED, SHARDED
+from ckptkit.formats.format import Probe
 from ckptkit.formats.refused_contents import unpacked
-from ckptkit.formats.shard_parts import names_in
 from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.limits import DEFAULT_LIMITS
@@ -45,6 +48,9 @@ _DEEPEST = 8
 
 _MOST_FOLDERS = 1000
 """Folders in one that are looked into."""
+
+_MOST_FILES = 1000
+"""Files in a folder that are looked at."""
 
 _MOST_LOOKED_AT = 8
 """Names in a folder in which there is no checkpoint that are looked at as folders themselves."""
@@ -66,8 +72,8 @@ _OWN = {
     "megatron": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|common\.pt|(?:mp|tp)_rank_[^/]*/[^/]*"
     r"|consolidated\.\d+\.\w+|modelopt_state/[^/]*",
     "deepspeed": r"[^/]*_states\.pt|zero/.*",
-    "fsdp": r".*world_size_\d+_rank_\d+\.\w+|.*[._]rank_?\d+\.(?:bin|pth|pt)",
-    "safetensors-dcp": r"shard-\d{5}-.+\.safetensors",
+    "fsdp": RANKED,
+    "safetensors-dcp": SHARDED,
 }
 """Which files in a folder of each layout are its own; so are texts beside them."""
 
@@ -117,9 +123,6 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
         FileAccessError: it cannot be listed.
         LimitError: it holds more files than any checkpoint.
     """
-    from ckptkit.formats.distributed import LAYOUTS
-    from ckptkit.formats.distributed.folder import listing
-
     if inside is None:
         try:
             inside = os.listdir(folder or os.curdir)
@@ -402,15 +405,32 @@ def _choices(path: str, depth: int) -> Iterator[tuple[str, Found | None]]:
         told = f"{count_of(len(missing), 'shard')} missing: {listed(missing)}; get them into the folder"
         raise CorruptError(told, path=path, names=missing)
     if not files:
-        files = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+        files = [name for name in names[:_MOST_FILES] if _is_checkpoint(os.path.join(path, name))]
     yield from ((name, Found(os.path.join(path, name))) for name in files)
     if not depth:  # what "sharded" holds was consolidated under the index
         yield from (step for step in _steps(path, depth) if not (indexes and step[0] == "sharded"))
 
 
+def _is_checkpoint(path: str) -> bool:
+    """Whether a file is a checkpoint by its content, or is called one by an ending that no other files have."""
+    if os.path.splitext(path)[1].lower() in SUFFIXES - SHARED_SUFFIXES:
+        return True
+    try:
+        file = SourceFile(path)
+    except FileAccessError:
+        return False
+    try:
+        probe = Probe(file, DEFAULT_LIMITS)
+        return any(container.claims(probe) for container in FORMATS)
+    except CkptkitError:  # damaged, and called so
+        return os.path.splitext(path)[1].lower() in SUFFIXES
+    finally:
+        file.close()
+
+
 def describe_folder(path: str) -> str:
     """What a folder is that was given, and in which there is no checkpoint."""
-    names = names_in(path)
+    names = sorted(os.listdir(path or os.curdir))
     if packing := unpacked(path):
         return f"is {packing}"
     for name in names[:_MOST_LOOKED_AT]:  # unzip makes a folder around it

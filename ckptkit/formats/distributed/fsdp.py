@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CorruptError, FormatError
-from ckptkit.formats.distributed import RANKED
 from ckptkit.formats.distributed.folder import FolderSource, read_part
+from ckptkit.formats.distributed.layouts import RANKED
 from ckptkit.formats.distributed.placements import Mesh
 from ckptkit.formats.distributed.ranks import Ranks
 from ckptkit.formats.format import Probe

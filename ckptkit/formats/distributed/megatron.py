@@ -32,6 +32,7 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.formats.distributed import rank_files
 from ckptkit.formats.distributed.folder import FolderSource
+from ckptkit.formats.distributed.layouts import MEGATRON
 from ckptkit.formats.distributed.rank_files import (
     args_of,
     as_of_one,
@@ -39,25 +40,20 @@ from ckptkit.formats.distributed.rank_files import (
     flat,
     member,
     merged,
+    mesh_of,
     nested,
     read_ranks,
     require_one_run,
     same_said,
     stated,
 )
-from ckptkit.formats.distributed.tensor_parallel import INSIDE, MEGATRON, Joiner, Rule, ending, shown_name
+from ckptkit.formats.distributed.tensor_parallel import INSIDE, MEGATRON_RULES, Joiner, Rule, ending, shown_name
 from ckptkit.formats.format import Probe
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict, mapping_items, named_items
 from ckptkit.report import Finding, count_of, listed
 
-__all__ = ["RANKED", "read"]
-
-RANKED = (
-    r"((?:mp|tp)_rank_(\d+)(?:_(?:pp_rank_)?(\d+))?(?:_(?:ep_rank_)?(\d+))?)/"
-    r"(model_optim_rng\.pt|model_rng\.pt|[^/]+\.ckpt)"
-)
-"""The files of ranks, each in a folder of its own: the folder, the ranks, the file."""
+__all__ = ["read"]
 
 _LISTED = 5
 """Names that a message lists."""
@@ -115,17 +111,17 @@ def read(probe: Probe) -> RawCheckpoint:
 
         return read_dist(probe)
     rules: tuple[Rule, ...] = folder.tp_rules
-    found = [match for name in folder.names if (match := re.fullmatch(RANKED, name, re.ASCII))]
+    found = [match for name in folder.names if (match := re.fullmatch(MEGATRON, name, re.ASCII))]
     return _of_ranks(probe, found, rules) if found else rank_files.read(probe, rules)
 
 
 def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, ...]) -> RawCheckpoint:
     """The checkpoint of a folder a rank."""
-    names = sorted({match[5] for match in found})
+    names = sorted({match["file"] for match in found})
     if len(names) > 1:
         raise CorruptError(f"the folders of ranks hold files of several names: {listed(names, _LISTED)}", names=names)
-    raws = read_ranks(probe, {match[1]: match[0] for match in found})
-    first = raws[found[0][1]].root
+    raws = read_ranks(probe, {match["folder"]: match[0] for match in found})
+    first = raws[found[0]["folder"]].root
     args = args_of(first)
     grid = _grid(found, args)
     _require_one_run({rank: raw.root for rank, raw in raws.items()})
@@ -136,7 +132,7 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
     if isinstance(groups, int) and args.get("group_query_attention") and groups < len({key[0] for key in grid}):
         raise UnsupportedError(f"{groups:,} groups of queries over more ranks: each holds a part of one")
     gated = args.get("swiglu")
-    joiner = Joiner((*rules, *_before(version), *MEGATRON), gated if isinstance(gated, bool) else None)
+    joiner = Joiner((*rules, *_before(version), *MEGATRON_RULES), gated if isinstance(gated, bool) else None)
     keys = _models(first)
     stages: dict[tuple[int, int], list[_Stage]] = {}
     for key in keys:
@@ -160,10 +156,10 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
     findings += _buffers(probe, names[0])
     model = nested(values, versions)
     if keys == [None]:
-        return merged(raws, model, joiner, findings)
+        return merged(raws, model, joiner, findings, mesh_of(args))
     named = "model" if len(keys) > 1 or keys[0] is None else keys[0]
     pairs = as_of_one(beside(first, keys, joiner, is_whole=len(raws) == 1))
-    return merged(raws, InertDict([*pairs, (named, model)]), joiner, findings)
+    return merged(raws, InertDict([*pairs, (named, model)]), joiner, findings, mesh_of(args))
 
 
 # Which ranks there are, and whether they belong together.
@@ -180,12 +176,12 @@ def _grid(found: Sequence[re.Match[str]], args: Mapping[str, Any]) -> dict[tuple
         said[0] = size
     grid: dict[tuple[int, int, int], str] = {}
     for match in found:
-        tensor, second, third = (int(number or 0) for number in match.groups()[1:4])
-        is_expert = match[4] is None and (said[1] or 1) == 1 and (said[2] or 1) > 1
+        tensor, second, third = (int(match[kind] or 0) for kind in ("tensor", "second", "third"))
+        is_expert = match["third"] is None and (said[1] or 1) == 1 and (said[2] or 1) > 1
         place = (tensor, 0, second) if is_expert else (tensor, second, third)
         if place in grid:
-            raise CorruptError(f"{grid[place]} and {match[1]} are the same rank")
-        grid[place] = match[1]
+            raise CorruptError(f"{grid[place]} and {match['folder']} are the same rank")
+        grid[place] = match["folder"]
     sizes = [said[axis] or max(place[axis] for place in grid) + 1 for axis in range(3)]
     count = sizes[0] * sizes[1] * sizes[2]
     odd = sorted(folder for place, folder in grid.items() if any(a >= n for a, n in zip(place, sizes, strict=True)))
@@ -296,7 +292,7 @@ def _require_order(stages: Sequence[Sequence[_Stage]], ranks: Mapping[tuple[int,
         return
     for axis in range(3):
         for place, rank in ranks.items():
-            following = (*place[:axis], place[axis] + 1, *place[axis + 1 :])
+            following = place[0] + (axis == 0), place[1] + (axis == 1), place[2] + (axis == 2)
             after = ranks.get(following)
             if isinstance(rank, int) and isinstance(after, int) and after < rank:
                 raise CorruptError(f"args say that rank {rank} is at {place}, and rank {after} at {following}: mixed")

@@ -26,7 +26,7 @@ from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.distributed.dcp import Opened, open_folder
 from ckptkit.formats.distributed.dcp_metadata import TensorMetadata
 from ckptkit.formats.distributed.folder import FolderSource, read_part
-from ckptkit.formats.distributed.rank_files import args_of, as_of_one, stated
+from ckptkit.formats.distributed.rank_files import args_of, as_of_one, mesh_of, stated
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
@@ -71,6 +71,7 @@ def read(probe: Probe) -> RawCheckpoint:
         shards, common = {"common.pt": Shard("common.pt", raw, {})}, raw.root
     elif _COMMON in objects:
         common = objects.pop(_COMMON)[()]
+    args = args_of(common)
     tree = _Tree(folder, opened, common, probe.limits.entries)
     root = tree.root(objects)
     return RawCheckpoint(
@@ -81,7 +82,9 @@ def read(probe: Probe) -> RawCheckpoint:
         globals=merge_uses(opened.globals, merged_globals(shards)),
         discarded=(*opened.discarded, *(part for shard in shards.values() for part in shard.raw.discarded)),
         findings=(*opened.findings, *merged_findings(shards), *tree.findings()),
-        unread=opened.items if opened.items.unread else None,
+        unread=opened.items if opened.unread else None,
+        world_size=size if type(size := args.get("world_size")) is int and size > 0 else None,
+        mesh=mesh_of(args),
     )
 
 

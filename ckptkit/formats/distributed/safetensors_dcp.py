@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 
 from ckptkit.checkpoint import Replica, TensorEntry
 from ckptkit.errors import CorruptError, FormatError
-from ckptkit.formats.distributed import SHARDED
 from ckptkit.formats.distributed.folder import FolderSource, read_part
+from ckptkit.formats.distributed.layouts import SHARDED
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown, state_dict_node
 from ckptkit.formats.shards import Shard, merged_findings, merged_metadata

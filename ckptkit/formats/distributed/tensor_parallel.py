@@ -11,7 +11,7 @@ of it under the whole's name.  No file says how it was cut, so that rules do, by
 A tensor without a rule is one that all ranks have a copy of where they begin with the same values, and it is compared
 likewise; where they do not, it is refused and never guessed.
 
-``MEGATRON`` and ``LLAMA`` are the rules of Megatron (names of megatron-core and of what was before) and of Meta's
+`MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and of what was before) and of Meta's
 ``consolidated.00.pth``, ``consolidated.01.pth``, ... (`transformers`' ``convert_llama_weights_to_hf.py``).  Others are
 given as a file, a JSON object of globs of names, of which the first that matches counts, before those rules::
 
@@ -37,7 +37,7 @@ from ckptkit.report import Finding, count_of, listed
 from ckptkit.transfer.pieces import Piece, pieced
 from ckptkit.transfer.values import same_values
 
-__all__ = ["INSIDE", "LLAMA", "MEGATRON", "Joiner", "Rule", "ending", "rules_in", "shown_name"]
+__all__ = ["INSIDE", "LLAMA_RULES", "MEGATRON_RULES", "Joiner", "Rule", "ending", "rules_in", "shown_name"]
 
 _LISTED = 5
 """Names that a message lists."""
@@ -70,7 +70,7 @@ def ending(tails: str, axis: int | None, parts: int = 1) -> Rule:
 
 _BOTH = r"\.(?:weight|bias)"
 
-MEGATRON: tuple[Rule, ...] = (
+MEGATRON_RULES: tuple[Rule, ...] = (
     ending(rf"(?:lm_head\.dense|pooler\.dense|binary_head){_BOTH}", None),
     ending(rf"[^.]*norm[^.]*{_BOTH}|[^.]*layer_?norm_(?:weight|bias)", None),
     ending(r"(?:position|tokentype)_embeddings\.weight|inv_freq|router\.(?:weight|bias|expert_bias)", None),
@@ -84,7 +84,7 @@ MEGATRON: tuple[Rule, ...] = (
 )
 """Names of ``megatron/core/transformer`` (``linear_qkv``, ``linear_fc1``) and of ``megatron/legacy/model``."""
 
-LLAMA: tuple[Rule, ...] = (
+LLAMA_RULES: tuple[Rule, ...] = (
     ending(rf"[^.]*norm{_BOTH}|rope\.freqs", None),
     ending(rf"(?:wq|wk|wv|w1|w3|output){_BOTH}", 0),
     ending(r"(?:wo|w2)\.weight", 1),
