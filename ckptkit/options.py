@@ -43,11 +43,6 @@ def _tag(which: str) -> Option[str | None]:
     return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
 
 
-def _tp_rules() -> Option[str | None]:
-    line = "Rules by which slices of tensor-parallel ranks are joined."
-    return path("FILE", line, "file of rules by which slices of tensor-parallel ranks are joined; see `open`")
-
-
 def _ignore_checksums() -> Option[bool]:
     return flag(
         "Accept bytes that recorded checksums show to be others.",
@@ -88,7 +83,7 @@ class ConvertOptions(Options):
     )
     section = _section("convert")
     tag = _tag("the source is a training folder; see `open`")
-    tp_rules = _tp_rules()
+    tp_rules = path("FILE", "Rules that join tensor-parallel slices.", "rules that join slices of ranks; see `open`")
     all_tensors = flag(
         "Take every tensor of the file, named by the keys that lead to it.",
         "take every tensor of the file for the weights, each named by the keys that lead to it: ``0``, "
@@ -323,7 +318,7 @@ class VerifyOptions(Options):
     )
     section = _section("verify")
     tag = _tag("``path`` is a training folder; see `open`")
-    tp_rules = _tp_rules()
+    tp_rules = ConvertOptions.tp_rules
     strip_module = flag("Take off wrapper prefixes first, as convert does.", "take off wrapper prefixes first")
     allow_missing = texts(
         "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
@@ -391,7 +386,7 @@ class DiffOptions(Options):
     section_a = text("NAME", "The weights of A.", "the same of ``a`` alone")
     section_b = text("NAME", "The weights of B.", "the same of ``b`` alone")
     tag = _tag("``a`` or ``b``, or each, is a training folder")
-    tp_rules = _tp_rules()
+    tp_rules = ConvertOptions.tp_rules
     tag_a = text("NAME", "The step of A.", "the same of ``a`` alone")
     tag_b = text("NAME", "The step of B.", "the same of ``b`` alone")
     strip_module = flag("Take wrapper prefixes off the names of both first.", "take off wrapper prefixes of both first")

@@ -22,6 +22,7 @@ ranks a model is split, and are made to say one.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,14 +183,22 @@ def _grid(found: Sequence[re.Match[str]], args: Mapping[str, Any]) -> dict[tuple
         if place in grid:
             raise CorruptError(f"{grid[place]} and {match['folder']} are the same rank")
         grid[place] = match["folder"]
-    sizes = [said[axis] or max(place[axis] for place in grid) + 1 for axis in range(3)]
-    count = sizes[0] * sizes[1] * sizes[2]
+    _require_all(grid, [said[axis] or max(place[axis] for place in grid) + 1 for axis in range(3)])
+    return grid
+
+
+def _require_all(grid: Mapping[tuple[int, int, int], str], sizes: Sequence[int]) -> None:
+    """See that there is a folder for each rank, and no other.
+
+    Raises:
+        CorruptError: there is not.
+    """
+    named = zip(sizes, ("tensor", "pipeline", "expert"), strict=True)
+    words = " x ".join(f"{size} {word}" for size, word in named if size > 1)
     odd = sorted(folder for place, folder in grid.items() if any(a >= n for a, n in zip(place, sizes, strict=True)))
-    words = " x ".join(
-        f"{size} {word}" for size, word in zip(sizes, ("tensor", "pipeline", "expert"), strict=True) if size > 1
-    )
     if odd:
         raise CorruptError(f"the run had {words or 'one'} parallel ranks, and {listed(odd, _LISTED)} is none of them")
+    count = math.prod(sizes)
     if len(grid) < count:
         every = itertools.product(*map(range, sizes))
         missing = [
@@ -200,7 +209,6 @@ def _grid(found: Sequence[re.Match[str]], args: Mapping[str, Any]) -> dict[tuple
             f"{count_of(count - len(grid), 'rank', 'is', 'are')} missing, of {words}: {listed(missing, _LISTED)}",
             names=missing,
         )
-    return grid
 
 
 def _require_one_run(roots: Mapping[str, object]) -> None:
