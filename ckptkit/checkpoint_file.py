@@ -110,10 +110,17 @@ class CheckpointFile:
         """
         return CheckpointFile(self.checkpoint.rewrite(*rewriters), self._file)
 
-    def plan(self, destination: PathLike, *, to: str | None = None, max_shard_size: int | str | None = None) -> Plan:
+    def plan(
+        self,
+        destination: PathLike,
+        *,
+        to: str | None = None,
+        ranks: int | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> Plan:
         """What `save` would do, without doing it."""
         return self._converted(
-            destination, to=to, max_shard_size=max_shard_size, allow_part=True, receipt=False, dry_run=True
+            destination, to=to, ranks=ranks, max_shard_size=max_shard_size, allow_part=True, receipt=False, dry_run=True
         )
 
     def save(
@@ -121,6 +128,7 @@ class CheckpointFile:
         destination: PathLike,
         *,
         to: str | None = None,
+        ranks: int | None = None,
         max_shard_size: int | str | None = None,
         force: bool = False,
         check: bool = True,
@@ -132,7 +140,9 @@ class CheckpointFile:
 
         Args:
             destination: the output; its ending chooses the container.
-            to: container name that overrides the ending.
+            to: container name that overrides the ending; ``"dcp"``: the destination is a folder, new or empty, that
+                ``torch.distributed.checkpoint.load`` reads.
+            ranks: how many share that folder; each has rows of every tensor, in a file of its own.
             max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
             force: whether an existing file may be replaced.
             check: whether to open the output again and compare every byte before it gets its name, and to hold
@@ -154,6 +164,7 @@ class CheckpointFile:
         return self._converted(
             destination,
             to=to,
+            ranks=ranks,
             max_shard_size=max_shard_size,
             force=force,
             check=check,
@@ -288,6 +299,7 @@ def save(
     check: bool = True,
     max_shard_size: int | str | None = None,
     to: str | None = None,
+    ranks: int | None = None,
     tied: TiedPolicy = "alias",
     progress: Progress | None = None,
 ) -> Plan:
@@ -310,7 +322,8 @@ def save(
         force: whether an existing file may be replaced.
         check: whether to open the output again and compare every byte before it gets its name.
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
-        to: container name that overrides the ending.
+        to: container name that overrides the ending; ``"dcp"``: as `CheckpointFile.save`.
+        ranks: as there.
         tied: what becomes of tensors with several names; see `ckptkit.Tied`.
         progress: called with the bytes dealt with so far, and those to deal with in all.
 
@@ -328,7 +341,7 @@ def save(
     from ckptkit.transfer.memory import Memory, checkpoint_of
 
     options = ConvertOptions(
-        metadata=metadata, force=force, check=check, max_shard_size=max_shard_size, to=to, tied=tied,
+        metadata=metadata, force=force, check=check, max_shard_size=max_shard_size, to=to, ranks=ranks, tied=tied,
         progress=progress, receipt=False,
     )  # fmt: skip
     _, container, most = formats.target(path, to)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, several, shapes, text, texts, within
+from ckptkit.arguments import Option, Options, count, dtype, flag, pairs, path, several, shapes, text, texts, within
 from ckptkit.errors import RewriteError, VerifyError
 
 if TYPE_CHECKING:
@@ -157,8 +157,13 @@ class ConvertOptions(Options):
     )
     to = text(
         "FORMAT",
-        "torch-zip, safetensors, or either -sharded; overrides DST's ending.",
-        "container name that overrides the ending",
+        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's ending.",
+        'container name that overrides the ending; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
+    )
+    ranks = count(
+        "--ranks",
+        "With --to dcp: a file for each of N ranks, with rows of every tensor.",
+        "how many ranks share a ``dcp`` folder: each has rows of every tensor, in a file of its own",
     )
     max_shard_size: Option[int | str | None] = Option(
         "text",
@@ -197,18 +202,13 @@ class ConvertOptions(Options):
             raise RewriteError("--cast-scaled is about --dtype, which is not given")
         if self.model_args and self.like is None:
             raise RewriteError("--model-arg is for the model of --like, which is not given")
-        if self.all_tensors:
-            self._check_all_tensors()
+        if self.all_tensors and self.section is not None:
+            told = "--all-tensors takes every section; give --section alone, or --include with the names of one"
+            raise RewriteError(told)
+        if self.all_tensors and self.keep_beside:
+            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
         if self.like is not None:
             vars(self)["weights_only"] = True
-
-    def _check_all_tensors(self) -> None:
-        if self.section is not None:
-            raise RewriteError(
-                "--all-tensors takes every section; give --section alone, or --include with the names of one"
-            )
-        if self.keep_beside:
-            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
 
 
 class LoadOptions(Options):
@@ -449,6 +449,7 @@ if TYPE_CHECKING:
         like: Any
         model_args: Mapping[str, Any] | None
         to: str | None
+        ranks: int | None
         max_shard_size: int | str | None
         metadata: Mapping[str, str] | None
         receipt: bool

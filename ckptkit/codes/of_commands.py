@@ -124,6 +124,19 @@ CONVERSION: dict[str, Explanation] = {
         "in the output, in their own bytes.",
         "-",
     ),
+    "untied": Explanation(
+        "tensors with several names are no longer tied",
+        "torch.distributed.checkpoint saves a tensor under each of its names, and does not say which are one. Each "
+        "name holds the same values in the output, in its own bytes.",
+        "The model that loads them ties them again. --tied error refuses such tensors.",
+    ),
+    "flattened": Explanation(
+        "a tree as torch.distributed.checkpoint keeps it",
+        "Its planner saves values under the keys that lead to them. Dicts of other classes become plain ones, without "
+        "their attributes (the module versions of a state_dict are one); keys that are not text become text; an empty "
+        "dict vanishes. torch.distributed.checkpoint.save does the same.",
+        "A .pth keeps all of it.",
+    ),
     "compacted": Explanation(
         "bytes that no tensor views were left behind",
         "torch.save writes whole storages, even where a small slice is all that is kept. The output's storages hold "

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
-from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like
+from ckptkit.conversion.options import Conversion, needs_weights, read_section, require_fitting, section_like
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
@@ -53,7 +53,7 @@ class Job:
         checkpoint: what is written, its metadata included.
         source: the open file its bytes lie in.
         asked: the destination that was asked for.
-        path: the file that is written: of shards, their index.
+        path: the file, or the folder, that is written: of shards, their index.
         plan: how.
     """
 
@@ -91,7 +91,7 @@ class Job:
         if options.receipt:
             hashed = options.check and not options.dry_run
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
-        path, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size)
+        path, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size, ranks=options.ranks)
         plan = with_digests(plan, tokens) if tokens.files else plan
         return cls(checkpoint=checkpoint, source=file, asked=os.fsdecode(destination), path=path, plan=plan)
 
@@ -104,7 +104,7 @@ class Job:
             def compare(path: str, compared: Callable[[int], object]) -> object:
                 return check_output(self.checkpoint, path, compared)
 
-        if not options.force and os.path.lexists(self.asked):
+        if not options.force and self.plan.in_folder is None and os.path.lexists(self.asked):
             raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
         return write_atomically(
             self.path,
@@ -201,6 +201,7 @@ def run(
         source = options.like.cut(source)
         require_whole(source, allow_part=options.allow_part)
     _, container, most = formats.target(destination, options.to)
+    require_fitting(options, container)
     weights_alone = container.tensors_alone or most is not None or options.max_shard_size is not None
     if rewrite and not options.all_tensors:
         _require_weights(source, options, weights_alone)
@@ -210,7 +211,7 @@ def run(
         if weights_alone and KeepBeside()(source).rest is not STATE_DICT:  # it could not be kept again
             source = read
     is_restored = source is not read
-    if options.dtype is not None or container.tensors_alone:
+    if options.dtype is not None or container.tensors_alone or container.is_folder:
         source = devices_made_plain(source)
     conversion = None
     if rewrite:

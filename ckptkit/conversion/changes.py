@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry, tied_groups
 from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.errors import FormatError
 from ckptkit.formats import format_named
@@ -31,6 +31,7 @@ __all__ = [
     "diagnose_casts",
     "diagnose_dense",
     "diagnose_fitting",
+    "diagnose_flat",
     "diagnose_layout",
     "diagnose_losses",
     "diagnose_moves",
@@ -408,7 +409,7 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
         dead: storages that were cut, and the bytes that no tensor viewed of them.
     """
     storages, nbytes = dead
-    each_apart = format_named(plan.format).tensors_alone
+    each_apart = format_named(plan.format).tensors_alone or plan.in_folder is not None
     if nbytes and not each_apart:
         told = f"{human_size(nbytes)} in {count_of(storages, 'storage')} belong to no tensor and are left out"
         yield Finding(code="compacted", severity="info", message=told)
@@ -427,6 +428,20 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
             )
             + "; each has its own bytes in the output",
         )
+
+
+def diagnose_flat(result: Checkpoint) -> Iterator[Finding]:
+    """What of a tree a folder of torch.distributed.checkpoint does not keep."""
+    from ckptkit.formats.distributed.dcp_writer import flattened
+
+    flat = flattened(result)
+    ties = [listed(names, 4, between=" = ", characters=100) for names in tied_groups(flat.tensors)]
+    if ties:
+        told = f"{count_of(len(ties), 'tensor')} with several names, which are no longer tied: {listed(ties, 4)}"
+        yield Finding(code="untied", severity="info", message=told)
+    if flat.lost:
+        told = f"not as it is in the source, as torch.distributed.checkpoint saves it too: {listed(flat.lost, 8)}"
+        yield Finding(code="flattened", severity="info", message=told)
 
 
 def diagnose_casts(result: Checkpoint, tally: Iterable[tuple[DTypeConversion, Losses]]) -> Iterator[Finding]:

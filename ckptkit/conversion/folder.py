@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ckptkit import rewrite
-from ckptkit.conversion.options import renamers_of
+from ckptkit import formats, rewrite
+from ckptkit.conversion.options import renamers_of, require_fitting
 from ckptkit.conversion.outputs import Item, ending_of, require_names
 from ckptkit.errors import CkptkitError
 from ckptkit.report import Finding, Report, parse_size, without_endings
@@ -53,7 +53,7 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
     """
     started = time.monotonic()
     ending = ending_of(destination, options)
-    _require_options(options)
+    _require_options(options, destination)
     survey = _surveyed(source, destination)
     items, refused = list(_items(survey, source, destination, ending)), dict(survey.unreadable)
     require_names(items, destination, options)
@@ -151,13 +151,14 @@ class _Progress:
             self._progress(before + nbytes * done // max(total, 1), self._nbytes)
 
 
-def _require_options(options: ConvertOptions) -> None:
+def _require_options(options: ConvertOptions, destination: str) -> None:
     """Raise what is wrong with options whatever a file holds: once, not for each file.
 
     Raises:
         RewriteError: an option's value makes no sense.
     """
     renamers_of(options)
+    require_fitting(options, formats.target(destination, options.to)[1])
     if options.dtype is not None:
         rewrite.CastDtype(options.dtype, options.keep_dtype)
     if options.map_location is not None:

@@ -20,6 +20,7 @@ from ckptkit.conversion.changes import (
     diagnose_casts,
     diagnose_dense,
     diagnose_fitting,
+    diagnose_flat,
     diagnose_layout,
     diagnose_losses,
     diagnose_moves,
@@ -50,6 +51,7 @@ from ckptkit.rewrite.storages import dead_bytes
 
 if TYPE_CHECKING:
     from ckptkit.documents import CastDocument, ChangesDocument
+    from ckptkit.formats.format import Format
     from ckptkit.options import ConvertOptions
     from ckptkit.rewrite.like import Like
     from ckptkit.transfer import Tally
@@ -62,6 +64,7 @@ __all__ = [
     "needs_weights",
     "read_others",
     "read_section",
+    "require_fitting",
     "section_like",
     "unselected_weights",
 ]
@@ -87,6 +90,21 @@ def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
     if options.rename:
         found.append(rewrite.Rename(options.rename))
     return tuple(found)
+
+
+def require_fitting(options: ConvertOptions, container: Format) -> None:
+    """Raise where options are not for the container that is written.
+
+    Raises:
+        RewriteError: they are not.
+    """
+    if container.is_folder and options.max_shard_size is not None:
+        raise RewriteError(
+            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
+            "N makes N of them"
+        )
+    if options.ranks is not None and not container.is_folder:
+        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
 
 
 def needs_weights(options: ConvertOptions) -> bool:
@@ -325,6 +343,8 @@ class Conversion:
             yield Finding(code="replaced", severity="info", message=told)
         yield from diagnose_trust(self.source, self.result, plan)
         yield from diagnose_layout(self.result, plan, self._dead)
+        if plan.in_folder is not None:
+            yield from diagnose_flat(self.result)
 
     def _changed_by(self, *kinds: type[Renamer]) -> set[str]:
         """The names that renamers of these kinds change."""

@@ -19,6 +19,7 @@ from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.report import count_of, listed, without_endings
 from ckptkit.transfer import folder_made
+from ckptkit.transfer.folders import is_empty_folder, not_empty
 from ckptkit.transfer.names import exists
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def is_folder_of_files(
     path = os.fsdecode(destination)
     if options.tag is not None or options.tp_rules is not None:
         return False
-    if _names_a_file(path) and not _is_folder(path, options):
+    if not formats.makes_folder(options.to) and _names_a_file(path) and not _is_folder(path, options):
         return False
     from ckptkit.formats.distributed.around import sharded_in
 
@@ -72,11 +73,11 @@ def require_file_name(destination: str | os.PathLike[str]) -> None:
 def destination_of(
     path: str, destination: str | os.PathLike[str], options: ConvertOptions
 ) -> Iterator[str | os.PathLike[str]]:
-    """The file that a destination means, which may be the folder to put it into; that is made where it is not there.
+    """The output that a destination means, which may be the folder to put it into; that is made where it is not there.
 
     Args:
         path: the source's.
-        destination: a file, a folder that is there, or one with a slash at its end.
+        destination: a file, a folder that is there, or one with a slash at its end; or the folder to be written.
         options: the container.
 
     Raises:
@@ -84,6 +85,11 @@ def destination_of(
         FileAccessError: the folder cannot be made.
     """
     folder = os.fsdecode(destination)
+    if formats.makes_folder(options.to):
+        above = os.path.dirname(folder.rstrip("/" + os.sep))
+        with folder_made("" if options.dry_run else above, flush=options.check):
+            yield destination
+        return
     if not _is_folder(folder, options):
         yield destination
         return
@@ -127,7 +133,7 @@ def _names_a_file(path: str) -> bool:
 
 
 def ending_of(folder: str, options: ConvertOptions) -> str:
-    """The ending of outputs in a folder.
+    """The ending of outputs in a folder; ``""`` where each is a folder.
 
     Raises:
         RewriteError: no container is asked for, or none has that name.
@@ -137,6 +143,8 @@ def ending_of(folder: str, options: ConvertOptions) -> str:
             f"{folder}: a folder's name does not say what to write into it; give --to safetensors or --to torch-zip"
         )
     _, container, _ = formats.target(folder, options.to)
+    if container.is_folder:
+        return ""
     asked = f".{options.to}"
     return asked if asked in container.suffixes else container.suffixes[0]
 
@@ -186,6 +194,11 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
         told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
         raise RewriteError("\n  ".join([told, *clashes]), path=destination, names=names)
     taken = list(_taken(items, is_sharded))
+    if formats.makes_folder(options.to):
+        full = [path for path in taken if not is_empty_folder(path)]
+        if full:
+            raise not_empty(listed(full, 4))
+        return
     if taken and not options.force:
         if len(taken) == 1:
             raise exists(taken[0])

@@ -38,6 +38,7 @@ __all__ = [
     "given_of",
     "hashed_parts",
     "judged",
+    "makes_folder",
     "plan",
     "read",
     "require_sound",
@@ -437,6 +438,11 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     )
 
 
+def makes_folder(to: str | None) -> bool:
+    """Whether a container of this name is written as a folder."""
+    return to is not None and any(each.is_folder for each in FORMATS if each.name == to)
+
+
 def target(
     destination: str | os.PathLike[str], to: str | None = None, shard_nbytes: int | None = None
 ) -> tuple[str, Format, int | None]:
@@ -444,19 +450,21 @@ def target(
 
     Args:
         destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
-            shards.
+            shards.  Of a container that is a folder it is that, whatever its name.
         to: container name that overrides the ending; ``safetensors-sharded`` and ``torch-sharded`` ask for shards.
         shard_nbytes: the most bytes of a file; what has more becomes shards and an index.
 
     Returns:
-        The path of the one file, or that the shards are named after; the container of it or of them; and the
-        most bytes of a shard, ``None``: no shards are asked for.
+        The path of the one file or folder, or that the shards are named after; the container of it or of them; and
+        the most bytes of a shard, ``None``: no shards are asked for.
 
     Raises:
         RewriteError: no container is meant by it.
     """
     path = os.fsdecode(destination)
     default = None
+    if makes_folder(to):
+        return path, format_for(path, to), None
     if path.endswith(_INDEX):
         path, default = path.removesuffix(_INDEX), SHARD_NBYTES
     shards = next((index.shards for index in FORMATS if index.name == to), None)
@@ -471,6 +479,7 @@ def plan(
     *,
     to: str | None = None,
     shard_nbytes: int | None = None,
+    ranks: int | None = None,
 ) -> tuple[str, Plan]:
     """What would be written, and the file it would be.
 
@@ -479,16 +488,17 @@ def plan(
         destination: the output.
         to: container name that overrides its ending.
         shard_nbytes: the most bytes of a file; see `target`.
+        ranks: how many share a folder; ``None``: one, or it is no folder.
 
     Returns:
-        The file, which is the index of ``destination`` where there are shards, and its plan.
+        The file, which is the index of ``destination`` where there are shards, or the folder, and its plan.
 
     Raises:
         RewriteError: no container is meant, or it cannot hold the checkpoint.
     """
     path, container, most = target(destination, to, shard_nbytes)
     if most is None:
-        return path, container.write(checkpoint)
+        return path, container.write(checkpoint, ranks)
     from ckptkit.formats.shard_writer import index_name, plan_shards
 
     made = plan_shards(checkpoint, container, os.path.basename(path), most)

@@ -134,7 +134,10 @@ FORMATS: tuple[Format, ...] = (
         has_pickle=False, tensors_alone=True, ties_once=True,
     ),
     Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
-    Format(name="dcp", claims=_folder("dcp"), reader="distributed.dcp", is_folder=True),
+    Format(
+        name="dcp", claims=_folder("dcp"), reader="distributed.dcp", writer="distributed.dcp_writer", is_folder=True,
+        loader="torch.distributed.checkpoint.load",
+    ),
     Format(name="fsdp", claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True),
     Format(name="deepspeed", claims=_folder("deepspeed"), reader="distributed.deepspeed", is_folder=True),
     Format(name="megatron", claims=_folder("megatron"), reader="distributed.megatron", is_folder=True),

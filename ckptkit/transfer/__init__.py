@@ -1,7 +1,8 @@
 """Executes a plan: a destination is what it was before, or the complete new file.
 
 `values` gives a tensor's values however they lie, `steps` carries out a plan on an open file, `checksums` holds bytes
-against what was recorded of them, `names` gives complete files their names, `workers` are the threads.
+against what was recorded of them, `names` gives complete files their names and `folders` complete folders theirs,
+`workers` are the threads.
 
 Every file is written beside its destination under a temporary name, compared, closed, and only then
 renamed; see `ckptkit.transfer.names`.  On any error, an interrupt included, the temporary files are
@@ -22,11 +23,11 @@ from functools import partial
 from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
 from ckptkit.plan import Digest, IndexFile, Plan
+from ckptkit.transfer.folders import OutputFolder, created_folder, folder_made
 from ckptkit.transfer.names import (
     Output,
     created,
     exists,
-    flush_names,
     names_flushed_together,
     overwrite,
     publish,
@@ -71,9 +72,9 @@ def write_atomically(
     """Write the plan's file, and its shards beside it, so that nothing is ever half-written.
 
     Args:
-        destination: the output file; a symbolic link is followed, the link itself stays.
+        destination: the output; a symbolic link is followed, the link itself stays.
         plan: what to write.
-        force: whether what exists may be replaced; what replaces it keeps its permissions.
+        force: whether a file that exists may be replaced; what replaces it keeps its permissions.
         check: called once everything is written, with a path that opens it and a function to be called with
             the number of bytes as they are compared; whatever it raises stops the write before the
             destination is touched.  ``None``: nothing is compared, checksums that would have to be computed
@@ -93,17 +94,18 @@ def write_atomically(
     """
     shown = os.fsdecode(destination)
     wanted = _places(plan, shown, force=force)
-    folder = os.path.dirname(wanted[-1][1])
+    path = wanted[-1][1]
+    folder = os.path.dirname(path)
     tally, stop = Tally(), threading.Event()
     files: list[Output] = []
+    whole: OutputFolder | None = None
     digests = None
     try:
         _remove_stale_now_and_then(folder)
-        old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
-        like = next(filter(None, old), None)  # a new shard of a checkpoint that few may read is not for others
         with uninterrupted():  # no file without a record of it
-            for each, path, name in wanted:
-                files.append(created(each, path, name, _status(path) or like))
+            whole = None if plan.in_folder is None else created_folder(path, shown)
+            for file in _created(wanted, folder, replaces) if whole is None else whole.created(plan):
+                files.append(file)
         for file in files:
             reserve(file.fd, file.plan.nbytes)
         counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
@@ -119,17 +121,18 @@ def write_atomically(
             if plan.index is not None:
                 overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
             if check is not None:
-                check(files[-1].temporary, counted)
+                check(files[-1].temporary if whole is None else whole.temporary, counted)
             for file in data:
                 fill_file(file.plan, file.fd, digests, checksums=False)
             index = b"" if plan.index is None else _index(files, plan, plan.index, digests)
             written()
         require_unchanged(plan)
         counted.finish()
-        publish(files, index, force=force, flush=check is not None, source=source)
-        for path in (os.path.join(folder, name) for name in replaces):
-            with contextlib.suppress(OSError):
-                replacing(partial(os.unlink, path), path, source)
+        if whole is not None:
+            whole.publish(files, flush=check is not None)
+        else:
+            publish(files, index, force=force, flush=check is not None, source=source)
+            _remove_stale_shards(folder, replaces, source)
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
@@ -137,6 +140,8 @@ def write_atomically(
     finally:
         stop.set()
         with uninterrupted(), contextlib.ExitStack() as stack:  # Ctrl-C is often pressed twice
+            if whole is not None:
+                stack.callback(whole.close)
             for file in files:
                 stack.callback(file.close)
             if digests is not None:
@@ -144,46 +149,16 @@ def write_atomically(
     return tally
 
 
-@contextlib.contextmanager
-def folder_made(path: str, *, flush: bool) -> Iterator[None]:
-    """A folder for what the block writes; where the block fails, those that were made and are empty go again.
-
-    Args:
-        path: the folder; ``""`` is the working directory.
-        flush: whether to make the names of those that are made durable.
-
-    Raises:
-        FileAccessError: it cannot be made.
-    """
-    made: list[str] = []
-    above = path.rstrip("/" + os.sep)
-    while above and not os.path.isdir(above):
-        made.append(above)
-        above = os.path.dirname(above)
-    try:
-        try:
-            if made:
-                os.makedirs(made[0], exist_ok=True)
-            for folder in made if flush else ():
-                flush_names(os.path.dirname(folder) or os.curdir)
-        except OSError as error:
-            raise FileAccessError(f"{path}: the folder cannot be created: {error.strerror}") from error
-        yield
-    except BaseException:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
-        raise
-
-
 def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
-    """Each file's plan, its path, and the name that messages use; the one that is asked for is the last.
+    """Each file's plan, its path, and the name that messages use; what is asked for is the last, of a folder the one.
 
     Raises:
         DestinationExistsError: one exists and ``force`` is false.
         FileAccessError: one is a folder.
     """
     found = [(plan, os.path.realpath(shown), shown)]
+    if plan.in_folder is not None:
+        return found
     if plan.index is not None:
         # An index may be a link into a cache, whose folder is no place for shards: links in folders alone are followed.
         above, name = os.path.split(shown)
@@ -198,11 +173,25 @@ def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str
     return found
 
 
+def _created(wanted: list[tuple[Plan, str, str]], folder: str, replaces: tuple[str, ...]) -> Iterator[Output]:
+    """The files of `_places` in which something is written; a new one of a checkpoint that few may read is for them."""
+    old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
+    like = next(filter(None, old), None)
+    for plan, path, name in wanted:
+        yield created(plan, path, name, _status(path) or like)
+
+
 def _remove_stale_now_and_then(folder: str) -> None:
     """Remove what killed runs left in the folder, unless it was looked through a moment ago."""
     if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
         _swept[folder] = time.monotonic()
         remove_stale(folder)
+
+
+def _remove_stale_shards(folder: str, names: tuple[str, ...], source: Source | None) -> None:
+    for path in (os.path.join(folder, name) for name in names):
+        with contextlib.suppress(OSError):
+            replacing(partial(os.unlink, path), path, source)
 
 
 def _status(path: str) -> os.stat_result | None:

@@ -288,7 +288,7 @@ def test_an_index_stands_for_its_shards_whatever_they_are_called(tmp_path: Path)
 
 def test_unfinished_outputs_and_folders_of_git(tmp_path: Path) -> None:
     for name in ("model.safetensors", "weights", "x" * 300 + ".pth", "w.lock.json"):
-        made = os.path.basename(names._beside(str(tmp_path / name), ""))
+        made = os.path.basename(names.beside(str(tmp_path / name), ""))
         assert is_temporary_name(made)
         (tmp_path / made).write_bytes(saved()[:500])
     for name in (".model.tmp.pth", "model.0123abcd.tmp.pth", ".m.0123ABCD.tmp", ".m.0123abcd.tmp.tar.gz"):

@@ -176,7 +176,9 @@ class Zero:
                     module[name] = value.view(group[name].shape)
             module |= {alias: module[name] for alias, name in self.tied.items()}
         shapes = [OrderedDict((name, value.shape) for name, value in group.items()) for group in self.flat_order()]
-        fragments = {name: self._shares(value)[rank] if self.stage == 3 else value for name, value in self.frozen.items()}
+        fragments = {
+            name: self._shares(value)[rank] if self.stage == 3 else value for name, value in self.frozen.items()
+        }
         return {
             "module": module,
             "buffer_names": list(self.buffers),
@@ -283,7 +285,9 @@ class Zero:
 
     def _shares(self, value: torch.Tensor) -> list[torch.Tensor]:
         per = self._share(value)
-        padded = torch.cat([value.reshape(-1), torch.full((per * self.world - value.numel(),), PADDING).to(value.dtype)])
+        padded = torch.cat(
+            [value.reshape(-1), torch.full((per * self.world - value.numel(),), PADDING).to(value.dtype)]
+        )
         return [padded[rank * per : (rank + 1) * per].clone() for rank in range(self.world)]
 
     def _split(self) -> list[dict[str, Any]]:
@@ -302,14 +306,16 @@ class Zero:
             groups = [
                 {"lr": 0.01, "params": [next(numbers) for _ in self._sub_groups(dict(group))]} for group in self.groups
             ]
-            states.append({
-                "zero_stage": ZeroStageEnum.weights,
-                "loss_scaler": LossScaler(),
-                "overflow": False,
-                "partition_count": self.world,
-                "optimizer_state_dict": {"state": dict(enumerate(kept)), "param_groups": groups},
-                "fp32_flat_groups": buffers["fp32"],
-            })
+            states.append(
+                {
+                    "zero_stage": ZeroStageEnum.weights,
+                    "loss_scaler": LossScaler(),
+                    "overflow": False,
+                    "partition_count": self.world,
+                    "optimizer_state_dict": {"state": dict(enumerate(kept)), "param_groups": groups},
+                    "fp32_flat_groups": buffers["fp32"],
+                }
+            )
         return states
 
 
@@ -350,4 +356,3 @@ def random_zero(seed: int) -> Zero:
         moments=(("exp_avg", "exp_avg_sq"), ("momentum_buffer",), ())[draw(3)],
         step=(2.0, 2, None)[draw(3)],
     )
-

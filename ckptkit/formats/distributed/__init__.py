@@ -65,7 +65,7 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
         FormatError: the rules are none.
     """
     from ckptkit.formats.distributed.layouts import LAYOUTS
-    from ckptkit.formats.distributed.rank_files import numbered
+    from ckptkit.formats.distributed.slices import numbered
     from ckptkit.formats.distributed.tensor_parallel import rules_in
 
     rules, names = rules_in(tp_rules), listing(path)

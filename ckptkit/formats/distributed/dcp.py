@@ -127,6 +127,7 @@ def read(probe: Probe) -> RawCheckpoint:
         root=_nested(metadata, values),
         format=NAME,
         format_version=metadata.version,
+        metadata=metadata.strings,
         pickle_protocol=metadata.protocol,
         globals=opened.globals,
         findings=opened.findings,

@@ -32,16 +32,19 @@ from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.formats.distributed.dcp_items import Items, Wanted
 from ckptkit.formats.distributed.dcp_runs import BYTES, Columns, Run, Runs, TensorRow
 from ckptkit.limits import Limits
-from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items
+from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items, named_items
 from ckptkit.pickling.reader import PickleResult, read_pickle
 from ckptkit.pickling.tensors import is_int
 from ckptkit.pickling.trust import global_uses
 from ckptkit.report import count_of, listed
 
-__all__ = ["METADATA_NBYTES", "Metadata", "TensorMetadata", "parse_metadata"]
+__all__ = ["METADATA_NBYTES", "STRINGS", "Metadata", "TensorMetadata", "parse_metadata"]
 
 METADATA_NBYTES = 1 << 30
 """Bytes of a ``.metadata``: twice that of 1,024 processes with Adam, at some 143 bytes a chunk."""
+
+STRINGS = "ckptkit_metadata"
+"""The attribute in which ckptkit keeps a checkpoint's string metadata, a dict; torch passes over it."""
 
 _MOST_CHUNKS = 8_000_000
 """Chunks, stored items and tensors, of each: what has room in that."""
@@ -108,6 +111,7 @@ class Metadata:
         items: where each lies.
         paths: for names the keys that lead to them; ``None``: the names themselves are the keys.
         version: of the metadata, ``"1.0.0"``; ``None``: not said.
+        strings: the checkpoint's string metadata (`STRINGS`).
         protocol: of the pickle.
         globals: the verdicts on all names in it.
     """
@@ -118,6 +122,7 @@ class Metadata:
     items: Items
     paths: dict[str, tuple[str | int, ...]] | None
     version: str | None
+    strings: dict[str, str]
     protocol: int
     globals: tuple[GlobalUse, ...]
 
@@ -263,6 +268,7 @@ class _Reader:
             items=Items(columns.paths, columns.starts, columns.lengths, columns.transforms),
             paths=self._paths(state.get("planner_data"), order),
             version=version if isinstance(version, str) else None,
+            strings={key: value for key, value in named_items(state.get(STRINGS)) if isinstance(value, str)},
             protocol=pickle.protocol,
             globals=(),
         )

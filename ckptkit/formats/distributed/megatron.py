@@ -31,10 +31,10 @@ from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
-from ckptkit.formats.distributed import rank_files
+from ckptkit.formats.distributed import slices
 from ckptkit.formats.distributed.folder import FolderSource
 from ckptkit.formats.distributed.layouts import MEGATRON
-from ckptkit.formats.distributed.rank_files import (
+from ckptkit.formats.distributed.slices import (
     args_of,
     as_of_one,
     beside,
@@ -113,7 +113,7 @@ def read(probe: Probe) -> RawCheckpoint:
         return read_dist(probe)
     rules: tuple[Rule, ...] = folder.tp_rules
     found = [match for name in folder.names if (match := re.fullmatch(MEGATRON, name, re.ASCII))]
-    return _of_ranks(probe, found, rules) if found else rank_files.read(probe, rules)
+    return _of_ranks(probe, found, rules) if found else slices.read(probe, rules)
 
 
 def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, ...]) -> RawCheckpoint:

@@ -26,7 +26,7 @@ from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.distributed.dcp import Opened, open_folder
 from ckptkit.formats.distributed.dcp_metadata import TensorMetadata
 from ckptkit.formats.distributed.folder import FolderSource, read_part
-from ckptkit.formats.distributed.rank_files import args_of, as_of_one, mesh_of, stated
+from ckptkit.formats.distributed.slices import args_of, as_of_one, mesh_of, stated
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals

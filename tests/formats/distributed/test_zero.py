@@ -72,7 +72,12 @@ def test_what_is_not_laid_out_like_the_parameters_stays_by_rank(tmp_path: Path) 
 
 def test_places_of_joined_parameters() -> None:
     slots, totals = joined_slots([[("a", (2, 3)), ("b", ()), ("c", (4,))], [("d", (5,))]], [[2, 7, 0], [0]])
-    assert [(slot.name, slot.flat, slot.start) for slot in slots] == [("a", 0, 0), ("b", 0, 8), ("c", 0, 16), ("d", 1, 0)]
+    assert [(slot.name, slot.flat, slot.start) for slot in slots] == [
+        ("a", 0, 0),
+        ("b", 0, 8),
+        ("c", 0, 16),
+        ("d", 1, 0),
+    ]
     assert totals == [20, 5]
     with pytest.raises(CorruptError, match="gives 1 paddings for the 2 parameters of group 0"):
         joined_slots([[("a", (2,)), ("b", (1,))]], [[0]])
@@ -80,7 +85,11 @@ def test_places_of_joined_parameters() -> None:
 
 def test_places_of_split_parameters() -> None:
     groups = [[("a", (5,)), ("b", (2, 2))], [("c", (1,))]]
-    assert [(s.name, s.flat, s.start) for s in split_slots(groups, [5, 1], 2)] == [("a", 0, 0), ("b", 0, 3), ("c", 1, 0)]
+    assert [(s.name, s.flat, s.start) for s in split_slots(groups, [5, 1], 2)] == [
+        ("a", 0, 0),
+        ("b", 0, 3),
+        ("c", 1, 0),
+    ]
     assert [(s.name, s.flat, s.start) for s in split_slots(groups, [6], 2)] == [("a", 0, 0), ("b", 0, 3), ("c", 0, 5)]
     for sizes in ([5], [5, 2], [4, 2], [], [5, 1, 1], [7, 1]):
         with pytest.raises(CorruptError, match="its shares of the parameters are 6"):
