@@ -75,7 +75,11 @@ _EXPERT = re.compile(
     re.DOTALL,
 )
 
-_HEAD = re.compile(rf"(?:.*[.{INSIDE}])?word_embeddings_for_head[.{INSIDE}]weight", re.DOTALL)
+_HEAD = re.compile(
+    rf"(?:.*[.{INSIDE}])?word_embeddings_for_head[.{INSIDE}]weight|(?:model[.])?word_embeddings[.]weight", re.DOTALL
+)
+"""The last stage's copy of the word embeddings: Megatron's, and NeMo's."""
+
 _OUTPUT = re.compile(rf"(?:.*[.{INSIDE}])?output_layer[.{INSIDE}]weight", re.DOTALL)
 _EMBEDDING = re.compile(rf"(?:.*[.{INSIDE}])?embedding[.{INSIDE}]word_embeddings[.{INSIDE}]weight", re.DOTALL)
 
@@ -400,13 +404,13 @@ def _vocabulary(values: Mapping[str, object], args: Mapping[str, Any]) -> Iterat
     if not isinstance(embedding, TensorEntry) or type(padded) is not int or padded == true:
         return
     rows = embedding.shape[0] if embedding.shape else 0
-    if rows != padded:
-        raise CorruptError(f"args.padded_vocab_size is {padded:,}, and the word embeddings have {rows:,} rows")
     tokens = f"the first {true:,} are tokens" if type(true) is int else "how many are tokens, is not said"
     yield Finding(
         code="padded-vocabulary",
-        severity="info",
-        message=f"the word embeddings have {padded:,} rows, so that the ranks have the same number: {tokens}",
+        severity="info" if rows == padded else "warning",
+        message=f"the word embeddings have {padded:,} rows, so that the ranks have the same number: {tokens}"
+        if rows == padded
+        else f"args.padded_vocab_size is {padded:,}, and the word embeddings have {rows:,} rows",
     )
 
 

@@ -56,11 +56,13 @@ class Rule(NamedTuple):
         pattern: of their names, all of one.
         axis: the dimension along which they lie side by side; ``None``: they are copies.
         parts: how many matrices are stored as one; 0: one or two, as the size of the layer's second matrix says.
+        is_even: whether all slices are of one size, as those of whoever cuts so are.
     """
 
     pattern: str
     axis: int | None
     parts: int = 1
+    is_even: bool = True
 
 
 def ending(tails: str, axis: int | None, parts: int = 1) -> Rule:
@@ -72,7 +74,7 @@ _BOTH = r"\.(?:weight|bias)"
 
 MEGATRON_RULES: tuple[Rule, ...] = (
     ending(rf"(?:lm_head\.dense|pooler\.dense|binary_head){_BOTH}", None),
-    ending(rf"[^.]*norm[^.]*{_BOTH}|[^.]*layer_?norm_(?:weight|bias)", None),
+    ending(rf"(?=[^.]*norm)[^.]*{_BOTH}|(?=[^.]*layer_?norm_)[^.]*_(?:weight|bias)", None),
     ending(r"(?:position|tokentype)_embeddings\.weight|inv_freq|router\.(?:weight|bias|expert_bias)", None),
     ending(r"shared_experts\.gate_weight", None),
     ending(r"word_embeddings(?:_for_head)?\.weight|output_layer\.(?:weight|bias)|lm_head\.bias|softmax_offset", 0),
@@ -85,7 +87,7 @@ MEGATRON_RULES: tuple[Rule, ...] = (
 """Names of ``megatron/core/transformer`` (``linear_qkv``, ``linear_fc1``) and of ``megatron/legacy/model``."""
 
 LLAMA_RULES: tuple[Rule, ...] = (
-    ending(rf"[^.]*norm{_BOTH}|rope\.freqs", None),
+    ending(rf"(?=[^.]*norm\.)[^.]*{_BOTH}|rope\.freqs", None),
     ending(rf"(?:wq|wk|wv|w1|w3|output){_BOTH}", 0),
     ending(r"(?:wo|w2)\.weight", 1),
 )
@@ -127,7 +129,7 @@ def _rule(glob: str, how: object) -> Rule:
         raise CorruptError(
             f'the rule for {shown(glob)} is {shown(how)}; it is a dimension (0 or 1), "replicated" or "swiglu"'
         )
-    return Rule(fnmatch.translate(glob), axis, parts)
+    return Rule(fnmatch.translate(glob), axis, parts, is_even=False)
 
 
 @lru_cache(maxsize=1024)
@@ -213,7 +215,7 @@ class Joiner:
         if not parts:
             unknown.append(f"{said} (one matrix or two: args do not say whether its layer is gated)")
             return first
-        return self._side_by_side(said, tensors, rule.axis, parts)
+        return self._side_by_side(said, tensors, rule.axis, parts, rule.is_even)
 
     def _copy(self, name: str, tensors: Mapping[str, TensorEntry], unknown: list[str] | None) -> TensorEntry:
         """The first of what should be copies."""
@@ -254,11 +256,14 @@ class Joiner:
             return parts if not left and parts in (1, 2) else 0
         return 0 if self.gated is None else 1 + self.gated
 
-    def _side_by_side(self, name: str, tensors: Mapping[str, TensorEntry], axis: int, parts: int) -> TensorEntry:
+    def _side_by_side(
+        self, name: str, tensors: Mapping[str, TensorEntry], axis: int, parts: int, is_even: bool
+    ) -> TensorEntry:
         """The slices along a dimension; of each rank the parts in turn."""
         first = next(iter(tensors.values()))
         for rank, tensor in tensors.items():
             fits = axis < len(tensor.shape) == len(first.shape) and not tensor.shape[axis] % parts
+            fits = fits and (tensor.shape == first.shape or not is_even)
             if not fits or _without(tensor.shape, axis) != _without(first.shape, axis):
                 how = f"dimension {axis}" + (f" in {parts} parts" if parts > 1 else "")
                 raise CorruptError(
