@@ -196,6 +196,10 @@ def run(
     """
     if options.like is None:
         require_whole(checkpoint, allow_part=options.allow_part)
+    is_held = options.check and not (options.ignore_checksums or options.dry_run)
+    is_folder = formats.format_named(checkpoint.origin.format).is_folder
+    if is_folder:  # of which planning reads pickles
+        formats.require_sound(file, checkpoint, held=is_held)
     source = _section_meant(checkpoint, file, options)
     if options.like is not None:
         source = options.like.cut(source)
@@ -228,7 +232,8 @@ def run(
         findings += job.findings()
         findings += conversion.findings(job.plan, None if options.dry_run else job.path)
     if not options.dry_run:
-        formats.require_sound(file, checkpoint, held=options.check and not options.ignore_checksums)
+        if not is_folder:
+            formats.require_sound(file, checkpoint, held=is_held)
         tally = job.carry_out(options)
         findings += () if conversion is None else conversion.losses(tally)
     return Outcome(

@@ -329,8 +329,10 @@ def examine_file(
         reading, given = Reading(), formats.given_of(file)
         is_whole = given is file  # else a file that is compressed or an archive, and what is in it
         is_read, unlike = bool(hash_file or digest or values or held), None
-        if checksums:
-            checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=not ignore_checksums)
+        if checksums or is_folder(file):
+            held_too = checksums and not ignore_checksums
+            checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=held_too)
+            contents.checkpoint = checkpoint  # what stands in it is the same
         parts = formats.hashed_parts(file) if is_folder(file) else file.parts
         if is_read:
             reading = read_through(

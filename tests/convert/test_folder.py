@@ -411,7 +411,7 @@ def test_a_folder_with_one_checkpoint_in_it_is_that(convert, runs: Path, tmp_pat
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_that_several_processes_wrote_is_one_checkpoint(convert, save: Save, tmp_path: Path) -> None:
     dcp.save({"model": {"w": torch.arange(6.0)}, "epoch": 3}, checkpoint_id=tmp_path / "in/step-10")
-    done = convert("in/step-10", "out", "--to", "safetensors", "--weights-only")
+    done = convert("in/step-10", "out/", "--to", "safetensors", "--weights-only")
     assert (done.code, below(tmp_path / "out")) == (0, ["step-10.safetensors"]), done.err
     save({"w": torch.ones(1)}, "in/other.pth")
     save({"v": torch.ones(1)}, "in/step-10/beside.pth")

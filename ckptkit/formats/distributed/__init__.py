@@ -12,6 +12,7 @@ from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
 from ckptkit.formats.distributed.around import Found, found_in
 from ckptkit.formats.distributed.folder import FolderSource, listing
+from ckptkit.formats.distributed.layouts import LAYOUTS
 from ckptkit.formats.unpacked import unpacked_source
 
 __all__ = ["folder_source"]
@@ -64,7 +65,6 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
         FileAccessError: it holds none, or the rules cannot be read.
         FormatError: the rules are none.
     """
-    from ckptkit.formats.distributed.layouts import LAYOUTS
     from ckptkit.formats.distributed.slices import numbered
     from ckptkit.formats.distributed.tensor_parallel import rules_in
 

@@ -67,6 +67,9 @@ WEIGHTS = (
 _JOINED = r"(?:pytorch_model_fsdp|optimizer)_\d+"
 """accelerate's folders, each one of torch.distributed.checkpoint."""
 
+_MARKS = (".distcp", "/.metadata")
+"""How the files end by which these are known."""
+
 _OWN = {
     "dcp": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|meta\.pt",
     "megatron": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|common\.pt|(?:mp|tp)_rank_[^/]*/[^/]*"
@@ -153,7 +156,7 @@ def _accelerate(folder: str, names: tuple[str, ...]) -> Found | None:
         above, slash, _ = name.partition("/")
         if slash and re.fullmatch(_JOINED, above, re.ASCII):
             inside.setdefault(f"{above}/", []).append(name)
-    members = [member for member, files in inside.items() if any(name.endswith(".distcp") for name in files)]
+    members = [member for member, files in inside.items() if any(name.endswith(_MARKS) for name in files)]
     if not any(member.startswith("pytorch") for member in members):
         return None
     members.sort(key=lambda member: (member.startswith("optimizer"), _natural(member)))
@@ -402,7 +405,8 @@ def _choices(path: str, depth: int) -> Iterator[tuple[str, Found | None]]:
     if not files and len(stems) == 1:
         ((_, shards),) = stems.items()
         missing = unnamed_shards(shards)
-        told = f"{count_of(len(missing), 'shard')} missing: {listed(missing)}; get them into the folder"
+        told = count_of(len(missing), "shard") + f" missing: {listed(missing)}; get "
+        told += "it into the folder" if len(missing) == 1 else "them into the folder"
         raise CorruptError(told, path=path, names=missing)
     if not files:
         files = [name for name in names[:_MOST_FILES] if _is_checkpoint(os.path.join(path, name))]

@@ -128,7 +128,6 @@ def read(probe: Probe) -> RawCheckpoint:
         format=NAME,
         format_version=metadata.version,
         metadata=metadata.strings,
-        pickle_protocol=metadata.protocol,
         globals=opened.globals,
         findings=opened.findings,
         discarded=opened.discarded,

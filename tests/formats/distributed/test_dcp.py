@@ -1,4 +1,4 @@
-"""dcp: folders that torch.distributed.checkpoint wrote, whole, damaged and hostile; what one process would have saved."""
+"""dcp: folders of torch.distributed.checkpoint, whole, damaged and hostile; what one process would have saved."""
 
 from __future__ import annotations
 
