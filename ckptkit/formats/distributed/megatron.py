@@ -201,7 +201,7 @@ def _require_all(grid: Mapping[tuple[int, int, int], str], sizes: Sequence[int])
     words = " x ".join(f"{size} {word}" for size, word in named if size > 1)
     odd = sorted(folder for place, folder in grid.items() if any(a >= n for a, n in zip(place, sizes, strict=True)))
     if odd:
-        raise CorruptError(f"the run had {words or 'one'} parallel ranks, and {listed(odd, _LISTED)} is none of them")
+        raise CorruptError(f"the run had {words or 'one'} parallel ranks; {listed(odd, _LISTED)} is not one of them")
     count = math.prod(sizes)
     if len(grid) < count:
         every = itertools.product(*map(range, sizes))

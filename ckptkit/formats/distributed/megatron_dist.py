@@ -127,7 +127,7 @@ def _arrays(objects: Mapping[str, object]) -> dict[str, dict[tuple[int, ...], ob
         content = value[0] if match is not None and isinstance(value, list) and len(value) == 1 else value
         is_inside = len(place) == len(shape) and all(at < size for at, size in zip(place, shape, strict=True))
         if shapes.setdefault(key, shape) != shape or not is_inside:
-            raise CorruptError(f"the object {shown(name)} is none of the array that the others are of")
+            raise CorruptError(f"the object {shown(name)} does not belong to the array of the others")
         if place in found.setdefault(key, {}):
             raise CorruptError(f"the object {shown(name)} stands twice")
         found[key][place] = content

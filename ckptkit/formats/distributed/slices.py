@@ -79,7 +79,7 @@ def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[st
             versions[path.removesuffix(INSIDE)] = dict(known)
         for key, value in pairs:
             if not isinstance(key, str) or INSIDE in key or level > _LEVELS:
-                raise CorruptError(f"the model in {where} is no state_dict: {shown(key)} is a key in it")
+                raise CorruptError(f"the model in {where} is not a state_dict: {shown(key)} is a key in it")
             below = None if key.endswith("_extra_state") else mapping_items(value)
             if below:
                 gather(value, below, f"{path}{key}{INSIDE}", level + 1)
@@ -353,17 +353,16 @@ def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iter
     given = _params(probe)
     dim = given.get("dim", norm[0] if len(norm) == 1 else None)
     outputs = shapes.get("layers.0.attention.wo.weight", ())
-    if "head_dim" not in given and len(outputs) == 2 and outputs[0] == dim and outputs[1] * len(ranks) != dim:
+    odd = {"layers.0.attention.wo.weight": outputs} if len(outputs) == 2 and "head_dim" not in given else {}
+    odd = {name: shape for name, shape in odd.items() if shape[0] == dim and shape[1] * len(ranks) != dim}
+    if len(rows) == 2 and isinstance(dim, int) and dim not in (rows[1], rows[1] * len(ranks)):
+        odd["tok_embeddings.weight"] = rows
+    for name, shape in odd.items():
         raise CorruptError(
-            f"{count_of(len(ranks), 'file')}, each with {outputs[1]:,} of {dim:,} inputs of "
-            "layers.0.attention.wo.weight: some are missing, or do not belong to it"
+            f"{count_of(len(ranks), 'file')}, each with {[*shape]} of {name}, do not make up a model of width {dim:,}: "
+            "some are missing, or belong to another model"
         )
     if len(rows) == 2 and isinstance(dim, int):
-        if rows[1] != dim and rows[1] * len(ranks) != dim:
-            raise CorruptError(
-                f"{count_of(len(ranks), 'file')}, each with {[*rows]} of tok_embeddings.weight, of a model of width "
-                f"{dim:,}: some are missing, or do not belong to it"
-            )
         yield ending(r"tok_embeddings\.weight", 0 if rows[1] == dim else 1)
 
 

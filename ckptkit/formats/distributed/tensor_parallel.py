@@ -267,8 +267,8 @@ class Joiner:
             if not fits or _without(tensor.shape, axis) != _without(first.shape, axis):
                 how = f"dimension {axis}" + (f" in {parts} parts" if parts > 1 else "")
                 raise CorruptError(
-                    f"tensor {name!r:.200}: the slice {[*tensor.shape]} in {rank} is none of a tensor that is cut "
-                    f"along {how} as {[*first.shape]}",
+                    f"tensor {name!r:.200}: the slice {[*tensor.shape]} in {rank} does not fit the first one, "
+                    f"{[*first.shape]}: the tensor is cut along {how}",
                     names=(name,),
                 )
         key = (axis, parts, *(tensor.view for tensor in tensors.values()))

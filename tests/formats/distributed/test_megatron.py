@@ -187,7 +187,7 @@ def refused(folder: Path, error: type[CkptkitError], text: str) -> None:
         (lambda f: change(f / "mp_rank_01_000", iteration=20), "says iteration 10, mp_rank_01_000 says 20"),
         (lambda f: change(f / "mp_rank_01_000", seed=7), "says args.seed 1234, mp_rank_01_000 says 7"),
         (lambda f: change(f / "mp_rank_01_000", checkpoint_version=2.0), "checkpoint_version"),
-        (lambda f: shutil.copytree(f / "mp_rank_01_001", f / "mp_rank_02_001"), "mp_rank_02_001 is none of them"),
+        (lambda f: shutil.copytree(f / "mp_rank_01_001", f / "mp_rank_02_001"), "mp_rank_02_001 is not one of them"),
         (lambda f: change(f / "mp_rank_00_001", lambda m: m["decoder.final_layernorm.weight"].add_(1)),
          "decoder.final_layernorm.weight .mp_rank_00_001 and mp_rank_01_001"),
         (lambda f: change(f / "mp_rank_00_001", lambda m: m.pop("decoder.final_layernorm.weight")), "in one alone"),
@@ -304,7 +304,7 @@ def test_objects_that_are_missing_and_other_backends_are_refused(tmp_path: Path)
     folder = write_dist(tmp_path / "a", state, {"rng_state/shard_0.1_1.2": [1]}, None)
     refused(folder, CorruptError, "1 object is missing of 'rng_state'")
     folder = write_dist(tmp_path / "b", state, {"rng_state/shard_2_2": [1]}, None)
-    refused(folder, CorruptError, "none of the array")
+    refused(folder, CorruptError, "does not belong to the array")
     (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     refused(folder, UnsupportedError, "backend 'zarr'")
     folder = write_dist(tmp_path / "c", stacked(state), {}, None)
