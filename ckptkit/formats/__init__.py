@@ -232,7 +232,7 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
     if tp_rules is not None and not (isinstance(path, (str, os.PathLike)) and os.path.isdir(path)):
         raise FileAccessError(
-            f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is none"
+            f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is a file"
         )
     if isinstance(path, Source):
         return path
