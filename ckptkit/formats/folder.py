@@ -283,6 +283,8 @@ class Surveyor:
         """Whether a folder is one checkpoint, which is then among those found."""
         from ckptkit.formats.distributed.around import sharded_at
 
+        if key in self._found and folder in self._found[key].paths and folder in self._inside:
+            return True
         try:
             found = None if folder in self._inside else sharded_at(folder, names)
         except CkptkitError:  # what cannot be looked at in it is told when it is met
