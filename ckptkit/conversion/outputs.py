@@ -166,21 +166,6 @@ def ending_of(folder: str, options: ConvertOptions) -> str:
     return asked if asked in container.suffixes else container.suffixes[0]
 
 
-def require_fitting(options: ConvertOptions, container: Format) -> None:
-    """Raise where options are not for the container that is written.
-
-    Raises:
-        RewriteError: they are not.
-    """
-    if container.is_folder and options.max_shard_size is not None:
-        raise RewriteError(
-            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
-            "N makes N of them"
-        )
-    if options.ranks is not None and not container.is_folder:
-        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
-
-
 # Outputs of a folder.
 
 
