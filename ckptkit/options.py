@@ -75,11 +75,7 @@ class ConvertOptions(Options):
     )
     section = _section("convert")
     tag = _tag("the source is a training folder; see `open`")
-    tp_rules = path(
-        "FILE",
-        "Rules by which slices of tensor-parallel ranks are joined.",
-        "file of rules by which slices of tensor-parallel ranks are joined; see `open`",
-    )
+    tp_rules = path("FILE", "Rules that join tensor-parallel slices.", "rules that join slices of ranks; see `open`")
     all_tensors = flag(
         "Take every tensor of the file, named by the keys that lead to it.",
         "take every tensor of the file for the weights, each named by the keys that lead to it: ``0``, "

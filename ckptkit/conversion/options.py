@@ -31,7 +31,7 @@ from ckptkit.conversion.changes import (
     diagnose_wrappers,
 )
 from ckptkit.errors import CkptkitError, CorruptError, RewriteError, SectionError
-from ckptkit.formats import format_named, read, reread
+from ckptkit.formats import read, reread
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole, way_findings
@@ -65,6 +65,7 @@ __all__ = [
     "read_section",
     "section_like",
     "unselected_weights",
+    "with_flat_cut",
 ]
 
 
@@ -131,6 +132,15 @@ def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     select = rewrite.Select(options.include, options.exclude, rename=_in_turn(renamers))
     dense = [rewrite.Densify(beside=checkpoint.state_dict)] if options.densify else []
     return checkpoint.rewrite(rewrite.WeightsOnly(), select, *dense, *renamers)
+
+
+def with_flat_cut(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    """The checkpoint with flat parameters cut by ``options.like``, where there are any, and that is given.
+
+    Raises:
+        RewriteError: they are not the model's.
+    """
+    return checkpoint if options.like is None else options.like.cut(checkpoint, _in_turn(renamers_of(options)))
 
 
 def _in_turn(renamers: Sequence[Renamer]) -> Callable[[str], str]:
@@ -422,7 +432,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
     mine = [(selected, checkpoint)] if selected is not None else []
     for path, each in chain(mine, read_others(checkpoint, file, ignore_checksums=options.ignore_checksums)):
         try:
-            named = as_named(like.cut(each), options)
+            named = as_named(with_flat_cut(each, options), options)
         except RewriteError as error:
             problems.append(f"{path!r}: {error}")
             continue
@@ -454,6 +464,8 @@ def like_checkpoint(path: str) -> Like:
         SectionError: it has no one set of weights.
         PartError: it is a part of a checkpoint.
     """
+    from ckptkit.rewrite.flat_parameters import keeps_order
+
     checkpoint, file = read(path)
     try:
         require_whole(checkpoint)
@@ -464,19 +476,9 @@ def like_checkpoint(path: str) -> Like:
                 path=path,
                 names=weights_paths(checkpoint.sections),
             )
-        return rewrite.Like(checkpoint.state_dict, label=path, is_ordered=not _is_sorted(checkpoint))
+        return rewrite.Like(checkpoint.state_dict, label=path, is_ordered=keeps_order(checkpoint))
     finally:
         file.close()
-
-
-def _is_sorted(checkpoint: Checkpoint) -> bool:
-    """Whether the names may be in the order of the safetensors library: by dtype, then sorted."""
-    if not format_named(checkpoint.origin.format).tensors_alone:
-        return False
-    names: dict[str, list[str]] = {}
-    for name, entry in checkpoint.state_dict.items():
-        names.setdefault(entry.dtype, []).append(name)
-    return all(each == sorted(each) for each in names.values())
 
 
 def _tensors(checkpoint: Checkpoint, fitting: Fitting) -> object:

@@ -118,6 +118,21 @@ def told(
     return FileAccessError(f"{error}; or convert each checkpoint below it: {command}", path=source)
 
 
+def require_fitting(options: ConvertOptions, container: Format) -> None:
+    """Raise where options are not for the container that is written.
+
+    Raises:
+        RewriteError: they are not.
+    """
+    if container.is_folder and options.max_shard_size is not None:
+        raise RewriteError(
+            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
+            "N makes N of them"
+        )
+    if options.ranks is not None and not container.is_folder:
+        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
+
+
 def _is_folder(path: str, options: ConvertOptions) -> bool:
     """Whether a path means a folder: by its slash, or because it is one and no name for a file either."""
     if path.endswith(("/", os.sep)):
@@ -149,21 +164,6 @@ def ending_of(folder: str, options: ConvertOptions) -> str:
         return ""
     asked = f".{options.to}"
     return asked if asked in container.suffixes else container.suffixes[0]
-
-
-def require_fitting(options: ConvertOptions, container: Format) -> None:
-    """Raise where options are not for the container that is written.
-
-    Raises:
-        RewriteError: they are not.
-    """
-    if container.is_folder and options.max_shard_size is not None:
-        raise RewriteError(
-            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
-            "N makes N of them"
-        )
-    if options.ranks is not None and not container.is_folder:
-        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
 
 
 # Outputs of a folder.

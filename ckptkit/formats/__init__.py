@@ -145,7 +145,7 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
         with collector_paused():
             own = raw = _read(probe)
             if ignore_checksums:
-                own = raw = replace(raw, root=_without_checksums(raw.root))
+                own = raw = _without_checksums(raw)
             if around is not None:
                 raw = replace(
                     raw,
@@ -232,7 +232,7 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
     if tp_rules is not None and not (isinstance(path, (str, os.PathLike)) and os.path.isdir(path)):
         raise FileAccessError(
-            f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is none"
+            f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is a file"
         )
     if isinstance(path, Source):
         return path
@@ -267,17 +267,19 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         return member
 
 
-def _without_checksums(root: object) -> object:
+def _without_checksums(raw: RawCheckpoint) -> RawCheckpoint:
     known: dict[int, Storage] = {}
 
     def leaf(node: object) -> object:
         storage = node.storage if isinstance(node, TensorEntry) else node
         if not isinstance(storage, Storage):
             return node
-        bare = known.setdefault(id(storage), storage.without_checksum())
-        return replace(node, storage=bare) if isinstance(node, TensorEntry) else bare
+        plain = known.setdefault(id(storage), storage.without_checksum())
+        return replace(node, storage=plain) if isinstance(node, TensorEntry) else plain
 
-    return TreeMap(leaf)(root)
+    bare = TreeMap(leaf)
+    replicas = [each._replace(value=bare(each.value), copy=bare(each.copy)) for each in raw.replicas]  # type: ignore[arg-type]
+    return replace(raw, root=bare(raw.root), replicas=tuple(replicas))
 
 
 def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpoint:

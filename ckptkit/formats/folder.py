@@ -266,6 +266,8 @@ class Surveyor:
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
                     self._passed[entry.path] = ".git folder"
+                elif self._is_unfinished(entry.name):
+                    self._passed[entry.path] = UNFINISHED
                 elif not entry.is_symlink():
                     folders.append(entry.path)
                 elif _identity(entry.path) in above:

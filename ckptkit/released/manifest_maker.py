@@ -321,10 +321,9 @@ def make_at(
             path=destination,
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
-    paths = [
-        step_of(path, tag) if os.path.isdir(path) and tp_rules is None else path
-        for path in paths or (_paths_of(previous, folder) if update else ())
-    ]
+    paths = paths or (_paths_of(previous, folder) if update else ())
+    if tp_rules is None:
+        paths = [step_of(path, tag) if os.path.isdir(path) else path for path in paths]
     selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
     selection.require_all()
     selected = selection.checkpoints
@@ -347,6 +346,11 @@ def make_at(
 
 
 def _require_file(path: str) -> None:
+    """Refuse what is no file, and no folder, on the disk.
+
+    Raises:
+        FileAccessError: it is none.
+    """
     if path == STDIN:
         told = f"{path}: a manifest records files by their paths, and standard input has none"
         raise FileAccessError(told, path=path)

@@ -87,7 +87,7 @@ _OWN = {
 _TEXTS = (".json", ".txt", ".py", ".md", ".yaml", ".yml")
 
 _NAMED = re.compile(
-    r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank_?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
+    r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank[_-]?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
     r"|metadata\.json|.*-\d{5}-of-\d{5}\.\w+|pytorch_model_fsdp_\d+",
     re.ASCII,
 )
@@ -326,7 +326,7 @@ def found_in(path: str, tag: str | None = None) -> Found | None:
 
 def _tagged(path: str, tag: str) -> Found:
     own = sharded_at(path)
-    per_rank = own is not None and own.layout == "dcp" and ".metadata" not in own.names
+    per_rank = own is not None and (own.layout == "fsdp" or (own.layout == "dcp" and ".metadata" not in own.names))
     if own is not None and (per_rank or os.path.basename(os.path.abspath(path)) == tag):
         return own._replace(tag=tag)
     if not is_shard_name(tag):
