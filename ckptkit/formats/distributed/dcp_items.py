@@ -10,12 +10,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
+from math import prod
 from threading import Lock
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry
 from ckptkit.computed import Held, spooled
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, FormatError, UnsupportedError
 from ckptkit.formats.distributed.dcp_record import LISTED, Items, Wanted
 from ckptkit.formats.shards import prefixed
@@ -36,6 +39,9 @@ _ZSTD = ("stream.zstd/1",)
 _HEAD_NBYTES = 1536
 _TAIL_NBYTES = 2048
 """Bytes before and after an item's values that are looked at: torch writes some 700 and 850."""
+
+_AROUND_NBYTES = 1 << 20
+"""Bytes of a file of ``torch.save`` beyond those of its one tensor."""
 
 _MOST_MOLDS = 2000
 """Sizes of items that are remembered; each takes some 3 kB."""
@@ -164,6 +170,11 @@ class ItemReader:
             return data[:_HEAD_NBYTES], data[-_TAIL_NBYTES:]
         return area.read(0, _HEAD_NBYTES), area.read(area.nbytes - _TAIL_NBYTES)
 
+    @cached_property
+    def _nbytes(self) -> dict[int, int]:
+        """Bytes of the chunks in items: zeros shrink to next to nothing."""
+        return {want.row: prod(want.sizes) * DTYPES[want.dtype].itemsize for want in self._wanted()}
+
     def _area(self, row: int, name: str) -> ByteRange:
         """Where an item's bytes lie, decompressed."""
         area, through = self._lying(row), self._items.transforms[row]
@@ -177,7 +188,8 @@ class ItemReader:
         if compression is None or compression.name != "zstd":
             raise CorruptError("it went through stream.zstd/1, and is no frame of zstd")
         inner = Inner(area.file.path, area, area.file, name=name, owns=False)
-        parts = compression.parts(inner, self._limits)
+        most = max(self._limits.unpacked_nbytes, self._nbytes.get(row, 0) + _AROUND_NBYTES)
+        parts = compression.parts(inner, replace(self._limits, unpacked_nbytes=most))
         first = next(parts, b"")
         second = next(parts, None)
         if second is None:
