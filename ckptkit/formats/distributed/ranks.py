@@ -12,11 +12,13 @@ a rank's view of its part, which says where in the flat one it begins and how ma
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptkit.checkpoint import Replica, Storage, TensorEntry
+from ckptkit.computed import files_of
 from ckptkit.errors import CorruptError, FormatError
 from ckptkit.formats.distributed.placements import Box, Distributed, Mesh, Share, distributed, share_of
 from ckptkit.normalize.modules import unwrapped_path
@@ -110,6 +112,7 @@ class Ranks:
         self._spread: dict[int, _Spread] = {}
         self._copied: dict[int, _Copied] = {}
         self._problems: list[str] = []
+        self._storages: dict[int, Storage] = {}
         self._frame, self._optimizers = _frame(self._roots, is_sharded=is_sharded)
         self.replicas: list[Replica] = []
         self.own: dict[str, None] = {}
@@ -215,7 +218,7 @@ class Ranks:
             else:
                 self._compare(copied)
         self._check()
-        root = TreeMap(lambda leaf: leaf, replaced)(self._frame)
+        root = TreeMap(self._leaf, replaced)(self._frame)
         _unwrap_versions(root)
         return root
 
@@ -252,7 +255,9 @@ class Ranks:
         if len(boxes) == 1:
             ((box, (_, entry)),) = boxes.items()
             if box[1] == first.shape == entry.shape and entry.dtype == first.dtype and not any(box[0]):
-                return replace(entry, requires_grad=found.requires_grad, is_parameter=found.is_parameter)
+                storage = self._named(entry.storage)
+                needs_grad, is_parameter = found.requires_grad, found.is_parameter
+                return replace(entry, storage=storage, requires_grad=needs_grad, is_parameter=is_parameter)
         pieces = [Piece(*box, entry, self._files[rank]) for box, (rank, entry) in boxes.items()]
         return pieced(
             name,
@@ -262,6 +267,19 @@ class Ranks:
             requires_grad=found.requires_grad,
             is_parameter=found.is_parameter,
         )
+
+    def _named(self, storage: Storage) -> Storage:
+        """A storage of one file's, with the file's name and a colon before its key."""
+        named = self._storages.get(id(storage))
+        if named is None:
+            (file, *_) = files_of(storage.source)
+            named = self._storages[id(storage)] = replace(storage, key=f"{os.path.basename(file.path)}:{storage.key}")
+        return named
+
+    def _leaf(self, leaf: object) -> object:
+        if isinstance(leaf, TensorEntry):
+            return replace(leaf, storage=self._named(leaf.storage))
+        return self._named(leaf) if isinstance(leaf, Storage) else leaf
 
     def _compare(self, copied: _Copied) -> None:
         """Note a plain tensor's copies, which must be the same."""
