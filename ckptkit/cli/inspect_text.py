@@ -149,7 +149,8 @@ def _spread(layout: SpreadDocument) -> Iterator[str]:
     by = f" of {count_of(ranks, 'rank')}" if ranks is not None else ""
     yield f"{count_of(layout['files'], 'file')}{by}"
     if layout["mesh"]:
-        yield "mesh " + f" {TIMES} ".join(f"{printable(name)} {size:,}" for name, size in layout["mesh"].items())
+        named = ((f"{printable(name)} " * (not name.isdigit()), size) for name, size in layout["mesh"].items())
+        yield "mesh " + f" {TIMES} ".join(f"{name}{size:,}" for name, size in named)
     if layout["tag"] is not None:
         yield f"step {printable(layout['tag'])}"
 

@@ -334,7 +334,7 @@ class Ranks:
             of
             or whole.dtype != copied.each[0][1].dtype
             or [begin, *ends[:-1]] != [first for first, _ in sorted(runs)]
-            or begin + total > whole.numel
+            or not 0 <= begin <= whole.numel - total
         ):
             raise CorruptError(f"tensor {copied.place!s:.200}: what the ranks have of it in a flat parameter has gaps")
         offset = whole.storage_offset + begin
