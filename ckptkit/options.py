@@ -34,25 +34,12 @@ def _allow_part(which: str) -> Option[bool]:
     return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
 
 
-def _section(verb: str) -> Option[str | None]:
-    told = "where the file holds several"
+def _section(verb: str, told: str = "where the file holds several") -> Option[str | None]:
     return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
 
 
 def _tag(which: str) -> Option[str | None]:
     return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
-
-
-def _tp_rules() -> Option[str | None]:
-    line = "Rules by which slices of tensor-parallel ranks are joined."
-    return path("FILE", line, "file of rules by which slices of tensor-parallel ranks are joined; see `open`")
-
-
-def _ignore_checksums() -> Option[bool]:
-    return flag(
-        "Accept bytes that recorded checksums show to be others.",
-        "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
-    )
 
 
 class ConvertOptions(Options):
@@ -88,7 +75,7 @@ class ConvertOptions(Options):
     )
     section = _section("convert")
     tag = _tag("the source is a training folder; see `open`")
-    tp_rules = _tp_rules()
+    tp_rules = path("FILE", "Rules that join tensor-parallel slices.", "rules that join slices of ranks; see `open`")
     all_tensors = flag(
         "Take every tensor of the file, named by the keys that lead to it.",
         "take every tensor of the file for the weights, each named by the keys that lead to it: ``0``, "
@@ -192,7 +179,10 @@ class ConvertOptions(Options):
         default=True,
     )
     progress = _progress("called with the bytes dealt with so far, and those to deal with in all")
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = flag(
+        "Accept bytes that recorded checksums show to be others.",
+        "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
+    )
 
     def _check(self) -> None:
         metadata: Mapping[Any, Any] = self.metadata
@@ -323,7 +313,7 @@ class VerifyOptions(Options):
     )
     section = _section("verify")
     tag = _tag("``path`` is a training folder; see `open`")
-    tp_rules = _tp_rules()
+    tp_rules = ConvertOptions.tp_rules
     strip_module = flag("Take off wrapper prefixes first, as convert does.", "take off wrapper prefixes first")
     allow_missing = texts(
         "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
@@ -360,7 +350,7 @@ class VerifyOptions(Options):
         "run the pickled model itself in place of a reference: **runs code of the file**, after printing on stderr "
         "what it imports.  A hostile file is refused",
     )
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = ConvertOptions.ignore_checksums
 
     def _check(self) -> None:
         if self.input is not None and self.input_shapes:
@@ -391,7 +381,7 @@ class DiffOptions(Options):
     section_a = text("NAME", "The weights of A.", "the same of ``a`` alone")
     section_b = text("NAME", "The weights of B.", "the same of ``b`` alone")
     tag = _tag("``a`` or ``b``, or each, is a training folder")
-    tp_rules = _tp_rules()
+    tp_rules = ConvertOptions.tp_rules
     tag_a = text("NAME", "The step of A.", "the same of ``a`` alone")
     tag_b = text("NAME", "The step of B.", "the same of ``b`` alone")
     strip_module = flag("Take wrapper prefixes off the names of both first.", "take off wrapper prefixes of both first")
@@ -412,7 +402,7 @@ class DiffOptions(Options):
         "`Difference.ok`",
     )
     progress = _progress("called with the bytes gone through so far, and those to go through in all")
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = ConvertOptions.ignore_checksums
 
 
 if TYPE_CHECKING:

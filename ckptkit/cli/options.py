@@ -249,9 +249,7 @@ allow_part_option = click.option(
 """For whatever else refuses a part."""
 
 
-tp_rules_option = click.option(
-    "--tp-rules", metavar="FILE", help="Rules by which slices of tensor-parallel ranks are joined."
-)
+tp_rules_option = click.option("--tp-rules", metavar="FILE", help="Rules that join tensor-parallel slices.")
 """The same."""
 
 

@@ -335,6 +335,38 @@ CODES: dict[str, Explanation] = {
         "latest_checkpointed_iteration.txt). A folder that has one stands for that step.",
         "--tag NAME chooses another.",
     ),
+    "not-merged": Explanation(
+        "state of several ranks that is left out, or kept as the flat buffers it lies in",
+        "Each rank of a run holds a share of the optimizer's state, by numbers that mean something to that rank alone. "
+        "The weights are merged; which parameter such values belong to, the files do not say.",
+        "Nothing, where the weights are what is wanted. To go on training, load the folder with the program that "
+        "wrote it.",
+    ),
+    "taken-of-one-rank": Explanation(
+        "values of which one rank's copy was taken",
+        "Several ranks have a tensor under one name and no rule says how it was cut, but all begin with the same "
+        "values: it is taken for a copy, and compared wherever values are read. So is what the last stage of a "
+        "pipeline has of tied embeddings.",
+        "Give rules with --tp-rules FILE where such a tensor is cut after all.",
+    ),
+    "empty-extra-state": Explanation(
+        "modules that say of their extra state that there is none",
+        "Megatron's layers save an `_extra_state` for scaling factors of FP8 even where there are none: it is None. No "
+        "value is lost with it, and safetensors has no place for it.",
+        "Nothing; a model that is loaded strictly and asks for it takes load_state_dict(..., strict=False).",
+    ),
+    "padded-vocabulary": Explanation(
+        "the embeddings have more rows than there are tokens",
+        "Megatron adds rows to the vocabulary until its ranks can share it out. They are kept: which are tokens, the "
+        "tokenizer knows.",
+        "Nothing; a program that expects the exact number of rows cuts them off.",
+    ),
+    "old-qkv-order": Explanation(
+        "rows of queries, keys and values in an order that Megatron no longer uses",
+        "Before checkpoint_version 2.0 the rows of the joined projection were ordered otherwise, and Megatron moves "
+        "them when it loads such a file. They are joined and kept in the order of the file.",
+        "Load the file with Megatron and save it again, or move the rows: see fix_query_key_value_ordering there.",
+    ),
     "completeness-unknown": Explanation(
         "nothing in the files proves that all of them are there",
         "The files of a folder that several ranks wrote fit together, and leave nothing out in between. How many ranks "
@@ -362,38 +394,6 @@ CODES: dict[str, Explanation] = {
         "save did not overwrite all of them; equal shapes do not show that.",
         "ckptkit check FOLDER compares what the ranks have in common. If the files were copied or touched since, the "
         "times say nothing.",
-    ),
-    "not-merged": Explanation(
-        "state of several ranks that is left out, or kept as the flat buffers it lies in",
-        "Each rank of a run holds a share of the optimizer's state, by numbers that mean something to that rank alone. "
-        "The weights are merged; which parameter such values belong to, the files do not say.",
-        "Nothing, where the weights are what is wanted. To go on training, load the folder with the program that "
-        "wrote it.",
-    ),
-    "taken-of-one-rank": Explanation(
-        "values of which one rank's copy was taken",
-        "Several ranks have a tensor under one name and no rule says how it was cut, but all begin with the same "
-        "values: it is taken for a copy, and compared wherever values are read. Of other values (generators of random "
-        "numbers, `_extra_state`) one process would have saved one, and the first rank's is it.",
-        "Give rules with --tp-rules FILE where such a tensor is cut after all.",
-    ),
-    "empty-extra-state": Explanation(
-        "modules that say of their extra state that there is none",
-        "Megatron's layers save an `_extra_state` for scaling factors of FP8 even where there are none: it is None. No "
-        "value is lost with it, and safetensors has no place for it.",
-        "Nothing; a model that is loaded strictly and asks for it takes load_state_dict(..., strict=False).",
-    ),
-    "padded-vocabulary": Explanation(
-        "the embeddings have more rows than there are tokens",
-        "Megatron adds rows to the vocabulary until its ranks can share it out. They are kept: which are tokens, the "
-        "tokenizer knows.",
-        "Nothing; a program that expects the exact number of rows cuts them off.",
-    ),
-    "old-qkv-order": Explanation(
-        "rows of queries, keys and values in an order that Megatron no longer uses",
-        "Before checkpoint_version 2.0 the rows of the joined projection were ordered otherwise, and Megatron moves "
-        "them when it loads such a file. They are joined and kept in the order of the file.",
-        "Load the file with Megatron and save it again, or move the rows: see fix_query_key_value_ordering there.",
     ),
     "shard-extra-keys": Explanation(
         "shards hold tensors that the index does not list",

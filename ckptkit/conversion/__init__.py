@@ -26,14 +26,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
-from ckptkit.conversion.options import (
-    Conversion,
-    needs_weights,
-    read_section,
-    require_fitting,
-    section_like,
-    with_flat_cut,
-)
+from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
+from ckptkit.conversion.outputs import require_fitting
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain

@@ -51,7 +51,6 @@ from ckptkit.rewrite.storages import dead_bytes
 
 if TYPE_CHECKING:
     from ckptkit.documents import CastDocument, ChangesDocument
-    from ckptkit.formats.format import Format
     from ckptkit.options import ConvertOptions
     from ckptkit.rewrite.like import Like
     from ckptkit.transfer import Tally
@@ -64,7 +63,6 @@ __all__ = [
     "needs_weights",
     "read_others",
     "read_section",
-    "require_fitting",
     "section_like",
     "unselected_weights",
     "with_flat_cut",
@@ -91,21 +89,6 @@ def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
     if options.rename:
         found.append(rewrite.Rename(options.rename))
     return tuple(found)
-
-
-def require_fitting(options: ConvertOptions, container: Format) -> None:
-    """Raise where options are not for the container that is written.
-
-    Raises:
-        RewriteError: they are not.
-    """
-    if container.is_folder and options.max_shard_size is not None:
-        raise RewriteError(
-            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
-            "N makes N of them"
-        )
-    if options.ranks is not None and not container.is_folder:
-        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
 
 
 def needs_weights(options: ConvertOptions) -> bool:

@@ -95,6 +95,8 @@ def part_in(
         if isinstance(each, Part):
             return each
         said = said or each
+    if (llama := _llama(state_dict)) is not None:
+        return llama
     if any(name.endswith(".FlatParameter") for name in names) or _has_flat(own, state_dict):
         return _FLAT_PART
     if any(name.endswith((".DTensor", ".ShardedTensor")) for name in names):
@@ -213,6 +215,21 @@ def _megatron(own: Mapping[str, object]) -> Part | Literal["whole"] | None:
         layout="a Megatron checkpoint",
         piece=", ".join(f"one {how} rank of {size}" for how, size in split.items()),
         lacks="the other ranks have the other slices of its tensors, or the other layers",
+    )
+
+
+def _llama(state_dict: StateDict) -> Part | None:
+    """Llama's slices have embeddings that are narrower than its norms are long."""
+    rows, norm = state_dict.get("tok_embeddings.weight"), state_dict.get("norm.weight")
+    if rows is None or norm is None or len(rows.shape) != 2 or len(norm.shape) != 1:
+        return None
+    (width,), own = norm.shape, rows.shape[1]
+    if not 0 < own < width or width % own:
+        return None
+    return Part(
+        layout="a Llama checkpoint in tensor-parallel parts",
+        piece=f"one of {width // own}",
+        lacks="the other ranks have the other slices of its tensors",
     )
 
 

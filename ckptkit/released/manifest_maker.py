@@ -312,13 +312,7 @@ def make_at(
     if update and destination is None:
         raise FileAccessError("there is no manifest to update; name it with -o")
     for path in paths:
-        if path == STDIN:
-            told = f"{path}: a manifest records files by their paths, and standard input has none"
-            raise FileAccessError(told, path=path)
-        if not os.path.lexists(path):
-            source_of(path).close()  # it says so where the file is missing
-            told = f"{path}: a manifest records files; record the archive, or unpack it"
-            raise FileAccessError(told, path=path)
+        _require_file(path)
     folder = _folder_of(paths) if destination is None else os.path.dirname(os.path.abspath(destination))
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
@@ -327,10 +321,9 @@ def make_at(
             path=destination,
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
-    paths = [
-        step_of(path, tag) if os.path.isdir(path) and tp_rules is None else path
-        for path in paths or (_paths_of(previous, folder) if update else ())
-    ]
+    paths = paths or (_paths_of(previous, folder) if update else ())
+    if tp_rules is None:
+        paths = [step_of(path, tag) if os.path.isdir(path) else path for path in paths]
     selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
     selection.require_all()
     selected = selection.checkpoints
@@ -350,6 +343,21 @@ def make_at(
     ):
         write(manifest, destination, force=there)
     return replace(manifest, passed_over=selection.passed_over)
+
+
+def _require_file(path: str) -> None:
+    """Refuse what is no file, and no folder, on the disk.
+
+    Raises:
+        FileAccessError: it is none.
+    """
+    if path == STDIN:
+        told = f"{path}: a manifest records files by their paths, and standard input has none"
+        raise FileAccessError(told, path=path)
+    if not os.path.lexists(path):
+        source_of(path).close()  # it says so where the file is missing
+        told = f"{path}: a manifest records files; record the archive, or unpack it"
+        raise FileAccessError(told, path=path)
 
 
 def _paths_of(previous: Manifest | None, folder: str) -> list[str]:

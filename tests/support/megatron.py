@@ -283,3 +283,11 @@ def stacked(state: State) -> State:
         tensors = torch.stack([each[place] for place in sorted(each)]) if sizes else each[()]
         found[name] = tensors.reshape(*sizes, *tensors.shape[1:]) if sizes else tensors
     return found
+
+
+def flat_slices(tensor: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """The slices of a tensor along each dimension, each flat: ``grid`` and the elements of one."""
+    sizes = [size // count for size, count in zip(tensor.shape, grid, strict=True)]
+    split = tensor.reshape([part for pair in zip(grid, sizes, strict=True) for part in pair])
+    dims = range(0, 2 * len(sizes), 2)
+    return split.permute([*dims, *(dim + 1 for dim in dims)]).reshape(*grid, -1).contiguous()

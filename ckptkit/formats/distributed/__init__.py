@@ -73,7 +73,9 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
     is_it = not is_placed and tag is None and bool(numbered(names))
     found = Found(path, "megatron", names, tuple(numbered(names))) if is_it else found_in(path, tag)
     if found is None or (found.layout != "megatron" and (found.layout in _PLACED or not numbered(found.names))):
-        raise FileAccessError(f"{path}: --tp-rules joins the files of ranks, and this is no folder of such", path=path)
+        raise FileAccessError(
+            f"{path}: --tp-rules joins files that differ in one number; there are none here", path=path
+        )
     source = _source(path, found, "megatron", tag)
     source.tp_rules, source.rules = rules, tp_rules
     return source

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ckptkit.formats.format import HEAD_NBYTES
 
-__all__ = ["LAYOUTS", "RANKED", "SHARDED", "Layout", "is_metadata"]
+__all__ = ["LAYOUTS", "LLAMA", "MEGATRON", "RANKED", "SHARDED", "Layout", "is_llama", "is_metadata"]
 
 RANKED = (
     r"(?:(?P<stem>[^/]*?)(?:(?:^|(?<=[._-]))world_size_(?P<of>\d+))?[._-])?"
@@ -19,6 +19,15 @@ RANKED = (
 
 SHARDED = r"shard-(?P<n>\d{5})-model-(?P<file>\d{5})-of-(?P<of>\d{5})\.safetensors"
 """What the files of the hub's writer are called: of which rank, from 1, and of which file once consolidated."""
+
+MEGATRON = (
+    r"(?P<folder>(?:mp|tp)_rank_(?P<tensor>\d+)(?:_(?:pp_rank_)?(?P<second>\d+))?(?:_(?:ep_rank_)?(?P<third>\d+))?)/"
+    r"(?P<file>model_optim_rng\.pt|model_rng\.pt|[^/]+\.ckpt)"
+)
+"""The files of Megatron's ranks, and of NeMo's, each in a folder of its own that has the numbers of the rank."""
+
+LLAMA = r"consolidated\.\d+\.pth"
+"""The files of Llama's ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +78,26 @@ def is_metadata(head: bytes) -> bool:
 
 
 def _megatron(folder: str, names: tuple[str, ...]) -> bool:
-    del folder
-    is_dist = "metadata.json" in names and ("common.pt" in names or ".metadata" in names)
-    return is_dist or any(re.fullmatch(_RANKED, name, re.ASCII) for name in names) or _is_llama(names)
+    backend = _names_backend(folder, names)
+    is_dist = sum((".metadata" in names, "common.pt" in names, backend)) > 1
+    return is_dist or any(re.fullmatch(MEGATRON, name, re.ASCII) for name in names) or is_llama(names)
 
 
-def _is_llama(names: tuple[str, ...]) -> bool:
-    found = [name for name in names if re.fullmatch(r"consolidated\.\d+\.pth", name, re.ASCII)]
-    return len(found) > 1
+def _names_backend(folder: str, names: tuple[str, ...]) -> bool:
+    """Whether the ``metadata.json`` of a folder is Megatron's, which says how the tensors were written."""
+    if "metadata.json" not in names:
+        return False
+    try:
+        with open(os.path.join(folder, "metadata.json"), "rb") as file:  # noqa: PTH123 - its first bytes
+            return b'"sharded_backend"' in file.read(HEAD_NBYTES)
+    except OSError:
+        return False
 
 
-_RANKED = r"(?:mp|tp)_rank_\d+(?:_(?:pp_rank_)?\d+)?(?:_\d+)?/(?:model_optim_rng|model_rng)\.pt"
-"""The files of Megatron's ranks, each in a folder of its own."""
+def is_llama(names: Iterable[str]) -> bool:
+    """Whether several of the files are Llama's; one alone is a file like any other."""
+    return sum(re.fullmatch(LLAMA, name, re.ASCII) is not None for name in names) > 1
+
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout("dcp", _dcp),

@@ -22,6 +22,7 @@ ranks a model is split, and are made to say one.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,9 @@ from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
+from ckptkit.formats.distributed import slices
 from ckptkit.formats.distributed.folder import FolderSource
+from ckptkit.formats.distributed.layouts import MEGATRON
 from ckptkit.formats.distributed.slices import (
     args_of,
     as_of_one,
@@ -38,26 +41,20 @@ from ckptkit.formats.distributed.slices import (
     flat,
     member,
     merged,
+    mesh_of,
     nested,
     read_ranks,
     require_one_run,
     same_said,
     stated,
 )
-from ckptkit.formats.distributed.slices import read as read_slices
-from ckptkit.formats.distributed.tensor_parallel import INSIDE, MEGATRON, Joiner, Rule, ending, shown_name
+from ckptkit.formats.distributed.tensor_parallel import INSIDE, MEGATRON_RULES, Joiner, Rule, ending, shown_name
 from ckptkit.formats.format import Probe
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict, mapping_items, named_items
 from ckptkit.report import Finding, count_of, listed
 
-__all__ = ["RANKED", "read"]
-
-RANKED = (
-    r"((?:mp|tp)_rank_(\d+)(?:_(?:pp_rank_)?(\d+))?(?:_(?:ep_rank_)?(\d+))?)/"
-    r"(model_optim_rng\.pt|model_rng\.pt|[^/]+\.ckpt)"
-)
-"""The files of ranks, each in a folder of its own: the folder, the ranks, the file."""
+__all__ = ["read"]
 
 _LISTED = 5
 """Names that a message lists."""
@@ -78,7 +75,11 @@ _EXPERT = re.compile(
     re.DOTALL,
 )
 
-_HEAD = re.compile(rf"(?:.*[.{INSIDE}])?word_embeddings_for_head[.{INSIDE}]weight", re.DOTALL)
+_HEAD = re.compile(
+    rf"(?:.*[.{INSIDE}])?word_embeddings_for_head[.{INSIDE}]weight|(?:model[.])?word_embeddings[.]weight", re.DOTALL
+)
+"""The last stage's copy of the word embeddings: Megatron's, and NeMo's."""
+
 _OUTPUT = re.compile(rf"(?:.*[.{INSIDE}])?output_layer[.{INSIDE}]weight", re.DOTALL)
 _EMBEDDING = re.compile(rf"(?:.*[.{INSIDE}])?embedding[.{INSIDE}]word_embeddings[.{INSIDE}]weight", re.DOTALL)
 
@@ -115,17 +116,17 @@ def read(probe: Probe) -> RawCheckpoint:
 
         return read_dist(probe)
     rules: tuple[Rule, ...] = folder.tp_rules
-    found = [match for name in folder.names if (match := re.fullmatch(RANKED, name, re.ASCII))]
-    return _of_ranks(probe, found, rules) if found else read_slices(probe, rules)
+    found = [match for name in folder.names if (match := re.fullmatch(MEGATRON, name, re.ASCII))]
+    return _of_ranks(probe, found, rules) if found else slices.read(probe, rules)
 
 
 def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, ...]) -> RawCheckpoint:
     """The checkpoint of a folder a rank."""
-    names = sorted({match[5] for match in found})
+    names = sorted({match["file"] for match in found})
     if len(names) > 1:
         raise CorruptError(f"the folders of ranks hold files of several names: {listed(names, _LISTED)}", names=names)
-    raws = read_ranks(probe, {match[1]: match[0] for match in found})
-    first = raws[found[0][1]].root
+    raws = read_ranks(probe, {match["folder"]: match[0] for match in found})
+    first = raws[found[0]["folder"]].root
     args = args_of(first)
     grid = _grid(found, args)
     _require_one_run({rank: raw.root for rank, raw in raws.items()})
@@ -136,7 +137,7 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
     if isinstance(groups, int) and args.get("group_query_attention") and groups < len({key[0] for key in grid}):
         raise UnsupportedError(f"{groups:,} groups of queries over more ranks: each holds a part of one")
     gated = args.get("swiglu")
-    joiner = Joiner((*rules, *_before(version), *MEGATRON), gated if isinstance(gated, bool) else None)
+    joiner = Joiner((*rules, *_before(version), *MEGATRON_RULES), gated if isinstance(gated, bool) else None)
     keys = _models(first)
     stages: dict[tuple[int, int], list[_Stage]] = {}
     for key in keys:
@@ -147,6 +148,7 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
             stage = _stage(together, key, expert, joiner)
             stages.setdefault((keys.index(key), pipeline), []).append(stage)
     several = [stages[place] for place in sorted(stages)]
+    _require_order(several, {place: args_of(raws[rank].root).get("rank") for place, rank in grid.items()})
     _require_layers(several, args)
     values, versions = _whole(several, joiner)
     values, empty = stated(values)
@@ -159,10 +161,10 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
     findings += _buffers(probe, names[0])
     model = nested(values, versions)
     if keys == [None]:
-        return merged(raws, model, joiner, findings)
+        return merged(raws, model, joiner, findings, mesh_of(args))
     named = "model" if len(keys) > 1 or keys[0] is None else keys[0]
     pairs = as_of_one(beside(first, keys, joiner, is_whole=len(raws) == 1))
-    return merged(raws, InertDict([*pairs, (named, model)]), joiner, findings)
+    return merged(raws, InertDict([*pairs, (named, model)]), joiner, findings, mesh_of(args))
 
 
 # Which ranks there are, and whether they belong together.
@@ -179,20 +181,28 @@ def _grid(found: Sequence[re.Match[str]], args: Mapping[str, Any]) -> dict[tuple
         said[0] = size
     grid: dict[tuple[int, int, int], str] = {}
     for match in found:
-        tensor, second, third = (int(number or 0) for number in match.groups()[1:4])
-        is_expert = match[4] is None and (said[1] or 1) == 1 and (said[2] or 1) > 1
+        tensor, second, third = (int(match[kind] or 0) for kind in ("tensor", "second", "third"))
+        is_expert = match["third"] is None and (said[1] or 1) == 1 and (said[2] or 1) > 1
         place = (tensor, 0, second) if is_expert else (tensor, second, third)
         if place in grid:
-            raise CorruptError(f"{grid[place]} and {match[1]} are the same rank")
-        grid[place] = match[1]
-    sizes = [said[axis] or max(place[axis] for place in grid) + 1 for axis in range(3)]
-    count = sizes[0] * sizes[1] * sizes[2]
+            raise CorruptError(f"{grid[place]} and {match['folder']} are the same rank")
+        grid[place] = match["folder"]
+    _require_all(grid, [said[axis] or max(place[axis] for place in grid) + 1 for axis in range(3)])
+    return grid
+
+
+def _require_all(grid: Mapping[tuple[int, int, int], str], sizes: Sequence[int]) -> None:
+    """See that there is a folder for each rank, and no other.
+
+    Raises:
+        CorruptError: there is not.
+    """
+    named = zip(sizes, ("tensor", "pipeline", "expert"), strict=True)
+    words = " x ".join(f"{size} {word}" for size, word in named if size > 1)
     odd = sorted(folder for place, folder in grid.items() if any(a >= n for a, n in zip(place, sizes, strict=True)))
-    words = " x ".join(
-        f"{size} {word}" for size, word in zip(sizes, ("tensor", "pipeline", "expert"), strict=True) if size > 1
-    )
     if odd:
-        raise CorruptError(f"the run had {words or 'one'} parallel ranks, and {listed(odd, _LISTED)} is none of them")
+        raise CorruptError(f"the run had {words or 'one'} parallel ranks; {listed(odd, _LISTED)} is not one of them")
+    count = math.prod(sizes)
     if len(grid) < count:
         every = itertools.product(*map(range, sizes))
         missing = [
@@ -203,7 +213,6 @@ def _grid(found: Sequence[re.Match[str]], args: Mapping[str, Any]) -> dict[tuple
             f"{count_of(count - len(grid), 'rank', 'is', 'are')} missing, of {words}: {listed(missing, _LISTED)}",
             names=missing,
         )
-    return grid
 
 
 def _require_one_run(roots: Mapping[str, object]) -> None:
@@ -269,6 +278,36 @@ def _layers(stage: _Stage) -> dict[str, set[int]]:
         if match is not None and len(match[3]) < 7:
             found.setdefault(match[1], set()).add(int(match[3]))
     return found
+
+
+def _require_order(stages: Sequence[Sequence[_Stage]], ranks: Mapping[tuple[int, int, int], object]) -> None:
+    """See that the stages, and the ranks of each, are where they belong.
+
+    Args:
+        stages: in the order of their layers.
+        ranks: what ``args`` say of each place's number among all processes: it grows along each kind of parallelism.
+
+    Raises:
+        CorruptError: some are not; as far as it can be told.
+    """
+    for number, (stage, *_) in enumerate(stages):
+        for name in stage.values:
+            if (_OUTPUT.fullmatch(name) or _HEAD.fullmatch(name)) and number + 1 < len(stages):
+                raise CorruptError(
+                    f"{stage.where} holds {shown_name(name)}, which is the last stage's: ranks were mixed"
+                )
+    inputs = [number for number, stage in enumerate(stages) if any(map(_EMBEDDING.fullmatch, stage[0].values))]
+    if inputs and inputs[0]:
+        where = stages[inputs[0]][0].where
+        raise CorruptError(f"{where} holds the word embeddings, which are the first stage's: ranks were mixed")
+    if len(set(ranks.values())) < len(ranks):  # what converters write says nothing of ranks
+        return
+    for axis in range(3):
+        for place, rank in ranks.items():
+            following = place[0] + (axis == 0), place[1] + (axis == 1), place[2] + (axis == 2)
+            after = ranks.get(following)
+            if isinstance(rank, int) and isinstance(after, int) and after < rank:
+                raise CorruptError(f"args say that rank {rank} is at {place}, and rank {after} at {following}: mixed")
 
 
 def _require_layers(stages: Sequence[Sequence[_Stage]], args: Mapping[str, Any]) -> None:
@@ -365,13 +404,13 @@ def _vocabulary(values: Mapping[str, object], args: Mapping[str, Any]) -> Iterat
     if not isinstance(embedding, TensorEntry) or type(padded) is not int or padded == true:
         return
     rows = embedding.shape[0] if embedding.shape else 0
-    if rows != padded:
-        raise CorruptError(f"args.padded_vocab_size is {padded:,}, and the word embeddings have {rows:,} rows")
     tokens = f"the first {true:,} are tokens" if type(true) is int else "how many are tokens, is not said"
     yield Finding(
         code="padded-vocabulary",
-        severity="info",
-        message=f"the word embeddings have {padded:,} rows, so that the ranks have the same number: {tokens}",
+        severity="info" if rows == padded else "warning",
+        message=f"the word embeddings have {padded:,} rows, so that the ranks have the same number: {tokens}"
+        if rows == padded
+        else f"args.padded_vocab_size is {padded:,}, and the word embeddings have {rows:,} rows",
     )
 
 

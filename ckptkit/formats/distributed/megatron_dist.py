@@ -8,7 +8,9 @@ Layout (``megatron/core/dist_checkpointing``), of a folder as `ckptkit.formats.d
   ``decoder.layers.<tail>`` with a leading dimension, and so are experts, ``mlp.experts.experts.<tail>``; here each is
   ``decoder.layers.<number>.<tail>``, ``mlp.experts.local_experts.<number>.<tail>`` (of grouped ones
   ``mlp.experts.linear_fc1.weight<number>``), as their modules name them
-- ``optimizer.state.<moment>.<name>``: here ``optimizer.state.<name>.<moment>``, as torch has it
+- ``optimizer.state.<moment>.<name>``: here ``optimizer.state.<name>.<moment>``, as torch has it.  A distributed
+  optimizer stores each rank's slice flat, in runs: of a weight of [8, 6] that two ranks share out along the first
+  dimension the moment is [2, 1, 24]
 - objects ``<key>/shard_<place>_<shape>``, as ``rng_state/shard_0.1_1.2``: a list of one each.  They make up an array of
   objects: of one its object, else lists inside lists
 """
@@ -22,11 +24,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ckptkit.checkpoint import TensorEntry
+from ckptkit.computed import files_of
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.distributed.dcp import Opened, open_folder
 from ckptkit.formats.distributed.dcp_metadata import TensorMetadata
 from ckptkit.formats.distributed.folder import FolderSource, read_part
-from ckptkit.formats.distributed.slices import args_of, as_of_one, stated
+from ckptkit.formats.distributed.slices import args_of, as_of_one, mesh_of, stated
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
@@ -71,6 +74,7 @@ def read(probe: Probe) -> RawCheckpoint:
         shards, common = {"common.pt": Shard("common.pt", raw, {})}, raw.root
     elif _COMMON in objects:
         common = objects.pop(_COMMON)[()]
+    args = args_of(common)
     tree = _Tree(folder, opened, common, probe.limits.entries)
     root = tree.root(objects)
     return RawCheckpoint(
@@ -82,6 +86,8 @@ def read(probe: Probe) -> RawCheckpoint:
         discarded=(*opened.discarded, *(part for shard in shards.values() for part in shard.raw.discarded)),
         findings=(*opened.findings, *merged_findings(shards), *tree.findings()),
         unread=opened.items if opened.unread else None,
+        world_size=size if type(size := args.get("world_size")) is int and size > 0 else None,
+        mesh=mesh_of(args),
     )
 
 
@@ -121,7 +127,7 @@ def _arrays(objects: Mapping[str, object]) -> dict[str, dict[tuple[int, ...], ob
         content = value[0] if match is not None and isinstance(value, list) and len(value) == 1 else value
         is_inside = len(place) == len(shape) and all(at < size for at, size in zip(place, shape, strict=True))
         if shapes.setdefault(key, shape) != shape or not is_inside:
-            raise CorruptError(f"the object {shown(name)} is none of the array that the others are of")
+            raise CorruptError(f"the object {shown(name)} does not belong to the array of the others")
         if place in found.setdefault(key, {}):
             raise CorruptError(f"the object {shown(name)} stands twice")
         found[key][place] = content
@@ -221,38 +227,82 @@ class _Tree:
     def _each(self, name: str, tensor: TensorMetadata) -> Iterator[tuple[str, TensorEntry]]:
         """A tensor, or each of those that are stacked in it, by name."""
         depth, named = self._name(name)
-        if not depth or len(tensor.shape) < depth:
+        grid = self._grid(name, tensor)
+        shape, boxes = self._reshaped(tensor, grid) if grid else (tensor.shape, self._boxes(tensor))
+        depth = depth if len(shape) >= depth else 0
+        if not depth and not grid:
             yield name, self._opened.tensors[tensor.name]
             return
+        places = math.prod(shape[:depth])
+        if places > self._most:
+            raise LimitError("layers of a tensor", limit=self._most, actual=places)
         pieces: dict[tuple[int, ...], list[Piece]] = {}
-        files: dict[tuple[int, ...], dict[str, None]] = {}
-        paths = self._opened.metadata.items.paths
-        for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
-            if math.prod(tensor.shape[:depth]) > self._most:
-                raise LimitError("layers of a tensor", limit=self._most, actual=math.prod(tensor.shape[:depth]))
-            for own in itertools.product(*map(range, sizes[:depth])):
-                place = tuple(a + b for a, b in zip(offsets, own, strict=False))
-                local = partial(self._layer, tensor, row, sizes, own)
-                path = paths[row] if row >= 0 else ""
-                pieces.setdefault(place, []).append(Piece(offsets[depth:], sizes[depth:], local, path))
-                files.setdefault(place, {}).update({path: None} if path else {})
-        for place in itertools.product(*map(range, tensor.shape[:depth])):
-            own_name = named(place)
-            yield own_name, pieced(
-                own_name, tensor.shape[depth:], tensor.dtype, pieces.get(place, ()),
-                files=[self._folder.part(path) for path in files.get(place, ())], requires_grad=tensor.requires_grad,
-            )  # fmt: skip
+        for box in boxes:
+            for own in itertools.product(*map(range, box.sizes[:depth])):
+                place = tuple(a + b for a, b in zip(box.offsets, own, strict=False))
+                later = partial(_part, tensor.name, box, own)
+                local = later() if isinstance(box.local, TensorEntry) else later
+                pieces.setdefault(place, []).append(Piece(box.offsets[depth:], box.sizes[depth:], local, box.where))
+        for place in itertools.product(*map(range, shape[:depth])):
+            own_name, found = named(place) if depth else name, pieces.get(place, ())
+            yield own_name, self._pieced(own_name, shape[depth:], tensor, found)
 
-    def _layer(self, tensor: TensorMetadata, row: int, sizes: tuple[int, ...], place: tuple[int, ...]) -> TensorEntry:
-        """One layer of a chunk.
+    def _pieced(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        tensor: TensorMetadata,
+        pieces: Sequence[Piece],
+        view: tuple[int, ...] | None = None,
+    ) -> TensorEntry:
+        known = [piece.local for piece in pieces if isinstance(piece.local, TensorEntry)]
+        files = {id(file): file for entry in known for file in files_of(entry.storage.source)}
+        for path in {piece.where for piece in pieces if not isinstance(piece.local, TensorEntry)} - {""}:
+            file = self._folder.part(path)
+            files[id(file)] = file
+        return pieced(
+            name, shape, tensor.dtype, pieces, view=view, files=[*files.values()], requires_grad=tensor.requires_grad
+        )
 
-        Raises:
-            CorruptError: the chunk is not of the sizes that are said.
-        """
-        entry = self._opened.items.tensor(row, tensor.name)
-        if entry.shape != sizes:
-            raise CorruptError(f"tensor {tensor.name!r:.200}: a chunk is {[*entry.shape]}, not {[*sizes]}")
-        return entry[place]
+    def _boxes(self, tensor: TensorMetadata) -> list[Piece]:
+        """The chunks of a tensor, not read yet."""
+        paths, read = self._opened.metadata.items.paths, self._opened.items.tensor
+        return [
+            Piece(offsets, sizes, partial(read, row, tensor.name), paths[row] if row >= 0 else "")
+            for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True)
+        ]
+
+    def _grid(self, name: str, tensor: TensorMetadata) -> tuple[int, ...]:
+        """Into how many slices along each dimension a moment is cut whose slices are stored flat; none: it is not."""
+        whole = self._opened.metadata.tensors.get(name)
+        grid = tensor.shape[:-1]
+        if whole is None or whole is tensor or len(grid) != len(whole.shape) or 0 in grid or not grid:
+            return ()
+        own = [size // count for size, count in zip(whole.shape, grid, strict=True)]
+        is_flat = math.prod(own) == tensor.shape[-1] and all(
+            size == count * each for size, count, each in zip(whole.shape, grid, own, strict=True)
+        )
+        return grid if is_flat else ()
+
+    def _reshaped(self, tensor: TensorMetadata, grid: tuple[int, ...]) -> tuple[tuple[int, ...], list[Piece]]:
+        """The shape, and the slices, of what is stored as a grid of flat slices, each in runs."""
+        whole = self._opened.metadata.tensors[_whole_name(tensor.name)].shape
+        sizes = tuple(size // count for size, count in zip(whole, grid, strict=True))
+        if math.prod(grid) > self._most:
+            raise LimitError("slices of a tensor", limit=self._most, actual=math.prod(grid))
+        runs: dict[tuple[int, ...], list[Piece]] = {}
+        for box in self._boxes(tensor):
+            for own in itertools.product(*map(range, box.sizes[:-1])):
+                cell = tuple(a + b for a, b in zip(box.offsets, own, strict=False))
+                local = partial(_part, tensor.name, box, own)
+                runs.setdefault(cell, []).append(Piece(box.offsets[-1:], box.sizes[-1:], local, box.where))
+        slices = []
+        for cell in itertools.product(*map(range, grid)):
+            found = runs.get(cell, [])
+            entry = self._pieced(tensor.name, tensor.shape[-1:], tensor, found, sizes)
+            where = found[0].where if found else ""
+            slices.append(Piece(tuple(a * b for a, b in zip(cell, sizes, strict=True)), sizes, entry, where))
+        return whole, slices
 
     def _name(self, name: str) -> tuple[int, Callable[[Sequence[int]], str]]:
         """How many leading dimensions of a tensor are numbers in its name, and the name of each."""
@@ -294,6 +344,24 @@ class _Tree:
                 message=f"{count_of(len(self._flat), 'tensor')} of the optimizer's state are kept as they are, and are "
                 f"not told by parameter: {listed(self._flat, _LISTED)}",
             )
+
+
+def _part(name: str, box: Piece, place: tuple[int, ...]) -> TensorEntry:
+    """What stands at a place of the leading dimensions of a chunk.
+
+    Raises:
+        CorruptError: the chunk is not of the sizes that are said.
+    """
+    entry = box.local if isinstance(box.local, TensorEntry) else box.local()
+    if entry.shape != box.sizes:
+        raise CorruptError(f"tensor {name!r:.200}: a chunk is {[*entry.shape]}, not {[*box.sizes]}")
+    return entry[place] if place else entry
+
+
+def _whole_name(name: str) -> str:
+    """The name of the parameter that a moment is of."""
+    moment = _MOMENT.fullmatch(name)
+    return name if moment is None else moment[2]
 
 
 def _put(target: dict[str, object], name: str, value: object) -> None:

@@ -16,7 +16,8 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.distributed.folder import FolderSource, read_part
-from ckptkit.formats.distributed.tensor_parallel import INSIDE, LLAMA, Joiner, Rule, ending, shown_name
+from ckptkit.formats.distributed.layouts import LLAMA, is_llama
+from ckptkit.formats.distributed.tensor_parallel import INSIDE, LLAMA_RULES, Joiner, Rule, ending, shown_name
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown, state_dict_node
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
@@ -25,15 +26,27 @@ from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items,
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = [
-    "args_of", "as_of_one", "beside", "flat", "is_llama", "member", "merged", "nested", "numbered", "read",
-    "read_ranks", "require_one_run", "same_said", "stated",
+    "args_of",
+    "as_of_one",
+    "beside",
+    "flat",
+    "member",
+    "merged",
+    "mesh_of",
+    "nested",
+    "numbered",
+    "read",
+    "read_ranks",
+    "require_one_run",
+    "same_said",
+    "stated",
 ]  # fmt: skip
 
 _LISTED = 5
 """Names that a message lists."""
 
-_LLAMA = r"consolidated\.\d+\.pth"
-"""The files of Llama's ranks; one alone is a file like any other."""
+_MOST_RANKS = 1 << 24
+"""Processes that may have saved a checkpoint."""
 
 _OTHERS = ("optim", "rng", "random_state", "scheduler")
 """Words in the names of what ranks have beside the weights."""
@@ -66,7 +79,7 @@ def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[st
             versions[path.removesuffix(INSIDE)] = dict(known)
         for key, value in pairs:
             if not isinstance(key, str) or INSIDE in key or level > _LEVELS:
-                raise CorruptError(f"the model in {where} is no state_dict: {shown(key)} is a key in it")
+                raise CorruptError(f"the model in {where} is not a state_dict: {shown(key)} is a key in it")
             below = None if key.endswith("_extra_state") else mapping_items(value)
             if below:
                 gather(value, below, f"{path}{key}{INSIDE}", level + 1)
@@ -157,6 +170,13 @@ def args_of(root: object) -> Mapping[str, Any]:
     return dict(named_items(args if state is None else state))
 
 
+def mesh_of(args: Mapping[str, Any]) -> dict[str, int] | None:
+    """Over how many ranks Megatron's model is split, by kind; ``None``: it is not, or that is not said."""
+    ours = {key: size for key, size in args.items() if _ONE.fullmatch(key) and type(size) is int}
+    found = {re.sub("_(?:model_)?parallel_size", "", key): size for key, size in ours.items() if 1 < size < _MOST_RANKS}
+    return found or None
+
+
 def as_of_one(pairs: Sequence[tuple[object, object]]) -> list[tuple[object, object]]:
     """Megatron's values beside a model with ``args`` that say of one rank what they say of several."""
     return [(key, _of_one(value) if key == "args" else value) for key, value in pairs]
@@ -207,7 +227,11 @@ def read_ranks(probe: Probe, files: Mapping[str, str]) -> dict[str, RawCheckpoin
 
 
 def merged(
-    raws: Mapping[str, RawCheckpoint], root: object, joiner: Joiner, findings: Iterable[Finding] = ()
+    raws: Mapping[str, RawCheckpoint],
+    root: object,
+    joiner: Joiner,
+    findings: Iterable[Finding] = (),
+    mesh: Mapping[str, int] | None = None,
 ) -> RawCheckpoint:
     """The checkpoint that ranks make up.
 
@@ -216,6 +240,7 @@ def merged(
         root: the tree of all.
         joiner: what their tensors were joined by.
         findings: what else is to be told.
+        mesh: as in `RawCheckpoint`.
     """
     shards = {rank: Shard(rank, raw, {}) for rank, raw in raws.items()}
     writers = {raw.writer for raw in raws.values()}
@@ -229,12 +254,9 @@ def merged(
         has_pickle=any(raw.has_pickle for raw in raws.values()),
         findings=(*merged_findings(shards), *joiner.findings(), *findings),
         replicas=tuple(joiner.replicas),
+        world_size=len(raws),
+        mesh=mesh,
     )
-
-
-def is_llama(names: Iterable[str]) -> bool:
-    """Whether a folder holds several of ``consolidated.00.pth``, ``consolidated.01.pth``, ..."""
-    return sum(re.fullmatch(_LLAMA, name, re.ASCII) is not None for name in names) > 1
 
 
 def numbered(names: Iterable[str]) -> list[str]:
@@ -248,7 +270,7 @@ def numbered(names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     if is_llama(names):
-        names = [name for name in names if re.fullmatch(_LLAMA, name, re.ASCII)]
+        names = [name for name in names if re.fullmatch(LLAMA, name, re.ASCII)]
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
         is_one = "/" not in name and name.endswith(tuple(SUFFIXES)) and not any(word in name for word in _OTHERS)
@@ -305,7 +327,7 @@ def read(probe: Probe, rules: Sequence[Rule]) -> RawCheckpoint:
     ranks = {rank: flat(tree, rank) for rank, tree in trees.items()}
     values = {rank: found for rank, (found, _) in ranks.items()}
     if is_llama(names):
-        rules = (*rules, *LLAMA, *_embeddings(probe, values))
+        rules = (*rules, *LLAMA_RULES, *_embeddings(probe, values))
     joiner = Joiner(rules)
     model = nested(joiner.join(values), ranks[names[0]][1])
     if key is None:
@@ -331,17 +353,16 @@ def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iter
     given = _params(probe)
     dim = given.get("dim", norm[0] if len(norm) == 1 else None)
     outputs = shapes.get("layers.0.attention.wo.weight", ())
-    if "head_dim" not in given and len(outputs) == 2 and outputs[0] == dim and outputs[1] * len(ranks) != dim:
+    odd = {"layers.0.attention.wo.weight": outputs} if len(outputs) == 2 and "head_dim" not in given else {}
+    odd = {name: shape for name, shape in odd.items() if shape[0] == dim and shape[1] * len(ranks) != dim}
+    if len(rows) == 2 and isinstance(dim, int) and dim not in (rows[1], rows[1] * len(ranks)):
+        odd["tok_embeddings.weight"] = rows
+    for name, shape in odd.items():
         raise CorruptError(
-            f"{count_of(len(ranks), 'file')}, each with {outputs[1]:,} of {dim:,} inputs of "
-            "layers.0.attention.wo.weight: some are missing, or do not belong to it"
+            f"{count_of(len(ranks), 'file')}, each with {[*shape]} of {name}, do not make up a model of width {dim:,}: "
+            "some are missing, or belong to another model"
         )
     if len(rows) == 2 and isinstance(dim, int):
-        if rows[1] != dim and rows[1] * len(ranks) != dim:
-            raise CorruptError(
-                f"{count_of(len(ranks), 'file')}, each with {[*rows]} of tok_embeddings.weight, of a model of width "
-                f"{dim:,}: some are missing, or do not belong to it"
-            )
         yield ending(r"tok_embeddings\.weight", 0 if rows[1] == dim else 1)
 
 

@@ -11,7 +11,7 @@ of it under the whole's name.  No file says how it was cut, so that rules do, by
 A tensor without a rule is one that all ranks have a copy of where they begin with the same values, and it is compared
 likewise; where they do not, it is refused and never guessed.
 
-``MEGATRON`` and ``LLAMA`` are the rules of Megatron (names of megatron-core and of what was before) and of Meta's
+`MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and of what was before) and of Meta's
 ``consolidated.00.pth``, ``consolidated.01.pth``, ... (`transformers`' ``convert_llama_weights_to_hf.py``).  Others are
 given as a file, a JSON object of globs of names, of which the first that matches counts, before those rules::
 
@@ -37,7 +37,7 @@ from ckptkit.report import Finding, count_of, listed
 from ckptkit.transfer.pieces import Piece, pieced
 from ckptkit.transfer.values import same_values
 
-__all__ = ["INSIDE", "LLAMA", "MEGATRON", "Joiner", "Rule", "ending", "rules_in", "shown_name"]
+__all__ = ["INSIDE", "LLAMA_RULES", "MEGATRON_RULES", "Joiner", "Rule", "ending", "rules_in", "shown_name"]
 
 _LISTED = 5
 """Names that a message lists."""
@@ -56,11 +56,13 @@ class Rule(NamedTuple):
         pattern: of their names, all of one.
         axis: the dimension along which they lie side by side; ``None``: they are copies.
         parts: how many matrices are stored as one; 0: one or two, as the size of the layer's second matrix says.
+        is_even: whether all slices are of one size, as those of whoever cuts so are.
     """
 
     pattern: str
     axis: int | None
     parts: int = 1
+    is_even: bool = True
 
 
 def ending(tails: str, axis: int | None, parts: int = 1) -> Rule:
@@ -70,9 +72,9 @@ def ending(tails: str, axis: int | None, parts: int = 1) -> Rule:
 
 _BOTH = r"\.(?:weight|bias)"
 
-MEGATRON: tuple[Rule, ...] = (
+MEGATRON_RULES: tuple[Rule, ...] = (
     ending(rf"(?:lm_head\.dense|pooler\.dense|binary_head){_BOTH}", None),
-    ending(rf"[^.]*norm[^.]*{_BOTH}|[^.]*layer_?norm_(?:weight|bias)", None),
+    ending(rf"(?=[^.]*norm)[^.]*{_BOTH}|(?=[^.]*layer_?norm_)[^.]*_(?:weight|bias)", None),
     ending(r"(?:position|tokentype)_embeddings\.weight|inv_freq|router\.(?:weight|bias|expert_bias)", None),
     ending(r"shared_experts\.gate_weight", None),
     ending(r"word_embeddings(?:_for_head)?\.weight|output_layer\.(?:weight|bias)|lm_head\.bias|softmax_offset", 0),
@@ -84,8 +86,8 @@ MEGATRON: tuple[Rule, ...] = (
 )
 """Names of ``megatron/core/transformer`` (``linear_qkv``, ``linear_fc1``) and of ``megatron/legacy/model``."""
 
-LLAMA: tuple[Rule, ...] = (
-    ending(rf"[^.]*norm{_BOTH}|rope\.freqs", None),
+LLAMA_RULES: tuple[Rule, ...] = (
+    ending(rf"(?=[^.]*norm\.)[^.]*{_BOTH}|rope\.freqs", None),
     ending(rf"(?:wq|wk|wv|w1|w3|output){_BOTH}", 0),
     ending(r"(?:wo|w2)\.weight", 1),
 )
@@ -127,7 +129,7 @@ def _rule(glob: str, how: object) -> Rule:
         raise CorruptError(
             f'the rule for {shown(glob)} is {shown(how)}; it is a dimension (0 or 1), "replicated" or "swiglu"'
         )
-    return Rule(fnmatch.translate(glob), axis, parts)
+    return Rule(fnmatch.translate(glob), axis, parts, is_even=False)
 
 
 @lru_cache(maxsize=1024)
@@ -213,7 +215,7 @@ class Joiner:
         if not parts:
             unknown.append(f"{said} (one matrix or two: args do not say whether its layer is gated)")
             return first
-        return self._side_by_side(said, tensors, rule.axis, parts)
+        return self._side_by_side(said, tensors, rule.axis, parts, rule.is_even)
 
     def _copy(self, name: str, tensors: Mapping[str, TensorEntry], unknown: list[str] | None) -> TensorEntry:
         """The first of what should be copies."""
@@ -254,16 +256,19 @@ class Joiner:
             return parts if not left and parts in (1, 2) else 0
         return 0 if self.gated is None else 1 + self.gated
 
-    def _side_by_side(self, name: str, tensors: Mapping[str, TensorEntry], axis: int, parts: int) -> TensorEntry:
+    def _side_by_side(
+        self, name: str, tensors: Mapping[str, TensorEntry], axis: int, parts: int, is_even: bool
+    ) -> TensorEntry:
         """The slices along a dimension; of each rank the parts in turn."""
         first = next(iter(tensors.values()))
         for rank, tensor in tensors.items():
             fits = axis < len(tensor.shape) == len(first.shape) and not tensor.shape[axis] % parts
+            fits = fits and (tensor.shape == first.shape or not is_even)
             if not fits or _without(tensor.shape, axis) != _without(first.shape, axis):
                 how = f"dimension {axis}" + (f" in {parts} parts" if parts > 1 else "")
                 raise CorruptError(
-                    f"tensor {name!r:.200}: the slice {[*tensor.shape]} in {rank} is none of a tensor that is cut "
-                    f"along {how} as {[*first.shape]}",
+                    f"tensor {name!r:.200}: the slice {[*tensor.shape]} in {rank} does not fit the first one, "
+                    f"{[*first.shape]}: the tensor is cut along {how}",
                     names=(name,),
                 )
         key = (axis, parts, *(tensor.view for tensor in tensors.values()))
@@ -299,9 +304,7 @@ class Joiner:
             )
         if self.taken:
             message = f"{count_of(len(self.taken), 'value')} of which the first rank's is taken"
-            yield Finding(
-                code="taken-of-one-rank", severity="info", message=f"{message}: {listed(self.taken, _LISTED)}"
-            )
+            yield Finding(code="rank-values", severity="info", message=f"{message}: {listed(self.taken, _LISTED)}")
 
 
 def shown_name(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.megatron import Shape, old_name, stacked, whole, write_dist, write_ranks
+from support.megatron import Shape, chunk_of, flat_slices, old_name, stacked, whole, write_dist, write_ranks
 
 import ckptkit
 from ckptkit.errors import CkptkitError, CorruptError, UnsupportedError
@@ -75,6 +76,28 @@ def test_grouped_experts_are_numbered_too(tmp_path: Path) -> None:
     assert len(found) == 8
     for name, value in found.items():
         assert bool((value == int(name[-1])).all()), name
+
+
+def test_folders_of_nemo(tmp_path: Path) -> None:
+    shape = Shape(tp=2, pp=2, tied=True)
+    state = whole(shape)
+    for rank, stage in itertools.product(range(2), range(2)):
+        own = {f"model.{old_name(k)}": v for k, v in chunk_of(state, shape, rank, stage, 0, 0).items()}
+        if stage:
+            own["model.word_embeddings.weight"] = own.pop("model.language_model.output_layer.weight")
+        folder = tmp_path / "a" / f"tp_rank_{rank:02}_pp_rank_{stage:03}"
+        folder.mkdir(parents=True)
+        torch.save(own, folder / "model_weights.ckpt")
+    require_same(tmp_path / "a", {f"model.{old_name(name)}": value for name, value in state.items()})
+
+
+def test_ranks_and_mesh_are_shown(tmp_path: Path) -> None:
+    shape = Shape(tp=2, pp=2)
+    document = ckptkit.inspect(write_ranks(tmp_path / "a", shape, whole(shape)))
+    assert document["layout"] == {"world_size": 4, "mesh": {"tensor": 2, "pipeline": 2}, "files": 4, "tag": None}
+    document = ckptkit.inspect(write_dist(tmp_path / "b", stacked(whole(shape)), {}, common(shape)))
+    assert document["layout"] is not None
+    assert document["layout"]["mesh"] == {"tensor": 2, "pipeline": 2}
 
 
 def test_training_state_is_that_of_one_process(tmp_path: Path) -> None:
@@ -164,14 +187,17 @@ def refused(folder: Path, error: type[CkptkitError], text: str) -> None:
         (lambda f: change(f / "mp_rank_01_000", iteration=20), "says iteration 10, mp_rank_01_000 says 20"),
         (lambda f: change(f / "mp_rank_01_000", seed=7), "says args.seed 1234, mp_rank_01_000 says 7"),
         (lambda f: change(f / "mp_rank_01_000", checkpoint_version=2.0), "checkpoint_version"),
-        (lambda f: shutil.copytree(f / "mp_rank_01_001", f / "mp_rank_02_001"), "mp_rank_02_001 is none of them"),
+        (lambda f: shutil.copytree(f / "mp_rank_01_001", f / "mp_rank_02_001"), "mp_rank_02_001 is not one of them"),
         (lambda f: change(f / "mp_rank_00_001", lambda m: m["decoder.final_layernorm.weight"].add_(1)),
          "decoder.final_layernorm.weight .mp_rank_00_001 and mp_rank_01_001"),
         (lambda f: change(f / "mp_rank_00_001", lambda m: m.pop("decoder.final_layernorm.weight")), "in one alone"),
         (lambda f: [change(f / f"mp_rank_0{r}_001", drop_layer) for r in range(2)], "num_layers is 4.*hold 3 layers"),
-        (lambda f: change(f / "mp_rank_00_000", lambda m: cut_rows(m, "embedding.word_embeddings.weight")), "15"),
+        (lambda f: change(f / "mp_rank_00_000", lambda m: cut_rows(m, "embedding.word_embeddings.weight")),
+         "embedding.word_embeddings.weight.: the slice"),
         (lambda f: change(f / "mp_rank_00_000", lambda m: cut_rows(m, "decoder.layers.0.mlp.linear_fc1.weight")),
          "linear_fc1"),
+        (lambda f: swap(f, "mp_rank_00_000", "mp_rank_01_000"), "args say that rank 1 is at .0, 0, 0., and rank 0"),
+        (lambda f: [swap(f, f"mp_rank_0{r}_000", f"mp_rank_0{r}_001") for r in range(2)], "which is the last stage's"),
         (lambda f: [without_model(p) for p in f.iterdir()], "no model in the files"),
     ],
 )  # fmt: skip
@@ -185,6 +211,12 @@ def test_what_is_no_whole_is_refused(tmp_path: Path, damage: Callable[[Path], ob
 def drop_layer(model: dict[str, torch.Tensor]) -> None:
     for name in [name for name in model if name.startswith("decoder.layers.1.")]:
         del model[name]
+
+
+def swap(folder: Path, a: str, b: str) -> None:
+    (folder / a).rename(folder / "c")
+    (folder / b).rename(folder / a)
+    (folder / "c").rename(folder / b)
 
 
 def without_model(folder: Path) -> None:
@@ -251,12 +283,28 @@ def test_objects_and_moments_are_in_their_place(tmp_path: Path) -> None:
         assert "distributed.dp_group_idx_0" in codes(folder)["not-merged"]
 
 
+def test_flat_slices_of_a_distributed_optimizer_have_their_parameters_shape(tmp_path: Path) -> None:
+    for seed in range(12):
+        rng = random.Random(seed)
+        shape = Shape(layers=3, experts=2 * (seed % 3 == 2))
+        state, tensors = whole(shape), dict(stacked(whole(shape)))
+        for name, value in stacked(state).items():
+            grid = [rng.choice([n for n in range(1, size + 1) if size % n == 0]) for size in value.shape]
+            depth = name.count("layers.") + name.count("experts.experts")
+            grid[:depth] = value.shape[:depth]
+            tensors[f"optimizer.state.exp_avg.{name}"] = flat_slices(value.float() * 3, grid)
+        everything = ckptkit.load(write_dist(tmp_path / str(seed), tensors, {}, common(shape), seed=seed))
+        assert everything["optimizer"]["state"].keys() == state.keys()
+        for name, moments in everything["optimizer"]["state"].items():
+            assert torch.equal(moments["exp_avg"], state[name].float() * 3), name
+
+
 def test_objects_that_are_missing_and_other_backends_are_refused(tmp_path: Path) -> None:
     state = whole(Shape(layers=1))
     folder = write_dist(tmp_path / "a", state, {"rng_state/shard_0.1_1.2": [1]}, None)
     refused(folder, CorruptError, "1 object is missing of 'rng_state'")
     folder = write_dist(tmp_path / "b", state, {"rng_state/shard_2_2": [1]}, None)
-    refused(folder, CorruptError, "none of the array")
+    refused(folder, CorruptError, "does not belong to the array")
     (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     refused(folder, UnsupportedError, "backend 'zarr'")
     folder = write_dist(tmp_path / "c", stacked(state), {}, None)

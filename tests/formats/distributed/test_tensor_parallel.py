@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from support.megatron import Shape, whole, write_llama, write_ranks
 
 import ckptkit
-from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, UnsupportedError
+from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, PartError, UnsupportedError
 
 State = dict[str, torch.Tensor]
 
@@ -59,14 +59,17 @@ def change(path: Path, what: Callable[[Any], object]) -> None:
     [
         (lambda f: (f / "consolidated.01.pth").unlink(), "1 rank is missing before consolidated.03.pth: 1"),
         (lambda f: (f / "consolidated.00.pth").unlink(), "1 rank is missing before consolidated.03.pth: 0"),
-        (lambda f: (f / "consolidated.03.pth").unlink(), "3 files, each with 2 of 8 inputs .*some are missing"),
+        (
+            lambda f: (f / "consolidated.03.pth").unlink(),
+            r"3 files, each with \[8, 2\] of layers.0.attention.wo.weight, .*some are missing",
+        ),
         (lambda f: change(f / "consolidated.02.pth", lambda s: s["norm.weight"].add_(1)),
          "norm.weight .consolidated.00.pth and consolidated.02.pth."),
         (lambda f: change(f / "consolidated.02.pth", lambda s: s.pop("norm.weight")), ": norm.weight in one alone"),
         (lambda f: change(f / "consolidated.02.pth", lambda s: s.update({"norm.weight": torch.ones(8)})),
          "not of one dtype"),
         (lambda f: change(f / "consolidated.02.pth", lambda s: s.update({"output.weight": s["output.weight"][:, :4]})),
-         r"output.weight.*the slice \[3, 4\] in consolidated.02.pth is none of a tensor that is cut along dimension 0"),
+         r"output.weight.*the slice \[3, 4\] in consolidated.02.pth does not fit .*cut along dimension 0"),
         (lambda f: (f / "params.json").write_text("{"), "params.json is not valid JSON"),
         (lambda f: (f / "params.json").write_text('{"dim": 64}'), "of a model of width 64"),
     ],
@@ -256,12 +259,20 @@ def test_rules_that_are_none_are_refused(tmp_path: Path, text: str, error: type[
 def test_rules_that_fit_nothing_are_refused(tmp_path: Path) -> None:
     given = rules(tmp_path / "rules.json", **{"*": 1})
     folder = write_parts(tmp_path / "a", [{"w": torch.zeros(2)}, {"w": torch.ones(2)}])
-    with pytest.raises(CorruptError, match=r"the slice \[2\] in part-0.pt is none of a tensor that is cut along"):
+    with pytest.raises(CorruptError, match=r"the slice \[2\] in part-0.pt does not fit the first one"):
         ckptkit.open(folder, tp_rules=given)
     with pytest.raises(FileAccessError, match="joins the files of several ranks in a folder"):
         ckptkit.open(folder / "part-0.pt", tp_rules=given)
     (folder / "part-1.pt").unlink()
-    with pytest.raises(CkptkitError, match="--tp-rules joins the files of ranks"):
+    with pytest.raises(CkptkitError, match="--tp-rules joins files that differ"):
         ckptkit.open(folder, tp_rules=given)
     with pytest.raises(FileAccessError):
         ckptkit.open(folder, tp_rules=tmp_path / "nothing.json")
+
+
+def test_a_slice_of_llama_alone_is_a_part(tmp_path: Path) -> None:
+    write_llama(tmp_path / "a", 2, version=2)
+    (tmp_path / "a" / "consolidated.01.pth").unlink()
+    for given in (tmp_path / "a", tmp_path / "a" / "consolidated.00.pth"):
+        with pytest.raises(PartError, match="of a Llama checkpoint in tensor-parallel parts, not the whole"):
+            ckptkit.load_state_dict(given)
