@@ -21,6 +21,7 @@ from ckptkit.formats.distributed.tensor_parallel import INSIDE, LLAMA_RULES, Joi
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown, state_dict_node
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items, named_items, tensors_in
 from ckptkit.report import Finding, count_of, listed
@@ -69,9 +70,11 @@ def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[st
 
     Raises:
         CorruptError: it is none, or is nested too deeply.
+        LimitError: it has more tensors, or longer names, than any model.
     """
     values: dict[str, object] = {}
     versions: dict[str, dict[str, object]] = {}
+    limits, characters = DEFAULT_LIMITS, [0]
 
     def gather(node: object, pairs: list[tuple[object, object]], path: str, level: int) -> None:
         state = attributes(node)
@@ -84,7 +87,13 @@ def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[st
             if below:
                 gather(value, below, f"{path}{key}{INSIDE}", level + 1)
             else:
+                characters[0] += len(path) + len(key)
+                if characters[0] > limits.name_characters:
+                    what = "characters of the tensors' names"
+                    raise LimitError(what, limit=limits.name_characters, actual=characters[0], where=where)
                 values[path + key] = value
+                if len(values) > limits.entries:
+                    raise LimitError("tensors of a model", limit=limits.entries, actual=len(values), where=where)
 
     pairs = mapping_items(node)
     if pairs is None:
