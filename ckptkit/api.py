@@ -204,8 +204,9 @@ def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKe
     Args:
         source: any readable checkpoint (see `open`), or a folder.
         destination: the output; its ending chooses the container.  A folder, which is there or has a slash at its end:
-            the output is put into it and named after the source, with the ending of ``to``.  Of a source folder each
-            checkpoint goes to the same place below it; the folder is made where it is not there.
+            the output is put into it and named after the source, with the ending of ``to``.  With ``to="dcp"`` it is
+            the folder that is written, which must be new or empty.  Of a source folder each checkpoint goes to the same
+            place below it; the folder is made where it is not there.
         **options: those of `ckptkit.options.ConvertOptions`.
 
     Returns:

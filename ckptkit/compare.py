@@ -215,7 +215,7 @@ def _tensors(ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry],
 
 def _items(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
     """A folder of torch.distributed.checkpoint: names, what leads to each, and values."""
-    from ckptkit.formats.distributed.dcp_writer import flattened, values_at
+    from ckptkit.formats.distributed.dcp_names import flattened, values_at
 
     ours = flattened(source)
     tensors, theirs = ours.tensors, values_at(output, ours.paths)

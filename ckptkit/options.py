@@ -34,20 +34,12 @@ def _allow_part(which: str) -> Option[bool]:
     return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
 
 
-def _section(verb: str) -> Option[str | None]:
-    told = "where the file holds several"
+def _section(verb: str, told: str = "where the file holds several") -> Option[str | None]:
     return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
 
 
 def _tag(which: str) -> Option[str | None]:
     return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
-
-
-def _ignore_checksums() -> Option[bool]:
-    return flag(
-        "Accept bytes that recorded checksums show to be others.",
-        "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
-    )
 
 
 class ConvertOptions(Options):
@@ -187,7 +179,10 @@ class ConvertOptions(Options):
         default=True,
     )
     progress = _progress("called with the bytes dealt with so far, and those to deal with in all")
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = flag(
+        "Accept bytes that recorded checksums show to be others.",
+        "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
+    )
 
     def _check(self) -> None:
         metadata: Mapping[Any, Any] = self.metadata
@@ -355,7 +350,7 @@ class VerifyOptions(Options):
         "run the pickled model itself in place of a reference: **runs code of the file**, after printing on stderr "
         "what it imports.  A hostile file is refused",
     )
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = ConvertOptions.ignore_checksums
 
     def _check(self) -> None:
         if self.input is not None and self.input_shapes:
@@ -407,7 +402,7 @@ class DiffOptions(Options):
         "`Difference.ok`",
     )
     progress = _progress("called with the bytes gone through so far, and those to go through in all")
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = ConvertOptions.ignore_checksums
 
 
 if TYPE_CHECKING:

@@ -149,7 +149,10 @@ def _spread(layout: SpreadDocument) -> Iterator[str]:
     by = f" of {count_of(ranks, 'rank')}" if ranks is not None else ""
     yield f"{count_of(layout['files'], 'file')}{by}"
     if layout["mesh"]:
-        yield "mesh " + f" {TIMES} ".join(f"{printable(name)} {size:,}" for name, size in layout["mesh"].items())
+        sizes = (
+            f"{size:,}" if name.isdigit() else f"{printable(name)} {size:,}" for name, size in layout["mesh"].items()
+        )
+        yield "mesh " + f" {TIMES} ".join(sizes)
     if layout["tag"] is not None:
         yield f"step {printable(layout['tag'])}"
 

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
-from ckptkit.conversion.options import Conversion, needs_weights, read_section, require_fitting, section_like
+from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
+from ckptkit.conversion.outputs import require_fitting
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
@@ -201,9 +202,9 @@ def run(
     if is_folder:  # of which planning reads pickles
         formats.require_sound(file, checkpoint, held=is_held)
     source = _section_meant(checkpoint, file, options)
-    if options.like is not None:
-        source = options.like.cut(source)
-        require_whole(source, allow_part=options.allow_part)
+    if rewrite:
+        source = with_flat_cut(source, options)
+    require_whole(source, allow_part=options.allow_part)
     _, container, most = formats.target(destination, options.to)
     require_fitting(options, container)
     weights_alone = container.tensors_alone or most is not None or options.max_shard_size is not None

@@ -432,7 +432,7 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
 
 def diagnose_flat(result: Checkpoint) -> Iterator[Finding]:
     """What of a tree a folder of torch.distributed.checkpoint does not keep."""
-    from ckptkit.formats.distributed.dcp_writer import flattened
+    from ckptkit.formats.distributed.dcp_names import flattened
 
     flat = flattened(result)
     ties = [listed(names, 4, between=" = ", characters=100) for names in tied_groups(flat.tensors)]

@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats, rewrite
-from ckptkit.conversion.options import renamers_of, require_fitting
-from ckptkit.conversion.outputs import Item, ending_of, require_names
+from ckptkit.conversion.options import renamers_of
+from ckptkit.conversion.outputs import Item, ending_of, require_fitting, require_names
 from ckptkit.errors import CkptkitError
 from ckptkit.report import Finding, Report, parse_size, without_endings
 from ckptkit.transfer import names_flushed_together

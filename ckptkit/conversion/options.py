@@ -31,7 +31,7 @@ from ckptkit.conversion.changes import (
     diagnose_wrappers,
 )
 from ckptkit.errors import CkptkitError, CorruptError, RewriteError, SectionError
-from ckptkit.formats import format_named, read, reread
+from ckptkit.formats import read, reread
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.nested import NestedDicts
 from ckptkit.normalize.parts import part_findings, require_whole, way_findings
@@ -51,7 +51,6 @@ from ckptkit.rewrite.storages import dead_bytes
 
 if TYPE_CHECKING:
     from ckptkit.documents import CastDocument, ChangesDocument
-    from ckptkit.formats.format import Format
     from ckptkit.options import ConvertOptions
     from ckptkit.rewrite.like import Like
     from ckptkit.transfer import Tally
@@ -64,9 +63,9 @@ __all__ = [
     "needs_weights",
     "read_others",
     "read_section",
-    "require_fitting",
     "section_like",
     "unselected_weights",
+    "with_flat_cut",
 ]
 
 
@@ -90,21 +89,6 @@ def renamers_of(options: ConvertOptions) -> tuple[Renamer, ...]:
     if options.rename:
         found.append(rewrite.Rename(options.rename))
     return tuple(found)
-
-
-def require_fitting(options: ConvertOptions, container: Format) -> None:
-    """Raise where options are not for the container that is written.
-
-    Raises:
-        RewriteError: they are not.
-    """
-    if container.is_folder and options.max_shard_size is not None:
-        raise RewriteError(
-            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
-            "N makes N of them"
-        )
-    if options.ranks is not None and not container.is_folder:
-        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
 
 
 def needs_weights(options: ConvertOptions) -> bool:
@@ -148,6 +132,15 @@ def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     select = rewrite.Select(options.include, options.exclude, rename=_in_turn(renamers))
     dense = [rewrite.Densify(beside=checkpoint.state_dict)] if options.densify else []
     return checkpoint.rewrite(rewrite.WeightsOnly(), select, *dense, *renamers)
+
+
+def with_flat_cut(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    """The checkpoint with flat parameters cut by ``options.like``, where there are any, and that is given.
+
+    Raises:
+        RewriteError: they are not the model's.
+    """
+    return checkpoint if options.like is None else options.like.cut(checkpoint, _in_turn(renamers_of(options)))
 
 
 def _in_turn(renamers: Sequence[Renamer]) -> Callable[[str], str]:
@@ -439,7 +432,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
     mine = [(selected, checkpoint)] if selected is not None else []
     for path, each in chain(mine, read_others(checkpoint, file, ignore_checksums=options.ignore_checksums)):
         try:
-            named = as_named(like.cut(each), options)
+            named = as_named(with_flat_cut(each, options), options)
         except RewriteError as error:
             problems.append(f"{path!r}: {error}")
             continue
@@ -471,6 +464,8 @@ def like_checkpoint(path: str) -> Like:
         SectionError: it has no one set of weights.
         PartError: it is a part of a checkpoint.
     """
+    from ckptkit.rewrite.flat_parameters import keeps_order
+
     checkpoint, file = read(path)
     try:
         require_whole(checkpoint)
@@ -481,19 +476,9 @@ def like_checkpoint(path: str) -> Like:
                 path=path,
                 names=weights_paths(checkpoint.sections),
             )
-        return rewrite.Like(checkpoint.state_dict, label=path, is_ordered=not _is_sorted(checkpoint))
+        return rewrite.Like(checkpoint.state_dict, label=path, is_ordered=keeps_order(checkpoint))
     finally:
         file.close()
-
-
-def _is_sorted(checkpoint: Checkpoint) -> bool:
-    """Whether the names may be in the order of the safetensors library: by dtype, then sorted."""
-    if not format_named(checkpoint.origin.format).tensors_alone:
-        return False
-    names: dict[str, list[str]] = {}
-    for name, entry in checkpoint.state_dict.items():
-        names.setdefault(entry.dtype, []).append(name)
-    return all(each == sorted(each) for each in names.values())
 
 
 def _tensors(checkpoint: Checkpoint, fitting: Fitting) -> object:

@@ -23,6 +23,7 @@ from ckptkit.transfer.folders import is_empty_folder, not_empty
 from ckptkit.transfer.names import exists
 
 if TYPE_CHECKING:
+    from ckptkit.formats.format import Format
     from ckptkit.options import ConvertOptions
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ending_of",
     "is_folder_of_files",
     "require_file_name",
+    "require_fitting",
     "require_names",
     "told",
 ]
@@ -114,6 +116,21 @@ def told(
     into = os.path.join(os.path.dirname(path), without_endings(os.path.basename(path)), "")
     command = shlex.join(["ckptkit", "convert", source, into, "--to", container.name])
     return FileAccessError(f"{error}; or convert each checkpoint below it: {command}", path=source)
+
+
+def require_fitting(options: ConvertOptions, container: Format) -> None:
+    """Raise where options are not for the container that is written.
+
+    Raises:
+        RewriteError: they are not.
+    """
+    if container.is_folder and options.max_shard_size is not None:
+        raise RewriteError(
+            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
+            "N makes N of them"
+        )
+    if options.ranks is not None and not container.is_folder:
+        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
 
 
 def _is_folder(path: str, options: ConvertOptions) -> bool:

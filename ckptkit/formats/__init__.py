@@ -6,17 +6,17 @@ import contextlib
 import gc
 import os
 import threading
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
-from ckptkit.errors import CorruptError, FileAccessError, FormatError, RewriteError, SectionError
+from ckptkit.errors import FileAccessError, FormatError, RewriteError, SectionError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe, is_folder
 from ckptkit.formats.shards import may_tell_a_part
+from ckptkit.formats.soundness import as_hostile, hashed_parts, judged, require_sound
 from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
@@ -145,7 +145,7 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
         with collector_paused():
             own = raw = _read(probe)
             if ignore_checksums:
-                own = raw = replace(raw, root=_without_checksums(raw.root))
+                own = raw = _without_checksums(raw)
             if around is not None:
                 raw = replace(
                     raw,
@@ -169,7 +169,7 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
         if raw is None and file.path.endswith(".distcp"):
             seen, cause, error = _part_instead(file, seen, error)
         error = (error if around is None else around.at(error)).at(path=file.path, seen=seen)
-        raise (_judged(error) if is_folder(file) else error) from cause
+        raise (as_hostile(error) if is_folder(file) else error) from cause
 
 
 def _read(probe: Probe) -> RawCheckpoint:
@@ -197,97 +197,12 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
         return ()
     from ckptkit.formats.contents import names_left
 
+    if is_folder(probe.file):  # in the files that the error is about
+        told = str(error)
+        parts = [part for name, part in probe.file.parts.items() if name in told]
+        return merge_uses(*(names_left(Probe(part, probe.limits), error.globals) for part in parts))
     known = {use.name: GRAVITY[use.verdict] for use in error.globals}
     return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
-
-
-def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) -> Checkpoint:
-    """Look into all that was not looked into when the checkpoint was opened: whoever reads its bytes, begins here.
-
-    What is read of a member that lies in a zip archive as it is, is held against the checksum that is recorded there;
-    pickles that were left for later are judged; and what lies in several files of a folder is compared.
-
-    Args:
-        file: the source.
-        checkpoint: what is in it.
-        held: whether bytes are held against checksums and copies; what is left for later is judged in any case.
-
-    Returns:
-        The checkpoint with the names in what was left for later.
-
-    Raises:
-        CorruptError: bytes are others than recorded, or differ where they must be the same.
-        FormatError: what was left for later is damaged, or a sharded checkpoint is hostile.
-    """
-    for each in (file, *file.parts.values()) if held else ():
-        recorded: int | None = getattr(each, "crc32", None)
-        if recorded is None:
-            continue
-        found = 0
-        for chunk in each.whole.chunks():
-            found = zlib.crc32(chunk, found)
-        if found != recorded:
-            told = f"its CRC-32 is {found:08x}, recorded in the archive is {recorded:08x}: damaged"
-            raise CorruptError(told, path=each.path)
-        each.crc32 = None  # type: ignore[attr-defined]  # once is enough
-    checkpoint = judged(checkpoint)
-    if checkpoint.trust == "hostile" and format_named(checkpoint.origin.format).is_folder:
-        raise _judged(CorruptError("", path=checkpoint.origin.path).at(seen=checkpoint.globals))
-    if checkpoint.replicas and held:
-        from ckptkit.transfer.replicas import require_equal
-
-        try:
-            require_equal(checkpoint.replicas)
-        except CorruptError as error:
-            raise error.at(path=checkpoint.origin.path) from None
-    return checkpoint
-
-
-def _judged(error: FormatError) -> FormatError:
-    """The error of a sharded checkpoint, which says so where that is hostile."""
-    from ckptkit.report import listed
-
-    names = dict.fromkeys(use.name for use in error.globals if use.verdict == "dangerous")
-    if names and not error.is_hostile:
-        told = f"hostile: a loader that executes its pickles would run {listed(names)}; refused"
-        error.message = f"{error.message}; {told}" if error.message else told
-        error.is_hostile = True
-    return error
-
-
-def judged(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the names in the pickles that were left for later when it was opened.
-
-    Raises:
-        FormatError: one is damaged.
-    """
-    if checkpoint.unread is None:
-        return checkpoint
-    try:
-        uses = checkpoint.unread.judge()
-    except FormatError as error:
-        raise _judged(error.at(path=checkpoint.origin.path)) from error.__cause__
-    return checkpoint.replace(
-        globals=merge_uses(checkpoint.globals, (use for use in uses if use.kind == "name")),
-        unvouched=(
-            *(use for use in checkpoint.unvouched if use.kind != "unread"),
-            *(use for use in uses if use.kind != "name"),
-        ),
-        unread=None,
-    )
-
-
-def hashed_parts(file: Source) -> dict[str, Source]:
-    """The files that a checkpoint of several consists of, by name: shards and their index, all files of a folder.
-
-    Raises:
-        FileAccessError: one cannot be opened.
-    """
-    if is_folder(file):
-        from ckptkit.formats.distributed.folder import FolderSource
-
-        return dict(file.whole_parts()) if isinstance(file, FolderSource) else {}
-    return {os.path.basename(file.path): file, **file.parts} if file.parts else {}
 
 
 def given_of(file: Source) -> Source:
@@ -352,17 +267,19 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         return member
 
 
-def _without_checksums(root: object) -> object:
+def _without_checksums(raw: RawCheckpoint) -> RawCheckpoint:
     known: dict[int, Storage] = {}
 
     def leaf(node: object) -> object:
         storage = node.storage if isinstance(node, TensorEntry) else node
         if not isinstance(storage, Storage):
             return node
-        bare = known.setdefault(id(storage), storage.without_checksum())
-        return replace(node, storage=bare) if isinstance(node, TensorEntry) else bare
+        plain = known.setdefault(id(storage), storage.without_checksum())
+        return replace(node, storage=plain) if isinstance(node, TensorEntry) else plain
 
-    return TreeMap(leaf)(root)
+    bare = TreeMap(leaf)
+    replicas = [each._replace(value=bare(each.value), copy=bare(each.copy)) for each in raw.replicas]  # type: ignore[arg-type]
+    return replace(raw, root=bare(raw.root), replicas=tuple(replicas))
 
 
 def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpoint:

@@ -266,6 +266,8 @@ class Surveyor:
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
                     self._passed[entry.path] = ".git folder"
+                elif self._is_unfinished(entry.name):
+                    self._passed[entry.path] = UNFINISHED
                 elif not entry.is_symlink():
                     folders.append(entry.path)
                 elif _identity(entry.path) in above:
@@ -281,6 +283,8 @@ class Surveyor:
         """Whether a folder is one checkpoint, which is then among those found."""
         from ckptkit.formats.distributed.around import sharded_at
 
+        if key in self._found and folder in self._found[key].paths and folder in self._inside:
+            return True
         try:
             found = None if folder in self._inside else sharded_at(folder, names)
         except CkptkitError:  # what cannot be looked at in it is told when it is met

@@ -41,7 +41,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.released.reading import OtherValue, Reading, is_opaque, other_values_in, read_through
 from ckptkit.report import Finding
 from ckptkit.stats import NonFinite
-from ckptkit.transfer.checksums import damage_text
+from ckptkit.transfer.checksums import Checksums, Damage, damage_text
 
 __all__ = ["Examined", "ShardFact", "TensorFact", "examine_file"]
 
@@ -329,9 +329,9 @@ def examine_file(
         reading, given = Reading(), formats.given_of(file)
         is_whole = given is file  # else a file that is compressed or an archive, and what is in it
         is_read, unlike = bool(hash_file or digest or values or held), None
+        is_held = checksums and not ignore_checksums
         if checksums or is_folder(file):
-            held_too = checksums and not ignore_checksums
-            checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=held_too)
+            checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=is_held)
             contents.checkpoint = checkpoint  # what stands in it is the same
         parts = formats.hashed_parts(file) if is_folder(file) else file.parts
         if is_read:
@@ -344,6 +344,8 @@ def examine_file(
                 held=held,
                 threads=threads,
             )
+        if is_folder(file) and is_held:  # what pieces lie in is known by now
+            reading.damages.extend(_damages(contents.storages))
         hashes = reading.files
         if hash_file and not is_whole:
             hashes = read_through([given], (), hash_files=True, digest=False).files
@@ -389,6 +391,13 @@ def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool, held: b
         except CorruptError as error:
             return checkpoint, error.message
     return checkpoint, None
+
+
+def _damages(storages: Sequence[Storage]) -> list[Damage]:
+    """What is damaged of the storages that others are made of."""
+    checksums = Checksums()
+    checksums.want(storages)
+    return checksums.damages()
 
 
 def _digested(contents: _Contents, whole: bool) -> Iterator[TensorEntry]:

@@ -16,17 +16,18 @@ are must agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.checkpoint import Checkpoint, StateDict, TensorEntry, contiguous_stride
 from ckptkit.computed import files_of
 from ckptkit.errors import RewriteError
+from ckptkit.formats import format_named
 from ckptkit.normalize.modules import unwrapped, unwrapped_path
 from ckptkit.normalize.parts import is_flat_name
-from ckptkit.report import count_of
+from ckptkit.report import count_of, listed
 
-__all__ = ["cut_flat"]
+__all__ = ["cut_flat", "keeps_order"]
 
 _ALIGNED_NBYTES = 16
 """What each parameter in a padded flat one begins at a multiple of."""
@@ -37,8 +38,24 @@ _COUNTER = "num_batches_tracked"
 _Shapes = Mapping[str, tuple[int, ...] | None]
 
 
+def keeps_order(checkpoint: Checkpoint) -> bool:
+    """Whether names are in the order in which they were saved, not in that of safetensors: by dtype, then sorted."""
+    if not format_named(checkpoint.origin.format).tensors_alone:
+        return True
+    names: dict[str, list[str]] = {}
+    for name, entry in checkpoint.state_dict.items():
+        names.setdefault(entry.dtype, []).append(name)
+    return any(each != sorted(each) for each in names.values())
+
+
 def cut_flat(
-    checkpoint: Checkpoint, expected: _Shapes, tied: Sequence[Sequence[str]], label: str, *, is_ordered: bool
+    checkpoint: Checkpoint,
+    expected: _Shapes,
+    tied: Sequence[Sequence[str]],
+    label: str,
+    *,
+    is_ordered: bool,
+    rename: Callable[[str], str] | None,
 ) -> Checkpoint:
     """The checkpoint with the flat parameters of its state_dict that are the model's cut; one without as it is.
 
@@ -49,21 +66,38 @@ def cut_flat(
         tied: groups of names that are one tensor in the model.
         label: the model, for messages.
         is_ordered: whether the order is known to be the model's.
+        rename: from the names in the checkpoint to those that they are to have; of several parts that the model may
+            be it chooses one.
 
     Raises:
-        RewriteError: the parameters of the model are not as many elements, or their order is not known.
+        RewriteError: the model's parameters are not as many elements, several parts fit, or the order is not known.
     """
     flats = {name: entry for name, entry in checkpoint.state_dict.items() if is_flat_name(name)}
     if not flats or checkpoint.part is None or not checkpoint.part.remedy:
         return checkpoint
     path = checkpoint.origin.path
     refused: RewriteError | None = None
+    fits: dict[str, dict[str, object]] = {}
     for prefix in _prefixes(flats):
         try:
-            everything = _cut(checkpoint.state_dict, flats, prefix, expected, tied, label, is_ordered)
+            fits[prefix] = _cut(checkpoint.state_dict, flats, prefix, expected, tied, label, is_ordered)
         except RewriteError as error:
             refused = refused or error
-            continue
+        if "" in fits:
+            break
+    if len(fits) > 1 and rename is not None:
+        fits = {
+            prefix: everything
+            for prefix, everything in fits.items()
+            if all(rename(f"{prefix}.{name}") == name for name in expected)
+        } or fits
+    if len(fits) > 1:
+        raise RewriteError(
+            f"{path}: {len(fits)} parts of what was saved fit {label} equally: {listed(fits)}; choose one with "
+            f"--strip-prefix {next(iter(fits))}.",
+            path=path,
+        )
+    for everything in fits.values():
         whole = checkpoint.state_dict.holding(everything, checkpoint.state_dict.versions)
         return checkpoint.replace(state_dict=whole, part=None)
     raise RewriteError(f"{path}: {refused}", path=path)
@@ -108,14 +142,7 @@ def _cut(
     shapes = {before + name: shape for name, shape in expected.items()}
     if views and not any(unwrapped(name) in shapes for name in views):
         raise RewriteError(f"{label} has none of the names of what is joined in flat parameters")
-    place = {name: number for number, name in enumerate(expected)}
-    again = {name for group in tied for name in sorted(filter(place.__contains__, group), key=place.__getitem__)[1:]}
-    members: dict[str, list[tuple[str, tuple[int, ...]]]] = {unit: [] for unit in units}
-    for name, shape in expected.items():
-        full = before + name
-        of = [unit for unit in units if not unit or full.startswith(f"{unit}.")]
-        if shape is not None and of and full not in there and name not in again and not name.endswith(_COUNTER):
-            members[max(of, key=len)].append((full, shape))
+    members = _members(units, before, there, expected, tied)
     everything: dict[str, object] = {}
     for name, value in state_dict.everything.items():
         shape = shapes.get(unwrapped(name))
@@ -131,6 +158,29 @@ def _cut(
                     "not keep it: give a .pth of the model, or the model itself"
                 )
     return everything
+
+
+def _members(
+    units: Collection[str], before: str, there: Collection[str], expected: _Shapes, tied: Sequence[Sequence[str]]
+) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """The parameters of each unit, with their shapes, in order.
+
+    Args:
+        units: paths of the modules that have flat parameters.
+        before: what stands before the model's names.
+        there: names that stand in the file themselves.
+        expected: of the model.
+        tied: of the model.
+    """
+    place = {name: number for number, name in enumerate(expected)}
+    again = {name for group in tied for name in sorted(filter(place.__contains__, group), key=place.__getitem__)[1:]}
+    members: dict[str, list[tuple[str, tuple[int, ...]]]] = {unit: [] for unit in units}
+    for name, shape in expected.items():
+        full = before + name
+        of = [unit for unit in units if not unit or full.startswith(f"{unit}.")]
+        if shape is not None and of and full not in there and name not in again and not name.endswith(_COUNTER):
+            members[max(of, key=len)].append((full, shape))
+    return members
 
 
 def _part(name: str, view: TensorEntry, shape: tuple[int, ...], label: str) -> TensorEntry:

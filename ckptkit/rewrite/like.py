@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,8 +171,12 @@ class Like:
         # What hangs on the mapping is no tensor of the model either.
         return checkpoint.replace(state_dict=StateDict(everything, versions=versions), rest=STATE_DICT)
 
-    def cut(self, checkpoint: Checkpoint) -> Checkpoint:
+    def cut(self, checkpoint: Checkpoint, rename: Callable[[str], str] | None = None) -> Checkpoint:
         """The checkpoint with its flat parameters cut into the model's; one that has none as it is.
+
+        Args:
+            checkpoint: of all ranks together.
+            rename: from names in it to those that they are to have.
 
         Raises:
             RewriteError: they are not the model's.
@@ -181,7 +185,7 @@ class Like:
             return checkpoint
         from ckptkit.rewrite.flat_parameters import cut_flat
 
-        return cut_flat(checkpoint, self.expected, self.tied, self.label, is_ordered=self.is_ordered)
+        return cut_flat(checkpoint, self.expected, self.tied, self.label, is_ordered=self.is_ordered, rename=rename)
 
     def fitting(self, checkpoint: Checkpoint) -> Fitting:
         """The one fitting in which every tensor of the model is there; where the names fit, wrappers aside, it is that.

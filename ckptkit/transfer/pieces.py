@@ -15,6 +15,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -113,6 +114,18 @@ class PiecedValues(DenseValues):
                 if found is None:
                     found = self._locals[number] = _fitting(piece.local(), piece, self._dtype, self.name)
         return found
+
+    def without_checksums(self) -> PiecedValues:
+        """As `DenseValues.without_checksums`; pieces that were not read yet are without, too, once they are."""
+        pieces = [
+            piece._replace(
+                local=_bare(piece.local) if isinstance(piece.local, TensorEntry) else partial(_read_bare, piece.local)
+            )
+            for piece in self._pieces
+        ]
+        made = PiecedValues("", self._shape, self._dtype, pieces, self.files)
+        made.name = self.name
+        return made
 
     def copies(self, offset: int, nbytes: int) -> list[tuple[int, ByteRange]] | None:
         """The bytes of a range as runs of files, each with where in the range it begins; ``None``: they are gathered.
@@ -368,6 +381,14 @@ def _fitting(entry: TensorEntry, piece: Piece, dtype: str, what: str) -> TensorE
             f"not {dtype} {[*piece.sizes]}"
         )
     return entry
+
+
+def _bare(entry: TensorEntry) -> TensorEntry:
+    return replace(entry, storage=entry.storage.without_checksum())
+
+
+def _read_bare(read: Callable[[], TensorEntry]) -> TensorEntry:
+    return _bare(read())
 
 
 def _part(entry: TensorEntry, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> TensorEntry:

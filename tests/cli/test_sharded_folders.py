@@ -277,6 +277,19 @@ def test_copies_that_differ(command: Command, ranks: Path, tmp_path: Path) -> No
     assert command("convert", "ranks", "o.pth", "--no-check").code == 0
 
 
+def test_a_flipped_bit(command: Command, saved: Callable[..., Path]) -> None:
+    folder = saved("step-10")
+    data = (folder / "__0_0.distcp").read_bytes()
+    at = data.index(TREE["model"]["weight"].numpy().tobytes())
+    (folder / "__0_0.distcp").write_bytes(data[:at] + b"\1" + data[at + 1 :])
+    done = command("check", "step-10")
+    assert done.code == 1 and "[damaged]" in done.out and "model.weight" in done.out
+    assert command("check", "step-10", "--ignore-checksums").code == 0
+    for arguments in (("convert", "step-10", "o.pth"), ("manifest", "step-10")):
+        done = command(*arguments)
+        assert done.code == 2 and "model.weight: the bytes have CRC-32" in done.err, done
+
+
 # Hostile.
 
 

@@ -9,7 +9,7 @@ import enum
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,11 @@ import torch
 
 PADDING = 777.0
 VERSION = "0.19.8"
+
+OPTIMIZER = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+MODEL = "mp_rank_00_model_states.pt"
+MODEL_3 = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+"""The files: of a rank's optimizer (in bfloat16), of the module, of a rank's at stage 3."""
 
 
 class ZeroStageEnum(int, enum.Enum):
@@ -58,6 +63,23 @@ def deepspeeds_classes() -> Iterator[None]:
         yield
 
 
+def written(files: Mapping[str, Any], folder: Path) -> Path:
+    """Write files of these names; gives the folder."""
+    with deepspeeds_classes():
+        for name, tree in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(tree, folder / name)
+    return folder
+
+
+def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Tensors of the same names are the same, whatever their order."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+        assert torch.equal(found[name], value), name
+
+
 @dataclass(kw_only=True)
 class Zero:
     """What is written, and how.
@@ -91,6 +113,20 @@ class Zero:
     step: Any = 2.0
     client: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def small(cls, **options: Any) -> Zero:
+        """One of a few parameters in two groups, and two buffers."""
+        generator = torch.Generator().manual_seed(1)
+        groups = [
+            {
+                "emb.weight": torch.randn(7, 3, generator=generator),
+                "head.weight": torch.randn(2, 3, generator=generator),
+            },
+            {"head.bias": torch.randn(2, generator=generator), "scale": torch.randn((), generator=generator)},
+        ]
+        buffers = {"running": torch.randn(3, generator=generator), "count": torch.tensor(3)}
+        return cls(**{"groups": groups, "buffers": buffers, **options})
+
     @property
     def masters(self) -> dict[str, torch.Tensor]:
         """Names and values of all parameters that are trained."""
@@ -116,27 +152,25 @@ class Zero:
 
     # The files.
 
-    def save(self, folder: Path) -> Path:
-        """Write all of them; gives the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with deepspeeds_classes():
-            for name, tree in self.files().items():
-                torch.save(tree, folder / name)
-        return folder
+    def save(self, folder: Path, edit: Callable[[dict[str, Any]], object] = bool) -> Path:
+        """Write all of them, once their trees were edited; gives the folder."""
+        files = self.files()
+        edit(files)
+        return written(files, folder)
 
     def files(self) -> dict[str, Any]:
         """The trees of all files, by their names."""
         if self.stage == 0:
-            return {"mp_rank_00_model_states.pt": {**self._model(0), "optimizer": self._plain_optimizer()}}
-        prefix = "bf16_" if self.dtype is torch.bfloat16 else ""
+            return {MODEL: {**self._model(0), "optimizer": self._plain_optimizer()}}
+        name = OPTIMIZER if self.dtype is torch.bfloat16 else OPTIMIZER.removeprefix("bf16_")
         layout = self._split() if self.stage == 3 else self._joined()
         found: dict[str, Any] = {}
         for rank, state in enumerate(layout):
             tree = {"optimizer_state_dict": state, "ds_config": {"zero_optimization": {}}, "ds_version": VERSION}
-            found[f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = tree
+            found[name.format(rank)] = tree
             if self.stage == 3:
-                found[f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"] = self._model(rank)
-        return found if self.stage == 3 else {"mp_rank_00_model_states.pt": self._model(0), **found}
+                found[MODEL_3.format(rank)] = self._model(rank)
+        return found if self.stage == 3 else {MODEL: self._model(0), **found}
 
     def flat_order(self) -> list[dict[str, torch.Tensor]]:
         """The parameters of each flat buffer, in its order."""

@@ -18,6 +18,7 @@ Of several that no such file chooses from none is taken: they are listed, and ``
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,9 @@ WEIGHTS = (
 )
 """What trainers call the weights in their folders."""
 
+_BESIDE = r"(?:data|optimizer|scheduler|sampler|training_args|trainer_state|(?:rng_state|random_states).*)\.\w+"
+"""What trainers call the files beside their checkpoints' folders."""
+
 _JOINED = r"(?:pytorch_model_fsdp|optimizer)_\d+"
 """accelerate's folders, each one of torch.distributed.checkpoint."""
 
@@ -71,7 +75,7 @@ _MARKS = (".distcp", "/.metadata")
 """How the files end by which these are known."""
 
 _OWN = {
-    "dcp": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|meta\.pt",
+    "dcp": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|meta\.pt|common\.pt",
     "megatron": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|common\.pt|(?:mp|tp)_rank_[^/]*/[^/]*"
     r"|consolidated\.\d+\.\w+|modelopt_state/[^/]*",
     "deepspeed": r"[^/]*_states\.pt|zero/.*",
@@ -83,7 +87,7 @@ _OWN = {
 _TEXTS = (".json", ".txt", ".py", ".md", ".yaml", ".yml")
 
 _NAMED = re.compile(
-    r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank_?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
+    r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank[_-]?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
     r"|metadata\.json|.*-\d{5}-of-\d{5}\.\w+|pytorch_model_fsdp_\d+",
     re.ASCII,
 )
@@ -208,26 +212,40 @@ def pointed(folder: str) -> tuple[str, str] | None:
             raise FileAccessError(f"{path}: cannot be read: {error.strerror}", path=path) from error
         except UnicodeDecodeError:
             text = ""
-        name = text
-        if pointer.endswith(".txt") and text.isascii() and text.isdigit() and len(text) < 20:
-            name = f"iter_{int(text):07d}"
+        name = _numbered(folder, int(text)) if pointer.endswith(".txt") and _is_number(text) else text
+        problem = ""
         if not text or "\n" in text or len(text) > 255:
-            raise CorruptError("does not hold the name of a folder", path=path)
-        if not is_shard_name(name):
-            raise CorruptError(f"names {text!r:.80}, which leads out of the folder", path=path)
-        if not os.path.isdir(os.path.join(folder, *name.split("/"))):
-            there = [each for each, _ in _steps(folder, 0)]
+            problem = "does not hold the name of a folder"
+        elif not is_shard_name(name):
+            problem = f"names {text!r:.80}, which leads out of the folder"
+        elif not os.path.isdir(os.path.join(folder, *name.split("/"))):
+            problem = f"names {name!r:.80}, and no such folder is there"
+        if problem:
+            there = [each for each, _ in _steps(folder)]
             told = f"; there are: {listed(there, _LISTED)} (--tag NAME chooses one)" if there else ""
-            raise CorruptError(f"names {name!r:.80}, and no such folder is there{told}", path=path, names=there)
+            raise CorruptError(problem + told, path=path, names=there)
         return pointer, name
     return None
 
 
-def _steps(folder: str, depth: int) -> Iterator[tuple[str, Found | None]]:
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def _numbered(folder: str, number: int) -> str:
+    """The folder of a step: as Megatron calls it, where it is there, or else the one whose name ends so (verl's)."""
+    name = f"iter_{number:07d}"
+    if os.path.isdir(os.path.join(folder, name)):
+        return name
+    alike = [each for each in _folders(folder) if re.fullmatch(rf".*[^0-9]0*{number}", each)]
+    return alike[0] if len(alike) == 1 else name
+
+
+def _steps(folder: str) -> Iterator[tuple[str, Found | None]]:
     """The folders in one that stand for a checkpoint, with what it is; ``None``: for several, or for a damaged one."""
     for name in _folders(folder):
         try:
-            found = _standing(os.path.join(folder, name), depth + 1)
+            found = _standing(os.path.join(folder, name), is_inner=True)
         except (CorruptError, FileAccessError):
             yield name, None
         else:
@@ -284,8 +302,12 @@ def sharded_in(path: str, tag: str | None = None, depth: int = 0) -> Found | Non
     if last is None:
         return None
     _require_end(path, depth)
-    found = sharded_in(os.path.join(path, *last[1].split("/")), depth=depth + 1)
-    return None if found is None else _chosen(path, last, found)
+    step = os.path.join(path, *last[1].split("/"))
+    found = sharded_in(step, depth=depth + 1)
+    if found is None:  # as verl's, whose step holds one with other files beside
+        with contextlib.suppress(CorruptError, FileAccessError):
+            found = _standing(step)
+    return None if found is None or found.layout is None else _chosen(path, last, found)
 
 
 def found_in(path: str, tag: str | None = None) -> Found | None:
@@ -299,34 +321,39 @@ def found_in(path: str, tag: str | None = None) -> Found | None:
         CorruptError: it points to a folder that is not there or outside, or shards are missing.
         FileAccessError: there are several, which the message lists, or there is no such step.
     """
-    return _standing(path, 0) if tag is None else _tagged(path, tag)
+    return _standing(path) if tag is None else _tagged(path, tag)
 
 
 def _tagged(path: str, tag: str) -> Found:
     own = sharded_at(path)
-    per_rank = own is not None and own.layout == "dcp" and ".metadata" not in own.names
+    per_rank = own is not None and (own.layout == "fsdp" or (own.layout == "dcp" and ".metadata" not in own.names))
     if own is not None and (per_rank or os.path.basename(os.path.abspath(path)) == tag):
         return own._replace(tag=tag)
     if not is_shard_name(tag):
         raise FileAccessError(f"{path}: the tag {tag!r:.80} is not the name of a folder in it", path=path)
     chosen = os.path.join(path, *tag.split("/"))
-    if not os.path.lexists(chosen) and tag.isascii() and tag.isdigit():  # by the number alone
-        alike = [name for name in _folders(path) if re.fullmatch(rf".*[^0-9]0*{int(tag)}", name)]
-        chosen = os.path.join(path, alike[0]) if len(alike) == 1 else chosen
+    if not os.path.lexists(chosen) and _is_number(tag):  # by the number alone
+        chosen = os.path.join(path, _numbered(path, int(tag)))
     if os.path.isfile(chosen):
         return Found(chosen, tag=tag)
     if not os.path.isdir(chosen):
-        there = [name for name, _ in _choices(path, 0)]
+        there = [name for name, _ in _choices(path)]
         told = f"; there are: {listed(there, _LISTED)}" if there else ""
         raise MissingFileError(f"{path}: no step {tag!r:.80} is in this folder{told}", path=path, names=there)
-    found = _standing(chosen, 0)
+    found = _standing(chosen)
     if found is None:
         raise FileAccessError(f"{chosen}: {describe_folder(chosen)}", path=chosen)
     return found._replace(tag=os.path.basename(chosen) if found.tag is None else found.tag)
 
 
-def _standing(path: str, depth: int) -> Found | None:
-    """As `found_in`, of a folder so many below the given one."""
+def _standing(path: str, depth: int = 0, *, is_inner: bool = False) -> Found | None:
+    """As `found_in`.
+
+    Args:
+        path: the folder.
+        depth: how many folders lead to it.
+        is_inner: whether it is looked at as one in a given folder; those in it are not then.
+    """
     own = sharded_at(path)
     if own is not None:
         return own
@@ -338,19 +365,19 @@ def _standing(path: str, depth: int) -> Found | None:
     if last is not None:
         _require_end(path, depth)
         step = os.path.join(path, *last[1].split("/"))
-        found = _standing(step, depth + 1)
+        found = _standing(step, depth + 1, is_inner=is_inner)
         if found is None:
             told = f"names {last[1]!r:.80}, which {describe_folder(step)}"
             raise CorruptError(told, path=os.path.join(path, last[0]))
         return _chosen(path, last, found)
-    choices = list(_choices(path, depth))
+    choices = list(_choices(path, is_inner=is_inner))
     if not choices:
         return None
     (name, found), *others = choices
     if not others and found is not None:
         return found
     if not others:
-        return _standing(os.path.join(path, name), depth + 1)
+        return _standing(os.path.join(path, name), depth + 1, is_inner=True)
     there = [name for name, _ in choices]
     raise FileAccessError(
         f"{path}: {count_of(len(there), 'checkpoint')} are in this folder: {listed(there, _LISTED)}; "
@@ -384,7 +411,7 @@ def _may_be_a_step(folder: str, name: str) -> bool:
         return True
 
 
-def _choices(path: str, depth: int) -> Iterator[tuple[str, Found | None]]:
+def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found | None]]:
     """The checkpoints in a folder that is none itself, by their names: files, indexes, folders.
 
     Raises:
@@ -408,11 +435,13 @@ def _choices(path: str, depth: int) -> Iterator[tuple[str, Found | None]]:
         told = count_of(len(missing), "shard") + f" missing: {listed(missing)}; get "
         told += "it into the folder" if len(missing) == 1 else "them into the folder"
         raise CorruptError(told, path=path, names=missing)
+    steps = [] if is_inner else list(_steps(path))
     if not files:
+        names = [name for name in names if not (steps and re.fullmatch(_BESIDE, name, re.ASCII))]
         files = [name for name in names[:_MOST_FILES] if _is_checkpoint(os.path.join(path, name))]
     yield from ((name, Found(os.path.join(path, name))) for name in files)
-    if not depth:  # what "sharded" holds was consolidated under the index
-        yield from (step for step in _steps(path, depth) if not (indexes and step[0] == "sharded"))
+    # What "sharded" holds was consolidated under the index.
+    yield from (step for step in steps if not (indexes and step[0] == "sharded"))
 
 
 def _is_checkpoint(path: str) -> bool:

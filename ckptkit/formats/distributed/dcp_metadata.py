@@ -30,7 +30,7 @@ from ckptkit.checkpoint import GlobalUse
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.distributed.dcp_items import Items, Wanted
-from ckptkit.formats.distributed.dcp_runs import BYTES, Columns, Run, Runs, TensorRow
+from ckptkit.formats.distributed.dcp_runs import BYTES, LEFT_OUT, Columns, Run, Runs, TensorRow
 from ckptkit.limits import Limits
 from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items, named_items
 from ckptkit.pickling.reader import PickleResult, read_pickle
@@ -471,7 +471,13 @@ class _Attributes(dict[str, object]):
 
 
 def _is_a(node: object, *names: str) -> bool:
-    return isinstance(node, Object) and isinstance(node.cls, Global) and node.cls.name in names
+    """Whether a node is an object of a class of one of these names, made by NEWOBJ or, in protocols 0 and 1, a call."""
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.items or node.pairs or node.effects:
+        return False
+    cls, args = node.cls, node.args
+    if cls.qualified in ("copyreg._reconstructor", "copy_reg._reconstructor") and args[2:] == (None,):
+        return isinstance(args[0], Global) and args[0].name in names
+    return cls.name in names and not args
 
 
 def _state(node: object, *names: str) -> _Attributes:
@@ -481,8 +487,8 @@ def _state(node: object, *names: str) -> _Attributes:
         CorruptError: it is something else.
     """
     found = attributes(node) if _is_a(node, *names) else None
-    if found is None or (isinstance(node, Object) and (node.args or node.items or node.pairs or node.effects)):
-        if not isinstance(node, (Object, Global, str, int, list, tuple, type(None))):
+    if found is None:
+        if isinstance(node, Run) or node is LEFT_OUT:
             raise _OddError
         raise CorruptError(f"{_kind(node)} where a {names[0]} belongs: not what torch.distributed.checkpoint writes")
     return _Attributes((key, value) for key, value in found.pairs if isinstance(key, str))
@@ -519,7 +525,8 @@ def _kind(node: object) -> str:
     """A node in a message: never its content, which may be endless."""
     if isinstance(node, (Global, Object)):
         return repr(node)[:120]
-    return "None" if node is None else f"a {type(node).__name__.lower()}"
+    name = type(node).__name__.lower().removeprefix("inert")
+    return "None" if node is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _shown(name: str) -> str:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -50,6 +51,9 @@ _KEYS = frozenset(
      "size", "chunks", "type", "bytes_io_data", "tensor_data", "chunk"}
 )  # fmt: skip
 """Attributes of all these objects."""
+
+_SIZE_PUTS = 3
+"""PUTs of a size; of one without dimensions they are two."""
 
 _MOST_TRIES = 4
 """How often a pattern is looked for: what it needs may be named only later."""
@@ -187,6 +191,7 @@ class Runs:
         self._patterns: dict[str, tuple[_Match, bytes]] = {}
         self._gets: dict[tuple[bool, str], bytes] = {}
         self._classes: dict[str, Global] = {}
+        self._calls = Counter[str]()
         self._sizes: dict[bytes, tuple[int, ...]] = {}
         self._texts: dict[bytes, str] = {}
         self._lists: dict[bytes | None, tuple[str, ...]] = {None: ()}
@@ -207,14 +212,14 @@ class Runs:
             return
         self._data, self._frame_end = machine.data, machine.frame_end
         self.memo.is_odd |= self._classes[name] is not target.cls
-        before = len(self.memo.bases)
         start, stop, machine.pos = run(self, machine.pos)
         if stop > start:
             place = Run(kind, start, stop)
             machine.stack += (place, place) if kind in ("item", "tensor") else (place,)
-        for cls, calls in _CALLS[kind] if len(self.memo.bases) > before else ():
-            if cls in self._classes:
-                self._classes[cls].calls += (len(self.memo.bases) - before) * calls
+        for called, calls in self._calls.items():
+            if called in self._classes:
+                self._classes[called].calls += calls
+        self._calls.clear()
         if max(len(self.columns.offsets), len(self.columns.names), len(self.columns.tensors)) > self._most:
             raise LimitError("chunks of a checkpoint", limit=self._most, actual=self._most + 1)
 
@@ -264,7 +269,7 @@ class Runs:
             pattern = b"".join((index, *info, key["length"], b"(%b)" % _INT, transforms, b"ub"))
         elif kind == "tensor":
             head = b""
-            properties = rb"%b\)\x81\x94\(((%b)(%b)([\x88\x89])%b[\x88\x89])t\x94b" % (
+            properties = rb"%b\)\x81\x94\((%b)(%b)([\x88\x89])(%b)[\x88\x89]t\x94b" % (
                 cls["TensorProperties"], _GET, _GET, _GET,
             )  # fmt: skip
             metadata = (cls["TensorStorageMetadata"], begin, key["properties"], properties, key["size"], size)
@@ -272,14 +277,14 @@ class Runs:
             pattern = b"".join((_TEXT, rb"(?:", nothing, rb"|", *metadata, key["chunks"], rb"\]\x94)"))
         else:
             head = self._gets[True, "WriteItem"]
-            properties = rb"(?:(%b)\)\x81\x94\(%b%b[\x88\x89]%b[\x88\x89]t\x94b|%b)" % (
+            properties = rb"(?:(%b)\)\x81\x94\((%b)(%b)[\x88\x89](%b)[\x88\x89]t\x94b|(%b))" % (
                 cls["TensorProperties"], _GET, _GET, _GET, _GET,
             )  # fmt: skip
             chunk = (cls["ChunkStorageMetadata"], begin, key["offsets"], size, key["sizes"], size, b"ub")
-            written = (cls["TensorWriteData"], begin, key["chunk"], rb"(?:(", *chunk, rb")|%b)" % _GET)
+            written = (cls["TensorWriteData"], begin, key["chunk"], rb"(?:(", *chunk, rb")|(%b))" % _GET)
             tensor = (*written, key["properties"], properties, key["size"], size, b"ub")
             pattern = b"".join(
-                (re.escape(head), begin, key["index"], index, key["type"], _GET, key["bytes_io_data"], b"N",
+                (re.escape(head), begin, key["index"], index, key["type"], b"(%b)" % _GET, key["bytes_io_data"], b"N",
                  key["tensor_data"], rb"(?:N|(", *tensor, b"))ub")
             )  # fmt: skip
         return re.compile(pattern, re.DOTALL).match, head
@@ -304,14 +309,17 @@ class Runs:
             note_position(at)
             base += 2 + _puts(offset) + _puts(size)
             at = found.end()
+        count = len(columns.offsets) - start
+        self._calls["ChunkStorageMetadata"] += count
+        self._calls["Size"] += (base - memo.count - 2 * count) // _SIZE_PUTS
         memo.count = base
-        return start, len(columns.offsets), at
+        return start, start + count, at
 
     def _items(self, at: int) -> tuple[int, int, int]:
         columns, memo, end = self.columns, self.memo, self._frame_end
         match, data, sizes, texts = self._patterns["item"][0], self._data, self._sizes, self._texts
         start, base = len(columns.names), memo.count
-        numbers = self._numbers
+        numbers, full = self._numbers, 0
         while (found := match(data, at)) is not None and found.end() <= end:
             name, place, get_place, path, first, length, transforms = found.groups()
             fqn = texts.get(name) or self._text(name)
@@ -334,17 +342,21 @@ class Runs:
             memo.positions.append(at)
             base += 4 + (name[0] in b"\x8cX") + _puts(place) + (path[0] in b"\x8cX")
             base += 0 if transforms is None else 1 + (transforms[0] in b"\x8cX")
+            full += place is not None
             at = found.end()
         memo.count = base
-        return start, len(columns.names), at
+        count = len(columns.names) - start
+        self._calls.update(MetadataIndex=count, _StorageInfo=count, Size=full)
+        return start, start + count, at
 
     def _tensors(self, at: int) -> tuple[int, int, int]:
         columns, memo, data = self.columns, self.memo, self._data
-        match = self._patterns["tensor"][0]
+        match, calls = self._patterns["tensor"][0], self._calls
         start = len(columns.tensors)
         while (found := match(data, at)) is not None and found.end() <= self._frame_end:
-            name, nothing, _, dtype, layout, grad, size, get_size = found.groups()
+            name, nothing, dtype, layout, grad, memory_format, size, get_size = found.groups()
             before = len(columns.offsets), len(memo.bases), memo.count
+            called = calls["ChunkStorageMetadata"], calls["Size"]
             memo.bases.append(memo.count)
             memo.positions.append(at)
             memo.count += name[0] in b"\x8cX"
@@ -357,7 +369,7 @@ class Runs:
                 memo.count += 5 + _puts(size)
                 end = self._listed(found.end())
                 row = None
-                if text is not None and shape is not None and end:
+                if text is not None and shape is not None and end and _index(memory_format) < before[2]:
                     row = TensorRow(
                         text, memo[_index(dtype)], memo[_index(layout)], grad == b"\x88", shape, before[0],
                         len(columns.offsets),
@@ -366,11 +378,15 @@ class Runs:
                 del columns.offsets[before[0] :], columns.sizes[before[0] :]
                 del memo.bases[before[1] :], memo.positions[before[1] :]
                 memo.count = before[2]
+                calls["ChunkStorageMetadata"], calls["Size"] = called
                 break
             if name[0] in b"\x8cX":
                 memo.keep(before[2], row.name)
             columns.tensors.append(row)
+            calls["BytesStorageMetadata" if nothing is not None else "TensorStorageMetadata"] += 1
+            calls["Size"] += size is not None
             at = end
+        calls["TensorProperties"] += calls["TensorStorageMetadata"]
         return start, len(columns.tensors), at
 
     def _listed(self, at: int) -> int:
@@ -397,11 +413,18 @@ class Runs:
         memo, count = self.memo, 0
         match = self._patterns["write"][0]
         while (found := match(self._data, at)) is not None and found.end() <= self._frame_end:
-            if not all(map(self._is_text, found.groups()[:1])):
+            entries = self._written(found)
+            gets = found.group(3, 4, 8, 10, 11, 13, 14, 15, 16, 18)
+            if self._text(found[1]) is None or any(get and _index(get) >= memo.count + len(entries) for get in gets):
                 break
             memo.bases.append(memo.count)
             memo.positions.append(at)
-            memo.count += len(self._written(found))
+            memo.count += len(entries)
+            self._calls.update(
+                WriteItem=1, MetadataIndex=1, TensorWriteData=found[5] is not None,
+                ChunkStorageMetadata=found[6] is not None, TensorProperties=found[12] is not None,
+                Size=sum(each is not None for each in found.group(2, 7, 9, 17)),
+            )  # fmt: skip
             at = found.end()
             count += 1
         return 0, count, at
@@ -446,9 +469,6 @@ class Runs:
         self._texts[raw] = text
         return text
 
-    def _is_text(self, raw: bytes) -> bool:
-        return self._text(raw) is not None
-
     def _kept_number(self, raw: bytes) -> int:
         if len(self._numbers) >= _MOST_KNOWN:
             self._numbers.clear()
@@ -484,7 +504,7 @@ class Runs:
         return [*self._put_text(found[1]), *[LEFT_OUT] * 4, *self._put_size(found[7]), LEFT_OUT]
 
     def _written(self, found: re.Match[bytes]) -> list[object]:
-        name, place, _, tensor, chunk, offset, _, size, _, properties, shape, _ = found.groups()
+        name, place, tensor, chunk, offset, size, properties, shape = found.group(1, 2, 5, 6, 7, 9, 12, 17)
         entries = [*[LEFT_OUT] * 4, *self._put_text(name), *self._put_size(place)]
         if tensor is not None:
             entries += [LEFT_OUT, LEFT_OUT]
@@ -525,13 +545,6 @@ _RUNS: dict[str, tuple[str, Callable[[Runs, int], tuple[int, int, int]]]] = {
     "TensorStorageMetadata": ("tensor", Runs._tensors),
     "WriteItem": ("write", Runs._writes),
 }
-_CALLS = {
-    "chunk": (("ChunkStorageMetadata", 1), ("Size", 2)),
-    "item": (("MetadataIndex", 1), ("_StorageInfo", 1), ("Size", 1)),
-    "tensor": (("ChunkStorageMetadata", 1), ("Size", 2)),
-    "write": (("WriteItem", 1),),
-}
-"""About how often classes are called for a record."""
 
 _ENTRIES: dict[str, Callable[[Runs, re.Match[bytes]], list[object]]] = {
     "chunk": Runs._chunk_entries,

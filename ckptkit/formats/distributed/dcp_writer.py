@@ -3,7 +3,7 @@
 The folder has a file for each rank, ``__0_0.distcp``, and ``.metadata``, which says what lies where.  What is written
 is what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``default_planner.py``), seen in its files:
 
-- The tree of dicts becomes names as `flattened` says; the planner's data lead back from them to the tree.
+- The tree of dicts becomes names (`ckptkit.formats.distributed.dcp_names`); the planner's data lead back from them.
 - A tensor is one item or, of several ranks, one for each part along its first dimension, cut as ``torch.chunk`` cuts it
   and as FSDP2 shards it: every part but the last has ⌈rows / ranks⌉ rows, and the last ranks may have none.  What has
   fewer rows than there are ranks is one item, of the rank that has the fewest bytes by then.
@@ -13,196 +13,28 @@ is what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``def
   same bytes.  The properties of tensors are of the class that torch had for them until 2.2, and still has: so torch
   2.1 reads it, too.  Strings that a checkpoint has as its metadata are an attribute of their own (`STRINGS`), which
   torch passes over.
-
-What torch's planner does not keep is told (`Flat.lost`): the classes of dicts, keys that are no text, empty dicts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ckptkit.bytesource import ByteRange
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, contiguous_stride
+from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, contiguous_stride
 from ckptkit.computed import Held
 from ckptkit.dtypes import DTYPES
-from ckptkit.errors import KeyCollisionError, RewriteError
 from ckptkit.formats.distributed.dcp_metadata import STRINGS
+from ckptkit.formats.distributed.dcp_names import NAME, Flat, Path, flattened
 from ckptkit.formats.safetensors_writer import require_writable_size
-from ckptkit.formats.torch_zip_writer import archive_of, finished, require_torch_dtypes, written_tree
-from ckptkit.normalize import lower_state_dict
-from ckptkit.normalize.sections import brief, is_plain_value
-from ckptkit.pickling.inert import ABSENT, SCALARS, Global, InertDict, Object, attributes, effects_of, mapping_items
-from ckptkit.pickling.tensors import is_tensor_like
-from ckptkit.pickling.writer import write_pickle
+from ckptkit.formats.torch_zip_writer import archive_of, finished, require_torch_dtypes
 from ckptkit.plan import Checksum, Copy, Gather, LiteralBytes, Plan, Step, moved
 
-__all__ = ["NAME", "Flat", "flattened", "values_at", "write"]
+__all__ = ["write"]
 
-NAME = "dcp"
-
-_MAX_LEVELS = 100
-"""Dicts and lists inside one another: torch's planner recurses for each, and `ckptkit.formats.distributed.dcp` reads
-as many."""
-
-Path = tuple[str | int, ...]
-"""The keys that lead to a value: text those of dicts, numbers those of lists."""
-
-
-# Names.
-
-
-@dataclass(slots=True)
-class Flat:
-    """A tree as torch's planner flattens it.
-
-    Attributes:
-        values: by name, in order: a `TensorEntry`, or any other node that is written as one item.
-        paths: of each name the keys that lead there.
-        lost: what of the tree its names do not keep, in words.
-    """
-
-    values: dict[str, object] = field(default_factory=dict)
-    paths: dict[str, Path] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)
-
-    @property
-    def tensors(self) -> dict[str, TensorEntry]:
-        """The values that are tensors."""
-        return {name: value for name, value in self.values.items() if isinstance(value, TensorEntry)}
-
-    def add(self, path: Path, value: object) -> None:
-        """A value and the keys that lead there.
-
-        Raises:
-            KeyCollisionError: another has the same name.
-        """
-        name = _name(path)
-        if name in self.values:
-            raise KeyCollisionError(str(self.paths[name]), str(path), name)
-        self.values[name], self.paths[name] = value, path
-        if isinstance(value, TensorEntry) and not (is_plain_value(value) and value.attributes is None):
-            cls = value.subclass.qualified if isinstance(value.subclass, Global) else "its attributes"
-            self.lost.append(f"{name[-100:]} (a plain tensor is written, without {cls:.100})")
-        elif not isinstance(value, TensorEntry) and is_tensor_like(value):
-            self.lost.append(f"{name[-100:]} (no plain tensor: written as a pickled value)")
-
-
-def flattened(checkpoint: Checkpoint) -> Flat:
-    """What torch's ``flatten_state_dict`` makes of a checkpoint's tree (``_nested_dict.py``, ``_traverse.py``).
-
-    Dicts are gone into, and lists that hold a tensor or a dict, in lists of lists too; what is in neither is one value,
-    tuples whatever they hold.  A name is the keys that lead to a value, with dots between them.
-
-    Raises:
-        KeyCollisionError: two values would have one name.
-        RewriteError: the tree is no dict, holds nothing, or itself; a key has no text of its own.
-    """
-    weights = _weights(checkpoint)
-    found = Flat()
-    root = written_tree(checkpoint)
-    if root is not STATE_DICT and mapping_items(root) is None:
-        raise RewriteError(
-            f"a {NAME} folder holds a dict, and this is {brief(root)}; --all-tensors writes every tensor under a name"
-        )
-    within: set[int] = set()
-    stack: list[tuple[Path, object, bool]] = [((), root, False)]
-    while stack:
-        path, node, is_left = stack.pop()
-        node = weights if node is STATE_DICT else node
-        if is_left:
-            within.discard(id(node))
-            continue
-        pairs = mapping_items(node)
-        below: list[tuple[Path, object, bool]] = []
-        if pairs is not None:
-            below = [((*path, _text(key, path)), value, False) for key, value in pairs]
-            found.lost += _lost(node, path, pairs)
-        elif isinstance(node, list) and _is_gone_into(node):
-            below = [((*path, at), value, False) for at, value in enumerate(node)]
-        else:
-            found.add(path, node)
-            continue
-        if id(node) in within or len(path) > _MAX_LEVELS:
-            told = "holds itself" if id(node) in within else f"has over {_MAX_LEVELS} levels"
-            raise RewriteError(f"{_name(path):.200}: {told}, which nothing in a {NAME} folder can")
-        within.add(id(node))
-        stack += [(path, node, True), *reversed(below)]
-    if not found.values:
-        raise RewriteError(f"there is nothing to write: a {NAME} folder holds values under names, and it has none")
-    return found
-
-
-def _weights(checkpoint: Checkpoint) -> object:
-    """What stands for the state_dict: of a module its values, as torch asks it for them before it saves."""
-    state_dict = checkpoint.state_dict
-    lowered = None if state_dict.is_module else lower_state_dict(state_dict)
-    return InertDict(list(state_dict.everything.items())) if mapping_items(lowered) is None else lowered
-
-
-def values_at(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> dict[str, object]:
-    """What stands in a checkpoint's tree where paths lead; nothing of those that lead nowhere."""
-    weights, dicts = _weights(checkpoint), dict[int, dict[object, object]]()
-    found: dict[str, object] = {}
-    for name, path in paths.items():
-        node = checkpoint.rest
-        for key in path:
-            node = weights if node is STATE_DICT else node
-            if isinstance(key, int):
-                node = node[key] if isinstance(node, list) and key < len(node) else ABSENT
-            else:
-                if id(node) not in dicts:
-                    dicts[id(node)] = {_text(each, ()): value for each, value in mapping_items(node) or ()}
-                node = dicts[id(node)].get(key, ABSENT)
-        if node is not ABSENT:
-            found[name] = node
-    return found
-
-
-def _is_gone_into(node: list[object]) -> bool:
-    """Whether there is a tensor or a dict in a list, or in lists in it."""
-    seen = {id(node)}
-    stack = [node]
-    while stack:
-        for value in stack.pop():
-            if value is STATE_DICT or is_tensor_like(value) or mapping_items(value) is not None:
-                return True
-            if isinstance(value, list) and id(value) not in seen:
-                seen.add(id(value))
-                stack.append(value)
-    return False
-
-
-def _name(path: Path) -> str:
-    return ".".join(map(str, path))
-
-
-def _text(key: object, path: Path) -> str:
-    """A key as the planner names it."""
-    parts = key if isinstance(key, tuple) else (key,)
-    if not all(isinstance(part, SCALARS) for part in parts):
-        raise RewriteError(f"{_name(path):.200}: a key is {brief(key)}, which has no name in a {NAME} folder")
-    return str(key)
-
-
-def _lost(node: object, path: Path, pairs: list[tuple[object, object]]) -> Iterator[str]:
-    """What of a dict the names in it do not keep."""
-    where = _name(path)[-100:] or "the outermost dict"
-    if not pairs and path:
-        yield f"{where} (an empty dict)"
-    if keys := [key for key, _ in pairs if not isinstance(key, str)]:
-        yield f"{where} (keys that are not text, such as {keys[0]!r:.40}, become text)"
-    if isinstance(node, Object):
-        if node.class_name not in ("collections.OrderedDict", "builtins.dict", "__builtin__.dict"):
-            yield f"{where} (a {node.class_name:.100}, becomes a dict)"
-        if node.state is not ABSENT:
-            kept = attributes(node)
-            yield f"{where} (its attributes{': ' + ', '.join(map(str, kept)) if kept is not None else ''})"
-    if effects_of(node):
-        yield f"{where} (what is called for its effect on it)"
+_T = TypeVar("_T")
 
 
 # Items.
@@ -215,34 +47,35 @@ class _Item(NamedTuple):
         name: of the value.
         number: of the part.
         first: its first row.
-        value: the rows as an entry of their own, or the value.
+        shape: of the part of a tensor; of anything else empty.
     """
 
     name: str
-    number: int
-    first: int
-    value: object
+    number: int = 0
+    first: int = 0
+    shape: tuple[int, ...] = ()
 
 
-def _shared_out(flat: Flat, ranks: int) -> list[list[_Item]]:
+def _shared_out(flat: Flat, tensors: Mapping[str, TensorEntry], ranks: int) -> list[list[_Item]]:
     """The items of each rank."""
-    others = [_Item(name, 0, 0, value) for name, value in flat.values.items() if not isinstance(value, TensorEntry)]
-    items: list[list[_Item]] = [others, *([] for _ in range(ranks - 1))]
+    items: list[list[_Item]] = [[] for _ in range(ranks)]
+    items[0] += [_Item(name) for name in flat.values if name not in tensors]
     loads = [0] * ranks
-    whole: list[tuple[str, TensorEntry]] = []
-    for name, entry in flat.tensors.items():
-        if ranks == 1 or not entry.nbytes or not entry.shape or entry.shape[0] < ranks:
-            whole.append((name, entry))
+    whole: list[str] = []
+    for name, entry in tensors.items():
+        shape, nbytes = entry.shape, entry.nbytes
+        if ranks == 1 or not nbytes or not shape or shape[0] < ranks:
+            whole.append(name)
             continue
-        count = -(-entry.shape[0] // ranks)
-        for rank, first in enumerate(range(0, entry.shape[0], count)):
-            part = entry[first : first + count]
-            items[rank].append(_Item(name, rank, first, part))
-            loads[rank] += part.nbytes
-    for name, entry in whole:
+        count = -(-shape[0] // ranks)
+        for rank, first in enumerate(range(0, shape[0], count)):
+            rows = min(count, shape[0] - first)
+            items[rank].append(_Item(name, rank, first, (rows, *shape[1:])))
+            loads[rank] += nbytes // shape[0] * rows
+    for name in whole:
         rank = loads.index(min(loads))
-        items[rank].append(_Item(name, 0, 0, entry))
-        loads[rank] += entry.nbytes
+        items[rank].append(_Item(name, shape=tensors[name].shape))
+        loads[rank] += tensors[name].nbytes
     return items
 
 
@@ -283,10 +116,17 @@ def _layout(dtype: str, shape: tuple[int, ...]) -> _Layout:
     )
 
 
-def _tensor_steps(start: int, entry: TensorEntry) -> tuple[list[Step], int]:
-    """The steps of a tensor's item that begins at a position of its file, and where it ends."""
-    before, after, checksums = _layout(entry.dtype, entry.shape)
-    nbytes, storage = entry.nbytes, entry.storage
+def _tensor_steps(start: int, entry: TensorEntry, first: int, shape: tuple[int, ...]) -> tuple[list[Step], int]:
+    """The steps of the item that rows of a tensor are, from a position of the file on, and where it ends.
+
+    Args:
+        start: that position.
+        entry: the tensor.
+        first: its first row that is in the item.
+        shape: of these rows.
+    """
+    before, after, checksums = _layout(entry.dtype, shape)
+    storage, nbytes = entry.storage, prod(shape) * entry.itemsize
     at = start + len(before)
     end = at + nbytes + len(after)
     if not nbytes:
@@ -294,12 +134,13 @@ def _tensor_steps(start: int, entry: TensorEntry) -> tuple[list[Step], int]:
     values: list[Step] = []
     crc: int | None = None
     if not entry.is_plain_bytes:
-        values.append(Gather(at, entry))
+        values.append(Gather(at, entry if shape == entry.shape else entry[first : first + shape[0]]))
     elif nbytes == storage.source.nbytes:
         values += moved(at, storage.source)
         crc = storage.crc32
     else:
-        values += moved(at, storage.source.part(entry.storage_offset * entry.itemsize, nbytes))
+        skipped = entry.storage_offset + (first * prod(shape[1:]) if first else 0)
+        values += moved(at, storage.source.part(skipped * entry.itemsize, nbytes))
     if crc is None:
         fields = [Checksum(start + target, at, nbytes) for target in checksums]
         return [LiteralBytes(start, before), *values, LiteralBytes(at + nbytes, after), *fields], end
@@ -307,8 +148,8 @@ def _tensor_steps(start: int, entry: TensorEntry) -> tuple[list[Step], int]:
     for target in checksums:
         target -= nbytes if target > len(before) else 0
         known[target : target + 4] = crc.to_bytes(4, "little")
-    first, last = bytes(known[: len(before)]), bytes(known[len(before) :])
-    return [LiteralBytes(start, first), *values, LiteralBytes(at + nbytes, last)], end
+    head, tail = bytes(known[: len(before)]), bytes(known[len(before) :])
+    return [LiteralBytes(start, head), *values, LiteralBytes(at + nbytes, tail)], end
 
 
 def _other_steps(start: int, value: object, protocol: int | None) -> tuple[list[Step], int, int]:
@@ -343,29 +184,26 @@ def write(checkpoint: Checkpoint, ranks: int = 1) -> Plan:
     require_writable_size(entries, f"a {NAME} folder")
     protocol = None if checkpoint.origin.is_program else checkpoint.origin.pickle_protocol
     shards: dict[str, Plan] = {}
-    chunks: dict[str, list[object]] = {name: [] for name in entries}
-    stored: list[tuple[object, object]] = []
-    for rank, items in enumerate(_shared_out(flat, ranks)):
+    chunks: dict[str, list[_Item]] = {name: [] for name in entries}
+    places: list[tuple[_Item, str, int, int]] = []
+    for rank, items in enumerate(_shared_out(flat, entries, ranks)):
         file = f"__{rank}_0.distcp"
         steps: list[Step] = []
         end = tensors = 0
         for item in items:
-            start, value = end, item.value
-            index = _made(_INDEX, fqn=item.name, index=None)
-            if isinstance(value, TensorEntry):
-                made, end = _tensor_steps(start, value)
+            start, entry = end, entries.get(item.name)
+            if entry is not None:
+                made, end = _tensor_steps(start, entry, item.first, item.shape)
                 tensors += not item.number
-                offsets = _size((item.first, *(0,) * (len(value.shape) - 1))[: len(value.shape)])
-                chunks[item.name].append(_made(_CHUNK, offsets=offsets, sizes=_size(value.shape)))
-                index = _made(_INDEX, fqn=item.name, index=item.number, offset=offsets)
+                chunks[item.name].append(item)
             else:
-                made, end, inside = _other_steps(start, value, protocol)
+                made, end, inside = _other_steps(start, flat.values[item.name], protocol)
                 tensors += inside
             steps += made
-            stored.append((index, _made(_STORED, relative_path=file, offset=start, length=end - start)))
+            places.append((item, file, start, end - start))
         if items:
             shards[file] = Plan(format=NAME, nbytes=end, steps=tuple(steps), tensors=tensors, aliases={})
-    data = _metadata(flat, chunks, stored, checkpoint.metadata)
+    data = _metadata(flat, chunks, places, checkpoint.metadata)
     return Plan(
         format=NAME,
         nbytes=len(data),
@@ -379,34 +217,134 @@ def write(checkpoint: Checkpoint, ranks: int = 1) -> Plan:
 
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
 _OLD = "torch.distributed._shard.sharded_tensor.metadata"
-_ROOT, _TENSOR, _BYTES, _CHUNK, _INDEX = (
-    Global(_CHECKPOINT, name)
-    for name in (
-        *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex"),
-    )
-)
-_STORED = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-_PROPERTIES, _SIZE = Global(_OLD, "TensorProperties"), Global("torch", "Size")
-_STRIDED = Object("reduce", Global("torch.serialization", "_get_layout"), ("torch.strided",))
-_CONTIGUOUS = Object("reduce", Global(_OLD, "MEM_FORMAT_ENCODING"), (0,))
+_ROOT, _TENSOR, _BYTES = ((_CHECKPOINT, name) for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata"))
+_CHUNK, _INDEX = (_CHECKPOINT, "ChunkStorageMetadata"), (_CHECKPOINT, "MetadataIndex")
+_STORED = "torch.distributed.checkpoint.filesystem", "_StorageInfo"
+_BATCH = 1000
+"""Pairs of a dict, or items of a list, that picklers set together."""
 
 
-def _made(cls: Global, **state: object) -> Object:
-    """An instance of a dataclass with these attributes."""
-    node = Object("newobj", cls, ())
-    if state:
-        node.state = InertDict(list(state.items()))
-    return node
+class _Pickle:
+    """A pickle of protocol 4, with the opcodes of ``pickle.dump``, by which readers know chunks by the million.
 
+    Equal texts, sizes and classes are written once.
 
-def _size(sizes: tuple[int, ...]) -> Object:
-    return Object("reduce", _SIZE, (sizes,))
+    Attributes:
+        out: the bytes.
+    """
+
+    def __init__(self) -> None:
+        self.out = bytearray(b"\x80\x04")
+        self._memo: dict[object, bytes] = {}
+        self._count = 0
+
+    def put(self, key: object = None) -> None:
+        """What was just written goes into the memo; ``key``: to be got from there."""
+        self.out += b"\x94"
+        if key is not None:
+            count = self._count
+            self._memo[key] = b"h" + bytes((count,)) if count < 256 else b"j" + count.to_bytes(4, "little")
+        self._count += 1
+
+    def _got(self, key: object) -> bool:
+        get = self._memo.get(key)
+        self.out += get or b""
+        return get is not None
+
+    def text(self, text: str) -> None:
+        """A string."""
+        if not self._got(text):
+            raw = text.encode("utf-8", "surrogatepass")
+            size = b"\x8c" + bytes((len(raw),)) if len(raw) < 256 else b"X" + len(raw).to_bytes(4, "little")
+            self.out += size + raw
+            self.put(text)
+
+    def number(self, number: int) -> None:
+        """A number of at least 0."""
+        if number < 1 << 8:
+            self.out += b"K" + bytes((number,))
+        elif number < 1 << 16:
+            self.out += b"M" + number.to_bytes(2, "little")
+        elif number < 1 << 31:
+            self.out += b"J" + number.to_bytes(4, "little")
+        else:
+            raw = number.to_bytes(number.bit_length() // 8 + 1, "little")
+            self.out += b"\x8a" + bytes((len(raw),)) + raw
+
+    def path(self, parts: tuple[str | int, ...]) -> None:
+        """A tuple of strings and numbers."""
+        if len(parts) > 3:
+            self.out += b"("
+        for part in parts:
+            if isinstance(part, str):
+                self.text(part)
+            else:
+                self.number(part)
+        if not parts:
+            self.out += b")"
+            return
+        self.out += {1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(parts), b"t")
+        self.put()
+
+    def name(self, name: tuple[str, str]) -> None:
+        """A class or function."""
+        if not self._got(name):
+            self.text(name[0])
+            self.text(name[1])
+            self.out += b"\x93"
+            self.put(name)
+
+    def called(self, name: tuple[str, str], *given: str | int) -> None:
+        """What a function gives, the same each time."""
+        if not self._got((name, given)):
+            self.name(name)
+            self.path(given)
+            self.out += b"R"
+            self.put((name, given))
+
+    def size(self, sizes: tuple[int, ...]) -> None:
+        """A ``torch.Size``."""
+        if not self._got((sizes,)):
+            self.name(("torch", "Size"))
+            self.path(sizes)
+            self.out += b"\x85"
+            self.put()
+            self.out += b"R"
+            self.put((sizes,))
+
+    def new(self, name: tuple[str, str]) -> None:
+        """An instance of a class, without a state."""
+        self.name(name)
+        self.out += b")\x81"
+        self.put()
+
+    def begun(self, name: tuple[str, str]) -> None:
+        """An instance of a dataclass whose attributes follow, and then ``ub``."""
+        self.new(name)
+        self.out += b"}"
+        self.put()
+        self.out += b"("
+
+    def each(self, kind: bytes, values: Iterable[_T], write: Callable[[_T], object], one: bytes, many: bytes) -> None:
+        """A dict or a list, each pair or item of which ``write`` writes."""
+        self.out += kind
+        self.put()
+        left = list(values)
+        for at in range(0, len(left), _BATCH):
+            self.out += b"(" * (len(left) > 1)
+            for value in left[at : at + _BATCH]:
+                write(value)
+            self.out += many if len(left) > 1 else one
+
+    def pairs(self, values: Iterable[_T], write: Callable[[_T], object]) -> None:
+        """A dict, each pair of which ``write`` writes."""
+        self.each(b"}", values, write, b"s", b"u")
 
 
 def _metadata(
     flat: Flat,
-    chunks: Mapping[str, list[object]],
-    stored: list[tuple[object, object]],
+    chunks: Mapping[str, list[_Item]],
+    places: list[tuple[_Item, str, int, int]],
     metadata: Mapping[str, str],
 ) -> bytes:
     """The content of ``.metadata``.
@@ -414,24 +352,85 @@ def _metadata(
     Args:
         flat: names, values and paths.
         chunks: of each tensor.
-        stored: the index of each item and where it lies.
+        places: each item, its file, and its first byte and number of bytes there.
         metadata: strings.
     """
-    described: list[tuple[object, object]] = []
-    for name, value in flat.values.items():
+    pickle = _Pickle()
+
+    def offsets(item: _Item) -> tuple[int, ...]:
+        return (item.first, *(0,) * (len(item.shape) - 1)) if item.shape else ()
+
+    def chunk(item: _Item) -> None:
+        pickle.begun(_CHUNK)
+        pickle.text("offsets")
+        pickle.size(offsets(item))
+        pickle.text("sizes")
+        pickle.size(item.shape)
+        pickle.out += b"ub"
+
+    def described(pair: tuple[str, object]) -> None:
+        name, value = pair
+        pickle.text(name)
         if not isinstance(value, TensorEntry):
-            described.append((name, _made(_BYTES)))
-            continue
-        properties = Object("newobj", _PROPERTIES, ())
-        properties.state = (Global("torch", value.dtype), _STRIDED, value.requires_grad, _CONTIGUOUS, False)
-        about = _made(_TENSOR, properties=properties, size=_size(value.shape), chunks=chunks[name])
-        described.append((name, about))
-    root = _made(
-        _ROOT,
-        state_dict_metadata=InertDict(described),
-        planner_data=InertDict(list(flat.paths.items())),
-        storage_data=InertDict(stored),
-        version="1.0.0",
-        **({STRINGS: InertDict(list(metadata.items()))} if metadata else {}),
-    )
-    return write_pickle(root, lower=lambda node: node, protocol=4)
+            pickle.new(_BYTES)
+            return
+        pickle.begun(_TENSOR)
+        pickle.text("properties")
+        pickle.new((_OLD, "TensorProperties"))
+        pickle.out += b"("
+        pickle.name(("torch", value.dtype))
+        pickle.called(("torch.serialization", "_get_layout"), "torch.strided")
+        pickle.out += b"\x88" if value.requires_grad else b"\x89"
+        pickle.called((_OLD, "MEM_FORMAT_ENCODING"), 0)
+        pickle.out += b"\x89t"
+        pickle.put()
+        pickle.out += b"b"
+        pickle.text("size")
+        pickle.size(value.shape)
+        pickle.text("chunks")
+        pickle.each(b"]", chunks[name], chunk, b"a", b"e")
+        pickle.out += b"ub"
+
+    def path(pair: tuple[str, Path]) -> None:
+        pickle.text(pair[0])
+        pickle.path(pair[1])
+
+    def stored(place: tuple[_Item, str, int, int]) -> None:
+        item, file, start, length = place
+        is_tensor = item.name in chunks
+        pickle.begun(_INDEX)
+        pickle.text("fqn")
+        pickle.text(item.name)
+        pickle.text("index")
+        if is_tensor:
+            pickle.number(item.number)
+            pickle.text("offset")
+            pickle.size(offsets(item))
+        else:
+            pickle.out += b"N"
+        pickle.out += b"ub"
+        pickle.begun(_STORED)
+        pickle.text("relative_path")
+        pickle.text(file)
+        pickle.text("offset")
+        pickle.number(start)
+        pickle.text("length")
+        pickle.number(length)
+        pickle.out += b"ub"
+
+    def text(pair: tuple[str, str]) -> None:
+        pickle.text(pair[0])
+        pickle.text(pair[1])
+
+    pickle.begun(_ROOT)
+    pickle.text("state_dict_metadata")
+    pickle.pairs(flat.values.items(), described)
+    pickle.text("planner_data")
+    pickle.pairs(flat.paths.items(), path)
+    pickle.text("storage_data")
+    pickle.pairs(places, stored)
+    text(("version", "1.0.0"))
+    if metadata:
+        pickle.text(STRINGS)
+        pickle.pairs(metadata.items(), text)
+    return bytes(pickle.out + b"ub.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,6 +13,7 @@ from ckptkit.formats.distributed.zero import Flats, Shapes, Slot, named, require
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import state_dict_node
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.normalize.selection import MASTERS
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items
@@ -49,6 +51,9 @@ _OF_THE_BUFFERS = frozenset({
     "param_groups",
 })  # fmt: skip
 """Keys of an optimizer file likewise."""
+
+_MOST_ELEMENTS = 1 << 62
+"""More than any tensor has, as torch counts them."""
 
 _LISTED = 5
 """Files that a message lists."""
@@ -199,24 +204,31 @@ def require_ranks(files: Mapping[int, object], count: int, what: str) -> None:
         )
 
 
-def shapes_of(node: object, where: str) -> list[Shapes]:
-    """``param_shapes``: names and shapes by group, in flat order.
+def shapes_of(file: File, key: str = "param_shapes") -> list[Shapes]:
+    """Names and shapes by group, in flat order; nothing where the file has none.
 
     Raises:
-        CorruptError: they are not.
+        CorruptError: what it has are not names and shapes.
     """
+    node = file.own.get(key)
     groups: list[Shapes] = []
-    for group in node if isinstance(node, (list, tuple)) else [node]:
+    for group in node if isinstance(node, (list, tuple)) else [] if node is None else [node]:
         pairs = mapping_items(group)
         shapes = [
-            (name, shape)
-            for name, size in pairs or ()
-            if isinstance(name, str) and (shape := shape_of(size)) is not None and min(shape, default=0) >= 0
+            (name, shape) for name, size in pairs or () if isinstance(name, str) and (shape := _shape(size)) is not None
         ]
         if pairs is None or len(shapes) != len(pairs):
-            raise CorruptError("its param_shapes do not map names to shapes", where=where)
+            raise CorruptError(f"its {key} do not map names to shapes", where=file.name)
         groups.append(shapes)
     return groups
+
+
+def _shape(node: object) -> tuple[int, ...] | None:
+    """A shape that a tensor can have; ``None``: it is none."""
+    shape = shape_of(node)
+    if shape is None or min(shape, default=0) < 0 or len(shape) > DEFAULT_LIMITS.dimensions:
+        return None
+    return shape if math.prod(shape) < _MOST_ELEMENTS else None
 
 
 def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
@@ -225,12 +237,10 @@ def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
     Raises:
         CorruptError: a rank's share is missing or of another size.
     """
-    first = next(iter(models.values()))
-    if mapping_items(first.own.get("frozen_param_shapes")) is None:
-        return {}
+    shapes = shapes_of(next(iter(models.values())), "frozen_param_shapes")
     fragments = [named(file.own.get("frozen_param_fragments")) for file in models.values()]
     found: dict[str, TensorEntry] = {}
-    for name, shape in shapes_of(first.own["frozen_param_shapes"], first.name)[0]:
+    for name, shape in (pair for group in shapes for pair in group):
         values = [fragment.get(name) for fragment in fragments]
         entries = [value for value in values if isinstance(value, TensorEntry)]
         if len(entries) < len(values):
@@ -239,7 +249,7 @@ def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
             found[name] = entries[0]
             continue
         slot = Slot(name, shape, 0, 0)
-        flats = Flats(f"the frozen weight {name}", [entries], [file.name for file in models.values()], True)
+        flats = Flats(f"the frozen weight {name}", [entries], [[file.name for file in models.values()]], True)
         found[name] = flats.require({0: slot.share(len(entries))}).tensor(slot, key=f"frozen:{name}")
     return found
 
@@ -300,17 +310,19 @@ class Weights:
         """The masters of which there is no other copy."""
         return [name for name in self.masters if name not in self.proven]
 
-    def add(self, module: Mapping[str, object], where: str, *, stubs: bool = False) -> None:
+    def add(self, module: Mapping[str, object], where: str, *, buffers: object = None, stubs: bool = False) -> None:
         """Take in a module's state_dict, or that of another rank or layer.
 
         Args:
             module: it.
             where: the file it is from.
+            buffers: the names of those of its values that are none of the weights.
             stubs: whether its weights may be empty, since the values lie elsewhere (stage 3).
 
         Raises:
-            CorruptError: a weight is not of the shape that ``param_shapes`` says.
+            CorruptError: a weight is not of the shape that ``param_shapes`` says, or has no values anywhere.
         """
+        known = buffers if isinstance(buffers, list) else []
         for name, value in module.items():
             if isinstance(value, TensorEntry) and value.nbytes and name in self.masters:
                 self._views[value.view] = name
@@ -318,6 +330,10 @@ class Weights:
             own = self._master_of(name, value)
             if own is not None:
                 self._add_weight(name, own, value, where, stubs=stubs)
+            elif stubs and isinstance(value, TensorEntry) and not value.numel and name not in known:
+                raise CorruptError(
+                    f"the weight {name} is an empty stub, and no file says where its values lie", where=where
+                )
             elif name not in self._full:
                 self._full[name] = self._module[name] = value
             else:
@@ -361,9 +377,9 @@ class Weights:
         versions = named(state.get("_metadata")) if state is not None else None
         others = {name: master for name, master in self.masters.items() if name not in self._full}
         full, saved = self._full | others, self._module | others
-        if all(saved[name] is value for name, value in full.items()):
+        if self._module and all(saved[name] is value for name, value in full.items()):
             return [("module", state_dict_node(full, versions))]
         found: list[tuple[object, object]] = [(MASTERS, state_dict_node(full, versions))]
-        if all(value is not None for value in saved.values()):
+        if self._module and all(value is not None for value in saved.values()):
             found.insert(0, ("module", state_dict_node(saved, versions)))
         return found

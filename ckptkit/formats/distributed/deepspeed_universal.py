@@ -30,9 +30,9 @@ from ckptkit.formats.distributed.deepspeed_parts import (
     shapes_of,
     unproven,
 )
-from ckptkit.formats.distributed.zero import by_name, kept_of, named
+from ckptkit.formats.distributed.zero import Shapes, by_name, kept_of, named
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.pickling.inert import SCALARS, InertDict
+from ckptkit.pickling.inert import InertDict
 from ckptkit.report import listed
 from ckptkit.tensor import tensor_of
 
@@ -57,43 +57,51 @@ def read_universal(parts: Parts, names: Sequence[str]) -> RawCheckpoint:
     """
     models = models_of(parts, [name for name in names if "/" not in name])
     firsts = [next(iter(ranks.values())) for ranks in models.files.values()]
-    groups = [shapes_of(file.own.get("param_shapes"), file.name) for file in firsts]
+    groups = [shapes_of(file) for file in firsts]
     shapes = {name: shape for stage in groups for group in stage for name, shape in group}
+    masters, holders, state = _put_together(parts, names, shapes)
+    # Of tensor-parallel ranks the module has slices, and a vocabulary's padding is gone from the masters alone.
+    are_others = len(firsts) > 1 or any(masters[name].shape != shape for name, shape in shapes.items())
+    ranks = next(iter(models.files.values()))
+    masters |= frozen_weights(ranks)
+    weights = Weights(masters, holders, models.first.own.get("shared_params"))
+    for file in [file for ranks in models.files.values() for file in ranks.values()]:
+        module = named(file.own.get("module"))
+        buffers = file.own.get("buffer_names")
+        if are_others:
+            module = {name: module[name] for name in (buffers if isinstance(buffers, list) else ()) if name in module}
+        is_stub = len(ranks) > 1 or _has_stubs(module, shapes)
+        weights.add(module, file.name, buffers=buffers, stubs=is_stub)
+    root = models.tree(weights, _optimizer(parts, names, groups, state))
+    return parts.raw(root, f"{models.writer}, universal checkpoint", unproven(weights), weights.replicas)
+
+
+def _put_together(
+    parts: Parts, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, TensorEntry], dict[str, str], dict[str, InertDict]]:
+    """By name the masters, their files, and what the optimizer keeps.
+
+    Raises:
+        CorruptError: there is no master of a parameter, or it is not a tensor.
+    """
     items: dict[str, dict[str, str]] = {}
     for name in names:
         match = _ITEM.fullmatch(name)
         if match is not None:
             items.setdefault(match[1], {})[match[2]] = name
     if lost := [name for name in shapes if "fp32" not in items.get(name, {})]:
-        raise CorruptError(f"zero/NAME/fp32.pt is missing for {listed(lost, _LISTED)}")
-    are_slices = len(firsts) > 1 and any(file.own.get("module") is not None for file in firsts)
+        raise CorruptError(f"zero/NAME/fp32.pt is missing for {listed(lost, _LISTED)}", names=lost)
     masters: dict[str, TensorEntry] = {}
-    holders: dict[str, str] = {}
     state: dict[str, InertDict] = {}
     for name, shape in shapes.items():
-        found = dict(_values(parts, name, shape, items[name]))
+        found = dict(_values(parts, shape, items[name]))
         master = found.pop("fp32")
         if not isinstance(master, TensorEntry):
             raise CorruptError("it is not a tensor", where=items[name]["fp32"])
-        if master.shape != shape and not are_slices:
-            are_slices = True  # a vocabulary without its padding: the module's weight is another
-        masters[name], holders[name] = master, items[name]["fp32"]
+        masters[name] = master
         if found:
             state[name] = InertDict(list(found.items()))
-    is_split = len(models.files[next(iter(models.files))]) > 1
-    masters |= frozen_weights(models.files[next(iter(models.files))])
-    weights = Weights(masters, holders, models.first.own.get("shared_params"))
-    for file in [file for ranks in models.files.values() for file in ranks.values()]:
-        module = named(file.own.get("module"))
-        buffers = file.own.get("buffer_names")
-        kept = {name for name in buffers if isinstance(name, str)} if isinstance(buffers, list) else set()
-        weights.add(
-            {name: value for name, value in module.items() if name in kept} if are_slices else module,
-            file.name,
-            stubs=is_split or _has_stubs(module, shapes),
-        )
-    root = models.tree(weights, _optimizer(parts, names, groups, state))
-    return parts.raw(root, f"{models.writer}, universal checkpoint", unproven(weights), weights.replicas)
+    return masters, {name: items[name]["fp32"] for name in shapes}, state
 
 
 def _has_stubs(module: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -102,19 +110,15 @@ def _has_stubs(module: Mapping[str, object], shapes: Mapping[str, tuple[int, ...
     return all(isinstance(value, TensorEntry) and not value.numel for value in values)
 
 
-def _values(
-    parts: Parts, name: str, shape: tuple[int, ...], files: Mapping[str, str]
-) -> Iterator[tuple[str, TensorEntry | object]]:
+def _values(parts: Parts, shape: tuple[int, ...], files: Mapping[str, str]) -> Iterator[tuple[str, object]]:
     """What there is of a parameter: its master as ``"fp32"``, and what the optimizer keeps of it.
 
     Raises:
-        CorruptError: a file is not what it should be.
+        CorruptError: a tensor is of another size than the parameter.
     """
     for key in sorted(files, key=lambda key: (key != "fp32", key != "step", key)):
         file = parts.read(files[key])
         value = file.own.get("param", file.root)
-        if not isinstance(value, (TensorEntry, *SCALARS)):
-            raise CorruptError("it holds neither a tensor nor a dict with one under param", where=file.name)
         if isinstance(value, TensorEntry) and key != "step" and "param" not in file.own:
             if not value.is_contiguous or value.numel != prod(shape):
                 raise CorruptError(
@@ -128,7 +132,7 @@ def _values(
 def _optimizer(
     parts: Parts,
     names: Sequence[str],
-    groups: Sequence[Sequence[Sequence[tuple[str, tuple[int, ...]]]]],
+    groups: Sequence[Sequence[Shapes]],
     state: Mapping[str, InertDict],
 ) -> InertDict:
     """What the optimizer keeps, by parameters' names."""

@@ -20,8 +20,9 @@ What several sets of files have in one folder is one dict: ``{model, optimizer, 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
@@ -87,29 +88,22 @@ def read(probe: Probe) -> RawCheckpoint:
     sets = _chosen(folder)
     count = _world_size(sets, folder)
     shards = _read_all(probe, [name for each in sets for name in each.names])
-    raws = [shard.raw for shard in shards.values()]
     try:
-        is_sharded = any(use.name.endswith(".ShardedTensor") for raw in raws for use in raw.globals)
-        merged = [
-            Ranks(
-                {name: shards[name].raw.root for name in each.names},
-                "" if len(sets) == 1 else each.key,
-                is_sharded=is_sharded,
-            )
-            for each in sets
-        ]
+        merged = _merged(sets, shards)
         shapes = [shape for ranks in merged for shape in ranks.shapes]
         roots = [(each.key, ranks.root(shapes)) for each, ranks in zip(sets, merged, strict=True)]
         findings = list(_findings(sets, merged, count, folder))
     except FormatError as error:
         error.globals = merge_uses(error.globals, merged_globals(shards))
         raise
+    raws = [shard.raw for shard in shards.values()]
+    protocols = [raw.pickle_protocol for raw in raws if raw.pickle_protocol is not None]
     writers = {raw.writer for raw in raws}
     return RawCheckpoint(
         root=roots[0][1] if len(roots) == 1 else InertDict(list(roots)),
         format=folder.layout,
         byteorder="big" if {raw.byteorder for raw in raws} == {"big"} else "little",
-        pickle_protocol=max((each for raw in raws if (each := raw.pickle_protocol) is not None), default=None),
+        pickle_protocol=max(protocols, default=None),
         has_pickle=any(raw.has_pickle for raw in raws),
         writer=writers.pop() if len(writers) == 1 else None,
         globals=merged_globals(shards),
@@ -119,6 +113,16 @@ def read(probe: Probe) -> RawCheckpoint:
         world_size=len(sets[0].files),
         mesh=_mesh(mesh for ranks in merged for mesh in ranks.meshes),
     )
+
+
+def _merged(sets: Sequence[_Set], shards: Mapping[str, Shard]) -> list[Ranks]:
+    """The ranks of each set."""
+    is_sharded = any(use.name.endswith(".ShardedTensor") for shard in shards.values() for use in shard.raw.globals)
+    found = []
+    for each in sets:
+        trees = {name: shards[name].raw.root for name in each.names}
+        found.append(Ranks(trees, "" if len(sets) == 1 else each.key, is_sharded=is_sharded))
+    return found
 
 
 # The files.
@@ -145,12 +149,15 @@ def _chosen(folder: FolderSource) -> list[_Set]:
             files.worlds.add(int(match["of"]))
     sets = sorted(found.values(), key=lambda each: [*dict.fromkeys(_SECTIONS.values()), each.key].index(each.key))
     steps = list(dict.fromkeys(each.step for each in sets))
-    if len({each.key for each in sets}) == len(sets):
+    is_itself = folder.root == folder.path and os.path.basename(os.path.abspath(folder.root)) != folder.asked
+    asked = folder.asked if is_itself else None  # not what leads to the folder
+    if asked in steps:
+        return [each for each in sets if each.step == asked]
+    if len({each.key for each in sets}) == len(sets) and asked is None:
         return sets
-    if folder.tag in steps:
-        return [each for each in sets if each.step == folder.tag]
-    said = f"{folder.tag!r:.80} is none of them" if folder.tag is not None else "name one with --tag"
-    raise CorruptError(f"the files of {count_of(len(steps), 'step')} lie here ({listed(steps, _LISTED)}); {said}")
+    said = "name one with --tag" if asked is None else f"{asked!r:.80} is not one of them"
+    lie = "lies" if len(steps) == 1 else "lie"
+    raise CorruptError(f"{count_of(len(steps), 'step')} {lie} here ({listed(steps, _LISTED)}); {said}", names=steps)
 
 
 def _key_and_step(stem: str) -> tuple[str, str]:
@@ -267,9 +274,11 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
             message=f"{count_of(len(flat), 'tensor')} of the optimizer's state are of flat parameters, put together "
             f"from what each rank has, padding and all: {listed(flat, _LISTED, characters=100)}",
         )
-    times = {name: file.identity[3] for name, file in folder.parts.items() if isinstance(file, SourceFile)}
-    first, last = (choose(times, key=lambda name: times[name]) for choose in (min, max))
-    if times[last] - times[first] > _DAY_NS:
+    names = {name for each in sets for name in each.names}
+    opened = ((name, file) for name, file in folder.parts.items() if name in names)
+    times = {name: file.identity[3] for name, file in opened if isinstance(file, SourceFile)}
+    first, last = (choose(times, key=lambda name: times[name], default="") for choose in (min, max))
+    if times and times[last] - times[first] > _DAY_NS:
         days = (times[last] - times[first]) / _DAY_NS
         yield Finding(
             code="saved-apart",

@@ -27,7 +27,6 @@ _RANKS: dict[str, tuple[str, ...]] = {
     "dcp": (r"(?:.*/)?__(\d{1,9})_\d+\.distcp",),
     "megatron": (r"__(\d{1,9})_\d+\.distcp",),
     "deepspeed": (r"\w*zero_pp_rank_(\d{1,9})_.*", r".*mp_rank_(\d{1,9})_.*"),
-    "fsdp": (r".*[._]rank_?(\d{1,9})\.\w+",),
     "safetensors-dcp": (r"shard-0*(\d{1,9})-.*",),
 }
 """How the files of each layout tell the number of the process that wrote them; of several kinds, each a factor."""

@@ -44,6 +44,7 @@ __all__ = [
     "moments_of",
     "named",
     "require_alike",
+    "require_settings",
     "split_slots",
 ]
 
@@ -147,14 +148,14 @@ class Flats:
 
     Attributes:
         what: what they hold, for messages and as a storage's key: ``"fp32"``, ``"exp_avg"``.
-        parts: by flat buffer, the part of each rank, one-dimensional.
-        ranks: what messages call the ranks.
+        parts: by flat buffer, the parts of the ranks that share it, one-dimensional.
+        ranks: likewise, what messages call the ranks.
         is_split: whether each parameter is split over all ranks (stage 3).
     """
 
     what: str
     parts: Sequence[Sequence[TensorEntry]]
-    ranks: Sequence[str]
+    ranks: Sequence[Sequence[str]]
     is_split: bool
 
     def require(self, totals: Mapping[int, int]) -> Flats:
@@ -173,7 +174,7 @@ class Flats:
                 wanted = [total] * len(sizes)
             else:  # all of one size; where padding was taken off, the last ones are shorter
                 wanted = [min(max(have - rank * sizes[0], 0), sizes[0]) for rank in range(len(sizes))]
-            for rank, size, right in zip(self.ranks, sizes, wanted, strict=True):
+            for rank, size, right in zip(self.ranks[flat], sizes, wanted, strict=True):
                 if size != right or any(len(part.shape) != 1 or not part.is_contiguous for part in self.parts[flat]):
                     raise CorruptError(
                         f"flat buffer {flat} of {self.what} in {rank} has {count_of(size, 'element')}, "
@@ -198,7 +199,7 @@ class Flats:
             slot.name,
             (numel,),
             parts[0].dtype,
-            list(self._pieces(parts, slot, numel)),
+            list(self._pieces(slot)),
             view=slot.shape,
             key=f"{self.what}:{slot.name}" if key is None else key,
             location=parts[0].location,
@@ -208,25 +209,25 @@ class Flats:
         """The ranks in whose buffers a parameter lies, for messages."""
         if self.is_split:
             return "all ranks"
-        return listed((piece.where for piece in self._pieces(self.parts[slot.flat], slot, slot.numel)), 3)
+        return listed((piece.where for piece in self._pieces(slot)), 3)
 
-    def _pieces(self, parts: Sequence[TensorEntry], slot: Slot, numel: int) -> Iterator[Piece]:
+    def _pieces(self, slot: Slot) -> Iterator[Piece]:
+        parts, ranks, numel = self.parts[slot.flat], self.ranks[slot.flat], slot.numel
         if self.is_split:
             per = slot.share(len(parts))
             for rank, part in enumerate(parts):
                 count = min(per, numel - rank * per)
                 if count > 0:
-                    yield _piece(part, slot.start, count, rank * per, self.ranks[rank])
+                    yield _piece(part, slot.start, count, rank * per, ranks[rank])
             return
         ends = list(accumulate(part.numel for part in parts))
-        at = slot.start
-        while at < slot.start + numel:
+        at, end = slot.start, slot.start + numel
+        while at < end:
             rank = bisect_right(ends, at)
             if rank == len(parts):
                 return  # whoever puts them together tells what is missing
-            begin = ends[rank] - parts[rank].numel
-            count = min(ends[rank], slot.start + numel) - at
-            yield _piece(parts[rank], at - begin, count, at - slot.start, self.ranks[rank])
+            count = min(ends[rank], end) - at
+            yield _piece(parts[rank], at - ends[rank] + parts[rank].numel, count, at - slot.start, ranks[rank])
             at += count
 
 
@@ -267,40 +268,35 @@ class Moments(NamedTuple):
         return InertDict(pairs)
 
 
-def moments_of(kept: Sequence[Kept], masters: Flats, totals: Sequence[int]) -> Moments:
+def moments_of(states: Sequence[Sequence[Mapping[str, object]]], masters: Flats, totals: Sequence[int]) -> Moments:
     """What the optimizers of all ranks keep.
 
     Args:
-        kept: by rank, what its optimizer keeps.
+        states: by flat buffer and rank that shares it, what is kept of it, by name.
         masters: the buffers of the masters, of the same layout.
         totals: by buffer, as of `Flats.require`.
 
     Raises:
         CorruptError: ranks do not keep the same, or are of different steps.
     """
-    states = [each.states for each in kept]
-    for rank, each in zip(masters.ranks[1:], kept[1:], strict=True):
-        _require_settings(kept[0], each, masters.ranks[0], rank)
     shared: list[dict[str, object]] = [{} for _ in totals]
     found: dict[str, dict[int, list[TensorEntry]]] = {}
     left: list[tuple[int, str]] = []
     replicas: list[Replica] = []
     for flat, total in enumerate(totals):
-        for key in {key: None for state in states for key in state[flat]}:
-            values = [state[flat].get(key) for state in states]
+        ranks = masters.ranks[flat]
+        for key in {key: None for state in states[flat] for key in state}:
+            values = [state.get(key) for state in states[flat]]
             entries = [value for value in values if isinstance(value, TensorEntry)]
-            if len(entries) == len(values) and all(entry.shape == () for entry in entries):
+            dims = {len(entry.shape) for entry in entries} if len(entries) == len(values) else set()
+            if dims == {0}:
                 shared[flat][key] = entries[0]
-                replicas += _alike(f"{key} of the optimizer's flat buffer {flat}", entries, masters.ranks)
-            elif (
-                len(entries) == len(values)
-                and all(len(entry.shape) == 1 for entry in entries)
-                and (key in MOMENTS or _fits(entries, masters, flat, total))
-            ):
+                replicas += _alike(f"the optimizer's {key}", entries, ranks)
+            elif dims == {1} and (key in MOMENTS or _fits(entries, masters, flat, total)):
                 found.setdefault(key, {})[flat] = entries
             elif not entries and all(isinstance(value, SCALARS) for value in values):
                 shared[flat][key] = values[0]
-                require_alike(key, dict(zip(masters.ranks, values, strict=True)))
+                require_alike(f"the optimizer's {key}", dict(zip(ranks, values, strict=True)))
             elif key in MOMENTS and entries and len(entries) < len(values):
                 raise CorruptError(f"only some ranks have {key} of flat buffer {flat}: {_REMEDY}")
             else:
@@ -310,6 +306,11 @@ def moments_of(kept: Sequence[Kept], masters: Flats, totals: Sequence[int]) -> M
         made = Flats(key, [by_flat.get(flat, []) for flat in range(len(totals))], masters.ranks, masters.is_split)
         flats[key] = made.require({flat: totals[flat] for flat in by_flat}), frozenset(by_flat)
     return Moments(flats, shared, left, tuple(replicas))
+
+
+def _alike(name: str, entries: Sequence[TensorEntry], ranks: Sequence[str]) -> list[Replica]:
+    others = zip(ranks[1:], entries[1:], strict=True)
+    return [Replica(name, entries[0], other, f"{ranks[0]} and {rank}") for rank, other in others]
 
 
 def _fits(entries: Sequence[TensorEntry], masters: Flats, flat: int, total: int) -> bool:
@@ -323,13 +324,6 @@ def _fits(entries: Sequence[TensorEntry], masters: Flats, flat: int, total: int)
 def _aligned(total: int, world: int) -> int:
     """Elements of a buffer of stages 1 and 2, with its padding."""
     return -(-total // (2 * world)) * 2 * world
-
-
-def _alike(name: str, entries: Sequence[TensorEntry], ranks: Sequence[str]) -> list[Replica]:
-    return [
-        Replica(name, entries[0], other, f"{ranks[0]} and {rank}")
-        for rank, other in zip(ranks[1:], entries[1:], strict=True)
-    ]
 
 
 def require_alike(what: str, values: Mapping[str, object]) -> None:
@@ -350,13 +344,13 @@ def require_alike(what: str, values: Mapping[str, object]) -> None:
             )
 
 
-def _require_settings(ours: Kept, theirs: Kept, rank: str, other: str) -> None:
+def require_settings(ours: Kept, theirs: Kept, rank: str, other: str) -> None:
     """See that the numbers of two ranks' ``param_groups`` (``lr``, ``step``) are the same."""
     for (pairs, _), (others, _) in zip(ours.groups, theirs.groups, strict=False):
         known = {key: value for key, value in others if isinstance(key, str)}
         for key, value in pairs:
             if isinstance(key, str) and isinstance(value, (int, float)) and key in known:
-                require_alike(f"{key} of the optimizer", {rank: value, other: known[key]})
+                require_alike(f"the optimizer's {key}", {rank: value, other: known[key]})
 
 
 def by_name(stages: Sequence[Sequence[tuple[list[tuple[object, object]], list[str]]]]) -> list[InertDict]:

@@ -71,6 +71,16 @@ def test_the_step_that_is_named_is_opened(pointer: str, text: str, name: str, st
     }  # fmt: skip
 
 
+def test_a_number_is_that_of_the_folder_whose_name_ends_so(step: Step, tmp_path: Path) -> None:
+    step("global_step_10/actor", 10)
+    step("global_step_110/actor", 110)
+    torch.save({"state": torch.ones(2)}, tmp_path / "global_step_10" / "data.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    assert number(tmp_path) == 10 and number(tmp_path, tag="110") == 110
+    found = sharded_in(str(tmp_path))
+    assert found is not None and (found.tag, found.root) == ("global_step_10", str(tmp_path / "global_step_10/actor"))
+
+
 def test_a_link_to_the_last_step(step: Step, tmp_path: Path) -> None:
     step("step-10", 10)
     step("step-20", 20)

@@ -19,7 +19,7 @@ from support.sharded import Samples, flat
 
 import ckptkit
 from ckptkit import formats
-from ckptkit.errors import AmbiguousError, CorruptError, FormatError, MissingDependencyError, UnsupportedError
+from ckptkit.errors import CorruptError, FileAccessError, FormatError, MissingDependencyError, UnsupportedError
 from ckptkit.formats.distributed.dcp_items import ItemReader
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -182,10 +182,10 @@ def test_every_damaged_byte_of_an_item_shows(copied: Callable[[str], Path]) -> N
 
 def test_each_rank_may_have_saved_a_checkpoint_of_its_own(sharded: Samples, copied: Callable[[str], Path]) -> None:
     folder = copied("no_collectives")
-    with pytest.raises(AmbiguousError, match=r"each of 2 ranks .* --tag: 0, 1") as caught:
+    with pytest.raises(FileAccessError, match=r"each of 2 ranks .* --tag: 0, 1") as caught:
         formats.read(folder)
     assert caught.value.names == ("0", "1")
-    with pytest.raises(AmbiguousError, match="there is no rank '7'"):
+    with pytest.raises(FileAccessError, match="there is no rank '7'"):
         formats.read(folder, tag="7")
     with pytest.raises(CorruptError, match="leave out"):
         formats.read(folder, tag="1")  # its shards alone

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.zero_writer import Zero, random_zero
+from support.zero_writer import OPTIMIZER, Zero, random_zero, same
 
 import ckptkit
 from ckptkit.errors import CorruptError
 from ckptkit.formats.distributed.zero import joined_slots, split_slots
-
-
-def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert found[name].shape == value.shape, name
-        assert torch.equal(found[name], value), name
 
 
 def optimizer_of(folder: Path) -> dict[str, Any]:
@@ -54,12 +45,13 @@ def test_a_step_is_one_tensor_for_each_parameter(tmp_path: Path) -> None:
 
 def test_what_is_not_laid_out_like_the_parameters_stays_by_rank(tmp_path: Path) -> None:
     zero = Zero(groups=[{"a": torch.randn(6, 2), "b": torch.randn(3)}])
-    files = zero.files()
-    for rank in range(2):
-        state = files[f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"]["optimizer_state_dict"]
-        state["base_optimizer_state"]["state"][0]["row"] = torch.full((3, 1), float(rank))
-    zero.files = lambda: files  # type: ignore[method-assign]
-    folder = zero.save(tmp_path / "step")
+
+    def edit(files: dict[str, Any]) -> None:
+        for rank in range(2):
+            base = files[OPTIMIZER.format(rank)]["optimizer_state_dict"]["base_optimizer_state"]
+            base["state"][0]["row"] = torch.full((3, 1), float(rank))
+
+    folder = zero.save(tmp_path / "step", edit)
     same(ckptkit.load_state_dict(folder), zero.full)
     optimizer = optimizer_of(folder)
     assert "row" not in optimizer["state"]["a"]
