@@ -151,8 +151,6 @@ def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterat
         yield path, None
         return
     from ckptkit.formats.distributed.around import sharded_in
-    from ckptkit.formats.folder import Surveyor
-    from ckptkit.transfer.names import is_temporary_name
 
     try:
         if asked is not None or sharded_in(path) is not None:
@@ -161,6 +159,9 @@ def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterat
     except CkptkitError as error:
         yield path, error
         return
+    from ckptkit.formats.folder import Surveyor
+    from ckptkit.transfer.names import is_temporary_name
+
     surveyor = Surveyor(is_unfinished=is_temporary_name)
     nothing = surveyor.folder(path)
     found = surveyor.result()

@@ -36,8 +36,9 @@ from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
-from ckptkit.transfer import Tally, folder_made, write_atomically
 from ckptkit.transfer.names import is_temporary_name
+from ckptkit.transfer.steps import Tally
+from ckptkit.transfer.writing import folder_made, write_atomically
 
 if TYPE_CHECKING:
     from ckptkit.documents import ChangesDocument, ConvertDetails, ConvertDocument
@@ -97,7 +98,7 @@ class Job:
         return cls(checkpoint=checkpoint, source=file, asked=os.fsdecode(destination), path=path, plan=plan)
 
     def carry_out(self, options: ConvertOptions) -> Tally:
-        """Write it; see `ckptkit.transfer.write_atomically`."""
+        """Write it; see `ckptkit.transfer.writing.write_atomically`."""
         compare = None
         if options.check:
             from ckptkit.compare import check_output  # moving bytes alone starts faster without

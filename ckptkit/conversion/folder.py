@@ -19,8 +19,7 @@ from ckptkit.conversion.options import renamers_of
 from ckptkit.conversion.outputs import Item, ending_of, require_fitting, require_names
 from ckptkit.errors import CkptkitError
 from ckptkit.report import Finding, Report, parse_size, without_endings
-from ckptkit.transfer import names_flushed_together
-from ckptkit.transfer.names import is_temporary_name
+from ckptkit.transfer.names import is_temporary_name, names_flushed_together
 
 if TYPE_CHECKING:
     from ckptkit.conversion.document import ConvertedFile, ConvertFolderDetails, UnconvertedFile

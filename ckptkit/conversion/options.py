@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from ckptkit.documents import CastDocument, ChangesDocument
     from ckptkit.options import ConvertOptions
     from ckptkit.rewrite.like import Like
-    from ckptkit.transfer import Tally
+    from ckptkit.transfer.steps import Tally
 
     Renamer = rewrite.StripModule | rewrite.AddModule | rewrite.StripPrefix | rewrite.AddPrefix | rewrite.Rename
 

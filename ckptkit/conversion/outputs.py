@@ -18,9 +18,9 @@ from ckptkit import formats
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.report import count_of, listed, without_endings
-from ckptkit.transfer import folder_made
 from ckptkit.transfer.folders import is_empty_folder, not_empty
 from ckptkit.transfer.names import exists
+from ckptkit.transfer.writing import folder_made
 
 if TYPE_CHECKING:
     from ckptkit.formats.format import Format

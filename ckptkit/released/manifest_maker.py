@@ -37,8 +37,8 @@ from ckptkit.released.manifest_rules import is_same_file
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.selection import Selected, name_of, select, size_of, step_of
 from ckptkit.report import count_of
-from ckptkit.transfer import write_atomically
 from ckptkit.transfer.workers import each_file
+from ckptkit.transfer.writing import write_atomically
 
 __all__ = ["make", "make_at", "write"]
 

@@ -25,7 +25,6 @@ from ckptkit.computed import DenseRange, DenseValues, Held, files_of, is_made, r
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.report import count_of
-from ckptkit.transfer.values import stream
 
 __all__ = ["Piece", "PiecedValues", "pieced"]
 
@@ -404,6 +403,8 @@ def _read(entry: TensorEntry, out: memoryview) -> None:
     if entry.is_plain_bytes:
         read_into(entry.storage.source.part(entry.storage_offset * entry.itemsize, entry.nbytes), out)
         return
+    from ckptkit.transfer.values import stream
+
     at = 0
     for chunk in stream(entry):
         out[at : at + len(chunk)] = chunk

@@ -146,16 +146,16 @@ def test_interrupted_at_any_moment_nothing_is_left(
 WAITING = """
 import sys
 from ckptkit.cli import run
-from ckptkit import transfer
+from ckptkit.transfer import writing
 
-real = transfer.move
+real = writing.move
 
 def move(*given):
     print("at work", file=sys.stderr, flush=True)
     sys.stdin.readline()
     return real(*given)
 
-transfer.move = move
+writing.move = move
 run()
 """
 """The command, which waits for a line before it moves the first byte."""

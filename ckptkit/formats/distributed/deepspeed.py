@@ -88,6 +88,8 @@ def read(probe: Probe) -> RawCheckpoint:
     degree = named(models.first.own.get("checkpoint_parallel_dimensions")).get("tp_degree")
     if (is_int(degree) and degree > 1) or (len(models.files) > 1 and not modules.layers):
         raise _tensor_parallel(f"{len(models.files)} mp_rank files")
+    if models.first.own.get("ds_autoep_layers"):
+        raise UnsupportedError("experts that AutoEP shared out over ranks (ds_autoep_layers) are not put together")
     optimizers = by_rank(parts, names, _OPTIMIZER)
     if not optimizers:
         return _without_masters(parts, models, modules, names)

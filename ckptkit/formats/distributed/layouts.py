@@ -46,9 +46,8 @@ class Layout:
 
 def _named(pattern: str, least: int = 1) -> Callable[[str, tuple[str, ...]], bool]:
     """Whether so many files have such names."""
-    compiled = re.compile(pattern, re.ASCII)
     return lambda folder, names: (
-        sum("/" not in name and compiled.fullmatch(name) is not None for name in names) >= least
+        sum("/" not in name and re.fullmatch(pattern, name, re.ASCII) is not None for name in names) >= least
     )
 
 

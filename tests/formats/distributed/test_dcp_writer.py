@@ -516,9 +516,9 @@ def test_a_full_disk_leaves_nothing(save: Save, tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_output_that_differs_gets_no_name(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptkit import transfer
+    from ckptkit.transfer import writing
 
-    real = transfer.fill_file
+    real = writing.fill_file
 
     def spoiled(plan: Any, fd: int, *given: Any, **more: Any) -> None:
         real(plan, fd, *given, **more)
@@ -526,7 +526,7 @@ def test_an_output_that_differs_gets_no_name(save: Save, tmp_path: Path, monkeyp
             at = os.pread(fd, 1 << 20, 0).index(torch.arange(1000.0).numpy().tobytes())
             os.pwrite(fd, b"\xff", at + 2000)
 
-    monkeypatch.setattr(transfer, "fill_file", spoiled)
+    monkeypatch.setattr(writing, "fill_file", spoiled)
     with pytest.raises(CorruptError, match="'w'"):
         ckptkit.convert(save({"w": torch.arange(1000.0)}), tmp_path / "out", to="dcp")
     assert os.listdir(tmp_path) == ["model.pth"]
@@ -535,16 +535,16 @@ def test_an_output_that_differs_gets_no_name(save: Save, tmp_path: Path, monkeyp
 def test_a_folder_that_appears_meanwhile_is_not_touched(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptkit import transfer
+    from ckptkit.transfer import writing
 
-    real = transfer.require_unchanged
+    real = writing.require_unchanged
 
     def late(plan: Any) -> None:
         real(plan)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").write_text("kept")
 
-    monkeypatch.setattr(transfer, "require_unchanged", late)
+    monkeypatch.setattr(writing, "require_unchanged", late)
     with pytest.raises(DestinationExistsError):
         ckptkit.convert(save({"w": torch.rand(4)}), tmp_path / "out", to="dcp")
     assert sorted(os.listdir(tmp_path)) == ["model.pth", "out"]

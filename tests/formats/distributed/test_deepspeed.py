@@ -336,3 +336,5 @@ def test_tensor_parallel_ranks_are_refused(tmp_path: Path) -> None:
     degrees = {"tp_degree": 2, "pp_degree": 1}
     with pytest.raises(UnsupportedError, match="split over tensor-parallel ranks"):
         ckptkit.open(zero.save(tmp_path / "one", _set(MODEL, checkpoint_parallel_dimensions=degrees)))
+    with pytest.raises(UnsupportedError, match="experts that AutoEP shared out over ranks"):
+        ckptkit.open(zero.save(tmp_path / "experts", _set(MODEL, ds_autoep_layers=[{"num_experts": 4}])))
