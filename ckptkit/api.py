@@ -57,6 +57,8 @@ def inspect(
     path: Readable,
     *,
     section: str | None = None,
+    tag: str | None = None,
+    tp_rules: PathLike | None = None,
     filters: str | Sequence[str] = (),
     sort: str = "file",
     stats: bool = False,
@@ -67,6 +69,8 @@ def inspect(
     Args:
         path: the file, or what else can be read; see `open`.
         section: path of the weights to select.
+        tag: which of several steps, where ``path`` is a training folder; see `open`.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined; see `open`.
         filters: glob patterns of tensor names to list; none lists all.
         sort: ``"file"``, ``"name"`` or ``"size"``.
         stats: whether to read the data and add statistics of each tensor listed; a damaged one is a finding.
@@ -79,7 +83,7 @@ def inspect(
 
     if sort not in ("file", "name", "size"):
         raise RewriteError(f"sort is {sort!r:.40}; expected 'file', 'name' or 'size'")
-    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
+    with open(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
         return describe(file.checkpoint, filters=several(filters), sort=sort, stats=stats)
 
 
@@ -120,7 +124,7 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
 
     asked = LoadOptions(**options)
     require_torch()
-    with open(f, section=asked.section, ignore_checksums=asked.ignore_checksums) as file:
+    with open(f, **_reading(asked)) as file:
         require_whole(file.checkpoint, allow_part=asked.allow_part)
         if not asked.all_tensors:
             require_state_dict(file.checkpoint, "to load")
@@ -136,6 +140,8 @@ def load(
     *,
     map_location: Any = "cpu",
     section: str | None = None,
+    tag: str | None = None,
+    tp_rules: PathLike | None = None,
     mapped: bool | None = None,
     allow_part: bool = False,
     ignore_checksums: bool = False,
@@ -152,6 +158,8 @@ def load(
         f: the file.
         map_location: where tensors go, as in ``torch.load``; ``None``: where the file says that they lay.
         section: the keys that lead to the part to load, joined with dots: ``"optimizer"``, ``"args"``; default: all.
+        tag: which of several steps, where ``f`` is a training folder; see `open`.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined; see `open`.
         mapped: whether tensors on the CPU lie in a mapping of the file; see `load_state_dict`.
         allow_part: whether the file may be a part of a checkpoint that lies in several.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
@@ -174,10 +182,9 @@ def load(
     require_torch()
     from ckptkit.torch_bridge import tree_of
 
-    with open(f, ignore_checksums=ignore_checksums) as file:
+    with open(f, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
-        if not mapped and not ignore_checksums:
-            require_sound(file._file, file.checkpoint)
+        require_sound(file._file, file.checkpoint, held=not mapped and not ignore_checksums)
         return tree_of(
             file.checkpoint,
             section=section,
@@ -197,8 +204,9 @@ def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKe
     Args:
         source: any readable checkpoint (see `open`), or a folder.
         destination: the output; its ending chooses the container.  A folder, which is there or has a slash at its end:
-            the output is put into it and named after the source, with the ending of ``to``.  Of a source folder each
-            checkpoint goes to the same place below it; the folder is made where it is not there.
+            the output is put into it and named after the source, with the ending of ``to``.  With ``to="dcp"`` it is
+            the folder that is written, which must be new or empty.  Of a source folder each checkpoint goes to the same
+            place below it; the folder is made where it is not there.
         **options: those of `ckptkit.options.ConvertOptions`.
 
     Returns:
@@ -222,11 +230,16 @@ def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKe
 
         return convert_folder(os.fsdecode(source), os.fsdecode(destination), asked, convert_file)
     try:
-        opened = open(source, section=asked.section, ignore_checksums=asked.ignore_checksums)
+        opened = open(source, **_reading(asked))
     except FileAccessError as error:
         raise outputs.told(error, source, destination, asked) from error.__cause__
     with opened as file, outputs.destination_of(file.path, destination, asked) as path:
         return run(file.checkpoint, file._file, path, asked).report()
+
+
+def _reading(asked: ConvertOptions | LoadOptions | VerifyOptions) -> dict[str, Any]:
+    """How `open` is to read what a command is given."""
+    return {name: getattr(asked, name) for name in ("section", "tag", "tp_rules", "ignore_checksums")}
 
 
 def _like(like: Any, args: Mapping[str, Any]) -> Like:
@@ -274,9 +287,13 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
     chosen = asked.section_a or asked.section, asked.section_b or asked.section
     reading = partial(open, ignore_checksums=asked.ignore_checksums)
     tolerance = None if asked.atol is None and asked.rtol is None else Tolerance(asked.atol or 0.0, asked.rtol or 0.0)
-    with reading(a, section=chosen[0]) as ours, reading(b, section=chosen[1]) as theirs:
-        for file in (ours, theirs) if not asked.ignore_checksums else ():
-            require_sound(file._file, file.checkpoint)
+    (tag_a, rules_a), (tag_b, rules_b) = _steps(a, b, asked)
+    with (
+        reading(a, section=chosen[0], tag=tag_a, tp_rules=rules_a) as ours,
+        reading(b, section=chosen[1], tag=tag_b, tp_rules=rules_b) as theirs,
+    ):
+        for file in (ours, theirs):
+            require_sound(file._file, file.checkpoint, held=not asked.ignore_checksums)
         rewriters = (StripModule(),) if asked.strip_module else ()
         difference = differ(
             ours.rewrite(*rewriters).checkpoint,
@@ -293,12 +310,22 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
         return difference
 
 
+def _steps(a: Readable, b: Readable, asked: DiffOptions) -> Iterator[tuple[str | None, str | None]]:
+    """The step that is meant of each, and its rules: of one tag, or one file of rules, for both in each folder."""
+    folders = [isinstance(path, (str, os.PathLike)) and os.path.isdir(path) for path in (a, b)]
+    for is_folder, own in zip(folders, (asked.tag_a, asked.tag_b), strict=True):
+        is_meant = is_folder or not any(folders)
+        yield own or (asked.tag if is_meant else None), asked.tp_rules if is_meant else None
+
+
 def manifest(
     paths: PathLike | Sequence[PathLike] = (),
     destination: PathLike | None = None,
     *,
     digests: Literal["total", "tensor"] | None = None,
     golden: Mapping[str, PathLike] | PathLike | None = None,
+    tag: str | None = None,
+    tp_rules: PathLike | None = None,
     allow_part: bool = False,
     update: bool = False,
     force: bool = False,
@@ -315,6 +342,8 @@ def manifest(
             lists them.
         golden: a file that `verify` wrote with ``write_golden``, for the one checkpoint there is; or such files by
             the paths of theirs.
+        tag: which of several steps, where ``paths`` are training folders; see `open`.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined; see `open`.
         allow_part: whether a file may be a part of a checkpoint that lies in several.
         update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
         force: whether to replace an existing manifest as a whole.
@@ -335,6 +364,8 @@ def manifest(
         None if destination is None else os.fsdecode(destination),
         digests,
         golden,
+        tag=tag,
+        tp_rules=None if tp_rules is None else os.fsdecode(tp_rules),
         allow_part=allow_part,
         update=update,
         force=force,
@@ -363,7 +394,7 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
     section = asked.section
     with contextlib.ExitStack() as stack:
         weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
-        file = stack.enter_context(weights(path, "to verify", section=section))
+        file = stack.enter_context(weights(path, "to verify", section=section, tag=asked.tag, tp_rules=asked.tp_rules))
         other = None
         if asked.against is not None:
             with open(asked.against, ignore_checksums=asked.ignore_checksums) as opened:
@@ -380,14 +411,20 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
 
 @contextlib.contextmanager
 def _weights(
-    path: Readable, purpose: str, *, section: str | None, allow_part: bool, ignore_checksums: bool
+    path: Readable,
+    purpose: str,
+    *,
+    section: str | None,
+    tag: str | None = None,
+    tp_rules: PathLike | None = None,
+    allow_part: bool,
+    ignore_checksums: bool,
 ) -> Iterator[CheckpointFile]:
     """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
-    with open(path, section=section, ignore_checksums=ignore_checksums) as file:
+    with open(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
         require_state_dict(file.checkpoint, purpose)
-        if not ignore_checksums:
-            require_sound(file._file, file.checkpoint)
+        require_sound(file._file, file.checkpoint, held=not ignore_checksums)
         yield file
 
 
@@ -396,6 +433,7 @@ def check(
     *,
     manifest: PathLike | None = None,
     config: PathLike | None = None,
+    tag: str | None = None,
     skip_others: bool = False,
     **policy: Unpack[PolicyKeywords],
 ) -> CheckReport:
@@ -409,6 +447,7 @@ def check(
             all of them where its index lies beside it.
         manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
         config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here wins over it.
+        tag: which of several steps, where ``paths`` are training folders; see `open`.
         no_pickle: whether a file may hold no pickle at all.
         max_trust: the most a loader may have to be trusted with: ``"safe"`` or ``"needs_trust"``.
         require_format: the containers that files may be.
@@ -443,9 +482,10 @@ def check(
 
     for name in policy:
         if name not in POLICY_FIELDS:
-            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "skip_others"))
+            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "tag", "skip_others"))
     return run(
         [os.fsdecode(path) for path in several(paths)],
+        tag=tag,
         skip_others=skip_others,
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),

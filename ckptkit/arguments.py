@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload
 
-from ckptkit.errors import VerifyError
+from ckptkit.errors import RewriteError, VerifyError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +26,7 @@ __all__ = [
     "BinaryFile",
     "Option",
     "Options",
+    "count",
     "device_problem",
     "documented",
     "dtype",
@@ -321,6 +322,18 @@ def texts(metavar: str, line: str, meaning: str) -> Option[tuple[str, ...]]:
 def pairs(switch: str, line: str, meaning: str) -> Option[Mapping[str, Any]]:
     """One with a name and its value that can be given several times."""
     return Option("pairs", {}, line, meaning, "KEY=VALUE", switch=switch, taken=lambda given: dict(given or {}))
+
+
+def count(switch: str, line: str, meaning: str) -> Option[int | None]:
+    """One with how many there are to be, from 1 on."""
+
+    def taken(given: Any) -> int:
+        most = 10_000
+        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= most:
+            raise RewriteError(f"{switch} {given!r:.40}: expected a whole number from 1 to {most:,}")
+        return given
+
+    return Option("integer", None, line, meaning, "N", switch=switch, taken=taken)
 
 
 def within(switch: str, line: str, meaning: str) -> Option[float | None]:

@@ -27,6 +27,7 @@ __all__ = [
     "Part",
     "Replica",
     "Section",
+    "Spread",
     "StateDict",
     "Storage",
     "TensorEntry",
@@ -248,6 +249,22 @@ def trust_of(uses: Iterable[GlobalUse]) -> Trust:
     return order[worst]
 
 
+class Spread(NamedTuple):
+    """How a checkpoint that several processes wrote is spread over files.
+
+    Attributes:
+        world_size: how many processes wrote it; ``None``: not known.
+        mesh: sizes of the dimensions of the mesh that they form, by name; ``None``: not known.
+        files: how many files are its own.
+        tag: the name of the step, where the folder that was given holds several.
+    """
+
+    world_size: int | None
+    mesh: Mapping[str, int] | None
+    files: int
+    tag: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
     """Where a checkpoint came from.
@@ -266,6 +283,7 @@ class Origin:
         has_pickle: whether there is a pickle in the file.
         is_program: whether it holds a program, of which only the weights can be written.
         options: those of the command line by which it was read so: ``("--section", "model")``.
+        spread: of a folder that several processes wrote, how; ``None``: it is one file, or shards under an index.
     """
 
     path: str
@@ -280,6 +298,7 @@ class Origin:
     has_pickle: bool = True
     is_program: bool = False
     options: tuple[str, ...] = ()
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +311,7 @@ class Part:
         lacks: what is not in this file.
         instead: the index that opens them all, or the folder of the files that belong together; ``None``: not there.
         opens: whether ckptkit opens ``instead`` as one checkpoint.
+        remedy: what helps, where it is not to give other files.
     """
 
     layout: str
@@ -299,6 +319,7 @@ class Part:
     lacks: str
     instead: str | None = None
     opens: bool = False
+    remedy: str = ""
 
 
 class Replica(NamedTuple):

@@ -110,10 +110,17 @@ class CheckpointFile:
         """
         return CheckpointFile(self.checkpoint.rewrite(*rewriters), self._file)
 
-    def plan(self, destination: PathLike, *, to: str | None = None, max_shard_size: int | str | None = None) -> Plan:
+    def plan(
+        self,
+        destination: PathLike,
+        *,
+        to: str | None = None,
+        ranks: int | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> Plan:
         """What `save` would do, without doing it."""
         return self._converted(
-            destination, to=to, max_shard_size=max_shard_size, allow_part=True, receipt=False, dry_run=True
+            destination, to=to, ranks=ranks, max_shard_size=max_shard_size, allow_part=True, receipt=False, dry_run=True
         )
 
     def save(
@@ -121,6 +128,7 @@ class CheckpointFile:
         destination: PathLike,
         *,
         to: str | None = None,
+        ranks: int | None = None,
         max_shard_size: int | str | None = None,
         force: bool = False,
         check: bool = True,
@@ -132,7 +140,9 @@ class CheckpointFile:
 
         Args:
             destination: the output; its ending chooses the container.
-            to: container name that overrides the ending.
+            to: container name that overrides the ending; ``"dcp"``: the destination is a folder, new or empty, that
+                ``torch.distributed.checkpoint.load`` reads.
+            ranks: how many share that folder; each has rows of every tensor, in a file of its own.
             max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
             force: whether an existing file may be replaced.
             check: whether to open the output again and compare every byte before it gets its name, and to hold
@@ -154,6 +164,7 @@ class CheckpointFile:
         return self._converted(
             destination,
             to=to,
+            ranks=ranks,
             max_shard_size=max_shard_size,
             force=force,
             check=check,
@@ -195,8 +206,8 @@ class CheckpointFile:
         require_torch()
         from ckptkit.torch_bridge import state_dict_of
 
-        if not mapped and "--ignore-checksums" not in self.checkpoint.origin.options:
-            formats.require_sound(self._file, self.checkpoint)
+        held = not mapped and "--ignore-checksums" not in self.checkpoint.origin.options
+        formats.require_sound(self._file, self.checkpoint, held=held)
         state = state_dict_of(
             self.state_dict, self.path, map_location=map_location, mapped=self._is_mapped(mapped), checksums=not mapped
         )
@@ -238,7 +249,12 @@ class CheckpointFile:
 
 
 def open(  # noqa: A001 - the name users expect
-    path: Readable, *, section: str | None = None, ignore_checksums: bool = False
+    path: Readable,
+    *,
+    section: str | None = None,
+    tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
+    ignore_checksums: bool = False,
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 
@@ -253,7 +269,13 @@ def open(  # noqa: A001 - the name users expect
             position is then what it was, but for one that cannot seek, which is read to its end.  Bytes, a bytearray
             and a memoryview are not copied; a bytearray cannot be resized until this is closed.  What was given open
             stays open.
+            A folder that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one
+            checkpoint; one that names its last step stands for that, and any other for the one checkpoint in it.
         section: path of the weights to select, where the file holds several.
+        tag: which of several steps is meant, where ``path`` is a folder that holds such: ``"checkpoint-10"``.
+        tp_rules: a file of rules by which slices of tensor-parallel ranks are joined, a JSON object of globs of names:
+            ``{"*.wq.weight": 0, "*.wo.weight": 1, "*.norm.weight": "replicated", "*.w13.weight": "swiglu"}``.  They go
+            before those that are known, and make one checkpoint of any folder of files that differ in one number.
         ignore_checksums: whether to forget the recorded checksums of its tensors, so that nothing holds them: those of
             a file that was edited in place are stale.
 
@@ -263,7 +285,9 @@ def open(  # noqa: A001 - the name users expect
         SectionError: there is no such section.
         MissingDependencyError: it is compressed by zstd, and nothing that decompresses it is installed.
     """
-    return CheckpointFile(*formats.read(path, section=section, ignore_checksums=ignore_checksums))
+    return CheckpointFile(
+        *formats.read(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
+    )
 
 
 def save(
@@ -275,6 +299,7 @@ def save(
     check: bool = True,
     max_shard_size: int | str | None = None,
     to: str | None = None,
+    ranks: int | None = None,
     tied: TiedPolicy = "alias",
     progress: Progress | None = None,
 ) -> Plan:
@@ -297,7 +322,8 @@ def save(
         force: whether an existing file may be replaced.
         check: whether to open the output again and compare every byte before it gets its name.
         max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
-        to: container name that overrides the ending.
+        to: container name that overrides the ending; ``"dcp"``: as `CheckpointFile.save`.
+        ranks: as there.
         tied: what becomes of tensors with several names; see `ckptkit.Tied`.
         progress: called with the bytes dealt with so far, and those to deal with in all.
 
@@ -315,7 +341,7 @@ def save(
     from ckptkit.transfer.memory import Memory, checkpoint_of
 
     options = ConvertOptions(
-        metadata=metadata, force=force, check=check, max_shard_size=max_shard_size, to=to, tied=tied,
+        metadata=metadata, force=force, check=check, max_shard_size=max_shard_size, to=to, ranks=ranks, tied=tied,
         progress=progress, receipt=False,
     )  # fmt: skip
     _, container, most = formats.target(path, to)

@@ -8,7 +8,7 @@ checksums are checked as its bytes pass by.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from ckptkit.bytesource import ByteRange
@@ -56,15 +56,17 @@ def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: N
                 raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
         comparison = _Comparison(compared)
         container = format_named(output.origin.format)
-        if container.shards is not None:
-            _tensors(source, output, comparison)
+        if container.is_folder:
+            _items(source, output, comparison)
+        elif container.shards is not None:
+            _tensors(source.state_dict, output.state_dict, comparison)
             _extra_values(source, output, comparison)
         elif container.tensors_alone:
             if versions_text(source.state_dict) not in (None, versions_text(output.state_dict)):
                 raise CorruptError("the output does not hold the same module versions; nothing was written")
             if source.state_dict.keys() == output.state_dict.keys() and [*source.state_dict] != [*output.state_dict]:
                 raise CorruptError("the output does not hold the tensors in the same order; nothing was written")
-            _tensors(source, output, comparison)
+            _tensors(source.state_dict, output.state_dict, comparison)
         else:
             _trees(source, output, comparison)
         return comparison.run()
@@ -193,14 +195,13 @@ def _covers_original(storage: Storage) -> bool:
     return read == storage.original.nbytes
 
 
-def _tensors(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
+def _tensors(ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], comparison: _Comparison) -> None:
     """A container of named tensors only: names and values."""
-    if set(source.state_dict) != set(output.state_dict):
+    if set(ours) != set(theirs):
         raise CorruptError("the output does not hold the same tensor names; nothing was written")
-    several = shared_storages(source.state_dict.values())
+    several = shared_storages(ours.values())
     pairs: set[tuple[object, ...]] = set()
-    theirs = output.state_dict
-    for name, entry in source.state_dict.items():
+    for name, entry in ours.items():
         written = theirs[name]
         if entry.dtype != written.dtype or entry.shape != written.shape:
             raise CorruptError(f"tensor {name!r}: the output has another dtype or shape; nothing was written")
@@ -210,6 +211,19 @@ def _tensors(source: Checkpoint, output: Checkpoint, comparison: _Comparison) ->
                 continue
             pairs.add(key)
         comparison.tensors(name, entry, written)
+
+
+def _items(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
+    """A folder of torch.distributed.checkpoint: names, what leads to each, and values."""
+    from ckptkit.formats.distributed.dcp_names import flattened, values_at
+
+    ours = flattened(source)
+    tensors, theirs = ours.tensors, values_at(output, ours.paths)
+    written = {name: theirs[name] for name in theirs if name in tensors}
+    _tensors(tensors, {name: node for name, node in written.items() if isinstance(node, TensorEntry)}, comparison)
+    others = [(Place().below(name), node, theirs.get(name)) for name, node in ours.values.items()]
+    for pair in _paired_storages([each for each in others if each[0].label not in tensors]):
+        comparison.storages(*pair)
 
 
 def _extra_values(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "DenseValues",
     "Held",
     "Inflation",
+    "can_be_looked_at",
     "files_of",
     "is_made",
     "piece_nbytes",
@@ -374,6 +375,10 @@ class DenseValues(_Computed):
     def _parts(self) -> Iterator[bytes]:
         return DenseRange(self, 0, self.nbytes).chunks()
 
+    def without_checksums(self) -> DenseValues:
+        """The same values, with no checksum recorded for what they are made of."""
+        return self
+
     def copies(self, offset: int, nbytes: int) -> list[tuple[int, ByteRange]] | None:
         """The bytes of a range as runs of files, each with where in it that begins; ``None``: they have to be made."""
         del offset, nbytes
@@ -435,6 +440,11 @@ ByteSource = ByteRange | DeflatedRange | ConvertedRange | DenseRange
 def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
     """Whether the bytes are made as they are read, and lie nowhere."""
     return isinstance(source, (ConvertedRange, DenseRange))
+
+
+def can_be_looked_at(source: ByteSource) -> bool:
+    """Whether a few bytes can be read alone, without others being inflated or computed for them."""
+    return isinstance(source, ByteRange) or (isinstance(source, DenseRange) and source.whole.how == "in pieces")
 
 
 def read_into(source: ByteSource, out: bytearray | memoryview) -> None:

@@ -30,7 +30,7 @@ from ckptkit.tensor import unordered, unused_nbytes
 if TYPE_CHECKING:
     from ckptkit.normalize.quantized import QuantizationDocument
 
-__all__ = ["DIAGNOSES", "Everything", "diagnose", "everything_in"]
+__all__ = ["DIAGNOSES", "Everything", "diagnose", "everything_in", "hostile_finding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +118,45 @@ def _may_be_quantized(state_dict: StateDict, names: str) -> bool:
 def _hostile(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     for use in checkpoint.globals:
         if use.verdict == "dangerous":
-            yield Finding(
-                code="hostile-name",
-                severity="error",
-                message=f"the pickle names {use.name}: a loader that executes it would run that",
-            )
+            yield hostile_finding(use.name)
+
+
+def hostile_finding(name: str) -> Finding:
+    """The error that a pickle has a name which runs, imports or opens something."""
+    told = f"the pickle names {name}: a loader that executes it would run that"
+    return Finding(code="hostile-name", severity="error", message=told)
+
+
+def _unread(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
+    if checkpoint.unread is not None:
+        count = sum(use.count for use in checkpoint.unvouched if use.kind == "unread")
+        told = count_of(count, "item", "is a pickle of its own and was", "are pickles of their own and were")
+        yield Finding(
+            code="items-not-read",
+            severity="info",
+            message=f"{told} not read; check, convert and load judge every one",
+            fix=_checked(checkpoint),
+        )
+
+
+def _copies(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
+    if checkpoint.replicas:
+        told = count_of(len(checkpoint.replicas), "copy", "was", "were")
+        yield Finding(
+            code="copies-not-compared",
+            severity="info",
+            message=f"{told} not compared with the values that are taken; check, convert and load compare each",
+            fix=_checked(checkpoint),
+        )
+
+
+def _checked(checkpoint: Checkpoint) -> str:
+    """The command that looks into all of a folder."""
+    import shlex
+
+    options = checkpoint.origin.options
+    typed = [word for name in ("--tag", "--tp-rules") if name in options for word in options[options.index(name) :][:2]]
+    return shlex.join(["ckptkit", "check", checkpoint.origin.path, *typed])
 
 
 def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
@@ -130,7 +164,7 @@ def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _foreign(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    names = [use.name for use in checkpoint.globals if use.verdict == "unknown"]
+    names = _in_values(checkpoint, [use.name for use in checkpoint.globals if use.verdict == "unknown"])
     if not names or checkpoint.module is not None:
         return
     places = _places(checkpoint.rest)
@@ -141,6 +175,12 @@ def _foreign(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
         message=f"objects that torch.load refuses by default: {shown}; never executed here",
         fix=_weights(checkpoint, "--weights-only"),
     )
+
+
+def _in_values(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    """The names that stand in what was saved: those by which a folder says where it lies do not."""
+    is_folder = format_named(checkpoint.origin.format).is_folder
+    return [name for name in names if name in _places(checkpoint.rest)] if is_folder and names else names
 
 
 def _places(root: object) -> dict[str, str]:
@@ -293,7 +333,7 @@ _ELSEWHERE = (
 
 
 def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
-    names = [use.name for use in checkpoint.globals]
+    names = _in_values(checkpoint, [use.name for use in checkpoint.globals])
     found = [
         f"{what} ({next(name for name in names if pattern.fullmatch(name))})"
         for pattern, what in _ELSEWHERE
@@ -430,6 +470,8 @@ def _byteorder(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
 
 DIAGNOSES: tuple[Diagnosis, ...] = (
     _hostile,
+    _unread,
+    _copies,
     _part,
     _foreign,
     _discarded,

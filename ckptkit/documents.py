@@ -398,10 +398,12 @@ class ManifestOptions(TypedDict, total=False):
     others: list[str]
 
 
-class ManifestFile(ManifestShard, ManifestOptions):
+class ManifestFile(ManifestOptions):
     """What one checkpoint must be; `ckptkit.released.manifest_file` says more of each field."""
 
     path: str
+    size: int
+    sha256: str | None
     format: str
     kind: str
     trust: str

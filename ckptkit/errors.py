@@ -44,6 +44,7 @@ class CkptkitError(Exception):
         path: the file or folder it is about; ``None``: it is about none, or the layer that raised does not know it.
         where: the part of the file, such as ``"data.pkl"`` or ``"header"``; ``None``: all of it, or not known.
         offset: position in bytes inside that part; ``None``: no one position.
+        is_hostile: whether a sharded checkpoint was refused since its pickles would run something: exit code 1.
         names: those that the message lists, all of them where it shows but a few: of tensors, or what there is to
             choose from; see the classes.
     """
@@ -52,6 +53,7 @@ class CkptkitError(Exception):
     where: str | None = None
     offset: int | None = None
     names: tuple[str, ...] = ()
+    is_hostile: bool = False
 
     def __init__(self, *args: object, path: str | None = None, names: Iterable[str] = (), **others: Any) -> None:
         super().__init__(*args, **others)  # of ImportError: its name

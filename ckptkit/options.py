@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, several, shapes, text, texts, within
+from ckptkit.arguments import Option, Options, count, dtype, flag, pairs, path, several, shapes, text, texts, within
 from ckptkit.errors import RewriteError, VerifyError
 
 if TYPE_CHECKING:
@@ -34,11 +34,12 @@ def _allow_part(which: str) -> Option[bool]:
     return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
 
 
-def _ignore_checksums() -> Option[bool]:
-    return flag(
-        "Accept bytes that recorded checksums show to be others.",
-        "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
-    )
+def _section(verb: str, told: str = "where the file holds several") -> Option[str | None]:
+    return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
+
+
+def _tag(which: str) -> Option[str | None]:
+    return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
 
 
 class ConvertOptions(Options):
@@ -72,11 +73,9 @@ class ConvertOptions(Options):
     exclude = texts(
         "GLOB", "Drop names that match, before or after renaming.", "globs of the names to drop, in the same way"
     )
-    section = text(
-        "NAME",
-        "The weights to convert, where the file holds several.",
-        "path of the weights, where the file holds several",
-    )
+    section = _section("convert")
+    tag = _tag("the source is a training folder; see `open`")
+    tp_rules = path("FILE", "Rules that join tensor-parallel slices.", "rules that join slices of ranks; see `open`")
     all_tensors = flag(
         "Take every tensor of the file, named by the keys that lead to it.",
         "take every tensor of the file for the weights, each named by the keys that lead to it: ``0``, "
@@ -150,8 +149,13 @@ class ConvertOptions(Options):
     )
     to = text(
         "FORMAT",
-        "torch-zip, safetensors, or either -sharded; overrides DST's ending.",
-        "container name that overrides the ending",
+        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's ending.",
+        'container name that overrides the ending; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
+    )
+    ranks = count(
+        "--ranks",
+        "With --to dcp: a file for each of N ranks, with rows of every tensor.",
+        "how many ranks share a ``dcp`` folder: each has rows of every tensor, in a file of its own",
     )
     max_shard_size: Option[int | str | None] = Option(
         "text",
@@ -175,7 +179,10 @@ class ConvertOptions(Options):
         default=True,
     )
     progress = _progress("called with the bytes dealt with so far, and those to deal with in all")
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = flag(
+        "Accept bytes that recorded checksums show to be others.",
+        "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
+    )
 
     def _check(self) -> None:
         metadata: Mapping[Any, Any] = self.metadata
@@ -190,18 +197,13 @@ class ConvertOptions(Options):
             raise RewriteError("--cast-scaled is about --dtype, which is not given")
         if self.model_args and self.like is None:
             raise RewriteError("--model-arg is for the model of --like, which is not given")
-        if self.all_tensors:
-            self._check_all_tensors()
+        if self.all_tensors and self.section is not None:
+            told = "--all-tensors takes every section; give --section alone, or --include with the names of one"
+            raise RewriteError(told)
+        if self.all_tensors and self.keep_beside:
+            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
         if self.like is not None:
             vars(self)["weights_only"] = True
-
-    def _check_all_tensors(self) -> None:
-        if self.section is not None:
-            raise RewriteError(
-                "--all-tensors takes every section; give --section alone, or --include with the names of one"
-            )
-        if self.keep_beside:
-            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
 
 
 class LoadOptions(Options):
@@ -218,6 +220,8 @@ class LoadOptions(Options):
     )
     device: Option[Any] = Option("text", None, "", "the same for one device, in place of ``map_location``")
     section = ConvertOptions.section
+    tag = ConvertOptions.tag
+    tp_rules = ConvertOptions.tp_rules
     all_tensors = ConvertOptions.all_tensors
     strip_module = ConvertOptions.strip_module
     add_module = ConvertOptions.add_module
@@ -254,7 +258,7 @@ class LoadOptions(Options):
     def conversion(self) -> ConvertOptions | None:
         """What is to be done to the weights, as `ckptkit.convert` is told; ``None``: nothing."""
         shared = {name for name, option in self.declared.items() if ConvertOptions.declared.get(name) is option}
-        given = {name: vars(self)[name] for name in shared - {"section", "ignore_checksums"}}
+        given = {name: vars(self)[name] for name in shared - {"section", "tag", "tp_rules", "ignore_checksums"}}
         if all(value == self.declared[name].default for name, value in given.items()):
             return None
         return ConvertOptions(weights_only=True, section=self.section, **given)
@@ -307,11 +311,9 @@ class VerifyOptions(Options):
     seed = Option(
         "integer", 0, "Seed of the input.", "of the input, and of whatever the factory draws", shows_default=True
     )
-    section = text(
-        "NAME",
-        "The weights to verify, where the file holds several.",
-        "path of the weights, where the file holds several",
-    )
+    section = _section("verify")
+    tag = _tag("``path`` is a training folder; see `open`")
+    tp_rules = ConvertOptions.tp_rules
     strip_module = flag("Take off wrapper prefixes first, as convert does.", "take off wrapper prefixes first")
     allow_missing = texts(
         "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
@@ -348,7 +350,7 @@ class VerifyOptions(Options):
         "run the pickled model itself in place of a reference: **runs code of the file**, after printing on stderr "
         "what it imports.  A hostile file is refused",
     )
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = ConvertOptions.ignore_checksums
 
     def _check(self) -> None:
         if self.input is not None and self.input_shapes:
@@ -378,6 +380,10 @@ class DiffOptions(Options):
     )
     section_a = text("NAME", "The weights of A.", "the same of ``a`` alone")
     section_b = text("NAME", "The weights of B.", "the same of ``b`` alone")
+    tag = _tag("``a`` or ``b``, or each, is a training folder")
+    tp_rules = ConvertOptions.tp_rules
+    tag_a = text("NAME", "The step of A.", "the same of ``a`` alone")
+    tag_b = text("NAME", "The step of B.", "the same of ``b`` alone")
     strip_module = flag("Take wrapper prefixes off the names of both first.", "take off wrapper prefixes of both first")
     atol = within(
         "--atol",
@@ -396,14 +402,24 @@ class DiffOptions(Options):
         "`Difference.ok`",
     )
     progress = _progress("called with the bytes gone through so far, and those to go through in all")
-    ignore_checksums = _ignore_checksums()
+    ignore_checksums = ConvertOptions.ignore_checksums
 
 
 if TYPE_CHECKING:
 
-    class ConvertKeywords(TypedDict, total=False):
-        """What `ckptkit.convert` takes as keywords."""
+    class _ReadKeywords(TypedDict, total=False):
+        """What every one of them takes."""
 
+        section: str | None
+        tag: str | None
+        tp_rules: str | os.PathLike[str] | None
+        allow_part: bool
+        ignore_checksums: bool
+
+    class _RewriteKeywords(_ReadKeywords, total=False):
+        """What says how the weights are selected, renamed and cast."""
+
+        all_tensors: bool
         strip_module: bool
         add_module: bool
         strip_prefix: str | None
@@ -411,54 +427,40 @@ if TYPE_CHECKING:
         rename: Renaming
         include: str | Sequence[str]
         exclude: str | Sequence[str]
-        section: str | None
-        all_tensors: bool
+        densify: bool
+        dtype: str | torch.dtype | None
+        keep_dtype: str | Sequence[str]
+        cast_scaled: bool
+
+    class ConvertKeywords(_RewriteKeywords, total=False):
+        """What `ckptkit.convert` takes as keywords."""
+
         weights_only: bool
         keep_beside: bool
         as_key: str | None
         leave_out: str | Sequence[str]
         map_location: LocationMap | None
-        densify: bool
-        dtype: str | torch.dtype | None
-        keep_dtype: str | Sequence[str]
-        cast_scaled: bool
         tied: TiedPolicy
         like: Any
         model_args: Mapping[str, Any] | None
         to: str | None
+        ranks: int | None
         max_shard_size: int | str | None
         metadata: Mapping[str, str] | None
-        allow_part: bool
         receipt: bool
         dry_run: bool
         force: bool
         check: bool
         progress: Progress | None
-        ignore_checksums: bool
 
-    class LoadKeywords(TypedDict, total=False):
+    class LoadKeywords(_RewriteKeywords, total=False):
         """What `ckptkit.load_state_dict` takes as keywords."""
 
         map_location: Any
         device: Any
-        section: str | None
-        all_tensors: bool
-        strip_module: bool
-        add_module: bool
-        strip_prefix: str | None
-        add_prefix: str | None
-        rename: Renaming
-        include: str | Sequence[str]
-        exclude: str | Sequence[str]
-        densify: bool
-        dtype: str | torch.dtype | None
-        keep_dtype: str | Sequence[str]
-        cast_scaled: bool
         mapped: bool | None
-        allow_part: bool
-        ignore_checksums: bool
 
-    class VerifyKeywords(TypedDict, total=False):
+    class VerifyKeywords(_ReadKeywords, total=False):
         """What `ckptkit.verify` takes as keywords."""
 
         model: Any
@@ -468,11 +470,9 @@ if TYPE_CHECKING:
         input_shapes: Sequence[Sequence[int]]
         input: str | os.PathLike[str] | None
         seed: int
-        section: str | None
         strip_module: bool
         allow_missing: str | Sequence[str]
         allow_unexpected: str | Sequence[str]
-        allow_part: bool
         against: str | os.PathLike[str] | None
         golden: str | os.PathLike[str] | None
         write_golden: str | os.PathLike[str] | None
@@ -481,18 +481,16 @@ if TYPE_CHECKING:
         force: bool
         forward: bool
         unsafe_load: bool
-        ignore_checksums: bool
 
-    class DiffKeywords(TypedDict, total=False):
+    class DiffKeywords(_ReadKeywords, total=False):
         """What `ckptkit.diff` takes as keywords."""
 
-        section: str | None
         section_a: str | None
         section_b: str | None
+        tag_a: str | None
+        tag_b: str | None
         strip_module: bool
         atol: float | None
         rtol: float | None
-        allow_part: bool
         strict: bool
         progress: Progress | None
-        ignore_checksums: bool

@@ -139,6 +139,8 @@ class Plan:
         aliases: names recorded as another name's tensor (safetensors).
         shards: the files that are written beside this one, by their names.
         index: of a sharded checkpoint, what this file says; its one step writes exactly that.
+        in_folder: the name of this file in a folder of its own, in which the shards lie too, and which is what is asked
+            for; ``None``: it lies where it is asked for.
     """
 
     format: str
@@ -148,6 +150,7 @@ class Plan:
     aliases: Mapping[str, str]
     shards: Mapping[str, Plan] = field(default_factory=dict)
     index: IndexFile | None = None
+    in_folder: str | None = None
 
     def __repr__(self) -> str:
         shards = f" in {count_of(len(self.shards), 'shard')}" if self.shards else ""

@@ -14,8 +14,8 @@ from typing import Any
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums
+from ckptkit.transfer.values import stream
 
 __all__ = ["NO_STATS", "NonFinite", "count_all", "tensor_stats"]
 

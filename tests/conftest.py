@@ -177,7 +177,10 @@ def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess
     """``run("inspect", path, ...)``: the command as a process of its own, in an empty folder."""
 
     def command(
-        *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
+        *arguments: object,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        stdin: int | bytes = subprocess.DEVNULL,
     ) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
         with_torch = "verify" in words or "--fits" in words
@@ -185,6 +188,7 @@ def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess
             "-m", "ckptkit", *words,
             cwd=cwd or tmp_path,
             env={**os.environ, "PYTHONPATH": str(FIXTURES.parent), **(env or {})},
+            stdin=stdin,
         )  # fmt: skip
 
     return command

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import resource
-import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -160,8 +159,10 @@ def test_options_are_those_of_convert() -> None:
         name for name, option in LoadOptions.declared.items() if ConvertOptions.declared.get(name) is not option
     } == own
     tree = ast.parse(Path(str(options.__file__)).read_text(encoding="utf-8"))
-    keywords = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}["LoadKeywords"]
-    assert [n.target.id for n in keywords.body if isinstance(n, ast.AnnAssign)] == [*LoadOptions.declared]  # type: ignore[union-attr]
+    classes = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    bodies = [classes[name].body for name in ("LoadKeywords", "_RewriteKeywords", "_ReadKeywords")]
+    keywords = [n.target.id for body in bodies for n in body if isinstance(n, ast.AnnAssign)]  # type: ignore[union-attr]
+    assert sorted(keywords) == sorted(LoadOptions.declared)
     assert all(f"{name}: " in (ckptkit.load_state_dict.__doc__ or "") for name in LoadOptions.declared)
     assert LoadOptions(device="cuda").but(strip_module=True).map_location == "cuda"
 
@@ -244,12 +245,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     ("ending", "given", "most"),
     [("safetensors", {}, 0.2), ("pth", {}, 1.3), ("pth", {"mapped": True}, 0.2), ("pth", {"dtype": "float16"}, 0.8)],
 )
-def test_memory(save: Save, tmp_path: Path, ending: str, given: dict[str, Any], most: float) -> None:
+def test_memory(
+    save: Save, tmp_path: Path, python: Callable[..., Any], ending: str, given: dict[str, Any], most: float
+) -> None:
     state, nbytes = {f"t{i}": torch.ones(4 << 20) for i in range(4)}, 64 << 20
     path = save(state) if ending == "pth" else tmp_path / "a.safetensors"
     if ending == "safetensors":
         save_file(state, path)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(path), repr(given)], capture_output=True, text=True, check=True
-    )
+    done = python("-c", PEAK, path, repr(given))
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) < most * nbytes + (8 << 20), resource.getpagesize()

@@ -145,6 +145,8 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
     "--model-arg", "model_args", multiple=True, metavar="KEY=VALUE", help="Argument of the factory; repeatable."
 )
 @click.option("--input-shape", "shapes", multiple=True, metavar="N,C,H,W", help="Shape of an input; repeatable.")
+@ui.tag_option
+@ui.tp_rules_option
 @click.option(
     "--skip-others", is_flag=True, help="Pass over named files that are not checkpoints; it is fine if none is left."
 )
@@ -165,6 +167,7 @@ def command(
     require_format: tuple[str, ...],
     model_args: tuple[str, ...],
     shapes: tuple[str, ...],
+    tag: str | None,
     skip_others: bool,
     output: tuple[str, ...],
     quiet: bool,
@@ -195,6 +198,7 @@ def command(
             config=config if config is not None else find_config(os.curdir),
             model_args=ui.key_values("--model-arg", model_args) or None,
             input_shapes=[ui.input_shape(shape) for shape in shapes] or None,
+            tag=tag,
             skip_others=skip_others,
             **policy,
         )

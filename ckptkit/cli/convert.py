@@ -172,6 +172,7 @@ _rename_file = click.option(
         "ckptkit convert resume.pth weights.safetensors --weights-only --dtype bfloat16 --keep-dtype '*norm*'",
         "ckptkit convert ddp.pth clean.pth --strip-module --map-location cpu",
         "ckptkit convert big.pth out/model.safetensors --max-shard-size 5GB",
+        "ckptkit convert model.safetensors run/step-0 --to dcp --ranks 8",
         "ckptkit convert runs/ converted/ --to safetensors --weights-only",
         "ckptkit convert old.pth new.pth --rename '^features\\.=>backbone.' --exclude 'head.*' --leave-out optimizer",
         "ckptkit convert model.pth model2.pth --map-location cuda:1=cuda:0 --dry-run",
@@ -208,7 +209,9 @@ def command(
 
     DST may be a folder (one that is there, or with a slash at its end): the output is named after SRC, with the
     ending of --to. Of a folder SRC each checkpoint below it is converted to the same place below DST; --to is
-    needed. What is no checkpoint is passed over and counted, and a file that cannot be converted stops no other.
+    needed. With --to dcp DST is the folder that is written, for torch.distributed.checkpoint: it must be new or empty,
+    --force or not. What is no checkpoint is passed over and counted, and a file that cannot be converted stops no
+    other.
 
     Exit code 0: all is converted; 2: something could not be.
     """

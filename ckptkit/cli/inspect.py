@@ -42,6 +42,8 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
 @click.option("--sort", type=click.Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
 @click.option("--section", metavar="NAME", help="The weights to select, where a file holds several.")
+@ui.tag_option
+@ui.tp_rules_option
 @click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, zeros, NaN, Inf of each tensor.")
 @click.option(
     "--fail-on",
@@ -59,6 +61,8 @@ def command(
     filters: tuple[str, ...],
     sort: str,
     section: str | None,
+    tag: str | None,
+    tp_rules: str | None,
     stats: bool,
     ignore_checksums: bool,
     fail_on: str,
@@ -70,18 +74,22 @@ def command(
 
     Nothing in a file is executed, and no tensor is read but a few single numbers, such as step counts
     (all are with --stats). A folder stands for the checkpoints below it, whatever their names; what else lies there is
-    counted. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar archive, - is standard input, and what is compressed
-    by gzip, xz, bzip2 or zstd is read through.
+    counted. One that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one
+    checkpoint, and one that names its last step stands for that. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar
+    archive, - is standard input, and what is compressed by gzip, xz, bzip2 or zstd is read through.
     """
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
+    of_folders = {"tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()
-    files = [each for path in paths for each in _expanded(path, passed_over)]
+    files = [each for path in paths for each in _expanded(path, tag or tp_rules, passed_over)]
     seen: list[_Seen] = []
 
     def documents() -> Iterator[Survey | UnreadFile]:
         """Each file's document; before the last is shown, the verdict is known."""
         for found, error in files:
-            document = _survey(found, opening, filters, sort, stats) if error is None else describe_error(found, error)
+            is_given = found in paths and (len(paths) == 1 or os.path.isdir(found))
+            asked = {**opening, **of_folders} if is_given else opening
+            document = _survey(found, asked, filters, sort, stats) if error is None else describe_error(found, error)
             seen.append(_told(document))
             if filters and not quiet and document["error"] is None and not document["tensors"]:
                 ending.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
@@ -137,10 +145,19 @@ def _survey(
         return describe_error(path, error)
 
 
-def _expanded(path: str, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
+def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
     """The path itself, or the checkpoints below a folder; and what cannot be read, with the reason."""
     if not os.path.isdir(path):
         yield path, None
+        return
+    from ckptkit.formats.distributed.around import sharded_in
+
+    try:
+        if asked is not None or sharded_in(path) is not None:
+            yield path, None
+            return
+    except CkptkitError as error:
+        yield path, error
         return
     from ckptkit.formats.folder import Surveyor
     from ckptkit.transfer.names import is_temporary_name
@@ -179,6 +196,7 @@ class _Seen(NamedTuple):
     """What of a document decides the exit code."""
 
     is_read: bool
+    is_hostile: bool
     severities: list[Severity]
 
 
@@ -189,12 +207,14 @@ def _told(document: Survey | UnreadFile) -> _Seen:
         place = "" if message.startswith(document["path"]) else f"{document['path']}: "
         ending.write()  # what comes before it
         ending.say(f"ckptkit: error: {printable(place + message)}")
-    return _Seen(document["error"] is None, [finding["severity"] for finding in document["findings"]])
+    severities = [finding["severity"] for finding in document["findings"]]
+    return _Seen(document["error"] is None, bool(document["findings"]), severities)
 
 
 def _exit_code(files: list[_Seen], fail_on: str) -> int:
-    if not all(file.is_read for file in files):
-        return 2
+    unread = [file for file in files if not file.is_read]
+    if unread:
+        return 1 if all(file.is_hostile for file in unread) else 2
     if fail_on == "never":
         return 0
     severities = [severity for file in files for severity in file.severities]

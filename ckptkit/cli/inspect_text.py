@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OptimizerDocument,
         QuantizationDocument,
         SchedulerDocument,
+        SpreadDocument,
     )
 
 __all__ = [
@@ -134,10 +135,26 @@ def facts(document: Survey) -> str:
         parts.append(f"saved on {shown}{', ...' if len(locations) > 4 else ''}")
     if document["writer"]:
         parts.append(f"written by {printable(document['writer'])}")
+    if document["layout"] is not None:
+        parts += _spread(document["layout"])
     trust = {"safe": "safe", "needs_trust": "needs trust", "hostile": "HOSTILE"}[document["trust"]]
     if holds_pickle or document["trust"] != "safe":
         parts.append(f"pickle {trust}" if holds_pickle else trust)
     return ", ".join(parts)
+
+
+def _spread(layout: SpreadDocument) -> Iterator[str]:
+    """In how many files a folder's checkpoint lies, who wrote them, and which step it is."""
+    ranks = layout["world_size"]
+    by = f" of {count_of(ranks, 'rank')}" if ranks is not None else ""
+    yield f"{count_of(layout['files'], 'file')}{by}"
+    if layout["mesh"]:
+        sizes = (
+            f"{size:,}" if name.isdigit() else f"{printable(name)} {size:,}" for name, size in layout["mesh"].items()
+        )
+        yield "mesh " + f" {TIMES} ".join(sizes)
+    if layout["tag"] is not None:
+        yield f"step {printable(layout['tag'])}"
 
 
 def what_it_is(document: Survey) -> str:

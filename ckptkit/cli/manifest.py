@@ -109,6 +109,8 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @click.option(
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
+@ui.tag_option
+@ui.tp_rules_option
 @ui.allow_part_option
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
 @ui.ignore_checksums
@@ -119,6 +121,8 @@ def command(
     digests: Literal["total", "tensor"] | None,
     update: bool,
     goldens: tuple[str, ...],
+    tag: str | None,
+    tp_rules: str | None,
     allow_part: bool,
     force: bool,
     ignore_checksums: bool,
@@ -144,6 +148,8 @@ def command(
             golden=_golden(goldens),
             update=update,
             force=force,
+            tag=tag,
+            tp_rules=tp_rules,
             allow_part=allow_part,
             ignore_checksums=ignore_checksums,
         )

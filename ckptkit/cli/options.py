@@ -47,7 +47,9 @@ __all__ = [
     "printable",
     "show",
     "styler",
+    "tag_option",
     "terminal_width",
+    "tp_rules_option",
     "width_of",
     "with_examples",
     "wrapped",
@@ -245,6 +247,14 @@ allow_part_option = click.option(
     "--allow-part", is_flag=True, help="Take one part of a sharded checkpoint as it is, without the others."
 )
 """For whatever else refuses a part."""
+
+
+tp_rules_option = click.option("--tp-rules", metavar="FILE", help="Rules that join tensor-parallel slices.")
+"""The same."""
+
+
+tag_option = click.option("--tag", metavar="NAME", help="Which of several steps in a training folder.")
+"""For whatever else reads folders."""
 
 
 def with_examples(*examples: str) -> str:

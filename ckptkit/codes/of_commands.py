@@ -124,6 +124,19 @@ CONVERSION: dict[str, Explanation] = {
         "in the output, in their own bytes.",
         "-",
     ),
+    "untied": Explanation(
+        "tensors with several names are no longer tied",
+        "torch.distributed.checkpoint saves a tensor under each of its names, and does not say which are one. Each "
+        "name holds the same values in the output, in its own bytes.",
+        "The model that loads them ties them again. --tied error refuses such tensors.",
+    ),
+    "flattened": Explanation(
+        "a tree as torch.distributed.checkpoint keeps it",
+        "Its planner saves values under the keys that lead to them. Dicts of other classes become plain ones, without "
+        "their attributes (the module versions of a state_dict are one); keys that are not text become text; an empty "
+        "dict vanishes. torch.distributed.checkpoint.save does the same.",
+        "A .pth keeps all of it.",
+    ),
     "compacted": Explanation(
         "bytes that no tensor views were left behind",
         "torch.save writes whole storages, even where a small slice is all that is kept. The output's storages hold "
@@ -232,6 +245,13 @@ CHECKS: dict[str, Explanation] = {
         "NaN is looked for in every tensor and numpy array of the file, Inf in parameters alone: attention masks and "
         "the observers of quantization hold it on purpose.",
         "Release an earlier checkpoint, or cast to bfloat16 in place of float16.",
+    ),
+    "copies-differ": Explanation(
+        "files of a sharded checkpoint hold different copies of one value",
+        "What every rank has a copy of must be the same in all files, and a DeepSpeed weight must be its fp32 master "
+        "in the weight's dtype. Where they differ, ranks of different runs or steps lie in one folder, two files were "
+        "swapped, or one is damaged.",
+        "Get the files of all ranks again, from the same step of the same run.",
     ),
     "damaged": Explanation(
         "bytes of a tensor are not those that their checksum was recorded for",

@@ -38,6 +38,19 @@ CODES: dict[str, Explanation] = {
         "temporary folder, and shows what comes of it; weights shrink little by it.",
         "ckptkit convert FILE.gz OUT.safetensors writes it as it is to be loaded.",
     ),
+    "unproven-weights": Explanation(
+        "weights that only one file has",
+        "Of ZeRO's stages 1 and 2 a folder has the weights twice, in fp32 and in the precision of the forward pass: "
+        "each must be the other converted, which finds files of another run, or ranks that were swapped. Stage 3 keeps "
+        "no second copy; what can be held against each other (sizes, steps, buffers) still is.",
+        "Nothing is wrong. ckptkit verify FOLDER --model REF tries the weights in a model.",
+    ),
+    "optimizer-by-rank": Explanation(
+        "optimizer state that stands as it was saved, not under the parameters' names",
+        "The file does not say to which parameters it belongs: it is not laid out as their flat buffers are, or has "
+        "numbers in place of names. Nothing of it is lost, and the weights do not depend on it.",
+        "To run the model, --weights-only leaves it out. To go on training from it, load the folder with DeepSpeed.",
+    ),
     "inside-an-archive": Explanation(
         "the checkpoint is a member of an archive",
         "The file is a zip or tar of other files (a .nemo, a model of stable-baselines3, a release), and one "
@@ -295,13 +308,99 @@ CODES: dict[str, Explanation] = {
         "-",
     ),
     # Shards and containers.
+    "foreign-part": Explanation(
+        "files of another save lie in the folder",
+        "The folder's .metadata names every file that belongs to its checkpoint, and there are .distcp files that it "
+        "does not name. Saving again into the same folder with fewer ranks leaves such files; they are not read.",
+        "Save into a new folder each time. The files can be deleted once the checkpoint was checked: ckptkit check "
+        "FOLDER.",
+    ),
     "part-of-a-checkpoint": Explanation(
         "the file is a part of a checkpoint, not the whole",
         "Shards of an index, the files that FSDP, DeepSpeed, Megatron and torch.distributed.checkpoint write for each "
         "rank, slices of tensors and empty stubs hold some of the values. Taken for the whole they give a model that "
         "lacks the rest: convert, verify, diff, check, manifest and load_state_dict refuse them.",
-        "Give what the finding names: the index of the shards, or all files of the folder. ckptkit does not merge the "
-        "files of several ranks yet; --allow-part takes the part as it is.",
+        "Give what the finding names: the index of the shards, or the folder that the files of all ranks lie in, which "
+        "ckptkit opens as one checkpoint. --allow-part takes the part as it is.",
+    ),
+    "items-not-read": Explanation(
+        "pickles of a sharded checkpoint that were not read",
+        "In a folder of torch.distributed.checkpoint each slice of a tensor is a pickle of its own. inspect reads what "
+        "says where they lie, and none of the slices themselves: what they name is not known, and the trust in the "
+        "folder is needs_trust at best.",
+        "ckptkit check FOLDER reads and judges every one; convert, verify, diff and load do so before they begin.",
+    ),
+    "copies-not-compared": Explanation(
+        "values that several files have, and that inspect does not compare",
+        "What every rank has a copy of, is taken from one file. Where a copy differs, ranks of different runs or steps "
+        "were mixed, or a file is damaged: so are a DeepSpeed weight and its fp32 master that differ.",
+        "ckptkit check FOLDER compares them all; convert, verify, diff and load do so before they begin.",
+    ),
+    "step-chosen": Explanation(
+        "the folder holds several steps, and one was chosen",
+        "DeepSpeed and Megatron write the name of the last step into a file beside the steps (latest, "
+        "latest_checkpointed_iteration.txt). A folder that has one stands for that step.",
+        "--tag NAME chooses another.",
+    ),
+    "not-merged": Explanation(
+        "state of several ranks that is left out, or kept as the flat buffers it lies in",
+        "Each rank of a run holds a share of the optimizer's state, by numbers that mean something to that rank alone. "
+        "The weights are merged; which parameter such values belong to, the files do not say.",
+        "Nothing, where the weights are what is wanted. To go on training, load the folder with the program that "
+        "wrote it.",
+    ),
+    "taken-of-one-rank": Explanation(
+        "values of which one rank's copy was taken",
+        "Several ranks have a tensor under one name and no rule says how it was cut, but all begin with the same "
+        "values: it is taken for a copy, and compared wherever values are read. So is what the last stage of a "
+        "pipeline has of tied embeddings.",
+        "Give rules with --tp-rules FILE where such a tensor is cut after all.",
+    ),
+    "empty-extra-state": Explanation(
+        "modules that say of their extra state that there is none",
+        "Megatron's layers save an `_extra_state` for scaling factors of FP8 even where there are none: it is None. No "
+        "value is lost with it, and safetensors has no place for it.",
+        "Nothing; a model that is loaded strictly and asks for it takes load_state_dict(..., strict=False).",
+    ),
+    "padded-vocabulary": Explanation(
+        "the embeddings have more rows than there are tokens",
+        "Megatron adds rows to the vocabulary until its ranks can share it out. They are kept: which are tokens, the "
+        "tokenizer knows.",
+        "Nothing; a program that expects the exact number of rows cuts them off.",
+    ),
+    "old-qkv-order": Explanation(
+        "rows of queries, keys and values in an order that Megatron no longer uses",
+        "Before checkpoint_version 2.0 the rows of the joined projection were ordered otherwise, and Megatron moves "
+        "them when it loads such a file. They are joined and kept in the order of the file.",
+        "Load the file with Megatron and save it again, or move the rows: see fix_query_key_value_ordering there.",
+    ),
+    "completeness-unknown": Explanation(
+        "nothing in the files proves that all of them are there",
+        "The files of a folder that several ranks wrote fit together, and leave nothing out in between. How many ranks "
+        "there were stands neither in their names nor in them; the hub's sharded safetensors do not even have the "
+        "shapes of whole tensors. If the last files are missing, tensors are shorter than they should be.",
+        "Compare with the run's settings, or hold the shapes against the model: ckptkit verify FOLDER --model REF",
+    ),
+    "rank-values": Explanation(
+        "values that each rank has of its own",
+        "States of random generators, of samplers and the like differ from rank to rank. A checkpoint of one process "
+        "has one of each: those of rank 0 are taken.",
+        "Nothing needs to be done to use the weights. To resume on as many ranks with the same random numbers, keep "
+        "the ranks' files.",
+    ),
+    "flat-optimizer": Explanation(
+        "an optimizer's state is that of FSDP's flat parameters",
+        "optimizer.state_dict() of a model in FSDP's first version has the moments of flat parameters, of each rank a "
+        "run of one dimension. They are put together in the order of the ranks; names and shapes of the parameters "
+        "are not in the files. Only the same model in FSDP with the same units can go on with them.",
+        "The weights are not concerned. To have the state by parameter save FSDP.optim_state_dict(model, optimizer).",
+    ),
+    "saved-apart": Explanation(
+        "files of one checkpoint were written more than a day apart",
+        "Ranks save at about the same time. Files that are days apart may be left from another run or step, where a "
+        "save did not overwrite all of them; equal shapes do not show that.",
+        "ckptkit check FOLDER compares what the ranks have in common. If the files were copied or touched since, the "
+        "times say nothing.",
     ),
     "shard-extra-keys": Explanation(
         "shards hold tensors that the index does not list",

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
-from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like
+from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
+from ckptkit.conversion.outputs import require_fitting
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
@@ -35,8 +36,9 @@ from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
-from ckptkit.transfer import Tally, folder_made, write_atomically
 from ckptkit.transfer.names import is_temporary_name
+from ckptkit.transfer.steps import Tally
+from ckptkit.transfer.writing import folder_made, write_atomically
 
 if TYPE_CHECKING:
     from ckptkit.documents import ChangesDocument, ConvertDetails, ConvertDocument
@@ -53,7 +55,7 @@ class Job:
         checkpoint: what is written, its metadata included.
         source: the open file its bytes lie in.
         asked: the destination that was asked for.
-        path: the file that is written: of shards, their index.
+        path: the file, or the folder, that is written: of shards, their index.
         plan: how.
     """
 
@@ -91,12 +93,12 @@ class Job:
         if options.receipt:
             hashed = options.check and not options.dry_run
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
-        path, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size)
+        path, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size, ranks=options.ranks)
         plan = with_digests(plan, tokens) if tokens.files else plan
         return cls(checkpoint=checkpoint, source=file, asked=os.fsdecode(destination), path=path, plan=plan)
 
     def carry_out(self, options: ConvertOptions) -> Tally:
-        """Write it; see `ckptkit.transfer.write_atomically`."""
+        """Write it; see `ckptkit.transfer.writing.write_atomically`."""
         compare = None
         if options.check:
             from ckptkit.compare import check_output  # moving bytes alone starts faster without
@@ -104,7 +106,7 @@ class Job:
             def compare(path: str, compared: Callable[[int], object]) -> object:
                 return check_output(self.checkpoint, path, compared)
 
-        if not options.force and os.path.lexists(self.asked):
+        if not options.force and self.plan.in_folder is None and os.path.lexists(self.asked):
             raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
         return write_atomically(
             self.path,
@@ -194,9 +196,18 @@ def run(
     Raises:
         As `ckptkit.convert`.
     """
-    require_whole(checkpoint, allow_part=options.allow_part)
+    if options.like is None:
+        require_whole(checkpoint, allow_part=options.allow_part)
+    is_held = options.check and not (options.ignore_checksums or options.dry_run)
+    is_folder = formats.format_named(checkpoint.origin.format).is_folder
+    if is_folder:  # of which planning reads pickles
+        formats.require_sound(file, checkpoint, held=is_held)
     source = _section_meant(checkpoint, file, options)
+    if rewrite:
+        source = with_flat_cut(source, options)
+    require_whole(source, allow_part=options.allow_part)
     _, container, most = formats.target(destination, options.to)
+    require_fitting(options, container)
     weights_alone = container.tensors_alone or most is not None or options.max_shard_size is not None
     if rewrite and not options.all_tensors:
         _require_weights(source, options, weights_alone)
@@ -206,7 +217,7 @@ def run(
         if weights_alone and KeepBeside()(source).rest is not STATE_DICT:  # it could not be kept again
             source = read
     is_restored = source is not read
-    if options.dtype is not None or container.tensors_alone:
+    if options.dtype is not None or container.tensors_alone or container.is_folder:
         source = devices_made_plain(source)
     conversion = None
     if rewrite:
@@ -223,8 +234,8 @@ def run(
         findings += job.findings()
         findings += conversion.findings(job.plan, None if options.dry_run else job.path)
     if not options.dry_run:
-        if options.check and not options.ignore_checksums:
-            formats.require_sound(file, checkpoint)
+        if not is_folder:
+            formats.require_sound(file, checkpoint, held=is_held)
         tally = job.carry_out(options)
         findings += () if conversion is None else conversion.losses(tally)
     return Outcome(
@@ -279,10 +290,9 @@ def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tok
     """
     receipt: dict[str, object] = {"ckptkit": version, "format": checkpoint.origin.format}
     if tokens is not None:
-        own = {} if formats.format_named(checkpoint.origin.format).is_folder else {os.path.basename(file.path): file}
-        named = {**own, **file.parts}
+        named = formats.hashed_parts(file)
         receipt["sha256"] = (
-            {name: tokens.of(part) for name, part in sorted(named.items())} if file.parts else tokens.of(file)
+            {name: tokens.of(part) for name, part in sorted(named.items())} if named else tokens.of(file)
         )
     receipt["operations"] = list(checkpoint.operations)
     text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them
@@ -314,7 +324,13 @@ def convert_file(source: str, destination: str, options: ConvertOptions) -> Repo
     Raises:
         As `ckptkit.convert`.
     """
-    checkpoint, file = formats.read(source, section=options.section, ignore_checksums=options.ignore_checksums)
+    checkpoint, file = formats.read(
+        source,
+        section=options.section,
+        tag=options.tag,
+        tp_rules=options.tp_rules,
+        ignore_checksums=options.ignore_checksums,
+    )
     try:
         with folder_made("" if options.dry_run else os.path.dirname(destination), flush=options.check):
             return run(checkpoint, file, destination, options).report()

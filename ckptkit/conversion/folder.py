@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ckptkit import rewrite
+from ckptkit import formats, rewrite
 from ckptkit.conversion.options import renamers_of
-from ckptkit.conversion.outputs import Item, ending_of, require_names
-from ckptkit.errors import CkptkitError, FileAccessError
+from ckptkit.conversion.outputs import Item, ending_of, require_fitting, require_names
+from ckptkit.errors import CkptkitError
 from ckptkit.report import Finding, Report, parse_size, without_endings
-from ckptkit.transfer import names_flushed_together
-from ckptkit.transfer.names import is_temporary_name
+from ckptkit.transfer.names import is_temporary_name, names_flushed_together
 
 if TYPE_CHECKING:
     from ckptkit.conversion.document import ConvertedFile, ConvertFolderDetails, UnconvertedFile
@@ -49,13 +48,13 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
     Raises:
         RewriteError: two files would get one name, or options are wrong whatever the files hold.
         DestinationExistsError: outputs exist and are not to be replaced.
-        FileAccessError: there is no checkpoint, the files are together one checkpoint, or nothing can be written.
+        FileAccessError: there is no checkpoint, or nothing can be written.
     """
     started = time.monotonic()
     ending = ending_of(destination, options)
-    _require_options(options)
+    _require_options(options, destination)
     survey = _surveyed(source, destination)
-    items, refused = _sorted_out(survey, source, destination, ending, options)
+    items, refused = list(_items(survey, source, destination, ending)), dict(survey.unreadable)
     require_names(items, destination, options)
     files = [_unconverted(path, None, error, 0, 0.0) for path, error in refused.items()]
     sizes = [item.nbytes for item in items]
@@ -151,13 +150,14 @@ class _Progress:
             self._progress(before + nbytes * done // max(total, 1), self._nbytes)
 
 
-def _require_options(options: ConvertOptions) -> None:
+def _require_options(options: ConvertOptions, destination: str) -> None:
     """Raise what is wrong with options whatever a file holds: once, not for each file.
 
     Raises:
         RewriteError: an option's value makes no sense.
     """
     renamers_of(options)
+    require_fitting(options, formats.target(destination, options.to)[1])
     if options.dtype is not None:
         rewrite.CastDtype(options.dtype, options.keep_dtype)
     if options.map_location is not None:
@@ -182,48 +182,22 @@ def _surveyed(source: str, destination: str) -> FolderSurvey:
     return surveyor.result()
 
 
-def _is_part(name: str) -> bool:
-    """Whether a file's name is one that is given to parts of a checkpoint, or to what stands for all of them."""
-    from ckptkit.formats.shard_parts import known_as
-
-    return known_as(name) is not None or name in (".metadata", "common.pt", "meta.pt")
-
-
-def _sorted_out(
-    survey: FolderSurvey, source: str, destination: str, ending: str, options: ConvertOptions
-) -> tuple[list[Item], dict[str, CkptkitError]]:
-    """The files to convert; and those, and folders of files that are together one checkpoint, that cannot be.
-
-    Raises:
-        FileAccessError: the source is such a folder.
-    """
-    from ckptkit.formats.refused_folders import parts_in
-    from ckptkit.formats.shard_parts import known_as
+def _items(survey: FolderSurvey, source: str, destination: str, ending: str) -> Iterator[Item]:
+    """The files, and folders that are one checkpoint, to convert."""
+    from ckptkit.formats.distributed.around import sharded_at
     from ckptkit.formats.sharded import shard_names
     from ckptkit.formats.unpacked import is_unpacked
 
-    paths = [each.path for each in survey.checkpoints]
-    # One in which something else lies is a folder of files, some of which are parts.
-    mixed = {os.path.dirname(path) for path in paths if not _is_part(os.path.basename(path))}
-    parts = cache(lambda folder: None if folder in mixed else parts_in(folder))
-    items, refused = list[Item](), dict(survey.unreadable)
-    for path in paths:
+    for path in (each.path for each in survey.checkpoints):
         folder, name = os.path.split(path)
-        above, own = os.path.split(folder)
-        wholes = [folder, *([above] if known_as(own) is not None else ())]  # of several ranks, with a folder for each
-        whole = None if options.allow_part else next((each for each in wholes if parts(each) is not None), None)
-        if whole is None:
-            shards = sorted(shard_names(path)) if name.endswith(".json") else ()
-            files = [path, *(os.path.join(folder, *shard.split("/")) for shard in shards)]
-            if is_unpacked(folder) and name == "data.pkl":  # the folder is the checkpoint
-                path, (folder, name) = folder, os.path.split(folder)
-                files = [os.path.join(inside, each) for inside, _, names in os.walk(path) for each in names]
-            beside = os.path.relpath(folder, source)
-            within = destination if beside == os.curdir else os.path.join(destination, beside)
-            output = os.path.join(within, without_endings(name) + ending)
-            items.append(Item(path, output, tuple(files)))
-        elif whole not in refused:
-            refused[whole] = FileAccessError(f"{whole}: {parts(whole)}", path=whole)
-            if os.path.samefile(whole, source):
-                raise refused[whole]
-    return items, refused
+        shards = sorted(shard_names(path)) if name.endswith(".json") else ()
+        files = [path, *(os.path.join(folder, *shard.split("/")) for shard in shards)]
+        if is_unpacked(folder) and name == "data.pkl":  # the folder is the checkpoint
+            path, (folder, name) = folder, os.path.split(folder)
+            files = [os.path.join(inside, each) for inside, _, names in os.walk(path) for each in names]
+        elif os.path.isdir(path):
+            found = sharded_at(path)
+            files = [os.path.join(path, *each.split("/")) for each in (found.own if found is not None else ())]
+        beside = os.path.relpath(folder, source)
+        within = destination if beside == os.curdir else os.path.join(destination, beside)
+        yield Item(path, os.path.join(within, without_endings(name) + ending), tuple(files))

@@ -20,6 +20,7 @@ from ckptkit.conversion.changes import (
     diagnose_casts,
     diagnose_dense,
     diagnose_fitting,
+    diagnose_flat,
     diagnose_layout,
     diagnose_losses,
     diagnose_moves,
@@ -28,6 +29,8 @@ from ckptkit.conversion.changes import (
     diagnose_selection,
     diagnose_trust,
     diagnose_wrappers,
+    flat_in,
+    gathered_in,
 )
 from ckptkit.errors import CkptkitError, CorruptError, RewriteError, SectionError
 from ckptkit.formats import read, reread
@@ -52,7 +55,7 @@ if TYPE_CHECKING:
     from ckptkit.documents import CastDocument, ChangesDocument
     from ckptkit.options import ConvertOptions
     from ckptkit.rewrite.like import Like
-    from ckptkit.transfer import Tally
+    from ckptkit.transfer.steps import Tally
 
     Renamer = rewrite.StripModule | rewrite.AddModule | rewrite.StripPrefix | rewrite.AddPrefix | rewrite.Rename
 
@@ -64,6 +67,7 @@ __all__ = [
     "read_section",
     "section_like",
     "unselected_weights",
+    "with_flat_cut",
 ]
 
 
@@ -130,6 +134,15 @@ def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
     select = rewrite.Select(options.include, options.exclude, rename=_in_turn(renamers))
     dense = [rewrite.Densify(beside=checkpoint.state_dict)] if options.densify else []
     return checkpoint.rewrite(rewrite.WeightsOnly(), select, *dense, *renamers)
+
+
+def with_flat_cut(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
+    """The checkpoint with flat parameters cut by ``options.like``, where there are any, and that is given.
+
+    Raises:
+        RewriteError: they are not the model's.
+    """
+    return checkpoint if options.like is None else options.like.cut(checkpoint, _in_turn(renamers_of(options)))
 
 
 def _in_turn(renamers: Sequence[Renamer]) -> Callable[[str], str]:
@@ -324,7 +337,10 @@ class Conversion:
             told = f"{place}; what was there is not in the output: {self._put}"
             yield Finding(code="replaced", severity="info", message=told)
         yield from diagnose_trust(self.source, self.result, plan)
-        yield from diagnose_layout(self.result, plan, self._dead)
+        flat = flat_in(plan, self.result)
+        yield from diagnose_layout(self.result, plan, self._dead, None if flat is None else flat.tensors)
+        if flat is not None:
+            yield from diagnose_flat(flat)
 
     def _changed_by(self, *kinds: type[Renamer]) -> set[str]:
         """The names that renamers of these kinds change."""
@@ -350,14 +366,16 @@ class Conversion:
             source = entry.storage.source
             if isinstance(source, ConvertedRange):
                 casts.append({"name": name, "from": source.whole.dtype, "to": entry.dtype})
+        flat = flat_in(plan, self.result)
         names = {id(entry): name for name, entry in entries.items()}
-        gathered = [step.entry for step in plan.all_steps() if isinstance(step, Gather)]
+        steps = [step.entry for step in plan.all_steps() if isinstance(step, Gather)]
+        gathered = [names[id(entry)] for entry in steps if id(entry) in names]
         return {
             "renames": [{"from": old, "to": new} for old, new in self.renames.items()],
             "dropped": self.dropped,
             "like": None if like is None else like.label,
             "casts": casts,
-            "gathered": [names[id(entry)] for entry in gathered if id(entry) in names],
+            "gathered": gathered if flat is None else gathered_in(flat.tensors),
             "compacted": {"storages": self._dead[0], "nbytes": self._dead[1]},
             "operations": list(self.result.operations),
         }
@@ -419,7 +437,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
     mine = [(selected, checkpoint)] if selected is not None else []
     for path, each in chain(mine, read_others(checkpoint, file, ignore_checksums=options.ignore_checksums)):
         try:
-            named = as_named(each, options)
+            named = as_named(with_flat_cut(each, options), options)
         except RewriteError as error:
             problems.append(f"{path!r}: {error}")
             continue
@@ -451,6 +469,8 @@ def like_checkpoint(path: str) -> Like:
         SectionError: it has no one set of weights.
         PartError: it is a part of a checkpoint.
     """
+    from ckptkit.rewrite.flat_parameters import keeps_order
+
     checkpoint, file = read(path)
     try:
         require_whole(checkpoint)
@@ -461,7 +481,7 @@ def like_checkpoint(path: str) -> Like:
                 path=path,
                 names=weights_paths(checkpoint.sections),
             )
-        return rewrite.Like(checkpoint.state_dict, label=path)
+        return rewrite.Like(checkpoint.state_dict, label=path, is_ordered=keeps_order(checkpoint))
     finally:
         file.close()
 

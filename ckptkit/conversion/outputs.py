@@ -18,10 +18,12 @@ from ckptkit import formats
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.report import count_of, listed, without_endings
-from ckptkit.transfer import folder_made
+from ckptkit.transfer.folders import is_empty_folder, not_empty
 from ckptkit.transfer.names import exists
+from ckptkit.transfer.writing import folder_made
 
 if TYPE_CHECKING:
+    from ckptkit.formats.format import Format
     from ckptkit.options import ConvertOptions
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "ending_of",
     "is_folder_of_files",
     "require_file_name",
+    "require_fitting",
     "require_names",
     "told",
 ]
@@ -45,7 +48,13 @@ def is_folder_of_files(
     if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or is_unpacked(os.fsdecode(source)):
         return False
     path = os.fsdecode(destination)
-    return _is_folder(path, options) or not _names_a_file(path)
+    if options.tag is not None or options.tp_rules is not None:
+        return False
+    if not formats.makes_folder(options.to) and _names_a_file(path) and not _is_folder(path, options):
+        return False
+    from ckptkit.formats.distributed.around import sharded_in
+
+    return sharded_in(os.fsdecode(source)) is None
 
 
 def require_file_name(destination: str | os.PathLike[str]) -> None:
@@ -66,11 +75,11 @@ def require_file_name(destination: str | os.PathLike[str]) -> None:
 def destination_of(
     path: str, destination: str | os.PathLike[str], options: ConvertOptions
 ) -> Iterator[str | os.PathLike[str]]:
-    """The file that a destination means, which may be the folder to put it into; that is made where it is not there.
+    """The output that a destination means, which may be the folder to put it into; that is made where it is not there.
 
     Args:
         path: the source's.
-        destination: a file, a folder that is there, or one with a slash at its end.
+        destination: a file, a folder that is there, or one with a slash at its end; or the folder to be written.
         options: the container.
 
     Raises:
@@ -78,6 +87,11 @@ def destination_of(
         FileAccessError: the folder cannot be made.
     """
     folder = os.fsdecode(destination)
+    if formats.makes_folder(options.to):
+        above = os.path.dirname(folder.rstrip("/" + os.sep))
+        with folder_made("" if options.dry_run else above, flush=options.check):
+            yield destination
+        return
     if not _is_folder(folder, options):
         yield destination
         return
@@ -95,17 +109,28 @@ def told(
     error: FileAccessError, source: object, destination: str | os.PathLike[str], options: ConvertOptions
 ) -> FileAccessError:
     """The error for what cannot be opened; of a folder that was to become one file, with what converts its files."""
-    from ckptkit.formats.refused_folders import parts_in
-
-    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source):
+    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or options.tag is not None:
         return error
     source = os.fsdecode(source)
-    if parts_in(source) is not None:
-        return error
     path, container, _ = formats.target(destination, options.to)
     into = os.path.join(os.path.dirname(path), without_endings(os.path.basename(path)), "")
     command = shlex.join(["ckptkit", "convert", source, into, "--to", container.name])
     return FileAccessError(f"{error}; or convert each checkpoint below it: {command}", path=source)
+
+
+def require_fitting(options: ConvertOptions, container: Format) -> None:
+    """Raise where options are not for the container that is written.
+
+    Raises:
+        RewriteError: they are not.
+    """
+    if container.is_folder and options.max_shard_size is not None:
+        raise RewriteError(
+            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
+            "N makes N of them"
+        )
+    if options.ranks is not None and not container.is_folder:
+        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
 
 
 def _is_folder(path: str, options: ConvertOptions) -> bool:
@@ -125,7 +150,7 @@ def _names_a_file(path: str) -> bool:
 
 
 def ending_of(folder: str, options: ConvertOptions) -> str:
-    """The ending of outputs in a folder.
+    """The ending of outputs in a folder; ``""`` where each is a folder.
 
     Raises:
         RewriteError: no container is asked for, or none has that name.
@@ -135,6 +160,8 @@ def ending_of(folder: str, options: ConvertOptions) -> str:
             f"{folder}: a folder's name does not say what to write into it; give --to safetensors or --to torch-zip"
         )
     _, container, _ = formats.target(folder, options.to)
+    if container.is_folder:
+        return ""
     asked = f".{options.to}"
     return asked if asked in container.suffixes else container.suffixes[0]
 
@@ -184,6 +211,11 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
         told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
         raise RewriteError("\n  ".join([told, *clashes]), path=destination, names=names)
     taken = list(_taken(items, is_sharded))
+    if formats.makes_folder(options.to):
+        full = [path for path in taken if not is_empty_folder(path)]
+        if full:
+            raise not_empty(listed(full, 4))
+        return
     if taken and not options.force:
         if len(taken) == 1:
             raise exists(taken[0])

@@ -324,7 +324,7 @@ def _prefixes(
         f"{len(bare[0] & bare[1]):,} of {len(ours):,} and {len(theirs):,} would"
     )
     options = [
-        f"{word}-{side}" if word == "--section" else word
+        f"{word}-{side}" if word in ("--section", "--tag") else word
         for side, each in (("a", a), ("b", b))
         for word in each.origin.options
     ]

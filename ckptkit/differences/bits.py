@@ -14,9 +14,8 @@ from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.transfer import stream
 from ckptkit.transfer.checksums import Checksums, first_difference
-from ckptkit.transfer.values import Ahead, same_values
+from ckptkit.transfer.values import Ahead, same_values, stream
 
 __all__ = ["PIECE_NBYTES", "chunks_side_by_side", "pieces", "same_piece", "unexpanded"]
 

@@ -6,21 +6,21 @@ import contextlib
 import gc
 import os
 import threading
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
-from ckptkit.errors import CorruptError, FileAccessError, FormatError, RewriteError, SectionError
+from ckptkit.errors import FileAccessError, FormatError, RewriteError, SectionError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
-from ckptkit.formats.format import Around, Format, Probe
+from ckptkit.formats.format import Around, Format, Probe, is_folder
 from ckptkit.formats.shards import may_tell_a_part
+from ckptkit.formats.soundness import as_hostile, hashed_parts, judged, require_sound
 from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
-from ckptkit.normalize.parts import part_in
+from ckptkit.normalize.parts import flat_part, part_in
 from ckptkit.pickling.inert import TreeMap
 from ckptkit.pickling.trust import merge_uses
 
@@ -36,6 +36,9 @@ __all__ = [
     "format_for",
     "format_named",
     "given_of",
+    "hashed_parts",
+    "judged",
+    "makes_folder",
     "plan",
     "read",
     "require_sound",
@@ -68,6 +71,7 @@ def read(
     *,
     section: str | None = None,
     tag: str | None = None,
+    tp_rules: str | os.PathLike[str] | None = None,
     ignore_checksums: bool = False,
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Checkpoint, Source]:
@@ -77,6 +81,8 @@ def read(
         source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
         section: path of the weights to select, where the file holds several.
         tag: which of several steps is meant, where a folder holds such.
+        tp_rules: the file of rules by which slices of ranks in a folder are joined
+            (`ckptkit.formats.distributed.tensor_parallel`).
         ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
 
@@ -89,7 +95,7 @@ def read(
         SectionError: the section is not there.
         MissingDependencyError: it is compressed, and what decompresses it is not installed.
     """
-    file = source_of(source, tag)
+    file = source_of(source, tag, tp_rules)
     try:
         probe = _entered(file, limits)
     except BaseException:
@@ -137,9 +143,9 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
     around: Around | None = getattr(file, "around", None)
     try:
         with collector_paused():
-            own = raw = detect(probe).read(probe)
+            own = raw = _read(probe)
             if ignore_checksums:
-                own = raw = replace(raw, root=_without_checksums(raw.root))
+                own = raw = _without_checksums(raw)
             if around is not None:
                 raw = replace(
                     raw,
@@ -148,7 +154,11 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
                     has_pickle=raw.has_pickle or around.has_pickle,
                 )
             checkpoint = _placed(normalize(raw, file, section=section), own, file)
-            options = [*(("--section", section) if section else ()), *["--ignore-checksums"] * ignore_checksums]
+            tag: str | None = getattr(file, "asked", None)
+            rules: str | None = getattr(file, "rules", None)
+            options = [*(("--section", section) if section else ()), *(("--tag", tag) if tag else ())]
+            options += ["--tp-rules", rules] if rules else []
+            options += ["--ignore-checksums"] * ignore_checksums
             return checkpoint.replace(origin=replace(checkpoint.origin, options=tuple(options)))
     except SectionError as error:
         error.path = file.path if error.path is None else error.path
@@ -158,8 +168,18 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
         cause = error.__cause__
         if raw is None and file.path.endswith(".distcp"):
             seen, cause, error = _part_instead(file, seen, error)
-        error = error if around is None else around.at(error)
-        raise error.at(path=file.path, seen=seen) from cause
+        error = (error if around is None else around.at(error)).at(path=file.path, seen=seen)
+        raise (as_hostile(error) if is_folder(file) else error) from cause
+
+
+def _read(probe: Probe) -> RawCheckpoint:
+    """What the container's reader finds, and what was found on the way to a folder."""
+    container, file = detect(probe), probe.file
+    if not is_folder(file):
+        return container.read(probe)
+    from ckptkit.formats.distributed.joined import read_folder
+
+    return read_folder(probe, container)
 
 
 def _part_instead(
@@ -177,49 +197,12 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
         return ()
     from ckptkit.formats.contents import names_left
 
+    if is_folder(probe.file):  # in the files that the error is about
+        told = str(error)
+        parts = [part for name, part in probe.file.parts.items() if name in told]
+        return merge_uses(*(names_left(Probe(part, probe.limits), error.globals) for part in parts))
     known = {use.name: GRAVITY[use.verdict] for use in error.globals}
     return tuple(use for use in names_left(probe, error.globals) if GRAVITY[use.verdict] > known.get(use.name, -1))
-
-
-def require_sound(file: Source, checkpoint: Checkpoint) -> Checkpoint:
-    """Look into all that was not looked into when the checkpoint was opened: whoever reads its bytes, begins here.
-
-    What is read of a member that lies in a zip archive as it is, is held against the checksum that is recorded there;
-    pickles that were left for later are judged; and what lies in several files of a folder is compared.
-
-    Returns:
-        The checkpoint with the names in what was left for later.
-
-    Raises:
-        CorruptError: bytes are others than recorded, or differ where they must be the same.
-        FormatError: what was left for later is damaged or refused.
-    """
-    for each in (file, *file.parts.values()):
-        recorded: int | None = getattr(each, "crc32", None)
-        if recorded is None:
-            continue
-        found = 0
-        for chunk in each.whole.chunks():
-            found = zlib.crc32(chunk, found)
-        if found != recorded:
-            told = f"its CRC-32 is {found:08x}, recorded in the archive is {recorded:08x}: damaged"
-            raise CorruptError(told, path=each.path)
-        each.crc32 = None  # type: ignore[attr-defined]  # once is enough
-    if checkpoint.unread is not None:
-        uses = checkpoint.unread.judge()
-        checkpoint = checkpoint.replace(
-            globals=merge_uses(checkpoint.globals, (use for use in uses if use.kind == "name")),
-            unvouched=(
-                *(use for use in checkpoint.unvouched if use.kind != "unread"),
-                *(use for use in uses if use.kind != "name"),
-            ),
-            unread=None,
-        )
-    if checkpoint.replicas:
-        from ckptkit.transfer.replicas import require_equal
-
-        require_equal(checkpoint.replicas)
-    return checkpoint
 
 
 def given_of(file: Source) -> Source:
@@ -228,7 +211,7 @@ def given_of(file: Source) -> Source:
     return file if around is None else around.given
 
 
-def source_of(path: Readable, tag: str | None = None) -> Source:
+def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source:
     """What holds the bytes of the file that is meant: here alone is decided what may be given as one.
 
     Args:
@@ -236,13 +219,21 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
             path; ``"-"``: standard input.  An open binary file: from its present position, where it then still
             stands unless it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be
             resized before the source is closed.  A source: itself.  A folder that several processes wrote, or that
-            leads to one.
+            leads to one, or with one checkpoint in it (`ckptkit.formats.distributed.around`).
         tag: which of several steps in the folder is meant.
+        tp_rules: as of `read`.
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
-        FormatError: an archive in which it lies is damaged.
+        FormatError: an archive in which it lies is damaged, or a folder is.
     """
+    if tag is not None and (not isinstance(path, (str, os.PathLike)) or os.path.isfile(path) or path == STDIN):
+        what = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else "what was given"
+        raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
+    if tp_rules is not None and not (isinstance(path, (str, os.PathLike)) and os.path.isdir(path)):
+        raise FileAccessError(
+            f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is a file"
+        )
     if isinstance(path, Source):
         return path
     if not isinstance(path, (str, os.PathLike)):
@@ -258,11 +249,10 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
         return unpacked
     if os.path.isdir(path):
         from ckptkit.formats.distributed import folder_source
-        from ckptkit.formats.refused_folders import describe_folder
+        from ckptkit.formats.distributed.around import describe_folder
 
-        if (together := folder_source(name, tag)) is not None:
+        if (together := folder_source(name, tag, tp_rules)) is not None:
             return together
-
         raise FileAccessError(f"{name}: {describe_folder(name)}", path=name)
     try:
         return SourceFile(path)
@@ -277,24 +267,29 @@ def source_of(path: Readable, tag: str | None = None) -> Source:
         return member
 
 
-def _without_checksums(root: object) -> object:
+def _without_checksums(raw: RawCheckpoint) -> RawCheckpoint:
     known: dict[int, Storage] = {}
 
     def leaf(node: object) -> object:
         storage = node.storage if isinstance(node, TensorEntry) else node
         if not isinstance(storage, Storage):
             return node
-        bare = known.setdefault(id(storage), storage.without_checksum())
-        return replace(node, storage=bare) if isinstance(node, TensorEntry) else bare
+        plain = known.setdefault(id(storage), storage.without_checksum())
+        return replace(node, storage=plain) if isinstance(node, TensorEntry) else plain
 
-    return TreeMap(leaf)(root)
+    bare = TreeMap(leaf)
+    replicas = [each._replace(value=bare(each.value), copy=bare(each.copy)) for each in raw.replicas]  # type: ignore[arg-type]
+    return replace(raw, root=bare(raw.root), replicas=tuple(replicas))
 
 
 def _placed(checkpoint: Checkpoint, raw: RawCheckpoint, file: Source) -> Checkpoint:
     """The checkpoint with the size of all its shards, or with what it is itself a part of."""
     names = [use.name for use in raw.globals]
     if format_named(raw.format).is_folder:
-        return checkpoint.replace(origin=replace(checkpoint.origin, size=file.total_size))
+        from ckptkit.formats.distributed.joined import spread_of
+
+        origin = replace(checkpoint.origin, size=file.total_size, spread=spread_of(file, raw))
+        return checkpoint.replace(origin=origin, part=flat_part(raw.root, checkpoint.state_dict))
     if format_named(raw.format).shards is not None:  # an index makes its shards whole, not what they hold
         said = part_in(raw.root, checkpoint.state_dict, {}, names)
         origin = replace(checkpoint.origin, size=file.total_size)
@@ -360,6 +355,11 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     )
 
 
+def makes_folder(to: str | None) -> bool:
+    """Whether a container of this name is written as a folder."""
+    return to is not None and any(each.is_folder for each in FORMATS if each.name == to)
+
+
 def target(
     destination: str | os.PathLike[str], to: str | None = None, shard_nbytes: int | None = None
 ) -> tuple[str, Format, int | None]:
@@ -367,19 +367,21 @@ def target(
 
     Args:
         destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
-            shards.
+            shards.  Of a container that is a folder it is that, whatever its name.
         to: container name that overrides the ending; ``safetensors-sharded`` and ``torch-sharded`` ask for shards.
         shard_nbytes: the most bytes of a file; what has more becomes shards and an index.
 
     Returns:
-        The path of the one file, or that the shards are named after; the container of it or of them; and the
-        most bytes of a shard, ``None``: no shards are asked for.
+        The path of the one file or folder, or that the shards are named after; the container of it or of them; and
+        the most bytes of a shard, ``None``: no shards are asked for.
 
     Raises:
         RewriteError: no container is meant by it.
     """
     path = os.fsdecode(destination)
     default = None
+    if makes_folder(to):
+        return path, format_for(path, to), None
     if path.endswith(_INDEX):
         path, default = path.removesuffix(_INDEX), SHARD_NBYTES
     shards = next((index.shards for index in FORMATS if index.name == to), None)
@@ -394,6 +396,7 @@ def plan(
     *,
     to: str | None = None,
     shard_nbytes: int | None = None,
+    ranks: int | None = None,
 ) -> tuple[str, Plan]:
     """What would be written, and the file it would be.
 
@@ -402,16 +405,17 @@ def plan(
         destination: the output.
         to: container name that overrides its ending.
         shard_nbytes: the most bytes of a file; see `target`.
+        ranks: how many share a folder; ``None``: one, or it is no folder.
 
     Returns:
-        The file, which is the index of ``destination`` where there are shards, and its plan.
+        The file, which is the index of ``destination`` where there are shards, or the folder, and its plan.
 
     Raises:
         RewriteError: no container is meant, or it cannot hold the checkpoint.
     """
     path, container, most = target(destination, to, shard_nbytes)
     if most is None:
-        return path, container.write(checkpoint)
+        return path, container.write(checkpoint, ranks)
     from ckptkit.formats.shard_writer import index_name, plan_shards
 
     made = plan_shards(checkpoint, container, os.path.basename(path), most)

@@ -83,7 +83,10 @@ def _index(of: str) -> Callable[[Probe], bool]:
 
 
 def index_of(probe: Probe) -> str | None:
-    """The container that the file is an index of; ``None``: it is no index."""
+    """The container that the file is an index of, or a folder without one has shards of; ``None``: it is no index."""
+    layout: str | None = getattr(probe.file, "layout", None)
+    if layout is not None:
+        return layout if _BY_NAME[layout].shards else None
     text = probe.json_object
     if text is None or b'"weight_map"' not in text:
         return None
@@ -131,7 +134,10 @@ FORMATS: tuple[Format, ...] = (
         has_pickle=False, tensors_alone=True, ties_once=True,
     ),
     Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
-    Format(name="dcp", claims=_folder("dcp"), reader="distributed.dcp", is_folder=True),
+    Format(
+        name="dcp", claims=_folder("dcp"), reader="distributed.dcp", writer="distributed.dcp_writer", is_folder=True,
+        loader="torch.distributed.checkpoint.load",
+    ),
     Format(name="fsdp", claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True),
     Format(name="deepspeed", claims=_folder("deepspeed"), reader="distributed.deepspeed", is_folder=True),
     Format(name="megatron", claims=_folder("megatron"), reader="distributed.megatron", is_folder=True),

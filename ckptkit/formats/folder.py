@@ -5,7 +5,8 @@ alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like
 (a git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Others are called
 ``.bin``, ``.pkl`` and ``.jit``, too: one that is known to be something else is passed over.
 
-- An index stands for its shards, and the ``.metadata`` of torch.distributed.checkpoint for the ``.distcp`` beside it.
+- An index stands for its shards.  A folder that several processes wrote is one checkpoint, and stands for the files
+  that are its own (`ckptkit.formats.distributed`); others in it are met as anywhere.
 - Only regular files are opened.  Links are followed, those to folders after the folders themselves, and each file and
   each folder is met once, by device and inode: in a cache of the hub the blob and its name are one file.
 - ``.git`` is not entered.  AppleDouble files (``._name``, RFC 1740) and outputs that ckptkit did not complete are none.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -62,9 +62,6 @@ _UNREADABLE_KINDS = frozenset(("empty file", "zero-filled file", "git-lfs pointe
 _TEXTS = frozenset(("text file", "JSON file", "HTML page", "git-lfs pointer", "empty file"))
 
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
-
-_DCP = re.compile(rb"torch\.distributed\.(?:_shard\.)?checkpoint\.")
-"""In the first bytes of a ``.metadata`` of torch.distributed.checkpoint, a plain pickle."""
 
 _DEEPEST = 64
 """Folders above one that are told from others."""
@@ -131,7 +128,7 @@ def indexes_by_shard(folder: str) -> dict[str, str]:
 
 def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
     """The error for a folder without a checkpoint: what it is instead, or what is in it."""
-    from ckptkit.formats.refused_folders import describe_folder
+    from ckptkit.formats.distributed.around import describe_folder
 
     what = describe_folder(folder)
     if what == "is a folder, not a file":
@@ -167,7 +164,10 @@ class Surveyor:
         """The files that are no checkpoints, and what they are called."""
         self._passed: dict[str, str] = {}
         self._skipped: dict[object, str] = {}
-        self._dcp: set[str] = set()
+        self._own: set[str] = set()
+        """The files of folders that are one checkpoint."""
+        self._inside: set[str] = set()
+        """The folders that such files lie in."""
         self._others: dict[str, str] = {}
         self._unreadable: dict[str, CkptkitError] = {}
 
@@ -185,8 +185,6 @@ class Surveyor:
                 for shard in shard_names(paths[0]):
                     part = _identity(os.path.join(folder, *shard.split("/")))
                     parts.update({part} - {key})
-            if folder in self._dcp and paths[0].endswith(".distcp"):
-                parts.add(key)
         return FolderSurvey(
             checkpoints=tuple(
                 FoundFile(path=paths[0], others=tuple(paths[1:])) for key, paths in ranked.items() if key not in parts
@@ -257,14 +255,19 @@ class Surveyor:
                     f"{path}: the folder cannot be read: {error.strerror}", path=path
                 )
                 continue
+            met |= self._is_one(path, key, [entry.name for entry in entries])
             folders = []
             for entry in entries:
+                if entry.path in self._own:
+                    continue
                 if _is(entry.is_file):
                     met |= self._file(entry.path)
                 elif not _is(entry.is_dir):
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
                     self._passed[entry.path] = ".git folder"
+                elif self._is_unfinished(entry.name):
+                    self._passed[entry.path] = UNFINISHED
                 elif not entry.is_symlink():
                     folders.append(entry.path)
                 elif _identity(entry.path) in above:
@@ -275,6 +278,25 @@ class Surveyor:
         if met or len(self._unreadable) > before:
             return None
         return nothing_in(folder, Counter(self._passed.values()) - passed)
+
+    def _is_one(self, folder: str, key: object, names: list[str]) -> bool:
+        """Whether a folder is one checkpoint, which is then among those found."""
+        from ckptkit.formats.distributed.around import sharded_at
+
+        if key in self._found and folder in self._found[key].paths and folder in self._inside:
+            return True
+        try:
+            found = None if folder in self._inside else sharded_at(folder, names)
+        except CkptkitError:  # what cannot be looked at in it is told when it is met
+            return False
+        if found is None:
+            return False
+        known = self._found.setdefault(key, _File([folder]))
+        known.paths += [folder] * (folder not in known.paths)
+        own = [os.path.join(folder, *name.split("/")) for name in found.own]
+        self._own.update(own)
+        self._inside.update(map(os.path.dirname, own))
+        return True
 
     def _file(self, path: str) -> bool:
         name = os.path.basename(path)
@@ -342,9 +364,11 @@ class Surveyor:
         kind = PICKLE if guess == "pickle" else kind_of_file(probe)
         if kind in _UNREADABLE_KINDS and os.path.splitext(name)[1].lower() in SHARED_SUFFIXES:
             return None
-        if guess and _DCP.search(probe.head):
-            self._dcp.add(os.path.dirname(path))
-            return None
+        if guess and name == ".metadata":
+            from ckptkit.formats.distributed.layouts import is_metadata
+
+            if is_metadata(probe.head):
+                return None
         if probe.records is not None and any(f"/{record}".endswith("/data.pkl") for record in probe.records):
             return None
         if (

@@ -20,13 +20,18 @@ from ckptkit.report import Finding
 if TYPE_CHECKING:
     from ckptkit.plan import Plan
 
-__all__ = ["HEAD_NBYTES", "TORCH_MARKS", "Around", "Format", "Probe"]
+__all__ = ["HEAD_NBYTES", "TORCH_MARKS", "Around", "Format", "Probe", "is_folder"]
 
 HEAD_NBYTES = 512
 """First bytes of a file that sniffing looks at."""
 
 TORCH_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
 """Records by which the root folder of one of torch's archives is known."""
+
+
+def is_folder(file: Source) -> bool:
+    """Whether a source stands for a folder of files (`ckptkit.formats.distributed.folder`), and has no bytes itself."""
+    return hasattr(file, "layout")
 
 
 class Probe:
@@ -165,13 +170,17 @@ class Format:
         raw = read(probe)
         return replace(raw, has_pickle=raw.has_pickle and self.has_pickle, is_program=self.is_program)
 
-    def write(self, checkpoint: Checkpoint) -> Plan:
-        """The plan of a file that holds a checkpoint.
+    def write(self, checkpoint: Checkpoint, ranks: int | None = None) -> Plan:
+        """The plan of a file, or a folder, that holds a checkpoint.
+
+        Args:
+            checkpoint: what to write.
+            ranks: how many share a folder; ``None``: one.
 
         Raises:
             RewriteError: the container cannot hold it, or cannot be written at all.
         """
         if self.writer is None:
             raise RewriteError(f"{self.name} cannot be written")
-        write: Callable[[Checkpoint], Plan] = import_module(f"ckptkit.formats.{self.writer}").write
-        return write(checkpoint)
+        write: Callable[..., Plan] = import_module(f"ckptkit.formats.{self.writer}").write
+        return write(checkpoint) if ranks is None else write(checkpoint, ranks)

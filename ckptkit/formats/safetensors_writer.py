@@ -135,24 +135,28 @@ def _listed(names: Iterable[str]) -> str:
     return listed(names, _LISTED, characters=100)
 
 
-def require_writable_size(checkpoint: Checkpoint) -> None:
+def require_writable_size(entries: Mapping[str, TensorEntry], what: str) -> None:
     """Raise where tensors repeat their elements beyond all use; see `Limits.expanded_nbytes`.
+
+    Args:
+        entries: by name.
+        what: the container that cannot repeat them, for messages.
 
     Raises:
         RewriteError: they do.
     """
     total = 0
-    for entry in checkpoint.state_dict.values():
+    for entry in entries.values():
         more = entry.nbytes - entry.storage.nbytes
         if more > 0:
             total += more
     if total > DEFAULT_LIMITS.expanded_nbytes:
-        grown = {name: entry.nbytes - entry.storage.nbytes for name, entry in checkpoint.state_dict.items()}
+        grown = {name: entry.nbytes - entry.storage.nbytes for name, entry in entries.items()}
         name = max(grown, key=grown.__getitem__)
-        entry = checkpoint.state_dict[name]
+        entry = entries[name]
         raise RewriteError(
             f"{name!r} of shape {entry.shape} and stride {entry.stride} would take {entry.nbytes:,} bytes, its storage "
-            f"has {entry.storage.nbytes:,}: safetensors cannot repeat elements; write a .pth, or leave it out",
+            f"has {entry.storage.nbytes:,}: {what} cannot repeat elements; write a .pth, or leave it out",
             names=[name],
         )
 
@@ -168,7 +172,7 @@ def write(checkpoint: Checkpoint) -> Plan:
     """
     state_dict = checkpoint.state_dict
     require_storable(checkpoint, NAME, plain=True)
-    require_writable_size(checkpoint)
+    require_writable_size(state_dict, NAME)
     if METADATA in state_dict:
         raise RewriteError(f"a tensor cannot be named {METADATA!r} in safetensors; rename it, or write a .pth")
     metadata = {"format": "pt", **checkpoint.metadata}

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Part
-from ckptkit.errors import FileAccessError, PartError
+from ckptkit.errors import CkptkitError, FileAccessError, PartError
 from ckptkit.formats.shards import CUSTOMARY, indexes_in, name_of
 from ckptkit.normalize.parts import part_text
 
@@ -228,7 +228,17 @@ def _placed(part: Part, file: Source) -> Part:
         found = above or os.curdir
     elif name.endswith("_states.pt") and sum(each.endswith("_states.pt") for each in names_in(folder)) > 1:
         found = folder or os.curdir
-    return replace(part, instead=found)
+    return replace(part, instead=found, opens=found is not None and _opens(found))
+
+
+def _opens(folder: str) -> bool:
+    """Whether ckptkit opens a folder as one checkpoint."""
+    from ckptkit.formats.distributed.around import sharded_at
+
+    try:
+        return sharded_at(folder) is not None
+    except CkptkitError:
+        return False
 
 
 def _alike(file: Source) -> list[str]:

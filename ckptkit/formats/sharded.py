@@ -67,12 +67,13 @@ def read(probe: Probe) -> RawCheckpoint:
         FormatError: the index or a shard is damaged or refused.
     """
     index = format_named(index_of(probe) or "")
-    weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
+    weight_map, names, metadata = _named(probe)
     allowed = [each.name for each in CONTAINERS if index.has_pickle or each.name == index.shards]
     problems = _Problems()
-    read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in dict.fromkeys(weight_map.values())}
+    read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in names}
     shards = {name: shard for name, shard in read_ones.items() if shard is not None}
     everything = _assembled(weight_map, shards, problems)
+    weight_map = weight_map or {name: shard.name for shard in shards.values() for name in shard.values}
     if len(everything) > probe.limits.entries:
         raise LimitError("tensors in one checkpoint", limit=probe.limits.entries, actual=len(everything))
     problems.check(merged_globals(shards))
@@ -112,6 +113,15 @@ def _with_aliases(
 
 
 # The index.
+
+
+def _named(probe: Probe) -> tuple[dict[str, str], dict[str, None], dict[str, object]]:
+    """The weight_map, the shards in order and the metadata; of a folder without an index its shards alone."""
+    own: tuple[str, ...] | None = getattr(probe.file, "own", None)
+    if own is not None:
+        return {}, dict.fromkeys(own), {}
+    weight_map, metadata = _parse(probe.json_object or b"", probe.limits)
+    return weight_map, dict.fromkeys(weight_map.values()), metadata
 
 
 def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object]]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from struct import pack
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry
 from ckptkit.computed import ByteSource
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError, UnsupportedError
@@ -27,7 +28,7 @@ from ckptkit.pickling.writer import write_pickle
 from ckptkit.plan import Checksum, LiteralBytes, Plan, Step, moved
 from ckptkit.report import count_of, glob_of, listed
 
-__all__ = ["ALIGNMENT", "ZipWriter", "write", "written_tree"]
+__all__ = ["ALIGNMENT", "ZipWriter", "archive_of", "finished", "require_torch_dtypes", "write", "written_tree"]
 
 ALIGNMENT = 64
 """torch aligns every record's data to this many bytes, by padding the local header's extra field."""
@@ -166,13 +167,52 @@ def write(checkpoint: Checkpoint) -> Plan:
         DTypeError: a tensor that torch could load and not use, or has no dtype for.
         UnsupportedError: storages of both byte orders.
     """
-    if unknown := [name for name, entry in checkpoint.state_dict.items() if DTYPES[entry.dtype].bits]:
+    require_torch_dtypes(checkpoint.state_dict)
+    # Of a program only the state_dict is written, as torch would; no name in it means another thing in protocol 2.
+    protocol = None if checkpoint.origin.is_program else checkpoint.origin.pickle_protocol
+    has_pickle = format_named(checkpoint.origin.format).has_pickle
+    tree = written_tree(checkpoint)
+    archive, tensors = archive_of(tree, checkpoint.state_dict, protocol=protocol, common_sizes=has_pickle)
+    if checkpoint.metadata:
+        text = json.dumps(dict(checkpoint.metadata), ensure_ascii=True, indent=1).encode()
+        archive.add_literal(METADATA, text, is_final=False)
+    steps, nbytes = finished(archive)
+    return Plan(format=NAME, nbytes=nbytes, steps=steps, tensors=tensors, aliases={})
+
+
+def require_torch_dtypes(entries: Mapping[str, TensorEntry]) -> None:
+    """Raise where torch lacks a tensor's dtype.
+
+    Raises:
+        DTypeError: it does.
+    """
+    if unknown := [name for name, entry in entries.items() if DTYPES[entry.dtype].bits]:
         raise DTypeError(
             f"torch has no dtype for {count_of(len(unknown), 'tensor')}: "
-            f"{listed([f'{name:.100} ({checkpoint.state_dict[name].dtype})' for name in unknown], 4)}; write a "
+            f"{listed([f'{name:.100} ({entries[name].dtype})' for name in unknown], 4)}; write a "
             f".safetensors, which holds all, or leave them out with --exclude {glob_of(unknown[0])}",
             names=unknown,
         )
+
+
+def archive_of(
+    root: object, state_dict: StateDict, *, protocol: int | None = None, common_sizes: bool = True
+) -> tuple[ZipWriter, int]:
+    """An archive of one tree, to be `finished`.
+
+    Args:
+        root: the tree.
+        state_dict: what stands for the marker `STATE_DICT` in it.
+        protocol: see `ckptkit.pickling.writer.write_pickle`.
+        common_sizes: likewise.
+
+    Returns:
+        It, and the number of tensors in it.
+
+    Raises:
+        DTypeError: a tensor that torch could load and not use.
+        UnsupportedError: storages of both byte orders.
+    """
     keys: dict[int, str] = {}
     used: list[Storage] = []
     tensors = 0
@@ -180,7 +220,7 @@ def write(checkpoint: Checkpoint) -> Plan:
     def lower(node: object) -> object:
         nonlocal tensors
         if node is STATE_DICT:
-            return lower_state_dict(checkpoint.state_dict)
+            return lower_state_dict(state_dict)
         if isinstance(node, TensorEntry):
             tensors += 1
             _require_usable(node)
@@ -192,10 +232,7 @@ def write(checkpoint: Checkpoint) -> Plan:
             return lower_storage(node, keys[id(node)])
         return node
 
-    # Of a program only the state_dict is written, as torch would; no name in it means another thing in protocol 2.
-    protocol = None if checkpoint.origin.is_program else checkpoint.origin.pickle_protocol
-    has_pickle = format_named(checkpoint.origin.format).has_pickle
-    data = write_pickle(written_tree(checkpoint), lower=lower, protocol=protocol, common_sizes=has_pickle)
+    data = write_pickle(root, lower=lower, protocol=protocol, common_sizes=common_sizes)
     byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
     if len(byteorders) > 1:
         told = "storages of both byte orders cannot be written into one file of torch's"
@@ -205,12 +242,13 @@ def write(checkpoint: Checkpoint) -> Plan:
     archive.add_literal("byteorder", (byteorders.pop() if byteorders else "little").encode())
     for key, storage in enumerate(used):
         archive.add_copy(f"data/{key}", storage.source, storage.crc32)
-    if checkpoint.metadata:
-        text = json.dumps(dict(checkpoint.metadata), ensure_ascii=True, indent=1).encode()
-        archive.add_literal(METADATA, text, is_final=False)
+    return archive, tensors
+
+
+def finished(archive: ZipWriter) -> tuple[tuple[Step, ...], int]:
+    """The steps and the size of an archive of torch's, once its last record is in it."""
     archive.add_literal("version", b"3\n")
-    steps, nbytes = archive.finish()
-    return Plan(format=NAME, nbytes=nbytes, steps=steps, tensors=tensors, aliases={})
+    return archive.finish()
 
 
 def _require_usable(entry: TensorEntry) -> None:

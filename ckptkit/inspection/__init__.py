@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from ckptkit.architectures import Architecture, identify
-from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Storage
-from ckptkit.diagnose import diagnose, everything_in
+from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Spread, Storage
+from ckptkit.diagnose import diagnose, everything_in, hostile_finding
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.listing import (
     Listing,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         InspectedFile,
         PartDocument,
         SectionDocument,
+        SpreadDocument,
         StatsDocument,
         StorageDocument,
         UnreadFile,
@@ -133,6 +134,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "architecture": [_architecture(found) for found in identify(checkpoint.state_dict)],
         "adapter": adapter_in(checkpoint, contents.names),
         "quantization": contents.quantization,
+        "layout": _layout(origin.spread),
         "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, contents))],
         "error": None,
     }
@@ -146,6 +148,13 @@ def _part(part: Part) -> PartDocument:
         "instead": part.instead,
         "opens": part.opens,
     }
+
+
+def _layout(spread: Spread | None) -> SpreadDocument | None:
+    if spread is None:
+        return None
+    mesh = None if spread.mesh is None else dict(spread.mesh)
+    return {"world_size": spread.world_size, "mesh": mesh, "files": spread.files, "tag": spread.tag}
 
 
 def _architecture(found: Architecture) -> ArchitectureDocument:
@@ -165,7 +174,9 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
     """The element of ``files`` for a file that could not be read."""
     message = error.message if isinstance(error, FormatError) else str(error)
     names = _globals(merge_uses(error.globals), error.where or "") if isinstance(error, FormatError) else []
-    hostile = isinstance(error, AmbiguousError) or any(name["verdict"] == "dangerous" for name in names)
+    dangerous = [name["name"] for name in names if name["verdict"] == "dangerous"]
+    hostile = isinstance(error, AmbiguousError) or bool(dangerous)
+    findings = [hostile_finding(name).to_dict() for name in dangerous] if error.is_hostile else []
     return {
         "path": path,
         "size": None,
@@ -186,7 +197,8 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
         "architecture": [],
         "adapter": None,
         "quantization": None,
-        "findings": [],
+        "layout": None,
+        "findings": findings,
         "error": {"type": type(error).__name__, "message": message},
     }
 

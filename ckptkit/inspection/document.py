@@ -221,6 +221,15 @@ class PartDocument(TypedDict):
     opens: bool
 
 
+class SpreadDocument(TypedDict):
+    """How a folder that several processes wrote is spread over files; see `ckptkit.checkpoint.Spread`."""
+
+    world_size: int | None
+    mesh: dict[str, int] | None
+    files: int
+    tag: str | None
+
+
 class ArchitectureDocument(TypedDict):
     """A known model that the weights are, or are like.
 
@@ -265,6 +274,7 @@ class FileFacts(TypedDict):
     architecture: list[ArchitectureDocument]
     adapter: AdapterDocument | None
     quantization: QuantizationDocument | None
+    layout: SpreadDocument | None
     findings: list[FindingDocument]
     error: None
 
@@ -291,6 +301,7 @@ class InspectedFile(FileFacts):
         architecture: known models, best first.
         adapter: what the weights add to a model; ``None``: they are no adapter, and have none in them.
         quantization: how the weights are quantized; ``None``: they are not, or have no scales beside them.
+        layout: of a folder that several processes wrote, how it is spread over files; ``None``: it is none.
         findings: what is remarkable, gravest first.
         error: why it could not be read: it could; see `UnreadFile`.
     """
@@ -299,7 +310,10 @@ class InspectedFile(FileFacts):
 
 
 class UnreadFile(TypedDict):
-    """A file that could not be read, and why; ``globals`` are names in its pickles, where that is the reason."""
+    """A file that could not be read, and why; ``globals`` are names in its pickles, where that is the reason.
+
+    Findings are those of a sharded checkpoint that is hostile.
+    """
 
     path: str
     size: None
@@ -320,6 +334,7 @@ class UnreadFile(TypedDict):
     architecture: list[Any]
     adapter: None
     quantization: None
+    layout: None
     findings: list[Any]
     error: ErrorDocument
 

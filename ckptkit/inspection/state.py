@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Section, TensorEntry
+from ckptkit.computed import can_be_looked_at
 from ckptkit.inspection.settings import class_name, is_printed, is_scalar, module_text, plain_value
 from ckptkit.normalize.adapters import SMALL_FORMATS, small_values
 from ckptkit.normalize.modules import module_state
@@ -257,8 +257,8 @@ class _ScalarReader:
         """The number a node is; ``None``: it is none, or cannot be read."""
         if not isinstance(node, TensorEntry):
             return _number(node)
-        if not isinstance(node.storage.source, ByteRange):
-            return None  # nothing is inflated for it
+        if not can_be_looked_at(node.storage.source):
+            return None
         if node.numel != 1 or len(node.shape) > 1 or node.dtype not in SMALL_FORMATS or not self._left:
             return None
         self._left -= 1

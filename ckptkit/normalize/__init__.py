@@ -70,6 +70,7 @@ class RawCheckpoint:
         kind: what the file holds, where the container says it; ``None``: the tree tells.
         is_prefixed: of a shard, whether the keys of its storages have the shard's name before them already.
         replicas, unread: as in `Checkpoint`.
+        world_size, mesh: as in `ckptkit.checkpoint.Spread`.
     """
 
     root: object
@@ -88,6 +89,8 @@ class RawCheckpoint:
     is_prefixed: bool = False
     replicas: tuple[Replica, ...] = ()
     unread: Unread | None = None
+    world_size: int | None = None
+    mesh: Mapping[str, int] | None = None
 
 
 def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -> Checkpoint:

@@ -28,6 +28,7 @@ from typing import Any, Literal, TypedDict
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Checkpoint, TensorEntry
+from ckptkit.computed import can_be_looked_at
 from ckptkit.errors import CkptkitError
 from ckptkit.normalize.selection import EMBEDDINGS
 from ckptkit.pickling.inert import mapping_items
@@ -288,7 +289,7 @@ def _alphas(entries: Mapping[str, TensorEntry | None]) -> set[float]:
 def small_values(entry: TensorEntry, count: int) -> tuple[float, ...] | None:
     """The values of a tensor of so few elements; ``None``: it has others, or they cannot be read as they lie."""
     source, code = entry.storage.source, SMALL_FORMATS.get(entry.dtype)
-    if entry.numel != count or not isinstance(source, ByteRange) or not entry.is_contiguous:
+    if entry.numel != count or not can_be_looked_at(source) or not entry.is_contiguous:
         return None
     order = "<" if entry.storage.byteorder == "little" else ">"
     try:

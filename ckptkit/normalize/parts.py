@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, Literal, NamedTuple, TypeGuard
 
 from ckptkit.checkpoint import Checkpoint, Part, StateDict, TensorEntry
@@ -34,6 +35,10 @@ from ckptkit.report import Finding, count_of
 __all__ = [
     "CODE",
     "WHOLE",
+    "flat_part",
+    "is_flat_name",
+    "members",
+    "mesh_sizes",
     "part_findings",
     "part_in",
     "part_text",
@@ -90,14 +95,38 @@ def part_in(
         if isinstance(each, Part):
             return each
         said = said or each
+    if (llama := _llama(state_dict)) is not None:
+        return llama
     if any(name.endswith(".FlatParameter") for name in names) or _has_flat(own, state_dict):
-        return Part(
-            layout="an FSDP checkpoint with flat parameters",
-            lacks="its parameters are joined into flat ones, whose names and shapes are not in the file",
-        )
+        return _FLAT_PART
     if any(name.endswith((".DTensor", ".ShardedTensor")) for name in names):
         return _distributed(root) or said
     return said
+
+
+_FLAT_PART = Part(
+    layout="an FSDP checkpoint with flat parameters",
+    lacks="its parameters are joined into flat ones, whose names and shapes are not in the file",
+)
+
+
+def flat_part(root: object, state_dict: StateDict) -> Part | None:
+    """What the ranks' files together lack where their parameters are flat; ``None``: they are not.
+
+    Args:
+        root: the tree of all of them.
+        state_dict: the weights that were found in it.
+    """
+    if not _has_flat(_own_keys(root), state_dict):
+        return None
+    return replace(
+        _FLAT_PART, remedy="ckptkit convert --like REF cuts them, by a file of the same model or by the model"
+    )
+
+
+def is_flat_name(name: str) -> bool:
+    """Whether a flat parameter of FSDP's is called so."""
+    return re.search(_FLAT, name) is not None
 
 
 def _own_keys(root: object) -> Mapping[str, object]:
@@ -106,7 +135,7 @@ def _own_keys(root: object) -> Mapping[str, object]:
     return {} if pairs is None or len(pairs) > _MOST_KEYS else {k: v for k, v in pairs if isinstance(k, str)}
 
 
-def _members(node: object) -> InertDict:
+def members(node: object) -> InertDict:
     """The attributes of an object, in its ``__dict__`` and in slots; or those that such a state gives."""
     state = node.state if isinstance(node, Object) else node
     found = [part for part in (state if isinstance(state, tuple) else (state,)) if isinstance(part, InertDict)]
@@ -175,7 +204,7 @@ def _stubs(own: Mapping[str, object], state_dict: StateDict) -> tuple[int, int]:
 def _megatron(own: Mapping[str, object]) -> Part | Literal["whole"] | None:
     if not any(key.startswith(("model", "module", "state_dict")) for key in own):
         return None
-    said = _own_keys(own.get("args")) or _members(own.get("args"))
+    said = _own_keys(own.get("args")) or members(own.get("args"))
     sizes = {how: size for key, how in _PARALLEL.items() if _is_count(size := said.get(key))}
     if not sizes:
         return None
@@ -186,6 +215,21 @@ def _megatron(own: Mapping[str, object]) -> Part | Literal["whole"] | None:
         layout="a Megatron checkpoint",
         piece=", ".join(f"one {how} rank of {size}" for how, size in split.items()),
         lacks="the other ranks have the other slices of its tensors, or the other layers",
+    )
+
+
+def _llama(state_dict: StateDict) -> Part | None:
+    """Llama's slices have embeddings that are narrower than its norms are long."""
+    rows, norm = state_dict.get("tok_embeddings.weight"), state_dict.get("norm.weight")
+    if rows is None or norm is None or len(rows.shape) != 2 or len(norm.shape) != 1:
+        return None
+    (width,), own = norm.shape, rows.shape[1]
+    if not 0 < own < width or width % own:
+        return None
+    return Part(
+        layout="a Llama checkpoint in tensor-parallel parts",
+        piece=f"one of {width // own}",
+        lacks="the other ranks have the other slices of its tensors",
     )
 
 
@@ -215,7 +259,7 @@ def _has_flat(own: Mapping[str, object], state_dict: StateDict) -> bool:
         return False
     weights = [state_dict.items()] if state_dict else [_own_keys(value).items() for value in own.values()]
     named = [(name, value) for values in weights for name, value in values if "flat_param" in name]
-    return any(isinstance(v, TensorEntry) and len(v.shape) == 1 and re.search(_FLAT, n) is not None for n, v in named)
+    return any(isinstance(v, TensorEntry) and len(v.shape) == 1 and is_flat_name(n) for n, v in named)
 
 
 class _Spread(NamedTuple):
@@ -262,16 +306,16 @@ def _spread(node: object) -> _Spread | None:
 
 
 def _dtensor(wrapped: Wrapped) -> _Spread:
-    inner = _members(wrapped.state)
-    local, spec = inner.get("_local_tensor"), _members(inner.get("_spec"))
-    mesh = _members(spec.get("mesh"))
+    inner = members(wrapped.state)
+    local, spec = inner.get("_local_tensor"), members(inner.get("_spec"))
+    mesh = members(spec.get("mesh"))
     placements = spec.get("placements")
-    sizes = _mesh_sizes(mesh)
+    sizes = mesh_sizes(mesh)
     how = []
     is_partial = False
     for axis, placement in enumerate(placements if isinstance(placements, (list, tuple)) else ()):
         kind = placement.class_name.rpartition(".")[2].lstrip("_") if isinstance(placement, Object) else "?"
-        detail = _members(placement).get("dim", _members(placement).get("reduce_op"))
+        detail = members(placement).get("dim", members(placement).get("reduce_op"))
         of = f" of {sizes[axis]}" if axis < len(sizes) else ""
         how.append((f"{kind}({detail})" if isinstance(detail, (int, str)) else f"{kind:.20}") + of)
         is_partial = is_partial or kind.startswith("Partial")
@@ -281,16 +325,16 @@ def _dtensor(wrapped: Wrapped) -> _Spread:
     return _Spread(not is_whole, ", ".join(how), mesh.get("_rank"), ranks if sizes and _is_count(ranks) else 0)
 
 
-def _mesh_sizes(mesh: InertDict) -> list[int]:
+def mesh_sizes(mesh: InertDict) -> list[int]:
     """How many ranks there are along each dimension of a mesh: in its layout, or (before torch 2.9) its tensor."""
     whole = mesh.get("mesh")
     if isinstance(whole, TensorEntry):
         return list(whole.shape)
-    layout = _members(mesh.get("_layout"))
+    layout = members(mesh.get("_layout"))
     axes = layout.get("axes")
     if not isinstance(axes, (list, tuple)):  # torch 2.9: one layout of all
         return _numbers(layout.get("shape"))
-    return [_product(_numbers(_members(axis).get("shape"))) for axis in axes[: DEFAULT_LIMITS.dimensions]]
+    return [_product(_numbers(members(axis).get("shape"))) for axis in axes[: DEFAULT_LIMITS.dimensions]]
 
 
 def _numbers(node: object) -> list[int]:
@@ -302,13 +346,13 @@ def _numbers(node: object) -> list[int]:
 
 def _sharded(state: object) -> _Spread:
     shards, metadata, *_ = state if isinstance(state, tuple) and len(state) > 1 else ((), None)
-    locals_ = [_members(shard) for shard in shards] if isinstance(shards, (list, tuple)) else []
+    locals_ = [members(shard) for shard in shards] if isinstance(shards, (list, tuple)) else []
     tensors = [tensor for shard in locals_ if isinstance(tensor := shard.get("tensor"), TensorEntry)]
-    about = _members(metadata)
+    about = members(metadata)
     size, every = shape_of(about.get("size")), about.get("shards_metadata")
     count = len(every) if isinstance(every, (list, tuple)) else 0
     is_whole = size is not None and sum(tensor.numel for tensor in tensors) == _product(size)
-    rank = _members(_members(locals_[0].get("metadata")).get("placement")).get("_rank") if locals_ else None
+    rank = members(members(locals_[0].get("metadata")).get("placement")).get("_rank") if locals_ else None
     return _Spread(not is_whole, f"{len(tensors)} of {count_of(count, 'shard')}", rank, count)
 
 
@@ -325,12 +369,15 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The warning about a checkpoint that is a part, with what to give instead."""
     part = checkpoint.part
     if part is not None:
-        fix = way_out(part)
+        fix: str | None = way_out(part)
         if part.opens and part.instead is not None:
             import shlex
 
             fix = f"ckptkit inspect {shlex.quote(part.instead)}"
-        yield Finding(code=CODE, severity="warning", message=part_text(part), fix=fix)
+        told = part_text(part)
+        if part.remedy:
+            told, fix = f"{told}; {part.remedy}", None
+        yield Finding(code=CODE, severity="warning", message=told, fix=fix)
 
 
 def way_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -351,12 +398,14 @@ def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
 
 
 def way_out(part: Part) -> str:
-    """What to give in place of a part."""
+    """What to give in place of a part, or with it."""
+    if part.remedy:
+        return part.remedy
     if part.instead is None:
         return "get the files that belong to it: none of them lies beside it"
     if part.opens:
         return f"give {part.instead}"
-    return f"the files in {part.instead} belong together, and ckptkit does not merge them yet"
+    return f"the files in {part.instead} belong together, in a layout that ckptkit does not know"
 
 
 def part_text(part: Part) -> str:

@@ -5,8 +5,9 @@ The state_dict is
 1. the one asked for by its path.
 2. The only one that holds weights.  One object, or the same tensors under the same names, in
    several places is one, and stands where its keys are the most customary.
-3. The only one left when those are put aside that no model would be: nothing in them is a
-   floating-point tensor with at least one dimension (losses, metrics, random states).
+3. The only one left when those are put aside that no model would be (nothing in them is a floating-point tensor
+   with at least one dimension: losses, metrics, random states), and those that are the weights under `MASTERS` at a
+   lower precision.
 4. The only one under customary keys (`CUSTOMARY_KEYS` of `ckptkit.normalize.shapes`, where need be inside
    one another or inside an `_ENVELOPES` key), unless another is a copy of it: holds at least half of
    its names, wrappers' prefixes aside.  An EMA, or the best epoch's weights, beside the raw ones is a
@@ -40,6 +41,7 @@ __all__ = [
     "BESIDE",
     "EMBEDDINGS",
     "KEY",
+    "MASTERS",
     "choose",
     "discarded_text",
     "earlier",
@@ -57,6 +59,9 @@ __all__ = [
 
 _ENVELOPES = frozenset({"checkpoint", "ckpt", "trainer", "learner", "engine", "training_state", "train_state"})
 """Keys around the customary ones."""
+
+MASTERS = "fp32"
+"""The key of the weights that an optimizer steps, beside those of a forward pass at a lower precision."""
 
 _RANK = {key: rank for rank, key in enumerate(CUSTOMARY_KEYS)}
 
@@ -87,7 +92,7 @@ def choose(weights: Sequence[Candidate]) -> Candidate | None:
             seen.add(tensors)
             unique[index] = values
     models = {index: values for index, values in unique.items() if any(map(is_substantial, values.values()))}
-    left = models or unique
+    left = _without_lesser(models or unique, distinct)
     if len(left) == 1:
         return distinct[next(iter(left))]
     customary = [index for index in left if _rank(distinct[index]) < len(CUSTOMARY_KEYS)]
@@ -97,6 +102,30 @@ def choose(weights: Sequence[Candidate]) -> Candidate | None:
     if any(index != customary[0] and is_copy(values, names) for index, values in left.items()):
         return None
     return distinct[customary[0]]
+
+
+def _without_lesser(
+    contents: dict[int, dict[str, object]], candidates: Sequence[Candidate]
+) -> dict[int, dict[str, object]]:
+    """The contents but for those that are the masters at a lower precision: the same names and shapes."""
+    masters = [index for index in contents if candidates[index].keys[-1:] == (MASTERS,)]
+    if len(masters) != 1:
+        return contents
+    fine = contents[masters[0]]
+
+    def is_lesser(values: dict[str, object]) -> bool:
+        return values.keys() == fine.keys() and all(
+            value is fine[name]
+            or (
+                isinstance(value, TensorEntry)
+                and isinstance(own := fine[name], TensorEntry)
+                and value.shape == own.shape
+                and value.itemsize <= own.itemsize
+            )
+            for name, value in values.items()
+        )
+
+    return {index: values for index, values in contents.items() if index == masters[0] or not is_lesser(values)}
 
 
 def is_copy(names: Iterable[str], weights: Iterable[str]) -> bool:

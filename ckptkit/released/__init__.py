@@ -32,7 +32,13 @@ from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.config import Config, read_config
 from ckptkit.released.examine import examine_file
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
-from ckptkit.released.manifest_rules import compare, golden_findings, is_same_file, model_findings
+from ckptkit.released.manifest_rules import (
+    compare,
+    golden_findings,
+    incomplete_finding,
+    is_same_file,
+    model_findings,
+)
 from ckptkit.released.policy import Policy
 from ckptkit.released.policy_rules import pickle_violations, rules_of, violations
 from ckptkit.released.results import (
@@ -44,6 +50,7 @@ from ckptkit.released.results import (
     malformed_finding,
     missing_result,
     nothing_selected,
+    unlike_finding,
     unreadable_finding,
     whole_finding,
 )
@@ -101,6 +108,7 @@ def check(
     *,
     manifest: str | None,
     config: str | None,
+    tag: str | None = None,
     skip_others: bool,
     typed: Mapping[str, Any],
     verify: Callable[..., Report],
@@ -112,6 +120,7 @@ def check(
             folders it was made of.
         manifest: its path; ``None``: that of the configuration.
         config: path of the configuration; ``None``: there is none.
+        tag: which of several steps in the folders is meant.
         skip_others: whether files that are named and no checkpoint are passed over.
         typed: fields of a `Policy` that go before the configured ones.
         verify: what holds a file against a model; `ckptkit.verify`.
@@ -131,7 +140,7 @@ def check(
         require_torch()
     started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
-    selection = _selected(paths, released, configured, manifest, skip_others)
+    selection = _selected(paths, released, configured, manifest, tag, skip_others)
     tasks = _tasks(selection, paths, released, configured)
     results = _told_unopened(selection, tasks, released)
     tasks = [task for task in tasks if not task.is_missing]
@@ -155,7 +164,12 @@ def check(
 
 
 def _selected(
-    paths: Sequence[str], manifest: Manifest | None, config: Config, manifest_path: str | None, skip_others: bool
+    paths: Sequence[str],
+    manifest: Manifest | None,
+    config: Config,
+    manifest_path: str | None,
+    tag: str | None,
+    skip_others: bool,
 ) -> Selection:
     """What the paths stand for; without any, the folders that the manifest was made of."""
     folder = "" if manifest is None else manifest.folder or "."
@@ -165,11 +179,13 @@ def _selected(
     return select(
         given,
         relative_to=folder,
+        tag=tag,
         skip_others=skip_others,
         whole=True,
         known=set() if manifest is None else paths_of(manifest.files),
         manifest=manifest_path,
         every_pickle=config.every_pickle,
+        are_whole=config.typed.get("tp_rules") is not None,
     )
 
 
@@ -246,9 +262,7 @@ def _tidy(path: str) -> str:
 
 
 def _shards(record: FileRecord) -> Iterator[str]:
-    folder = record.path.rpartition("/")[0]
-    for shard in record.shards:
-        yield f"{folder}/{shard}" if folder else shard
+    yield from paths_of([replace(record, golden=None)]) - {record.path}
 
 
 def _is_meant(record: FileRecord, paths: Sequence[str], folder: str) -> bool:
@@ -279,6 +293,7 @@ def _held(task: _Task, threads: int) -> tuple[FileResult, Architecture | None]:
         look = partial(
             examine_file,
             path,
+            tp_rules=policy.tp_rules if os.path.isdir(path) else None,
             ignore_checksums=policy.ignore_checksums,
             whole=record is not None and record.whole_digest is not None,
             threads=threads,
@@ -300,10 +315,13 @@ def _held(task: _Task, threads: int) -> tuple[FileResult, Architecture | None]:
             findings += golden_findings(path, record, task.folder)
         if digested.damage is not None:
             findings.append(damage_finding(path, digested.damage))
+        if digested.unlike is not None:
+            findings.append(unlike_finding(path, digested.unlike))
         findings += [malformed_finding(path, told) for told in examined.malformed]
         findings += violations(examined, policy)
     except CkptkitError as error:
         findings.append(unreadable_finding(path, error, policy.allow_part))
+        findings += incomplete_finding(path, record)
         if policy.every_pickle and isinstance(error, FormatError):
             findings += _pickles(task, error.globals)
     result = FileResult(

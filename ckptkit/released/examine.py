@@ -27,6 +27,7 @@ from ckptkit.digests import (
     whole_nodes,
 )
 from ckptkit.errors import CorruptError, LimitError
+from ckptkit.formats.format import is_folder
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.inspection.state import has_optimizer
 from ckptkit.limits import DEFAULT_LIMITS
@@ -40,7 +41,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.released.reading import OtherValue, Reading, is_opaque, other_values_in, read_through
 from ckptkit.report import Finding
 from ckptkit.stats import NonFinite
-from ckptkit.transfer.checksums import damage_text
+from ckptkit.transfer.checksums import Checksums, Damage, damage_text
 
 __all__ = ["Examined", "ShardFact", "TensorFact", "examine_file"]
 
@@ -187,7 +188,7 @@ class Examined:
     Attributes:
         path: as it was given.
         size: in bytes, with its shards; of what is compressed or in an archive, that of the file as it is.
-        sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for.
+        sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for, or it is a folder.
         format: container name.
         is_inside: whether the container is compressed, or in an archive.
         kind: what it holds.
@@ -196,8 +197,9 @@ class Examined:
         unvouched: its parts that are code, or could not be looked into.
         has_pickle: whether it has any.
         is_program: whether it holds a program, of which only the weights can be written.
-        shards: of a sharded checkpoint, in the order of the index.
+        shards: of a sharded checkpoint, in the order of the index; of a folder its own files.
         damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
+        unlike: which copies are not what they are copies of; ``None``: none, or they were not compared.
         malformed: quantized, sparse and nested tensors whose parts do not fit each other, with what is wrong.
         content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
         former_digest: the same in version 1.
@@ -218,6 +220,7 @@ class Examined:
     is_program: bool
     shards: tuple[ShardFact, ...]
     damage: str | None
+    unlike: str | None
     malformed: tuple[str, ...]
     content_digest: str | None = None
     former_digest: str | None = None
@@ -290,6 +293,7 @@ def examine_file(
     digest: bool,
     values: bool,
     checksums: bool = True,
+    tp_rules: str | None = None,
     ignore_checksums: bool = False,
     allow_part: bool = True,
     whole: bool = False,
@@ -303,6 +307,7 @@ def examine_file(
         digest: whether to digest the tensors' values.
         values: whether to count NaN and Inf in them.
         checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether to forget them.
         allow_part: whether it may be a part of a checkpoint.
         whole: whether to digest everything else in the file too.
@@ -314,20 +319,24 @@ def examine_file(
         FormatError: it is not a checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
         DTypeError: values that would have to be computed are of a type that numpy does not know.
     """
-    checkpoint, file = formats.read(path, ignore_checksums=ignore_checksums)
+    checkpoint, file = formats.read(path, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
     try:
         require_whole(checkpoint, allow_part=allow_part)
         contents = _Contents(checkpoint)
-        held = [storage for storage in contents.storages if checksums and storage.crc32 is not None]
+        held = _recorded(contents.storages) if checksums and not is_folder(file) else []
         if checkpoint.origin.state_path is None:
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
         reading, given = Reading(), formats.given_of(file)
         is_whole = given is file  # else a file that is compressed or an archive, and what is in it
-        if checksums and not ignore_checksums:
-            checkpoint = _looked_into(file, checkpoint, is_read=bool(hash_file or digest or values or held))
-        if hash_file or digest or values or held:
+        is_read, unlike = bool(hash_file or digest or values or held), None
+        is_held = checksums and not ignore_checksums
+        if checksums or is_folder(file):
+            checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=is_held)
+            contents.checkpoint = checkpoint  # what stands in it is the same
+        files, parts = _files(file)
+        if is_read:
             reading = read_through(
-                [file, *file.parts.values()],
+                files,
                 _digested(contents, whole) if digest else (),
                 hash_files=hash_file and is_whole,
                 digest=digest,
@@ -335,6 +344,8 @@ def examine_file(
                 held=held,
                 threads=threads,
             )
+        if is_folder(file) and is_held:  # what pieces lie in is known by now
+            reading.damages.extend(_damages(contents.storages))
         hashes = reading.files
         if hash_file and not is_whole:
             hashes = read_through([given], (), hash_files=True, digest=False).files
@@ -353,9 +364,10 @@ def examine_file(
             is_program=origin.is_program,
             shards=tuple(
                 ShardFact(name=name, size=shard.size, sha256=reading.files.get(id(shard)))
-                for name, shard in (file.parts if is_whole else {}).items()
+                for name, shard in (parts if is_whole else {}).items()
             ),
             damage=damage_text(reading.damages, storage_names(checkpoint)) if reading.damages else None,
+            unlike=unlike,
             malformed=tuple(_malformed(contents.values)),
             **(_digests(contents, reading, whole) if digest else {}),
             is_counted=values,
@@ -366,10 +378,37 @@ def examine_file(
         file.close()
 
 
-def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool) -> Checkpoint:
-    """The checkpoint once nothing in it is unread, where its bytes are read or something was left for later."""
-    left = is_read or checkpoint.unread is not None or checkpoint.replicas
-    return formats.require_sound(file, checkpoint) if left else checkpoint
+def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool, held: bool) -> tuple[Checkpoint, str | None]:
+    """The checkpoint once nothing in it is unread; and of a folder, which copies are not what they are copies of."""
+    if not is_folder(file):
+        return (formats.require_sound(file, checkpoint) if is_read and held else checkpoint), None
+    checkpoint = formats.judged(checkpoint)
+    if held and checkpoint.replicas:
+        from ckptkit.transfer.replicas import require_equal
+
+        try:
+            require_equal(checkpoint.replicas)
+        except CorruptError as error:
+            return checkpoint, error.message
+    return checkpoint, None
+
+
+def _files(file: Source) -> tuple[list[Source], dict[str, Source]]:
+    """What is read: the file and its shards, or all of a folder's own files; and those of several by name."""
+    parts = formats.hashed_parts(file) if is_folder(file) else file.parts
+    return [*([] if is_folder(file) else [file]), *parts.values()], parts
+
+
+def _recorded(storages: Sequence[Storage]) -> list[Storage]:
+    """Those with a recorded checksum."""
+    return [storage for storage in storages if storage.crc32 is not None]
+
+
+def _damages(storages: Sequence[Storage]) -> list[Damage]:
+    """What is damaged of the storages that others are made of."""
+    checksums = Checksums()
+    checksums.want(storages)
+    return checksums.damages()
 
 
 def _digested(contents: _Contents, whole: bool) -> Iterator[TensorEntry]:

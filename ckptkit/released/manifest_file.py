@@ -4,9 +4,9 @@ Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a
 
     {"schema_version": 1,
      "folders": [str],
-     "files": [{"path": str, "size": int, "sha256": hex, "format": str, "kind": str, "trust": str,
-                "content_digest": "sha256:…" | null, "whole_digest": "sha256:…", "architecture": str | null,
-                "golden": {"path": str, "sha256": hex} | null,
+     "files": [{"path": str, "size": int, "sha256": hex | null, "format": str, "kind": str,
+                "trust": str, "content_digest": "sha256:…" | null, "whole_digest": "sha256:…",
+                "architecture": str | null, "golden": {"path": str, "sha256": hex} | null,
                 "shards": {name: {"size": int, "sha256": hex}},
                 "others": [name],
                 "tensors": {name: {"dtype": str, "shape": [int], "digest": "sha256:…"}} | null}]}
@@ -14,10 +14,11 @@ Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a
 Paths are relative to the manifest's folder, with ``/``, and never lead out of it.  ``folders`` are those the manifest
 was made of (``"."`` is its own, which is meant where the key is missing): all that lies in them is released, so that a
 checkpoint there that is not among ``files`` is one too many.  ``size`` is in bytes, of a sharded
-checkpoint with its shards; ``sha256`` is of the file itself, and of an index the index alone.  Digests, and the names
-of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they are folded into the content digest.
-``whole_digest``, ``shards`` (named relative to the index) and ``others`` (values that are not plain tensors) are left
-out where there are none.  A reader ignores keys it does not know, and refuses another version.
+checkpoint with its shards; ``sha256`` is of the file itself, and of an index the index alone; a folder that is one
+checkpoint has none, and its files are its ``shards``.  Digests, and the names of tensors, are those of
+`ckptkit.digests`.  ``tensors`` is ``null`` where they are folded into the content digest.  ``whole_digest``, ``shards``
+(named relative to the index, or to the folder) and ``others`` (values that are not plain tensors) are left out where
+there are none.  A reader ignores keys it does not know, and refuses another version.
 
 `FileRecord` is one of ``files``; `ckptkit.released.manifest_maker` makes and updates manifests.
 
@@ -93,6 +94,7 @@ class FileRecord:
     """What one checkpoint must be; the fields are those of the manifest.
 
     Attributes:
+        sha256: of the file; ``None``: it is a folder, whose files are its ``shards``.
         whole_digest: of everything in the file (`ckptkit.digests`); ``None``: it has none, or was recorded before
             there was one.
         tensors: by name; ``None``: folded into the content digest.
@@ -102,7 +104,7 @@ class FileRecord:
 
     path: str
     size: int
-    sha256: str
+    sha256: str | None
     format: str
     kind: str
     trust: str
@@ -213,7 +215,7 @@ def paths_of(records: Iterable[FileRecord]) -> set[str]:
     """Every file that records name: checkpoints, shards and golden files."""
     paths: set[str] = set()
     for record in records:
-        folder = record.path.rpartition("/")[0]
+        folder = record.path if record.sha256 is None else record.path.rpartition("/")[0]
         paths.add(record.path)
         paths.update(f"{folder}/{shard}" if folder else shard for shard in record.shards)
         if record.golden is not None:
@@ -291,10 +293,11 @@ def _record(fields: _Fields) -> FileRecord:
         raise fields.wrong("trust", trust, "one of " + ", ".join(get_args(Trust)))
     if not all(isinstance(name, str) for name in others):
         raise fields.wrong("others", others, "names")
+    is_folder = bool(shards) and fields.optional("sha256", str) is None
     record = FileRecord(
         path=fields.path("path"),
         size=fields.size("size"),
-        sha256=fields.match("sha256", _HEX, "64 hexadecimal digits"),
+        sha256=None if is_folder else fields.match("sha256", _HEX, "64 hexadecimal digits"),
         format=fields.get("format", str),
         kind=fields.get("kind", str),
         trust=trust,
@@ -338,7 +341,7 @@ def _golden(fields: _Fields) -> GoldenRecord:
 
 def _shard_name(fields: _Fields, name: str) -> str:
     if not is_shard_name(name):
-        raise fields.wrong("shards", name, "names of files in the index's folder or below it")
+        raise fields.wrong("shards", name, "names of files in the folder, or in that of the index, or below it")
     return name
 
 

@@ -35,10 +35,10 @@ from ckptkit.released.manifest_file import (
 )
 from ckptkit.released.manifest_rules import is_same_file
 from ckptkit.released.reading import file_sha256
-from ckptkit.released.selection import Selected, name_of, select, size_of
+from ckptkit.released.selection import Selected, name_of, select, size_of, step_of
 from ckptkit.report import count_of
-from ckptkit.transfer import write_atomically
 from ckptkit.transfer.workers import each_file
+from ckptkit.transfer.writing import write_atomically
 
 __all__ = ["make", "make_at", "write"]
 
@@ -54,6 +54,7 @@ def make(
     golden: Mapping[str, str] | None = None,
     allow_part: bool = False,
     previous: Manifest | None = None,
+    tp_rules: str | None = None,
     ignore_checksums: bool = False,
 ) -> Manifest:
     """The manifest of these checkpoints.
@@ -67,6 +68,7 @@ def make(
         allow_part: whether a file may be a part of a checkpoint.
         previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
             that are not selected do too, as long as they exist.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
 
     Raises:
@@ -79,7 +81,7 @@ def make(
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
-    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part)
+    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part, tp_rules)
     renewed = _renewed(
         {name: path for name, path in wanted.items() if name not in kept},
         {
@@ -88,6 +90,7 @@ def make(
             if (digests == "tensor" if digests else name not in old or old[name].tensors is not None)
         },
         allow_part=allow_part,
+        tp_rules=tp_rules,
         ignore_checksums=ignore_checksums,
     )
     records = {**_unselected(old, wanted, folder), **kept, **renewed}
@@ -112,21 +115,22 @@ def _require_recordable(wanted: Collection[str], golden: Collection[str], folder
             )
 
 
-def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool) -> dict[str, FileRecord]:
+def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool | str | None) -> dict[str, FileRecord]:
     """The records of files as they are now.
 
     Args:
         wanted: paths by name.
         listed: the names of those whose tensors are listed.
-        **reading: ``allow_part`` and ``ignore_checksums``, as of `make`.
+        **reading: ``allow_part``, ``tp_rules`` and ``ignore_checksums``, as of `make`.
     """
 
     def record(name: str, path: str, threads: int) -> FileRecord | CkptkitError:
         found = _looked_at(path, hash_file=True, digest=True, values=False, whole=True, threads=threads, **reading)
         if isinstance(found, CkptkitError):
             return found
-        if found.damage is not None:
-            return CorruptError(found.damage, path=found.path)
+        wrong = found.damage or found.unlike
+        if wrong is not None:
+            return CorruptError(wrong, path=found.path)
         return _record(name, found, name in listed)
 
     made = _of_each(wanted, record)
@@ -164,7 +168,7 @@ def _outermost(folders: Collection[str]) -> tuple[str, ...]:
 
 
 def _require_below(name: str, folder: str) -> None:
-    if name.startswith("../") or os.path.isabs(name) or ":" in name.split("/")[0]:
+    if name == "." or name.startswith("../") or os.path.isabs(name) or ":" in name.split("/")[0]:
         raise FileAccessError(
             f"{name}: is not below the manifest's folder, {folder}; write the manifest beside the files or above them",
             path=name,
@@ -176,15 +180,20 @@ def _require_below(name: str, folder: str) -> None:
 
 
 def _unchanged(
-    wanted: Mapping[str, str], old: Mapping[str, FileRecord], digests: Digests | None, allow_part: bool
+    wanted: Mapping[str, str],
+    old: Mapping[str, FileRecord],
+    digests: Digests | None,
+    allow_part: bool,
+    tp_rules: str | None,
 ) -> dict[str, FileRecord]:
     """The records of files that are what they were, by their sizes and hashes."""
 
     def same(name: str, path: str, threads: int) -> FileRecord | None:
         before = old[name]
         found = _looked_at(
-            path, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part, threads=threads
-        )
+            path, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part,
+            tp_rules=tp_rules, threads=threads,
+        )  # fmt: skip
         is_same = not isinstance(found, CkptkitError) and is_same_file(found, before)
         if not is_same or (digests == "tensor" and before.tensors is None):
             return None
@@ -242,7 +251,7 @@ def _record(name: str, found: Examined, listed: bool) -> FileRecord:
     return FileRecord(
         path=name,
         size=found.size,
-        sha256=found.sha256 or "",
+        sha256=found.sha256,
         format=found.format,
         kind=found.kind,
         trust=found.trust,
@@ -290,6 +299,8 @@ def make_at(
     digests: Digests | None,
     golden: Golden,
     *,
+    tag: str | None = None,
+    tp_rules: str | None = None,
     allow_part: bool,
     update: bool,
     force: bool,
@@ -301,13 +312,7 @@ def make_at(
     if update and destination is None:
         raise FileAccessError("there is no manifest to update; name it with -o")
     for path in paths:
-        if path == STDIN:
-            told = f"{path}: a manifest records files by their paths, and standard input has none"
-            raise FileAccessError(told, path=path)
-        if not os.path.lexists(path):
-            source_of(path).close()  # it says so where the file is missing
-            told = f"{path}: a manifest records files; record the archive, or unpack it"
-            raise FileAccessError(told, path=path)
+        _require_file(path)
     folder = _folder_of(paths) if destination is None else os.path.dirname(os.path.abspath(destination))
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
@@ -317,7 +322,9 @@ def make_at(
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
     paths = paths or (_paths_of(previous, folder) if update else ())
-    selection = select(paths, relative_to=folder, manifest=destination)
+    if tp_rules is None:
+        paths = [step_of(path, tag) if os.path.isdir(path) else path for path in paths]
+    selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
     selection.require_all()
     selected = selection.checkpoints
     manifest = make(
@@ -328,6 +335,7 @@ def make_at(
         golden=_goldens(golden, selected, folder),
         allow_part=allow_part,
         previous=previous,
+        tp_rules=tp_rules,
         ignore_checksums=ignore_checksums,
     )
     if destination is not None and (
@@ -335,6 +343,21 @@ def make_at(
     ):
         write(manifest, destination, force=there)
     return replace(manifest, passed_over=selection.passed_over)
+
+
+def _require_file(path: str) -> None:
+    """Refuse what is no file, and no folder, on the disk.
+
+    Raises:
+        FileAccessError: it is none.
+    """
+    if path == STDIN:
+        told = f"{path}: a manifest records files by their paths, and standard input has none"
+        raise FileAccessError(told, path=path)
+    if not os.path.lexists(path):
+        source_of(path).close()  # it says so where the file is missing
+        told = f"{path}: a manifest records files; record the archive, or unpack it"
+        raise FileAccessError(told, path=path)
 
 
 def _paths_of(previous: Manifest | None, folder: str) -> list[str]:
@@ -354,12 +377,21 @@ def _claimed(name: str) -> str:
 def _folder_of(paths: Sequence[str]) -> str:
     """The working directory; where files lie elsewhere, the folder they have in common."""
     folder = os.getcwd()
-    if not any(name_of(path, folder).startswith("../") for path in paths):
+    if not any(name_of(path, folder).startswith("../") or _is_one(path, folder) for path in paths):
         return folder
     try:
         return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     except ValueError:  # several drives
         return folder
+
+
+def _is_one(path: str, folder: str) -> bool:
+    """Whether a folder is itself the checkpoint that is to be recorded: it is recorded beside it."""
+    if name_of(path, folder) != "." or not os.path.isdir(path):
+        return False
+    from ckptkit.formats.distributed.around import sharded_at
+
+    return sharded_at(path) is not None
 
 
 def _goldens(golden: Golden, selected: Sequence[Selected], folder: str) -> dict[str, str]:

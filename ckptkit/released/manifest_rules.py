@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.architectures import Architecture
 from ckptkit.errors import CkptkitError, MissingDependencyError, MissingFileError
+from ckptkit.formats.distributed.folder import listing
 from ckptkit.normalize.parts import CODE
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.manifest_file import FileRecord, TensorRecord
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.results import CheckFinding
+from ckptkit.released.selection import size_of
 from ckptkit.report import Report, count_of, listed
 
 if TYPE_CHECKING:
     from ckptkit.documents import VerifyFindingDocument
 
-__all__ = ["compare", "golden_findings", "is_same_file", "model_findings"]
+__all__ = ["compare", "golden_findings", "incomplete_finding", "is_same_file", "model_findings"]
 
 _MOST_LISTED = 100
 """Names in ``found``; a checkpoint may have 100,000."""
@@ -59,7 +62,60 @@ def compare(examined: Examined, digested: Examined, record: FileRecord) -> Itera
         )
 
 
+def _bytes_told(sha256: str | None, size: int, *others: str) -> str:
+    """The bytes of a file, or of the files in a folder, as expected or found."""
+    return ", ".join([f"sha256 {sha256}"] * (sha256 is not None) + [f"{size} bytes", *others])
+
+
+def parts_differ(record: FileRecord, found: Mapping[str, tuple[int, str | None]]) -> str:
+    """Which files of a folder are not those recorded: missing, not recorded, of other bytes; ``""``: none is told.
+
+    Args:
+        record: what it must be.
+        found: size and SHA-256 of each file by its name; ``None``: it was not computed.
+    """
+    recorded = {name: (shard.size, shard.sha256) for name, shard in record.shards.items()}
+    changed = [
+        name
+        for name in sorted(recorded.keys() & found.keys())
+        if recorded[name][0] != found[name][0] or found[name][1] not in (None, recorded[name][1])
+    ]
+    kinds = {
+        "missing": sorted(recorded.keys() - found.keys()),
+        "not recorded": sorted(found.keys() - recorded.keys()),
+        "of other bytes": changed,
+    }
+    return "; ".join(
+        f"{count_of(len(names), 'file')} {kind}: {listed(names)}" for kind, names in kinds.items() if names
+    )
+
+
+def incomplete_finding(path: str, record: FileRecord | None) -> Iterator[CheckFinding]:
+    """Of a folder that cannot be read, which files are not those recorded, as far as sizes tell."""
+    if record is None or record.sha256 is not None or not os.path.isdir(path):
+        return
+    found = {name: (size_of(os.path.join(path, *name.split("/"))), None) for name in listing(path)}
+    known = {name: facts for name, facts in found.items() if name in record.shards}
+    told = parts_differ(record, known)
+    if told:
+        yield _finding(
+            path,
+            code="file-changed",
+            expected=_bytes_told(None, record.size),
+            found=_bytes_told(None, sum(size for size, _ in known.values())),
+            message=f"the files are not those recorded: {told}",
+        )
+
+
 def _difference(examined: Examined, digested: Examined, record: FileRecord) -> CheckFinding:
+    finding = _difference_of(examined, digested, record)
+    if record.sha256 is not None or examined.sha256 is not None:
+        return finding
+    told = parts_differ(record, {shard.name: (shard.size, shard.sha256) for shard in examined.shards})
+    return replace(finding, message=f"{finding.message}; {told}") if told else finding
+
+
+def _difference_of(examined: Examined, digested: Examined, record: FileRecord) -> CheckFinding:
     if record.content_digest is not None and record.content_digest in (digested.content_digest, digested.former_digest):
         how = f"a {record.format} file was recorded, this is a {examined.format} one"
         if record.whole_digest is not None and digested.whole_digest == record.whole_digest:
@@ -73,16 +129,16 @@ def _difference(examined: Examined, digested: Examined, record: FileRecord) -> C
         return _finding(
             examined.path,
             code="file-rewritten",
-            expected=f"sha256 {record.sha256}, {record.size} bytes, {record.format}",
-            found=f"sha256 {examined.sha256}, {examined.size} bytes, {examined.format}",
+            expected=_bytes_told(record.sha256, record.size, record.format),
+            found=_bytes_told(examined.sha256, examined.size, examined.format),
             message=f"other bytes than recorded, but the same tensors (the content digests agree): {how}",
         )
     if digested.content_digest is None and record.content_digest is None:
         return _finding(
             examined.path,
             code="file-changed",
-            expected=f"sha256 {record.sha256}, {record.size} bytes",
-            found=f"sha256 {examined.sha256}, {examined.size} bytes",
+            expected=_bytes_told(record.sha256, record.size),
+            found=_bytes_told(examined.sha256, examined.size),
             message="other bytes than recorded; neither file holds a tensor",
         )
     return _finding(

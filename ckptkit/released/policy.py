@@ -40,6 +40,7 @@ class Policy:
         no_pickle: whether a file may hold no pickle at all.
         max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
         no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
+        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether a file's recorded checksums are not held against its bytes.
         max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
         allow_dtype: the dtypes that tensors may have; empty: all.
@@ -72,6 +73,7 @@ class Policy:
     forward: bool = False
     model_args: Mapping[str, Any] = field(default_factory=dict)
     input_shapes: Sequence[Sequence[int]] = ()
+    tp_rules: str | None = None
     ignore_checksums: bool = False
 
     def __post_init__(self) -> None:
@@ -88,6 +90,9 @@ class Policy:
         fits: Any = self.fits  # what is configured may be of any type
         if fits is not None and (not isinstance(fits, str) or not fits):
             raise _refused("fits", fits, "a reference such as torchvision:resnet18")
+        rules: Any = self.tp_rules
+        if rules is not None and (not isinstance(rules, str) or not rules):
+            raise _refused("tp_rules", rules, "the path of a file")
         model_args: Any = self.model_args
         if not isinstance(model_args, Mapping) or not all(isinstance(key, str) for key in model_args):
             raise _refused("model_args", model_args, "names and values")
@@ -140,6 +145,7 @@ if TYPE_CHECKING:
         forward: bool | None
         model_args: Mapping[str, Any] | None
         input_shapes: Sequence[Sequence[int]] | None
+        tp_rules: str | None
         ignore_checksums: bool | None
 
 

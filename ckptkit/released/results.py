@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ckptkit.errors import CkptkitError, MissingFileError, PartError
+from ckptkit.errors import CkptkitError, FormatError, MissingFileError, PartError
 from ckptkit.normalize.parts import CODE
 from ckptkit.report import SCHEMA_VERSION, Finding, Report, listed
 
@@ -20,9 +20,11 @@ __all__ = [
     "FileResult",
     "damage_finding",
     "extra_finding",
+    "hostile_finding",
     "malformed_finding",
     "missing_result",
     "nothing_selected",
+    "unlike_finding",
     "unreadable_finding",
     "whole_finding",
 ]
@@ -191,6 +193,8 @@ class CheckReport(Report["CheckDocument"]):
 
 def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False) -> CheckFinding:
     """A file that could not be read; or that is a part of a checkpoint, where that is not allowed."""
+    if error.is_hostile and isinstance(error, FormatError):
+        return hostile_finding(path, error)
     message = str(error).removeprefix(f"{path}: ")
     found = "no such file" if isinstance(error, MissingFileError) else type(error).__name__
     if isinstance(error, PartError) and not allow_part:
@@ -220,6 +224,25 @@ def _broken(code: str, path: str, expected: str, found: str, message: str) -> Ch
     """What is wrong with a file whatever the policy: it cannot be read, or not all of it."""
     return CheckFinding(
         code=code, severity="error", path=path, rule="readable", expected=expected, found=found, message=message
+    )
+
+
+def unlike_finding(path: str, unlike: str) -> CheckFinding:
+    """Files of a folder that do not hold the same values where they must."""
+    return _broken("copies-differ", path, "copies that are equal", "others", unlike)
+
+
+def hostile_finding(path: str, error: FormatError) -> CheckFinding:
+    """A sharded checkpoint that was refused since its pickles would run something."""
+    names = list(dict.fromkeys(use.name for use in error.globals if use.verdict == "dangerous"))
+    return CheckFinding(
+        code="hostile-name",
+        severity="error",
+        path=path,
+        rule="max-trust",
+        expected="nothing that runs, imports or opens something",
+        found=names,
+        message=str(error).removeprefix(f"{path}: "),
     )
 
 

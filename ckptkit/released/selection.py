@@ -12,7 +12,7 @@ from ckptkit.formats.folder import Surveyor, indexes_by_shard
 from ckptkit.report import count_of, split_member
 from ckptkit.transfer.names import is_temporary_name
 
-__all__ = ["Selected", "Selection", "name_of", "select", "size_of"]
+__all__ = ["Selected", "Selection", "name_of", "select", "size_of", "step_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,28 +67,34 @@ def select(
     paths: Iterable[str | os.PathLike[str]],
     *,
     relative_to: str,
+    tag: str | None = None,
     skip_others: bool = False,
     whole: bool = False,
     known: Container[str] = (),
     manifest: str | None = None,
     every_pickle: bool = False,
+    are_whole: bool = False,
 ) -> Selection:
     """The checkpoints that paths stand for.
 
     A file stands for itself, whether it exists or not: that is for whoever opens it to say.  A folder stands for the
-    checkpoint files in it and below it, as for ``ckptkit inspect``.  A shard is left out where its index is there.
+    checkpoint files in it and below it, as for ``ckptkit inspect``; one that names its last step, or of which a tag
+    chooses one, for what that step holds.  A shard is left out where its index is there.
 
     Args:
         paths: files and folders.
         relative_to: the folder that names are relative to.
+        tag: which of several steps is meant, in each of the folders.
         skip_others: whether files that are named and no checkpoint are passed over, as those of folders are.
         whole: whether a shard that is named stands for all, where its index lies beside it.
         known: names of files that no index stands for, since they are known by their own.
         manifest: the file that says what they must be, which is none of them.
+        are_whole: whether each folder is one checkpoint, since rules were given by which its files are joined.
         every_pickle: whether outputs that ckptkit did not complete are taken for what is in them.
 
     Raises:
-        FileAccessError: there are no paths: nothing checked is never well.
+        FileAccessError: there are no paths: nothing checked is never well; or there is no such step.
+        CorruptError: a folder names a step that is not there.
     """
     surveyor = Surveyor(is_unfinished=(lambda _: False) if every_pickle else is_temporary_name)
     empty: list[tuple[str, CkptkitError]] = []
@@ -100,9 +106,19 @@ def select(
     if manifest is not None:
         surveyor.know(manifest)
     for path in given:
+        if os.path.isdir(path) and are_whole:
+            surveyor.named(path)
+            continue
         if os.path.isdir(path):
-            if (error := surveyor.folder(path)) is not None:
+            try:
+                step = step_of(path, tag)
+            except CkptkitError as error:
                 empty.append((path, error))
+                continue
+            if not os.path.isdir(step):
+                surveyor.named(step)
+            elif (nothing := surveyor.folder(step)) is not None:
+                empty.append((path, nothing))
             continue
         index = None
         if whole and name_of(path, relative_to) not in known:
@@ -132,6 +148,18 @@ def select(
     )
 
 
+def step_of(path: str, tag: str | None = None) -> str:
+    """The folder, or file, that a folder stands for: the step that it names, or itself.
+
+    Raises:
+        CkptkitError: there is no such step.
+    """
+    from ckptkit.formats.distributed.around import sharded_in
+
+    found = sharded_in(path, tag)
+    return path if found is None else found.root
+
+
 def name_of(path: str, folder: str) -> str:
     """A file's name relative to a folder, with ``/``; links are not followed."""
     absolute = os.path.abspath(path)
@@ -142,8 +170,10 @@ def name_of(path: str, folder: str) -> str:
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file; 0 for what cannot be asked, which opening it will tell."""
+    """Bytes of a file, or of those in a folder; 0 for what cannot be asked, which opening it will tell."""
     try:
+        if os.path.isdir(path):
+            return sum(size_of(os.path.join(inside, name)) for inside, _, names in os.walk(path) for name in names)
         return os.stat(path).st_size
     except (OSError, ValueError):
         return 0

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,6 +133,7 @@ class Like:
             ``state_dict`` of an open checkpoint.  ``None`` in place of a shape: any value of that name.
         tied: groups of names that are one tensor in the model; those of a checkpoint are known.
         label: the model, for messages.
+        is_ordered: whether the names are in the model's own order, by which alone flat parameters can be cut.
 
     Raises:
         RewriteError: there are no names; (when applied) a tensor is missing or has another shape, or different
@@ -142,6 +143,7 @@ class Like:
     expected: Mapping[str, Any]
     tied: Sequence[Sequence[str]] = ()
     label: str = "the reference"
+    is_ordered: bool = True
 
     def __post_init__(self) -> None:
         given = self.expected
@@ -156,6 +158,7 @@ class Like:
         return f"Like({self.label!r})"
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
+        checkpoint = self.cut(checkpoint)
         state_dict, fitting = checkpoint.state_dict, self.fitting(checkpoint)
         names = {**fitting.sources, **{name: fitting.sources[twin] for name, twin in fitting.aliases.items()}}
         everything = {name: state_dict.everything[names[name]] for name in self.expected if name in names}
@@ -167,6 +170,22 @@ class Like:
             versions = moved_versions(versions, targets, lambda path: path)
         # What hangs on the mapping is no tensor of the model either.
         return checkpoint.replace(state_dict=StateDict(everything, versions=versions), rest=STATE_DICT)
+
+    def cut(self, checkpoint: Checkpoint, rename: Callable[[str], str] | None = None) -> Checkpoint:
+        """The checkpoint with its flat parameters cut into the model's; one that has none as it is.
+
+        Args:
+            checkpoint: of all ranks together.
+            rename: from names in it to those that they are to have.
+
+        Raises:
+            RewriteError: they are not the model's.
+        """
+        if checkpoint.part is None or not checkpoint.part.remedy:
+            return checkpoint
+        from ckptkit.rewrite.flat_parameters import cut_flat
+
+        return cut_flat(checkpoint, self.expected, self.tied, self.label, is_ordered=self.is_ordered, rename=rename)
 
     def fitting(self, checkpoint: Checkpoint) -> Fitting:
         """The one fitting in which every tensor of the model is there; where the names fit, wrappers aside, it is that.

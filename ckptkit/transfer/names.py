@@ -46,8 +46,9 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
-    "Output", "created", "exists", "flush_names", "is_temporary_name", "names_flushed_together", "overwrite", "publish",
-    "remove_stale", "replacing",
+    "Output", "beside", "created", "exists", "flush_folder", "flush_names", "has_name", "is_temporary_name", "locked",
+    "names_flushed_together", "no_folder", "overwrite", "permit", "publish", "remove_folder", "remove_stale",
+    "replacing", "this_host",
 ]  # fmt: skip
 
 _TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
@@ -89,24 +90,15 @@ class Output:
     @property
     def has_name(self) -> bool:
         """Whether it is this very file that has the name it is meant for."""
-        return _has_name(self.status or os.fstat(self.fd), self.path)
+        return has_name(self.status or os.fstat(self.fd), self.path)
 
     def finish(self) -> None:
         """Nothing more is written: it gets its permissions, and is closed."""
-        self._permit()
+        if self.replaced is not None:
+            permit(self.fd, self.replaced, 0o777)
         self.status = os.fstat(self.fd)
         fd, self.fd = self.fd, -1
         os.close(fd)
-
-    def _permit(self) -> None:
-        """Give it the permissions, and where this process may the owner and group, of the file that it replaces."""
-        if self.replaced is None or not hasattr(os, "fchmod"):
-            return
-        for owner, group in ((-1, self.replaced.st_gid), (self.replaced.st_uid, -1)):
-            with contextlib.suppress(OSError):
-                os.fchown(self.fd, owner, group)
-        with contextlib.suppress(OSError):
-            os.fchmod(self.fd, self.replaced.st_mode & 0o777)
 
     def close(self) -> None:
         """Close it, and remove its temporary name."""
@@ -132,30 +124,49 @@ def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None =
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     # Less the umask, as any program's output; what replaces a file that few may read is not read by more meanwhile.
     mode = 0o666 if replaced is None else 0o600
-    host = _host()
+    host = this_host()
     while True:
-        temporary = _beside(path, host)
+        temporary = beside(path, host)
         try:
             fd = os.open(temporary, flags, mode)
         except FileNotFoundError as error:
-            folder = os.path.dirname(shown) or "."
-            raise MissingFileError(
-                f"{shown}: cannot be written: the folder {folder} does not exist; create it first: mkdir -p "
-                f"{shlex.quote(folder)}",
-                path=shown,
-            ) from error
+            raise no_folder(shown) from error
         except OSError as error:
             raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
         output = Output(plan=plan, path=path, shown=shown, temporary=temporary, fd=fd, host=host, replaced=replaced)
         try:
-            if not host or (_locked(fd) and _has_name(os.fstat(fd), temporary)):
+            if not host or (locked(fd) and has_name(os.fstat(fd), temporary)):
                 return output
         except OSError:  # there are no locks here
             host = ""
         output.close()  # another run has swept it, in the moment before it was locked
 
 
-def _host() -> str:
+def no_folder(shown: str) -> MissingFileError:
+    """The error for an output in a folder that is not there."""
+    folder = os.path.dirname(shown.rstrip("/")) or "."
+    remedy = f"create it first: mkdir -p {shlex.quote(folder)}"
+    return MissingFileError(f"{shown}: cannot be written: the folder {folder} does not exist; {remedy}", path=shown)
+
+
+def permit(fd: int, old: os.stat_result, bits: int) -> None:
+    """Give an output the permissions, and where this process may the owner and group, of what it replaces."""
+    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):
+        with contextlib.suppress(OSError, AttributeError):  # Windows has neither
+            os.fchown(fd, owner, group)
+    with contextlib.suppress(OSError, AttributeError):
+        os.fchmod(fd, old.st_mode & bits)
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder and the files in it; one in which other folders are stays."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
+
+
+def this_host() -> str:
     """Eight digits for this machine; empty where there are no locks."""
     return _host_digits() if fcntl is not None else ""
 
@@ -168,7 +179,7 @@ def _host_digits() -> str:
     return f"{zlib.crc32(mark):08x}"
 
 
-def _locked(fd: int) -> bool:
+def locked(fd: int) -> bool:
     """Lock the file; whether nobody else has.
 
     Raises:
@@ -209,14 +220,15 @@ def _folder_locked(path: str, *, shared: bool) -> Iterator[bool]:
         yield won
 
 
-def _has_name(status: os.stat_result, path: str) -> bool:
+def has_name(status: os.stat_result, path: str) -> bool:
+    """Whether it is this file that has the name."""
     try:
         return os.path.samestat(status, os.lstat(path))
     except FileNotFoundError:
         return False
 
 
-def _beside(path: str, host: str) -> str:
+def beside(path: str, host: str) -> str:
     """A name in the same folder that nothing has."""
     folder, name = os.path.split(path)
     # 56 characters are at most 224 bytes, so that the name is no longer than a file system allows.  The ending stays:
@@ -232,7 +244,7 @@ def is_temporary_name(name: str) -> bool:
 
 def remove_stale(folder: str) -> None:
     """Remove the temporary files that killed runs on this host left in a folder; those of runs at work stay."""
-    host = _host()
+    host = this_host()
     with contextlib.suppress(OSError), _folder_locked(folder, shared=False) as won_it:
         if not won_it:
             return
@@ -245,6 +257,7 @@ def remove_stale(folder: str) -> None:
                 won = {path: digits for path, digits in some if _won(path, stack, held)}
                 # Only now: whoever had them open is gone, and changes no index any more.
                 for path in won and _named_by_no_index(folder, won):
+                    remove_folder(path)
                     with contextlib.suppress(OSError):
                         os.unlink(path)
 
@@ -254,15 +267,16 @@ def _won(path: str, stack: contextlib.ExitStack, held: set[tuple[int, int]]) -> 
 
     A shard has two names for a moment, and a lock is one file's: the other name of what is held is won with it.
     """
-    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(OSError):
-        fd = os.open(path, flags)
+        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+        fd = os.open(path, flags | (os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR))
         stack.callback(os.close, fd)
         status = os.fstat(fd)
         file = status.st_dev, status.st_ino
-        if stat.S_ISREG(status.st_mode) and (file in held or _locked(fd)):
+        if (is_folder or stat.S_ISREG(status.st_mode)) and (file in held or locked(fd)):
             held.add(file)
-            return _has_name(status, path)
+            return has_name(status, path)
     return False
 
 
@@ -389,7 +403,7 @@ def _replace(shards: list[Output], main: Output, final: Output, source: Source |
         raise
     try:
         if flush:
-            _flush_folder(os.path.dirname(main.path))
+            flush_folder(os.path.dirname(main.path))
         for shard in shards:
             _rename_over(shard, source)
         os.replace(final.temporary, final.path)
@@ -408,7 +422,7 @@ def _replace(shards: list[Output], main: Output, final: Output, source: Source |
 
 def _rename_over(shard: Output, source: Source | None) -> None:
     """Give a shard its name, and leave it the temporary one where the file system has hard links."""
-    second = _beside(shard.path, shard.host)
+    second = beside(shard.path, shard.host)
     try:
         try:
             os.link(shard.temporary, second)
@@ -457,7 +471,7 @@ def names_flushed_together() -> Iterator[None]:
         _waiting.reset(token)
         for folder in filter(os.path.isdir, sorted(folders)):  # others are gone again
             try:
-                _flush_folder(folder)
+                flush_folder(folder)
             except OSError as error:
                 raise FileAccessError(f"{folder}: cannot be written: {error.strerror}", path=folder) from error
 
@@ -466,12 +480,12 @@ def flush_names(folder: str) -> None:
     """Make the names in a folder durable, at once or with others."""
     waiting = _waiting.get()
     if waiting is None:
-        _flush_folder(folder)
+        flush_folder(folder)
     else:
         waiting.add(folder)
 
 
-def _flush_folder(path: str) -> None:
+def flush_folder(path: str) -> None:
     """Make the names in a folder durable, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return

@@ -15,6 +15,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ from ckptkit.computed import DenseRange, DenseValues, Held, files_of, is_made, r
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.report import count_of
-from ckptkit.transfer.values import stream
 
 __all__ = ["Piece", "PiecedValues", "pieced"]
 
@@ -113,6 +113,18 @@ class PiecedValues(DenseValues):
                 if found is None:
                     found = self._locals[number] = _fitting(piece.local(), piece, self._dtype, self.name)
         return found
+
+    def without_checksums(self) -> PiecedValues:
+        """As `DenseValues.without_checksums`; pieces that were not read yet are without, too, once they are."""
+        pieces = [
+            piece._replace(
+                local=_bare(piece.local) if isinstance(piece.local, TensorEntry) else partial(_read_bare, piece.local)
+            )
+            for piece in self._pieces
+        ]
+        made = PiecedValues("", self._shape, self._dtype, pieces, self.files)
+        made.name = self.name
+        return made
 
     def copies(self, offset: int, nbytes: int) -> list[tuple[int, ByteRange]] | None:
         """The bytes of a range as runs of files, each with where in the range it begins; ``None``: they are gathered.
@@ -370,6 +382,14 @@ def _fitting(entry: TensorEntry, piece: Piece, dtype: str, what: str) -> TensorE
     return entry
 
 
+def _bare(entry: TensorEntry) -> TensorEntry:
+    return replace(entry, storage=entry.storage.without_checksum())
+
+
+def _read_bare(read: Callable[[], TensorEntry]) -> TensorEntry:
+    return _bare(read())
+
+
 def _part(entry: TensorEntry, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> TensorEntry:
     """The record of a box of a tensor."""
     if sizes == entry.shape:
@@ -383,6 +403,8 @@ def _read(entry: TensorEntry, out: memoryview) -> None:
     if entry.is_plain_bytes:
         read_into(entry.storage.source.part(entry.storage_offset * entry.itemsize, entry.nbytes), out)
         return
+    from ckptkit.transfer.values import stream
+
     at = 0
     for chunk in stream(entry):
         out[at : at + len(chunk)] = chunk

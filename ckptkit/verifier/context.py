@@ -117,7 +117,7 @@ class Context:
     @property
     def reading(self) -> list[str]:
         """Options, as they are typed, by which the file could be read at all."""
-        return self.options.typed("allow_part", "ignore_checksums")
+        return self.options.typed("tag", "tp_rules", "allow_part", "ignore_checksums")
 
     @property
     def asked(self) -> list[str]:

@@ -19,7 +19,7 @@ from ckptkit.extras import __version__
 from ckptkit.formats.safetensors import NAME
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.report import Finding, count_of, listed
-from ckptkit.transfer import write_atomically
+from ckptkit.transfer.writing import write_atomically
 from ckptkit.verifier.context import Context
 from ckptkit.verifier.forward import measured_noise, model_dtype
 from ckptkit.verifier.golden import KEY, VERSION, Golden, Recorded, read_golden, told_args

@@ -205,11 +205,12 @@ class Warden:
         argv = [sys.executable, "-X", "utf8", str(script)]
         self._process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, folder: Path, commands: list[tuple[list[str], Path]]) -> list[dict[str, Any]]:
+    def run(self, folder: Path, commands: list[tuple[list[str], Path]], **bounds: int) -> list[dict[str, Any]]:
         """What became of commands, arguments and the file for what they print, that one process runs in turn."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"cwd": str(folder), "commands": [{"argv": argv, "output": str(output)} for argv, output in commands]}
+        asked = [{"argv": argv, "output": str(output)} for argv, output in commands]
+        job = {"cwd": str(folder), "commands": asked, **bounds}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())  # type: ignore[no-any-return]
@@ -223,13 +224,14 @@ class Warden:
 class Court:
     """What becomes of each sample under each command; every sample is made and run when it is asked for."""
 
-    def __init__(self, samples: Samples, commands: list[str], apart: bool, root: Path) -> None:
+    def __init__(self, samples: Samples, commands: list[str], bounds: dict[str, int], apart: bool, root: Path) -> None:
         modules = root / "modules"
         modules.mkdir()
         self._canary = root / "canary"
         (modules / "canary_module.py").write_text(f"open({str(self._canary)!r}, 'w')\nclass Net: pass\n")
         self._samples = samples
         self._commands = commands
+        self._bounds = {"memory": warden.MEMORY, "seconds": warden.SECONDS} | bounds
         self._apart = apart
         self._folder = root / "samples"
         self._results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -251,7 +253,7 @@ class Court:
             found = {}
             for together in [[command] for command in outputs] if self._apart else [list(outputs)]:
                 jobs = [([word.format(file="file.pth") for word in COMMANDS[each]], outputs[each]) for each in together]
-                for command, result in zip(together, self._warden.run(folder, jobs), strict=True):
+                for command, result in zip(together, self._warden.run(folder, jobs, **self._bounds), strict=True):
                     found[command] = {**result, "output": outputs[command]}
             self._results[name] = found
         return self._results[name]
@@ -267,7 +269,7 @@ class Court:
             assert "Traceback" not in result["stderr"], told
             assert "internal error" not in result["stderr"], told
             assert result["events"] == [], told
-            assert result["peak"] < 1 << 30, told
+            assert result["peak"] < self._bounds["memory"], told
             assert len(result["stderr"]) < 10_000, told
         assert not self._canary.exists(), f"{name}: its payload ran"
         left = {path.name for path in (self._folder / name).iterdir()} - {"file.pth", "out.safetensors", "out.pth"}
@@ -311,11 +313,13 @@ class Court:
 def court(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
     """For the samples of the module's table ``SAMPLES``, under the commands ``ASKED`` for (default: all).
 
-    Where there is an ``ASKED``, each of them has a process of its own.
+    Where there is an ``ASKED``, each of them has a process of its own; ``BOUNDS`` are those of `warden` but for small
+    samples.
     """
     held = Court(
         request.module.SAMPLES,
         getattr(request.module, "ASKED", list(COMMANDS)),
+        getattr(request.module, "BOUNDS", {}),
         hasattr(request.module, "ASKED"),
         tmp_path_factory.mktemp("attacks"),
     )

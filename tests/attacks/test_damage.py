@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -45,8 +46,8 @@ def damaged(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_cut_short(name: str, damaged: Path) -> None:
     data = (FIXTURES / name).read_bytes()
-    for length in places(len(data)):
-        (damaged / name).write_bytes(data[:length])
+    for length in reversed(places(len(data))):
+        os.truncate(damaged / name, length)
         said = read(damaged / name)
         # JSON may lose the line break at its end, and nothing else.
         assert said is not None or data[length:].isspace(), f"{length} of {len(data)} bytes were read"
@@ -57,11 +58,12 @@ def test_cut_short(name: str, damaged: Path) -> None:
 def test_bits_flipped(name: str, damaged: Path) -> None:
     data = (FIXTURES / name).read_bytes()
     refused = 0
-    for place in places(len(data)):
-        flipped = bytearray(data)
-        flipped[place] ^= 1 << place % 8
-        (damaged / name).write_bytes(flipped)
-        refused += read(damaged / name) is not None
+    with (damaged / name).open("r+b", buffering=0) as file:
+        for place in places(len(data)):
+            os.pwrite(file.fileno(), bytes([data[place] ^ 1 << place % 8]), place)
+            refused += read(damaged / name) is not None
+            os.pwrite(file.fileno(), data[place : place + 1], place)
+    assert (damaged / name).read_bytes() == data
     assert refused > 0
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 NET = """
-import sys, time
+import os, sys, time
 from torch import nn
 
 def make():
     return nn.Linear(3, 3)
 
 def slow():
-    print("at work", file=sys.stderr, flush=True)
-    time.sleep(3)
+    print("at work", os.getpid(), file=sys.stderr, flush=True)
+    for _ in range(6000):
+        if os.path.exists("go on"):
+            break
+        time.sleep(0.01)
     return nn.Linear(3, 3)
 """
 
@@ -70,6 +74,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+CLOSED = {"<&-": [0], ">&-": [1], "2>&-": [2], "<&- >&- 2>&-": [0, 1, 2]}
+"""What is closed, by the shell's words for it."""
+
+BEGIN_CLOSED = """
+import os, sys
+
+for number in {}:
+    os.close(number)
+    for name in (("stdin", "stdout", "stderr")[number],):
+        setattr(sys, name, None)
+        setattr(sys, "__" + name + "__", None)
+from ckptkit.cli import run
+run()
+"""
+"""As Python begins where these are closed."""
+
 PROGRAM = f"ckptkit() {{ '{sys.executable}' -m ckptkit \"$@\"; }}\n"
 
 
@@ -96,22 +116,28 @@ def test_every_command_has_cases() -> None:
 def test_no_command_loses_its_verdict(folder: Path, name: str, code: int, forks: Callable[..., Any]) -> None:
     arguments = [name, *CASES[name][code]]
     # Where all descriptors are open, a fork of what has imported all it needs will do.
-    program = forks(with_torch=name == "verify").shell("ckptkit", "-m", "ckptkit")
+    fork = forks(with_torch=name == "verify")
+    program = fork.shell("ckptkit", "-m", "ckptkit")
+
+    def closed(redirected: str) -> subprocess.CompletedProcess[str]:
+        if code == 0 and name in ("check", "convert"):  # Python itself begins so
+            return shell(folder, arguments, redirected)
+        return shell(folder, arguments, "", fork.shell("ckptkit", "-c", BEGIN_CLOSED.format(CLOSED[redirected])))
+
     assert shell(folder, arguments, program=program).returncode == code
     gone = shell(folder, arguments, "| true; exit ${PIPESTATUS[0]}", program)
     assert (gone.returncode, gone.stderr) == (code, "")
     if (name, code) == ("verify", 0):
         return  # a verdict of 1 shows the rest
-    if name != "verify":  # the same
-        assert shell(folder, arguments, "<&-").returncode == code
-        assert shell(folder, arguments, "2>&-").returncode == code
-        assert shell(folder, arguments, "2>/dev/full", program).returncode == code
+    assert closed("<&-").returncode == code
+    assert closed("2>&-").returncode == code
+    assert shell(folder, arguments, "2>/dev/full", program).returncode == code
     written = "; out.safetensors was written" if name == "convert" else ""
     for redirected, state in ((">/dev/full", "full"), (">&-", "closed")):
-        lost = shell(folder, arguments, redirected, program if state == "full" else PROGRAM)
+        lost = closed(redirected) if state == "closed" else shell(folder, arguments, redirected, program)
         assert (lost.returncode, lost.stdout) == (2, "")
         assert lost.stderr == f"ckptkit: error: standard output is {state}{written}\n"
-    nothing = shell(folder, arguments, "<&- >&- 2>&-")
+    nothing = closed("<&- >&- 2>&-")
     assert nothing.returncode == 2
 
 
@@ -179,38 +205,68 @@ def test_a_stdout_that_takes_nothing_now_is_waited_for(folder: Path) -> None:
 # Signals.
 
 
-def at_work(folder: Path, **more: Any) -> subprocess.Popen[bytes]:
-    """A check that runs a slow factory."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ckptkit", "check", "lin.pth", "--fits", "net.py:slow"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=ENV, **more,
-    )  # fmt: skip
-    assert process.stderr is not None
-    assert process.stderr.readline() == b"at work\n"
-    return process
+CHECK = ["check", "lin.pth", "--fits", "net.py:slow"]
+"""A check that runs a slow factory."""
+
+
+def signalled(
+    folder: Path, send: Callable[[int], object], forks: Callable[..., Any], arguments: Sequence[str]
+) -> tuple[int, str, str]:
+    """The status and outputs of a fork that has imported torch, which is sent signals while the factory is at work."""
+    (folder / "out").touch()
+    with (folder / "out").open("rb+") as out, ThreadPoolExecutor(1) as asking, open(os.devnull, "rb") as nothing:
+        reader, writer = os.pipe()
+        with open(reader, encoding="utf-8") as errors:
+            streams = [nothing.fileno(), out.fileno(), writer]
+            status = asking.submit(forks(with_torch=True).ask, *arguments, cwd=folder, env=ENV, streams=streams)
+            *words, pid = errors.readline().split()
+            assert words == ["at", "work"]
+            send(int(pid))
+            ended = status.result(timeout=60)
+            os.close(writer)
+            out.seek(0)
+            return ended, out.read().decode(), errors.read()
 
 
 @pytest.mark.parametrize(
     ("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGHUP, 1)]
 )
-def test_a_signal_is_128_and_its_number(folder: Path, number: signal.Signals, times: int) -> None:
-    with at_work(folder) as process:
+def test_a_signal_is_128_and_its_number(
+    folder: Path, number: signal.Signals, times: int, forks: Callable[..., Any]
+) -> None:
+    def send(pid: int) -> None:
         for _ in range(times):
-            process.send_signal(number)
+            os.kill(pid, number)
+
+    status, out, errors = signalled(folder, send, forks, ["-m", "ckptkit", *CHECK])
+    assert (status, out) == (128 + number, "")
+    assert errors.endswith("; no file is half-written\n")
+    assert errors.count("\n") == 1
+
+
+def test_a_process_of_its_own_is_interrupted(folder: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", *CHECK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, env=ENV
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(b"at work")
+        process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert out == b""
-    assert errors.decode().endswith("; no file is half-written\n")
+    assert (process.returncode, out) == (128 + signal.SIGINT, b"")
+    assert errors.endswith(b"; no file is half-written\n")
     assert errors.count(b"\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_signal_that_is_ignored_stays_so(folder: Path, number: signal.Signals) -> None:
-    with at_work(folder, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN)) as process:
-        process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert b"1 file passed" in out
+def test_a_signal_that_is_ignored_stays_so(folder: Path, number: signal.Signals, forks: Callable[..., Any]) -> None:
+    def send(pid: int) -> None:
+        os.kill(pid, number)
+        (folder / "go on").touch()
+
+    ignoring = f"import signal; signal.signal({number:d}, signal.SIG_IGN); from ckptkit.cli import run; run()"
+    status, out, _ = signalled(folder, send, forks, ["-c", ignoring, *CHECK])
+    assert status == 0
+    assert "1 file passed" in out
 
 
 def test_a_signal_that_somebody_caught_is_no_success() -> None:

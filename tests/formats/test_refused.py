@@ -257,49 +257,13 @@ def test_a_download_that_is_not_finished(ending: str, tmp_path: Path) -> None:
     ("names", "words"),
     [
         ([], "is a folder, not a file"),
-        (
-            [".metadata", "__0_0.distcp", "__1_0.distcp"],
-            "torch.distributed.checkpoint .2 .distcp files.*belong together.*does not merge",
-        ),
-        (
-            ["model.safetensors.index.json", "x.safetensors"],
-            "give the index of its shards: .*model.safetensors.index.json",
-        ),
         (["saved_model.pb"], "is a TensorFlow SavedModel"),
         (["manifest.ocdbt"], "is an orbax checkpoint"),
-        (
-            ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-            "is a DeepSpeed checkpoint; give the weights in it: .*mp_rank_00_model_states.pt",
-        ),
-        (
-            ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt"],
-            r"is a DeepSpeed ZeRO checkpoint .2 parts: .*belong together",
-        ),
-        (
-            ["layer_00-model_states.pt", "layer_01-model_states.pt", "mp_rank_00_model_states.pt"],
-            r"is a DeepSpeed pipeline checkpoint .3 parts: .*belong together",
-        ),
-        (
-            ["trainer_state.json", "optimizer.pt", "model.safetensors"],
-            "is a checkpoint folder of a trainer; give the weights in it: .*model.safetensors",
-        ),
-        (
-            ["trainer_state.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"],
-            "is a checkpoint folder of a trainer; give the index of its shards: .*model.safetensors.index.json",
-        ),
-        (
-            ["params.json", "consolidated.00.pth", "consolidated.01.pth"],
-            r"is a Llama checkpoint .* .2 parts: .*together",
-        ),
-        (["params.json", "consolidated.00.pth"], "in one part that is the whole; give .*consolidated.00.pth"),
-        (
-            ["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"],
-            r"is an FSDP checkpoint .* .2 parts: .*together",
-        ),
-        (["shard-00001-model-00001-of-00001.safetensors"], r"is a torch.distributed.checkpoint .*belong together"),
-        (["__0_0.distcp"], ".metadata is missing, so the save never finished"),
-        (["a.pth", "notes.txt"], "not a file; give the file in it: .*a.pth"),
-        (["a.pth", "b.bin"], "not a file; give one of the 2 files in it, such as .*a.pth"),
+        (["notes.txt", "data.pkl"], "is a folder, not a file"),
+        (["a.pth", "b.pt"], "2 checkpoints are in this folder: a.pth, b.pt; give one of them, or choose with --tag"),
+        (["model.safetensors", "pytorch_model.bin", "x.pt"], "2 checkpoints .*: model.safetensors, pytorch_model.bin;"),
+        (["m.safetensors.index.json", "m.bin.index.json"], "2 checkpoints .*: m.bin.index.json, m.safetensors.index.j"),
+        (["trainer_state.json", "optimizer.pt", "scheduler.pt"], "2 checkpoints .*: optimizer.pt, scheduler.pt;"),
     ],
 )
 def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
@@ -308,38 +272,6 @@ def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match=words) as caught:
         formats.read(tmp_path)
     assert isinstance(caught.value, CkptkitError)
-
-
-@pytest.mark.parametrize(
-    ("name", "words"), [("posix.system", "is HOSTILE: .* would run posix.system"), ("", "names nothing")]
-)
-def test_the_metadata_of_a_distributed_checkpoint_is_judged_first(name: str, words: str, tmp_path: Path) -> None:
-    module, _, attribute = (name or "torch.distributed.checkpoint.metadata.Metadata").rpartition(".")
-    (tmp_path / ".metadata").write_bytes(pickled(module, attribute))
-    (tmp_path / "__0_0.distcp").write_bytes(saved(WEIGHTS))
-    with pytest.raises(FileAccessError, match=rf"does not merge them yet; .metadata .*{words}") as caught:
-        formats.read(tmp_path)
-    assert "dcp_to_torch_save" not in str(caught.value)
-
-
-@pytest.mark.parametrize("tag", ["latest", "latest_checkpointed_iteration.txt"])
-def test_a_folder_that_names_its_last_checkpoint(tag: str, tmp_path: Path) -> None:
-    last = tmp_path / ("iter_0000010" if tag.startswith("latest_") else "global_step10")
-    (tmp_path / tag).write_text("10\n" if tag.startswith("latest_") else last.name)
-    for rank in ("mp_rank_00", "mp_rank_01"):
-        (last / rank).mkdir(parents=True)
-    with pytest.raises(
-        FileAccessError, match=f"a training folder; its last checkpoint, {last}, is a Megatron .*2 parts"
-    ):
-        formats.read(tmp_path)
-    (last / "mp_rank_01").rmdir()
-    (last / "mp_rank_00" / "model_optim_rng.pt").write_bytes(saved(WEIGHTS))
-    with pytest.raises(FileAccessError, match=r"in one part that is the whole; give .*mp_rank_00/model_optim_rng.pt"):
-        formats.read(tmp_path)
-    for content in ("..", "no such folder", "../x", "\0"):  # whatever it says, nothing outside is looked at
-        (tmp_path / tag).write_text(content)
-        with pytest.raises(FileAccessError, match="is a folder, not a file"):
-            formats.read(tmp_path)
 
 
 # ZIP archives that are not checkpoints: each is named, with what to do.

@@ -26,7 +26,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, DTypeError, FormatError, LimitError, UnknownFormatError
 from ckptkit.formats import safetensors as reader
 from ckptkit.limits import Limits
-from ckptkit.transfer import stream
+from ckptkit.transfer.values import stream
 
 
 def file_bytes(header: object, data: bytes = b"", *, size: int | None = None) -> bytes:

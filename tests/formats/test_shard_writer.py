@@ -29,7 +29,7 @@ from ckptkit.formats.format import Format
 from ckptkit.formats.shard_writer import SafetensorsUnits, TorchUnits, index_name, plan_shards
 from ckptkit.pickling.inert import InertDict
 from ckptkit.plan import Plan
-from ckptkit.transfer import execute
+from ckptkit.transfer.steps import execute
 
 State = dict[str, torch.Tensor]
 Same = Callable[[torch.Tensor, torch.Tensor], bool]

@@ -615,62 +615,55 @@ def test_a_file_that_changes_between_its_sections(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def piped(data: bytes, *arguments: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    if not options:
-        options["input"] = data
-    env = {**os.environ, "PYTHONPATH": str(FIXTURES.parent)}
-    command = [sys.executable, "-m", "ckptkit", *arguments]
-    return subprocess.run(command, capture_output=True, cwd=folder, env=env, **options)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_standard_input(tmp_path: Path) -> None:
+def test_standard_input(tmp_path: Path, run: Run) -> None:
     data = saved()
     (tmp_path / "m.pth").write_bytes(data)
     (tmp_path / "like.pth").write_bytes(data)
-    done = piped(data, "inspect", "-", "--json", folder=tmp_path)
+    done = run("inspect", "-", "--json", stdin=data)
     (document,) = json.loads(done.stdout)["files"]
-    assert (done.returncode, document["path"], document["size"], done.stderr) == (0, "-", len(data), b"")
+    assert (done.returncode, document["path"], document["size"], done.stderr) == (0, "-", len(data), "")
     with (tmp_path / "m.pth").open("rb") as file:
-        assert json.loads(piped(b"", "inspect", "-", "--json", folder=tmp_path, stdin=file).stdout)["files"] == [
-            document
-        ]
-    assert piped(gzip.compress(data), "convert", "-", "out.safetensors", folder=tmp_path).returncode == 0
+        assert json.loads(run("inspect", "-", "--json", stdin=file.fileno()).stdout)["files"] == [document]
+    assert run("convert", "-", "out.safetensors", stdin=gzip.compress(data)).returncode == 0
     assert ckptkit.diff(tmp_path / "out.safetensors", tmp_path / "m.pth").ok
     sections = saved({"model": {"z": torch.ones(9)}, "ema": STATE})
-    done = piped(sections, "convert", "-", "ema.safetensors", "--like", "like.pth", folder=tmp_path)
+    done = run("convert", "-", "ema.safetensors", "--like", "like.pth", stdin=sections)
     assert done.returncode == 0, done.stderr
     assert ckptkit.diff(tmp_path / "ema.safetensors", tmp_path / "m.pth").ok
-    assert piped(data, "diff", "-", "m.pth", folder=tmp_path).returncode == 0
-    assert piped(data, "diff", "m.pth", "-", folder=tmp_path).returncode == 0
-    done = piped(data, "diff", "-", "-", folder=tmp_path)
-    assert (done.returncode, b"standard input can be one of the two" in done.stderr) == (2, True)
-    done = piped(data, "check", "-", "m.pth", "--no-nan", "--json", folder=tmp_path)
+    assert run("diff", "-", "m.pth", stdin=data).returncode == 0
+    assert run("diff", "m.pth", "-", stdin=data).returncode == 0
+    done = run("diff", "-", "-", stdin=data)
+    assert (done.returncode, "standard input can be one of the two" in done.stderr) == (2, True)
+    done = run("check", "-", "m.pth", "--no-nan", "--json", stdin=data)
     assert (done.returncode, json.loads(done.stdout)["checked"]) == (0, 2)
-    done = piped(b"words", "check", "-", folder=tmp_path)
-    assert (done.returncode, b"-: NOT CHECKED" in done.stdout) == (2, True)
-    done = piped(data, "manifest", "-", folder=tmp_path)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert b"-: a manifest records files by their paths, and standard input has none" in done.stderr
+    done = run("check", "-", stdin=b"words")
+    assert (done.returncode, "-: NOT CHECKED" in done.stdout) == (2, True)
+    done = run("manifest", "-", stdin=data)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "-: a manifest records files by their paths, and standard input has none" in done.stderr
     for content in (b"", b"words"):
-        assert piped(content, "inspect", "-", folder=tmp_path).returncode == 2
+        assert run("inspect", "-", stdin=content).returncode == 2
     (tmp_path / "-").write_bytes(saved({"named": torch.ones(1)}))
-    done = piped(data, "inspect", "./-", "-", "--json", folder=tmp_path)
+    done = run("inspect", "./-", "-", "--json", stdin=data)
     assert [len(each["tensors"]) for each in json.loads(done.stdout)["files"]] == [1, 2]
     model = saved(nn.Linear(2, 1))
-    findings = json.loads(piped(model, "inspect", "-", "--json", folder=tmp_path).stdout)["files"][0]["findings"]
+    findings = json.loads(run("inspect", "-", "--json", stdin=model).stdout)["files"][0]["findings"]
     fix = next(finding["fix"] for finding in findings if finding["fix"])
     assert fix.startswith("ckptkit convert - model.")
-    assert piped(model, *fix.split()[1:], folder=tmp_path).returncode == 0
+    assert run(*fix.split()[1:], stdin=model).returncode == 0
 
 
-def test_standard_input_of_verify_is_no_file_that_is_run(tmp_path: Path) -> None:
+def test_standard_input_of_verify_is_no_file_that_is_run(tmp_path: Path, run: Run) -> None:
     torch.save(nn.Linear(2, 1), tmp_path / "-")
     for given in (saved(nn.Linear(2, 1)), gzip.compress(saved(nn.Linear(2, 1)))):
-        done = piped(given, "verify", "-", "--unsafe-load", "--input-shape", "1,2", folder=tmp_path)
+        done = run("verify", "-", "--unsafe-load", "--input-shape", "1,2", stdin=given)
         assert done.returncode == 2
-        assert b"-: is not a file of its own, as --unsafe-load needs it; unpack it first" in done.stderr
+        assert "-: is not a file of its own, as --unsafe-load needs it; unpack it first" in done.stderr
     given = saved(nn.Linear(3, 2).state_dict())
-    done = piped(given, "verify", "-", "--model", "torch.nn:Identity", "--no-forward", "--json", folder=tmp_path)
+    done = run("verify", "-", "--model", "torch.nn:Identity", "--no-forward", "--json", stdin=given)
     assert (done.returncode, json.loads(done.stdout)["path"]) == (1, "-")
 
 

@@ -19,7 +19,7 @@ from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.formats import torch_zip_writer
 from ckptkit.limits import Limits
 from ckptkit.plan import Plan
-from ckptkit.transfer import write_atomically
+from ckptkit.transfer.writing import write_atomically
 
 
 def read(path: Path) -> Checkpoint:

@@ -180,12 +180,12 @@ def test_code_that_torch_never_generates(imports: object, code: object, words: s
     assert graph_module(imports, code)["torch.fx.graph_module.reduce_graph_module"][0] == "dangerous"
 
 
-def test_the_same_text_called_a_million_times_is_looked_through_once_and_no_more() -> None:
+def test_the_same_text_called_ten_thousand_times_is_looked_through_once_and_no_more() -> None:
     callee = calls.Global("torch.fx.graph_module", "reduce_graph_module")
     watch = calls.CallsThatReach(calls.Global).watcher(callee)
     assert watch is not None
     body = InertDict([("_code", CODE + "    # " + "x" * 1_000_000)])
-    for _ in range(100_000):
+    for _ in range(10_000):
         watch((body, "import torch"))
     assert callee.offence.startswith("runs more than")
 

@@ -22,7 +22,7 @@ from ckptkit.pickling.inert import Object, mapping_items
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.tensors import StorageTable
 from ckptkit.pickling.writer import write_pickle
-from ckptkit.transfer import stream
+from ckptkit.transfer.values import stream
 
 
 class Python2(pickle._Pickler):  # type: ignore[name-defined, misc]

@@ -17,7 +17,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.formats import torch_zip_writer
 from ckptkit.pickling.inert import InertDict, Object, walk
 from ckptkit.pickling.tensors import is_tensor_like
-from ckptkit.transfer import write_atomically
+from ckptkit.transfer.writing import write_atomically
 
 
 def read(path: Path) -> Checkpoint:

@@ -20,7 +20,9 @@ from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.errors import FormatError
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.rewrite import WeightsOnly
-from ckptkit.transfer import execute, stream, write_atomically
+from ckptkit.transfer.steps import execute
+from ckptkit.transfer.values import stream
+from ckptkit.transfer.writing import write_atomically
 
 Save = Callable[..., Path]
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]

@@ -22,9 +22,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -57,19 +59,26 @@ class Forks:
                 command, env=self._env, stdin=subprocess.PIPE, pass_fds=[fd], start_new_session=True
             )
 
-    def run(self, *arguments: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        """As `subprocess.run` of ``python ARGUMENTS`` gives it."""
+    def run(
+        self, *arguments: str, cwd: Path, env: dict[str, str], stdin: int | bytes = subprocess.DEVNULL
+    ) -> subprocess.CompletedProcess[str]:
+        """As `subprocess.run` of ``python ARGUMENTS`` gives it; ``stdin``: a descriptor, or what a pipe gives."""
         if any(env.get(key) != self._env.get(key) for key in {*env, *self._env} if key.startswith(AT_START)):
+            assert stdin == subprocess.DEVNULL
             return subprocess.run(
                 [self._python, *arguments], cwd=cwd, env=env, capture_output=True, encoding="utf-8", timeout=SECONDS
             )
-        from support.asking import ask
-
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as nothing:
-            streams = [nothing.fileno(), out.fileno(), err.fileno()]
-            code = ask(self._path, list(arguments), str(cwd), env, streams)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, standard_input(stdin) as given:
+            streams = [given, out.fileno(), err.fileno()]
+            code = self.ask(*arguments, cwd=cwd, env=env, streams=streams)
             said = [os.pread(fd, os.fstat(fd).st_size, 0).decode() for fd in streams[1:]]
         return subprocess.CompletedProcess([self._python, *arguments], code, *said)
+
+    def ask(self, *arguments: str, cwd: Path, env: dict[str, str], streams: list[int]) -> int:
+        """The exit status of ``python ARGUMENTS`` with these descriptors; a signal's is negative."""
+        from support.asking import ask
+
+        return ask(self._path, list(arguments), str(cwd), env, streams)
 
     def shell(self, name: str, *arguments: str) -> str:
         """A function for a shell: ``NAME ...`` is ``python ARGUMENTS ...``."""
@@ -81,6 +90,31 @@ class Forks:
         """End it."""
         self._process.communicate(timeout=60)
         self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def standard_input(given: int | bytes) -> Iterator[int]:
+    """A descriptor to read from: that one, nothing's, or a pipe's that is filled by a thread."""
+    if isinstance(given, int) and given != subprocess.DEVNULL:
+        yield given
+        return
+    if isinstance(given, int):
+        with open(os.devnull, "rb") as nothing:
+            yield nothing.fileno()
+        return
+    reader, writer = os.pipe()
+
+    def fill() -> None:
+        with contextlib.suppress(BrokenPipeError), open(writer, "wb") as pipe:
+            pipe.write(given)
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    try:
+        yield reader
+    finally:
+        os.close(reader)
+        filler.join()
 
 
 def preload(*modules: str) -> None:

@@ -21,7 +21,19 @@ from typing import Any
 
 from ckptkit.cli import main
 
-CALLS = ("copy_file_range", "fsync", "ftruncate", "link", "open", "replace", "splice", "unlink")
+CALLS = (
+    "copy_file_range",
+    "fsync",
+    "ftruncate",
+    "link",
+    "mkdir",
+    "open",
+    "rename",
+    "replace",
+    "rmdir",
+    "splice",
+    "unlink",
+)
 """What changes files, and is called between all else that does.  `open` counts where it makes one."""
 
 

@@ -16,7 +16,8 @@ import torch
 import ckptkit
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.plan import Checksum, Copy, LiteralBytes, Plan, Step
-from ckptkit.transfer import Tally, execute, write_atomically
+from ckptkit.transfer.steps import Tally, execute
+from ckptkit.transfer.writing import write_atomically
 
 DATA = os.urandom(200_000)
 

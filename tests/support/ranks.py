@@ -1,9 +1,8 @@
 """Writes the checkpoints of trainings on several processes, as torch itself writes them: ``python ranks.py FOLDER``.
 
 Each case is a function that every rank of a gloo group calls, with the folder to write into; it returns what one
-process would have saved: the whole state, from values that are known before anything is sharded. Seeds are names, the
-learning rate is 0, and moments are computed from the weights element by element, so that a shard of them is the shard
-of the whole.
+process would have saved: the whole state, from values that are known before anything is sharded. Seeds are names, and
+moments are computed from the weights element by element, so that a shard of them is the shard of the whole.
 
 FOLDER/CASE/ckpt is the checkpoint, FOLDER/CASE/expected.pt its state, written by torch.save. `support.sharded` runs
 this program and has the cases by name. The ranks are forks of one process that has imported torch: two, then four.
@@ -17,7 +16,7 @@ import signal
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import product
@@ -34,7 +33,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import distribute_tensor as distribute
 
 Tree = dict[str, Any]
 Case = Callable[[Path, int], Tree]
@@ -97,16 +97,17 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
         {"params": [p for name, p in named.items() if "bias" in name], "weight_decay": 0.0, "betas": (0.8, 0.99)},
     ]
     optimizer = torch.optim.AdamW([{**group, "lr": 0.0} for group in groups])
-    for parameter in named.values():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for parameter, state in optimizer.state.items():
-        weights = local(parameter.detach())
-        local(state["exp_avg"]).copy_(weights * 2 + 1)
-        local(state["exp_avg_sq"]).copy_(weights * weights)
-        state["step"].fill_(3)
-    optimizer.zero_grad()
+    for parameter in named.values():  # a step on DTensors would take most of this program's time
+        weights, state = parameter.detach(), {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        local(state["exp_avg"]).copy_(local(weights) * 2 + 1)
+        local(state["exp_avg_sq"]).copy_(local(weights) ** 2)
+        optimizer.state[parameter] = {"step": torch.tensor(3.0), **state}
     return optimizer
+
+
+def distribute_tensor(value: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """A tensor that all ranks have, of which each keeps its part: nothing is sent."""
+    return distribute(value, mesh, placements, src_data_rank=None)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -491,7 +492,7 @@ def as_rank(root: Path, rank: int, world: int) -> None:
 def main(root: Path) -> int:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    adam(Net())  # imports what an optimizer's step needs, once for all ranks
+    adam(Net())  # imports torch._dynamo, once for all ranks
     failed = 0
     for world in CASES:
         ranks = []

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 import ckptkit
-from ckptkit import formats, transfer
+from ckptkit import formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
+from ckptkit.transfer import writing
 from support.generated_objects import Slotted
 
 Rewriter = Callable[[Checkpoint], Checkpoint]
@@ -44,7 +45,7 @@ def through(source: Path, destination: Path, *rewriters: Rewriter) -> Path:
         write = formats.format_for(destination).write
         assert write is not None
         plan = write(checkpoint.rewrite(*rewriters))
-        transfer.write_atomically(destination, plan, force=True, check=None)
+        writing.write_atomically(destination, plan, force=True, check=None)
     assert destination.stat().st_size == plan.nbytes
     return destination
 

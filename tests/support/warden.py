@@ -2,8 +2,8 @@
 
     python warden.py < jobs > results
 
-A job is ``{"cwd", "commands"}``, one line of JSON, answered by one line as soon as it is done.  This process
-imports ckptkit once; for each job it forks
+A job is ``{"cwd", "commands"}``, one line of JSON, answered by one line as soon as it is done; ``"memory"`` and
+``"seconds"`` in it are bounds of its own.  This process imports ckptkit once; for each job it forks
 a child that may take at most `MEMORY` bytes more than it has, and `SECONDS` of time for each command, whose audit
 events are watched.  It runs the commands, ``{"argv", "output"}`` each, one after the other; what one prints goes to
 its file ``output``.  The answer has
@@ -55,7 +55,7 @@ def _run(job: dict[str, Any]) -> list[dict[str, object]]:
     files = [[folder / f".{what}{number}" for what in ("stderr", "events", "code")] for number in range(len(commands))]
     child = os.fork()
     if child == 0:
-        _child(folder, commands, files)
+        _child(folder, commands, files, job.get("memory", MEMORY), job.get("seconds", SECONDS))
     _, status, usage = os.wait4(child, 0)
     results: list[dict[str, object]] = []
     for err, seen, code in files:
@@ -74,13 +74,13 @@ def _run(job: dict[str, Any]) -> list[dict[str, object]]:
     return results
 
 
-def _child(folder: Path, commands: list[dict[str, Any]], files: list[list[Path]]) -> None:
+def _child(folder: Path, commands: list[dict[str, Any]], files: list[list[Path]], memory: int, seconds: int) -> None:
     """Never returns."""
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     tempfile.tempdir = str(folder)  # what is left behind there is seen
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
     outputs = [command["output"] for command in commands]
     streams = [list(map(_created, (output, *paths))) for output, paths in zip(outputs, files, strict=True)]
     log = os.dup(0)
@@ -91,9 +91,9 @@ def _child(folder: Path, commands: list[dict[str, Any]], files: list[list[Path]]
             for number, opened in ((1, out), (2, err), (log, seen)):
                 os.dup2(opened, number)
             used = resource.getrusage(resource.RUSAGE_SELF)
-            limit = int(used.ru_utime + used.ru_stime) + SECONDS
+            limit = int(used.ru_utime + used.ru_stime) + seconds
             resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            signal.alarm(12 * SECONDS)  # for what waits without working: a pipe, a lock
+            signal.alarm(12 * seconds)  # for what waits without working: a pipe, a lock
             code = _code([str(argument) for argument in command["argv"]])
             strangers = {name.partition(".")[0] for name in set(sys.modules) - before} - _KNOWN
             if strangers:

@@ -146,16 +146,16 @@ def test_interrupted_at_any_moment_nothing_is_left(
 WAITING = """
 import sys
 from ckptkit.cli import run
-from ckptkit import transfer
+from ckptkit.transfer import writing
 
-real = transfer.move
+real = writing.move
 
 def move(*given):
     print("at work", file=sys.stderr, flush=True)
     sys.stdin.readline()
     return real(*given)
 
-transfer.move = move
+writing.move = move
 run()
 """
 """The command, which waits for a line before it moves the first byte."""
@@ -191,7 +191,7 @@ def test_a_second_run_beside(sources: dict[str, Path], out: Path, number: signal
     assert held(folder) == "new"
 
 
-LARGE = 3_000_000
+LARGE = 1_000_000
 """Values of each of 4 tensors."""
 
 
@@ -202,7 +202,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [[], ["--dtype", "float64"], ["--max-shard-size", "13MB"]])
+@pytest.mark.parametrize("options", [[], ["--dtype", "float64"], ["--max-shard-size", "4.5MB"]])
 def test_at_random_times(large: Path, out: Path, options: list[str]) -> None:
     folder = out.parent
     command = [sys.executable, "-m", "ckptkit", "convert", "-q", large, folder / ASKED, "--force", *options]
@@ -212,7 +212,7 @@ def test_at_random_times(large: Path, out: Path, options: list[str]) -> None:
             path.unlink()
         (folder / ASKED).write_bytes(b"old")
         with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE) as process:
-            time.sleep(dice.uniform(0.05, 0.7))
+            time.sleep(dice.uniform(0.05, 0.4))
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         shown = {path.name for path in folder.iterdir() if not path.name.startswith(".")}

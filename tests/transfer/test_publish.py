@@ -312,7 +312,7 @@ def test_kill_leaves_the_old_file_alone(tmp_path: Path, out: Path) -> None:
         import time
         from ckptkit.bytesource import ByteRange, SourceFile
         from ckptkit.plan import Copy, Plan
-        from ckptkit.transfer import write_atomically
+        from ckptkit.transfer.writing import write_atomically
 
         source = SourceFile({str(tmp_path / "data")!r})
         steps = tuple(Copy(at, ByteRange(source, 7, 20_000)) for at in range(0, 4_000_000, 20_000))

@@ -145,7 +145,7 @@ def test_an_index_that_cannot_be_read_names_anything(out: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("way", ["locked by the other", "removed by the other"])
 def test_a_file_that_is_swept_before_it_is_locked(out: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    real, seen = names._locked, list[int]()
+    real, seen = names.locked, list[int]()
 
     def late(fd: int) -> bool:
         seen.append(fd)
@@ -155,7 +155,7 @@ def test_a_file_that_is_swept_before_it_is_locked(out: Path, monkeypatch: pytest
             return way != "locked by the other"
         return real(fd)
 
-    monkeypatch.setattr(names, "_locked", late)
+    monkeypatch.setattr(names, "locked", late)
     write(out, PLAN)
     assert len(seen) == 2
     assert out.read_bytes() == b"new"
@@ -277,7 +277,7 @@ def test_the_owner_stays_where_that_is_allowed(out: Path, monkeypatch: pytest.Mo
 
 def test_a_link_of_a_locked_file_is_locked_too(out: Path) -> None:
     output: Output = created(PLAN, str(out), out.name)
-    second = names._beside(str(out), output.host)
+    second = names.beside(str(out), output.host)
     os.link(output.temporary, second)
     remove_stale(str(out.parent))
     assert len(only(out)) == 2

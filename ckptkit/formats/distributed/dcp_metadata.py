@@ -22,25 +22,29 @@ holds anything lies somewhere, nothing is stored of no chunk, files have plain n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.formats.distributed.dcp_runs import BYTES, Columns, Run, Runs, TensorRow
+from ckptkit.formats.distributed.dcp_record import LISTED, Items, Metadata, TensorMetadata
+from ckptkit.formats.distributed.dcp_runs import BYTES, LEFT_OUT, Columns, Run, Runs, TensorRow
 from ckptkit.limits import Limits
-from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items
+from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items, named_items
 from ckptkit.pickling.reader import PickleResult, read_pickle
 from ckptkit.pickling.tensors import is_int
 from ckptkit.pickling.trust import global_uses
-from ckptkit.report import count_of, listed
+from ckptkit.report import count_of
 
-__all__ = ["METADATA_NBYTES", "Items", "Metadata", "TensorMetadata", "parse_metadata"]
+__all__ = ["METADATA_NBYTES", "STRINGS", "parse_metadata"]
 
 METADATA_NBYTES = 1 << 30
 """Bytes of a ``.metadata``: twice that of 1,024 processes with Adam, at some 143 bytes a chunk."""
+
+STRINGS = "ckptkit_metadata"
+"""The attribute in which ckptkit keeps a checkpoint's string metadata, a dict; torch passes over it."""
 
 _MOST_CHUNKS = 8_000_000
 """Chunks, stored items and tensors, of each: what has room in that."""
@@ -54,109 +58,21 @@ _MOST_KEYS = 2_000_000
 _HUGE = 1 << 62
 """Elements and bytes that nothing has."""
 
+_OWN_NAMES = frozenset(
+    {f"{package}.metadata.{name}" for package in ("torch.distributed.checkpoint", "torch.distributed._shard.checkpoint")
+     for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "MetadataIndex",
+                  "_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "StorageMeta")}
+    | {f"{package}.{name}" for package in ("torch.distributed.checkpoint", "torch.distributed._shard.checkpoint")
+       for name in ("filesystem._StorageInfo", "planner.SavePlan", "planner.WriteItem", "planner.WriteItemType",
+                    "planner.TensorWriteData")}
+    | {f"torch.distributed._shard.sharded_tensor.metadata.{name}" for name in ("TensorProperties",
+                                                                               "MEM_FORMAT_ENCODING")}
+    | {f"pathlib.{module}{name}" for module in ("", "_local.") for name in ("PosixPath", "WindowsPath")}
+)  # fmt: skip
+"""What torch itself names in a ``.metadata``: records without behaviour, and the path that it was saved to."""
+
 _WRITERS = ("Metadata", "MCoreMetadata")
 """Names of the root's class."""
-
-_LISTED = 5
-"""Names that a message lists."""
-
-
-@dataclass(slots=True, eq=False)
-class TensorMetadata:
-    """One tensor.
-
-    Attributes:
-        name: the fqn.
-        dtype: torch name of the elements' type.
-        shape: its size in elements.
-        requires_grad: whether it was trained; torch says ``False`` of all that a state_dict holds.
-        offsets, sizes: of each chunk, in elements.
-        rows: of each chunk, where among `Items` it lies; -1: a chunk without elements that lies nowhere.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    requires_grad: bool
-    offsets: list[tuple[int, ...]]
-    sizes: list[tuple[int, ...]]
-    rows: list[int]
-
-
-@dataclass(slots=True, eq=False)
-class Items:
-    """Where the stored items lie, a row each.
-
-    Attributes:
-        paths: the file.
-        starts, lengths: first byte and number of bytes in it.
-        transforms: what the bytes went through: ``("stream.zstd/1",)``.
-    """
-
-    paths: Sequence[str]
-    starts: Sequence[int]
-    lengths: Sequence[int]
-    transforms: Sequence[tuple[str, ...]]
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Metadata:
-    """What a ``.metadata`` says.
-
-    Attributes:
-        tensors: by name, in order.
-        objects: names of what was pickled as it is, each with its row among ``items``.
-        order: the names of both, in order.
-        items: where each lies.
-        paths: for names the keys that lead to them; ``None``: the names themselves are the keys.
-        version: of the metadata, ``"1.0.0"``; ``None``: not said.
-        protocol: of the pickle.
-        globals: the verdicts on all names in it.
-    """
-
-    tensors: dict[str, TensorMetadata]
-    objects: dict[str, int]
-    order: list[str]
-    items: Items
-    paths: dict[str, tuple[str | int, ...]] | None
-    version: str | None
-    protocol: int
-    globals: tuple[GlobalUse, ...]
-
-    def check_files(self, sizes: dict[str, int | None]) -> None:
-        """Hold the items against the files of the folder.
-
-        Args:
-            sizes: bytes of each file that an item names; ``None``: it is not there.
-
-        Raises:
-            CorruptError: some are not there, are shorter than they must be, or two items share bytes.
-        """
-        missing = [path for path, size in sizes.items() if size is None]
-        if missing:
-            raise CorruptError(
-                f"{count_of(len(missing), 'file is', 'files are')} missing: {listed(missing, _LISTED)}; "
-                f"the checkpoint has {len(sizes):,}",
-                names=missing,
-            )
-        placed: dict[str, list[tuple[int, int]]] = {path: [] for path in sizes}
-        for path, start, length in zip(self.items.paths, self.items.starts, self.items.lengths, strict=True):
-            placed[path].append((start, start + length))
-        short = [path for path, spans in placed.items() if max(end for _, end in spans) > (sizes[path] or 0)]
-        if short:
-            end = max(end for _, end in placed[short[0]])
-            raise CorruptError(
-                f"{count_of(len(short), 'file is', 'files are')} cut short: {listed(short, _LISTED)}; {short[0]} has "
-                f"{sizes[short[0]]:,} bytes, and its items end at byte {end:,}",
-                names=short,
-            )
-        for path, spans in placed.items():
-            spans.sort()
-            before = 0
-            for start, end in spans:
-                if start < before:
-                    raise CorruptError(f"two items of {path} share bytes, from byte {start:,} on")
-                before = end
 
 
 def parse_metadata(data: bytes, limits: Limits) -> Metadata:
@@ -171,15 +87,16 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
     """
     limits = replace(limits, pickle_nbytes=METADATA_NBYTES, tree_nodes=METADATA_NBYTES, nodes=_MOST_NODES)
     runs = Runs(_MOST_CHUNKS)
-    pickle = read_pickle(
-        data, constructors=_CONSTRUCTORS, limits=limits, whole=True, hold=runs, memo=runs.memo
-    )  # fmt: skip
-    uses = global_uses(pickle.globals)
+    uses: tuple[GlobalUse, ...] = ()
     try:
+        pickle = read_pickle(
+            data, constructors=_CONSTRUCTORS, limits=limits, whole=True, hold=runs, memo=runs.memo
+        )  # fmt: skip
+        uses = _uses(pickle)
         read = None if runs.memo.is_odd else _Reader(runs.columns, limits).read(pickle)
         if read is None:  # what was left out is used as no pickler does
             pickle = read_pickle(data, constructors=_CONSTRUCTORS, limits=limits, whole=True)
-            uses = global_uses(pickle.globals)
+            uses = _uses(pickle)
             read = _Reader(Columns(), limits).read(pickle)
             if read is None:
                 raise CorruptError("chunks or items that are none of DCP's")
@@ -187,6 +104,16 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
         return read
     except FormatError as error:
         raise error.at(seen=uses) from error.__cause__
+
+
+def _uses(pickle: PickleResult) -> tuple[GlobalUse, ...]:
+    """The verdicts on its names: its own classes are what torch's loader is made for."""
+    found = global_uses(pickle.globals, ".metadata")
+    return tuple(replace(use, verdict="torch") if _is_own(use) else use for use in found)
+
+
+def _is_own(use: GlobalUse) -> bool:
+    return use.verdict == "unknown" and not use.reason and use.name in _OWN_NAMES
 
 
 def _size(args: tuple[object, ...]) -> object:
@@ -247,6 +174,7 @@ class _Reader:
             items=Items(columns.paths, columns.starts, columns.lengths, columns.transforms),
             paths=self._paths(state.get("planner_data"), order),
             version=version if isinstance(version, str) else None,
+            strings={key: value for key, value in named_items(state.get(STRINGS)) if isinstance(value, str)},
             protocol=pickle.protocol,
             globals=(),
         )
@@ -358,7 +286,7 @@ class _Reader:
                 raise CorruptError("a stored item without a name, a file, an offset or a length")
             if not isinstance(through, (list, tuple)) or not all(isinstance(each, str) for each in through):
                 raise CorruptError(f"{_shown(name)}: its transform_descriptors are {_kind(through)}, not texts")
-            if not 0 <= start < _HUGE or not 0 <= length < _HUGE or len(through) > _LISTED:
+            if not 0 <= start < _HUGE or not 0 <= length < _HUGE or len(through) > LISTED:
                 raise CorruptError(f"{_shown(name)}: an item of {length:,} bytes from byte {start:,} on")
             columns.names.append(name)
             columns.places.append(None if place is None else self._extent(place))
@@ -412,7 +340,8 @@ class _Reader:
                 extra.append(name)
         extra += by_name
         if lost:
-            raise CorruptError(f"nothing says where {count_of(len(lost), 'chunk')} lie: {_first(lost)}", names=lost)
+            told = count_of(len(lost), "chunk", "lies", "lie")
+            raise CorruptError(f"nothing says where {told}: {_first(lost)}", names=lost)
         if extra:
             raise CorruptError(f"items are stored of what is not described: {_first(map(_shown, extra))}", names=extra)
 
@@ -448,7 +377,13 @@ class _Attributes(dict[str, object]):
 
 
 def _is_a(node: object, *names: str) -> bool:
-    return isinstance(node, Object) and isinstance(node.cls, Global) and node.cls.name in names
+    """Whether a node is an object of a class of one of these names, made by NEWOBJ or, in protocols 0 and 1, a call."""
+    if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.items or node.pairs or node.effects:
+        return False
+    cls, args = node.cls, node.args
+    if cls.qualified in ("copyreg._reconstructor", "copy_reg._reconstructor") and args[2:] == (None,):
+        return isinstance(args[0], Global) and args[0].name in names
+    return cls.name in names and not args
 
 
 def _state(node: object, *names: str) -> _Attributes:
@@ -458,8 +393,8 @@ def _state(node: object, *names: str) -> _Attributes:
         CorruptError: it is something else.
     """
     found = attributes(node) if _is_a(node, *names) else None
-    if found is None or (isinstance(node, Object) and (node.args or node.items or node.pairs or node.effects)):
-        if not isinstance(node, (Object, Global, str, int, list, tuple, type(None))):
+    if found is None:
+        if isinstance(node, Run) or node is LEFT_OUT:
             raise _OddError
         raise CorruptError(f"{_kind(node)} where a {names[0]} belongs: not what torch.distributed.checkpoint writes")
     return _Attributes((key, value) for key, value in found.pairs if isinstance(key, str))
@@ -476,7 +411,7 @@ def _properties(node: object) -> tuple[object, object, object]:
 
 
 def _dtype(dtype: object, layout: object) -> str:
-    """torch name of a dtype, of a tensor that is strided.
+    """Torch name of a dtype, of a tensor that is strided.
 
     Raises:
         CorruptError: torch has no such dtype.
@@ -496,7 +431,8 @@ def _kind(node: object) -> str:
     """A node in a message: never its content, which may be endless."""
     if isinstance(node, (Global, Object)):
         return repr(node)[:120]
-    return "None" if node is None else f"a {type(node).__name__.lower()}"
+    name = type(node).__name__.lower().removeprefix("inert")
+    return "None" if node is None else f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _shown(name: str) -> str:
@@ -504,5 +440,5 @@ def _shown(name: str) -> str:
 
 
 def _first(texts: Iterable[str]) -> str:
-    found = [*islice(texts, _LISTED + 1)]
-    return ", ".join(found[:_LISTED]) + (" and others" if len(found) > _LISTED else "")
+    found = [*islice(texts, LISTED + 1)]
+    return ", ".join(found[:LISTED]) + (" and others" if len(found) > LISTED else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from typing import Any
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError
@@ -18,6 +19,7 @@ from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import is_shard_name, prefixed
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.report import Finding
 
 __all__ = ["FolderSource", "listing", "read_part"]
 
@@ -34,20 +36,44 @@ class FolderSource(Source):
         layout: name of its format (`ckptkit.formats.format.Format`).
         names: the files, by their paths below ``root``, with slashes.
         tag: which of several steps it is, as it is called; ``None``: the folder holds one.
+        own: those of the files that belong to the checkpoint; ``None``: all.
+        members: what it is put together from (`ckptkit.formats.distributed.joined`).
+        asked: the tag that was asked for.
+        findings: what is to be told of the way to it.
 
     Attributes:
-        root, layout, names, tag: as above.
+        root, layout, names, tag, own, members, asked, findings: as above.
         parts: the files that were opened, by name.
+        tp_rules: by which slices of ranks are joined (`ckptkit.formats.distributed.tensor_parallel.Rule`).
+        rules: the file that they were read from.
     """
 
-    __slots__ = ("layout", "names", "root", "tag")
+    __slots__ = ("asked", "findings", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules")
 
-    def __init__(self, path: str, root: str, layout: str, names: tuple[str, ...], tag: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        root: str,
+        layout: str,
+        names: tuple[str, ...],
+        tag: str | None = None,
+        *,
+        own: tuple[str, ...] | None = None,
+        members: tuple[str, ...] = (),
+        asked: str | None = None,
+        findings: tuple[Finding, ...] = (),
+    ) -> None:
         super().__init__(path, 0)
         self.root = root
         self.layout = layout
         self.names = names
         self.tag = tag
+        self.own = names if own is None else own
+        self.members = members
+        self.asked = asked
+        self.findings = findings
+        self.tp_rules: tuple[Any, ...] = ()
+        self.rules: str | None = None
 
     @property
     def folder(self) -> str:
@@ -72,6 +98,34 @@ class FolderSource(Source):
     def sibling(self, name: str) -> Source:
         """As `Source.sibling`, of a name in the folder."""
         return SourceFile(os.path.join(self.root, *name.split("/")))
+
+    def whole_parts(self) -> dict[str, Source]:
+        """All the files that belong to the checkpoint, by name; those that nobody has read yet too.
+
+        Raises:
+            As `part`.
+        """
+        for name in self.own:
+            if name not in self.parts:
+                self.part(name).release()
+        return self.parts
+
+    @property
+    def total_size(self) -> int:
+        """Size in bytes of the files that belong to the checkpoint."""
+        sizes = {name: part.size for name, part in self.parts.items()}
+        for name in self.own:
+            if name not in sizes:
+                try:
+                    sizes[name] = os.stat(os.path.join(self.root, *name.split("/"))).st_size
+                except OSError:  # who needs it says that it is missing
+                    continue
+        return sum(sizes.values())
+
+    def changed(self) -> bool:
+        """As `Source.changed`, of any file that was opened."""
+        self._require_open()
+        return any(part.changed() for part in self.parts.values())
 
 
 def listing(folder: str) -> tuple[str, ...]:
@@ -106,14 +160,13 @@ def _files(folder: str, inside: str, depth: int) -> Iterator[str]:
                 yield from _files(folder, name, depth + 1)
 
 
-def read_part(probe: Probe, name: str) -> RawCheckpoint:
+def read_part(probe: Probe, name: str, *, named: bool = True) -> RawCheckpoint:
     """What is in one file of the folder: the whole tree that its container's reader gives.
-
-    The keys of its storages begin with the file's name and a colon.
 
     Args:
         probe: of the folder.
         name: of the file.
+        named: whether the keys of its storages are to begin with the file's name and a colon.
 
     Raises:
         MissingFileError: it is not there.
@@ -127,7 +180,8 @@ def read_part(probe: Probe, name: str) -> RawCheckpoint:
     try:
         if not file.size:
             raise CorruptError("the file is empty")
-        return prefixed(identify(part, CONTAINERS).read(part), part.prefix)
+        raw = identify(part, CONTAINERS).read(part)
+        return prefixed(raw, part.prefix) if named else raw
     except FormatError as error:
         error.where = f"{name}: {error.where}" if error.where else name
         raise

@@ -1,0 +1,485 @@
+"""Which checkpoint a folder stands for: itself, the step that it points to, the one in it, or the one that is chosen.
+
+Trainers put folders around their checkpoints, and files that say which of them is the last:
+
+- DeepSpeed (``deepspeed/runtime/engine.py``): ``latest`` and ``latest_universal``, the name of a folder beside them
+- Megatron (``megatron/training/checkpointing.py``): ``latest_checkpointed_iteration.txt``, the number of
+  ``iter_0000010`` or the word ``release``
+- transformers' Trainer: ``checkpoint-10``, in it DeepSpeed's ``global_step10`` and ``latest``, accelerate's
+  ``pytorch_model_fsdp_0``, or the weights in a file or under an index
+- accelerate (``accelerate/utils/fsdp_utils.py``): ``pytorch_model_fsdp_0`` and ``optimizer_0``, two folders of
+  torch.distributed.checkpoint that are one resume dict; with DeepSpeed a folder ``pytorch_model``, and ``latest``
+- Lightning (``lightning/fabric/strategies/fsdp.py``): a folder of torch.distributed.checkpoint with all else in
+  ``meta.pt``
+- torchtitan: ``step-10``; the hub's writer: ``sharded`` beside what was consolidated from it
+
+Of several that no such file chooses from none is taken: they are listed, and ``--tag`` names one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ckptkit.bytesource import SourceFile
+from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
+from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
+from ckptkit.formats.distributed.folder import listing
+from ckptkit.formats.distributed.layouts import LAYOUTS, RANKED, SHARDED
+from ckptkit.formats.format import Probe
+from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
+from ckptkit.formats.unpacked import is_unpacked
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.report import Finding, count_of, listed
+
+__all__ = ["POINTERS", "Found", "describe_folder", "found_in", "pointed", "sharded_at", "sharded_in"]
+
+POINTERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
+"""Files that name the last step: DeepSpeed's, Megatron's, and DeepSpeed's of universal checkpoints."""
+
+_MOST_POINTER = 1024
+"""Bytes of such a file; a name has at most 255."""
+
+_DEEPEST = 8
+"""Folders that are gone through from one that points to the next."""
+
+_MOST_FOLDERS = 1000
+"""Folders in one that are looked into."""
+
+_MOST_FILES = 1000
+"""Files in a folder that are looked at."""
+
+_MOST_LOOKED_AT = 8
+"""Names in a folder in which there is no checkpoint that are looked at as folders themselves."""
+
+_LISTED = 8
+"""Checkpoints that a message lists."""
+
+WEIGHTS = (
+    r"(?:model|pytorch_model|adapter_model|diffusion_pytorch_model|consolidated|pytorch_model_fsdp(?:_\d+)?)"
+    r"\.(?:safetensors|bin|pth|pt)"
+)
+"""What trainers call the weights in their folders."""
+
+_BESIDE = r"(?:data|optimizer|scheduler|sampler|training_args|trainer_state|(?:rng_state|random_states).*)\.\w+"
+"""What trainers call the files beside their checkpoints' folders."""
+
+_JOINED = r"(?:pytorch_model_fsdp|optimizer)_\d+"
+"""accelerate's folders, each one of torch.distributed.checkpoint."""
+
+_MARKS = (".distcp", "/.metadata")
+"""How the files end by which these are known."""
+
+_OWN = {
+    "dcp": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|meta\.pt|common\.pt",
+    "megatron": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|common\.pt|(?:mp|tp)_rank_[^/]*/[^/]*"
+    r"|consolidated\.\d+\.\w+|modelopt_state/[^/]*",
+    "deepspeed": r"[^/]*_states\.pt|zero/.*",
+    "fsdp": RANKED,
+    "safetensors-dcp": SHARDED,
+}
+"""Which files in a folder of each layout are its own; so are texts beside them."""
+
+_TEXTS = (".json", ".txt", ".py", ".md", ".yaml", ".yml")
+
+_NAMED = re.compile(
+    r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank[_-]?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
+    r"|metadata\.json|.*-\d{5}-of-\d{5}\.\w+|pytorch_model_fsdp_\d+",
+    re.ASCII,
+)
+"""Names of which one at least is in every folder that may be a sharded checkpoint: of files and folders."""
+
+
+class Found(NamedTuple):
+    """What a folder stands for.
+
+    Attributes:
+        root: the folder that the files lie in; of one file, its path.
+        layout: name of its format; ``None``: it is one file, or an index.
+        names: the files below the folder, by their paths from there, with slashes.
+        own: those that belong to the checkpoint.
+        members: what it is put together from beside the folder's own files: folders (with a slash at the end), files.
+        tag: the name of the step; ``None``: the folder was not chosen from several.
+        findings: what is to be told of the choice.
+    """
+
+    root: str
+    layout: str | None = None
+    names: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+    tag: str | None = None
+    findings: tuple[Finding, ...] = ()
+
+
+# The folder itself.
+
+
+def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None:
+    """The sharded checkpoint that a folder is by its own files; ``None``: it is none.
+
+    Args:
+        folder: its path.
+        inside: the names in it, where they are known.
+
+    Raises:
+        FileAccessError: it cannot be listed.
+        LimitError: it holds more files than any checkpoint.
+    """
+    if inside is None:
+        try:
+            inside = os.listdir(folder or os.curdir)
+        except OSError as error:
+            raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
+    if not any(map(_NAMED.fullmatch, inside)):
+        return None
+    names = listing(folder)
+    for layout in LAYOUTS:
+        if layout.claims(folder, names):
+            own = _own(layout.format, names)
+            is_lightning = layout.format == "dcp" and "meta.pt" in names
+            return Found(folder, layout.format, names, own, ("meta.pt",) if is_lightning else ())
+    return _accelerate(folder, names) or _shards(folder, names)
+
+
+def _own(layout: str, names: Sequence[str]) -> tuple[str, ...]:
+    pattern = re.compile(_OWN.get(layout, ".*"), re.ASCII)
+    return tuple(
+        name for name in names if pattern.fullmatch(name) is not None or ("/" not in name and name.endswith(_TEXTS))
+    )
+
+
+def _accelerate(folder: str, names: tuple[str, ...]) -> Found | None:
+    """The model's and the optimizer's folders, which are one checkpoint."""
+    inside: dict[str, list[str]] = {}
+    for name in names:
+        above, slash, _ = name.partition("/")
+        if slash and re.fullmatch(_JOINED, above, re.ASCII):
+            inside.setdefault(f"{above}/", []).append(name)
+    members = [member for member, files in inside.items() if any(name.endswith(_MARKS) for name in files)]
+    if not any(member.startswith("pytorch") for member in members):
+        return None
+    members.sort(key=lambda member: (member.startswith("optimizer"), _natural(member)))
+    own = tuple(name for member in members for name in inside[member])
+    return Found(folder, "dcp", own, own, tuple(members))
+
+
+def _shards(folder: str, names: tuple[str, ...]) -> Found | None:
+    """Shards that no index names, where by what they are called they are all of one checkpoint."""
+    stems = _stems(names)
+    if len(stems) != 1 or any(name.endswith(".index.json") for name in names if "/" not in name):
+        return None
+    ((_, shards),) = stems.items()
+    if unnamed_shards(shards):
+        return None
+    is_safe = shards[0].endswith(".safetensors")
+    return Found(folder, "safetensors-sharded" if is_safe else "torch-sharded", tuple(shards), tuple(shards))
+
+
+def _stems(names: Sequence[str]) -> dict[str, list[str]]:
+    """The shards of each checkpoint, by how it would be called as one file and how many they are said to be."""
+    stems: dict[str, list[str]] = {}
+    for match in filter(None, map(CUSTOMARY.fullmatch, names)):
+        is_plain = "/" not in match[0] and os.path.splitext(match[0])[1] in SUFFIXES
+        if is_plain and 1 < int(match[3]) <= DEFAULT_LIMITS.shards:
+            stems.setdefault(f"{match[1]}{match[4]} of {match[3]}", []).append(match[0])
+    return stems
+
+
+# What a folder points to.
+
+
+def pointed(folder: str) -> tuple[str, str] | None:
+    """The file in a folder that names its last step, and that step's name; ``None``: there is none.
+
+    Raises:
+        CorruptError: it names no folder that is there, or one that lies outside.
+    """
+    for pointer in POINTERS:
+        path = os.path.join(folder, pointer)
+        if os.path.isdir(path):  # a link to the step
+            return pointer, pointer
+        if not os.path.isfile(path):
+            continue
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123 - a few characters
+                text = file.read(_MOST_POINTER).decode().strip()
+        except OSError as error:
+            raise FileAccessError(f"{path}: cannot be read: {error.strerror}", path=path) from error
+        except UnicodeDecodeError:
+            text = ""
+        name = _numbered(folder, int(text)) if pointer.endswith(".txt") and _is_number(text) else text
+        problem = ""
+        if not text or "\n" in text or len(text) > 255:
+            problem = "does not hold the name of a folder"
+        elif not is_shard_name(name):
+            problem = f"names {text!r:.80}, which leads out of the folder"
+        elif not os.path.isdir(os.path.join(folder, *name.split("/"))):
+            problem = f"names {name!r:.80}, and no such folder is there"
+        if problem:
+            there = [each for each, _ in _steps(folder)]
+            told = f"; there are: {listed(there, _LISTED)} (--tag NAME chooses one)" if there else ""
+            raise CorruptError(problem + told, path=path, names=there)
+        return pointer, name
+    return None
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def _numbered(folder: str, number: int) -> str:
+    """The folder of a step: as Megatron calls it, where it is there, or else the one whose name ends so (verl's)."""
+    name = f"iter_{number:07d}"
+    if os.path.isdir(os.path.join(folder, name)):
+        return name
+    alike = [each for each in _folders(folder) if re.fullmatch(rf".*[^0-9]0*{number}", each)]
+    return alike[0] if len(alike) == 1 else name
+
+
+def _steps(folder: str) -> Iterator[tuple[str, Found | None]]:
+    """The folders in one that stand for a checkpoint, with what it is; ``None``: for several, or for a damaged one."""
+    for name in _folders(folder):
+        try:
+            found = _standing(os.path.join(folder, name), is_inner=True)
+        except (CorruptError, FileAccessError):
+            yield name, None
+        else:
+            if found is not None:
+                yield name, found
+
+
+def _folders(folder: str) -> list[str]:
+    """The folders in one, in the order of their numbers; links too, but those to a folder that is there itself."""
+    own: dict[tuple[int, int], str] = {}
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.is_dir() and len(own) < _MOST_FOLDERS:
+                    status = entry.stat()
+                    key = (status.st_dev, status.st_ino)
+                    if key not in own or not entry.is_symlink():
+                        own[key] = entry.name
+    except OSError as error:
+        raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
+    return sorted(own.values(), key=_natural)
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]{1,18})", name)]
+
+
+# What a folder stands for.
+
+
+def sharded_in(path: str, tag: str | None = None, depth: int = 0) -> Found | None:
+    """The sharded checkpoint that a folder is, or points to; ``None``: it is a folder of any checkpoints.
+
+    Args:
+        path: the folder.
+        tag: which of several steps is meant; one that is no sharded checkpoint has no layout.
+        depth: how many folders lead to it.
+
+    Raises:
+        CorruptError: it points to a folder that is not there, or outside.
+        FileAccessError: there is no such step.
+    """
+    if tag is not None:
+        return found_in(path, tag)
+    own = sharded_at(path)
+    if own is not None:
+        return own
+    try:
+        last = pointed(path)
+    except CorruptError as error:
+        if error.names:
+            raise
+        return None  # no step is there: it may mean anything
+    if last is None:
+        return None
+    _require_end(path, depth)
+    step = os.path.join(path, *last[1].split("/"))
+    found = sharded_in(step, depth=depth + 1)
+    if found is None:  # as verl's, whose step holds one with other files beside
+        with contextlib.suppress(CorruptError, FileAccessError):
+            found = _standing(step)
+    return None if found is None or found.layout is None else _chosen(path, last, found)
+
+
+def found_in(path: str, tag: str | None = None) -> Found | None:
+    """The one checkpoint that a folder stands for, whatever it is; ``None``: there is none in it.
+
+    Args:
+        path: the folder.
+        tag: which of several steps is meant.
+
+    Raises:
+        CorruptError: it points to a folder that is not there or outside, or shards are missing.
+        FileAccessError: there are several, which the message lists, or there is no such step.
+    """
+    return _standing(path) if tag is None else _tagged(path, tag)
+
+
+def _tagged(path: str, tag: str) -> Found:
+    own = sharded_at(path)
+    per_rank = own is not None and (own.layout == "fsdp" or (own.layout == "dcp" and ".metadata" not in own.names))
+    if own is not None and (per_rank or os.path.basename(os.path.abspath(path)) == tag):
+        return own._replace(tag=tag)
+    if not is_shard_name(tag):
+        raise FileAccessError(f"{path}: the tag {tag!r:.80} is not the name of a folder in it", path=path)
+    chosen = os.path.join(path, *tag.split("/"))
+    if not os.path.lexists(chosen) and _is_number(tag):  # by the number alone
+        chosen = os.path.join(path, _numbered(path, int(tag)))
+    if os.path.isfile(chosen):
+        return Found(chosen, tag=tag)
+    if not os.path.isdir(chosen):
+        there = [name for name, _ in _choices(path)]
+        told = f"; there are: {listed(there, _LISTED)}" if there else ""
+        raise MissingFileError(f"{path}: no step {tag!r:.80} is in this folder{told}", path=path, names=there)
+    found = _standing(chosen)
+    if found is None:
+        raise FileAccessError(f"{chosen}: {describe_folder(chosen)}", path=chosen)
+    return found._replace(tag=os.path.basename(chosen) if found.tag is None else found.tag)
+
+
+def _standing(path: str, depth: int = 0, *, is_inner: bool = False) -> Found | None:
+    """As `found_in`.
+
+    Args:
+        path: the folder.
+        depth: how many folders lead to it.
+        is_inner: whether it is looked at as one in a given folder; those in it are not then.
+    """
+    own = sharded_at(path)
+    if own is not None:
+        return own
+    if is_unpacked(path):
+        return Found(path)
+    if _unpacked(path) is not None:
+        return None
+    last = pointed(path)
+    if last is not None:
+        _require_end(path, depth)
+        step = os.path.join(path, *last[1].split("/"))
+        found = _standing(step, depth + 1, is_inner=is_inner)
+        if found is None:
+            told = f"names {last[1]!r:.80}, which {describe_folder(step)}"
+            raise CorruptError(told, path=os.path.join(path, last[0]))
+        return _chosen(path, last, found)
+    choices = list(_choices(path, is_inner=is_inner))
+    if not choices:
+        return None
+    (name, found), *others = choices
+    if not others and found is not None:
+        return found
+    if not others:
+        return _standing(os.path.join(path, name), depth + 1, is_inner=True)
+    there = [name for name, _ in choices]
+    raise FileAccessError(
+        f"{path}: {count_of(len(there), 'checkpoint')} are in this folder: {listed(there, _LISTED)}; "
+        f"give one of them, or choose with --tag: --tag {there[-1]}",
+        path=path,
+        names=there,
+    )
+
+
+def _require_end(path: str, depth: int) -> None:
+    if depth >= _DEEPEST:
+        raise CorruptError("folders that point to one another, without end", path=path)
+
+
+def _chosen(path: str, last: tuple[str, str], found: Found) -> Found:
+    """The last step, with the others told."""
+    pointer, name = last
+    name = os.path.basename(os.path.realpath(os.path.join(path, name))) if name == pointer else name
+    others = [each for each in _folders(path) if each not in (name, pointer) and _may_be_a_step(path, each)]
+    told = f"; also there: {listed(others, _LISTED)} (--tag NAME chooses one)" if others else ""
+    message = f"the checkpoint is {name!r:.80}, as {pointer} says{told}"
+    finding = Finding(code="step-chosen", severity="info", message=message)
+    return found._replace(tag=name if found.tag is None else found.tag, findings=(finding, *found.findings))
+
+
+def _may_be_a_step(folder: str, name: str) -> bool:
+    try:
+        return sharded_at(os.path.join(folder, name)) is not None
+    except FileAccessError:
+        return True
+
+
+def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found | None]]:
+    """The checkpoints in a folder that is none itself, by their names: files, indexes, folders.
+
+    Raises:
+        CorruptError: of the shards that are all there is, some are missing.
+    """
+    from ckptkit.formats.sharded import shard_names
+
+    indexes = indexes_in(path)
+    named = {shard for index in indexes for shard in shard_names(os.path.join(path, index))}
+    try:
+        with os.scandir(path or os.curdir) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_file())
+    except OSError as error:
+        raise FileAccessError(f"{path}: the folder cannot be read: {error.strerror}", path=path) from error
+    weights = [name for name in names if re.fullmatch(WEIGHTS, name, re.ASCII) and name not in named]
+    files = [*indexes, *weights]
+    stems = {} if indexes else _stems(names)
+    if not files and len(stems) == 1:
+        ((_, shards),) = stems.items()
+        missing = unnamed_shards(shards)
+        told = count_of(len(missing), "shard") + f" missing: {listed(missing)}; get "
+        told += "it into the folder" if len(missing) == 1 else "them into the folder"
+        raise CorruptError(told, path=path, names=missing)
+    steps = [] if is_inner else list(_steps(path))
+    if not files:
+        names = [name for name in names if not (steps and re.fullmatch(_BESIDE, name, re.ASCII))]
+        files = [name for name in names[:_MOST_FILES] if _is_checkpoint(os.path.join(path, name))]
+    yield from ((name, Found(os.path.join(path, name))) for name in files)
+    # What "sharded" holds was consolidated under the index.
+    yield from (step for step in steps if not (indexes and step[0] == "sharded"))
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether a file is a checkpoint by its content, or is called one by an ending that no other files have."""
+    if os.path.splitext(path)[1].lower() in SUFFIXES - SHARED_SUFFIXES:
+        return True
+    try:
+        file = SourceFile(path)
+    except FileAccessError:
+        return False
+    try:
+        probe = Probe(file, DEFAULT_LIMITS)
+        return any(container.claims(probe) for container in FORMATS)
+    except CkptkitError:  # damaged, and called so
+        return os.path.splitext(path)[1].lower() in SUFFIXES
+    finally:
+        file.close()
+
+
+def _unpacked(path: str) -> str | None:
+    """What was unpacked into a folder; ``None``: nothing."""
+    from ckptkit.formats.refused_contents import unpacked  # with all that files are recognised by
+
+    return unpacked(path)
+
+
+def describe_folder(path: str) -> str:
+    """What a folder is that was given, and in which there is no checkpoint."""
+    names = sorted(os.listdir(path or os.curdir))
+    if packing := _unpacked(path):
+        return f"is {packing}"
+    for name in names[:_MOST_LOOKED_AT]:  # unzip makes a folder around it
+        if packing := _unpacked(os.path.join(path, name)):
+            return f"holds {name}, {packing}"
+    try:
+        pointed(path)
+    except CkptkitError as error:
+        return f"holds no checkpoint: {error}"
+    if "saved_model.pb" in names:
+        return "is a TensorFlow SavedModel, no torch checkpoint"
+    if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
+        return "is an orbax checkpoint (JAX), no torch checkpoint"
+    return "is a folder, not a file"

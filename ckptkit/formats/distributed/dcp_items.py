@@ -1,0 +1,310 @@
+"""Stored items of torch.distributed.checkpoint: each a whole file of ``torch.save``, one behind the other.
+
+Each is read as any such file is (`ckptkit.formats.torch_zip`).  A checkpoint has them by the hundred thousand, and
+those of tensors of one size differ in four things: the values, their checksum, an identity of forty digits, and its
+checksum.  So what was read of one is known of all whose other bytes are the same (`_Mold`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+from math import prod
+from threading import Lock
+
+from ckptkit.bytesource import ByteRange, Source
+from ckptkit.checkpoint import GlobalUse, TensorEntry
+from ckptkit.computed import Held, spooled
+from ckptkit.dtypes import DTYPES
+from ckptkit.errors import CorruptError, FormatError, UnsupportedError
+from ckptkit.formats.distributed.dcp_record import LISTED, Items, Wanted
+from ckptkit.formats.shards import prefixed
+from ckptkit.formats.torch_zip import read_archive
+from ckptkit.formats.zip_archive import Records, read_directory
+from ckptkit.formats.zip_records import CENTRAL, DESCRIPTOR_SIGNATURE, find_directory
+from ckptkit.limits import Limits
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.trust import merge_uses
+from ckptkit.report import listed
+from ckptkit.tensor import storage_of, tensor_of
+
+__all__ = ["ItemReader"]
+
+_ZSTD = ("stream.zstd/1",)
+"""What ``torch.distributed.checkpoint._extension.ZStandard`` calls itself."""
+
+_HEAD_NBYTES = 1536
+_TAIL_NBYTES = 2048
+"""Bytes before and after an item's values that are looked at: torch writes some 700 and 850."""
+
+_AROUND_NBYTES = 1 << 20
+"""Bytes of a file of ``torch.save`` beyond those of its one tensor."""
+
+_MOST_MOLDS = 2000
+"""Sizes of items that are remembered; each takes some 3 kB."""
+
+_IDENTITY = "/.data/serialization_id"
+"""The record that has the digits, since torch 2.1."""
+
+
+class ItemReader:
+    """Reads the items of one folder, and judges those of tensors.
+
+    Args:
+        folder: which they lie in.
+        items: where.
+        files: by path, those that they name.
+        limits: bounds on what each may ask for.
+        wanted: gives what the items of tensors must be.
+    """
+
+    def __init__(
+        self,
+        folder: Source,
+        items: Items,
+        files: dict[str, Source],
+        limits: Limits,
+        wanted: Callable[[], Iterable[Wanted]],
+    ) -> None:
+        self._folder = folder
+        self._items = items
+        self._files = files
+        self._limits = limits
+        self._lock = Lock()
+        self._tensors: dict[int, TensorEntry] = {}
+        self._molds: dict[bytes, _Mold] = {}
+        self._seen: dict[tuple[GlobalUse, ...], int] = {}
+        self._wanted = wanted
+
+    def judge(self) -> tuple[GlobalUse, ...]:
+        """As `ckptkit.checkpoint.Unread.judge`: file by file, in the order in which they lie there."""
+        items, before = self._items, ""
+        for want in sorted(self._wanted(), key=lambda want: (items.paths[want.row], items.starts[want.row])):
+            path = items.paths[want.row]
+            if before and path != before:
+                self._files[before].release()
+            before = path
+            entry = self.tensor(want.row, want.name)
+            if entry.shape != want.sizes or entry.dtype != want.dtype:
+                raise CorruptError(
+                    f"tensor {want.name!r:.200}: its piece in {path} at {[*want.offsets]} is {entry.dtype} "
+                    f"{[*entry.shape]}, not {want.dtype} {[*want.sizes]}"
+                )
+        return merge_uses(replace(use, count=use.count * count) for uses, count in self._seen.items() for use in uses)
+
+    def tensor(self, row: int, name: str) -> TensorEntry:
+        """The tensor that an item is.
+
+        Raises:
+            CorruptError: it is damaged, or more than one plain tensor.
+            Others: as `read`.
+        """
+        known = self._tensors.get(row)
+        if known is not None:
+            return known
+        area = self._lying(row)
+        ends = None if self._items.transforms[row] else self._ends(area)
+        mold = None if ends is None else self._molds.get(_kind(ends[0]))
+        entry = None if mold is None or ends is None else mold.cast(area, *ends, name)
+        if entry is None or mold is None:
+            raw, records = self._read(row, name)
+            entry = self._alone(raw, row, name)
+            uses = raw.globals
+            if ends is not None and len(self._molds) < _MOST_MOLDS:
+                made = _Mold.of(area, ends[0], entry, records, uses)
+                if made is not None:
+                    self._molds[_kind(ends[0])] = made
+        else:
+            uses = mold.uses
+        with self._lock:
+            self._seen[uses] = self._seen.get(uses, 0) + 1
+            self._tensors[row] = entry
+        return entry
+
+    def _alone(self, raw: RawCheckpoint, row: int, name: str) -> TensorEntry:
+        """The one plain tensor that an item must be."""
+        entry = raw.root
+        odd = [use for use in raw.globals if use.verdict not in ("torch", "allowed")]
+        is_plain = isinstance(entry, TensorEntry) and entry.subclass is None and entry.attributes is None
+        if not isinstance(entry, TensorEntry) or not is_plain or odd or raw.discarded or entry.effects:
+            names = f": it names {listed([use.name for use in odd], LISTED)}" if odd else ""
+            error = CorruptError(f"the item is not one plain tensor{names}", where=self._place(row, name))
+            raise error.at(seen=raw.globals)
+        return entry
+
+    def read(self, row: int, name: str) -> RawCheckpoint:
+        """What an item holds; the keys of its storages begin with the name.
+
+        Raises:
+            FormatError: it is damaged or refused.
+            UnsupportedError: it went through something else than zstd.
+            MissingDependencyError: it is compressed, and nothing that decompresses it is installed.
+        """
+        return self._read(row, name)[0]
+
+    def _read(self, row: int, name: str) -> tuple[RawCheckpoint, Records]:
+        try:
+            records = read_directory(self._area(row, name), self._limits)
+            raw = read_archive(records, self._limits)
+        except FormatError as error:
+            place = self._place(row, name)
+            error.where = f"{place}: {error.where}" if error.where else place
+            raise
+        return prefixed(raw, f"{name}:"), records
+
+    def _place(self, row: int, name: str) -> str:
+        return f"{self._items.paths[row]}, {name!r:.200} at byte {self._items.starts[row]:,}"
+
+    def _lying(self, row: int) -> ByteRange:
+        """Where an item's bytes lie, as they are."""
+        items = self._items
+        return ByteRange(self._files[items.paths[row]], items.starts[row], items.lengths[row])
+
+    def _ends(self, area: ByteRange) -> tuple[bytes, bytes]:
+        """The first and the last bytes of an item."""
+        if area.nbytes <= _HEAD_NBYTES + _TAIL_NBYTES:
+            data = area.read()
+            return data[:_HEAD_NBYTES], data[-_TAIL_NBYTES:]
+        return area.read(0, _HEAD_NBYTES), area.read(area.nbytes - _TAIL_NBYTES)
+
+    @cached_property
+    def _nbytes(self) -> dict[int, int]:
+        """Bytes of the chunks in items: zeros shrink to next to nothing."""
+        return {want.row: prod(want.sizes) * DTYPES[want.dtype].itemsize for want in self._wanted()}
+
+    def _area(self, row: int, name: str) -> ByteRange:
+        """Where an item's bytes lie, decompressed."""
+        area, through = self._lying(row), self._items.transforms[row]
+        if not through:
+            return area
+        if through != _ZSTD:
+            raise UnsupportedError(f"it went through {listed(map(repr, through))}; stream.zstd/1 is read")
+        from ckptkit.formats.sources import Inner, compression_of
+
+        compression = compression_of(area.read(0, min(area.nbytes, 16)))
+        if compression is None or compression.name != "zstd":
+            raise CorruptError("it went through stream.zstd/1, but is not a zstd frame")
+        inner = Inner(area.file.path, area, area.file, name=name, owns=False)
+        most = max(self._limits.unpacked_nbytes, self._nbytes.get(row, 0) + _AROUND_NBYTES)
+        parts = compression.parts(inner, replace(self._limits, unpacked_nbytes=most))
+        first = next(parts, b"")
+        second = next(parts, None)
+        if second is None:
+            return Held(first, area.file.path).whole
+        with self._lock:  # nothing else is spooled meanwhile
+            return spooled(chain((first, second), parts), None, self._folder, "has items of zstd, and takes")
+
+
+def _kind(head: bytes) -> bytes:
+    """The bytes of an item to the end of its first record: its pickle, where torch wrote it."""
+    return head[: head.find(DESCRIPTOR_SIGNATURE, 30) + 16]
+
+
+@dataclass(frozen=True, slots=True)
+class _Mold:
+    """What an item is known by.
+
+    Attributes:
+        entry: the tensor in one.
+        head: its bytes before the values.
+        nbytes: of the item, and of what follows the values.
+        constant: bytes of that which are the same in all, each with where they begin.
+        checksums: where the values' checksum stands in it.
+        digits: where its identity stands in it, in how many bytes, and where the checksums of that do; ``None``: it
+            has none.
+        uses: the verdicts on its names.
+    """
+
+    entry: TensorEntry
+    head: bytes
+    nbytes: tuple[int, int]
+    constant: tuple[tuple[int, int, bytes], ...]
+    checksums: tuple[int, ...]
+    digits: tuple[int, int, tuple[int, ...]] | None
+    uses: tuple[GlobalUse, ...]
+
+    @classmethod
+    def of(
+        cls, area: ByteRange, head: bytes, entry: TensorEntry, records: Records, uses: tuple[GlobalUse, ...]
+    ) -> _Mold | None:
+        """What others like an item that was read are known by; ``None``: nothing that is worth looking for."""
+        values = entry.storage.source
+        if not isinstance(values, ByteRange) or values.file is not area.file:
+            return None
+        begin = values.offset - area.offset
+        end = begin + values.nbytes
+        if begin > len(head) or not 0 < area.nbytes - end <= _TAIL_NBYTES:
+            return None
+        tail = area.read(end)
+        own = next((record.data for name, record in records.items() if name.endswith(_IDENTITY)), None)
+        marks = None if own is None else (own.offset - area.offset - end, own.nbytes)
+        if marks is not None and (marks[0] < 0 or not tail[marks[0] : sum(marks)].isdigit()):
+            return None
+        checksums = _checksums(tail, area, end, records)
+        crc = checksums.get(0)
+        crc_of_digits = checksums.get(sum(marks)) if marks is not None else ()
+        if not crc or crc_of_digits is None:
+            return None
+        holes = [(at, 4) for at in (*crc, *crc_of_digits)] + ([marks] if marks is not None else [])
+        constant, at = [], 0
+        for start, nbytes in [*sorted(holes), (len(tail), 0)]:
+            constant.append((at, start, tail[at:start]))
+            at = start + nbytes
+        digits = None if marks is None else (*marks, crc_of_digits)
+        return cls(entry, head[:begin], (area.nbytes, len(tail)), tuple(constant), crc, digits, uses)
+
+    def cast(self, area: ByteRange, head: bytes, last: bytes, name: str) -> TensorEntry | None:
+        """The tensor in another item; ``None``: it is shaped differently."""
+        nbytes, tail_nbytes = self.nbytes
+        if area.nbytes != nbytes or not head.startswith(self.head):
+            return None
+        tail = last[-tail_nbytes:]
+        for start, stop, data in self.constant:
+            if tail[start:stop] != data:
+                return None
+        first, second = self.checksums
+        checksum = tail[first : first + 4]
+        if tail[second : second + 4] != checksum:
+            return None
+        if self.digits is not None:
+            start, count, places = self.digits
+            digits = tail[start : start + count]
+            crc = zlib.crc32(digits).to_bytes(4, "little")
+            if not digits.isdigit() or any(tail[at : at + 4] != crc for at in places):
+                return None
+        like, entry = self.entry.storage, self.entry
+        begin = len(self.head)
+        storage = storage_of(
+            f"{name}:{like.key.rpartition(':')[2]}", like.dtype, like.nbytes, like.location,
+            ByteRange(area.file, area.offset + begin, nbytes - tail_nbytes - begin),
+            int.from_bytes(checksum, "little") or None, like.byteorder,
+        )  # fmt: skip
+        return tensor_of(
+            storage, entry.storage_offset, entry.shape, entry.stride, entry.dtype, entry.requires_grad,
+            entry.is_parameter, entry.is_conj, entry.is_neg,
+        )  # fmt: skip
+
+
+def _checksums(tail: bytes, area: ByteRange, end: int, records: Records) -> dict[int, tuple[int, int]]:
+    """Where the checksums of records stand in the last bytes of an item: behind their bytes, and in the directory.
+
+    Args:
+        tail: the bytes from ``end`` on.
+        area: the item.
+        end: position in it.
+        records: of the item, in the order of its directory.
+
+    Returns:
+        By the position after a record's bytes, counted from ``end`` like all.
+    """
+    at, found = find_directory(area)[0] - end, {}
+    for record in records.values():
+        after = record.data.offset + record.data.nbytes - area.offset - end
+        row = CENTRAL.unpack_from(tail, at)
+        if tail[max(after, 0) : max(after, 0) + 4] == DESCRIPTOR_SIGNATURE and after >= 0:
+            found[after] = after + 4, at + 16
+        at += CENTRAL.size + sum(row[10:13])
+    return found

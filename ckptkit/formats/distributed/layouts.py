@@ -1,0 +1,111 @@
+"""Which layout a folder is of, by the names of its files and, where they do not tell, by what is in them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ckptkit.formats.format import HEAD_NBYTES
+
+__all__ = ["LAYOUTS", "LLAMA", "MEGATRON", "RANKED", "SHARDED", "Layout", "is_llama", "is_metadata"]
+
+RANKED = (
+    r"(?:(?P<stem>[^/]*?)(?:(?:^|(?<=[._-]))world_size_(?P<of>\d+))?[._-])?"
+    r"rank[_-]?(?P<rank>\d+)(?P<end>\.(?:bin|ckpt|pkl|pth|pt|tar))"
+)
+"""What the files of FSDP's ranks are called: the stem is what those of one checkpoint have in common."""
+
+SHARDED = r"shard-(?P<n>\d{5})-model-(?P<file>\d{5})-of-(?P<of>\d{5})\.safetensors"
+"""What the files of the hub's writer are called: of which rank, from 1, and of which file once consolidated."""
+
+MEGATRON = (
+    r"(?P<folder>(?:mp|tp)_rank_(?P<tensor>\d+)(?:_(?:pp_rank_)?(?P<second>\d+))?(?:_(?:ep_rank_)?(?P<third>\d+))?)/"
+    r"(?P<file>model_optim_rng\.pt|model_rng\.pt|[^/]+\.ckpt)"
+)
+"""The files of Megatron's ranks, and of NeMo's, each in a folder of its own that has the numbers of the rank."""
+
+LLAMA = r"consolidated\.\d+\.pth"
+"""The files of Llama's ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a folder shows that it is one of a layout.
+
+    Attributes:
+        format: name of its format (`ckptkit.formats.containers`).
+        claims: whether the files are those of one, by their paths below the folder and, where names do not tell, by
+            what is in them.
+    """
+
+    format: str
+    claims: Callable[[str, tuple[str, ...]], bool]
+
+
+def _named(pattern: str, least: int = 1) -> Callable[[str, tuple[str, ...]], bool]:
+    """Whether so many files have such names."""
+    return lambda folder, names: (
+        sum("/" not in name and re.fullmatch(pattern, name, re.ASCII) is not None for name in names) >= least
+    )
+
+
+def _dcp(folder: str, names: tuple[str, ...]) -> bool:
+    own = [name for name in names if "/" not in name]
+    has_metadata = any(re.fullmatch(r"(?:__\d+)?\.metadata", name, re.ASCII) for name in own)
+    is_one = (
+        any(re.fullmatch(r"__\d+_\d+\.distcp", name, re.ASCII) for name in own)
+        or (has_metadata and any(name.endswith(".distcp") for name in own))
+        or (".metadata" in own and _is_metadata(folder))
+    )
+    return is_one and not _megatron(folder, names)
+
+
+def _is_metadata(folder: str) -> bool:
+    """Whether the ``.metadata`` of a folder without items is that of torch.distributed.checkpoint."""
+    try:
+        with open(os.path.join(folder, ".metadata"), "rb") as file:  # noqa: PTH123 - its first bytes
+            return is_metadata(file.read(HEAD_NBYTES))
+    except OSError:
+        return False
+
+
+def is_metadata(head: bytes) -> bool:
+    """Whether the first bytes of a plain pickle are those of a ``.metadata`` of torch.distributed.checkpoint."""
+    return re.search(rb"torch\.distributed\.(?:_shard\.)?checkpoint\.", head) is not None
+
+
+def _megatron(folder: str, names: tuple[str, ...]) -> bool:
+    backend = _names_backend(folder, names)
+    is_dist = sum((".metadata" in names, "common.pt" in names, backend)) > 1
+    return is_dist or any(re.fullmatch(MEGATRON, name, re.ASCII) for name in names) or is_llama(names)
+
+
+def _names_backend(folder: str, names: tuple[str, ...]) -> bool:
+    """Whether the ``metadata.json`` of a folder is Megatron's, which says how the tensors were written."""
+    if "metadata.json" not in names:
+        return False
+    try:
+        with open(os.path.join(folder, "metadata.json"), "rb") as file:  # noqa: PTH123 - its first bytes
+            return b'"sharded_backend"' in file.read(HEAD_NBYTES)
+    except OSError:
+        return False
+
+
+def is_llama(names: Iterable[str]) -> bool:
+    """Whether several of the files are Llama's; one alone is a file like any other."""
+    return sum(re.fullmatch(LLAMA, name, re.ASCII) is not None for name in names) > 1
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("dcp", _dcp),
+    Layout("megatron", _megatron),
+    Layout(
+        "deepspeed",
+        _named(r"(?:\w+_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt|layer_\d+-model.*_states\.pt"),
+    ),
+    Layout("fsdp", _named(RANKED)),
+    Layout("safetensors-dcp", _named(SHARDED)),
+)
+"""In the order in which a folder is held against them: the first that claims it, reads it."""

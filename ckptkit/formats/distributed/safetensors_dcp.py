@@ -1,0 +1,169 @@
+"""The hub's sharded safetensors: what torch.distributed.checkpoint writes with `HuggingFaceStorageWriter`.
+
+Layout (torch 2.14 ``torch/distributed/checkpoint/hf_storage.py``, ``_hf_utils.py``, ``save_distributed=True``):
+
+- names: ``shard-RRRRR-model-CCCCC-of-NNNNN.safetensors``: of the rank R, from 1, the tensors of the file C of N into
+  which they are to be consolidated.  There is no index.  ``consolidate_safetensors_files`` makes one, beside the folder
+  ``sharded`` that these lie in, and it is opened by itself
+- each is a safetensors file whose tensors are boxes of wholes.  Its metadata say in ``DCP_SHARDING_INFO``, as JSON, the
+  offsets of each: ``{name: {"saved_offsets": [7, 0]}}``; ``DCP_VERSION`` is "1.0"
+- the shape of the whole is not stored: it is what its boxes reach to.  Files that are missing from the middle leave
+  holes; of those that are missing at the end nothing tells, and a finding says so
+
+Replicated tensors are stored once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckptkit.checkpoint import Replica, TensorEntry
+from ckptkit.errors import CorruptError, FormatError
+from ckptkit.formats.distributed.folder import FolderSource, read_part
+from ckptkit.formats.distributed.layouts import SHARDED
+from ckptkit.formats.format import Probe
+from ckptkit.formats.json_text import parse, shown, state_dict_node
+from ckptkit.formats.shards import Shard, merged_findings, merged_metadata
+from ckptkit.limits import Limits
+from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.inert import mapping_items
+from ckptkit.pickling.tensors import shape_of
+from ckptkit.report import Finding, count_of, listed
+from ckptkit.transfer.pieces import Piece, pieced
+
+__all__ = ["read"]
+
+_INFO = "DCP_SHARDING_INFO"
+_VERSION = "DCP_VERSION"
+_LISTED = 5
+"""Files that a message lists."""
+
+
+@dataclass(slots=True)
+class _Boxes:
+    """What the files have of one tensor, by where it begins."""
+
+    dtype: str
+    found: dict[tuple[int, ...], tuple[str, TensorEntry]] = field(default_factory=dict)
+
+
+def read(probe: Probe) -> RawCheckpoint:
+    """The state_dict that the files make up.
+
+    Raises:
+        FormatError: a file is missing, damaged or refused, or they do not belong together.
+    """
+    folder = probe.file
+    if not isinstance(folder, FolderSource):
+        raise TypeError("a folder is read")
+    numbers = {name: match for name in folder.names if (match := re.fullmatch(SHARDED, name, re.ASCII)) is not None}
+    _require_all(numbers)
+    shards: dict[str, Shard] = {}
+    tensors: dict[str, _Boxes] = {}
+    replicas: list[Replica] = []
+    for name in numbers:
+        raw = read_part(probe, name)
+        try:
+            if raw.format != "safetensors":
+                raise CorruptError(f"it is {raw.format}, where its name says safetensors")
+            _placed(name, raw, tensors, replicas, probe.limits)
+        except FormatError as error:
+            error.globals = (*raw.globals, *error.globals)
+            raise error.at(where=name) from error.__cause__
+        shards[name] = Shard(name, raw, {})
+    entries: dict[str, object] = {name: _whole(name, boxes) for name, boxes in tensors.items()}
+    metadata = {
+        key: text for key, text in merged_metadata({}, shards).items() if _INFO not in key and _VERSION not in key
+    }
+    return RawCheckpoint(
+        root=state_dict_node(entries, None),
+        format=folder.layout,
+        has_pickle=False,
+        metadata=metadata,
+        replicas=tuple(replicas),
+        world_size=max(int(match["n"]) for match in numbers.values()),
+        findings=(*merged_findings(shards), _unproven(numbers)),
+    )
+
+
+def _require_all(numbers: Mapping[str, re.Match[str]]) -> None:
+    """See that the files are there that the names of the others speak of.
+
+    Raises:
+        CorruptError: some are missing, or they are of several checkpoints.
+    """
+    counts = {int(match["of"]) for match in numbers.values()}
+    if len(counts) > 1:
+        sizes = " and ".join(map(str, sorted(counts)))
+        raise CorruptError(f"files of several checkpoints are mixed here: of {sizes} consolidated files")
+    for group, what, count in (
+        ("n", "shard-{:05}-…", max(int(match["n"]) for match in numbers.values())),
+        ("file", "…-model-{:05}-of-" + f"{max(counts):05}.safetensors", max(counts)),
+    ):
+        there = {int(match[group]) for match in numbers.values()}
+        left = count - len(there - {0})
+        if left > 0:
+            missing = [number for number in range(1, min(count, len(there) + _LISTED) + 1) if number not in there]
+            names = [what.format(number) for number in missing]
+            verb = "is" if left == 1 else "are"
+            raise CorruptError(
+                f"{count_of(left, 'file')} {verb} missing: {listed(names, _LISTED, total=left)}; "
+                "get all of them into the folder"
+            )
+
+
+def _placed(name: str, raw: RawCheckpoint, tensors: dict[str, _Boxes], replicas: list[Replica], limits: Limits) -> None:
+    """Add what a file has.
+
+    Raises:
+        CorruptError: it does not say where its tensors lie, or says it of others.
+    """
+    info = raw.metadata.get(_INFO)
+    if info is None:
+        raise CorruptError(f"its metadata have no {_INFO}: it is not of this checkpoint, or was written anew")
+    said = parse(info.encode("utf-8", "surrogatepass"), limits, _INFO)
+    pairs = mapping_items(raw.root) or []
+    if not isinstance(said, dict) or len(said) != len(pairs) or any(key not in said for key, _ in pairs):
+        raise CorruptError(f"{_INFO} is about other tensors than the file has")
+    for key, entry in pairs:
+        fields = said[key] if isinstance(key, str) else None
+        offsets = shape_of(fields.get("saved_offsets")) if isinstance(fields, dict) else None
+        if not isinstance(entry, TensorEntry) or offsets is None or len(offsets) != len(entry.shape):
+            raise CorruptError(f"{_INFO} gives {shown(key)} no offset for each of its dimensions")
+        boxes = tensors.setdefault(str(key), _Boxes(entry.dtype))
+        other, known = boxes.found.setdefault(offsets, (name, entry))
+        if known is entry:
+            continue
+        if known.shape != entry.shape or known.dtype != entry.dtype:
+            raise CorruptError(f"{shown(key)} begins at {[*offsets]} in {other} too, and is another tensor there")
+        replicas.append(Replica(str(key), known, entry, f"{other} and {name}"))
+
+
+def _whole(name: str, boxes: _Boxes) -> TensorEntry:
+    """The tensor that boxes make up, as large as they reach.
+
+    Raises:
+        CorruptError: they leave something out, overlap, or are of several dtypes.
+    """
+    first = next(iter(boxes.found))
+    pieces = [Piece(offsets, entry.shape, entry, file) for offsets, (file, entry) in boxes.found.items()]
+    if any(len(offsets) != len(first) for offsets in boxes.found):
+        raise CorruptError(f"tensor {shown(name)} has another number of dimensions in one file than in another")
+    ends = [[offset + size for offset, size in zip(piece.offsets, piece.sizes, strict=True)] for piece in pieces]
+    shape = tuple(map(max, zip(*ends, strict=True)))
+    if len(pieces) == 1 and not any(first) and isinstance(pieces[0].local, TensorEntry):
+        return pieces[0].local
+    return pieced(name, shape, boxes.dtype, pieces)
+
+
+def _unproven(numbers: Mapping[str, re.Match[str]]) -> Finding:
+    """What the files do not tell."""
+    last = max(int(match["n"]) for match in numbers.values())
+    return Finding(
+        code="completeness-unknown",
+        severity="info",
+        message=f"the files of {count_of(last, 'rank')} are put together, and leave nothing out in between; whether "
+        "there were more at the end is not in them, as shapes of whole tensors are not",
+    )

@@ -1,0 +1,107 @@
+"""What was not looked into when a checkpoint was opened, and is before its bytes are read.
+
+Checksums that an archive recorded, pickles of a folder that were left for later, copies that must be equal; and a
+sharded checkpoint that is hostile is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+from ckptkit.bytesource import Source
+from ckptkit.checkpoint import Checkpoint
+from ckptkit.errors import CorruptError, FormatError
+from ckptkit.formats.containers import format_named
+from ckptkit.formats.format import is_folder
+from ckptkit.pickling.trust import merge_uses
+from ckptkit.report import listed
+
+__all__ = ["as_hostile", "hashed_parts", "judged", "require_sound"]
+
+
+def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) -> Checkpoint:
+    """Look into all that was not looked into when the checkpoint was opened: whoever reads its bytes, begins here.
+
+    What is read of a member that lies in a zip archive as it is, is held against the checksum that is recorded there;
+    pickles that were left for later are judged; and what lies in several files of a folder is compared.
+
+    Args:
+        file: the source.
+        checkpoint: what is in it.
+        held: whether bytes are held against checksums and copies; what is left for later is judged in any case.
+
+    Returns:
+        The checkpoint with the names in what was left for later.
+
+    Raises:
+        CorruptError: bytes are others than recorded, or differ where they must be the same.
+        FormatError: what was left for later is damaged, or a sharded checkpoint is hostile.
+    """
+    for each in (file, *file.parts.values()) if held else ():
+        recorded: int | None = getattr(each, "crc32", None)
+        if recorded is None:
+            continue
+        found = 0
+        for chunk in each.whole.chunks():
+            found = zlib.crc32(chunk, found)
+        if found != recorded:
+            told = f"its CRC-32 is {found:08x}, recorded in the archive is {recorded:08x}: damaged"
+            raise CorruptError(told, path=each.path)
+        each.crc32 = None  # type: ignore[attr-defined]  # once is enough
+    checkpoint = judged(checkpoint)
+    if checkpoint.trust == "hostile" and format_named(checkpoint.origin.format).is_folder:
+        raise as_hostile(CorruptError("", path=checkpoint.origin.path).at(seen=checkpoint.globals))
+    if checkpoint.replicas and held:
+        from ckptkit.transfer.replicas import require_equal
+
+        try:
+            require_equal(checkpoint.replicas)
+        except CorruptError as error:
+            raise error.at(path=checkpoint.origin.path) from None
+    return checkpoint
+
+
+def as_hostile(error: FormatError) -> FormatError:
+    """The error of a sharded checkpoint, which says so where that is hostile."""
+    names = dict.fromkeys(use.name for use in error.globals if use.verdict == "dangerous")
+    if names and not error.is_hostile:
+        told = f"hostile: a loader that executes its pickles would run {listed(names)}; refused"
+        error.message = f"{error.message}; {told}" if error.message else told
+        error.is_hostile = True
+    return error
+
+
+def judged(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the names in the pickles that were left for later when it was opened.
+
+    Raises:
+        FormatError: one is damaged.
+    """
+    if checkpoint.unread is None:
+        return checkpoint
+    try:
+        uses = checkpoint.unread.judge()
+    except FormatError as error:
+        raise as_hostile(error.at(path=checkpoint.origin.path)) from error.__cause__
+    return checkpoint.replace(
+        globals=merge_uses(checkpoint.globals, (use for use in uses if use.kind == "name")),
+        unvouched=(
+            *(use for use in checkpoint.unvouched if use.kind != "unread"),
+            *(use for use in uses if use.kind != "name"),
+        ),
+        unread=None,
+    )
+
+
+def hashed_parts(file: Source) -> dict[str, Source]:
+    """The files that a checkpoint of several consists of, by name: shards and their index, all files of a folder.
+
+    Raises:
+        FileAccessError: one cannot be opened.
+    """
+    if is_folder(file):
+        from ckptkit.formats.distributed.folder import FolderSource
+
+        return dict(file.whole_parts()) if isinstance(file, FolderSource) else {}
+    return {os.path.basename(file.path): file, **file.parts} if file.parts else {}

@@ -1,0 +1,277 @@
+"""Executes a plan: a destination is what it was before, or the complete new file.
+
+Every file is written beside its destination under a temporary name, compared, closed, and only then
+renamed; see `ckptkit.transfer.names`.  On any error, an interrupt included, the temporary files are
+removed; what a run leaves that is killed, the next one into the folder removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from ckptkit.bytesource import Source
+from ckptkit.errors import FileAccessError
+from ckptkit.plan import Digest, IndexFile, Plan
+from ckptkit.transfer.folders import OutputFolder, created_folder, folder_made
+from ckptkit.transfer.names import (
+    Output,
+    created,
+    exists,
+    overwrite,
+    publish,
+    remove_stale,
+    replacing,
+)
+from ckptkit.transfer.steps import (
+    DigestsInPassing,
+    Tally,
+    digested,
+    fill_file,
+    move,
+    require_unchanged,
+    reserve,
+)
+from ckptkit.transfer.workers import Progress, Stopped, in_parallel, uninterrupted
+
+__all__ = ["folder_made", "write_atomically"]
+
+_SWEEPING_SECONDS = 60.0
+"""Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
+
+_swept: dict[str, float] = {}
+"""When each folder was looked through."""
+
+_FLUSH_SECONDS = 0.05
+"""Pause between flushes while files are being written; most are written before the first."""
+
+
+def write_atomically(
+    destination: str | os.PathLike[str],
+    plan: Plan,
+    *,
+    force: bool,
+    check: Callable[[str, Callable[[int], object]], object] | None,
+    replaces: tuple[str, ...] = (),
+    source: Source | None = None,
+    progress: Progress | None = None,
+) -> Tally:
+    """Write the plan's file, and its shards beside it, so that nothing is ever half-written.
+
+    Args:
+        destination: the output; a symbolic link is followed, the link itself stays.
+        plan: what to write.
+        force: whether a file that exists may be replaced; what replaces it keeps its permissions.
+        check: called once everything is written, with a path that opens it and a function to be called with
+            the number of bytes as they are compared; whatever it raises stops the write before the
+            destination is touched.  ``None``: nothing is compared, checksums that would have to be computed
+            stay unrecorded, and it is left to the system when the bytes reach the disk, as ``cp`` does.
+        replaces: names of files beside the destination that the new ones make stale; removed at the end.
+        source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
+            be replaced, it is closed once all of it is read.
+        progress: called as bytes are written, and again as they are compared.
+
+    Returns:
+        What conversions lost.
+
+    Raises:
+        DestinationExistsError: it exists and ``force`` is false; checked again at the very end.
+        FileAccessError: it cannot be written; nothing is left behind.
+        CorruptError: a source changed while it was read.
+    """
+    shown = os.fsdecode(destination)
+    wanted = _places(plan, shown, force=force)
+    path = wanted[-1][1]
+    folder = os.path.dirname(path)
+    tally, stop = Tally(), threading.Event()
+    files: list[Output] = []
+    whole: OutputFolder | None = None
+    digests = None
+    try:
+        _remove_stale_now_and_then(folder)
+        with uninterrupted():  # no file without a record of it
+            whole = None if plan.in_folder is None else created_folder(path, shown)
+            for file in _created(wanted, folder, replaces) if whole is None else whole.created(plan):
+                files.append(file)
+        for file in files:
+            reserve(file.fd, file.plan.nbytes)
+        counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
+        with uninterrupted():
+            digests = DigestsInPassing(digested(plan), stop)
+        with _flushing([file.fd for file in files] if check is not None else []) as written:
+            # A file system lets one thread write to a file at a time; several files go side by side.
+            data = [file for file in files if file.plan.index is None]
+            moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
+            in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
+            for file in data:
+                fill_file(file.plan, file.fd, checksums=check is not None)
+            if plan.index is not None:
+                overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
+            if check is not None:
+                check(files[-1].temporary if whole is None else whole.temporary, counted)
+            for file in data:
+                fill_file(file.plan, file.fd, digests, checksums=False)
+            index = b"" if plan.index is None else _index(files, plan, plan.index, digests)
+            written()
+        require_unchanged(plan)
+        counted.finish()
+        if whole is not None:
+            whole.publish(files, flush=check is not None)
+        else:
+            publish(files, index, force=force, flush=check is not None, source=source)
+            _remove_stale_shards(folder, replaces, source)
+    except OSError as error:
+        if isinstance(error, FileAccessError):
+            raise
+        raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
+    finally:
+        stop.set()
+        with uninterrupted(), contextlib.ExitStack() as stack:  # Ctrl-C is often pressed twice
+            if whole is not None:
+                stack.callback(whole.close)
+            for file in files:
+                stack.callback(file.close)
+            if digests is not None:
+                digests.join()
+    return tally
+
+
+def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
+    """Each file's plan, its path, and the name that messages use; what is asked for is the last, of a folder the one.
+
+    Raises:
+        DestinationExistsError: one exists and ``force`` is false.
+        FileAccessError: one is a folder.
+    """
+    found = [(plan, os.path.realpath(shown), shown)]
+    if plan.in_folder is not None:
+        return found
+    if plan.index is not None:
+        # An index may be a link into a cache, whose folder is no place for shards: links in folders alone are followed.
+        above, name = os.path.split(shown)
+        folder = os.path.realpath(above)
+        shards = [(shard, os.path.join(folder, at), os.path.join(above, at)) for at, shard in plan.shards.items()]
+        found = [*shards, (plan, os.path.join(folder, name), shown)]
+    for _, path, name in found:
+        if os.path.isdir(path):
+            raise FileAccessError(f"{name}: is a folder; name a file", path=name)
+        if not force and os.path.lexists(path):
+            raise exists(name)
+    return found
+
+
+def _created(wanted: list[tuple[Plan, str, str]], folder: str, replaces: tuple[str, ...]) -> Iterator[Output]:
+    """The files of `_places` in which something is written; a new one of a checkpoint that few may read is for them."""
+    old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
+    like = next(filter(None, old), None)
+    for plan, path, name in wanted:
+        yield created(plan, path, name, _status(path) or like)
+
+
+def _remove_stale_now_and_then(folder: str) -> None:
+    """Remove what killed runs left in the folder, unless it was looked through a moment ago."""
+    if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
+        _swept[folder] = time.monotonic()
+        remove_stale(folder)
+
+
+def _remove_stale_shards(folder: str, names: tuple[str, ...], source: Source | None) -> None:
+    for path in (os.path.join(folder, name) for name in names):
+        with contextlib.suppress(OSError):
+            replacing(partial(os.unlink, path), path, source)
+
+
+def _status(path: str) -> os.stat_result | None:
+    """That of a file that is there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _temporary_names(files: list[Output], plan: Plan) -> dict[str, str]:
+    return {name: os.path.basename(file.temporary) for name, file in zip(plan.shards, files, strict=False)}
+
+
+def _index(files: list[Output], plan: Plan, index: IndexFile, digests: DigestsInPassing) -> bytes:
+    """The index as it will be, with digests where they belong; in the one that is there they are filled in."""
+    temporary, final = index.to_bytes(_temporary_names(files, plan)), bytearray(index.to_bytes())
+    for step in plan.steps:
+        if isinstance(step, Digest):
+            digest = digests.of(step.file)
+            temporary = temporary.replace(bytes(final[step.target : step.target + step.nbytes]), digest)
+            final[step.target : step.target + step.nbytes] = digest
+    overwrite(files[-1].fd, temporary)
+    return bytes(final)
+
+
+class _Counter:
+    """Adds up what threads have dealt with."""
+
+    def __init__(self, progress: Progress | None, nbytes: int, stop: threading.Event) -> None:
+        self._progress = progress
+        self._nbytes = nbytes
+        self._stop = stop
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, nbytes: int) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        if self._progress is not None:
+            with self._lock:
+                self._done = min(self._done + nbytes, self._nbytes)
+                self._progress(self._done, self._nbytes)
+
+    def finish(self) -> None:
+        """All is done: what lies between tensors is not counted, nor compared."""
+        self(self._nbytes - self._done)
+
+
+@contextlib.contextmanager
+def _flushing(fds: list[int]) -> Iterator[Callable[[], None]]:
+    """Flush files to disk while they are still being written and checked.
+
+    The disk works side by side with the copying, so that little is left to wait for at the end.
+    The block calls what it is given once everything is written.
+
+    Raises:
+        OSError: a flush failed; the files are not safely on disk.
+    """
+    written, wanted, failures = threading.Event(), [True], list[OSError]()
+
+    def flush() -> None:
+        try:
+            while not written.wait(_FLUSH_SECONDS):
+                for fd in fds:
+                    os.fsync(fd)
+            if wanted:
+                for fd in fds:
+                    os.fsync(fd)
+        except OSError as error:
+            failures.append(error)
+
+    if not fds:
+        yield lambda: None
+        return
+    flusher = threading.Thread(target=flush)
+    try:
+        with uninterrupted():
+            flusher.start()
+        yield written.set
+    except BaseException:
+        wanted.clear()
+        raise
+    finally:
+        written.set()
+        if flusher.ident is not None:  # it was started
+            flusher.join()
+    if failures:
+        raise failures[0]
