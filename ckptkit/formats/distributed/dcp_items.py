@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from math import prod
 from threading import Lock
+from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry
@@ -203,8 +204,7 @@ def _kind(head: bytes) -> bytes:
     return head[: head.find(DESCRIPTOR_SIGNATURE, 30) + 16]
 
 
-@dataclass(frozen=True, slots=True)
-class _Mold:
+class _Mold(NamedTuple):
     """What an item is known by.
 
     Attributes:
