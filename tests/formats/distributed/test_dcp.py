@@ -125,6 +125,32 @@ def test_what_is_known_of_one_item_is_what_each_would_say(sharded: Samples) -> N
     assert entries() == one_by_one
 
 
+def test_objects_that_are_alike_are_each_what_they_are(tmp_path: Path) -> None:
+    """Whatever byte of one is damaged: it is told as if each were read by itself, or not at all where nothing is."""
+    tree = {"a": 0.5, "b": 0.5, "c": 0.5, "d": (0.9, None), "e": (0.9, None), "f": [1], "g": [1], "w": torch.ones(2)}
+    dcp.save(tree, checkpoint_id=tmp_path, no_dist=True)
+    found = ckptkit.load(tmp_path)
+    assert {**found, "w": None} == {**tree, "w": None}
+    assert found["f"] is not found["g"]
+    info = {index.fqn: info for index, info in pickle.loads((tmp_path / ".metadata").read_bytes()).storage_data.items()}
+    file, whole = tmp_path / "__0_0.distcp", (tmp_path / "__0_0.distcp").read_bytes()
+
+    def outcome() -> object:
+        try:
+            checkpoint, source = formats.read(tmp_path)
+        except FormatError as error:
+            return str(error)
+        source.close()
+        return [*checkpoint.rest.pairs], checkpoint.trust  # type: ignore[attr-defined]
+
+    last = max((info[name] for name in "abc"), key=lambda each: each.offset)
+    for at in range(last.offset, last.offset + last.length, 41):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        with mock.patch("ckptkit.formats.distributed.dcp_items._MOST_MOLDS", 0):
+            expected = outcome()
+        assert repr(outcome()) == repr(expected), at
+
+
 # What is missing, damaged or foreign.
 
 
