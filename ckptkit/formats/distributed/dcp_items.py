@@ -197,7 +197,7 @@ class ItemReader:
 
         compression = compression_of(area.read(0, min(area.nbytes, 16)))
         if compression is None or compression.name != "zstd":
-            raise CorruptError("it went through stream.zstd/1, and is no frame of zstd")
+            raise CorruptError("it went through stream.zstd/1, but is not a zstd frame")
         inner = Inner(area.file.path, area, area.file, name=name, owns=False)
         most = max(self._limits.unpacked_nbytes, self._nbytes.get(row, 0) + _AROUND_NBYTES)
         parts = compression.parts(inner, replace(self._limits, unpacked_nbytes=most))
