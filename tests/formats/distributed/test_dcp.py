@@ -364,7 +364,7 @@ def test_an_item_that_is_not_compressed_as_it_is_said_to_be(plain: Path) -> None
     for info in metadata.storage_data.values():
         info.transform_descriptors = ["stream.zstd/1"]
     (plain / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CorruptError, match="is no frame of zstd"):
+    with pytest.raises(CorruptError, match="is not a zstd frame"):
         formats.read(plain)
 
 
