@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from support.files import SameBits
 from support.sharded import Samples, flat
 
@@ -231,6 +232,20 @@ def test_a_checkpoint_of_one_rank_needs_no_tag(tmp_path: Path, same_bits: SameBi
     dcp.save(tree, checkpoint_id=tmp_path, no_dist=True)
     (tmp_path / ".metadata").rename(tmp_path / "__0.metadata")
     same(ckptkit.load(tmp_path), tree, same_bits)
+
+
+def test_more_files_than_a_shell_lets_be_open(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    tree = {f"w{n}": torch.full((1,), float(n)) for n in range(150)}
+    writer = dcp.FileSystemWriter(tmp_path / "many", single_file_per_rank=False, sync_files=False)
+    dcp.save(tree, storage_writer=writer, no_dist=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 120, hard))
+    try:
+        ckptkit.convert(tmp_path / "many", tmp_path / "out.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert load_file(tmp_path / "out.safetensors") == tree
 
 
 # Items that are something else.
