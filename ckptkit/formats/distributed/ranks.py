@@ -31,11 +31,16 @@ from ckptkit.transfer.pieces import Piece, pieced
 
 __all__ = ["Ranks"]
 
-_OWN = frozenset((
-    "rng", "random", "generator", "generators", "seed", "seeds", "sampler", "dataloader", "loader", "rank", "device",
-    "host", "hostname", "pid", "time", "elapsed", "duration", "throughput", "memory", "loss", "losses",
+_OWN = frozenset(("rng", "random", "seed", "seeds", "sampler", "dataloader", "loader", "rank"))
+"""Words in keys of what each rank has of its own, tensors too."""
+
+_MEASURED = frozenset((
+    "device", "host", "hostname", "pid", "time", "elapsed", "duration", "throughput", "memory", "loss", "losses",
 ))  # fmt: skip
-"""Words in keys of what each rank has of its own."""
+"""Words in keys of plain values that each rank has measured, or found where it ran."""
+
+_SHARED = frozenset(("model", "module", "network", "optim", "optimizer"))
+"""Words in keys of what the ranks have together: nothing below is one rank's own, whatever it is called."""
 
 _LISTED = 5
 """Differences that a message lists."""
@@ -134,7 +139,7 @@ class Ranks:
                 self._share(rank, met, known)
             elif isinstance(a, TensorEntry) and isinstance(b, TensorEntry):
                 self._copied.setdefault(id(met.a), _Copied(met.a, met.place)).each.append((rank, b))
-            elif (own := _own(met.place)) is not None:
+            elif (own := _own(met.place, _OWN | _MEASURED)) is not None:
                 self.own[own] = None
             elif met.how != "order" and not (met.b is ABSENT and self._is_run(met.place)):
                 self._differs(rank, met)
@@ -283,7 +288,7 @@ class Ranks:
 
     def _compare(self, copied: _Copied) -> None:
         """Note a plain tensor's copies, which must be the same."""
-        own = _own(copied.place)
+        own = _own(copied.place, _OWN)
         if own is not None:
             if len(copied.each) > 1:
                 self.own[own] = None
@@ -415,13 +420,16 @@ def _as_entry(node: object) -> object:
     return tensor_of(node, 0, (node.nbytes,), (1,), "uint8", False, False) if isinstance(node, Storage) else node
 
 
-def _own(place: Place) -> str | None:
+def _own(place: Place, words: frozenset[str]) -> str | None:
     """The place of what each rank has of its own, in which this one is; ``None``: all ranks have the same."""
     step: Place | None = place
     found = None
     while step is not None:
-        if isinstance(step.label, str) and _OWN & set(re.split(r"[^a-z]+", step.label.lower())):
-            found = step
+        if isinstance(step.label, str) and "." not in step.label:  # else it is the name of a tensor
+            said = set(re.split(r"[^a-z]+", step.label.lower()))
+            if said & _SHARED:
+                return None
+            found = step if said & words else found
         step = step.above
     return None if found is None else str(found)
 

@@ -158,6 +158,27 @@ def test_what_verl_keeps_beside_it_is_rank_0s(copy: Callable[[str], Path], same_
     assert np.array_equal(found["rng"]["numpy"][1], states[0]["numpy"][1])
 
 
+def test_what_a_word_in_a_key_does_not_excuse(tmp_path: Path) -> None:
+    """A tensor of a loss, a model's under ``time``: they must be the same; a loss that was measured need not."""
+    for rank in range(2):
+        tree = {
+            "model": {"time_embed": torch.ones(2), "seed.weight": torch.ones(2)},
+            "loss": 0.5 + rank,
+            "criterion_loss": {"center": torch.ones(2)},
+            "random_states": {"torch": torch.full((2,), rank)},
+        }
+        torch.save(tree, tmp_path / f"rank_{rank}.pt")
+    with ckptkit.open(tmp_path) as file:
+        names = [replica.name for replica in file.checkpoint.replicas]
+        told = [finding.message for finding in file.findings if finding.code == "rank-values"]
+    assert names == ["model.time_embed", "model.seed.weight", "criterion_loss.center"]
+    assert told == ["each rank has its own of loss, random_states; those of rank 0 are taken"]
+    tree["model"]["time_embed"] += 1
+    torch.save(tree, tmp_path / "rank_1.pt")
+    with pytest.raises(CorruptError, match=r"1 tensor .*: model\.time_embed"):
+        ckptkit.load(tmp_path)
+
+
 # Refusals.
 
 
