@@ -302,6 +302,9 @@ def test_files_that_do_not_belong_together_are_refused(
         ckptkit.open(folder)
     assert re.search(text, str(caught.value)), caught.value
     assert str(caught.value).startswith(str(folder))
+    done = run("inspect", folder)
+    assert done.returncode == 2
+    assert re.search(text, done.stderr), done.stderr
 
 
 def test_sums_that_were_not_made_are_refused(sharded: Samples) -> None:
