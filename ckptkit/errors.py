@@ -32,7 +32,6 @@ __all__ = [
     "UnknownFormatError",
     "UnsupportedError",
     "VerifyError",
-    "is_hostile",
 ]
 
 
@@ -45,6 +44,7 @@ class CkptkitError(Exception):
         path: the file or folder it is about; ``None``: it is about none, or the layer that raised does not know it.
         where: the part of the file, such as ``"data.pkl"`` or ``"header"``; ``None``: all of it, or not known.
         offset: position in bytes inside that part; ``None``: no one position.
+        is_hostile: whether a sharded checkpoint was refused since its pickles would run something: exit code 1.
         names: those that the message lists, all of them where it shows but a few: of tensors, or what there is to
             choose from; see the classes.
     """
@@ -53,6 +53,7 @@ class CkptkitError(Exception):
     where: str | None = None
     offset: int | None = None
     names: tuple[str, ...] = ()
+    is_hostile: bool = False
 
     def __init__(self, *args: object, path: str | None = None, names: Iterable[str] = (), **others: Any) -> None:
         super().__init__(*args, **others)  # of ImportError: its name
@@ -99,7 +100,6 @@ class FormatError(CkptkitError, ValueError):
         globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave
             before the error: what is refused is still reported.
         called: whether the pickle that has the error calls one of them before it.
-        is_hostile: whether it is a sharded checkpoint that was refused since its pickles would run something.
     """
 
     def __init__(
@@ -118,7 +118,6 @@ class FormatError(CkptkitError, ValueError):
         self.offset = offset
         self.globals: tuple[Any, ...] = ()
         self.called = False
-        self.is_hostile = False
 
     def at(self, *, path: str | None = None, where: str | None = None, seen: tuple[Any, ...] = ()) -> FormatError:
         """Fill in what the raising layer did not know; what is known stays.
@@ -138,11 +137,6 @@ class FormatError(CkptkitError, ValueError):
         if self.offset is not None:
             place = f"{place}, byte {self.offset}" if place else f"byte {self.offset}"
         return ": ".join(part for part in (self.path, place, self.message) if part)
-
-
-def is_hostile(error: BaseException) -> bool:
-    """Whether a sharded checkpoint was refused since its pickles would run something."""
-    return isinstance(error, FormatError) and error.is_hostile
 
 
 class UnknownFormatError(FormatError):

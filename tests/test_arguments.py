@@ -473,15 +473,22 @@ def declarations() -> dict[str, ast.ClassDef]:
     return {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
+def keywords_in(title: str) -> list[str]:
+    """Those of a ``TypedDict``, and of those that it is made of."""
+    node = declarations()[title]
+    own = [
+        each.target.id for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+    ]
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id != "TypedDict"]
+    return [*(name for base in bases for name in keywords_in(base)), *own]
+
+
 @pytest.mark.parametrize("name", [*DECLARED, "check"])
 def test_type_checkers_see_each_keyword(name: str) -> None:
     title = {"check": "Policy"}.get(name, name.title())
-    keywords = [
-        node.target.id
-        for node in declarations()[f"{title}Keywords"].body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
-    assert keywords == [*(POLICY_FIELDS if name == "check" else DECLARED[name].declared)]
+    assert sorted(keywords_in(f"{title}Keywords")) == sorted(
+        POLICY_FIELDS if name == "check" else DECLARED[name].declared
+    )
 
 
 def test_choices_are_those_of_the_type() -> None:

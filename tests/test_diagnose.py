@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import ckptkit
-from ckptkit.checkpoint import Checkpoint, Origin, StateDict
+from ckptkit.checkpoint import Checkpoint, GlobalUse, Origin, Replica, StateDict
 from ckptkit.codes import CODES
 from ckptkit.diagnose import DIAGNOSES, diagnose, human_size
 from ckptkit.pickling.inert import Global, InertDict, Object
@@ -154,11 +154,28 @@ def test_big_endian() -> None:
     assert [f.code for f in diagnose(checkpoint)] == ["no-tensors", "big-endian"]
 
 
+def test_what_a_folder_leaves_for_later() -> None:
+    class Pickles:
+        def judge(self) -> tuple[GlobalUse, ...]:
+            return ()
+
+    origin = Origin(path="a b", size=10, format="dcp", kind="other", options=("--section", "x", "--tag", "step 1"))
+    unread = GlobalUse(name="items", verdict="unknown", count=3, kind="unread")
+    copies: Any = (Replica("w", *[None] * 2, "rank 0 and rank 1"),)  # type: ignore[arg-type]  # nothing is read
+    checkpoint = Checkpoint(
+        state_dict=StateDict(), rest=None, origin=origin, unread=Pickles(), unvouched=(unread,), replicas=copies
+    )
+    found = {finding.code: finding for finding in diagnose(checkpoint)}
+    assert found["items-not-read"].message.startswith("3 items are pickles of their own and were not read;")
+    assert found["copies-not-compared"].message.startswith("1 copy was not compared")
+    assert found["items-not-read"].fix == "ckptkit check 'a b' --tag 'step 1'"
+
+
 def test_every_code_a_diagnosis_gives_is_provoked_here() -> None:
-    here = {*PROVOKED, "device-location", "crc-not-recorded", "big-endian"}
+    here = {*PROVOKED, "device-location", "crc-not-recorded", "big-endian", "items-not-read", "copies-not-compared"}
     from_conversion = {"left-out", "renamed", "nothing-to-strip", "mixed-prefix", "written-out"}
     given = {const for check in DIAGNOSES for const in check.__code__.co_consts if const in CODES}
-    assert len(DIAGNOSES) == 21
+    assert len(DIAGNOSES) == 23
     assert given <= here
     assert not here & from_conversion
 

@@ -159,8 +159,10 @@ def test_options_are_those_of_convert() -> None:
         name for name, option in LoadOptions.declared.items() if ConvertOptions.declared.get(name) is not option
     } == own
     tree = ast.parse(Path(str(options.__file__)).read_text(encoding="utf-8"))
-    keywords = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}["LoadKeywords"]
-    assert [n.target.id for n in keywords.body if isinstance(n, ast.AnnAssign)] == [*LoadOptions.declared]  # type: ignore[union-attr]
+    classes = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    bodies = [classes[name].body for name in ("LoadKeywords", "_RewriteKeywords", "_ReadKeywords")]
+    keywords = [n.target.id for body in bodies for n in body if isinstance(n, ast.AnnAssign)]  # type: ignore[union-attr]
+    assert sorted(keywords) == sorted(LoadOptions.declared)
     assert all(f"{name}: " in (ckptkit.load_state_dict.__doc__ or "") for name in LoadOptions.declared)
     assert LoadOptions(device="cuda").but(strip_module=True).map_location == "cuda"
 

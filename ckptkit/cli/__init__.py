@@ -20,7 +20,7 @@ import click
 from ckptkit import __version__
 from ckptkit.cli import ending
 from ckptkit.cli.options import printable
-from ckptkit.errors import CkptkitError, is_hostile
+from ckptkit.errors import CkptkitError
 
 __all__ = ["main", "run"]
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except CkptkitError as error:
         _show_traceback(debug)
         ending.say(f"ckptkit: error: {_lines(str(error))}")
-        code = 1 if is_hostile(error) else 2
+        code = 1 if error.is_hostile else 2
     except MemoryError:
         _show_traceback(debug)
         ending.say("ckptkit: error: out of memory; no file is half-written")

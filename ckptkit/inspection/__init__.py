@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Spread, Storage
 from ckptkit.diagnose import diagnose, everything_in, hostile_finding
-from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError, is_hostile
+from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.inspection.listing import (
     Listing,
     Rows,
@@ -179,7 +179,7 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
     names = _globals(merge_uses(error.globals), error.where or "") if isinstance(error, FormatError) else []
     dangerous = [name["name"] for name in names if name["verdict"] == "dangerous"]
     hostile = isinstance(error, AmbiguousError) or bool(dangerous)
-    findings = [hostile_finding(name).to_dict() for name in dangerous] if is_hostile(error) else []
+    findings = [hostile_finding(name).to_dict() for name in dangerous] if error.is_hostile else []
     return {
         "path": path,
         "size": None,

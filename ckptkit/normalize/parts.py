@@ -405,7 +405,7 @@ def way_out(part: Part) -> str:
         return "get the files that belong to it: none of them lies beside it"
     if part.opens:
         return f"give {part.instead}"
-    return f"the files in {part.instead} belong together, and are no checkpoint of a layout that ckptkit knows"
+    return f"the files in {part.instead} belong together, in a layout that ckptkit does not know"
 
 
 def part_text(part: Part) -> str:

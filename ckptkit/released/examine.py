@@ -323,7 +323,7 @@ def examine_file(
     try:
         require_whole(checkpoint, allow_part=allow_part)
         contents = _Contents(checkpoint)
-        held = [storage for storage in contents.storages if checksums and storage.crc32 is not None]
+        held = _recorded(contents.storages) if checksums and not is_folder(file) else []
         if checkpoint.origin.state_path is None:
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
         reading, given = Reading(), formats.given_of(file)
@@ -333,10 +333,10 @@ def examine_file(
         if checksums or is_folder(file):
             checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=is_held)
             contents.checkpoint = checkpoint  # what stands in it is the same
-        parts = formats.hashed_parts(file) if is_folder(file) else file.parts
+        files, parts = _files(file)
         if is_read:
             reading = read_through(
-                [*([] if is_folder(file) else [file]), *parts.values()],
+                files,
                 _digested(contents, whole) if digest else (),
                 hash_files=hash_file and is_whole,
                 digest=digest,
@@ -391,6 +391,17 @@ def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool, held: b
         except CorruptError as error:
             return checkpoint, error.message
     return checkpoint, None
+
+
+def _files(file: Source) -> tuple[list[Source], dict[str, Source]]:
+    """What is read: the file and its shards, or all of a folder's own files; and those of several by name."""
+    parts = formats.hashed_parts(file) if is_folder(file) else file.parts
+    return [*([] if is_folder(file) else [file]), *parts.values()], parts
+
+
+def _recorded(storages: Sequence[Storage]) -> list[Storage]:
+    """Those with a recorded checksum."""
+    return [storage for storage in storages if storage.crc32 is not None]
 
 
 def _damages(storages: Sequence[Storage]) -> list[Damage]:

@@ -193,7 +193,7 @@ class CheckReport(Report["CheckDocument"]):
 
 def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False) -> CheckFinding:
     """A file that could not be read; or that is a part of a checkpoint, where that is not allowed."""
-    if isinstance(error, FormatError) and error.is_hostile:
+    if error.is_hostile and isinstance(error, FormatError):
         return hostile_finding(path, error)
     message = str(error).removeprefix(f"{path}: ")
     found = "no such file" if isinstance(error, MissingFileError) else type(error).__name__

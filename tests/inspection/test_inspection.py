@@ -29,7 +29,7 @@ KEYS = {
     "path": str, "size": int, "format": str, "writer": (str, type(None)), "kind": str,
     "state_dict": (dict, type(None)), "sections": list, "storage": dict, "tensors": list, "metadata": dict,
     "training": dict, "trust": str, "globals": list, "modules": list, "architecture": list, "findings": list,
-    "adapter": (dict, type(None)), "quantization": (dict, type(None)),
+    "adapter": (dict, type(None)), "quantization": (dict, type(None)), "layout": (dict, type(None)),
     "part": (dict, type(None)), "error": type(None), "has_pickle": bool,
 }  # fmt: skip
 ELEMENTS: dict[str, dict[str, Any]] = {

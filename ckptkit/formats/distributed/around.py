@@ -397,9 +397,8 @@ def _chosen(path: str, last: tuple[str, str], found: Found) -> Found:
     name = os.path.basename(os.path.realpath(os.path.join(path, name))) if name == pointer else name
     others = [each for each in _folders(path) if each not in (name, pointer) and _may_be_a_step(path, each)]
     told = f"; also there: {listed(others, _LISTED)} (--tag NAME chooses one)" if others else ""
-    finding = Finding(
-        code="step-chosen", severity="info", message=f"the checkpoint is {name!r:.80}, which {pointer} names{told}"
-    )
+    message = f"the checkpoint is {name!r:.80}, as {pointer} says{told}"
+    finding = Finding(code="step-chosen", severity="info", message=message)
     return found._replace(tag=name if found.tag is None else found.tag, findings=(finding, *found.findings))
 
 

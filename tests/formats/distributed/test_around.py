@@ -63,7 +63,7 @@ def test_the_step_that_is_named_is_opened(pointer: str, text: str, name: str, st
     assert found is not None and (found.root, found.tag) == (str(tmp_path / name), name)
     (finding,) = found.findings
     assert (finding.code, finding.severity) == ("step-chosen", "info")
-    assert f"{name!r}, which {pointer} names; also there: global_step100" in finding.message
+    assert f"{name!r}, as {pointer} says; also there: global_step100" in finding.message
     assert number(tmp_path, tag="global_step100") == 100
     document = ckptkit.inspect(tmp_path)
     assert document["path"] == str(tmp_path) and document["layout"] == {
