@@ -41,7 +41,7 @@ _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _WRITERS = (
     ("sklearn.", "pickle, of a scikit-learn model"),
     ("torch.distributed.checkpoint.", "torch.distributed.checkpoint: the list of what lies in the .distcp files beside "
-     "it, which ckptkit does not merge yet"),
+     "it; give the folder"),
     ("pandas.", "pickle, of a pandas table"),
     ("xgboost.", "pickle, of an XGBoost model"),
     ("lightgbm.", "pickle, of a LightGBM model"),
