@@ -308,6 +308,13 @@ CODES: dict[str, Explanation] = {
         "-",
     ),
     # Shards and containers.
+    "foreign-part": Explanation(
+        "files of another save lie in the folder",
+        "The folder's .metadata names every file that belongs to its checkpoint, and there are .distcp files that it "
+        "does not name. Saving again into the same folder with fewer ranks leaves such files; they are not read.",
+        "Save into a new folder each time. The files can be deleted once the checkpoint was checked: ckptkit check "
+        "FOLDER.",
+    ),
     "part-of-a-checkpoint": Explanation(
         "the file is a part of a checkpoint, not the whole",
         "Shards of an index, the files that FSDP, DeepSpeed, Megatron and torch.distributed.checkpoint write for each "

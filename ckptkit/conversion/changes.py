@@ -23,6 +23,7 @@ from ckptkit.report import Finding, convert_command, count_of, glob_of, human_si
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
+    from ckptkit.formats.distributed.dcp_names import Flat
     from ckptkit.rewrite.like import Fitting
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "diagnose_selection",
     "diagnose_trust",
     "diagnose_wrappers",
+    "flat_in",
+    "gathered_in",
 ]
 
 
@@ -400,23 +403,27 @@ def _names_any(value: object, names: Collection[str]) -> bool:
     return any(isinstance(node, Global) and node.qualified in names for node in walk(value))
 
 
-def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> Iterator[Finding]:
+def diagnose_layout(
+    result: Checkpoint, plan: Plan, dead: tuple[int, int], flat: Mapping[str, TensorEntry] | None = None
+) -> Iterator[Finding]:
     """What the output holds in another form.
 
     Args:
         result: the checkpoint as it is written.
         plan: of the output.
         dead: storages that were cut, and the bytes that no tensor viewed of them.
+        flat: every tensor, where each has its own bytes in a folder; ``None``: a file is written.
     """
     storages, nbytes = dead
-    each_apart = format_named(plan.format).tensors_alone or plan.in_folder is not None
+    each_apart = format_named(plan.format).tensors_alone or flat is not None
     if nbytes and not each_apart:
         told = f"{human_size(nbytes)} in {count_of(storages, 'storage')} belong to no tensor and are left out"
         yield Finding(code="compacted", severity="info", message=told)
     if not each_apart:
         return
-    gathered = sum(isinstance(made, Gather) for made in plan.all_steps())
-    stored = [entry for name, entry in result.state_dict.items() if name not in plan.aliases and entry.nbytes]
+    entries = result.state_dict if flat is None else flat
+    gathered = sum(isinstance(made, Gather) for made in plan.all_steps()) if flat is None else len(gathered_in(flat))
+    stored = [entry for name, entry in entries.items() if name not in plan.aliases and entry.nbytes]
     overlapping = len(stored) - len({id(entry.storage) for entry in stored})
     if gathered or overlapping:
         yield Finding(
@@ -430,11 +437,22 @@ def diagnose_layout(result: Checkpoint, plan: Plan, dead: tuple[int, int]) -> It
         )
 
 
-def diagnose_flat(result: Checkpoint) -> Iterator[Finding]:
-    """What of a tree a folder of torch.distributed.checkpoint does not keep."""
+def flat_in(plan: Plan, result: Checkpoint) -> Flat | None:
+    """The names in a folder that is written; ``None``: a file is."""
+    if plan.in_folder is None:
+        return None
     from ckptkit.formats.distributed.dcp_names import flattened
 
-    flat = flattened(result)
+    return flattened(result)
+
+
+def gathered_in(entries: Mapping[str, TensorEntry]) -> list[str]:
+    """The tensors whose elements do not lie as they are written."""
+    return [name for name, entry in entries.items() if entry.nbytes and not entry.is_plain_bytes]
+
+
+def diagnose_flat(flat: Flat) -> Iterator[Finding]:
+    """What of a tree a folder of torch.distributed.checkpoint does not keep."""
     ties = [listed(names, 4, between=" = ", characters=100) for names in tied_groups(flat.tensors)]
     if ties:
         told = f"{count_of(len(ties), 'tensor')} with several names, which are no longer tied: {listed(ties, 4)}"

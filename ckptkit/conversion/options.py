@@ -29,6 +29,8 @@ from ckptkit.conversion.changes import (
     diagnose_selection,
     diagnose_trust,
     diagnose_wrappers,
+    flat_in,
+    gathered_in,
 )
 from ckptkit.errors import CkptkitError, CorruptError, RewriteError, SectionError
 from ckptkit.formats import read, reread
@@ -335,9 +337,10 @@ class Conversion:
             told = f"{place}; what was there is not in the output: {self._put}"
             yield Finding(code="replaced", severity="info", message=told)
         yield from diagnose_trust(self.source, self.result, plan)
-        yield from diagnose_layout(self.result, plan, self._dead)
-        if plan.in_folder is not None:
-            yield from diagnose_flat(self.result)
+        flat = flat_in(plan, self.result)
+        yield from diagnose_layout(self.result, plan, self._dead, None if flat is None else flat.tensors)
+        if flat is not None:
+            yield from diagnose_flat(flat)
 
     def _changed_by(self, *kinds: type[Renamer]) -> set[str]:
         """The names that renamers of these kinds change."""
@@ -363,14 +366,16 @@ class Conversion:
             source = entry.storage.source
             if isinstance(source, ConvertedRange):
                 casts.append({"name": name, "from": source.whole.dtype, "to": entry.dtype})
+        flat = flat_in(plan, self.result)
         names = {id(entry): name for name, entry in entries.items()}
-        gathered = [step.entry for step in plan.all_steps() if isinstance(step, Gather)]
+        steps = [step.entry for step in plan.all_steps() if isinstance(step, Gather)]
+        gathered = [names[id(entry)] for entry in steps if id(entry) in names]
         return {
             "renames": [{"from": old, "to": new} for old, new in self.renames.items()],
             "dropped": self.dropped,
             "like": None if like is None else like.label,
             "casts": casts,
-            "gathered": [names[id(entry)] for entry in gathered if id(entry) in names],
+            "gathered": gathered if flat is None else gathered_in(flat.tensors),
             "compacted": {"storages": self._dead[0], "nbytes": self._dead[1]},
             "operations": list(self.result.operations),
         }

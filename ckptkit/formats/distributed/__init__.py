@@ -65,14 +65,14 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
         FileAccessError: it holds none, or the rules cannot be read.
         FormatError: the rules are none.
     """
-    from ckptkit.formats.distributed.slices import numbered
+    from ckptkit.formats.distributed.slices import sliced
     from ckptkit.formats.distributed.tensor_parallel import rules_in
 
     rules, names = rules_in(tp_rules), listing(path)
     is_placed = any(layout.claims(path, names) for layout in LAYOUTS if layout.format in _PLACED)
-    is_it = not is_placed and tag is None and bool(numbered(names))
-    found = Found(path, "megatron", names, tuple(numbered(names))) if is_it else found_in(path, tag)
-    if found is None or (found.layout != "megatron" and (found.layout in _PLACED or not numbered(found.names))):
+    is_it = not is_placed and tag is None and bool(sliced(names))
+    found = Found(path, "megatron", names, tuple(sliced(names))) if is_it else found_in(path, tag)
+    if found is None or (found.layout != "megatron" and (found.layout in _PLACED or not sliced(found.names))):
         raise FileAccessError(
             f"{path}: --tp-rules joins files that differ in one number; there are none here", path=path
         )

@@ -28,7 +28,8 @@ from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.distributed.dcp_items import ItemReader
-from ckptkit.formats.distributed.dcp_metadata import METADATA_NBYTES, Metadata, TensorMetadata, parse_metadata
+from ckptkit.formats.distributed.dcp_metadata import METADATA_NBYTES, parse_metadata
+from ckptkit.formats.distributed.dcp_record import LISTED, Metadata, TensorMetadata
 from ckptkit.formats.distributed.folder import FolderSource
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
@@ -49,9 +50,6 @@ _MOST_KEYS = 100
 
 _SPARE = 1000
 """Places in lists beyond one for each value: torch leaves out what is empty."""
-
-_LISTED = 5
-"""Names that a message lists."""
 
 
 class Opened:
@@ -110,7 +108,7 @@ class Opened:
                 code="foreign-part",
                 severity="warning",
                 message=f"the checkpoint does not name {count_of(len(foreign), 'file')} of its folder: "
-                f"{listed(foreign, _LISTED)}; left over from another save, or from more ranks",
+                f"{listed(foreign, LISTED)}; left over from another save, or from more ranks",
             )
 
 
@@ -182,7 +180,7 @@ def _metadata_name(folder: FolderSource) -> str:
         asked = f"there is no rank {folder.tag!r:.40}: " if folder.tag else ""
         raise FileAccessError(
             f"{folder.path}: {asked}each of {len(ranks):,} ranks saved a checkpoint of its own here, without the "
-            f"others; choose one with --tag: {listed(known, _LISTED)}",
+            f"others; choose one with --tag: {listed(known, LISTED)}",
             path=folder.path,
             names=known,
         )

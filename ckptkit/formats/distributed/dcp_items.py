@@ -8,16 +8,19 @@ checksum.  So what was read of one is known of all whose other bytes are the sam
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
+from math import prod
 from threading import Lock
-from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry
 from ckptkit.computed import Held, spooled
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, FormatError, UnsupportedError
+from ckptkit.formats.distributed.dcp_record import LISTED, Items, Wanted
 from ckptkit.formats.shards import prefixed
 from ckptkit.formats.torch_zip import read_archive
 from ckptkit.formats.zip_archive import Records, read_directory
@@ -28,7 +31,7 @@ from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import listed
 from ckptkit.tensor import storage_of, tensor_of
 
-__all__ = ["ItemReader", "Items", "Wanted"]
+__all__ = ["ItemReader"]
 
 _ZSTD = ("stream.zstd/1",)
 """What ``torch.distributed.checkpoint._extension.ZStandard`` calls itself."""
@@ -37,40 +40,14 @@ _HEAD_NBYTES = 1536
 _TAIL_NBYTES = 2048
 """Bytes before and after an item's values that are looked at: torch writes some 700 and 850."""
 
+_AROUND_NBYTES = 1 << 20
+"""Bytes of a file of ``torch.save`` beyond those of its one tensor."""
+
 _MOST_MOLDS = 2000
 """Sizes of items that are remembered; each takes some 3 kB."""
 
 _IDENTITY = "/.data/serialization_id"
 """The record that has the digits, since torch 2.1."""
-
-_LISTED = 5
-"""Names that a message lists."""
-
-
-@dataclass(slots=True, eq=False)
-class Items:
-    """Where the stored items lie, a row each.
-
-    Attributes:
-        paths: the file.
-        starts, lengths: first byte and number of bytes in it.
-        transforms: what the bytes went through: ``("stream.zstd/1",)``.
-    """
-
-    paths: Sequence[str]
-    starts: Sequence[int]
-    lengths: Sequence[int]
-    transforms: Sequence[tuple[str, ...]]
-
-
-class Wanted(NamedTuple):
-    """A chunk of a tensor that an item must be."""
-
-    row: int
-    name: str
-    dtype: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
 
 
 class ItemReader:
@@ -153,7 +130,7 @@ class ItemReader:
         odd = [use for use in raw.globals if use.verdict not in ("torch", "allowed")]
         is_plain = isinstance(entry, TensorEntry) and entry.subclass is None and entry.attributes is None
         if not isinstance(entry, TensorEntry) or not is_plain or odd or raw.discarded or entry.effects:
-            names = f": it names {listed([use.name for use in odd], _LISTED)}" if odd else ""
+            names = f": it names {listed([use.name for use in odd], LISTED)}" if odd else ""
             error = CorruptError(f"the item is not one plain tensor{names}", where=self._place(row, name))
             raise error.at(seen=raw.globals)
         return entry
@@ -193,6 +170,11 @@ class ItemReader:
             return data[:_HEAD_NBYTES], data[-_TAIL_NBYTES:]
         return area.read(0, _HEAD_NBYTES), area.read(area.nbytes - _TAIL_NBYTES)
 
+    @cached_property
+    def _nbytes(self) -> dict[int, int]:
+        """Bytes of the chunks in items: zeros shrink to next to nothing."""
+        return {want.row: prod(want.sizes) * DTYPES[want.dtype].itemsize for want in self._wanted()}
+
     def _area(self, row: int, name: str) -> ByteRange:
         """Where an item's bytes lie, decompressed."""
         area, through = self._lying(row), self._items.transforms[row]
@@ -204,9 +186,10 @@ class ItemReader:
 
         compression = compression_of(area.read(0, min(area.nbytes, 16)))
         if compression is None or compression.name != "zstd":
-            raise CorruptError("it went through stream.zstd/1, and is no frame of zstd")
+            raise CorruptError("it went through stream.zstd/1, but is not a zstd frame")
         inner = Inner(area.file.path, area, area.file, name=name, owns=False)
-        parts = compression.parts(inner, self._limits)
+        most = max(self._limits.unpacked_nbytes, self._nbytes.get(row, 0) + _AROUND_NBYTES)
+        parts = compression.parts(inner, replace(self._limits, unpacked_nbytes=most))
         first = next(parts, b"")
         second = next(parts, None)
         if second is None:

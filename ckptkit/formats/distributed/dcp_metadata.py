@@ -23,22 +23,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.formats.distributed.dcp_items import Items, Wanted
+from ckptkit.formats.distributed.dcp_record import LISTED, Items, Metadata, TensorMetadata
 from ckptkit.formats.distributed.dcp_runs import BYTES, LEFT_OUT, Columns, Run, Runs, TensorRow
 from ckptkit.limits import Limits
 from ckptkit.pickling.inert import ABSENT, Global, Object, attributes, is_global, mapping_items, named_items
 from ckptkit.pickling.reader import PickleResult, read_pickle
 from ckptkit.pickling.tensors import is_int
 from ckptkit.pickling.trust import global_uses
-from ckptkit.report import count_of, listed
+from ckptkit.report import count_of
 
-__all__ = ["METADATA_NBYTES", "STRINGS", "Metadata", "TensorMetadata", "parse_metadata"]
+__all__ = ["METADATA_NBYTES", "STRINGS", "parse_metadata"]
 
 METADATA_NBYTES = 1 << 30
 """Bytes of a ``.metadata``: twice that of 1,024 processes with Adam, at some 143 bytes a chunk."""
@@ -73,100 +73,6 @@ _OWN_NAMES = frozenset(
 
 _WRITERS = ("Metadata", "MCoreMetadata")
 """Names of the root's class."""
-
-_LISTED = 5
-"""Names that a message lists."""
-
-
-@dataclass(slots=True, eq=False)
-class TensorMetadata:
-    """One tensor.
-
-    Attributes:
-        name: the fqn.
-        dtype: torch name of the elements' type.
-        shape: its size in elements.
-        requires_grad: whether it was trained; torch says ``False`` of all that a state_dict holds.
-        offsets, sizes: of each chunk, in elements.
-        rows: of each chunk, where among `Items` it lies; -1: a chunk without elements that lies nowhere.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    requires_grad: bool
-    offsets: list[tuple[int, ...]]
-    sizes: list[tuple[int, ...]]
-    rows: list[int]
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Metadata:
-    """What a ``.metadata`` says.
-
-    Attributes:
-        tensors: by name, in order.
-        objects: names of what was pickled as it is, each with its row among ``items``.
-        order: the names of both, in order.
-        items: where each lies.
-        paths: for names the keys that lead to them; ``None``: the names themselves are the keys.
-        version: of the metadata, ``"1.0.0"``; ``None``: not said.
-        strings: the checkpoint's string metadata (`STRINGS`).
-        protocol: of the pickle.
-        globals: the verdicts on all names in it.
-    """
-
-    tensors: dict[str, TensorMetadata]
-    objects: dict[str, int]
-    order: list[str]
-    items: Items
-    paths: dict[str, tuple[str | int, ...]] | None
-    version: str | None
-    strings: dict[str, str]
-    protocol: int
-    globals: tuple[GlobalUse, ...]
-
-    def chunks(self) -> Iterator[Wanted]:
-        """What the items of all tensors must be."""
-        for tensor in self.tensors.values():
-            for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
-                if row >= 0:
-                    yield Wanted(row, tensor.name, tensor.dtype, offsets, sizes)
-
-    def check_files(self, sizes: dict[str, int | None]) -> None:
-        """Hold the items against the files of the folder.
-
-        Args:
-            sizes: bytes of each file that an item names; ``None``: it is not there.
-
-        Raises:
-            CorruptError: some are not there, are shorter than they must be, or two items share bytes.
-        """
-        missing = [path for path, size in sizes.items() if size is None]
-        if missing:
-            raise CorruptError(
-                f"{count_of(len(missing), 'file', 'is', 'are')} missing: {listed(missing, _LISTED)}; "
-                f"the checkpoint has {len(sizes):,}",
-                names=missing,
-            )
-        placed: dict[str, list[tuple[int, int]]] = {path: [] for path in sizes}
-        for path, start, length in zip(self.items.paths, self.items.starts, self.items.lengths, strict=True):
-            placed[path].append((start, start + length))
-        short = [path for path, spans in placed.items() if max(end for _, end in spans) > (sizes[path] or 0)]
-        if short:
-            end = max(end for _, end in placed[short[0]])
-            raise CorruptError(
-                f"{count_of(len(short), 'file', 'is', 'are')} cut short: {listed(short, _LISTED)}; {short[0]} has "
-                f"{sizes[short[0]]:,} bytes, and its items end at byte {end:,}",
-                names=short,
-            )
-        for path, spans in placed.items():
-            spans.sort()
-            before = 0
-            for start, end in spans:
-                if start < before:
-                    raise CorruptError(f"two items of {path} share bytes, from byte {start:,} on")
-                before = end
 
 
 def parse_metadata(data: bytes, limits: Limits) -> Metadata:
@@ -380,7 +286,7 @@ class _Reader:
                 raise CorruptError("a stored item without a name, a file, an offset or a length")
             if not isinstance(through, (list, tuple)) or not all(isinstance(each, str) for each in through):
                 raise CorruptError(f"{_shown(name)}: its transform_descriptors are {_kind(through)}, not texts")
-            if not 0 <= start < _HUGE or not 0 <= length < _HUGE or len(through) > _LISTED:
+            if not 0 <= start < _HUGE or not 0 <= length < _HUGE or len(through) > LISTED:
                 raise CorruptError(f"{_shown(name)}: an item of {length:,} bytes from byte {start:,} on")
             columns.names.append(name)
             columns.places.append(None if place is None else self._extent(place))
@@ -534,5 +440,5 @@ def _shown(name: str) -> str:
 
 
 def _first(texts: Iterable[str]) -> str:
-    found = [*islice(texts, _LISTED + 1)]
-    return ", ".join(found[:_LISTED]) + (" and others" if len(found) > _LISTED else "")
+    found = [*islice(texts, LISTED + 1)]
+    return ", ".join(found[:LISTED]) + (" and others" if len(found) > LISTED else "")

@@ -31,20 +31,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from ckptkit.errors import LimitError
+from ckptkit.formats.distributed.dcp_patterns import Match, index_of, number_of, pattern_of, puts_of, spelled
 from ckptkit.pickling.inert import Global, Object
 from ckptkit.pickling.machine import Machine
 from ckptkit.pickling.shortcut import whole_numbers
 
 __all__ = ["BYTES", "LEFT_OUT", "Columns", "Memo", "Run", "Runs", "TensorRow"]
-
-_Match = Callable[[bytes, int], "re.Match[bytes] | None"]
-
-_INT = rb"(?:K.|M..|J....|\x8a\x05.{5}|\x8a\x06.{6}|\x8a\x07.{7}|\x8a\x08.{8})"
-_GET = rb"(?:h.|j....)"
-_TEXT = rb"(\x8c.[^\x94]*\x94|X....[^\x94]*\x94|h.|j....)"
-"""A string and its PUT, whose length is held against its bytes after the match; or a GET."""
-
-_DIMENSIONS = rb"\)|%(i)s\x85\x94|%(i)s{2}\x86\x94|%(i)s{3}\x87\x94|\(%(i)s{4,64}t\x94" % {b"i": _INT}
 
 _KEYS = frozenset(
     {"fqn", "index", "offset", "offsets", "sizes", "relative_path", "length", "transform_descriptors", "properties",
@@ -188,7 +180,7 @@ class Runs:
         self._frame_end = 0
         self._looked = 0
         self._tries: dict[str, int] = {}
-        self._patterns: dict[str, tuple[_Match, bytes]] = {}
+        self._patterns: dict[str, tuple[Match, bytes]] = {}
         self._gets: dict[tuple[bool, str], bytes] = {}
         self._classes: dict[str, Global] = {}
         self._calls = Counter[str]()
@@ -234,60 +226,16 @@ class Runs:
         for index, value in islice(self.memo.items(), looked, None):
             if isinstance(value, Global):
                 self._classes.setdefault(value.name, value)
-                self._gets.setdefault((True, value.name), _spelled(index))
+                self._gets.setdefault((True, value.name), spelled(index))
             elif isinstance(value, str) and value in _KEYS:
-                self._gets.setdefault((False, value), _spelled(index))
+                self._gets.setdefault((False, value), spelled(index))
         try:
             for needed in ("chunk", kind):
                 if needed not in self._patterns:
-                    self._patterns[needed] = self._pattern(needed)
+                    self._patterns[needed] = pattern_of(needed, self._gets)
         except KeyError:
             return False
         return True
-
-    def _pattern(self, kind: str) -> tuple[_Match, bytes]:
-        """What recognizes a record of a kind, and the bytes it begins with.
-
-        Raises:
-            KeyError: a name that it needs is not in the memo yet.
-        """
-        key = {name: re.escape(get) for (is_class, name), get in self._gets.items() if not is_class}
-        cls = {name: re.escape(get) for (is_class, name), get in self._gets.items() if is_class}
-        size = rb"(?:%b(%b)\x85\x94R\x94|(%b))" % (cls["Size"], _DIMENSIONS, _GET)
-        begin = rb"\)\x81\x94}\x94\("
-        index = b"".join(
-            (cls["MetadataIndex"], begin, key["fqn"], _TEXT, key["index"], rb"(?:N|%b)" % _INT,
-             rb"(?:%b%b)?ub" % (key["offset"], size))
-        ) if kind in ("item", "write") else b""  # fmt: skip
-        if kind == "chunk":
-            head = self._gets[True, "ChunkStorageMetadata"]
-            pattern = b"".join((re.escape(head), begin, key["offsets"], size, key["sizes"], size, b"ub"))
-        elif kind == "item":
-            head = self._gets[True, "MetadataIndex"]
-            transforms = rb"(?:%b\]\x94%ba)?" % (key.get("transform_descriptors", rb"\0"), _TEXT)
-            info = (cls["_StorageInfo"], begin, key["relative_path"], _TEXT, key["offset"], b"(%b)" % _INT)
-            pattern = b"".join((index, *info, key["length"], b"(%b)" % _INT, transforms, b"ub"))
-        elif kind == "tensor":
-            head = b""
-            properties = rb"%b\)\x81\x94\((%b)(%b)([\x88\x89])(%b)[\x88\x89]t\x94b" % (
-                cls["TensorProperties"], _GET, _GET, _GET,
-            )  # fmt: skip
-            metadata = (cls["TensorStorageMetadata"], begin, key["properties"], properties, key["size"], size)
-            nothing = rb"(%b\)\x81\x94)" % cls.get("BytesStorageMetadata", rb"\0")
-            pattern = b"".join((_TEXT, rb"(?:", nothing, rb"|", *metadata, key["chunks"], rb"\]\x94)"))
-        else:
-            head = self._gets[True, "WriteItem"]
-            properties = rb"(?:(%b)\)\x81\x94\((%b)(%b)[\x88\x89](%b)[\x88\x89]t\x94b|(%b))" % (
-                cls["TensorProperties"], _GET, _GET, _GET, _GET,
-            )  # fmt: skip
-            chunk = (cls["ChunkStorageMetadata"], begin, key["offsets"], size, key["sizes"], size, b"ub")
-            written = (cls["TensorWriteData"], begin, key["chunk"], rb"(?:(", *chunk, rb")|(%b))" % _GET)
-            tensor = (*written, key["properties"], properties, key["size"], size, b"ub")
-            pattern = b"".join(
-                (re.escape(head), begin, key["index"], index, key["type"], b"(%b)" % _GET, key["bytes_io_data"], b"N",
-                 key["tensor_data"], rb"(?:N|(", *tensor, b"))ub")
-            )  # fmt: skip
-        return re.compile(pattern, re.DOTALL).match, head
 
     # Runs: each from a position to the first and last row, and the position after them.
 
@@ -307,7 +255,7 @@ class Runs:
             add_sizes(extent)
             note_base(base)
             note_position(at)
-            base += 2 + _puts(offset) + _puts(size)
+            base += 2 + puts_of(offset) + puts_of(size)
             at = found.end()
         count = len(columns.offsets) - start
         self._calls["ChunkStorageMetadata"] += count
@@ -335,12 +283,12 @@ class Runs:
             columns.names.append(fqn)
             columns.places.append(offsets)
             columns.paths.append(file)
-            columns.starts.append(_number(first))
+            columns.starts.append(number_of(first))
             columns.lengths.append(numbers[length] if length in numbers else self._kept_number(length))
             columns.transforms.append(through)
             memo.bases.append(base)
             memo.positions.append(at)
-            base += 4 + (name[0] in b"\x8cX") + _puts(place) + (path[0] in b"\x8cX")
+            base += 4 + (name[0] in b"\x8cX") + puts_of(place) + (path[0] in b"\x8cX")
             base += 0 if transforms is None else 1 + (transforms[0] in b"\x8cX")
             full += place is not None
             at = found.end()
@@ -366,12 +314,12 @@ class Runs:
                 row, end = None if text is None else TensorRow(text, BYTES), found.end()
             else:
                 shape = self._sizes.get(size) or self._size(size, get_size)
-                memo.count += 5 + _puts(size)
+                memo.count += 5 + puts_of(size)
                 end = self._listed(found.end())
                 row = None
-                if text is not None and shape is not None and end and _index(memory_format) < before[2]:
+                if text is not None and shape is not None and end and index_of(memory_format) < before[2]:
                     row = TensorRow(
-                        text, memo[_index(dtype)], memo[_index(layout)], grad == b"\x88", shape, before[0],
+                        text, memo[index_of(dtype)], memo[index_of(layout)], grad == b"\x88", shape, before[0],
                         len(columns.offsets),
                     )  # fmt: skip
             if row is None or end > self._frame_end:
@@ -415,7 +363,7 @@ class Runs:
         while (found := match(self._data, at)) is not None and found.end() <= self._frame_end:
             entries = self._written(found)
             gets = found.group(3, 4, 8, 10, 11, 13, 14, 15, 16, 18)
-            if self._text(found[1]) is None or any(get and _index(get) >= memo.count + len(entries) for get in gets):
+            if self._text(found[1]) is None or any(get and index_of(get) >= memo.count + len(entries) for get in gets):
                 break
             memo.bases.append(memo.count)
             memo.positions.append(at)
@@ -434,7 +382,7 @@ class Runs:
     def _size(self, dimensions: bytes | None, get: bytes | None) -> tuple[int, ...] | None:
         """A size by its opcodes, or of the memo; ``None``: no such thing is there."""
         if dimensions is None:
-            gotten = self.memo.get(index := _index(get or b"h\0"))
+            gotten = self.memo.get(index := index_of(get or b"h\0"))
             gotten = self._gotten(index) if gotten is None else gotten
             is_size = isinstance(gotten, tuple) and all(number.__class__ is int for number in gotten)
             return gotten if is_size else None  # type: ignore[return-value]
@@ -453,7 +401,7 @@ class Runs:
         """A text by its opcodes, or of the memo; ``None``: it is none, or longer than it is said to be."""
         text: object
         if raw[0] in b"hj":
-            text = self._gotten(_index(raw))
+            text = self._gotten(index_of(raw))
         else:
             start = 2 if raw[0] == 0x8C else 5
             if int.from_bytes(raw[1:start], "little") != len(raw) - start - 1:
@@ -472,7 +420,7 @@ class Runs:
     def _kept_number(self, raw: bytes) -> int:
         if len(self._numbers) >= _MOST_KNOWN:
             self._numbers.clear()
-        number = self._numbers[raw] = _number(raw)
+        number = self._numbers[raw] = number_of(raw)
         return number
 
     # The memo's entries that were left out.
@@ -485,7 +433,7 @@ class Runs:
         return []
 
     def _put_size(self, dimensions: bytes | None) -> list[object]:
-        return [] if dimensions is None else [*[LEFT_OUT] * (_puts(dimensions) - 1), self._size(dimensions, None)]
+        return [] if dimensions is None else [*[LEFT_OUT] * (puts_of(dimensions) - 1), self._size(dimensions, None)]
 
     def _put_text(self, raw: bytes | None) -> list[object]:
         return [self._text(raw)] if raw and raw[0] in b"\x8cX" else []
@@ -513,30 +461,6 @@ class Runs:
             entries += [LEFT_OUT, LEFT_OUT] if properties is not None else []
             entries += self._put_size(shape)
         return entries
-
-
-def _spelled(index: int) -> bytes:
-    """The GET of a memo entry, as picklers spell it."""
-    return b"h" + bytes((index,)) if index < 256 else b"j" + index.to_bytes(4, "little")
-
-
-def _index(get: bytes) -> int:
-    return get[1] if get[0] == 0x68 else int.from_bytes(get[1:], "little")
-
-
-def _puts(dimensions: bytes | None) -> int:
-    """PUTs of a size: of the numbers (an empty tuple has none), of the arguments, of the size."""
-    return 0 if dimensions is None else 3 if len(dimensions) > 1 else 2
-
-
-def _number(raw: bytes) -> int:
-    """The number that BININT1, BININT2, BININT or LONG1 pushes."""
-    op = raw[0]
-    if op == 0x4B:
-        return raw[1]
-    if op == 0x4D:
-        return raw[1] | raw[2] << 8
-    return int.from_bytes(raw[1 if op == 0x4A else 2 :], "little", signed=True)
 
 
 _RUNS: dict[str, tuple[str, Callable[[Runs, int], tuple[int, int, int]]]] = {

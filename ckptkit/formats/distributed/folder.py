@@ -160,14 +160,13 @@ def _files(folder: str, inside: str, depth: int) -> Iterator[str]:
                 yield from _files(folder, name, depth + 1)
 
 
-def read_part(probe: Probe, name: str) -> RawCheckpoint:
+def read_part(probe: Probe, name: str, *, named: bool = True) -> RawCheckpoint:
     """What is in one file of the folder: the whole tree that its container's reader gives.
-
-    The keys of its storages begin with the file's name and a colon.
 
     Args:
         probe: of the folder.
         name: of the file.
+        named: whether the keys of its storages are to begin with the file's name and a colon.
 
     Raises:
         MissingFileError: it is not there.
@@ -181,7 +180,8 @@ def read_part(probe: Probe, name: str) -> RawCheckpoint:
     try:
         if not file.size:
             raise CorruptError("the file is empty")
-        return prefixed(identify(part, CONTAINERS).read(part), part.prefix)
+        raw = identify(part, CONTAINERS).read(part)
+        return prefixed(raw, part.prefix) if named else raw
     except FormatError as error:
         error.where = f"{name}: {error.where}" if error.where else name
         raise

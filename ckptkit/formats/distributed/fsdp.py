@@ -230,7 +230,7 @@ def _read_all(probe: Probe, names: Sequence[str]) -> dict[str, Shard]:
     refused: FormatError | None = None
     for name in names:
         try:
-            shards[name] = Shard(name, read_part(probe, name), {})
+            shards[name] = Shard(name, read_part(probe, name, named=False), {})
         except FormatError as error:
             if refused is None:
                 refused = error

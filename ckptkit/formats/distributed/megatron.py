@@ -67,11 +67,11 @@ _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_
 _OF_A_RANK = re.compile(r"rank|host|node|device|dir|path|port|addr|time|memory")
 """Arguments of a run that its processes may differ in."""
 
-_LAYER = re.compile(rf"((?:.*?[.{INSIDE}])?layers)([.{INSIDE}])(\d+)(?=[.{INSIDE}]|\Z)", re.DOTALL)
+_LAYER = re.compile(rf"((?:.*?[.{INSIDE}])?layers)([.{INSIDE}])([0-9]+)(?=[.{INSIDE}]|\Z)", re.DOTALL)
 
 _EXPERT = re.compile(
     rf"(.*[.{INSIDE}](?:local_experts[.{INSIDE}]|experts[.{INSIDE}]linear_fc[12][.{INSIDE}](?:weight|bias)))"
-    rf"(\d+)((?:[.{INSIDE}].*)?)",
+    rf"([0-9]+)((?:[.{INSIDE}].*)?)",
     re.DOTALL,
 )
 

@@ -27,7 +27,7 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.computed import files_of
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.distributed.dcp import Opened, open_folder
-from ckptkit.formats.distributed.dcp_metadata import TensorMetadata
+from ckptkit.formats.distributed.dcp_record import TensorMetadata
 from ckptkit.formats.distributed.folder import FolderSource, read_part
 from ckptkit.formats.distributed.slices import args_of, as_of_one, mesh_of, stated
 from ckptkit.formats.format import Probe

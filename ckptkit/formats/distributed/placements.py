@@ -20,7 +20,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ckptkit.checkpoint import TensorEntry
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.parts import members, mesh_sizes
 from ckptkit.normalize.sections import brief
 from ckptkit.pickling.inert import Object
@@ -134,7 +136,10 @@ def share_of(found: Distributed, name: str, rank: int, known: dict[int, Mesh]) -
         CorruptError: its parts do not fit together.
     """
     try:
-        return _dtensor(found, rank, known) if found.kind == "DTensor" else _sharded(found)
+        share = _dtensor(found, rank, known) if found.kind == "DTensor" else _sharded(found)
+        if share.dtype not in DTYPES or min(share.shape, default=0) < 0 or len(share.shape) > DEFAULT_LIMITS.dimensions:
+            raise CorruptError(f"there is no {share.dtype:.40} tensor of shape {brief(share.shape)}")
+        return share
     except FormatError as error:
         error.message = f"tensor {name!r:.200}: {error.message}"
         raise

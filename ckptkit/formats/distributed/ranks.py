@@ -12,11 +12,13 @@ a rank's view of its part, which says where in the flat one it begins and how ma
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptkit.checkpoint import Replica, Storage, TensorEntry
+from ckptkit.computed import files_of
 from ckptkit.errors import CorruptError, FormatError
 from ckptkit.formats.distributed.placements import Box, Distributed, Mesh, Share, distributed, share_of
 from ckptkit.normalize.modules import unwrapped_path
@@ -110,6 +112,7 @@ class Ranks:
         self._spread: dict[int, _Spread] = {}
         self._copied: dict[int, _Copied] = {}
         self._problems: list[str] = []
+        self._storages: dict[int, Storage] = {}
         self._frame, self._optimizers = _frame(self._roots, is_sharded=is_sharded)
         self.replicas: list[Replica] = []
         self.own: dict[str, None] = {}
@@ -203,10 +206,9 @@ class Ranks:
             FormatError: tensors have parts that are missing, overlap or do not fit.
         """
         self._check()
-        flat = {number: spread for number, spread in self._spread.items() if is_flat_name(spread.name)}
         wholes = {number: self._whole(spread) for number, spread in self._spread.items()}
         replaced: list[tuple[object, object]] = [(self._spread[number].node, new) for number, new in wholes.items()]
-        known = self._known_shapes(shapes)
+        known, flat = self._known_shapes(shapes), self._flat_parts()
         for copied in self._copied.values():
             new = self._view(copied, flat, wholes) if flat else None
             if new is None and self._is_run(copied.place):
@@ -216,7 +218,7 @@ class Ranks:
             else:
                 self._compare(copied)
         self._check()
-        root = TreeMap(lambda leaf: leaf, replaced)(self._frame)
+        root = TreeMap(self._leaf, replaced)(self._frame)
         _unwrap_versions(root)
         return root
 
@@ -253,7 +255,9 @@ class Ranks:
         if len(boxes) == 1:
             ((box, (_, entry)),) = boxes.items()
             if box[1] == first.shape == entry.shape and entry.dtype == first.dtype and not any(box[0]):
-                return replace(entry, requires_grad=found.requires_grad, is_parameter=found.is_parameter)
+                storage = self._named(entry.storage)
+                needs_grad, is_parameter = found.requires_grad, found.is_parameter
+                return replace(entry, storage=storage, requires_grad=needs_grad, is_parameter=is_parameter)
         pieces = [Piece(*box, entry, self._files[rank]) for box, (rank, entry) in boxes.items()]
         return pieced(
             name,
@@ -263,6 +267,19 @@ class Ranks:
             requires_grad=found.requires_grad,
             is_parameter=found.is_parameter,
         )
+
+    def _named(self, storage: Storage) -> Storage:
+        """A storage of one file's, with the file's name and a colon before its key."""
+        named = self._storages.get(id(storage))
+        if named is None:
+            (file, *_) = files_of(storage.source)
+            named = self._storages[id(storage)] = replace(storage, key=f"{os.path.basename(file.path)}:{storage.key}")
+        return named
+
+    def _leaf(self, leaf: object) -> object:
+        if isinstance(leaf, TensorEntry):
+            return replace(leaf, storage=self._named(leaf.storage))
+        return self._named(leaf) if isinstance(leaf, Storage) else leaf
 
     def _compare(self, copied: _Copied) -> None:
         """Note a plain tensor's copies, which must be the same."""
@@ -278,8 +295,19 @@ class Ranks:
             else:
                 self.replicas.append(Replica(str(copied.place), entry, other, f"rank {first} and rank {rank}"))
 
+    def _flat_parts(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Of each rank's storages that have a part of a flat parameter: which one, and where its first element is."""
+        return {
+            (rank, id(entry.storage)): (number, offsets[0] - entry.storage_offset)
+            for number, spread in self._spread.items()
+            if is_flat_name(spread.name)
+            for rank, share in spread.shares
+            for (offsets, _), entry in share.pieces
+            if len(offsets) == 1
+        }
+
     def _view(
-        self, copied: _Copied, flat: Mapping[int, _Spread], wholes: Mapping[int, TensorEntry]
+        self, copied: _Copied, flat: Mapping[tuple[int, int], tuple[int, int]], wholes: Mapping[int, TensorEntry]
     ) -> TensorEntry | None:
         """What is joined in a flat parameter, where the ranks have views of it; ``None``: it is something else.
 
@@ -291,30 +319,26 @@ class Ranks:
         for rank, entry in copied.each:
             if len(entry.shape) != 1:
                 return None
-            held = self._held(rank, entry, flat) if entry.numel else None
-            if held is not None:
-                of.add(held[0])
-                runs.append((held[1], entry.numel))
-            elif entry.numel:
+            held = flat.get((rank, id(entry.storage)))
+            if entry.numel and held is None:
                 return None
+            if entry.numel and held is not None:
+                of.add(held[0])
+                runs.append((held[1] + entry.storage_offset, entry.numel))
         if not runs:
             return None
         begin, total = min(runs)[0], sum(numel for _, numel in runs)
         ends = [first + numel for first, numel in sorted(runs)]
         whole = wholes[of.pop()]
-        if of or [begin, *ends[:-1]] != [first for first, _ in sorted(runs)] or begin + total > whole.numel:
+        if (
+            of
+            or whole.dtype != copied.each[0][1].dtype
+            or [begin, *ends[:-1]] != [first for first, _ in sorted(runs)]
+            or not 0 <= begin <= whole.numel - total
+        ):
             raise CorruptError(f"tensor {copied.place!s:.200}: what the ranks have of it in a flat parameter has gaps")
         offset = whole.storage_offset + begin
         return replace(whole, storage_offset=offset, shape=(total,), stride=(1,), requires_grad=False)
-
-    def _held(self, rank: int, entry: TensorEntry, flat: Mapping[int, _Spread]) -> tuple[int, int] | None:
-        """Which flat parameter a rank's tensor is a view of, and from which element on."""
-        for number, spread in flat.items():
-            for each, share in spread.shares:
-                for (offsets, _), local in share.pieces if each == rank else ():
-                    if local.storage is entry.storage and local.dtype == entry.dtype:
-                        return number, offsets[0] + entry.storage_offset - local.storage_offset
-        return None
 
     def _joined(self, copied: _Copied, known: Mapping[object, tuple[int, ...]]) -> TensorEntry | None:
         """What an optimizer keeps of a flat parameter, each rank a run of it; ``None``: it is something else."""

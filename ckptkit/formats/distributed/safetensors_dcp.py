@@ -97,7 +97,7 @@ def _require_all(numbers: Mapping[str, re.Match[str]]) -> None:
     counts = {int(match["of"]) for match in numbers.values()}
     if len(counts) > 1:
         sizes = " and ".join(map(str, sorted(counts)))
-        raise CorruptError(f"files of several checkpoints are mixed here: of {sizes} files once consolidated")
+        raise CorruptError(f"files of several checkpoints are mixed here: of {sizes} consolidated files")
     for group, what, count in (
         ("n", "shard-{:05}-…", max(int(match["n"]) for match in numbers.values())),
         ("file", "…-model-{:05}-of-" + f"{max(counts):05}.safetensors", max(counts)),
@@ -126,7 +126,7 @@ def _placed(name: str, raw: RawCheckpoint, tensors: dict[str, _Boxes], replicas:
     said = parse(info.encode("utf-8", "surrogatepass"), limits, _INFO)
     pairs = mapping_items(raw.root) or []
     if not isinstance(said, dict) or len(said) != len(pairs) or any(key not in said for key, _ in pairs):
-        raise CorruptError(f"{_INFO} names other tensors than the file has")
+        raise CorruptError(f"{_INFO} is about other tensors than the file has")
     for key, entry in pairs:
         fields = said[key] if isinstance(key, str) else None
         offsets = shape_of(fields.get("saved_offsets")) if isinstance(fields, dict) else None

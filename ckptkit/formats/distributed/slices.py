@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
@@ -21,6 +22,7 @@ from ckptkit.formats.distributed.tensor_parallel import INSIDE, LLAMA_RULES, Joi
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown, state_dict_node
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items, named_items, tensors_in
 from ckptkit.report import Finding, count_of, listed
@@ -39,13 +41,17 @@ __all__ = [
     "read_ranks",
     "require_one_run",
     "same_said",
+    "sliced",
     "stated",
 ]  # fmt: skip
 
 _LISTED = 5
 """Names that a message lists."""
 
-_MOST_RANKS = 1 << 24
+_PIPED = re.compile(r"layer_(\d{1,7})-model_(\d{1,7})-model_states\.pt", re.ASCII)
+"""The files of a DeepSpeed pipeline with tensor parallelism."""
+
+_MOST_RANKS = 1 << 20
 """Processes that may have saved a checkpoint."""
 
 _OTHERS = ("optim", "rng", "random_state", "scheduler")
@@ -69,9 +75,11 @@ def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[st
 
     Raises:
         CorruptError: it is none, or is nested too deeply.
+        LimitError: it has more tensors, or longer names, than any model.
     """
     values: dict[str, object] = {}
     versions: dict[str, dict[str, object]] = {}
+    limits, characters = DEFAULT_LIMITS, [0]
 
     def gather(node: object, pairs: list[tuple[object, object]], path: str, level: int) -> None:
         state = attributes(node)
@@ -84,7 +92,13 @@ def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[st
             if below:
                 gather(value, below, f"{path}{key}{INSIDE}", level + 1)
             else:
+                characters[0] += len(path) + len(key)
+                if characters[0] > limits.name_characters:
+                    what = "characters of the tensors' names"
+                    raise LimitError(what, limit=limits.name_characters, actual=characters[0], where=where)
                 values[path + key] = value
+                if len(values) > limits.entries:
+                    raise LimitError("tensors of a model", limit=limits.entries, actual=len(values), where=where)
 
     pairs = mapping_items(node)
     if pairs is None:
@@ -206,6 +220,9 @@ _OF_A_RUN = (
 )
 """Keys of what is the same in the files of all ranks."""
 
+_FIRST, _DEGREES = "mp_rank_00_model_states.pt", "checkpoint_parallel_dimensions"
+"""What DeepSpeed has beside the layers of a pipeline, and where it says over how many ranks they are split."""
+
 _COUNTS = ("mp_world_size",)
 """Keys under which DeepSpeed says how many ranks a model is split over."""
 
@@ -287,6 +304,16 @@ def numbered(names: Iterable[str]) -> list[str]:
     return [group[number] for number in sorted(group)]
 
 
+def sliced(names: Iterable[str]) -> list[str]:
+    """The files of a folder that hold slices: those of DeepSpeed's layers by rank, or as `numbered`.
+
+    Raises:
+        CorruptError: a number is left out.
+    """
+    names = list(names)
+    return [name for name in names if _PIPED.fullmatch(name)] or numbered(names)
+
+
 def require_one_run(roots: Mapping[str, object]) -> None:
     """See that the files of ranks are of one run and step, as far as they say it.
 
@@ -313,7 +340,9 @@ def read(probe: Probe, rules: Sequence[Rule]) -> RawCheckpoint:
         FormatError: a file is missing, damaged or refused, or no rule says how tensors are joined.
     """
     folder = probe.file
-    names = numbered(folder.names if isinstance(folder, FolderSource) else ())
+    names = sliced(folder.names if isinstance(folder, FolderSource) else ())
+    if names and _PIPED.fullmatch(names[0]):
+        return _of_layers(probe, names, rules)
     if not names:
         raise CorruptError("the files of the folder are not those of several ranks")
     raws = read_ranks(probe, {name: name for name in names})
@@ -330,10 +359,47 @@ def read(probe: Probe, rules: Sequence[Rule]) -> RawCheckpoint:
         rules = (*rules, *LLAMA_RULES, *_embeddings(probe, values))
     joiner = Joiner(rules)
     model = nested(joiner.join(values), ranks[names[0]][1])
+    joiner.left += _optimizers(probe)
     if key is None:
         return merged(raws, model, joiner)
     pairs = [(name, 1 if name in _COUNTS else value) for name, value in beside(first, (key,), joiner)]
     return merged(raws, InertDict([*pairs, (key, model)]), joiner)
+
+
+def _of_layers(probe: Probe, names: Sequence[str], rules: Sequence[Rule]) -> RawCheckpoint:
+    """DeepSpeed's pipeline, a file for each layer and tensor-parallel rank; names begin with the layer's number."""
+    files: dict[tuple[int, int], str] = {}
+    for match in filter(None, map(_PIPED.fullmatch, names)):
+        files[int(match[2]), int(match[1])] = match[0]
+    raws = read_ranks(probe, {name: name for name in names})
+    pairs: list[tuple[object, object]] = []
+    joiner = Joiner(rules)
+    degree = max(rank for rank, _ in files) + 1
+    if _FIRST in getattr(probe.file, "names", ()):
+        raws[_FIRST] = raw = read_part(probe, _FIRST)
+        pairs = [(k, 1 if k in _COUNTS else v) for k, v in beside(raw.root, ("module", _DEGREES), joiner)]
+        said = member(member(raw.root, _DEGREES), "tp_degree")
+        degree = max(degree, said) if type(said) is int and said < _MOST_RANKS else degree
+    layers = sorted({layer for _, layer in files})
+    places = ((rank, layer) for layer in layers for rank in range(degree))
+    missing = [f"rank {place[0]} of layer {place[1]}" for place in places if place not in files]
+    if missing:
+        raise CorruptError(f"{count_of(len(missing), 'file')} missing: {listed(missing, _LISTED)}", names=missing)
+    ranks: dict[str, dict[str, object]] = {}
+    for (rank, layer), name in sorted(files.items()):
+        values, _ = flat(raws[name].root, name)
+        own = ranks.setdefault(f"tensor rank {rank}", {})
+        own.update((f"{layer}{INSIDE}{key}", value) for key, value in values.items())
+    model = {shown_name(key): value for key, value in joiner.join(ranks).items()}
+    joiner.left += _optimizers(probe)
+    whole = merged(raws, InertDict([*pairs, ("module", state_dict_node(model, None))]), joiner)
+    return replace(whole, world_size=None, mesh={"tensor": degree})
+
+
+def _optimizers(probe: Probe) -> list[str]:
+    """The files of optimizers in a folder, which are left out."""
+    names = [name for name in getattr(probe.file, "names", ()) if "optim" in name and name.endswith(tuple(SUFFIXES))]
+    return [listed(names, 1)] if names else []
 
 
 def member(node: object, key: str) -> object:

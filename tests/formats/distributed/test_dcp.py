@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +20,16 @@ from support.sharded import Samples, flat
 
 import ckptkit
 from ckptkit import formats
-from ckptkit.errors import CorruptError, FileAccessError, FormatError, MissingDependencyError, UnsupportedError
+from ckptkit.errors import (
+    CorruptError,
+    FileAccessError,
+    FormatError,
+    LimitError,
+    MissingDependencyError,
+    UnsupportedError,
+)
 from ckptkit.formats.distributed.dcp_items import ItemReader
+from ckptkit.limits import DEFAULT_LIMITS
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -98,7 +107,7 @@ def test_trust_is_known_once_every_item_is_judged(sharded: Samples) -> None:
 
 
 def test_what_is_known_of_one_item_is_what_each_would_say(sharded: Samples) -> None:
-    def entries() -> list[tuple[Any, ...]]:
+    def entries() -> list[Any]:
         checkpoint, file = formats.read(sharded["fsdp2_4"].folder)
         assert checkpoint.unread is not None
         uses = checkpoint.unread.judge()
@@ -296,6 +305,24 @@ def test_items_of_zstd_need_what_decompresses_them(sharded: Samples) -> None:
         pytest.raises(MissingDependencyError, match=r"\[zstd\]"),
     ):
         ckptkit.load(sharded["zstd"].folder)
+
+
+def test_zeros_may_have_shrunk_to_next_to_nothing(tmp_path: Path) -> None:
+    """What a chunk takes is known: more than that is refused, but for a part of what any file may become."""
+    from torch.distributed.checkpoint._extension import ZStandard
+
+    tree = {"model": {"w": torch.zeros(1000, 1500), "v": torch.arange(1_500_000.0)}, "text": "a" * 1_500_000}
+    writer = dcp.FileSystemWriter(tmp_path, sync_files=False, _extensions=[ZStandard()])
+    dcp.save({key: tree[key] for key in ("model",)}, storage_writer=writer, no_dist=True)
+    limits = replace(DEFAULT_LIMITS, unpacked_nbytes=1 << 20, unpacked_ratio=1)
+    checkpoint, file = formats.read(tmp_path, limits=limits)
+    assert formats.require_sound(file, checkpoint).trust == "safe"
+    assert torch.equal(ckptkit.load(tmp_path)["model"]["v"], tree["model"]["v"])  # type: ignore[index]
+    file.close()
+    other = dcp.FileSystemWriter(tmp_path / "text", sync_files=False, _extensions=[ZStandard()])
+    dcp.save({"text": tree["text"]}, storage_writer=other, no_dist=True)
+    with pytest.raises(LimitError, match="bytes of what is zstd-compressed"):
+        formats.read(tmp_path / "text", limits=limits)
 
 
 def test_other_transforms_are_not_read(copied: Callable[[str], Path]) -> None:

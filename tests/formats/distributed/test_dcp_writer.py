@@ -206,6 +206,34 @@ def test_a_training_state_is_loaded_into_its_like(save: Save, tmp_path: Path, ra
     assert is_same(torch.load(tmp_path / "back.pth"), into)
 
 
+def test_many_names_long_ones_and_large_numbers(save: Save, tmp_path: Path) -> None:
+    state = {f"layer.{number}": torch.full((1,), number) for number in range(1001)}
+    state |= {"x" * 300: torch.rand(1, 2, 1, 2, 2), "wide": torch.zeros(70_000), "lone \ud800": torch.rand(2)}
+    ckptkit.convert(save({"model": state, "n": list(range(1001))}), tmp_path / "out", to="dcp", ranks=2)
+    assert is_same(loaded(tmp_path / "out"), {"model": state, "n": list(range(1001))})
+    with ckptkit.open(tmp_path / "out") as ckpt:
+        assert set(ckpt.state_dict) == set(state)
+
+
+def test_files_of_gigabytes(tmp_path: Path) -> None:
+    header = {
+        name: {"dtype": "U8", "shape": [3 << 30], "data_offsets": [at * (3 << 30), (at + 1) * (3 << 30)]}
+        for at, name in enumerate("ab")
+    }
+    text = json.dumps(header).encode()
+    with open(tmp_path / "m.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + (6 << 30))  # of nothing on the disk
+    with ckptkit.open(tmp_path / "m.safetensors") as ckpt:
+        plan = ckpt.plan(tmp_path / "out", to="dcp", ranks=1)
+        (step,) = plan.steps
+        found = pickle.loads(step.data)  # type: ignore[union-attr]
+        places = [(info.offset, info.length) for info in found.storage_data.values()]
+        assert places[1][0] == places[0][1] > 3 << 30
+        assert sum(places[1]) == plan.shards["__0_0.distcp"].nbytes
+        assert found.state_dict_metadata["b"].chunks[0].sizes == torch.Size([3 << 30])
+
+
 def test_a_safetensors_file_keeps_its_flat_names(tmp_path: Path) -> None:
     state = {"a.b.weight": torch.rand(5, 2), "a.b.bias": torch.rand(5).half(), "n": torch.arange(3)}
     safetensors.torch.save_file(state, tmp_path / "m.safetensors", {"format": "pt", "by": "é"})
@@ -402,6 +430,17 @@ def test_options_that_do_not_go_with_it(run: Run, save: Save, tmp_path: Path) ->
         with pytest.raises(RewriteError, match="--ranks"):
             ckptkit.convert(path, tmp_path / "out", to="dcp", ranks=ranks)  # type: ignore[arg-type]
     assert sorted(os.listdir(tmp_path)) == ["model.pth"]
+
+
+def test_tensors_that_are_put_in_order_are_told_once(save: Save, tmp_path: Path) -> None:
+    base = torch.rand(6, 4)
+    tree = {"model": {"across": base.T, "other": torch.rand(6)[::2]}, "more": [base[:, 1:]]}
+    report = ckptkit.convert(save(tree), tmp_path / "out", to="dcp", ranks=2, section="model", dtype="bfloat16")
+    told = {finding.code: finding.message for finding in report.findings}["written-out"]
+    assert told == "3 tensors were not contiguous and 1 tensor shared a storage; each has its own bytes in the output"
+    assert report.to_dict()["gathered"] == ["model.across", "model.other", "more.0"]
+    model = {"across": base.T.bfloat16(), "other": tree["model"]["other"].bfloat16()}  # type: ignore[call-overload]
+    assert is_same(loaded(tmp_path / "out"), {"model": model, "more": [base[:, 1:].bfloat16()]})
 
 
 def test_the_plan_is_shown(run: Run, save: Save, tmp_path: Path) -> None:

@@ -198,6 +198,14 @@ def test_what_cannot_be_placed_is_refused() -> None:
     assert "ranks" in refused(shard, mesh=mesh_of((1 << 19, 4), (0, 0), "axes"), placements=[shard, shard])
 
 
+def test_a_tensor_that_cannot_be_is_refused() -> None:
+    local, mesh = entry_of(torch.zeros(0, dtype=torch.int32)), mesh_of((2,), None, "axes")
+    for shape, dtype in (((0,), "int33"), ((-1,), "int32"), ((0,) * 1000, "int32")):
+        state = tensor_of(mesh, [placed(Shard(0))], torch.zeros(0, dtype=torch.int32), local).state
+        with pytest.raises(CorruptError, match="tensor 'w': there is no"):
+            share_of(Distributed("DTensor", shape, dtype, state), "w", 0, {})
+
+
 def test_a_split_factor_without_end_is_refused() -> None:
     whole = torch.zeros(1).expand(1 << 20)
     strided = made("_StridedShard", PLACEMENTS, dim=0, split_factor=1 << 19)

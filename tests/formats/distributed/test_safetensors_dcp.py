@@ -87,7 +87,7 @@ DAMAGED: dict[str, tuple[tuple[Any, ...], str]] = {
     "a hole": ((FIRST, (WHOLE, {"w": [3, 0]})), r"tensor 'w' of shape \[5, 2\]: its pieces leave out 2 elements of 10"),
     "an overlap": ((FIRST, (WHOLE, {"w": [1, 0]}), (WHOLE, {"w": [2, 0]})), "overlap"),
     "no offsets": ((FIRST, (WHOLE, None)), "shard-00002-.*: its metadata have no DCP_SHARDING_INFO"),
-    "other names": ((FIRST, (WHOLE, {"v": [2, 0]})), "names other tensors than the file has"),
+    "other names": ((FIRST, (WHOLE, {"v": [2, 0]})), "is about other tensors than the file has"),
     "too few offsets": ((FIRST, (WHOLE, {"w": [2]})), "gives 'w' no offset for each of its dimensions"),
     "offsets that are none": ((FIRST, (WHOLE, {"w": ["2", 0]})), "gives 'w' no offset"),
     "an offset below 0": ((FIRST, (WHOLE, {"w": [-2, 0]})), "reaches outside"),
@@ -114,7 +114,7 @@ def test_files_that_names_speak_of_must_be_there(copy: Path, tmp_path: Path) -> 
     with pytest.raises(CorruptError, match="1 file is missing: shard-00002-…; get"):
         ckptkit.open(folder)
     written(folder / "shard-00002-model-00001-of-00003.safetensors", *FIRST)
-    with pytest.raises(CorruptError, match="several checkpoints are mixed here: of 1 and 3 files"):
+    with pytest.raises(CorruptError, match="several checkpoints are mixed here: of 1 and 3 consolidated files"):
         ckptkit.open(folder)
 
 

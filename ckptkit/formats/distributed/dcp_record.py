@@ -1,0 +1,136 @@
+"""What the ``.metadata`` of torch.distributed.checkpoint says, as columns: which tensors there are, and where they lie.
+
+`ckptkit.formats.distributed.dcp_metadata` makes it, once it agrees with itself; here it is held against the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.errors import CorruptError
+from ckptkit.report import count_of, listed
+
+__all__ = ["LISTED", "Items", "Metadata", "TensorMetadata", "Wanted"]
+
+LISTED = 5
+"""Names that a message lists."""
+
+
+@dataclass(slots=True, eq=False)
+class Items:
+    """Where the stored items lie, a row each.
+
+    Attributes:
+        paths: the file.
+        starts, lengths: first byte and number of bytes in it.
+        transforms: what the bytes went through: ``("stream.zstd/1",)``.
+    """
+
+    paths: Sequence[str]
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    transforms: Sequence[tuple[str, ...]]
+
+
+class Wanted(NamedTuple):
+    """A chunk of a tensor that an item must be."""
+
+    row: int
+    name: str
+    dtype: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class TensorMetadata:
+    """One tensor.
+
+    Attributes:
+        name: the fqn.
+        dtype: torch name of the elements' type.
+        shape: its size in elements.
+        requires_grad: whether it was trained; torch says ``False`` of all that a state_dict holds.
+        offsets, sizes: of each chunk, in elements.
+        rows: of each chunk, where among `Items` it lies; -1: a chunk without elements that lies nowhere.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    requires_grad: bool
+    offsets: list[tuple[int, ...]]
+    sizes: list[tuple[int, ...]]
+    rows: list[int]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Metadata:
+    """What a ``.metadata`` says.
+
+    Attributes:
+        tensors: by name, in order.
+        objects: names of what was pickled as it is, each with its row among ``items``.
+        order: the names of both, in order.
+        items: where each lies.
+        paths: for names the keys that lead to them; ``None``: the names themselves are the keys.
+        version: of the metadata, ``"1.0.0"``; ``None``: not said.
+        strings: the checkpoint's string metadata (`STRINGS`).
+        protocol: of the pickle.
+        globals: the verdicts on all names in it.
+    """
+
+    tensors: dict[str, TensorMetadata]
+    objects: dict[str, int]
+    order: list[str]
+    items: Items
+    paths: dict[str, tuple[str | int, ...]] | None
+    version: str | None
+    strings: dict[str, str]
+    protocol: int
+    globals: tuple[GlobalUse, ...]
+
+    def chunks(self) -> Iterator[Wanted]:
+        """What the items of all tensors must be."""
+        for tensor in self.tensors.values():
+            for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
+                if row >= 0:
+                    yield Wanted(row, tensor.name, tensor.dtype, offsets, sizes)
+
+    def check_files(self, sizes: dict[str, int | None]) -> None:
+        """Hold the items against the files of the folder.
+
+        Args:
+            sizes: bytes of each file that an item names; ``None``: it is not there.
+
+        Raises:
+            CorruptError: some are not there, are shorter than they must be, or two items share bytes.
+        """
+        missing = [path for path, size in sizes.items() if size is None]
+        if missing:
+            raise CorruptError(
+                f"{count_of(len(missing), 'file', 'is', 'are')} missing: {listed(missing, LISTED)}; "
+                f"the checkpoint has {len(sizes):,}",
+                names=missing,
+            )
+        placed: dict[str, list[tuple[int, int]]] = {path: [] for path in sizes}
+        for path, start, length in zip(self.items.paths, self.items.starts, self.items.lengths, strict=True):
+            placed[path].append((start, start + length))
+        short = [path for path, spans in placed.items() if max(end for _, end in spans) > (sizes[path] or 0)]
+        if short:
+            end = max(end for _, end in placed[short[0]])
+            raise CorruptError(
+                f"{count_of(len(short), 'file', 'is', 'are')} cut short: {listed(short, LISTED)}; {short[0]} has "
+                f"{sizes[short[0]]:,} bytes, and its items end at byte {end:,}",
+                names=short,
+            )
+        for path, spans in placed.items():
+            spans.sort()
+            before = 0
+            for start, end in spans:
+                if start < before:
+                    raise CorruptError(f"two items of {path} share bytes, from byte {start:,} on")
+                before = end
