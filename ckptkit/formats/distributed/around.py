@@ -468,8 +468,6 @@ def _unpacked(path: str) -> str | None:
 
 def describe_folder(path: str) -> str:
     """What a folder is that was given, and in which there is no checkpoint."""
-    from ckptkit.formats.refused_contents import unpacked
-
     names = sorted(os.listdir(path or os.curdir))
     if packing := _unpacked(path):
         return f"is {packing}"
