@@ -19,6 +19,7 @@ from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Spread, Storage
 from ckptkit.diagnose import diagnose, everything_in, hostile_finding
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
+from ckptkit.formats import judged
 from ckptkit.inspection.listing import (
     Listing,
     Rows,
@@ -95,6 +96,7 @@ def describe(
 
 def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False) -> Survey:
     """As `describe`, with the tensors as rows."""
+    checkpoint = judged(checkpoint) if stats else checkpoint
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
     beside = [found for found in everything if not found.is_value]
