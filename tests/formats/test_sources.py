@@ -105,7 +105,7 @@ def files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     real = formats.source_of
 
-    def source_of(path: str | os.PathLike[str]) -> Source:
+    def source_of(path: str | os.PathLike[str], *_: object) -> Source:
         name = os.fsdecode(path)
         return Memory(name.removeprefix(SCHEME), files) if name.startswith(SCHEME) else real(path)
 
