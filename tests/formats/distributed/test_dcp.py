@@ -413,6 +413,17 @@ def test_paths_that_contradict_each_other(plain: Path, path: tuple[object, ...],
         formats.read(plain)
 
 
+def test_empty_chunks_may_lie_nowhere_or_where_another_begins(plain: Path) -> None:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    def add(metadata: Any) -> None:
+        chunks = metadata.state_dict_metadata["model.b"].chunks
+        chunks += [ChunkStorageMetadata(torch.Size([at]), torch.Size([0])) for at in (0, 5, 5)]
+
+    planned(plain, add)
+    assert torch.equal(ckptkit.load(plain)["model"]["b"], torch.ones(5))
+
+
 def test_holes_in_lists_are_none_as_in_torch(plain: Path) -> None:
     planned(plain, lambda metadata: metadata.planner_data.update({"args.lr": ("more", 2)}))
     assert ckptkit.load(plain)["more"] == [None, None, 0.1]
