@@ -189,6 +189,16 @@ def test_files_of_another_save_are_told(copied: Callable[[str], Path]) -> None:
     assert "__7_0.distcp" in found["foreign-part"]
 
 
+def test_files_that_are_newer_than_what_is_written_last_are_told(copied: Callable[[str], Path]) -> None:
+    folder = copied("fsdp2_2")
+    time = (folder / ".metadata").stat().st_mtime
+    os.utime(folder / "__1_0.distcp", (time + 50, time + 50))
+    assert "later-part" not in [finding.code for finding in formats.read(folder)[0].findings]
+    os.utime(folder / "__1_0.distcp", (time + 100, time + 100))
+    found = {finding.code: finding.message for finding in formats.read(folder)[0].findings}
+    assert "1 file was written after .metadata, which is written last: __1_0.distcp" in found["later-part"]
+
+
 def test_files_that_changed_places_are_found(copied: Callable[[str], Path]) -> None:
     folder = copied("fsdp2_4")
     (folder / "__2_0.distcp").rename(folder / "x")
