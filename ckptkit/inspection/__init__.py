@@ -11,6 +11,7 @@ it of a document that was written.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +19,7 @@ from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Spread, Storage
 from ckptkit.diagnose import diagnose, everything_in, hostile_finding
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
+from ckptkit.formats import judged
 from ckptkit.inspection.listing import (
     Listing,
     Rows,
@@ -94,6 +96,7 @@ def describe(
 
 def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False) -> Survey:
     """As `describe`, with the tensors as rows."""
+    checkpoint = judged(checkpoint) if stats else checkpoint
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
     beside = [found for found in everything if not found.is_value]
@@ -173,6 +176,8 @@ def _architecture(found: Architecture) -> ArchitectureDocument:
 def describe_error(path: str, error: CkptkitError) -> UnreadFile:
     """The element of ``files`` for a file that could not be read."""
     message = error.message if isinstance(error, FormatError) else str(error)
+    if isinstance(error, FormatError) and error.where and os.path.isdir(path):  # in which of its files
+        message = f"{error.where}: {message}"
     names = _globals(merge_uses(error.globals), error.where or "") if isinstance(error, FormatError) else []
     dangerous = [name["name"] for name in names if name["verdict"] == "dangerous"]
     hostile = isinstance(error, AmbiguousError) or bool(dangerous)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from support.sharded import Samples
 
 import ckptkit
 from ckptkit.cli import main
@@ -149,6 +150,16 @@ def test_manifest_and_check(command: Command, saved: Callable[..., Path], tmp_pa
     assert json.loads(command("manifest", ".", "--json").out)["files"][0]["path"] == "step-10"
     done = command("manifest", ".", "-o", "lock.json")
     assert (done.code, "write the manifest beside the files or above them" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("case", ["fsdp2_2", "dtensor_files_2"])
+def test_digests_are_those_of_one_file(case: str, sharded: Samples, tmp_path: Path) -> None:
+    torch.save(sharded[case].expected, tmp_path / "whole.pth")
+    (record,) = ckptkit.manifest([sharded[case].folder]).files
+    (whole,) = ckptkit.manifest([tmp_path / "whole.pth"]).files
+    assert record.content_digest == whole.content_digest is not None
+    assert record.tensors == whole.tensors
+    assert {*record.shards} == {path.name for path in sharded[case].folder.iterdir()}
 
 
 def test_what_a_manifest_says_of_changed_files(command: Command, saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -349,6 +360,7 @@ def test_hostile_folders_are_refused(case: str, command: Command, saved: Callabl
     assert (done.code, file["trust"]) == ((1, "hostile") if is_seen else (0, "needs_trust"))
     assert ("hostile-name" in {finding["code"] for finding in file["findings"]}) == is_seen
     assert ("[hostile-name]" in (shown := command("inspect", "evil")).out or "hostile:" in shown.err) == is_seen
+    assert command("inspect", "evil", "--stats").code == 1
     done = command("check", "evil")
     assert done.code == 1 and "system" in done.out and ("[hostile-name]" in done.out or "[trust-not" in done.out), done
     for arguments in (

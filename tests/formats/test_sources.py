@@ -105,9 +105,9 @@ def files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     real = formats.source_of
 
-    def source_of(path: str | os.PathLike[str]) -> Source:
+    def source_of(path: str | os.PathLike[str], *given: Any) -> Source:
         name = os.fsdecode(path)
-        return Memory(name.removeprefix(SCHEME), files) if name.startswith(SCHEME) else real(path)
+        return Memory(name.removeprefix(SCHEME), files) if name.startswith(SCHEME) else real(path, *given)
 
     monkeypatch.setattr(formats, "source_of", source_of)
     return files

@@ -2,18 +2,20 @@
 
 Each is read as any such file is (`ckptkit.formats.torch_zip`).  A checkpoint has them by the hundred thousand, and
 those of tensors of one size differ in four things: the values, their checksum, an identity of forty digits, and its
-checksum.  So what was read of one is known of all whose other bytes are the same (`_Mold`).
+checksum; those of one plain value in the latter two.  So what was read of one is known of all whose other bytes are the
+same (`_Mold`).
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from math import prod
 from threading import Lock
+from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import GlobalUse, TensorEntry
@@ -27,6 +29,7 @@ from ckptkit.formats.zip_archive import Records, read_directory
 from ckptkit.formats.zip_records import CENTRAL, DESCRIPTOR_SIGNATURE, find_directory
 from ckptkit.limits import Limits
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.pickling.inert import SCALARS, Global
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import listed
 from ckptkit.tensor import storage_of, tensor_of
@@ -105,20 +108,13 @@ class ItemReader:
         known = self._tensors.get(row)
         if known is not None:
             return known
-        area = self._lying(row)
-        ends = None if self._items.transforms[row] else self._ends(area)
-        mold = None if ends is None else self._molds.get(_kind(ends[0]))
+        area, ends, mold = self._known(row)
         entry = None if mold is None or ends is None else mold.cast(area, *ends, name)
         if entry is None or mold is None:
-            raw, records = self._read(row, name)
-            entry = self._alone(raw, row, name)
-            uses = raw.globals
-            if ends is not None and len(self._molds) < _MOST_MOLDS:
-                made = _Mold.of(area, ends[0], entry, records, uses)
-                if made is not None:
-                    self._molds[_kind(ends[0])] = made
+            raw = self._read(row, name, ends)
+            entry, uses = self._alone(raw, row, name), raw.globals
         else:
-            uses = mold.uses
+            uses = mold.raw.globals
         with self._lock:
             self._seen[uses] = self._seen.get(uses, 0) + 1
             self._tensors[row] = entry
@@ -143,9 +139,19 @@ class ItemReader:
             UnsupportedError: it went through something else than zstd.
             MissingDependencyError: it is compressed, and nothing that decompresses it is installed.
         """
-        return self._read(row, name)[0]
+        area, ends, mold = self._known(row)
+        is_object = mold is not None and not isinstance(mold.raw.root, TensorEntry)
+        if mold is not None and ends is not None and is_object and mold.tail_of(area, *ends) is not None:
+            return mold.raw
+        return self._read(row, name, ends)
 
-    def _read(self, row: int, name: str) -> tuple[RawCheckpoint, Records]:
+    def _known(self, row: int) -> tuple[ByteRange, tuple[bytes, bytes] | None, _Mold | None]:
+        """Where an item lies, its first and last bytes, and what one that begins so is known by."""
+        area = self._lying(row)
+        ends = None if self._items.transforms[row] else self._ends(area)
+        return area, ends, None if ends is None else self._molds.get(_kind(ends[0]))
+
+    def _read(self, row: int, name: str, ends: tuple[bytes, bytes] | None) -> RawCheckpoint:
         try:
             records = read_directory(self._area(row, name), self._limits)
             raw = read_archive(records, self._limits)
@@ -153,7 +159,12 @@ class ItemReader:
             place = self._place(row, name)
             error.where = f"{place}: {error.where}" if error.where else place
             raise
-        return prefixed(raw, f"{name}:"), records
+        raw = prefixed(raw, f"{name}:")
+        if ends is not None and len(self._molds) < _MOST_MOLDS:
+            made = _Mold.of(self._lying(row), ends[0], raw, records)
+            if made is not None:
+                self._molds[_kind(ends[0])] = made
+        return raw
 
     def _place(self, row: int, name: str) -> str:
         return f"{self._items.paths[row]}, {name!r:.200} at byte {self._items.starts[row]:,}"
@@ -186,7 +197,7 @@ class ItemReader:
 
         compression = compression_of(area.read(0, min(area.nbytes, 16)))
         if compression is None or compression.name != "zstd":
-            raise CorruptError("it went through stream.zstd/1, and is no frame of zstd")
+            raise CorruptError("it went through stream.zstd/1, but is not a zstd frame")
         inner = Inner(area.file.path, area, area.file, name=name, owns=False)
         most = max(self._limits.unpacked_nbytes, self._nbytes.get(row, 0) + _AROUND_NBYTES)
         parts = compression.parts(inner, replace(self._limits, unpacked_nbytes=most))
@@ -203,39 +214,39 @@ def _kind(head: bytes) -> bytes:
     return head[: head.find(DESCRIPTOR_SIGNATURE, 30) + 16]
 
 
-@dataclass(frozen=True, slots=True)
-class _Mold:
+class _Mold(NamedTuple):
     """What an item is known by.
 
     Attributes:
-        entry: the tensor in one.
-        head: its bytes before the values.
-        nbytes: of the item, and of what follows the values.
-        constant: bytes of that which are the same in all, each with where they begin.
+        raw: what one holds: a tensor, or values that cannot change.
+        head: its bytes before the values; of what is no tensor, those of its pickle.
+        nbytes: of the item, and of what follows.
+        constant: bytes of that which are the same in all, each with where they begin and end.
         checksums: where the values' checksum stands in it.
         digits: where its identity stands in it, in how many bytes, and where the checksums of that do; ``None``: it
             has none.
-        uses: the verdicts on its names.
     """
 
-    entry: TensorEntry
+    raw: RawCheckpoint
     head: bytes
     nbytes: tuple[int, int]
     constant: tuple[tuple[int, int, bytes], ...]
     checksums: tuple[int, ...]
     digits: tuple[int, int, tuple[int, ...]] | None
-    uses: tuple[GlobalUse, ...]
 
     @classmethod
-    def of(
-        cls, area: ByteRange, head: bytes, entry: TensorEntry, records: Records, uses: tuple[GlobalUse, ...]
-    ) -> _Mold | None:
+    def of(cls, area: ByteRange, head: bytes, raw: RawCheckpoint, records: Records) -> _Mold | None:
         """What others like an item that was read are known by; ``None``: nothing that is worth looking for."""
-        values = entry.storage.source
-        if not isinstance(values, ByteRange) or values.file is not area.file:
+        is_tensor = isinstance(raw.root, TensorEntry)
+        begin = end = len(_kind(head))
+        if isinstance(raw.root, TensorEntry):
+            values = raw.root.storage.source
+            if not isinstance(values, ByteRange) or values.file is not area.file:
+                return None
+            begin = values.offset - area.offset
+            end = begin + values.nbytes
+        elif not _is_constant(raw.root) or raw.discarded or raw.findings:
             return None
-        begin = values.offset - area.offset
-        end = begin + values.nbytes
         if begin > len(head) or not 0 < area.nbytes - end <= _TAIL_NBYTES:
             return None
         tail = area.read(end)
@@ -244,9 +255,9 @@ class _Mold:
         if marks is not None and (marks[0] < 0 or not tail[marks[0] : sum(marks)].isdigit()):
             return None
         checksums = _checksums(tail, area, end, records)
-        crc = checksums.get(0)
+        crc = checksums.get(0) if is_tensor else ()
         crc_of_digits = checksums.get(sum(marks)) if marks is not None else ()
-        if not crc or crc_of_digits is None:
+        if crc is None or crc_of_digits is None:
             return None
         holes = [(at, 4) for at in (*crc, *crc_of_digits)] + ([marks] if marks is not None else [])
         constant, at = [], 0
@@ -254,10 +265,10 @@ class _Mold:
             constant.append((at, start, tail[at:start]))
             at = start + nbytes
         digits = None if marks is None else (*marks, crc_of_digits)
-        return cls(entry, head[:begin], (area.nbytes, len(tail)), tuple(constant), crc, digits, uses)
+        return cls(raw, head[:begin], (area.nbytes, len(tail)), tuple(constant), crc, digits)
 
-    def cast(self, area: ByteRange, head: bytes, last: bytes, name: str) -> TensorEntry | None:
-        """The tensor in another item; ``None``: it is shaped differently."""
+    def tail_of(self, area: ByteRange, head: bytes, last: bytes) -> bytes | None:
+        """What follows the values in another item; ``None``: it is shaped differently."""
         nbytes, tail_nbytes = self.nbytes
         if area.nbytes != nbytes or not head.startswith(self.head):
             return None
@@ -265,9 +276,7 @@ class _Mold:
         for start, stop, data in self.constant:
             if tail[start:stop] != data:
                 return None
-        first, second = self.checksums
-        checksum = tail[first : first + 4]
-        if tail[second : second + 4] != checksum:
+        if len({tail[at : at + 4] for at in self.checksums}) > 1:
             return None
         if self.digits is not None:
             start, count, places = self.digits
@@ -275,17 +284,28 @@ class _Mold:
             crc = zlib.crc32(digits).to_bytes(4, "little")
             if not digits.isdigit() or any(tail[at : at + 4] != crc for at in places):
                 return None
-        like, entry = self.entry.storage, self.entry
-        begin = len(self.head)
+        return tail
+
+    def cast(self, area: ByteRange, head: bytes, last: bytes, name: str) -> TensorEntry | None:
+        """The tensor in another item; ``None``: it is shaped differently."""
+        entry, tail = self.raw.root, self.tail_of(area, head, last)
+        if tail is None or not isinstance(entry, TensorEntry):
+            return None
+        like, begin, (nbytes, tail_nbytes) = entry.storage, len(self.head), self.nbytes
         storage = storage_of(
             f"{name}:{like.key.rpartition(':')[2]}", like.dtype, like.nbytes, like.location,
             ByteRange(area.file, area.offset + begin, nbytes - tail_nbytes - begin),
-            int.from_bytes(checksum, "little") or None, like.byteorder,
+            int.from_bytes(tail[self.checksums[0] :][:4], "little") or None, like.byteorder,
         )  # fmt: skip
         return tensor_of(
             storage, entry.storage_offset, entry.shape, entry.stride, entry.dtype, entry.requires_grad,
             entry.is_parameter, entry.is_conj, entry.is_neg,
         )  # fmt: skip
+
+
+def _is_constant(root: object) -> bool:
+    """Whether an object may stand in several places: it is a plain value, or a tuple of such."""
+    return all(isinstance(each, (*SCALARS, Global)) for each in (root if isinstance(root, tuple) else (root,)))
 
 
 def _checksums(tail: bytes, area: ByteRange, end: int, records: Records) -> dict[int, tuple[int, int]]:

@@ -19,8 +19,7 @@ LISTED = 5
 """Names that a message lists."""
 
 
-@dataclass(slots=True, eq=False)
-class Items:
+class Items(NamedTuple):
     """Where the stored items lie, a row each.
 
     Attributes:

@@ -27,8 +27,8 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from ckptkit.errors import LimitError
 from ckptkit.formats.distributed.dcp_patterns import Match, index_of, number_of, pattern_of, puts_of, spelled
@@ -67,17 +67,18 @@ BYTES = _Marker()
 """Stands for a ``BytesStorageMetadata``, which says nothing."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Run:
     """Rows of a column, from ``start`` up to ``stop``, in the place of as many nodes."""
 
-    kind: str
-    start: int
-    stop: int
+    __slots__ = ("kind", "start", "stop")
+
+    def __init__(self, kind: str, start: int, stop: int) -> None:
+        self.kind = kind
+        self.start = start
+        self.stop = stop
 
 
-@dataclass(slots=True, eq=False)
-class TensorRow:
+class TensorRow(NamedTuple):
     """One tensor: its name, and what `Runs` has read of it.
 
     Attributes:
@@ -97,7 +98,6 @@ class TensorRow:
     stop: int = 0
 
 
-@dataclass(slots=True, eq=False)
 class Columns:
     """What was read; rows of one kind have one index.
 
@@ -108,15 +108,16 @@ class Columns:
         tensors: what `Run` of a tensor counts.
     """
 
-    offsets: list[tuple[int, ...]] = field(default_factory=list)
-    sizes: list[tuple[int, ...]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    places: list[tuple[int, ...] | None] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    starts: array[int] = field(default_factory=lambda: array("q"))
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    transforms: list[tuple[str, ...]] = field(default_factory=list)
-    tensors: list[TensorRow] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.offsets: list[tuple[int, ...]] = []
+        self.sizes: list[tuple[int, ...]] = []
+        self.names: list[str] = []
+        self.places: list[tuple[int, ...] | None] = []
+        self.paths: list[str] = []
+        self.starts = array("q")
+        self.lengths = array("q")
+        self.transforms: list[tuple[str, ...]] = []
+        self.tensors: list[TensorRow] = []
 
 
 class Memo(dict[int, object]):

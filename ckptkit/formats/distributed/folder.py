@@ -7,6 +7,7 @@ it is refused, whoever says it.  A file that is itself a symbolic link is follow
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -25,6 +26,26 @@ __all__ = ["FolderSource", "listing", "read_part"]
 
 _DEEPEST = 4
 """Folders below the given one that are looked into: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
+
+
+_OPENED = 100
+"""After how many files of a folder it is seen to that as many may be open at once."""
+
+
+def _let_open(count: int) -> None:
+    """Let this process have so many files open, as far as the system lets it say so itself.
+
+    Shells start programs with 1,024 on Linux and 256 on macOS, and a checkpoint may have a file a rank, or a tensor.
+    """
+    try:
+        import resource
+    except ImportError:  # systems without POSIX
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class FolderSource(Source):
@@ -93,6 +114,8 @@ class FolderSource(Source):
             if not is_shard_name(name):
                 raise CorruptError(f"{name!r:.200} is not a path inside the folder", path=self.path)
             known = self.parts[name] = self.sibling(name)
+            if len(self.parts) % _OPENED == 0:
+                _let_open(2 * (len(self.parts) + _OPENED))  # each may have a temporary file, too
         return known
 
     def sibling(self, name: str) -> Source:

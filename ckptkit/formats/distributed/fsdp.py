@@ -90,8 +90,8 @@ def read(probe: Probe) -> RawCheckpoint:
     shards = _read_all(probe, [name for each in sets for name in each.names])
     try:
         merged = _merged(sets, shards)
-        shapes = [shape for ranks in merged for shape in ranks.shapes]
-        roots = [(each.key, ranks.root(shapes)) for each, ranks in zip(sets, merged, strict=True)]
+        model = next((ranks for ranks in merged if ranks.shapes), merged[0])
+        roots = [(each.key, ranks.root(model)) for each, ranks in zip(sets, merged, strict=True)]
         findings = list(_findings(sets, merged, count, folder))
     except FormatError as error:
         error.globals = merge_uses(error.globals, merged_globals(shards))
@@ -117,7 +117,8 @@ def read(probe: Probe) -> RawCheckpoint:
 
 def _merged(sets: Sequence[_Set], shards: Mapping[str, Shard]) -> list[Ranks]:
     """The ranks of each set."""
-    is_sharded = any(use.name.endswith(".ShardedTensor") for shard in shards.values() for use in shard.raw.globals)
+    kinds = (".DTensor", ".ShardedTensor")
+    is_sharded = any(use.name.endswith(kinds) for shard in shards.values() for use in shard.raw.globals)
     found = []
     for each in sets:
         trees = {name: shards[name].raw.root for name in each.names}

@@ -31,11 +31,16 @@ from ckptkit.transfer.pieces import Piece, pieced
 
 __all__ = ["Ranks"]
 
-_OWN = frozenset((
-    "rng", "random", "generator", "generators", "seed", "seeds", "sampler", "dataloader", "loader", "rank", "device",
-    "host", "hostname", "pid", "time", "elapsed", "duration", "throughput", "memory", "loss", "losses",
+_OWN = frozenset(("rng", "random", "seed", "seeds", "sampler", "dataloader", "loader", "rank"))
+"""Words in keys of what each rank has of its own, tensors too."""
+
+_MEASURED = frozenset((
+    "device", "host", "hostname", "pid", "time", "elapsed", "duration", "throughput", "memory", "loss", "losses",
 ))  # fmt: skip
-"""Words in keys of what each rank has of its own."""
+"""Words in keys of plain values that each rank has measured, or found where it ran."""
+
+_SHARED = frozenset(("model", "module", "network", "optim", "optimizer"))
+"""Words in keys of what the ranks have together: nothing below is one rank's own, whatever it is called."""
 
 _LISTED = 5
 """Differences that a message lists."""
@@ -92,13 +97,14 @@ class Ranks:
     Args:
         trees: of each rank's file, by its name, in the order of the ranks.
         key: of what they hold; ``""``: they are all there is.
-        is_sharded: whether the model's parameters are ShardedTensors; an optimizer's own state_dict() has none of them.
+        is_sharded: whether the model's parameters are distributed: then what an optimizer's own state_dict() has that
+            are plain tensors is of flat parameters.
 
     Attributes:
         replicas: tensors that must be the same.
         own: places of what each rank has of its own.
         flat: places of what was put together from runs of flat parameters, and has no shape.
-        shapes: those of parameters that are ShardedTensors, in order.
+        shapes: those of its distributed tensors, in order, but for flat parameters.
         ranks: how many the files' content says that there are; 0: it does not say.
         meshes: those that its tensors lie on.
 
@@ -123,8 +129,7 @@ class Ranks:
         self._optimizers = {str(start.below(each)) if each else str(start) for each in self._optimizers}
         for rank, root in enumerate(self._roots):
             self._meet(rank, side_by_side([(start, self._frame, root)], _SamePlaces()))
-        found = (each for each in self._spread.values() if each.found.kind == "ShardedTensor")
-        self.shapes = [each.shares[0][1].shape for each in found if not is_flat_name(each.name)]
+        self.shapes = [each.shares[0][1].shape for each in self._spread.values() if not is_flat_name(each.name)]
 
     def _meet(self, rank: int, mets: Iterable[Met]) -> None:
         known: dict[int, Mesh] = {}
@@ -134,7 +139,7 @@ class Ranks:
                 self._share(rank, met, known)
             elif isinstance(a, TensorEntry) and isinstance(b, TensorEntry):
                 self._copied.setdefault(id(met.a), _Copied(met.a, met.place)).each.append((rank, b))
-            elif (own := _own(met.place)) is not None:
+            elif (own := _own(met.place, _OWN | _MEASURED)) is not None:
                 self.own[own] = None
             elif met.how != "order" and not (met.b is ABSENT and self._is_run(met.place)):
                 self._differs(rank, met)
@@ -196,11 +201,20 @@ class Ranks:
                 "files of different runs or steps were mixed"
             )
 
-    def root(self, shapes: Sequence[tuple[int, ...]] = ()) -> object:
+    def twins(self) -> dict[int, int]:
+        """The first rank that has the same parts of all distributed tensors, where another one has: it is its copy."""
+        held: dict[int, list[object]] = {}
+        for number, spread in self._spread.items():
+            for rank, share in spread.shares:
+                held.setdefault(rank, []).extend((number, box) for box, _ in share.pieces)
+        first: dict[object, int] = {}
+        return {rank: first.setdefault(tuple(held[rank]), rank) for rank in sorted(held) if held[rank]}
+
+    def root(self, model: Ranks) -> object:
         """The tree, with every tensor whole.
 
         Args:
-            shapes: of the model's parameters, in order, where they are known.
+            model: the ranks' files that have the model's parameters; these or others.
 
         Raises:
             FormatError: tensors have parts that are missing, overlap or do not fit.
@@ -208,11 +222,12 @@ class Ranks:
         self._check()
         wholes = {number: self._whole(spread) for number, spread in self._spread.items()}
         replaced: list[tuple[object, object]] = [(self._spread[number].node, new) for number, new in wholes.items()]
-        known, flat = self._known_shapes(shapes), self._flat_parts()
+        twins, flat = model.twins(), self._flat_parts()
+        known = self._known_shapes(model.shapes, twins)
         for copied in self._copied.values():
             new = self._view(copied, flat, wholes) if flat else None
             if new is None and self._is_run(copied.place):
-                new = self._joined(copied, known)
+                new = self._joined(copied, known, twins)
             if new is not None:
                 replaced.append((copied.node, new))
             else:
@@ -283,7 +298,7 @@ class Ranks:
 
     def _compare(self, copied: _Copied) -> None:
         """Note a plain tensor's copies, which must be the same."""
-        own = _own(copied.place)
+        own = _own(copied.place, _OWN)
         if own is not None:
             if len(copied.each) > 1:
                 self.own[own] = None
@@ -340,20 +355,28 @@ class Ranks:
         offset = whole.storage_offset + begin
         return replace(whole, storage_offset=offset, shape=(total,), stride=(1,), requires_grad=False)
 
-    def _joined(self, copied: _Copied, known: Mapping[object, tuple[int, ...]]) -> TensorEntry | None:
+    def _joined(
+        self, copied: _Copied, known: Mapping[object, tuple[int, ...]], twins: Mapping[int, int]
+    ) -> TensorEntry | None:
         """What an optimizer keeps of a flat parameter, each rank a run of it; ``None``: it is something else."""
         if any(len(entry.shape) != 1 for _, entry in copied.each):
             return None
         pieces, at = [], 0
         for rank, entry in copied.each:
-            pieces.append(Piece((at,), entry.shape, entry, self._files[rank]))
-            at += entry.numel
+            if (first := twins.get(rank, rank)) == rank:
+                pieces.append(Piece((at,), entry.shape, entry, self._files[rank]))
+                at += entry.numel
+            elif (value := dict(copied.each).get(first)) is not None:
+                where = f"rank {first} and rank {rank}"
+                self.replicas.append(Replica(str(copied.place), value, entry, where))
         shape = known.get(copied.place.above.label) if copied.place.above is not None else None
         if shape is None:
             self.flat.append(str(copied.place))
         return pieced(str(copied.place), (at,), copied.each[0][1].dtype, pieces, view=shape)
 
-    def _known_shapes(self, shapes: Sequence[tuple[int, ...]]) -> dict[object, tuple[int, ...]]:
+    def _known_shapes(
+        self, shapes: Sequence[tuple[int, ...]], twins: Mapping[int, int]
+    ) -> dict[object, tuple[int, ...]]:
         """The shapes of the parameters by the keys of an optimizer's state, where its runs are of as many elements.
 
         An optimizer of one group numbers the parameters in the model's order.
@@ -361,7 +384,7 @@ class Ranks:
         numels: dict[object, set[int]] = {}
         for copied in self._copied.values():
             if self._is_run(copied.place) and copied.place.above is not None and len(copied.each[0][1].shape) == 1:
-                total = sum(entry.numel for _, entry in copied.each)
+                total = sum(entry.numel for rank, entry in copied.each if twins.get(rank, rank) == rank)
                 numels.setdefault(copied.place.above.label, set()).add(total)
         known: dict[object, tuple[int, ...]] = dict(enumerate(shapes))
         fits = all(isinstance(key, int) and numels[key] == {math.prod(known.get(key, (-1,)))} for key in numels)
@@ -415,13 +438,16 @@ def _as_entry(node: object) -> object:
     return tensor_of(node, 0, (node.nbytes,), (1,), "uint8", False, False) if isinstance(node, Storage) else node
 
 
-def _own(place: Place) -> str | None:
+def _own(place: Place, words: frozenset[str]) -> str | None:
     """The place of what each rank has of its own, in which this one is; ``None``: all ranks have the same."""
     step: Place | None = place
     found = None
     while step is not None:
-        if isinstance(step.label, str) and _OWN & set(re.split(r"[^a-z]+", step.label.lower())):
-            found = step
+        if isinstance(step.label, str) and "." not in step.label:  # else it is the name of a tensor
+            said = set(re.split(r"[^a-z]+", step.label.lower()))
+            if said & _SHARED:
+                return None
+            found = step if said & words else found
         step = step.above
     return None if found is None else str(found)
 

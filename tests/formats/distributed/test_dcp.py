@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from support.files import SameBits
 from support.sharded import Samples, flat
 
@@ -125,6 +126,32 @@ def test_what_is_known_of_one_item_is_what_each_would_say(sharded: Samples) -> N
     assert entries() == one_by_one
 
 
+def test_objects_that_are_alike_are_each_what_they_are(tmp_path: Path) -> None:
+    """Whatever byte of one is damaged: it is told as if each were read by itself, or not at all where nothing is."""
+    tree = {"a": 0.5, "b": 0.5, "c": 0.5, "d": (0.9, None), "e": (0.9, None), "f": [1], "g": [1], "w": torch.ones(2)}
+    dcp.save(tree, checkpoint_id=tmp_path, no_dist=True)
+    found = ckptkit.load(tmp_path)
+    assert {**found, "w": None} == {**tree, "w": None}
+    assert found["f"] is not found["g"]
+    info = {index.fqn: info for index, info in pickle.loads((tmp_path / ".metadata").read_bytes()).storage_data.items()}
+    file, whole = tmp_path / "__0_0.distcp", (tmp_path / "__0_0.distcp").read_bytes()
+
+    def outcome() -> object:
+        try:
+            checkpoint, source = formats.read(tmp_path)
+        except FormatError as error:
+            return str(error)
+        source.close()
+        return [*checkpoint.rest.pairs], checkpoint.trust  # type: ignore[attr-defined]
+
+    last = max((info[name] for name in "abc"), key=lambda each: each.offset)
+    for at in range(last.offset, last.offset + last.length, 41):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        with mock.patch("ckptkit.formats.distributed.dcp_items._MOST_MOLDS", 0):
+            expected = outcome()
+        assert repr(outcome()) == repr(expected), at
+
+
 # What is missing, damaged or foreign.
 
 
@@ -205,6 +232,20 @@ def test_a_checkpoint_of_one_rank_needs_no_tag(tmp_path: Path, same_bits: SameBi
     dcp.save(tree, checkpoint_id=tmp_path, no_dist=True)
     (tmp_path / ".metadata").rename(tmp_path / "__0.metadata")
     same(ckptkit.load(tmp_path), tree, same_bits)
+
+
+def test_more_files_than_a_shell_lets_be_open(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    tree = {f"w{n}": torch.full((1,), float(n)) for n in range(150)}
+    writer = dcp.FileSystemWriter(tmp_path / "many", single_file_per_rank=False, sync_files=False)
+    dcp.save(tree, storage_writer=writer, no_dist=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 120, hard))
+    try:
+        ckptkit.convert(tmp_path / "many", tmp_path / "out.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert load_file(tmp_path / "out.safetensors") == tree
 
 
 # Items that are something else.
@@ -338,7 +379,7 @@ def test_an_item_that_is_not_compressed_as_it_is_said_to_be(plain: Path) -> None
     for info in metadata.storage_data.values():
         info.transform_descriptors = ["stream.zstd/1"]
     (plain / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CorruptError, match="is no frame of zstd"):
+    with pytest.raises(CorruptError, match="is not a zstd frame"):
         formats.read(plain)
 
 

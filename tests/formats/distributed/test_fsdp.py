@@ -158,6 +158,27 @@ def test_what_verl_keeps_beside_it_is_rank_0s(copy: Callable[[str], Path], same_
     assert np.array_equal(found["rng"]["numpy"][1], states[0]["numpy"][1])
 
 
+def test_what_a_word_in_a_key_does_not_excuse(tmp_path: Path) -> None:
+    """A tensor of a loss, a model's under ``time``: they must be the same; a loss that was measured need not."""
+    for rank in range(2):
+        tree = {
+            "model": {"time_embed": torch.ones(2), "seed.weight": torch.ones(2)},
+            "loss": 0.5 + rank,
+            "criterion_loss": {"center": torch.ones(2)},
+            "random_states": {"torch": torch.full((2,), rank)},
+        }
+        torch.save(tree, tmp_path / f"rank_{rank}.pt")
+    with ckptkit.open(tmp_path) as file:
+        names = [replica.name for replica in file.checkpoint.replicas]
+        told = [finding.message for finding in file.findings if finding.code == "rank-values"]
+    assert names == ["model.time_embed", "model.seed.weight", "criterion_loss.center"]
+    assert told == ["each rank has its own of loss, random_states; those of rank 0 are taken"]
+    tree["model"]["time_embed"] += 1
+    torch.save(tree, tmp_path / "rank_1.pt")
+    with pytest.raises(CorruptError, match=r"1 tensor .*: model\.time_embed"):
+        ckptkit.load(tmp_path)
+
+
 # Refusals.
 
 
@@ -281,6 +302,9 @@ def test_files_that_do_not_belong_together_are_refused(
         ckptkit.open(folder)
     assert re.search(text, str(caught.value)), caught.value
     assert str(caught.value).startswith(str(folder))
+    done = run("inspect", folder)
+    assert done.returncode == 2
+    assert re.search(text, done.stderr), done.stderr
 
 
 def test_sums_that_were_not_made_are_refused(sharded: Samples) -> None:
@@ -452,31 +476,35 @@ def test_flat_parameters_are_not_cut_by_another_model(sharded: Samples, tmp_path
     assert ckptkit.load_state_dict(tmp_path / "w.pth")["head.weight"].shape == (13, 6)
 
 
+@pytest.mark.parametrize("case", ["sharded_tensor_files_2", "dtensor_files_2", "dtensor_files_hsdp"])
 @pytest.mark.parametrize("by_parameter", [False, True])
 def test_the_moments_of_flat_parameters_are_put_together(
-    by_parameter: bool, copy: Callable[[str], Path], sharded: Samples, same_bits: SameBits
+    by_parameter: bool, case: str, copy: Callable[[str], Path], sharded: Samples, same_bits: SameBits
 ) -> None:
     """As `optimizer.state_dict()` in FSDP's first version has them, of a rank that has nothing of one nothing."""
-    folder = copy("sharded_tensor_files_2")
-    model = sharded["sharded_tensor_files_2"].expected["model"]
+    folder, model = copy(case), sharded[case].expected["model"]
+    world = len(list(folder.glob("model_*")))
     shapes = [value.shape for name, value in model.items() if name.endswith(("weight", "bias"))]
     moments = [torch.randn(shape.numel()) for shape in shapes] if by_parameter else [torch.randn(50), torch.randn(30)]
-    for rank in range(2):
+    for rank in range(world):
+        place = rank % 2  # of the mesh of 2 x 2 the second dimension
         halves = [moment.numel() // 2 for moment in moments]
         parts = [
-            (moment[half:] if rank else moment[:half]).clone() for moment, half in zip(moments, halves, strict=True)
+            (moment[half:] if place else moment[:half]).clone() for moment, half in zip(moments, halves, strict=True)
         ]
-        parts[0] = moments[0] if rank else moments[0][:0]
+        parts[0] = moments[0] if place else moments[0][:0]
         state = {n: {"step": torch.tensor(3.0), "exp_avg": part} for n, part in enumerate(parts) if part.numel()}
         groups = [{"lr": 0.1, "params": [*range(len(moments))]}]
-        torch.save({"state": state, "param_groups": groups}, folder / f"optim_world_size_2_rank_{rank}.pt")
+        torch.save({"state": state, "param_groups": groups}, folder / f"optim_world_size_{world}_rank_{rank}.pt")
     found = ckptkit.load(folder)["optimizer"]["state"]
     assert sorted(found) == [*range(len(moments))]
     for number, moment in enumerate(moments):
         assert same_bits(found[number]["exp_avg"], moment.reshape(shapes[number]) if by_parameter else moment)
     with ckptkit.open(folder) as file:
         told = [finding for finding in file.findings if finding.code == "flat-optimizer"]
+        where = {replica.where for replica in file.checkpoint.replicas if replica.name.endswith("1.exp_avg")}
     assert bool(told) != by_parameter
+    assert where == ({"rank 0 and rank 2", "rank 1 and rank 3"} if world == 4 else set())
 
 
 def test_a_section_is_named_as_in_a_file(sharded: Samples) -> None:
