@@ -391,7 +391,8 @@ CODES: dict[str, Explanation] = {
     ),
     "rank-values": Explanation(
         "values that each rank has of its own",
-        "States of random generators, of samplers and the like differ from rank to rank. A checkpoint of one process "
+        "States of random generators, of samplers and the like differ from rank to rank, and so do the running "
+        "statistics of batch normalization where no process group makes them alike. A checkpoint of one process "
         "has one of each: those of rank 0 are taken.",
         "Nothing needs to be done to use the weights. To resume on as many ranks with the same random numbers, keep "
         "the ranks' files.",
