@@ -31,7 +31,7 @@ from ckptkit.formats.distributed.folder import listing
 from ckptkit.formats.distributed.layouts import LAYOUTS, RANKED, SHARDED
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
-from ckptkit.formats.unpacked import packing_of
+from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import Finding, count_of, listed
 
