@@ -262,6 +262,25 @@ def test_a_part_leads_to_its_folder(command: Command, saved: Callable[..., Path]
     assert command("inspect", "ranks").code == 0
 
 
+@pytest.mark.parametrize("name", [*PARTS, "model_world_size_2_rank_1.pt"])
+def test_a_file_of_the_source_is_not_written_over(
+    name: str, command: Command, saved: Callable[..., Path], ranks: Path
+) -> None:
+    folder = saved("step-10") if name in PARTS else ranks
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = command("convert", folder, f"{folder}/../{folder.name}/{name}", "--to", "torch-zip", "--force")
+    assert (done.code, "is a file of the checkpoint that is read" in done.err) == (2, True), done
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert command("convert", folder, folder / "whole.pth", "--force").code == 0
+
+
+def test_what_lies_in_pieces_is_gathered(sharded: Samples, command: Command) -> None:
+    done = command("convert", sharded["meshes"].folder, "o.safetensors", "--dry-run", "--json")
+    plan = json.loads(done.out)["plan"]
+    assert plan["casts"] == {"count": 0, "nbytes": 0}
+    assert plan["gathers"]["count"] > 0 < plan["gathers"]["nbytes"]
+
+
 # Damage.
 
 

@@ -133,7 +133,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("megatron", _megatron),
     Layout(
         "deepspeed",
-        _named(r"(?:\w+_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_(?:model|optim)_states\.pt|layer_\d+-model.*_states\.pt"),
+        _named(r"(?:\w+_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_?(?:model|optim)_states\.pt|layer_\d+-model.*_states\.pt"),
     ),
     Layout("fsdp", _fsdp),
     Layout("safetensors-dcp", _named(SHARDED)),
