@@ -315,6 +315,14 @@ CODES: dict[str, Explanation] = {
         "Save into a new folder each time. The files can be deleted once the checkpoint was checked: ckptkit check "
         "FOLDER.",
     ),
+    "later-part": Explanation(
+        "files are newer than the .metadata that names them",
+        "A save writes .metadata last. Where other files of the checkpoint are newer, a later save into the same "
+        "folder may have replaced them and died before its own .metadata: tensors of two steps, each whole, in one "
+        "checkpoint. Copies that do not keep the times of files look the same.",
+        "Compare the times with those of the run's log, and copy with cp -a or rsync -a. Save into a new folder each "
+        "time.",
+    ),
     "part-of-a-checkpoint": Explanation(
         "the file is a part of a checkpoint, not the whole",
         "Shards of an index, the files that FSDP, DeepSpeed, Megatron and torch.distributed.checkpoint write for each "
@@ -383,7 +391,8 @@ CODES: dict[str, Explanation] = {
     ),
     "rank-values": Explanation(
         "values that each rank has of its own",
-        "States of random generators, of samplers and the like differ from rank to rank. A checkpoint of one process "
+        "States of random generators, of samplers and the like differ from rank to rank, and so do the running "
+        "statistics of batch normalization where no process group makes them alike. A checkpoint of one process "
         "has one of each: those of rank 0 are taken.",
         "Nothing needs to be done to use the weights. To resume on as many ranks with the same random numbers, keep "
         "the ranks' files.",

@@ -56,7 +56,7 @@ _RULES = (
         word="shard",
     ),
     _Rule(
-        r"(?:\w+_)?zero_pp_rank_(?P<n>\d+)_mp_rank_\d+_(?:model|optim)_states\.pt",
+        r"(?:\w+_)?zero_pp_rank_(?P<n>\d+)_mp_rank_\d+_?(?:model|optim)_states\.pt",
         "a DeepSpeed ZeRO checkpoint",
         "the other ranks have the other slices",
     ),

@@ -77,7 +77,7 @@ def test_a_tensor_and_its_parts_are_what_torch_loads(folder: Path, data: st.Data
             assert not entry[index].torch().requires_grad
 
 
-@settings(MANY, max_examples=80)
+@settings(MANY, max_examples=120)
 @given(data=st.data(), tree=resumes() | state_dicts())
 def test_load_is_what_is_saved_and_loaded(folder: Path, data: st.DataObject, tree: dict[Any, Any]) -> None:
     path = save(tree, folder / "source.pth")

@@ -230,7 +230,7 @@ def test_wrapped_modules(folder: Path, module: nn.Module, wrappers: list[type[nn
     check_same_state(converted(folder, inner, ending, strip_module=True), plain.state_dict())
 
 
-@settings(SOME, max_examples=20)
+@settings(SOME, max_examples=30)
 @given(module=MODULES, below=MODULES, ending=ENDINGS)
 def test_moved_modules(folder: Path, module: nn.Module, below: nn.Module, ending: str) -> None:
     assume(module.state_dict() and below.state_dict())

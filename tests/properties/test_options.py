@@ -120,7 +120,7 @@ def saved(folder: Path, data: st.DataObject, tree: dict[Any, Any]) -> Path:
 
 
 @pytest.mark.parametrize("option", [*RENAMINGS, *SELECTIONS, *PLACES, *TIES])
-@settings(SOME, max_examples=18)
+@settings(SOME, max_examples=25)
 @given(data=st.data(), tree=TREES)
 def test_one_option(folder: Path, option: str, data: st.DataObject, tree: dict[Any, Any]) -> None:
     values = (RENAMINGS | SELECTIONS | PLACES | TIES)[option]
@@ -148,7 +148,7 @@ def test_parts_left_out(folder: Path, data: st.DataObject, tree: dict[Any, Any])
     assert list(result.tree) == [key for key in tree if key not in gone]
 
 
-@settings(MANY, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(MANY, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), tree=TREES)
 def test_options_together(folder: Path, data: st.DataObject, tree: dict[Any, Any]) -> None:
     source = saved(folder, data, tree)

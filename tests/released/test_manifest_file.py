@@ -58,7 +58,7 @@ SPOILED: list[tuple[Spoil, str]] = [
     (lambda document: document.pop("schema_version"), "is not a manifest"),
     (lambda document: document.update(files=[]), "at least one file"),
     (lambda document: document.update(files={}), "at least one file"),
-    (lambda document: document["files"].append(None), r"files\[7\]: is None; expected an object"),
+    (lambda document: document["files"].append(None), r"files\[9\]: is None; expected an object"),
     (lambda document: document["files"].append(document["files"][0]), "stands twice"),
     *((without(key), f"'{key}' is missing") for key in ("path", "size", "sha256", "format", "kind", "trust")),
     *(

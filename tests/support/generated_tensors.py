@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, settings
 
 from ckptkit.dtypes import DTYPES
 
-SOME = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-MANY = settings(deadline=None, max_examples=100)
+SOME = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(deadline=None, max_examples=150)
 
 
 def _saves(name: str) -> bool:

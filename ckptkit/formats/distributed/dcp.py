@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, SourceFile
 from ckptkit.checkpoint import GlobalUse, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.distributed.dcp_items import ItemReader
@@ -52,6 +52,10 @@ _SPARE = 1000
 """Places in lists beyond one for each value: torch leaves out what is empty."""
 
 
+_LATER_NS = 60 * 10**9
+"""Nanoseconds that the clocks of machines may differ by."""
+
+
 class Opened:
     """A folder whose ``.metadata`` was read and held against its files.
 
@@ -66,7 +70,7 @@ class Opened:
         discarded: what the pickles of the objects make and drop.
     """
 
-    def __init__(self, probe: Probe, folder: FolderSource, metadata: Metadata) -> None:
+    def __init__(self, probe: Probe, folder: FolderSource, metadata: Metadata, written: Source) -> None:
         self.metadata = metadata
         files = _files(folder, metadata)
         self.items = ItemReader(folder, metadata.items, files, probe.limits, metadata.chunks)
@@ -78,7 +82,7 @@ class Opened:
         self.objects = {name: shard.raw.root for name, shard in shards.items()}
         self.discarded = tuple(part for shard in shards.values() for part in shard.raw.discarded)
         self.globals = merge_uses(metadata.globals, merged_globals(shards), self._unread())
-        self.findings = (*merged_findings(shards), *self._foreign(folder))
+        self.findings = (*merged_findings(shards), *self._foreign(folder), *_later(files, written))
 
     def _tensor(self, tensor: TensorMetadata, files: dict[str, Source]) -> TensorEntry:
         paths, row_of = self.metadata.items.paths, self.items.tensor
@@ -110,6 +114,20 @@ class Opened:
                 message=f"the checkpoint does not name {count_of(len(foreign), 'file')} of its folder: "
                 f"{listed(foreign, LISTED)}; left over from another save, or from more ranks",
             )
+
+
+def _later(files: dict[str, Source], written: Source) -> Iterator[Finding]:
+    """Whether files were written after ``.metadata``, which is written last."""
+    times = {name: file.identity[3] for name, file in files.items() if isinstance(file, SourceFile)}
+    last = written.identity[3] if isinstance(written, SourceFile) else 0
+    later = [name for name, time in times.items() if last and time > last + _LATER_NS]
+    if later:
+        yield Finding(
+            code="later-part",
+            severity="warning",
+            message=f"{count_of(len(later), 'file', 'was', 'were')} written after .metadata, which is written last: "
+            f"{listed(later, LISTED)}; a later save may have replaced them and never finished, or they were copied",
+        )
 
 
 def read(probe: Probe) -> RawCheckpoint:
@@ -154,7 +172,7 @@ def open_folder(probe: Probe) -> Opened:
     except FormatError as error:
         raise error.at(where=name) from error.__cause__
     try:
-        return Opened(probe, folder, metadata)
+        return Opened(probe, folder, metadata, file)
     except FormatError as error:
         error.globals = (*metadata.globals, *error.globals)
         raise

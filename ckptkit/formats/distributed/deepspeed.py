@@ -8,9 +8,10 @@ Files, each of torch's own container; ``D`` is a data-parallel rank, ``MM`` a mo
   stages 2 and 3; at stage 3 a rank's share of each), ``shared_params`` (another name of a tied parameter -> the one
   that has the values), ``optimizer`` (without ZeRO), ``lr_scheduler``, counters, ``ds_config``, ``ds_version``, and
   what the user added at the top
-- ``[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt`` has ``optimizer_state_dict``: of stages 1 and 2
-  ``single_partition_of_fp32_groups`` and ``base_optimizer_state``, of stage 3 ``fp32_flat_groups`` and
-  ``optimizer_state_dict``; ``partition_count`` says how many ranks there are.  BF16_Optimizer says no ``zero_stage``
+- ``[bf16_]zero_pp_rank_D_mp_rank_MM_optim_states.pt`` (at first without the ``_`` before ``optim``) has
+  ``optimizer_state_dict``: of stages 1 and 2 ``single_partition_of_fp32_groups`` and ``base_optimizer_state``, of
+  stage 3 ``fp32_flat_groups`` and ``optimizer_state_dict``; ``partition_count`` says how many ranks there
+  are.  BF16_Optimizer says no ``zero_stage``
 - ``layer_NN-model_states.pt``: the state_dict of a pipeline's layer.  Its names in the model are ``NN.`` (the number
   without zeros) and its own; of a layer that several places share ``tied_modules.KEY.`` and its own, and ``module`` is
   ``None``
@@ -58,7 +59,7 @@ from ckptkit.report import Finding, listed
 
 __all__ = ["read"]
 
-_OPTIMIZER = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d{1,7})_mp_rank_(\d{1,7})_optim_states\.pt", re.ASCII)
+_OPTIMIZER = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d{1,7})_mp_rank_(\d{1,7})_?optim_states\.pt", re.ASCII)
 _LAYER = re.compile(r"layer_(\d{1,7})(?:-model_(\d{1,7}))?-model_states\.pt", re.ASCII)
 _EXPERT = re.compile(r"layer_(\d{1,7})_expert_(\d{1,7})_mp_rank_(\d{1,7})_model_states\.pt", re.ASCII)
 _EXPERTS_OPTIMIZER = re.compile(r"expp_rank_\d{1,7}_mp_rank_\d{1,7}_optim_states\.pt", re.ASCII)

@@ -52,6 +52,9 @@ _OF_THE_BUFFERS = frozenset({
 })  # fmt: skip
 """Keys of an optimizer file likewise."""
 
+_STATISTICS = frozenset({"running_mean", "running_var"})
+"""Buffers that batch normalization keeps by rank: DeepSpeed does not make them alike."""
+
 _MOST_ELEMENTS = 1 << 62
 """More than any tensor has, as torch counts them."""
 
@@ -266,17 +269,23 @@ def plain(own: Mapping[str, object]) -> list[tuple[object, object]]:
 
 
 def unproven(weights: Weights) -> list[Finding]:
-    """What is told of weights that cannot be held against a copy."""
+    """What is told of values that cannot be held against a copy."""
     names = weights.unproven
+    found = []
+    if weights.own:
+        own = listed(weights.own, _LISTED)
+        message = f"each rank has its own of {own}; those of rank 0 are taken"
+        found.append(Finding(code="rank-values", severity="info", message=message))
     if not names:
-        return []
+        return found
     return [
+        *found,
         Finding(
             code="unproven-weights",
             severity="info",
             message=f"the files have no second copy of {count_of(len(names), 'weight')} (as of stage 3): that the "
             "ranks' files belong together cannot be proven by their values",
-        )
+        ),
     ]
 
 
@@ -292,18 +301,20 @@ class Weights:
         masters: as above.
         replicas: what must be equal: each master converted and the module's weight, each buffer in several files.
         proven: the masters of which there is another copy.
+        own: the names of buffers of which each rank has its own values.
     """
 
     def __init__(self, masters: Mapping[str, TensorEntry], holders: Mapping[str, str], shared: object = None) -> None:
         self.masters = masters
         self.replicas: list[Replica] = []
         self.proven: set[str] = set()
+        self.own: dict[str, None] = {}
         self._holders = holders
         self._shared = named(shared)
         self._module: dict[str, object] = {}
         self._full: dict[str, object] = {}
         self._where: dict[str, str] = {}
-        self._views: dict[object, str] = {}
+        self._views: dict[object, str | None] = {}
 
     @property
     def unproven(self) -> list[str]:
@@ -324,8 +335,9 @@ class Weights:
         """
         known = buffers if isinstance(buffers, list) else []
         for name, value in module.items():
-            if isinstance(value, TensorEntry) and value.nbytes and name in self.masters:
-                self._views[value.view] = name
+            if isinstance(value, TensorEntry) and (value.nbytes or stubs) and name in self.masters:
+                # One empty tensor for several masters ties none of them.
+                self._views[value.view] = name if value.nbytes or value.view not in self._views else None
         for name, value in module.items():
             own = self._master_of(name, value)
             if own is not None:
@@ -338,7 +350,9 @@ class Weights:
                 self._full[name] = self._module[name] = value
             else:
                 first = self._full[name]
-                if isinstance(first, TensorEntry) and isinstance(value, TensorEntry):
+                if name.rpartition(".")[2] in _STATISTICS:
+                    self.own[name] = None
+                elif isinstance(first, TensorEntry) and isinstance(value, TensorEntry):
                     self.replicas.append(Replica(name, first, value, f"{self._where[name]} and {where}"))
             self._where.setdefault(name, where)
 

@@ -42,7 +42,12 @@ def _with_all_parts(nodes: Sequence[object], deep: int = _DEEPEST) -> object:
     """The first rank's tree, with DTensors that other ranks alone have, in the dicts where they have them."""
     first = nodes[0]
     pairs = mapping_items(first)
-    if not pairs or not deep or not (isinstance(first, InertDict) or (isinstance(first, Object) and not first.args)):
+    if (
+        not pairs
+        or not deep
+        or not isinstance(first, (InertDict, Object))
+        or (isinstance(first, Object) and first.args)
+    ):
         return first
     known = {key: [value] for key, value in pairs if isinstance(key, str)}
     for node in nodes[1:]:

@@ -189,6 +189,16 @@ def test_files_of_another_save_are_told(copied: Callable[[str], Path]) -> None:
     assert "__7_0.distcp" in found["foreign-part"]
 
 
+def test_files_that_are_newer_than_what_is_written_last_are_told(copied: Callable[[str], Path]) -> None:
+    folder = copied("fsdp2_2")
+    time = (folder / ".metadata").stat().st_mtime
+    os.utime(folder / "__1_0.distcp", (time + 50, time + 50))
+    assert "later-part" not in [finding.code for finding in formats.read(folder)[0].findings]
+    os.utime(folder / "__1_0.distcp", (time + 100, time + 100))
+    found = {finding.code: finding.message for finding in formats.read(folder)[0].findings}
+    assert "1 file was written after .metadata, which is written last: __1_0.distcp" in found["later-part"]
+
+
 def test_files_that_changed_places_are_found(copied: Callable[[str], Path]) -> None:
     folder = copied("fsdp2_4")
     (folder / "__2_0.distcp").rename(folder / "x")
@@ -411,6 +421,17 @@ def test_paths_that_contradict_each_other(plain: Path, path: tuple[object, ...],
     planned(plain, change)
     with pytest.raises(FormatError, match=message):
         formats.read(plain)
+
+
+def test_empty_chunks_may_lie_nowhere_or_where_another_begins(plain: Path) -> None:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    def add(metadata: Any) -> None:
+        chunks = metadata.state_dict_metadata["model.b"].chunks
+        chunks += [ChunkStorageMetadata(torch.Size([at]), torch.Size([0])) for at in (0, 5, 5)]
+
+    planned(plain, add)
+    assert torch.equal(ckptkit.load(plain)["model"]["b"], torch.ones(5))
 
 
 def test_holes_in_lists_are_none_as_in_torch(plain: Path) -> None:

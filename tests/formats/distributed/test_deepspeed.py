@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.zero_writer import MODEL, MODEL_3, OPTIMIZER, Zero, same
+from support.zero_writer import MODEL, MODEL_3, OPTIMIZER, Zero, same, written
 
 import ckptkit
 from ckptkit.errors import CorruptError, SectionError, UnsupportedError
@@ -90,6 +90,44 @@ def test_a_tie_stays_one(tmp_path: Path) -> None:
 
 def _without_shared_params(files: dict[str, Any]) -> None:
     del files[MODEL]["shared_params"]
+
+
+def test_a_tie_of_empty_stubs_is_told_by_their_storage(tmp_path: Path) -> None:
+    zero = Zero.small(stage=3, tied={"tied.weight": "emb.weight"})
+
+    def edit(files: dict[str, Any], *, every: bool = False) -> None:  # as before DeepSpeed 0.9
+        for rank in range(2):
+            del files[MODEL_3.format(rank)]["shared_params"]
+            module = files[MODEL_3.format(rank)]["module"]
+            stub = module["emb.weight"]
+            module.update(dict.fromkeys(zero.module if every else ["tied.weight"], stub))
+
+    folder = zero.save(tmp_path / "step", edit)
+    with ckptkit.open(folder) as ckpt:
+        assert ckpt.state_dict["tied.weight"] is ckpt.state_dict["emb.weight"]
+    same(ckptkit.load_state_dict(folder), zero.full)
+    with pytest.raises(CorruptError, match=r"tied\.weight is an empty stub"):  # one stub for all ties none
+        ckptkit.open(zero.save(tmp_path / "one", lambda files: edit(files, every=True)))
+
+
+def test_files_of_before_0_4_have_no_line_before_optim(tmp_path: Path) -> None:
+    for stage in (1, 3):
+        zero = Zero.small(stage=stage)
+        named = {name.replace("_optim_", "optim_"): tree for name, tree in zero.files().items()}
+        folder = written(named, tmp_path / str(stage))
+        same(ckptkit.load_state_dict(folder), zero.full)
+        assert "part-of-a-checkpoint" in codes(folder / OPTIMIZER.format(1).replace("_optim_", "optim_"))
+
+
+def test_statistics_that_each_rank_has_are_the_first_ones(tmp_path: Path) -> None:
+    zero = Zero.small(stage=3, buffers={"bn.running_mean": torch.ones(3), "bn.num_batches_tracked": torch.tensor(3)})
+
+    def edit(files: dict[str, Any]) -> None:
+        files[MODEL_3.format(1)]["module"]["bn.running_mean"] = torch.zeros(3)
+
+    folder = zero.save(tmp_path / "step", edit)
+    same(ckptkit.load_state_dict(folder), zero.full)
+    assert "rank-values" in codes(folder)
 
 
 def test_the_tree_is_what_one_process_would_have_saved(tmp_path: Path) -> None:
