@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.errors import CorruptError, LimitError
+from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.distributed.folder import FolderSource, read_part
 from ckptkit.formats.distributed.layouts import LLAMA, is_llama
@@ -412,11 +412,17 @@ def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iter
 
     Raises:
         CorruptError: the slices are not those of so many ranks.
+        UnsupportedError: there are fewer heads of keys and values than ranks.
     """
     values = next(iter(ranks.values()))
     shapes = {name: value.shape for name, value in values.items() if isinstance(value, TensorEntry)}
     norm, rows = shapes.get("norm.weight", ()), shapes.get("tok_embeddings.weight", ())
     given = _params(probe)
+    if type(heads := given.get("n_kv_heads")) is int and heads < len(ranks):
+        raise UnsupportedError(
+            f"{count_of(heads, 'head')} of keys and values on {len(ranks)} ranks: several have a copy of one, and "
+            "ckptkit does not join them"
+        )
     dim = given.get("dim", norm[0] if len(norm) == 1 else None)
     outputs = shapes.get("layers.0.attention.wo.weight", ())
     odd = {"layers.0.attention.wo.weight": outputs} if len(outputs) == 2 and "head_dim" not in given else {}

@@ -83,6 +83,14 @@ def test_llama_that_is_not_whole_is_refused(
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_copies_of_llamas_key_heads_are_not_joined(tmp_path: Path) -> None:
+    write_llama(tmp_path, 4)
+    params = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps({**params, "n_kv_heads": 2}))
+    with pytest.raises(UnsupportedError, match="2 heads of keys and values on 4 ranks: several have a copy of one"):
+        ckptkit.load_state_dict(tmp_path)
+
+
 # Without a rule.
 
 
