@@ -360,8 +360,6 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
         return own
     if is_unpacked(path):
         return Found(path)
-    if _unpacked(path) is not None:
-        return None
     last = pointed(path)
     if last is not None:
         _require_end(path, depth)
@@ -371,6 +369,8 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
             told = f"names {last[1]!r:.80}, which {describe_folder(step)}"
             raise CorruptError(told, path=os.path.join(path, last[0]))
         return _chosen(path, last, found)
+    if _unpacked(path) is not None:
+        return None
     choices = list(_choices(path, is_inner=is_inner))
     if not choices:
         return None
