@@ -223,6 +223,9 @@ _OF_A_RUN = (
 _FIRST, _DEGREES = "mp_rank_00_model_states.pt", "checkpoint_parallel_dimensions"
 """What DeepSpeed has beside the layers of a pipeline, and where it says over how many ranks they are split."""
 
+_MODELS = r"mp_rank_\d+_model_states\.pt"
+"""What that is called, of each rank of tensor and pipeline parallelism."""
+
 _COUNTS = ("mp_world_size",)
 """Keys under which DeepSpeed says how many ranks a model is split over."""
 
@@ -393,7 +396,10 @@ def _of_layers(probe: Probe, names: Sequence[str], rules: Sequence[Rule]) -> Raw
     model = {shown_name(key): value for key, value in joiner.join(ranks).items()}
     joiner.left += _optimizers(probe)
     whole = merged(raws, InertDict([*pairs, ("module", state_dict_node(model, None))]), joiner)
-    return replace(whole, world_size=None, mesh={"tensor": degree})
+    copies = member(raws[_FIRST].root, "dp_world_size") if _FIRST in raws else None
+    models = sum(re.fullmatch(_MODELS, name, re.ASCII) is not None for name in getattr(probe.file, "names", ()))
+    world = models * copies if type(copies) is int and 0 < copies < _MOST_RANKS else None
+    return replace(whole, world_size=world, mesh={"tensor": degree})
 
 
 def _optimizers(probe: Probe) -> list[str]:
