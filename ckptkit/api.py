@@ -233,7 +233,7 @@ def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKe
         opened = open(source, **_reading(asked))
     except FileAccessError as error:
         raise outputs.told(error, source, destination, asked) from error.__cause__
-    with opened as file, outputs.destination_of(file.path, destination, asked) as path:
+    with opened as file, outputs.destination_of(outputs.named_after(file.path, asked), destination, asked) as path:
         return run(file.checkpoint, file._file, path, asked).report()
 
 

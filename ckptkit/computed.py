@@ -354,6 +354,8 @@ class DenseValues(_Computed):
     __slots__ = ("block_nbytes", "files", "function", "itemsize", "parts")
 
     how = "made of others"
+    is_gathered = False
+    """Whether they are others' values that are only put in order."""
 
     def __init__(
         self,

@@ -108,6 +108,11 @@ def moved(target: int, source: ByteSource) -> list[Copy | Cast]:
     return [Cast(target, source)] if copies is None else [Copy(target + at, run) for at, run in copies]
 
 
+def _is_gathered(step: Step) -> bool:
+    """Whether what a step makes of others is their values in another order, as of a tensor in pieces."""
+    return isinstance(step, Cast) and isinstance(step.source, DenseRange) and step.source.whole.is_gathered
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexFile:
     """What an index of shards says; see `ckptkit.formats.sharded`.
@@ -169,11 +174,13 @@ class Plan:
 
     def to_dict(self) -> PlanDocument:
         """The plan as it stands in JSON documents: bytes by the way they are moved."""
-        steps = list(self.all_steps())
+        ways: dict[type[Step], list[int]] = {}
+        for step in self.all_steps():
+            ways.setdefault(Gather if _is_gathered(step) else type(step), []).append(step.nbytes)
 
         def made(kind: type[Step]) -> StepsDocument:
-            of = [step for step in steps if isinstance(step, kind)]
-            return {"count": len(of), "nbytes": sum(step.nbytes for step in of)}
+            sizes = ways.get(kind, ())
+            return {"count": len(sizes), "nbytes": sum(sizes)}
 
         return {
             "format": self.format,

@@ -315,6 +315,14 @@ CODES: dict[str, Explanation] = {
         "Save into a new folder each time. The files can be deleted once the checkpoint was checked: ckptkit check "
         "FOLDER.",
     ),
+    "later-part": Explanation(
+        "files are newer than the .metadata that names them",
+        "A save writes .metadata last. Where other files of the checkpoint are newer, a later save into the same "
+        "folder may have replaced them and died before its own .metadata: tensors of two steps, each whole, in one "
+        "checkpoint. Copies that do not keep the times of files look the same.",
+        "Compare the times with those of the run's log, and copy with cp -a or rsync -a. Save into a new folder each "
+        "time.",
+    ),
     "part-of-a-checkpoint": Explanation(
         "the file is a part of a checkpoint, not the whole",
         "Shards of an index, the files that FSDP, DeepSpeed, Megatron and torch.distributed.checkpoint write for each "

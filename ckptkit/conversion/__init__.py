@@ -108,6 +108,9 @@ class Job:
 
         if not options.force and self.plan.in_folder is None and os.path.lexists(self.asked):
             raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
+        if formats.is_part(self.source, self.path):
+            told = "is a file of the checkpoint that is read, and that needs all of its files; name another"
+            raise DestinationExistsError(f"{self.path}: {told}", path=self.path)
         return write_atomically(
             self.path,
             self.plan,

@@ -31,6 +31,7 @@ __all__ = [
     "destination_of",
     "ending_of",
     "is_folder_of_files",
+    "named_after",
     "require_file_name",
     "require_fitting",
     "require_names",
@@ -69,6 +70,11 @@ def require_file_name(destination: str | os.PathLike[str]) -> None:
             "name a file (one that is called so is ./-)",
             path="-",
         )
+
+
+def named_after(path: str, options: ConvertOptions) -> str:
+    """What an output in a folder is named after: the source, or the step that was chosen in a folder."""
+    return os.path.join(path, options.tag) if options.tag is not None and os.path.isdir(path) else path
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ckptkit.errors import FileAccessError, FormatError, RewriteError, SectionEr
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe, is_folder
 from ckptkit.formats.shards import may_tell_a_part
-from ckptkit.formats.soundness import as_hostile, hashed_parts, judged, require_sound
+from ckptkit.formats.soundness import as_hostile, hashed_parts, is_part, judged, require_sound
 from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.normalize import RawCheckpoint, normalize
@@ -37,6 +37,7 @@ __all__ = [
     "format_named",
     "given_of",
     "hashed_parts",
+    "is_part",
     "judged",
     "makes_folder",
     "plan",

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from ckptkit.errors import UnknownFormatError
 from ckptkit.formats.format import Probe
 from ckptkit.formats.magic import OPAQUE
-from ckptkit.formats.refused_contents import describe_pickle, describe_text, describe_zip, is_pickle, unpacked
+from ckptkit.formats.refused_contents import describe_pickle, describe_text, describe_zip, is_pickle
 from ckptkit.formats.tar_archive import is_header
 from ckptkit.formats.truncated import unfinished
+from ckptkit.formats.unpacked import packing_of
 from ckptkit.formats.zip_records import END, END64, LOCATOR
 from ckptkit.report import count_of
 
@@ -81,7 +82,7 @@ def unknown(probe: Probe) -> UnknownFormatError:
     if is_pickle(probe):
         message, error.globals = describe_pickle(probe)
         folder, name = probe.file.folder, os.path.basename(probe.file.path)
-        packing = unpacked(folder) if folder is not None and name in _RECORDS else None
+        packing = packing_of(folder) if folder is not None and name in _RECORDS else None
         error.message = f"a record of {packing}" if packing else message + unfinished(probe.file.path)
         error.args = (error.message,)
     return error

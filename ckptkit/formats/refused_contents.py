@@ -16,9 +16,7 @@ from __future__ import annotations
 import codecs
 import html
 import json
-import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from typing import get_args
 
@@ -33,7 +31,7 @@ from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import count_of, listed
 
-__all__ = ["describe_pickle", "describe_text", "describe_zip", "is_pickle", "names_joblib", "unpacked"]
+__all__ = ["describe_pickle", "describe_text", "describe_zip", "is_pickle", "names_joblib"]
 
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """LONG1 0x1950a86a20f9469cfc6c and STOP: the first pickle of a file before torch 1.6."""
@@ -100,20 +98,6 @@ def _kind(root: object) -> str:
             f"a dict of {len(root)} ({', '.join(keys)}{', ...' if len(root) > len(keys) else ''})" if keys else "a dict"
         )
     return f"a {type(root).__name__}"
-
-
-def unpacked(folder: str) -> str | None:
-    """What a folder is that holds the records of one of torch's archives; ``None``: it does not."""
-
-    def holds(*names: str) -> bool:
-        return any(os.path.lexists(os.path.join(folder, name)) for name in names)
-
-    if not holds("version", "byteorder", "data") or not holds("data.pkl", ".data", "archive_format"):
-        return None
-    above, name = os.path.split(os.path.abspath(folder))
-    # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
-    command = f"cd {shlex.quote(above)} && zip -0 -r {shlex.quote(f'{name}.pth')} {shlex.quote(name)}"
-    return f"an archive of torch that was unpacked; pack it again, stored: {command}"
 
 
 def _listed(names: tuple[GlobalUse, ...]) -> str:

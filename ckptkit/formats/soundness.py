@@ -17,7 +17,7 @@ from ckptkit.formats.format import is_folder
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import listed
 
-__all__ = ["as_hostile", "hashed_parts", "judged", "require_sound"]
+__all__ = ["as_hostile", "hashed_parts", "is_part", "judged", "require_sound"]
 
 
 def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) -> Checkpoint:
@@ -92,6 +92,19 @@ def judged(checkpoint: Checkpoint) -> Checkpoint:
         ),
         unread=None,
     )
+
+
+def is_part(file: Source, path: str) -> bool:
+    """Whether a path is that of a file in the folder that is read, without which its checkpoint is lost."""
+    if not is_folder(file) or not os.path.lexists(path):
+        return False
+    from ckptkit.formats.distributed.folder import FolderSource
+
+    if not isinstance(file, FolderSource):
+        return False
+    folder, name = os.path.split(os.path.abspath(path))
+    inside = os.path.relpath(os.path.join(os.path.realpath(folder), name), os.path.realpath(file.root))
+    return inside.replace(os.sep, "/") in file.own
 
 
 def hashed_parts(file: Source) -> dict[str, Source]:

@@ -22,7 +22,7 @@ from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, LimitE
 from ckptkit.formats.zip_records import Records
 from ckptkit.limits import DEFAULT_LIMITS
 
-__all__ = ["UnpackedSource", "is_unpacked", "unpacked_source"]
+__all__ = ["UnpackedSource", "is_unpacked", "packing_of", "unpacked_source"]
 
 _PICKLE = "data.pkl"
 
@@ -36,6 +36,22 @@ def is_unpacked(folder: str) -> bool:
     """Whether a folder is what is left of an archive of torch's, with its pickle and what every writer leaves."""
     beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("version", "byteorder", ".data/version"))
     return beside and os.path.isfile(os.path.join(folder, _PICKLE)) and os.path.isdir(os.path.join(folder, "data"))
+
+
+def packing_of(folder: str) -> str | None:
+    """What a folder is that holds the records of one of torch's archives; ``None``: it does not."""
+
+    def holds(*names: str) -> bool:
+        return any(os.path.lexists(os.path.join(folder, name)) for name in names)
+
+    if not holds("version", "byteorder", "data") or not holds("data.pkl", ".data", "archive_format"):
+        return None
+    import shlex
+
+    above, name = os.path.split(os.path.abspath(folder))
+    # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
+    command = f"cd {shlex.quote(above)} && zip -0 -r {shlex.quote(f'{name}.pth')} {shlex.quote(name)}"
+    return f"an archive of torch that was unpacked; pack it again, stored: {command}"
 
 
 def unpacked_source(path: str) -> UnpackedSource | None:

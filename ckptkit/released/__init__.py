@@ -179,7 +179,7 @@ def _selected(
     return select(
         given,
         relative_to=folder,
-        tag=tag,
+        tag=tag if paths else None,
         skip_others=skip_others,
         whole=True,
         known=set() if manifest is None else paths_of(manifest.files),

@@ -321,6 +321,7 @@ def make_at(
             path=destination,
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
+    tag = tag if paths else None  # what it was made of is each a step by itself
     paths = paths or (_paths_of(previous, folder) if update else ())
     if tp_rules is None:
         paths = [step_of(path, tag) if os.path.isdir(path) else path for path in paths]

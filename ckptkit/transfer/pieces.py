@@ -66,6 +66,7 @@ class PiecedValues(DenseValues):
     __slots__ = ("_dtype", "_first_rows", "_locals", "_pieces", "_read_lock", "_shape", "_tallest")
 
     how = "in pieces"
+    is_gathered = True
 
     def __init__(
         self, name: str, shape: tuple[int, ...], dtype: str, pieces: Sequence[Piece], files: tuple[Source, ...]

@@ -77,7 +77,7 @@ def test_a_sound_file_keeps_every_rule(safe: Path) -> None:
 
 
 def test_the_rules_are_the_fields_of_a_policy() -> None:
-    others = {"allow_part", "fits", "forward", "model_args", "input_shapes", "ignore_checksums"}
+    others = {"allow_part", "fits", "forward", "model_args", "input_shapes", "ignore_checksums", "tp_rules"}
     assert {name.replace("-", "_") for name, _, _ in RULES} - {"whole"} | others == set(Policy.__dataclass_fields__)
 
 

@@ -24,10 +24,10 @@ def test_a_folder_stands_for_its_checkpoints(tmp_path: Path) -> None:
         f"a/b/{name}"
         for name in (
             *("ddp_resume.pth", "legacy.pth", "model.safetensors.index.json", "scripted.pt"),
-            *("state_dict.safetensors", "tied.pth", "whole_model.pth"),
+            *("state_dict.safetensors", "tied.pth", "training/step-2", "training/step-4", "whole_model.pth"),
         )
     ]
-    assert all(Path(each.path).is_file() for each in selection.checkpoints)
+    assert all(Path(each.path).exists() for each in selection.checkpoints)
     assert selection.passed_over["empty file"] == 1
     assert selection.empty == selection.unreadable == ()
 

@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -400,6 +401,21 @@ def dtensor_files_tp_fsdp(folder: Path, rank: int) -> Tree:
 def dtensor_files_meshes(folder: Path, rank: int) -> Tree:
     saved_by_rank(folder, rank, {**placed(sharded=True), "plain": drawn("plain", 3)})
     return {"model": {**placed(sharded=False), "plain": drawn("plain", 3)}}
+
+
+@case(4)
+def dtensor_files_stages(folder: Path, rank: int) -> Tree:
+    """Two stages of a pipeline, each sharded over its own ranks, which have the files of its layers alone."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    net = sharded_net(mesh["dp"])
+    mine = {name: value for name, value in net.state_dict().items() if isinstance(value, DTensor)}
+    whole = {name: value for name, value in Net().state_dict().items() if name in mine}
+    names = [*mine]
+    first, stage = len(names) // 2, mesh["pp"].get_local_rank()
+    state = OrderedDict((name, mine[name]) for name in (names[first:] if stage else names[:first]))
+    state._metadata = OrderedDict({"": {"version": 1}, **{name: {"version": 1} for name in state}})  # type: ignore[attr-defined]
+    saved_by_rank(folder, rank, {"module": state, "step": 3})
+    return {"model": {"module": whole, "step": 3}}
 
 
 @case(2)

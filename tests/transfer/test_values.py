@@ -19,7 +19,8 @@ from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.checkpoint import Storage, TensorEntry, contiguous_stride
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, DTypeError
-from ckptkit.transfer import stream, values
+from ckptkit.transfer import values
+from ckptkit.transfer.values import stream
 
 Entry = Callable[[torch.Tensor], TensorEntry]
 

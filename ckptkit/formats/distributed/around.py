@@ -32,7 +32,7 @@ from ckptkit.formats.distributed.folder import listing
 from ckptkit.formats.distributed.layouts import LAYOUTS, RANKED, SHARDED
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
-from ckptkit.formats.unpacked import is_unpacked
+from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import Finding, count_of, listed
 
@@ -369,7 +369,7 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
             told = f"names {last[1]!r:.80}, which {describe_folder(step)}"
             raise CorruptError(told, path=os.path.join(path, last[0]))
         return _chosen(path, last, found)
-    if _unpacked(path) is not None:
+    if packing_of(path) is not None:
         return None
     choices = list(_choices(path, is_inner=is_inner))
     if not choices:
@@ -461,20 +461,13 @@ def _is_checkpoint(path: str) -> bool:
         file.close()
 
 
-def _unpacked(path: str) -> str | None:
-    """What was unpacked into a folder; ``None``: nothing."""
-    from ckptkit.formats.refused_contents import unpacked  # with all that files are recognised by
-
-    return unpacked(path)
-
-
 def describe_folder(path: str) -> str:
     """What a folder is that was given, and in which there is no checkpoint."""
     names = sorted(os.listdir(path or os.curdir))
-    if packing := _unpacked(path):
+    if packing := packing_of(path):
         return f"is {packing}"
     for name in names[:_MOST_LOOKED_AT]:  # unzip makes a folder around it
-        if packing := _unpacked(os.path.join(path, name)):
+        if packing := packing_of(os.path.join(path, name)):
             return f"holds {name}, {packing}"
     try:
         pointed(path)

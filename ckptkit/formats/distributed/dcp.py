@@ -7,7 +7,8 @@ Layout (``torch/distributed/checkpoint/filesystem.py``):
 - ``__{rank}_{n}.distcp``: items end to end; each is a whole file of ``torch.save`` with one tensor, a chunk of a larger
   one, or with any other object (`ckptkit.formats.distributed.dcp_items`).  Their data are aligned to nothing.
 - an item that went through ``stream.zstd/1`` is one frame of zstd, and such a file inside
-- ``__{rank}.metadata``: without collectives each rank has its own, and is a whole of its own
+- ``__{rank}.metadata``: without collectives each rank has its own.  Each may be a whole of its own, under the same
+  names; or the ranks share out tensors, and what they say is put together
 
 A tensor that several ranks hold is stored once, by any of them.  A chunk's own strides count: it may be transposed, or
 expanded.  ``planner_data`` says where in the nested dicts and lists that were saved each value belongs; without it the
@@ -20,20 +21,21 @@ were not read yet are told, and judged by whoever reads them (`ckptkit.formats.d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
-from ckptkit.bytesource import Source
-from ckptkit.checkpoint import GlobalUse, TensorEntry
+from ckptkit.bytesource import Source, SourceFile
+from ckptkit.checkpoint import GlobalUse, Replica, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.distributed.dcp_items import ItemReader
 from ckptkit.formats.distributed.dcp_metadata import METADATA_NBYTES, parse_metadata
-from ckptkit.formats.distributed.dcp_record import LISTED, Metadata, TensorMetadata
+from ckptkit.formats.distributed.dcp_record import LISTED, Metadata, TensorMetadata, Wanted, joined
 from ckptkit.formats.distributed.folder import FolderSource
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.normalize.trees import Place, SameContent, side_by_side
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding, count_of, listed
@@ -52,6 +54,10 @@ _SPARE = 1000
 """Places in lists beyond one for each value: torch leaves out what is empty."""
 
 
+_LATER_NS = 60 * 10**9
+"""Nanoseconds that the clocks of machines may differ by."""
+
+
 class Opened:
     """A folder whose ``.metadata`` was read and held against its files.
 
@@ -64,21 +70,25 @@ class Opened:
         globals: the verdicts on all names that were read so far, and what tells that there are more.
         findings: what is remarkable.
         discarded: what the pickles of the objects make and drop.
+        replicas: chunks that several ranks stored.
     """
 
-    def __init__(self, probe: Probe, folder: FolderSource, metadata: Metadata) -> None:
+    def __init__(self, probe: Probe, folder: FolderSource, metadata: Metadata, written: Source) -> None:
         self.metadata = metadata
         files = _files(folder, metadata)
         self.items = ItemReader(folder, metadata.items, files, probe.limits, metadata.chunks)
         self.tensors = {name: self._tensor(tensor, files) for name, tensor in metadata.tensors.items()}
-        self.unread = sum(row >= 0 for tensor in metadata.tensors.values() for row in tensor.rows)
+        self.unread = sum(1 for _ in metadata.chunks())
         shards = {name: Shard(name, self.items.read(row, name), {}) for name, row in metadata.objects.items()}
+        others = {name: [self.items.read(row, name) for row in rows] for name, rows in metadata.others.items()}
         for file in files.values():
             file.release()
         self.objects = {name: shard.raw.root for name, shard in shards.items()}
         self.discarded = tuple(part for shard in shards.values() for part in shard.raw.discarded)
-        self.globals = merge_uses(metadata.globals, merged_globals(shards), self._unread())
-        self.findings = (*merged_findings(shards), *self._foreign(folder))
+        theirs = (raw.globals for raws in others.values() for raw in raws)
+        self.globals = merge_uses(metadata.globals, merged_globals(shards), *theirs, self._unread())
+        self.replicas = tuple(self._replicas(files))
+        self.findings = (*merged_findings(shards), *self._own(others), *self._foreign(folder), *_later(files, written))
 
     def _tensor(self, tensor: TensorMetadata, files: dict[str, Source]) -> TensorEntry:
         paths, row_of = self.metadata.items.paths, self.items.tensor
@@ -91,6 +101,30 @@ class Opened:
             tensor.name, tensor.shape, tensor.dtype, pieces, files=tuple(own.values()),
             requires_grad=tensor.requires_grad,
         )  # fmt: skip
+
+    def _replicas(self, files: dict[str, Source]) -> Iterator[Replica]:
+        paths = self.metadata.items.paths
+        for wanted, row in self.metadata.copies:
+
+            def whole(row: int, wanted: Wanted = wanted) -> TensorEntry:
+                piece = Piece((0,) * len(wanted.sizes), wanted.sizes, partial(self.items.tensor, row, wanted.name))
+                return pieced(wanted.name, wanted.sizes, wanted.dtype, [piece], files=(files[paths[row]],))
+
+            yield Replica(wanted.name, whole(wanted.row), whole(row), f"{paths[wanted.row]} and {paths[row]}")
+
+    def _own(self, others: Mapping[str, Sequence[RawCheckpoint]]) -> Iterator[Finding]:
+        """Whether what was pickled under one name differs between ranks."""
+        own = []
+        for name, raws in others.items():
+            pairs = [(Place().below(name), self.objects[name], raw.root) for raw in raws]
+            if any(met.how != "bytes" for met in side_by_side(pairs, SameContent())):
+                own.append(name)
+        if own:
+            yield Finding(
+                code="rank-values",
+                severity="info",
+                message=f"each rank has its own of {listed(own, LISTED)}; those of the first rank are taken",
+            )
 
     def _unread(self) -> Iterator[GlobalUse]:
         count = self.unread
@@ -112,6 +146,20 @@ class Opened:
             )
 
 
+def _later(files: dict[str, Source], written: Source) -> Iterator[Finding]:
+    """Whether files were written after ``.metadata``, which is written last."""
+    times = {name: file.identity[3] for name, file in files.items() if isinstance(file, SourceFile)}
+    last = written.identity[3] if isinstance(written, SourceFile) else 0
+    later = [name for name, time in times.items() if last and time > last + _LATER_NS]
+    if later:
+        yield Finding(
+            code="later-part",
+            severity="warning",
+            message=f"{count_of(len(later), 'file', 'was', 'were')} written after .metadata, which is written last: "
+            f"{listed(later, LISTED)}; a later save may have replaced them and never finished, or they were copied",
+        )
+
+
 def read(probe: Probe) -> RawCheckpoint:
     """The tree that was saved, and the folder's own facts; of tensors nothing is read.
 
@@ -129,6 +177,7 @@ def read(probe: Probe) -> RawCheckpoint:
         globals=opened.globals,
         findings=opened.findings,
         discarded=opened.discarded,
+        replicas=opened.replicas,
         unread=opened.items if opened.unread else None,
     )
 
@@ -142,7 +191,18 @@ def open_folder(probe: Probe) -> Opened:
     folder = probe.file
     if not isinstance(folder, FolderSource):
         raise TypeError("a folder is read")
-    name = _metadata_name(folder)
+    ranks = {int(found[1]): name for name in folder.names if (found := _OWN_METADATA.fullmatch(name))}
+    if folder.tag is None and len(ranks) > 1 and ".metadata" not in folder.names:
+        known = [_parsed(probe, folder, name) for _, name in sorted(ranks.items())]
+        if not all(metadata.is_whole for metadata, _ in known):
+            together = joined([metadata for metadata, _ in known])
+            if together is not None:
+                return _opened(probe, folder, together, known[0][1])
+    return _opened(probe, folder, *_parsed(probe, folder, _metadata_name(folder, ranks)))
+
+
+def _parsed(probe: Probe, folder: FolderSource, name: str) -> tuple[Metadata, Source]:
+    """What a ``.metadata`` says, and its file."""
     try:
         file = folder.part(name)
         if file.size > METADATA_NBYTES:
@@ -153,21 +213,24 @@ def open_folder(probe: Probe) -> Opened:
         file.release()
     except FormatError as error:
         raise error.at(where=name) from error.__cause__
+    return metadata, file
+
+
+def _opened(probe: Probe, folder: FolderSource, metadata: Metadata, file: Source) -> Opened:
     try:
-        return Opened(probe, folder, metadata)
+        return Opened(probe, folder, metadata, file)
     except FormatError as error:
         error.globals = (*metadata.globals, *error.globals)
         raise
 
 
-def _metadata_name(folder: FolderSource) -> str:
+def _metadata_name(folder: FolderSource, ranks: Mapping[int, str]) -> str:
     """The ``.metadata`` that is meant.
 
     Raises:
         FileAccessError: each rank has its own, and none was chosen.
         CorruptError: there is none.
     """
-    ranks = {int(found[1]): name for name in folder.names if (found := _OWN_METADATA.fullmatch(name))}
     if ".metadata" in folder.names:
         return ".metadata"
     if len(ranks) == 1:

@@ -330,6 +330,8 @@ class _Reader:
             if len(known) < len(rows):
                 raise AmbiguousError(f"tensor {_shown(name)}: two items are of the same chunk")
             tensor.rows = [known.get(offsets, -1) for offsets in tensor.offsets]
+            if len(rows) < len(tensor.rows):
+                _leave_out_empty(tensor)
             if -1 in tensor.rows:
                 lost += [
                     f"tensor {_shown(name)} at {[*offsets]}"
@@ -367,6 +369,14 @@ class _Reader:
         if pairs and (unknown := [name for name in order if name not in found]):
             raise CorruptError(f"its planner_data says nothing of {_first(map(_shown, unknown))}", names=unknown)
         return found or None
+
+
+def _leave_out_empty(tensor: TensorMetadata) -> None:
+    """Chunks without elements where another begins: the item is that one's, and theirs was replaced by it."""
+    taken = {offsets for offsets, sizes in zip(tensor.offsets, tensor.sizes, strict=True) if 0 not in sizes}
+    for number, (offsets, sizes) in enumerate(zip(tensor.offsets, tensor.sizes, strict=True)):
+        if 0 in sizes and offsets in taken:
+            tensor.rows[number] = -1
 
 
 class _Attributes(dict[str, object]):

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CorruptError
+from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import count_of, listed
 
-__all__ = ["LISTED", "Items", "Metadata", "TensorMetadata", "Wanted"]
+__all__ = ["LISTED", "CopiedChunk", "Items", "Metadata", "TensorMetadata", "Wanted", "joined"]
 
 LISTED = 5
 """Names that a message lists."""
@@ -66,6 +68,18 @@ class TensorMetadata:
     rows: list[int]
 
 
+class CopiedChunk(NamedTuple):
+    """A chunk of a tensor that two ranks stored.
+
+    Attributes:
+        wanted: what the first one's item must be.
+        row: the other one's item.
+    """
+
+    wanted: Wanted
+    row: int
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Metadata:
     """What a ``.metadata`` says.
@@ -80,6 +94,8 @@ class Metadata:
         strings: the checkpoint's string metadata (`STRINGS`).
         protocol: of the pickle.
         globals: the verdicts on all names in it.
+        copies: of several ranks' own metadata put together, the chunks that more than one has.
+        others: likewise the further rows of what was pickled under one name.
     """
 
     tensors: dict[str, TensorMetadata]
@@ -91,6 +107,13 @@ class Metadata:
     strings: dict[str, str]
     protocol: int
     globals: tuple[GlobalUse, ...]
+    copies: tuple[CopiedChunk, ...] = ()
+    others: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the chunks of each tensor are as many elements as it has."""
+        return all(sum(map(math.prod, tensor.sizes)) == math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def chunks(self) -> Iterator[Wanted]:
         """What the items of all tensors must be."""
@@ -98,6 +121,8 @@ class Metadata:
             for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
                 if row >= 0:
                     yield Wanted(row, tensor.name, tensor.dtype, offsets, sizes)
+        for copied in self.copies:
+            yield copied.wanted._replace(row=copied.row)
 
     def check_files(self, sizes: dict[str, int | None]) -> None:
         """Hold the items against the files of the folder.
@@ -133,3 +158,50 @@ class Metadata:
                 if start < before:
                     raise CorruptError(f"two items of {path} share bytes, from byte {start:,} on")
                 before = end
+
+
+def joined(parts: Sequence[Metadata]) -> Metadata | None:
+    """What the metadata of several ranks say together, each of which knows its own chunks alone.
+
+    ``None``: it is no whole, or they contradict each other: each rank saved something of its own.
+    """
+    first, tensors, copies = parts[0], dict[str, TensorMetadata](), list[CopiedChunk]()
+    objects, others, order = dict[str, int](), dict[str, list[int]](), dict[str, None]()
+    paths: dict[str, tuple[str | int, ...]] | None = None if first.paths is None else {}
+    items, known, start = Items([], [], [], []), dict[str, dict[tuple[tuple[int, ...], ...], int]](), 0
+    for part in parts:
+        if (part.paths is None) != (paths is None):
+            return None
+        for name, path in (part.paths or {}).items():
+            if paths is not None and paths.setdefault(name, path) != path:
+                return None
+        order.update(dict.fromkeys(part.order))
+        for name, row in part.objects.items():
+            if objects.setdefault(name, start + row) != start + row:
+                others.setdefault(name, []).append(start + row)
+        for name, tensor in part.tensors.items():
+            whole = tensors.setdefault(
+                name, TensorMetadata(name, tensor.dtype, tensor.shape, tensor.requires_grad, [], [], [])
+            )
+            if (whole.dtype, whole.shape) != (tensor.dtype, tensor.shape) or name in objects:
+                return None
+            boxes = known.setdefault(name, {})
+            for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
+                at = start + row if row >= 0 else row
+                before = boxes.get((offsets, sizes))
+                if before is None:
+                    boxes[offsets, sizes] = at
+                    whole.offsets.append(offsets)
+                    whole.sizes.append(sizes)
+                    whole.rows.append(at)
+                elif before >= 0 and at >= 0:
+                    copies.append(CopiedChunk(Wanted(before, name, tensor.dtype, offsets, sizes), at))
+        for column, own in zip(items, part.items, strict=True):
+            column.extend(own)  # type: ignore[attr-defined]  # the lists above
+        start = len(items.paths)
+    whole_one = Metadata(
+        tensors=tensors, objects=objects, order=[*order], items=items, paths=paths, version=first.version,
+        strings=first.strings, protocol=first.protocol, globals=merge_uses(*(part.globals for part in parts)),
+        copies=tuple(copies), others=others,
+    )  # fmt: skip
+    return whole_one if whole_one.is_whole and not objects.keys() & tensors.keys() else None

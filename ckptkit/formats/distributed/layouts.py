@@ -98,6 +98,36 @@ def is_llama(names: Iterable[str]) -> bool:
     return sum(re.fullmatch(LLAMA, name, re.ASCII) is not None for name in names) > 1
 
 
+def _fsdp(folder: str, names: tuple[str, ...]) -> bool:
+    """Whether files with ranks' numbers are those of one checkpoint: by their names, or by tensors that are spread.
+
+    ``lora_rank8.pth`` has such a number too, and is whole: ranks are counted from 0, and none is left out.
+    """
+    found = [match for name in names if (match := re.fullmatch(RANKED, name, re.ASCII))]
+    ranks: dict[tuple[str, str], set[int]] = {}
+    for match in found:
+        if match["of"] or "fsdp" in (match["stem"] or ""):
+            return True
+        ranks.setdefault((match["stem"] or "", match["end"]), set()).add(int(match["rank"]))
+    if any(len(numbers) > 1 and numbers == {*range(len(numbers))} for numbers in ranks.values()):
+        return True
+    return any(_is_spread(os.path.join(folder, match[0])) for match in found[:_LOOKED_AT])
+
+
+def _is_spread(path: str) -> bool:
+    """Whether a file names classes, or parameters, of tensors that are spread over processes: near its beginning."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - a few bytes
+            data = file.read(_PICKLE_NBYTES)
+    except OSError:
+        return False
+    return any(mark in data for mark in _SPREAD)
+
+
+_SPREAD = (b"DTensor", b"ShardedTensor", b"flat_param")
+_LOOKED_AT, _PICKLE_NBYTES = 3, 1 << 20
+"""Files whose first so many bytes are looked at: what is pickled stands there, before the tensors."""
+
 LAYOUTS: tuple[Layout, ...] = (
     Layout("dcp", _dcp),
     Layout("megatron", _megatron),
@@ -105,7 +135,7 @@ LAYOUTS: tuple[Layout, ...] = (
         "deepspeed",
         _named(r"(?:\w+_)?(?:zero_pp_rank_\d+_)?mp_rank_\d+_?(?:model|optim)_states\.pt|layer_\d+-model.*_states\.pt"),
     ),
-    Layout("fsdp", _named(RANKED)),
+    Layout("fsdp", _fsdp),
     Layout("safetensors-dcp", _named(SHARDED)),
 )
 """In the order in which a folder is held against them: the first that claims it, reads it."""

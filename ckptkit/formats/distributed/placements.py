@@ -28,7 +28,7 @@ from ckptkit.normalize.sections import brief
 from ckptkit.pickling.inert import Object
 from ckptkit.pickling.tensors import shape_of, wrapped_tensor
 
-__all__ = ["Distributed", "Mesh", "Share", "boxes_of", "distributed", "share_of"]
+__all__ = ["Distributed", "Mesh", "Share", "boxes_of", "distributed", "fills_mesh", "share_of"]
 
 _MOST_BOXES = 1 << 16
 """Boxes that one rank has of a tensor: a `_StridedShard` makes as many as its split factor."""
@@ -143,6 +143,14 @@ def share_of(found: Distributed, name: str, rank: int, known: dict[int, Mesh]) -
     except FormatError as error:
         error.message = f"tensor {name!r:.200}: {error.message}"
         raise
+
+
+def fills_mesh(shares: Sequence[Share]) -> bool:
+    """Whether these are of all places of one mesh, each once: the ranks that have others know nothing of the tensor."""
+    meshes = [share.mesh for share in shares if share.mesh is not None and share.mesh.place is not None]
+    sizes = {mesh.sizes for mesh in meshes}
+    places = {mesh.place for mesh in meshes}
+    return len(sizes) == 1 and len(places) == len(shares) == math.prod(sizes.pop())
 
 
 # DTensor.

@@ -1,7 +1,8 @@
 """The trees of several ranks, put together into the one that a single process would have saved.
 
 All have the same places.  What is at one is a distributed tensor, of which each has parts; a plain tensor, of which
-each has a copy; a value, which must be equal; or something that each rank has of its own.
+each has a copy; a value, which must be equal; or something that each rank has of its own.  A DTensor of a mesh of some
+ranks (experts, the layers of a pipeline's stage) may be in the files of those alone: as many as the mesh has places.
 
 FSDP's first version has flat parameters, and what an optimizer's own ``state_dict()`` keeps for one, or with
 ``use_orig_params`` for the part of one that a parameter is, is a plain tensor: each rank has a run of it, or nothing.
@@ -20,11 +21,12 @@ from dataclasses import dataclass, field, replace
 from ckptkit.checkpoint import Replica, Storage, TensorEntry
 from ckptkit.computed import files_of
 from ckptkit.errors import CorruptError, FormatError
-from ckptkit.formats.distributed.placements import Box, Distributed, Mesh, Share, distributed, share_of
+from ckptkit.formats.distributed.frames import frame_of
+from ckptkit.formats.distributed.placements import Box, Distributed, Mesh, Share, distributed, fills_mesh, share_of
 from ckptkit.normalize.modules import unwrapped_path
 from ckptkit.normalize.parts import is_flat_name
 from ckptkit.normalize.trees import Met, Place, SameContent, shown, side_by_side
-from ckptkit.pickling.inert import ABSENT, InertDict, Object, TreeMap, attributes, mapping_items, named_items, walk
+from ckptkit.pickling.inert import ABSENT, InertDict, Object, TreeMap, attributes, mapping_items, walk
 from ckptkit.report import listed
 from ckptkit.tensor import tensor_of
 from ckptkit.transfer.pieces import Piece, pieced
@@ -119,7 +121,9 @@ class Ranks:
         self._copied: dict[int, _Copied] = {}
         self._problems: list[str] = []
         self._storages: dict[int, Storage] = {}
-        self._frame, self._optimizers = _frame(self._roots, is_sharded=is_sharded)
+        self._frame, self._optimizers = frame_of(self._roots, is_sharded=is_sharded)
+        self._absent: dict[int, None] = {}
+        self._versions: list[tuple[int, Met]] = []
         self.replicas: list[Replica] = []
         self.own: dict[str, None] = {}
         self.flat: list[str] = []
@@ -129,6 +133,14 @@ class Ranks:
         self._optimizers = {str(start.below(each)) if each else str(start) for each in self._optimizers}
         for rank, root in enumerate(self._roots):
             self._meet(rank, side_by_side([(start, self._frame, root)], _SamePlaces()))
+        if not self._absent:
+            for rank, met in self._versions:
+                self._differs(rank, met)
+        for number in self._absent:
+            spread = self._spread[number]
+            if not fills_mesh([share for _, share in spread.shares]):
+                files = [self._files[rank] for rank, _ in spread.shares]
+                self._problems.append(f"{spread.name:.200} is only in {listed(files, _LISTED)}")
         self.shapes = [each.shares[0][1].shape for each in self._spread.values() if not is_flat_name(each.name)]
 
     def _meet(self, rank: int, mets: Iterable[Met]) -> None:
@@ -137,6 +149,10 @@ class Ranks:
             a, b = _as_entry(met.a), _as_entry(met.b)
             if met.how == "spread":
                 self._share(rank, met, known)
+            elif met.b is ABSENT and (found := distributed(met.a)) is not None and found.kind == "DTensor":
+                self._absent[id(met.a)] = None
+            elif met.b is ABSENT and met.place.above is not None and met.place.above.label == "_metadata":
+                self._versions.append((rank, met))
             elif isinstance(a, TensorEntry) and isinstance(b, TensorEntry):
                 self._copied.setdefault(id(met.a), _Copied(met.a, met.place)).each.append((rank, b))
             elif (own := _own(met.place, _OWN | _MEASURED)) is not None:
@@ -395,42 +411,6 @@ class Ranks:
         nodes = [self._frame, *(value for _, value in mapping_items(self._frame) or ())]
         groups = [node.get("param_groups") for node in nodes if isinstance(node, InertDict) and "param_groups" in node]
         return len(groups) == 1 and isinstance(groups[0], list) and len(groups[0]) == 1
-
-
-def _frame(roots: Sequence[object], *, is_sharded: bool) -> tuple[object, set[str]]:
-    """The first tree, with what others alone have in the state of an optimizer, and the keys of optimizers there.
-
-    ``""``: the tree itself is one.  Only those count that have runs of flat parameters.
-    """
-    if not is_sharded:
-        return roots[0], set()
-    if _is_optimizer(roots[0]):
-        return _with_all_states(roots), {""}
-    pairs = mapping_items(roots[0]) if isinstance(roots[0], InertDict) else None
-    keys = {key for key, value in pairs or () if isinstance(key, str) and _is_optimizer(value)}
-    if pairs is None or not keys:
-        return roots[0], set()
-    others = [dict(named_items(root)) for root in roots]
-    wholes = {key: _with_all_states([other.get(key) for other in others]) for key in keys}
-    return InertDict([(key, wholes.get(key, value) if isinstance(key, str) else value) for key, value in pairs]), keys
-
-
-def _is_optimizer(node: object) -> bool:
-    """Whether it is what an optimizer's own state_dict() gives, which has no distributed tensors."""
-    is_one = isinstance(node, InertDict) and isinstance(node.get("state"), InertDict) and "param_groups" in node
-    return is_one and not any(distributed(each) for each in walk(node))
-
-
-def _with_all_states(optimizers: Sequence[object]) -> InertDict:
-    """The first rank's, with the state of parameters of which it has nothing, and another rank has."""
-    first = optimizers[0]
-    pairs: dict[object, object] = {}
-    for each in optimizers:
-        for key, value in mapping_items(each.get("state")) or () if isinstance(each, InertDict) else ():
-            if isinstance(key, (int, str)):
-                pairs.setdefault(key, value)
-    state = InertDict(list(pairs.items()))
-    return InertDict([(key, state if key == "state" else value) for key, value in mapping_items(first) or ()])
 
 
 def _as_entry(node: object) -> object:

@@ -348,6 +348,20 @@ def test_shards_of_two_checkpoints_are_not_merged(tmp_path: Path) -> None:
         ckptkit.open(tmp_path)
 
 
+# Files with numbers of their own.
+
+
+def test_numbers_that_are_no_ranks(tmp_path: Path) -> None:
+    for each in (4, 8, 16):
+        save_file(WEIGHTS, tmp_path / f"lora_rank{each}.safetensors")
+        torch.save(WEIGHTS, tmp_path / f"lora_rank{each}.pth")
+    assert sharded_at(str(tmp_path)) is None
+    assert len(ckptkit.check(tmp_path).results) == 6
+    torch.save({"_flat_param": torch.ones(5)}, tmp_path / "lora_rank4.pth")
+    found = sharded_at(str(tmp_path))
+    assert found is not None and found.layout == "fsdp"
+
+
 # One file.
 
 

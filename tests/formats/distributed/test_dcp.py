@@ -189,6 +189,16 @@ def test_files_of_another_save_are_told(copied: Callable[[str], Path]) -> None:
     assert "__7_0.distcp" in found["foreign-part"]
 
 
+def test_files_that_are_newer_than_what_is_written_last_are_told(copied: Callable[[str], Path]) -> None:
+    folder = copied("fsdp2_2")
+    time = (folder / ".metadata").stat().st_mtime
+    os.utime(folder / "__1_0.distcp", (time + 50, time + 50))
+    assert "later-part" not in [finding.code for finding in formats.read(folder)[0].findings]
+    os.utime(folder / "__1_0.distcp", (time + 100, time + 100))
+    found = {finding.code: finding.message for finding in formats.read(folder)[0].findings}
+    assert "1 file was written after .metadata, which is written last: __1_0.distcp" in found["later-part"]
+
+
 def test_files_that_changed_places_are_found(copied: Callable[[str], Path]) -> None:
     folder = copied("fsdp2_4")
     (folder / "__2_0.distcp").rename(folder / "x")
@@ -216,15 +226,34 @@ def test_every_damaged_byte_of_an_item_shows(copied: Callable[[str], Path]) -> N
     file.write_bytes(whole)
 
 
-def test_each_rank_may_have_saved_a_checkpoint_of_its_own(sharded: Samples, copied: Callable[[str], Path]) -> None:
+def test_what_the_ranks_say_apart_is_put_together(
+    sharded: Samples, copied: Callable[[str], Path], same_bits: SameBits
+) -> None:
     folder = copied("no_collectives")
+    expected = {name: value for name, value in flat(sharded["no_collectives"].expected) if value != {}}
+    found = dict(flat(ckptkit.load(folder)))
+    same({name: found[name] for name in expected}, expected, same_bits)
+    checkpoint, file = formats.read(folder)
+    assert {replica.name for replica in checkpoint.replicas} >= {"model.norm.running_mean", "model.mask"}
+    file.close()
+    with pytest.raises(CorruptError, match="leave out"):
+        formats.read(folder, tag="1")  # its shards alone
+
+
+def test_each_rank_may_have_saved_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "each"
+    for rank in range(2):
+        dcp.save({"w": torch.full((3,), float(rank))}, checkpoint_id=tmp_path / str(rank), no_dist=True)
+        folder.mkdir(exist_ok=True)
+        metadata = (tmp_path / str(rank) / ".metadata").read_bytes().replace(b"__0_0.distcp", b"__%d_0.distcp" % rank)
+        (folder / f"__{rank}.metadata").write_bytes(metadata)
+        (tmp_path / str(rank) / "__0_0.distcp").rename(folder / f"__{rank}_0.distcp")
     with pytest.raises(FileAccessError, match=r"each of 2 ranks .* --tag: 0, 1") as caught:
         formats.read(folder)
     assert caught.value.names == ("0", "1")
     with pytest.raises(FileAccessError, match="there is no rank '7'"):
         formats.read(folder, tag="7")
-    with pytest.raises(CorruptError, match="leave out"):
-        formats.read(folder, tag="1")  # its shards alone
+    assert ckptkit.load_state_dict(folder, tag="1")["w"].tolist() == [1.0] * 3
 
 
 def test_a_checkpoint_of_one_rank_needs_no_tag(tmp_path: Path, same_bits: SameBits) -> None:
@@ -411,6 +440,17 @@ def test_paths_that_contradict_each_other(plain: Path, path: tuple[object, ...],
     planned(plain, change)
     with pytest.raises(FormatError, match=message):
         formats.read(plain)
+
+
+def test_empty_chunks_may_lie_nowhere_or_where_another_begins(plain: Path) -> None:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    def add(metadata: Any) -> None:
+        chunks = metadata.state_dict_metadata["model.b"].chunks
+        chunks += [ChunkStorageMetadata(torch.Size([at]), torch.Size([0])) for at in (0, 5, 5)]
+
+    planned(plain, add)
+    assert torch.equal(ckptkit.load(plain)["model"]["b"], torch.ones(5))
 
 
 def test_holes_in_lists_are_none_as_in_torch(plain: Path) -> None:

@@ -27,7 +27,7 @@ from ckptkit.errors import CkptkitError, CorruptError, PartError, RewriteError, 
 
 WHOLE = (
     *("dtensor_files_2", "dtensor_files_4", "dtensor_files_hsdp", "dtensor_files_tp_fsdp", "dtensor_files_meshes"),
-    *("sharded_tensor_files_2", "sharded_tensor_files_4"),
+    *("sharded_tensor_files_2", "sharded_tensor_files_4", "dtensor_files_stages"),
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -124,7 +124,7 @@ def test_it_is_opened_without_torch(sharded: Samples) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert eval(done.stdout) == [17, 17, 17, 17, 60, 17, 17]  # noqa: S307 - printed above
+    assert eval(done.stdout) == [17, 17, 17, 17, 60, 17, 17, 13]  # noqa: S307 - printed above
 
 
 def test_replicas_are_compared_and_what_each_rank_has_of_its_own_is_not(sharded: Samples) -> None:
@@ -305,6 +305,13 @@ def test_files_that_do_not_belong_together_are_refused(
     done = run("inspect", folder)
     assert done.returncode == 2
     assert re.search(text, done.stderr), done.stderr
+
+
+def test_of_a_mesh_of_some_ranks_every_one_has_its_part(copy: Callable[[str], Path]) -> None:
+    folder = copy("dtensor_files_stages")
+    changed(folder / "model_world_size_4_rank_3.pt", 3, 4, lambda tree: tree["module"].pop("head.weight"))
+    with pytest.raises(CorruptError, match=r"module\.head\.weight is only in model_world_size_4_rank_2\.pt; files"):
+        ckptkit.open(folder)
 
 
 def test_sums_that_were_not_made_are_refused(sharded: Samples) -> None:
