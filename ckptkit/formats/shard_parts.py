@@ -218,17 +218,25 @@ def _placed(part: Part, file: Source) -> Part:
     if part.instead is not None or file.folder is None:
         return part
     folder, name = os.path.split(name_of(file))
-    above = os.path.dirname(folder)
+    above = _above(folder)
     if os.path.basename(folder) == "sharded" and (indexes := indexes_in(above)):  # of consolidate_safetensors_files
         return replace(part, instead=os.path.join(above, indexes[0]), opens=True)
     found = None
     if len(_alike(file)) > 1 or _is_dcp(file):
         found = folder or os.curdir
-    elif len(_folders_alike(file)) > 1 or os.path.basename(above) == "zero":
-        found = above or os.curdir
+    elif len(_folders_alike(file)) > 1:
+        found = above
+    elif re.search(r"(?:^|/)zero/[^/]+/?$", _split(file)[0].replace(os.sep, "/")):
+        found = _above(above)
     elif name.endswith("_states.pt") and sum(each.endswith("_states.pt") for each in names_in(folder)) > 1:
         found = folder or os.curdir
     return replace(part, instead=found, opens=found is not None and _opens(found))
+
+
+def _above(folder: str) -> str:
+    """The folder that one lies in, as it is reached from here."""
+    above, own = os.path.split(folder)
+    return above or os.curdir if own not in ("", os.curdir, os.pardir) else os.path.join(folder, os.pardir)
 
 
 def _opens(folder: str) -> bool:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -340,18 +341,19 @@ def _tagged(path: str, tag: str) -> Found:
         told = "; it is one checkpoint itself: leave out --tag" if own is not None else ""
         told = f"; there are: {listed(there, _LISTED)}" if there else told
         raise MissingFileError(f"{path}: no step {tag!r:.80} is in this folder{told}", path=path, names=there)
-    found = _standing(chosen)
+    found = _standing(chosen, way=f"{os.path.relpath(chosen, path)}/".replace(os.sep, "/"))
     if found is None:
         raise FileAccessError(f"{chosen}: {describe_folder(chosen)}", path=chosen)
     return found._replace(tag=os.path.basename(chosen) if found.tag is None else found.tag)
 
 
-def _standing(path: str, depth: int = 0, *, is_inner: bool = False) -> Found | None:
+def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = False) -> Found | None:
     """As `found_in`.
 
     Args:
         path: the folder.
         depth: how many folders lead to it.
+        way: their names from the given one on, each with a slash.
         is_inner: whether it is looked at as one in a given folder; those in it are not then.
     """
     own = sharded_at(path)
@@ -359,17 +361,17 @@ def _standing(path: str, depth: int = 0, *, is_inner: bool = False) -> Found | N
         return own
     if is_unpacked(path):
         return Found(path)
-    if packing_of(path) is not None:
-        return None
     last = pointed(path)
     if last is not None:
         _require_end(path, depth)
         step = os.path.join(path, *last[1].split("/"))
-        found = _standing(step, depth + 1, is_inner=is_inner)
+        found = _standing(step, depth + 1, way=f"{way}{last[1]}/", is_inner=is_inner)
         if found is None:
             told = f"names {last[1]!r:.80}, which {describe_folder(step)}"
             raise CorruptError(told, path=os.path.join(path, last[0]))
         return _chosen(path, last, found)
+    if packing_of(path) is not None:
+        return None
     choices = list(_choices(path, is_inner=is_inner))
     if not choices:
         return None
@@ -377,11 +379,11 @@ def _standing(path: str, depth: int = 0, *, is_inner: bool = False) -> Found | N
     if not others and found is not None:
         return found
     if not others:
-        return _standing(os.path.join(path, name), depth + 1, is_inner=True)
+        return _standing(os.path.join(path, name), depth + 1, way=f"{way}{name}/")
     there = [name for name, _ in choices]
     raise FileAccessError(
         f"{path}: {count_of(len(there), 'checkpoint')} are in this folder: {listed(there, _LISTED)}; "
-        f"give one of them, or choose with --tag: --tag {there[-1]}",
+        f"give one of them, or choose with --tag: --tag {shlex.quote(way + there[-1])}",
         path=path,
         names=there,
     )
@@ -436,7 +438,7 @@ def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found 
         raise CorruptError(told, path=path, names=missing)
     steps = [] if is_inner else list(_steps(path))
     if not files:
-        names = [name for name in names if not (steps and re.fullmatch(_BESIDE, name, re.ASCII))]
+        names = [name for name in names if not ((steps or is_inner) and re.fullmatch(_BESIDE, name, re.ASCII))]
         files = [name for name in names[:_MOST_FILES] if _is_checkpoint(os.path.join(path, name))]
     yield from ((name, Found(os.path.join(path, name))) for name in files)
     # What "sharded" holds was consolidated under the index.

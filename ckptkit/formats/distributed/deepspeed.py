@@ -147,8 +147,8 @@ def _modules_of(parts: Parts, names: Sequence[str], models: Models) -> _Modules:
 
 def _tensor_parallel(which: str) -> UnsupportedError:
     return UnsupportedError(
-        f"its tensors are split over tensor-parallel ranks ({which}), and the files do not say how: ckptkit does not "
-        "put them together"
+        f"its tensors are split over tensor-parallel ranks ({which}), and the files do not say how; "
+        "--tp-rules FILE gives rules"
     )
 
 

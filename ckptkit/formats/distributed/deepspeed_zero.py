@@ -125,6 +125,8 @@ def zero_of(models: Mapping[int, File], files: Mapping[int, File], layers: Mappi
         left: list[tuple[object, object]] = [(f"rank {rank}", base) for rank, base in enumerate(bases)]
         return Zero(slots, masters, None, [], first, left, told)
     moments = moments_of([[kept[rank].states[e.number] for rank in e.ranks] for e in shared], masters, totals)
+    if is_split:
+        _require_distinct([masters, *(flats for flats, _ in moments.flats.values())], where)
     return Zero(slots, masters, moments, _groups(slots, shared, kept[0]), first, _left(moments, shared, kept), told)
 
 
@@ -140,6 +142,32 @@ def _kept(bases: Sequence[object], where: Sequence[str], count: int) -> list[Kep
     for name, other in zip(where[1:], kept[1:], strict=True):
         require_settings(kept[0], other, where[0], name)
     return kept
+
+
+def _require_distinct(kept: Sequence[Flats], where: Sequence[str]) -> None:
+    """See that no rank's values are there twice, by their checksums: at stage 3 no copy of the weights tells it.
+
+    Args:
+        kept: the masters, and what the optimizer keeps of each element: without that, values may be alike by chance.
+        where: the files of the ranks.
+
+    Raises:
+        CorruptError: some are.
+    """
+    seen: dict[tuple[int | None, ...], int] = {}
+    for rank, name in enumerate(where if len(kept) > 1 else ()):
+        parts = [[flat[rank] for flat in flats.parts if flat] for flats in kept]
+        sums = tuple(part.storage.crc32 for own in parts for part in own)
+        first = rank if None in sums else seen.setdefault(sums, rank)
+        if first != rank and all(any(_varies(part) for part in own) for own in parts):
+            raise CorruptError(f"{where[first]} and {name} hold the same values: one rank's file is there twice")
+
+
+def _varies(part: TensorEntry) -> bool:
+    """Whether a buffer has several values."""
+    from ckptkit.transfer.values import same_values
+
+    return part.numel > 1 and not same_values(part[1:], part[:-1])
 
 
 def _groups(

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.errors import CorruptError, LimitError
+from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.distributed.folder import FolderSource, read_part
 from ckptkit.formats.distributed.layouts import LLAMA, is_llama
@@ -223,6 +223,9 @@ _OF_A_RUN = (
 _FIRST, _DEGREES = "mp_rank_00_model_states.pt", "checkpoint_parallel_dimensions"
 """What DeepSpeed has beside the layers of a pipeline, and where it says over how many ranks they are split."""
 
+_MODELS = r"mp_rank_\d+_model_states\.pt"
+"""What that is called, of each rank of tensor and pipeline parallelism."""
+
 _COUNTS = ("mp_world_size",)
 """Keys under which DeepSpeed says how many ranks a model is split over."""
 
@@ -393,7 +396,10 @@ def _of_layers(probe: Probe, names: Sequence[str], rules: Sequence[Rule]) -> Raw
     model = {shown_name(key): value for key, value in joiner.join(ranks).items()}
     joiner.left += _optimizers(probe)
     whole = merged(raws, InertDict([*pairs, ("module", state_dict_node(model, None))]), joiner)
-    return replace(whole, world_size=None, mesh={"tensor": degree})
+    copies = member(raws[_FIRST].root, "dp_world_size") if _FIRST in raws else None
+    models = sum(re.fullmatch(_MODELS, name, re.ASCII) is not None for name in getattr(probe.file, "names", ()))
+    world = models * copies if type(copies) is int and 0 < copies < _MOST_RANKS else None
+    return replace(whole, world_size=world, mesh={"tensor": degree})
 
 
 def _optimizers(probe: Probe) -> list[str]:
@@ -412,11 +418,17 @@ def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iter
 
     Raises:
         CorruptError: the slices are not those of so many ranks.
+        UnsupportedError: there are fewer heads of keys and values than ranks.
     """
     values = next(iter(ranks.values()))
     shapes = {name: value.shape for name, value in values.items() if isinstance(value, TensorEntry)}
     norm, rows = shapes.get("norm.weight", ()), shapes.get("tok_embeddings.weight", ())
     given = _params(probe)
+    if type(heads := given.get("n_kv_heads")) is int and heads < len(ranks):
+        raise UnsupportedError(
+            f"{count_of(heads, 'head')} of keys and values on {len(ranks)} ranks: several have a copy of one, and "
+            "ckptkit does not join them"
+        )
     dim = given.get("dim", norm[0] if len(norm) == 1 else None)
     outputs = shapes.get("layers.0.attention.wo.weight", ())
     odd = {"layers.0.attention.wo.weight": outputs} if len(outputs) == 2 and "head_dim" not in given else {}

@@ -181,6 +181,20 @@ def test_one_step_alone_is_opened(step: Step, tmp_path: Path) -> None:
     assert number(tmp_path) == 2
 
 
+def test_the_tag_that_is_told_can_be_typed(step: Step, tmp_path: Path, save: Any) -> None:
+    for each in (10, 20):
+        step(f"run/global_step_{each}/actor", each)
+        step(f"run/global_step_{each}/critic", -each)
+        torch.save({"pos": 3}, tmp_path / "run" / f"global_step_{each}" / "data.pt")  # never the checkpoint
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("20")
+    for folder, tag, before in ((tmp_path, None, "run/"), (tmp_path / "run", None, ""), (tmp_path / "run", "10", "")):
+        with pytest.raises(FileAccessError, match="2 checkpoints are in this folder: actor, critic; ") as e:
+            formats.read(folder, tag=tag)
+        told = f"{before}global_step_{tag or 20}/critic"
+        assert str(e.value).endswith(f"--tag {told}")
+        assert number(folder, tag=told) == -int(tag or 20)
+
+
 def test_a_tag_is_for_folders(tmp_path: Path, save: Any) -> None:
     path = save(WEIGHTS)
     for given in (path, path.read_bytes()):

@@ -352,6 +352,16 @@ def test_two_files_of_one_rank_are_refused(tmp_path: Path) -> None:
         ckptkit.open(folder)
 
 
+def test_a_rank_that_is_there_twice_is_refused_at_stage_3(tmp_path: Path) -> None:
+    zero = Zero(groups=[{"a.weight": torch.randn(4, 5), "b.weight": torch.randn(3)}], stage=3, world=3)
+    folder = zero.save(tmp_path / "step")
+    shutil.copy(folder / OPTIMIZER.format(0), folder / OPTIMIZER.format(2))
+    with pytest.raises(CorruptError, match=r"zero_pp_rank_0_\w+\.pt and bf16_zero_pp_rank_2_\w+\.pt hold the same va"):
+        ckptkit.open(folder)
+    alike = Zero(groups=[{"a.weight": torch.ones(4, 4)}], stage=3, world=2, moments=("momentum_buffer",))
+    same(ckptkit.load_state_dict(alike.save(tmp_path / "alike")), alike.full)
+
+
 def test_a_hostile_rank_is_told_and_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Zero.small().save(tmp_path / "step", _set(OPTIMIZER.format(1), more=RunsAtLoad()))

@@ -83,6 +83,14 @@ def test_llama_that_is_not_whole_is_refused(
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_copies_of_llamas_key_heads_are_not_joined(tmp_path: Path) -> None:
+    write_llama(tmp_path, 4)
+    params = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps({**params, "n_kv_heads": 2}))
+    with pytest.raises(UnsupportedError, match="2 heads of keys and values on 4 ranks: several have a copy of one"):
+        ckptkit.load_state_dict(tmp_path)
+
+
 # Without a rule.
 
 
@@ -190,13 +198,20 @@ def test_deepspeed_pipeline_with_tensor_parallelism(tmp_path: Path) -> None:
     for rank in range(4):
         said = {"pp_degree": 2, "tp_degree": 2, "dp_degree": 1}
         torch.save(
-            {"module": None, "mp_world_size": 4, "global_steps": 5, "checkpoint_parallel_dimensions": said},
+            {
+                "module": None,
+                "mp_world_size": 4,
+                "dp_world_size": 3,
+                "global_steps": 5,
+                "checkpoint_parallel_dimensions": said,
+            },
             folder / f"mp_rank_0{rank}_model_states.pt",
         )
     (tmp_path / "run" / "latest").write_text("global_step5")
     (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"x")
     require_same(ckptkit.load_state_dict(tmp_path / "run", tp_rules=given), state)
     with ckptkit.open(folder, tp_rules=given) as file:
+        assert file.checkpoint.origin.spread is not None and file.checkpoint.origin.spread.world_size == 12
         assert any("zero_pp_rank_0" in finding.message for finding in file.findings if finding.code == "not-merged")
     written = tmp_path / "resume.pth"
     assert ckptkit.convert(folder, written, tp_rules=given).ok
