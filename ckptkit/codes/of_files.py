@@ -340,7 +340,7 @@ CODES: dict[str, Explanation] = {
     ),
     "copies-not-compared": Explanation(
         "values that several files have, and that inspect does not compare",
-        "What every rank has a copy of, is taken from one file. Where a copy differs, ranks of different runs or steps "
+        "What every rank has a copy of is taken from one file. Where a copy differs, ranks of different runs or steps "
         "were mixed, or a file is damaged: so are a DeepSpeed weight and its fp32 master that differ.",
         "ckptkit check FOLDER compares them all; convert, verify, diff and load do so before they begin.",
     ),

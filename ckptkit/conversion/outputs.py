@@ -118,6 +118,8 @@ def told(
     if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or options.tag is not None:
         return error
     source = os.fsdecode(source)
+    if error.path is not None and os.path.normpath(error.path) != os.path.normpath(source):  # a file of the one in it
+        return error
     path, container, _ = formats.target(destination, options.to)
     into = os.path.join(os.path.dirname(path), without_endings(os.path.basename(path)), "")
     command = shlex.join(["ckptkit", "convert", source, into, "--to", container.name])

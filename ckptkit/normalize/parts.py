@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 CODE = "part-of-a-checkpoint"
+UNPROVEN = "completeness-unknown"
 
 WHOLE: Final = "whole"
 """What a tree says that tells how many ranks share the model: one."""
@@ -381,8 +382,10 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def way_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Which member of an archive it is, where the archive was given."""
-    yield from (finding for finding in checkpoint.findings if finding.code == "inside-an-archive")
+    """Which member of an archive it is, where the archive was given; and whether some of its files may be missing."""
+    codes = ("inside-an-archive", UNPROVEN)
+    known = (finding for finding in checkpoint.findings if finding.code in codes)
+    yield from (finding for finding in known if finding.code != UNPROVEN or finding.severity == "warning")
 
 
 def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.checkpoint import GlobalUse, Trust, trust_of
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats import format_for, format_named
+from ckptkit.normalize.parts import UNPROVEN
 from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
@@ -276,6 +277,17 @@ def _whole(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             message=examined.part.message,
             fix=examined.part.fix,
         )
+    for finding in examined.findings:
+        if finding.code == UNPROVEN and finding.severity == "warning":
+            yield _found(
+                examined,
+                code=finding.code,
+                severity="warning",
+                rule="whole",
+                expected="all files of the checkpoint",
+                found="some that may be missing",
+                message=finding.message,
+            )
 
 
 def _convert(examined: Examined, *options: str, pickled: bool = True) -> str | None:

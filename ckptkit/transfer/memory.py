@@ -121,7 +121,7 @@ def fill(memory: memoryview, entry: TensorEntry) -> None:
             partial(_read_into, memory[piece.offset - run.offset :][: piece.nbytes], piece, sums) for piece in pieces
         )
         in_parallel(tasks, nbytes=run.nbytes)
-    sums.require(lambda: {id(storage.original or storage): "a tensor"})
+    sums.require(lambda: dict.fromkeys(map(id, storage.originals), "a tensor"))
     if entry.nbytes and source.file.changed():
         raise CorruptError("the file was changed while it was being read; read it again", path=source.file.path)
 

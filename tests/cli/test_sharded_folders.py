@@ -274,6 +274,16 @@ def test_a_file_of_the_source_is_not_written_over(
     assert command("convert", folder, folder / "whole.pth", "--force").code == 0
 
 
+def test_what_is_wrong_inside_a_checkpoint_is_told_alone(command: Command, saved: Callable[..., Path]) -> None:
+    folder = saved("step-10")
+    done = command("inspect", folder, "--tag", "3")
+    assert (done.code, "it is one checkpoint itself: leave out --tag" in done.err) == (2, True), done.err
+    (folder / "__0_0.distcp").unlink()
+    (folder / "__0_0.distcp").symlink_to("__0_0.distcp")
+    done = command("convert", folder, "o.pth")
+    assert done.code == 2 and "__0_0.distcp: cannot be opened" in done.err and "below it" not in done.err
+
+
 def test_what_lies_in_pieces_is_gathered(sharded: Samples, command: Command) -> None:
     done = command("convert", sharded["meshes"].folder, "o.safetensors", "--dry-run", "--json")
     plan = json.loads(done.out)["plan"]
@@ -316,6 +326,8 @@ def test_a_flipped_bit(command: Command, saved: Callable[..., Path]) -> None:
     done = command("check", "step-10")
     assert done.code == 1 and "[damaged]" in done.out and "model.weight" in done.out
     assert command("check", "step-10", "--ignore-checksums").code == 0
+    with ckptkit.open("step-10") as file, pytest.raises(ckptkit.CorruptError, match="a tensor: the bytes have CRC-32"):
+        file.state_dict["weight"].numpy()
     for arguments in (("convert", "step-10", "o.pth"), ("manifest", "step-10")):
         done = command(*arguments)
         assert done.code == 2 and "the bytes have CRC-32" in done.err and "model.weight" in done.err, done

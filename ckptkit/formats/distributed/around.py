@@ -337,8 +337,9 @@ def _tagged(path: str, tag: str) -> Found:
     if os.path.isfile(chosen):
         return Found(chosen, tag=tag)
     if not os.path.isdir(chosen):
-        there = [name for name, _ in _choices(path)]
-        told = f"; there are: {listed(there, _LISTED)}" if there else ""
+        there = [name for name, _ in _choices(path)] if own is None else []
+        told = "; it is one checkpoint itself: leave out --tag" if own is not None else ""
+        told = f"; there are: {listed(there, _LISTED)}" if there else told
         raise MissingFileError(f"{path}: no step {tag!r:.80} is in this folder{told}", path=path, names=there)
     found = _standing(chosen, way=f"{os.path.relpath(chosen, path)}/".replace(os.sep, "/"))
     if found is None:

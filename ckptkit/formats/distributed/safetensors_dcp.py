@@ -7,8 +7,9 @@ Layout (torch 2.14 ``torch/distributed/checkpoint/hf_storage.py``, ``_hf_utils.p
   ``sharded`` that these lie in, and it is opened by itself
 - each is a safetensors file whose tensors are boxes of wholes.  Its metadata say in ``DCP_SHARDING_INFO``, as JSON, the
   offsets of each: ``{name: {"saved_offsets": [7, 0]}}``; ``DCP_VERSION`` is "1.0"
+- a rank that has nothing of a consolidated file's tensors writes no file of it
 - the shape of the whole is not stored: it is what its boxes reach to.  Files that are missing from the middle leave
-  holes; of those that are missing at the end nothing tells, and a finding says so
+  holes; of those that are missing at the end nothing tells, and a finding says so, with those that there may have been
 
 Replicated tensors are stored once.
 """
@@ -16,8 +17,9 @@ Replicated tensors are stored once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ckptkit.checkpoint import Replica, TensorEntry
 from ckptkit.errors import CorruptError, FormatError
@@ -73,7 +75,13 @@ def read(probe: Probe) -> RawCheckpoint:
             error.globals = (*raw.globals, *error.globals)
             raise error.at(where=name) from error.__cause__
         shards[name] = Shard(name, raw, {})
-    entries: dict[str, object] = {name: _whole(name, boxes) for name, boxes in tensors.items()}
+    absent = _absent(numbers)
+    try:
+        entries: dict[str, object] = {name: _whole(name, boxes) for name, boxes in tensors.items()}
+    except CorruptError as error:
+        if absent:
+            error.message += f"; not there: {listed(absent, _LISTED)}"
+        raise
     metadata = {
         key: text for key, text in merged_metadata({}, shards).items() if _INFO not in key and _VERSION not in key
     }
@@ -84,7 +92,7 @@ def read(probe: Probe) -> RawCheckpoint:
         metadata=metadata,
         replicas=tuple(replicas),
         world_size=max(int(match["n"]) for match in numbers.values()),
-        findings=(*merged_findings(shards), _unproven(numbers)),
+        findings=(*merged_findings(shards), _unproven(numbers, absent)),
     )
 
 
@@ -158,9 +166,26 @@ def _whole(name: str, boxes: _Boxes) -> TensorEntry:
     return pieced(name, shape, boxes.dtype, pieces)
 
 
-def _unproven(numbers: Mapping[str, re.Match[str]]) -> Finding:
+def _absent(numbers: Mapping[str, re.Match[str]]) -> list[str]:
+    """The files of each rank that other ranks have, and it does not; at most some."""
+    there = {(int(match["n"]), int(match["file"])) for match in numbers.values()}
+    digits = next(iter(numbers.values()))["of"]
+    ranks, files = (sorted({pair[at] for pair in there}) for at in (0, 1))
+    pairs = ((rank, file) for rank in ranks for file in files if (rank, file) not in there)
+    return [f"shard-{rank:05}-model-{file:05}-of-{digits}.safetensors" for rank, file in islice(pairs, _LISTED + 1)]
+
+
+def _unproven(numbers: Mapping[str, re.Match[str]], absent: Sequence[str]) -> Finding:
     """What the files do not tell."""
     last = max(int(match["n"]) for match in numbers.values())
+    if absent:
+        return Finding(
+            code="completeness-unknown",
+            severity="warning",
+            message=f"not there: {listed(absent, _LISTED)}, of which other ranks have theirs; a rank that holds "
+            "nothing writes no file, but a file that was lost at the end leaves no other trace: shapes of whole "
+            "tensors are not stored",
+        )
     return Finding(
         code="completeness-unknown",
         severity="info",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,21 @@ def test_the_files_make_up_what_was_saved(case: str, sharded: Samples, tmp_path:
         assert all(same_bits(found[name], value) for name, value in sample.tensors.items())
     with ckptkit.open(tmp_path / "w.safetensors") as file:
         assert file.checkpoint.part is None
+
+
+def test_what_only_other_ranks_have_may_be_missing(copy: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    (copy / "shard-00002-model-00002-of-00002.safetensors").unlink()
+    told = "not there: shard-00002-model-00002-of-00002.safetensors, of which other ranks have theirs"
+    for command in (("inspect", copy), ("check", copy), ("convert", copy, tmp_path / "o.safetensors")):
+        done = run(*command)
+        assert (done.returncode, told in done.stdout + done.stderr) == (0, True), done
+
+
+def test_a_hole_names_the_file_that_may_be_missing(copy: Path) -> None:
+    (copy / "shard-00001-model-00002-of-00002.safetensors").unlink()
+    text = r"leave out .*; not there: shard-00001-model-00002-of-00002\.safetensors"
+    with pytest.raises(CorruptError, match=text):
+        ckptkit.open(copy)
 
 
 def test_the_consolidated_twin_is_the_same(sharded: Samples, same_bits: SameBits) -> None:
