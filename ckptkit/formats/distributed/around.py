@@ -438,11 +438,15 @@ def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found 
         raise CorruptError(told, path=path, names=missing)
     steps = [] if is_inner else list(_steps(path))
     if not files:
-        names = [name for name in names if not ((steps or is_inner) and re.fullmatch(_BESIDE, name, re.ASCII))]
+        names = _not_beside(names) if steps or is_inner else names
         files = [name for name in names[:_MOST_FILES] if _is_checkpoint(os.path.join(path, name))]
     yield from ((name, Found(os.path.join(path, name))) for name in files)
     # What "sharded" holds was consolidated under the index.
     yield from (step for step in steps if not (indexes and step[0] == "sharded"))
+
+
+def _not_beside(names: Sequence[str]) -> list[str]:
+    return [name for name in names if re.fullmatch(_BESIDE, name, re.ASCII) is None]
 
 
 def _is_checkpoint(path: str) -> bool:

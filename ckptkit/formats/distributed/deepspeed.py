@@ -137,7 +137,7 @@ def _modules_of(parts: Parts, names: Sequence[str], models: Models) -> _Modules:
             experts.setdefault(int(expert[1]), {})[int(expert[2])] = name
     counts = models.first.own.get("num_experts")
     for layer_number, count in enumerate(counts if isinstance(counts, list) else ()):
-        if experts and is_int(count):
+        if is_int(count) and count > 1:
             require_ranks(experts.get(layer_number, {}), count, f"files of the experts of layer {layer_number}")
     return _Modules(
         dict(sorted(layers.items())),
