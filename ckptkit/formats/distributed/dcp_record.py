@@ -176,8 +176,9 @@ def together(parts: Sequence[Metadata]) -> Metadata | None:
             column.extend(more)  # type: ignore[attr-defined]  # the lists above
     order = [*dict.fromkeys(name for part in parts for name in part.order)]
     whole = Metadata(
-        tensors=union.tensors, objects=union.objects, order=order, items=items, paths=None if first.paths is None else paths, version=first.version, strings=first.strings,
-        protocol=first.protocol, globals=merge_uses(*(part.globals for part in parts)),
+        tensors=union.tensors, objects=union.objects, order=order, items=items,
+        paths=None if first.paths is None else paths,
+        version=first.version, strings=first.strings, protocol=first.protocol, globals=merge_uses(*(part.globals for part in parts)),
         copies=tuple(union.copies), others=union.others,
     )  # fmt: skip
     return whole if whole.is_whole and not whole.objects.keys() & whole.tensors.keys() else None
