@@ -23,10 +23,11 @@ of two trees (`trees`), which everything that shows, compares, counts or digests
 Bytes that have to be made before they can be moved are `computed`, and `casting` is
 what one way of making them computes; what another does, which reads tensors for it, is in `transfer`, which is why
 `rewrite` stands above that.  Inside `formats` stand the containers, one module each, and all that others ask
-about one in its row of the table (`containers`, `format_named`): no other room compares their names; `sources` and
-`inside` are what may be given in a file's place (open files, what is compressed or lies in an archive), `tar_archive`
-and `zip_archive` are tar and zip as such, `folder` says what lies in a folder, `contents` what pickles and programs
-stand in bytes that no reader reads, and `refused` is what is said of files that are not checkpoints.
+about one in its row of the table (`containers`, `format_named`): no other room compares their names; `distributed` are
+the folders that several processes wrote, one module a layout, and the way from a folder to the one that it means;
+`sources` and `inside` are what may be given in a file's place (open files, what is compressed or lies in an archive),
+`tar_archive` and `zip_archive` are tar and zip as such, `folder` says what lies in a folder, `contents` what pickles
+and programs stand in bytes that no reader reads, and `refused` is what is said of files that are not checkpoints.
 No room has the name of a public function: importing it would put the module in the function's
 place, which is why what does the work of `ckptkit.verify` lives in `verifier`.
 """
