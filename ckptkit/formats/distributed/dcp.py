@@ -30,7 +30,7 @@ from ckptkit.checkpoint import GlobalUse, Replica, TensorEntry
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.distributed.dcp_items import ItemReader
 from ckptkit.formats.distributed.dcp_metadata import METADATA_NBYTES, parse_metadata
-from ckptkit.formats.distributed.dcp_record import LISTED, Metadata, TensorMetadata, Wanted, joined
+from ckptkit.formats.distributed.dcp_record import LISTED, Metadata, TensorMetadata, Wanted, together
 from ckptkit.formats.distributed.folder import FolderSource
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
@@ -195,9 +195,9 @@ def open_folder(probe: Probe) -> Opened:
     if folder.tag is None and len(ranks) > 1 and ".metadata" not in folder.names:
         known = [_parsed(probe, folder, name) for _, name in sorted(ranks.items())]
         if not all(metadata.is_whole for metadata, _ in known):
-            together = joined([metadata for metadata, _ in known])
-            if together is not None:
-                return _opened(probe, folder, together, known[0][1])
+            whole = together([metadata for metadata, _ in known])
+            if whole is not None:
+                return _opened(probe, folder, whole, known[0][1])
     return _opened(probe, folder, *_parsed(probe, folder, _metadata_name(folder, ranks)))
 
 

@@ -15,7 +15,7 @@ from ckptkit.errors import CorruptError
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import count_of, listed
 
-__all__ = ["LISTED", "CopiedChunk", "Items", "Metadata", "TensorMetadata", "Wanted", "joined"]
+__all__ = ["LISTED", "CopiedChunk", "Items", "Metadata", "TensorMetadata", "Wanted", "together"]
 
 LISTED = 5
 """Names that a message lists."""
@@ -160,48 +160,67 @@ class Metadata:
                 before = end
 
 
-def joined(parts: Sequence[Metadata]) -> Metadata | None:
-    """What the metadata of several ranks say together, each of which knows its own chunks alone.
+def together(parts: Sequence[Metadata]) -> Metadata | None:
+    """What the metadata of several ranks say, each of which knows its own chunks alone.
 
     ``None``: it is no whole, or they contradict each other: each rank saved something of its own.
     """
-    first, tensors, copies = parts[0], dict[str, TensorMetadata](), list[CopiedChunk]()
-    objects, others, order = dict[str, int](), dict[str, list[int]](), dict[str, None]()
-    paths: dict[str, tuple[str | int, ...]] | None = None if first.paths is None else {}
-    items, known, start = Items([], [], [], []), dict[str, dict[tuple[tuple[int, ...], ...], int]](), 0
+    first, union, items = parts[0], _Union(), Items([], [], [], [])
+    paths: dict[str, tuple[str | int, ...]] = {}
     for part in parts:
-        if (part.paths is None) != (paths is None):
+        own = part.paths or {}
+        alike = all(paths.setdefault(name, path) == path for name, path in own.items())
+        if not alike or (part.paths is None) != (first.paths is None) or not union.take(part, len(items.paths)):
             return None
-        for name, path in (part.paths or {}).items():
-            if paths is not None and paths.setdefault(name, path) != path:
-                return None
-        order.update(dict.fromkeys(part.order))
-        for name, row in part.objects.items():
-            if objects.setdefault(name, start + row) != start + row:
-                others.setdefault(name, []).append(start + row)
-        for name, tensor in part.tensors.items():
-            whole = tensors.setdefault(
-                name, TensorMetadata(name, tensor.dtype, tensor.shape, tensor.requires_grad, [], [], [])
-            )
-            if (whole.dtype, whole.shape) != (tensor.dtype, tensor.shape) or name in objects:
-                return None
-            boxes = known.setdefault(name, {})
-            for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
-                at = start + row if row >= 0 else row
-                before = boxes.get((offsets, sizes))
-                if before is None:
-                    boxes[offsets, sizes] = at
-                    whole.offsets.append(offsets)
-                    whole.sizes.append(sizes)
-                    whole.rows.append(at)
-                elif before >= 0 and at >= 0:
-                    copies.append(CopiedChunk(Wanted(before, name, tensor.dtype, offsets, sizes), at))
-        for column, own in zip(items, part.items, strict=True):
-            column.extend(own)  # type: ignore[attr-defined]  # the lists above
-        start = len(items.paths)
-    whole_one = Metadata(
-        tensors=tensors, objects=objects, order=[*order], items=items, paths=paths, version=first.version,
-        strings=first.strings, protocol=first.protocol, globals=merge_uses(*(part.globals for part in parts)),
-        copies=tuple(copies), others=others,
+        for column, more in zip(items, part.items, strict=True):
+            column.extend(more)  # type: ignore[attr-defined]  # the lists above
+    order = [*dict.fromkeys(name for part in parts for name in part.order)]
+    whole = Metadata(
+        tensors=union.tensors, objects=union.objects, order=order, items=items,
+        paths=None if first.paths is None else paths,
+        version=first.version, strings=first.strings, protocol=first.protocol, globals=merge_uses(*(part.globals for part in parts)),
+        copies=tuple(union.copies), others=union.others,
     )  # fmt: skip
-    return whole_one if whole_one.is_whole and not objects.keys() & tensors.keys() else None
+    return whole if whole.is_whole and not whole.objects.keys() & whole.tensors.keys() else None
+
+
+class _Union:
+    """The tensors and objects of several ranks."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorMetadata] = {}
+        self.objects: dict[str, int] = {}
+        self.copies: list[CopiedChunk] = []
+        self.others: dict[str, list[int]] = {}
+        self._rows: dict[tuple[str, tuple[int, ...], tuple[int, ...]], int] = {}
+
+    def take(self, part: Metadata, start: int) -> bool:
+        """Take what one rank knows.
+
+        Args:
+            part: its metadata.
+            start: how many items the ranks before have.
+
+        Returns:
+            Whether it says the same of tensors as these.
+        """
+        for name, row in part.objects.items():
+            if self.objects.setdefault(name, start + row) != start + row:
+                self.others.setdefault(name, []).append(start + row)
+        for name, tensor in part.tensors.items():
+            empty = TensorMetadata(name, tensor.dtype, tensor.shape, tensor.requires_grad, [], [], [])
+            whole = self.tensors.setdefault(name, empty)
+            if (whole.dtype, whole.shape) != (tensor.dtype, tensor.shape):
+                return False
+            for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
+                self._chunk(whole, offsets, sizes, start + row if row >= 0 else row)
+        return True
+
+    def _chunk(self, whole: TensorMetadata, offsets: tuple[int, ...], sizes: tuple[int, ...], row: int) -> None:
+        before = self._rows.setdefault((whole.name, offsets, sizes), row)
+        if before == row:
+            whole.offsets.append(offsets)
+            whole.sizes.append(sizes)
+            whole.rows.append(row)
+        elif before >= 0 and row >= 0:
+            self.copies.append(CopiedChunk(Wanted(before, whole.name, whole.dtype, offsets, sizes), row))
