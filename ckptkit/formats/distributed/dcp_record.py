@@ -178,7 +178,8 @@ def together(parts: Sequence[Metadata]) -> Metadata | None:
     whole = Metadata(
         tensors=union.tensors, objects=union.objects, order=order, items=items,
         paths=None if first.paths is None else paths,
-        version=first.version, strings=first.strings, protocol=first.protocol, globals=merge_uses(*(part.globals for part in parts)),
+        version=first.version, strings=first.strings, protocol=first.protocol,
+        globals=merge_uses(*(part.globals for part in parts)),
         copies=tuple(union.copies), others=union.others,
     )  # fmt: skip
     return whole if whole.is_whole and not whole.objects.keys() & whole.tensors.keys() else None
