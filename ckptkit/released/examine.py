@@ -268,6 +268,11 @@ class Examined:
         """Device tags of all its storages, sorted."""
         return tuple(sorted({storage.location for storage in self._contents.storages}))
 
+    @property
+    def noticed(self) -> tuple[Finding, ...]:
+        """What its reader noticed, before any diagnosis."""
+        return self._contents.checkpoint.findings
+
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
         """What is remarkable about it, gravest first."""
@@ -323,7 +328,7 @@ def examine_file(
     try:
         require_whole(checkpoint, allow_part=allow_part)
         contents = _Contents(checkpoint)
-        held = _recorded(contents.storages) if checksums and not is_folder(file) else []
+        held = [s for s in contents.storages if s.crc32 is not None] if checksums and not is_folder(file) else []
         if checkpoint.origin.state_path is None:
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
         reading, given = Reading(), formats.given_of(file)
@@ -397,11 +402,6 @@ def _files(file: Source) -> tuple[list[Source], dict[str, Source]]:
     """What is read: the file and its shards, or all of a folder's own files; and those of several by name."""
     parts = formats.hashed_parts(file) if is_folder(file) else file.parts
     return [*([] if is_folder(file) else [file]), *parts.values()], parts
-
-
-def _recorded(storages: Sequence[Storage]) -> list[Storage]:
-    """Those with a recorded checksum."""
-    return [storage for storage in storages if storage.crc32 is not None]
 
 
 def _damages(storages: Sequence[Storage]) -> list[Damage]:

@@ -277,7 +277,7 @@ def _whole(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             message=examined.part.message,
             fix=examined.part.fix,
         )
-    for finding in examined.findings:
+    for finding in examined.noticed:
         if finding.code == UNPROVEN and finding.severity == "warning":
             yield _found(
                 examined,

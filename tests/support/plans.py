@@ -29,6 +29,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # complex32 is "experimental"
         plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        plain = plain.as_strided((plain.numel(),), (1,))  # of one element any stride is contiguous
         return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
