@@ -135,6 +135,7 @@ def _placed(name: str, raw: RawCheckpoint, tensors: dict[str, _Boxes], replicas:
     pairs = mapping_items(raw.root) or []
     if not isinstance(said, dict) or len(said) != len(pairs) or any(key not in said for key, _ in pairs):
         raise CorruptError(f"{_INFO} is about other tensors than the file has")
+    copied = len(replicas)
     for key, entry in pairs:
         fields = said[key] if isinstance(key, str) else None
         offsets = shape_of(fields.get("saved_offsets")) if isinstance(fields, dict) else None
@@ -147,6 +148,11 @@ def _placed(name: str, raw: RawCheckpoint, tensors: dict[str, _Boxes], replicas:
         if known.shape != entry.shape or known.dtype != entry.dtype:
             raise CorruptError(f"{shown(key)} begins at {[*offsets]} in {other} too, and is another tensor there")
         replicas.append(Replica(str(key), known, entry, f"{other} and {name}"))
+    if pairs and len(replicas) - copied == len(pairs):
+        raise CorruptError(
+            "it has no slice of its own: each lies in another file at the same place, and the writer stores each once; "
+            "a file was copied over another's name"
+        )
 
 
 def _whole(name: str, boxes: _Boxes) -> TensorEntry:

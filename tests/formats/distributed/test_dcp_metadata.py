@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from support.sharded import Samples
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -27,6 +28,9 @@ from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.formats.distributed import dcp_metadata, dcp_runs
 from ckptkit.formats.distributed.dcp_metadata import parse_metadata
 from ckptkit.limits import DEFAULT_LIMITS
+
+if not hasattr(dcp, "save"):
+    pytest.skip(f"torch {torch.__version__} has no torch.distributed.checkpoint.save (2.2)", allow_module_level=True)
 
 RUNS = dcp_runs.Runs
 

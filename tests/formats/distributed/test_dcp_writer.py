@@ -24,9 +24,6 @@ from hypothesis import strategies as st
 from support import killed
 from support.generated_tensors import STORABLE, resumes, state_dicts
 from support.plans import bits, posix_only
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 import ckptkit
 from ckptkit.errors import (
@@ -38,6 +35,9 @@ from ckptkit.errors import (
     MissingFileError,
     RewriteError,
 )
+
+format_utils = pytest.importorskip("torch.distributed.checkpoint.format_utils", reason="torch 2.3 reads them so")
+dcp_to_torch_save = format_utils.dcp_to_torch_save
 
 Save = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -57,7 +57,8 @@ def loaded(folder: Path) -> dict[str, Any]:
     """All that torch finds in a folder, in its place."""
     state: dict[str, Any] = {}
     reader = dcp.FileSystemReader(folder)
-    _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    planner = format_utils._EmptyStateDictLoadPlanner()
+    format_utils._load_state_dict(state, storage_reader=reader, planner=planner, no_dist=True)
     return state
 
 

@@ -90,9 +90,11 @@ def test_a_tensor_of_no_dimension_keeps_its_value(tmp_path: Path) -> None:
 
 
 def test_what_two_ranks_stored_must_be_the_same(tmp_path: Path) -> None:
-    one = {"w": torch.ones(2)}, {"w": [0]}
-    assert len(ckptkit.load_state_dict(shards(tmp_path / "x", one, one))) == 1
-    folder = shards(tmp_path / "y", one, ({"w": torch.zeros(2)}, {"w": [0]}))
+    def rank(number: int, value: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {"w": torch.full((2,), value), "own": torch.ones(1)}, {"w": [0], "own": [number]}
+
+    assert ckptkit.load_state_dict(shards(tmp_path / "x", rank(0, 1.0), rank(1, 1.0)))["own"].shape == (2,)
+    folder = shards(tmp_path / "y", rank(0, 1.0), rank(1, 0.0))
     with pytest.raises(CorruptError, match=r"w \(shard-00001-.*safetensors and shard-00002-.*safetensors\)"):
         ckptkit.load_state_dict(folder)
 
@@ -102,6 +104,7 @@ FIRST = WHOLE, {"w": [0, 0]}
 DAMAGED: dict[str, tuple[tuple[Any, ...], str]] = {
     "a hole": ((FIRST, (WHOLE, {"w": [3, 0]})), r"tensor 'w' of shape \[5, 2\]: its pieces leave out 2 elements of 10"),
     "an overlap": ((FIRST, (WHOLE, {"w": [1, 0]}), (WHOLE, {"w": [2, 0]})), "overlap"),
+    "a file twice": ((FIRST, FIRST), "shard-00002-.*: it has no slice of its own"),
     "no offsets": ((FIRST, (WHOLE, None)), "shard-00002-.*: its metadata have no DCP_SHARDING_INFO"),
     "other names": ((FIRST, (WHOLE, {"v": [2, 0]})), "is about other tensors than the file has"),
     "too few offsets": ((FIRST, (WHOLE, {"w": [2]})), "gives 'w' no offset for each of its dimensions"),
