@@ -161,7 +161,7 @@ def test_many_chunks_leave_few_nodes() -> None:
         found, runs = in_runs(data)
         expected = as_torch_has_it(Metadata(described, None, stored))
         assert {key: value for key, value in told(found).items() if key != "globals"} == expected
-        assert runs.memo.made < 0.05 * runs.memo.count + 300
+        assert runs.memo.made < 0.15 * runs.memo.count + 300  # torch 2.15 has more of each tensor
         assert told(one_by_one(data))["globals"] == told(found)["globals"]
 
 
