@@ -440,9 +440,14 @@ def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found 
     if not files:
         names = _not_beside(names) if steps or is_inner else names
         files = [name for name in names[:_MOST_FILES] if _is_checkpoint(os.path.join(path, name))]
-    yield from ((name, Found(os.path.join(path, name))) for name in files)
-    # What "sharded" holds was consolidated under the index.
-    yield from (step for step in steps if not (indexes and step[0] == "sharded"))
+    left_out = indexes if _holds_originals(steps) else ()
+    yield from ((name, Found(os.path.join(path, name))) for name in files if name not in left_out)
+    yield from steps
+
+
+def _holds_originals(steps: Sequence[tuple[str, Found | None]]) -> bool:
+    """Whether there is what ranks wrote: what torch consolidates from it has lost tensors of no dimension."""
+    return any(name == "sharded" and found and found.layout == "safetensors-dcp" for name, found in steps)
 
 
 def _not_beside(names: Sequence[str]) -> list[str]:
