@@ -365,7 +365,7 @@ CODES: dict[str, Explanation] = {
         "Give rules with --tp-rules FILE where such a tensor is cut after all.",
     ),
     "empty-extra-state": Explanation(
-        "modules that say of their extra state that there is none",
+        "modules whose extra state is empty",
         "Megatron's layers save an `_extra_state` for scaling factors of FP8 even where there are none: it is None. No "
         "value is lost with it, and safetensors has no place for it.",
         "Nothing; a model that is loaded strictly and asks for it takes load_state_dict(..., strict=False).",

@@ -31,7 +31,7 @@ from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitErro
 from ckptkit.formats.distributed.dcp_items import ItemReader
 from ckptkit.formats.distributed.dcp_metadata import METADATA_NBYTES, parse_metadata
 from ckptkit.formats.distributed.dcp_record import LISTED, Metadata, TensorMetadata, Wanted, together
-from ckptkit.formats.distributed.folder import FolderSource
+from ckptkit.formats.distributed.folder import FolderSource, folder_of
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import Shard, merged_findings, merged_globals
 from ckptkit.normalize import RawCheckpoint
@@ -188,9 +188,7 @@ def open_folder(probe: Probe) -> Opened:
     Raises:
         As `read`.
     """
-    folder = probe.file
-    if not isinstance(folder, FolderSource):
-        raise TypeError("a folder is read")
+    folder = folder_of(probe)
     ranks = {int(found[1]): name for name in folder.names if (found := _OWN_METADATA.fullmatch(name))}
     if folder.tag is None and len(ranks) > 1 and ".metadata" not in folder.names:
         known = [_parsed(probe, folder, name) for _, name in sorted(ranks.items())]

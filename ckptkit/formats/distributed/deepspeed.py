@@ -49,7 +49,7 @@ from ckptkit.formats.distributed.deepspeed_parts import (
     unproven,
 )
 from ckptkit.formats.distributed.deepspeed_zero import TIED, Zero, zero_of
-from ckptkit.formats.distributed.folder import FolderSource
+from ckptkit.formats.distributed.folder import folder_of
 from ckptkit.formats.distributed.zero import by_name, named, require_alike
 from ckptkit.formats.format import Probe
 from ckptkit.normalize import RawCheckpoint
@@ -75,9 +75,7 @@ def read(probe: Probe) -> RawCheckpoint:
         CorruptError: files are missing, damaged, or of different runs or steps.
         UnsupportedError: its tensors are split over tensor-parallel ranks.
     """
-    folder = probe.file
-    if not isinstance(folder, FolderSource):
-        raise TypeError("a folder is read")
+    folder = folder_of(probe)
     parts = Parts(probe)
     if any(name.startswith("zero/") and name.endswith("/fp32.pt") for name in folder.names):
         from ckptkit.formats.distributed.deepspeed_universal import read_universal

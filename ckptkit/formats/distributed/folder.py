@@ -22,7 +22,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.report import Finding
 
-__all__ = ["FolderSource", "listing", "read_part"]
+__all__ = ["FolderSource", "folder_of", "listing", "read_part"]
 
 _DEEPEST = 4
 """Folders below the given one that are looked into: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
@@ -183,6 +183,18 @@ def _files(folder: str, inside: str, depth: int) -> Iterator[str]:
                 yield from _files(folder, name, depth + 1)
 
 
+def folder_of(probe: Probe) -> FolderSource:
+    """The folder that a reader of folders was given.
+
+    Raises:
+        TypeError: it was given something else.
+    """
+    folder = probe.file
+    if not isinstance(folder, FolderSource):
+        raise TypeError("a folder is read")
+    return folder
+
+
 def read_part(probe: Probe, name: str, *, named: bool = True) -> RawCheckpoint:
     """What is in one file of the folder: the whole tree that its container's reader gives.
 
@@ -195,9 +207,7 @@ def read_part(probe: Probe, name: str, *, named: bool = True) -> RawCheckpoint:
         MissingFileError: it is not there.
         FormatError: it is damaged or refused; the message begins with its name.
     """
-    folder = probe.file
-    if not isinstance(folder, FolderSource):
-        raise TypeError("a folder is read")
+    folder = folder_of(probe)
     file = folder.part(name)
     part = Probe(file, probe.limits, f"{name}:")
     try:

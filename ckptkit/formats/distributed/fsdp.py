@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CorruptError, FormatError
-from ckptkit.formats.distributed.folder import FolderSource, read_part
+from ckptkit.formats.distributed.folder import FolderSource, folder_of, read_part
 from ckptkit.formats.distributed.layouts import RANKED
 from ckptkit.formats.distributed.placements import Mesh
 from ckptkit.formats.distributed.ranks import Ranks
@@ -82,9 +82,7 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: a file is missing, damaged or refused, or they do not belong together.
     """
-    folder = probe.file
-    if not isinstance(folder, FolderSource):
-        raise TypeError("a folder is read")
+    folder = folder_of(probe)
     sets = _chosen(folder)
     count = _world_size(sets, folder)
     shards = _read_all(probe, [name for each in sets for name in each.names])

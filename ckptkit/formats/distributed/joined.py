@@ -14,7 +14,7 @@ from dataclasses import replace
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse, Spread, Unread
 from ckptkit.errors import CorruptError, FormatError
-from ckptkit.formats.distributed.folder import FolderSource, read_part
+from ckptkit.formats.distributed.folder import FolderSource, folder_of, read_part
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.shards import prefixed
 from ckptkit.normalize import RawCheckpoint
@@ -70,9 +70,7 @@ def read_folder(probe: Probe, container: Format) -> RawCheckpoint:
         FormatError: one of them is damaged or refused.
         CorruptError: two have values under one key.
     """
-    folder = probe.file
-    if not isinstance(folder, FolderSource):
-        raise TypeError("a folder is read")
+    folder = folder_of(probe)
     raw = _joined(probe, folder, container) if folder.members else container.read(probe)
     return replace(raw, findings=(*folder.findings, *raw.findings))
 

@@ -32,7 +32,7 @@ from typing import Any
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.errors import CorruptError, UnsupportedError
 from ckptkit.formats.distributed import slices
-from ckptkit.formats.distributed.folder import FolderSource
+from ckptkit.formats.distributed.folder import folder_of
 from ckptkit.formats.distributed.layouts import MEGATRON
 from ckptkit.formats.distributed.slices import (
     args_of,
@@ -108,9 +108,7 @@ def read(probe: Probe) -> RawCheckpoint:
         FormatError: a file is missing, damaged or refused, ranks do not belong together, or no rule says how tensors
             are joined.
     """
-    folder = probe.file
-    if not isinstance(folder, FolderSource):
-        raise TypeError("a folder is read")
+    folder = folder_of(probe)
     if ".metadata" in folder.names or "metadata.json" in folder.names:
         from ckptkit.formats.distributed.megatron_dist import read as read_dist
 

@@ -28,7 +28,7 @@ from ckptkit.computed import files_of
 from ckptkit.errors import CorruptError, LimitError, UnsupportedError
 from ckptkit.formats.distributed.dcp import Opened, open_folder
 from ckptkit.formats.distributed.dcp_record import TensorMetadata
-from ckptkit.formats.distributed.folder import FolderSource, read_part
+from ckptkit.formats.distributed.folder import FolderSource, folder_of, read_part
 from ckptkit.formats.distributed.slices import args_of, as_of_one, mesh_of, stated
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown
@@ -61,9 +61,7 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: something is missing, damaged or refused.
     """
-    folder = probe.file
-    if not isinstance(folder, FolderSource):
-        raise TypeError("a folder is read")
+    folder = folder_of(probe)
     _require_backend(probe, folder)
     opened = open_folder(probe)
     objects = _arrays(opened.objects)

@@ -23,7 +23,7 @@ from itertools import islice
 
 from ckptkit.checkpoint import Replica, TensorEntry
 from ckptkit.errors import CorruptError, FormatError
-from ckptkit.formats.distributed.folder import FolderSource, read_part
+from ckptkit.formats.distributed.folder import folder_of, read_part
 from ckptkit.formats.distributed.layouts import SHARDED
 from ckptkit.formats.format import Probe
 from ckptkit.formats.json_text import parse, shown, state_dict_node
@@ -57,9 +57,7 @@ def read(probe: Probe) -> RawCheckpoint:
     Raises:
         FormatError: a file is missing, damaged or refused, or they do not belong together.
     """
-    folder = probe.file
-    if not isinstance(folder, FolderSource):
-        raise TypeError("a folder is read")
+    folder = folder_of(probe)
     numbers = {name: match for name in folder.names if (match := re.fullmatch(SHARDED, name, re.ASCII)) is not None}
     _require_all(numbers)
     shards: dict[str, Shard] = {}
