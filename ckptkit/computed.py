@@ -446,7 +446,7 @@ def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
 
 def can_be_looked_at(source: ByteSource) -> bool:
     """Whether a few bytes can be read alone, without others being inflated or computed for them."""
-    return isinstance(source, ByteRange) or (isinstance(source, DenseRange) and source.whole.how == "in pieces")
+    return isinstance(source, ByteRange) or (isinstance(source, DenseRange) and source.whole.is_gathered)
 
 
 def read_into(source: ByteSource, out: bytearray | memoryview) -> None:

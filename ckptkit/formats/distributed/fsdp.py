@@ -204,7 +204,7 @@ def _require_ranks(each: _Set, count: int) -> None:
     """
     excess = [name for rank, name in each.files.items() if rank >= count]
     if excess:
-        raise CorruptError(f"{listed(excess, _LISTED)}: of {count_of(count, 'rank')} there is none of that number")
+        raise CorruptError(f"{listed(excess, _LISTED)}: the number is too high for {count_of(count, 'rank')}")
     if len(each.files) == count:
         return
     some, name = next(iter(each.files.items()))

@@ -266,7 +266,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "swapped": (swapped, r"rank_0\.pt: its content is rank 2's, its name says rank 0: files were swapped or renamed"),
     "a rank too many": (
         renamed(model_world_size_4_rank_3="model_world_size_4_rank_7"),
-        r"model_world_size_4_rank_7\.pt: of 4 ranks there is none of that number",
+        r"model_world_size_4_rank_7\.pt: the number is too high for 4 ranks",
     ),
     "two runs": (of_another_run, "files of several runs are mixed here: of 4 and 8 ranks"),
     "another configuration": (configured, "files of several runs are mixed here: of 4 and 8 ranks"),
