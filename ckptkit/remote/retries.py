@@ -113,8 +113,8 @@ _SECRET = re.compile(
 )
 """Names of what a signed URL has, and of what else opens doors: S3, Google, Azure, CloudFront, Alibaba, Tencent."""
 
-_WITH_SIGNATURE = frozenset("se si sip sp spr sr srt ss st sv skoid sktid skt ske sks skv sdd saoid suoid scid ses".split())
-"""What Azure signs along, in names of two letters that mean other things elsewhere."""
+_WITH_SIGNATURE = re.compile(r"s[a-z]{1,2}(o?id)?|response-.*", re.IGNORECASE)
+"""What Azure signs along, in short names that mean other things elsewhere, and what S3 does."""
 
 
 def masked(url: str) -> str:
@@ -132,7 +132,8 @@ def _masked(url: str) -> str:
     if found is None:
         return url
     scheme, authority, path, query = found.groups()
-    path, _, fragment = path.partition("#") if scheme.lower() in ("http", "https") else (path, "", "")
+    if scheme.lower() in ("http", "https"):
+        path = path.partition("#")[0]
     if scheme.lower() not in _AT_IS_NO_USER:
         if "@" not in authority and not re.fullmatch(r"[^:]*|\[.*\](:\d*)?|[^:]*:\d*", authority) and "@" in path:
             authority, path = _split_at(path)  # a password with a slash in it
@@ -153,8 +154,8 @@ def _masked_query(query: str) -> str:
     signed = any(_SECRET.fullmatch(name) for name in names)
     kept: list[str] = []
     for name, part in zip(names, parts, strict=True):
-        secret = _SECRET.fullmatch(name) or "=" not in part and len(part) > 40  # a token alone
-        if secret or (signed and (name.lower() in _WITH_SIGNATURE or name.lower().startswith("response-"))):
+        secret = _SECRET.fullmatch(name) or ("=" not in part and len(part) > 40)  # a token alone
+        if secret or (signed and _WITH_SIGNATURE.fullmatch(name)):
             if _HIDDEN not in kept:
                 kept.append(_HIDDEN)
         else:
