@@ -92,6 +92,10 @@ def _made(scheme: str, current: Session) -> Store:
         from ckptkit.remote.http import HttpStore
 
         return HttpStore()
+    if scheme == "hf":
+        from ckptkit.remote.hub import HubStore
+
+        return HubStore()
     raise FileAccessError(f"{scheme}:// cannot be read")
 
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from email.message import Message
 from http import HTTPStatus
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from ckptkit.bytesource import SourceFile
-from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
+from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 from ckptkit.remote.connections import Answer, Target, ask
-from ckptkit.remote.retries import Passing, is_passing, masked, retried
+from ckptkit.remote.retries import Passing, is_passing, masked, retried, told_to_wait
 from ckptkit.remote.store import FarFile, Store
 from ckptkit.report import human_size
 
@@ -37,9 +37,6 @@ _COPIED_NBYTES = 2 << 30
 """The longest file that is read as a whole since its server gives no ranges."""
 
 _PIECE_NBYTES = 1 << 20
-
-_LONGEST_WAIT = 10**6
-"""Seconds; more than this is no time to wait."""
 
 
 class _Final(NamedTuple):
@@ -59,6 +56,7 @@ class Place:
         authorization: what the server of ``asked`` is told, and no other.
         final: where its bytes were found; ``None``: not asked yet, or not there any more.
         copy: the file itself, where its server gives no ranges.
+        commit: the hub's, which it is of.
     """
 
     asked: str = field(repr=False)
@@ -66,6 +64,7 @@ class Place:
     authorization: str | None = field(default=None, repr=False)
     final: _Final | None = field(default=None, repr=False)
     copy: SourceFile | None = None
+    commit: str | None = None
 
 
 class Described(NamedTuple):
@@ -118,7 +117,7 @@ class HttpStore(Store):
         with self._asked(place, 0, nbytes - 1) as told:
             stamp = told.linked or told.stamp
             place.final = _Final(told.url, told.stamp)
-            self.noted(place, told)
+            place.commit = told.commit
             known = FarFile(url=url, shown=place.shown, size=0, stamp=stamp, place=place)
             if told.answer.status == _UNSATISFIABLE:
                 if told.size != 0:
@@ -135,9 +134,6 @@ class HttpStore(Store):
             if why is not None:
                 raise Passing(why)
             return replace(known, size=size, head=head)
-
-    def noted(self, place: Place, told: Described) -> None:
-        """Called with the first answer of each file that is opened."""
 
     def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
         """As `Store.read`; what broke off is gone on with where it was."""
@@ -193,7 +189,7 @@ class HttpStore(Store):
 
         return retried(place.shown, now)
 
-    def listing(self, url: str) -> NoReturn:
+    def listing(self, url: str) -> Mapping[str, int]:
         """There is none.
 
         Raises:
@@ -211,6 +207,33 @@ class HttpStore(Store):
         path = f"{parts.path.rpartition('/')[0]}/{quote(name)}"
         return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
+    def document(self, place: Place, most: int) -> tuple[bytes, Message]:
+        """All that is at a place, and the headers of the answer.
+
+        Args:
+            place: where.
+            most: bytes that it may have.
+
+        Raises:
+            FileAccessError: it could not be read, or has more.
+        """
+
+        def whole() -> tuple[bytes, Message]:
+            told = self._reached(place, None)
+            try:
+                data = told.answer.take(most + 1)
+                if told.answer.is_cut:
+                    raise Passing(f"the connection broke off {told.answer.why}after {len(data):,} bytes")
+                if len(data) > most:
+                    raise FileAccessError(
+                        f"{place.shown}: the server answers with more than {most:,} bytes", path=place.shown
+                    )
+                return data, told.answer.headers
+            finally:
+                told.answer.release()
+
+        return retried(place.shown, whole)
+
     # One answer.
 
     @contextlib.contextmanager
@@ -221,7 +244,7 @@ class HttpStore(Store):
             Passing: it may be another the next time.
             FileAccessError: it is none of these.
         """
-        told = self._reached(place, first, last)
+        told = self._reached(place, f"bytes={first}-{last}")
         try:
             answer = told.answer
             encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
@@ -237,10 +260,11 @@ class HttpStore(Store):
         finally:
             told.answer.release()
 
-    def _reached(self, place: Place, first: int, last: int) -> Described:
+    def _reached(self, place: Place, wanted: str | None) -> Described:
+        """The answer to a request for a range, or for all, after redirects."""
         known = place.final
         if known is not None and known.url != place.asked:
-            told = self._hop(place, known.url, first, last)
+            told = self._hop(place, known.url, wanted)
             if told.answer.status in (200, _RANGE, _UNSATISFIABLE):
                 return told._replace(via=known)
             told.answer.discard()
@@ -249,7 +273,7 @@ class HttpStore(Store):
             place.final = None  # it expired
         url, linked, commit = place.asked, None, None
         for _ in range(_MOST_REDIRECTS + 1):
-            told = self._hop(place, url, first, last)
+            told = self._hop(place, url, wanted)
             linked, commit = linked or told.linked, commit or told.commit
             if told.answer.status not in _REDIRECTS:
                 break
@@ -265,10 +289,10 @@ class HttpStore(Store):
             raise self._passing(told.answer)
         raise self.refusal(place, status, told.answer.headers)
 
-    def _hop(self, place: Place, url: str, first: int, last: int) -> Described:
+    def _hop(self, place: Place, url: str, wanted: str | None) -> Described:
         """One request and its answer."""
         target, asked = Target.of(url, place.shown), Target.of(place.asked, place.shown)
-        headers = {"Range": f"bytes={first}-{last}"}
+        headers = {"Range": wanted} if wanted else {}
         if place.authorization is not None and target.may_have_what_is_for(asked):
             headers["Authorization"] = place.authorization
         answer = ask(target, headers, place.shown)
@@ -279,9 +303,9 @@ class HttpStore(Store):
         return Described(answer, url, size, stamp, linked, commit)
 
     def _passing(self, answer: Answer) -> Passing:
-        return Passing(f"the server answers {_named(answer.status)}", after=_told_to_wait(answer.headers))
+        return Passing(f"the server answers {_named(answer.status)}", after=told_to_wait(answer.headers))
 
-    def refusal(self, place: Place, status: int, headers: Message) -> CkptkitError:
+    def refusal(self, place: Place, status: int, headers: Message) -> Exception:
         """What to raise where an answer with this status and headers will be the same the next time."""
         shown = place.shown
         if status in _GONE:
@@ -291,9 +315,7 @@ class HttpStore(Store):
             wrong = "the user name or password is wrong" if place.authorization else "it wants to know who asks"
             told += f": {wrong}; give https://USER:PASSWORD@HOST/PATH, or hf://user/repo/file and HF_TOKEN for the hub"
         elif status == 403:
-            told += (
-                ": it may not be read this way; a signed URL may have expired, or it wants https://USER:PASSWORD@HOST/PATH"
-            )
+            told += ": it may not be read this way; a signed URL may have expired, or it wants https://USER:PASSWORD@HOST/PATH"
         elif status == 407:
             told += ": set HTTP_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY"
         return FileAccessError(told, path=shown)
@@ -304,21 +326,6 @@ def _named(status: int) -> str:
         return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
         return str(status)
-
-
-def _told_to_wait(headers: Message) -> float | None:
-    """Seconds that a server asks to wait: ``Retry-After``, a number or a date; the hub's ``RateLimit``."""
-    told = headers.get("Retry-After", "").strip()
-    limit = re.search(r";\s*t=(\d{1,6})", headers.get("RateLimit", ""))
-    if re.fullmatch(r"\d{1,6}", told):
-        return float(told)
-    if told:
-        import time
-        from email.utils import parsedate_to_datetime
-
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            return min(max(parsedate_to_datetime(told).timestamp() - time.time(), 0.0), _LONGEST_WAIT)
-    return float(limit[1]) if limit else None
 
 
 def _changed(place: Place) -> CorruptError:

@@ -7,16 +7,20 @@ will be so again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
 from ckptkit.errors import FileAccessError
 
-__all__ = ["Passing", "is_passing", "masked", "masked_text", "name_of", "retried", "sleep"]
+if TYPE_CHECKING:
+    from email.message import Message
+
+__all__ = ["Passing", "is_passing", "masked", "masked_text", "name_of", "retried", "sleep", "told_to_wait"]
 
 RETRIES = 5
 """Tries after the first, while nothing comes."""
@@ -95,6 +99,20 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
                 raise FileAccessError(f"{shown}: {error.why} (tried {tries} times)", path=shown) from error.__cause__
         sleep(pause)
         waited += pause
+
+
+def told_to_wait(headers: Mapping[str, str] | Message) -> float | None:
+    """Seconds that a server asks to wait: ``Retry-After``, a number or a date; the hub's ``RateLimit``."""
+    told = headers.get("Retry-After", "").strip()
+    limit = re.search(r"\br=0\s*;\s*t=(\d{1,6})", headers.get("RateLimit", ""))
+    if re.fullmatch(r"\d{1,6}", told):
+        return float(told)
+    if told:
+        from email.utils import parsedate_to_datetime
+
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return max(parsedate_to_datetime(told).timestamp() - time.time(), 0.0)
+    return float(limit[1]) if limit else None
 
 
 # What a URL is called.
