@@ -92,6 +92,8 @@ class Described(NamedTuple):
 class HttpStore(Store):
     """A web server."""
 
+    has_listings = False
+
     def place_of(self, url: str) -> Place:
         """Where the file of a URL is asked for.
 

@@ -164,6 +164,8 @@ class _HubPlace(Place):
 class HubStore(HttpStore):
     """The hub: one for each command, which sees one commit of each repository."""
 
+    has_listings = True
+
     def __init__(self) -> None:
         self._commits: dict[tuple[str, str, str | None], str] = {}
         self._one_name: set[str] = set()

@@ -16,7 +16,10 @@ from urllib.parse import parse_qs, quote, unquote
 
 from support.range_server import RangeServer, Reply, range_server
 
-__all__ = ["Hub", "Repo", "hub"]
+__all__ = ["UNKNOWN", "Hub", "Repo", "hub"]
+
+UNKNOWN = "unknown"
+"""A token that the hub does not know."""
 
 Files = dict[str, bytes]
 
@@ -84,7 +87,7 @@ class Hub:
     def _commit(self, name: str, revision: str, headers: dict[str, str]) -> str | Reply:
         token = headers.get("Authorization", "").removeprefix("Bearer ")
         repo = self.repos.get(name)
-        if token == "unknown":
+        if token == UNKNOWN:
             return _refused(401, "", "Invalid credentials in Authorization header")
         if repo is None or (repo.token not in (None, token) and not repo.is_gated):
             told = ("RepoNotFound", "Repository not found")
