@@ -12,6 +12,7 @@ second try is made while nothing else runs.
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import time
 from collections import deque
@@ -121,6 +122,7 @@ class _Driver(Generic[T, R]):
         self._pulled = 0
         self._batches: dict[int, _Batch] = {}
         self._tickets = 0
+        self._run = os.urandom(8).hex()
         self._size = 1
         self._waiting: deque[int] = deque()  # pulled, and in no batch
         self._suspects: deque[int] = deque()
@@ -166,7 +168,14 @@ class _Driver(Generic[T, R]):
             ticket, self._tickets = self._tickets, self._tickets + 1
             self._batches[ticket] = _Batch(numbers, batch.again)
             budget = _PATIENCE * self._pace
-            call = (__version__, self._work, [data for _, data in calls], self._seconds, budget)
+            call = (
+                __version__,
+                self._work,
+                [data for _, data in calls],
+                self._seconds,
+                budget,
+                f"{self._run}-{ticket}",
+            )
             try:
                 if not self._refused:
                     self._workers.submit(ticket, call)
