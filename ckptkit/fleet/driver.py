@@ -5,8 +5,9 @@ results wait in pickled form for those before them.  A batch is one task at firs
 sooner than is worth a trip.
 
 What a worker leaves undone is handed out anew.  A batch that is lost with its worker is tried once more, one task at a
-time: that which loses its worker again is ``died``, and the others have their results.  Where memory ran out, the
-second try is made while nothing else runs.
+time; where others may have been at fault, as they are when memory runs out or an engine loses what waited on the same
+machine, those that are lost again are tried while nothing else runs.  What is lost then is ``died``: the others have
+their results.
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ def shared_out(
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Tasks by their numbers; whether it is the second and last time that they are tried."""
+    """Tasks by their numbers; how often they were tried before."""
 
     numbers: list[int]
-    again: bool = False
+    tries: int = 0
 
 
 class _Driver(Generic[T, R]):
@@ -127,7 +128,10 @@ class _Driver(Generic[T, R]):
         self._waiting: deque[int] = deque()  # pulled, and in no batch
         self._suspects: deque[int] = deque()
         self._reasons: dict[int, str] = {}  # of suspects: what became of their first worker
-        self._is_quiet = False  # whether suspects are tried while nothing else runs
+        self._alone: deque[int] = (
+            deque()
+        )  # suspects that may have been lost with others, to run while nothing else does
+        self._is_alone = False
         self._refused = ""
         self._error: Exception | None = None
 
@@ -166,7 +170,7 @@ class _Driver(Generic[T, R]):
                 continue
             numbers = [number for number, _ in calls]
             ticket, self._tickets = self._tickets, self._tickets + 1
-            self._batches[ticket] = _Batch(numbers, batch.again)
+            self._batches[ticket] = _Batch(numbers, batch.tries)
             budget = _PATIENCE * self._pace
             call = (
                 __version__,
@@ -187,13 +191,13 @@ class _Driver(Generic[T, R]):
                 self._note(number, ("died", self._reasons.pop(number, self._refused), None))
 
     def _next_batch(self) -> _Batch | None:
+        if self._batches and (self._alone or self._is_alone):
+            return None
+        self._is_alone = bool(self._alone)
+        if self._alone:
+            return _Batch([self._alone.popleft()], tries=2)
         if self._suspects:
-            if not self._is_quiet or not self._batches:
-                return _Batch([self._suspects.popleft()], again=True)
-            return None
-        if self._is_quiet and self._batches:
-            return None
-        self._is_quiet = False
+            return _Batch([self._suspects.popleft()], tries=1)
         while len(self._waiting) < self._size and self._has_room():
             self._pull()
         count = min(self._size, len(self._waiting))
@@ -241,21 +245,20 @@ class _Driver(Generic[T, R]):
             self._note(number, result)
         rest = batch.numbers[len(results) :]
         self._waiting.extendleft(reversed(rest))
-        if not batch.again:
+        if not batch.tries:
             fitting = int(self._pace * len(results) / max(seconds, 1e-6))
             self._size = max(1, min(fitting, 2 * self._size, _LARGEST_BATCH))
 
     def _lose(self, batch: _Batch, lost: Lost) -> None:
         if not lost.is_begun:
             self._waiting.extendleft(reversed(batch.numbers))
-        elif batch.again or lost.is_final:
+        elif lost.is_final or batch.tries == 2 or (batch.tries and lost.is_sure):
             for number in batch.numbers:
                 self._reasons.pop(number, None)
                 self._note(number, (lost.problem, lost.text, None))
         else:
-            self._suspects.extend(batch.numbers)
+            (self._alone if batch.tries else self._suspects).extend(batch.numbers)
             self._reasons.update(dict.fromkeys(batch.numbers, lost.text))
-            self._is_quiet |= lost.is_quiet
 
     def _note(self, number: int, result: Result) -> None:
         self._results[number] = result

@@ -152,7 +152,7 @@ class Pool:
             if worker.ticket is not None and limit is not None and now - worker.since > limit:
                 worker.process.kill()
                 text = f"its worker gave no sign for {limit:g} s and was killed"
-                yield from self._ended(worker, Lost(text=text, problem="timed-out"))
+                yield from self._ended(worker, Lost(text=text, problem="timed-out", is_sure=True))
 
     def _heard(self, worker: _Worker) -> Iterator[tuple[int, Reply | Lost]]:
         try:
@@ -180,7 +180,7 @@ class Pool:
         self._workers.remove(worker)
         how = worker.end()
         if lost is None:
-            lost = Lost(text=f"its worker {how}", is_quiet=worker.process.exitcode == -9)
+            lost = Lost(text=f"its worker {how}", is_sure=worker.process.exitcode != -9)
         if not worker.ready:
             self._failed_starts += 1
             lost = Lost(text=f"its worker {how} before it was ready", is_begun=False)

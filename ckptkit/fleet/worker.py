@@ -63,14 +63,14 @@ class Lost:
         problem: ``"died"``, ``"timed-out"`` or ``"version"``.
         is_final: whether it makes no sense to try its tasks again.
         is_begun: whether it can be for one of its tasks.
-        is_quiet: whether its tasks should be tried again while nothing else runs: memory ran out.
+        is_sure: whether nothing that ran beside it can be at fault.
     """
 
     text: str
     problem: str = "died"
     is_final: bool = False
     is_begun: bool = True
-    is_quiet: bool = False
+    is_sure: bool = False
 
 
 class StopWorker(BaseException):
