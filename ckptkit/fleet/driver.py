@@ -139,11 +139,11 @@ class _Driver(Generic[T, R]):
         """Each task with what came of it, in order."""
         number, looked = 0, 0.0
         while True:
-            self._hand_out()
+            is_all = self._hand_out()
             if number not in self._results:
                 if not self._tasks:
                     break
-                self._look(math.inf)
+                self._look(math.inf if is_all else 0)
                 looked = time.monotonic()
             while number in self._results:
                 result = self._results.pop(number)
@@ -159,12 +159,19 @@ class _Driver(Generic[T, R]):
 
     # Handing out.
 
-    def _hand_out(self) -> None:
-        """Give the workers what they can take."""
+    def _hand_out(self) -> bool:
+        """Give the workers what they can take, for a while: the iterable may be slow, and so are processes that start.
+
+        Returns:
+            Whether that is all there is to do now.
+        """
+        until = time.monotonic() + self._pace
         while self._refused or self._workers.free > 0:
-            batch = self._next_batch()
+            if time.monotonic() > until:
+                return False
+            batch = self._next_batch(until)
             if batch is None:
-                return
+                return True
             calls = [(number, data) for number in batch.numbers if (data := self._data(number)) is not None]
             if not calls:
                 continue
@@ -189,8 +196,9 @@ class _Driver(Generic[T, R]):
             del self._batches[ticket]
             for number in numbers:
                 self._note(number, ("died", self._reasons.pop(number, self._refused), None))
+        return True
 
-    def _next_batch(self) -> _Batch | None:
+    def _next_batch(self, until: float) -> _Batch | None:
         if self._batches and (self._alone or self._is_alone):
             return None
         self._is_alone = bool(self._alone)
@@ -200,6 +208,8 @@ class _Driver(Generic[T, R]):
             return _Batch([self._suspects.popleft()], tries=1)
         while len(self._waiting) < self._size and self._has_room():
             self._pull()
+            if time.monotonic() > until:
+                break
         count = min(self._size, len(self._waiting))
         return _Batch([self._waiting.popleft() for _ in range(count)]) if count else None
 

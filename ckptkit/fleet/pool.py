@@ -259,10 +259,9 @@ def _main_left_alone() -> Iterator[None]:
 def _serve(theirs: Any, driver: int) -> None:
     """Do one batch after the other, until nobody is there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, _stop)
     threading.Thread(target=_watch, args=(driver,), daemon=True).start()
     try:
         if hasattr(signal, "pthread_sigmask"):

@@ -142,6 +142,23 @@ def test_tasks_are_pulled_as_there_is_room(threads_of: Executor) -> None:
     assert most <= driver._MOST_TASKS + 1
 
 
+def test_results_do_not_wait_for_tasks_that_come_slowly(in_short: dict[str, Any]) -> None:
+    pulled = 0
+
+    def tasks() -> Iterator[int]:
+        nonlocal pulled
+        for number in range(80):
+            pulled += 1
+            time.sleep(0.001 if number < 50 else 0.05)
+            yield number
+
+    behind = []
+    for task, outcome in each(tasks(), fleet_work.square, **in_short):
+        assert outcome.result() == task * task
+        behind.append(pulled - task)
+    assert max(behind[-30:]) <= 15
+
+
 def test_a_slow_task_holds_up_no_more_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_MOST_TASKS", 500)
     pulled = itertools.count()
