@@ -92,7 +92,9 @@ def _made(scheme: str, current: Session) -> Store:
         from ckptkit.remote.http import HttpStore
 
         return HttpStore()
-    raise FileAccessError(f"{scheme}:// cannot be read")
+    from ckptkit.remote.objects import ObjectStore
+
+    return ObjectStore(scheme, current.options)
 
 
 def source_at(url: str) -> RemoteSource:
