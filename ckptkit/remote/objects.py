@@ -214,10 +214,9 @@ class ObjectStore(Store):
             raise
         except Exception as error:
             # Whose words may hold what was given.
-            told = f"{masked(url)}: {self.scheme}:// cannot be opened ({type(error).__name__})"
-            names = ", ".join(sorted(self._options))
-            hint = f"look at --storage-option {names}" if names else _advice(self._package, error)
-            raise FileAccessError(f"{told}; {hint}" if hint else told, path=masked(url)) from None
+            hint = _advice(self._package, error) or self._named()
+            told = f"{self.scheme}:// cannot be opened ({type(error).__name__}){hint and '; '}{hint}"
+            raise FileAccessError(f"{masked(url)}: {told}", path=masked(url)) from None
 
     def _made(self, options: dict[str, Any]) -> _Files:
         # Not one that others share, whose listings may be stale.
@@ -255,7 +254,13 @@ class ObjectStore(Store):
             return MissingFileError(f"{shown}: {what}", path=shown)
         if advice := _advice(self._package, error):
             return FileAccessError(f"{shown}: access is refused: {_said(error)}; {advice}", path=shown)
-        return FileAccessError(f"{shown}: cannot be read over {self.scheme}://: {_said(error)}", path=shown)
+        hint = self._named() if isinstance(error, TypeError | ValueError) else ""
+        told = f"cannot be read over {self.scheme}://: {_said(error)}{hint and '; '}{hint}"
+        return FileAccessError(f"{shown}: {told}", path=shown)
+
+    def _named(self) -> str:
+        """The options that were given, by name."""
+        return f"look at --storage-option {', '.join(sorted(self._options))}" if self._options else ""
 
     def open(self, url: str, nbytes: int) -> FarFile:
         """As `Store.open`."""
@@ -265,7 +270,7 @@ class ObjectStore(Store):
 
     def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
         """As `Store.read`."""
-        files, path = file.place
+        files, path = _place(file)
 
         def whole() -> bytes:
             data = files.read(path, file.stamp, offset, nbytes)
@@ -280,7 +285,7 @@ class ObjectStore(Store):
 
     def stamp(self, file: FarFile) -> str | None:
         """As `Store.stamp`."""
-        files, path = file.place
+        files, path = _place(file)
         return self._tried(file.url, lambda: files.stamp(path))
 
     def listing(self, url: str) -> Mapping[str, int]:
@@ -302,6 +307,11 @@ class ObjectStore(Store):
     def beside(self, url: str, name: str) -> str:
         """As `Store.beside`."""
         return super().beside(url.partition("?")[0] if self._package == "s3fs" else url, name)
+
+
+def _place(file: FarFile) -> tuple[_Files, str]:
+    files, path = file.place
+    return files, path
 
 
 def _class_of(scheme: str) -> Any:
