@@ -20,6 +20,8 @@ _UNSATISFIABLE = 416
 class HttpStore(Store):
     """A web server that gives ranges."""
 
+    has_listings = False
+
     def _ask(self, url: str, first: int, last: int) -> HTTPResponse:
         request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"})  # noqa: S310
         try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit import places
+from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
 from ckptkit.formats.distributed.around import Found, found_in
 from ckptkit.formats.distributed.folder import FolderSource, listing
@@ -31,7 +32,7 @@ def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike
         FileAccessError: it cannot be listed; there are several checkpoints in it, or no such step.
         CorruptError: it points to a step that is not there, or outside of it.
     """
-    if not os.path.isdir(path):
+    if not places.isdir(path):
         return None
     if tp_rules is not None:
         return _by_rules(path, tag, os.fsdecode(tp_rules))
@@ -39,7 +40,7 @@ def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike
     if found is None:
         return None
     if found.layout is None:
-        return unpacked_source(found.root) or SourceFile(found.root)
+        return unpacked_source(found.root) or places.opened(found.root)
     return _source(path, found, found.layout, tag)
 
 

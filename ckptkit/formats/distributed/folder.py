@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit import places
+from ckptkit.bytesource import Source
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError
 from ckptkit.formats.containers import CONTAINERS, identify
 from ckptkit.formats.format import Probe
@@ -69,7 +70,7 @@ class FolderSource(Source):
         rules: the file that they were read from.
     """
 
-    __slots__ = ("asked", "findings", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules")
+    __slots__ = ("_opens", "asked", "findings", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules")
 
     def __init__(
         self,
@@ -84,7 +85,8 @@ class FolderSource(Source):
         asked: str | None = None,
         findings: tuple[Finding, ...] = (),
     ) -> None:
-        super().__init__(path, 0)
+        super().__init__(places.shown(path), 0)
+        self._opens = places.opener(root)
         self.root = root
         self.layout = layout
         self.names = names
@@ -120,7 +122,7 @@ class FolderSource(Source):
 
     def sibling(self, name: str) -> Source:
         """As `Source.sibling`, of a name in the folder."""
-        return SourceFile(os.path.join(self.root, *name.split("/")))
+        return self._opens(name)
 
     def whole_parts(self) -> dict[str, Source]:
         """All the files that belong to the checkpoint, by name; those that nobody has read yet too.
@@ -140,7 +142,7 @@ class FolderSource(Source):
         for name in self.own:
             if name not in sizes:
                 try:
-                    sizes[name] = os.stat(os.path.join(self.root, *name.split("/"))).st_size
+                    sizes[name] = places.size(places.below(self.root, name))
                 except OSError:  # who needs it says that it is missing
                     continue
         return sum(sizes.values())
@@ -160,13 +162,18 @@ def listing(folder: str) -> tuple[str, ...]:
     """
     try:
         found = []
-        for name in _files(folder, "", 0):
+        known = places.listed_below(folder)
+        for name in _files(folder, "", 0) if known is None else _shallow(known):
             found.append(name)
             if len(found) > DEFAULT_LIMITS.entries:
                 raise LimitError("files in a folder", limit=DEFAULT_LIMITS.entries, actual=len(found))
     except OSError as error:
-        raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
+        raise places.unreadable_folder(folder, error) from error
     return tuple(sorted(found))
+
+
+def _shallow(names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if name.count("/") <= _DEEPEST)
 
 
 def _files(folder: str, inside: str, depth: int) -> Iterator[str]:
