@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from ckptkit import places
 from ckptkit.arguments import documented, several, unexpected
 from ckptkit.bytesource import Readable
 from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
@@ -312,7 +313,7 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
 
 def _steps(a: Readable, b: Readable, asked: DiffOptions) -> Iterator[tuple[str | None, str | None]]:
     """The step that is meant of each, and its rules: of one tag, or one file of rules, for both in each folder."""
-    folders = [isinstance(path, (str, os.PathLike)) and os.path.isdir(path) for path in (a, b)]
+    folders = [isinstance(path, (str, os.PathLike)) and places.isdir(os.fsdecode(path)) for path in (a, b)]
     for is_folder, own in zip(folders, (asked.tag_a, asked.tag_b), strict=True):
         is_meant = is_folder or not any(folders)
         yield own or (asked.tag if is_meant else None), asked.tp_rules if is_meant else None

@@ -230,10 +230,11 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
         FormatError: an archive in which it lies is damaged, or a folder is.
     """
-    if tag is not None and (not isinstance(path, (str, os.PathLike)) or places.isfile(os.fsdecode(path)) or path == STDIN):
-        what = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else "what was given"
+    given = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
+    if tag is not None and (given is None or places.isfile(given) or given == STDIN):
+        what = "what was given" if given is None else given
         raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
-    if tp_rules is not None and not (isinstance(path, (str, os.PathLike)) and places.isdir(os.fsdecode(path))):
+    if tp_rules is not None and not (given is not None and places.isdir(given)):
         raise FileAccessError(
             f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is a file"
         )

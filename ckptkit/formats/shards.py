@@ -65,7 +65,7 @@ def may_tell_a_part(file: Source) -> bool:
     folder, name = places.split(name_of(file))
     if any(word in name for word in _WORDS) or "_rank_" in folder or "zero" in folder or name == "fp32.pt":
         return True
-    return file.folder is not None and bool(indexes_in(file.folder))
+    return file.folder is not None and places.is_known(file.folder) and bool(indexes_in(file.folder))
 
 
 _listed: dict[str, tuple[int, tuple[str, ...]]] = {}

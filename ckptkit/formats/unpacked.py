@@ -43,7 +43,6 @@ def is_unpacked(folder: str) -> bool:
 
 def packing_of(folder: str) -> str | None:
     """What a folder is that holds the records of one of torch's archives; ``None``: it does not."""
-
     if is_url(folder):
         return None
 

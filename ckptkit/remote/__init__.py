@@ -2,8 +2,7 @@
 
 `store` says what a server is asked for, and there is one module for each kind of server: `http` (http and https), `hub`
 (hf://) and `objects` (all that fsspec knows: s3, gs, az and others).  `source` makes a `ckptkit.bytesource.Source` of a
-file there, which is all that the rest of ckptkit sees of it; `folders` says what lies below a URL, for
-`ckptkit.places`.
+file there, which is all that the rest of ckptkit sees of it; what lies below a URL, `ckptkit.places` says.
 """
 
 from __future__ import annotations
@@ -12,14 +11,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from ckptkit.errors import FileAccessError, MissingFileError
+from ckptkit.errors import FileAccessError
 from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
-
-if TYPE_CHECKING:
-    from ckptkit.remote.folders import Tree
 
 __all__ = ["RemoteSource", "Session", "Store", "current_session", "is_url", "session", "source_at", "store_of"]
 
@@ -51,7 +47,7 @@ class Session:
     Attributes:
         options: as above.
         stores: those that were asked, by scheme.
-        listings: what they said of folders, by URL; ``None``: of one whose server says nothing.
+        listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
     """
@@ -59,7 +55,7 @@ class Session:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
         self.stores: dict[str, Store] = {}
-        self.listings: dict[str, Tree | None] = {}
+        self.listings: dict[str, Any] = {}
         self.opened: dict[str, RemoteSource] = {}
         self.ahead: _Ahead | None = None
 
@@ -148,12 +144,4 @@ def source_at(url: str) -> RemoteSource:
     kept = None if current is None else current.taken(url)
     if kept is not None:
         return kept
-    try:
-        return RemoteSource(store_of(url), url)
-    except MissingFileError:
-        from ckptkit.remote.folders import nothing_at
-
-        told = nothing_at(url)
-        if told is None:
-            raise
-        raise told from None
+    return RemoteSource(store_of(url), url)

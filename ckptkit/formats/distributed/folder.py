@@ -15,7 +15,7 @@ from typing import Any
 
 from ckptkit import places
 from ckptkit.bytesource import Source
-from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError
+from ckptkit.errors import CorruptError, FormatError, LimitError
 from ckptkit.formats.containers import CONTAINERS, identify
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import is_shard_name, prefixed
@@ -70,7 +70,9 @@ class FolderSource(Source):
         rules: the file that they were read from.
     """
 
-    __slots__ = ("_opens", "asked", "findings", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules")
+    __slots__ = (
+        "_opens", "asked", "findings", "is_far", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class FolderSource(Source):
         findings: tuple[Finding, ...] = (),
     ) -> None:
         super().__init__(places.shown(path), 0)
-        self._opens = places.opener(root)
+        self._opens, self.is_far = places.opener(root), places.is_url(root)
         self.root = root
         self.layout = layout
         self.names = names

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import os
 import re
 import threading
 from collections import deque
@@ -35,10 +34,12 @@ __all__ = [
     "identity",
     "is_file",
     "is_folder",
+    "is_known",
     "names_below",
-    "nothing_at",
+    "opened",
     "opened_ahead",
     "opener",
+    "put_back",
     "shown",
     "size",
 ]
@@ -151,6 +152,11 @@ def _listing(url: str) -> tuple[Tree, str] | None:
         return (tree, "") if tree is not None and tree.files else None
 
 
+def is_known(url: str) -> bool:
+    """Whether a URL stands in a listing that was asked for."""
+    return _found(url) is not None
+
+
 def is_folder(url: str) -> bool:
     """Whether files lie below a URL; one that cannot be listed is none."""
     found = _found(url)
@@ -187,7 +193,18 @@ def _is_there(url: str) -> bool:
         return True
 
 
-def nothing_at(url: str) -> FileAccessError | None:
+def opened(url: str) -> RemoteSource:
+    """As `ckptkit.places.opened`."""
+    try:
+        return source_at(url)
+    except MissingFileError:
+        told = _nothing_at(url)
+        if told is None:
+            raise
+        raise told from None
+
+
+def _nothing_at(url: str) -> FileAccessError | None:
     """What is to be said of a URL at which there is no file: that its folder cannot be listed, or is empty.
 
     Returns:
@@ -241,11 +258,20 @@ def head(url: str, nbytes: int) -> bytes:
         FileAccessError: it is not there, or cannot be read.
     """
     with session() as current:
-        source = source_at(url)
+        source = opened(url)
         try:
             return source.read(0, min(nbytes, source.size))
         finally:
             current.keep(url, source)
+
+
+def put_back(file: Source, url: str) -> None:
+    """Keep a file open for whoever opens it next, within this session."""
+    current = current_session()
+    if current is not None and isinstance(file, RemoteSource):
+        current.keep(url, file)
+    else:
+        file.close()
 
 
 def entries(url: str) -> list[FarEntry]:
@@ -307,10 +333,10 @@ class ListedSource(Source):
             if self._file is None:
                 file = RemoteSource(self._store, self._url)
                 if file.size != self.size:
-                    raise CorruptError(
-                        f"the file has {file.size:,} bytes, and was listed with {self.size:,}: it was changed meanwhile",
-                        path=self.path,
+                    told = (
+                        f"the file has {file.size:,} bytes and was listed with {self.size:,}: it was changed meanwhile"
                     )
+                    raise CorruptError(told, path=self.path)
                 self._file, self.identity = file, file.identity
             return self._file
 
@@ -363,7 +389,7 @@ def opener(url: str) -> Callable[[str], Source]:
     tree, inside = found if found is not None else (Tree(url.rstrip("/"), {}), "")
     current = current_session()
 
-    def opened(name: str) -> Source:
+    def part(name: str) -> Source:
         path = f"{inside}/{name}" if inside else name
         where = tree.url(path)
         if tree.files and path not in tree.files:
@@ -373,7 +399,7 @@ def opener(url: str) -> Callable[[str], Source]:
             return kept
         return ListedSource(store, where, tree.files[path]) if tree.files else RemoteSource(store, where)
 
-    return opened
+    return part
 
 
 # Several at a time.

@@ -2,7 +2,7 @@
 
 Walks of folders, and whoever asks what a path is, go through here and not through `os`.  A path is text; between the
 segments of a URL there are slashes on every system.  A server is asked once for all that lies below a URL, in one
-listing for a whole command (`ckptkit.remote.folders`); one that gives none (http) has files and no folders.  Of a
+listing for a whole command (`ckptkit.places.far`); one that gives none (http) has files and no folders.  Of a
 local path everything is what `os` says, links included.
 """
 
@@ -17,7 +17,7 @@ from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
 
 if TYPE_CHECKING:
-    from ckptkit.remote.folders import FarEntry
+    from ckptkit.places.far import FarEntry
 
 __all__ = [
     "asked_once",
@@ -25,6 +25,8 @@ __all__ = [
     "exists",
     "head",
     "identity",
+    "identity_of",
+    "is_known",
     "is_url",
     "isdir",
     "isfile",
@@ -34,6 +36,7 @@ __all__ = [
     "opened_ahead",
     "opener",
     "own_name",
+    "put_back",
     "relative",
     "scandir",
     "shown",
@@ -102,7 +105,7 @@ def shown(path: str) -> str:
     """A path as messages and documents have it: a URL without what gives access to it."""
     if not is_url(path):
         return path
-    from ckptkit.remote.folders import shown as of_url
+    from ckptkit.places.far import shown as of_url
 
     return of_url(path)
 
@@ -114,18 +117,27 @@ def isdir(path: str) -> bool:
     """Whether a path is that of a folder: at a URL, whether files lie below it."""
     if not is_url(path):
         return os.path.isdir(path)
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    return folders.is_folder(path)
+    return far.is_folder(path)
 
 
 def isfile(path: str) -> bool:
     """Whether a path is that of a file."""
     if not is_url(path):
         return os.path.isfile(path)
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    return folders.is_file(path)
+    return far.is_file(path)
+
+
+def is_known(folder: str) -> bool:
+    """Whether what lies in a folder can be said without a request."""
+    if not is_url(folder):
+        return True
+    from ckptkit.places import far
+
+    return far.is_known(folder)
 
 
 def exists(path: str) -> bool:
@@ -136,14 +148,19 @@ def exists(path: str) -> bool:
 def identity(path: str) -> Hashable | None:
     """What two paths have in common that lead to one file or folder; ``None``: there is none."""
     if is_url(path):
-        from ckptkit.remote import folders
+        from ckptkit.places import far
 
-        return folders.identity(path)
+        return far.identity(path)
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
+
+
+def identity_of(file: Source, path: str) -> Hashable:
+    """The `identity` of the path that a file was opened by."""
+    return file.identity[:2] if isinstance(file, SourceFile) else identity(path)
 
 
 def size(path: str) -> int:
@@ -154,9 +171,9 @@ def size(path: str) -> int:
     """
     if not is_url(path):
         return os.stat(path).st_size
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    return folders.size(path)
+    return far.size(path)
 
 
 def scandir(folder: str) -> AbstractContextManager[Iterable[os.DirEntry[str] | FarEntry]]:
@@ -167,9 +184,9 @@ def scandir(folder: str) -> AbstractContextManager[Iterable[os.DirEntry[str] | F
     """
     if not is_url(folder):
         return os.scandir(folder or os.curdir)
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    return nullcontext(folders.entries(folder))
+    return nullcontext(far.entries(folder))
 
 
 def listdir(folder: str) -> list[str]:
@@ -180,9 +197,9 @@ def listdir(folder: str) -> list[str]:
     """
     if not is_url(folder):
         return os.listdir(folder or os.curdir)
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    return [entry.name for entry in folders.entries(folder)]
+    return [entry.name for entry in far.entries(folder)]
 
 
 def listed_below(folder: str) -> Sequence[str] | None:
@@ -193,9 +210,9 @@ def listed_below(folder: str) -> Sequence[str] | None:
     """
     if not is_url(folder):
         return None
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    return folders.names_below(folder)
+    return far.names_below(folder)
 
 
 def unreadable_folder(folder: str, error: OSError) -> FileAccessError:
@@ -217,9 +234,19 @@ def opened(path: str) -> Source:
     """
     if not is_url(path):
         return SourceFile(path)
-    from ckptkit.remote import source_at
+    from ckptkit.places import far
 
-    return source_at(path)
+    return far.opened(path)
+
+
+def put_back(file: Source, path: str) -> None:
+    """Close a file that was looked at; one that is far stays open for whoever opens it next."""
+    if not is_url(path):
+        file.close()
+        return
+    from ckptkit.places import far
+
+    far.put_back(file, path)
 
 
 def head(path: str, nbytes: int) -> bytes:
@@ -231,9 +258,9 @@ def head(path: str, nbytes: int) -> bytes:
     if not is_url(path):
         with open(path, "rb") as file:  # noqa: PTH123 - a few bytes
             return file.read(nbytes)
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    return folders.head(path, nbytes)
+    return far.head(path, nbytes)
 
 
 def opener(folder: str) -> Callable[[str], Source]:
@@ -243,9 +270,9 @@ def opener(folder: str) -> Callable[[str], Source]:
     """
     if not is_url(folder):
         return lambda name: SourceFile(below(folder, name))
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    return folders.opener(folder)
+    return far.opener(folder)
 
 
 @contextmanager
@@ -253,13 +280,13 @@ def opened_ahead(folder: str, leave_out: Callable[[str, list[str]], bool]) -> It
     """While it lasts, the files below a folder are opened several at a time before they are asked for, if it is far.
 
     Args:
-        folder: that is walked through, in the order of names, files before folders.
+        folder: that is walked through, in the order of names, files before far.
         leave_out: called with a folder's path and the names in it: whether its files are opened one by one.
     """
     if not is_url(folder):
         yield
         return
-    from ckptkit.remote import folders
+    from ckptkit.places import far
 
-    with folders.opened_ahead(folder, leave_out):
+    with far.opened_ahead(folder, leave_out):
         yield
