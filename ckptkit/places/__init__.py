@@ -105,9 +105,9 @@ def shown(path: str) -> str:
     """A path as messages and documents have it: a URL without what gives access to it."""
     if not is_url(path):
         return path
-    from ckptkit.places.far import shown as of_url
+    from ckptkit.remote.retries import masked
 
-    return of_url(path)
+    return masked(path)
 
 
 # What lies there.
@@ -280,7 +280,7 @@ def opened_ahead(folder: str, leave_out: Callable[[str, list[str]], bool]) -> It
     """While it lasts, the files below a folder are opened several at a time before they are asked for, if it is far.
 
     Args:
-        folder: that is walked through, in the order of names, files before far.
+        folder: that is walked through, in the order of names, files before folders.
         leave_out: called with a folder's path and the names in it: whether its files are opened one by one.
     """
     if not is_url(folder):

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ckptkit.bytesource import Source
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 from ckptkit.remote import current_session, session, source_at, store_of
+from ckptkit.remote.retries import masked
 from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
@@ -40,7 +41,6 @@ __all__ = [
     "opened_ahead",
     "opener",
     "put_back",
-    "shown",
     "size",
 ]
 
@@ -217,7 +217,7 @@ def _nothing_at(url: str) -> FileAccessError | None:
             what = "no files lie below this URL" if _listing(url) is None and url.endswith("/") else ""
     except FileAccessError as error:
         return error
-    return MissingFileError(f"{shown(url)}: {what}", path=shown(url)) if what else None
+    return MissingFileError(f"{masked(url)}: {what}", path=masked(url)) if what else None
 
 
 def identity(url: str) -> Hashable | None:
@@ -241,7 +241,7 @@ def size(url: str) -> int:
         tree, inside = found
         if inside in tree.files:
             return tree.files[inside]
-        raise MissingFileError(f"{shown(url)}: no such file", path=shown(url))
+        raise MissingFileError(f"{masked(url)}: no such file", path=masked(url))
     if _is_there(url):
         with session() as current:
             kept = current.opened.get(url)
@@ -283,7 +283,7 @@ def entries(url: str) -> list[FarEntry]:
     """
     found = _listing(url)
     if found is None or found[1] not in found[0].folders:
-        raise MissingFileError(f"{shown(url)}: no files lie below this URL", path=shown(url))
+        raise MissingFileError(f"{masked(url)}: no files lie below this URL", path=masked(url))
     return found[0].entries(found[1])
 
 
@@ -299,11 +299,6 @@ def names_below(url: str) -> Sequence[str]:
     tree, inside = found
     start = f"{inside}/" if inside else ""
     return [name[len(start) :] for name in tree.files if name.startswith(start)]
-
-
-def shown(url: str) -> str:
-    """A URL without what gives access to it."""
-    return url
 
 
 # Files of a listing.
@@ -323,7 +318,7 @@ class ListedSource(Source):
     is_far = True
 
     def __init__(self, store: Store, url: str, size: int) -> None:
-        super().__init__(shown(url), size)
+        super().__init__(masked(url), size)
         self._store, self._url = store, url
         self._file: RemoteSource | None = None
 
@@ -393,7 +388,7 @@ def opener(url: str) -> Callable[[str], Source]:
         path = f"{inside}/{name}" if inside else name
         where = tree.url(path)
         if tree.files and path not in tree.files:
-            raise MissingFileError(f"{shown(where)}: no such file", path=shown(where))
+            raise MissingFileError(f"{masked(where)}: no such file", path=masked(where))
         kept = None if current is None else current.taken(where)
         if kept is not None:
             return kept
