@@ -55,6 +55,7 @@ GUESTS = {
     "click": {"cli"},
     "tabulate": {"cli"},
     "zstandard": {"formats"},
+    "fsspec": {"remote"},
 }
 """Heavy packages, and the only rooms that may import them."""
 

@@ -152,6 +152,7 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 )
 @click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(
     RENDERERS,
     multiple=True,
@@ -169,6 +170,7 @@ def command(
     shapes: tuple[str, ...],
     tag: str | None,
     skip_others: bool,
+    storage_options: dict[str, Any],
     output: tuple[str, ...],
     quiet: bool,
     color: str,
@@ -200,6 +202,7 @@ def command(
             input_shapes=[ui.input_shape(shape) for shape in shapes] or None,
             tag=tag,
             skip_others=skip_others,
+            storage_options=storage_options,
             **policy,
         )
     code = ending.verdict(report.exit_code)

@@ -14,6 +14,7 @@ from ckptkit.cli import ending, inspect_text
 from ckptkit.cli import options as ui
 from ckptkit.errors import CkptkitError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
+from ckptkit.options.storage import session_of
 from ckptkit.report import SCHEMA_VERSION, Severity, at_least, printable
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
     help="Exit 1 from this severity on.",
 )
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
@@ -64,6 +66,7 @@ def command(
     tp_rules: str | None,
     stats: bool,
     ignore_checksums: bool,
+    storage_options: dict[str, Any],
     fail_on: str,
     output: str,
     quiet: bool,
@@ -77,6 +80,7 @@ def command(
     checkpoint, and one that names its last step stands for that. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar
     archive, - is standard input, and what is compressed by gzip, xz, bzip2 or zstd is read through.
     """
+    click.get_current_context().with_resource(session_of(storage_options, paths))
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     of_folders = {"tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()

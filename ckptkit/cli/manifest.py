@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -114,6 +114,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @ui.allow_part_option
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
@@ -126,6 +127,7 @@ def command(
     allow_part: bool,
     force: bool,
     ignore_checksums: bool,
+    storage_options: dict[str, Any],
     output: str,
     quiet: bool,
     color: str,
@@ -152,6 +154,7 @@ def command(
             tp_rules=tp_rules,
             allow_part=allow_part,
             ignore_checksums=ignore_checksums,
+            storage_options=storage_options,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
     ui.show(document_of(manifest), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet, written=destination))

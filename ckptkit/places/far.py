@@ -193,7 +193,7 @@ def _is_there(url: str) -> bool:
         return True
 
 
-def opened(url: str) -> RemoteSource:
+def opened(url: str) -> Source:
     """As `ckptkit.places.opened`."""
     try:
         return source_at(url)

@@ -7,19 +7,23 @@ file there, which is all that the rest of ckptkit sees of it; what lies below a 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
 from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
-__all__ = ["RemoteSource", "Session", "Store", "current_session", "is_url", "session", "source_at", "store_of"]
+__all__ = [
+    "RemoteSource", "Session", "Store", "current_session", "is_url", "local_path", "session", "source_at", "store_of",
+]  # fmt: skip
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*([A-Za-z][A-Za-z0-9+.-]*)://")
 _SHORTEST = 2
 """Letters of a scheme: one is a drive."""
 
@@ -30,11 +34,26 @@ def is_url(path: str) -> bool:
     return found is not None and len(found[1]) >= _SHORTEST
 
 
+def local_path(url: str) -> str:
+    """The path of a file of this machine (``file:///tmp/a``, ``local://``; RFC 8089); of anything else itself."""
+    found = _URL.match(url)
+    if found is None or found[0].lower() not in ("file://", "local://"):
+        return url
+    path = url[found.end() :].removeprefix("localhost")
+    if os.name == "nt" and path[2:3] in (":", "|"):
+        path = path[1:]
+    if "%" in path and not os.path.lexists(path):
+        from urllib.parse import unquote
+
+        return unquote(path)
+    return path
+
+
 class _Ahead(Protocol):
     def take(self, url: str) -> RemoteSource | None: ...
 
 
-_MOST_KEPT = 256
+_MOST_KEPT = 128
 """Files that were opened to see what they are, and stay open for whoever reads them: some 64 KiB of memory each."""
 
 
@@ -115,7 +134,12 @@ def store_of(url: str) -> Store:
     """
     found = _URL.match(url)
     if found is None:
-        raise FileAccessError(f"{url!r:.200} is no URL")
+        raise FileAccessError(f"{url!r:.200} is not a URL")
+    if "::" in found[0]:
+        raise FileAccessError(
+            f"{found[0]}: URLs in a row are not read; name the file itself, and what is in a zip or tar archive as "
+            "FILE/MEMBER"
+        )
     scheme = found[1].lower()
     with session() as current:
         store = current.stores.get(scheme)
@@ -129,10 +153,12 @@ def _made(scheme: str, current: Session) -> Store:
         from ckptkit.remote.http import HttpStore
 
         return HttpStore()
-    raise FileAccessError(f"{scheme}:// cannot be read")
+    from ckptkit.remote.objects import ObjectStore
+
+    return ObjectStore(scheme, current.options)
 
 
-def source_at(url: str) -> RemoteSource:
+def source_at(url: str) -> Source:
     """What holds the bytes of the file at a URL.
 
     Raises:
@@ -140,6 +166,8 @@ def source_at(url: str) -> RemoteSource:
         FileAccessError: it cannot be read.
         MissingDependencyError: what reads it is not installed.
     """
+    if (path := local_path(url)) != url:
+        return SourceFile(path)
     current = _current.get()
     kept = None if current is None else current.taken(url)
     if kept is not None:
