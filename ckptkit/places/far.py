@@ -257,12 +257,12 @@ def head(url: str, nbytes: int) -> bytes:
     Raises:
         FileAccessError: it is not there, or cannot be read.
     """
-    with session() as current:
+    with session():
         source = opened(url)
         try:
             return source.read(0, min(nbytes, source.size))
         finally:
-            current.keep(url, source)
+            put_back(source, url)
 
 
 def put_back(file: Source, url: str) -> None:
