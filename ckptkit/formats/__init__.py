@@ -259,7 +259,9 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
             return together
         raise FileAccessError(f"{name}: {describe_folder(name)}", path=name)
     if places.is_url(name):
-        return places.opened(name)
+        from ckptkit.formats.distributed import unlisted_source
+
+        return unlisted_source(name) or places.opened(name)
     try:
         return SourceFile(path)
     except FileAccessError:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptkit.places.far import FarEntry
 
 __all__ = [
+    "are_listed",
     "asked_once",
     "below",
     "exists",
@@ -129,6 +130,15 @@ def isfile(path: str) -> bool:
     from ckptkit.places import far
 
     return far.is_file(path)
+
+
+def are_listed(path: str) -> bool:
+    """Whether it can be found out what lies beside a file."""
+    if not is_url(path):
+        return True
+    from ckptkit.remote import store_of
+
+    return store_of(path).has_listings
 
 
 def is_known(folder: str) -> bool:

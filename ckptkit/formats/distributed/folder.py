@@ -71,7 +71,7 @@ class FolderSource(Source):
     """
 
     __slots__ = (
-        "_opens", "asked", "findings", "is_far", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules"
+        "_is_listed", "_opens", "asked", "findings", "is_far", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules"
     )  # fmt: skip
 
     def __init__(
@@ -88,7 +88,7 @@ class FolderSource(Source):
         findings: tuple[Finding, ...] = (),
     ) -> None:
         super().__init__(places.shown(path), 0)
-        self._opens, self.is_far = places.opener(root), places.is_url(root)
+        self._opens, self.is_far, self._is_listed = places.opener(root), places.is_url(root), places.are_listed(root)
         self.root = root
         self.layout = layout
         self.names = names
@@ -118,6 +118,8 @@ class FolderSource(Source):
             if not is_shard_name(name):
                 raise CorruptError(f"{name!r:.200} is not a path inside the folder", path=self.path)
             known = self.parts[name] = self.sibling(name)
+            if not self._is_listed and name not in self.own:  # what nobody lists is what is named
+                self.names = self.own = (*self.own, name)
             if len(self.parts) % _OPENED == 0:
                 _let_open(2 * (len(self.parts) + _OPENED))  # each may have a temporary file, too
         return known
