@@ -61,11 +61,12 @@ def is_folder_of_files(
 
 
 def require_file_name(destination: str | os.PathLike[str]) -> None:
-    """Refuse what means standard output.
+    """Refuse what means standard output, and URLs.
 
     Raises:
-        FileAccessError: it does.
+        FileAccessError: it is one.
     """
+    places.require_local(os.fsdecode(destination))
     if os.fsdecode(destination) == "-":
         raise FileAccessError(
             "-: nothing is written to standard output: an output is compared with its source before it gets its name; "

@@ -385,8 +385,10 @@ def target(
 
     Raises:
         RewriteError: no container is meant by it.
+        FileAccessError: it is a URL.
     """
     path = os.fsdecode(destination)
+    places.require_local(path)
     default = None
     if makes_folder(to):
         return path, format_for(path, to), None

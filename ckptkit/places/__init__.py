@@ -39,6 +39,7 @@ __all__ = [
     "own_name",
     "put_back",
     "relative",
+    "require_local",
     "scandir",
     "shown",
     "size",
@@ -109,6 +110,17 @@ def shown(path: str) -> str:
     from ckptkit.remote.retries import masked
 
     return masked(path)
+
+
+def require_local(destination: str) -> None:
+    """Refuse a URL for an output.
+
+    Raises:
+        FileAccessError: it is one.
+    """
+    if is_url(destination):
+        told = f"{shown(destination)}: nothing is written to a URL; write a file here, and upload it"
+        raise FileAccessError(told, path=shown(destination))
 
 
 # What lies there.

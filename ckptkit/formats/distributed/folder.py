@@ -71,7 +71,8 @@ class FolderSource(Source):
     """
 
     __slots__ = (
-        "_is_listed", "_opens", "asked", "findings", "is_far", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules"
+        "_is_listed", "_opens", "asked", "findings", "is_far", "layout", "members", "names", "own", "root", "rules",
+        "tag", "tp_rules",
     )  # fmt: skip
 
     def __init__(
