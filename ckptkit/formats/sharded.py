@@ -169,7 +169,10 @@ def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT
     except (FormatError, FileAccessError):
         return frozenset()
     finally:
-        file.close()
+        if isinstance(index, Source):
+            file.close()
+        else:
+            places.put_back(file, os.fsdecode(index))
 
 
 # The shards.

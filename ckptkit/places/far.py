@@ -120,10 +120,16 @@ class Tree:
 
     def entries(self, folder: str) -> list[FarEntry]:
         """What lies in a folder, by name."""
+        inside = self.folders.get(folder, {})
+        start = f"{self.url(folder)}/"
         return [
-            FarEntry(name, self.url(f"{folder}/{name}" if folder else name), nbytes)
-            for (name, _), nbytes in sorted(self.folders.get(folder, {}).items(), key=lambda each: each[0])
+            FarEntry(name, start + name + "/" * (nbytes is None and (name, True) in inside), nbytes)
+            for (name, _), nbytes in sorted(inside.items(), key=lambda each: each[0])
         ]
+
+    def is_folder(self, url: str, inside: str) -> bool:
+        """Whether a URL is that of a folder: where a file has the same name, with a slash at its end."""
+        return inside in self.folders and (inside not in self.files or url.endswith("/"))
 
 
 def _found(url: str) -> tuple[Tree, str] | None:
@@ -161,7 +167,7 @@ def is_folder(url: str) -> bool:
     """Whether files lie below a URL; one that cannot be listed is none."""
     found = _found(url)
     if found is not None:
-        return found[1] in found[0].folders
+        return found[0].is_folder(url, found[1])
     try:
         if not store_of(url).has_listings:
             return False
@@ -176,7 +182,7 @@ def is_file(url: str) -> bool:
     """Whether there is a file at a URL, and it can be opened."""
     found = _found(url)
     if found is not None:
-        return found[1] in found[0].files
+        return found[1] in found[0].files and not url.endswith("/")
     return not url.endswith("/") and not is_folder(url) and _is_there(url)
 
 
@@ -226,7 +232,8 @@ def identity(url: str) -> Hashable | None:
     if found is None:
         return ("", url) if is_folder(url) or is_file(url) else None
     tree, inside = found
-    return (tree.root, inside) if inside in tree.files or inside in tree.folders else None
+    is_one = tree.is_folder(url, inside)
+    return (tree.root, inside, is_one) if is_one or inside in tree.files else None
 
 
 def size(url: str) -> int:

@@ -118,11 +118,11 @@ def below(folder: str | os.PathLike[str], url: str) -> dict[str, bytes]:
 def serving(
     files: Mapping[str, bytes], *, heads: bool = True, lists: bool = True, scheme: str = "far"
 ) -> Iterator[FarStore]:
-    """A store that has the URLs of a scheme while this lasts, in every thread and session."""
+    """A store that has the URLs of a scheme while this lasts; each command asks it in a session of its own."""
     store, others = FarStore(files, heads=heads, lists=lists), remote._made
 
     def made(asked: str, current: remote.Session) -> Store:
         return store if asked == scheme else others(asked, current)
 
-    with mock.patch.object(remote, "_made", made), remote.session():
+    with mock.patch.object(remote, "_made", made):
         yield store
