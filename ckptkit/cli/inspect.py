@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ckptkit import api
+from ckptkit import api, places
 from ckptkit.cli import ending, inspect_text
 from ckptkit.cli import options as ui
 from ckptkit.errors import CkptkitError
@@ -91,7 +90,7 @@ def command(
     def documents() -> Iterator[Survey | UnreadFile]:
         """Each file's document; before the last is shown, the verdict is known."""
         for found, error in files:
-            is_given = found in paths and (len(paths) == 1 or os.path.isdir(found))
+            is_given = found in paths and (len(paths) == 1 or places.isdir(found))
             asked = {**opening, **of_folders} if is_given else opening
             document = _survey(found, asked, filters, sort, stats) if error is None else describe_error(found, error)
             seen.append(_told(document))
@@ -151,7 +150,7 @@ def _survey(
 
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
     """The path itself, or the checkpoints below a folder; and what cannot be read, with the reason."""
-    if not os.path.isdir(path):
+    if not places.isdir(path):
         yield path, None
         return
     from ckptkit.formats.distributed.around import sharded_in
