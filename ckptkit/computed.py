@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, outside, write_at
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, outside, spool_room, write_at
 from ckptkit.errors import CorruptError, FileAccessError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
         free = shutil.disk_usage(tempfile.gettempdir()).free
         if more > free:  # before a small file fills the disk
             raise FileAccessError(f"{needs}, which has {free:,}; {remedy}", path=source.path)
-        return source.spool(more)
+        return spool_room(source, more)
 
     done = 0
     try:

@@ -22,11 +22,11 @@ from torch import nn
 
 import ckptkit
 from ckptkit import CkptkitError, RewriteError, VerifyError, api, errors
-from ckptkit import options as declared_options
 from ckptkit.arguments import Options, device_problem, several, tolerance
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.cli.options import keywords_of
 from ckptkit.options import ConvertOptions, DiffOptions, VerifyOptions
+from ckptkit.options import keywords as declared_options
 from ckptkit.released import policy
 from ckptkit.released.policy import POLICY_FIELDS, Policy
 from ckptkit.rewrite.storages import TiedPolicy

@@ -1,16 +1,8 @@
-"""Where bytes lie: sources that are read by position, and ranges of them.
-
-Tensors are addresses, not data.  A `Source` is whatever holds a file's bytes: a local file (`SourceFile`), bytes in
-memory, and whatever else a module of its own makes one.  A `ByteRange` says where in a source some bytes lie.  Nothing
-here moves a file position, so ranges can be read from several threads.  Bytes that do not lie in a source as they are
-wanted are in `ckptkit.computed`.
-"""
+"""What holds bytes that are read by position, and ranges of them."""
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -25,12 +17,9 @@ __all__ = [
     "ByteRange",
     "Readable",
     "Source",
-    "SourceFile",
     "byte_range",
     "made_by_position",
     "outside",
-    "read_at",
-    "write_at",
 ]
 
 CHUNK_NBYTES = 4 << 20
@@ -39,42 +28,7 @@ CHUNK_NBYTES = 4 << 20
 GAP_NBYTES = 8 << 10
 """Bytes between two wanted ones that take longer to read along than another read does to begin."""
 
-_PAGE = 4096
-"""What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
-
 _Record = TypeVar("_Record")
-_position = threading.Lock()
-"""Held while a file's own position is used, on systems without positioned reads and writes."""
-
-
-def read_at(fd: int, nbytes: int, offset: int) -> bytes:
-    """At most ``nbytes`` bytes from a position of an open file; none at its end.
-
-    Raises:
-        OSError: it could not be read.
-    """
-    if hasattr(os, "pread"):
-        return os.pread(fd, nbytes, offset)
-    with _position:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.read(fd, nbytes)
-
-
-def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """Write all of the data at a position of an open file.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    view = memoryview(data)
-    while view:
-        if hasattr(os, "pwrite"):
-            written = os.pwrite(fd, view, offset)
-        else:
-            with _position:
-                os.lseek(fd, offset, os.SEEK_SET)
-                written = os.write(fd, view)
-        view, offset = view[written:], offset + written
 
 
 class Source:
@@ -93,14 +47,18 @@ class Source:
         path, size, identity: as above.
         parts: the sources that belong to this one (shards to their index) and are closed with it, by the names that it
             calls them by.
+        spool: the temporary file of what is made of its bytes (`ckptkit.bytesource.local.spool_room`), closed with it.
     """
 
-    __slots__ = ("_closed", "_lock", "_spool", "identity", "parts", "path", "size")
+    is_far = False
+    """Whether each read is a trip to another machine: few long ones, then, and none that can be left out."""
+
+    __slots__ = ("_closed", "_lock", "identity", "parts", "path", "size", "spool")
 
     def __init__(self, path: str, size: int, identity: object = None) -> None:
         self._closed = False
         self._lock = threading.Lock()
-        self._spool: SourceFile | None = None
+        self.spool: Source | None = None
         self.path = path
         self.size = size
         self.identity = identity
@@ -222,6 +180,33 @@ class Source:
                 yield data[offset - begin : offset - begin + nbytes]
             first = last
 
+    def will_read(self, areas: Sequence[tuple[int, int]]) -> None:
+        """These ranges, offset and size in bytes of each, are about to be read, in about this order.
+
+        A source that is far fetches them ahead of whoever reads; others need no word.  What is read beside them, or out
+        of order, is read as ever.
+        """
+
+    def will_open(self, names: Sequence[str]) -> None:
+        """These names beside it are about to be opened (`sibling`), and looked at as `ckptkit.formats` does."""
+
+    def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
+        """Leave a look at some bytes until values are read: ``check`` is then called with them, once.
+
+        Where values lie around them they come by with those; `settle` fetches what did not.
+
+        Returns:
+            Whether it is left for later; ``False``: it is to be done now, since nothing is saved.
+        """
+        return False
+
+    def settle(self) -> None:
+        """Look at what was left until now (`on_read`); who has read values ends with it.
+
+        Raises:
+            FormatError: what was left is not as it must be.
+        """
+
     def changed(self) -> bool:
         """Whether it was written to since it was opened.
 
@@ -236,34 +221,13 @@ class Source:
         """Size in bytes of it and its parts."""
         return self.size + sum(part.size for part in self.parts.values())
 
-    def spool(self, nbytes: int) -> tuple[int, ByteRange]:
-        """Room for so many bytes that are made of this source's, in its one temporary file, which is closed with it.
-
-        Returns:
-            The temporary file's descriptor, to write them with, and where in it they are to lie.
-
-        Raises:
-            FileAccessError: the source was closed.
-            OSError: the temporary file could not be made.
-        """
-        import tempfile
-
-        self._require_open()
-        with self._lock:
-            if self._spool is None:
-                with tempfile.TemporaryFile(buffering=0) as made:
-                    self._spool = _Spool.of_descriptor(os.dup(made.fileno()), self.path)
-            begin = -(-self._spool.size // _PAGE) * _PAGE
-            self._spool.size = begin + nbytes
-            return self._spool.fileno(), ByteRange(self._spool, begin, nbytes)
-
     def close(self) -> None:
         """Close it and its parts; later reads raise.  Closing twice is harmless."""
         self._closed = True
         for part in self.parts.values():
             part.close()
-        if self._spool is not None:
-            self._spool.close()
+        if self.spool is not None:
+            self.spool.close()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -287,151 +251,6 @@ class Source:
 
 Readable = str | os.PathLike[str] | Source | BinaryFile | bytes | bytearray | memoryview
 """What a checkpoint may be read from: a path, a source, an open file, or the bytes themselves."""
-
-
-class SourceFile(Source):
-    """A regular file on this machine.
-
-    Systems allow a process some hundred open files (``ulimit -n``: 1,024 on Linux, 256 on macOS), and a checkpoint may
-    have more shards; to look at them needs one at a time.  So one that was released is opened again when it is read.
-
-    Raises:
-        MissingFileError: there is no such file.
-        FileAccessError: it is a folder, a device or unreadable.
-    """
-
-    __slots__ = ("_fd",)
-    identity: tuple[int, int, int, int]
-    """Its device, inode, size in bytes and time of change (ns)."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._fd = -1
-        super().__init__(os.fsdecode(path), 0)
-        try:
-            # O_NONBLOCK: opening a named pipe must be refused below, not wait for a writer.
-            flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-            self._fd = os.open(self.path, flags)
-            status = os.fstat(self._fd)
-        except FileNotFoundError:
-            raise MissingFileError(f"{self.path}: no such file", path=self.path) from None
-        except (OSError, ValueError) as error:
-            if os.path.isdir(self.path):  # Windows refuses to open a folder at all
-                raise FileAccessError(f"{self.path}: is a folder, not a file", path=self.path) from None
-            reason = getattr(error, "strerror", None) or str(error)
-            raise FileAccessError(f"{self.path}: cannot be opened: {reason}", path=self.path) from error
-        if not stat.S_ISREG(status.st_mode):
-            what = "is a folder, not a file" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
-            self.close()
-            raise FileAccessError(f"{self.path}: {what}", path=self.path)
-        self.size = status.st_size
-        self.identity = _stamp(status)
-
-    @classmethod
-    def of_descriptor(cls, fd: int, path: str) -> SourceFile:
-        """An open file that needs no name of its own; ``path`` is what messages say.
-
-        Raises:
-            OSError: the descriptor is not open.
-        """
-        status = os.fstat(fd)
-        file = cls.__new__(cls)
-        file._fd = fd
-        Source.__init__(file, path, status.st_size, _stamp(status))
-        return file
-
-    def fileno(self) -> int:
-        """The file descriptor.
-
-        Raises:
-            FileAccessError: the file was closed, or cannot be opened again.
-            CorruptError: it is another file by now.
-        """
-        if self._fd < 0:
-            self._require_open()
-            with self._lock:
-                if self._fd < 0:
-                    self._fd = self._opened_again()
-        return self._fd
-
-    def _opened_again(self) -> int:
-        try:
-            again = SourceFile(self.path)
-        except FileAccessError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
-                raise FileAccessError(
-                    f"{self.path}: too many files are open at once for all shards; allow more (ulimit -n 8192)",
-                    path=self.path,
-                ) from error
-            raise
-        if again.identity != self.identity:
-            raise CorruptError("the file was changed while it was being read", path=self.path)
-        descriptor, again._fd = again._fd, -1
-        return descriptor
-
-    def _some(self, offset: int, nbytes: int) -> bytes:
-        try:
-            return read_at(self.fileno(), nbytes, offset)
-        except FileAccessError:
-            raise
-        except OSError as error:
-            raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from error
-
-    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
-        if not hasattr(os, "preadv"):
-            super().read_into(offset, buffer)
-            return
-        if offset < 0 or offset + len(buffer) > self.size:
-            self.read(offset, len(buffer))  # raises
-        view = memoryview(buffer)
-        while view:
-            try:
-                count = os.preadv(self.fileno(), [view], offset)
-            except OSError as error:
-                if isinstance(error, FileAccessError):
-                    raise
-                raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from error
-            if not count:
-                raise self._shorter(offset)
-            view, offset = view[count:], offset + count
-
-    def stamp(self) -> tuple[int, int, int, int]:
-        """As `identity`, by now."""
-        return _stamp(os.fstat(self.fileno()))
-
-    def sibling(self, name: str) -> SourceFile:
-        """As `Source.sibling`."""
-        return SourceFile(os.path.join(os.path.dirname(os.path.abspath(self.path)), *name.split("/")))
-
-    @property
-    def folder(self) -> str:
-        """The folder it lies in; ``""``: the working directory."""
-        return os.path.dirname(self.path)
-
-    def release(self) -> None:
-        """Let go of the descriptor; the next read opens the file again.  No other thread may be reading."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def close(self) -> None:
-        """As `Source.close`."""
-        super().close()
-        self.release()
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-class _Spool(SourceFile):
-    """A temporary file without a name: it grows, and nobody else writes to it."""
-
-    __slots__ = ()
-
-    def changed(self) -> bool:
-        """It is not."""
-        return False
 
 
 def outside(start: int, nbytes: int, whole: int, path: str, told: str = "are not inside a range") -> CorruptError:

@@ -1,0 +1,34 @@
+"""Where bytes lie: sources that are read by position, and ranges of them.
+
+Tensors are addresses, not data.  A `Source` is whatever holds a file's bytes: a local file (`SourceFile`), bytes in
+memory, and whatever else a module of its own makes one.  A `ByteRange` says where in a source some bytes lie.  Nothing
+here moves a file position, so ranges can be read from several threads.  Bytes that do not lie in a source as they are
+wanted are in `ckptkit.computed`.
+"""
+
+from ckptkit.bytesource.local import SourceFile, read_at, spool_room, write_at
+from ckptkit.bytesource.source import (
+    CHUNK_NBYTES,
+    GAP_NBYTES,
+    ByteRange,
+    Readable,
+    Source,
+    byte_range,
+    made_by_position,
+    outside,
+)
+
+__all__ = [
+    "CHUNK_NBYTES",
+    "GAP_NBYTES",
+    "ByteRange",
+    "Readable",
+    "Source",
+    "SourceFile",
+    "byte_range",
+    "made_by_position",
+    "outside",
+    "read_at",
+    "spool_room",
+    "write_at",
+]

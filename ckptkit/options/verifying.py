@@ -1,0 +1,149 @@
+"""What ``verify`` and ``diff`` can be asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, shapes, text, texts, within
+from ckptkit.errors import VerifyError
+from ckptkit.options.rewriting import ConvertOptions, allow_part_option, progress_option, section_option, tag_option
+
+__all__ = ["DiffOptions", "VerifyOptions"]
+
+
+class VerifyOptions(Options):
+    """What `ckptkit.verify` can be asked for, in the order of ``ckptkit verify --help``."""
+
+    command = "verify"
+
+    model: Option[Any] = Option(
+        "text",
+        None,
+        "torchvision:NAME, package.module:factory or path/to/file.py:factory.",
+        '``"torchvision:resnet18"``, ``"package.module:factory"``, ``"path/to/file.py:factory"``, or an ``nn.Module`` '
+        "or callable; may be left out where ``golden`` names it, or the architecture is known by its names and shapes",
+        "REF",
+    )
+    model_args = pairs(
+        "--model-arg",
+        "Argument of the factory; repeatable.",
+        "keyword arguments of the factory; strings are read as Python literals",
+    )
+    device = Option(
+        "device",
+        "auto",
+        "cpu, cuda, cuda:N, mps or auto; cpu,cuda runs both and compares.",
+        '``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; ``"cpu,cuda"`` runs both and compares',
+        "DEV",
+        shows_default=True,
+    )
+    dtype = dtype("Run the forward pass in this dtype, such as bfloat16.", "torch name to run the forward pass in")
+    input_shapes: Option[tuple[tuple[int, ...], ...]] = Option(
+        "shapes",
+        (),
+        "Shape of an input; repeatable.",
+        "one shape for each input; default from the reference where it is known",
+        "N,C,H,W",
+        switch="--input-shape",
+        taken=lambda given: shapes("--input-shape", given),
+    )
+    input = path(
+        "FILE",
+        "The inputs' values, in any container: 0, 1, … or by keyword.",
+        "a file, in any container, with the inputs' values: by position (``0``, ``1``) or by keyword",
+    )
+    seed = Option(
+        "integer", 0, "Seed of the input.", "of the input, and of whatever the factory draws", shows_default=True
+    )
+    section = section_option("verify")
+    tag = tag_option("``path`` is a training folder; see `open`")
+    tp_rules = ConvertOptions.tp_rules
+    strip_module = flag("Take off wrapper prefixes first, as convert does.", "take off wrapper prefixes first")
+    allow_missing = texts(
+        "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
+    )
+    allow_unexpected = texts(
+        "GLOB", "Names that may be left over; repeatable.", "glob patterns of names that may be left over"
+    )
+    allow_part = allow_part_option("a file")
+    against = path(
+        "OTHER",
+        "Another checkpoint of the same model: outputs must agree.",
+        "another checkpoint of the same model, in any container and with any wrapper prefix, whose outputs must agree",
+    )
+    golden = path(
+        "FILE",
+        "Outputs recorded earlier: these must agree; names the model too.",
+        "a file of outputs recorded earlier, which these must agree with",
+    )
+    write_golden = path("FILE", "Record the outputs, for --golden.", "a file to record these in")
+    atol = within(
+        "--atol",
+        "Absolute difference allowed; default: the noise measured.",
+        "how far outputs may be apart, whatever their size; default: several times the noise that is measured",
+    )
+    rtol = within(
+        "--rtol",
+        "The same as a share of the largest output; default by dtype.",
+        "the same, as a share of their largest magnitude; what it allows is added",
+    )
+    force = flag("Let --write-golden replace a file.", "whether ``write_golden`` may replace a file")
+    forward = flag("Check names, shapes and loading only.", "whether to run the forward pass", default=True)
+    unsafe_load = flag(
+        "Run the pickled model itself: RUNS CODE OF THE FILE. Never with --model.",
+        "run the pickled model itself in place of a reference: **runs code of the file**, after printing on stderr "
+        "what it imports.  A hostile file is refused",
+    )
+    ignore_checksums = ConvertOptions.ignore_checksums
+
+    def _check(self) -> None:
+        if self.input is not None and self.input_shapes:
+            raise VerifyError("--input and --input-shape: the inputs are read from a file, or made; give one of them")
+        if not self.forward:
+            needing = ("against", "golden", "write_golden")
+            useless = [self.declared[name].typed for name in needing if getattr(self, name) is not None]
+            if useless:
+                raise VerifyError(f"{', '.join(useless)}: with --no-forward nothing is computed; leave one of them out")
+        if self.unsafe_load and self.model is not None:
+            raise VerifyError(
+                "--model and --unsafe-load: a reference model is run, or the pickled one; give one of them"
+            )
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise VerifyError(f"--seed {self.seed:.6g}: torch takes whole numbers from -2**63 to 2**64 - 1")
+
+
+class DiffOptions(Options):
+    """What `ckptkit.diff` can be asked for, in the order of ``ckptkit diff --help``."""
+
+    command = "diff"
+
+    section = text(
+        "NAME",
+        "The weights to compare, in both; nothing beside them is.",
+        "path of the weights to compare, in both; what stands beside named weights is not compared",
+    )
+    section_a = text("NAME", "The weights of A.", "the same of ``a`` alone")
+    section_b = text("NAME", "The weights of B.", "the same of ``b`` alone")
+    tag = tag_option("``a`` or ``b``, or each, is a training folder")
+    tp_rules = ConvertOptions.tp_rules
+    tag_a = text("NAME", "The step of A.", "the same of ``a`` alone")
+    tag_b = text("NAME", "The step of B.", "the same of ``b`` alone")
+    strip_module = flag("Take wrapper prefixes off the names of both first.", "take off wrapper prefixes of both first")
+    atol = within(
+        "--atol",
+        "Differences up to this count as unchanged.",
+        "how far elements may be apart and count as unchanged; without both, bits decide",
+    )
+    rtol = within(
+        "--rtol",
+        "The same as a share of the larger magnitude.",
+        "the same as a share of the larger magnitude of the two; what it allows is added",
+    )
+    allow_part = allow_part_option("either")
+    strict = flag(
+        "Everything in the files counts for the exit code, not the tensors alone.",
+        "whether metadata, ties, parts that one file alone has, and every value in the files' trees count for "
+        "`Difference.ok`",
+    )
+    progress = progress_option("called with the bytes gone through so far, and those to go through in all")
+    ignore_checksums = ConvertOptions.ignore_checksums
