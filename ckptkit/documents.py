@@ -346,10 +346,12 @@ class CheckDetails(_CheckDetails, total=False):
         passed_over: how many files of each kind were met that are not checkpoints.
         files: by path.
         manifest, config: the files that say what must be.
+        part: the share of the files that this is, where it is one: ``"2/8"``.
     """
 
     manifest: str | None
     config: str | None
+    part: str
 
 
 class CheckDocument(CheckDetails):

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError, VerifyError
 
@@ -40,7 +40,7 @@ class Share:
     count: int
 
     @classmethod
-    def of(cls, text: str) -> Share:
+    def of(cls, text: Any) -> Share:
         """The share that is written ``"2/8"``.
 
         Raises:
