@@ -45,6 +45,7 @@ from ckptkit.released.selection import Selected, Selection, name_of, select
 from ckptkit.report import SCHEMA_VERSION, Report
 
 if TYPE_CHECKING:
+    from ckptkit.fleet import Outcome
     from ckptkit.released.document import CheckHead
 
 __all__ = ["Run", "check"]
@@ -202,8 +203,8 @@ def _nbytes(task: Task) -> int:
     return task.nbytes
 
 
-def _lost(task: Task, problem: str, told: str) -> tuple[FileResult, None]:
-    return lost_result(task.path, problem, told), None
+def _lost(task: Task, outcome: Outcome[Any]) -> tuple[FileResult, None]:
+    return lost_result(task.path, outcome.problem or "failed", outcome.text), None
 
 
 def _depending(tasks: Iterable[Task]) -> list[Task]:

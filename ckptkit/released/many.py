@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from ckptkit.errors import VerifyError
 from ckptkit.transfer.workers import MANY_NBYTES, each_file
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from ckptkit.fleet import Outcome
 
 __all__ = ["Workers", "side_by_side"]
 
@@ -31,10 +34,6 @@ _MANY = 250
 
 _TOGETHER = 64
 """Files that share the threads of one process before the next are begun, so that results come while others are read."""
-
-
-_LONGEST_SECONDS = 1e7
-"""Longer than any wait that threads can be told of (``threading.TIMEOUT_MAX``) on every system."""
 
 
 class Work(Protocol[T_contra, R_co]):
@@ -54,7 +53,7 @@ class Workers:
         seconds: the time that one file may take; ``None``: any.
 
     Raises:
-        VerifyError: a value that cannot be, or two that do not go together.
+        CkptkitError: a value that cannot be, or two that do not go together.
     """
 
     jobs: int | None = None
@@ -62,16 +61,10 @@ class Workers:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        jobs: Any = self.jobs
-        seconds: Any = self.seconds
-        if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
-            raise VerifyError(f"--jobs {jobs!r:.40}: expected a whole number of at least 1")
-        if self.jobs is not None and self.executor is not None:
-            raise VerifyError("jobs and executor both say who works; give one of them")
-        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
-            raise VerifyError(f"executor is {type(self.executor).__name__}; expected a concurrent.futures.Executor")
-        if seconds is not None and not (isinstance(seconds, (int, float)) and 0 < seconds < _LONGEST_SECONDS):
-            raise VerifyError(f"--timeout {seconds!r:.40}: expected a number of seconds above 0")
+        if (self.jobs, self.executor, self.seconds) != (None, None, None):
+            from ckptkit.fleet import each  # says what is wrong with them
+
+            each((), len, jobs=self.jobs, executor=self.executor, seconds=self.seconds)
 
     def are_others(self, count: int) -> bool:
         """Whether so many files are dealt with by others than this process."""
@@ -79,7 +72,9 @@ class Workers:
             return count > 0
         if self.jobs is not None:
             return self.jobs > 1 and count > 1
-        return count >= _MANY
+        from ckptkit.fleet import cores
+
+        return count >= _MANY and cores() > 1
 
 
 def side_by_side(
@@ -88,7 +83,7 @@ def side_by_side(
     *,
     workers: Workers,
     nbytes: Callable[[T], int],
-    lost: Callable[[T, str, str], R],
+    lost: Callable[[T, Outcome[R]], R],
 ) -> Iterator[R]:
     """What the work makes of each task, in their order, as it comes.
 
@@ -97,15 +92,14 @@ def side_by_side(
         work: what is done with each.
         workers: who does it.
         nbytes: how much a task has to read.
-        lost: makes the result of a task that others could not complete: called with it, the problem (``"died"``,
-            ``"timed-out"``, ``"version"`` or ``"failed"``) and what is known of it.
+        lost: makes the result of a task that others could not complete, of what is known of it.
     """
     if workers.are_others(len(tasks)):
-        from ckptkit.fleet.engine import each
+        from ckptkit.fleet import each
 
-        asked = {"jobs": workers.jobs, "executor": workers.executor, "seconds": workers.seconds}
-        for task, outcome in each(tasks, work, **asked):
-            yield outcome.value if outcome.problem is None else lost(task, outcome.problem, outcome.text)
+        jobs, executor, seconds = workers.jobs, workers.executor, workers.seconds
+        for task, outcome in each(tasks, work, jobs=jobs, executor=executor, seconds=seconds, worth=1):
+            yield lost(task, outcome) if outcome.problem is not None else outcome.result()
         return
     for start in range(0, len(tasks), _TOGETHER):
         some = tasks[start : start + _TOGETHER]
