@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.arguments import documented, several, unexpected
 from ckptkit.bytesource import Readable
-from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
+from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save, weights_of  # noqa: A004
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.formats import require_sound
 from ckptkit.normalize.parts import require_whole
@@ -35,6 +35,7 @@ from ckptkit.report import Report
 
 if TYPE_CHECKING:
     from collections import OrderedDict
+    from concurrent.futures import Executor
 
     from typing_extensions import Unpack
 
@@ -330,6 +331,8 @@ def manifest(
     update: bool = False,
     force: bool = False,
     ignore_checksums: bool = False,
+    jobs: int | None = None,
+    executor: Executor | None = None,
 ) -> Manifest:
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
@@ -348,6 +351,8 @@ def manifest(
         update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
         force: whether to replace an existing manifest as a whole.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        jobs: how many processes share very many files; see `check`.
+        executor: what does the work in their place; see there.
 
     Returns:
         The manifest; its ``changes`` say what was added, changed, removed and kept.
@@ -358,6 +363,7 @@ def manifest(
         FormatError: a file is not a checkpoint, or the manifest to update is none.
     """
     from ckptkit.released.manifest_maker import make_at
+    from ckptkit.released.many import Workers
 
     return make_at(
         [os.fsdecode(path) for path in several(paths)],
@@ -370,6 +376,7 @@ def manifest(
         update=update,
         force=force,
         ignore_checksums=ignore_checksums,
+        workers=Workers(jobs=jobs, executor=executor),
     )
 
 
@@ -393,7 +400,7 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
     asked = VerifyOptions(**options)
     section = asked.section
     with contextlib.ExitStack() as stack:
-        weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
+        weights = partial(weights_of, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
         file = stack.enter_context(weights(path, "to verify", section=section, tag=asked.tag, tp_rules=asked.tp_rules))
         other = None
         if asked.against is not None:
@@ -409,25 +416,6 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
         return run(subject.checkpoint, asked, file=file._file, against=against)
 
 
-@contextlib.contextmanager
-def _weights(
-    path: Readable,
-    purpose: str,
-    *,
-    section: str | None,
-    tag: str | None = None,
-    tp_rules: PathLike | None = None,
-    allow_part: bool,
-    ignore_checksums: bool,
-) -> Iterator[CheckpointFile]:
-    """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
-    with open(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
-        require_whole(file.checkpoint, allow_part=allow_part)
-        require_state_dict(file.checkpoint, purpose)
-        require_sound(file._file, file.checkpoint, held=not ignore_checksums)
-        yield file
-
-
 def check(
     paths: PathLike | Sequence[PathLike] = (),
     *,
@@ -435,6 +423,10 @@ def check(
     config: PathLike | None = None,
     tag: str | None = None,
     skip_others: bool = False,
+    part: str | None = None,
+    jobs: int | None = None,
+    executor: Executor | None = None,
+    timeout: float | None = None,
     **policy: Unpack[PolicyKeywords],
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
@@ -465,6 +457,10 @@ def check(
         input_shapes: of the forward pass; default from the reference where it is known.
         skip_others: whether files that are named and no checkpoint are passed over, as those in folders are; that
             none is left is well.
+        part: the share of the files to look at, ``"2/8"``: all eight together are all files, each once.
+        jobs: how many processes share very many files; default: as many as there are cores.
+        executor: any `concurrent.futures.Executor` in their place, whose workers have the same files and ckptkit.
+        timeout: seconds that one file may take.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
 
     Returns:
@@ -474,19 +470,24 @@ def check(
 
     Raises:
         VerifyError: a policy has a value that it cannot have, or there is nothing to check.
+        CkptkitError: ``jobs``, ``executor`` or ``timeout`` cannot be, or two of them do not go together.
         FormatError, FileAccessError: manifest or configuration cannot be read.
         MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
     """
     from ckptkit.released import check as run
+    from ckptkit.released.many import Workers
     from ckptkit.released.policy import POLICY_FIELDS
 
     for name in policy:
         if name not in POLICY_FIELDS:
-            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "tag", "skip_others"))
+            own = ("manifest", "config", "tag", "skip_others", "part", "jobs", "executor", "timeout")
+            raise unexpected("check", name, (*POLICY_FIELDS, *own))
     return run(
         [os.fsdecode(path) for path in several(paths)],
         tag=tag,
         skip_others=skip_others,
+        part=part,
+        workers=Workers(jobs=jobs, executor=executor, seconds=timeout),
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
         typed={name: value for name, value in policy.items() if value is not None},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptkit import formats
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ckptkit.transfer.memory import Storages
     from ckptkit.transfer.workers import Progress
 
-__all__ = ["CheckpointFile", "PathLike", "Rewriter", "open", "save"]
+__all__ = ["CheckpointFile", "PathLike", "Rewriter", "open", "save", "weights_of"]
 
 Rewriter = Callable[[Checkpoint], Checkpoint]
 """Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
@@ -288,6 +289,25 @@ def open(  # noqa: A001 - the name users expect
     return CheckpointFile(
         *formats.read(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
     )
+
+
+@contextmanager
+def weights_of(
+    path: Readable,
+    purpose: str,
+    *,
+    section: str | None,
+    tag: str | None = None,
+    tp_rules: PathLike | None = None,
+    allow_part: bool,
+    ignore_checksums: bool,
+) -> Iterator[CheckpointFile]:
+    """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
+    with open(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
+        require_whole(file.checkpoint, allow_part=allow_part)
+        require_state_dict(file.checkpoint, purpose)
+        formats.require_sound(file._file, file.checkpoint, held=not ignore_checksums)
+        yield file
 
 
 def save(

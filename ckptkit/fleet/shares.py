@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import sys
@@ -12,9 +11,10 @@ from typing import Any, BinaryIO
 
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError, VerifyError
 
-__all__ = ["Share", "paths_from"]
+__all__ = ["STDIN", "Share", "paths_from"]
 
 STDIN = "-"
+"""What stands for standard input among paths."""
 
 _HEAD_NBYTES = 8192
 """Twice the longest path of Linux (``PATH_MAX``): a list whose names end in NUL has one among them."""
@@ -57,6 +57,8 @@ class Share:
 
     def holds(self, path: str) -> bool:
         """Whether a path is in this share."""
+        import hashlib  # with it, commands that have no shares would start later
+
         data = path.replace(os.sep, "/").encode("utf-8", "surrogateescape" if os.name != "nt" else "surrogatepass")
         digest = hashlib.blake2b(data, digest_size=8).digest()
         return int.from_bytes(digest, "big") % self.count == self.index - 1

@@ -29,13 +29,14 @@ from ckptkit.fleet.shares import Share
 from ckptkit.formats.folder import PICKLE
 from ckptkit.released.config import Config, read_config
 from ckptkit.released.file_check import Task, held, stamp_of, with_model
-from ckptkit.released.lines import Earlier, digest_of, digest_of_policy
+from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.many import Workers, side_by_side
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import (
     CheckReport,
     FileResult,
+    Tally,
     lost_result,
     missing_result,
     nothing_selected,
@@ -46,7 +47,7 @@ from ckptkit.report import SCHEMA_VERSION, Report
 
 if TYPE_CHECKING:
     from ckptkit.fleet import Outcome
-    from ckptkit.released.document import CheckHead
+    from ckptkit.released.document import CheckEnd, CheckHead
 
 __all__ = ["Run", "check"]
 
@@ -174,10 +175,9 @@ class Run:
         """How many files of each kind were met that are not checkpoints; known once all results have come."""
         return dict(+self._passed)
 
-    @property
-    def may_be_empty(self) -> bool:
-        """Whether it is well that there is no checkpoint among all files, of which this may be a share."""
-        return self._may_be_empty
+    def end(self, tally: Tally) -> CheckEnd:
+        """What all results came to, as the last line of JSON Lines has it."""
+        return end_of(tally, self.passed_over, may_be_empty=self._may_be_empty, part=self.part)
 
     def report(self, results: Iterable[FileResult]) -> CheckReport:
         """The report on its results."""

@@ -25,6 +25,7 @@ from ckptkit.formats import STDIN
 from ckptkit.released.file_check import Task, stamp_of
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import FileResult, Tally
+from ckptkit.report import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from ckptkit.documents import CheckDocument, CheckFindingDocument
@@ -116,12 +117,14 @@ class Stream:
     Attributes:
         file: the file.
         head: its first line; ``None``: it is a JSON document, which does not say as much.
+        part: the share of the files that it is of; ``None``: all.
         results: those that can be read.
         end: its last line; ``None``: it was cut short.
     """
 
     file: str
     head: CheckHead | None = None
+    part: str | None = None
     results: list[FileResult] = field(default_factory=list)
     end: CheckEnd | None = None
 
@@ -154,7 +157,7 @@ def read_streams(file: str) -> Iterator[Stream]:
             if "run" in line and "ckptkit" in line:
                 if found is not None:
                     yield found
-                found = Stream(file=file, head=cast("CheckHead", line))
+                found = _begun(cast("CheckHead", line), file)
             elif found is None:
                 continue
             elif "verdict" in line:
@@ -166,9 +169,17 @@ def read_streams(file: str) -> Iterator[Stream]:
         yield found
 
 
+def _begun(head: CheckHead, file: str) -> Stream:
+    """A run, by its first line."""
+    texts: list[Any] = [head.get(name) for name in ("run", "started", "ckptkit", "policy")]
+    if head.get("schema_version") != SCHEMA_VERSION or not all(isinstance(text, str) for text in texts):
+        raise FormatError("was not written by a ckptkit that this one understands; report it with that", path=file)
+    return Stream(file=file, head=head, part=head["part"])
+
+
 def _stream_of(document: CheckDocument, file: str) -> Stream:
     """A JSON document as a run."""
-    stream = Stream(file=file)
+    stream = Stream(file=file, part=document.get("part"))
     if "error" in document:
         return stream
     findings: dict[str, list[CheckFindingDocument]] = {}
@@ -180,10 +191,9 @@ def _stream_of(document: CheckDocument, file: str) -> Stream:
             result = FileResult.from_dict(each, findings.pop(each["path"], []))
             stream.results.append(result)
             tally.add(result)
-        may_be_empty = document["ok"] and not document["files"] and document.get("part") is None
+        may_be_empty = document["ok"] and not document["files"] and stream.part is None
         if not findings:
-            part = document.get("part")
-            stream.end = end_of(tally, document["passed_over"], may_be_empty=may_be_empty, part=part)
+            stream.end = end_of(tally, document["passed_over"], may_be_empty=may_be_empty, part=stream.part)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"is not a document of ckptkit check: {error}", path=file) from None
     return stream
