@@ -363,7 +363,7 @@ def manifest(
         FormatError: a file is not a checkpoint, or the manifest to update is none.
     """
     from ckptkit.released.manifest_maker import make_at
-    from ckptkit.released.many import Workers
+    from ckptkit.transfer.many import Workers
 
     return make_at(
         [os.fsdecode(path) for path in several(paths)],
@@ -475,8 +475,8 @@ def check(
         MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
     """
     from ckptkit.released import check as run
-    from ckptkit.released.many import Workers
     from ckptkit.released.policy import POLICY_FIELDS
+    from ckptkit.transfer.many import Workers
 
     for name in policy:
         if name not in POLICY_FIELDS:

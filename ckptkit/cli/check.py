@@ -22,10 +22,10 @@ from ckptkit.formats.folder import passed_over_text
 from ckptkit.released import Run
 from ckptkit.released.config import find_config
 from ckptkit.released.lines import line_of, text_of
-from ckptkit.released.many import Workers
 from ckptkit.released.policy import CONTAINERS
 from ckptkit.released.results import Tally, exit_code_of, verdict_of
 from ckptkit.report import human_size, printable
+from ckptkit.transfer.many import Workers
 
 if TYPE_CHECKING:
     from ckptkit.documents import CheckDocument, CheckedFile, CheckFindingDocument

@@ -2,8 +2,8 @@
 
 A check goes one way: paths stand for files (`selection`), each file is opened and read once (`examine`, `reading`), and
 held against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
-`policy_rules`, as `config` has it), which `file_check` does, here or in other processes (`many`); what came of them all
-is a report (`results`).  `Run` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the
+`policy_rules`, as `config` has it), which `file_check` does, here or in other processes; what came of them all is a
+report (`results`).  `Run` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the
 record.  What came of each file can be kept (`lines`), taken over by another run, and put together (`merging`).
 
 A file whose bytes are the manifest's needs no more than its hash.  Of one whose are not, the tensors are digested, so
@@ -31,7 +31,6 @@ from ckptkit.released.config import Config, read_config
 from ckptkit.released.file_check import Task, held, stamp_of, with_model
 from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
-from ckptkit.released.many import Workers, side_by_side
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import (
     CheckReport,
@@ -44,6 +43,7 @@ from ckptkit.released.results import (
 )
 from ckptkit.released.selection import Selected, Selection, name_of, select
 from ckptkit.report import SCHEMA_VERSION, Report
+from ckptkit.transfer.many import Workers, side_by_side
 
 if TYPE_CHECKING:
     from ckptkit.fleet import Outcome

@@ -34,10 +34,10 @@ from ckptkit.released.manifest_file import (
     read_manifest,
 )
 from ckptkit.released.manifest_rules import is_same_file
-from ckptkit.released.many import Workers, side_by_side
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.selection import Selected, name_of, select, size_of, step_of
 from ckptkit.report import count_of
+from ckptkit.transfer.many import Workers, side_by_side
 from ckptkit.transfer.writing import write_atomically
 
 if TYPE_CHECKING:
