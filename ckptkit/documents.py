@@ -23,8 +23,8 @@ from ckptkit.report import FindingDocument, Severity
 __all__ = [
     "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
     "ConvertDocument", "ErrorDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile",
-    "ManifestOptions", "OutputDocument", "PlanDocument", "StepsDocument", "TimedDocument", "VerifyCheckDocument",
-    "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
+    "ManifestOptions", "OutputDocument", "PlanDocument", "ReportDocument", "StepsDocument", "TimedDocument",
+    "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
 ]  # fmt: skip
 
 _From = TypedDict("_From", {"from": str})
@@ -365,6 +365,10 @@ class CheckDocument(CheckDetails):
     schema_version: int
     ok: bool
     findings: list[CheckFindingDocument]
+
+
+class ReportDocument(CheckDocument):
+    """What ``ckptkit report`` tells: what one check would have told of all files that the runs were about."""
 
 
 # ckptkit manifest

@@ -1,4 +1,9 @@
-"""``ckptkit report FILES...``: several runs of a check as one, with one verdict, in any output that a check has."""
+"""``ckptkit report FILES...``: several runs of a check as one, with one verdict, in any output that a check has.
+
+The runs are JSON Lines (`ckptkit.released.lines`), of which a file may hold several, and JSON documents.  What counts
+where they do not agree, and what is said where one is missing, is in `ckptkit.released.merging`.  What is written as
+JSON Lines here is a run like any other, and can be put together with more.
+"""
 
 from __future__ import annotations
 
