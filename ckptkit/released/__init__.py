@@ -95,38 +95,40 @@ class Run:
     ) -> None:
         Policy(**typed)
         self._share = None if part is None else Share.of(part)
-        configured = replace(Config() if config is None else read_config(config), typed=typed)
-        manifest = configured.manifest if manifest is None else manifest
-        paths = paths if is_listed else paths or configured.paths
+        self._config = replace(Config() if config is None else read_config(config), typed=typed)
+        self._manifest = manifest = self._config.manifest if manifest is None else manifest
+        paths = paths if is_listed else paths or self._config.paths
         if not paths and manifest is None and not is_listed:
             raise VerifyError("nothing to check: name files or folders, or a manifest with --manifest FILE")
         # Paths are told as the manifest's own was given, not from the root of the disk.
-        released = None if manifest is None else replace(read_manifest(manifest), folder=os.path.dirname(manifest))
-        if configured.needs_model:
+        folder = os.path.dirname(manifest) if manifest is not None else ""
+        self._released = None if manifest is None else replace(read_manifest(manifest), folder=folder)
+        if self._config.needs_model:
             require_torch()
         self._started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
         self._workers, self._verify = workers, verify
         self._earlier = None if resume is None else Earlier(resume)
-        self._config, self._manifest = configured, manifest
+        selection = _selected(paths, self._released, self._config, manifest, tag, skip_others, is_listed)
+        tasks = _tasks(selection, paths if paths or is_listed else None, self._released, self._config)
+        self._may_skip = skip_others
+        self._divide(selection, tasks, [*paths])
+        if is_resumable or self._earlier is not None:
+            self._others, self._tasks = _depending(self._others), _depending(self._tasks)
 
+    def _divide(self, selection: Selection, tasks: list[Task], paths: list[str]) -> None:
+        """Keep of what was selected what is in the share, by what becomes of it."""
         is_meant = (lambda path: True) if self._share is None else self._share.holds
-        selection = _selected(paths, released, configured, manifest, tag, skip_others, is_listed)
-        tasks = _tasks(selection, paths if paths or is_listed else None, released, configured)
-        results = _told_unopened(selection, tasks, released)
-        self._is_nothing = not (results or (paths and selection.empty) or any(task.other is None for task in tasks))
-        self._may_be_empty = skip_others and not selection.empty
-        self._told = [result for result in results if is_meant(result.path)]
+        told = _told_unopened(selection, tasks, self._released)
         # Of the manifest's own folders it is told what is missing.
-        self._empty = [each for each in selection.empty if is_meant(each[0])] if paths else []
+        empty = selection.empty if paths else ()
+        self._is_nothing = not (told or empty or any(task.other is None for task in tasks))
+        self._may_be_empty = self._may_skip and not selection.empty
+        self._told = [result for result in told if is_meant(result.path)]
+        self._empty = [each for each in empty if is_meant(each[0])]
         self._passed = Counter(kind for path, kind in selection.passed.items() if is_meant(_tidy(path)))
         tasks = [task for task in tasks if not task.is_missing and is_meant(task.path)]
-        if is_resumable or self._earlier is not None:
-            tasks = _depending(tasks)
         self._others = [task for task in tasks if task.other is not None]
         self._tasks = sorted((task for task in tasks if task.other is None), key=lambda task: task.path)
-        self._where = "" if released is None else released.folder
-        self._released = released
-        self._may_skip = skip_others
 
     @property
     def part(self) -> str | None:
@@ -166,7 +168,8 @@ class Run:
         told += _told_empty(self._empty, [result.path for _, result in others])
         taken = () if self._earlier is None else self._earlier.results(kept)
         if self._is_nothing and not self._may_skip and not told:
-            told = [nothing_selected(self._where, "no file to check was found")]
+            where = "" if self._released is None else self._released.folder
+            told = [nothing_selected(where, "no file to check was found")]
         told.sort(key=lambda result: result.path)
         yield from merge(told, (result for _, result in opened), taken, key=lambda result: result.path)
 

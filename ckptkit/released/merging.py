@@ -42,21 +42,9 @@ def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
     """
     if not files:
         raise VerifyError("nothing to report on: name files that ckptkit check --json-lines or --json wrote")
-    runs: dict[object, list[Stream]] = {}
-    for number, file in enumerate(dict.fromkeys(files)):
-        for stream in read_streams(file):
-            key = number if stream.head is None else (stream.head["run"], stream.head["part"])
-            runs.setdefault(key, []).append(stream)
-    for streams in runs.values():
-        streams.sort(key=lambda stream: stream.head["started"] if stream.head else "")
-    last = [streams[-1] for streams in runs.values()]
-
-    results: dict[str, FileResult] = {}
-    for streams in runs.values():
-        latest = {result.path: result for stream in streams for result in stream.results}
-        for path, result in latest.items():
-            known = results.get(path)
-            results[path] = result if known is None or _gravity(result) > _gravity(known) else known
+    runs = _runs_in(files)
+    last = [streams[-1] for streams in runs]
+    results = _worst(runs)
     told = [*map(_incomplete, (run for run in last if not run.is_complete)), *_missing(last), *_differing(last)]
     passed_over = Counter[str]()
     for run in last:
@@ -85,6 +73,27 @@ def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
         "started": started,
     }
     return replace(report, details={**report.details, "manifest": manifest, "config": config}), head
+
+
+def _runs_in(files: Sequence[str]) -> list[list[Stream]]:
+    """Each run, in the order in which it was resumed."""
+    runs: dict[object, list[Stream]] = {}
+    for number, file in enumerate(dict.fromkeys(files)):
+        for stream in read_streams(file):
+            key = number if stream.head is None else (stream.head["run"], stream.head["part"])
+            runs.setdefault(key, []).append(stream)
+    return [sorted(streams, key=lambda run: run.head["started"] if run.head else "") for streams in runs.values()]
+
+
+def _worst(runs: Sequence[Sequence[Stream]]) -> dict[str, FileResult]:
+    """The result of each file: of those of one run the latest, of those of several the worst."""
+    results: dict[str, FileResult] = {}
+    for streams in runs:
+        latest = {result.path: result for stream in streams for result in stream.results}
+        for path, result in latest.items():
+            known = results.get(path)
+            results[path] = result if known is None or _gravity(result) > _gravity(known) else known
+    return results
 
 
 def _gravity(result: FileResult) -> tuple[bool, bool, bool]:
