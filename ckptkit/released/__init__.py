@@ -111,11 +111,9 @@ class Run:
         selection = _selected(paths, self._released, self._config, manifest, tag, skip_others, is_listed)
         tasks = _tasks(selection, paths if paths or is_listed else None, self._released, self._config)
         self._may_skip = skip_others
-        self._divide(selection, tasks, [*paths])
-        if is_resumable or self._earlier is not None:
-            self._others, self._tasks = _depending(self._others), _depending(self._tasks)
+        self._divide(selection, tasks, [*paths], is_resumable or self._earlier is not None)
 
-    def _divide(self, selection: Selection, tasks: list[Task], paths: list[str]) -> None:
+    def _divide(self, selection: Selection, tasks: list[Task], paths: list[str], is_kept: bool) -> None:
         """Keep of what was selected what is in the share, by what becomes of it."""
         is_meant = (lambda path: True) if self._share is None else self._share.holds
         told = _told_unopened(selection, tasks, self._released)
@@ -127,6 +125,7 @@ class Run:
         self._empty = [each for each in empty if is_meant(each[0])]
         self._passed = Counter(kind for path, kind in selection.passed.items() if is_meant(_tidy(path)))
         tasks = [task for task in tasks if not task.is_missing and is_meant(task.path)]
+        tasks = _depending(tasks) if is_kept else tasks
         self._others = [task for task in tasks if task.other is not None]
         self._tasks = sorted((task for task in tasks if task.other is None), key=lambda task: task.path)
 
