@@ -96,7 +96,7 @@ class Source:
 
     @property
     def folder(self) -> str | None:
-        """The local folder it lies in, all of whose files can be looked at; ``None``: those whose names are known."""
+        """The folder it lies in, all of whose files can be looked at; ``None``: those whose names are known."""
         return None
 
     def fileno(self) -> int | None:

@@ -24,6 +24,7 @@ class _ReadKeywords(TypedDict, total=False):
     tp_rules: str | os.PathLike[str] | None
     allow_part: bool
     ignore_checksums: bool
+    storage_options: Mapping[str, Any] | None
 
 
 class _RewriteKeywords(_ReadKeywords, total=False):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.arguments import Option, Options, count, dtype, flag, pairs, path, several, text, texts
 from ckptkit.errors import RewriteError
+from ckptkit.options import storage
 
 if TYPE_CHECKING:
     from ckptkit.rewrite.like import Like
@@ -179,6 +180,7 @@ class ConvertOptions(Options):
         "Accept bytes that recorded checksums show to be others.",
         "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
     )
+    storage_options = storage.storage_options
 
     def _check(self) -> None:
         metadata: Mapping[Any, Any] = self.metadata
@@ -241,6 +243,7 @@ class LoadOptions(Options):
     )
     allow_part = allow_part_option("the file")
     ignore_checksums = ConvertOptions.ignore_checksums
+    storage_options = storage.storage_options
 
     def __init__(self, **given: Any) -> None:
         device = given.pop("device", None)
@@ -254,7 +257,8 @@ class LoadOptions(Options):
     def conversion(self) -> ConvertOptions | None:
         """What is to be done to the weights, as `ckptkit.convert` is told; ``None``: nothing."""
         shared = {name for name, option in self.declared.items() if ConvertOptions.declared.get(name) is option}
-        given = {name: vars(self)[name] for name in shared - {"section", "tag", "tp_rules", "ignore_checksums"}}
+        of_reading = {"section", "tag", "tp_rules", "ignore_checksums", "storage_options"}
+        given = {name: vars(self)[name] for name in shared - of_reading}
         if all(value == self.declared[name].default for name, value in given.items()):
             return None
         return ConvertOptions(weights_only=True, section=self.section, **given)

@@ -150,6 +150,11 @@ class RemoteSource(Source):
         """As `Source.stamp`."""
         return self.store.stamp(self.far)
 
+    @property
+    def folder(self) -> str | None:
+        """As `Source.folder`: a URL, where the server lists what lies below it."""
+        return self.far.url.rpartition("/")[0] if self.store.has_listings else None
+
     def sibling(self, name: str) -> RemoteSource:
         """As `Source.sibling`."""
         return RemoteSource(self.store, self.store.beside(self.far.url, name))

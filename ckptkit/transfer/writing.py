@@ -18,6 +18,7 @@ from functools import partial
 
 from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
+from ckptkit.places import require_local
 from ckptkit.plan import Digest, IndexFile, Plan
 from ckptkit.transfer.folders import OutputFolder, created_folder, folder_made
 from ckptkit.transfer.names import (
@@ -82,10 +83,11 @@ def write_atomically(
 
     Raises:
         DestinationExistsError: it exists and ``force`` is false; checked again at the very end.
-        FileAccessError: it cannot be written; nothing is left behind.
+        FileAccessError: it cannot be written, or is a URL; nothing is left behind.
         CorruptError: a source changed while it was read.
     """
     shown = os.fsdecode(destination)
+    require_local(shown)
     wanted = _places(plan, shown, force=force)
     path = wanted[-1][1]
     folder = os.path.dirname(path)
