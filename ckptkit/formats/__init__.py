@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
-from ckptkit.errors import FileAccessError, FormatError, RewriteError, SectionError
+from ckptkit.errors import FileAccessError, FormatError, MissingFileError, RewriteError, SectionError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe, is_folder
 from ckptkit.formats.shards import may_tell_a_part
@@ -250,7 +250,15 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         from ckptkit.remote import is_url, source_at
 
         if is_url(name):
-            return source_at(name)
+            try:
+                return source_at(name)
+            except MissingFileError:
+                from ckptkit.formats.inside import member_at
+
+                inner = member_at(name, DEFAULT_LIMITS)
+                if inner is None:
+                    raise
+                return inner
     if (unpacked := unpacked_source(name)) is not None:
         return unpacked
     if os.path.isdir(path):
