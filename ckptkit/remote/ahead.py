@@ -15,6 +15,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 __all__ = ["GAP_NBYTES", "MOST_NBYTES", "Passing", "ReadAhead"]
 
@@ -67,9 +68,11 @@ _changed = threading.Condition()
 
 
 class _Room:
-    """The memory that all share."""
+    """The memory that all share: bytes that are held or under way, bytes that readers had so far, and who reads."""
 
     nbytes = 0
+    had = 0
+    readers: ClassVar[list[ReadAhead]] = []
 
 
 class ReadAhead:
@@ -95,6 +98,8 @@ class ReadAhead:
         self._starts = [block.start for block in self._lying]
         self._at = -1
         """The last turn that was read."""
+        self._had = 0
+        """What all readers had had when one was here last."""
         self._next = 0
         self._here: list[_Block] = []
         self._threads: list[threading.Thread] | None = None
@@ -122,6 +127,8 @@ class ReadAhead:
             if is_ours:
                 self._begin(block)
             self._advance(block.turn)
+            _Room.had += nbytes
+            self._had = _Room.had
         if is_ours:
             self._bring(block)
         with _changed:
@@ -148,6 +155,7 @@ class ReadAhead:
             self._drop(block)
         if self._threads is None:
             self._threads = []
+            _Room.readers.append(self)
             for _ in range(min(_FETCHERS, len(self._blocks) - 1)):
                 thread = threading.Thread(target=self._fetch, name="ckptkit-ahead", daemon=True)
                 self._threads.append(thread)
@@ -207,12 +215,20 @@ class ReadAhead:
     def _has_room(self, block: _Block) -> bool:
         nbytes = block.end - block.start
         beyond = block.before + nbytes - self._blocks[self._at].before
-        return beyond <= _AHEAD_NBYTES and _Room.nbytes + nbytes <= MOST_NBYTES
+        if beyond > _AHEAD_NBYTES:
+            return False
+        for other in _Room.readers if _Room.nbytes + nbytes > MOST_NBYTES else ():
+            if _Room.had - other._had > _KEPT_NBYTES:  # whoever read there has gone elsewhere
+                for read in [each for each in other._here if each.turn <= other._at]:
+                    other._drop(read)
+        return _Room.nbytes + nbytes <= MOST_NBYTES
 
     def close(self) -> None:
         """Let go of all; what is under way is not waited for, and nothing further is begun."""
         with _changed:
             self._is_closed = True
+            if self in _Room.readers:
+                _Room.readers.remove(self)
             for block in [*self._here]:
                 self._drop(block)
             _changed.notify_all()

@@ -27,6 +27,7 @@ from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.computed import ByteSource, ConvertedRange, DeflatedRange, Inflation, is_made, read_into
 from ckptkit.errors import CorruptError
 from ckptkit.report import count_of
+from ckptkit.transfer.values import will_read
 from ckptkit.transfer.workers import buffer, in_parallel
 
 __all__ = [
@@ -214,6 +215,7 @@ class Checksums:
         for _, of_file in groupby(small, key=lambda run: id(run.file)):
             while some := list(islice(of_file, _MANY)):
                 tasks.append(partial(self._read_small, some))
+        will_read(runs)
         in_parallel(tasks, nbytes=nbytes)
         for storage, run in unread:
             self._is_known(storage, run, broken)
