@@ -30,8 +30,8 @@ from ckptkit.transfer.names import (
     remove_stale,
     replacing,
 )
+from ckptkit.transfer.passing import DigestsInPassing, Passed, is_far
 from ckptkit.transfer.steps import (
-    DigestsInPassing,
     Tally,
     digested,
     fill_file,
@@ -61,6 +61,7 @@ def write_atomically(
     check: Callable[[str, Callable[[int], object]], object] | None,
     replaces: tuple[str, ...] = (),
     source: Source | None = None,
+    passed: Passed | None = None,
     progress: Progress | None = None,
 ) -> Tally:
     """Write the plan's file, and its shards beside it, so that nothing is ever half-written.
@@ -76,6 +77,7 @@ def write_atomically(
         replaces: names of files beside the destination that the new ones make stale; removed at the end.
         source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
             be replaced, it is closed once all of it is read.
+        passed: gets the digests of what passes by, where the source is far.
         progress: called as bytes are written, and again as they are compared.
 
     Returns:
@@ -109,8 +111,13 @@ def write_atomically(
         with _flushing([file.fd for file in files] if check is not None else []) as written:
             # A file system lets one thread write to a file at a time; several files go side by side.
             data = [file for file in files if file.plan.index is None]
-            moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
-            in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
+            if source is not None and is_far(source):
+                from ckptkit.transfer.far import move_far
+
+                move_far([(file.plan, file.fd) for file in data], tally, counted, digests, passed, stop)
+            else:
+                moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
+                in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
             for file in data:
                 fill_file(file.plan, file.fd, checksums=check is not None)
             if plan.index is not None:
