@@ -18,11 +18,12 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, byte_range, read_at, write_at
@@ -193,10 +194,13 @@ class Tally:
         from ckptkit.casting import Caster
 
         if isinstance(conversion.function, Caster):
-            losses = conversion.function.losses(before, after)
-            with self._lock:
-                known = self._found.get(id(conversion))
-                self._found[id(conversion)] = (conversion, losses if known is None else known[1] + losses)
+            self.put(conversion, conversion.function.losses(before, after))
+
+    def put(self, conversion: DTypeConversion, losses: Losses) -> None:
+        """Count what a conversion lost."""
+        with self._lock:
+            known = self._found.get(id(conversion))
+            self._found[id(conversion)] = (conversion, losses if known is None else known[1] + losses)
 
     def __iter__(self) -> Iterator[tuple[DTypeConversion, Losses]]:
         return iter(self._found.values())
@@ -208,11 +212,14 @@ class DigestsInPassing:
     Args:
         files: what to hash, one after the other.
         stop: set when they are no longer wanted.
+        known: in hexadecimal, by the ``id`` of files that need no hashing.
     """
 
-    def __init__(self, files: Iterable[Source], stop: threading.Event) -> None:
+    def __init__(
+        self, files: Iterable[Source], stop: threading.Event, known: Mapping[int, bytes] = MappingProxyType({})
+    ) -> None:
         self._files = {id(file): file for file in files}
-        self._found: dict[int, bytes] = {}
+        self._found = dict(known)
         self._stop = stop
         # That it failed stops nothing else: it is raised where a digest is asked for.
         self._thread = Background(self._hash, threading.Event()) if self._files else None
