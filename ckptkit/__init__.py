@@ -7,7 +7,7 @@ The layers, each importing only from those to its right; a test enforces it:
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
         > diagnose, compare, stats, architectures, digests, options > rewrite > formats > transfer > normalize
         > pickling > plan, casting > checkpoint > tensor > computed > bytesource
-        > codes, documents > report, arguments, dtypes, limits, extras > errors
+        > codes, documents, fleet > report, arguments, dtypes, limits, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output
@@ -16,6 +16,7 @@ document that is shown) apart from `diagnose` (what is remarkable about a checkp
 knows which models have a checkpoint's names and shapes, `arguments` what values mean that are given, and `options`
 declares what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one
 output, or those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives.
+`fleet` has work done for very many tasks in several processes, and knows nothing of checkpoints.
 `documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what
 `ckptkit.manifest` records and `ckptkit.check` holds files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison

@@ -208,8 +208,8 @@ class ConvertOptions(Options):
         "text",
         None,
         "",
-        "any ``concurrent.futures.Executor`` that does the same in place of processes of our own, also of machines that "
-        "have the same files under the same paths; it gets importable functions and plain data",
+        "any ``concurrent.futures.Executor`` that does the same in place of processes of our own, also of machines "
+        "that have the same files under the same paths; it gets importable functions and plain data",
     )
     files_from = path(
         "FILE",

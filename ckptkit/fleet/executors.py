@@ -1,0 +1,148 @@
+"""Batches through an executor that a user has: `concurrent.futures`' own, dask's, or what has their ``submit``.
+
+Of an executor only ``submit`` is used, of its futures ``add_done_callback``, ``result`` and ``cancel``.  It is never
+shut down: it is the user's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor, CancelledError
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+from ckptkit.fleet.worker import Reply, run, told
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
+__all__ = ["SLACK", "SLICE", "Call", "Given", "Lost", "RefusedError"]
+
+SLICE = 0.5
+"""Seconds that a wait takes at most: on Windows, none is interrupted by Ctrl-C."""
+
+SLACK = 5.0
+"""Seconds that a worker may be late, over its limits, before it is given up."""
+
+_FIRST, _MOST = 64, 1024
+"""Batches in flight where nobody knows how many workers there are: at first, and with one more for each that comes."""
+
+Call = tuple[str, bytes, Sequence[bytes], "float | None", float]
+"""What `ckptkit.fleet.worker.run` is called with."""
+
+
+class RefusedError(Exception):
+    """No more work is taken; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """A batch that does not come back.
+
+    Attributes:
+        text: why.
+        problem: ``"died"``, ``"timed-out"`` or ``"version"``.
+        is_final: whether it makes no sense to try its tasks again.
+        is_begun: whether it can be for one of its tasks.
+        is_quiet: whether its tasks should be tried again while nothing else runs: memory ran out.
+    """
+
+    text: str
+    problem: str = "died"
+    is_final: bool = False
+    is_begun: bool = True
+    is_quiet: bool = False
+
+
+class Given:
+    """An executor, and the batches that it has.
+
+    Args:
+        executor: the user's.
+        limit: seconds that a batch takes at most once it has begun; ``None``: there is no limit.
+    """
+
+    def __init__(self, executor: Executor, limit: float | None) -> None:
+        self._executor = executor
+        self._limit = None if limit is None else 2 * limit + SLACK
+        self._futures: dict[int, Future[Reply]] = {}
+        self._since: dict[int, float] = {}
+        self._came: SimpleQueue[int] = SimpleQueue()
+        workers = getattr(executor, "_max_workers", None)
+        self._most = 4 * workers if isinstance(workers, int) else _FIRST
+        self._grows = not isinstance(workers, int)
+
+    @property
+    def free(self) -> int:
+        """How many more batches it is given now."""
+        return self._most - len(self._futures)
+
+    def submit(self, ticket: int, call: Call) -> None:
+        """Hand over a batch.
+
+        Raises:
+            RefusedError: the executor does not take it.
+        """
+        try:
+            future = self._executor.submit(run, *call)
+            self._futures[ticket] = future
+            self._since[ticket] = time.monotonic()
+            future.add_done_callback(lambda _: self._came.put(ticket))
+        except Exception as error:
+            self._futures.pop(ticket, None)
+            raise RefusedError(f"the executor takes no work: {told(error)}") from error
+
+    def wait(self, timeout: float) -> Iterator[tuple[int, Reply | Lost]]:
+        """The batches that came back, or are given up; waits for one, so many seconds at most."""
+        try:
+            came = [self._came.get(timeout=min(timeout, SLICE))] if timeout else [self._came.get_nowait()]
+            while not self._came.empty():
+                came.append(self._came.get_nowait())
+        except Empty:
+            came = []
+        for ticket in came:
+            if (future := self._futures.pop(ticket, None)) is not None:
+                self._since.pop(ticket)
+                self._most = min(self._most + 1, _MOST) if self._grows else self._most
+                self._moved(ticket)
+                yield ticket, _reply(future)
+        yield from self._overdue()
+
+    def _moved(self, ticket: int) -> None:
+        """What was handed over later may begin only now."""
+        if self._limit is not None:
+            now = time.monotonic()
+            self._since.update((other, now) for other in self._since if other > ticket)
+
+    def _overdue(self) -> Iterator[tuple[int, Lost]]:
+        """Batches without a sign: each has waited for one before it to end, and then for itself."""
+        if self._limit is None:
+            return
+        now = time.monotonic()
+        for ticket in [ticket for ticket, since in self._since.items() if now - since > self._limit]:
+            del self._since[ticket]
+            is_begun = not self._futures.pop(ticket).cancel()
+            text = f"the executor gave no sign of it for {self._limit:g} s, limits and slack of its batch together"
+            yield ticket, Lost(text=text, problem="timed-out", is_final=is_begun)
+
+    def close(self) -> None:
+        """Cancel what has not begun; the rest ends by itself, and nobody listens."""
+        futures, self._futures = list(self._futures.values()), {}
+        for future in futures:
+            future.cancel()
+
+
+def _reply(future: Future[Reply]) -> Reply | Lost:
+    """What a future that is done brings."""
+    try:
+        return future.result()
+    except CancelledError:
+        return Lost(text="it was cancelled", is_final=True)
+    except (ImportError, AttributeError) as error:
+        return Lost(text=f"the worker cannot run this version of ckptkit: {told(error)}", problem="version")
+    except BrokenExecutor as error:
+        return Lost(text=f"the executor lost its worker: {told(error)}")
+    except Exception as error:
+        return Lost(text=f"the executor lost it: {told(error)}")
