@@ -17,10 +17,10 @@ from support.files import flipped, repacked
 from support.torch_oracle import same
 
 import ckptkit
-from ckptkit import options
 from ckptkit.errors import CorruptError, DTypeError, KeyCollisionError, RewriteError, SectionError
 from ckptkit.formats import format_named
 from ckptkit.options import ConvertOptions, LoadOptions
+from ckptkit.options import keywords as keywords_module
 
 Save = Callable[..., Path]
 
@@ -158,7 +158,7 @@ def test_options_are_those_of_convert() -> None:
     assert {
         name for name, option in LoadOptions.declared.items() if ConvertOptions.declared.get(name) is not option
     } == own
-    tree = ast.parse(Path(str(options.__file__)).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(str(keywords_module.__file__)).read_text(encoding="utf-8"))
     classes = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
     bodies = [classes[name].body for name in ("LoadKeywords", "_RewriteKeywords", "_ReadKeywords")]
     keywords = [n.target.id for body in bodies for n in body if isinstance(n, ast.AnnAssign)]  # type: ignore[union-attr]

@@ -246,6 +246,11 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         from ckptkit.formats.sources import standard_input
 
         return standard_input()
+    if "://" in name:
+        from ckptkit.remote import is_url, source_at
+
+        if is_url(name):
+            return source_at(name)
     if (unpacked := unpacked_source(name)) is not None:
         return unpacked
     if os.path.isdir(path):
