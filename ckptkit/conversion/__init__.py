@@ -222,9 +222,7 @@ def run(
     """
     if options.like is None:
         require_whole(checkpoint, allow_part=options.allow_part)
-    share = options.part if task is None else task.share
-    is_held = options.check and not (options.ignore_checksums or options.dry_run or options.finish)
-    is_held &= share is None or share.index == 1  # once is enough
+    is_held = _is_held(options, task)
     is_folder = formats.format_named(checkpoint.origin.format).is_folder
     if is_folder:  # of which planning reads pickles
         formats.require_sound(file, checkpoint, held=is_held)
@@ -255,10 +253,7 @@ def run(
             restored=is_restored,
         )
     job = Job.of(source if conversion is None else conversion.result, file, destination, options)
-    if options.part is not None or options.finish or options.files_from is not None:
-        from ckptkit.conversion.parts import require_shards
-
-        require_shards(options, job.plan)
+    _require_shards(options, job.plan)
     findings: list[Finding] = []
     part = None
     if conversion is not None:
@@ -277,6 +272,20 @@ def run(
         findings=tuple(findings),
         part=part,
     )
+
+
+def _is_held(options: ConvertOptions, task: PartTask | None) -> bool:
+    """Whether what the source recorded of its bytes is held against them: of several parts the first does it."""
+    share = options.part if task is None else task.share
+    is_wanted = options.check and not (options.ignore_checksums or options.dry_run or options.finish)
+    return is_wanted and (share is None or share.index == 1)
+
+
+def _require_shards(options: ConvertOptions, plan: Plan) -> None:
+    if options.part is not None or options.finish or options.files_from is not None:
+        from ckptkit.conversion.parts import require_shards
+
+        require_shards(options, plan)
 
 
 def _carried_out(
