@@ -7,53 +7,20 @@ shut down: it is the user's.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError
-from dataclasses import dataclass
+from collections.abc import Iterator
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ckptkit.fleet.worker import Reply, run, told
+from ckptkit.fleet.outcome import told
+from ckptkit.fleet.worker import SLACK, SLICE, Call, Lost, RefusedError, Reply, run
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
 
-__all__ = ["SLACK", "SLICE", "Call", "Given", "Lost", "RefusedError"]
-
-SLICE = 0.5
-"""Seconds that a wait takes at most: on Windows, none is interrupted by Ctrl-C."""
-
-SLACK = 5.0
-"""Seconds that a worker may be late, over its limits, before it is given up."""
+__all__ = ["Given"]
 
 _FIRST, _MOST = 64, 1024
-"""Batches in flight where nobody knows how many workers there are: at first, and with one more for each that comes."""
-
-Call = tuple[str, bytes, Sequence[bytes], "float | None", float]
-"""What `ckptkit.fleet.worker.run` is called with."""
-
-
-class RefusedError(Exception):
-    """No more work is taken; the message says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lost:
-    """A batch that does not come back.
-
-    Attributes:
-        text: why.
-        problem: ``"died"``, ``"timed-out"`` or ``"version"``.
-        is_final: whether it makes no sense to try its tasks again.
-        is_begun: whether it can be for one of its tasks.
-        is_quiet: whether its tasks should be tried again while nothing else runs: memory ran out.
-    """
-
-    text: str
-    problem: str = "died"
-    is_final: bool = False
-    is_begun: bool = True
-    is_quiet: bool = False
+"""Batches in flight, at first and at last, one more for each that came back: nobody tells how many workers there are."""
 
 
 class Given:
@@ -70,9 +37,7 @@ class Given:
         self._futures: dict[int, Future[Reply]] = {}
         self._since: dict[int, float] = {}
         self._came: SimpleQueue[int] = SimpleQueue()
-        workers = getattr(executor, "_max_workers", None)
-        self._most = 4 * workers if isinstance(workers, int) else _FIRST
-        self._grows = not isinstance(workers, int)
+        self._most = _FIRST
 
     @property
     def free(self) -> int:
@@ -105,7 +70,7 @@ class Given:
         for ticket in came:
             if (future := self._futures.pop(ticket, None)) is not None:
                 self._since.pop(ticket)
-                self._most = min(self._most + 1, _MOST) if self._grows else self._most
+                self._most = min(self._most + 1, _MOST)
                 self._moved(ticket)
                 yield ticket, _reply(future)
         yield from self._overdue()
@@ -136,8 +101,10 @@ class Given:
 
 def _reply(future: Future[Reply]) -> Reply | Lost:
     """What a future that is done brings."""
+    from concurrent.futures import BrokenExecutor, CancelledError  # here: who gave the executor has imported it
+
     try:
-        return future.result()
+        reply: Any = future.result()
     except CancelledError:
         return Lost(text="it was cancelled", is_final=True)
     except (ImportError, AttributeError) as error:
@@ -146,3 +113,6 @@ def _reply(future: Future[Reply]) -> Reply | Lost:
         return Lost(text=f"the executor lost its worker: {told(error)}")
     except Exception as error:
         return Lost(text=f"the executor lost it: {told(error)}")
+    if not isinstance(reply, tuple):
+        return Lost(text=f"the executor answered {reply!r:.80}, which is not what a worker returns")
+    return reply

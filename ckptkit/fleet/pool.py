@@ -19,11 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, process
 from typing import Any
 
-from ckptkit.fleet.executors import SLACK, SLICE, Call, Lost, RefusedError
-from ckptkit.fleet.worker import PROTOCOL, Reply, StopWorker, run, told
+from ckptkit.fleet.outcome import told
+from ckptkit.fleet.worker import PROTOCOL, SLACK, SLICE, Call, Lost, RefusedError, Reply, StopWorker, run
 
 __all__ = ["Pool"]
 
@@ -89,7 +89,9 @@ class _Worker:
             self.process.join(0.2)  # its connection is closed a moment before it has ended
         if self.process.exitcode is None:
             self.process.kill()
-            self.process.join(_CLEANING_SECONDS)  # not for ever: a process that waits for a disk cannot be killed
+            self.process.join(_CLEANING_SECONDS)
+        if self.process.exitcode is None:  # it waits for a disk, and cannot be killed: neither is it waited for
+            getattr(process, "_children", set()).discard(self.process)
         return _ending(self.process.exitcode)
 
 
@@ -191,10 +193,8 @@ class Pool:
         """End all of them; those that are at work may clean up first."""
         workers, self._workers = self._workers, []
         for worker in workers:
-            if worker.ready and worker.ticket is None:
-                worker.process.kill()
-            else:
-                worker.process.terminate()
+            is_working = worker.ready and worker.ticket is not None
+            (worker.process.terminate if is_working else worker.process.kill)()
         until = time.monotonic() + _CLEANING_SECONDS
         for worker in workers:
             worker.process.join(max(0.0, until - time.monotonic()))

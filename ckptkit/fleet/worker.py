@@ -16,14 +16,18 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from contextvars import copy_context
+from dataclasses import dataclass
 from functools import lru_cache
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from ckptkit.errors import CkptkitError
 from ckptkit.extras import __version__
+from ckptkit.fleet.outcome import late, told
 
-__all__ = ["PROTOCOL", "Reply", "Result", "StopWorker", "run", "told", "versions"]
+__all__ = ["PROTOCOL", "SLACK", "SLICE", "Call", "Lost", "RefusedError", "Reply", "Result", "StopWorker", "run"]
 
 PROTOCOL = 5
 """Of the pickles that travel: every Python that ckptkit runs on reads it."""
@@ -32,23 +36,50 @@ Result = tuple[str, str, "bytes | None"]
 """The problem (``""``: none), what is told of it, and the pickled value, or the pickled error where there is one."""
 
 Reply = tuple[tuple[str, str], list[Result], float, bool]
-"""The worker's `versions`; the results of the tasks that were begun, in order; seconds that it took; whether a thread
-was abandoned."""
+"""The worker's versions of ckptkit and Python; the results of the tasks that were begun, in order; the seconds that it
+took; whether a thread was abandoned."""
+
+
+SLICE = 0.5
+"""Seconds that a wait takes at most: on Windows, none is interrupted by Ctrl-C."""
+
+SLACK = 5.0
+"""Seconds that a worker may be late, over its limits, before it is given up."""
+
+Call = tuple[str, bytes, Sequence[bytes], "float | None", float]
+"""What `ckptkit.fleet.worker.run` is called with."""
+
+
+class RefusedError(Exception):
+    """No more work is taken; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """A batch that does not come back.
+
+    Attributes:
+        text: why.
+        problem: ``"died"``, ``"timed-out"`` or ``"version"``.
+        is_final: whether it makes no sense to try its tasks again.
+        is_begun: whether it can be for one of its tasks.
+        is_quiet: whether its tasks should be tried again while nothing else runs: memory ran out.
+    """
+
+    text: str
+    problem: str = "died"
+    is_final: bool = False
+    is_begun: bool = True
+    is_quiet: bool = False
 
 
 class StopWorker(BaseException):
     """Raised in a worker that is asked to end, so that what it is at can clean up."""
 
 
-def versions() -> tuple[str, str]:
+def _versions() -> tuple[str, str]:
     """Of ckptkit and of Python, in this process."""
     return __version__, platform.python_version()
-
-
-def told(error: BaseException) -> str:
-    """An error that is not ckptkit's own, in a line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def run(version: str, work: bytes, tasks: Sequence[bytes], seconds: float | None, budget: float) -> Reply:
@@ -63,18 +94,18 @@ def run(version: str, work: bytes, tasks: Sequence[bytes], seconds: float | None
     """
     begun = time.monotonic()
     if version != __version__:
-        return versions(), [], 0.0, False
+        return _versions(), [], 0.0, False
     try:
         function = _function(work)
     except Exception as error:
         failed = ("failed", f"the worker cannot import what is to be done: {told(error)}", None)
-        return versions(), [failed] * len(tasks), 0.0, False
+        return _versions(), [failed] * len(tasks), 0.0, False
     abandoned = threading.Event()
     if seconds is None:
         results = list(_results(function, tasks, begun + budget, abandoned))
     else:
         results = list(_limited(function, tasks, begun + budget, seconds, abandoned))
-    return versions(), results, time.monotonic() - begun, abandoned.is_set()
+    return _versions(), results, time.monotonic() - begun, abandoned.is_set()
 
 
 @lru_cache(maxsize=8)
@@ -104,22 +135,17 @@ def _limited(
             done.put(result)
         done.put(None)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(work,), daemon=True).start()
     while True:
         try:
             result = done.get(timeout=seconds)
         except Empty:
             abandoned.set()
             result = None
-            yield late(seconds)
+            yield "timed-out", late(seconds), None
         if result is None:
             return
         yield result
-
-
-def late(seconds: float) -> Result:
-    """The result of a task that took longer than it may."""
-    return "timed-out", f"it took longer than the limit of {seconds:g} s", None
 
 
 def _result(function: Callable[[Any], Any], data: bytes) -> Result:
@@ -132,20 +158,17 @@ def _result(function: Callable[[Any], Any], data: bytes) -> Result:
     except StopWorker:
         raise
     except BaseException as error:
-        return failure(error)
+        return _failure(error)
     try:
         return "", "", pickle.dumps(value, PROTOCOL)
     except Exception as error:
         return "failed", f"its result cannot be pickled: {told(error)}", None
 
 
-def failure(error: BaseException) -> Result:
+def _failure(error: BaseException) -> Result:
     """What is told of an error that the work raised; ckptkit's own travel whole."""
-    if isinstance(error, MemoryError):
-        return "failed", f"out of memory ({told(error)})", None
-    if not isinstance(error, CkptkitError):
-        return "failed", told(error), None
-    try:
-        return "failed", str(error), pickle.dumps(error, PROTOCOL)
-    except Exception:
-        return "failed", str(error), None
+    data = None
+    if isinstance(error, CkptkitError):
+        with suppress(Exception):
+            data = pickle.dumps(error, PROTOCOL)
+    return "failed", told(error), data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["FarFile", "Store"]
@@ -22,12 +22,12 @@ class FarFile:
         place: what the store itself needs to read on: where it was redirected to, a version.
     """
 
-    url: str
+    url: str = field(repr=False)
     shown: str
     size: int
     stamp: str | None = None
-    head: bytes = b""
-    place: Any = None
+    head: bytes = field(default=b"", repr=False)
+    place: Any = field(default=None, repr=False)
 
 
 class Store:

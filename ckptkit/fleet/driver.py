@@ -1,0 +1,253 @@
+"""The driver: tasks are handed out and their results given back, in order, whatever becomes of each.
+
+A task is pulled from the iterable when there is room for it, so many batches are under way as workers take, and
+results wait in pickled form for those before them.  A batch is one task at first, and grows while batches come back
+sooner than is worth a trip.
+
+What a worker leaves undone is handed out anew.  A batch that is lost with its worker is tried once more, one task at a
+time: that which loses its worker again is ``died``, and the others have their results.  Where memory ran out, the
+second try is made while nothing else runs.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+from ckptkit.errors import CkptkitError
+from ckptkit.extras import __version__
+from ckptkit.fleet.outcome import Outcome, Problem, told
+from ckptkit.fleet.worker import PROTOCOL, Call, Lost, RefusedError, Reply, Result
+
+__all__ = ["pickled", "shared_out"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MOST_TASKS = 10_000
+"""Tasks that are under way or wait for one before them: a slow one holds up no others until there are so many."""
+
+_MOST_NBYTES = 32 << 20
+"""Bytes of results that wait."""
+
+_LARGEST_BATCH = 256
+
+_PATIENCE = 4
+"""How many times that a batch may take before it is cut short."""
+
+_LOOK_SECONDS = 0.005
+"""How often the workers are looked after while results are taken away."""
+
+
+class Workers(Protocol):
+    """`ckptkit.fleet.pool.Pool` and `ckptkit.fleet.executors.Given`."""
+
+    @property
+    def free(self) -> int: ...
+
+    def submit(self, ticket: int, call: Call) -> None: ...
+
+    def wait(self, timeout: float) -> Iterator[tuple[int, Reply | Lost]]: ...
+
+    def close(self) -> None: ...
+
+
+def pickled(work: Callable[..., Any]) -> bytes:
+    """What is to be done, as it travels.
+
+    Raises:
+        CkptkitError: it cannot be pickled, as a lambda or a function in another cannot.
+    """
+    try:
+        return pickle.dumps(work, PROTOCOL)
+    except Exception as error:
+        raise CkptkitError(f"what is to be done cannot be sent to other processes: {told(error)}") from error
+
+
+def _outcome(result: Result) -> Outcome[Any]:
+    """A result as it came from a worker."""
+    problem, text, data = result
+    try:
+        value = None if data is None else pickle.loads(data)  # noqa: S301 - our own
+    except Exception as error:
+        return Outcome(problem="failed", text=text or f"its result cannot be read here: {told(error)}")
+    if not problem:
+        return Outcome(value=value)
+    return Outcome(problem=cast("Problem", problem), text=text, error=value)
+
+
+def shared_out(
+    tasks: Iterable[T], work: bytes, start: Callable[[float | None], Workers], seconds: float | None, pace: float
+) -> Iterator[tuple[T, Outcome[R]]]:
+    """Every task with its outcome, in order.
+
+    Args:
+        tasks: pulled as there is room.
+        work: see `pickled`.
+        start: makes the workers; called with the seconds that a batch takes at most, ``None``: there is no limit.
+        seconds: the limit of a task; ``None``: none.
+        pace: seconds that a batch is to take.
+    """
+    limit = None if seconds is None else seconds + _PATIENCE * pace
+    workers = start(limit)
+    try:
+        yield from _Driver[T, R](tasks, work, workers, seconds, pace).outcomes()
+    finally:
+        workers.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Tasks by their numbers; whether it is the second and last time that they are tried."""
+
+    numbers: list[int]
+    again: bool = False
+
+
+class _Driver(Generic[T, R]):
+    """What is under way."""
+
+    def __init__(self, tasks: Iterable[T], work: bytes, workers: Workers, seconds: float | None, pace: float) -> None:
+        self._remaining: Iterator[T] | None = iter(tasks)
+        self._work, self._workers, self._seconds, self._pace = work, workers, seconds, pace
+        self._tasks: dict[int, T] = {}  # those that were pulled and not given back
+        self._results: dict[int, Result] = {}
+        self._nbytes = 0  # of these
+        self._pulled = 0
+        self._batches: dict[int, _Batch] = {}
+        self._tickets = 0
+        self._size = 1
+        self._waiting: deque[int] = deque()  # pulled, and in no batch
+        self._suspects: deque[int] = deque()
+        self._reasons: dict[int, str] = {}  # of suspects: what became of their first worker
+        self._is_quiet = False  # whether suspects are tried while nothing else runs
+        self._refused = ""
+        self._error: Exception | None = None
+
+    def outcomes(self) -> Iterator[tuple[T, Outcome[R]]]:
+        """Each task with what came of it, in order."""
+        number, looked = 0, 0.0
+        while True:
+            self._hand_out()
+            if number not in self._results:
+                if not self._tasks:
+                    break
+                self._look(math.inf)
+                looked = time.monotonic()
+            while number in self._results:
+                result = self._results.pop(number)
+                self._nbytes -= len(result[2] or b"")
+                yield self._tasks.pop(number), _outcome(result)
+                number += 1
+                if time.monotonic() - looked > _LOOK_SECONDS:
+                    self._look(0)
+                    self._hand_out()
+                    looked = time.monotonic()
+        if self._error is not None:
+            raise self._error
+
+    # Handing out.
+
+    def _hand_out(self) -> None:
+        """Give the workers what they can take."""
+        while self._refused or self._workers.free > 0:
+            batch = self._next_batch()
+            if batch is None:
+                return
+            calls = [(number, data) for number in batch.numbers if (data := self._data(number)) is not None]
+            if not calls:
+                continue
+            numbers = [number for number, _ in calls]
+            ticket, self._tickets = self._tickets, self._tickets + 1
+            self._batches[ticket] = _Batch(numbers, batch.again)
+            budget = _PATIENCE * self._pace
+            call = (__version__, self._work, [data for _, data in calls], self._seconds, budget)
+            try:
+                if not self._refused:
+                    self._workers.submit(ticket, call)
+                    continue
+            except RefusedError as error:
+                self._refused = str(error)
+            del self._batches[ticket]
+            for number in numbers:
+                self._note(number, ("died", self._reasons.pop(number, self._refused), None))
+
+    def _next_batch(self) -> _Batch | None:
+        if self._suspects:
+            if not self._is_quiet or not self._batches:
+                return _Batch([self._suspects.popleft()], again=True)
+            return None
+        if self._is_quiet and self._batches:
+            return None
+        self._is_quiet = False
+        while len(self._waiting) < self._size and self._has_room():
+            self._pull()
+        count = min(self._size, len(self._waiting))
+        return _Batch([self._waiting.popleft() for _ in range(count)]) if count else None
+
+    def _has_room(self) -> bool:
+        return self._remaining is not None and len(self._tasks) < _MOST_TASKS and self._nbytes < _MOST_NBYTES
+
+    def _pull(self) -> None:
+        """One more task; an error of the iterable is raised in its place, after what came before it."""
+        try:
+            for task in self._remaining or ():
+                self._tasks[self._pulled] = task
+                self._waiting.append(self._pulled)
+                self._pulled += 1
+                return
+        except Exception as error:
+            self._error = error
+        self._remaining = None
+
+    def _data(self, number: int) -> bytes | None:
+        """The pickled task; ``None``: it cannot be pickled, which is noted."""
+        try:
+            return pickle.dumps(self._tasks[number], PROTOCOL)
+        except Exception as error:
+            self._note(number, ("failed", f"the task cannot be pickled: {told(error)}", None))
+            return None
+
+    # Taking back.
+
+    def _look(self, timeout: float) -> None:
+        for ticket, reply in self._workers.wait(timeout) if self._batches else ():
+            batch = self._batches.pop(ticket)
+            if isinstance(reply, tuple):
+                self._take(batch, reply)
+            else:
+                self._lose(batch, reply)
+
+    def _take(self, batch: _Batch, reply: Reply) -> None:
+        (version, python), results, seconds, _ = reply
+        if version != __version__:
+            theirs = f"the worker has ckptkit {version} (Python {python}), and this process {__version__}"
+            results = [("version", f"{theirs}: install the same", None)] * len(batch.numbers)
+        for number, result in zip(batch.numbers, results, strict=False):
+            self._note(number, result)
+        rest = batch.numbers[len(results) :]
+        self._waiting.extendleft(reversed(rest))
+        if not batch.again:
+            fitting = int(self._pace * len(results) / max(seconds, 1e-6))
+            self._size = max(1, min(fitting, 2 * self._size, _LARGEST_BATCH))
+
+    def _lose(self, batch: _Batch, lost: Lost) -> None:
+        if not lost.is_begun:
+            self._waiting.extendleft(reversed(batch.numbers))
+        elif batch.again or lost.is_final:
+            for number in batch.numbers:
+                self._reasons.pop(number, None)
+                self._note(number, (lost.problem, lost.text, None))
+        else:
+            self._suspects.extend(batch.numbers)
+            self._reasons.update(dict.fromkeys(batch.numbers, lost.text))
+            self._is_quiet |= lost.is_quiet
+
+    def _note(self, number: int, result: Result) -> None:
+        self._results[number] = result
+        self._nbytes += len(result[2] or b"")
