@@ -116,9 +116,7 @@ def require_shards(options: ConvertOptions, plan: Plan) -> None:
         RewriteError: there are not.
     """
     if options.files_from is not None:
-        raise RewriteError(
-            f"--files-from {options.files_from} lists files of a folder, and one checkpoint is converted"
-        )
+        raise RewriteError(f"--files-from {options.files_from} lists files of a folder; one checkpoint is converted")
     if options.part is None and not options.finish:
         return
     asked = "--finish" if options.part is None else f"--part {options.part}"

@@ -113,7 +113,9 @@ _SECRET = re.compile(
 )
 """Names of what a signed URL has, and of what else opens doors: S3, Google, Azure, CloudFront, Alibaba, Tencent."""
 
-_WITH_SIGNATURE = frozenset("se si sip sp spr sr srt ss st sv skoid sktid skt ske sks skv sdd saoid suoid scid ses".split())
+_WITH_SIGNATURE = frozenset(
+    "se si sip sp spr sr srt ss st sv skoid sktid skt ske sks skv sdd saoid suoid scid ses".split()
+)
 """What Azure signs along, in names of two letters that mean other things elsewhere."""
 
 

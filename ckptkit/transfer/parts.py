@@ -268,7 +268,7 @@ class Parts:
         count = next((record["of"] for record in records.values()), 0)
         self.require_same(records.values(), count)
         found: dict[int, str] = {}
-        if len(records) == count and self._is_published(self._digests(records)):
+        if count and len(records) == count and self._is_published(self._digests(records)):
             return count, found
         for number in range(1, count + 1):
             record = records.get(number)
@@ -282,6 +282,8 @@ class Parts:
         names = shares_of(self.plan, record["of"])[record["part"] - 1]
         if names != [*record["shards"]]:
             return "has other shards than are its own"
+        if record["digests"].keys() != self._digested(Share(record["part"], record["of"])).keys():
+            return "has digests of other files than are its own"
         for name in names:
             path, nbytes = os.path.join(self.staging, name), self.plan.shards[name].nbytes
             self._taken_back(name, record)
@@ -315,7 +317,7 @@ class Parts:
         """Those of the source, as the parts computed them."""
         hexes = {name: digest for record in records.values() for name, digest in record["digests"].items()}
         wanted = {id(file) for file in digested(self.plan)}
-        known = {id(file): hexes[name].encode() for name, file in self._files.items() if id(file) in wanted}
+        known = {id(file): hexes.get(name, "").encode() for name, file in self._files.items() if id(file) in wanted}
         return DigestsInPassing((), threading.Event(), known)
 
     def _is_published(self, digests: DigestsInPassing) -> bool:
