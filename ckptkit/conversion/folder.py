@@ -105,15 +105,16 @@ def _outcomes(
     tasks: list[_Task], convert: Convert, options: ConvertOptions, progress: _Progress
 ) -> Generator[ConvertedFile | UnconvertedFile, None, None]:
     """What comes of each file, in their order."""
-    if not _are_others(tasks, options):
+    plain = options.but(progress=None, jobs=None, executor=None, part=None, files_from=None)
+    if not _are_others(tasks, options, plain):
         for task in tasks:
-            yield outcome(convert, *task, progress.within(options, task.nbytes))
+            yield outcome(convert, *task, progress.within(plain, task.nbytes))
         return
     from ckptkit.fleet.engine import each
 
-    work = partial(_converted, convert, _plain(options), os.getcwd())
+    work = partial(_converted, convert, plain, os.getcwd())
     for task, done in each(tasks, work, jobs=options.jobs, executor=options.executor):
-        told = progress.within(options, task.nbytes).progress
+        told = progress.within(plain, task.nbytes).progress
         if told is not None:
             told(1, 1)
         if done.problem is None:
@@ -124,8 +125,8 @@ def _outcomes(
         yield _unconverted(task.source, task.destination, done.error or CkptkitError(done.text), task.nbytes, 0.0)
 
 
-def _are_others(tasks: list[_Task], options: ConvertOptions) -> bool:
-    """Whether others than this process are to convert the files.
+def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptions) -> bool:
+    """Whether others than this process are to convert the files, who are told the plain options.
 
     Raises:
         RewriteError: they are asked to, and an option cannot be sent to them.
@@ -135,20 +136,15 @@ def _are_others(tasks: list[_Task], options: ConvertOptions) -> bool:
     if options.executor is not None or options.jobs is not None:
         is_asked = options.executor is not None or (options.jobs or 1) > 1
         if is_asked:
-            require_portable(_plain(options))
+            require_portable(plain)
         return is_asked and bool(tasks)
     if len(tasks) < _MANY or sum(task.nbytes for task in tasks) >= len(tasks) * MANY_NBYTES:
         return False
     try:
-        require_portable(_plain(options))
+        require_portable(plain)
     except RewriteError:
         return False
     return True
-
-
-def _plain(options: ConvertOptions) -> ConvertOptions:
-    """What a worker is told."""
-    return options.but(progress=None, jobs=None, executor=None, part=None, files_from=None)
 
 
 def _converted(convert: Convert, options: ConvertOptions, folder: str, task: _Task) -> ConvertedFile | UnconvertedFile:

@@ -329,7 +329,7 @@ def _words(option: Any, value: Any) -> Iterator[str]:
     if value == option.default or value is None:
         return
     if callable(value) and hasattr(value, "__qualname__"):
-        yield from (option.typed, f"{value.__module__}.{value.__qualname__}")
+        yield from (option.typed, f"{getattr(value, '__module__', '')}.{value.__qualname__}")
     elif isinstance(value, Mapping):
         joined = "=>" if option.name == "rename" else "="
         yield from (word for key, each in value.items() for word in (option.typed, f"{key}{joined}{each}"))

@@ -138,6 +138,8 @@ def created_folder(path: str, shown: str) -> OutputFolder:
 def temporary_folder(path: str, shown: str) -> OutputFolder:
     """An empty folder beside a path, locked where that can be, for what is to be there; it never gets the name itself.
 
+    The lock is one that others can share who give names in the folder (`ckptkit.transfer.names.publish`).
+
     Args:
         path: what is to be there.
         shown: the name that messages use.
@@ -146,11 +148,28 @@ def temporary_folder(path: str, shown: str) -> OutputFolder:
         FileAccessError: it cannot be made.
     """
     try:
-        return _made(path, shown, 0o700 if os.path.lexists(path) else 0o777)
+        while True:
+            output = _made(path, shown, 0o700 if os.path.lexists(path) else 0o777)
+            if _shares_lock(output):
+                return output
+            output.close()
     except FileNotFoundError as error:
         raise no_folder(shown) from error
     except OSError as error:
         raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
+
+
+def _shares_lock(output: OutputFolder) -> bool:
+    """Let others share the lock; whether it is still there, since for a moment it has none."""
+    if output.fd >= 0 and fcntl is not None:
+        try:
+            fcntl.flock(output.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # there are no locks here
+            return True
+        return has_name(os.fstat(output.fd), output.temporary)
+    return True
 
 
 def _made(path: str, shown: str, mode: int) -> OutputFolder:

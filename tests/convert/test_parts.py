@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import shlex
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from support.files import same_files
 from torch import nn
 
 import ckptkit
@@ -45,12 +45,6 @@ def source(save: Callable[..., Path], state: dict[str, torch.Tensor]) -> Path:
 
 def listed(folder: str | Path) -> list[str]:
     return sorted(os.listdir(folder))
-
-
-def same_files(a: str | Path, b: str | Path) -> bool:
-    """Whether two folders have the same files, to the byte, and nothing hidden."""
-    equal = filecmp.cmpfiles(a, b, listed(a), shallow=False)[0]
-    return bool(equal) and listed(a) == listed(b) == sorted(equal)
 
 
 def shared(convert: Any, count: int, *arguments: object) -> list[str]:
