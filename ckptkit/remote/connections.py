@@ -29,7 +29,7 @@ from ckptkit.remote.retries import Passing
 
 __all__ = ["Answer", "Target", "ask"]
 
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 30.0
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 20.0
 """How long to wait for a connection, and for the next bytes on it."""
 
 _KEPT = 16

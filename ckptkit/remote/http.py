@@ -281,7 +281,7 @@ class HttpStore(Store):
             if told.answer.status not in _REDIRECTS:
                 break
             told.answer.discard()
-            url = urljoin(url, told.answer.headers.get("Location", ""))
+            url = urljoin(url, _utf8(told.answer.headers.get("Location", "")))
         else:
             raise FileAccessError(f"{place.shown}: is redirected more than {_MOST_REDIRECTS} times", path=place.shown)
         status = told.answer.status
@@ -322,6 +322,14 @@ class HttpStore(Store):
         elif status == 407:
             told += ": set HTTP_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY"
         return FileAccessError(told, path=shown)
+
+
+def _utf8(header: str) -> str:
+    """A header that was read as Latin-1, as most servers mean it where it is not ASCII."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
 
 
 def _named(status: int) -> str:

@@ -504,7 +504,8 @@ def test_nothing_is_written_of_a_file_that_changes(web, tmp_path, monkeypatch, a
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_where_a_file_is_redirected_to_is_asked_from_then_on(web, other, status) -> None:
-    other.redirects = {"x": (status, "y?z=1"), "y": (status, f"{web.url}/f.bin")}
+    web.files["%C3%BC.bin"] = DATA
+    other.redirects = {"x": (status, "y?z=1"), "y": (status, f"{web.url}/ü.bin".encode().decode("latin-1"))}
     file = opened(other, "x")
     assert (file.size, file.shown) == (len(DATA), f"{other.url}/x")
     assert HttpStore().read(file, 100, 100) == DATA[100:200]

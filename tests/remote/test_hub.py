@@ -217,6 +217,30 @@ def test_listings_that_are_none(there, monkeypatch) -> None:
         HubStore().listing("hf://u/r")
 
 
+def test_a_mirror_that_knows_no_trees(there) -> None:
+    """Such as answer what huggingface_hub's snapshot_download asks for, and no more."""
+    commit = there.repos["u/r"].branches["main"]
+    siblings = [{"rfilename": "m.bin", "size": len(DATA), "lfs": {"size": len(DATA)}}, {"rfilename": "a/x", "size": 2}]
+
+    def reply(path: str, query: str, headers: dict[str, str]) -> Reply | None:
+        if "/tree/" in path:
+            return Reply(404)
+        if "/revision/" not in path:
+            return there.reply(path, query, headers)
+        assert (path, query) == ("api/models/u/r/revision/main", "blobs=true")
+        return Reply(200, json.dumps({"sha": commit, "siblings": siblings}).encode())
+
+    there.server.replies = reply
+    store = HubStore()
+    assert store.listing("hf://u/r") == {"m.bin": len(DATA), "a/x": 2}
+    there.push("u/r", {"m.bin": b"new"})
+    assert store.open("hf://u/r/m.bin", 10).size == len(DATA)
+    assert HubStore().listing("hf://u/r/a") == {"x": 2}
+    there.server.replies = lambda path, query, headers: Reply(404)
+    with pytest.raises(MissingFileError, match=r"hf://u/r: http.* does not list such a repository; name a file in it"):
+        HubStore().listing("hf://u/r")
+
+
 # Who asks.
 
 
@@ -284,7 +308,7 @@ def test_where_tokens_are_found(there, monkeypatch, tmp_path) -> None:
     ("token", "url", "error", "told"),
     [
         (None, "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated and set HF_TOKEN to a token of"),
-        ("bad", "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated with the account that HF_T"),
+        ("bad", "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated with the account of HF_TOKEN$"),
         (None, "hf://u/none/x", FileAccessError, "no repository 'u/none' on the hub, or it is private: set HF_TOKEN$"),
         ("bad", "hf://u/none/x", MissingFileError, "no repository 'u/none' .*, or the token of HF_TOKEN may not"),
         (None, "hf://datasets/u/r/x", FileAccessError, "there is no repository 'datasets/u/r' on the hub"),
