@@ -26,7 +26,7 @@ from ckptkit.remote.retries import Passing, is_passing, masked, retried, told_to
 from ckptkit.remote.store import FarFile, Store
 from ckptkit.report import human_size
 
-__all__ = ["Described", "HttpStore", "Place"]
+__all__ = ["Described", "HttpStore", "Place", "joined"]
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 10
@@ -250,10 +250,10 @@ class HttpStore(Store):
         told = self._reached(place, f"bytes={first}-{last}")
         try:
             answer = told.answer
-            encoding = answer.headers.get("Content-Encoding", "identity").strip().lower()
-            if encoding not in ("", "identity"):
+            encoding = answer.headers.get("Content-Encoding", "").strip() or answer.headers.get("Transfer-Encoding", "")
+            if encoding.lower() not in ("", "identity", "chunked"):
                 raise FileAccessError(
-                    f"{place.shown}: the server sends it compressed ({encoding:.20}), so that parts of it cannot be "
+                    f"{place.shown}: the server sends it compressed ({encoding!r:.20}), so that parts of it cannot be "
                     "read: download it and give the file",
                     path=place.shown,
                 )
@@ -281,7 +281,7 @@ class HttpStore(Store):
             if told.answer.status not in _REDIRECTS:
                 break
             told.answer.discard()
-            url = urljoin(url, _utf8(told.answer.headers.get("Location", "")))
+            url = joined(url, told.answer.headers.get("Location", ""))
         else:
             raise FileAccessError(f"{place.shown}: is redirected more than {_MOST_REDIRECTS} times", path=place.shown)
         status = told.answer.status
@@ -324,12 +324,14 @@ class HttpStore(Store):
         return FileAccessError(told, path=shown)
 
 
-def _utf8(header: str) -> str:
-    """A header that was read as Latin-1, as most servers mean it where it is not ASCII."""
+def joined(url: str, header: str) -> str:
+    """Where a header leads that a URL was answered with; "": to no URL.  Beyond ASCII it is read as UTF-8."""
+    with contextlib.suppress(UnicodeError):
+        header = header.encode("latin-1").decode()
     try:
-        return header.encode("latin-1").decode()
-    except UnicodeError:
-        return header
+        return urljoin(url, header)
+    except ValueError:
+        return ""
 
 
 def _named(status: int) -> str:

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from email.message import Message
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urljoin
+from urllib.parse import quote, unquote
 
 from ckptkit.errors import FileAccessError, MissingFileError
 from ckptkit.remote.connections import Target
-from ckptkit.remote.http import HttpStore, Place
+from ckptkit.remote.http import HttpStore, Place, joined
 from ckptkit.remote.retries import masked_text
 from ckptkit.remote.store import FarFile
 
@@ -275,7 +275,7 @@ class HubStore(HttpStore):
             following = re.search(r'<([^<>]+)>\s*;[^,]*\brel="?next"?', headers.get("Link", ""))
             if following is None:
                 return
-            asked = urljoin(place.asked, following[1])
+            asked = joined(place.asked, following[1])
             if not Target.of(asked, url).may_have_what_is_for(Target.of(place.asked, url)):
                 raise FileAccessError(f"{url}: its listing goes on at another server, which is not asked", path=url)
             place = replace(place, asked=asked, final=None)

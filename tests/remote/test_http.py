@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
+import random
 import socket
 import ssl
 import subprocess
@@ -12,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import formatdate
@@ -372,7 +374,7 @@ def test_refusals_say_what_to_do(web, naps, status, error, told) -> None:
         ({"tells": "pages 0-99/307200"}, "bytes 0 to 99 were asked for"),
         ({"body": b"x" * 90}, "announces 90 bytes for 100"),
         ({"body": b"x" * 110}, "announces 110 bytes for 100"),
-        ({"headers": {"Content-Encoding": "gzip"}}, r"sends it compressed \(gzip\)"),
+        ({"headers": {"Content-Encoding": "gzip"}}, r"sends it compressed \('gzip'\)"),
         ({"headers": {"Content-Type": "multipart/byteranges; boundary=x"}}, "answers in several parts"),
         ({"status": 416, "headers": {"Content-Range": "bytes */307200"}}, "refuses to give bytes 0 on"),
     ],
@@ -411,6 +413,100 @@ def test_a_file_whose_size_is_not_told_is_refused(web) -> None:
     web.faults = [Fault(status=416, headers={"Content-Range": "bytes */5"})]
     with pytest.raises(FileAccessError, match="refuses to give its first bytes"):
         opened(web)
+
+
+class Spoken:
+    """A socket on which something comes, whatever is sent."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        data, self.data = self.data, b""
+        return io.BufferedReader(io.BytesIO(data))  # type: ignore[arg-type]
+
+    def settimeout(self, *_: object) -> None:
+        pass
+
+    sendall = close = settimeout
+
+
+@pytest.fixture
+def hear(monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> Callable[[bytes], None]:
+    """``hear(data)``: what comes on each connection from then on."""
+    heard = [b""]
+
+    def connected(route: Any, shown: str) -> connections._Plain:
+        connection = connections._Plain(route.host, route.port)
+        connection.sock = Spoken(heard[0])
+        return connection
+
+    monkeypatch.setattr(connections, "_connected", connected)
+    monkeypatch.setattr(connections, "_is_quiet", lambda sock: False)
+    return lambda data: heard.__setitem__(0, data)
+
+
+def told(status: str, *headers: str, body: bytes = b"") -> bytes:
+    return "\r\n".join((f"HTTP/1.1 {status}", *headers, "", "")).encode() + body
+
+
+RANGE = "Content-Range: bytes 0-9/10"
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"a\r\n0123456789\r\n0\r\n\r\n",
+        b"4\r\n0123\r\n0006;name=value\r\n456789\r\n0\r\nTrailer: x\r\n\r\n",
+        b"A \n0123456789\n0\n\n",
+    ],
+)
+def test_bodies_in_chunks(hear, chunks) -> None:
+    hear(told("206 Partial Content", RANGE, "Transfer-Encoding: chunked", body=chunks))
+    assert HttpStore().open("http://h/x", 10).head == b"0123456789"
+    hear(told("200 OK", "Transfer-Encoding: chunked", body=chunks))
+    assert HttpStore().open("http://h/x", 4).size == 10
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"", b"a", b"a\r\n012", b"a\r\n0123456789", b"a\r\n0123456789\r\n", b"a\r\n0123456789\r\n0",
+        b"-1\r\n0123456789", b"x\r\n", b"a\r\n0123456789x\r\n0\r\n\r\n", b"ffffffffffffffffffff\r\n0123456789",
+        b"1" * 5000,
+        b"a\r\n0123456789\r\n0\r\n" + b"x: y\r\n" * 200,
+    ],
+)  # fmt: skip
+def test_chunks_that_are_none(hear, chunks) -> None:
+    hear(told("200 OK", "Transfer-Encoding: chunked", body=chunks))
+    with pytest.raises(FileAccessError, match=r"broke off after \d+ bytes of the file \(tried 6 times\)"):
+        HttpStore().open("http://h/x", 10)
+
+
+def test_any_answer_at_all_ends_in_an_error_or_in_bytes(hear) -> None:
+    draw = random.Random(1)
+    inserted = [
+        b"", b"\r\n", b"0", b"-1", b"9" * 30, b"\x00", b"\xff", b":", b";", b"*", b"A" * 70_000,
+        b"HTTP/1.1 206 P\r\n\r\n",
+        b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Connection: close\r\n", b"Location: http://[::1\r\n",
+    ]  # fmt: skip
+    statuses = ["206 Partial Content", "206 P", "200 OK", "416 X", "302 F", "100 Continue", "204 X"]
+    lengths = [("Content-Length: 10", b"0123456789"), ("Transfer-Encoding: chunked", b"a\r\n0123456789\r\n0\r\n\r\n")]
+    opened = 0
+    for _ in range(400):
+        length, body = draw.choice(lengths)
+        data = bytearray(told(draw.choice(statuses), RANGE, "ETag: x", "Location: /y", length, body=body))
+        for _ in range(draw.randrange(4)):
+            at = draw.randrange(len(data) + 1)
+            data[at : at + draw.choice((0, 0, 1, 5, 1000))] = draw.choice(inserted)
+        hear(bytes(data))
+        try:
+            file = HttpStore().open("http://h/x", 10)
+            opened += 1
+            HttpStore().read(file, 0, min(file.size, 10))
+        except ckptkit.CkptkitError as error:
+            assert "\n" not in str(error)
+    assert opened > 40
 
 
 # Servers without ranges.
@@ -546,7 +642,7 @@ def test_redirects_end(web, other) -> None:
     assert HttpStore().open(f"{web.url}/1", 10).size == len(DATA)
     with pytest.raises(FileAccessError, match="is redirected more than 10 times"):
         HttpStore().open(f"{web.url}/0", 10)
-    for location in ("file:///etc/passwd", "ftp://h/x", "http://:0:/"):
+    for location in ("file:///etc/passwd", "ftp://h/x", "http://:0:/", "http://[::1"):
         web.redirects = {"x": (302, location)}
         with pytest.raises(FileAccessError, match="/x: is not a valid http:// or https:// URL"):
             HttpStore().open(f"{web.url}/x", 10)
