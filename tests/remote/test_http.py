@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import socket
 import ssl
 import subprocess
@@ -323,6 +324,15 @@ def test_a_server_that_says_nothing(naps, monkeypatch) -> None:
         silent.before = lambda path: silent.closing.wait(10)
         with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not answer in time \(tried 2 times\)$"):
             opened(silent)
+
+
+def test_a_slow_server_is_not_one_that_says_nothing(web, naps, monkeypatch) -> None:
+    monkeypatch.setattr(connections, "ANSWER_SECONDS", 0.2)
+    connections._idle.close()
+    file = opened(web)
+    web.rate = 1_000_000
+    assert HttpStore().read(file, 0, 300_000) == DATA[:300_000]  # in 0.3 seconds
+    assert naps == []
 
 
 def test_what_will_not_be_otherwise_is_not_tried_again(naps) -> None:
@@ -787,6 +797,15 @@ def test_proxies_that_cannot_be_used(web, monkeypatch) -> None:
     ) as told:
         opened(web)
     assert "pro:" not in str(told.value)
+
+
+def test_progress_is_told_with_its_rate(web, tmp_path, capsys) -> None:
+    torch.save({"a": torch.ones(1000, 1000)}, tmp_path / "m.pth")
+    web.files["m.pth"] = (tmp_path / "m.pth").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--progress", f"{web.url}/m.pth", str(tmp_path / "out.safetensors")])
+    assert ended.value.code == 0
+    assert re.search(r"\r100%  8 MB of 8 MB  [\d.]+ [kMG]B/s  0:00 left", capsys.readouterr().err)
 
 
 # What is never said.
