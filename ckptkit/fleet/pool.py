@@ -36,7 +36,7 @@ _CLEANING_SECONDS = 3.0
 """For which a worker that is asked to end may clean up."""
 
 _FAILED_STARTS = 3
-"""In a row, after which no further is tried."""
+"""In a row, after which no further is tried: those that are ready go on."""
 
 _starting = threading.Lock()
 
@@ -112,7 +112,8 @@ class Pool:
     @property
     def free(self) -> int:
         """How many more batches it is given now."""
-        return self._jobs - sum(worker.ticket is not None for worker in self._workers)
+        most = self._jobs if self._failed_starts < _FAILED_STARTS else max(1, len(self._workers))
+        return most - sum(worker.ticket is not None for worker in self._workers)
 
     def submit(self, ticket: int, call: Call) -> None:
         """Hand over a batch.
