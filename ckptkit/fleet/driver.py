@@ -39,6 +39,9 @@ _MOST_NBYTES = 32 << 20
 
 _LARGEST_BATCH = 256
 
+_SHARES = 64
+"""Into twice as many batches, or as there are workers, goes what is left of a known number of tasks."""
+
 _PATIENCE = 4
 """How many times that a batch may take before it is cut short."""
 
@@ -211,7 +214,7 @@ class _Driver(Generic[T, R]):
         size = self._size
         if self._count > self._pulled:
             left = self._count - self._pulled + len(self._waiting)
-            size = max(1, min(size, left // (2 * self._workers.most)))
+            size = max(1, min(size, left // (2 * min(self._workers.most, _SHARES))))
         while len(self._waiting) < size and self._has_room():
             self._pull()
             if time.monotonic() > until:

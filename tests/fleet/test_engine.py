@@ -215,14 +215,18 @@ def test_batches_grow_and_what_is_slow_holds_up_no_others(monkeypatch: pytest.Mo
             return super().submit(function, *args, **kwargs)
 
     with Counting(1) as executor:
-        values = [outcome.value for _, outcome in each(iter(range(5000)), fleet_work.same, executor=executor)]
+        values = [
+            outcome.value for _, outcome in each((number for number in range(5000)), fleet_work.same, executor=executor)
+        ]
         assert values == [*range(5000)]
     assert sizes[:64] == [1] * 64
     assert 50 < max(sizes) <= driver._LARGEST_BATCH
     sizes.clear()
     with Counting(1) as executor:  # fast ones make large batches; then each takes longer than a batch should
         tasks = [0.0] * 2000 + [0.15] * 6
-        assert [outcome.value for _, outcome in each(iter(tasks), time.sleep, executor=executor)] == [None] * 2006
+        assert [outcome.value for _, outcome in each((task for task in tasks), time.sleep, executor=executor)] == [
+            None
+        ] * 2006
     assert sum(sizes) > 2006  # some went out twice
 
 
