@@ -327,6 +327,8 @@ def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selec
 def _tidy(path: str) -> str:
     """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link."""
     steps = path.split(os.sep)
+    if "." not in steps:  # the same text, which takes no room of its own
+        return path
     return os.sep.join(step for step in steps if step != "." or len(steps) == 1)
 
 
