@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +20,7 @@ from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.outputs import findings_of, github, junit, sarif
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.folder import passed_over_text
+from ckptkit.options.storage import local, session_of
 from ckptkit.released import Run
 from ckptkit.released.config import find_config
 from ckptkit.released.lines import line_of, text_of
@@ -181,6 +183,7 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 )
 @click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(
     RENDERERS,
     multiple=True,
@@ -198,6 +201,7 @@ def command(
     shapes: tuple[str, ...],
     tag: str | None,
     skip_others: bool,
+    storage_options: dict[str, Any],
     files_from: str | None,
     part: str | None,
     jobs: int | None,
@@ -232,9 +236,11 @@ def command(
     policy["input_shapes"] = [ui.input_shape(shape) for shape in shapes] or None
     ending.keep_stdout()
     view = ui.View(ui.styler(color), quiet=quiet)
-    with ui.json_errors(wanted == "json"):
+    with ui.json_errors(wanted == "json"), ExitStack() as stack:
+        given = ui.with_listed(paths, files_from)
+        stack.enter_context(session_of(storage_options, given))
         run = Run(
-            ui.with_listed(paths, files_from),
+            local(given),
             is_listed=files_from is not None,
             manifest=manifest,
             config=config if config is not None else find_config(os.curdir),

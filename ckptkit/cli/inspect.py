@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ckptkit import api
+from ckptkit import api, places
 from ckptkit.cli import ending, inspect_text
 from ckptkit.cli import options as ui
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
+from ckptkit.options.storage import session_of
 from ckptkit.report import SCHEMA_VERSION, Severity, at_least, printable
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
 @ui.files_from_option
 @ui.jobs_option
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
@@ -70,6 +71,7 @@ def command(
     files_from: str | None,
     jobs: int | None,
     ignore_checksums: bool,
+    storage_options: dict[str, Any],
     fail_on: str,
     output: str,
     quiet: bool,
@@ -88,6 +90,7 @@ def command(
     given = ui.with_listed(paths, files_from)
     if not given:
         raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
+    click.get_current_context().with_resource(session_of(storage_options, *given))
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     of_folders = {**opening, "tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()
@@ -103,7 +106,7 @@ def command(
         """Each file's document; before the last is shown, the verdict is known."""
         tasks = []
         for found, error in files:
-            is_given = found in named and (len(given) == 1 or os.path.isdir(found))
+            is_given = found in named and (len(given) == 1 or places.isdir(found))
             tasks.append(as_typed._replace(path=found, error=error, opening=of_folders if is_given else opening))
         for document in _shared(tasks, jobs) if is_shared else map(_surveyed, tasks):
             seen.append(_told(document))
@@ -232,7 +235,7 @@ def lines(
 
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
     """The path itself, or the checkpoints below a folder; and what cannot be read, with the reason."""
-    if not os.path.isdir(path):
+    if not places.isdir(path):
         yield path, None
         return
     from ckptkit.formats.distributed.around import sharded_in

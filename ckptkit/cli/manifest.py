@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -117,6 +117,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @ui.files_from_option
 @ui.jobs_option
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
@@ -131,6 +132,7 @@ def command(
     files_from: str | None,
     jobs: int | None,
     ignore_checksums: bool,
+    storage_options: dict[str, Any],
     output: str,
     quiet: bool,
     color: str,
@@ -160,6 +162,7 @@ def command(
             tp_rules=tp_rules,
             allow_part=allow_part,
             ignore_checksums=ignore_checksums,
+            storage_options=storage_options,
             jobs=jobs,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")

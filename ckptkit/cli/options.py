@@ -21,6 +21,7 @@ import click
 from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import ending
 from ckptkit.errors import CkptkitError
+from ckptkit.options.storage import local, storage_options, typed_options
 from ckptkit.report import SCHEMA_VERSION, FindingDocument, printable
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "path_argument",
     "printable",
     "show",
+    "storage_option",
     "styler",
     "tag_option",
     "terminal_width",
@@ -175,7 +177,8 @@ def options_of(
         for name, option in reversed(declared.declared.items()):
             if behind is not None and name in behind:
                 function = behind[name](function)
-            function = _click_option(option, further.get(name, {}))(function)
+            if option.line:  # what Python alone takes has none
+                function = _click_option(option, further.get(name, {}))(function)
         return function
 
     return made
@@ -227,6 +230,14 @@ def checked_devices(_: click.Context, parameter: click.Parameter, value: str | t
     return value
 
 
+def _storage_options(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> dict[str, Any]:
+    """`ckptkit.options.storage` says what they mean."""
+    try:
+        return typed_options(value)
+    except CkptkitError as error:
+        raise click.UsageError(str(error)) from None
+
+
 _CLICK: dict[str, dict[str, Any]] = {
     "flag": {"is_flag": True},
     "switch": {"default": None},
@@ -235,6 +246,7 @@ _CLICK: dict[str, dict[str, Any]] = {
     "device": {"callback": checked_devices},
     "texts": {"multiple": True},
     "pairs": {"multiple": True},
+    "storage": {"multiple": True, "callback": _storage_options},
     "shapes": {"multiple": True},
 }
 """What click is told of each kind of option."""
@@ -254,6 +266,10 @@ allow_part_option = click.option(
 
 tp_rules_option = click.option("--tp-rules", metavar="FILE", help="Rules that join tensor-parallel slices.")
 """The same."""
+
+
+storage_option = _click_option(storage_options, {})
+"""For whatever else reads checkpoints."""
 
 
 tag_option = click.option("--tag", metavar="NAME", help="Which of several steps in a training folder.")
@@ -297,7 +313,8 @@ def with_examples(*examples: str) -> str:
 
 
 def path_argument(name: str, **options: Any) -> Callable[[F], F]:
-    """A file name that is left to the command to open, so that every refusal reads alike."""
+    """A file name or URL that is left to the command to open, so that every refusal reads alike."""
+    options["callback"] = lambda _, __, value: local(value)
     return click.argument(name, type=click.Path(path_type=str, readable=False), **options)
 
 

@@ -96,9 +96,10 @@ def side_by_side(
     """
     if workers.are_others(len(tasks)):
         from ckptkit.fleet import each
+        from ckptkit.remote import carried
 
         jobs, executor, seconds = workers.jobs, workers.executor, workers.seconds
-        for task, outcome in each(tasks, work, jobs=jobs, executor=executor, seconds=seconds, worth=1):
+        for task, outcome in each(tasks, carried(work), jobs=jobs, executor=executor, seconds=seconds, worth=1):
             yield lost(task, outcome) if outcome.problem is not None else outcome.result()
         return
     for start in range(0, len(tasks), _TOGETHER):
