@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from heapq import merge
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from ckptkit.extras import __version__, require_torch
 from ckptkit.fleet.shares import Share
 from ckptkit.formats.folder import PICKLE
 from ckptkit.released.config import Config, read_config
-from ckptkit.released.file_check import Task, held, stamp_of, with_model
+from ckptkit.released.file_check import Task, held, held_from, stamp_of, with_model
 from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.policy import Policy
@@ -146,6 +147,7 @@ class Run:
             "ckptkit": __version__,
             "policy": digest_of(said, digests, None if released is None else released.to_dict()),
             "run": (None if self._earlier is None else self._earlier.run) or uuid.uuid4().hex,
+            "resumed": 0 if self._earlier is None else self._earlier.resumed,
             "part": self.part,
             "manifest": self._manifest,
             "config": config.path,
@@ -159,7 +161,8 @@ class Run:
             looked_at = [(task, is_kept and task.other is None) for task, is_kept in self._earlier.kept(tasks)]
             kept = [task.path for task, is_kept in looked_at if is_kept]
             tasks = [task for task, is_kept in looked_at if not is_kept]
-        found = zip(tasks, side_by_side(tasks, held, workers=self._workers, nbytes=_nbytes, lost=_lost), strict=True)
+        work = held if self._workers.executor is None else partial(held_from, os.getcwd())
+        found = zip(tasks, side_by_side(tasks, work, workers=self._workers, nbytes=_nbytes, lost=_lost), strict=True)
         opened = ((task, with_model(*each, task, self._verify)) for task, each in found)
         others = [(task, result) for task, result in islice(opened, len(self._others)) if result.findings]
         self._passed.subtract(Counter(task.other for task, _ in others if task.other is not None))
@@ -327,6 +330,8 @@ def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selec
 def _tidy(path: str) -> str:
     """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link."""
     steps = path.split(os.sep)
+    if "." not in steps:  # the same text, which takes no room of its own
+        return path
     return os.sep.join(step for step in steps if step != "." or len(steps) == 1)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ckptkit import places
 from ckptkit.architectures import Architecture
 from ckptkit.errors import (
     CkptkitError,
@@ -84,6 +85,9 @@ def make(
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
+    if workers.executor is not None:  # its workers may be in other folders
+        wanted = {name: path if places.is_url(path) else os.path.abspath(path) for name, path in wanted.items()}
+        tp_rules = None if tp_rules is None else os.path.abspath(tp_rules)
     known = {name: path for name, path in wanted.items() if name in old}
     kept = _unchanged(known, old, digests, workers, allow_part=allow_part, tp_rules=tp_rules)
     renewed = _renewed(
