@@ -93,6 +93,17 @@ def test_the_same_bytes_by_an_executor(folders: Path, source: Path, threads: Exe
     assert same_files(folders / "one", folders / "many")
 
 
+def test_the_same_bytes_by_dask(folders: Path, source: Path, dask_executor: Executor, runs: Path) -> None:
+    ckptkit.convert(source, folders / "one/model.safetensors", **GIVEN)
+    ckptkit.convert(source, folders / "many/model.safetensors", **GIVEN, executor=dask_executor)
+    assert same_files(folders / "one", folders / "many")
+    one = ckptkit.convert(runs, folders / "one", to="safetensors")
+    many = ckptkit.convert(runs, folders / "many", to="safetensors", executor=dask_executor)
+    assert trees(folders / "one") == trees(folders / "many")
+    names = (str(folders / "one"), str(folders / "many"))
+    assert untimed(json.loads(many.to_json())) == untimed(json.loads(one.to_json().replace(*names)))
+
+
 def test_one_file_is_written_here(folders: Path, source: Path, threads: Executor) -> None:
     ckptkit.convert(source, folders / "one/model.pth")
     ckptkit.convert(source, folders / "many/model.pth", executor=threads)
