@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import TensorEntry
+from ckptkit.computed import Held
 from ckptkit.errors import CorruptError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer.checksums import Checksums, first_difference
 from ckptkit.transfer.values import Ahead, same_values, stream
 
-__all__ = ["PIECE_NBYTES", "chunks_side_by_side", "pieces", "same_piece", "unexpanded"]
+__all__ = ["PIECE_NBYTES", "chunks_side_by_side", "held", "pieces", "same_piece", "unexpanded"]
 
 PIECE_NBYTES = 16 << 20
 """Bytes of a tensor that one thread compares before it looks for other work: of few large tensors every core
@@ -89,6 +90,22 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tupl
             checksums.note(run, crc)
         return is_same
     return same_values(a, b)
+
+
+def held(entry: TensorEntry, checksums: Checksums) -> TensorEntry:
+    """The same tensor with its bytes in memory, read once and summed where a checksum is recorded for them."""
+    start, end = entry.span()
+    storage = entry.storage
+    source = storage.source.part(start, end - start)
+    data = source.read()
+    if isinstance(source, ByteRange) and (storage.original or storage).crc32 is not None:
+        checksums.note(source, zlib.crc32(data))
+    place = ByteRange(Held(data, source.file.path), 0, len(data))
+    return replace(
+        entry,
+        storage=replace(storage, source=place, nbytes=len(data), crc32=None, original=None),
+        storage_offset=entry.storage_offset - start // entry.itemsize,
+    )
 
 
 def _lying(entry: TensorEntry) -> ByteRange:

@@ -285,9 +285,11 @@ def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list
     """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
     from ckptkit.stats import NO_STATS, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
+    from ckptkit.transfer.values import will_read
 
     checksums = Checksums()
     checksums.want(row.entry.storage for row in rows if row.entry is not None)
+    will_read(row.entry for row in rows if row.entry is not None)
     known: dict[tuple[object, ...], StatsDocument] = {}
     nothing = cast("StatsDocument", NO_STATS)
     result = []

@@ -28,6 +28,7 @@ from ckptkit.report import listed
 from ckptkit.torch_bridge.devices import STAGED, Places, Staging, TorchLocation, allocated
 from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums
 from ckptkit.transfer.memory import memory_at
+from ckptkit.transfer.values import will_read
 from ckptkit.transfer.workers import buffer, in_parallel
 
 require_torch()
@@ -126,6 +127,7 @@ def tensors(
     require_dtypes(state_dict)
     sums = Checksums()
     loader = Loader(map_location, alignment=ALIGNMENT if mapped else None, checksums=sums if checksums else None)
+    will_read(state_dict.values())
     with sums.held(lambda: storage_names(state_dict.everything)):
         loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
         loader.finish()
@@ -300,6 +302,7 @@ class Loader:
         for staging in self._staging.values():
             staging.finish()
         for file in self._files.values():
+            file.settle()
             if file.changed():
                 raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
 

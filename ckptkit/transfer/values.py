@@ -91,10 +91,14 @@ def lying_in(value: TensorEntry | Storage | ByteSource) -> Iterator[ByteRange]:
             yield from lying_in(part) if isinstance(part, Storage) else ()
 
 
-def will_read(values: Iterable[TensorEntry | Storage | ByteSource]) -> None:
-    """Tell sources that are far what is about to be read of them, in about this order; see `Source.will_read`."""
+def will_read(values: Iterable[TensorEntry | Storage | ByteSource]) -> bool:
+    """Tell sources that are far what is about to be read of them, in about this order; see `Source.will_read`.
+
+    Returns:
+        Whether one is far.
+    """
     if "ckptkit.remote.source" not in sys.modules:  # no source is far, and to look at each value takes time
-        return
+        return False
     areas: dict[int, tuple[Source, list[tuple[int, int]]]] = {}
     for value in values:
         for run in lying_in(value):
@@ -103,6 +107,7 @@ def will_read(values: Iterable[TensorEntry | Storage | ByteSource]) -> None:
                 areas.setdefault(id(run.file), (run.file, []))[1].append((run.offset, run.nbytes))
     for file, wanted in areas.values():
         file.will_read(wanted)
+    return bool(areas)
 
 
 def stream(
