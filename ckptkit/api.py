@@ -19,22 +19,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.arguments import documented, several, unexpected
 from ckptkit.bytesource import Readable
-from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
+from ckptkit.checkpoint_file import (
+    CheckpointFile,
+    PathLike,
+    Rewriter,
+    open,  # noqa: A004 - the name users expect
+    save,
+    weights_of,
+)
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.formats import require_sound
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
 from ckptkit.options import ConvertOptions, DiffOptions, LoadOptions, VerifyOptions
+from ckptkit.options.storage import in_session
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
     from collections import OrderedDict
+    from concurrent.futures import Executor
 
     from typing_extensions import Unpack
 
@@ -53,6 +62,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+@in_session
 def inspect(
     path: Readable,
     *,
@@ -63,6 +73,7 @@ def inspect(
     sort: str = "file",
     stats: bool = False,
     ignore_checksums: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> InspectedFile:
     """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
 
@@ -75,6 +86,7 @@ def inspect(
         sort: ``"file"``, ``"name"`` or ``"size"``.
         stats: whether to read the data and add statistics of each tensor listed; a damaged one is a finding.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        storage_options: what the file systems of URLs are made with; see `open`.
 
     Raises:
         As `open`.
@@ -87,6 +99,7 @@ def inspect(
         return describe(file.checkpoint, filters=several(filters), sort=sort, stats=stats)
 
 
+@in_session
 @documented(LoadOptions)
 def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict[str, Any]:
     """The weights, from any container, without executing the file: every value of the state_dict.
@@ -135,6 +148,7 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
         return file.load(map_location=asked.map_location, mapped=asked.mapped, allow_part=True)
 
 
+@in_session
 def load(
     f: Readable,
     *,
@@ -145,6 +159,7 @@ def load(
     mapped: bool | None = None,
     allow_part: bool = False,
     ignore_checksums: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """All that a file holds, as ``torch.load`` gives it, without executing the file.
 
@@ -163,6 +178,7 @@ def load(
         mapped: whether tensors on the CPU lie in a mapping of the file; see `load_state_dict`.
         allow_part: whether the file may be a part of a checkpoint that lies in several.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        storage_options: what the file systems of URLs are made with; see `open`.
 
     Returns:
         What was saved; of a program and of a safetensors file a dict of its tensors.
@@ -194,6 +210,7 @@ def load(
         )
 
 
+@in_session
 @documented(ConvertOptions)
 def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report[ConvertDocument]:
     """Rewrite a checkpoint into another file, or each one below a folder into another folder.
@@ -234,7 +251,8 @@ def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKe
     except FileAccessError as error:
         raise outputs.told(error, source, destination, asked) from error.__cause__
     with opened as file, outputs.destination_of(outputs.named_after(file.path, asked), destination, asked) as path:
-        return run(file.checkpoint, file._file, path, asked).report()
+        given = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else None
+        return run(file.checkpoint, file._file, path, asked, given=given).report()
 
 
 def _reading(asked: ConvertOptions | LoadOptions | VerifyOptions) -> dict[str, Any]:
@@ -262,6 +280,7 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
     return like_checkpoint(path)
 
 
+@in_session
 @documented(DiffOptions)
 def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Difference:
     """What changed from one checkpoint to another, whatever their containers.
@@ -287,7 +306,7 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
     chosen = asked.section_a or asked.section, asked.section_b or asked.section
     reading = partial(open, ignore_checksums=asked.ignore_checksums)
     tolerance = None if asked.atol is None and asked.rtol is None else Tolerance(asked.atol or 0.0, asked.rtol or 0.0)
-    (tag_a, rules_a), (tag_b, rules_b) = _steps(a, b, asked)
+    (tag_a, rules_a), (tag_b, rules_b) = asked.steps(a, b)
     with (
         reading(a, section=chosen[0], tag=tag_a, tp_rules=rules_a) as ours,
         reading(b, section=chosen[1], tag=tag_b, tp_rules=rules_b) as theirs,
@@ -310,14 +329,7 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
         return difference
 
 
-def _steps(a: Readable, b: Readable, asked: DiffOptions) -> Iterator[tuple[str | None, str | None]]:
-    """The step that is meant of each, and its rules: of one tag, or one file of rules, for both in each folder."""
-    folders = [isinstance(path, (str, os.PathLike)) and os.path.isdir(path) for path in (a, b)]
-    for is_folder, own in zip(folders, (asked.tag_a, asked.tag_b), strict=True):
-        is_meant = is_folder or not any(folders)
-        yield own or (asked.tag if is_meant else None), asked.tp_rules if is_meant else None
-
-
+@in_session
 def manifest(
     paths: PathLike | Sequence[PathLike] = (),
     destination: PathLike | None = None,
@@ -330,6 +342,9 @@ def manifest(
     update: bool = False,
     force: bool = False,
     ignore_checksums: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    executor: Executor | None = None,
 ) -> Manifest:
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
@@ -348,6 +363,9 @@ def manifest(
         update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
         force: whether to replace an existing manifest as a whole.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        storage_options: what the file systems of URLs are made with; see `open`.
+        jobs: how many processes share very many files; see `check`.
+        executor: what does the work in their place; see there.
 
     Returns:
         The manifest; its ``changes`` say what was added, changed, removed and kept.
@@ -358,6 +376,7 @@ def manifest(
         FormatError: a file is not a checkpoint, or the manifest to update is none.
     """
     from ckptkit.released.manifest_maker import make_at
+    from ckptkit.transfer.many import Workers
 
     return make_at(
         [os.fsdecode(path) for path in several(paths)],
@@ -370,9 +389,11 @@ def manifest(
         update=update,
         force=force,
         ignore_checksums=ignore_checksums,
+        workers=Workers(jobs=jobs, executor=executor),
     )
 
 
+@in_session
 @documented(VerifyOptions)
 def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDocument]:
     """Load into a reference model, strictly, and examine what it computes.
@@ -393,7 +414,7 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
     asked = VerifyOptions(**options)
     section = asked.section
     with contextlib.ExitStack() as stack:
-        weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
+        weights = partial(weights_of, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
         file = stack.enter_context(weights(path, "to verify", section=section, tag=asked.tag, tp_rules=asked.tp_rules))
         other = None
         if asked.against is not None:
@@ -409,25 +430,7 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
         return run(subject.checkpoint, asked, file=file._file, against=against)
 
 
-@contextlib.contextmanager
-def _weights(
-    path: Readable,
-    purpose: str,
-    *,
-    section: str | None,
-    tag: str | None = None,
-    tp_rules: PathLike | None = None,
-    allow_part: bool,
-    ignore_checksums: bool,
-) -> Iterator[CheckpointFile]:
-    """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
-    with open(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
-        require_whole(file.checkpoint, allow_part=allow_part)
-        require_state_dict(file.checkpoint, purpose)
-        require_sound(file._file, file.checkpoint, held=not ignore_checksums)
-        yield file
-
-
+@in_session
 def check(
     paths: PathLike | Sequence[PathLike] = (),
     *,
@@ -435,6 +438,11 @@ def check(
     config: PathLike | None = None,
     tag: str | None = None,
     skip_others: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    part: str | None = None,
+    jobs: int | None = None,
+    executor: Executor | None = None,
+    timeout: float | None = None,
     **policy: Unpack[PolicyKeywords],
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
@@ -465,7 +473,12 @@ def check(
         input_shapes: of the forward pass; default from the reference where it is known.
         skip_others: whether files that are named and no checkpoint are passed over, as those in folders are; that
             none is left is well.
+        part: the share of the files to look at, ``"2/8"``: all eight together are all files, each once.
+        jobs: how many processes share very many files; default: as many as there are cores.
+        executor: any `concurrent.futures.Executor` in their place, whose workers have the same files and ckptkit.
+        timeout: seconds that one file may take.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        storage_options: what the file systems of URLs are made with; see `open`.
 
     Returns:
         A report whose findings name path, rule, expected and found, and whose ``passed_over`` counts by kind the
@@ -474,19 +487,24 @@ def check(
 
     Raises:
         VerifyError: a policy has a value that it cannot have, or there is nothing to check.
+        CkptkitError: ``jobs``, ``executor`` or ``timeout`` cannot be, or two of them do not go together.
         FormatError, FileAccessError: manifest or configuration cannot be read.
         MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
     """
     from ckptkit.released import check as run
     from ckptkit.released.policy import POLICY_FIELDS
+    from ckptkit.transfer.many import Workers
 
     for name in policy:
         if name not in POLICY_FIELDS:
-            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "tag", "skip_others"))
+            own = ("manifest", "config", "tag", "skip_others", "part", "jobs", "executor", "timeout", "storage_options")
+            raise unexpected("check", name, (*POLICY_FIELDS, *own))
     return run(
         [os.fsdecode(path) for path in several(paths)],
         tag=tag,
         skip_others=skip_others,
+        part=part,
+        workers=Workers(jobs=jobs, executor=executor, seconds=timeout),
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
         typed={name: value for name, value in policy.items() if value is not None},

@@ -23,6 +23,7 @@ LAYERS = (
     {"codes", "documents", "fleet"},
     {"bytesource"},
     {"remote"},
+    {"places"},
     {"computed"},
     {"tensor"},
     {"checkpoint"},
@@ -54,6 +55,7 @@ GUESTS = {
     "click": {"cli"},
     "tabulate": {"cli"},
     "zstandard": {"formats"},
+    "fsspec": {"remote"},
 }
 """Heavy packages, and the only rooms that may import them."""
 

@@ -107,13 +107,27 @@ class Inner(Source):
         """As `Source.will_read`."""
         begin = self.area.offset
         shifted = None if passing is None else lambda start, data: passing(start - begin, data)
-        self.area.file.will_read([(begin + offset, nbytes) for offset, nbytes in areas], shifted)
+        self.area.file.will_read(self._moved(areas), shifted)
 
     def located(self, area: ByteRange) -> ByteRange:
         """As `Source.located`."""
         if self._closed:
             self._require_open()
         return self.area.file.located(self.area.part(area.offset, area.nbytes))
+
+    def _moved(self, areas: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(self.area.offset + offset, nbytes) for offset, nbytes in areas]
+
+    def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
+        """As `Source.on_read`."""
+        return self.area.file.on_read(self.area.offset + offset, nbytes, check)
+
+    def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
+        """As `Source.settle`; what it lies in is looked at, too."""
+        super().settle(areas)
+        self.area.file.settle(None if areas is None else self._moved(areas))
+        if areas is None and self.area.file is not self._outer:
+            self._outer.settle()
 
     def stamp(self) -> object:
         """As `Source.stamp`: that of what it lies in."""
@@ -482,6 +496,7 @@ def decompressed(file: Source, compression: Compression, limits: Limits) -> Inne
     Raises:
         As `Compression.parts`; MissingDependencyError; FileAccessError: the temporary folder has no room for it.
     """
+    file.will_read([(0, file.size)])
     area = spooled(compression.parts(file, limits), None, file, f"is {compression.name}-compressed, and takes")
     stem, ending = os.path.splitext(name_of(file))
     name = stem if ending.lower() in compression.endings else name_of(file)
