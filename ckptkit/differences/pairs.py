@@ -310,8 +310,9 @@ class PairReader:
         left, right = held(a, self.checksums), held(b, self.checksums)
         self._compare(key, left, right)
         if self._same[key] is False and a.shape == b.shape and is_measurable(a.dtype):
+            views: Pair = (*a.view, *b.view)
             try:
-                self.measured[(*a.view, *b.view)] = measure_pair(left, right, self._tolerance, lambda _: None)
+                self.measured[views] = measure_pair(left, right, self._tolerance, lambda _: None)
             except DTypeError:
                 self._same[key] = None
 

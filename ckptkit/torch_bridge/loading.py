@@ -302,7 +302,6 @@ class Loader:
         for staging in self._staging.values():
             staging.finish()
         for file in self._files.values():
-            file.settle()
             if file.changed():
                 raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
 
