@@ -92,15 +92,12 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tupl
     return same_values(a, b)
 
 
-def held(entry: TensorEntry, checksums: Checksums) -> TensorEntry:
-    """The same tensor with its bytes in memory, read once and summed where a checksum is recorded for them."""
+def held(entry: TensorEntry) -> TensorEntry:
+    """The same tensor with its bytes in memory."""
     start, end = entry.span()
     storage = entry.storage
-    source = storage.source.part(start, end - start)
-    data = source.read()
-    if isinstance(source, ByteRange) and (storage.original or storage).crc32 is not None:
-        checksums.note(source, zlib.crc32(data))
-    place = ByteRange(Held(data, source.file.path), 0, len(data))
+    data = storage.source.part(start, end - start).read()
+    place = Held(data, storage.source.file.path).whole
     return replace(
         entry,
         storage=replace(storage, source=place, nbytes=len(data), crc32=None, original=None),

@@ -146,7 +146,7 @@ def _digests(entries: list[TensorEntry], checksums: Checksums) -> dict[tuple[obj
         except DTypeError:
             found[view] = None
 
-    will_read(by_view.values())
+    will_read(by_view.values(), checksums.along_file)
     in_parallel(
         [partial(add, view, entry) for view, entry in by_view.items()],
         nbytes=sum(entry.nbytes for entry in by_view.values()),
@@ -217,7 +217,7 @@ def all_sums(
                 nbytes += part.nbytes + other.nbytes
                 wanted += part, other
                 tasks.append(partial(measured, key, number, part, other))
-    will_read(wanted)
+    will_read(wanted, work.checksums.along_file)
     work.expect(nbytes)
     in_parallel(tasks, nbytes=nbytes)
     return {key: None if key in failed else reduce(add, sums, Sums()).times(copies[key]) for key, sums in found.items()}
@@ -281,7 +281,7 @@ class PairReader:
         waiting, self._waiting = self._waiting, []
         nbytes = 2 * sum([each for _, _, _, each in waiting])
         self._total += nbytes
-        far = will_read(entry for _, a, b, _ in waiting for entry in (a, b))
+        far = will_read((entry for _, a, b, _ in waiting for entry in (a, b)), self.checksums.along_file)
         in_parallel(self._held_comparisons(waiting) if far else self._comparisons(waiting), nbytes=nbytes)
 
     def _comparisons(self, waiting: _Waiting) -> Iterator[Callable[[], object]]:
@@ -307,7 +307,7 @@ class PairReader:
 
     def _compare_held(self, key: Pair, a: TensorEntry, b: TensorEntry) -> None:
         """Compare two pieces once they are in memory, and measure them where their tensors differ."""
-        left, right = held(a, self.checksums), held(b, self.checksums)
+        left, right = held(a), held(b)
         self._compare(key, left, right)
         if self._same[key] is False and a.shape == b.shape and is_measurable(a.dtype):
             views: Pair = (*a.view, *b.view)
