@@ -31,6 +31,7 @@ from ckptkit.pickling.inert import (
     InertSet,
     Object,
     attributes,
+    holds,
     mapping_items,
     named_items,
     tensors_in,
@@ -53,7 +54,7 @@ from ckptkit.report import count_of, glob_of, listed
 from ckptkit.torch_bridge.devices import TorchLocation
 from ckptkit.torch_bridge.loading import Loader, dtype_of, require_dtypes, tensors
 from ckptkit.transfer.checksums import Checksums
-from ckptkit.transfer.values import array_from, check_indices, values_of, will_read
+from ckptkit.transfer.values import array_from, check_indices, values_of
 
 require_torch()
 
@@ -117,7 +118,7 @@ def state_dict_of(
     loader = Loader(map_location, alignment=1 if mapped else None, checksums=sums if checksums else None)
     builder = _Builder(loader, map_location)
     foreign: dict[str, str] = {}
-    will_read(node for value in (*state_dict.extra.values(), *state_dict.values()) for node in tensors_in(value))
+    loader.expect(lambda: tensors_in([*state_dict.extra.values(), *state_dict.values()]))
     with collector_paused(), sums.held(lambda: storage_names(state_dict.everything)):
         others: dict[str, object] = {}
         for name, value in state_dict.extra.items():  # before the others are read: one that cannot be made ends it
@@ -176,7 +177,7 @@ def tree_of(
     with collector_paused(), sums.held(lambda: storage_names(checkpoint)):
         if section:
             root = _part(root, weights, section, checkpoint)
-        will_read(tensors_in((root, weights)))
+        loader.expect(lambda: tensors_in((root, weights if holds(root, STATE_DICT) else None)))
         try:
             made = builder(root)
         except (_ForeignError, CorruptError, DTypeError, RecursionError) as error:
