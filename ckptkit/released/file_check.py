@@ -119,22 +119,25 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
         )
         # Where the manifest's hash is the file's, nothing more is needed.
         may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
+        # What is far is read once, for all that may be needed.
+        at_once = not may_be_same or "://" in path
         examined = digested = look(
             hash_file=record is not None,
-            digest=record is not None and not may_be_same,
+            digest=record is not None and at_once,
             values=policy.no_nan,
-            checksums=not may_be_same,
+            checksums=at_once,
         )
+        is_same = record is not None and may_be_same and is_same_file(examined, record)
         if policy.forward and policy.fits is None and task.golden is None:
             architecture = examined.architecture
         if record is not None:
-            if may_be_same and not is_same_file(examined, record):
+            if not at_once and not is_same:
                 digested = look(hash_file=False, digest=True, values=False)
             findings += compare(examined, digested, record)
             findings += golden_findings(path, record, task.folder)
-        if digested.damage is not None:
+        if digested.damage is not None and not is_same:
             findings.append(damage_finding(path, digested.damage))
-        if digested.unlike is not None:
+        if digested.unlike is not None and not is_same:
             findings.append(unlike_finding(path, digested.unlike))
         findings += [malformed_finding(path, told) for told in examined.malformed]
         findings += violations(examined, policy)

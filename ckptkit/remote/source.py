@@ -36,6 +36,9 @@ _HEADER_NBYTES = 256 << 10
 _LEAST_NBYTES, _MOST_NBYTES = 32 << 10, 4 << 20
 """Bytes that are read where fewer are asked for, and the most that they become while reads follow one another."""
 
+_AT_ONCE_NBYTES = 8 << 20
+"""Of a long range that nobody told of before it was read."""
+
 _LONG_TAIL_NBYTES = 512 << 10
 """Of a file that begins with a longer record than fits into the first bytes."""
 
@@ -372,7 +375,7 @@ class RemoteSource(Source):
             if self._ahead is not None:
                 part = self._brought(self._ahead, offset, nbytes)
             if part is None:
-                part = self.read(offset, min(nbytes, _MOST_NBYTES))
+                part = self.read(offset, min(nbytes, _AT_ONCE_NBYTES))
             yield part
             offset, nbytes = offset + len(part), nbytes - len(part)
 
