@@ -95,6 +95,8 @@ def relative(path: str, folder: str) -> str:
         whole, root = path.rstrip("/"), folder.rstrip("/")
         if whole == root:
             return "."
+        if root.startswith(f"{whole}/"):
+            return "/".join([os.pardir] * (root.count("/") - whole.count("/")))
         return whole[len(root) + 1 :] if root and whole.startswith(f"{root}/") else path
     absolute = os.path.abspath(path)
     try:
