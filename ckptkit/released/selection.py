@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -37,7 +38,7 @@ class Selection:
 
     Attributes:
         checkpoints: each once, sorted by name.
-        passed_over: how many files of each kind were met that are not checkpoints.
+        passed: the files that were met and are not checkpoints, with their kinds.
         others: those among them that may hold pickles, with their kinds.
         unreadable: files and folders of which nothing is known, and why.
         empty: folders without a checkpoint, and what is to be said of each.
@@ -45,11 +46,16 @@ class Selection:
     """
 
     checkpoints: tuple[Selected, ...]
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    passed: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
     unreadable: tuple[tuple[str, CkptkitError], ...] = ()
     empty: tuple[tuple[str, CkptkitError], ...] = ()
     shards: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many files of each kind are not checkpoints."""
+        return dict(Counter(self.passed.values()))
 
     def require_all(self) -> None:
         """Raise where not everything that was meant is known.
@@ -141,7 +147,7 @@ def select(
         checkpoints.setdefault(names[0], Selected(path=each.path, name=names[0], names=tuple(names)))
     return Selection(
         checkpoints=tuple(checkpoints[name] for name in sorted(checkpoints)),
-        passed_over=found.passed_over,
+        passed=found.passed,
         others=found.others,
         unreadable=found.unreadable,
         empty=tuple(empty),

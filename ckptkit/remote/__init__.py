@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
@@ -20,8 +21,12 @@ from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
 __all__ = [
-    "RemoteSource", "Session", "Store", "current_session", "is_url", "local_path", "session", "source_at", "store_of",
+    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "session", "source_at",
+    "store_of",
 ]  # fmt: skip
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*([A-Za-z][A-Za-z0-9+.-]*)://")
 _SHORTEST = 2
@@ -125,6 +130,17 @@ def session(options: Mapping[str, Any] | None = None) -> Iterator[Session]:
         made.close()
 
 
+def carried(work: Callable[[T], R]) -> Callable[[T], R]:
+    """The work with the options of the session that this is within, for a process that is within none."""
+    known = _current.get()
+    return work if known is None else partial(_carried, known.options, work)
+
+
+def _carried(options: Mapping[str, Any], work: Callable[[T], R], task: T) -> R:
+    with session(options):
+        return work(task)
+
+
 def store_of(url: str) -> Store:
     """Who has the file, or folder, of a URL.
 
@@ -153,6 +169,10 @@ def _made(scheme: str, current: Session) -> Store:
         from ckptkit.remote.http import HttpStore
 
         return HttpStore()
+    if scheme == "hf":
+        from ckptkit.remote.hub import HubStore
+
+        return HubStore()
     from ckptkit.remote.objects import ObjectStore
 
     return ObjectStore(scheme, current.options)
