@@ -23,10 +23,12 @@ from heapq import merge
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ckptkit import places
 from ckptkit.errors import CkptkitError, VerifyError
 from ckptkit.extras import __version__, require_torch
 from ckptkit.fleet.shares import Share
 from ckptkit.formats.folder import PICKLE
+from ckptkit.released.bases import based
 from ckptkit.released.config import Config, read_config
 from ckptkit.released.file_check import Task, held, stamp_of, with_model
 from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
@@ -100,9 +102,7 @@ class Run:
         paths = paths if is_listed else paths or self._config.paths
         if not paths and manifest is None and not is_listed:
             raise VerifyError("nothing to check: name files or folders, or a manifest with --manifest FILE")
-        # Paths are told as the manifest's own was given, not from the root of the disk.
-        folder = os.path.dirname(manifest) if manifest is not None else ""
-        self._released = None if manifest is None else replace(read_manifest(manifest), folder=folder)
+        self._released = None if manifest is None else based(read_manifest(manifest), manifest, paths)
         if self._config.needs_model:
             require_torch()
         self._started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
@@ -240,7 +240,7 @@ def _selected(
     given = (
         paths
         if is_listed
-        else paths or ([] if manifest is None else [os.path.join(folder, name) for name in manifest.folders])
+        else paths or ([] if manifest is None else [places.below(folder, name) for name in manifest.folders])
     )
     if not given:
         return Selection(checkpoints=())
@@ -274,7 +274,7 @@ def _told_unopened(selection: Selection, tasks: Sequence[Task], manifest: Manife
 def _told_empty(empty: Iterable[tuple[str, CkptkitError]], pickles: Sequence[str]) -> Iterator[FileResult]:
     """What is said of folders without a checkpoint, and without a file that is told of for its pickles."""
     for path, error in empty:
-        if all(name_of(pickle, path).startswith("../") for pickle in pickles):
+        if all(name_of(pickle, path).startswith("../") or name_of(pickle, path) == pickle for pickle in pickles):
             yield nothing_selected(path, str(error))
 
 
@@ -296,7 +296,7 @@ def _tasks(selection: Selection, paths: Sequence[str] | None, manifest: Manifest
             record = records.get(named) or owners[named]
             wanted[record.path] = record
         elif not any(name in goldens for name in each.names):
-            tasks.append(_task(each, config, selection, is_extra=os.path.lexists(each.path)))
+            tasks.append(_task(each, config, selection, is_extra=places.exists(each.path)))
         elif paths is not None and each.name not in wanted:  # named, and a checkpoint like any other
             tasks.append(_task(each, config, selection))
     recorded = [_recorded_task(record, manifest, config, selection) for record in wanted.values()]
@@ -319,13 +319,16 @@ def _task(selected: Selected, config: Config, selection: Selection, *, is_extra:
 
 
 def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selection: Selection) -> Task:
-    path = os.path.join(manifest.folder, *record.path.split("/"))
+    path = places.below(manifest.folder, record.path)
     shards = next((named for index, named in selection.shards.items() if _tidy(index) == path), ())
-    return Task(path=path, policy=config.policy_for(path), record=record, folder=manifest.folder, shards=shards)
+    folder = manifest.folder if manifest.beside is None else manifest.beside
+    return Task(path=path, policy=config.policy_for(path), record=record, folder=folder, shards=shards)
 
 
 def _tidy(path: str) -> str:
-    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link."""
+    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link.  A URL is as it is."""
+    if places.is_url(path):
+        return path
     steps = path.split(os.sep)
     return os.sep.join(step for step in steps if step != "." or len(steps) == 1)
 
