@@ -193,27 +193,35 @@ class Source:
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """Leave a look at some bytes until values are read: ``check`` is then called with them, once.
 
-        Where values lie around them they come by with those; `settle` fetches what did not.
+        Where values lie around them they come by with those; `settle` fetches what did not.  What is at hand is looked
+        at before this returns.
 
         Returns:
             Whether it is left for later; ``False``: it is to be done now, since nothing is saved.
         """
         return False
 
-    def settle(self) -> None:
+    def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
         """Look at what was left until now (`on_read`); who has read values ends with it.
+
+        Args:
+            areas: offset and size in bytes of ranges: no more is looked at than what adjoins one of them, and those
+                that are small come along, so that reading them next takes no trip; ``None``: everything, parts, too.
 
         Raises:
             FormatError: what was left is not as it must be.
         """
+        for part in self.parts.values() if areas is None else ():
+            part.settle()
 
     def changed(self) -> bool:
-        """Whether it was written to since it was opened.
+        """Whether it was written to since it was opened; what was left until values are read is looked at (`settle`).
 
         Raises:
-            As `stamp`.
+            As `stamp` and `settle`.
         """
         self._require_open()
+        self.settle()
         return self.stamp() != self.identity
 
     @property

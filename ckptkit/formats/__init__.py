@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ckptkit import places
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
-from ckptkit.errors import FileAccessError, FormatError, RewriteError, SectionError
+from ckptkit.errors import FileAccessError, FormatError, MissingFileError, RewriteError, SectionError
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe, is_folder
 from ckptkit.formats.shards import may_tell_a_part
@@ -261,7 +261,15 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
     if places.is_url(name):
         from ckptkit.formats.distributed import unlisted_source
 
-        return unlisted_source(name) or places.opened(name)
+        try:
+            return unlisted_source(name) or places.opened(name)
+        except MissingFileError:
+            from ckptkit.formats.inside import member_at
+
+            inner = member_at(name, DEFAULT_LIMITS)
+            if inner is None:
+                raise
+            return inner
     try:
         return SourceFile(path)
     except FileAccessError:

@@ -71,6 +71,7 @@ def read(probe: Probe) -> RawCheckpoint:
     weight_map, names, metadata = _named(probe)
     allowed = [each.name for each in CONTAINERS if index.has_pickle or each.name == index.shards]
     problems = _Problems()
+    probe.file.will_open(list(names))
     read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in names}
     shards = {name: shard for name, shard in read_ones.items() if shard is not None}
     everything = _assembled(weight_map, shards, problems)

@@ -101,6 +101,29 @@ class Inner(Source):
             self._require_open()
         return self.area.file.located(self.area.part(area.offset, area.nbytes))
 
+    @property
+    def is_far(self) -> bool:  # type: ignore[override]  # as what it lies in is
+        """As `Source.is_far`."""
+        return self.area.file.is_far
+
+    def _moved(self, areas: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(self.area.offset + offset, nbytes) for offset, nbytes in areas]
+
+    def will_read(self, areas: Sequence[tuple[int, int]]) -> None:
+        """As `Source.will_read`."""
+        self.area.file.will_read(self._moved(areas))
+
+    def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
+        """As `Source.on_read`."""
+        return self.area.file.on_read(self.area.offset + offset, nbytes, check)
+
+    def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
+        """As `Source.settle`; what it lies in is looked at, too."""
+        super().settle(areas)
+        self.area.file.settle(None if areas is None else self._moved(areas))
+        if areas is None and self.area.file is not self._outer:
+            self._outer.settle()
+
     def stamp(self) -> object:
         """As `Source.stamp`: that of what it lies in."""
         return self._outer.stamp()
@@ -468,6 +491,7 @@ def decompressed(file: Source, compression: Compression, limits: Limits) -> Inne
     Raises:
         As `Compression.parts`; MissingDependencyError; FileAccessError: the temporary folder has no room for it.
     """
+    file.will_read([(0, file.size)])
     area = spooled(compression.parts(file, limits), None, file, f"is {compression.name}-compressed, and takes")
     stem, ending = os.path.splitext(name_of(file))
     name = stem if ending.lower() in compression.endings else name_of(file)

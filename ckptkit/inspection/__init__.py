@@ -283,6 +283,7 @@ def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
 
 def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
     """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
+    from ckptkit.computed import files_of
     from ckptkit.stats import NO_STATS, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
 
@@ -305,6 +306,8 @@ def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list
                 known[view] = nothing.copy()
         result.append(row._replace(stats=known[view]))
     damages = checksums.damages()
+    for file in {id(file): file for row in rows if row.entry for file in files_of(row.entry.storage.source)}.values():
+        file.settle()
     if not damages:
         return result, []
     message = damage_text(damages, storage_names(checkpoint))

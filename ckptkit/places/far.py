@@ -365,10 +365,10 @@ class ListedSource(Source):
         """As `Source.on_read`."""
         return self._opened().on_read(offset, nbytes, check)
 
-    def settle(self) -> None:
+    def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
         """As `Source.settle`; of one that nobody has read there is nothing to say."""
         if self._file is not None:
-            self._file.settle()
+            self._file.settle(areas)
 
     def stamp(self) -> object:
         """As `Source.stamp`."""

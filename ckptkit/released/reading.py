@@ -17,6 +17,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -26,6 +27,8 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
 from ckptkit.digests import digest_text
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
+from ckptkit.formats import hashed_parts
+from ckptkit.formats.format import is_folder
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
@@ -36,7 +39,7 @@ from ckptkit.pickling.layouts import call_of
 from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
 from ckptkit.transfer.values import stream
-from ckptkit.transfer.workers import MANY_NBYTES, Background
+from ckptkit.transfer.workers import MANY_NBYTES, Background, in_parallel
 
 __all__ = ["OtherValue", "Reading", "Values", "file_sha256", "is_opaque", "other_values_in", "read_through"]
 
@@ -184,6 +187,30 @@ def read_through(
             values.update(chunk)
     _require_unchanged(files)
     return reading
+
+
+def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
+    """What is read: the file and its shards, or all of a folder's own files; and those of several by name."""
+    parts = hashed_parts(file) if is_folder(file) else file.parts
+    return [*([] if is_folder(file) else [file]), *parts.values()], parts
+
+
+def look_at_ends(files: Sequence[Source]) -> None:
+    """Of files that are far, none of whose values are read: make sure that none is a zip archive by its end, too.
+
+    Raises:
+        AmbiguousError: one is.
+        FileAccessError: one cannot be read.
+    """
+    ends = [partial(file.settle, [(file.size, 0)]) for file in files if file.is_far]
+    in_parallel(ends, nbytes=MANY_NBYTES)
+
+
+def damages_of(storages: Sequence[Storage]) -> list[Damage]:
+    """What is damaged of the storages that others are made of."""
+    checksums = Checksums()
+    checksums.want(storages)
+    return checksums.damages()
 
 
 def _require_unchanged(files: Sequence[Source]) -> None:
