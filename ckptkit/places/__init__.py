@@ -9,6 +9,7 @@ local path everything is what `os` says, links included.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -68,11 +69,18 @@ def asked_once(*paths: object) -> AbstractContextManager[object]:
 
 # The text of paths.
 
+_QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
+
+
+def _plain(url: str) -> str:
+    """A URL without what is asked for behind the path; an object's name may have such marks, too."""
+    return _QUERY.sub("", url) if "?" in url else url
+
 
 def below(folder: str, name: str) -> str:
     """The path of what is called so below a folder: ``name`` is relative to it, with slashes between its segments."""
     if is_url(folder):
-        return f"{folder.rstrip('/')}/{name}" if name else folder
+        return folder if name in ("", os.curdir) else f"{folder.rstrip('/')}/{name}"
     return os.path.join(folder, *name.split("/"))
 
 
@@ -80,19 +88,19 @@ def split(path: str) -> tuple[str, str]:
     """As `os.path.split`: the folder, and the name in it; above the first segment of a URL there is nothing."""
     if not is_url(path):
         return os.path.split(path)
-    folder, _, name = path.partition("?")[0].rpartition("/")
+    folder, _, name = _plain(path).rpartition("/")
     return (path, "") if folder.endswith((":", ":/")) else (folder, name)
 
 
 def own_name(path: str) -> str:
     """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it."""
-    return split(path.partition("?")[0].rstrip("/"))[1] if is_url(path) else os.path.basename(os.path.abspath(path))
+    return split(_plain(path).rstrip("/"))[1] if is_url(path) else os.path.basename(os.path.abspath(path))
 
 
 def relative(path: str, folder: str) -> str:
     """A path as seen from a folder, with slashes; links are not followed.  Of two that nothing connects: the path."""
     if is_url(path) or is_url(folder):
-        whole, root = path.rstrip("/"), folder.rstrip("/")
+        whole, root = _plain(path).rstrip("/"), folder.rstrip("/")
         if whole == root:
             return "."
         if root.startswith(f"{whole}/"):

@@ -17,6 +17,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime, timezone
 from heapq import merge
@@ -108,10 +109,14 @@ class Run:
         self._started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
         self._workers, self._verify = workers, verify
         self._earlier = None if resume is None else Earlier(resume)
-        selection = _selected(paths, self._released, self._config, manifest, tag, skip_others, is_listed)
-        tasks = _tasks(selection, paths if paths or is_listed else None, self._released, self._config)
         self._may_skip = skip_others
-        self._divide(selection, tasks, [*paths], is_resumable or self._earlier is not None)
+        with self._asked_once():
+            selection = _selected(paths, self._released, self._config, manifest, tag, skip_others, is_listed)
+            tasks = _tasks(selection, paths if paths or is_listed else None, self._released, self._config)
+            self._divide(selection, tasks, [*paths], is_resumable or self._earlier is not None)
+
+    def _asked_once(self) -> AbstractContextManager[object]:
+        return places.asked_once(None if self._released is None else self._released.folder)
 
     def _divide(self, selection: Selection, tasks: list[Task], paths: list[str], is_kept: bool) -> None:
         """Keep of what was selected what is in the share, by what becomes of it."""
@@ -154,6 +159,10 @@ class Run:
 
     def results(self) -> Iterator[FileResult]:
         """The result of each file, as it comes; asked for once."""
+        with self._asked_once():
+            yield from self._results()
+
+    def _results(self) -> Iterator[FileResult]:
         tasks, kept = self._others + self._tasks, list[str]()
         if self._earlier is not None:
             looked_at = [(task, is_kept and task.other is None) for task, is_kept in self._earlier.kept(tasks)]

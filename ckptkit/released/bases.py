@@ -102,34 +102,40 @@ def based(manifest: Manifest, path: str, paths: Sequence[str]) -> Manifest:
     manifest = replace(manifest, folder=own, beside=own)
     if not is_far and manifest.origin is None:
         return manifest
-    names = paths_of(manifest.files)
     if not paths:
-        is_beside = any(places.exists(places.below(own, name)) for name in names)
+        is_beside = any(places.exists(places.below(own, name)) for name in paths_of(manifest.files))
         return manifest if is_beside or manifest.origin is None else replace(manifest, folder=manifest.origin)
-    found = (base for base in _bases(manifest, paths[0], names) if _is_base(base, paths))
-    return replace(manifest, folder=next(found, own))
+    for each in (manifest, _of_its_folder(manifest)):
+        for base in _bases(each, paths[0]) if each is not None else ():
+            if not any(places.is_url(places.relative(path, base)) for path in paths):
+                return replace(each or manifest, folder=base)
+    return replace(manifest, folder=paths[0] if places.isdir(paths[0]) else places.split(paths[0])[0])
 
 
-def _is_base(base: str, paths: Sequence[str]) -> bool:
-    """Whether each of the paths lies below a folder, or above it."""
-    names = [places.relative(path, base) for path in paths]
-    return not any(name == path for name, path in zip(names, paths, strict=True)) or not places.is_url(base)
+def _of_its_folder(manifest: Manifest) -> Manifest | None:
+    """The manifest with the paths below the one folder that it was made of; ``None``: it was not made of one."""
+    if len(manifest.folders) != 1:
+        return None
+    start = f"{manifest.folders[0]}/"
+    if not all(record.path.startswith(start) for record in manifest.files):
+        return None
+    files = tuple(replace(record, path=record.path[len(start) :]) for record in manifest.files)
+    return replace(manifest, files=files, folders=(".",))
 
 
-def _bases(manifest: Manifest, path: str, names: set[str]) -> Iterator[str]:
-    """Folders that paths of the manifest may be relative to, the likeliest first."""
+def _bases(manifest: Manifest, path: str) -> Iterator[str]:
+    """Folders that paths of a manifest may be relative to, the likeliest first."""
     if manifest.origin is not None and places.is_url(path):
         yield manifest.origin
+    names = paths_of(manifest.files)
     is_folder = places.isdir(path)
     whole = path.rstrip("/") if places.is_url(path) else os.path.normpath(path)
     if is_folder and any(places.exists(places.below(whole, name)) for name in names):
         yield whole
-    above = list(_above(whole))
-    for folder in reversed(above):
+    for folder in reversed([*_above(whole)]):
         name = places.relative(whole, folder)
         if name in names or (is_folder and any(each.startswith(f"{name}/") for each in names)):
             yield folder
-    yield whole if is_folder else above[0]
 
 
 def _above(path: str) -> Iterator[str]:

@@ -355,31 +355,32 @@ def make_at(
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
     folder, beside = _folders_for(paths, destination, previous)
-    tag = tag if paths else None  # what it was made of is each a step by itself
-    paths = paths or (_paths_of(previous, folder) if update else ())
-    if tp_rules is None:
-        paths = [step_of(path, tag) if places.isdir(path) else path for path in paths]
-    selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
-    selection.require_all()
-    selected = selection.checkpoints
-    manifest = make(
-        selected,
-        folder=folder,
-        beside=beside,
-        folders=[_claimed(name_of(path, folder)) for path in paths if places.isdir(path)],
-        digests=digests,
-        golden=_goldens(golden, selected, folder, beside),
-        allow_part=allow_part,
-        previous=previous,
-        tp_rules=tp_rules,
-        ignore_checksums=ignore_checksums,
-        workers=workers,
-    )
-    if destination is not None and (
-        previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
-    ):
-        write(manifest, destination, force=there)
-    return replace(manifest, passed_over=selection.passed_over)
+    with places.asked_once(folder):
+        tag = tag if paths else None  # what it was made of is each a step by itself
+        paths = paths or (_paths_of(previous, folder) if update else ())
+        if tp_rules is None:
+            paths = [step_of(path, tag) if places.isdir(path) else path for path in paths]
+        selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
+        selection.require_all()
+        selected = selection.checkpoints
+        manifest = make(
+            selected,
+            folder=folder,
+            beside=beside,
+            folders=[_claimed(name_of(path, folder)) for path in paths if places.isdir(path)],
+            digests=digests,
+            golden=_goldens(golden, selected, folder, beside),
+            allow_part=allow_part,
+            previous=previous,
+            tp_rules=tp_rules,
+            ignore_checksums=ignore_checksums,
+            workers=workers,
+        )
+        if destination is not None and (
+            previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
+        ):
+            write(manifest, destination, force=there)
+        return replace(manifest, passed_over=selection.passed_over)
 
 
 def _require_file(path: str) -> None:
