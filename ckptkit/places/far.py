@@ -359,9 +359,16 @@ class ListedSource(Source):
         """As `Source.ranges`."""
         return self._opened().ranges(wanted)
 
-    def will_read(self, areas: Sequence[tuple[int, int]]) -> None:
+    def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
+        """As `Source.views`."""
+        return self._opened().views(offset, nbytes)
+
+    def will_read(
+        self, areas: Sequence[tuple[int, int]], passing: Callable[[int, memoryview], object] | None = None
+    ) -> None:
         """As `Source.will_read`."""
-        self._opened().will_read(areas)
+        if areas or self._file is not None:
+            self._opened().will_read(areas, passing)
 
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """As `Source.on_read`."""
