@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
@@ -34,6 +34,7 @@ __all__ = [
     "isfile",
     "listdir",
     "listed_below",
+    "notes",
     "opened",
     "opened_ahead",
     "opener",
@@ -67,6 +68,14 @@ def asked_once(*paths: object) -> AbstractContextManager[object]:
     return session()
 
 
+def notes() -> dict[str, Any]:
+    """What was found out of URLs, by URL: for whoever asks again; forgotten at the end of the command."""
+    from ckptkit.remote import current_session
+
+    current = current_session()
+    return {} if current is None else current.notes
+
+
 # The text of paths.
 
 _QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
@@ -93,8 +102,13 @@ def split(path: str) -> tuple[str, str]:
 
 
 def own_name(path: str) -> str:
-    """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it."""
-    return split(_plain(path).rstrip("/"))[1] if is_url(path) else os.path.basename(os.path.abspath(path))
+    """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it.
+
+    A ``.metadata`` at a URL stands for the folder that it lies in.
+    """
+    if not is_url(path):
+        return os.path.basename(os.path.abspath(path))
+    return split(_plain(path).rstrip("/").removesuffix("/.metadata"))[1]
 
 
 def relative(path: str, folder: str) -> str:

@@ -205,8 +205,9 @@ def opened(url: str) -> Source:
     """As `ckptkit.places.opened`."""
     try:
         return source_at(url)
-    except MissingFileError:
-        told = _nothing_at(url)
+    except FileAccessError as error:
+        is_open = isinstance(error, MissingFileError) or _FILE_ENDING.search(url) is None
+        told = _nothing_at(url) if is_open else None
         if told is None:
             raise
         raise told from None

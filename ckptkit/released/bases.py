@@ -130,12 +130,19 @@ def _bases(manifest: Manifest, path: str) -> Iterator[str]:
     names = paths_of(manifest.files)
     is_folder = places.isdir(path)
     whole = path.rstrip("/") if places.is_url(path) else os.path.normpath(path)
-    if is_folder and any(places.exists(places.below(whole, name)) for name in names):
-        yield whole
-    for folder in reversed([*_above(whole)]):
-        name = places.relative(whole, folder)
-        if name in names or (is_folder and any(each.startswith(f"{name}/") for each in names)):
-            yield folder
+    above = reversed([*_above(whole)])
+    if not is_folder:
+        yield from (folder for folder in above if places.relative(whole, folder) in names)
+        return
+    shares = {folder: _share_there(folder, whole, names) for folder in (whole, *above)}
+    yield from sorted((folder for folder, share in shares.items() if share), key=lambda folder: -shares[folder])
+
+
+def _share_there(folder: str, path: str, names: set[str]) -> float:
+    """How much is there of what a manifest names below a path, if its paths are relative to a folder."""
+    name = places.relative(path, folder)
+    meant = [each for each in names if name in (".", each) or each.startswith(f"{name}/")]
+    return sum(places.exists(places.below(folder, each)) for each in meant) / max(len(meant), 1)
 
 
 def _above(path: str) -> Iterator[str]:

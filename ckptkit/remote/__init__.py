@@ -78,6 +78,7 @@ class Session:
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
         absent: URLs at which there was no file.
+        notes: what others found out of URLs, by URL.
         hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
     """
 
@@ -88,6 +89,7 @@ class Session:
         self.opened: dict[str, RemoteSource] = {}
         self.ahead: _Ahead | None = None
         self.absent: set[str] = set()
+        self.notes: dict[str, Any] = {}
         self.hidden: dict[str, str] = {}
 
     def shown(self, url: str) -> str:
