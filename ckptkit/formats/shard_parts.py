@@ -155,7 +155,7 @@ def _shards_of(file: Source, name: str) -> frozenset[str]:
 
     if file.is_far and _is_listed(file):
         index = places.below(str(file.folder), name)
-        noted = places.notes()
+        noted: dict[str, frozenset[str]] = places.notes()
         if index not in noted:
             noted[index] = shard_names(index)
         return noted[index]

@@ -428,7 +428,7 @@ def _goldens(golden: Golden, selected: Sequence[Selected], folder: str, beside: 
     if golden is None:
         return {}
     if isinstance(golden, Mapping):
-        return {name_of(path, folder): name_of(os.fsdecode(file), beside) for path, file in golden.items()}
+        return {name_of(os.fsdecode(path), folder): name_of(os.fsdecode(file), beside) for path, file in golden.items()}
     name = name_of(os.fsdecode(golden), beside)
     checkpoints = [each.name for each in selected if each.name != name]
     if len(checkpoints) != 1:
