@@ -21,14 +21,17 @@ from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
 __all__ = [
-    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "session", "source_at",
-    "store_of",
+    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "opened_at", "revealed",
+    "session", "source_at", "store_of",
 ]  # fmt: skip
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*([A-Za-z][A-Za-z0-9+.-]*)://")
+_ROOT = re.compile(r"[^/]*//[^/?#]*")
+"""Scheme, and who is asked."""
+
 _SHORTEST = 2
 """Letters of a scheme: one is a drive."""
 
@@ -74,6 +77,9 @@ class Session:
         listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
+        absent: URLs at which there was no file.
+        notes: what others found out of URLs, by URL.
+        hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -82,6 +88,26 @@ class Session:
         self.listings: dict[str, Any] = {}
         self.opened: dict[str, RemoteSource] = {}
         self.ahead: _Ahead | None = None
+        self.absent: set[str] = set()
+        self.notes: dict[str, Any] = {}
+        self.hidden: dict[str, str] = {}
+
+    def shown(self, url: str) -> str:
+        """A URL as it is called from here on, in paths and in what is said of them: without what gives access to it.
+
+        Raises:
+            FileAccessError: others are known for whom it asks.
+        """
+        from ckptkit.remote.retries import masked
+
+        told = masked(url)
+        if told == url:
+            return url
+        self.hidden[told] = url
+        whom, who = (each.group(0) if (each := _ROOT.match(path)) else "" for path in (told, url))
+        if whom != who and self.hidden.setdefault(whom, who) != who:
+            raise FileAccessError(f"{told}: is given with two passwords; ask for one after the other", path=told)
+        return told
 
     def keep(self, url: str, file: RemoteSource) -> None:
         """Keep a file open for whoever opens it next."""
@@ -133,12 +159,29 @@ def session(options: Mapping[str, Any] | None = None) -> Iterator[Session]:
 def carried(work: Callable[[T], R]) -> Callable[[T], R]:
     """The work with the options of the session that this is within, for a process that is within none."""
     known = _current.get()
-    return work if known is None else partial(_carried, known.options, work)
+    return work if known is None else partial(_carried, known.options, known.hidden, work)
 
 
-def _carried(options: Mapping[str, Any], work: Callable[[T], R], task: T) -> R:
-    with session(options):
+def _carried(options: Mapping[str, Any], hidden: Mapping[str, str], work: Callable[[T], R], task: T) -> R:
+    with session(options) as made:
+        made.hidden.update(hidden)
         return work(task)
+
+
+def revealed(url: str) -> str:
+    """A URL as it was given: with the credentials that are hidden in what it is called (`Session.shown`)."""
+    current = _current.get()
+    if current is None or not current.hidden:
+        return url
+    if url in current.hidden:
+        return current.hidden[url]
+    root = _ROOT.match(url)
+    return url if root is None else current.hidden.get(root[0], root[0]) + url[root.end() :]
+
+
+def opened_at(url: str) -> RemoteSource:
+    """A file that is asked for anew; as `source_at`."""
+    return RemoteSource(store_of(url), revealed(url))
 
 
 def store_of(url: str) -> Store:
@@ -192,4 +235,4 @@ def source_at(url: str) -> Source:
     kept = None if current is None else current.taken(url)
     if kept is not None:
         return kept
-    return RemoteSource(store_of(url), url)
+    return opened_at(url)
