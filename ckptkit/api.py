@@ -43,6 +43,7 @@ from ckptkit.report import Report
 
 if TYPE_CHECKING:
     from collections import OrderedDict
+    from concurrent.futures import Executor
 
     from typing_extensions import Unpack
 
@@ -341,6 +342,8 @@ def manifest(
     force: bool = False,
     ignore_checksums: bool = False,
     storage_options: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    executor: Executor | None = None,
 ) -> Manifest:
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
@@ -360,6 +363,8 @@ def manifest(
         force: whether to replace an existing manifest as a whole.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
         storage_options: what the file systems of URLs are made with; see `open`.
+        jobs: how many processes share very many files; see `check`.
+        executor: what does the work in their place; see there.
 
     Returns:
         The manifest; its ``changes`` say what was added, changed, removed and kept.
@@ -370,6 +375,7 @@ def manifest(
         FormatError: a file is not a checkpoint, or the manifest to update is none.
     """
     from ckptkit.released.manifest_maker import make_at
+    from ckptkit.transfer.many import Workers
 
     return make_at(
         [os.fsdecode(path) for path in several(paths)],
@@ -382,6 +388,7 @@ def manifest(
         update=update,
         force=force,
         ignore_checksums=ignore_checksums,
+        workers=Workers(jobs=jobs, executor=executor),
     )
 
 
@@ -431,6 +438,10 @@ def check(
     tag: str | None = None,
     skip_others: bool = False,
     storage_options: Mapping[str, Any] | None = None,
+    part: str | None = None,
+    jobs: int | None = None,
+    executor: Executor | None = None,
+    timeout: float | None = None,
     **policy: Unpack[PolicyKeywords],
 ) -> CheckReport:
     """Hold files against a manifest and a policy.
@@ -461,6 +472,10 @@ def check(
         input_shapes: of the forward pass; default from the reference where it is known.
         skip_others: whether files that are named and no checkpoint are passed over, as those in folders are; that
             none is left is well.
+        part: the share of the files to look at, ``"2/8"``: all eight together are all files, each once.
+        jobs: how many processes share very many files; default: as many as there are cores.
+        executor: any `concurrent.futures.Executor` in their place, whose workers have the same files and ckptkit.
+        timeout: seconds that one file may take.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
         storage_options: what the file systems of URLs are made with; see `open`.
 
@@ -471,21 +486,24 @@ def check(
 
     Raises:
         VerifyError: a policy has a value that it cannot have, or there is nothing to check.
+        CkptkitError: ``jobs``, ``executor`` or ``timeout`` cannot be, or two of them do not go together.
         FormatError, FileAccessError: manifest or configuration cannot be read.
         MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
     """
     from ckptkit.released import check as run
     from ckptkit.released.policy import POLICY_FIELDS
+    from ckptkit.transfer.many import Workers
 
     for name in policy:
         if name not in POLICY_FIELDS:
-            raise unexpected(
-                "check", name, (*POLICY_FIELDS, "manifest", "config", "tag", "skip_others", "storage_options")
-            )
+            own = ("manifest", "config", "tag", "skip_others", "part", "jobs", "executor", "timeout", "storage_options")
+            raise unexpected("check", name, (*POLICY_FIELDS, *own))
     return run(
         [os.fsdecode(path) for path in several(paths)],
         tag=tag,
         skip_others=skip_others,
+        part=part,
+        workers=Workers(jobs=jobs, executor=executor, seconds=timeout),
         manifest=None if manifest is None else os.fsdecode(manifest),
         config=None if config is None else os.fsdecode(config),
         typed={name: value for name, value in policy.items() if value is not None},

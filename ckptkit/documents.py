@@ -23,8 +23,8 @@ from ckptkit.report import FindingDocument, Severity
 __all__ = [
     "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
     "ConvertDocument", "ErrorDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile",
-    "ManifestOptions", "OutputDocument", "PlanDocument", "StepsDocument", "TimedDocument", "VerifyCheckDocument",
-    "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
+    "ManifestOptions", "OutputDocument", "PlanDocument", "ReportDocument", "StepsDocument", "TimedDocument",
+    "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
 ]  # fmt: skip
 
 _From = TypedDict("_From", {"from": str})
@@ -346,10 +346,12 @@ class CheckDetails(_CheckDetails, total=False):
         passed_over: how many files of each kind were met that are not checkpoints.
         files: by path.
         manifest, config: the files that say what must be.
+        part: the share of the files that this is, where it is one: ``"2/8"``.
     """
 
     manifest: str | None
     config: str | None
+    part: str
 
 
 class CheckDocument(CheckDetails):
@@ -363,6 +365,10 @@ class CheckDocument(CheckDetails):
     schema_version: int
     ok: bool
     findings: list[CheckFindingDocument]
+
+
+class ReportDocument(CheckDocument):
+    """What ``ckptkit report`` tells: what one check would have told of all files that the runs were about."""
 
 
 # ckptkit manifest

@@ -23,6 +23,7 @@ LAYERS = (
     {"codes", "documents", "fleet"},
     {"bytesource"},
     {"remote"},
+    {"places"},
     {"computed"},
     {"tensor"},
     {"checkpoint"},

@@ -35,9 +35,11 @@ __all__ = [
     "common_options",
     "echo",
     "echo_json",
+    "files_from_option",
     "finding_lines",
     "ignore_checksums",
     "input_shape",
+    "jobs_option",
     "json_errors",
     "key_values",
     "keywords_of",
@@ -54,6 +56,7 @@ __all__ = [
     "tp_rules_option",
     "width_of",
     "with_examples",
+    "with_listed",
     "wrapped",
 ]
 
@@ -270,6 +273,37 @@ storage_option = _click_option(storage_options, {})
 
 tag_option = click.option("--tag", metavar="NAME", help="Which of several steps in a training folder.")
 """For whatever else reads folders."""
+
+
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processes that share very many files; default: one for each core.",
+)
+"""For what deals with each file by itself."""
+
+
+files_from_option = click.option(
+    "--files-from", metavar="FILE", help="A list of more paths, one a line or each before a NUL; - is standard input."
+)
+"""The same."""
+
+
+def with_listed(paths: Sequence[str], files_from: str | None) -> list[str]:
+    """The paths that were typed, and those of the list.
+
+    Raises:
+        click.UsageError: both the list and a file would come from standard input.
+        CkptkitError: the list cannot be read.
+    """
+    if files_from is None:
+        return [*paths]
+    from ckptkit.fleet.shares import STDIN, paths_from  # every command starts faster without
+
+    if files_from == STDIN and STDIN in paths:
+        raise click.UsageError("--files-from - and the path -: standard input is one of them")
+    return [*paths, *paths_from(files_from)]
 
 
 def with_examples(*examples: str) -> str:

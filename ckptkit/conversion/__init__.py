@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import STATE_DICT, Checkpoint
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
 from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
 from ckptkit.conversion.outputs import require_fitting
 from ckptkit.errors import DestinationExistsError, RewriteError
@@ -33,10 +33,12 @@ from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
+from ckptkit.normalize.tensors import every_tensor
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
 from ckptkit.transfer.names import is_temporary_name
+from ckptkit.transfer.passing import Passed, is_far
 from ckptkit.transfer.steps import Tally
 from ckptkit.transfer.writing import folder_made, write_atomically
 
@@ -80,7 +82,8 @@ class Job:
             file: the source its bytes lie in.
             destination: the output.
             options: the container, the size of shards, and whether the metadata tell how it was made: with the
-                SHA-256 of the source where the output is written and checked.
+                SHA-256 of the source where the output is written and checked, and nearly all of a source that is far is
+                read for it.
 
         Raises:
             RewriteError: the container cannot hold the checkpoint.
@@ -92,6 +95,11 @@ class Job:
         tokens = Tokens()
         if options.receipt:
             hashed = options.check and not options.dry_run
+            if hashed and is_far(file):  # what the plan does not move would be fetched for its hash alone
+                from ckptkit.transfer.far import is_nearly_whole
+
+                _, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size, ranks=options.ranks)
+                hashed = is_nearly_whole(plan, formats.hashed_parts(file).values() or [file])
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
         path, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size, ranks=options.ranks)
         plan = with_digests(plan, tokens) if tokens.files else plan
@@ -99,12 +107,14 @@ class Job:
 
     def carry_out(self, options: ConvertOptions) -> Tally:
         """Write it; see `ckptkit.transfer.writing.write_atomically`."""
-        compare = None
+        compare, passed = None, None
         if options.check:
             from ckptkit.compare import check_output  # moving bytes alone starts faster without
 
+            passed = Passed(_storages(self.checkpoint)) if is_far(self.source) else None
+
             def compare(path: str, compared: Callable[[int], object]) -> object:
-                return check_output(self.checkpoint, path, compared)
+                return check_output(self.checkpoint, path, compared, passed)
 
         if not options.force and self.plan.in_folder is None and os.path.lexists(self.asked):
             raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
@@ -118,6 +128,7 @@ class Job:
             check=compare,
             replaces=self._stale() if self.plan.index is not None else (),
             source=self.source,
+            passed=passed,
             progress=options.progress,
         )
 
@@ -142,6 +153,12 @@ class Job:
         shards = {shard for shard in old if customary.match(shard) or is_temporary_name(shard)}
         shards -= self.plan.shards.keys()
         return (*sorted(shards), *([name] if os.path.basename(self.asked) == name else []))
+
+
+def _storages(checkpoint: Checkpoint) -> Iterator[Storage]:
+    for found in every_tensor(checkpoint):
+        if isinstance(found.node, (TensorEntry, Storage)):
+            yield found.node.storage if isinstance(found.node, TensorEntry) else found.node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

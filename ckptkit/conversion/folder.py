@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ckptkit import formats, rewrite
+from ckptkit import formats, places, rewrite
 from ckptkit.conversion.options import renamers_of
 from ckptkit.conversion.outputs import Item, ending_of, require_fitting, require_names
 from ckptkit.errors import CkptkitError
@@ -175,7 +175,7 @@ def _surveyed(source: str, destination: str) -> FolderSurvey:
     from ckptkit.formats.folder import Surveyor
 
     surveyor = Surveyor(is_unfinished=is_temporary_name)
-    if os.path.isdir(destination) and not os.path.samefile(source, destination):
+    if os.path.isdir(destination) and places.identity(source) != places.identity(destination):
         surveyor.skip(destination, "output folder")
     if (nothing := surveyor.folder(source)) is not None:
         raise nothing
@@ -189,15 +189,15 @@ def _items(survey: FolderSurvey, source: str, destination: str, ending: str) -> 
     from ckptkit.formats.unpacked import is_unpacked
 
     for path in (each.path for each in survey.checkpoints):
-        folder, name = os.path.split(path)
+        folder, name = places.split(path)
         shards = sorted(shard_names(path)) if name.endswith(".json") else ()
-        files = [path, *(os.path.join(folder, *shard.split("/")) for shard in shards)]
+        files = [path, *(places.below(folder, shard) for shard in shards)]
         if is_unpacked(folder) and name == "data.pkl":  # the folder is the checkpoint
             path, (folder, name) = folder, os.path.split(folder)
             files = [os.path.join(inside, each) for inside, _, names in os.walk(path) for each in names]
-        elif os.path.isdir(path):
+        elif places.isdir(path):
             found = sharded_at(path)
-            files = [os.path.join(path, *each.split("/")) for each in (found.own if found is not None else ())]
-        beside = os.path.relpath(folder, source)
-        within = destination if beside == os.curdir else os.path.join(destination, beside)
+            files = [places.below(path, each) for each in (found.own if found is not None else ())]
+        beside = places.relative(folder, source)
+        within = destination if beside == os.curdir else places.below(destination, beside)
         yield Item(path, os.path.join(within, without_endings(name) + ending), tuple(files))

@@ -5,13 +5,15 @@ results wait in pickled form for those before them.  A batch is one task at firs
 sooner than is worth a trip.
 
 What a worker leaves undone is handed out anew.  A batch that is lost with its worker is tried once more, one task at a
-time: that which loses its worker again is ``died``, and the others have their results.  Where memory ran out, the
-second try is made while nothing else runs.
+time; where others may have been at fault, as they are when memory runs out or an engine loses what waited on the same
+machine, those that are lost again are tried while nothing else runs.  What is lost then is ``died``: the others have
+their results.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import time
 from collections import deque
@@ -103,10 +105,10 @@ def shared_out(
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Tasks by their numbers; whether it is the second and last time that they are tried."""
+    """Tasks by their numbers; how often they were tried before."""
 
     numbers: list[int]
-    again: bool = False
+    tries: int = 0
 
 
 class _Driver(Generic[T, R]):
@@ -121,11 +123,15 @@ class _Driver(Generic[T, R]):
         self._pulled = 0
         self._batches: dict[int, _Batch] = {}
         self._tickets = 0
+        self._run = os.urandom(8).hex()
         self._size = 1
         self._waiting: deque[int] = deque()  # pulled, and in no batch
         self._suspects: deque[int] = deque()
         self._reasons: dict[int, str] = {}  # of suspects: what became of their first worker
-        self._is_quiet = False  # whether suspects are tried while nothing else runs
+        self._alone: deque[int] = (
+            deque()
+        )  # suspects that may have been lost with others, to run while nothing else does
+        self._is_alone = False
         self._refused = ""
         self._error: Exception | None = None
 
@@ -133,11 +139,11 @@ class _Driver(Generic[T, R]):
         """Each task with what came of it, in order."""
         number, looked = 0, 0.0
         while True:
-            self._hand_out()
+            is_all = self._hand_out()
             if number not in self._results:
                 if not self._tasks:
                     break
-                self._look(math.inf)
+                self._look(math.inf if is_all else 0)
                 looked = time.monotonic()
             while number in self._results:
                 result = self._results.pop(number)
@@ -153,20 +159,34 @@ class _Driver(Generic[T, R]):
 
     # Handing out.
 
-    def _hand_out(self) -> None:
-        """Give the workers what they can take."""
+    def _hand_out(self) -> bool:
+        """Give the workers what they can take, for a while: the iterable may be slow, and so are processes that start.
+
+        Returns:
+            Whether that is all there is to do now.
+        """
+        until = time.monotonic() + self._pace
         while self._refused or self._workers.free > 0:
-            batch = self._next_batch()
+            if time.monotonic() > until:
+                return False
+            batch = self._next_batch(until)
             if batch is None:
-                return
+                return True
             calls = [(number, data) for number in batch.numbers if (data := self._data(number)) is not None]
             if not calls:
                 continue
             numbers = [number for number, _ in calls]
             ticket, self._tickets = self._tickets, self._tickets + 1
-            self._batches[ticket] = _Batch(numbers, batch.again)
+            self._batches[ticket] = _Batch(numbers, batch.tries)
             budget = _PATIENCE * self._pace
-            call = (__version__, self._work, [data for _, data in calls], self._seconds, budget)
+            call = (
+                __version__,
+                self._work,
+                [data for _, data in calls],
+                self._seconds,
+                budget,
+                f"{self._run}-{ticket}",
+            )
             try:
                 if not self._refused:
                     self._workers.submit(ticket, call)
@@ -176,17 +196,20 @@ class _Driver(Generic[T, R]):
             del self._batches[ticket]
             for number in numbers:
                 self._note(number, ("died", self._reasons.pop(number, self._refused), None))
+        return True
 
-    def _next_batch(self) -> _Batch | None:
+    def _next_batch(self, until: float) -> _Batch | None:
+        if self._batches and (self._alone or self._is_alone):
+            return None
+        self._is_alone = bool(self._alone)
+        if self._alone:
+            return _Batch([self._alone.popleft()], tries=2)
         if self._suspects:
-            if not self._is_quiet or not self._batches:
-                return _Batch([self._suspects.popleft()], again=True)
-            return None
-        if self._is_quiet and self._batches:
-            return None
-        self._is_quiet = False
+            return _Batch([self._suspects.popleft()], tries=1)
         while len(self._waiting) < self._size and self._has_room():
             self._pull()
+            if time.monotonic() > until:
+                break
         count = min(self._size, len(self._waiting))
         return _Batch([self._waiting.popleft() for _ in range(count)]) if count else None
 
@@ -232,21 +255,20 @@ class _Driver(Generic[T, R]):
             self._note(number, result)
         rest = batch.numbers[len(results) :]
         self._waiting.extendleft(reversed(rest))
-        if not batch.again:
+        if not batch.tries:
             fitting = int(self._pace * len(results) / max(seconds, 1e-6))
             self._size = max(1, min(fitting, 2 * self._size, _LARGEST_BATCH))
 
     def _lose(self, batch: _Batch, lost: Lost) -> None:
         if not lost.is_begun:
             self._waiting.extendleft(reversed(batch.numbers))
-        elif batch.again or lost.is_final:
+        elif lost.is_final or batch.tries == 2 or (batch.tries and lost.is_sure):
             for number in batch.numbers:
                 self._reasons.pop(number, None)
                 self._note(number, (lost.problem, lost.text, None))
         else:
-            self._suspects.extend(batch.numbers)
+            (self._alone if batch.tries else self._suspects).extend(batch.numbers)
             self._reasons.update(dict.fromkeys(batch.numbers, lost.text))
-            self._is_quiet |= lost.is_quiet
 
     def _note(self, number: int, result: Result) -> None:
         self._results[number] = result

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ckptkit.errors import CkptkitError
 from ckptkit.fleet.outcome import Outcome, done_here
@@ -40,26 +40,22 @@ def cores() -> int:
     return max(1, count if quota is None else min(count, math.ceil(quota)))
 
 
-def _quota() -> float | None:
+def _quota(groups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float | None:
     """Processors that the control group has; ``None``: no bound is known.
 
     Where they stand: https://docs.kernel.org/admin-guide/cgroup-v2.html (``cpu.max``), and of version 1
     https://docs.kernel.org/scheduler/sched-bwc.html.
     """
-    own = ""
-    found = []
     try:
-        with open("/proc/self/cgroup", encoding="ascii", errors="replace") as file:  # noqa: PTH123
-            own = next((line.strip()[3:] for line in file if line.startswith("0::")), "")
+        with open(groups, encoding="ascii", errors="replace") as file:  # noqa: PTH123 - the kernel's
+            own = next((line.strip()[3:] for line in file if line.startswith("0::")), "")  # of version 2
     except OSError:
         return None
-    steps = own.strip("/").split("/") if own.strip("/") else []
-    folders = ["/".join(["/sys/fs/cgroup", *steps[:count]]) for count in range(len(steps) + 1)]
-    for folder in folders:
-        found += _numbers(f"{folder}/cpu.max")
+    steps = [step for step in own.split("/") if step]
+    folders = ["/".join([root, *steps[:count]]) for count in range(len(steps) + 1)]
+    found = [number for folder in folders for number in _numbers(f"{folder}/cpu.max")]
     if not found:
-        base = "/sys/fs/cgroup/cpu/cpu.cfs_"
-        found += _numbers(f"{base}quota_us", f"{base}period_us")
+        found = _numbers(f"{root}/cpu/cpu.cfs_quota_us", f"{root}/cpu/cpu.cfs_period_us")
     return min(found, default=None)
 
 
@@ -68,7 +64,7 @@ def _numbers(*paths: str) -> list[float]:
     try:
         texts = []
         for path in paths:
-            with open(path, encoding="ascii", errors="replace") as file:  # noqa: PTH123
+            with open(path, encoding="ascii", errors="replace") as file:  # noqa: PTH123 - the kernel's
                 texts += file.read().split()
         quota, period = map(int, texts)
     except (OSError, ValueError):  # "max": unbounded
@@ -130,8 +126,7 @@ def _with_jobs(
             from ckptkit.fleet.driver import pickled, shared_out
             from ckptkit.fleet.pool import Pool
 
-            start = partial(Pool, count, needs_main=_needs_main(work))
-            yield from shared_out(remaining, pickled(work), start, seconds, _BATCH_SECONDS)
+            yield from shared_out(remaining, pickled(work), partial(Pool, count), seconds, _BATCH_SECONDS)
             return
     for task in remaining:
         yield task, done_here(work, task, seconds)
@@ -165,10 +160,3 @@ def _through(
     from ckptkit.fleet.executors import Given
 
     return shared_out(tasks, pickled(work), partial(Given, executor), seconds, _GIVEN_BATCH_SECONDS)
-
-
-def _needs_main(work: Callable[..., Any]) -> bool:
-    """Whether workers must import the user's ``__main__``, which they are spared otherwise."""
-    while isinstance(work, partial):
-        work = work.func
-    return getattr(work, "__module__", None) == "__main__"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Given"]
 
 _FIRST, _MOST = 64, 1024
-"""Batches in flight, at first and at last, one more for each that came back: nobody tells how many workers there are."""
+"""Batches in flight at first and at last, one more for each that came back: how many workers there are is not known."""
 
 
 class Given:

@@ -19,7 +19,7 @@ R = TypeVar("R")
 Problem = Literal["died", "timed-out", "failed", "version"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # with slots, `Outcome[int](...)` is an error of Python's
 class Outcome(Generic[R]):
     """What came of a task.
 

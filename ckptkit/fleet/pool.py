@@ -3,7 +3,7 @@
 A worker that dies takes nothing with it but the batch that it had; one that hangs is killed by itself.  No thread is
 started here, so that a process which had one thread still has one and may fork at any time: a fork takes milliseconds,
 a new Python a fifth of a second and more.  Where there are several threads, and elsewhere than on Linux, workers are
-new Pythons; they do not run the user's ``__main__`` again, with or without a guard in it, for nothing of it is needed.
+new Pythons; they do not run the user's ``__main__`` again, which may have no guard against it.
 
 A worker does not hear Ctrl-C, which is the driver's to deal with; SIGTERM lets it clean up.  It ends with its driver,
 however that ends.
@@ -101,13 +101,11 @@ class Pool:
     Args:
         jobs: how many at most.
         limit: seconds that a batch takes at most; ``None``: there is no limit.
-        needs_main: whether the work is a function of ``__main__``.
     """
 
-    def __init__(self, jobs: int, limit: float | None, *, needs_main: bool = False) -> None:
+    def __init__(self, jobs: int, limit: float | None) -> None:
         self._jobs = min(jobs, 60) if sys.platform == "win32" else jobs  # 63 handles can be waited for
         self._limit = None if limit is None else limit + SLACK
-        self._needs_main = needs_main
         self._workers: list[_Worker] = []
         self._failed_starts = 0
 
@@ -134,7 +132,7 @@ class Pool:
             if _may_fork():
                 worker = _Worker(get_context("fork"))
             else:
-                with _main_left_alone(self._needs_main):
+                with _main_left_alone():
                     worker = _Worker(get_context("spawn"))
         except (OSError, RuntimeError) as error:
             raise RefusedError(f"no worker process can be started: {told(error)}") from error
@@ -154,7 +152,7 @@ class Pool:
             if worker.ticket is not None and limit is not None and now - worker.since > limit:
                 worker.process.kill()
                 text = f"its worker gave no sign for {limit:g} s and was killed"
-                yield from self._ended(worker, Lost(text=text, problem="timed-out"))
+                yield from self._ended(worker, Lost(text=text, problem="timed-out", is_sure=True))
 
     def _heard(self, worker: _Worker) -> Iterator[tuple[int, Reply | Lost]]:
         try:
@@ -182,7 +180,7 @@ class Pool:
         self._workers.remove(worker)
         how = worker.end()
         if lost is None:
-            lost = Lost(text=f"its worker {how}", is_quiet=worker.process.exitcode == -9)
+            lost = Lost(text=f"its worker {how}", is_sure=worker.process.exitcode != -9)
         if not worker.ready:
             self._failed_starts += 1
             lost = Lost(text=f"its worker {how} before it was ready", is_begun=False)
@@ -235,7 +233,7 @@ def _signals_held() -> Iterator[None]:
 
 
 @contextmanager
-def _main_left_alone(needs_main: bool) -> Iterator[None]:
+def _main_left_alone() -> Iterator[None]:
     """Workers that start in the block do not import the user's ``__main__``, which may have no guard against it."""
     from multiprocessing import spawn
 
@@ -248,8 +246,7 @@ def _main_left_alone(needs_main: bool) -> Iterator[None]:
 
     with _starting:
         original: Callable[[str], dict[str, Any]] = spawn.get_preparation_data
-        if not needs_main:
-            setattr(spawn, "get_preparation_data", without_main)  # noqa: B010 - a function of the standard library
+        setattr(spawn, "get_preparation_data", without_main)  # noqa: B010 - a function of the standard library
         try:
             yield
         finally:
@@ -262,10 +259,9 @@ def _main_left_alone(needs_main: bool) -> Iterator[None]:
 def _serve(theirs: Any, driver: int) -> None:
     """Do one batch after the other, until nobody is there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, _stop)
     threading.Thread(target=_watch, args=(driver,), daemon=True).start()
     try:
         if hasattr(signal, "pthread_sigmask"):

@@ -46,7 +46,7 @@ SLICE = 0.5
 SLACK = 5.0
 """Seconds that a worker may be late, over its limits, before it is given up."""
 
-Call = tuple[str, bytes, Sequence[bytes], "float | None", float]
+Call = tuple[str, bytes, Sequence[bytes], "float | None", float, str]
 """What `ckptkit.fleet.worker.run` is called with."""
 
 
@@ -63,14 +63,14 @@ class Lost:
         problem: ``"died"``, ``"timed-out"`` or ``"version"``.
         is_final: whether it makes no sense to try its tasks again.
         is_begun: whether it can be for one of its tasks.
-        is_quiet: whether its tasks should be tried again while nothing else runs: memory ran out.
+        is_sure: whether nothing that ran beside it can be at fault.
     """
 
     text: str
     problem: str = "died"
     is_final: bool = False
     is_begun: bool = True
-    is_quiet: bool = False
+    is_sure: bool = False
 
 
 class StopWorker(BaseException):
@@ -82,7 +82,9 @@ def _versions() -> tuple[str, str]:
     return __version__, platform.python_version()
 
 
-def run(version: str, work: bytes, tasks: Sequence[bytes], seconds: float | None, budget: float) -> Reply:
+def run(
+    version: str, work: bytes, tasks: Sequence[bytes], seconds: float | None, budget: float, call: str = ""
+) -> Reply:
     """Do the work for one task after the other.
 
     Args:
@@ -91,6 +93,8 @@ def run(version: str, work: bytes, tasks: Sequence[bytes], seconds: float | None
         tasks: what it is called with, pickled one by one.
         seconds: the limit of each task; ``None``: none.
         budget: seconds after which no further task is begun.
+        call: no other call has this, so that no engine takes two for one and gives the result of the first, as dask
+            does: the files may have changed since.
     """
     begun = time.monotonic()
     if version != __version__:
@@ -98,7 +102,11 @@ def run(version: str, work: bytes, tasks: Sequence[bytes], seconds: float | None
     try:
         function = _function(work)
     except Exception as error:
-        failed = ("failed", f"the worker cannot import what is to be done: {told(error)}", None)
+        failed = (
+            "failed",
+            f"the worker cannot import what is to be done (is it in a module of its own?): {told(error)}",
+            None,
+        )
         return _versions(), [failed] * len(tasks), 0.0, False
     abandoned = threading.Event()
     if seconds is None:
@@ -152,7 +160,11 @@ def _result(function: Callable[[Any], Any], data: bytes) -> Result:
     try:
         task = pickle.loads(data)  # noqa: S301 - our own
     except Exception as error:
-        return "failed", f"the worker cannot read the task: {told(error)}", None
+        return (
+            "failed",
+            f"the worker cannot read the task (is what it holds in a module of its own?): {told(error)}",
+            None,
+        )
     try:
         value = function(task)
     except StopWorker:

@@ -67,7 +67,7 @@ class Inner(Source):
         around: what it was found in, where it is not what was given.
     """
 
-    __slots__ = ("_folder", "_outer", "_owns", "_sibling", "area", "around", "crc32", "name")
+    __slots__ = ("_folder", "_outer", "_owns", "_sibling", "area", "around", "crc32", "is_far", "name")
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Inner(Source):
     ) -> None:
         super().__init__(path, area.nbytes, outer.identity)
         self._outer, self._owns, self._folder, self._sibling = outer, owns, folder, sibling
-        self.area, self.name = area, name
+        self.area, self.name, self.is_far = area, name, area.file.is_far
         self.around: Around | None = None
         self.crc32: int | None = None
 
@@ -95,11 +95,39 @@ class Inner(Source):
             self.read(offset, len(buffer))  # raises
         self.area.file.read_into(self.area.offset + offset, buffer)
 
+    def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
+        """As `Source.views`."""
+        if self._closed or offset < 0 or offset + nbytes > self.size:
+            self.read(offset, nbytes)  # raises
+        return self.area.file.views(self.area.offset + offset, nbytes)
+
+    def will_read(
+        self, areas: Sequence[tuple[int, int]], passing: Callable[[int, memoryview], object] | None = None
+    ) -> None:
+        """As `Source.will_read`."""
+        begin = self.area.offset
+        shifted = None if passing is None else lambda start, data: passing(start - begin, data)
+        self.area.file.will_read(self._moved(areas), shifted)
+
     def located(self, area: ByteRange) -> ByteRange:
         """As `Source.located`."""
         if self._closed:
             self._require_open()
         return self.area.file.located(self.area.part(area.offset, area.nbytes))
+
+    def _moved(self, areas: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [(self.area.offset + offset, nbytes) for offset, nbytes in areas]
+
+    def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
+        """As `Source.on_read`."""
+        return self.area.file.on_read(self.area.offset + offset, nbytes, check)
+
+    def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
+        """As `Source.settle`; what it lies in is looked at, too."""
+        super().settle(areas)
+        self.area.file.settle(None if areas is None else self._moved(areas))
+        if areas is None and self.area.file is not self._outer:
+            self._outer.settle()
 
     def stamp(self) -> object:
         """As `Source.stamp`: that of what it lies in."""
@@ -468,6 +496,7 @@ def decompressed(file: Source, compression: Compression, limits: Limits) -> Inne
     Raises:
         As `Compression.parts`; MissingDependencyError; FileAccessError: the temporary folder has no room for it.
     """
+    file.will_read([(0, file.size)])
     area = spooled(compression.parts(file, limits), None, file, f"is {compression.name}-compressed, and takes")
     stem, ending = os.path.splitext(name_of(file))
     name = stem if ending.lower() in compression.endings else name_of(file)

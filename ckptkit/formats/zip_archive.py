@@ -13,17 +13,23 @@ data descriptors that contradict the directory; records that overlap or have a s
 between records that belong to none, where a reader that goes from header to header would find
 others; bytes after the end.  Encryption and patch flags, absolute and ``..`` names are refused too.
 
+Of an archive that is far the directory alone is read at first: where each record's data begins follows from what is
+left between it and the next (`ckptkit.formats.zip_far`).  The records' own headers and data descriptors are held
+against it before a record is read here, or before values are given to anyone (`ckptkit.bytesource.Source.settle`).
+
 A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(False)`` in torch).
 """
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from struct import Struct
 from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange, Source
-from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
+from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.formats.zip_far import told_by_directory
 from ckptkit.formats.zip_records import (
     CENTRAL,
     DEFLATED,
@@ -51,9 +57,12 @@ from ckptkit.formats.zip_records import (
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
 
-__all__ = ["LOCAL_SIGNATURE", "Record", "Records", "ends_like_a_zip", "read_directory", "read_record"]
+__all__ = ["LOCAL_SIGNATURE", "TAIL_NBYTES", "Record", "Records", "ends_like_a_zip", "read_directory", "read_record"]
 
 CENTRAL_SIGNATURE = b"PK\x01\x02"
+
+TAIL_NBYTES = END.size + MAX16
+"""Last bytes of a file, in which a zip archive's end record begins."""
 _LOCAL_BRIEF = Struct("<4s2xHH4xIIIHH")
 _CENTRAL_BRIEF = Struct("<4s4xHH4xIIIHHHH6xI")
 """The same without what tells nothing: versions, times, attributes."""
@@ -117,15 +126,24 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     listed = _listed(area.read(offset, nbytes), count, limits)
     _check_names([record[2] for record in listed])
     by_place = sorted(listed)
-    begins = _located(area, by_place, offset)
+    begins = told_by_directory(area, by_place, offset) if area.file.is_far else []
+    if begins:
+        _left_for_later(area, by_place, begins, offset)
+    else:
+        begins = _located(area, by_place, offset)
     _, _, names, _, methods, crcs, packed, sizes = zip(*by_place, strict=True) if by_place else [()] * 8
     found = Records(area, names, begins, packed, sizes, methods, crcs)
     return found if by_place == listed else found.ordered(record[2] for record in listed)
 
 
-def ends_like_a_zip(area: ByteRange) -> bool:
-    """Whether the last bytes are a zip archive's end record with a directory or a locator before it."""
-    tail = area.tail(END.size + MAX16)
+def ends_like_a_zip(area: ByteRange, tail: bytes | None = None) -> bool:
+    """Whether the last bytes are a zip archive's end record with a directory or a locator before it.
+
+    Args:
+        area: a file, or a part of one.
+        tail: its last `TAIL_NBYTES`, or all there are, where they were read.
+    """
+    tail = area.tail(TAIL_NBYTES) if tail is None else tail
     start = area.nbytes - len(tail)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + END.size > len(tail):
@@ -270,33 +288,77 @@ def _located(area: ByteRange, listed: list[Row], directory_at: int) -> list[int]
                 continue
             alone_until, together = len(begins) + FEW, FEW
         record = _Central(*listed[len(begins)])
-        at, raw_name, name, _, _, _, packed, _ = record
-        header_nbytes = LOCAL.size + len(raw_name)
-        if at + header_nbytes > area.nbytes:
-            raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {area.nbytes:,} bytes")
-        if at < end and before is not None:
-            raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
-        gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
-        start = window.hold(at - gap, gap + header_nbytes)
-        extra_nbytes = _usual_header(window.data, start + gap, record)
-        is_usual = extra_nbytes >= 0
-        if not is_usual:
-            extra_nbytes = _check_header(window, record, start + gap)
-        if end != at:
-            layout = _DESCRIPTORS.get(gap) if is_usual and before is not None and before[3] & HAS_DESCRIPTOR else None
-            if layout is None or layout.unpack_from(window.data, start) != (
-                DESCRIPTOR_SIGNATURE,
-                *(before or ())[5:],
-            ):
-                _check_gap(before, at - end, window, end)
-        begins.append(at + header_nbytes + extra_nbytes)
-        end = begins[-1] + packed
+        begins.append(_begin(window, before, record, end))
+        end = begins[-1] + record.packed
         if end > directory_at:
-            raise CorruptError(f"record {name!r} of {packed:,} bytes at {begins[-1]:,} reaches into the zip directory")
+            raise CorruptError(
+                f"record {record.name!r} of {record.packed:,} bytes at {begins[-1]:,} reaches into the zip directory"
+            )
         before = record
     if end != directory_at:
         _check_gap(before, directory_at - end, window, end)
     return begins
+
+
+def _begin(window: _Window, before: _Central | None, record: _Central, end: int) -> int:
+    """Where a record's data begins, once its own header, and what lies before that, are as the directory says.
+
+    Args:
+        window: reads them.
+        before: the record before it; ``None``: it is the first.
+        record: as the directory has it.
+        end: where the data of the one before ends.
+    """
+    at, raw_name, name = record[:3]
+    header_nbytes = LOCAL.size + len(raw_name)
+    if at + header_nbytes > window.area.nbytes:
+        raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {window.area.nbytes:,} bytes")
+    if at < end and before is not None:
+        raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
+    gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
+    start = window.hold(at - gap, gap + header_nbytes)
+    extra_nbytes = _usual_header(window.data, start + gap, record)
+    is_usual = extra_nbytes >= 0
+    if not is_usual:
+        extra_nbytes = _check_header(window, record, start + gap)
+    if end != at:
+        layout = _DESCRIPTORS.get(gap) if is_usual and before is not None and before[3] & HAS_DESCRIPTOR else None
+        if layout is None or layout.unpack_from(window.data, start) != (DESCRIPTOR_SIGNATURE, *(before or ())[5:]):
+            _check_gap(before, at - end, window, end)
+    return at + header_nbytes + extra_nbytes
+
+
+def _left_for_later(area: ByteRange, listed: list[Row], begins: list[int], directory_at: int) -> None:
+    """Leave the records' own headers, and what lies between the records, until values are read.
+
+    Args:
+        area: where the archive lies, in a file that is far.
+        listed: what the directory says, in order of position.
+        begins: where the records' data begins, as far as the directory tells.
+        directory_at: where the directory begins.
+    """
+
+    def look(before: _Central | None, record: _Central | None, end: int, begin: int, data: bytes) -> None:
+        window = _Window(area)
+        window.data, window.start = data, end
+        try:
+            if record is None:
+                _check_gap(before, begin - end, window, end)
+            elif (own := _begin(window, before, record, end)) != begin:
+                raise AmbiguousError(
+                    f"record {record.name!r}: by its own header its data begins at byte {own:,}, by the zip directory, "
+                    f"which leaves no byte to nobody, at {begin:,}"
+                )
+        except FormatError as error:
+            raise error.at(path=area.file.path) from error.__cause__
+
+    before, end = None, 0
+    for row, begin in zip(listed, begins, strict=True):
+        record = _Central(*row)
+        area.file.on_read(area.offset + end, begin - end, partial(look, before, record, end, begin))
+        before, end = record, begin + record.packed
+    if end != directory_at:
+        area.file.on_read(area.offset + end, directory_at - end, partial(look, before, None, end, directory_at))
 
 
 def _usual_header(data: bytes, at: int, record: _Central) -> int:

@@ -28,8 +28,8 @@ from ckptkit.errors import AmbiguousError, CorruptError, LimitError, Unsupported
 
 __all__ = [
     "CENTRAL", "DEFLATED", "DESCRIPTOR_SIGNATURE", "END", "END64", "FEW", "HAS_DESCRIPTOR", "LOCAL", "LOCAL_SIGNATURE",
-    "LOCATOR", "MANY", "MAX16", "MAX32", "STORED", "UNICODE_PATH", "WINDOW_NBYTES", "Record", "Records", "Row",
-    "begins_alike", "find_directory", "read_record", "record_source", "rows_alike",
+    "LOCATOR", "MANY", "MAX16", "MAX32", "SIGNED_DESCRIPTORS", "STORED", "UNICODE_PATH", "WINDOW_NBYTES", "Record",
+    "Records", "Row", "begins_alike", "find_directory", "read_record", "record_source", "rows_alike",
 ]  # fmt: skip
 
 END = Struct("<4sHHHHIIH")
@@ -59,7 +59,7 @@ WINDOW_NBYTES = 4096
 """Bytes read around a local header: one page, which costs no more than the header alone and holds
 the headers of the small records that follow."""
 
-_SIGNED_DESCRIPTORS = {16: "4sIII", 24: "4sIQQ"}
+SIGNED_DESCRIPTORS = {16: "4sIII", 24: "4sIQQ"}
 """Data descriptors that begin with a signature, as torch writes them, by their size."""
 
 FEW, MANY = 16, 2048
@@ -253,6 +253,8 @@ def read_record(record: Record, limit: int) -> bytes:
     largest = max(record.nbytes, record.data.nbytes)
     if largest > limit:
         raise LimitError(f"bytes of record {record.name!r}", limit=limit, actual=largest)
+    if record.data.file.is_far:
+        record.data.file.settle([(record.data.offset, record.data.nbytes)])
     data = record.data.read()
     if record.deflated:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -348,7 +350,7 @@ def begins_alike(area: ByteRange, listed: list[Row], first: int, count: int, end
     stop = min(places[-1] + header_nbytes + MAX16 // 64, directory_at)
     if {(row[3], row[4], len(row[1])) for row in rows} != {kind}:
         return []
-    if gap and not (gap in _SIGNED_DESCRIPTORS and listed[first - 1][3] & flags & HAS_DESCRIPTOR):
+    if gap and not (gap in SIGNED_DESCRIPTORS and listed[first - 1][3] & flags & HAS_DESCRIPTOR):
         return []
     if not places[-1] + header_nbytes <= stop <= begin + count * WINDOW_NBYTES:
         return []
@@ -358,7 +360,7 @@ def begins_alike(area: ByteRange, listed: list[Row], first: int, count: int, end
     columns = [table[gap + byte :: stride] for byte in range(header_nbytes)]
     if len(table) != count * stride or not _are_own(table, columns, gap, rows):
         return []
-    if gap and not _say(table, f"{_SIGNED_DESCRIPTORS[gap]}{header_nbytes}x", listed[first - 1 : first + count - 1]):
+    if gap and not _say(table, f"{SIGNED_DESCRIPTORS[gap]}{header_nbytes}x", listed[first - 1 : first + count - 1]):
         return []
     extras = [low + 256 * high for low, high in zip(columns[28], columns[29], strict=True)]
     begins = [at + header_nbytes + extra for at, extra in zip(places, extras, strict=True)]

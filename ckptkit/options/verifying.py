@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ckptkit import places
 from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, shapes, text, texts, within
 from ckptkit.errors import VerifyError
 from ckptkit.options.rewriting import ConvertOptions, allow_part_option, progress_option, section_option, tag_option
@@ -157,7 +158,7 @@ class DiffOptions(Options):
 
     def steps(self, a: Readable, b: Readable) -> Iterator[tuple[str | None, str | None]]:
         """The step that is meant of each, and its rules: of one tag, or one file of rules, for both in each folder."""
-        folders = [isinstance(path, (str, os.PathLike)) and os.path.isdir(path) for path in (a, b)]
+        folders = [isinstance(path, (str, os.PathLike)) and places.isdir(os.fsdecode(path)) for path in (a, b)]
         for is_folder, own in zip(folders, (self.tag_a, self.tag_b), strict=True):
             is_meant = is_folder or not any(folders)
             yield own or (self.tag if is_meant else None), self.tp_rules if is_meant else None

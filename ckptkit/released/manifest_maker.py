@@ -7,9 +7,9 @@ records them (each opened and read once), and `write` writes them down.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.architectures import Architecture
 from ckptkit.errors import (
@@ -37,12 +37,13 @@ from ckptkit.released.manifest_rules import is_same_file
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.selection import Selected, name_of, select, size_of, step_of
 from ckptkit.report import count_of
-from ckptkit.transfer.workers import each_file
+from ckptkit.transfer.many import Workers, side_by_side
 from ckptkit.transfer.writing import write_atomically
 
-__all__ = ["make", "make_at", "write"]
+if TYPE_CHECKING:
+    from ckptkit.fleet import Outcome
 
-T = TypeVar("T")
+__all__ = ["make", "make_at", "write"]
 
 
 def make(
@@ -56,6 +57,7 @@ def make(
     previous: Manifest | None = None,
     tp_rules: str | None = None,
     ignore_checksums: bool = False,
+    workers: Workers = Workers(),  # noqa: B008 - frozen
 ) -> Manifest:
     """The manifest of these checkpoints.
 
@@ -70,6 +72,7 @@ def make(
             that are not selected do too, as long as they exist.
         tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
+        workers: who reads very many files.
 
     Raises:
         FileAccessError: a file is not below the folder, or cannot be read.
@@ -81,7 +84,8 @@ def make(
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
-    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part, tp_rules)
+    known = {name: path for name, path in wanted.items() if name in old}
+    kept = _unchanged(known, old, digests, workers, allow_part=allow_part, tp_rules=tp_rules)
     renewed = _renewed(
         {name: path for name, path in wanted.items() if name not in kept},
         {
@@ -89,6 +93,7 @@ def make(
             for name in wanted
             if (digests == "tensor" if digests else name not in old or old[name].tensors is not None)
         },
+        workers,
         allow_part=allow_part,
         tp_rules=tp_rules,
         ignore_checksums=ignore_checksums,
@@ -115,31 +120,71 @@ def _require_recordable(wanted: Collection[str], golden: Collection[str], folder
             )
 
 
-def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool | str | None) -> dict[str, FileRecord]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """One file: its name in the manifest, its path, how it is read, and what is made of it.
+
+    Attributes:
+        is_listed: whether its tensors are listed.
+        before: its record so far, of which is asked whether it still holds; ``None``: it is recorded anew.
+    """
+
+    name: str
+    path: str
+    reading: Mapping[str, bool | str | None]
+    is_listed: bool = True
+    before: FileRecord | None = None
+
+
+@collector_paused()  # what is read is gone at the end, without it
+def _recorded(task: _Task, threads: int = 1) -> FileRecord | CkptkitError | None:
+    """The record of a file as it is now; of one that has a record, that, where it still holds."""
+    if task.before is not None:
+        same = _looked_at(
+            task.path, hash_file=True, digest=False, values=False, checksums=False, threads=threads, **task.reading
+        )
+        return task.before if not isinstance(same, CkptkitError) and is_same_file(same, task.before) else None
+    found = _looked_at(
+        task.path, hash_file=True, digest=True, values=False, whole=True, threads=threads, **task.reading
+    )
+    if isinstance(found, CkptkitError):
+        return found
+    wrong = found.damage or found.unlike
+    if wrong is not None:
+        return CorruptError(wrong, path=found.path)
+    try:
+        return _record(task.name, found, task.is_listed)
+    except UnsupportedError as error:
+        return error
+
+
+def _lost(task: _Task, outcome: Outcome[Any]) -> CkptkitError:
+    return FileAccessError(f"{task.path}: {outcome.text}", path=task.path)
+
+
+def _size(task: _Task) -> int:
+    return size_of(task.path)
+
+
+def _renewed(
+    wanted: Mapping[str, str], listed: Collection[str], workers: Workers, **reading: bool | str | None
+) -> dict[str, FileRecord]:
     """The records of files as they are now.
 
     Args:
         wanted: paths by name.
         listed: the names of those whose tensors are listed.
+        workers: who reads them.
         **reading: ``allow_part``, ``tp_rules`` and ``ignore_checksums``, as of `make`.
     """
-
-    def record(name: str, path: str, threads: int) -> FileRecord | CkptkitError:
-        found = _looked_at(path, hash_file=True, digest=True, values=False, whole=True, threads=threads, **reading)
-        if isinstance(found, CkptkitError):
-            return found
-        wrong = found.damage or found.unlike
-        if wrong is not None:
-            return CorruptError(wrong, path=found.path)
-        return _record(name, found, name in listed)
-
-    made = _of_each(wanted, record)
-    errors = [result for result in made.values() if isinstance(result, CkptkitError)]
+    tasks = [_Task(name=name, path=path, reading=reading, is_listed=name in listed) for name, path in wanted.items()]
+    made = list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    errors = [result for result in made if isinstance(result, CkptkitError)]
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'file')} cannot be recorded:", *map(str, errors)]))
-    return {name: result for name, result in made.items() if isinstance(result, FileRecord)}
+    return {result.path: result for result in made if isinstance(result, FileRecord)}
 
 
 def _looked_at(path: str, **asked: Any) -> Examined | CkptkitError:
@@ -147,17 +192,6 @@ def _looked_at(path: str, **asked: Any) -> Examined | CkptkitError:
         return examine_file(path, **asked)
     except CkptkitError as error:
         return error
-
-
-def _of_each(paths: Mapping[str, str], make: Callable[[str, str, int], T]) -> dict[str, T]:
-    """What is made of each file, several at a time: called with its name, its path and how many threads it may use."""
-    names = list(paths)
-
-    @collector_paused()  # what is read is gone at the end, without it
-    def work(number: int, threads: int) -> T:
-        return make(names[number], paths[names[number]], threads)
-
-    return dict(zip(names, each_file([size_of(path) for path in paths.values()], work), strict=True))
 
 
 def _outermost(folders: Collection[str]) -> tuple[str, ...]:
@@ -183,24 +217,18 @@ def _unchanged(
     wanted: Mapping[str, str],
     old: Mapping[str, FileRecord],
     digests: Digests | None,
-    allow_part: bool,
-    tp_rules: str | None,
+    workers: Workers,
+    **reading: bool | str | None,
 ) -> dict[str, FileRecord]:
     """The records of files that are what they were, by their sizes and hashes."""
-
-    def same(name: str, path: str, threads: int) -> FileRecord | None:
-        before = old[name]
-        found = _looked_at(
-            path, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part,
-            tp_rules=tp_rules, threads=threads,
-        )  # fmt: skip
-        is_same = not isinstance(found, CkptkitError) and is_same_file(found, before)
-        if not is_same or (digests == "tensor" and before.tensors is None):
-            return None
-        return replace(before, tensors=None) if digests == "total" else before
-
-    sized = {name: path for name, path in wanted.items() if _may_be_unchanged(name, path, old[name])}
-    return {name: record for name, record in _of_each(sized, same).items() if record is not None}
+    tasks = [
+        _Task(name=name, path=path, reading=reading, before=old[name])
+        for name, path in wanted.items()
+        if _may_be_unchanged(name, path, old[name]) and not (digests == "tensor" and old[name].tensors is None)
+    ]
+    made = list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    kept = [record for record in made if isinstance(record, FileRecord)]
+    return {each.path: replace(each, tensors=None) if digests == "total" else each for each in kept}
 
 
 def _may_be_unchanged(name: str, path: str, record: FileRecord) -> bool:
@@ -305,6 +333,7 @@ def make_at(
     update: bool,
     force: bool,
     ignore_checksums: bool = False,
+    workers: Workers = Workers(),  # noqa: B008 - frozen
 ) -> Manifest:
     """As `ckptkit.manifest`."""
     if digests not in (None, "total", "tensor"):
@@ -338,6 +367,7 @@ def make_at(
         previous=previous,
         tp_rules=tp_rules,
         ignore_checksums=ignore_checksums,
+        workers=workers,
     )
     if destination is not None and (
         previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)

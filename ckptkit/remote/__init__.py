@@ -2,24 +2,31 @@
 
 `store` says what a server is asked for, and there is one module for each kind of server: `http` (http and https), `hub`
 (hf://) and `objects` (all that fsspec knows: s3, gs, az and others).  `source` makes a `ckptkit.bytesource.Source` of a
-file there, which is all that the rest of ckptkit sees of it.
+file there, which is all that the rest of ckptkit sees of it; what lies below a URL, `ckptkit.places` says.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
 from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
-__all__ = ["RemoteSource", "Session", "Store", "is_url", "local_path", "session", "source_at", "store_of"]
+__all__ = [
+    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "session", "source_at",
+    "store_of",
+]  # fmt: skip
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*([A-Za-z][A-Za-z0-9+.-]*)://")
 _SHORTEST = 2
@@ -47,6 +54,14 @@ def local_path(url: str) -> str:
     return path
 
 
+class _Ahead(Protocol):
+    def take(self, url: str) -> RemoteSource | None: ...
+
+
+_MOST_KEPT = 128
+"""Files that were opened to see what they are, and stay open for whoever reads them: some 64 KiB of memory each."""
+
+
 class Session:
     """What one command knows of the servers it asks.
 
@@ -56,16 +71,44 @@ class Session:
     Attributes:
         options: as above.
         stores: those that were asked, by scheme.
-        listings: what they said of folders.
+        listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
+        opened: files that were opened to see what they are, by URL.
+        ahead: what opens files before they are asked for.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
         self.stores: dict[str, Store] = {}
         self.listings: dict[str, Any] = {}
+        self.opened: dict[str, RemoteSource] = {}
+        self.ahead: _Ahead | None = None
+
+    def keep(self, url: str, file: RemoteSource) -> None:
+        """Keep a file open for whoever opens it next."""
+        if len(self.opened) >= _MOST_KEPT or self.opened.setdefault(url, file) is not file:
+            file.close()
+
+    def taken(self, url: str) -> RemoteSource | None:
+        """A file that is open already, and is the caller's from now on; ``None``: it is none.
+
+        Raises:
+            FileAccessError: it was asked for, and cannot be opened.
+        """
+        kept = self.opened.pop(url, None)
+        return kept if kept is not None or self.ahead is None else self.ahead.take(url)
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        while self.opened:
+            self.opened.popitem()[1].close()
 
 
 _current: ContextVar[Session | None] = ContextVar("ckptkit_remote_session", default=None)
+
+
+def current_session() -> Session | None:
+    """The session that this is within; ``None``: it is within none."""
+    return _current.get()
 
 
 @contextmanager
@@ -84,6 +127,18 @@ def session(options: Mapping[str, Any] | None = None) -> Iterator[Session]:
         yield made
     finally:
         _current.reset(token)
+        made.close()
+
+
+def carried(work: Callable[[T], R]) -> Callable[[T], R]:
+    """The work with the options of the session that this is within, for a process that is within none."""
+    known = _current.get()
+    return work if known is None else partial(_carried, known.options, work)
+
+
+def _carried(options: Mapping[str, Any], work: Callable[[T], R], task: T) -> R:
+    with session(options):
+        return work(task)
 
 
 def store_of(url: str) -> Store:
@@ -114,6 +169,10 @@ def _made(scheme: str, current: Session) -> Store:
         from ckptkit.remote.http import HttpStore
 
         return HttpStore()
+    if scheme == "hf":
+        from ckptkit.remote.hub import HubStore
+
+        return HubStore()
     from ckptkit.remote.objects import ObjectStore
 
     return ObjectStore(scheme, current.options)
@@ -129,4 +188,8 @@ def source_at(url: str) -> Source:
     """
     if (path := local_path(url)) != url:
         return SourceFile(path)
+    current = _current.get()
+    kept = None if current is None else current.taken(url)
+    if kept is not None:
+        return kept
     return RemoteSource(store_of(url), url)

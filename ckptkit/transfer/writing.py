@@ -18,6 +18,7 @@ from functools import partial
 
 from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
+from ckptkit.places import require_local
 from ckptkit.plan import Digest, IndexFile, Plan
 from ckptkit.transfer.folders import OutputFolder, created_folder, folder_made
 from ckptkit.transfer.names import (
@@ -29,8 +30,8 @@ from ckptkit.transfer.names import (
     remove_stale,
     replacing,
 )
+from ckptkit.transfer.passing import DigestsInPassing, Passed, is_far
 from ckptkit.transfer.steps import (
-    DigestsInPassing,
     Tally,
     digested,
     fill_file,
@@ -60,6 +61,7 @@ def write_atomically(
     check: Callable[[str, Callable[[int], object]], object] | None,
     replaces: tuple[str, ...] = (),
     source: Source | None = None,
+    passed: Passed | None = None,
     progress: Progress | None = None,
 ) -> Tally:
     """Write the plan's file, and its shards beside it, so that nothing is ever half-written.
@@ -75,6 +77,7 @@ def write_atomically(
         replaces: names of files beside the destination that the new ones make stale; removed at the end.
         source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
             be replaced, it is closed once all of it is read.
+        passed: gets the digests of what passes by, where the source is far.
         progress: called as bytes are written, and again as they are compared.
 
     Returns:
@@ -82,10 +85,11 @@ def write_atomically(
 
     Raises:
         DestinationExistsError: it exists and ``force`` is false; checked again at the very end.
-        FileAccessError: it cannot be written; nothing is left behind.
+        FileAccessError: it cannot be written, or is a URL; nothing is left behind.
         CorruptError: a source changed while it was read.
     """
     shown = os.fsdecode(destination)
+    require_local(shown)
     wanted = _places(plan, shown, force=force)
     path = wanted[-1][1]
     folder = os.path.dirname(path)
@@ -107,8 +111,13 @@ def write_atomically(
         with _flushing([file.fd for file in files] if check is not None else []) as written:
             # A file system lets one thread write to a file at a time; several files go side by side.
             data = [file for file in files if file.plan.index is None]
-            moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
-            in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
+            if source is not None and is_far(source):
+                from ckptkit.transfer.far import move_far
+
+                move_far([(file.plan, file.fd) for file in data], tally, counted, digests, passed, stop)
+            else:
+                moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
+                in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
             for file in data:
                 fill_file(file.plan, file.fd, checksums=check is not None)
             if plan.index is not None:

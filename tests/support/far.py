@@ -39,14 +39,14 @@ class FarStore(Store):
         lists: whether it says what lies in a folder; http does not.
 
     Attributes:
-        files, heads, lists: as above.
+        files, heads: as above.
         asked: the requests, in order.
         failing: URLs that cannot be read, with what is said then.
     """
 
     def __init__(self, files: Mapping[str, bytes], *, heads: bool = True, lists: bool = True) -> None:
         self.files = dict(files)
-        self.heads, self.lists = heads, lists
+        self.heads, self.has_listings = heads, lists
         self.asked: list[Asked] = []
         self.failing: dict[str, str] = {}
         self._within = threading.Lock()
@@ -89,7 +89,7 @@ class FarStore(Store):
 
     def listing(self, url: str) -> Mapping[str, int]:
         """As `Store.listing`."""
-        if not self.lists:
+        if not self.has_listings:
             raise FileAccessError(f"{url}: this server lists no files", path=url)
         self._note("listing", url)
         root = url.rstrip("/") + "/"
@@ -118,11 +118,11 @@ def below(folder: str | os.PathLike[str], url: str) -> dict[str, bytes]:
 def serving(
     files: Mapping[str, bytes], *, heads: bool = True, lists: bool = True, scheme: str = "far"
 ) -> Iterator[FarStore]:
-    """A store that has the URLs of a scheme while this lasts, in every thread and session."""
+    """A store that has the URLs of a scheme while this lasts; each command asks it in a session of its own."""
     store, others = FarStore(files, heads=heads, lists=lists), remote._made
 
     def made(asked: str, current: remote.Session) -> Store:
         return store if asked == scheme else others(asked, current)
 
-    with mock.patch.object(remote, "_made", made), remote.session():
+    with mock.patch.object(remote, "_made", made):
         yield store
