@@ -251,7 +251,8 @@ def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKe
     except FileAccessError as error:
         raise outputs.told(error, source, destination, asked) from error.__cause__
     with opened as file, outputs.destination_of(outputs.named_after(file.path, asked), destination, asked) as path:
-        return run(file.checkpoint, file._file, path, asked).report()
+        given = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else None
+        return run(file.checkpoint, file._file, path, asked, given=given).report()
 
 
 def _reading(asked: ConvertOptions | LoadOptions | VerifyOptions) -> dict[str, Any]:

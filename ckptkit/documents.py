@@ -23,7 +23,8 @@ from ckptkit.report import FindingDocument, Severity
 __all__ = [
     "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
     "ConvertDocument", "ErrorDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile",
-    "ManifestOptions", "OutputDocument", "PlanDocument", "ReportDocument", "StepsDocument", "TimedDocument",
+    "ManifestOptions", "OutputDocument", "PartDocument", "PlanDocument", "ReportDocument", "StepsDocument",
+    "TimedDocument",
     "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
 ]  # fmt: skip
 
@@ -134,7 +135,30 @@ class CompactedDocument(TypedDict):
     nbytes: int
 
 
-class ConvertDetails(ChangesDocument):
+class PartDocument(TypedDict):
+    """What was written of an output that several processes write.
+
+    Attributes:
+        part, of: which part, from 1; and how many there are.
+        shards: its shards.
+        nbytes: their size in bytes.
+        kept: whether they were there already, and whole.
+    """
+
+    part: int
+    of: int
+    shards: list[str]
+    nbytes: int
+    kept: bool
+
+
+class _PartDetails(TypedDict, total=False):
+    """What is there where one part is written alone: what of the output that is; there is no checkpoint yet."""
+
+    part: PartDocument
+
+
+class ConvertDetails(ChangesDocument, _PartDetails):
     """The ``details`` of the report of `ckptkit.convert`.
 
     Attributes:

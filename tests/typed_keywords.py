@@ -9,6 +9,7 @@ import gzip
 import io
 import mmap
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ def right(path: Path) -> None:
     ckptkit.convert(path, path, map_location=lambda storage, tag: None, tied="error", max_shard_size="5GB", like=path)
     ckptkit.convert(path, path, progress=lambda done, of: None, metadata={"a": "b"}, model_args=None)
     ckptkit.convert(path, path, all_tensors=True, keep_beside=False, as_key="model")
+    ckptkit.convert(path, path, max_shard_size="5GB", part="2/8", jobs=None, files_from=path, finish=False)
+    with ThreadPoolExecutor() as executor:
+        ckptkit.convert(path, path, executor=executor)
     report = ckptkit.verify(path, model="torchvision:resnet18", golden=path, input_shapes=[(1, 3, 64, 64)], seed=1)
     difference: ckptkit.Difference = ckptkit.diff(path, path, section_a="model", atol=1e-6, progress=None)
     checked: ckptkit.CheckReport = ckptkit.check(path, no_pickle=True, max_trust="safe", allow_dtype="float32")

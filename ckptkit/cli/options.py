@@ -177,7 +177,8 @@ def options_of(
         for name, option in reversed(declared.declared.items()):
             if behind is not None and name in behind:
                 function = behind[name](function)
-            function = _click_option(option, further.get(name, {}))(function)
+            if option.line:  # what Python alone takes has none
+                function = _click_option(option, further.get(name, {}))(function)
         return function
 
     return made

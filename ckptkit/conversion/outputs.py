@@ -197,8 +197,16 @@ class Item(NamedTuple):
         return sizes
 
 
-def require_names(items: Sequence[Item], destination: str, options: ConvertOptions) -> None:
+def require_names(
+    items: Sequence[Item], destination: str, options: ConvertOptions, own: Sequence[Item] | None = None
+) -> None:
     """See that each output has a name of its own, which nothing has that it may not replace.
+
+    Args:
+        items: all of the folder's.
+        destination: the folder for the outputs.
+        options: what is asked for.
+        own: those that are written; ``None``: all.  What others write may be there by now.
 
     Raises:
         RewriteError: two sources would get one name, or replace another; all of them are named.
@@ -221,7 +229,8 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
     if clashes:
         told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
         raise RewriteError("\n  ".join([told, *clashes]), path=destination, names=names)
-    taken = list(_taken(items, is_sharded))
+    own = items if own is None else own
+    taken = list(_taken(own, is_sharded))
     if formats.makes_folder(options.to):
         full = [path for path in taken if not is_empty_folder(path)]
         if full:
@@ -232,7 +241,7 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
             raise exists(taken[0])
         told = f"{count_of(len(taken), 'output')} exist already; --force overwrites them; nothing was written:"
         raise DestinationExistsError("\n  ".join([told, *taken]), path=destination)
-    replaced = list(_replaced(items)) if taken else ()
+    replaced = list(_replaced(items, own)) if taken else ()
     if replaced:
         told = f"{count_of(len(replaced), 'output')} cannot have the name; nothing was written:"
         raise RewriteError("\n  ".join([told, *replaced]), path=destination)
@@ -321,14 +330,14 @@ def _taken(items: Sequence[Item], is_sharded: bool) -> Iterator[str]:
         yield from shards.get(path, ())
 
 
-def _replaced(items: Sequence[Item]) -> Iterator[str]:
+def _replaced(items: Sequence[Item], own: Sequence[Item]) -> Iterator[str]:
     """Outputs that would replace a folder, or what another file is read from."""
     owners: dict[tuple[int, int], Item] = {}
     for item in items:
         for path in item.files:
             with suppress(OSError):
                 owners.setdefault(_identity(path), item)
-    for item in items:
+    for item in own:
         if os.path.isdir(item.destination):
             yield f"{item.destination}: is a folder"
         elif os.path.lexists(item.destination):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import Storage, TensorEntry
@@ -87,14 +88,17 @@ class DigestsInPassing:
     Args:
         files: what to hash, one after the other.
         stop: set when they are no longer wanted.
+        known: in hexadecimal, by the ``id`` of files that need no hashing.
 
     Attributes:
         in_order: of files that are far, by ``id``: what is to be given their bytes as they come.
     """
 
-    def __init__(self, files: Iterable[Source], stop: threading.Event) -> None:
+    def __init__(
+        self, files: Iterable[Source], stop: threading.Event, known: Mapping[int, bytes] = MappingProxyType({})
+    ) -> None:
         self._files = {id(file): file for file in files}
-        self._found: dict[int, bytes] = {}
+        self._found = dict(known)
         self._stop = stop
         self.in_order = {key: InOrder(file.size) for key, file in self._files.items() if file.is_far}
         near = [file for key, file in self._files.items() if key not in self.in_order]

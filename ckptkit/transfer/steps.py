@@ -191,10 +191,13 @@ class Tally:
         from ckptkit.casting import Caster
 
         if isinstance(conversion.function, Caster):
-            losses = conversion.function.losses(before, after)
-            with self._lock:
-                known = self._found.get(id(conversion))
-                self._found[id(conversion)] = (conversion, losses if known is None else known[1] + losses)
+            self.put(conversion, conversion.function.losses(before, after))
+
+    def put(self, conversion: DTypeConversion, losses: Losses) -> None:
+        """Count what a conversion lost."""
+        with self._lock:
+            known = self._found.get(id(conversion))
+            self._found[id(conversion)] = (conversion, losses if known is None else known[1] + losses)
 
     def __iter__(self) -> Iterator[tuple[DTypeConversion, Losses]]:
         return iter(self._found.values())

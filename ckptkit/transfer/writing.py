@@ -13,13 +13,13 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
 from ckptkit.places import require_local
-from ckptkit.plan import Digest, IndexFile, Plan
+from ckptkit.plan import Digest, Plan
 from ckptkit.transfer.folders import OutputFolder, created_folder, folder_made
 from ckptkit.transfer.names import (
     Output,
@@ -41,7 +41,12 @@ from ckptkit.transfer.steps import (
 )
 from ckptkit.transfer.workers import Progress, Stopped, in_parallel, uninterrupted
 
-__all__ = ["folder_made", "write_atomically"]
+__all__ = [
+    "Check", "folder_made", "index_bytes", "places", "remove_stale_shards", "status_of", "write_atomically",
+]  # fmt: skip
+
+Check = Callable[[str, Callable[[int], object]], object]
+"""Called with a path that opens what was written, and a function to be called with the bytes as they are compared."""
 
 _SWEEPING_SECONDS = 60.0
 """Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
@@ -58,7 +63,7 @@ def write_atomically(
     plan: Plan,
     *,
     force: bool,
-    check: Callable[[str, Callable[[int], object]], object] | None,
+    check: Check | None,
     replaces: tuple[str, ...] = (),
     source: Source | None = None,
     passed: Passed | None = None,
@@ -90,7 +95,7 @@ def write_atomically(
     """
     shown = os.fsdecode(destination)
     require_local(shown)
-    wanted = _places(plan, shown, force=force)
+    wanted = places(plan, shown, force=force)
     path = wanted[-1][1]
     folder = os.path.dirname(path)
     tally, stop = Tally(), threading.Event()
@@ -126,7 +131,7 @@ def write_atomically(
                 check(files[-1].temporary if whole is None else whole.temporary, counted)
             for file in data:
                 fill_file(file.plan, file.fd, digests, checksums=False)
-            index = b"" if plan.index is None else _index(files, plan, plan.index, digests)
+            index = b"" if plan.index is None else _index(files, plan, digests)
             written()
         require_unchanged(plan)
         counted.finish()
@@ -134,7 +139,7 @@ def write_atomically(
             whole.publish(files, flush=check is not None)
         else:
             publish(files, index, force=force, flush=check is not None, source=source)
-            _remove_stale_shards(folder, replaces, source)
+            remove_stale_shards(folder, replaces, source)
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
@@ -151,7 +156,7 @@ def write_atomically(
     return tally
 
 
-def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
+def places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
     """Each file's plan, its path, and the name that messages use; what is asked for is the last, of a folder the one.
 
     Raises:
@@ -176,11 +181,11 @@ def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str
 
 
 def _created(wanted: list[tuple[Plan, str, str]], folder: str, replaces: tuple[str, ...]) -> Iterator[Output]:
-    """The files of `_places` in which something is written; a new one of a checkpoint that few may read is for them."""
-    old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
+    """The files of `places` in which something is written; a new one of a checkpoint that few may read is for them."""
+    old = [status_of(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
     like = next(filter(None, old), None)
     for plan, path, name in wanted:
-        yield created(plan, path, name, _status(path) or like)
+        yield created(plan, path, name, status_of(path) or like)
 
 
 def _remove_stale_now_and_then(folder: str) -> None:
@@ -190,13 +195,14 @@ def _remove_stale_now_and_then(folder: str) -> None:
         remove_stale(folder)
 
 
-def _remove_stale_shards(folder: str, names: tuple[str, ...], source: Source | None) -> None:
+def remove_stale_shards(folder: str, names: tuple[str, ...], source: Source | None) -> None:
+    """Remove files that new ones made stale; ``source`` as of `ckptkit.transfer.names.replacing`."""
     for path in (os.path.join(folder, name) for name in names):
         with contextlib.suppress(OSError):
             replacing(partial(os.unlink, path), path, source)
 
 
-def _status(path: str) -> os.stat_result | None:
+def status_of(path: str) -> os.stat_result | None:
     """That of a file that is there."""
     try:
         status = os.stat(path)
@@ -209,16 +215,27 @@ def _temporary_names(files: list[Output], plan: Plan) -> dict[str, str]:
     return {name: os.path.basename(file.temporary) for name, file in zip(plan.shards, files, strict=False)}
 
 
-def _index(files: list[Output], plan: Plan, index: IndexFile, digests: DigestsInPassing) -> bytes:
+def _index(files: list[Output], plan: Plan, digests: DigestsInPassing) -> bytes:
     """The index as it will be, with digests where they belong; in the one that is there they are filled in."""
-    temporary, final = index.to_bytes(_temporary_names(files, plan)), bytearray(index.to_bytes())
+    overwrite(files[-1].fd, index_bytes(plan, digests, _temporary_names(files, plan)))
+    return index_bytes(plan, digests)
+
+
+def index_bytes(plan: Plan, digests: DigestsInPassing, names: Mapping[str, str] | None = None) -> bytes:
+    """What an index says, with digests where they belong.
+
+    Args:
+        plan: of the index.
+        digests: of the sources.
+        names: what shards are called; ``None``: as they will be.
+    """
+    if plan.index is None:
+        return b""
+    final, data = plan.index.to_bytes(), plan.index.to_bytes(names)
     for step in plan.steps:
         if isinstance(step, Digest):
-            digest = digests.of(step.file)
-            temporary = temporary.replace(bytes(final[step.target : step.target + step.nbytes]), digest)
-            final[step.target : step.target + step.nbytes] = digest
-    overwrite(files[-1].fd, temporary)
-    return bytes(final)
+            data = data.replace(final[step.target : step.target + step.nbytes], digests.of(step.file))
+    return data
 
 
 class _Counter:

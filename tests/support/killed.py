@@ -65,6 +65,16 @@ def carry_out(job: dict[str, Any], report: int) -> int:
     return 0
 
 
+def killed_by_one(source: str, destination: str, options: Any) -> Any:
+    """`ckptkit.conversion.convert_file`; the file `three.pth` kills its process, whose temporary file is there."""
+    from ckptkit import conversion
+    from ckptkit.transfer import writing
+
+    if source.endswith("three.pth"):
+        writing.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    return conversion.convert_file(source, destination, options)
+
+
 if __name__ == "__main__":
     from forked import preload
 
