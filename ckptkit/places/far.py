@@ -151,9 +151,15 @@ def _listing(url: str) -> tuple[Tree, str] | None:
         found, root = _found(url), url.rstrip("/")
         if found is not None:
             return found
+        if (failed := current.failed.get(f"{root}/")) is not None:
+            raise failed
         if root not in current.listings:
             store = store_of(url)
-            current.listings[root] = Tree(root, store.listing(root)) if store.has_listings else None
+            try:
+                current.listings[root] = Tree(root, store.listing(root)) if store.has_listings else None
+            except FileAccessError as error:
+                current.failed[f"{root}/"] = error
+                raise
         tree = current.listings[root]
         return (tree, "") if tree is not None and tree.files else None
 
@@ -171,9 +177,10 @@ def is_folder(url: str) -> bool:
     try:
         if not store_of(url).has_listings:
             return False
-        if not url.endswith("/") and _FILE_ENDING.search(url) and _is_there(url):
-            return False
-        return _listing(url) is not None
+        with session() as current:
+            if not url.endswith("/") and _FILE_ENDING.search(url) and (_is_there(url) or url in current.failed):
+                return False
+            return _listing(url) is not None
     except FileAccessError:  # told where it is opened
         return False
 
@@ -189,11 +196,13 @@ def is_file(url: str) -> bool:
 def _is_there(url: str) -> bool:
     """Whether a file can be opened, which is kept for whoever opens it next."""
     with session() as current:
-        if url in current.opened:
-            return True
+        if url in current.opened or url in current.failed:
+            return url in current.opened
         try:
             source = RemoteSource(store_of(url), url)
-        except FileAccessError:
+        except FileAccessError as error:
+            if not isinstance(error, MissingFileError):
+                current.failed[url] = error  # told where it is opened, and not asked for again
             return False
         current.keep(url, source)
         return True

@@ -74,6 +74,8 @@ class Session:
         listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
+        failed: why a file could not be opened, or a folder listed, by URL, a folder's with a slash at its end.
+        process: whose connections they are.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -82,6 +84,8 @@ class Session:
         self.listings: dict[str, Any] = {}
         self.opened: dict[str, RemoteSource] = {}
         self.ahead: _Ahead | None = None
+        self.failed: dict[str, FileAccessError] = {}
+        self.process = os.getpid()
 
     def keep(self, url: str, file: RemoteSource) -> None:
         """Keep a file open for whoever opens it next."""
@@ -98,17 +102,20 @@ class Session:
         return kept if kept is not None or self.ahead is None else self.ahead.take(url)
 
     def close(self) -> None:
-        """Close what nobody took."""
+        """Close what nobody took, and forget what was told; connections stay."""
         while self.opened:
             self.opened.popitem()[1].close()
+        self.listings.clear()
+        self.failed.clear()
 
 
 _current: ContextVar[Session | None] = ContextVar("ckptkit_remote_session", default=None)
 
 
 def current_session() -> Session | None:
-    """The session that this is within; ``None``: it is within none."""
-    return _current.get()
+    """The session that this is within; ``None``: it is within none, or in one that another process began."""
+    known = _current.get()
+    return known if known is not None and known.process == os.getpid() else None
 
 
 @contextmanager
@@ -117,27 +124,40 @@ def session(options: Mapping[str, Any] | None = None) -> Iterator[Session]:
 
     Threads that are to take part run in a copy of the context (``contextvars.copy_context``).
     """
-    known = _current.get()
+    known = current_session()
     if known is not None and not options:
         yield known
         return
     made = Session(options or {})
+    with _within(made):
+        yield made
+
+
+@contextmanager
+def _within(made: Session) -> Iterator[None]:
     token = _current.set(made)
     try:
-        yield made
+        yield
     finally:
         _current.reset(token)
         made.close()
 
 
+_kept: dict[str, Session] = {}
+"""That of this process's tasks: each would connect anew."""
+
+
 def carried(work: Callable[[T], R]) -> Callable[[T], R]:
     """The work with the options of the session that this is within, for a process that is within none."""
-    known = _current.get()
+    known = current_session()
     return work if known is None else partial(_carried, known.options, work)
 
 
 def _carried(options: Mapping[str, Any], work: Callable[[T], R], task: T) -> R:
-    with session(options):
+    kept = _kept.get("")
+    if kept is None or kept.process != os.getpid() or kept.options != options:
+        kept = _kept[""] = Session(options)
+    with _within(kept):
         return work(task)
 
 
@@ -188,8 +208,10 @@ def source_at(url: str) -> Source:
     """
     if (path := local_path(url)) != url:
         return SourceFile(path)
-    current = _current.get()
-    kept = None if current is None else current.taken(url)
-    if kept is not None:
-        return kept
+    current = current_session()
+    if current is not None:
+        if (failed := current.failed.pop(url, None)) is not None:
+            raise failed
+        if (kept := current.taken(url)) is not None:
+            return kept
     return RemoteSource(store_of(url), url)

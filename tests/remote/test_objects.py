@@ -195,7 +195,8 @@ def test_memory_that_changes_is_told(save: SaveAs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [(503, "SlowDown"), (500, "InternalError"), (503, "ServiceUnavailable"), (408, "RequestTimeout")]
+    ("status", "code"),
+    [(503, "SlowDown"), (500, "InternalError"), (503, "ServiceUnavailable"), (408, "RequestTimeout")],
 )
 def test_what_may_pass_is_tried_again(
     s3: ObjectServer, save: SaveAs, pauses: list[float], status: int, code: str
@@ -214,14 +215,12 @@ def test_a_server_that_stays_busy_is_told_in_one_line(s3: ObjectServer, save: Sa
     s3.fails = lambda asked: (503, "SlowDown")
     with pytest.raises(ckptkit.FileAccessError) as caught:
         ckptkit.open(url)
-    assert str(caught.value).startswith(f"{url}: the server cannot be reached: SlowDown!")
+    assert str(caught.value).startswith(f"{url}: the server does not give it: SlowDown!")
     assert len(s3.asked) == len(pauses) + 1 == retries.RETRIES + 1
 
 
 @pytest.mark.parametrize("code", ["AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"])
-def test_who_may_not_read_is_told_what_to_set(
-    s3: ObjectServer, save: SaveAs, pauses: list[float], code: str
-) -> None:
+def test_who_may_not_read_is_told_what_to_set(s3: ObjectServer, save: SaveAs, pauses: list[float], code: str) -> None:
     url = s3.put("private.pth", save({"a": torch.ones(3)}))
     s3.forget()
     s3.fails = lambda asked: (403, code)
@@ -238,7 +237,7 @@ def test_who_may_not_read_is_told_what_to_set(
 
 
 def test_without_credentials(s3: ObjectServer, save: SaveAs, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = s3.put("private.pth", save({"a": torch.ones(3)}))
+    url = s3.put("public.pth", save({"a": torch.ones(3)}), acl="public-read")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(ckptkit.FileAccessError, match="set AWS_PROFILE, or AWS_ACCESS_KEY_ID"):
@@ -258,9 +257,7 @@ def test_what_is_not_there(s3: ObjectServer, pauses: list[float]) -> None:
     assert not pauses
 
 
-def test_a_server_that_is_not_there(
-    s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
-) -> None:
+def test_a_server_that_is_not_there(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(ckptkit.FileAccessError) as caught:
         ckptkit.open("s3://models/m.pth")
@@ -289,9 +286,13 @@ def _without_ranges(called: Callable[..., Any]) -> Callable[..., Any]:
 # What is no URL that can be read, and what is not installed.
 
 
-@pytest.mark.parametrize("url", ["zip://model.pth::s3://models/a.zip", "simplecache::s3://models/a", "tar://a", "dir::s3://a/b"])
+@pytest.mark.parametrize(
+    "url", ["zip://model.pth::s3://models/a.zip", "simplecache::s3://models/a", "tar://a", "dir::s3://a/b"]
+)
 def test_views_of_other_urls_are_refused(url: str) -> None:
-    with pytest.raises(ckptkit.FileAccessError, match="name the file itself, and what is in a zip or tar archive as FILE/"):
+    with pytest.raises(
+        ckptkit.FileAccessError, match="name the file itself, and what is in a zip or tar archive as FILE/"
+    ):
         ckptkit.open(url)
 
 

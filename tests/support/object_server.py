@@ -41,11 +41,11 @@ class ObjectServer:
     fails: Callable[[Asked], tuple[int, str] | None] = lambda asked: None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def put(self, key: str, content: bytes | Path, *, bucket: str = BUCKET) -> str:
+    def put(self, key: str, content: bytes | Path, *, acl: str = "") -> str:
         """Store an object; its URL."""
         data = content if isinstance(content, bytes) else content.read_bytes()
-        self._send("PUT", f"{bucket}/{key}", data)
-        return f"s3://{bucket}/{key}"
+        self._send("PUT", f"{BUCKET}/{key}", data, acl)
+        return f"s3://{BUCKET}/{key}"
 
     def put_folder(self, folder: Path, key: str) -> str:
         """Store all files of a folder; the URL of the prefix."""
@@ -54,8 +54,11 @@ class ObjectServer:
                 self.put(f"{key}/{path.relative_to(folder).as_posix()}", path)
         return f"s3://{BUCKET}/{key}"
 
-    def _send(self, method: str, path: str, data: bytes = b"") -> None:
-        request = urllib.request.Request(f"{self.url}/{path}", data=data, method=method)
+    def _send(self, method: str, path: str, data: bytes = b"", acl: str = "") -> None:
+        signed = "Credential=AKIAEXAMPLE/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+        headers = {"Content-Type": "application/octet-stream", "Authorization": f"AWS4-HMAC-SHA256 {signed}"}
+        headers |= {"x-amz-acl": acl} if acl else {}
+        request = urllib.request.Request(f"{self.url}/{path}", data=data, method=method, headers=headers)
         with urllib.request.urlopen(request, timeout=20) as answer:
             answer.read()
 
@@ -105,7 +108,11 @@ def object_server() -> Iterator[ObjectServer]:
     app = DomainDispatcherApplication(create_backend_app)
     served = ObjectServer("")
     server = make_server(
-        "127.0.0.1", 0, lambda environ, start: served.called(app, environ, start), threaded=True, request_handler=Handler
+        "127.0.0.1",
+        0,
+        lambda environ, start: served.called(app, environ, start),
+        threaded=True,
+        request_handler=Handler,
     )
     server.daemon_threads = True  # type: ignore[attr-defined]
     served.url = f"http://127.0.0.1:{server.server_port}"
