@@ -107,7 +107,7 @@ def test_memory_is_a_store_like_any_other(save: SaveAs, tmp_path: Path) -> None:
     assert store_of(url).listing("memory://nowhere") == {}
     assert ckptkit.convert(url, tmp_path / "out.safetensors").ok
     system.rm("/bucket", recursive=True)
-    with pytest.raises(ckptkit.MissingFileError, match="memory://bucket/deep/model.pth: no such file"):
+    with pytest.raises(ckptkit.MissingFileError, match=r"memory://bucket/deep/model\.pth: no such file"):
         ckptkit.open(url)
 
 

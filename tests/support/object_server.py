@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,11 @@ class ObjectServer:
         signed = "Credential=AKIAEXAMPLE/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
         headers = {"Content-Type": "application/octet-stream", "Authorization": f"AWS4-HMAC-SHA256 {signed}"}
         headers |= {"x-amz-acl": acl} if acl else {}
-        request = urllib.request.Request(f"{self.url}/{path}", data=data, method=method, headers=headers)
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            answer.read()
+        connection = HTTPConnection(self.url.removeprefix("http://"), timeout=20)
+        connection.request(method, f"/{path}", data, headers)
+        answer = connection.getresponse()
+        connection.close()
+        assert answer.status == 200, (method, path, answer.status)
 
     def forget(self) -> None:
         """Count from here, and do nothing wrong."""
