@@ -61,7 +61,7 @@ def wrong(path: Path) -> None:
     ckptkit.convert(path, path, strip_modul=True)  # type: ignore[call-arg]
     ckptkit.convert(path, path, strip_module="yes")  # type: ignore[arg-type]
     ckptkit.convert(path, path, tied="both")  # type: ignore[arg-type]
-    ckptkit.convert(path, path, True)  # type: ignore[call-arg, arg-type]
+    ckptkit.convert(path)  # type: ignore[call-arg]
     ckptkit.verify(path, modle="torchvision:resnet18")  # type: ignore[call-arg]
     ckptkit.verify(path, seed="7")  # type: ignore[arg-type]
     ckptkit.diff(path, path, rtol="small")  # type: ignore[arg-type]
