@@ -194,10 +194,12 @@ class ObjectStore(Store):
     def __init__(self, scheme: str, options: Mapping[str, Any]) -> None:
         self.scheme = scheme
         self._package = _PACKAGES.get(scheme, "fsspec")
-        own = options.get(scheme)
-        self._options = {name: value for name, value in options.items() if name not in (*_PACKAGES, scheme)}
-        self._options |= own if isinstance(own, Mapping) else {}
         self._class = _class_of(scheme)
+        from fsspec.registry import known_implementations
+
+        of_schemes = {name for name in known_implementations if isinstance(options.get(name), Mapping)}
+        self._options = {name: value for name, value in options.items() if name not in of_schemes}
+        self._options |= options[scheme] if scheme in of_schemes else {}
         self._files: dict[str, _Files] = {}
         self._within = threading.Lock()
 

@@ -19,6 +19,8 @@ from ckptkit.remote.objects import ObjectStore
 
 SaveAs = Callable[..., Path]
 
+FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
+
 
 @pytest.fixture(scope="module")
 def many() -> dict[str, torch.Tensor]:
@@ -82,6 +84,41 @@ def test_a_sharded_checkpoint_is_read_by_its_index(s3: ObjectServer, tmp_path: P
     s3.put_folder(tmp_path, "sharded")
     loaded = ckptkit.load_state_dict(f"s3://models/sharded/{index.name}")
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_a_training_folder_is_one_checkpoint(s3: ObjectServer, tmp_path: Path) -> None:
+    local = FIXTURES / "training" / "step-4"
+    url = s3.put_folder(local, "run/step-4")
+    s3.forget()
+    found = ckptkit.inspect(url)
+    assert found["format"] == ckptkit.inspect(local)["format"] == "dcp"
+    assert found["tensors"] == ckptkit.inspect(local)["tensors"]
+    assert ckptkit.diff(url, local).equal
+    assert ckptkit.convert(url, tmp_path / "out.safetensors", weights_only=True).ok
+    assert ckptkit.diff(tmp_path / "out.safetensors", local, section_b="model").equal
+
+
+def test_a_training_folder_is_inspected_by_its_metadata_and_one_listing(s3: ObjectServer) -> None:
+    url = s3.put_folder(FIXTURES / "training" / "step-4", "run/step-4")
+    s3.forget()
+    ckptkit.inspect(url)
+    assert len([each for each in s3.asked if "list-type" in each.query]) == 1
+    assert len([each for each in s3.asked if each.path.endswith(".metadata")]) == 1
+    assert len(s3.asked) <= 3, "step counts are values"
+
+
+def test_a_prefix_is_searched_by_content(s3: ObjectServer, save: SaveAs, tmp_path: Path) -> None:
+    for name in ("a.pth", "deep/b.bin"):
+        s3.put(f"zoo/{name}", save({"w": torch.ones(4)}))
+    s3.put("zoo/README.md", b"# Words")
+    done = ckptkit.check("s3://models/zoo/", no_pickle=False)
+    assert done.ok
+    assert [result.path for result in done.results] == ["s3://models/zoo/a.pth", "s3://models/zoo/deep/b.bin"]
+    assert not ckptkit.check("s3://models/zoo", no_pickle=True).ok
+    assert ckptkit.check("s3://models/zoo", jobs=2).ok
+    report = ckptkit.convert("s3://models/zoo", tmp_path / "out", to="safetensors")
+    assert report.ok
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.safetensors")) == ["a.safetensors", "b.safetensors"]
 
 
 def test_entries_are_read_from_several_threads_after_the_session(s3: ObjectServer, save: SaveAs) -> None:

@@ -21,7 +21,7 @@ class Asked:
 
     method: str
     path: str
-    range: str | None
+    query: str
     status: str = ""
     nbytes: int = 0
 
@@ -76,7 +76,7 @@ class ObjectServer:
 
     def called(self, app: Any, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
         """A request, as WSGI has it."""
-        asked = Asked(environ["REQUEST_METHOD"], environ["PATH_INFO"].lstrip("/"), environ.get("HTTP_RANGE"))
+        asked = Asked(environ["REQUEST_METHOD"], environ["PATH_INFO"].lstrip("/"), environ["QUERY_STRING"])
         with self.lock:
             self.asked.append(asked)
         wrong = self.fails(asked)
