@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ckptkit import places
 from ckptkit.architectures import Architecture
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FormatError
@@ -85,14 +86,14 @@ class Task:
     @property
     def is_missing(self) -> bool:
         """Whether the manifest names it, and it is not there."""
-        return self.record is not None and not os.path.lexists(self.path)
+        return self.record is not None and not places.exists(self.path)
 
     @property
     def golden(self) -> str | None:
         """The file of its recorded outputs."""
         if self.record is None or self.record.golden is None:
             return None
-        return os.path.join(self.folder, *self.record.golden.path.split("/"))
+        return places.below(self.folder, self.record.golden.path)
 
 
 @collector_paused()  # what is read is gone at the end, without it
@@ -110,7 +111,7 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
         look = partial(
             examine_file,
             path,
-            tp_rules=policy.tp_rules if os.path.isdir(path) else None,
+            tp_rules=policy.tp_rules if places.isdir(path) else None,
             ignore_checksums=policy.ignore_checksums,
             whole=record is not None and record.whole_digest is not None,
             threads=threads,

@@ -21,14 +21,17 @@ from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
 __all__ = [
-    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "session", "source_at",
-    "store_of",
+    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "opened_at", "revealed",
+    "session", "source_at", "store_of",
 ]  # fmt: skip
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*([A-Za-z][A-Za-z0-9+.-]*)://")
+_ROOT = re.compile(r"[^/]*//[^/?#]*")
+"""Scheme, and who is asked."""
+
 _SHORTEST = 2
 """Letters of a scheme: one is a drive."""
 
@@ -75,6 +78,8 @@ class Session:
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
         failed: why a file could not be opened, or a folder listed, by URL, a folder's with a slash at its end.
+        notes: what others found out of URLs, by URL.
+        hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
         process: whose connections they are.
     """
 
@@ -85,7 +90,26 @@ class Session:
         self.opened: dict[str, RemoteSource] = {}
         self.ahead: _Ahead | None = None
         self.failed: dict[str, FileAccessError] = {}
+        self.notes: dict[str, Any] = {}
+        self.hidden: dict[str, str] = {}
         self.process = os.getpid()
+
+    def shown(self, url: str) -> str:
+        """A URL as it is called from here on, in paths and in what is said of them: without what gives access to it.
+
+        Raises:
+            FileAccessError: others are known for whom it asks.
+        """
+        from ckptkit.remote.retries import masked
+
+        told = masked(url)
+        if told == url:
+            return url
+        self.hidden[told] = url
+        whom, who = (each.group(0) if (each := _ROOT.match(path)) else "" for path in (told, url))
+        if whom != who and self.hidden.setdefault(whom, who) != who:
+            raise FileAccessError(f"{told}: is given with two passwords; ask for one after the other", path=told)
+        return told
 
     def keep(self, url: str, file: RemoteSource) -> None:
         """Keep a file open for whoever opens it next."""
@@ -105,8 +129,8 @@ class Session:
         """Close what nobody took, and forget what was told; connections stay."""
         while self.opened:
             self.opened.popitem()[1].close()
-        self.listings.clear()
-        self.failed.clear()
+        for told in (self.listings, self.failed, self.notes, self.hidden):
+            told.clear()
 
 
 _current: ContextVar[Session | None] = ContextVar("ckptkit_remote_session", default=None)
@@ -150,15 +174,32 @@ _kept: dict[str, Session] = {}
 def carried(work: Callable[[T], R]) -> Callable[[T], R]:
     """The work with the options of the session that this is within, for a process that is within none."""
     known = current_session()
-    return work if known is None else partial(_carried, known.options, work)
+    return work if known is None else partial(_carried, known.options, known.hidden, work)
 
 
-def _carried(options: Mapping[str, Any], work: Callable[[T], R], task: T) -> R:
+def _carried(options: Mapping[str, Any], hidden: Mapping[str, str], work: Callable[[T], R], task: T) -> R:
     kept = _kept.get("")
     if kept is None or kept.process != os.getpid() or kept.options != options:
         kept = _kept[""] = Session(options)
+    kept.hidden.update(hidden)
     with _within(kept):
         return work(task)
+
+
+def revealed(url: str) -> str:
+    """A URL as it was given: with the credentials that are hidden in what it is called (`Session.shown`)."""
+    current = current_session()
+    if current is None or not current.hidden:
+        return url
+    if url in current.hidden:
+        return current.hidden[url]
+    root = _ROOT.match(url)
+    return url if root is None else current.hidden.get(root[0], root[0]) + url[root.end() :]
+
+
+def opened_at(url: str) -> RemoteSource:
+    """A file that is asked for anew; as `source_at`."""
+    return RemoteSource(store_of(url), revealed(url))
 
 
 def store_of(url: str) -> Store:
@@ -210,8 +251,8 @@ def source_at(url: str) -> Source:
         return SourceFile(path)
     current = current_session()
     if current is not None:
-        if (failed := current.failed.pop(url, None)) is not None:
+        if (failed := current.failed.get(url)) is not None:
             raise failed
         if (kept := current.taken(url)) is not None:
             return kept
-    return RemoteSource(store_of(url), url)
+    return opened_at(url)

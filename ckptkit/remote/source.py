@@ -286,7 +286,7 @@ class RemoteSource(Source):
     @property
     def folder(self) -> str | None:
         """As `Source.folder`: a URL, where the server lists what lies below it."""
-        return self.far.url.rpartition("/")[0] if self.store.has_listings else None
+        return self.path.rpartition("/")[0] if self.store.has_listings else None
 
     # What lies beside it.
 
