@@ -151,9 +151,15 @@ def _listing(url: str) -> tuple[Tree, str] | None:
         found, root = _found(url), url.rstrip("/")
         if found is not None:
             return found
+        if (failed := current.failed.get(f"{root}/")) is not None:
+            raise failed
         if root not in current.listings:
             store = store_of(url)
-            current.listings[root] = Tree(root, store.listing(revealed(root))) if store.has_listings else None
+            try:
+                current.listings[root] = Tree(root, store.listing(revealed(root))) if store.has_listings else None
+            except FileAccessError as error:
+                current.failed[f"{root}/"] = error
+                raise
         tree = current.listings[root]
         return (tree, "") if tree is not None and tree.files else None
 
@@ -171,9 +177,11 @@ def is_folder(url: str) -> bool:
     try:
         if not store_of(url).has_listings:
             return False
-        if not url.endswith("/") and _FILE_ENDING.search(url) and _is_there(url):
-            return False
-        return _listing(url) is not None
+        with session() as current:
+            if not url.endswith("/") and _FILE_ENDING.search(url):
+                if _is_there(url) or not isinstance(current.failed.get(url), MissingFileError):
+                    return False
+            return _listing(url) is not None
     except FileAccessError:  # told where it is opened
         return False
 
@@ -189,13 +197,12 @@ def is_file(url: str) -> bool:
 def _is_there(url: str) -> bool:
     """Whether a file can be opened, which is kept for whoever opens it next."""
     with session() as current:
-        if url in current.opened or url in current.absent:
+        if url in current.opened or url in current.failed:
             return url in current.opened
         try:
             source = opened_at(url)
         except FileAccessError as error:
-            if isinstance(error, MissingFileError):
-                current.absent.add(url)
+            current.failed[url] = error  # told where it is opened, and not asked for again
             return False
         current.keep(url, source)
         return True

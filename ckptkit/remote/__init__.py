@@ -77,9 +77,10 @@ class Session:
         listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
-        absent: URLs at which there was no file.
+        failed: why a file could not be opened, or a folder listed, by URL, a folder's with a slash at its end.
         notes: what others found out of URLs, by URL.
         hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
+        process: whose connections they are.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -88,9 +89,10 @@ class Session:
         self.listings: dict[str, Any] = {}
         self.opened: dict[str, RemoteSource] = {}
         self.ahead: _Ahead | None = None
-        self.absent: set[str] = set()
+        self.failed: dict[str, FileAccessError] = {}
         self.notes: dict[str, Any] = {}
         self.hidden: dict[str, str] = {}
+        self.process = os.getpid()
 
     def shown(self, url: str) -> str:
         """A URL as it is called from here on, in paths and in what is said of them: without what gives access to it.
@@ -124,17 +126,20 @@ class Session:
         return kept if kept is not None or self.ahead is None else self.ahead.take(url)
 
     def close(self) -> None:
-        """Close what nobody took."""
+        """Close what nobody took, and forget what was told; connections stay."""
         while self.opened:
             self.opened.popitem()[1].close()
+        for told in (self.listings, self.failed, self.notes, self.hidden):
+            told.clear()
 
 
 _current: ContextVar[Session | None] = ContextVar("ckptkit_remote_session", default=None)
 
 
 def current_session() -> Session | None:
-    """The session that this is within; ``None``: it is within none."""
-    return _current.get()
+    """The session that this is within; ``None``: it is within none, or in one that another process began."""
+    known = _current.get()
+    return known if known is not None and known.process == os.getpid() else None
 
 
 @contextmanager
@@ -143,34 +148,47 @@ def session(options: Mapping[str, Any] | None = None) -> Iterator[Session]:
 
     Threads that are to take part run in a copy of the context (``contextvars.copy_context``).
     """
-    known = _current.get()
+    known = current_session()
     if known is not None and not options:
         yield known
         return
     made = Session(options or {})
+    with _within(made):
+        yield made
+
+
+@contextmanager
+def _within(made: Session) -> Iterator[None]:
     token = _current.set(made)
     try:
-        yield made
+        yield
     finally:
         _current.reset(token)
         made.close()
 
 
+_kept: dict[str, Session] = {}
+"""That of this process's tasks: each would connect anew."""
+
+
 def carried(work: Callable[[T], R]) -> Callable[[T], R]:
     """The work with the options of the session that this is within, for a process that is within none."""
-    known = _current.get()
+    known = current_session()
     return work if known is None else partial(_carried, known.options, known.hidden, work)
 
 
 def _carried(options: Mapping[str, Any], hidden: Mapping[str, str], work: Callable[[T], R], task: T) -> R:
-    with session(options) as made:
-        made.hidden.update(hidden)
+    kept = _kept.get("")
+    if kept is None or kept.process != os.getpid() or kept.options != options:
+        kept = _kept[""] = Session(options)
+    kept.hidden.update(hidden)
+    with _within(kept):
         return work(task)
 
 
 def revealed(url: str) -> str:
     """A URL as it was given: with the credentials that are hidden in what it is called (`Session.shown`)."""
-    current = _current.get()
+    current = current_session()
     if current is None or not current.hidden:
         return url
     if url in current.hidden:
@@ -231,8 +249,10 @@ def source_at(url: str) -> Source:
     """
     if (path := local_path(url)) != url:
         return SourceFile(path)
-    current = _current.get()
-    kept = None if current is None else current.taken(url)
-    if kept is not None:
-        return kept
+    current = current_session()
+    if current is not None:
+        if (failed := current.failed.get(url)) is not None:
+            raise failed
+        if (kept := current.taken(url)) is not None:
+            return kept
     return opened_at(url)
