@@ -817,7 +817,7 @@ def test_progress_is_told_with_its_rate(web, tmp_path, capsys) -> None:
         ("https://user:pa:ss@h.com:8080/a/b.pth", "https://***@h.com:8080/a/b.pth", "b.pth"),
         ("https://token@h/b.pth?download=true", "https://***@h/b.pth?download=true", "b.pth"),
         ("https://user:p/w@h.com/x.pth", "https://***@h.com/x.pth", "x.pth"),
-        ("https://h/pkg@1.0/a%20b.pth#part", "https://h/pkg@1.0/a%20b.pth", "a%20b.pth#part"),
+        ("https://h/pkg@1.0/a%20b.pth#part", "https://h/pkg@1.0/a%20b.pth", "a%20b.pth"),
         ("https://[::1]:80/f", "https://[::1]:80/f", "f"),
         ("https://h/f?X-Amz-Algorithm=a&X-Amz-Signature=z&versionId=3", "https://h/f?***&versionId=3", "f"),
         ("https://h/f?X-Goog-Credential=a&X-Goog-Signature=z", "https://h/f?***", "f"),
@@ -881,20 +881,39 @@ def test_commands_show_no_credentials(web, tmp_path, capsys, monkeypatch) -> Non
     web.authorization = authorization("me:hidden")
     web.files |= {"m.pth": Path("m.pth").read_bytes(), "bad.pth": Path("m.pth").read_bytes()[:-300]}
     good, bad, none = (with_user(web.url, "me:hidden") + f"/{name}.pth?sig=hidden" for name in ("m", "bad", "none"))
+    policy = Path("policy.json")
     for words in (
         ["inspect", good],
-        ["inspect", "--json", good],
+        ["inspect", "--json", good, none],
+        ["inspect", "--json", "--stats", bad, good],
         ["convert", good, "out.safetensors"],
         ["convert", "--json", good, "out2.safetensors"],
         ["diff", good, "m.pth"],
         ["diff", "--json", "m.pth", good],
+        ["check", good, none, bad],
+        ["check", "--no-pickle", "--no-nan", "--json", good, bad],
+        *(
+            ["check", "--no-pickle", "--format", output, good, bad, none]
+            for output in ("junit", "sarif", "github", "markdown")
+        ),
+        ["check", "--json-lines", good, none],
+        ["manifest", good],
+        ["manifest", good, "-o", str(policy)],
+        ["check", good, "--manifest", str(policy), "--json"],
+        ["manifest", none],
+        ["verify", good, "--model", "torchvision:resnet18", "--json"],
         ["--debug", "convert", bad, "x.safetensors"],
         ["--debug", "diff", bad, good],
         ["--debug", "convert", none, "x.safetensors"],
+        ["--debug", "inspect", none],
+        ["--debug", "verify", none, "--model", "torchvision:resnet18"],
+        ["--debug", "check", with_user(web.url, "me:hidden") + "/m.pth/?sig=hidden"],
+        ["convert", "m.pth", with_user(web.url, "me:hidden") + "/new.pth?sig=hidden"],
     ):
         with pytest.raises(SystemExit):
             main(words)
         said = capsys.readouterr()
         assert "hidden" not in said.out + said.err, words
-        assert "***@127.0.0.1" in said.out + said.err or words[0] == "convert"
+        assert "***@127.0.0.1" in said.out + said.err or words[0] in ("convert", "manifest"), words
+    assert "hidden" not in policy.read_text()
     assert b"hidden" not in Path("out.safetensors").read_bytes()
