@@ -23,7 +23,7 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 from ckptkit.remote.connections import Answer, Target, ask
 from ckptkit.remote.retries import Passing, is_passing, masked, retried, told_to_wait
-from ckptkit.remote.store import FarFile, Store
+from ckptkit.remote.store import FarFile, Store, arrived
 from ckptkit.report import human_size
 
 __all__ = ["Described", "HttpStore", "Place", "joined"]
@@ -409,6 +409,7 @@ def _copied(answer: Answer, shown: str) -> SourceFile:
                     break
                 made.write(data)
                 nbytes += len(data)
+                arrived.nbytes += len(data)
             if answer.has_more():
                 raise Passing("the server sends more bytes than it announced")
             return SourceFile.of_descriptor(os.dup(made.fileno()), shown)

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from support.range_server import Fault, RangeServer, Reply, range_server
 
 import ckptkit
-from ckptkit.cli import main
+from ckptkit.cli import ending, main
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 from ckptkit.places import own_name
 from ckptkit.remote import connections, http, retries
@@ -806,6 +806,29 @@ def test_progress_is_told_with_its_rate(web, tmp_path, capsys) -> None:
         main(["convert", "--progress", f"{web.url}/m.pth", str(tmp_path / "out.safetensors")])
     assert ended.value.code == 0
     assert re.search(r"\r100%  8 MB of 8 MB  [\d.]+ [kMG]B/s  0:00 left", capsys.readouterr().err)
+
+
+def test_how_fast_files_come_is_told_on_a_terminal(web, tmp_path, capsys, monkeypatch) -> None:
+    torch.save({"a": torch.ones(1000, 1000)}, tmp_path / "m.pth")
+    web.files |= {"m.pth": (tmp_path / "m.pth").read_bytes(), "bad.pth": b"nothing" * 300_000}
+    monkeypatch.setattr(ending, "_SECONDS", 0.01)
+    monkeypatch.setattr(ending, "_PATIENCE_SECONDS", 0.0)
+    web.before = lambda path: time.sleep(0.02)
+
+    def said(*words: str) -> str:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: "piped" not in words, raising=False)
+        with pytest.raises(SystemExit):
+            main([word for word in words if word != "piped"])
+        return capsys.readouterr().err
+
+    for words in (["check", "--no-nan", f"{web.url}/m.pth"], ["inspect", f"{web.url}/m.pth", f"{web.url}/bad.pth"]):
+        told = said(*words)
+        lines = [line for line in told.split("\r") if line.strip() and not line.startswith("ckptkit")]
+        assert lines
+        assert all(re.fullmatch(r"[\d.]+ [kM]?B read  [\d.]+ [kMG]?B/s +", f"{line} ") for line in lines), told
+        assert told.split("\r")[-2].strip() == "" or words[0] == "inspect"
+        assert "read  " not in said("piped", *words) + said("-q", *words)
+    assert "read  " not in said("check", str(tmp_path / "m.pth"))
 
 
 # What is never said.
