@@ -924,7 +924,6 @@ def test_commands_show_no_credentials(web, tmp_path, capsys, monkeypatch) -> Non
         ["manifest", good, "-o", str(policy)],
         ["check", good, "--manifest", str(policy), "--json"],
         ["manifest", none],
-        ["verify", good, "--model", "torchvision:resnet18", "--json"],
         ["--debug", "convert", bad, "x.safetensors"],
         ["--debug", "diff", bad, good],
         ["--debug", "convert", none, "x.safetensors"],
