@@ -158,24 +158,24 @@ class HttpStore(Store):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _part(self, file: FarFile, place: Place, offset: int, nbytes: int) -> tuple[bytes, str | None]:
-        """The first of these bytes, and why there are no more if that is not all."""
+        """The first of these bytes, and why there are not all; no bytes and no reason: ask for them anew."""
         with self._asked(place, offset, offset + nbytes - 1) as told:
-            if told.answer.status not in (_RANGE, _UNSATISFIABLE):
+            status, via = told.answer.status, told.via
+            is_other = told.size != file.size and (status == _UNSATISFIABLE or told.size is not None)
+            is_other |= told.stamp != via.stamp if via else (told.linked or told.stamp) != file.stamp
+            if via and (is_other or status != _RANGE):  # who redirected to there may know better
+                place.final = None
+                return b"", None
+            if status not in (_RANGE, _UNSATISFIABLE):
                 raise Passing("the server answers with the whole file where a range was asked for")
-            is_refused = told.answer.status == _UNSATISFIABLE
-            if told.size != file.size and (is_refused or told.size is not None):
-                raise _changed(place)
-            if is_refused:
+            if is_other and (status == _RANGE or told.size != file.size):
+                raise CorruptError("the file was changed while it was being read", path=place.shown)
+            if status == _UNSATISFIABLE:
                 raise FileAccessError(
                     f"{place.shown}: the server refuses to give bytes {offset:,} on", path=place.shown
                 )
-            if told.via is not None:
-                is_same = told.stamp == told.via.stamp
-            else:
-                is_same = (told.linked or told.stamp) == file.stamp
+            if via is None:
                 place.final = _Final(told.url, told.stamp)
-            if not is_same:
-                raise _changed(place)
             return _body(told.answer, offset, nbytes, place.shown)
 
     def stamp(self, file: FarFile) -> str | None:
@@ -339,10 +339,6 @@ def _named(status: int) -> str:
         return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
         return str(status)
-
-
-def _changed(place: Place) -> CorruptError:
-    return CorruptError("the file was changed while it was being read", path=place.shown)
 
 
 def _total(told: Described, shown: str) -> int:

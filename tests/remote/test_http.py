@@ -646,6 +646,24 @@ def test_where_it_was_redirected_to_expires(web, other, naps, status) -> None:
     assert naps == []
 
 
+def test_who_redirected_is_asked_where_something_else_is_found_there(web, other, naps) -> None:
+    web.files["g.bin"] = DATA
+    other.redirects = {"x": (302, f"{web.url}/f.bin")}
+    file = opened(other, "x")
+    other.redirects = {"x": (302, f"{web.url}/g.bin")}
+    for wrong in (b"<html>Log in</html>", DATA[::-1]):
+        web.files["f.bin"] = wrong
+        assert HttpStore().read(file, 100, 100) == DATA[100:200]
+    web.replies = lambda path, query, headers: Reply(200, b"<html>") if path == "g.bin" else None
+    web.files["f.bin"] = DATA
+    other.redirects = {"x": (302, f"{web.url}/f.bin")}
+    assert HttpStore().read(file, 100, 100) == DATA[100:200]
+    web.files["f.bin"] = DATA[::-1]
+    with pytest.raises(CorruptError, match="the file was changed while it was being read"):
+        HttpStore().read(file, 100, 100)
+    assert naps == []
+
+
 def test_redirects_end(web, other) -> None:
     web.redirects = {str(i): (302, str(i + 1)) for i in range(11)}
     web.files["10"] = web.files["11"] = DATA
