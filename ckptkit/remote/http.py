@@ -113,7 +113,9 @@ class HttpStore(Store):
 
     def opened(self, url: str, place: Place, nbytes: int) -> FarFile:
         """What the file at a place is, whose URL is ``url``; the rest as of `open`."""
-        return retried(place.shown, lambda: self._opened(url, place, nbytes))
+        file = retried(place.shown, lambda: self._opened(url, place, nbytes))
+        came, wanted = len(file.head), min(nbytes, file.size)
+        return file if came == wanted else replace(file, head=file.head + self.read(file, came, wanted - came))
 
     def _opened(self, url: str, place: Place, nbytes: int) -> FarFile:
         with self._asked(place, 0, nbytes - 1) as told:
@@ -133,7 +135,7 @@ class HttpStore(Store):
                 return replace(known, size=size, head=place.copy.read(0, min(nbytes, size)))
             size = _total(told, place.shown)
             head, why = _body(told.answer, 0, min(nbytes, size), place.shown)
-            if why is not None:
+            if why is not None and not head:
                 raise Passing(why)
             return replace(known, size=size, head=head)
 
@@ -148,11 +150,12 @@ class HttpStore(Store):
         def rest() -> None:
             nonlocal came
             while came < nbytes:
-                data, why = self._part(file, place, offset + came, nbytes - came)
+                wanted = nbytes - came
+                data, why = self._part(file, place, offset + came, wanted)
                 parts.append(data)
                 came += len(data)
                 if why is not None:
-                    raise Passing(why, came=len(data))
+                    raise Passing(why, came=len(data), wanted=wanted)
 
         retried(place.shown, rest)
         return parts[0] if len(parts) == 1 else b"".join(parts)
