@@ -505,6 +505,19 @@ def test_chunks_that_are_none(hear, chunks) -> None:
         HttpStore().open("http://h/x", 10)
 
 
+def test_bodies_that_end_with_their_connection(hear) -> None:
+    hear(told("206 Partial Content", RANGE, body=b"0123456789").replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert HttpStore().open("http://h/x", 10).head == b"0123456789"
+    hear(told("200 OK", body=b"0123456789"))
+    assert HttpStore().open("http://h/x", 4).size == 10
+    hear(told("206 Partial Content", RANGE, body=b"0123456789more"))
+    with pytest.raises(FileAccessError, match=r"sends more bytes than it announced \(tried 6 times\)"):
+        HttpStore().open("http://h/x", 10)
+    hear(told("206 Partial Content", RANGE, body=b""))
+    with pytest.raises(FileAccessError, match=r"broke off after 0 of 10 bytes \(tried 6 times\)"):
+        HttpStore().open("http://h/x", 10)
+
+
 def test_any_answer_at_all_ends_in_an_error_or_in_bytes(hear) -> None:
     draw = random.Random(1)
     inserted = [
