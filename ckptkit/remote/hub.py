@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 
 from ckptkit.errors import FileAccessError, MissingFileError
 from ckptkit.remote.connections import Target
-from ckptkit.remote.http import HttpStore, Place, joined
+from ckptkit.remote.http import Described, HttpStore, Place, joined
 from ckptkit.remote.retries import masked_text
 from ckptkit.remote.store import FarFile
 
@@ -299,10 +299,12 @@ class HubStore(HttpStore):
         except (ValueError, RecursionError) as error:
             raise _no_listing(url) from error
 
-    def refusal(self, place: Place, status: int, headers: Message) -> Exception:
+    def refusal(self, place: Place, told: Described) -> Exception:
         """As `HttpStore.refusal`."""
-        if not isinstance(place, _HubPlace) or place.path is None or place.final is not None:
-            return super().refusal(place, status, headers)
+        is_hub = Target.of(told.url, place.shown).may_have_what_is_for(Target.of(place.asked, place.shown))
+        if not isinstance(place, _HubPlace) or place.path is None or not is_hub:
+            return super().refusal(place, told)
+        status, headers = told.answer.status, told.answer.headers
         shown, path, said = place.shown, place.path, _printable(headers.get("X-Error-Message", ""))
         code = place.code = headers.get("X-Error-Code", "")
         has_token = place.authorization is not None
@@ -325,7 +327,7 @@ class HubStore(HttpStore):
         elif said and status not in (404, 410):
             why = f"the hub answers {status}: {said}"
         else:
-            return super().refusal(place, status, headers)
+            return super().refusal(place, told)
         return FileAccessError(f"{shown}: {why}", path=shown)
 
 

@@ -116,6 +116,11 @@ def test_signed_urls_expire(there, monkeypatch) -> None:
     there.cdn.stamps = ("weak",)  # another server there: the hub says that it is the same file
     there.signature = "third"
     assert store.read(file, 0, 100) == DATA[:100]
+    there.cdn.replies = lambda path, query, headers: Reply(403)
+    with pytest.raises(
+        FileAccessError, match=r"hf://u/r/m.bin: the server answers 403 .* a signed URL may have expired"
+    ):
+        store.read(file, 0, 100)
     assert naps == []
 
 
