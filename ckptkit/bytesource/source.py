@@ -96,7 +96,7 @@ class Source:
 
     @property
     def folder(self) -> str | None:
-        """The local folder it lies in, all of whose files can be looked at; ``None``: those whose names are known."""
+        """The folder it lies in, all of whose files can be looked at; ``None``: those whose names are known."""
         return None
 
     def fileno(self) -> int | None:
@@ -151,6 +151,15 @@ class Source:
             piece = view[start : start + CHUNK_NBYTES]
             piece[:] = self.read(offset + start, len(piece))
 
+    def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
+        """The bytes from position ``offset`` on, in pieces of any size: as they are at hand, where they are.
+
+        Raises:
+            As `read`.
+        """
+        for start in range(0, nbytes, CHUNK_NBYTES):
+            yield self.read(offset + start, min(CHUNK_NBYTES, nbytes - start))
+
     def tail(self, nbytes: int) -> bytes:
         """The last ``nbytes`` bytes, or all there are.
 
@@ -180,11 +189,18 @@ class Source:
                 yield data[offset - begin : offset - begin + nbytes]
             first = last
 
-    def will_read(self, areas: Sequence[tuple[int, int]]) -> None:
+    def will_read(
+        self, areas: Sequence[tuple[int, int]], passing: Callable[[int, memoryview], object] | None = None
+    ) -> None:
         """These ranges, offset and size in bytes of each, are about to be read, in about this order.
 
         A source that is far fetches them ahead of whoever reads; others need no word.  What is read beside them, or out
         of order, is read as ever.
+
+        Args:
+            areas: the ranges; they take the place of those that were told before.
+            passing: called by a source that is far with where a run of bytes begins and the bytes, as they come: each
+                once, from several threads, in about their order.
         """
 
     def will_open(self, names: Sequence[str]) -> None:
@@ -193,27 +209,40 @@ class Source:
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """Leave a look at some bytes until values are read: ``check`` is then called with them, once.
 
-        Where values lie around them they come by with those; `settle` fetches what did not.
+        Where values lie around them they come by with those; `settle` fetches what did not.  What is at hand is looked
+        at before this returns.
 
         Returns:
             Whether it is left for later; ``False``: it is to be done now, since nothing is saved.
         """
         return False
 
-    def settle(self) -> None:
+    @property
+    def left(self) -> int:
+        """How many looks are left until values are read (`on_read`)."""
+        return 0
+
+    def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
         """Look at what was left until now (`on_read`); who has read values ends with it.
+
+        Args:
+            areas: offset and size in bytes of ranges: no more is looked at than what adjoins one of them, and those
+                that are small come along, so that reading them next takes no trip; ``None``: everything, parts, too.
 
         Raises:
             FormatError: what was left is not as it must be.
         """
+        for part in self.parts.values() if areas is None else ():
+            part.settle()
 
     def changed(self) -> bool:
-        """Whether it was written to since it was opened.
+        """Whether it was written to since it was opened; what was left until values are read is looked at (`settle`).
 
         Raises:
-            As `stamp`.
+            As `stamp` and `settle`.
         """
         self._require_open()
+        self.settle()
         return self.stamp() != self.identity
 
     @property

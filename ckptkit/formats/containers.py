@@ -3,18 +3,21 @@
 Adding a container is a module with a function ``read(probe)``, whose docstring is its specification,
 and one row in `CONTAINERS`, with its facts.  A module is imported when there is a file for it.
 
-Which container a file is: by its content, once, and for exactly one of them.
+Which container a file is: by its content, once, and for exactly one of them.  Of a file that is far it is not known
+that it is no zip archive by its end, before values are read or `ckptkit.bytesource.Source.settle` asks for that.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from ckptkit.bytesource import Source
 from ckptkit.errors import AmbiguousError
 from ckptkit.formats.format import Format, Probe
 from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header
-from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, ends_like_a_zip
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, TAIL_NBYTES, ends_like_a_zip
 
 __all__ = [
     "CONTAINERS",
@@ -210,8 +213,23 @@ def identify(probe: Probe, containers: Sequence[Format]) -> Format:
 
         raise unknown(probe)
     names = [container.name for container in claims]
-    if not probe.head.startswith(LOCAL_SIGNATURE) and ends_like_a_zip(probe.file.whole):
-        names.append("a zip archive by its end")
+    if not probe.head.startswith(LOCAL_SIGNATURE) and not _end_is_left(probe.file, names):
+        _require_no_zip_end(probe.file, names, None)
     if len(names) > 1:
-        raise AmbiguousError(f"the file is {' and '.join(names)} at once; readers would disagree about it")
+        raise AmbiguousError(_AT_ONCE.format(" and ".join(names)))
     return claims[0]
+
+
+_AT_ONCE = "the file is {} at once; readers would disagree about it"
+
+
+def _end_is_left(file: Source, names: Sequence[str]) -> bool:
+    """Whether the end of a file is looked at when its values are read: of one that is far that takes a trip."""
+    nbytes = min(TAIL_NBYTES, file.size)
+    check = partial(_require_no_zip_end, file, names)
+    return len(names) == 1 and file.is_far and file.on_read(file.size - nbytes, nbytes, check)
+
+
+def _require_no_zip_end(file: Source, names: Sequence[str], tail: bytes | None) -> None:
+    if ends_like_a_zip(file.whole, tail):
+        raise AmbiguousError(_AT_ONCE.format(" and ".join([*names, "a zip archive by its end"])), path=file.path)

@@ -34,21 +34,14 @@ from ckptkit.errors import (
     MissingFileError,
     UnknownFormatError,
 )
+from ckptkit.formats.compression import ENDINGS, FRAME_NBYTES, Compression, compression_of, decompressed
 from ckptkit.formats.containers import FORMATS, SUFFIXES, holds_files, identify
 from ckptkit.formats.contents import ContentSearch, head_of
 from ckptkit.formats.format import Around, Probe
 from ckptkit.formats.magic import guess_pickle
 from ckptkit.formats.sharded import shard_names
 from ckptkit.formats.shards import name_of
-from ckptkit.formats.sources import (
-    ENDINGS,
-    FRAME_NBYTES,
-    Compression,
-    Inner,
-    compression_of,
-    decompressed,
-    room_for,
-)
+from ckptkit.formats.sources import Inner, room_for
 from ckptkit.formats.tar_archive import is_header, read_members
 from ckptkit.formats.torch_archive import archive_kind
 from ckptkit.formats.torch_legacy import begins_one
@@ -56,9 +49,10 @@ from ckptkit.formats.torch_tar import holds_one
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record
 from ckptkit.formats.zip_records import read_record, record_source
 from ckptkit.limits import Limits
+from ckptkit.remote import source_at
 from ckptkit.report import Finding, count_of, listed, split_member
 
-__all__ = ["ENDINGS", "begins_like_one", "entered", "member_of"]
+__all__ = ["ENDINGS", "begins_like_one", "entered", "member_at", "member_of"]
 
 _DATA_NBYTES = 64 << 20
 """Bytes of the JSON in an archive of stable-baselines3 that are looked at."""
@@ -351,12 +345,41 @@ def member_of(path: str, limits: Limits) -> Source | None:
     split = split_member(path)
     if split is None:
         return None
-    file = SourceFile(split[0])
+    return _member_in(SourceFile(split[0]), split[1], path, limits)
+
+
+_MOST_TRIES = 3
+"""Beginnings of a URL that are tried: each takes a trip."""
+
+
+def member_at(url: str, limits: Limits) -> Source | None:
+    """The file that ``URL/MEMBER`` or ``URL!MEMBER`` means, where no file has that URL.
+
+    ``None``: none of the URL's longest beginnings that look like a file's is one.
+
+    Raises:
+        As `member_of`.
+    """
+    rest = url.index("://") + 3
+    found = [match.start() for match in re.finditer("!", url[rest:])]
+    if "?" not in url:
+        found += [match.end() - 1 for match in re.finditer(r"(?<=/)[^/]*\.[^/]*/", url[rest:])]
+    for at in sorted((rest + each for each in found), reverse=True)[:_MOST_TRIES]:
+        if url[at + 1 :]:
+            try:
+                file = source_at(url[:at])
+            except MissingFileError:
+                continue
+            return _member_in(file, url[at + 1 :], f"{file.path}{url[at:]}", limits)
+    return None
+
+
+def _member_in(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     try:
-        return _member(file, split[1], path, limits)
+        return _member(file, wanted, path, limits)
     except FormatError as error:
         file.close()
-        raise error.at(path=split[0]) from error.__cause__
+        raise error.at(path=file.path) from error.__cause__
     except BaseException:
         file.close()
         raise

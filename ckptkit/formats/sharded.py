@@ -33,7 +33,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit import places
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.containers import CONTAINERS, format_named, identify, index_of
@@ -70,6 +71,7 @@ def read(probe: Probe) -> RawCheckpoint:
     weight_map, names, metadata = _named(probe)
     allowed = [each.name for each in CONTAINERS if index.has_pickle or each.name == index.shards]
     problems = _Problems()
+    probe.file.will_open(list(names))
     read_ones = {shard: _read_shard(shard, probe, allowed, problems) for shard in names}
     shards = {name: shard for name, shard in read_ones.items() if shard is not None}
     everything = _assembled(weight_map, shards, problems)
@@ -160,7 +162,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
 def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
     """The shards an index names; none where it cannot be read as one.  What was opened is closed."""
     try:
-        file = index if isinstance(index, Source) else SourceFile(index)
+        file = index if isinstance(index, Source) else places.opened(os.fsdecode(index))
     except FileAccessError:
         return frozenset()
     try:
@@ -168,7 +170,10 @@ def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT
     except (FormatError, FileAccessError):
         return frozenset()
     finally:
-        file.close()
+        if isinstance(index, Source):
+            file.close()
+        else:
+            places.put_back(file, os.fsdecode(index))
 
 
 # The shards.

@@ -77,6 +77,9 @@ _OWN_NAMES = frozenset(
 _OWN_NBYTES = 64
 """Bytes that they have at most."""
 
+_BEGINNING_NBYTES = 4096
+"""Bytes of a record that are looked at first."""
+
 
 _OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
 """A record of which an archive has one, and what stands above it."""
@@ -130,6 +133,10 @@ def _has_version(records: Mapping[str, Record], root: str) -> bool:
     return any(f"{root}{name}" in records for name in ("version", ".data/version", "archive_version"))
 
 
+_STORAGES = re.compile(r"(?:\A|/)(?:data|constants|tensors|weights|traced_inputs)/[^/]*\Z|\.storage\Z")
+"""Names of records that are the bytes of tensors, most of them."""
+
+
 class TorchArchive:
     """One of torch's archives, its records by their name below the root folder.
 
@@ -167,6 +174,7 @@ class TorchArchive:
             raise AmbiguousError(
                 f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch takes the first for all"
             )
+        self._fetch_own()
         self._used: set[str] = set()  # what something refers to
         self._known: set[str] = set()  # what is known to be no more than it is read as
         self._looked = False
@@ -177,6 +185,13 @@ class TorchArchive:
         self._discarded: list[object] = []
         self._pickled = 0
         self._text_ids = False
+
+    def _fetch_own(self) -> None:
+        """Of an archive that is far, get what is not the bytes of tensors with few trips."""
+        file = next(iter(self.records.values())).data.file
+        if file.is_far:
+            own = [self.records[name].data for name in self.records if not _STORAGES.search(name)]
+            file.settle([(data.offset, data.nbytes) for data in own if data.nbytes <= self.limits.record_nbytes])
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """The bytes of a record that is there.
@@ -314,9 +329,9 @@ class TorchArchive:
 
         On the names in the pickles that were read, and on what was not read (`ckptkit.formats.contents`).
         """
-        for name in self._not_located() if not self._looked else ():
-            if name in self._known:
-                continue
+        left = [name for name in self._not_located() if name not in self._known] if not self._looked else []
+        self._fetch_beginnings(left)
+        for name in left:
             record = self.records[name]
             is_own = name in _OWN_NAMES and not record.deflated and record.nbytes <= _OWN_NBYTES
             if is_own and record.data.read().strip().isdigit():
@@ -330,6 +345,12 @@ class TorchArchive:
                 self._contents.look(name, record)
                 self._known.add(f"/{name}")
         return merge_uses(self._uses, self._contents.uses() if "_contents" in vars(self) else ())
+
+    def _fetch_beginnings(self, names: Iterable[str]) -> None:
+        """Get what is looked at first of records that nothing reads, in an archive that is far, with few trips."""
+        areas = [self.records[name].data for name in names]
+        if areas and areas[0].file.is_far:
+            areas[0].file.settle([(area.offset, min(area.nbytes, _BEGINNING_NBYTES)) for area in areas])
 
     @cached_property
     def _contents(self) -> ContentSearch:

@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from struct import Struct
 
 from ckptkit.bytesource import ByteRange
@@ -292,29 +293,44 @@ def _settle(row: PickleRow, keys: list[str], table: LegacyTable, raw: RawCheckpo
     for done, key in enumerate(keys):
         storage = table.storages[key]
         expected = storage.nbytes // table.itemsize(storage)
-        if row.left >= 8 and row.source.read(row.pos, 8) != expected.to_bytes(8, "little"):
-            raise _wrong_count(row, key, expected)
+        check = partial(_require_count, row.source.file.path, row.pos, key, expected)
+        if row.left >= 8 and not (
+            row.source.file.is_far and row.source.file.on_read(row.source.offset + row.pos, 8, check)
+        ):
+            check(row.source.read(row.pos, 8))
         if row.left < 8 + storage.nbytes:
             raise CorruptError(_truncated(row.source, end, set(keys[done:]), len(keys), raw))
         row.pos += 8
         table.settle(key, row.raw(storage.nbytes, "storages"))
 
 
-def _wrong_count(row: PickleRow, key: str, expected: int) -> FormatError:
-    """The error for a storage whose number of elements is not the one that the object says."""
-    where, data = f"storage {key!r:.80}", row.source.read(row.pos, 8)
+def _require_count(path: str, at: int, key: str, expected: int, data: bytes) -> None:
+    """Raise if a storage's number of elements is not the one that the object says.
+
+    Args:
+        path: the file.
+        at: where in it the number stands.
+        key: of the storage.
+        expected: the number.
+        data: what stands there.
+    """
+    if data == expected.to_bytes(8, "little"):
+        return
+    where = f"storage {key!r:.80}"
     if int.from_bytes(data, "big") == expected:
-        return UnsupportedError(
+        raise UnsupportedError(
             "its count is big-endian: an old torch wrote it on a big-endian machine, and whether the elements are "
             "swapped too cannot be known. Load it there, and save it with a recent torch",
+            path=path,
             where=where,
-            offset=row.pos,
+            offset=at,
         )
     count = int.from_bytes(data, "little", signed=True)
-    return CorruptError(
+    raise CorruptError(
         f"{count_of(count, 'element', 'lies', 'lie')} here, the object says {expected:,}: damaged",
+        path=path,
         where=where,
-        offset=row.pos,
+        offset=at,
     )
 
 

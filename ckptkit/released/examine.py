@@ -38,10 +38,19 @@ from ckptkit.normalize.tensors import FoundTensor, other_tensors, storage_names
 from ckptkit.pickling.arrays import Array
 from ckptkit.pickling.inert import InertDict, Object, tensors_in, walk
 from ckptkit.pickling.tensors import is_tensor_like
-from ckptkit.released.reading import OtherValue, Reading, is_opaque, other_values_in, read_through
+from ckptkit.released.reading import (
+    OtherValue,
+    Reading,
+    damages_of,
+    files_of,
+    is_opaque,
+    look_at_ends,
+    other_values_in,
+    read_through,
+)
 from ckptkit.report import Finding
 from ckptkit.stats import NonFinite
-from ckptkit.transfer.checksums import Checksums, Damage, damage_text
+from ckptkit.transfer.checksums import damage_text
 
 __all__ = ["Examined", "ShardFact", "TensorFact", "examine_file"]
 
@@ -338,7 +347,7 @@ def examine_file(
         if checksums or is_folder(file):
             checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=is_held)
             contents.checkpoint = checkpoint  # what stands in it is the same
-        files, parts = _files(file)
+        files, parts = files_of(file)
         if is_read:
             reading = read_through(
                 files,
@@ -349,8 +358,10 @@ def examine_file(
                 held=held,
                 threads=threads,
             )
+        else:
+            look_at_ends(files)
         if is_folder(file) and is_held:  # what pieces lie in is known by now
-            reading.damages.extend(_damages(contents.storages))
+            reading.damages.extend(damages_of(contents.storages))
         hashes = reading.files
         if hash_file and not is_whole:
             hashes = read_through([given], (), hash_files=True, digest=False).files
@@ -396,19 +407,6 @@ def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool, held: b
         except CorruptError as error:
             return checkpoint, error.message
     return checkpoint, None
-
-
-def _files(file: Source) -> tuple[list[Source], dict[str, Source]]:
-    """What is read: the file and its shards, or all of a folder's own files; and those of several by name."""
-    parts = formats.hashed_parts(file) if is_folder(file) else file.parts
-    return [*([] if is_folder(file) else [file]), *parts.values()], parts
-
-
-def _damages(storages: Sequence[Storage]) -> list[Damage]:
-    """What is damaged of the storages that others are made of."""
-    checksums = Checksums()
-    checksums.want(storages)
-    return checksums.damages()
 
 
 def _digested(contents: _Contents, whole: bool) -> Iterator[TensorEntry]:

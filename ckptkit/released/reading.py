@@ -17,6 +17,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -26,6 +27,8 @@ from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
 from ckptkit.digests import digest_text
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
+from ckptkit.formats import hashed_parts
+from ckptkit.formats.format import is_folder
 from ckptkit.inspection.listing import list_tensors
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import tensor_role
@@ -35,8 +38,8 @@ from ckptkit.pickling.inert import Object, children, tensors_in, walk
 from ckptkit.pickling.layouts import call_of
 from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
-from ckptkit.transfer.values import stream
-from ckptkit.transfer.workers import MANY_NBYTES, Background
+from ckptkit.transfer.values import stream, will_read
+from ckptkit.transfer.workers import MANY_NBYTES, Background, in_parallel
 
 __all__ = ["OtherValue", "Reading", "Values", "file_sha256", "is_opaque", "other_values_in", "read_through"]
 
@@ -178,12 +181,37 @@ def read_through(
         if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
+    will_read(values.entry for values in apart)
     for values in apart:
         values.is_lost = id(values.entry.storage) in unreadable
         for chunk in () if values.is_lost else stream(values.entry):
             values.update(chunk)
     _require_unchanged(files)
     return reading
+
+
+def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
+    """What is read: the file and its shards, or all of a folder's own files; and those of several by name."""
+    parts = hashed_parts(file) if is_folder(file) else file.parts
+    return [*([] if is_folder(file) else [file]), *parts.values()], parts
+
+
+def look_at_ends(files: Sequence[Source]) -> None:
+    """Of files that are far, none of whose values are read: make sure that none is a zip archive by its end, too.
+
+    Raises:
+        AmbiguousError: one is.
+        FileAccessError: one cannot be read.
+    """
+    ends = [partial(file.settle, [(file.size, 0)]) for file in files if file.is_far]
+    in_parallel(ends, nbytes=MANY_NBYTES)
+
+
+def damages_of(storages: Sequence[Storage]) -> list[Damage]:
+    """What is damaged of the storages that others are made of."""
+    checksums = Checksums()
+    checksums.want(storages)
+    return checksums.damages()
 
 
 def _require_unchanged(files: Sequence[Source]) -> None:
@@ -288,6 +316,8 @@ class _Distributor:
 
 def _read_spans(file: Source, hasher: Any, distributor: _Distributor) -> None:
     buffer = memoryview(bytearray(min(_PIECE_NBYTES, max(file.size, 1))))
+    if file.is_far:
+        file.will_read([*_pieces(file, hasher is not None, distributor.spans)])
     for start, nbytes in _pieces(file, hasher is not None, distributor.spans):
         piece = buffer[:nbytes]
         file.read_into(start, piece)
@@ -308,6 +338,8 @@ def _sweep_with_helper(file: Source, hasher: Any, distributor: _Distributor) -> 
             hasher.update(item[1])
             free.put(item[0])
 
+    if file.is_far:
+        file.will_read([(0, file.size)])
     helper = Background(hash_pieces, threading.Event())
     try:
         for start, nbytes in _pieces(file, True, distributor.spans):

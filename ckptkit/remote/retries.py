@@ -7,16 +7,20 @@ will be so again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
 from ckptkit.errors import FileAccessError
 
-__all__ = ["Passing", "is_passing", "masked", "masked_text", "name_of", "retried", "sleep"]
+if TYPE_CHECKING:
+    from email.message import Message
+
+__all__ = ["Passing", "is_passing", "masked", "masked_text", "retried", "sleep", "told_to_wait"]
 
 RETRIES = 5
 """Tries after the first, while nothing comes."""
@@ -97,6 +101,20 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
         waited += pause
 
 
+def told_to_wait(headers: Mapping[str, str] | Message) -> float | None:
+    """Seconds that a server asks to wait: ``Retry-After``, a number or a date; the hub's ``RateLimit``."""
+    told = headers.get("Retry-After", "").strip()
+    limit = re.search(r"\br=0\s*;\s*t=(\d{1,6})", headers.get("RateLimit", ""))
+    if re.fullmatch(r"\d{1,6}", told):
+        return float(told)
+    if told:
+        from email.utils import parsedate_to_datetime
+
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return max(parsedate_to_datetime(told).timestamp() - time.time(), 0.0)
+    return float(limit[1]) if limit else None
+
+
 # What a URL is called.
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://([^/?#]*)([^?]*)(?:\?(.*))?", re.DOTALL)
@@ -113,8 +131,8 @@ _SECRET = re.compile(
 )
 """Names of what a signed URL has, and of what else opens doors: S3, Google, Azure, CloudFront, Alibaba, Tencent."""
 
-_WITH_SIGNATURE = frozenset("se si sip sp spr sr srt ss st sv skoid sktid skt ske sks skv sdd saoid suoid scid ses".split())
-"""What Azure signs along, in names of two letters that mean other things elsewhere."""
+_WITH_SIGNATURE = re.compile(r"s[a-z]{1,2}(o?id)?|response-.*", re.IGNORECASE)
+"""What Azure signs along, in short names that mean other things elsewhere, and what S3 does."""
 
 
 def masked(url: str) -> str:
@@ -132,7 +150,8 @@ def _masked(url: str) -> str:
     if found is None:
         return url
     scheme, authority, path, query = found.groups()
-    path, _, fragment = path.partition("#") if scheme.lower() in ("http", "https") else (path, "", "")
+    if scheme.lower() in ("http", "https"):
+        path = path.partition("#")[0]
     if scheme.lower() not in _AT_IS_NO_USER:
         if "@" not in authority and not re.fullmatch(r"[^:]*|\[.*\](:\d*)?|[^:]*:\d*", authority) and "@" in path:
             authority, path = _split_at(path)  # a password with a slash in it
@@ -153,8 +172,8 @@ def _masked_query(query: str) -> str:
     signed = any(_SECRET.fullmatch(name) for name in names)
     kept: list[str] = []
     for name, part in zip(names, parts, strict=True):
-        secret = _SECRET.fullmatch(name) or "=" not in part and len(part) > 40  # a token alone
-        if secret or (signed and (name.lower() in _WITH_SIGNATURE or name.lower().startswith("response-"))):
+        secret = _SECRET.fullmatch(name) or ("=" not in part and len(part) > 40)  # a token alone
+        if secret or (signed and _WITH_SIGNATURE.fullmatch(name)):
             if _HIDDEN not in kept:
                 kept.append(_HIDDEN)
         else:
@@ -165,15 +184,3 @@ def _masked_query(query: str) -> str:
 def masked_text(text: str) -> str:
     """What somebody else says, with every URL in it as `masked` has it."""
     return _IN_TEXT.sub(lambda found: masked(found[0]), text) if "://" in text else text
-
-
-def name_of(url: str) -> str:
-    """The name of the file at a URL: the last segment of its path, without query; ``%20`` is a space in http alone."""
-    found = _URL.fullmatch(url)
-    if found is None:
-        return url.rsplit("/", 1)[-1]
-    scheme, authority, path, _ = found.groups()
-    is_http = scheme.lower() in ("http", "https")
-    path = path.partition("#")[0] if is_http else path
-    name = path.rstrip("/").rsplit("/", 1)[-1] or authority.rpartition("@")[2]
-    return unquote(name) if is_http else name

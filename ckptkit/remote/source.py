@@ -3,26 +3,41 @@
 A checkpoint's directory lies at the end of a torch-zip, its pickle at the beginning; a safetensors file has a header.
 So the first bytes come with the answer to the question how large the file is, and what is read after them comes with
 some that follow.  An archive that begins with a record longer than those has a long directory too: its end is asked for
-at once.  A file of 300 tensors takes two requests so, one of 5,000 four.
+at once.  A file of 300 tensors takes two requests so, one of 5,000 three; one more where a server tells the size alone.
+
+Looking into such a file leaves some of its bytes unread that of a local one are read (`RemoteSource.on_read`): the
+records' own headers beside values, which must say what an archive's directory says, the counts between the storages of
+torch-legacy, and the end of a file that is no zip archive, which must not look like one.  They are looked at where they
+come along with what is read, and all of them before values are given to anyone (`RemoteSource.settle`).
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from operator import itemgetter
 
 from ckptkit.bytesource import Source
-from ckptkit.errors import FileAccessError
+from ckptkit.errors import CkptkitError, FileAccessError
+from ckptkit.remote.ahead import Passing, ReadAhead
 from ckptkit.remote.store import FarFile, Store
 
 __all__ = ["RemoteSource"]
 
 _HEAD_NBYTES = 64 << 10
-"""First bytes that come with the size."""
+"""First bytes that come with the size, or are read where none do."""
+
+_HEADER_NBYTES = 256 << 10
+"""First bytes that are read where none come with the size, of a file called as those that begin with their header."""
 
 _LEAST_NBYTES, _MOST_NBYTES = 32 << 10, 4 << 20
 """Bytes that are read where fewer are asked for, and the most that they become while reads follow one another."""
+
+_AT_ONCE_NBYTES = 8 << 20
+"""Of a long range that nobody told of before it was read."""
 
 _LONG_TAIL_NBYTES = 512 << 10
 """Of a file that begins with a longer record than fits into the first bytes."""
@@ -30,7 +45,21 @@ _LONG_TAIL_NBYTES = 512 << 10
 _KEPT_NBYTES = 64 << 20
 """Bytes of what was read that are kept; what was read first goes first."""
 
+_ALONG_NBYTES = 256 << 10
+"""Bytes between two that are wanted which are read along: a trip takes longer."""
+
+_TOGETHER_NBYTES = 8 << 20
+"""The most bytes of a request for several ranges."""
+
+_TRIPS = 16
+"""Requests that are on their way at the same time."""
+
 _RECORD = b"PK\x03\x04"
+
+_Left = tuple[int, int, Callable[[bytes], object]]
+"""What is to be looked at once values are read: offset, size in bytes, and who looks."""
+
+_begin: Callable[[_Left], int] = itemgetter(0)
 
 
 class RemoteSource(Source):
@@ -49,7 +78,9 @@ class RemoteSource(Source):
         FileAccessError: it cannot be read.
     """
 
-    __slots__ = ("_checks", "_end", "_kept", "_length", "_spans", "_starts", "_within", "far", "store")
+    __slots__ = (
+        "_ahead", "_end", "_kept", "_later", "_length", "_opened", "_spans", "_starts", "_within", "far", "store",
+    )  # fmt: skip
 
     is_far = True
 
@@ -58,11 +89,13 @@ class RemoteSource(Source):
         self._starts: list[int] = []
         self._spans: dict[int, bytes] = {}
         self._kept = self._end = self._length = 0
-        self._checks: list[tuple[int, int, Callable[[bytes], object]]] = []
+        self._later: list[_Left] = []
+        self._opened: dict[str, RemoteSource | CkptkitError] = {}
+        self._ahead: ReadAhead | None = None
         far = store.open(url, _HEAD_NBYTES)
         super().__init__(far.shown, far.size, far.stamp)
         self.store = store
-        self.far: FarFile = far
+        self.far: FarFile = replace(far, head=b"")
         self._keep(0, far.head)
 
     # What was read is kept.
@@ -99,17 +132,27 @@ class RemoteSource(Source):
         return b""
 
     def _some(self, offset: int, nbytes: int) -> bytes:
+        brought = None if self._ahead is None else self._brought(self._ahead, offset, nbytes)
+        if brought is not None:
+            return bytes(brought)
         known = self._known(offset, nbytes)
         if known:
             return known
         with self._within:
-            self._length = min(2 * self._length, _MOST_NBYTES) if offset == self._end else _LEAST_NBYTES
+            least = _LEAST_NBYTES
+            if not offset and not self._starts:
+                least = _HEADER_NBYTES if self.path.endswith(".safetensors") else _HEAD_NBYTES
+            self._length = min(2 * self._length, _MOST_NBYTES) if offset == self._end and self._length else least
             wanted = min(max(nbytes, self._length), self.size - offset, self._next(offset) - offset)
-            wanted = max(wanted, min(nbytes, self.size - offset))
             self._end = offset + wanted
-        data = self.store.read(self.far, offset, wanted)
+        return self._fetched(offset, wanted)[:nbytes]
+
+    def _fetched(self, offset: int, nbytes: int) -> bytes:
+        """Exactly these bytes, from the server."""
+        data = self.store.read(self.far, offset, nbytes)
         self._keep(offset, data)
-        return data[:nbytes]
+        self.came(offset, data)
+        return data
 
     def _next(self, offset: int) -> int:
         """Where what is kept begins again behind a position."""
@@ -118,14 +161,45 @@ class RemoteSource(Source):
 
     def tail(self, nbytes: int) -> bytes:
         """As `Source.tail`; of an archive with a long directory more is fetched."""
-        head = self.far.head
+        head = self._known(0, _HEAD_NBYTES)
         wanted = nbytes
         if head.startswith(_RECORD) and head.find(_RECORD, 4) < 0 and len(head) < self.size:
             wanted = max(nbytes, min(_LONG_TAIL_NBYTES, self.size - len(head)))
         start = max(0, self.size - wanted)
         if wanted > nbytes and not self._known(self.size - 1, 1):
-            self._keep(start, self.store.read(self.far, start, self.size - start))
+            self._fetched(start, self.size - start)
         return super().tail(nbytes)
+
+    def ranges(self, wanted: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """As `Source.ranges`; many are on their way at the same time."""
+        first = 0
+        while first < len(wanted):
+            last, nbytes = first, 0
+            while last < len(wanted) and (last == first or nbytes + wanted[last][1] <= _KEPT_NBYTES // 4):
+                nbytes, last = nbytes + wanted[last][1], last + 1
+            part = wanted[first:last]
+            self._fetch(part)
+            yield from super().ranges(part)
+            first = last
+
+    def _fetch(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Get small ranges that are not kept yet, those that lie close together by one request."""
+        runs: list[list[int]] = []
+        for offset, nbytes in sorted(wanted):
+            begin, end = offset, min(offset + nbytes, self.size)
+            while begin < end and (known := len(self._known(begin, end - begin))):
+                begin += known
+            if begin >= end or end - begin > _KEPT_NBYTES // 4:
+                continue
+            with self._within:
+                following = self._next(begin)
+            if following < end and len(self._known(following, end - following)) == end - following:
+                end = following
+            if runs and begin - runs[-1][1] <= _ALONG_NBYTES and end - runs[-1][0] <= _TOGETHER_NBYTES:
+                runs[-1][1] = max(runs[-1][1], end)
+            else:
+                runs.append([begin, end])
+        _side_by_side([lambda run=run: self._fetched(run[0], run[1] - run[0]) for run in runs])  # type: ignore[misc]
 
     # What is left until values are read.
 
@@ -134,38 +208,218 @@ class RemoteSource(Source):
         known = self._known(offset, nbytes)
         if len(known) == nbytes:
             check(known)
-        else:
-            with self._within:
-                self._checks.append((offset, nbytes, check))
+            return True
+        with self._within:
+            at = len(self._later)
+            if at and self._later[-1][0] > offset:
+                at = bisect_right(self._later, offset, key=_begin)
+            self._later.insert(at, (offset, nbytes, check))
         return True
 
-    def settle(self) -> None:
-        """As `Source.settle`."""
+    def came(self, offset: int, data: bytes | memoryview) -> None:
+        """Some bytes were read, by whomever: what was left in them is looked at, and what ends in others is kept.
+
+        Raises:
+            FormatError: what was left is not as it must be.
+        """
+        if not self._later:
+            return
+        end = offset + len(data)
         with self._within:
-            left, self._checks = sorted(self._checks, key=lambda each: each[:2]), []
-        for (_, _, check), data in zip(left, self.ranges([each[:2] for each in left]), strict=True):
-            check(data)
+            first = bisect_left(self._later, offset, key=_begin)
+            last = bisect_left(self._later, end, lo=first, key=_begin)
+            if first and (before := sum(self._later[first - 1][:2])) > offset:
+                self._keep(offset, bytes(data[: before - offset]))
+            inside = self._later[first:last]
+            due = [left for left in inside if left[0] + left[1] <= end]
+            if len(due) < len(inside):
+                beyond = [left for left in inside if left[0] + left[1] > end]
+                self._keep(beyond[0][0], bytes(data[beyond[0][0] - offset :]))
+                self._later[first:last] = beyond
+            else:
+                del self._later[first:last]
+        self._look(due, (bytes(data[begin - offset : begin - offset + nbytes]) for begin, nbytes, _ in due))
+
+    def _look(self, left: Sequence[_Left], parts: Iterable[bytes]) -> None:
+        """Look at what was left; where something is wrong, it stays so for whoever asks again."""
+        done = 0
+        try:
+            for (_, _, check), data in zip(left, parts, strict=True):
+                check(data)
+                done += 1
+        except BaseException:
+            with self._within:
+                self._later = sorted([*self._later, *left[done:]], key=_begin)
+            raise
+
+    @property
+    def left(self) -> int:
+        """As `Source.left`."""
+        return len(self._later)
+
+    def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
+        """As `Source.settle`."""
+        super().settle(areas)
+        if areas is None:
+            self.will_read(())
+            with self._within:
+                left, self._later = self._later, []
+        else:
+            left = self._around(areas)
+        self._look(left, self.ranges([each[:2] for each in left]))
+
+    def _around(self, areas: Sequence[tuple[int, int]]) -> list[_Left]:
+        """What was left that adjoins some ranges, which is then no longer left; small ranges are fetched with it."""
+        found: list[_Left] = []
+        wanted: list[tuple[int, int]] = []
+        for offset, nbytes in areas:
+            end = offset + nbytes
+            with self._within:
+                last = first = bisect_right(self._later, end, key=_begin)
+                while first and sum(self._later[first - 1][:2]) >= offset:
+                    first -= 1
+                near = self._later[first:last]
+                del self._later[first:last]
+            found += near
+            if nbytes <= _MOST_NBYTES:
+                begin = min([offset, *(left[0] for left in near)])
+                wanted.append((begin, max([end, *(left[0] + left[1] for left in near)]) - begin))
+        self._fetch(wanted)
+        return found
 
     def stamp(self) -> object:
         """As `Source.stamp`."""
         return self.store.stamp(self.far)
 
+    @property
+    def folder(self) -> str | None:
+        """As `Source.folder`: a URL, where the server lists what lies below it."""
+        return self.path.rpartition("/")[0] if self.store.has_listings else None
+
+    # What lies beside it.
+
+    def will_open(self, names: Sequence[str]) -> None:
+        """As `Source.will_open`: they are opened side by side, with what is read of each at first."""
+        _side_by_side([lambda name=name: self._open(name) for name in names])  # type: ignore[misc]
+
+    def _open(self, name: str) -> None:
+        opened: RemoteSource | CkptkitError
+        try:
+            opened = file = self._beside(name)
+            file._look_ahead()
+        except CkptkitError as error:
+            opened = error
+        with self._within:
+            self._opened[name] = opened
+
+    def _look_ahead(self) -> None:
+        """Read what whoever looks into it reads: the rest of a header, an archive's end."""
+        try:
+            head = self.read(0, min(16, self.size))
+            if head.startswith(_RECORD):
+                self.tail(_HEAD_NBYTES + 21)
+            elif head[8:9] == b"{":
+                nbytes = 8 + int.from_bytes(head[:8], "little")
+                self._fetch([(0, nbytes)] if nbytes <= self.size else [])
+        except CkptkitError:
+            pass  # which reading it will tell
+
     def sibling(self, name: str) -> RemoteSource:
         """As `Source.sibling`."""
+        with self._within:
+            opened = self._opened.pop(name, None)
+        if isinstance(opened, CkptkitError):
+            raise opened
+        return self._beside(name) if opened is None else opened
+
+    def _beside(self, name: str) -> RemoteSource:
         return RemoteSource(self.store, self.store.beside(self.far.url, name))
 
-    def will_read(self, areas: Sequence[tuple[int, int]]) -> None:
+    # What is fetched ahead.
+
+    def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
         """As `Source.will_read`."""
+        unknown = areas if passing is not None else [part for area in areas for part in self._unknown(*area)]
+        ahead = ReadAhead(partial(self.store.read, self.far), unknown, passing) if unknown else None
+        with self._within:
+            before, self._ahead = self._ahead, ahead
+        if before is not None:
+            before.close()
+
+    def _unknown(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """The parts of a range that are not kept."""
+        end = offset + nbytes
+        while offset < end:
+            known = len(self._known(offset, end - offset))
+            follows = end if known else min(end, self._next(offset))
+            if not known:
+                yield offset, follows - offset
+            offset = offset + known if known else follows
+
+    def _brought(self, ahead: ReadAhead, offset: int, nbytes: int) -> memoryview | None:
+        """What was fetched ahead of these bytes; where a block comes, what was left until then is looked at."""
+        found = ahead.find(offset, nbytes)
+        if found is None:
+            return None
+        data, block, start = found
+        if block is not None:
+            self.came(start, block)
+        return data
+
+    def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
+        """As `Source.views`."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size or self._closed:
+            self.read(offset, nbytes)  # raises
+        while nbytes:
+            part: bytes | memoryview | None = None
+            if self._ahead is not None:
+                part = self._brought(self._ahead, offset, nbytes)
+            if part is None:
+                part = self.read(offset, min(nbytes, _AT_ONCE_NBYTES))
+            yield part
+            offset, nbytes = offset + len(part), nbytes - len(part)
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """As `Source.read_into`; what was fetched is copied once."""
+        view, at = memoryview(buffer), 0
+        for part in self.views(offset, len(view)):
+            view[at : at + len(part)] = part
+            at += len(part)
+
+    def release(self) -> None:
+        """As `Source.release`: what is kept is given up."""
+        with self._within:
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
+            self._spans.clear()
+            self._starts.clear()
+            self._kept = 0
 
     def close(self) -> None:
         """As `Source.close`."""
         super().close()
+        self.release()
         with self._within:
-            self._spans.clear()
-            self._starts.clear()
-            self._kept = 0
-            if self._checks:
-                self._checks.clear()
+            self._later.clear()
+            opened, self._opened = self._opened, {}
+        for each in opened.values():
+            if isinstance(each, RemoteSource):
+                each.close()
 
     def __reduce__(self) -> object:  # type: ignore[override]
         raise FileAccessError(f"{self.path}: an open file cannot be copied or pickled; open it again")
+
+
+def _side_by_side(trips: Sequence[Callable[[], object]]) -> None:
+    """Make trips at the same time; the first error of them, in their order, is raised once all are back."""
+    if len(trips) < 2:
+        for trip in trips:
+            trip()
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(_TRIPS, len(trips)), thread_name_prefix="ckptkit-trips") as pool:
+        made = [pool.submit(trip) for trip in trips]
+    for each in made:
+        each.result()

@@ -30,7 +30,7 @@ from ckptkit.checkpoint import (
     TensorEntry,
     contiguous_stride,
 )
-from ckptkit.computed import ConvertedRange, DTypeConversion
+from ckptkit.computed import ByteSource, ConvertedRange, DTypeConversion
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CkptkitError, CorruptError, DTypeError, RewriteError, UnsupportedError
 from ckptkit.normalize import RawCheckpoint, normalize
@@ -122,15 +122,28 @@ def fill(memory: memoryview, entry: TensorEntry) -> None:
         )
         in_parallel(tasks, nbytes=run.nbytes)
     sums.require(lambda: dict.fromkeys(map(id, storage.originals), "a tensor"))
-    if entry.nbytes and source.file.changed():
-        raise CorruptError("the file was changed while it was being read; read it again", path=source.file.path)
+    if entry.nbytes:
+        _require_unchanged(original)
+
+
+def _require_unchanged(source: ByteSource) -> None:
+    """Raise if the file that was read from is another by now; of one that is far each read is of what was opened.
+
+    What is left there around these bytes until they are read is looked at.
+    """
+    file = source.file
+    if file.is_far and isinstance(source, ByteRange):
+        file.settle([(source.offset, 0), (source.offset + source.nbytes, 0)])
+    elif file.changed():
+        raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
 
 
 def _read_into(memory: memoryview, run: ByteRange, sums: Checksums) -> None:
     """Read a range, summed on the way where a checksum is to be held."""
     passing = sums.passing(run) if sums.wanted else None
-    for start in range(0, run.nbytes, _READ_NBYTES):
-        piece = memory[start : start + _READ_NBYTES]
+    step = SUMMED_NBYTES if run.file.is_far else _READ_NBYTES
+    for start in range(0, run.nbytes, step):
+        piece = memory[start : start + step]
         run.file.read_into(run.offset + start, piece)
         if passing is not None:
             passing.update(piece)
