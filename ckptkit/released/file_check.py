@@ -87,14 +87,14 @@ class Task:
     @property
     def is_missing(self) -> bool:
         """Whether the manifest names it, and it is not there."""
-        return self.record is not None and not os.path.lexists(self.path)
+        return self.record is not None and not places.exists(self.path)
 
     @property
     def golden(self) -> str | None:
         """The file of its recorded outputs."""
         if self.record is None or self.record.golden is None:
             return None
-        return os.path.join(self.folder, *self.record.golden.path.split("/"))
+        return places.below(self.folder, self.record.golden.path)
 
 
 @collector_paused()  # what is read is gone at the end, without it
@@ -112,29 +112,32 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
         look = partial(
             examine_file,
             path,
-            tp_rules=policy.tp_rules if os.path.isdir(path) else None,
+            tp_rules=policy.tp_rules if places.isdir(path) else None,
             ignore_checksums=policy.ignore_checksums,
             whole=record is not None and record.whole_digest is not None,
             threads=threads,
         )
         # Where the manifest's hash is the file's, nothing more is needed.
         may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
+        # What is far is read once, for all that may be needed.
+        at_once = not may_be_same or "://" in path
         examined = digested = look(
             hash_file=record is not None,
-            digest=record is not None and not may_be_same,
+            digest=record is not None and at_once,
             values=policy.no_nan,
-            checksums=not may_be_same,
+            checksums=at_once,
         )
+        is_same = record is not None and may_be_same and is_same_file(examined, record)
         if policy.forward and policy.fits is None and task.golden is None:
             architecture = examined.architecture
         if record is not None:
-            if may_be_same and not is_same_file(examined, record):
+            if not at_once and not is_same:
                 digested = look(hash_file=False, digest=True, values=False)
             findings += compare(examined, digested, record)
             findings += golden_findings(path, record, task.folder)
-        if digested.damage is not None:
+        if digested.damage is not None and not is_same:
             findings.append(damage_finding(path, digested.damage))
-        if digested.unlike is not None:
+        if digested.unlike is not None and not is_same:
             findings.append(unlike_finding(path, digested.unlike))
         findings += [malformed_finding(path, told) for told in examined.malformed]
         findings += violations(examined, policy)
