@@ -103,7 +103,7 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
     if task.other is not None:
         return _other_result(task), None
     begun = time.perf_counter()
-    stamp = None if task.against is None else stamp_of(task.path)
+    stamp = _stamp(task)
     path, policy, record = task.path, task.policy, task.record
     recorded = ("manifest",) if record is not None or task.is_extra else ()
     findings = [extra_finding(path)] * task.is_extra + [whole_finding(path, task.shards)] * bool(task.shards)
@@ -142,9 +142,8 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
         findings += [malformed_finding(path, told) for told in examined.malformed]
         findings += violations(examined, policy)
     except CkptkitError as error:
-        stamp = (
-            stamp if isinstance(error, FormatError) else None
-        )  # what the disk or a server said may be otherwise soon
+        if not isinstance(error, FormatError):  # what a disk or a server says may be otherwise soon
+            stamp = None
         findings.append(unreadable_finding(path, error, policy.allow_part))
         findings += incomplete_finding(path, record)
         if policy.every_pickle and isinstance(error, FormatError):
@@ -190,6 +189,10 @@ def _without(folder: str, value: Any) -> Any:
     if isinstance(value, str):
         return value.replace(os.path.join(folder, ""), "")
     return [_without(folder, each) for each in value] if isinstance(value, list) else value
+
+
+def _stamp(task: Task) -> str | None:
+    return None if task.against is None else stamp_of(task.path)
 
 
 def stamp_of(path: str) -> str | None:
@@ -239,7 +242,7 @@ def _files_beside(path: str) -> list[str]:
 def _other_result(task: Task) -> FileResult:
     """A file that is not a checkpoint, held against what is said of pickles."""
     begun = time.perf_counter()
-    stamp = None if task.against is None else stamp_of(task.path)
+    stamp = _stamp(task)
     findings = tuple(_pickles(task))
     return FileResult(
         path=task.path,
