@@ -178,9 +178,9 @@ def is_folder(url: str) -> bool:
         if not store_of(url).has_listings:
             return False
         with session() as current:
-            if not url.endswith("/") and _FILE_ENDING.search(url):
-                if _is_there(url) or not isinstance(current.failed.get(url), MissingFileError):
-                    return False
+            is_named = not url.endswith("/") and _FILE_ENDING.search(url)
+            if is_named and (_is_there(url) or not isinstance(current.failed.get(url), MissingFileError)):
+                return False
             return _listing(url) is not None
     except FileAccessError:  # told where it is opened
         return False
