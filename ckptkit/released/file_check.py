@@ -25,7 +25,7 @@ from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.released.examine import examine_file
+from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import FileRecord
 from ckptkit.released.manifest_rules import (
     compare,
@@ -90,6 +90,12 @@ class Task:
         return self.record is not None and not places.exists(self.path)
 
     @property
+    def may_be_same(self) -> bool:
+        """Whether the file may have the bytes of its record: then its hash tells, and nothing more is needed."""
+        record = self.record
+        return record is not None and (bool(record.shards) or self.nbytes == record.size)
+
+    @property
     def golden(self) -> str | None:
         """The file of its recorded outputs."""
         if self.record is None or self.record.golden is None:
@@ -117,8 +123,7 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
             whole=record is not None and record.whole_digest is not None,
             threads=threads,
         )
-        # Where the manifest's hash is the file's, nothing more is needed.
-        may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
+        may_be_same = task.may_be_same
         # What is far is read once, for all that may be needed.
         at_once = not may_be_same or "://" in path
         examined = digested = look(
@@ -135,10 +140,8 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
                 digested = look(hash_file=False, digest=True, values=False)
             findings += compare(examined, digested, record)
             findings += golden_findings(path, record, task.folder)
-        if digested.damage is not None and not is_same:
-            findings.append(damage_finding(path, digested.damage))
-        if digested.unlike is not None and not is_same:
-            findings.append(unlike_finding(path, digested.unlike))
+        if not is_same:
+            findings += _damage_in(path, digested)
         findings += [malformed_finding(path, told) for told in examined.malformed]
         findings += violations(examined, policy)
     except CkptkitError as error:
@@ -189,6 +192,14 @@ def _without(folder: str, value: Any) -> Any:
     if isinstance(value, str):
         return value.replace(os.path.join(folder, ""), "")
     return [_without(folder, each) for each in value] if isinstance(value, list) else value
+
+
+def _damage_in(path: str, digested: Examined) -> Iterator[CheckFinding]:
+    """What of a file's bytes is not what was recorded for them."""
+    if digested.damage is not None:
+        yield damage_finding(path, digested.damage)
+    if digested.unlike is not None:
+        yield unlike_finding(path, digested.unlike)
 
 
 def _stamp(task: Task) -> str | None:
