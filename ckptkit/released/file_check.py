@@ -49,7 +49,7 @@ from ckptkit.released.results import (
 from ckptkit.released.selection import size_of
 from ckptkit.report import Report, split_member
 
-__all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
+__all__ = ["Task", "held", "held_from", "shown", "stamp_of", "with_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,30 +179,43 @@ def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Ar
     """As `held`, of a task whose paths are relative to a folder that need not be the working directory here."""
     if os.getcwd() == folder:
         return held(task, threads)
+
+    def seen(path: str) -> str:
+        return path if places.is_url(path) else os.path.join(folder, path)
+
     rules = task.policy.tp_rules
-    policy = task.policy if rules is None else replace(task.policy, tp_rules=os.path.join(folder, rules))
-    path = task.path if places.is_url(task.path) else os.path.join(folder, task.path)
-    there = replace(task, path=path, folder=os.path.join(folder, task.folder), policy=policy)
+    policy = task.policy if rules is None else replace(task.policy, tp_rules=seen(rules))
+    there = replace(task, path=seen(task.path), folder=seen(task.folder), policy=policy)
     result, architecture = held(there, threads)
-    findings = tuple(
+    return _retold(result, task.path, os.path.join(folder, ""), ""), architecture
+
+
+def shown(result: FileResult) -> FileResult:
+    """The result as it is told: of a file at a URL without what gives access to it."""
+    path = places.shown(result.path)
+    return result if path == result.path else _retold(result, path, result.path, path)
+
+
+def _retold(result: FileResult, path: str, old: str, new: str) -> FileResult:
+    """A result by another path, with one text in place of another in all that its findings tell."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(old, new)
+        return [told(each) for each in value] if isinstance(value, list) else value
+
+    findings = (
         replace(
-            finding,
-            path=task.path,
-            message=_without(folder, finding.message),
-            fix=_without(folder, finding.fix),
-            expected=_without(folder, finding.expected),
-            found=_without(folder, finding.found),
+            each,
+            path=path,
+            message=told(each.message),
+            fix=told(each.fix),
+            expected=told(each.expected),
+            found=told(each.found),
         )
-        for finding in result.findings
+        for each in result.findings
     )
-    return replace(result, path=task.path, findings=findings), architecture
-
-
-def _without(folder: str, value: Any) -> Any:
-    """What a finding tells, with paths in a folder told from there."""
-    if isinstance(value, str):
-        return value.replace(os.path.join(folder, ""), "")
-    return [_without(folder, each) for each in value] if isinstance(value, list) else value
+    return replace(result, path=path, findings=tuple(findings))
 
 
 def _stamp(task: Task) -> str | None:
