@@ -32,7 +32,7 @@ from ckptkit.fleet.shares import Share
 from ckptkit.formats.folder import PICKLE
 from ckptkit.released.bases import based
 from ckptkit.released.config import Config, read_config
-from ckptkit.released.file_check import Task, held, held_from, shown, stamp_of, with_model
+from ckptkit.released.file_check import Task, held, held_from, stamp_of, with_model
 from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.policy import Policy
@@ -121,11 +121,7 @@ class Run:
 
     def _divide(self, selection: Selection, tasks: list[Task], paths: list[str], is_kept: bool) -> None:
         """Keep of what was selected what is in the share, by what becomes of it."""
-        share = self._share
-
-        def is_meant(path: str) -> bool:
-            return share is None or share.holds(places.shown(path))
-
+        is_meant = (lambda path: True) if self._share is None else self._share.holds
         told = _told_unopened(selection, tasks, self._released)
         # Of the manifest's own folders it is told what is missing.
         empty = selection.empty if paths else ()
@@ -137,7 +133,7 @@ class Run:
         tasks = [task for task in tasks if not task.is_missing and is_meant(task.path)]
         tasks = _depending(tasks) if is_kept else tasks
         self._others = [task for task in tasks if task.other is not None]
-        self._tasks = sorted((task for task in tasks if task.other is None), key=lambda task: places.shown(task.path))
+        self._tasks = sorted((task for task in tasks if task.other is None), key=lambda task: task.path)
 
     @property
     def part(self) -> str | None:
@@ -172,7 +168,7 @@ class Run:
         tasks, kept = self._others + self._tasks, list[str]()
         if self._earlier is not None:
             looked_at = [(task, is_kept and task.other is None) for task, is_kept in self._earlier.kept(tasks)]
-            kept = [places.shown(task.path) for task, is_kept in looked_at if is_kept]
+            kept = [task.path for task, is_kept in looked_at if is_kept]
             tasks = [task for task, is_kept in looked_at if not is_kept]
         work = held if self._workers.executor is None else partial(held_from, os.getcwd())
         found = zip(tasks, side_by_side(tasks, work, workers=self._workers, nbytes=_nbytes, lost=_lost), strict=True)
@@ -185,8 +181,8 @@ class Run:
         if self._is_nothing and not self._may_skip and not told:
             where = "" if self._released is None else self._released.folder
             told = [nothing_selected(where, "no file to check was found")]
-        told = sorted(map(shown, told), key=lambda result: result.path)
-        yield from merge(told, (shown(result) for _, result in opened), taken, key=lambda result: result.path)
+        told.sort(key=lambda result: result.path)
+        yield from merge(told, (result for _, result in opened), taken, key=lambda result: result.path)
 
     @property
     def passed_over(self) -> dict[str, int]:

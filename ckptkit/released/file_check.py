@@ -47,9 +47,10 @@ from ckptkit.released.results import (
     whole_finding,
 )
 from ckptkit.released.selection import size_of
+from ckptkit.remote import RemoteSource, current_session
 from ckptkit.report import Report, split_member
 
-__all__ = ["Task", "held", "held_from", "shown", "stamp_of", "with_model"]
+__all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,27 +188,17 @@ def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Ar
     policy = task.policy if rules is None else replace(task.policy, tp_rules=seen(rules))
     there = replace(task, path=seen(task.path), folder=seen(task.folder), policy=policy)
     result, architecture = held(there, threads)
-    return _retold(result, task.path, os.path.join(folder, ""), ""), architecture
-
-
-def shown(result: FileResult) -> FileResult:
-    """The result as it is told: of a file at a URL without what gives access to it."""
-    path = places.shown(result.path)
-    return result if path == result.path else _retold(result, path, result.path, path)
-
-
-def _retold(result: FileResult, path: str, old: str, new: str) -> FileResult:
-    """A result by another path, with one text in place of another in all that its findings tell."""
+    inside = os.path.join(folder, "")
 
     def told(value: Any) -> Any:
         if isinstance(value, str):
-            return value.replace(old, new)
+            return value.replace(inside, "")
         return [told(each) for each in value] if isinstance(value, list) else value
 
     findings = (
         replace(
             each,
-            path=path,
+            path=task.path,
             message=told(each.message),
             fix=told(each.fix),
             expected=told(each.expected),
@@ -215,7 +206,7 @@ def _retold(result: FileResult, path: str, old: str, new: str) -> FileResult:
         )
         for each in result.findings
     )
-    return replace(result, path=path, findings=tuple(findings))
+    return replace(result, path=task.path, findings=tuple(findings)), architecture
 
 
 def _stamp(task: Task) -> str | None:
@@ -233,11 +224,7 @@ def stamp_of(path: str) -> str | None:
             return None
         member = split_member(path)
         if member is None and not os.path.lexists(path):
-            source = source_of(path)
-            try:
-                return repr(source.stamp())
-            finally:
-                source.close()
+            return _stamp_of_source(path)
         files = [path if member is None else member[0]]
         if member is None:
             files += _files_beside(path)
@@ -247,6 +234,18 @@ def stamp_of(path: str) -> str | None:
     if len(facts) == 1:
         return f"{facts[0][1]}/{facts[0][2]}"
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _stamp_of_source(path: str) -> str:
+    """What the source of a path says of itself; at a URL it stays open for whoever looks into it next."""
+    source = source_of(path)
+    stamp = repr(source.identity)
+    session = current_session() if places.is_url(path) else None
+    if session is not None and isinstance(source, RemoteSource):
+        session.keep(path, source)
+    else:
+        source.close()
+    return stamp
 
 
 def _facts(status: os.stat_result) -> tuple[int, int]:

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from ckptkit import places
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError
 from ckptkit.formats import STDIN
 from ckptkit.released.file_check import Task, stamp_of
@@ -285,7 +284,7 @@ class Earlier:
                 yield task, self._is_same(task, stream)
 
     def _is_same(self, task: Task, stream: IO[bytes]) -> bool:
-        result = self._read(places.shown(task.path), stream)
+        result = self._read(task.path, stream)
         if result is None or result.stamp is None or result.against != task.against or result.against is None:
             return False
         return result.stamp == stamp_of(task.path)
