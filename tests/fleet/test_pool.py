@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import fleet_work
 
-from ckptkit.fleet import Outcome, each, pool
+from ckptkit.fleet import Outcome, each, pool, processes
 
 SUPPORT = Path(fleet_work.__file__)
 
@@ -43,8 +43,7 @@ def test_a_worker_that_gives_no_sign_is_killed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_workers_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_serve", os._exit)  # with a connection for its code: it raises
-    monkeypatch.setattr(pool, "_NAME", "other")  # the name that workers have
+    monkeypatch.setattr(processes, "_serve", os._exit)  # with a channel for its code: it raises
     came = list(each(range(5000), fleet_work.square, jobs=2))
     assert len(came) == 5000
     assert {outcome.problem for _, outcome in came} == {"died"}
