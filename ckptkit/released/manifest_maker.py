@@ -88,9 +88,6 @@ def make(
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
-    if workers.executor is not None:  # its workers may be in other folders
-        wanted = {name: path if places.is_url(path) else os.path.abspath(path) for name, path in wanted.items()}
-        tp_rules = None if tp_rules is None else os.path.abspath(tp_rules)
     known = {name: path for name, path in wanted.items() if name in old}
     kept = _unchanged(known, old, digests, workers, allow_part=allow_part, tp_rules=tp_rules)
     renewed = _renewed(
@@ -174,6 +171,22 @@ def _size(task: _Task) -> int:
     return size_of(task.path)
 
 
+def _made(tasks: list[_Task], workers: Workers) -> list[FileRecord | CkptkitError | None]:
+    """What is made of each file; workers of an executor, which may be in other folders, are told whole paths."""
+    if workers.executor is not None:
+        tasks = [replace(task, path=_absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks]
+    return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+
+
+def _absolute(path: str) -> str:
+    return path if places.is_url(path) else os.path.abspath(path)
+
+
+def _absolute_rules(reading: Mapping[str, bool | str | None]) -> Mapping[str, bool | str | None]:
+    rules = reading["tp_rules"]
+    return {**reading, "tp_rules": _absolute(rules)} if isinstance(rules, str) else reading
+
+
 def _renewed(
     wanted: Mapping[str, str], listed: Collection[str], workers: Workers, **reading: bool | str | None
 ) -> dict[str, FileRecord]:
@@ -186,7 +199,7 @@ def _renewed(
         **reading: ``allow_part``, ``tp_rules`` and ``ignore_checksums``, as of `make`.
     """
     tasks = [_Task(name=name, path=path, reading=reading, is_listed=name in listed) for name, path in wanted.items()]
-    made = list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    made = _made(tasks, workers)
     errors = [result for result in made if isinstance(result, CkptkitError)]
     if len(errors) == 1:
         raise errors[0]
@@ -234,7 +247,7 @@ def _unchanged(
         for name, path in wanted.items()
         if _may_be_unchanged(name, path, old[name]) and not (digests == "tensor" and old[name].tensors is None)
     ]
-    made = list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    made = _made(tasks, workers)
     kept = [record for record in made if isinstance(record, FileRecord)]
     return {each.path: replace(each, tensors=None) if digests == "total" else each for each in kept}
 

@@ -144,7 +144,7 @@ def select(
     del surveyor  # of very many files it is large
     checkpoints: dict[str, Selected] = {}
     for each in found.checkpoints:
-        names = [path if (name := name_of(path, relative_to)) == path else name for path in (each.path, *each.others)]
+        names = [name_of(path, relative_to) for path in (each.path, *each.others)]
         checkpoints.setdefault(names[0], Selected(path=each.path, name=names[0], names=tuple(names)))
     return Selection(
         checkpoints=tuple(checkpoints[name] for name in sorted(checkpoints)),
@@ -170,7 +170,8 @@ def step_of(path: str, tag: str | None = None) -> str:
 
 def name_of(path: str, folder: str) -> str:
     """A file's name relative to a folder, with ``/``; links are not followed."""
-    return places.relative(path, folder)
+    name = places.relative(path, folder)
+    return path if name == path else name  # the same text takes no room of its own
 
 
 def size_of(path: str) -> int:
