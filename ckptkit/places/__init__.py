@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptkit.places.far import FarEntry
 
 __all__ = [
+    "absolute",
     "are_listed",
     "asked_once",
     "below",
@@ -109,6 +110,11 @@ def own_name(path: str) -> str:
     if not is_url(path):
         return os.path.basename(os.path.abspath(path))
     return split(_plain(path).rstrip("/").removesuffix("/.metadata"))[1]
+
+
+def absolute(path: str) -> str:
+    """A path from the root of the disk; a URL as it is."""
+    return path if is_url(path) else os.path.abspath(path)
 
 
 def relative(path: str, folder: str) -> str:

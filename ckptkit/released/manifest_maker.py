@@ -23,7 +23,7 @@ from ckptkit.errors import (
 )
 from ckptkit.formats import STDIN, collector_paused, source_of
 from ckptkit.plan import LiteralBytes, Plan
-from ckptkit.released.bases import common_folder, require_one_place
+from ckptkit.released.bases import common_folder, require_one_place, url_of
 from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import (
     Changes,
@@ -89,8 +89,7 @@ def make(
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
     if workers.executor is not None:  # its workers may be in other folders
-        wanted = {name: path if places.is_url(path) else os.path.abspath(path) for name, path in wanted.items()}
-        tp_rules = None if tp_rules is None else os.path.abspath(tp_rules)
+        wanted, tp_rules = _from_anywhere(wanted, tp_rules)
     known = {name: path for name, path in wanted.items() if name in old}
     kept = _unchanged(known, old, digests, workers, allow_part=allow_part, tp_rules=tp_rules)
     renewed = _renewed(
@@ -109,11 +108,16 @@ def make(
     for name, record in records.items():
         before = old[name].golden if name in old else None
         named = golden.get(name, before.path if before is not None else None)
-        records[name] = replace(record, golden=None if named is None else _golden(named, beside or folder))
+        records[name] = replace(record, golden=None if named is None else _golden(named, folder, beside))
     files = tuple(records[name] for name in sorted(records))
-    claimed = _outermost({*folders, *(() if previous is None else previous.folders)})
-    origin = places.shown(folder) if places.is_url(folder) else None
-    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records), origin=origin)
+    claimed = _outermost({*folders, *previous.folders} if previous is not None else {*folders})
+    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records), origin=url_of(folder))
+
+
+def _from_anywhere(wanted: Mapping[str, str], tp_rules: str | None) -> tuple[dict[str, str], str | None]:
+    """The paths as they are in any folder."""
+    whole = {name: places.absolute(path) for name, path in wanted.items()}
+    return whole, None if tp_rules is None else places.absolute(tp_rules)
 
 
 def _require_recordable(wanted: Collection[str], golden: Collection[str], folder: str) -> None:
@@ -263,7 +267,8 @@ def _changes(old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> Ch
     )
 
 
-def _golden(name: str, folder: str) -> GoldenRecord:
+def _golden(name: str, folder: str, beside: str | None) -> GoldenRecord:
+    folder = folder if beside is None else beside
     _require_below(name, folder)
     return GoldenRecord(path=name, sha256=file_sha256(os.path.join(folder, *name.split("/"))))
 
