@@ -35,6 +35,7 @@ __all__ = [
     "isfile",
     "listdir",
     "listed_below",
+    "look_ahead",
     "notes",
     "opened",
     "opened_ahead",
@@ -325,6 +326,13 @@ def opener(folder: str) -> Callable[[str], Source]:
     from ckptkit.places import far
 
     return far.opener(folder)
+
+
+def look_ahead(files: Sequence[Source]) -> None:
+    """Look into files that an `opener` gave and that are far, side by side, before each is asked for what is in it."""
+    from ckptkit.remote.listed import look_ahead as of_listed
+
+    of_listed(files)
 
 
 @contextmanager

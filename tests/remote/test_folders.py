@@ -274,6 +274,23 @@ def test_files_are_opened_side_by_side() -> None:
         assert len(store.of("open")) == 160
 
 
+def test_files_of_ranks_are_read_side_by_side() -> None:
+    together = threading.Barrier(8, timeout=20)
+
+    class Waiting(FarStore):
+        """Answers once eight ask."""
+
+        def open(self, url: str, nbytes: int) -> FarFile:
+            together.wait()
+            return super().open(url, nbytes)
+
+    with serving({f"{ROOT}/model_world_size_16_rank_{rank}.pt": pth() for rank in range(16)}) as store:
+        store.__class__ = Waiting
+        document = ckptkit.inspect(ROOT)
+        assert (document["format"], document["layout"]["world_size"]) == ("fsdp", 16)
+        assert [each.what for each in store.asked] == ["listing"] + 16 * ["open"]
+
+
 def test_an_admission_test_of_a_repository(command: Callable[..., Done]) -> None:
     clean = {
         f"{ROOT}/README.md": b"# A model\n",
