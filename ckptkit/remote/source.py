@@ -25,7 +25,7 @@ from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.remote.ahead import Passing, ReadAhead
 from ckptkit.remote.store import FarFile, Store
 
-__all__ = ["RemoteSource"]
+__all__ = ["RemoteSource", "side_by_side"]
 
 _HEAD_NBYTES = 64 << 10
 """First bytes that come with the size, or are read where none do."""
@@ -199,7 +199,7 @@ class RemoteSource(Source):
                 runs[-1][1] = max(runs[-1][1], end)
             else:
                 runs.append([begin, end])
-        _side_by_side([lambda run=run: self._fetched(run[0], run[1] - run[0]) for run in runs])  # type: ignore[misc]
+        side_by_side([lambda run=run: self._fetched(run[0], run[1] - run[0]) for run in runs])  # type: ignore[misc]
 
     # What is left until values are read.
 
@@ -300,7 +300,7 @@ class RemoteSource(Source):
 
     def will_open(self, names: Sequence[str]) -> None:
         """As `Source.will_open`: they are opened side by side, with what is read of each at first."""
-        _side_by_side([lambda name=name: self._open(name) for name in names])  # type: ignore[misc]
+        side_by_side([lambda name=name: self._open(name) for name in names])  # type: ignore[misc]
 
     def _open(self, name: str) -> None:
         opened: RemoteSource | CkptkitError
@@ -411,7 +411,7 @@ class RemoteSource(Source):
         raise FileAccessError(f"{self.path}: an open file cannot be copied or pickled; open it again")
 
 
-def _side_by_side(trips: Sequence[Callable[[], object]]) -> None:
+def side_by_side(trips: Sequence[Callable[[], object]]) -> None:
     """Make trips at the same time; the first error of them, in their order, is raised once all are back."""
     if len(trips) < 2:
         for trip in trips:
