@@ -202,12 +202,13 @@ def finish(job: _Job, options: ConvertOptions, given: str | None) -> Tally:
         DestinationExistsError, FileAccessError: as `Parts.finish`.
     """
     parts = _parts(job, options)
-    count, missing = parts.missing(hashed=options.check)
-    if not count:
-        places(job.plan, job.path, force=options.force)
-    if missing or not count:
-        raise RewriteError(_told_missing(job, options, given, count, missing), path=job.path)
-    return _finished(job, options, parts)
+    with parts.alone():
+        count, missing = parts.missing(hashed=options.check)
+        if not count:
+            places(job.plan, job.path, force=options.force)
+        if missing or not count:
+            raise RewriteError(_told_missing(job, options, given, count, missing), path=job.path)
+        return _finished(job, options, parts)
 
 
 def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:

@@ -16,6 +16,7 @@ import hashlib
 import heapq
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypedDict, cast
 
@@ -38,6 +39,7 @@ __all__ = [
     "read_record",
     "shard_digest",
     "shares_of",
+    "staging_of",
     "tally_of",
 ]
 
@@ -102,6 +104,19 @@ class PartRecord(TypedDict):
     shards: dict[str, ShardRecord]
     digests: dict[str, str]
     losses: list[list[int]]
+
+
+def staging_of(index: str) -> str:
+    """The folder that parts are put into: its name follows from the index's, and is that of a temporary file.
+
+    Args:
+        index: path of the index that is to be written.
+    """
+    folder, name = os.path.split(index)
+    name = name.removesuffix(".index.json")
+    stem, ending = os.path.splitext(name)
+    digits = f"{zlib.crc32(name.encode('utf-8', 'surrogateescape')):08x}"  # and no host's: no other run removes it
+    return os.path.join(folder, f".{stem[:40]}.{digits}.tmp{ending[:16]}")
 
 
 def shares_of(plan: Plan, count: int) -> list[list[str]]:

@@ -22,10 +22,9 @@ from ckptkit.errors import CorruptError, DestinationExistsError, RewriteError
 from ckptkit.fleet.shares import Share
 from ckptkit.normalize.selection import KEY
 from ckptkit.plan import LiteralBytes, Plan
-from ckptkit.transfer import part_records
+from ckptkit.transfer import part_records, parts
 from ckptkit.transfer.names import is_temporary_name
-from ckptkit.transfer.part_records import balanced, shares_of
-from ckptkit.transfer.parts import staging_of
+from ckptkit.transfer.part_records import balanced, shares_of, staging_of
 
 SIZE = "6kB"
 
@@ -385,6 +384,39 @@ def test_a_destination_appears_meanwhile(source: Path, tmp_path: Path) -> None:
     assert (out / first).read_bytes() == b"somebody's"
     ckptkit.convert(source, out / "m.bin", finish=True, force=True, **given)
     assert hidden.name not in listed(out)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
+def test_one_process_finishes(convert, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of several jobs may try to: the last one that wrote its part does."""
+    os.mkdir("out")
+    arguments = (source, "out/m.bin", "--weights-only", "--max-shard-size", SIZE)
+    for number in (1, 2):
+        assert convert(*arguments, "--part", f"{number}/2").code == 0
+    told = []
+    real = parts.Parts.finish
+
+    def meanwhile(self: Any, **given: Any) -> Any:
+        if not told:
+            told.append(convert(*arguments, "--finish"))
+        return real(self, **given)
+
+    monkeypatch.setattr(parts.Parts, "finish", meanwhile)
+    assert convert(*arguments, "--finish").code == 0
+    assert (told[0].code, "another process is making one checkpoint of the parts" in told[0].err) == (2, True)
+    os.mkdir("one")
+    assert ckptkit.convert(source, "one/m.bin", weights_only=True, max_shard_size=SIZE).ok
+    assert same_files("one", "out")
+
+
+def test_something_else_is_where_parts_go(convert, source: Path) -> None:
+    os.mkdir("out")
+    arguments = (source, "out/m.bin", "--weights-only", "--max-shard-size", SIZE)
+    Path(staging_of("out/m.bin.index.json")).write_text("words")
+    for asked in (("--part", "2/2"), ("--finish",)):
+        done = convert(*arguments, *asked)
+        assert (done.code, "m.bin.index.json" in done.err, "bug" in done.err) == (2, True, False), done.err
+    assert len(listed("out")) == 1
 
 
 def test_shares_are_balanced_by_bytes() -> None:
